@@ -1,0 +1,76 @@
+"""One byte string for each value, so that a digest or a signature has one meaning.
+
+Values are frozen `msgspec.Struct`s, encoded as MessagePack maps in the order in which their fields
+are declared. Decoding is strict: an unknown field, a missing field or a wrong type is refused, and
+for what is hashed or signed also any encoding other than the one that `encode` gives, so that two
+byte strings never decode to one signed value.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from umbel_common.errors import RemoteProtocolError
+
+Entropy = Callable[[int], bytes]
+"""Returns so many bytes of cryptographic randomness: `os.urandom`, handed in by the caller."""
+
+Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+"""A SHA-256 digest."""
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?$")]
+"""The name of a federation, job or site: lower-case letters, digits and inner hyphens, at most 64."""
+
+T = TypeVar("T")
+
+
+class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every value that is hashed, signed or sent."""
+
+
+V = TypeVar("V", bound=Value)
+
+
+def encode(value: Value) -> bytes:
+    """The canonical encoding of `value`."""
+    return msgspec.msgpack.encode(value)
+
+
+def decode(data: bytes | memoryview, kind: type[T]) -> T:
+    """Decodes a message: unknown or missing fields and wrong types are refused.
+
+    Raises:
+        RemoteProtocolError: `malformed-message`.
+    """
+    try:
+        return msgspec.msgpack.decode(data, type=kind, strict=True)
+    except (msgspec.MsgspecError, RecursionError, OverflowError, UnicodeDecodeError) as error:
+        name = getattr(kind, "__name__", "message")
+        raise RemoteProtocolError("malformed-message", f"a {name} does not decode: {error}") from None
+
+
+def decode_canonical(data: bytes, kind: type[V]) -> V:
+    """Decodes a value that is hashed or signed: also refuses every encoding but `encode`'s.
+
+    Raises:
+        RemoteProtocolError: `malformed-message`.
+    """
+    value = decode(data, kind)
+    if encode(value) != data:
+        raise RemoteProtocolError(
+            "malformed-message", f"a {kind.__name__} is not canonically encoded"
+        )
+    return value
+
+
+def digest(label: str, data: bytes | memoryview) -> bytes:
+    """SHA-256 of `data` under a purpose, so that digests made for one purpose fit no other.
+
+    The label is framed by its length: no (label, data) pair collides with another.
+    """
+    name = label.encode("ascii")
+    state = hashlib.sha256(b"umbel/1" + bytes([len(name)]) + name)
+    state.update(data)
+    return state.digest()

@@ -1,0 +1,194 @@
+"""One error tree for the whole project.
+
+Every error knows the exit code that a command ends with, and `diagnostics()`: text for the person
+at the keyboard that names the file, the field, what was found, what is accepted, and what to do.
+Nothing secret, no sample and no vector may be put into an error.
+
+Exit codes, in ranges (`docs/errors.md` lists them; a test holds the two together):
+
+===========  ===================================================
+2            wrong command line
+10 to 19     input: configuration, data, model, plan
+20 to 29     trust: keys, signatures, roster
+30 to 39     privacy: policy, budget, ledger
+40 to 49     protocol: the peer, the round, the network
+50 to 59     storage: journals, run folders
+130          interrupted by the operator
+===========  ===================================================
+"""
+
+from typing import ClassVar
+
+
+class UmbelError(Exception):
+    """Root of all errors that Umbel raises on purpose.
+
+    Args:
+        message: what is wrong, in one sentence, without the details below.
+        file: the file or folder concerned.
+        field: the field, column, row or option concerned.
+        found: what was there.
+        accepted: what would have been right.
+        remedy: what the reader can do about it.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: object = None,
+        field: str | None = None,
+        found: object = None,
+        accepted: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.file = file
+        self.field = field
+        self.found = found
+        self.accepted = accepted
+        self.remedy = remedy
+
+    def diagnostics(self) -> str:
+        """The message and its details, one per line, ready for a terminal."""
+        lines = [self.message]
+        details = (
+            ("file", self.file),
+            ("field", self.field),
+            ("found", self.found),
+            ("accepted", self.accepted),
+            ("what to do", self.remedy),
+        )
+        lines += [f"  {name}: {value}" for name, value in details if value is not None]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.diagnostics()
+
+
+class ConfigError(UmbelError):
+    """A configuration or scenario file is missing, malformed or inconsistent."""
+
+    exit_code = 10
+
+
+class DataError(UmbelError):
+    """A data set is missing, malformed, empty, or does not fit the plan."""
+
+    exit_code = 11
+
+
+class ModelError(UmbelError):
+    """A base model is missing, differs from its digest, or cannot be fine-tuned as planned."""
+
+    exit_code = 12
+
+
+class PlanError(UmbelError):
+    """A training plan contradicts itself or asks for something unsupported."""
+
+    exit_code = 13
+
+
+class IdentityError(UmbelError):
+    """A key file or roster entry is missing or malformed."""
+
+    exit_code = 20
+
+
+class SignatureError(UmbelError):
+    """A statement does not carry the signature that it must carry."""
+
+    exit_code = 21
+
+
+class PolicyRefusal(UmbelError):
+    """The site's own policy forbids what a plan or round asks for.
+
+    Args:
+        check: the name of the rule; the only part that is told to the server.
+    """
+
+    exit_code = 30
+
+    def __init__(self, check: str, message: str, **details: object) -> None:
+        super().__init__(message, **details)  # type: ignore[arg-type]  # forwarded by name
+        self.check = check
+
+
+class BudgetError(UmbelError):
+    """The privacy budget does not allow the next release."""
+
+    exit_code = 31
+
+
+class CalibrationError(UmbelError):
+    """No noise within reason gives the epsilon that was asked for."""
+
+    exit_code = 32
+
+
+class LedgerError(UmbelError):
+    """The privacy ledger is corrupt, rolled back, or used by another process."""
+
+    exit_code = 33
+
+
+class ProtocolError(UmbelError):
+    """The protocol was broken: the round is over for whoever sees this.
+
+    Args:
+        check: the name of the check that failed, in kebab-case; it is what a test asserts and what
+            the peer is told.
+    """
+
+    exit_code = 40
+
+    def __init__(self, check: str, message: str, **details: object) -> None:
+        super().__init__(message, **details)  # type: ignore[arg-type]  # forwarded by name
+        self.check = check
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer broke the protocol."""
+
+    exit_code = 40
+
+
+class LocalProtocolError(ProtocolError):
+    """Our own code called the protocol in a way that it does not allow: a bug here."""
+
+    exit_code = 41
+
+
+class RoundAborted(ProtocolError):
+    """Too few sites took part, or a check failed: nothing of this attempt was released."""
+
+    exit_code = 42
+
+
+class JobFailed(UmbelError):
+    """A job ended without its last release, after all the attempts that it was allowed."""
+
+    exit_code = 43
+
+
+class StorageError(UmbelError):
+    """A journal, registry or run folder is corrupt, locked, or not writable."""
+
+    exit_code = 50
+
+
+class RunExists(UmbelError):
+    """A run of this name exists and was made from other inputs: never overwritten."""
+
+    exit_code = 51
+
+
+class VerificationError(UmbelError):
+    """A transcript, release or run folder does not verify."""
+
+    exit_code = 52

@@ -1,0 +1,147 @@
+"""Who says what: Ed25519 identities, signed statements, and the roster that pins every identity.
+
+A statement is signed over a label that names its type, so that a signature made for one purpose
+fits no other. Verification is against keys from the roster that the verifier itself pinned; no key
+is ever taken from a message.
+"""
+
+import base64
+from typing import Annotated
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from umbel_common.canonical import Entropy, Name, V, Value, decode_canonical, digest, encode
+from umbel_common.errors import IdentityError, SignatureError
+
+PublicKey = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+"""An Ed25519 public key in raw form."""
+
+SIGNATURE_BYTES = 64
+
+def fingerprint(public_key: bytes) -> str:
+    """A public key as people compare it: eight groups of four base32 letters (160 bits)."""
+    text = base64.b32encode(digest("fingerprint", public_key)[:20]).decode("ascii").lower()
+    return "-".join(text[start : start + 4] for start in range(0, len(text), 4))
+
+
+class Identity:
+    """A private Ed25519 key. It stays in the process that made or loaded it."""
+
+    def __init__(self, seed: bytes) -> None:
+        """`seed`: the 32 secret bytes of RFC 8032."""
+        if len(seed) != 32:
+            raise IdentityError(
+                "an identity key has the wrong size",
+                found=f"{len(seed)} bytes",
+                accepted="32 bytes",
+            )
+        self._key = Ed25519PrivateKey.from_private_bytes(seed)
+        self.public_key = self._key.public_key().public_bytes_raw()
+
+    @classmethod
+    def generate(cls, entropy: Entropy) -> "Identity":
+        """A new identity from 32 bytes of `entropy`."""
+        return cls(entropy(32))
+
+    def seed(self) -> bytes:
+        """The 32 secret bytes, for the owner's key file."""
+        return self._key.private_bytes_raw()
+
+    def sign(self, label: str, data: bytes | memoryview) -> bytes:
+        """A 64-byte signature of `data` under the purpose `label`.
+
+        The labelled SHA-256 digest is what Ed25519 signs, so that a large body is hashed once and
+        never copied.
+        """
+        return self._key.sign(digest(label, data))
+
+
+def verify(public_key: bytes, label: str, data: bytes | memoryview, signature: bytes) -> None:
+    """Checks one signature.
+
+    Raises:
+        SignatureError: the signature is not by `public_key` over `label` and `data`.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, digest(label, data))
+    except (InvalidSignature, ValueError):
+        raise SignatureError(
+            f"a {label} is not signed by the pinned identity",
+            accepted=f"a signature by {fingerprint(public_key)}",
+        ) from None
+
+
+class Signed(Value, frozen=True):
+    """A statement and its signature; the statement stays in the bytes that were signed."""
+
+    statement: bytes
+    signature: Annotated[bytes, msgspec.Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
+
+
+def sign(identity: Identity, statement: Value) -> Signed:
+    """Signs a statement under the label of its type."""
+    data = encode(statement)
+    return Signed(statement=data, signature=identity.sign(label_of(type(statement)), data))
+
+
+def open_signed(signed: Signed, kind: type[V], public_key: bytes) -> V:
+    """Verifies, then decodes: nothing unverified is parsed.
+
+    Raises:
+        SignatureError: not signed by `public_key` as a statement of this kind.
+        RemoteProtocolError: signed, but malformed.
+    """
+    verify(public_key, label_of(kind), signed.statement, signed.signature)
+    return decode_canonical(signed.statement, kind)
+
+
+def label_of(kind: type[Value]) -> str:
+    """The purpose under which statements of one type are signed and hashed."""
+    return kind.__name__
+
+
+class Member(Value, frozen=True):
+    """One site of the roster."""
+
+    name: Name
+    public_key: PublicKey
+    weight: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    """Public size class: the weight of this site in a weighted mean."""
+
+
+class Roster(Value, frozen=True):
+    """Everyone whose signature counts in one federation, as agreed and pinned by each of them."""
+
+    federation: Name
+    operator: PublicKey
+    members: tuple[Member, ...]
+
+    def __post_init__(self) -> None:
+        names = [member.name for member in self.members]
+        keys = [self.operator, *(member.public_key for member in self.members)]
+        if names != sorted(set(names)):
+            raise ValueError("members must be unique and sorted by name")
+        if len(set(keys)) != len(keys):
+            raise ValueError("two parties of a roster may not share one key")
+
+    def digest(self) -> bytes:
+        """What the parties compare to know that they pinned the same roster."""
+        return digest(label_of(Roster), encode(self))
+
+    def member(self, name: str) -> Member:
+        """The member of that name.
+
+        Raises:
+            IdentityError: there is none.
+        """
+        for member in self.members:
+            if member.name == name:
+                return member
+        raise IdentityError(
+            "a site is not in the roster",
+            field="site",
+            found=name,
+            accepted=", ".join(member.name for member in self.members),
+        )

@@ -1,0 +1,224 @@
+"""The training plan: everything that a job may do to a site's data, in one signed value.
+
+A site's policy judges the plan before anything else happens, and every later message names its
+digest, so a server that shows two sites different plans gets masks that do not cancel.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from umbel_common.canonical import Digest, Name, Value, digest, encode
+from umbel_common.errors import PlanError
+from umbel_common.identity import label_of
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Fraction = Annotated[float, msgspec.Meta(gt=0, lt=1)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+
+Method = Literal["both", "ffa", "alternate"]
+
+
+class BaseModel(Value, frozen=True):
+    """The frozen model that every site loads from its own disk."""
+
+    name: str
+    """What people call it; written to `base_model_name_or_path` of the released adapter."""
+    digest: Digest
+    """Digest of the folder's weights, configuration and tokenizer (`umbel_client.model`)."""
+
+
+class Classification(Value, frozen=True, tag_field="task", tag="classification"):
+    """Sequence classification: one label for each text."""
+
+    labels: tuple[str, ...]
+    """Every label that may occur; a record with another one is refused."""
+    text_column: str = "text"
+    label_column: str = "label"
+    max_tokens: Annotated[int, msgspec.Meta(ge=4, le=8192)] = 128
+    """Texts are cut after so many tokens."""
+    head: Literal["mean-pool", "stock"] = "mean-pool"
+    """`mean-pool`: mean of the token vectors, normalised, times `logit_scale`, then a linear layer
+    that starts at zero. `stock`: the model's own classification head, a linear layer from the
+    public seed on top of the pretrained pooler."""
+    logit_scale: Positive = 10.0
+
+    def __post_init__(self) -> None:
+        if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels must be at least two different ones")
+
+
+Task = Classification
+"""The tasks a plan can name; a union of tagged types once there is more than one."""
+
+
+class Tensor(Value, frozen=True):
+    """One trained tensor, by its name in the released PEFT folder."""
+
+    name: str
+    shape: tuple[Count, ...]
+    role: Literal["lora_A", "lora_B", "head"]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        size = 1
+        for length in self.shape:
+            size *= length
+        return size
+
+
+class Lora(Value, frozen=True):
+    """The adapter (Hu et al. 2021): W + (alpha / rank) B A on the targeted linear layers."""
+
+    rank: Annotated[int, msgspec.Meta(ge=1, le=512)]
+    alpha: Positive
+    target_modules: tuple[str, ...]
+    """Names of the linear layers, as PEFT matches them; empty: only the head is trained."""
+    layers: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] | None
+    """Indices of the transformer layers that get an adapter; None: all of them."""
+    method: Method
+    """`both`: A and B in each round. `ffa`: A frozen as initialised (Sun et al. 2024).
+    `alternate`: B in odd rounds, A in even ones (RoLoRA, Chen et al. 2024); B first, because with
+    B = 0 the gradient of A is zero and a round of A would release noise alone."""
+    seed: Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+    """Public seed of the initial adapter: A with orthonormal rows, B zero."""
+    tensors: tuple[Tensor, ...]
+    """Every tensor of the adapter, in the order in which it is flattened."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the whole adapter."""
+        return sum(tensor.size for tensor in self.tensors)
+
+
+class Adam(Value, frozen=True, tag_field="optimizer", tag="adam"):
+    """Adam (Kingma and Ba 2015) on the noisy gradient; its moments stay at the site."""
+
+    adapter_learning_rate: Positive
+    head_learning_rate: Positive
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.99
+    eps: Positive = 1e-8
+
+
+class Sgd(Value, frozen=True, tag_field="optimizer", tag="sgd"):
+    """Gradient descent with momentum on the noisy gradient; the momentum stays at the site."""
+
+    adapter_learning_rate: Positive
+    head_learning_rate: Positive
+    momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+
+
+class Training(Value, frozen=True):
+    """What a site computes in each round."""
+
+    rounds: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+    local_steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+    expected_batch_size: Count
+    """Records that a Poisson batch holds on average; site i samples each of its n_i records with
+    probability expected_batch_size / n_i."""
+    optimizer: Adam | Sgd
+    final_learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    """Learning rates fall linearly to this share of their first value over the whole job."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole job at one site."""
+        return self.rounds * self.local_steps
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Share of the first learning rate at `step` (from 0) of the job."""
+        if self.steps == 1:
+            return 1.0
+        return 1.0 - (1.0 - self.final_learning_rate) * step / (self.steps - 1)
+
+
+class LocalPrivacy(Value, frozen=True, tag_field="mode", tag="local"):
+    """Each site's own DP-SGD (Abadi et al. 2016) protects its records against everyone.
+
+    (epsilon, delta) holds for the whole job, add/remove adjacency, at each site: it calibrates its
+    noise multiplier to its own sampling rate.
+    """
+
+    epsilon: Positive
+    delta: Fraction
+    clip_norm: Positive
+
+
+class NoPrivacy(Value, frozen=True, tag_field="mode", tag="none"):
+    """No differential privacy: gradients are neither clipped nor noised. Sites refuse it unless
+    their policy allows it by name."""
+
+
+class Aggregation(Value, frozen=True):
+    """How deltas are encoded, masked and summed."""
+
+    threshold: Annotated[int, msgspec.Meta(ge=2, le=100)]
+    """Shares that recover a secret; also the least number of survivors."""
+    clip_range: Positive
+    """Each coordinate of a delta is clipped to [-clip_range, clip_range]."""
+    step: Positive
+    """Quantisation step, in units of the delta."""
+    ring_bits: Literal[16, 32] = 32
+    weights: Literal["equal", "size-class", "examples"] = "equal"
+    """`equal`, `size-class` (public, from the roster), or `examples`: the number of records,
+    masked; refused with differential privacy, since the exact sum of counts is itself a release."""
+    max_weight: Count = 1
+    """Largest weight that a site may use: 1 for `equal`."""
+
+
+class TrainingPlan(Value, frozen=True):
+    """Everything a job may do to a site's data."""
+
+    federation: Name
+    job: Name
+    model: BaseModel
+    task: Task
+    lora: Lora
+    training: Training
+    privacy: LocalPrivacy | NoPrivacy
+    aggregation: Aggregation
+    version: Literal[1] = 1
+
+    def digest(self) -> bytes:
+        """What all parties compare to know that they follow the same plan."""
+        return digest(label_of(TrainingPlan), encode(self))
+
+    def trained_tensors(self, round_number: int) -> tuple[Tensor, ...]:
+        """The tensors that change in a round (from 1), in the order in which they are flattened."""
+        frozen: tuple[str, ...] = ()
+        if self.lora.method == "ffa":
+            frozen = ("lora_A",)
+        elif self.lora.method == "alternate":
+            frozen = ("lora_A",) if round_number % 2 == 1 else ("lora_B",)
+        return tuple(tensor for tensor in self.lora.tensors if tensor.role not in frozen)
+
+
+def check_plan(plan: TrainingPlan) -> None:
+    """Refuses a plan whose parts do not fit together; what one field may hold, its type checks.
+
+    Raises:
+        PlanError: names the field.
+    """
+    if plan.aggregation.weights == "examples" and isinstance(plan.privacy, LocalPrivacy):
+        raise PlanError(
+            "example counts as weights would release an exact count beside the private delta",
+            field="aggregation.weights",
+            found="examples",
+            accepted="equal or size-class while privacy.mode is local",
+        )
+    if plan.aggregation.weights == "equal" and plan.aggregation.max_weight != 1:
+        raise PlanError(
+            "equal weights are all 1",
+            field="aggregation.max_weight",
+            found=plan.aggregation.max_weight,
+            accepted=1,
+        )
+    names = [tensor.name for tensor in plan.lora.tensors]
+    if not names or len(set(names)) != len(names):
+        raise PlanError(
+            "the tensors of an adapter must be at least one, each named once",
+            field="lora.tensors",
+            found=f"{len(names)} names, {len(set(names))} different",
+        )

@@ -1,0 +1,65 @@
+"""What the operator signs about a job: the header of an attempt, and the release that it leads to."""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from umbel_common.canonical import Digest, Name, Value, digest, encode
+from umbel_common.identity import label_of
+
+RoundNumber = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+AttemptNumber = Annotated[int, msgspec.Meta(ge=1, le=1_000)]
+Cohort = Annotated[tuple[Name, ...], msgspec.Meta(min_length=2, max_length=100)]
+"""Names of sites, sorted, each once."""
+
+
+def check_sorted(names: tuple[str, ...]) -> None:
+    """For `__post_init__`: a set has one encoding, sorted and without repetition."""
+    if list(names) != sorted(set(names)):
+        raise ValueError("site names must be unique and sorted")
+
+
+class RoundHeader(Value, frozen=True):
+    """One attempt at one round: what every mask, share and signature of it is bound to."""
+
+    federation: Name
+    job: Name
+    round: RoundNumber
+    attempt: AttemptNumber
+    plan: Digest
+    roster: Digest
+    adapter: Digest
+    """Digest of the global adapter that training starts from."""
+    cohort: Cohort
+    version: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        check_sorted(self.cohort)
+
+    def context(self) -> bytes:
+        """The 32-byte `ctx` that goes into every key derivation of the attempt.
+
+        Two sites that were shown different headers derive masks that do not cancel: an inconsistent
+        server gets noise (the answer to Pasquini et al. 2022, arXiv 2111.07380).
+        """
+        return digest(label_of(RoundHeader), encode(self))
+
+
+class Release(Value, frozen=True):
+    """One global adapter: the initial one (round 0) or the outcome of a round."""
+
+    federation: Name
+    job: Name
+    plan: Digest
+    round: Annotated[int, msgspec.Meta(ge=0, le=10_000)]
+    attempt: Annotated[int, msgspec.Meta(ge=0, le=1_000)]
+    context: Digest
+    """`RoundHeader.context` of the attempt that gave it; zeros for round 0."""
+    adapter: Digest
+    survivors: Annotated[tuple[Name, ...], msgspec.Meta(max_length=100)]
+    """The sites whose deltas are in the sum."""
+    total_weight: Annotated[int, msgspec.Meta(ge=0)]
+    version: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        check_sorted(self.survivors)

@@ -1,0 +1,220 @@
+"""The closed set of messages between server and site, sealed by the sender's identity.
+
+A sealed message is `magic (4) | signature (64) | body`. The signature covers a label that names the
+direction and the addressee, so a message is good for one site and one direction only; the body is
+the strict MessagePack encoding of one of the types below. Order of checks on receipt: size, magic,
+signature against the pinned key, decoding. Nothing is parsed, and nothing allocated, before the
+first three passed.
+"""
+
+from typing import Annotated, TypeAlias
+
+import msgspec
+
+from umbel_common.canonical import Digest, Name, Value, decode
+from umbel_common.errors import RemoteProtocolError, SignatureError
+from umbel_common.identity import SIGNATURE_BYTES, Identity, Signed, verify
+from umbel_common.plan import TrainingPlan
+from umbel_common.secagg.messages import EncryptedShare, RevealedShare, SurvivorSignature
+from umbel_common.statements import Cohort
+
+MAGIC = b"UMB1"
+HEADER_BYTES = len(MAGIC) + SIGNATURE_BYTES
+
+Blob = Annotated[bytes, msgspec.Meta(max_length=2**31 - 1)]
+MAX_SITES = 100
+
+
+class Message(Value, frozen=True, tag_field="type"):
+    """Base of the messages; the tag is the name of the type."""
+
+
+class OfferRequest(Message, frozen=True, tag="offer"):
+    """A plan that the operator wants to run. The site judges it by its own policy."""
+
+    plan: Signed
+
+
+class OfferReply(Message, frozen=True, tag="offer-accepted"):
+    """The site is ready to train under this plan."""
+
+    plan: Digest
+
+
+class TrainRequest(Message, frozen=True, tag="train"):
+    """Stage 1: train from this global adapter, then advertise fresh keys."""
+
+    header: Signed
+    release: Signed
+    """The `Release` whose adapter training starts from."""
+    adapter: Blob
+    """Its flat vector, float32 little-endian."""
+
+
+class TrainReply(Message, frozen=True, tag="trained"):
+    """Training is done; the `KeyAdvert` for this attempt."""
+
+    advert: Signed
+
+
+class ShareRequest(Message, frozen=True, tag="share"):
+    """Stage 2: the adverts of U1, in the order of their sites' names."""
+
+    context: Digest
+    adverts: Annotated[tuple[Signed, ...], msgspec.Meta(max_length=MAX_SITES)]
+
+
+class ShareReply(Message, frozen=True, tag="shared"):
+    """One encrypted pair of shares for each peer of U1."""
+
+    context: Digest
+    shares: Annotated[tuple[EncryptedShare, ...], msgspec.Meta(max_length=MAX_SITES)]
+
+
+class MaskRequest(Message, frozen=True, tag="mask"):
+    """Stage 3: the shares addressed to this site; their senders, and itself, are U2."""
+
+    context: Digest
+    shares: Annotated[tuple[EncryptedShare, ...], msgspec.Meta(max_length=MAX_SITES)]
+
+
+class MaskReply(Message, frozen=True, tag="masked"):
+    """The masked vector: elements of the ring, little-endian."""
+
+    context: Digest
+    vector: Blob
+
+
+class ConfirmRequest(Message, frozen=True, tag="confirm"):
+    """Stage 4: the survivors U3."""
+
+    context: Digest
+    survivors: Cohort
+
+
+class ConfirmReply(Message, frozen=True, tag="confirmed"):
+    """This site's signature over U3."""
+
+    context: Digest
+    signature: SurvivorSignature
+
+
+class UnmaskRequest(Message, frozen=True, tag="unmask"):
+    """Stage 5: the signatures over U3."""
+
+    context: Digest
+    signatures: Annotated[tuple[SurvivorSignature, ...], msgspec.Meta(max_length=MAX_SITES)]
+
+
+class UnmaskReply(Message, frozen=True, tag="unmasked"):
+    """One share for each site of U2."""
+
+    context: Digest
+    shares: Annotated[tuple[RevealedShare, ...], msgspec.Meta(max_length=MAX_SITES)]
+
+
+class FinishRequest(Message, frozen=True, tag="finish"):
+    """The last release of the job, for the site to keep."""
+
+    release: Signed
+    adapter: Blob
+
+
+class FinishReply(Message, frozen=True, tag="finished"):
+    """The site verified and stored the adapter."""
+
+    adapter: Digest
+
+
+class Refusal(Message, frozen=True, tag="refused"):
+    """The site does not do what was asked; the reason is a code without private detail."""
+
+    check: Annotated[str, msgspec.Meta(pattern="^[a-z0-9-]{1,64}$")]
+
+
+Request: TypeAlias = (
+    OfferRequest
+    | TrainRequest
+    | ShareRequest
+    | MaskRequest
+    | ConfirmRequest
+    | UnmaskRequest
+    | FinishRequest
+)
+Reply: TypeAlias = (
+    OfferReply
+    | TrainReply
+    | ShareReply
+    | MaskReply
+    | ConfirmReply
+    | UnmaskReply
+    | FinishReply
+    | Refusal
+)
+
+
+def size_limit(plan: TrainingPlan | None) -> int:
+    """Largest sealed message, in bytes, that is looked at under `plan` (None: before any plan).
+
+    One adapter or masked vector, and generous room for what grows with the number of sites.
+    """
+    vector = 0 if plan is None else 4 * (plan.lora.size + 1)
+    return HEADER_BYTES + vector + 4096 + MAX_SITES * 1024 + 2**20
+
+
+def seal_request(operator: Identity, site: str, request: Request) -> bytes:
+    """A request as it travels to `site`."""
+    return _seal(operator, f"request to {site}", request)
+
+
+def open_request(operator_key: bytes, site: str, data: bytes, *, limit: int) -> Request:
+    """Opens a request addressed to `site`.
+
+    Raises:
+        RemoteProtocolError: `oversized-message`, `malformed-message` or `pinned-signature`.
+    """
+    body = _open(operator_key, f"request to {site}", data, limit)
+    return decode(body, Request)  # type: ignore[arg-type]  # a union is a decodable type
+
+
+def seal_reply(identity: Identity, site: str, reply: Reply) -> bytes:
+    """A reply as it travels from `site`."""
+    return _seal(identity, f"reply from {site}", reply)
+
+
+def open_reply(site_key: bytes, site: str, data: bytes, *, limit: int) -> Reply:
+    """Opens a reply of `site`.
+
+    Raises:
+        RemoteProtocolError: `oversized-message`, `malformed-message` or `pinned-signature`.
+    """
+    body = _open(site_key, f"reply from {site}", data, limit)
+    return decode(body, Reply)  # type: ignore[arg-type]  # a union is a decodable type
+
+
+def _seal(identity: Identity, label: str, message: Request | Reply) -> bytes:
+    # The body is encoded behind room for the header: a vector of megabytes is not copied again.
+    buffer = bytearray(HEADER_BYTES)
+    msgspec.msgpack.Encoder().encode_into(message, buffer, HEADER_BYTES)
+    with memoryview(buffer) as view:
+        signature = identity.sign(label, view[HEADER_BYTES:])
+    buffer[:HEADER_BYTES] = MAGIC + signature
+    return bytes(buffer)
+
+
+def _open(key: bytes, label: str, data: bytes, limit: int) -> memoryview:
+    if len(data) > limit:
+        raise RemoteProtocolError(
+            "oversized-message",
+            "a message is larger than this plan allows",
+            found=f"{len(data)} bytes",
+            accepted=f"at most {limit} bytes",
+        )
+    if len(data) <= HEADER_BYTES or data[: len(MAGIC)] != MAGIC:
+        raise RemoteProtocolError("malformed-message", "this is no sealed message of version 1")
+    body = memoryview(data)[HEADER_BYTES:]
+    try:
+        verify(key, label, body, data[len(MAGIC) : HEADER_BYTES])
+    except SignatureError as error:
+        raise RemoteProtocolError("pinned-signature", error.message) from None
+    return body
