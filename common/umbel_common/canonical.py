@@ -21,7 +21,7 @@ Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 """A SHA-256 digest."""
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?$")]
-"""The name of a federation, job or site: lower-case letters, digits and inner hyphens, at most 64."""
+"""Name of a federation, job or site: lower-case letters, digits, inner hyphens; at most 64."""
 
 T = TypeVar("T")
 
@@ -48,7 +48,9 @@ def decode(data: bytes | memoryview, kind: type[T]) -> T:
         return msgspec.msgpack.decode(data, type=kind, strict=True)
     except (msgspec.MsgspecError, RecursionError, OverflowError, UnicodeDecodeError) as error:
         name = getattr(kind, "__name__", "message")
-        raise RemoteProtocolError("malformed-message", f"a {name} does not decode: {error}") from None
+        raise RemoteProtocolError(
+            "malformed-message", f"a {name} does not decode: {error}"
+        ) from None
 
 
 def decode_canonical(data: bytes, kind: type[V]) -> V:

@@ -20,6 +20,7 @@ PublicKey = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 
 SIGNATURE_BYTES = 64
 
+
 def fingerprint(public_key: bytes) -> str:
     """A public key as people compare it: eight groups of four base32 letters (160 bits)."""
     text = base64.b32encode(digest("fingerprint", public_key)[:20]).decode("ascii").lower()
@@ -77,7 +78,9 @@ class Signed(Value, frozen=True):
     """A statement and its signature; the statement stays in the bytes that were signed."""
 
     statement: bytes
-    signature: Annotated[bytes, msgspec.Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
+    signature: Annotated[
+        bytes, msgspec.Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)
+    ]
 
 
 def sign(identity: Identity, statement: Value) -> Signed:

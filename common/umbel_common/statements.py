@@ -1,4 +1,4 @@
-"""What the operator signs about a job: the header of an attempt, and the release that it leads to."""
+"""What the operator signs about a job: the header of an attempt, and the release it leads to."""
 
 from typing import Annotated, Literal
 

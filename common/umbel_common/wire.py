@@ -11,7 +11,7 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
-from umbel_common.canonical import Digest, Name, Value, decode
+from umbel_common.canonical import Digest, Value, decode
 from umbel_common.errors import RemoteProtocolError, SignatureError
 from umbel_common.identity import SIGNATURE_BYTES, Identity, Signed, verify
 from umbel_common.plan import TrainingPlan

@@ -1,0 +1,188 @@
+"""The adapter as a flat vector, its public initial value, and its form as a PEFT folder.
+
+The vector holds the plan's tensors one after the other, row-major float32: this is what is hashed,
+summed and released. File formats and disks are the callers' business.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from umbel_common.canonical import digest
+from umbel_common.errors import PlanError, RemoteProtocolError
+from umbel_common.plan import Tensor, TrainingPlan
+
+Vector: TypeAlias = npt.NDArray[np.float32]
+
+LORA_PREFIX = "base_model.model."
+"""Every tensor name that PEFT saves starts so; the head of a mean-pool classifier does not."""
+
+
+def size_of(tensors: Sequence[Tensor]) -> int:
+    """Number of elements of the vector of `tensors`."""
+    return sum(tensor.size for tensor in tensors)
+
+
+def flatten(values: Mapping[str, npt.NDArray[Any]], tensors: Sequence[Tensor]) -> Vector:
+    """The float32 vector of `tensors`, in their order.
+
+    Raises:
+        PlanError: a tensor is missing or has another shape than the plan says.
+    """
+    vector = np.empty(size_of(tensors), dtype=np.float32)
+    start = 0
+    for tensor in tensors:
+        value = values.get(tensor.name)
+        if value is None or value.shape != tensor.shape:
+            raise PlanError(
+                "a tensor of the adapter is not as planned",
+                field=tensor.name,
+                found="missing" if value is None else value.shape,
+                accepted=tensor.shape,
+            )
+        vector[start : start + tensor.size] = value.reshape(-1)
+        start += tensor.size
+    return vector
+
+
+def unflatten(vector: Vector, tensors: Sequence[Tensor]) -> dict[str, Vector]:
+    """Views into `vector` by tensor name, each in its shape; the inverse of `flatten`.
+
+    Raises:
+        PlanError: the vector has another length than the tensors.
+    """
+    if vector.shape != (size_of(tensors),):
+        raise PlanError(
+            "an adapter vector has the wrong length",
+            found=vector.shape,
+            accepted=(size_of(tensors),),
+        )
+    values = {}
+    start = 0
+    for tensor in tensors:
+        values[tensor.name] = vector[start : start + tensor.size].reshape(tensor.shape)
+        start += tensor.size
+    return values
+
+
+def merge(vector: Vector, delta: Vector, plan: TrainingPlan, round_number: int) -> Vector:
+    """The whole adapter after `delta`, which covers only what the round trains, was added."""
+    values = unflatten(vector, plan.lora.tensors)
+    changes = unflatten(delta, plan.trained_tensors(round_number))
+    return flatten(
+        {
+            name: value + changes[name] if name in changes else value
+            for name, value in values.items()
+        },
+        plan.lora.tensors,
+    )
+
+
+def adapter_digest(plan_digest: bytes, vector: Vector) -> bytes:
+    """The content address of an adapter: its values under the plan that gives them meaning."""
+    return digest("adapter", plan_digest + to_bytes(vector))
+
+
+def to_bytes(vector: Vector) -> bytes:
+    """How a vector travels: float32, little-endian."""
+    return np.ascontiguousarray(vector, dtype="<f4").tobytes()
+
+
+def from_bytes(data: bytes, length: int) -> Vector:
+    """The inverse of `to_bytes`; the result is read-only.
+
+    Raises:
+        RemoteProtocolError: wrong length, or a value that is not finite.
+    """
+    if len(data) != 4 * length:
+        raise RemoteProtocolError(
+            "adapter-length",
+            "an adapter has the wrong length",
+            found=f"{len(data)} bytes",
+            accepted=f"{4 * length} bytes",
+        )
+    vector = np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
+    if not np.isfinite(vector).all():
+        raise RemoteProtocolError("adapter-values", "an adapter holds values that are not finite")
+    return vector
+
+
+def initial_vector(plan: TrainingPlan) -> Vector:
+    """The adapter that every party computes for itself before the first round.
+
+    A has orthonormal rows (or columns, where the rank exceeds the input), B is zero, so the model
+    starts unchanged; a mean-pool head is zero, a stock head is random with standard deviation 0.02.
+    Values come from SHAKE-256 of the public seed and the tensor's name, not from any library's
+    generator, so the same plan gives the same bytes everywhere.
+    """
+    values = {}
+    for tensor in plan.lora.tensors:
+        if tensor.role == "lora_A":
+            values[tensor.name] = _orthonormal(_normal(plan.lora.seed, tensor))
+        elif tensor.role == "head" and plan.task.head == "stock" and len(tensor.shape) > 1:
+            values[tensor.name] = (0.02 * _normal(plan.lora.seed, tensor)).astype(np.float32)
+        else:
+            values[tensor.name] = np.zeros(tensor.shape, dtype=np.float32)
+    return flatten(values, plan.lora.tensors)
+
+
+def peft_config(plan: TrainingPlan) -> dict[str, Any]:
+    """The content of `adapter_config.json`, without the need for PEFT to write it."""
+    lora = plan.lora
+    stock = plan.task.head == "stock"
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if stock else "FEATURE_EXTRACTION",
+        "base_model_name_or_path": plan.model.name,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": list(lora.target_modules),
+        "modules_to_save": ["classifier"] if stock else None,
+    }
+    if lora.layers is not None:
+        config["layers_to_transform"] = list(lora.layers)
+    return config
+
+
+def _normal(seed: int, tensor: Tensor) -> npt.NDArray[np.float64]:
+    """Values of mean 0 and variance 1 in the tensor's shape: sums of twelve uniform ones.
+
+    Integer sums are exact, where a logarithm's last bit differs between builds of one library.
+    """
+    label = f"umbel/1 initial adapter {seed} {tensor.name}".encode()
+    stream = hashlib.shake_256(label).digest(48 * tensor.size)
+    words = np.frombuffer(stream, dtype="<u4").reshape(tensor.size, 12)
+    total = words.sum(axis=1, dtype=np.int64) - 6 * (2**32 - 1)
+    values: npt.NDArray[np.float64] = total * 2.0**-32
+    return values.reshape(tensor.shape)
+
+
+def _orthonormal(matrix: npt.NDArray[np.float64]) -> Vector:
+    """Orthonormal rows by Gram and Schmidt's process, twice for accuracy.
+
+    Not LAPACK's QR: its signs and last bits differ between builds, and the initial adapter must
+    have one digest everywhere. Every operation here is exactly rounded.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    rows: list[npt.NDArray[np.float64]] = []
+    for row in wide:
+        for _ in range(2):
+            for other in rows:
+                row = row - _dot(row, other) * other
+        rows.append(row / math.sqrt(_dot(row, row)))
+    result = np.stack(rows)
+    return np.ascontiguousarray(
+        result if matrix.shape[0] <= matrix.shape[1] else result.T, dtype=np.float32
+    )
+
+
+def _dot(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> float:
+    return math.fsum((left * right).tolist())

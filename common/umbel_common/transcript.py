@@ -1,0 +1,193 @@
+"""The audit transcript: a hash chain of what happened in a job, each entry signed by the operator.
+
+An entry commits to all entries before it, so nothing can be removed, reordered or changed without
+the operator's key, and with it only by signing a second history, which any site that kept the head
+of the first (each signed release names its round) can show. Entries hold digests, names and the
+sites' own signed statements; never a sample, a vector or a secret.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+from umbel_common.canonical import Digest, Name, Value, digest, encode
+from umbel_common.errors import RemoteProtocolError, SignatureError, VerificationError
+from umbel_common.identity import Identity, Roster, Signed, open_signed, sign
+from umbel_common.plan import TrainingPlan
+from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
+from umbel_common.statements import Release, RoundHeader
+
+GENESIS = bytes(32)
+
+
+class JobStarted(Value, frozen=True, tag_field="event", tag="job-started"):
+    """The plan and roster that everything later refers to, and release 0."""
+
+    plan: Signed
+    roster: Digest
+    release: Signed
+
+
+class RoundReleased(Value, frozen=True, tag_field="event", tag="round-released"):
+    """An attempt that gave a new global adapter, with the sites' own signatures."""
+
+    header: Signed
+    adverts: tuple[Signed, ...]
+    confirmations: tuple[SurvivorSignature, ...]
+    release: Signed
+
+
+class AttemptAborted(Value, frozen=True, tag_field="event", tag="attempt-aborted"):
+    """An attempt that released nothing, and the check that ended it."""
+
+    header: Signed
+    check: str
+    refusals: tuple[tuple[Name, str], ...]
+    """Sites that refused, each with its reason code."""
+
+
+class JobFinished(Value, frozen=True, tag_field="event", tag="job-finished"):
+    """The last release reached these sites."""
+
+    release: Digest
+    delivered: tuple[Name, ...]
+
+
+Event: TypeAlias = JobStarted | RoundReleased | AttemptAborted | JobFinished
+
+
+class Entry(Value, frozen=True):
+    """One link of the chain; its hash is the digest of its encoding."""
+
+    index: Annotated[int, msgspec.Meta(ge=0)]
+    previous: Digest
+    event: Event
+    version: Literal[1] = 1
+
+    def digest(self) -> bytes:
+        """What the next entry names as `previous`."""
+        return digest("Entry", encode(self))
+
+
+def append(operator: Identity, index: int, head: bytes, event: Event) -> tuple[bytes, Signed]:
+    """The new head and the signed entry that follows `head` (`GENESIS` at index 0)."""
+    entry = Entry(index=index, previous=head, event=event)
+    return entry.digest(), sign(operator, entry)
+
+
+class VerifiedJob(Value, frozen=True):
+    """What a verified transcript proves."""
+
+    plan: TrainingPlan
+    releases: tuple[Release, ...]
+    aborted_attempts: int
+    delivered: tuple[str, ...]
+    head: Digest
+
+
+def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
+    """Checks the chain, every signature, and that each release follows from what sites signed.
+
+    For each released round: the header names the plan, the roster and the adapter of the release
+    before; every advert is by its site over this attempt; at least the plan's threshold of
+    survivors signed one and the same survivor set; the release names that set.
+
+    Raises:
+        VerificationError: names the entry and what is wrong with it.
+    """
+    head = GENESIS
+    plan: TrainingPlan | None = None
+    releases: list[Release] = []
+    aborted = 0
+    delivered: tuple[str, ...] = ()
+    for index, signed in enumerate(entries):
+        try:
+            entry = open_signed(signed, Entry, roster.operator)
+            _require(entry.index == index, "its index is out of order")
+            _require(entry.previous == head, "it does not follow the entry before")
+            head = entry.digest()
+            match entry.event:
+                case JobStarted():
+                    _require(index == 0, "a job starts once, at the beginning")
+                    plan, first = _verify_start(entry.event, roster)
+                    releases.append(first)
+                case RoundReleased() if plan is not None:
+                    releases.append(_verify_release(entry.event, plan, roster, releases[-1]))
+                case AttemptAborted() if plan is not None:
+                    header = open_signed(entry.event.header, RoundHeader, roster.operator)
+                    _require(header.plan == plan.digest(), "its header names another plan")
+                    aborted += 1
+                case JobFinished() if plan is not None:
+                    _require(index == len(entries) - 1, "something follows the end of the job")
+                    _require(
+                        entry.event.release == releases[-1].adapter, "the last release differs"
+                    )
+                    delivered = entry.event.delivered
+                case _:
+                    raise VerificationError("it comes before the start of the job")
+        except (SignatureError, RemoteProtocolError, VerificationError) as error:
+            raise VerificationError(
+                f"entry {index} of the transcript does not verify: {error.message}"
+            ) from None
+    if plan is None:
+        raise VerificationError("the transcript is empty")
+    return VerifiedJob(
+        plan=plan,
+        releases=tuple(releases),
+        aborted_attempts=aborted,
+        delivered=delivered,
+        head=head,
+    )
+
+
+def _verify_start(event: JobStarted, roster: Roster) -> tuple[TrainingPlan, Release]:
+    plan = open_signed(event.plan, TrainingPlan, roster.operator)
+    release = open_signed(event.release, Release, roster.operator)
+    _require(event.roster == roster.digest(), "it names another roster")
+    _require(release.round == 0 and release.plan == plan.digest(), "release 0 is of another plan")
+    return plan, release
+
+
+def _verify_release(
+    event: RoundReleased, plan: TrainingPlan, roster: Roster, former: Release
+) -> Release:
+    header = open_signed(event.header, RoundHeader, roster.operator)
+    release = open_signed(event.release, Release, roster.operator)
+    context = header.context()
+    _require(header.plan == plan.digest(), "its header names another plan")
+    _require(header.roster == roster.digest(), "its header names another roster")
+    _require(header.round == former.round + 1, "its round does not follow the release before")
+    _require(header.adapter == former.adapter, "its round does not start from the release before")
+    _require(
+        (release.plan, release.round, release.attempt, release.context)
+        == (header.plan, header.round, header.attempt, context),
+        "its release is not of this attempt",
+    )
+    advertised = set()
+    for advert in event.adverts:
+        site = msgspec.msgpack.decode(advert.statement, type=KeyAdvert).site
+        statement = open_signed(advert, KeyAdvert, roster.member(site).public_key)
+        _require(statement.context == context, f"the keys of {site} are of another attempt")
+        advertised.add(site)
+    _require(set(release.survivors) <= advertised, "a survivor never advertised keys")
+    confirmed = set()
+    for confirmation in event.confirmations:
+        key = roster.member(confirmation.site).public_key
+        survivors = open_signed(confirmation.signed, Survivors, key)
+        _require(
+            survivors == Survivors(context=context, sites=release.survivors),
+            f"{confirmation.site} confirmed another survivor set",
+        )
+        confirmed.add(confirmation.site)
+    _require(confirmed <= set(release.survivors), "a site confirmed that is no survivor")
+    _require(
+        len(confirmed) >= plan.aggregation.threshold,
+        f"only {len(confirmed)} sites confirmed, the threshold is {plan.aggregation.threshold}",
+    )
+    return release
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise VerificationError(what)

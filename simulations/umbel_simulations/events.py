@@ -1,0 +1,87 @@
+"""What happens during a run, as values: the live view draws them and `metrics.jsonl` keeps them."""
+
+from typing import TypeAlias
+
+import msgspec
+
+
+class Event(msgspec.Struct, frozen=True, tag_field="event", kw_only=True):
+    """Base; `seconds` since the run began."""
+
+    seconds: float
+
+
+class Started(Event, frozen=True, tag="started"):
+    """The federation is set up."""
+
+    name: str
+    sites: dict[str, int]
+    """Records of each site."""
+    rounds: int
+    steps: int
+    """Optimiser steps of each site over the whole job."""
+
+
+class Preparing(Event, frozen=True, tag="preparing"):
+    """Work before the first round, such as filling the caches of frozen layers."""
+
+    what: str
+    site: str | None
+    done: int
+    total: int
+
+
+class SiteStep(Event, frozen=True, tag="site-step"):
+    """A site finished a local step."""
+
+    site: str
+    round: int
+    step: int
+    """Steps done, from 1, within the round."""
+    steps: int
+
+
+class SiteStage(Event, frozen=True, tag="site-stage"):
+    """A site answered a request, or refused it."""
+
+    site: str
+    round: int
+    attempt: int
+    stage: str
+    """train, share, mask, confirm, unmask or finish."""
+    refusal: str | None
+    sent_bytes: int
+    received_bytes: int
+
+
+class RoundReleased(Event, frozen=True, tag="round-released"):
+    """A new global adapter."""
+
+    round: int
+    attempt: int
+    survivors: list[str]
+    accuracy: float
+    macro_f1: float
+    epsilon: dict[str, float | None]
+    """Epsilon spent by each site so far; null without differential privacy."""
+
+
+class AttemptAborted(Event, frozen=True, tag="attempt-aborted"):
+    """Nothing was released; the round is tried again or the job fails."""
+
+    round: int
+    attempt: int
+    check: str
+
+
+class BaselineStep(Event, frozen=True, tag="baseline-step"):
+    """Progress of a comparison."""
+
+    name: str
+    done: int
+    total: int
+
+
+AnyEvent: TypeAlias = (
+    Started | Preparing | SiteStep | SiteStage | RoundReleased | AttemptAborted | BaselineStep
+)

@@ -1,0 +1,81 @@
+"""The outcome of a run: what the table, the report and `summary.json` show."""
+
+import msgspec
+
+
+class Score(msgspec.Struct, frozen=True):
+    """A classifier on the held-out public set."""
+
+    accuracy: float
+    macro_f1: float
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """One row of the final table."""
+
+    name: str
+    """majority, head-only, local-only, federated or pooled."""
+    description: str
+    score: Score
+    parts: dict[str, Score] = {}
+    """What a mean is taken over: one score for each site, in `local-only`."""
+
+
+class CurvePoint(msgspec.Struct, frozen=True):
+    """The federated adapter after a round; round 0 is the initial adapter."""
+
+    round: int
+    score: Score
+    epsilon: dict[str, float | None]
+
+
+class SiteResult(msgspec.Struct, frozen=True):
+    """One site."""
+
+    name: str
+    records: int
+    labels: dict[str, int]
+    """Records of each label."""
+    epsilon: float | None
+    """Spent over the whole job, against anyone; null without differential privacy."""
+    delta: float | None
+    noise_multiplier: float | None
+    sampling_rate: float
+    sent_clear_bytes: int
+    """Bytes of model or data values that left unmasked: what the wire count found, not a claim."""
+    sent_masked_bytes: int
+    """Bytes of masked vectors that left."""
+    sent_protocol_bytes: int
+    """Keys, encrypted shares and signatures."""
+    received_bytes: int
+
+
+class RunSummary(msgspec.Struct, frozen=True):
+    """Everything that a reader of a run wants to know."""
+
+    name: str
+    scenario: str
+    seed: int
+    insecure_test_seed: int | None
+    """Not null: noise and masks were predictable; nothing here is private."""
+    model: str
+    data: str
+    test_records: int
+    method: str
+    privacy: str
+    """`local` or `none`."""
+    rounds: int
+    local_steps: int
+    trained_parameters: int
+    standard_error: float
+    """Of an accuracy near the federated one on a test set of this size, in units of accuracy."""
+    comparisons: list[Comparison]
+    curve: list[CurvePoint]
+    sites: list[SiteResult]
+    aborted_attempts: int
+    adapter_digest: str
+    transcript_head: str
+    seconds: dict[str, float]
+    """Wall time of each phase."""
+    versions: dict[str, str]
+    """Of the packages that shape the result."""
