@@ -1,1 +1,1 @@
-""" """
+"""A site's side: it judges, trains, and sends what its own policy and ledger allow."""

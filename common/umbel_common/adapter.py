@@ -1,7 +1,7 @@
-"""The adapter as a flat vector, its public initial value, and its form as a PEFT folder.
+"""The adapter as a flat vector, and its public initial value.
 
 The vector holds the plan's tensors one after the other, row-major float32: this is what is hashed,
-summed and released. File formats and disks are the callers' business.
+summed and released.
 """
 
 import hashlib
@@ -17,9 +17,6 @@ from umbel_common.errors import PlanError, RemoteProtocolError
 from umbel_common.plan import Tensor, TrainingPlan
 
 Vector: TypeAlias = npt.NDArray[np.float32]
-
-LORA_PREFIX = "base_model.model."
-"""Every tensor name that PEFT saves starts so; the head of a mean-pool classifier does not."""
 
 
 def size_of(tensors: Sequence[Tensor]) -> int:
@@ -128,28 +125,6 @@ def initial_vector(plan: TrainingPlan) -> Vector:
         else:
             values[tensor.name] = np.zeros(tensor.shape, dtype=np.float32)
     return flatten(values, plan.lora.tensors)
-
-
-def peft_config(plan: TrainingPlan) -> dict[str, Any]:
-    """The content of `adapter_config.json`, without the need for PEFT to write it."""
-    lora = plan.lora
-    stock = plan.task.head == "stock"
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if stock else "FEATURE_EXTRACTION",
-        "base_model_name_or_path": plan.model.name,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "target_modules": list(lora.target_modules),
-        "modules_to_save": ["classifier"] if stock else None,
-    }
-    if lora.layers is not None:
-        config["layers_to_transform"] = list(lora.layers)
-    return config
 
 
 def _normal(seed: int, tensor: Tensor) -> npt.NDArray[np.float64]:

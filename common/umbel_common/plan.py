@@ -81,7 +81,7 @@ class Lora(Value, frozen=True):
     """`both`: A and B in each round. `ffa`: A frozen as initialised (Sun et al. 2024).
     `alternate`: B in odd rounds, A in even ones (RoLoRA, Chen et al. 2024); B first, because with
     B = 0 the gradient of A is zero and a round of A would release noise alone."""
-    seed: Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
     """Public seed of the initial adapter: A with orthonormal rows, B zero."""
     tensors: tuple[Tensor, ...]
     """Every tensor of the adapter, in the order in which it is flattened."""

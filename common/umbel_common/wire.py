@@ -21,6 +21,11 @@ from umbel_common.statements import Cohort
 MAGIC = b"UMB1"
 HEADER_BYTES = len(MAGIC) + SIGNATURE_BYTES
 
+FLOWER_MESSAGE_TYPE = "train.umbel"
+FLOWER_RECORD = "umbel"
+FLOWER_FIELD = "sealed"
+"""A Flower message carries one record with one field: the sealed bytes."""
+
 Blob = Annotated[bytes, msgspec.Meta(max_length=2**31 - 1)]
 MAX_SITES = 100
 

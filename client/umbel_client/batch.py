@@ -1,0 +1,46 @@
+"""What a model is given for a few records at once, padded to the longest of them."""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """Whole records, for a forward pass from the embeddings on."""
+
+    ids: torch.Tensor
+    """int64[n, t]."""
+    mask: torch.Tensor
+    """int64[n, t], 1 where there is a token."""
+
+
+@dataclass(frozen=True)
+class HiddenInputs:
+    """Outputs of the frozen lower layers, for a forward pass through the others."""
+
+    hidden: torch.Tensor
+    """float32[n, t, hidden size], zero where there is no token."""
+    mask: torch.Tensor
+    """int64[n, t], 1 where there is a token."""
+
+
+@dataclass(frozen=True)
+class PooledInputs:
+    """Pooled, normalised vectors, where only the head on top of them is trained."""
+
+    pooled: torch.Tensor
+    """float32[n, hidden size]."""
+
+
+Inputs: TypeAlias = TokenInputs | HiddenInputs | PooledInputs
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs and label indices of n records."""
+
+    inputs: Inputs
+    labels: torch.Tensor
+    """int64[n]."""

@@ -1,0 +1,150 @@
+"""A site's own records: JSON lines, CSV or Parquet through Hugging Face `datasets`, never a network.
+
+Error texts name the row, not its text; they are for the site's own log and never leave it.
+"""
+
+import csv
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from umbel_common.canonical import Digest, Value
+from umbel_common.errors import DataError
+from umbel_common.plan import Classification
+
+
+class Record(Value, frozen=True):
+    """One example."""
+
+    text: str
+    label: int
+    """Index into the plan's labels."""
+
+
+class Records(Value, frozen=True):
+    """A site's data set."""
+
+    records: tuple[Record, ...]
+    source: Digest
+    """SHA-256 of the file."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def texts(self) -> list[str]:
+        """In the order of the file."""
+        return [record.text for record in self.records]
+
+    @property
+    def labels(self) -> list[int]:
+        """In the order of the file."""
+        return [record.label for record in self.records]
+
+    def digest(self) -> bytes:
+        """Names the data set, and so its privacy ledger.
+
+        It covers the file and nothing of the plan: a plan that renames a column or reorders the
+        labels must not open a fresh ledger on the same records.
+        """
+        return self.source
+
+
+def load_records(path: Path, task: Classification) -> Records:
+    """Reads every row of a .jsonl, .csv or .parquet file; columns that the task does not name are
+    ignored.
+
+    Raises:
+        DataError: the file is missing, malformed, empty or of another kind; a column is missing; a
+            row has no text, or a label that the plan does not have.
+    """
+    if not path.is_file():
+        raise DataError("the data file does not exist", file=path)
+    table = _read(path)
+    for column in (task.text_column, task.label_column):
+        if column not in table.column_names:
+            raise DataError(
+                "a column is missing",
+                file=path,
+                field=column,
+                found=", ".join(table.column_names),
+                remedy="rename a column of the file, or the plan's text_column or label_column",
+            )
+    index_of = {label: index for index, label in enumerate(task.labels)}
+    pairs = zip(table[task.text_column], table[task.label_column], strict=True)
+    records = tuple(
+        Record(text=_text(path, task, row, text), label=_label(path, task, row, label, index_of))
+        for row, (text, label) in enumerate(pairs, start=1)
+    )
+    if not records:
+        raise DataError("the data file holds no record", file=path)
+    with path.open("rb") as file:
+        source = hashlib.file_digest(file, "sha256").digest()
+    return Records(records=records, source=source)
+
+
+def _text(path: Path, task: Classification, row: int, text: object) -> str:
+    if not isinstance(text, str) or not text.strip():
+        found = type(text).__name__ if not isinstance(text, str) else "an empty text"
+        raise DataError(
+            f"row {row} has no text",
+            file=path,
+            field=f"{task.text_column}, row {row}",
+            found=found,
+            accepted="a text that is not empty",
+        )
+    return text
+
+
+def _label(
+    path: Path, task: Classification, row: int, label: object, index_of: dict[str, int]
+) -> int:
+    # Codes such as 0 and 1 are numbers in JSON and Parquet, and texts in a plan.
+    name = str(label) if isinstance(label, int) and not isinstance(label, bool) else label
+    if not isinstance(name, str) or name not in index_of:
+        raise DataError(
+            f"row {row} has a label that the plan does not have",
+            file=path,
+            field=f"{task.label_column}, row {row}",
+            found=repr(label),
+            accepted=", ".join(task.labels),
+        )
+    return index_of[name]
+
+
+def _read(path: Path) -> datasets.Dataset:
+    readers: dict[str, Any] = {
+        ".jsonl": datasets.Dataset.from_json,
+        ".csv": datasets.Dataset.from_csv,
+        ".parquet": datasets.Dataset.from_parquet,
+    }
+    reader = readers.get(path.suffix)
+    if reader is None:
+        raise DataError(
+            "the data file is of an unknown kind",
+            file=path,
+            found=path.suffix or "no suffix",
+            accepted=", ".join(readers),
+        )
+    if path.stat().st_size == 0:
+        raise DataError("the data file holds no record", file=path)
+    options = _csv_options(path) if path.suffix == ".csv" else {}
+    try:
+        # Private data must leave no copy in the home folder's cache.
+        with tempfile.TemporaryDirectory(prefix="umbel-data-") as cache:
+            return reader(str(path), cache_dir=cache, keep_in_memory=True, **options)
+    except Exception as error:
+        raise DataError(
+            "the data file cannot be read", file=path, found=type(error.__cause__ or error).__name__
+        ) from None
+
+
+def _csv_options(path: Path) -> dict[str, Any]:
+    """Every column is text: left to itself the reader makes numbers of codes, and nothing of NA."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        header = next(csv.reader(file), [])
+    columns = {name: datasets.Value("string") for name in header}
+    return {"features": datasets.Features(columns), "keep_default_na": False}

@@ -1,0 +1,101 @@
+"""A round's delta on the site's disk: computed once, released under any number of attempts.
+
+The file holds the (noisy) delta and the optimiser's state behind it, and names the adapter that
+training started from. It appears complete or not at all, before the ledger learns its digest; the
+ledger's digest is what makes it final.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from umbel_common.adapter import Vector, to_bytes
+from umbel_common.canonical import digest
+from umbel_common.errors import LedgerError, StorageError
+
+State = dict[str, npt.NDArray[np.float32]]
+"""The optimiser's state by name, as `training.train_round` gives and takes it."""
+
+_DELTA = "delta"
+_STATE_PREFIX = "state."
+
+
+class DeltaCache:
+    """The deltas of one job."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is made if it is missing, readable by its owner only."""
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder = folder
+
+    def save(self, round_number: int, adapter: bytes, delta: Vector, state: State) -> bytes:
+        """Stores a round's delta; returns the digest that the ledger is to record.
+
+        Raises:
+            StorageError: the disk does not take it.
+        """
+        path = self._path(round_number)
+        partial = path.with_suffix(".partial")
+        tensors = {_DELTA: delta, **{_STATE_PREFIX + name: value for name, value in state.items()}}
+        try:
+            data = safetensors.numpy.save(tensors, metadata={"adapter": adapter.hex()})
+            with open(partial, "wb", opener=_private) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise StorageError("a delta cannot be stored", file=path, found=error) from error
+        return delta_digest(adapter, delta)
+
+    def load(self, round_number: int, expected: bytes | None = None) -> tuple[bytes, Vector, State]:
+        """Digest of the starting adapter, delta and optimiser state of a round.
+
+        Args:
+            expected: the digest that the ledger recorded, if it did.
+
+        Raises:
+            LedgerError: the file is missing, unreadable or not what the ledger recorded.
+        """
+        path = self._path(round_number)
+        try:
+            with safe_open(path, "numpy") as file:
+                adapter = bytes.fromhex((file.metadata() or {})["adapter"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+            delta = tensors.pop(_DELTA)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise LedgerError(
+                "the delta of a charged round cannot be read",
+                file=path,
+                found=error,
+                remedy="restore the file from a backup; this round cannot be computed again",
+            ) from error
+        if expected is not None and delta_digest(adapter, delta) != expected:
+            raise LedgerError(
+                "a delta is not the one that the ledger recorded",
+                file=path,
+                remedy="restore the file from a backup; this round cannot be computed again",
+            )
+        state = {name.removeprefix(_STATE_PREFIX): value for name, value in tensors.items()}
+        return adapter, delta, state
+
+    def has(self, round_number: int) -> bool:
+        """Whether a delta of that round is stored."""
+        return self._path(round_number).exists()
+
+    def _path(self, round_number: int) -> Path:
+        return self._folder / f"{round_number:05}.safetensors"
+
+
+def delta_digest(adapter: bytes, delta: Vector) -> bytes:
+    """What the ledger records of a delta: its values and the adapter that it started from."""
+    return digest("delta", adapter + to_bytes(delta))
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

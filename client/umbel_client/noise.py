@@ -1,0 +1,59 @@
+"""Randomness of differential privacy: Gaussian noise and Poisson batches from AES-256-CTR.
+
+The key is 32 bytes of injected entropy, fresh for each source, so that a restart never repeats a
+draw. Nothing comes from torch's or NumPy's generators: torch's holds 32 bits of seed on a CPU, and
+both are shared with every library of the process, which may seed them anew.
+"""
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
+
+from umbel_common.canonical import Entropy
+
+_BLOCK = 1 << 16
+"""Numbers drawn at once: half a megabyte of words stays in the cache."""
+
+
+class NoiseSource:
+    """One keystream; not thread-safe."""
+
+    def __init__(self, entropy: Entropy) -> None:
+        """Takes 32 bytes of `entropy` as its key."""
+        # A zero counter block is safe: the key is used for this one stream.
+        self._stream = Cipher(AES(entropy(32)), CTR(bytes(16))).encryptor()
+
+    def normal(self, size: int) -> npt.NDArray[np.float64]:
+        """Independent standard normal draws, float64[size], by Box and Muller's method (1958).
+
+        Uniform values carry 52 bits, so no draw lies further than 8.6 from zero: a Gaussian does so
+        with probability 1e-17.
+        """
+        draws = np.empty(size + size % 2)
+        for start in range(0, len(draws), _BLOCK):
+            block = draws[start : start + _BLOCK]
+            half = len(block) // 2
+            radius = np.sqrt(-2.0 * np.log(self._uniform(half)))
+            angle = 2.0 * np.pi * self._uniform(half)
+            np.multiply(radius, np.cos(angle), out=block[:half])
+            np.multiply(radius, np.sin(angle), out=block[half:])
+        return draws[:size]
+
+    def poisson_batch(self, records: int, rate: float) -> npt.NDArray[np.int64]:
+        """Indices of a batch that holds each of `records` records independently with probability
+        `rate`, in rising order; each decision compares 64 bits, so its bias is below 2**-64.
+        """
+        words = self._words(records)
+        if rate >= 1.0:
+            return np.arange(records, dtype=np.int64)
+        return np.flatnonzero(words < np.uint64(int(rate * 2.0**64))).astype(np.int64)
+
+    def _uniform(self, size: int) -> npt.NDArray[np.float64]:
+        """Values in the open interval (0, 1), all multiples of 2**-53 and exact."""
+        values: npt.NDArray[np.float64] = ((self._words(size) >> np.uint64(12)) + 0.5) * 2.0**-52
+        return values
+
+    def _words(self, size: int) -> npt.NDArray[np.uint64]:
+        return np.frombuffer(self._stream.update(bytes(8 * size)), dtype="<u8")

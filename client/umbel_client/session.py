@@ -1,0 +1,253 @@
+"""The site's protocol journal: what is answered is on disk before it is sent (Bonawitz et al. 2017
+assume that a client answers each stage once; a restart must not break that).
+
+One SQLite file at the site. For each attempt it keeps the header, the current secret state of
+secure aggregation, and each stage's answer with the digest of the request it answers. The same
+request again gets the same bytes again; another request for an answered stage is refused, also
+after a restart. Secret state is deleted when the attempt is over; the file lies beside the data
+itself and needs the same protection.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from umbel_common.canonical import decode_canonical, encode
+from umbel_common.errors import RemoteProtocolError, StorageError
+from umbel_common.identity import Signed
+from umbel_common.statements import RoundHeader
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE plans (job TEXT PRIMARY KEY, plan BLOB NOT NULL) STRICT;
+CREATE TABLE attempts (
+    context BLOB PRIMARY KEY, job TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
+    header BLOB NOT NULL, state BLOB, UNIQUE (job, round, attempt)
+) STRICT;
+CREATE TABLE answers (
+    context BLOB NOT NULL, stage TEXT NOT NULL, request BLOB NOT NULL, reply BLOB NOT NULL,
+    PRIMARY KEY (context, stage)
+) STRICT;
+CREATE TABLE releases (
+    job TEXT NOT NULL, round INTEGER NOT NULL, release BLOB NOT NULL, PRIMARY KEY (job, round)
+) STRICT;
+"""
+
+
+class Session:
+    """The journal of one site; used by one process and thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens or creates the journal, readable by its owner only.
+
+        Raises:
+            StorageError: it is corrupt, of another schema version, or cannot be written.
+        """
+        self._path = path
+        with self._storage_errors():
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = FULL")
+            # Deleted secrets are overwritten in the file, not only unlinked.
+            self._database.execute("PRAGMA secure_delete = ON")
+            (version,) = self._database.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                self._database.executescript(
+                    f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+                )
+            elif version != SCHEMA_VERSION:
+                raise StorageError(
+                    "a session journal has another schema version",
+                    file=path,
+                    found=version,
+                    accepted=SCHEMA_VERSION,
+                )
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._database.close()
+
+    def accept_plan(self, job: str, plan: Signed) -> None:
+        """Keeps the plan of a job; a job has one plan for ever.
+
+        Raises:
+            RemoteProtocolError: `job-has-other-plan`.
+        """
+        known = self.plan(job)
+        if known is None:
+            with self._transaction():
+                self._database.execute("INSERT INTO plans VALUES (?, ?)", (job, encode(plan)))
+        elif known.statement != plan.statement:
+            raise RemoteProtocolError("job-has-other-plan", f"job {job} was accepted otherwise")
+
+    def plan(self, job: str) -> Signed | None:
+        """The accepted plan of a job."""
+        with self._storage_errors():
+            row = self._database.execute("SELECT plan FROM plans WHERE job = ?", (job,)).fetchone()
+            return None if row is None else decode_canonical(row[0], Signed)
+
+    def plans(self) -> list[Signed]:
+        """Every plan that was ever accepted."""
+        return self._signed("SELECT plan FROM plans ORDER BY job")
+
+    def releases(self, job: str) -> list[Signed]:
+        """The releases of a job that this site has seen, in the order of their rounds."""
+        return self._signed("SELECT release FROM releases WHERE job = ? ORDER BY round", job)
+
+    def check_new(self, header: RoundHeader) -> None:
+        """Refuses an attempt number that was used, or lies behind one that was used.
+
+        Raises:
+            RemoteProtocolError: `attempt-reused`.
+        """
+        with self._storage_errors():
+            row = self._database.execute(
+                "SELECT MAX(attempt) FROM attempts WHERE job = ? AND round = ?",
+                (header.job, header.round),
+            ).fetchone()
+        if row[0] is not None and header.attempt <= row[0]:
+            raise RemoteProtocolError(
+                "attempt-reused",
+                f"attempt {header.attempt} of round {header.round} was used or overtaken",
+            )
+
+    def header(self, context: bytes) -> RoundHeader:
+        """The header of an open or past attempt.
+
+        Raises:
+            RemoteProtocolError: `unknown-attempt`.
+        """
+        with self._storage_errors():
+            row = self._database.execute(
+                "SELECT header FROM attempts WHERE context = ?", (context,)
+            ).fetchone()
+        if row is None:
+            raise RemoteProtocolError("unknown-attempt", "a stage of an attempt that never began")
+        return decode_canonical(row[0], RoundHeader)
+
+    def state(self, context: bytes) -> bytes:
+        """The secret state of an open attempt.
+
+        Raises:
+            RemoteProtocolError: `attempt-over`.
+        """
+        with self._storage_errors():
+            row = self._database.execute(
+                "SELECT state FROM attempts WHERE context = ?", (context,)
+            ).fetchone()
+        if row is None or row[0] is None:
+            raise RemoteProtocolError("attempt-over", "this attempt is over at this site")
+        return bytes(row[0])
+
+    def answer(self, context: bytes, stage: str, request: bytes) -> bytes | None:
+        """The recorded reply to this very request; None if the stage was not answered yet.
+
+        Args:
+            request: digest of the request.
+
+        Raises:
+            RemoteProtocolError: `second-answer` if the stage was answered to another request.
+        """
+        with self._storage_errors():
+            row = self._database.execute(
+                "SELECT request, reply FROM answers WHERE context = ? AND stage = ?",
+                (context, stage),
+            ).fetchone()
+        if row is None:
+            return None
+        if row[0] != request:
+            raise RemoteProtocolError(
+                "second-answer", f"stage {stage} was answered to another request"
+            )
+        return bytes(row[1])
+
+    def open(self, header: RoundHeader, state: bytes, request: bytes, reply: bytes) -> None:
+        """Burns an attempt number together with the answer to its first stage.
+
+        Whatever earlier attempts of the job still held is deleted: their time is over.
+        """
+        with self._transaction():
+            self._database.execute(
+                "DELETE FROM answers WHERE context IN (SELECT context FROM attempts WHERE job = ?)",
+                (header.job,),
+            )
+            self._database.execute("UPDATE attempts SET state = NULL WHERE job = ?", (header.job,))
+            self._database.execute(
+                "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    header.context(),
+                    header.job,
+                    header.round,
+                    header.attempt,
+                    encode(header),
+                    state,
+                ),
+            )
+            self._insert_answer(header.context(), "train", request, reply)
+
+    def burn(
+        self, context: bytes, stage: str, request: bytes, reply: bytes, state: bytes | None
+    ) -> None:
+        """Records an answer and the state that follows it; None ends the attempt here."""
+        with self._transaction():
+            self._insert_answer(context, stage, request, reply)
+            self._database.execute(
+                "UPDATE attempts SET state = ? WHERE context = ?", (state, context)
+            )
+
+    def keep_release(self, job: str, round_number: int, release: Signed) -> None:
+        """Keeps a signed release as evidence.
+
+        Raises:
+            RemoteProtocolError: `two-releases` if the operator signed another one for this round.
+        """
+        with self._storage_errors():
+            row = self._database.execute(
+                "SELECT release FROM releases WHERE job = ? AND round = ?", (job, round_number)
+            ).fetchone()
+        if row is None:
+            with self._transaction():
+                self._database.execute(
+                    "INSERT INTO releases VALUES (?, ?, ?)", (job, round_number, encode(release))
+                )
+        elif decode_canonical(row[0], Signed).statement != release.statement:
+            raise RemoteProtocolError(
+                "two-releases", f"the operator signed two releases of round {round_number}"
+            )
+
+    def _signed(self, statement: str, *values: str) -> list[Signed]:
+        with self._storage_errors():
+            rows = self._database.execute(statement, values).fetchall()
+            return [decode_canonical(row[0], Signed) for row in rows]
+
+    def _insert_answer(self, context: bytes, stage: str, request: bytes, reply: bytes) -> None:
+        self._database.execute(
+            "INSERT INTO answers VALUES (?, ?, ?, ?)", (context, stage, request, reply)
+        )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._storage_errors():
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
+
+    @contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise StorageError(
+                "the session journal cannot be used",
+                file=self._path,
+                found=error,
+                remedy="see that the disk has space and the file is writable and intact",
+            ) from error

@@ -1,0 +1,77 @@
+"""Stages 2 to 5 of an attempt: journal, then answer. Input, change of state, save, then send."""
+
+import numpy as np
+
+from umbel_client.session import Session
+from umbel_client.site_job import SiteJob
+from umbel_common.canonical import Entropy, decode, digest, encode
+from umbel_common.errors import RemoteProtocolError
+from umbel_common.identity import Identity, Roster
+from umbel_common.secagg import participant as secagg
+from umbel_common.statements import RoundHeader
+from umbel_common.wire import (
+    ConfirmReply,
+    ConfirmRequest,
+    MaskReply,
+    MaskRequest,
+    Reply,
+    ShareReply,
+    ShareRequest,
+    UnmaskReply,
+    UnmaskRequest,
+    seal_reply,
+)
+
+StageRequest = ShareRequest | MaskRequest | ConfirmRequest | UnmaskRequest
+
+
+def answer_stage(
+    request: StageRequest,
+    header: RoundHeader,
+    *,
+    session: Session,
+    job: SiteJob,
+    site: str,
+    roster: Roster,
+    identity: Identity,
+    entropy: Entropy,
+) -> bytes:
+    """The sealed answer to a stage, burned on disk before it is returned.
+
+    Raises:
+        RemoteProtocolError: the check of `participant` or `session` that failed; the state on disk
+            is as it was.
+    """
+    context = request.context
+    stage = type(request).__name__.removesuffix("Request").lower()
+    fingerprint = digest("request", encode(request))
+    known = session.answer(context, stage, fingerprint)
+    if known is not None:
+        return known
+    state = decode(session.state(context), secagg.State)
+    after: secagg.State | None
+    reply: Reply
+    match state, request:
+        case secagg.Advertised(), ShareRequest():
+            after, shares = state.receive(request.adverts, roster, entropy)
+            reply = ShareReply(context=context, shares=shares)
+        case secagg.Shared(), MaskRequest():
+            after, vector = state.receive(request.shares, job.ring_vector(header))
+            reply = MaskReply(context=context, vector=_little_endian(vector))
+            job.sent(header.round)
+        case secagg.Masked(), ConfirmRequest():
+            after, signature = state.receive(request.survivors, identity)
+            reply = ConfirmReply(context=context, signature=signature)
+        case secagg.Confirmed(), UnmaskRequest():
+            _, revealed = state.receive(request.signatures, roster)
+            reply = UnmaskReply(context=context, shares=revealed)
+            after = None
+        case _:
+            raise RemoteProtocolError("stage-order", f"the stage {stage} is out of order here")
+    sealed = seal_reply(identity, site, reply)
+    session.burn(context, stage, fingerprint, sealed, None if after is None else encode(after))
+    return sealed
+
+
+def _little_endian(vector: np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]) -> bytes:
+    return vector.astype(vector.dtype.newbyteorder("<"), copy=False).tobytes()

@@ -1,0 +1,93 @@
+"""Texts as token ids: kept unpadded for each record, padded for each physical batch."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from umbel_common.canonical import digest
+from umbel_common.errors import ModelError
+
+_LOADING = threading.Lock()
+"""Transformers' lazy imports are not safe in several threads at once."""
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token ids of all records, one record after the other."""
+
+    ids: npt.NDArray[np.int32]
+    """int32[tokens]."""
+    starts: Ints
+    """int64[records + 1]: record i has ids[starts[i] : starts[i + 1]]."""
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> Ints:
+        """int64[records]."""
+        return np.diff(self.starts)
+
+    def digest(self) -> bytes:
+        """Names exactly these records in this order."""
+        return digest("tokens", self.starts.tobytes() + self.ids.tobytes())
+
+    def rows(self, indices: Ints) -> tuple[Ints, Ints]:
+        """Positions in `ids` of the chosen records' tokens, padded to the longest record.
+
+        Returns:
+            rows int64[n, t], 0 in the padding; mask int64[n, t].
+        """
+        lengths = self.lengths[indices]
+        columns = np.arange(lengths.max(initial=1))
+        mask = columns < lengths[:, None]
+        rows = np.where(mask, self.starts[indices][:, None] + columns, 0)
+        return rows, mask.astype(np.int64)
+
+
+def tokenise(texts: Sequence[str], folder: Path, max_tokens: int) -> Tokens:
+    """Cuts each text into at most `max_tokens` tokens with the fast tokenizer of a model folder.
+
+    Raises:
+        ModelError: the folder holds no fast tokenizer.
+    """
+    tokenizer = _tokenizer(folder)
+    encoded: list[list[int]] = tokenizer(
+        list(texts),
+        truncation=True,
+        max_length=max_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )["input_ids"]
+    lengths = [len(ids) for ids in encoded]
+    return Tokens(
+        ids=np.fromiter((id_ for ids in encoded for id_ in ids), np.int32, sum(lengths)),
+        starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        pad_id=tokenizer.pad_token_id or 0,
+    )
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    try:
+        with _LOADING:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError("a tokenizer cannot be loaded", file=folder, found=error) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelError(
+            "a model folder has no fast tokenizer",
+            file=folder,
+            found=type(tokenizer).__name__,
+            accepted="tokenizer.json",
+        )
+    return tokenizer

@@ -1,0 +1,268 @@
+"""The trainer: sealed request in, sealed reply out, and nothing else.
+
+It is all that a server can reach at a site. Every request is opened against the pinned operator
+key, judged by the site's policy and journal, and answered at most once. What it refuses, it names
+to the server by a code; the reason in full goes to the site's own observer.
+"""
+
+import os
+import threading
+from pathlib import Path
+
+from umbel_client.config import ClientConfig
+from umbel_client.export import write_adapter
+from umbel_client.observer import Observer
+from umbel_client.policy import judge_header, judge_plan
+from umbel_client.session import Session
+from umbel_client.site_job import SiteJob
+from umbel_client.stages import answer_stage
+from umbel_common.adapter import Vector, adapter_digest, from_bytes, initial_vector
+from umbel_common.canonical import Entropy, V, digest, encode
+from umbel_common.errors import (
+    BudgetError,
+    PolicyRefusal,
+    ProtocolError,
+    RemoteProtocolError,
+    SignatureError,
+    UmbelError,
+)
+from umbel_common.identity import Identity, Roster, Signed, open_signed
+from umbel_common.plan import TrainingPlan, check_plan
+from umbel_common.secagg import participant as secagg
+from umbel_common.statements import Release, RoundHeader
+from umbel_common.wire import (
+    FinishReply,
+    FinishRequest,
+    OfferReply,
+    OfferRequest,
+    Refusal,
+    Reply,
+    TrainReply,
+    TrainRequest,
+    open_request,
+    seal_reply,
+    size_limit,
+)
+
+
+class Trainer:
+    """One site. A lock sees to it that one request is handled at a time."""
+
+    def __init__(
+        self,
+        config: ClientConfig,
+        roster: Roster,
+        identity: Identity,
+        *,
+        observer: Observer,
+        entropy: Entropy = os.urandom,
+    ) -> None:
+        """Opens the site's journal; model and data are loaded when a plan is accepted.
+
+        Args:
+            roster: as pinned by this site.
+            entropy: replaced only by simulations that say that they are insecure.
+        """
+        self._config = config
+        self._roster = roster
+        self._identity = identity
+        self._observer = observer
+        self._entropy = entropy
+        self._lock = threading.Lock()
+        self._state = Path(config.state)
+        self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._session = Session(self._state / "session.sqlite")
+        self._job: SiteJob | None = None
+
+    def close(self) -> None:
+        """Releases the journal and the ledger."""
+        with self._lock:
+            if self._job is not None:
+                self._job.close()
+            self._session.close()
+
+    @property
+    def job(self) -> SiteJob | None:
+        """The job that is loaded, for the site's own status."""
+        return self._job
+
+    def handle(self, sealed: bytes) -> bytes:
+        """Answers one sealed request with one sealed reply."""
+        with self._lock:
+            try:
+                return self._answer(sealed)
+            except UmbelError as error:
+                self._observer.refused(error)
+                return self._seal(Refusal(check=_code(error)))
+
+    def _answer(self, sealed: bytes) -> bytes:
+        request = open_request(
+            self._roster.operator,
+            self._config.site,
+            sealed,
+            limit=max([size_limit(None), *(size_limit(plan) for plan in self._plans())]),
+        )
+        match request:
+            case OfferRequest():
+                return self._seal(self._offer(request))
+            case FinishRequest():
+                return self._seal(self._finish(request))
+            case TrainRequest():
+                return self._train(request)
+            case _:
+                header = self._session.header(request.context)
+                return answer_stage(
+                    request,
+                    header,
+                    session=self._session,
+                    job=self._loaded_job(header.job),
+                    site=self._config.site,
+                    roster=self._roster,
+                    identity=self._identity,
+                    entropy=self._entropy,
+                )
+
+    def _offer(self, request: OfferRequest) -> OfferReply:
+        plan = self._open(request.plan, TrainingPlan)
+        if plan.federation != self._roster.federation:
+            raise RemoteProtocolError("other-federation", "a plan is of another federation")
+        check_plan(plan)
+        judge_plan(self._config.policy, plan)
+        self._load(plan)
+        self._session.accept_plan(plan.job, request.plan)
+        return OfferReply(plan=plan.digest())
+
+    def _train(self, request: TrainRequest) -> bytes:
+        header = self._open(request.header, RoundHeader)
+        plan = self._accepted_plan(header.job)
+        fingerprint = digest("request", encode(request))
+        known = self._session.answer(header.context(), "train", fingerprint)
+        if known is not None:
+            return known
+        self._check_header(header, plan)
+        adapter = self._check_release(request, header, plan)
+        job = self._loaded_job(plan.job)
+        job.train(header, adapter)
+        state, advert = secagg.advertise(
+            header,
+            self._config.site,
+            secagg.Rules(
+                threshold=plan.aggregation.threshold,
+                colluding=self._config.policy.colluding_sites,
+                minimum_cohort=self._config.policy.minimum_cohort,
+            ),
+            self._identity,
+            job.ledger_head(),
+            self._entropy,
+        )
+        reply = self._seal(TrainReply(advert=advert))
+        self._session.open(header, encode(state), fingerprint, reply)
+        return reply
+
+    def _check_header(self, header: RoundHeader, plan: TrainingPlan) -> None:
+        checks = {
+            "other-federation": header.federation == self._roster.federation,
+            "plan-digest": header.plan == plan.digest(),
+            "roster-digest": header.roster == self._roster.digest(),
+            "not-in-cohort": self._config.site in header.cohort,
+            "round-past-plan": header.round <= plan.training.rounds,
+        }
+        for check, holds in checks.items():
+            if not holds:
+                raise RemoteProtocolError(check, "a round header does not fit what this site knows")
+        self._session.check_new(header)
+        judge_header(self._config.policy, plan, header, self._former_cohorts(plan.job))
+
+    def _check_release(
+        self, request: TrainRequest, header: RoundHeader, plan: TrainingPlan
+    ) -> Vector:
+        """The adapter to start from: the one that the header, its release and its digest name."""
+        release = self._open(request.release, Release)
+        vector = from_bytes(request.adapter, plan.lora.size)
+        found = adapter_digest(plan.digest(), vector)
+        if not found == release.adapter == header.adapter:
+            raise RemoteProtocolError("adapter-digest", "an adapter is not what its release says")
+        if (release.plan, release.round) != (plan.digest(), header.round - 1):
+            raise RemoteProtocolError(
+                "other-release", "a round does not start from its predecessor"
+            )
+        if release.round == 0 and found != adapter_digest(plan.digest(), initial_vector(plan)):
+            raise RemoteProtocolError(
+                "initial-adapter", "release 0 is not the plan's public seed's"
+            )
+        self._session.keep_release(plan.job, release.round, request.release)
+        return vector
+
+    def _finish(self, request: FinishRequest) -> FinishReply:
+        release = self._open(request.release, Release)
+        plan = self._accepted_plan(release.job)
+        vector = from_bytes(request.adapter, plan.lora.size)
+        if adapter_digest(plan.digest(), vector) != release.adapter:
+            raise RemoteProtocolError("adapter-digest", "an adapter is not what its release says")
+        if (release.plan, release.round) != (plan.digest(), plan.training.rounds):
+            raise RemoteProtocolError("other-release", "this is not the last release of the plan")
+        self._session.keep_release(plan.job, release.round, request.release)
+        write_adapter(
+            self._state / "adapters" / plan.job,
+            plan,
+            vector,
+            request.release,
+            base_model=Path(self._config.model.path),
+        )
+        return FinishReply(adapter=release.adapter)
+
+    def _former_cohorts(self, job: str) -> list[tuple[str, ...]]:
+        releases = [self._open(signed, Release) for signed in self._session.releases(job)]
+        return [release.survivors for release in releases if release.round > 0]
+
+    def _plans(self) -> list[TrainingPlan]:
+        return [self._open(signed, TrainingPlan) for signed in self._session.plans()]
+
+    def _accepted_plan(self, job: str) -> TrainingPlan:
+        signed = self._session.plan(job)
+        if signed is None:
+            raise RemoteProtocolError("unknown-plan", f"no plan of job {job} was accepted here")
+        return self._open(signed, TrainingPlan)
+
+    def _loaded_job(self, name: str) -> SiteJob:
+        """The job with its model and data; loaded anew after a restart."""
+        if self._job is None or self._job.plan.job != name:
+            self._load(self._accepted_plan(name))
+        assert self._job is not None  # _load sets it or raises
+        return self._job
+
+    def _load(self, plan: TrainingPlan) -> None:
+        if self._job is not None and self._job.plan == plan:
+            return
+        if self._job is not None:
+            self._job.close()
+            self._job = None
+        self._job = SiteJob(
+            self._config, plan, observer=self._observer, entropy=self._entropy, state=self._state
+        )
+        try:
+            self._job.check_budget()
+        except UmbelError:
+            self._job.close()
+            self._job = None
+            raise
+
+    def _open(self, signed: Signed, kind: type[V]) -> V:
+        try:
+            return open_signed(signed, kind, self._roster.operator)
+        except SignatureError as error:
+            raise RemoteProtocolError("pinned-signature", error.message) from None
+
+    def _seal(self, reply: Reply) -> bytes:
+        return seal_reply(self._identity, self._config.site, reply)
+
+
+def _code(error: UmbelError) -> str:
+    """What the server is told: the name of a check that it can know of, else a kind of fault."""
+    match error:
+        case ProtocolError() | PolicyRefusal():
+            return error.check
+        case BudgetError():
+            return "budget"
+        case _:
+            return "site-fault"

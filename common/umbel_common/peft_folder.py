@@ -1,0 +1,148 @@
+"""The content of a released adapter's folder in PEFT's format; writing it is the caller's business.
+
+A stock head goes where PEFT puts it (`modules_to_save`). The mean-pool head sits on top of a base
+model that has no place for it, so it travels beside the LoRA tensors in `head.safetensors`, and the
+card shows the few lines of plain torch that apply it.
+"""
+
+import json
+from typing import Any
+
+from umbel_common.adapter import Vector, unflatten
+from umbel_common.plan import TrainingPlan
+
+ADAPTER_FILE = "adapter_model.safetensors"
+HEAD_FILE = "head.safetensors"
+HEAD_PREFIX = "head."
+"""Tensors of a mean-pool head are named so; every other name is PEFT's."""
+
+
+def tensor_files(plan: TrainingPlan, vector: Vector) -> dict[str, dict[str, Vector]]:
+    """Named float32 tensors by safetensors file."""
+    files: dict[str, dict[str, Vector]] = {ADAPTER_FILE: {}}
+    for name, value in unflatten(vector, plan.lora.tensors).items():
+        if name.startswith(HEAD_PREFIX):
+            files.setdefault(HEAD_FILE, {})[name.removeprefix(HEAD_PREFIX)] = value
+        else:
+            files[ADAPTER_FILE][name] = value
+    return files
+
+
+def tensors_from_files(files: dict[str, dict[str, Vector]]) -> dict[str, Vector]:
+    """The inverse of `tensor_files`, ready for `adapter.flatten`."""
+    head = {HEAD_PREFIX + name: value for name, value in files.get(HEAD_FILE, {}).items()}
+    return {**files[ADAPTER_FILE], **head}
+
+
+def text_files(plan: TrainingPlan) -> dict[str, str]:
+    """The JSON files and the card, by name."""
+    return {
+        "adapter_config.json": _json(_adapter_config(plan)),
+        "task.json": _json(_task_config(plan)),
+        "README.md": _card(plan),
+    }
+
+
+def _adapter_config(plan: TrainingPlan) -> dict[str, Any]:
+    lora = plan.lora
+    stock = plan.task.head == "stock"
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if stock else "FEATURE_EXTRACTION",
+        "base_model_name_or_path": plan.model.name,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": list(lora.target_modules),
+        "modules_to_save": ["classifier"] if stock else None,
+    }
+    if lora.layers is not None:
+        config["layers_to_transform"] = list(lora.layers)
+    return config
+
+
+def _task_config(plan: TrainingPlan) -> dict[str, Any]:
+    task = plan.task
+    return {
+        "task": "classification",
+        "head": task.head,
+        "labels": list(task.labels),
+        "max_tokens": task.max_tokens,
+        "logit_scale": task.logit_scale if task.head == "mean-pool" else 1.0,
+        "federation": plan.federation,
+        "job": plan.job,
+        "plan": plan.digest().hex(),
+    }
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _card(plan: TrainingPlan) -> str:
+    stock = plan.task.head == "stock"
+    return _CARD.format(
+        name=plan.model.name,
+        job=plan.job,
+        usage=_STOCK_USAGE if stock else _MEAN_POOL_USAGE,
+        base=plan.model.name,
+    )
+
+
+_CARD = """\
+---
+library_name: peft
+base_model: {name}
+---
+
+# {job}
+
+A LoRA adapter that several organisations trained together with Umbel, without showing each other
+their data. `task.json` has the labels in the order of the logits.
+
+```python
+{usage}```
+"""
+
+_MEAN_POOL_USAGE = """\
+import json, torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+folder = "."  # this folder
+base = "path or hub id of the base model"
+task = json.load(open(f"{folder}/task.json"))
+head = load_file(f"{folder}/head.safetensors")
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder).eval()
+
+batch = tokenizer(["acute appendicitis"], truncation=True, max_length=task["max_tokens"],
+                  padding=True, return_tensors="pt")
+with torch.no_grad():
+    tokens = model(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1)
+    pooled = torch.nn.functional.normalize((tokens * mask).sum(1) / mask.sum(1), dim=-1)
+    logits = task["logit_scale"] * pooled @ head["weight"].T + head["bias"]
+print([task["labels"][index] for index in logits.argmax(-1)])
+"""
+
+_STOCK_USAGE = """\
+import json
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = "."  # this folder
+base = "path or hub id of the base model"
+task = json.load(open(f"{folder}/task.json"))
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(task["labels"]))
+model = PeftModel.from_pretrained(model, folder).eval()
+
+batch = tokenizer(["acute appendicitis"], truncation=True, max_length=task["max_tokens"],
+                  padding=True, return_tensors="pt")
+print([task["labels"][index] for index in model(**batch).logits.argmax(-1)])
+"""

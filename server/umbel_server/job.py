@@ -1,0 +1,364 @@
+"""A job from its plan to its last release: rounds, attempts, journal, transcript.
+
+The order inside a round is what makes a crash harmless: burn the attempt number, send, aggregate,
+store the adapter, then record release and transcript entry together. Whatever was not recorded is
+done again with fresh keys, and sites answer it with the delta that they have kept.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from umbel_common.adapter import Vector, adapter_digest, initial_vector, size_of, to_bytes
+from umbel_common.errors import JobFailed, PlanError, RemoteProtocolError, RoundAborted
+from umbel_common.identity import Identity, Roster, Signed, open_signed, sign
+from umbel_common.plan import TrainingPlan, check_plan
+from umbel_common.statements import Release, RoundHeader
+from umbel_common.transcript import AttemptAborted, JobFinished, JobStarted, RoundReleased
+from umbel_common.wire import (
+    FinishReply,
+    FinishRequest,
+    OfferReply,
+    OfferRequest,
+    Refusal,
+    Reply,
+    Request,
+    TrainRequest,
+    open_reply,
+    seal_request,
+    size_limit,
+)
+from umbel_server import aggregate
+from umbel_server.registry import Registry
+from umbel_server.round import Attempt, Outcome, start
+from umbel_server.store import Store
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where in a job a message belongs; public, and never trusted."""
+
+    stage: str
+    """offer, train, share, mask, confirm, unmask or finish."""
+    round: int = 0
+    attempt: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.round}.{self.attempt}.{self.stage}"
+
+
+class Link(Protocol):
+    """Carries sealed bytes to sites and back; what it is made of, the job does not know."""
+
+    def exchange(
+        self, step: Step, requests: Mapping[str, bytes], seconds: float
+    ) -> Iterator[tuple[str, bytes]]:
+        """Sends each site its request; yields (site, reply) as replies come, until all came or
+        `seconds` passed. A site that cannot be reached yields nothing."""
+        ...
+
+
+class Observer(Protocol):
+    """Is told what happens, for logs, dashboards and live views."""
+
+    def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
+        """A site's reply was opened; sizes of the sealed request and reply in bytes, as the site
+        counts them."""
+        ...
+
+    def aborted(self, round_number: int, attempt: int, check: str) -> None:
+        """An attempt released nothing."""
+        ...
+
+    def released(self, release: Release, adapter: Vector) -> None:
+        """A new global adapter is on disk and in the transcript."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How patient the operator is."""
+
+    attempts: int = 3
+    """Attempts at one round before the job fails."""
+    offer_seconds: float = 600.0
+    train_seconds: float = 3600.0
+    stage_seconds: float = 60.0
+    """For each stage after training."""
+
+    def seconds(self, stage: str) -> float:
+        """The deadline of a stage."""
+        return {"offer": self.offer_seconds, "train": self.train_seconds}.get(
+            stage, self.stage_seconds
+        )
+
+
+class Job:
+    """One job of one operator."""
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        roster: Roster,
+        operator: Identity,
+        *,
+        store: Store,
+        registry: Registry,
+        link: Link,
+        observer: Observer,
+        limits: Limits,
+    ) -> None:
+        """Everything that the job works with; nothing is sent or written yet.
+
+        Raises:
+            PlanError: the plan contradicts itself or the roster.
+        """
+        check_plan(plan)
+        if plan.aggregation.threshold > len(roster.members):
+            raise PlanError(
+                "the threshold is larger than the roster",
+                field="aggregation.threshold",
+                found=plan.aggregation.threshold,
+                accepted=f"at most {len(roster.members)}",
+            )
+        self.plan = plan
+        self._roster = roster
+        self._operator = operator
+        self._store = store
+        self._registry = registry
+        self._link = link
+        self._observer = observer
+        self._limits = limits
+        self._size_limit = size_limit(plan)
+
+    def run(self) -> Release:
+        """Runs the job, or what is left of it, and returns its last release.
+
+        Raises:
+            JobFailed: too few sites accepted the plan, or a round used up its attempts.
+            StorageError: the operator's disk; the job can be resumed.
+        """
+        self._start_or_resume()
+        last = self._last_release()
+        if self._store.finished(self.plan.job):
+            return last
+        sites = self._offer()
+        while last.round < self.plan.training.rounds:
+            last = self._round(last.round + 1, last, sites)
+        self._finish(last)
+        return last
+
+    def _start_or_resume(self) -> None:
+        known = self._store.plan(self.plan.job)
+        if known is not None:
+            if open_signed(known, TrainingPlan, self._operator.public_key) != self.plan:
+                raise PlanError(
+                    "a job of this name exists with another plan",
+                    field="job",
+                    found=self.plan.job,
+                    remedy="give the new plan another job name",
+                )
+            return
+        vector = initial_vector(self.plan)
+        release = Release(
+            federation=self.plan.federation,
+            job=self.plan.job,
+            plan=self.plan.digest(),
+            round=0,
+            attempt=0,
+            context=bytes(32),
+            adapter=adapter_digest(self.plan.digest(), vector),
+            survivors=(),
+            total_weight=0,
+        )
+        signed_plan, signed_release = sign(self._operator, self.plan), sign(self._operator, release)
+        self._registry.publish(self.plan, vector, signed_release)
+        self._store.start_job(
+            self._operator,
+            self.plan.job,
+            signed_plan,
+            release.adapter,
+            signed_release,
+            JobStarted(plan=signed_plan, roster=self._roster.digest(), release=signed_release),
+        )
+
+    def _last_release(self) -> Release:
+        _, _, signed = self._store.last_release(self.plan.job)
+        return open_signed(signed, Release, self._operator.public_key)
+
+    def _offer(self) -> tuple[str, ...]:
+        """The sites that accept the plan."""
+        plan = self._store.plan(self.plan.job)
+        assert plan is not None  # recorded by _start_or_resume
+        accepted, refused = [], {}
+        requests = {member.name: OfferRequest(plan=plan) for member in self._roster.members}
+        for site, reply in self._exchange(Step("offer"), requests):
+            if isinstance(reply, OfferReply) and reply.plan == self.plan.digest():
+                accepted.append(site)
+            else:
+                refused[site] = reply.check if isinstance(reply, Refusal) else "stage-order"
+        if len(accepted) < self.plan.aggregation.threshold:
+            silent = requests.keys() - accepted - refused.keys()
+            raise JobFailed(
+                "too few sites accept the plan",
+                field=self.plan.job,
+                found="; ".join(
+                    [f"{site} refused: {check}" for site, check in sorted(refused.items())]
+                    + [f"{site} did not answer" for site in sorted(silent)]
+                ),
+                accepted=f"at least {self.plan.aggregation.threshold} sites",
+                remedy="each site's log says why it refused",
+            )
+        return tuple(sorted(accepted))
+
+    def _round(self, round_number: int, last: Release, sites: tuple[str, ...]) -> Release:
+        adapter = self._registry.load(self.plan, last.adapter)
+        check = ""
+        for _ in range(self._limits.attempts):
+            number = self._store.next_attempt(self.plan.job, round_number)
+            attempt, signed_header = self._open_attempt(round_number, number, sites, last, adapter)
+            try:
+                outcome = self._drive(attempt)
+                return self._release(attempt.header, signed_header, outcome, adapter)
+            except _Aborted as abort:
+                check = abort.check
+                refusals = tuple(sorted(abort.refusals.items()))
+                event = AttemptAborted(header=signed_header, check=check, refusals=refusals)
+                self._store.record(self._operator, self.plan.job, event)
+                self._observer.aborted(round_number, number, check)
+                # A site that refused refuses again; one that was late may be back.
+                sites = tuple(site for site in sites if site not in abort.refusals)
+                if len(sites) < self.plan.aggregation.threshold:
+                    break
+        raise JobFailed(
+            f"round {round_number} was aborted too often",
+            field=self.plan.job,
+            found=check,
+            remedy="see the transcript for each attempt; the job resumes at this round",
+        )
+
+    def _open_attempt(
+        self,
+        round_number: int,
+        number: int,
+        sites: tuple[str, ...],
+        last: Release,
+        adapter: Vector,
+    ) -> tuple[Attempt, Signed]:
+        header = RoundHeader(
+            federation=self.plan.federation,
+            job=self.plan.job,
+            round=round_number,
+            attempt=number,
+            plan=self.plan.digest(),
+            roster=self._roster.digest(),
+            adapter=last.adapter,
+            cohort=sites,
+        )
+        signed = sign(self._operator, header)
+        self._store.open_attempt(self.plan.job, round_number, number, signed)
+        request = TrainRequest(
+            header=signed,
+            release=self._registry.release(last.adapter),
+            adapter=to_bytes(adapter),
+        )
+        length = size_of(self.plan.trained_tensors(round_number)) + 1
+        return start(header, self._roster, self.plan, request, length), signed
+
+    def _drive(self, attempt: Attempt) -> Outcome:
+        state: Attempt | Outcome = attempt
+        while isinstance(state, Attempt):
+            current = state
+            replies = self._exchange(
+                Step(current.stage, current.header.round, current.header.attempt),
+                current.requests(),
+            )
+            for site, reply in replies:
+                current = current.receive(site, reply)
+                if not current.waiting:
+                    break
+            try:
+                state = current.advance()
+            except RoundAborted as error:
+                raise _Aborted(error.check, current.refusals) from error
+        return state
+
+    def _release(
+        self, header: RoundHeader, signed_header: Signed, outcome: Outcome, adapter: Vector
+    ) -> Release:
+        try:
+            vector, weight = aggregate.apply(
+                outcome.aggregate,
+                self.plan,
+                self._roster,
+                header.round,
+                len(header.cohort),
+                adapter,
+            )
+        except RoundAborted as error:
+            raise _Aborted(error.check, {}) from error
+        release = Release(
+            federation=self.plan.federation,
+            job=self.plan.job,
+            plan=self.plan.digest(),
+            round=header.round,
+            attempt=header.attempt,
+            context=header.context(),
+            adapter=adapter_digest(self.plan.digest(), vector),
+            survivors=outcome.aggregate.survivors,
+            total_weight=weight,
+        )
+        signed = sign(self._operator, release)
+        self._registry.publish(self.plan, vector, signed)
+        self._store.record_release(
+            self._operator,
+            self.plan.job,
+            header.round,
+            release.adapter,
+            signed,
+            RoundReleased(
+                header=signed_header,
+                adverts=outcome.evidence.adverts,
+                confirmations=outcome.evidence.confirmations,
+                release=signed,
+            ),
+        )
+        self._observer.released(release, vector)
+        return release
+
+    def _finish(self, last: Release) -> None:
+        vector = self._registry.load(self.plan, last.adapter)
+        request = FinishRequest(
+            release=self._registry.release(last.adapter), adapter=to_bytes(vector)
+        )
+        requests = {member.name: request for member in self._roster.members}
+        delivered = [
+            site
+            for site, reply in self._exchange(Step("finish", last.round), requests)
+            if isinstance(reply, FinishReply) and reply.adapter == last.adapter
+        ]
+        event = JobFinished(release=last.adapter, delivered=tuple(sorted(delivered)))
+        self._store.finish_job(self._operator, self.plan.job, event)
+
+    def _exchange(self, step: Step, requests: Mapping[str, Request]) -> Iterator[tuple[str, Reply]]:
+        """Seals, sends, opens. A reply that does not open counts as a refusal by its sender."""
+        sealed = {
+            site: seal_request(self._operator, site, request) for site, request in requests.items()
+        }
+        for site, data in self._link.exchange(step, sealed, self._limits.seconds(step.stage)):
+            key = self._roster.member(site).public_key
+            try:
+                reply = open_reply(key, site, data, limit=self._size_limit)
+            except RemoteProtocolError as error:
+                reply = Refusal(check=error.check)
+            self._observer.answered(step, site, reply, len(sealed[site]), len(data))
+            yield site, reply
+
+
+class _Aborted(Exception):
+    """An attempt ended; carries who refused, for the transcript and the next cohort."""
+
+    def __init__(self, check: str, refusals: Mapping[str, str]) -> None:
+        super().__init__(check)
+        self.check = check
+        self.refusals = refusals

@@ -1,0 +1,126 @@
+"""Global adapters on disk: PEFT folders addressed by content, each with its signed release.
+
+A folder appears complete or not at all: it is written under another name, synced, then renamed.
+What is read is checked against the digest that names it.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from umbel_common.adapter import Vector, adapter_digest, flatten
+from umbel_common.canonical import decode_canonical, encode
+from umbel_common.errors import PlanError, RemoteProtocolError, StorageError
+from umbel_common.identity import Signed
+from umbel_common.peft_folder import (
+    ADAPTER_FILE,
+    HEAD_FILE,
+    tensor_files,
+    tensors_from_files,
+    text_files,
+)
+from umbel_common.plan import TrainingPlan
+
+RELEASE_FILE = "release.msgpack"
+
+
+class Registry:
+    """The releases of an aggregation server."""
+
+    def __init__(self, root: Path) -> None:
+        """`root` is made if it is missing."""
+        root.mkdir(parents=True, exist_ok=True)
+        self._root = root
+
+    def folder(self, digest: bytes) -> Path:
+        """Where the adapter of that digest is, or would be."""
+        return self._root / digest.hex()
+
+    def publish(self, plan: TrainingPlan, vector: Vector, release: Signed) -> bytes:
+        """Stores an adapter and its signed release; returns the adapter's digest.
+
+        Publishing again what is there already changes nothing.
+
+        Raises:
+            StorageError: the disk does not take it; nothing half-written is left.
+        """
+        digest = adapter_digest(plan.digest(), vector)
+        target = self.folder(digest)
+        if target.exists():
+            return digest
+        partial = target.with_suffix(f".partial-{os.getpid()}")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for name, tensors in tensor_files(plan, vector).items():
+                # PEFT wants to read which framework wrote the file.
+                safetensors.numpy.save_file(tensors, partial / name, metadata={"format": "pt"})
+            for name, text in text_files(plan).items():
+                (partial / name).write_text(text, encoding="utf-8")
+            (partial / RELEASE_FILE).write_bytes(encode(release))
+            for path in (*partial.iterdir(), partial):
+                _sync(path)
+            partial.rename(target)
+            _sync(self._root)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise StorageError(
+                "an adapter cannot be stored",
+                file=target,
+                found=error,
+                remedy="free space or make the folder writable; the job resumes where it stopped",
+            ) from error
+        return digest
+
+    def load(self, plan: TrainingPlan, digest: bytes) -> Vector:
+        """The vector of a stored adapter, float32[plan.lora.size].
+
+        Raises:
+            StorageError: it is missing, or is not what its digest says.
+        """
+        folder = self.folder(digest)
+        vector = read_vector(folder, plan)
+        if adapter_digest(plan.digest(), vector) != digest:
+            raise StorageError(
+                "a stored adapter is not what its digest says",
+                file=folder,
+                remedy="restore the folder from a backup; the digest is its name",
+            )
+        return vector
+
+    def release(self, digest: bytes) -> Signed:
+        """The signed release of a stored adapter.
+
+        Raises:
+            StorageError: it is missing or corrupt.
+        """
+        path = self.folder(digest) / RELEASE_FILE
+        try:
+            return decode_canonical(path.read_bytes(), Signed)
+        except (OSError, RemoteProtocolError) as error:
+            raise StorageError("a stored release cannot be read", file=path, found=error) from error
+
+
+def read_vector(folder: Path, plan: TrainingPlan) -> Vector:
+    """The vector of a PEFT folder of this plan, float32[plan.lora.size].
+
+    Raises:
+        StorageError: a file is missing or unreadable, or its tensors are not the plan's.
+    """
+    try:
+        names = [name for name in (ADAPTER_FILE, HEAD_FILE) if (folder / name).exists()]
+        files = {name: safetensors.numpy.load_file(folder / name) for name in names}
+        return flatten(tensors_from_files(files), plan.lora.tensors)
+    except (OSError, SafetensorError, KeyError, PlanError) as error:
+        raise StorageError("an adapter cannot be read", file=folder, found=error) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,196 @@
+"""One attempt at one round: secure aggregation's stages as requests out and replies in. Pure.
+
+::
+
+    train --> share --> mask --> confirm --> unmask --> Outcome
+      |         |         |         |           |
+      +---------+---------+---------+-----------+--> RoundAborted (too few, or a check failed)
+
+The caller sends `requests()`, feeds each reply to `receive`, and calls `advance` when `waiting` is
+empty or the stage's deadline passed. A reply that breaks the protocol costs its sender its place in
+the attempt; it never costs the others theirs while enough of them are left.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from umbel_common.canonical import Value
+from umbel_common.errors import LocalProtocolError, RemoteProtocolError
+from umbel_common.identity import Roster, Signed
+from umbel_common.plan import TrainingPlan
+from umbel_common.secagg import coordinator as secagg
+from umbel_common.secagg.messages import SurvivorSignature
+from umbel_common.statements import RoundHeader
+from umbel_common.wire import (
+    ConfirmReply,
+    ConfirmRequest,
+    MaskReply,
+    MaskRequest,
+    Refusal,
+    Reply,
+    Request,
+    ShareReply,
+    ShareRequest,
+    TrainReply,
+    TrainRequest,
+    UnmaskReply,
+    UnmaskRequest,
+)
+
+Machine: TypeAlias = (
+    secagg.Advertising | secagg.Sharing | secagg.Masking | secagg.Confirming | secagg.Unmasking
+)
+
+
+class Evidence(Value, frozen=True):
+    """What the sites signed in an attempt, for the transcript."""
+
+    adverts: tuple[Signed, ...] = ()
+    confirmations: tuple[SurvivorSignature, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished attempt: the sum over `aggregate.survivors`, and what proves it."""
+
+    aggregate: secagg.Aggregate
+    evidence: Evidence
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The state of one attempt; every method returns a new one."""
+
+    header: RoundHeader
+    first_request: TrainRequest
+    machine: Machine
+    refusals: Mapping[str, str]
+    """Reason codes of the sites that refused or whose reply was refused."""
+    evidence: Evidence
+
+    @property
+    def stage(self) -> str:
+        """Name of the stage whose replies are awaited."""
+        match self.machine:
+            case secagg.Advertising():
+                return "train"
+            case secagg.Sharing():
+                return "share"
+            case secagg.Masking():
+                return "mask"
+            case secagg.Confirming():
+                return "confirm"
+            case secagg.Unmasking():
+                return "unmask"
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """Sites whose answer may still come."""
+        return self.machine.waiting - self.refusals.keys()
+
+    def requests(self) -> dict[str, Request]:
+        """What each site of this stage is to be sent."""
+        context = self.header.context()
+        match self.machine:
+            case secagg.Advertising():
+                return dict.fromkeys(self.header.cohort, self.first_request)
+            case secagg.Sharing() as machine:
+                return {
+                    site: ShareRequest(context=context, adverts=adverts)
+                    for site, adverts in machine.requests().items()
+                }
+            case secagg.Masking() as machine:
+                return {
+                    site: MaskRequest(context=context, shares=shares)
+                    for site, shares in machine.requests().items()
+                }
+            case secagg.Confirming() as machine:
+                return {
+                    site: ConfirmRequest(context=context, survivors=survivors)
+                    for site, survivors in machine.requests().items()
+                }
+            case secagg.Unmasking() as machine:
+                return {
+                    site: UnmaskRequest(context=context, signatures=signatures)
+                    for site, signatures in machine.requests().items()
+                }
+
+    def receive(self, site: str, reply: Reply) -> "Attempt":
+        """Takes one site's reply; a refusal, or a reply that breaks a rule, is noted."""
+        if isinstance(reply, Refusal):
+            return self.refused(site, reply.check)
+        try:
+            return replace(self, machine=self._accept(site, reply))
+        except RemoteProtocolError as error:
+            return self.refused(site, error.check)
+
+    def refused(self, site: str, check: str) -> "Attempt":
+        """Notes that `site` is out of this attempt, and why."""
+        return replace(self, refusals={**self.refusals, site: check})
+
+    def _accept(self, site: str, reply: Reply) -> Machine:
+        context = getattr(reply, "context", self.header.context())
+        if context != self.header.context():
+            raise RemoteProtocolError("other-attempt", "a reply belongs to another attempt")
+        match self.machine, reply:
+            case secagg.Advertising() as machine, TrainReply():
+                return machine.receive(site, reply.advert)
+            case secagg.Sharing() as machine, ShareReply():
+                return machine.receive(site, reply.shares)
+            case secagg.Masking() as machine, MaskReply():
+                return machine.receive(site, reply.vector)
+            case secagg.Confirming() as machine, ConfirmReply():
+                return machine.receive(site, reply.signature)
+            case secagg.Unmasking() as machine, UnmaskReply():
+                return machine.receive(site, reply.shares)
+        raise RemoteProtocolError("stage-order", f"a reply does not answer the stage {self.stage}")
+
+    def advance(self) -> "Attempt | Outcome":
+        """Closes the stage with whoever answered.
+
+        Raises:
+            RoundAborted: too few answered, or the revealed shares do not fit.
+        """
+        match self.machine:
+            case secagg.Unmasking() as machine:
+                return Outcome(aggregate=machine.close(), evidence=self.evidence)
+            case machine:
+                following = replace(self, machine=machine.close())
+        match following.machine:
+            case secagg.Sharing() as machine:
+                adverts = next(iter(machine.requests().values()))
+                return replace(following, evidence=Evidence(adverts=adverts))
+            case secagg.Unmasking() as machine:
+                signatures = next(iter(machine.requests().values()))
+                evidence = Evidence(adverts=self.evidence.adverts, confirmations=signatures)
+                return replace(following, evidence=evidence)
+            case _:
+                return following
+
+
+def start(
+    header: RoundHeader,
+    roster: Roster,
+    plan: TrainingPlan,
+    first_request: TrainRequest,
+    vector_length: int,
+) -> Attempt:
+    """A new attempt.
+
+    Args:
+        first_request: the signed header, with the release and adapter to train from.
+        vector_length: elements of each masked vector (trained parameters and the weight).
+    """
+    if header.plan != plan.digest() or header.roster != roster.digest():
+        raise LocalProtocolError("header", "a header names another plan or roster than its job")
+    machine = secagg.start(
+        header, roster, plan.aggregation.threshold, plan.aggregation.ring_bits, vector_length
+    )
+    return Attempt(
+        header=header,
+        first_request=first_request,
+        machine=machine,
+        refusals={},
+        evidence=Evidence(),
+    )

@@ -1,0 +1,224 @@
+"""The operator's round journal in SQLite: what was promised is on disk before it is sent.
+
+An attempt is recorded before its header leaves, so an attempt number is never used twice; a release
+is recorded together with its transcript entry. After a crash the job goes on behind the last
+release that is recorded here.
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from umbel_common.canonical import decode_canonical, encode
+from umbel_common.errors import RemoteProtocolError, StorageError
+from umbel_common.identity import Identity, Signed
+from umbel_common.transcript import GENESIS, Event, append
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE jobs (
+    job TEXT PRIMARY KEY, plan BLOB NOT NULL, finished INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE attempts (
+    job TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, header BLOB NOT NULL,
+    PRIMARY KEY (job, round, attempt)
+) STRICT;
+CREATE TABLE releases (
+    job TEXT NOT NULL, round INTEGER NOT NULL, adapter BLOB NOT NULL, release BLOB NOT NULL,
+    PRIMARY KEY (job, round)
+) STRICT;
+CREATE TABLE transcript (
+    job TEXT NOT NULL, position INTEGER NOT NULL, head BLOB NOT NULL, entry BLOB NOT NULL,
+    PRIMARY KEY (job, position)
+) STRICT;
+"""
+
+
+class Store:
+    """The journal of one aggregation server; used by one process and thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens or creates the journal.
+
+        Raises:
+            StorageError: it is corrupt, of another schema version, or cannot be written.
+        """
+        self._path = path
+        with self._storage_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = FULL")
+            (version,) = self._database.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                self._database.executescript(
+                    f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+                )
+            elif version != SCHEMA_VERSION:
+                raise StorageError(
+                    "a round journal has another schema version",
+                    file=path,
+                    found=version,
+                    accepted=SCHEMA_VERSION,
+                )
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._database.close()
+
+    def plan(self, job: str) -> Signed | None:
+        """The signed plan of a job; None if the job was never started."""
+        return self._one("SELECT plan FROM jobs WHERE job = ?", job)
+
+    def finished(self, job: str) -> bool:
+        """Whether the job ended with its last release."""
+        with self._storage_errors():
+            row = self._database.execute(
+                "SELECT finished FROM jobs WHERE job = ?", (job,)
+            ).fetchone()
+        return row is not None and row[0] == 1
+
+    def start_job(
+        self,
+        operator: Identity,
+        job: str,
+        plan: Signed,
+        adapter: bytes,
+        release: Signed,
+        event: Event,
+    ) -> None:
+        """Records a job, its release 0 and the first entry of its transcript."""
+        with self._transaction():
+            self._execute("INSERT INTO jobs (job, plan) VALUES (?, ?)", job, encode(plan))
+            self._insert_release(job, 0, adapter, release)
+            self._append(operator, job, event)
+
+    def next_attempt(self, job: str, round_number: int) -> int:
+        """The first attempt number (from 1) that the round has not used."""
+        with self._storage_errors():
+            row = self._database.execute(
+                "SELECT COALESCE(MAX(attempt), 0) + 1 FROM attempts WHERE job = ? AND round = ?",
+                (job, round_number),
+            ).fetchone()
+        return int(row[0])
+
+    def open_attempt(self, job: str, round_number: int, attempt: int, header: Signed) -> None:
+        """Burns an attempt number, before its header is sent."""
+        with self._transaction():
+            self._execute(
+                "INSERT INTO attempts (job, round, attempt, header) VALUES (?, ?, ?, ?)",
+                job,
+                round_number,
+                attempt,
+                encode(header),
+            )
+
+    def record(self, operator: Identity, job: str, event: Event) -> None:
+        """Appends to the job's transcript."""
+        with self._transaction():
+            self._append(operator, job, event)
+
+    def record_release(
+        self,
+        operator: Identity,
+        job: str,
+        round_number: int,
+        adapter: bytes,
+        release: Signed,
+        event: Event,
+    ) -> None:
+        """Records a release with its transcript entry: both or neither."""
+        with self._transaction():
+            self._insert_release(job, round_number, adapter, release)
+            self._append(operator, job, event)
+
+    def finish_job(self, operator: Identity, job: str, event: Event) -> None:
+        """Marks the job as finished, with the last entry of its transcript."""
+        with self._transaction():
+            self._append(operator, job, event)
+            self._execute("UPDATE jobs SET finished = 1 WHERE job = ?", job)
+
+    def last_release(self, job: str) -> tuple[int, bytes, Signed]:
+        """Round, adapter digest and signed release of the latest release.
+
+        Raises:
+            StorageError: the job has none.
+        """
+        with self._storage_errors():
+            row = self._database.execute(
+                "SELECT round, adapter, release FROM releases WHERE job = ?"
+                " ORDER BY round DESC LIMIT 1",
+                (job,),
+            ).fetchone()
+            if row is None:
+                raise StorageError("a job has no release", file=self._path, field=job)
+            return row[0], row[1], decode_canonical(row[2], Signed)
+
+    def headers(self, job: str) -> list[Signed]:
+        """Every signed header of the job, in order."""
+        return self._all("SELECT header FROM attempts WHERE job = ? ORDER BY round, attempt", job)
+
+    def transcript(self, job: str) -> list[Signed]:
+        """Every entry of the job's transcript, in order."""
+        return self._all("SELECT entry FROM transcript WHERE job = ? ORDER BY position", job)
+
+    def _append(self, operator: Identity, job: str, event: Event) -> None:
+        row = self._database.execute(
+            "SELECT position, head FROM transcript WHERE job = ? ORDER BY position DESC LIMIT 1",
+            (job,),
+        ).fetchone()
+        position, head = (0, GENESIS) if row is None else (row[0] + 1, row[1])
+        new_head, entry = append(operator, position, head, event)
+        self._execute(
+            "INSERT INTO transcript (job, position, head, entry) VALUES (?, ?, ?, ?)",
+            job,
+            position,
+            new_head,
+            encode(entry),
+        )
+
+    def _insert_release(self, job: str, round_number: int, adapter: bytes, release: Signed) -> None:
+        self._execute(
+            "INSERT INTO releases (job, round, adapter, release) VALUES (?, ?, ?, ?)",
+            job,
+            round_number,
+            adapter,
+            encode(release),
+        )
+
+    def _execute(self, statement: str, *values: object) -> None:
+        self._database.execute(statement, values)  # type: ignore[arg-type]  # str, int or bytes
+
+    def _one(self, statement: str, job: str) -> Signed | None:
+        rows = self._all(statement, job)
+        return rows[0] if rows else None
+
+    def _all(self, statement: str, job: str) -> list[Signed]:
+        with self._storage_errors():
+            rows = self._database.execute(statement, (job,)).fetchall()
+            return [decode_canonical(row[0], Signed) for row in rows]
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._storage_errors():
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
+
+    @contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError, RemoteProtocolError) as error:
+            raise StorageError(
+                "the round journal cannot be used",
+                file=self._path,
+                found=error,
+                remedy="see that the disk has space and the file is writable and intact",
+            ) from error

@@ -1,0 +1,128 @@
+"""`umbel-simulate`: many sites on one machine, through the code that deployment runs."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from umbel_common.errors import UmbelError
+
+app = typer.Typer(
+    name="umbel-simulate",
+    help="Simulate a private federated fine-tuning of many sites on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ScenarioName = Annotated[
+    str, typer.Argument(help="Name of a shipped scenario, or path of a TOML file.")
+]
+Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")]
+
+
+@app.command()
+def run(
+    scenario: ScenarioName = "quickstart",
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run; default: the scenario's, numbered.")
+    ] = None,
+    sites: Annotated[int | None, typer.Option(min=2, help="Number of sites.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Number of rounds.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Public seed of the partition and initial adapter.")
+    ] = None,
+    no_dp: Annotated[
+        bool, typer.Option("--no-dp", help="Train without differential privacy.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")
+    ] = False,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Run a scenario: federate, compare, report."""
+    # Imported here: `list` and `--help` need not wait for torch.
+    from umbel_simulations.live import view_for
+    from umbel_simulations.run import run_scenario
+    from umbel_simulations.run_folder import free_name
+    from umbel_simulations.scenario import find_scenario, override
+    from umbel_simulations.table import print_summary
+
+    chosen = override(find_scenario(scenario), sites=sites, rounds=rounds, seed=seed, no_dp=no_dp)
+    folder = runs / (name if name is not None else free_name(runs, chosen))
+    console = Console(quiet=quiet or as_json)
+    with view_for(console) as view:
+        summary = run_scenario(chosen, folder, view.handle)
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+    else:
+        print_summary(console, summary)
+        console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
+        console.print(f"adapter: {folder / 'adapter'}", soft_wrap=True, highlight=False)
+        console.print(f"check it: umbel-simulate verify {folder}", soft_wrap=True, highlight=False)
+
+
+@app.command("list")
+def list_command() -> None:
+    """List the shipped scenarios."""
+    from umbel_simulations.scenario import list_scenarios
+
+    table = Table("scenario", "sites", "rounds", "what it shows")
+    for scenario in list_scenarios():
+        table.add_row(
+            scenario.name,
+            str(scenario.sites.count),
+            str(scenario.training.rounds),
+            scenario.description,
+        )
+    Console().print(table)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+) -> None:
+    """Re-check a run's signatures, transcript and adapter from its files alone."""
+    from umbel_simulations.verify import verify_run
+
+    job = verify_run(folder)
+    console = Console(highlight=False)
+    console.print(f"verified: {folder}", soft_wrap=True)
+    console.print(
+        f"  {len(job.releases) - 1} rounds released, {job.aborted_attempts} attempts aborted,"
+        f" delivered to {', '.join(job.delivered) or 'nobody'}"
+    )
+    for release in job.releases[1:]:
+        console.print(
+            f"  round {release.round}: {len(release.survivors)} sites,"
+            f" adapter {release.adapter.hex()[:16]}"
+        )
+    console.print(f"  transcript head {job.head.hex()}", soft_wrap=True)
+
+
+def main() -> None:
+    """The console script: every error is text for people, with its own exit code."""
+    sys.exit(exit_code(app))
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Runs a command and maps its end to the documented exit codes."""
+    try:
+        command()
+    except UmbelError as error:
+        Console(stderr=True, highlight=False).print(
+            f"error: {error.diagnostics()}", markup=False, soft_wrap=True
+        )
+        return error.exit_code
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command resumes the run", markup=False)
+        return 130
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    return 0

@@ -1,0 +1,119 @@
+"""A Flower `Grid` inside one process: every message is serialised to the bytes of Flower's protobuf
+and back in both directions, so nothing but bytes passes between server and sites."""
+
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from flwr.app import Message, RecordDict
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+RUN_ID = 1
+SERVER_NODE = 1
+
+Node = Callable[[Message], Message]
+Lost = Callable[[int, str], bool]
+"""Whether the message to a node (its ID, the group ID) is lost: how dropouts are simulated."""
+
+
+class InProcessGrid(Grid):
+    """Nodes are functions that run in worker threads; a node that raises never answers."""
+
+    def __init__(
+        self,
+        nodes: Mapping[int, Node],
+        *,
+        workers: int,
+        lost: Lost = lambda node, group: False,
+        failed: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        """Args:
+        nodes: what answers each node ID.
+        workers: nodes that work at once.
+        failed: is told what a node raised.
+        """
+        # A Flower message reads the identity of its process when it is made.
+        TaskIdentity.task_id = 1
+        TaskIdentity.run_id = RUN_ID
+        TaskIdentity.node_id = SERVER_NODE
+        self._nodes = dict(nodes)
+        self._lost = lost
+        self._failed = failed
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="site")
+        self._replies: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Waits for the nodes that are at work; what has not begun never does."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def set_run(self, run: Run) -> None:
+        """One process runs one run."""
+
+    @property
+    def run(self) -> Run:
+        """The one run."""
+        return Run.create_empty(RUN_ID)
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """See `Grid`."""
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """See `Grid`."""
+        return list(self._nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Serialises each message and queues it for its node."""
+        return [self._push(message) for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to these messages that have come since they were last pulled."""
+        with self._lock:
+            wires = [self._replies.pop(key) for key in message_ids if key in self._replies]
+        return [_from_wire(wire) for wire in wires]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Not offered: the server's link polls, as it must with a real SuperLink."""
+        raise NotImplementedError("use push_messages and pull_messages")
+
+    def _push(self, message: Message) -> str:
+        message_id = uuid.uuid4().hex
+        proto = message_to_proto(message)
+        proto.metadata.message_id = message_id
+        node, group = message.metadata.dst_node_id, message.metadata.group_id
+        if not self._lost(node, group):
+            future = self._pool.submit(self._handle, node, proto.SerializeToString())
+            future.add_done_callback(self._watch)
+        return message_id
+
+    def _handle(self, node: int, wire: bytes) -> None:
+        request = _from_wire(wire)
+        reply = message_to_proto(self._nodes[node](request)).SerializeToString()
+        with self._lock:
+            self._replies[request.metadata.message_id] = reply
+
+    def _watch(self, future: "Future[None]") -> None:
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            self._failed(error)
+
+
+def _from_wire(wire: bytes) -> Message:
+    proto = ProtoMessage()
+    proto.ParseFromString(wire)
+    return message_from_proto(proto)

@@ -1,0 +1,177 @@
+"""Turns what server and sites report into events: to the live view, and to `metrics.jsonl`."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from umbel_common.adapter import Vector
+from umbel_common.errors import UmbelError
+from umbel_common.statements import Release
+from umbel_common.wire import MaskReply, Refusal, Reply
+from umbel_server.job import Step
+from umbel_simulations import events
+from umbel_simulations.results import CurvePoint, Score
+
+
+class Recorder:
+    """Collects a run's events; safe to call from any thread."""
+
+    def __init__(self, metrics: Path, show: Callable[[events.AnyEvent], None]) -> None:
+        """Args:
+        metrics: the file that events are appended to, one JSON object a line.
+        show: the live view.
+        """
+        self._began = time.monotonic()
+        self._file = metrics.open("ab")
+        self._show = show
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def seconds(self) -> float:
+        """Since the run began."""
+        return time.monotonic() - self._began
+
+    def emit(self, event: events.AnyEvent) -> None:
+        """Shows an event; keeps it unless it is mere progress."""
+        with self._lock:
+            self._show(event)
+            if not isinstance(event, events.SiteStep | events.Preparing | events.BaselineStep):
+                self._file.write(msgspec.json.encode(event) + b"\n")
+                self._file.flush()
+
+
+class Stopped(BaseException):
+    """Ends the work of a site's thread when the run is interrupted; no error, so nobody handles it
+    as one."""
+
+
+class SiteObserver:
+    """`umbel_client.observer.Observer` of one simulated site."""
+
+    def __init__(self, site: str, recorder: Recorder, stop: threading.Event) -> None:
+        self._site = site
+        self._recorder = recorder
+        self._stop = stop
+        self.epsilon: float | None = None
+        self.errors: list[UmbelError] = []
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """See `Observer`."""
+        self._check_stop()
+        self._recorder.emit(
+            events.Preparing(
+                seconds=self._recorder.seconds(),
+                what=what,
+                site=self._site,
+                done=done,
+                total=total,
+            )
+        )
+
+    def charged(self, round_number: int, epsilon: float | None) -> None:
+        """See `Observer`."""
+        self.epsilon = epsilon
+
+    def step(self, round_number: int, step: int, steps: int) -> None:
+        """See `Observer`."""
+        self._check_stop()
+        self._recorder.emit(
+            events.SiteStep(
+                seconds=self._recorder.seconds(),
+                site=self._site,
+                round=round_number,
+                step=step,
+                steps=steps,
+            )
+        )
+
+    def refused(self, error: UmbelError) -> None:
+        """See `Observer`."""
+        self.errors.append(error)
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Stopped
+
+
+class Traffic:
+    """Bytes of one site, counted where they pass."""
+
+    def __init__(self) -> None:
+        self.masked = 0
+        """Masked vectors that left."""
+        self.protocol = 0
+        """Keys, shares, signatures and refusals that left."""
+        self.received = 0
+
+
+class ServerObserver:
+    """`umbel_server.job.Observer` of a simulated server: counts, scores, reports."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        sites: dict[str, SiteObserver],
+        score: Callable[[Vector], Score],
+    ) -> None:
+        """Args:
+        score: judges an adapter on the held-out public set.
+        """
+        self._recorder = recorder
+        self._sites = sites
+        self._score = score
+        self.traffic = {site: Traffic() for site in sites}
+        self.curve: list[CurvePoint] = []
+        self.aborted_attempts = 0
+
+    def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
+        """See `Observer`."""
+        traffic = self.traffic[site]
+        masked = len(reply.vector) if isinstance(reply, MaskReply) else 0
+        traffic.masked += masked
+        traffic.protocol += sent - masked
+        traffic.received += received
+        self._recorder.emit(
+            events.SiteStage(
+                seconds=self._recorder.seconds(),
+                site=site,
+                round=step.round,
+                attempt=step.attempt,
+                stage=step.stage,
+                refusal=reply.check if isinstance(reply, Refusal) else None,
+                sent_bytes=sent,
+                received_bytes=received,
+            )
+        )
+
+    def aborted(self, round_number: int, attempt: int, check: str) -> None:
+        """See `Observer`."""
+        self.aborted_attempts += 1
+        self._recorder.emit(
+            events.AttemptAborted(
+                seconds=self._recorder.seconds(), round=round_number, attempt=attempt, check=check
+            )
+        )
+
+    def released(self, release: Release, adapter: Vector) -> None:
+        """See `Observer`."""
+        score = self._score(adapter)
+        epsilon = {site: observer.epsilon for site, observer in self._sites.items()}
+        self.curve.append(CurvePoint(round=release.round, score=score, epsilon=epsilon))
+        self._recorder.emit(
+            events.RoundReleased(
+                seconds=self._recorder.seconds(),
+                round=release.round,
+                attempt=release.attempt,
+                survivors=list(release.survivors),
+                accuracy=score.accuracy,
+                macro_f1=score.macro_f1,
+                epsilon=epsilon,
+            )
+        )

@@ -1,0 +1,168 @@
+"""`runs/<name>/`: what a run leaves behind, and whether a name may be used.
+
+::
+
+    scenario.json     the scenario as it ran, overrides included
+    roster.json       who signs
+    plan.json         the plan, for people; plan.msgpack is what the operator signed
+    headers.jsonl     every signed round header
+    transcript.jsonl  every signed entry of the audit transcript
+    adapter/          the last global adapter as a PEFT folder, as the sites received it
+    metrics.jsonl     what happened, as it happened
+    summary.json      the outcome; its presence says that the run is finished
+    report.html
+    server/ sites/    the operator's and each site's own files, as in a deployment
+    baselines/        the comparisons' own federations
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from umbel_common.canonical import decode_canonical, encode
+from umbel_common.errors import RemoteProtocolError, RunExists, StorageError, VerificationError
+from umbel_common.identity import Signed
+from umbel_common.plan import TrainingPlan
+from umbel_simulations.scenario import Scenario
+
+
+class SignedLine(msgspec.Struct, frozen=True):
+    """One signed statement in a JSON-lines file."""
+
+    statement: bytes
+    signature: bytes
+    readable: Any
+    """The statement decoded, for people; never what is verified."""
+
+
+def claim(folder: Path, scenario: Scenario) -> bool:
+    """Takes a folder for a run; returns whether an unfinished run is being resumed.
+
+    Raises:
+        RunExists: the name belongs to a finished run, or to a run of another scenario.
+        StorageError: the folder cannot be made.
+    """
+    path = folder / "scenario.json"
+    ours = msgspec.json.format(msgspec.json.encode(scenario), indent=2)
+    if path.exists():
+        if path.read_bytes() != ours:
+            raise RunExists(
+                "a run of this name was made from another scenario",
+                file=folder,
+                remedy="give this run another --name, or delete the folder",
+            )
+        if finished(folder):
+            raise RunExists(
+                "a run of this name is finished",
+                file=folder,
+                remedy="open its report.html, give this run another --name, or delete the folder",
+            )
+        return True
+    if folder.exists() and any(folder.iterdir()):
+        raise RunExists(
+            "a folder of this name holds something else than a run",
+            file=folder,
+            remedy="give this run another --name",
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(path, ours)
+    except OSError as error:
+        raise StorageError("a run folder cannot be made", file=folder, found=error) from error
+    return False
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run in `folder` came to its end."""
+    return (folder / "summary.json").exists()
+
+
+def free_name(runs: Path, scenario: Scenario) -> str:
+    """The scenario's name, numbered past finished runs and runs of other scenarios."""
+    number = 1
+    while True:
+        name = scenario.name if number == 1 else f"{scenario.name}-{number}"
+        path = runs / name / "scenario.json"
+        if not (runs / name).exists():
+            return name
+        ours = msgspec.json.format(msgspec.json.encode(scenario), indent=2)
+        if path.exists() and path.read_bytes() == ours and not finished(runs / name):
+            return name
+        number += 1
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def write_plan(folder: Path, plan: TrainingPlan, signed: Signed) -> None:
+    """The plan for people, and the plan as signed."""
+    readable = msgspec.to_builtins(plan)
+    readable["model"]["digest"] = plan.model.digest.hex()
+    write(folder / "plan.json", msgspec.json.format(msgspec.json.encode(readable), indent=2))
+    write(folder / "plan.msgpack", encode(signed))
+
+
+def read_plan(folder: Path) -> Signed:
+    """The signed plan.
+
+    Raises:
+        VerificationError: it is missing or malformed.
+    """
+    path = folder / "plan.msgpack"
+    try:
+        return decode_canonical(path.read_bytes(), Signed)
+    except (OSError, RemoteProtocolError) as error:
+        raise VerificationError("a plan cannot be read", file=path, found=error) from error
+
+
+def write_signed(path: Path, statements: Sequence[Signed]) -> None:
+    """A JSON-lines file of signed statements."""
+    lines = [
+        msgspec.json.encode(
+            SignedLine(
+                statement=signed.statement,
+                signature=signed.signature,
+                readable=_readable(msgspec.msgpack.decode(signed.statement)),
+            )
+        )
+        for signed in statements
+    ]
+    write(path, b"\n".join([*lines, b""]))
+
+
+def read_signed(path: Path) -> list[Signed]:
+    """The inverse of `write_signed`.
+
+    Raises:
+        VerificationError: the file is missing, or a line is malformed.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+        decoded = [msgspec.json.decode(line, type=SignedLine) for line in lines]
+    except (OSError, msgspec.MsgspecError) as error:
+        raise VerificationError(
+            "signed statements cannot be read", file=path, found=error
+        ) from error
+    return [Signed(statement=line.statement, signature=line.signature) for line in decoded]
+
+
+def _readable(value: Any) -> Any:
+    """Bytes as hex; nested statements decoded."""
+    match value:
+        case {"statement": bytes() as statement, "signature": bytes()}:
+            return _readable(msgspec.msgpack.decode(statement))
+        case bytes():
+            return value.hex()
+        case dict():
+            return {key: _readable(item) for key, item in value.items()}
+        case list():
+            return [_readable(item) for item in value]
+        case _:
+            return value

@@ -1,0 +1,108 @@
+"""Checks a run folder from its signatures up, without the run's processes or the server's files."""
+
+from pathlib import Path
+
+import msgspec
+from umbel_common.roster_file import roster_from_json
+
+from umbel_common.adapter import adapter_digest
+from umbel_common.canonical import V, decode_canonical
+from umbel_common.errors import (
+    RemoteProtocolError,
+    SignatureError,
+    StorageError,
+    VerificationError,
+)
+from umbel_common.identity import Roster, Signed, open_signed
+from umbel_common.plan import TrainingPlan
+from umbel_common.statements import Release, RoundHeader
+from umbel_common.transcript import VerifiedJob, verify_transcript
+from umbel_server.registry import RELEASE_FILE, read_vector
+from umbel_simulations.results import RunSummary
+from umbel_simulations.run_folder import read_plan, read_signed
+
+
+def verify_run(folder: Path) -> VerifiedJob:
+    """Re-checks the plan, headers, transcript, adapter and summary of a run.
+
+    Raises:
+        VerificationError: names the file and what does not fit.
+    """
+    roster = _roster(folder / "roster.json")
+    job = verify_transcript(read_signed(folder / "transcript.jsonl"), roster)
+    _require(
+        _open(read_plan(folder), TrainingPlan, roster) == job.plan,
+        folder / "plan.msgpack",
+        "the plan is not the one that the transcript starts with",
+    )
+    _verify_headers(folder / "headers.jsonl", job, roster)
+    _verify_adapter(folder / "adapter", job, roster)
+    _verify_summary(folder / "summary.json", job)
+    return job
+
+
+def _roster(path: Path) -> Roster:
+    try:
+        return roster_from_json(path.read_text(encoding="utf-8"), path)
+    except OSError as error:
+        raise VerificationError("a roster cannot be read", file=path, found=error) from error
+
+
+def _verify_headers(path: Path, job: VerifiedJob, roster: Roster) -> None:
+    headers = [_open(signed, RoundHeader, roster) for signed in read_signed(path)]
+    _require(
+        all(header.plan == job.plan.digest() for header in headers),
+        path,
+        "a header names another plan",
+    )
+    numbers = [(header.round, header.attempt) for header in headers]
+    _require(len(set(numbers)) == len(numbers), path, "an attempt number was used twice")
+    contexts = {header.context() for header in headers}
+    _require(
+        all(release.context in contexts for release in job.releases[1:]),
+        path,
+        "the header of a release is missing",
+    )
+
+
+def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster) -> None:
+    try:
+        vector = read_vector(folder, job.plan)
+        signed = decode_canonical((folder / RELEASE_FILE).read_bytes(), Signed)
+    except (OSError, StorageError, RemoteProtocolError) as error:
+        raise VerificationError("an adapter cannot be read", file=folder, found=error) from error
+    _require(
+        _open(signed, Release, roster) == job.releases[-1],
+        folder,
+        "its release is not the last one of the transcript",
+    )
+    _require(
+        adapter_digest(job.plan.digest(), vector) == job.releases[-1].adapter,
+        folder,
+        "the adapter is not the one that the last release names",
+    )
+
+
+def _verify_summary(path: Path, job: VerifiedJob) -> None:
+    try:
+        summary = msgspec.json.decode(path.read_bytes(), type=RunSummary)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise VerificationError("a summary cannot be read", file=path, found=error) from error
+    _require(
+        summary.adapter_digest == job.releases[-1].adapter.hex()
+        and summary.transcript_head == job.head.hex(),
+        path,
+        "the summary is of another run",
+    )
+
+
+def _open(signed: Signed, kind: type[V], roster: Roster) -> V:
+    try:
+        return open_signed(signed, kind, roster.operator)
+    except (SignatureError, RemoteProtocolError) as error:
+        raise VerificationError(f"a {kind.__name__} does not verify: {error.message}") from None
+
+
+def _require(condition: bool, file: Path, what: str) -> None:
+    if not condition:
+        raise VerificationError(what, file=file)

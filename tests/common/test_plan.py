@@ -1,0 +1,85 @@
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from umbel_common.canonical import decode_canonical, encode
+from umbel_common.errors import PlanError
+from umbel_common.plan import (
+    Aggregation,
+    Classification,
+    Lora,
+    NoPrivacy,
+    Sgd,
+    Training,
+    TrainingPlan,
+    check_plan,
+)
+
+MakePlan = Callable[..., TrainingPlan]
+
+
+def test_a_plan_survives_its_encoding(make_plan: MakePlan) -> None:
+    plan = make_plan(privacy=NoPrivacy())
+    assert decode_canonical(encode(plan), TrainingPlan) == plan
+    assert msgspec.json.decode(msgspec.json.encode(plan), type=TrainingPlan) == plan
+
+
+def test_any_change_changes_the_digest(make_plan: MakePlan) -> None:
+    assert make_plan().digest() == make_plan().digest()
+    assert make_plan().digest() != make_plan(job="other").digest()
+    assert make_plan().digest() != make_plan(privacy=NoPrivacy()).digest()
+
+
+def test_an_unknown_field_is_refused(make_plan: MakePlan) -> None:
+    fields = msgspec.to_builtins(make_plan())
+    fields["surprise"] = 1
+    with pytest.raises(msgspec.ValidationError, match="surprise"):
+        msgspec.convert(fields, TrainingPlan)
+
+
+@pytest.mark.parametrize("weights", ["equal", "size-class"])
+def test_public_weights_go_with_privacy(make_plan: MakePlan, weights: str) -> None:
+    aggregation = Aggregation(threshold=2, clip_range=1.0, step=1e-6, weights=weights)  # type: ignore[arg-type]  # parametrised
+    check_plan(make_plan(aggregation=aggregation))
+
+
+def test_exact_counts_are_refused_with_privacy_and_allowed_without(make_plan: MakePlan) -> None:
+    aggregation = Aggregation(
+        threshold=2, clip_range=1.0, step=1e-3, weights="examples", max_weight=1000
+    )
+    with pytest.raises(PlanError, match=r"aggregation\.weights"):
+        check_plan(make_plan(aggregation=aggregation))
+    check_plan(make_plan(aggregation=aggregation, privacy=NoPrivacy()))
+
+
+def test_equal_weights_are_one(make_plan: MakePlan) -> None:
+    aggregation = Aggregation(threshold=2, clip_range=1.0, step=1e-6, max_weight=2)
+    with pytest.raises(PlanError, match="max_weight"):
+        check_plan(make_plan(aggregation=aggregation))
+
+
+def test_tensors_are_named_once(make_plan: MakePlan) -> None:
+    lora = make_plan().lora
+    fields = {name: getattr(lora, name) for name in lora.__struct_fields__}
+    for tensors in ((), (lora.tensors[0], lora.tensors[0])):
+        with pytest.raises(PlanError, match=r"lora\.tensors"):
+            check_plan(make_plan(lora=Lora(**{**fields, "tensors": tensors})))
+
+
+def test_labels_are_at_least_two_different_ones() -> None:
+    for labels in (("a",), ("a", "a")):
+        with pytest.raises(ValueError, match="labels"):
+            Classification(labels=labels)
+
+
+def test_learning_rates_fall_linearly_over_the_whole_job() -> None:
+    training = Training(
+        rounds=2,
+        local_steps=3,
+        expected_batch_size=1,
+        optimizer=Sgd(adapter_learning_rate=1.0, head_learning_rate=1.0),
+        final_learning_rate=0.5,
+    )
+    factors = [training.learning_rate_factor(step) for step in range(training.steps)]
+    assert factors == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])

@@ -1,0 +1,110 @@
+import os
+from collections.abc import Callable
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from umbel_common.errors import RemoteProtocolError
+from umbel_common.identity import Identity
+from umbel_common.plan import TrainingPlan
+from umbel_common.wire import (
+    HEADER_BYTES,
+    MAGIC,
+    ConfirmRequest,
+    MaskReply,
+    OfferReply,
+    open_reply,
+    open_request,
+    seal_reply,
+    seal_request,
+    size_limit,
+)
+
+IDENTITY = Identity(bytes(32))
+REPLY = MaskReply(context=bytes(32), vector=b"\x01" * 64)
+REQUEST = ConfirmRequest(context=bytes(32), survivors=("a", "b"))
+
+
+def refused_reply(data: bytes, site: str = "a", limit: int = 10_000) -> str:
+    with pytest.raises(RemoteProtocolError) as refusal:
+        open_reply(IDENTITY.public_key, site, data, limit=limit)
+    return refusal.value.check
+
+
+def test_messages_come_back() -> None:
+    sealed = seal_reply(IDENTITY, "a", REPLY)
+    assert open_reply(IDENTITY.public_key, "a", sealed, limit=10_000) == REPLY
+    sealed = seal_request(IDENTITY, "a", REQUEST)
+    assert open_request(IDENTITY.public_key, "a", sealed, limit=10_000) == REQUEST
+
+
+def test_a_reply_of_one_site_is_not_anothers() -> None:
+    assert refused_reply(seal_reply(IDENTITY, "a", REPLY), site="b") == "pinned-signature"
+
+
+def test_a_request_for_one_site_is_not_anothers() -> None:
+    sealed = seal_request(IDENTITY, "a", REQUEST)
+    with pytest.raises(RemoteProtocolError) as refusal:
+        open_request(IDENTITY.public_key, "b", sealed, limit=10_000)
+    assert refusal.value.check == "pinned-signature"
+
+
+def test_a_request_is_no_reply_and_a_reply_no_request() -> None:
+    assert refused_reply(seal_request(IDENTITY, "a", REQUEST)) == "pinned-signature"
+
+
+def test_a_reply_by_another_identity_is_refused() -> None:
+    stranger = Identity.generate(os.urandom)
+    assert refused_reply(seal_reply(stranger, "a", REPLY)) == "pinned-signature"
+
+
+@pytest.mark.parametrize("position", [HEADER_BYTES, HEADER_BYTES + 20, -1, len(MAGIC)])
+def test_a_flipped_bit_is_noticed(position: int) -> None:
+    sealed = bytearray(seal_reply(IDENTITY, "a", REPLY))
+    sealed[position] ^= 1
+    assert refused_reply(bytes(sealed)) == "pinned-signature"
+
+
+def test_a_message_past_the_limit_is_not_looked_at() -> None:
+    assert refused_reply(bytes(10_001)) == "oversized-message"
+
+
+@pytest.mark.parametrize("data", [b"", MAGIC, b"UMB2" + bytes(200), bytes(HEADER_BYTES)])
+def test_what_is_no_sealed_message_is_malformed(data: bytes) -> None:
+    assert refused_reply(data) == "malformed-message"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"type": "masked", "context": bytes(32), "vector": b"", "more": 1},
+        {"type": "masked", "context": bytes(31), "vector": b""},
+        {"type": "mask", "context": bytes(32), "shares": []},
+        {"type": "unknown"},
+        {"context": bytes(32)},
+        [],
+    ],
+    ids=["unknown-field", "short-context", "a-request", "unknown-type", "untyped", "no-map"],
+)
+def test_a_signed_body_outside_the_closed_set_is_malformed(body: object) -> None:
+    encoded = msgspec.msgpack.encode(body)
+    sealed = MAGIC + IDENTITY.sign("reply from a", encoded) + encoded
+    assert refused_reply(sealed) == "malformed-message"
+
+
+@given(st.binary(max_size=400))
+def test_any_signed_bytes_give_a_message_or_the_protocols_error(body: bytes) -> None:
+    sealed = MAGIC + IDENTITY.sign("reply from a", body) + body
+    try:
+        open_reply(IDENTITY.public_key, "a", sealed, limit=10_000)
+    except RemoteProtocolError:
+        pass
+
+
+def test_the_limit_fits_the_largest_honest_message(make_plan: Callable[..., TrainingPlan]) -> None:
+    plan = make_plan()
+    reply = MaskReply(context=bytes(32), vector=bytes(4 * (plan.lora.size + 1)))
+    assert len(seal_reply(IDENTITY, "a", reply)) <= size_limit(plan)
+    assert len(seal_reply(IDENTITY, "a", OfferReply(plan=bytes(32)))) <= size_limit(None)

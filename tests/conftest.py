@@ -1,0 +1,86 @@
+"""Shared by all tests: one thread a process, and small plans that need no model."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+
+import hypothesis
+import pytest
+
+from umbel_common.identity import Identity, Member, Roster
+from umbel_common.plan import (
+    Adam,
+    Aggregation,
+    BaseModel,
+    Classification,
+    LocalPrivacy,
+    Lora,
+    Tensor,
+    Training,
+    TrainingPlan,
+)
+
+hypothesis.settings.register_profile("ci", deadline=None)
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=200_000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+TENSORS = (
+    Tensor(name="base_model.model.layer.query.lora_A.weight", shape=(2, 6), role="lora_A"),
+    Tensor(name="base_model.model.layer.query.lora_B.weight", shape=(6, 2), role="lora_B"),
+    Tensor(name="head.bias", shape=(3,), role="head"),
+    Tensor(name="head.weight", shape=(3, 6), role="head"),
+)
+
+
+@pytest.fixture
+def make_plan() -> Callable[..., TrainingPlan]:
+    """A valid plan of 45 parameters; keyword arguments replace its parts."""
+
+    def make(**parts: object) -> TrainingPlan:
+        fields: dict[str, object] = {
+            "federation": "clinics",
+            "job": "job",
+            "model": BaseModel(name="tiny", digest=bytes(32)),
+            "task": Classification(labels=("a", "b", "c")),
+            "lora": Lora(
+                rank=2,
+                alpha=4.0,
+                target_modules=("query",),
+                layers=None,
+                method="both",
+                seed=7,
+                tensors=TENSORS,
+            ),
+            "training": Training(
+                rounds=3,
+                local_steps=2,
+                expected_batch_size=8,
+                optimizer=Adam(adapter_learning_rate=1e-3, head_learning_rate=1e-2),
+            ),
+            "privacy": LocalPrivacy(epsilon=8.0, delta=1e-5, clip_norm=1.0),
+            "aggregation": Aggregation(threshold=2, clip_range=1.0, step=1e-6),
+        }
+        return TrainingPlan(**{**fields, **parts})  # type: ignore[arg-type]  # fields by name
+
+    return make
+
+
+@pytest.fixture
+def make_federation() -> Callable[[int], tuple[Identity, dict[str, Identity], Roster]]:
+    """An operator, so many sites, and the roster that pins them."""
+
+    def make(count: int) -> tuple[Identity, dict[str, Identity], Roster]:
+        operator = Identity.generate(os.urandom)
+        sites = {f"site-{index:02}": Identity.generate(os.urandom) for index in range(count)}
+        members = tuple(
+            Member(name=name, public_key=identity.public_key) for name, identity in sites.items()
+        )
+        return operator, sites, Roster(
+            federation="clinics", operator=operator.public_key, members=members
+        )
+
+    return make
