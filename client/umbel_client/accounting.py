@@ -1,7 +1,7 @@
 """Epsilon of DP-SGD: Poisson-subsampled Gaussian steps, composed numerically.
 
-Two accountants, both upper bounds on the true epsilon under add/remove adjacency. PRV (Gopi, Lee and
-Wutschitz 2021, "Numerical Composition of Differential Privacy") is tight and is what normally
+Two accountants, both upper bounds on the true epsilon under add/remove adjacency. PRV (Gopi, Lee
+and Wutschitz 2021, "Numerical Composition of Differential Privacy") is tight and is what normally
 answers. RDP (Mironov, Talwar and Zhang 2019, section 3.3; converted by Balle et al. 2020, theorem
 21) is looser, never fails, and stands in where PRV's grid would take minutes or its floating point
 gives up. The smaller of two upper bounds is an upper bound, so `epsilon` returns the smaller one.
@@ -30,8 +30,13 @@ _ORDERS = (
     *(80.0, 96.0, 128.0, 192.0, 256.0, 384.0, 512.0, 768.0, 1024.0),
 )
 
-# Cells of PRV's grid, over all distinct events: 2^23 take about 3 s on one core.
-_MOST_CELLS = 2**23
+# Cells of PRV's grids, over all distinct events: about 2 s on one core. A coarser grid, and at last
+# RDP alone, keeps absurd settings (tiny noise, a million steps) from taking minutes.
+_MOST_CELLS = 2**22
+
+# Beyond, PRV's exponentials overflow and it answers far too little (710 instead of 500,000 for a
+# noise multiplier of 0.001); long before, a tight figure has lost its use.
+_LARGEST_PRV_EPSILON = 100.0
 
 # Tolerance of calibration, as a share of epsilon. It also is the room that keeps the composition of
 # the first rounds, computed on another grid, below the target.
@@ -39,7 +44,7 @@ _SLACK = 1e-3
 
 
 class Event(Value, frozen=True):
-    """Steps of DP-SGD with one noise and one sampling rate: necessary and sufficient for accounting.
+    """Steps of DP-SGD of one kind: what is necessary and sufficient for accounting.
 
     A wrong value (noise or rate not positive, rate above 1, no step) is a `ValueError` at
     construction.
@@ -63,8 +68,8 @@ class Event(Value, frozen=True):
 def epsilon(events: Sequence[Event], delta: float) -> float:
     """An upper bound on the epsilon of all `events` together, in any order, at `delta`.
 
-    Within 1 % of the true value wherever epsilon lies between about 0.2 and 60; looser, but still an
-    upper bound, outside. 0 without events.
+    Within 1 % of the true value wherever epsilon lies between about 0.2 and 60; looser, but still
+    an upper bound, outside. 0 without events.
     """
     if not 0 < delta < 1:
         raise ValueError("delta must be above 0 and below 1")
@@ -80,8 +85,8 @@ def epsilon(events: Sequence[Event], delta: float) -> float:
 def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     """The smallest noise multiplier with which `steps` steps cost at most `epsilon` at `delta`.
 
-    Rounded up: the cost lies in [0.999 epsilon, epsilon], or below where `SMALLEST_NOISE_MULTIPLIER`
-    already suffices. The same arguments give the same number.
+    Rounded up: never above `epsilon`, and above 0.999 of it unless `SMALLEST_NOISE_MULTIPLIER`
+    already suffices or epsilon is so large that RDP alone answers.
 
     Raises:
         CalibrationError: no noise multiplier up to `LARGEST_NOISE_MULTIPLIER` is enough.
@@ -90,14 +95,16 @@ def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> f
     def cost(noise: float) -> float:
         return _epsilon((Event(noise, sample_rate, steps),), delta)
 
-    low, high = SMALLEST_NOISE_MULTIPLIER, 1.0
-    if cost(high) > epsilon:
-        while cost(high) > epsilon:
-            low, high = high, high * 2
-            if low >= LARGEST_NOISE_MULTIPLIER:
-                raise _unreachable(epsilon, delta, sample_rate, steps)
-    elif cost(low) <= epsilon:
-        return low
+    high = 1.0
+    while cost(high) > epsilon:
+        high *= 2
+        if high > LARGEST_NOISE_MULTIPLIER:
+            raise _unreachable(epsilon, delta, sample_rate, steps)
+    low = high / 2
+    while cost(low) <= epsilon:
+        if low <= SMALLEST_NOISE_MULTIPLIER:
+            return SMALLEST_NOISE_MULTIPLIER
+        high, low = low, max(low / 2, SMALLEST_NOISE_MULTIPLIER)
     return _narrow(cost, epsilon, low, high)
 
 
@@ -111,16 +118,20 @@ def _narrow(cost: Callable[[float], float], epsilon: float, low: float, high: fl
     def excess(value: float) -> float:
         return math.log(max(value, 1e-300) / target)
 
-    # Infinite where there is no privacy at all; any large finite number steers as well.
-    above, below = min(excess(cost(low)), 10.0), excess(cost(high))
+    above, below = excess(cost(low)), excess(cost(high))
+    moved = ""
     while high / low > 1 + 1e-6 and below < -_SLACK / 2:
         share = above / (above - below)
         middle = low * (high / low) ** min(max(share, 0.01), 0.99)
         spent = cost(middle)
         if spent <= epsilon:
-            high, below, above = middle, excess(spent), above / 2
+            high, below = middle, excess(spent)
+            above = above / 2 if moved == "high" else above
+            moved = "high"
         else:
-            low, above, below = middle, excess(spent), below / 2
+            low, above = middle, excess(spent)
+            below = below / 2 if moved == "low" else below
+            moved = "low"
     return high
 
 
@@ -148,9 +159,11 @@ def _epsilon(events: tuple[Event, ...], delta: float) -> float:
     if not events:
         return 0.0
     loose = _rdp_epsilon(events, delta)
-    # Each event of tiny noise costs minutes in PRV and has no privacy worth a tight figure.
-    error = min(max(loose / 500, 1e-3), 0.05)
-    if _cells(events, delta, error) > _MOST_CELLS:
+    if loose > _LARGEST_PRV_EPSILON:
+        return loose
+    fine = min(max(loose / 500, 1e-3), 0.05)
+    error = fine * max(1.0, _cells(events, delta, fine) / _MOST_CELLS)
+    if error > max(loose / 100, fine):
         return loose
     return min(loose, _prv_epsilon(events, delta, error))
 
@@ -161,8 +174,8 @@ def _prv_epsilon(events: tuple[Event, ...], delta: float, error: float) -> float
     accountant.history = [
         (event.noise_multiplier, event.sample_rate, event.steps) for event in events
     ]
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        # It asks RDP, over orders of its own, how wide a grid is needed: wider than best is harmless.
+    with warnings.catch_warnings(), np.errstate(divide="ignore", over="raise"):
+        # It asks RDP, over few orders, how wide a grid is needed: wider than best is harmless.
         warnings.filterwarnings("ignore", message="Optimal order is the")
         try:
             upper = float(accountant.get_epsilon(delta, eps_error=error))
@@ -172,7 +185,7 @@ def _prv_epsilon(events: tuple[Event, ...], delta: float, error: float) -> float
 
 
 def _cells(events: tuple[Event, ...], delta: float, error: float) -> float:
-    """Cells of PRV's grids: number of events times width over mesh (Gopi et al. 2021, section 5)."""
+    """Cells of PRV's grids: events times width over mesh (Gopi et al. 2021, section 5)."""
     steps = sum(event.steps for event in events)
     width = 2 * (_rdp_epsilon(events, delta / 4000) + 3)
     mesh = error / math.sqrt(steps * math.log(12_000 / delta) / 2)
@@ -200,14 +213,13 @@ def _rdp(noise_multiplier: float, sample_rate: float, order: float) -> float:
     """Of one step at one order; infinite where floating point gives up."""
     with np.errstate(all="ignore"):
         try:
-            value = float(
-                compute_rdp(
-                    q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=order
-                )
+            value = compute_rdp(
+                q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=[order]
             )
         except (ArithmeticError, ValueError):
             return math.inf
-    return value if math.isfinite(value) else math.inf
+    bound = float(np.asarray(value)[0])
+    return bound if math.isfinite(bound) else math.inf
 
 
 def _unreachable(epsilon: float, delta: float, sample_rate: float, steps: int) -> CalibrationError:

@@ -1,4 +1,4 @@
-"""A site's own records: JSON lines, CSV or Parquet through Hugging Face `datasets`, never a network.
+"""A site's own records: JSON lines, CSV or Parquet, through Hugging Face `datasets` and no network.
 
 Error texts name the row, not its text; they are for the site's own log and never leave it.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.exceptions import DatasetsError
 
 from umbel_common.canonical import Digest, Value
 from umbel_common.errors import DataError
@@ -131,12 +132,13 @@ def _read(path: Path) -> datasets.Dataset:
         )
     if path.stat().st_size == 0:
         raise DataError("the data file holds no record", file=path)
+    datasets.disable_progress_bars()
     options = _csv_options(path) if path.suffix == ".csv" else {}
     try:
         # Private data must leave no copy in the home folder's cache.
         with tempfile.TemporaryDirectory(prefix="umbel-data-") as cache:
             return reader(str(path), cache_dir=cache, keep_in_memory=True, **options)
-    except Exception as error:
+    except (DatasetsError, ValueError, TypeError, OSError) as error:
         raise DataError(
             "the data file cannot be read", file=path, found=type(error.__cause__ or error).__name__
         ) from None

@@ -15,7 +15,7 @@ NOT_OURS = 1
 
 
 def answer(message: Message, handle: Callable[[bytes], bytes]) -> Message:
-    """Hands the sealed bytes to `handle` (`Trainer.handle`, or its proxy) and sends back its answer.
+    """Hands the sealed bytes to `handle` (`Trainer.handle` or its proxy) and sends back its answer.
 
     Nothing else is ever acted on: no app bundle, no run configuration, no other message type.
     """

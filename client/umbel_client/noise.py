@@ -52,8 +52,7 @@ class NoiseSource:
 
     def _uniform(self, size: int) -> npt.NDArray[np.float64]:
         """Values in the open interval (0, 1), all multiples of 2**-53 and exact."""
-        values: npt.NDArray[np.float64] = ((self._words(size) >> np.uint64(12)) + 0.5) * 2.0**-52
-        return values
+        return ((self._words(size) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def _words(self, size: int) -> npt.NDArray[np.uint64]:
         return np.frombuffer(self._stream.update(bytes(8 * size)), dtype="<u8")

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from umbel_common.canonical import decode_canonical, encode
 from umbel_common.errors import RemoteProtocolError, StorageError
 from umbel_common.identity import Signed
@@ -25,7 +27,7 @@ _SCHEMA = """
 CREATE TABLE plans (job TEXT PRIMARY KEY, plan BLOB NOT NULL) STRICT;
 CREATE TABLE attempts (
     context BLOB PRIMARY KEY, job TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
-    header BLOB NOT NULL, state BLOB, UNIQUE (job, round, attempt)
+    header BLOB NOT NULL, state BLOB, survivors BLOB, UNIQUE (job, round, attempt)
 ) STRICT;
 CREATE TABLE answers (
     context BLOB NOT NULL, stage TEXT NOT NULL, request BLOB NOT NULL, reply BLOB NOT NULL,
@@ -177,7 +179,8 @@ class Session:
             )
             self._database.execute("UPDATE attempts SET state = NULL WHERE job = ?", (header.job,))
             self._database.execute(
-                "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO attempts (context, job, round, attempt, header, state)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
                 (
                     header.context(),
                     header.job,
@@ -198,6 +201,24 @@ class Session:
             self._database.execute(
                 "UPDATE attempts SET state = ? WHERE context = ?", (state, context)
             )
+
+    def confirm(self, context: bytes, survivors: tuple[str, ...]) -> None:
+        """Records the survivor set that is about to be confirmed."""
+        with self._transaction():
+            self._database.execute(
+                "UPDATE attempts SET survivors = ? WHERE context = ?",
+                (msgspec.msgpack.encode(survivors), context),
+            )
+
+    def confirmed(self, job: str, round_number: int) -> list[tuple[str, ...]]:
+        """The survivor sets that were confirmed in any attempt of a round."""
+        with self._storage_errors():
+            rows = self._database.execute(
+                "SELECT survivors FROM attempts"
+                " WHERE job = ? AND round = ? AND survivors IS NOT NULL",
+                (job, round_number),
+            ).fetchall()
+        return [msgspec.msgpack.decode(row[0], type=tuple[str, ...]) for row in rows]
 
     def keep_release(self, job: str, round_number: int, release: Signed) -> None:
         """Keeps a signed release as evidence.

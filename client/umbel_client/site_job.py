@@ -4,20 +4,198 @@ The order is the law: reserve in the ledger, train, store the delta, record its 
 ledger, and only then may anything derived from it leave.
 """
 
-from collections.abc import Callable
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
-from umbel_client.accounting import Event, calibrate, require_delta
+from umbel_client.accounting import Event, calibrate, epsilon, require_delta
 from umbel_client.config import ClientConfig
 from umbel_client.data import load_records
 from umbel_client.delta_cache import DeltaCache, State
 from umbel_client.ledger import Budget, Ledger
 from umbel_client.model import AdaptedModel
 from umbel_client.observer import Observer
-from umbel_client.training import prepare, sampling_rate, train_round
+from umbel_client.prepared import prepare
+from umbel_client.training import sampling_rate, train_round
 from umbel_common.adapter import Vector
 from umbel_common.canonical import Entropy
-from umbel_common.errors import RemoteProtocolError
+from umbel_common.errors import BudgetError, RemoteProtocolError
+from umbel_common.identity import Roster
 from umbel_common.plan import LocalPrivacy, TrainingPlan
 from umbel_common.quantise import RingVector, encode, encoding_of
 from umbel_common.statements import RoundHeader
+
+
+@dataclass(frozen=True)
+class SiteNoise:
+    """How one site samples and what it adds; both stay at the site."""
+
+    sampling_rate: float
+    noise_multiplier: float | None
+    """None without differential privacy."""
+
+
+class SiteJob:
+    """Everything of a plan that needs the site's data."""
+
+    def __init__(
+        self,
+        config: ClientConfig,
+        plan: TrainingPlan,
+        roster: Roster,
+        *,
+        observer: Observer,
+        entropy: Entropy,
+    ) -> None:
+        """Loads data and model, calibrates the noise, and opens the data set's ledger.
+
+        Raises:
+            DataError, ModelError: what is on the site's disk does not fit the plan.
+            CalibrationError, PolicyRefusal: the plan's privacy cannot be had with this data set.
+            BudgetError: the whole plan would go past the data set's budget.
+            LedgerError: the ledger is corrupt or in use.
+        """
+        self.plan = plan
+        self._config = config
+        self._observer = observer
+        self._entropy = entropy
+        records = load_records(Path(config.data.path), plan.task)
+        self._weight = _weight(plan, roster, config.site, len(records))
+        self.noise = _noise(plan, len(records))
+        state = Path(config.state)
+        self._ledger = Ledger.open(state / "ledger.sqlite", records.digest())
+        try:
+            self._check_budget()
+            self._model = AdaptedModel.load(Path(config.model.path), plan)
+            self._data = prepare(
+                self._model,
+                Path(config.model.path),
+                records,
+                cache=state / "cache",
+                progress=lambda done, total: observer.preparing("frozen layers", done, total),
+            )
+            self._deltas = DeltaCache(state / "deltas" / plan.job)
+        except BaseException:
+            self._ledger.close()
+            raise
+
+    def close(self) -> None:
+        """Releases the ledger."""
+        self._ledger.close()
+
+    def ledger_head(self) -> bytes:
+        """What the site's next signed statement says about its ledger."""
+        return self._ledger.head()
+
+    def train(self, header: RoundHeader, adapter: Vector) -> None:
+        """Makes sure that the round's delta exists: from the cache, or by training now.
+
+        Raises:
+            BudgetError: before any gradient.
+            RemoteProtocolError: `other-adapter` if the round was computed from another adapter:
+                one round has one delta.
+        """
+        number = header.round
+        event = self._event(self.plan.training.local_steps)
+        self._ledger.reserve(self.plan.job, self.plan.digest(), number, event, self._budget)
+        self._observer.charged(number, self._spent())
+        if self._recorded_digest(number) is None:
+            # Whatever a killed computation left is replaced, never released.
+            computed = self._compute(number, header.adapter, adapter)
+            self._ledger.computed(self.plan.job, number, computed)
+        started_from, _, _ = self._deltas.load(number, self._recorded_digest(number))
+        if started_from != header.adapter:
+            raise RemoteProtocolError(
+                "other-adapter", f"round {number} was computed from another global adapter"
+            )
+
+    def ring_vector(self, header: RoundHeader) -> RingVector:
+        """The round's delta, clipped, rounded and weighted, as elements of the ring.
+
+        Rounding again for another attempt is post-processing of the same noisy delta.
+        """
+        _, delta, _ = self._deltas.load(header.round, self._recorded_digest(header.round))
+        encoding = encoding_of(self.plan.aggregation, len(header.cohort))
+        return encode(delta, self._weight, encoding, self._entropy)
+
+    def sent(self, round_number: int) -> None:
+        """The round's masked delta is about to leave."""
+        self._ledger.sent(self.plan.job, round_number)
+
+    def _recorded_digest(self, number: int) -> bytes | None:
+        recorded = self._ledger.state(self.plan.job, number)
+        return None if recorded is None else recorded.delta_digest
+
+    def _compute(self, number: int, adapter_digest: bytes, adapter: Vector) -> bytes:
+        result = train_round(
+            self._model,
+            self._data,
+            self.plan,
+            number,
+            adapter,
+            self.noise.noise_multiplier,
+            self._optimizer_state(number),
+            entropy=self._entropy,
+            physical_batch_size=self._config.physical_batch_size,
+            on_step=lambda step, steps: self._observer.step(number, step, steps),
+        )
+        return self._deltas.save(number, adapter_digest, result.delta, result.state)
+
+    def _optimizer_state(self, number: int) -> State | None:
+        """Of the last round that this site computed: it may have slept through some."""
+        for former in range(number - 1, 0, -1):
+            if self._deltas.has(former):
+                return self._deltas.load(former)[2]
+        return None
+
+    def _check_budget(self) -> None:
+        """Refuses with the offer what the ledger would refuse in some later round."""
+        if self._budget.epsilon == math.inf:
+            return
+        former = [entry.event for entry in self._ledger.history() if entry.job != self.plan.job]
+        events = [*former, self._event(self.plan.training.steps)]
+        private = [event for event in events if event is not None]
+        cost = epsilon(private, self._budget.delta) if len(private) == len(events) else math.inf
+        if cost > self._budget.epsilon:
+            raise BudgetError(
+                "the privacy budget of this data set does not allow the whole plan",
+                file=self._config.data.path,
+                field="policy.total_epsilon",
+                found=f"{cost:.4g} with the plan {self.plan.job}",
+                accepted=f"at most {self._budget.epsilon:g} at delta {self._budget.delta:g}",
+                remedy="agree on a plan with a smaller epsilon; what is spent does not come back",
+            )
+
+    def _spent(self) -> float | None:
+        privacy = self.plan.privacy
+        return self._ledger.spent(privacy.delta) if isinstance(privacy, LocalPrivacy) else None
+
+    def _event(self, steps: int) -> Event | None:
+        if self.noise.noise_multiplier is None:
+            return None
+        return Event(self.noise.noise_multiplier, self.noise.sampling_rate, steps)
+
+    @property
+    def _budget(self) -> Budget:
+        return self._config.policy.budget(self.plan)
+
+
+def _noise(plan: TrainingPlan, records: int) -> SiteNoise:
+    """Noise for the plan's epsilon at this site's own sampling rate (ADR 3)."""
+    rate = sampling_rate(plan, records)
+    if not isinstance(plan.privacy, LocalPrivacy):
+        return SiteNoise(rate, None)
+    require_delta(plan.privacy.delta, records)
+    noise = calibrate(plan.privacy.epsilon, plan.privacy.delta, rate, plan.training.steps)
+    return SiteNoise(rate, noise)
+
+
+def _weight(plan: TrainingPlan, roster: Roster, site: str, records: int) -> int:
+    """The site's weight in the mean; a data set above the plan's largest weight counts as that."""
+    match plan.aggregation.weights:
+        case "equal":
+            return 1
+        case "size-class":
+            return roster.member(site).weight
+        case "examples":
+            return min(records, plan.aggregation.max_weight)

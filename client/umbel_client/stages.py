@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from umbel_client.policy import judge_survivors
 from umbel_client.session import Session
 from umbel_client.site_job import SiteJob
 from umbel_common.canonical import Entropy, decode, digest, encode
@@ -39,6 +40,7 @@ def answer_stage(
     """The sealed answer to a stage, burned on disk before it is returned.
 
     Raises:
+        PolicyRefusal: `survivors-differ`.
         RemoteProtocolError: the check of `participant` or `session` that failed; the state on disk
             is as it was.
     """
@@ -48,7 +50,7 @@ def answer_stage(
     known = session.answer(context, stage, fingerprint)
     if known is not None:
         return known
-    state = decode(session.state(context), secagg.State)
+    state: secagg.State = decode(session.state(context), secagg.State)  # type: ignore[arg-type]  # a union is a decodable type
     after: secagg.State | None
     reply: Reply
     match state, request:
@@ -60,8 +62,12 @@ def answer_stage(
             reply = MaskReply(context=context, vector=_little_endian(vector))
             job.sent(header.round)
         case secagg.Masked(), ConfirmRequest():
+            former = session.confirmed(header.job, header.round)
+            judge_survivors(job.plan, request.survivors, former)
             after, signature = state.receive(request.survivors, identity)
             reply = ConfirmReply(context=context, signature=signature)
+            # Recorded first: a crash in between leaves a set that binds, and was not signed.
+            session.confirm(context, request.survivors)
         case secagg.Confirmed(), UnmaskRequest():
             _, revealed = state.receive(request.signatures, roster)
             reply = UnmaskReply(context=context, shares=revealed)

@@ -68,10 +68,11 @@ def tokenise(texts: Sequence[str], folder: Path, max_tokens: int) -> Tokens:
         return_token_type_ids=False,
     )["input_ids"]
     lengths = [len(ids) for ids in encoded]
+    pad_id: object = tokenizer.pad_token_id
     return Tokens(
         ids=np.fromiter((id_ for ids in encoded for id_ in ids), np.int32, sum(lengths)),
         starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        pad_id=tokenizer.pad_token_id or 0,
+        pad_id=pad_id if isinstance(pad_id, int) else 0,
     )
 
 

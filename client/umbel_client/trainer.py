@@ -14,7 +14,7 @@ from umbel_client.export import write_adapter
 from umbel_client.observer import Observer
 from umbel_client.policy import judge_header, judge_plan
 from umbel_client.session import Session
-from umbel_client.site_job import SiteJob
+from umbel_client.site_job import SiteJob, SiteNoise
 from umbel_client.stages import answer_stage
 from umbel_common.adapter import Vector, adapter_digest, from_bytes, initial_vector
 from umbel_common.canonical import Entropy, V, digest, encode
@@ -81,10 +81,14 @@ class Trainer:
                 self._job.close()
             self._session.close()
 
-    @property
-    def job(self) -> SiteJob | None:
-        """The job that is loaded, for the site's own status."""
-        return self._job
+    def noise(self, job: str) -> SiteNoise:
+        """How the site samples and what it adds in an accepted job, for the site's own status.
+
+        Raises:
+            RemoteProtocolError: `unknown-plan`.
+        """
+        with self._lock:
+            return self._loaded_job(job).noise
 
     def handle(self, sealed: bytes) -> bytes:
         """Answers one sealed request with one sealed reply."""
@@ -238,14 +242,8 @@ class Trainer:
             self._job.close()
             self._job = None
         self._job = SiteJob(
-            self._config, plan, observer=self._observer, entropy=self._entropy, state=self._state
+            self._config, plan, self._roster, observer=self._observer, entropy=self._entropy
         )
-        try:
-            self._job.check_budget()
-        except UmbelError:
-            self._job.close()
-            self._job = None
-            raise
 
     def _open(self, signed: Signed, kind: type[V]) -> V:
         try:

@@ -121,6 +121,14 @@ class Job:
                 found=plan.aggregation.threshold,
                 accepted=f"at most {len(roster.members)}",
             )
+        heaviest = max((member.weight for member in roster.members), default=0)
+        if plan.aggregation.weights == "size-class" and heaviest > plan.aggregation.max_weight:
+            raise PlanError(
+                "a size class of the roster is larger than the plan allows",
+                field="aggregation.max_weight",
+                found=plan.aggregation.max_weight,
+                accepted=f"at least {heaviest}",
+            )
         self.plan = plan
         self._roster = roster
         self._operator = operator

@@ -189,7 +189,7 @@ class Store:
         )
 
     def _execute(self, statement: str, *values: object) -> None:
-        self._database.execute(statement, values)  # type: ignore[arg-type]  # str, int or bytes
+        self._database.execute(statement, values)
 
     def _one(self, statement: str, job: str) -> Signed | None:
         rows = self._all(statement, job)

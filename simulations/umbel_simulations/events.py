@@ -51,6 +51,12 @@ class SiteStage(Event, frozen=True, tag="site-stage"):
     """train, share, mask, confirm, unmask or finish."""
     refusal: str | None
     sent_bytes: int
+    """Left the site, sealed message as a whole."""
+    masked_bytes: int
+    """Of these, masked vector."""
+    clear_bytes: int
+    """Of these, in a message that is not known to hold nothing but keys, shares, signatures, codes
+    and masked vectors."""
     received_bytes: int
 
 

@@ -9,14 +9,20 @@ import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 
-from umbel_client.config import load_config, read_identity, write_identity
+from umbel_client.config import ClientConfig, load_config, read_identity, write_identity
 from umbel_client.flower import answer
+from umbel_client.model import folder_digest
+from umbel_client.site_job import SiteNoise
 from umbel_client.trainer import Trainer
+from umbel_common.adapter import Vector
 from umbel_common.canonical import Entropy
+from umbel_common.errors import JobFailed
 from umbel_common.identity import Identity, Member, Roster, sign
-from umbel_common.plan import TrainingPlan
+from umbel_common.plan import NoPrivacy, TrainingPlan
 from umbel_common.roster_file import roster_from_json, roster_to_json
 from umbel_common.statements import Release
 from umbel_server.flower import GridLink
@@ -25,12 +31,25 @@ from umbel_server.registry import Registry
 from umbel_server.store import Store
 from umbel_simulations.entropy import seeded
 from umbel_simulations.faults import losing
-from umbel_simulations.inprocess import InProcessGrid
+from umbel_simulations.inprocess import InProcessGrid, Node
 from umbel_simulations.population import write_site_data
 from umbel_simulations.recorder import ServerObserver, SiteObserver
 from umbel_simulations.run_folder import write, write_plan, write_signed
 from umbel_simulations.scenario import Dropout, Scenario
 from umbel_simulations.sources import Example
+
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished job gives to whoever looks at the whole simulation."""
+
+    release: Release
+    adapter: Vector
+    """The last global adapter."""
+    noise: dict[str, SiteNoise]
+    """What each site samples and adds: known to nobody else in a deployment."""
 
 
 class Federation:
@@ -44,7 +63,7 @@ class Federation:
         self._scenario = scenario
 
     def entropy(self, party: str) -> Entropy:
-        """The randomness of one party: the operating system's, unless the scenario says insecure."""
+        """A party's randomness: the operating system's, unless the scenario says insecure."""
         seed = self._scenario.insecure_test_seed
         return os.urandom if seed is None else seeded(seed, party)
 
@@ -74,6 +93,10 @@ class Federation:
         """Where a site's own files are."""
         return self.folder / "sites" / site
 
+    def site_config(self, site: str) -> ClientConfig:
+        """A site's configuration, as its own file says."""
+        return load_config(self.site_folder(site) / "client.toml")
+
     def roster(self) -> Roster:
         """The roster that everybody pinned."""
         path = self.folder / "roster.json"
@@ -86,51 +109,56 @@ class Federation:
         observer: ServerObserver,
         *,
         workers: int,
-        dropouts: Sequence[Dropout] = (),
-        limits: Limits,
+        dropouts: Sequence[Dropout],
         stop: threading.Event,
-    ) -> tuple[Release, dict[str, Trainer]]:
+    ) -> Outcome:
         """Runs the job, or what is left of it, and writes its evidence into the folder.
 
+        Args:
+            workers: sites that work at once.
+            stop: is set when the job is over, for the sites that are still at work.
+
         Raises:
-            UmbelError: what made the job fail; where a site refused the plan, the site's own error,
+            UmbelError: what made the job fail; where sites refused, the first one's own error,
                 since here the developer is also every site's administrator.
         """
-        roster = self.roster()
         operator = read_identity(self.folder / "server" / "identity.pem")
-        trainers = {site: self._trainer(site, roster, sites[site]) for site in sites}
-        nodes = {site: number for number, site in enumerate(sorted(sites), start=2)}
-        grid = InProcessGrid(
-            {
-                number: lambda message, trainer=trainers[site]: answer(message, trainer.handle)
-                for site, number in nodes.items()
-            },
-            workers=workers,
-            lost=losing(dropouts, nodes),
-        )
-        store = Store(self.folder / "server" / "journal.sqlite")
-        try:
+        registry = Registry(self.folder / "server" / "registry")
+        with ExitStack() as stack:
+            store = Store(self.folder / "server" / "journal.sqlite")
+            stack.callback(store.close)
+            trainers = {
+                site: stack.enter_context(closing(self._trainer(site, sites[site])))
+                for site in sites
+            }
+            nodes = {site: number for number, site in enumerate(sorted(sites), start=2)}
+            grid = InProcessGrid(
+                {number: _node(trainers[site]) for site, number in nodes.items()},
+                workers=workers,
+                lost=losing(dropouts, nodes),
+            )
+            stack.callback(grid.close)
+            stack.callback(stop.set)
             job = Job(
                 plan,
-                roster,
+                self.roster(),
                 operator,
                 store=store,
-                registry=Registry(self.folder / "server" / "registry"),
-                link=GridLink(grid, nodes, poll_seconds=0.02),
+                registry=registry,
+                link=GridLink(grid, nodes, poll_seconds=POLL_SECONDS),
                 observer=observer,
-                limits=limits,
+                limits=Limits(),
             )
             write_plan(self.folder, plan, sign(operator, plan))
-            release = job.run()
-            return release, trainers
-        finally:
-            stop.set()
-            grid.close()
-            write_signed(self.folder / "headers.jsonl", store.headers(plan.job))
-            write_signed(self.folder / "transcript.jsonl", store.transcript(plan.job))
-            store.close()
-            for trainer in trainers.values():
-                trainer.close()
+            try:
+                release = job.run()
+            except JobFailed as error:
+                raise next((e for site in sites.values() for e in site.errors), error) from None
+            finally:
+                write_signed(self.folder / "headers.jsonl", store.headers(plan.job))
+                write_signed(self.folder / "transcript.jsonl", store.transcript(plan.job))
+            noise = {site: trainer.noise(plan.job) for site, trainer in trainers.items()}
+        return Outcome(release=release, adapter=registry.load(plan, release.adapter), noise=noise)
 
     def _identity(self, party: str, folder: Path) -> Identity:
         path = folder / "identity.pem"
@@ -139,12 +167,69 @@ class Federation:
             write_identity(path, Identity.generate(self.entropy(f"{party} identity")))
         return read_identity(path)
 
-    def _trainer(self, site: str, roster: Roster, observer: SiteObserver) -> Trainer:
-        config = load_config(self.site_folder(site) / "client.toml")
+    def _trainer(self, site: str, observer: SiteObserver) -> Trainer:
+        config = self.site_config(site)
         return Trainer(
             config,
-            roster,
+            self.roster(),
             read_identity(Path(config.identity)),
             observer=observer,
             entropy=self.entropy(site),
         )
+
+    def _client_toml(self, site: str, model: Path) -> str:
+        """What the site's administrator would write by hand."""
+        return CLIENT_TOML.format(
+            site=json.dumps(site),
+            physical_batch_size=self._scenario.compute.physical_batch_size,
+            model=json.dumps(str(model.resolve())),
+            digest=json.dumps(folder_digest(model).hex()),
+            privacy=self._privacy_policy(),
+            examples=json.dumps(self._scenario.aggregation.weights == "examples"),
+            rank=self._scenario.lora.rank,
+            rounds=self._scenario.training.rounds,
+            local_steps=self._scenario.training.local_steps,
+            minimum_cohort=self._scenario.site_policy.minimum_cohort,
+            colluding_sites=self._scenario.site_policy.colluding_sites,
+        )
+
+    def _privacy_policy(self) -> str:
+        privacy = self._scenario.privacy
+        if isinstance(privacy, NoPrivacy):
+            return "allow_without_privacy = true"
+        return "\n".join(
+            (
+                f"max_epsilon = {privacy.epsilon}",
+                f"total_epsilon = {privacy.epsilon}",
+                f"max_delta = {privacy.delta}",
+            )
+        )
+
+
+CLIENT_TOML = """\
+site = {site}
+state = "state"
+identity = "identity.pem"
+roster = "roster.json"
+physical_batch_size = {physical_batch_size}
+
+[data]
+path = "data.jsonl"
+
+[model]
+path = {model}
+
+[policy]
+models = [{digest}]
+max_rank = {rank}
+max_rounds = {rounds}
+max_local_steps = {local_steps}
+{privacy}
+examples_as_weights = {examples}
+minimum_cohort = {minimum_cohort}
+colluding_sites = {colluding_sites}
+"""
+
+
+def _node(trainer: Trainer) -> Node:
+    return lambda message: answer(message, trainer.handle)

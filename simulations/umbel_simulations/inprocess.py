@@ -4,9 +4,9 @@ and back in both directions, so nothing but bytes passes between server and site
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp import Grid
@@ -15,6 +15,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 RUN_ID = 1
 SERVER_NODE = 1
+NODE_UNAVAILABLE = 3
+"""Flower's code for a node that does not answer any more."""
 
 Node = Callable[[Message], Message]
 Lost = Callable[[int, str], bool]
@@ -22,7 +24,11 @@ Lost = Callable[[int, str], bool]
 
 
 class InProcessGrid(Grid):
-    """Nodes are functions that run in worker threads; a node that raises never answers."""
+    """Nodes are functions that run in worker threads.
+
+    A lost message is answered as a SuperLink answers for a node that is gone: by an error. What a
+    node raises is raised to whoever pulls: in a simulation it is a bug, or an interruption.
+    """
 
     def __init__(
         self,
@@ -30,12 +36,10 @@ class InProcessGrid(Grid):
         *,
         workers: int,
         lost: Lost = lambda node, group: False,
-        failed: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         """Args:
         nodes: what answers each node ID.
         workers: nodes that work at once.
-        failed: is told what a node raised.
         """
         # A Flower message reads the identity of its process when it is made.
         TaskIdentity.task_id = 1
@@ -43,9 +47,9 @@ class InProcessGrid(Grid):
         TaskIdentity.node_id = SERVER_NODE
         self._nodes = dict(nodes)
         self._lost = lost
-        self._failed = failed
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="site")
         self._replies: dict[str, bytes] = {}
+        self._failure: BaseException | None = None
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -82,6 +86,8 @@ class InProcessGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies to these messages that have come since they were last pulled."""
         with self._lock:
+            if self._failure is not None:
+                raise self._failure
             wires = [self._replies.pop(key) for key in message_ids if key in self._replies]
         return [_from_wire(wire) for wire in wires]
 
@@ -95,22 +101,24 @@ class InProcessGrid(Grid):
         message_id = uuid.uuid4().hex
         proto = message_to_proto(message)
         proto.metadata.message_id = message_id
-        node, group = message.metadata.dst_node_id, message.metadata.group_id
-        if not self._lost(node, group):
-            future = self._pool.submit(self._handle, node, proto.SerializeToString())
-            future.add_done_callback(self._watch)
+        lost = self._lost(message.metadata.dst_node_id, message.metadata.group_id)
+        self._pool.submit(self._handle, proto.SerializeToString(), lost)
         return message_id
 
-    def _handle(self, node: int, wire: bytes) -> None:
-        request = _from_wire(wire)
-        reply = message_to_proto(self._nodes[node](request)).SerializeToString()
-        with self._lock:
-            self._replies[request.metadata.message_id] = reply
-
-    def _watch(self, future: "Future[None]") -> None:
-        error = None if future.cancelled() else future.exception()
-        if error is not None:
-            self._failed(error)
+    def _handle(self, wire: bytes, lost: bool) -> None:
+        try:
+            request = _from_wire(wire)
+            reply = (
+                Message(Error(NODE_UNAVAILABLE), reply_to=request)
+                if lost
+                else self._nodes[request.metadata.dst_node_id](request)
+            )
+            answer = message_to_proto(reply).SerializeToString()
+            with self._lock:
+                self._replies[request.metadata.message_id] = answer
+        except BaseException as error:
+            with self._lock:
+                self._failure = self._failure or error
 
 
 def _from_wire(wire: bytes) -> Message:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -10,10 +10,33 @@ import msgspec
 from umbel_common.adapter import Vector
 from umbel_common.errors import UmbelError
 from umbel_common.statements import Release
-from umbel_common.wire import MaskReply, Refusal, Reply
+from umbel_common.wire import (
+    ConfirmReply,
+    FinishReply,
+    MaskReply,
+    OfferReply,
+    Refusal,
+    Reply,
+    ShareReply,
+    TrainReply,
+    UnmaskReply,
+)
 from umbel_server.job import Step
 from umbel_simulations import events
-from umbel_simulations.results import CurvePoint, Score
+from umbel_simulations.results import Score
+
+WITHOUT_CLEAR_VALUES = (
+    OfferReply,
+    TrainReply,
+    ShareReply,
+    MaskReply,
+    ConfirmReply,
+    UnmaskReply,
+    FinishReply,
+    Refusal,
+)
+"""Replies that were looked through and hold no model or data value in clear; any other counts as
+clear until somebody has looked."""
 
 
 class Recorder:
@@ -100,24 +123,13 @@ class SiteObserver:
             raise Stopped
 
 
-class Traffic:
-    """Bytes of one site, counted where they pass."""
-
-    def __init__(self) -> None:
-        self.masked = 0
-        """Masked vectors that left."""
-        self.protocol = 0
-        """Keys, shares, signatures and refusals that left."""
-        self.received = 0
-
-
 class ServerObserver:
-    """`umbel_server.job.Observer` of a simulated server: counts, scores, reports."""
+    """`umbel_server.job.Observer` of a simulated server."""
 
     def __init__(
         self,
         recorder: Recorder,
-        sites: dict[str, SiteObserver],
+        sites: Mapping[str, SiteObserver],
         score: Callable[[Vector], Score],
     ) -> None:
         """Args:
@@ -126,17 +138,9 @@ class ServerObserver:
         self._recorder = recorder
         self._sites = sites
         self._score = score
-        self.traffic = {site: Traffic() for site in sites}
-        self.curve: list[CurvePoint] = []
-        self.aborted_attempts = 0
 
     def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
         """See `Observer`."""
-        traffic = self.traffic[site]
-        masked = len(reply.vector) if isinstance(reply, MaskReply) else 0
-        traffic.masked += masked
-        traffic.protocol += sent - masked
-        traffic.received += received
         self._recorder.emit(
             events.SiteStage(
                 seconds=self._recorder.seconds(),
@@ -146,13 +150,14 @@ class ServerObserver:
                 stage=step.stage,
                 refusal=reply.check if isinstance(reply, Refusal) else None,
                 sent_bytes=sent,
+                masked_bytes=len(reply.vector) if isinstance(reply, MaskReply) else 0,
+                clear_bytes=0 if isinstance(reply, WITHOUT_CLEAR_VALUES) else sent,
                 received_bytes=received,
             )
         )
 
     def aborted(self, round_number: int, attempt: int, check: str) -> None:
         """See `Observer`."""
-        self.aborted_attempts += 1
         self._recorder.emit(
             events.AttemptAborted(
                 seconds=self._recorder.seconds(), round=round_number, attempt=attempt, check=check
@@ -162,8 +167,6 @@ class ServerObserver:
     def released(self, release: Release, adapter: Vector) -> None:
         """See `Observer`."""
         score = self._score(adapter)
-        epsilon = {site: observer.epsilon for site, observer in self._sites.items()}
-        self.curve.append(CurvePoint(round=release.round, score=score, epsilon=epsilon))
         self._recorder.emit(
             events.RoundReleased(
                 seconds=self._recorder.seconds(),
@@ -172,6 +175,14 @@ class ServerObserver:
                 survivors=list(release.survivors),
                 accuracy=score.accuracy,
                 macro_f1=score.macro_f1,
-                epsilon=epsilon,
+                epsilon={site: observer.epsilon for site, observer in self._sites.items()},
             )
         )
+
+
+def read_metrics(path: Path) -> list[events.AnyEvent]:
+    """Every event that was kept, also of earlier parts of a run that was resumed."""
+    return [
+        msgspec.json.decode(line, type=events.AnyEvent)
+        for line in path.read_bytes().splitlines()
+    ]

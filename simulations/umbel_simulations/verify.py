@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import msgspec
-from umbel_common.roster_file import roster_from_json
 
 from umbel_common.adapter import adapter_digest
 from umbel_common.canonical import V, decode_canonical
@@ -15,6 +14,7 @@ from umbel_common.errors import (
 )
 from umbel_common.identity import Roster, Signed, open_signed
 from umbel_common.plan import TrainingPlan
+from umbel_common.roster_file import roster_from_json
 from umbel_common.statements import Release, RoundHeader
 from umbel_common.transcript import VerifiedJob, verify_transcript
 from umbel_server.registry import RELEASE_FILE, read_vector

@@ -22,6 +22,9 @@ class KeyAdvert(Value, frozen=True):
     """Encrypts shares between two sites."""
     mask_key: X25519Key
     """Agrees the pairwise mask; its secret half is what peers hold shares of."""
+    seed_commitment: Digest
+    """Of the self-mask seed: Shamir shares are not authenticated, so what the coordinator recovers
+    from them is checked against this."""
     ledger_head: Digest
     """Head of the site's ledger chain after the round was reserved: in the signed transcript, a
     ledger that was rolled back later contradicts it."""

@@ -1,0 +1,333 @@
+"""The site's durable privacy ledger: reserved before it is spent, never refunded.
+
+One ledger for each data set, one process at a time. For each (job, round):
+
+    None --reserve--> RESERVED --computed--> COMPUTED --sent--> SENT
+
+RESERVED is on disk before the first gradient, COMPUTED (with the digest of the noisy delta) before
+the first byte leaves, so a kill at any moment leaves the ledger at or above what was truly spent.
+
+Why a RESERVED round may be computed again, with fresh noise and no second charge, after a crash: no
+digest in the ledger means that no byte left, so of all computations under one reservation exactly
+one is ever released, and a release is all that privacy accounting counts. It holds only if nothing
+derived from a lost computation is kept: whoever finds RESERVED deletes that round's delta file and
+optimiser state and starts from the state before the round. From COMPUTED on only the delta of that
+digest may leave, as often as a retry needs: the same bytes again cost nothing.
+
+Rows form a hash chain, each with a random salt, so that a published head commits to the whole
+history and tells nothing about it. The chain notices damage; whoever may write the file can also
+forge a chain, and is noticed only by a head that was published before (`verify`).
+"""
+
+import math
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from umbel_client.accounting import Event, epsilon
+from umbel_client.ledger_file import create, lock_file, storage_errors
+from umbel_client.ledger_rows import (
+    GENESIS,
+    SCHEMA_VERSION,
+    Computed,
+    Opened,
+    Reservation,
+    Reserved,
+    Row,
+    Sent,
+    State,
+    apply,
+    require,
+)
+from umbel_common.canonical import Entropy, Value, decode_canonical, encode
+from umbel_common.errors import BudgetError, LedgerError, RemoteProtocolError
+
+
+class Budget(Value, frozen=True):
+    """What all releases from one data set may cost together; infinite where anything may leave."""
+
+    epsilon: float
+    delta: float
+
+
+class Ledger:
+    """The ledger of one data set; used by one thread at a time. A context manager."""
+
+    def __init__(
+        self, path: Path, lock: BinaryIO, database: sqlite3.Connection, entropy: Entropy
+    ) -> None:
+        """Use `Ledger.open`."""
+        self._path = path
+        self._lock = lock
+        self._database = database
+        self._entropy = entropy
+        self._heads: list[bytes] = []
+        self._rounds: dict[tuple[str, int], Reservation] = {}
+
+    @classmethod
+    def open(cls, path: Path, data_set: bytes, entropy: Entropy = os.urandom) -> Self:
+        """Opens the ledger of a data set, or creates it, and verifies the whole chain.
+
+        Args:
+            path: the SQLite file; `path` + `.lock` beside it marks it as used.
+            data_set: digest of the data set, 32 bytes.
+
+        Raises:
+            LedgerError: used by another process, damaged, or of another data set or schema.
+            StorageError: it cannot be read or written.
+        """
+        with storage_errors(path):
+            lock = lock_file(path)
+            try:
+                if not path.exists():
+                    create(path, Row(GENESIS, entropy(16), Opened(data_set)))
+                database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            except BaseException:
+                lock.close()
+                raise
+        ledger = cls(path, lock, database, entropy)
+        try:
+            ledger._load(data_set)
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
+
+    def close(self) -> None:
+        """Closes the file and lets another process use it; again does nothing."""
+        self._database.close()
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def reserve(
+        self, job: str, plan: bytes, round_number: int, event: Event | None, budget: Budget
+    ) -> Reservation:
+        """Charges a whole round, before its first gradient; on disk when this returns.
+
+        Asked again for the same round, plan and event, returns what stands there and charges
+        nothing.
+
+        Args:
+            plan: digest of the plan.
+            event: all local steps of the round; None for a round without differential privacy,
+                which only an infinite budget allows.
+            budget: for everything ever released from this data set, this round included.
+
+        Raises:
+            BudgetError: the budget does not allow it; nothing was written.
+            LedgerError: the round is reserved for another plan or event.
+            StorageError: it could not be written; nothing is reserved.
+        """
+        known = self.state(job, round_number)
+        if known is not None:
+            if (known.plan, known.event) != (plan, event):
+                raise self._error(
+                    f"round {round_number} of job {job} is reserved for another plan or noise",
+                    field="plan" if known.plan != plan else "event",
+                    found=plan.hex() if known.plan != plan else event,
+                    accepted=known.plan.hex() if known.plan != plan else known.event,
+                    remedy="run another plan under another job name",
+                )
+            return known
+        self.check_budget(event, budget)
+        self._append(Reserved(job, plan, round_number, event))
+        return self._rounds[job, round_number]
+
+    def check_budget(self, event: Event | None, budget: Budget) -> None:
+        """Refuses what `reserve` would refuse, without reserving: a whole plan, before it starts.
+
+        Raises:
+            BudgetError: `event` on top of everything reserved so far costs more than `budget`.
+        """
+        if budget.epsilon == math.inf:
+            return
+        events = [entry.event for entry in self._rounds.values()]
+        after = _cost([*events, event], budget.delta)
+        if not after <= budget.epsilon:
+            before = _cost(events, budget.delta)
+            raise BudgetError(
+                "the privacy budget of this data set does not allow this",
+                file=self._path,
+                field="epsilon",
+                found=f"{before:.4g} spent, {after:.4g} with this",
+                accepted=f"at most {budget.epsilon:g} at delta {budget.delta:g}",
+                remedy="what is spent does not come back: stop, or let whoever answers for the"
+                " data raise the total in the site's policy",
+            )
+
+    def computed(self, job: str, round_number: int, delta_digest: bytes) -> None:
+        """Fixes the one delta that may leave for this round; call it before any byte leaves.
+
+        The same digest again changes nothing.
+
+        Raises:
+            LedgerError: nothing was reserved, or another delta was fixed: never a second release
+                with other noise.
+            StorageError: it could not be written; the delta may not leave.
+        """
+        known = self._reserved(job, round_number)
+        if known.delta_digest is None:
+            self._append(Computed(job, round_number, delta_digest))
+        elif known.delta_digest != delta_digest:
+            raise self._error(
+                f"round {round_number} of job {job} already has another delta",
+                field="delta digest",
+                found=delta_digest.hex(),
+                accepted=known.delta_digest.hex(),
+                remedy="resend the cached delta; a second one would be a second release",
+            )
+
+    def sent(self, job: str, round_number: int) -> None:
+        """Records that the delta left. Again changes nothing.
+
+        Raises:
+            LedgerError: no delta was fixed.
+            StorageError: it could not be written.
+        """
+        known = self._reserved(job, round_number)
+        if known.delta_digest is None:
+            raise self._error(
+                f"round {round_number} of job {job} was sent before its delta was recorded",
+                remedy="this is a bug: report it",
+            )
+        if known.state is not State.SENT:
+            self._append(Sent(job, round_number))
+
+    def state(self, job: str, round_number: int) -> Reservation | None:
+        """What stands for this round; None if nothing was reserved."""
+        return self._rounds.get((job, round_number))
+
+    def history(self) -> tuple[Reservation, ...]:
+        """Every reservation, in the order in which they were made."""
+        return tuple(self._rounds.values())
+
+    def spent(self, delta: float) -> float:
+        """Epsilon at `delta` of everything ever reserved; infinite without privacy."""
+        return _cost([entry.event for entry in self._rounds.values()], delta)
+
+    def head(self) -> bytes:
+        """Head of the chain, 32 bytes: commits to the history, reveals nothing about it."""
+        return self._heads[-1]
+
+    def verify(self, expected_head: bytes) -> None:
+        """Checks that this history continues one that was published under `expected_head`.
+
+        Raises:
+            LedgerError: it does not: rows were removed, or an old copy was put back.
+        """
+        if expected_head not in self._heads:
+            raise self._error(
+                "the privacy ledger does not contain a head that was published earlier",
+                field="head",
+                found=self.head().hex(),
+                accepted=f"a continuation of {expected_head.hex()}",
+                remedy="the file was rolled back or replaced: bring back the latest copy",
+            )
+
+    def _reserved(self, job: str, round_number: int) -> Reservation:
+        known = self.state(job, round_number)
+        if known is None:
+            raise self._error(
+                f"round {round_number} of job {job} was never reserved",
+                remedy="this is a bug: report it",
+            )
+        return known
+
+    def _append(self, change: Reserved | Computed | Sent) -> None:
+        row = Row(self.head(), self._entropy(16), change)
+        entry = encode(row)
+        try:
+            decode_canonical(entry, Row)
+        except RemoteProtocolError as error:
+            raise self._error("a ledger row would not read back", found=error.message) from None
+        with self._transaction():
+            self._database.execute(
+                "INSERT INTO rows VALUES (?, ?, ?)", (len(self._heads), entry, row.head())
+            )
+        self._heads.append(row.head())
+        apply(self._rounds, change)
+
+    def _load(self, data_set: bytes) -> None:
+        with storage_errors(self._path):
+            (version,) = self._database.execute("PRAGMA user_version").fetchone()
+            if version != SCHEMA_VERSION:
+                raise self._error(
+                    "a privacy ledger has another schema version, or is none",
+                    field="user_version",
+                    found=version,
+                    accepted=SCHEMA_VERSION,
+                )
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = FULL")
+            rows = self._database.execute(
+                "SELECT position, entry, head FROM rows ORDER BY position"
+            ).fetchall()
+        head = GENESIS
+        for index, (position, entry, stored_head) in enumerate(rows):
+            try:
+                row = decode_canonical(entry, Row)
+                require(position == index, "its position is out of order")
+                require(row.previous == head, "it does not follow the row before")
+                head = row.head()
+                require(stored_head == head, "its head differs")
+                if isinstance(row.change, Opened):
+                    require(index == 0, "a ledger is opened once")
+                    self._check_data_set(row.change.data_set, data_set)
+                else:
+                    require(index > 0, "it comes before the ledger was opened")
+                    apply(self._rounds, row.change)
+            except (RemoteProtocolError, ValueError, TypeError) as error:
+                raise self._damaged(f"row {index}: {error}") from None
+            self._heads.append(head)
+        if not rows:
+            raise self._damaged("it has no rows")
+
+    def _check_data_set(self, recorded: bytes, data_set: bytes) -> None:
+        if recorded != data_set:
+            raise self._error(
+                "a privacy ledger belongs to another data set",
+                field="data set digest",
+                found=recorded.hex(),
+                accepted=data_set.hex(),
+                remedy="each data set has its own ledger: point to the right state folder, or"
+                " bring back the data set that this ledger accounts for",
+            )
+
+    def _damaged(self, found: str) -> LedgerError:
+        return self._error(
+            "a privacy ledger is damaged", found=found, remedy="bring back the latest intact copy"
+        )
+
+    def _error(self, message: str, **details: object) -> LedgerError:
+        return LedgerError(message, file=self._path, **details)  # type: ignore[arg-type]  # by name
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with storage_errors(self._path):
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._database.execute("COMMIT")
+            except BaseException:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
+                raise
+
+
+def _cost(events: list[Event | None], delta: float) -> float:
+    private = [event for event in events if event is not None]
+    return epsilon(private, delta) if len(private) == len(events) else math.inf

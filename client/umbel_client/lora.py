@@ -1,0 +1,169 @@
+"""Where the adapter goes: LoRA (Hu et al. 2021) through PEFT, and the head, by the plan's names."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from umbel_client.model_folder import skeleton
+from umbel_common.errors import ModelError
+from umbel_common.plan import Classification, Lora, Method, Tensor
+
+PEFT_PREFIX = "base_model.model."
+"""How PEFT begins every name that it saves."""
+
+
+def plan_lora(
+    folder: Path,
+    task: Classification,
+    *,
+    rank: int,
+    alpha: float,
+    target_modules: tuple[str, ...],
+    layers: tuple[int, ...] | None,
+    method: Method,
+    seed: int,
+) -> Lora:
+    """The adapter of a plan, with every tensor that it trains or freezes, sorted by name.
+
+    Needs the folder's configuration, not its weights.
+
+    Raises:
+        ModelError: a target or the head is not in the model, or is not a linear layer.
+    """
+    lora = Lora(
+        rank=rank,
+        alpha=alpha,
+        target_modules=target_modules,
+        layers=layers,
+        method=method,
+        seed=seed,
+        tensors=(),
+    )
+    parameters, _head = attach(folder, skeleton(folder, task), task, lora)
+    return msgspec.structs.replace(lora, tensors=tensors_of(parameters))
+
+
+def attach(
+    folder: Path, base: PreTrainedModel, task: Classification, lora: Lora
+) -> tuple[dict[str, nn.Parameter], nn.Linear | None]:
+    """Puts LoRA layers into `base`, and the head on top of it.
+
+    Returns:
+        the adapter's parameters by the plan's names, sorted; and the mean-pool head, on the base
+        model's device (None with a stock head, which is part of `base`).
+
+    Raises:
+        ModelError: a target or the head is not in the model, or is not a linear layer.
+    """
+    base.requires_grad_(False)
+    if task.head == "stock" and not isinstance(getattr(base, "classifier", None), nn.Module):
+        raise ModelError(
+            "a base model has no classification head of the usual name",
+            file=folder,
+            field="classifier",
+            found=type(base).__name__,
+            accepted="task.head: mean-pool",
+        )
+    parameters: dict[str, nn.Parameter] = {}
+    if lora.target_modules:
+        check_targets(folder, base, lora)
+        parameters = _attach_lora(base, task, lora)
+    elif task.head == "stock":
+        classifier = base.get_submodule("classifier").requires_grad_(True)
+        parameters = {
+            f"{PEFT_PREFIX}classifier.{name}": parameter
+            for name, parameter in classifier.named_parameters()
+        }
+    head = None
+    if task.head == "mean-pool":
+        head = nn.Linear(base.config.hidden_size, len(task.labels), device=base.device)
+        parameters |= {f"head.{name}": parameter for name, parameter in head.named_parameters()}
+    return dict(sorted(parameters.items())), head
+
+
+def _attach_lora(
+    base: PreTrainedModel, task: Classification, lora: Lora
+) -> dict[str, nn.Parameter]:
+    stock = task.head == "stock"
+    config = LoraConfig(
+        task_type="SEQ_CLS" if stock else "FEATURE_EXTRACTION",
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT only divides by it
+        target_modules=list(lora.target_modules),
+        layers_to_transform=None if lora.layers is None else list(lora.layers),
+        lora_dropout=0.0,
+        modules_to_save=["classifier"] if stock else None,
+    )
+    adapted = get_peft_model(base, config)
+    return {
+        _saved_name(name): parameter
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _saved_name(live: str) -> str:
+    """PEFT saves a parameter without the name of its adapter, which is `default`."""
+    return live.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+
+
+def tensors_of(parameters: Mapping[str, nn.Parameter]) -> tuple[Tensor, ...]:
+    """The plan's description of an adapter's parameters."""
+    tensors = []
+    for name, parameter in parameters.items():
+        role = next((role for role in ("lora_A", "lora_B") if f".{role}." in name), "head")
+        tensors.append(
+            msgspec.convert(
+                {"name": name, "shape": tuple(parameter.shape), "role": role}, type=Tensor
+            )
+        )
+    return tuple(tensors)
+
+
+def check_targets(folder: Path, base: PreTrainedModel, lora: Lora) -> None:
+    """Each target in each layer that the plan names must be a linear layer outside the head.
+
+    Raises:
+        ModelError: it is not; names it and the linear layers that there are.
+    """
+    linear = {name for name, module in base.named_modules() if type(module) is nn.Linear}
+    for target in lora.target_modules:
+        found = {
+            name: module
+            for name, module in base.named_modules()
+            if name == target or name.endswith(f".{target}")
+        }
+        wanted = [None] if lora.layers is None else list(lora.layers)
+        for layer in wanted:
+            matches = [name for name in found if layer is None or _layer_of(name) == layer]
+            if not matches:
+                raise _no_target(folder, linear, target, layer, "no module of that name")
+            for name in matches:
+                if name not in linear or name.startswith("classifier"):
+                    kind = "the head" if name in linear else type(found[name]).__name__
+                    raise _no_target(folder, linear, target, layer, f"{name}: {kind}")
+
+
+def _layer_of(name: str) -> int | None:
+    """Index of the transformer layer that a module is part of, as PEFT reads it."""
+    match = re.match(r".*\.[^.]*\.(\d+)\.", name)
+    return int(match.group(1)) if match else None
+
+
+def _no_target(
+    folder: Path, linear: set[str], target: str, layer: int | None, found: str
+) -> ModelError:
+    kinds = {name.rpartition(".")[2] for name in linear if not name.startswith("classifier")}
+    layers = sorted({index for name in linear if (index := _layer_of(name)) is not None})
+    return ModelError(
+        "an adapter's target is not a linear layer of the base model",
+        file=folder,
+        field=f"lora.target_modules: {target}" + ("" if layer is None else f" in layer {layer}"),
+        found=found,
+        accepted=f"linear layers {', '.join(sorted(kinds))} in layers {layers}",
+    )

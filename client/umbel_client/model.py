@@ -1,0 +1,190 @@
+"""The base model with its adapter: what a site trains, from a local folder, exactly as planned."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from umbel_client.batch import HiddenInputs, Inputs, PooledInputs, TokenInputs
+from umbel_client.lora import attach, plan_lora, tensors_of
+from umbel_client.model_folder import folder_digest, load_base
+from umbel_client.split import body_of, layers_of, lower_part, splits, upper_part
+from umbel_common.adapter import Vector, flatten, unflatten
+from umbel_common.errors import ModelError
+from umbel_common.plan import Tensor, TrainingPlan
+
+__all__ = ["AdaptedModel", "folder_digest", "plan_lora"]
+
+
+class AdaptedModel(nn.Module):
+    """A frozen base model, its LoRA layers and its head; always in evaluation mode.
+
+    No dropout ever runs on the private path: a step is then a function of batch and noise alone.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        head: nn.Linear | None,
+        parameters: dict[str, nn.Parameter],
+        plan: TrainingPlan,
+    ) -> None:
+        """Use `load`."""
+        super().__init__()
+        self.base = base
+        self.head = head
+        self.adapter = parameters
+        """Trained parameters by the plan's names, in its order."""
+        self.plan = plan
+        self.depth = _first_adapted_layer(base, plan)
+        """The layers below this one are frozen."""
+        self.frozen_output = self._frozen_output()
+        """What is constant for each record and can be kept: the `pooled` vector, the `hidden`
+        states below `depth`, or `nothing` (an architecture unlike BERT, or its first layer is
+        adapted)."""
+        self.eval()
+
+    @classmethod
+    def load(cls, folder: Path, plan: TrainingPlan, device: str = "cpu") -> "AdaptedModel":
+        """The plan's model, with an adapter that `set_vector` must fill before use.
+
+        Raises:
+            ModelError: the folder is incomplete, has another digest than the plan says, mixes
+                records, or has other tensors than the plan says.
+        """
+        found = folder_digest(folder)
+        if found != plan.model.digest:
+            raise ModelError(
+                "a base model is not the one that the plan names",
+                file=folder,
+                field="model.digest",
+                found=found.hex(),
+                accepted=plan.model.digest.hex(),
+                remedy=f"obtain exactly the revision of {plan.model.name} that was agreed on",
+            )
+        # On its device before PEFT adds to it: tensors that move later are not the ones trained.
+        base = load_base(folder, plan.task).to(device)  # type: ignore[arg-type]  # wrapped by torch
+        parameters, head = attach(folder, base, plan.task, plan.lora)
+        _check_tensors(folder, tensors_of(parameters), plan.lora.tensors)
+        ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}
+        return cls(base, head, ordered, plan)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.base.device
+
+    def train(self, mode: bool = True) -> "AdaptedModel":
+        """Stays in evaluation mode, whatever is asked for."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def set_vector(self, vector: Vector) -> None:
+        """Takes float32[plan.lora.size] as the whole adapter.
+
+        Raises:
+            PlanError: wrong length.
+        """
+        for name, value in unflatten(vector, self.plan.lora.tensors).items():
+            self.adapter[name].copy_(torch.from_numpy(np.array(value)))
+
+    def vector(self) -> Vector:
+        """The whole adapter, float32[plan.lora.size]."""
+        return self.values(self.plan.lora.tensors)
+
+    def values(self, tensors: tuple[Tensor, ...]) -> Vector:
+        """Some tensors of the adapter, as one vector in the order given."""
+        arrays = {t.name: self.adapter[t.name].detach().cpu().numpy() for t in tensors}
+        return flatten(arrays, tensors)
+
+    def select(self, round_number: int) -> dict[str, nn.Parameter]:
+        """Lets exactly the parameters of a round be trained, and returns them by name."""
+        names = [tensor.name for tensor in self.plan.trained_tensors(round_number)]
+        for name, parameter in self.adapter.items():
+            parameter.requires_grad_(name in names)
+            parameter.grad = None
+        return {name: self.adapter[name] for name in names}
+
+    def logits(self, inputs: Inputs) -> torch.Tensor:
+        """float32[n, labels]."""
+        match inputs:
+            case PooledInputs(pooled):
+                return self._head(pooled.to(self.device))
+            case HiddenInputs(hidden, mask):
+                mask = mask.to(self.device)
+                with upper_part(self.base, self.depth):
+                    output = self.base(inputs_embeds=hidden.to(self.device), attention_mask=mask)
+            case TokenInputs(ids, mask):
+                mask = mask.to(self.device)
+                output = self.base(input_ids=ids.to(self.device), attention_mask=mask)
+        if self.head is None:
+            logits: torch.Tensor = output.logits
+            return logits
+        return self._head(_pool(output.last_hidden_state, mask))
+
+    @torch.no_grad()
+    def frozen(self, inputs: TokenInputs) -> torch.Tensor:
+        """What `frozen_output` says: float32[n, hidden size], or float32[n, t, hidden size]."""
+        mask = inputs.mask.to(self.device)
+        arguments: dict[str, Any] = {"input_ids": inputs.ids.to(self.device)}
+        if self.frozen_output == "pooled":
+            return _pool(self.base(**arguments, attention_mask=mask).last_hidden_state, mask)
+        with lower_part(self.base, self.depth):
+            hidden: torch.Tensor = body_of(self.base)(
+                **arguments, attention_mask=mask
+            ).last_hidden_state
+        return hidden
+
+    def _head(self, pooled: torch.Tensor) -> torch.Tensor:
+        assert self.head is not None  # pooled vectors belong to the mean-pool head
+        logits: torch.Tensor = self.head(pooled * self.plan.task.logit_scale)
+        return logits
+
+    def _frozen_output(self) -> Literal["pooled", "hidden", "nothing"]:
+        if not self.plan.lora.target_modules and self.head is not None:
+            return "pooled"
+        if self.depth > 0 and splits(self.base, self.depth):
+            return "hidden"
+        return "nothing"
+
+
+def _pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of the token vectors, then unit length (as Sentence-Transformers, Reimers 2019)."""
+    weights = mask.to(hidden.dtype).unsqueeze(-1)
+    mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+    return nn.functional.normalize(mean, dim=-1)
+
+
+def _first_adapted_layer(base: PreTrainedModel, plan: TrainingPlan) -> int:
+    """Index of the lowest layer with an adapter; all layers count as below a head alone."""
+    layers = layers_of(base)
+    if layers is None:
+        return 0
+    lowest = len(layers)
+    for tensor in plan.lora.tensors:
+        if tensor.role != "head" and ".pooler." not in tensor.name:
+            match = re.search(r"\.encoder\.layer\.(\d+)\.", tensor.name)
+            lowest = min(lowest, int(match.group(1)) if match else 0)
+    return lowest
+
+
+def _check_tensors(folder: Path, found: tuple[Tensor, ...], planned: tuple[Tensor, ...]) -> None:
+    if sorted(planned, key=lambda tensor: tensor.name) == list(found):
+        return
+    here, there = set(found), set(planned)
+    raise ModelError(
+        "the adapter that the plan describes does not fit the base model",
+        file=folder,
+        field="lora.tensors",
+        found=_some(here - there) or "fewer tensors, or one twice",
+        accepted=_some(there - here) or "exactly the tensors of the model, each once",
+    )
+
+
+def _some(tensors: set[Tensor]) -> str:
+    shown = sorted(f"{tensor.name} {tensor.role} {tensor.shape}" for tensor in tensors)
+    return "; ".join(shown[:3])

@@ -1,0 +1,181 @@
+"""A base model in a local folder: its digest, its empty skeleton, and its weights.
+
+Only safetensors are read, never pickles; code that a folder brings along is never run.
+"""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from umbel_common.canonical import digest
+from umbel_common.errors import ModelError
+from umbel_common.plan import Classification
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+_REPORTS: Any = transformers_logging
+"""Transformers leaves these functions untyped."""
+
+_LOADING = threading.Lock()
+"""Transformers switches global state while it builds a model: one at a time."""
+
+
+def folder_digest(folder: Path) -> bytes:
+    """32 bytes that name a model: configuration, weights and tokenizer, file by file.
+
+    Other files (a card, weights in other formats) do not count, since none of them is read.
+
+    Raises:
+        ModelError: the folder, its configuration, weights or tokenizer are missing.
+    """
+    names = {path.name for path in folder.glob("*.safetensors")}
+    accepted = {
+        "config.json": (folder / "config.json").is_file(),
+        "*.safetensors": bool(names),
+        "tokenizer.json": (folder / "tokenizer.json").is_file(),
+    }
+    for name, present in accepted.items():
+        if not present:
+            raise ModelError(
+                "a model folder lacks a file",
+                file=folder,
+                field=name,
+                found="missing" if folder.is_dir() else "no such folder",
+                accepted=", ".join(accepted),
+                remedy="point model.path at a folder that save_pretrained wrote as safetensors",
+            )
+    optional = ("config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
+    names |= {name for name in optional if (folder / name).is_file()}
+    lines = [f"{_file_digest(folder / name)}  {name}\n" for name in sorted(names)]
+    return digest("model-folder", "".join(lines).encode())
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def skeleton(folder: Path, task: Classification) -> PreTrainedModel:
+    """The model's modules without weights: enough to see names and shapes.
+
+    Raises:
+        ModelError: the configuration is missing or of an unknown architecture.
+    """
+    with _building(folder), torch.device("meta"):
+        base = _factory(task).from_config(_config(folder, task), trust_remote_code=False)
+    return _without_pooler(base, task)
+
+
+def load_base(folder: Path, task: Classification) -> PreTrainedModel:
+    """The model with its weights: float32, frozen, in evaluation mode, on the CPU.
+
+    Raises:
+        ModelError: the weights do not load, or lack a tensor that is not the head's: it would be
+            random, and other at each site.
+    """
+    with _building(folder):
+        base: PreTrainedModel
+        base, report = _factory(task).from_pretrained(
+            folder,
+            config=_config(folder, task),
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    _check_complete(folder, task, report)
+    base = _without_pooler(base, task)
+    _check_separable(folder, base)
+    base.requires_grad_(False)
+    base.train(False)
+    return base
+
+
+def _factory(task: Classification) -> Any:
+    return AutoModelForSequenceClassification if task.head == "stock" else AutoModel
+
+
+def _config(folder: Path, task: Classification) -> PretrainedConfig:
+    config: PretrainedConfig
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if task.head == "stock":
+        config.num_labels = len(task.labels)
+    return config
+
+
+@contextmanager
+def _building(folder: Path) -> Iterator[None]:
+    """One model at a time, without Transformers' bars and reports, with our errors."""
+    with _LOADING:
+        level = _REPORTS.get_verbosity()
+        bars = _REPORTS.is_progress_bar_enabled()
+        _REPORTS.set_verbosity_error()
+        _REPORTS.disable_progress_bar()
+        try:
+            yield
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise ModelError("a base model cannot be loaded", file=folder, found=error) from error
+        finally:
+            _REPORTS.set_verbosity(level)
+            if bars:
+                _REPORTS.enable_progress_bar()
+
+
+def _without_pooler(base: PreTrainedModel, task: Classification) -> PreTrainedModel:
+    """Mean pooling does not use it; without one, weights that lack it are no loss."""
+    if task.head == "mean-pool" and getattr(base, "pooler", None) is not None:
+        base.pooler = None  # type: ignore[assignment]  # as add_pooling_layer=False leaves it
+    return base
+
+
+def _check_complete(folder: Path, task: Classification, report: dict[str, Any]) -> None:
+    unused = "classifier." if task.head == "stock" else "pooler."
+    differing = [name for name, *_shapes in report["mismatched_keys"]]
+    absent = sorted(
+        name for name in (*report["missing_keys"], *differing) if not name.startswith(unused)
+    )
+    if absent:
+        raise ModelError(
+            "the weights of a base model are incomplete: these would be random at each site",
+            file=folder,
+            found=f"{len(absent)} absent or of another shape: {', '.join(absent[:5])}",
+            remedy="use a complete checkpoint, or the mean-pool head where a pooler is absent",
+        )
+
+
+def _check_separable(folder: Path, base: PreTrainedModel) -> None:
+    """Batch norm mixes records, frozen or not: no record has a gradient of its own then."""
+    for name, module in base.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            raise ModelError(
+                "a base model mixes the records of a batch",
+                file=folder,
+                field=name,
+                found=type(module).__name__,
+                accepted="layer or group norm",
+            )

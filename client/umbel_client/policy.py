@@ -1,0 +1,198 @@
+"""The site's own law, judged before its data is touched. What it does not allow, it refuses.
+
+Differencing: whoever learns the sum over a set of sites, and the sum over the same set without one
+site, knows that site's delta. With differential privacy in `local` mode that delta is itself what
+the guarantee covers, and nothing more is lost. Without, two rules apply. Exact: the delta of one
+round goes into one set of survivors only (`judge_survivors`), so no number of attempts gives a
+second equation. A hurdle: a later cohort is one that was released before, or differs from each by
+`minimum_cohort_difference` sites (`judge_header`); rounds differ, so their sums do not subtract
+exactly, but they come near, and several sets together get around any such number. A site that needs
+more than a hurdle needs differential privacy.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import msgspec
+
+from umbel_client.ledger import Budget
+from umbel_common.canonical import Value
+from umbel_common.errors import PolicyRefusal
+from umbel_common.plan import Count, Fraction, NoPrivacy, Positive, TrainingPlan
+from umbel_common.statements import RoundHeader
+
+HexDigest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+"""A SHA-256 digest in lower-case hexadecimal."""
+
+TaskName = Literal["classification"]
+
+
+class Policy(Value, frozen=True):
+    """The `[policy]` table of client.toml."""
+
+    models: tuple[HexDigest, ...] = ()
+    """Digests of the base models that may be fine-tuned here; empty: every plan is refused."""
+    tasks: tuple[TaskName, ...] = ("classification",)
+    """Tasks that plans may have."""
+    max_rank: Count = 16
+    """Largest LoRA rank."""
+    max_rounds: Count = 100
+    """Most rounds of one plan."""
+    max_local_steps: Count = 100
+    """Most optimiser steps of one round."""
+    max_epsilon: Positive = 3.0
+    """Largest epsilon of one plan."""
+    total_epsilon: Positive = 3.0
+    """Largest epsilon of everything ever released from the data set, over all jobs, composed at
+    `max_delta`."""
+    max_delta: Fraction = 1e-5
+    """Largest delta of one plan; 1 / (10 x records) is a limit besides."""
+    allow_without_privacy: bool = False
+    """Whether plans without differential privacy may run. After the first round of one, the data
+    set's ledger stands at infinity, and plans with differential privacy are refused for good."""
+    minimum_cohort: Annotated[int, msgspec.Meta(ge=2, le=100)] = 3
+    """Fewest sites that may be summed, this one included."""
+    colluding_sites: Annotated[int, msgspec.Meta(ge=0, le=100)] = 1
+    """Sites that may secretly work with the server: the threshold t of a cohort of n must satisfy
+    2 t > n + this."""
+    minimum_cohort_difference: Annotated[int, msgspec.Meta(ge=1, le=100)] = 2
+    """Without differential privacy: sites by which a cohort must differ from every former release
+    of its job, unless it is the same; 1 allows any."""
+    examples_as_weights: bool = False
+    """Whether the exact number of records may be this site's (masked) weight; never with
+    differential privacy."""
+
+    def budget(self, plan: TrainingPlan) -> Budget:
+        """What the ledger is to hold `plan` to; infinite for an allowed plan without privacy."""
+        unlimited = self.allow_without_privacy and isinstance(plan.privacy, NoPrivacy)
+        return Budget(math.inf if unlimited else self.total_epsilon, self.max_delta)
+
+
+def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
+    """Refuses a plan that the policy does not allow.
+
+    Raises:
+        PolicyRefusal: `model-not-allowed`, `task-not-allowed`, `rank-too-large`, `too-many-rounds`,
+            `too-many-local-steps`, `privacy-required`, `epsilon-too-large`, `delta-too-large` or
+            `example-weights`.
+    """
+    privacy = plan.privacy
+    _require(
+        plan.model.digest.hex() in policy.models,
+        "model-not-allowed",
+        field="policy.models",
+        found=f"{plan.model.digest.hex()} ({plan.model.name})",
+        accepted=", ".join(policy.models) or "none",
+    )
+    task = plan.task.__struct_config__.tag
+    _require(
+        task in policy.tasks,
+        "task-not-allowed",
+        field="policy.tasks",
+        found=task,
+        accepted=", ".join(policy.tasks) or "none",
+    )
+    _at_most(policy.max_rank, plan.lora.rank, "rank-too-large", "max_rank")
+    _at_most(policy.max_rounds, plan.training.rounds, "too-many-rounds", "max_rounds")
+    _at_most(
+        policy.max_local_steps, plan.training.local_steps, "too-many-local-steps", "max_local_steps"
+    )
+    if isinstance(privacy, NoPrivacy):
+        _require(
+            policy.allow_without_privacy,
+            "privacy-required",
+            field="policy.allow_without_privacy",
+            found="a plan without differential privacy",
+            accepted="plans with privacy.mode local",
+        )
+    else:
+        _at_most(policy.max_epsilon, privacy.epsilon, "epsilon-too-large", "max_epsilon")
+        _at_most(policy.max_delta, privacy.delta, "delta-too-large", "max_delta")
+    _require(
+        plan.aggregation.weights != "examples" or policy.examples_as_weights,
+        "example-weights",
+        field="policy.examples_as_weights",
+        found="weights by number of records",
+        accepted="equal or size-class",
+    )
+
+
+def judge_header(
+    policy: Policy,
+    plan: TrainingPlan,
+    header: RoundHeader,
+    former_cohorts: Sequence[tuple[str, ...]],
+) -> None:
+    """Refuses an attempt whose cohort the policy does not allow.
+
+    Args:
+        former_cohorts: the survivors of each former release of this job.
+
+    Raises:
+        PolicyRefusal: `cohort-too-small`, `threshold-too-low` or `cohort-difference`.
+    """
+    sites = len(header.cohort)
+    _require(
+        sites >= policy.minimum_cohort,
+        "cohort-too-small",
+        field="policy.minimum_cohort",
+        found=f"{sites} sites",
+        accepted=f"at least {policy.minimum_cohort}",
+    )
+    # Two survivor sets that both gather t signatures then share an honest signer.
+    threshold = plan.aggregation.threshold
+    _require(
+        2 * threshold > sites + policy.colluding_sites,
+        "threshold-too-low",
+        field="policy.colluding_sites",
+        found=f"threshold {threshold} for {sites} sites",
+        accepted=f"at least {(sites + policy.colluding_sites) // 2 + 1}",
+    )
+    if isinstance(plan.privacy, NoPrivacy):
+        for former in former_cohorts:
+            difference = len(set(header.cohort) ^ set(former))
+            _require(
+                difference == 0 or difference >= policy.minimum_cohort_difference,
+                "cohort-difference",
+                field="policy.minimum_cohort_difference",
+                found=f"{difference} sites differ from a former release",
+                accepted=f"none, or at least {policy.minimum_cohort_difference}",
+            )
+
+
+def judge_survivors(
+    plan: TrainingPlan, survivors: tuple[str, ...], former: Sequence[tuple[str, ...]]
+) -> None:
+    """Refuses a second sum over the same delta without differential privacy.
+
+    Args:
+        former: the survivor sets that this site confirmed in earlier attempts of the same round.
+
+    Raises:
+        PolicyRefusal: `survivors-differ`.
+    """
+    if isinstance(plan.privacy, NoPrivacy):
+        for earlier in former:
+            _require(
+                set(earlier) == set(survivors),
+                "survivors-differ",
+                found=", ".join(survivors),
+                accepted=f"as confirmed before: {', '.join(earlier)}",
+                remedy="none within this round: another sum would tell single sites apart",
+            )
+
+
+def _at_most(limit: float, found: float, check: str, field: str) -> None:
+    # Written so that a NaN is refused.
+    _require(
+        found <= limit, check, field=f"policy.{field}", found=found, accepted=f"at most {limit:g}"
+    )
+
+
+def _require(condition: bool, check: str, **details: object) -> None:
+    if not condition:
+        details.setdefault("remedy", "agree on another plan, or change this site's policy")
+        raise PolicyRefusal(
+            check, f"this site's policy refuses: {check.replace('-', ' ')}", **details
+        )

@@ -1,0 +1,73 @@
+"""A site's records, ready for training: token ids, label indices, and the frozen-prefix cache."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from umbel_client.batch import Batch
+from umbel_client.data import Records
+from umbel_client.model import AdaptedModel
+from umbel_client.prefix import Prefix, Progress, frozen_prefix, token_inputs
+from umbel_client.tokens import Ints, Tokens, tokenise
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What each step samples from."""
+
+    tokens: Tokens
+    labels: Ints
+    """int64[records]."""
+    prefix: Prefix | None
+    """None: the model allows no cache, and every step runs the whole model."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Ints) -> Batch:
+        """The chosen records, padded to the longest of them."""
+        inputs = (
+            token_inputs(self.tokens, indices)
+            if self.prefix is None
+            else self.prefix.inputs(self.tokens, indices)
+        )
+        return Batch(inputs, torch.from_numpy(self.labels[indices]))
+
+    def physical_batches(self, indices: Ints, size: int) -> Iterator[Ints]:
+        """Cuts a batch into parts of at most `size` records that are computed at once.
+
+        Sorted by length, which saves padding: a batch is a set, so its order is free.
+        """
+        order = indices[np.argsort(self.tokens.lengths[indices], kind="stable")]
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+
+def prepare(
+    model: AdaptedModel,
+    model_folder: Path,
+    records: Records,
+    *,
+    cache: Path | None,
+    progress: Progress,
+) -> PreparedData:
+    """Tokenises the records and runs the frozen layers over them, once.
+
+    Args:
+        model_folder: of the base model, for its tokenizer.
+        cache: a folder on the site's disk for the frozen-prefix cache, which is private data; None
+            keeps it in memory.
+
+    Raises:
+        ModelError: the folder holds no fast tokenizer.
+        StorageError: the cache cannot be written.
+    """
+    tokens = tokenise(records.texts, model_folder, model.plan.task.max_tokens)
+    return PreparedData(
+        tokens=tokens,
+        labels=np.array(records.labels, dtype=np.int64),
+        prefix=frozen_prefix(model, tokens, cache, progress),
+    )

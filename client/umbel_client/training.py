@@ -1,0 +1,217 @@
+"""The local loop of one round, top to bottom.
+
+Nothing but the delta leaves it: losses, gradient norms and realised batch sizes are queries that
+nobody has paid for. The caller has reserved the whole round in the ledger before it calls.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from umbel_client.model import AdaptedModel
+from umbel_client.noise import NoiseSource
+from umbel_client.optimiser import (
+    OptimizerState,
+    build_optimizer,
+    extract_state,
+    restore_state,
+    set_learning_rates,
+)
+from umbel_client.prepared import PreparedData, prepare
+from umbel_client.private_step import PrivateOptimizer, per_record_gradients, private_step
+from umbel_client.task import ClassificationTask, Task
+from umbel_client.tokens import Ints
+from umbel_common.adapter import Vector, unflatten
+from umbel_common.canonical import Entropy
+from umbel_common.errors import DataError, ModelError, PlanError
+from umbel_common.plan import LocalPrivacy, Tensor, TrainingPlan
+
+__all__ = [
+    "OptimizerState",
+    "PreparedData",
+    "RoundResult",
+    "evaluate",
+    "prepare",
+    "sampling_rate",
+    "train_round",
+]
+
+_TASK = ClassificationTask()
+
+StepTaken = Callable[[int, int], None]
+"""Told (steps done, steps of the round)."""
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a round leaves at the site."""
+
+    delta: Vector
+    """float32[size of the round's tensors]: the local adapter minus the global one."""
+    state: OptimizerState
+    """Moments of the optimiser, for the next round."""
+
+
+def sampling_rate(plan: TrainingPlan, records: int) -> float:
+    """Probability with which each record is in a batch.
+
+    Raises:
+        DataError: there are none, or fewer than a batch is expected to hold.
+    """
+    expected = plan.training.expected_batch_size
+    if records < expected:
+        raise DataError(
+            "the data set is smaller than the batch that the plan expects",
+            field="training.expected_batch_size",
+            found=f"{records} records",
+            accepted=f"at least {expected} records",
+            remedy="agree on a smaller expected batch size, or leave this site out",
+        )
+    return expected / records
+
+
+def train_round(
+    model: AdaptedModel,
+    data: PreparedData,
+    plan: TrainingPlan,
+    round_number: int,
+    global_vector: Vector,
+    noise_multiplier: float | None,
+    state: OptimizerState | None,
+    *,
+    entropy: Entropy,
+    physical_batch_size: int,
+    on_step: StepTaken,
+) -> RoundResult:
+    """Trains the adapter for one round, from `global_vector`, float32[plan.lora.size].
+
+    Args:
+        round_number: from 1.
+        noise_multiplier: standard deviation of the noise in units of the clip norm; None exactly
+            when the plan has no privacy.
+        state: from the round before, or None.
+        entropy: for this round's batches and noise.
+        physical_batch_size: records computed at once; sets memory and speed, not the result.
+
+    Raises:
+        DataError: too few records.
+        PlanError: the noise multiplier does not fit the plan's privacy.
+        ModelError: the adapter did not move in the first step, or is not finite in the end.
+    """
+    _check_noise(plan, noise_multiplier)
+    rate = sampling_rate(plan, len(data))
+    noise = NoiseSource(entropy)
+    trained = plan.trained_tensors(round_number)
+    model.set_vector(global_vector)
+    parameters = model.select(round_number)
+    start = model.values(trained)
+    optimizer = build_optimizer(plan, trained, parameters)
+    restore_state(optimizer, parameters, state)
+    steps = plan.training.local_steps
+    with _stepping(plan, model, data, optimizer, noise, noise_multiplier) as take_step:
+        for step in range(steps):
+            job_step = (round_number - 1) * steps + step
+            set_learning_rates(optimizer, plan.training.learning_rate_factor(job_step))
+            chosen = noise.poisson_batch(len(data), rate)
+            take_step(chosen, physical_batch_size)
+            if step == 0 and (noise_multiplier is not None or len(chosen)):
+                _check_moved(model, start, trained, every=noise_multiplier is not None)
+            on_step(step + 1, steps)
+    delta = model.values(trained) - start
+    if not np.isfinite(delta).all():
+        raise ModelError(
+            "training diverged: the adapter is not finite",
+            remedy="lower the learning rates, or look for broken weights of the base model",
+        )
+    return RoundResult(delta, extract_state(optimizer, parameters, state))
+
+
+def evaluate(model: AdaptedModel, data: PreparedData, batch_size: int) -> Ints:
+    """The label index that the model as it stands predicts for each record, int64[records]."""
+    predicted = np.empty(len(data), dtype=np.int64)
+    for part in data.physical_batches(np.arange(len(data)), batch_size):
+        predicted[part] = _TASK.predict(model, _TASK.batch(data, part))
+    return predicted
+
+
+TakeStep = Callable[[Ints, int], None]
+"""Takes one step on (chosen records, physical batch size)."""
+
+
+@contextmanager
+def _stepping(
+    plan: TrainingPlan,
+    model: AdaptedModel,
+    data: PreparedData,
+    optimizer: torch.optim.Optimizer,
+    noise: NoiseSource,
+    noise_multiplier: float | None,
+) -> Iterator[TakeStep]:
+    """The kind of step that the plan's privacy asks for."""
+    expected = plan.training.expected_batch_size
+    if not isinstance(plan.privacy, LocalPrivacy) or noise_multiplier is None:
+        yield lambda chosen, size: plain_step(_TASK, model, data, chosen, optimizer, size, expected)
+        return
+    private = PrivateOptimizer(
+        optimizer,
+        noise,
+        noise_multiplier=noise_multiplier,
+        clip_norm=plan.privacy.clip_norm,
+        expected_batch_size=expected,
+    )
+    with per_record_gradients(model):
+        yield lambda chosen, size: private_step(_TASK, model, data, chosen, private, size)
+
+
+def plain_step(
+    task: Task,
+    model: AdaptedModel,
+    data: PreparedData,
+    chosen: Ints,
+    optimizer: torch.optim.Optimizer,
+    physical_batch_size: int,
+    expected_batch_size: float,
+) -> None:
+    """One step without privacy, with the batches and denominators of the private one."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    for part in data.physical_batches(chosen, physical_batch_size):
+        with torch.enable_grad():
+            losses = task.losses(model, task.batch(data, part))
+            (losses.sum() / expected_batch_size).backward()  # type: ignore[no-untyped-call]  # torch
+    optimizer.step()
+
+
+def _check_noise(plan: TrainingPlan, noise_multiplier: float | None) -> None:
+    private = isinstance(plan.privacy, LocalPrivacy)
+    if private != (noise_multiplier is not None and noise_multiplier > 0):
+        raise PlanError(
+            "the noise does not fit the plan's privacy",
+            field="noise multiplier",
+            found=noise_multiplier,
+            accepted="above zero" if private else "none",
+        )
+
+
+def _check_moved(
+    model: AdaptedModel, start: Vector, trained: tuple[Tensor, ...], *, every: bool
+) -> None:
+    """A step that changes nothing spends privacy for nothing (opacus issue 820).
+
+    Noise moves every tensor. Without it some rest in the first step: B's gradient is zero while the
+    head is, and A's while B is.
+    """
+    before = unflatten(start, trained)
+    after = unflatten(model.values(trained), trained)
+    moved = {name: not np.array_equal(before[name], after[name]) for name in before}
+    if not (all if every else any)(moved.values()):
+        raise ModelError(
+            "a training step left the adapter as it was",
+            found=", ".join(name for name, has_moved in moved.items() if not has_moved),
+            accepted="every trained tensor changes" if every else "some tensor changes",
+            remedy="stop: privacy would be spent for nothing; check device and PEFT version",
+        )

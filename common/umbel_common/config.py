@@ -1,0 +1,150 @@
+"""TOML text into typed values, with errors that name file, field, what was found and accepted."""
+
+import re
+import tomllib
+from difflib import get_close_matches
+from typing import TypeVar
+
+import msgspec
+from msgspec import inspect
+
+from umbel_common.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def parse_toml(text: str, kind: type[T], file: object) -> T:
+    """The value that `text` describes.
+
+    Args:
+        kind: a `msgspec.Struct`; unknown fields are refused where it forbids them.
+        file: where the text came from, for errors; reading it is the caller's.
+
+    Raises:
+        ConfigError: no TOML, or no `kind`: an unknown or missing field, a wrong type or value.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            "a configuration file is not valid TOML",
+            file=file,
+            found=error,
+            remedy="texts need quotes, and each field stands once; see https://toml.io",
+        ) from None
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise _config_error(str(error), data, kind, file) from None
+
+
+def _config_error(message: str, data: object, kind: type, file: object) -> ConfigError:
+    """Turns msgspec's words, "what is wrong - at `$.table.field`", into ours."""
+    what, _, place = message.partition(" - at ")
+    path = re.findall(r"[^.\[\]`$]+|\[\d+\]", place)
+    if found := re.fullmatch(r"Object contains unknown field `(.*)`", what):
+        return _unknown_field(found[1], path, kind, file)
+    if found := re.fullmatch(r"Object missing required field `(.*)`", what):
+        return ConfigError(
+            "a field is missing",
+            file=file,
+            field=_dotted([*path, found[1]]),
+            remedy=f"add it{_to_table(path)}",
+        )
+    expected = re.fullmatch(r"Expected (.*?)(?:, got .*)?", what)
+    return ConfigError(
+        "a field has a wrong value",
+        file=file,
+        field=_dotted(path) or None,
+        found=_shown(data, path),
+        accepted=_plain(expected[1]) if expected else what,
+    )
+
+
+def _unknown_field(name: str, path: list[str], kind: type, file: object) -> ConfigError:
+    known = _fields_at(kind, path)
+    close = get_close_matches(name, known, n=1)
+    return ConfigError(
+        "an unknown field",
+        file=file,
+        field=_dotted([*path, name]),
+        found=name,
+        accepted=", ".join(known),
+        remedy=f"did you mean {close[0]}?" if close else "remove it, or see the documentation",
+    )
+
+
+def _fields_at(kind: type, path: list[str]) -> list[str]:
+    """Names of the fields that the table at `path` may have, over all alternatives."""
+    types: list[inspect.Type] = [inspect.type_info(kind)]
+    for step in path:
+        types = [
+            inner
+            for outer in _alternatives(types)
+            for inner in _inside(outer, None if step.startswith("[") else step)
+        ]
+    names = [
+        field.encode_name
+        for outer in _alternatives(types)
+        if isinstance(outer, inspect.StructType)
+        for field in outer.fields
+    ]
+    return list(dict.fromkeys(names))
+
+
+def _alternatives(types: list[inspect.Type]) -> list[inspect.Type]:
+    plain = [kind.type if isinstance(kind, inspect.Metadata) else kind for kind in types]
+    return [
+        inner
+        for outer in plain
+        for inner in (outer.types if isinstance(outer, inspect.UnionType) else (outer,))
+    ]
+
+
+def _inside(outer: inspect.Type, name: str | None) -> list[inspect.Type]:
+    """Types of the field `name`, or of the elements of an array for None."""
+    match outer:
+        case inspect.StructType(fields=fields) if name is not None:
+            return [field.type for field in fields if field.encode_name == name]
+        case inspect.VarTupleType(item_type=item) | inspect.ListType(item_type=item):
+            return [item] if name is None else []
+        case inspect.DictType(value_type=value):
+            return [value]
+        case _:
+            return []
+
+
+def _dotted(path: list[str]) -> str:
+    return ".".join(path).replace(".[", "[")
+
+
+def _to_table(path: list[str]) -> str:
+    return f" to the table [{_dotted(path)}]" if path else " at the top of the file"
+
+
+def _shown(data: object, path: list[str]) -> object:
+    """What stands at `path`; a whole table or list only by its type, None if it is not there."""
+    for step in path:
+        if step.startswith("[") and isinstance(data, list):
+            data = data[int(step[1:-1])]
+        elif isinstance(data, dict) and step in data:
+            data = data[step]
+        else:
+            return None
+    if isinstance(data, dict):
+        return "a table"
+    return "a list" if isinstance(data, list) else repr(data)
+
+
+def _plain(expected: str) -> str:
+    names = {
+        "`str`": "a text in quotes",
+        "`int`": "a whole number",
+        "`float`": "a number",
+        "`bool`": "true or false",
+        "`array`": "a list in [ ]",
+        "`object`": "a table",
+    }
+    for technical, plain in names.items():
+        expected = expected.replace(technical, plain)
+    return expected

@@ -1,0 +1,185 @@
+"""Deltas as elements of the ring Z_2^16 or Z_2^32: clipped, stochastically rounded, weighted.
+
+A site's vector is `[w, w*q_1, ..., w*q_n]` modulo 2^bits: the sum over sites holds the total weight
+and the weighted sum of deltas, and neither is known of any one site.
+"""
+
+import math
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from umbel_common.adapter import Vector
+from umbel_common.canonical import Entropy, Value
+from umbel_common.errors import LocalProtocolError, PlanError, RemoteProtocolError
+from umbel_common.plan import Aggregation, Positive
+from umbel_common.secagg.primitives import KEY_BYTES, Keystream, draw
+
+RingVector: TypeAlias = np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]
+"""uint16[n] or uint32[n], little-endian; all arithmetic is modulo 2^16 or 2^32."""
+
+CHUNK = 2**14
+"""Coordinates rounded at a time: their temporaries (float64, int32, keystream) stay in L2."""
+
+PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Encoding(Value, frozen=True):
+    """How deltas of up to `sites` sites become elements of one ring."""
+
+    clip_range: Positive
+    """Each coordinate is clipped to [-clip_range, clip_range]."""
+    step: Positive
+    """The distance of neighbouring levels, in units of the delta."""
+    ring_bits: Literal[16, 32]
+    max_weight: PositiveInt
+    sites: PositiveInt
+    """Upper bound on the size of the cohort."""
+
+    @property
+    def levels(self) -> int:
+        """Largest magnitude of a rounded coordinate: ceil(clip_range / step)."""
+        return math.ceil(self.clip_range / self.step)
+
+    def prove_headroom(self) -> None:
+        """Proves that no sum can wrap, whatever the deltas and the random bits are.
+
+        A clipped coordinate x has |x / step| <= L with L = `levels`. Stochastic rounding moves it
+        to one of the two integers around it; as -L and L are integers themselves, it stays within
+        them. So a site adds at most max_weight * L in magnitude, and `sites` of them at most
+        S = sites * max_weight * L. Two's complement holds every sum if S < 2^(bits - 1). Since
+        L >= 1, the total weight, at most sites * max_weight <= S, fits into the unsigned ring too.
+
+        Raises:
+            PlanError: S could reach 2^(bits - 1).
+        """
+        limit = 2 ** (self.ring_bits - 1)
+        per_level = self.sites * self.max_weight
+        # The quotient is looked at as a float first: it may be infinite, or have no ceiling.
+        if not self.clip_range / self.step < limit or per_level * self.levels >= limit:
+            raise PlanError(
+                f"a sum of {self.sites} deltas could wrap in a ring of {self.ring_bits} bits",
+                field="aggregation.step",
+                found=f"{self.step} with clip_range {self.clip_range} and "
+                f"max_weight {self.max_weight}",
+                accepted="sites * max_weight * ceil(clip_range / step) below "
+                f"2^{self.ring_bits - 1}",
+                remedy=f"take a step above {per_level * self.clip_range / limit:.3g}, a smaller "
+                "clip_range or max_weight, or ring_bits 32",
+            )
+
+
+def encoding_of(aggregation: Aggregation, sites: int) -> Encoding:
+    """The encoding that a plan prescribes for a cohort of at most `sites` sites."""
+    return Encoding(
+        clip_range=aggregation.clip_range,
+        step=aggregation.step,
+        ring_bits=aggregation.ring_bits,
+        max_weight=aggregation.max_weight,
+        sites=sites,
+    )
+
+
+def encode(delta: Vector, weight: int, encoding: Encoding, entropy: Entropy) -> RingVector:
+    """The ring vector `[w, w*q]` of one site, uint[n + 1] of `encoding.ring_bits` bits.
+
+    q is delta / step, clipped, then rounded up with probability equal to its fractional part: its
+    mean is exact up to 2^-32 of a step and its variance f(1 - f) for the fraction f.
+
+    Args:
+        delta: float32[n], finite.
+        weight: 1 to `encoding.max_weight`.
+        entropy: read once, for the key of the rounding's keystream.
+
+    Raises:
+        PlanError: the sum could wrap.
+        LocalProtocolError: `weight`, or `delta-values` where a value is NaN or infinite.
+    """
+    encoding.prove_headroom()
+    if not 1 <= weight <= encoding.max_weight:
+        raise LocalProtocolError(
+            "weight",
+            "a weight is not within the plan",
+            found=weight,
+            accepted=f"1 to {encoding.max_weight}",
+        )
+    if delta.dtype != np.float32 or delta.ndim != 1:
+        raise LocalProtocolError(
+            "delta-type", "a delta has the wrong type", found=delta.dtype, accepted="float32[n]"
+        )
+    vector = np.empty(delta.size + 1, dtype=f"<u{encoding.ring_bits // 8}")
+    vector[0] = weight
+    rounding = _Rounding(encoding, Keystream(draw(entropy, KEY_BYTES)))
+    for start in range(0, delta.size, CHUNK):
+        chunk = delta[start : start + CHUNK]
+        rounded = rounding.round(chunk)
+        target = vector[1 + start : 1 + start + chunk.size]
+        # int32 holds the product by the headroom proof; the cast to the ring is modulo 2^bits.
+        np.multiply(rounded, np.int32(weight), out=rounded)
+        np.copyto(target, rounded, casting="unsafe")
+    return vector
+
+
+class _Rounding:
+    """Clips and rounds chunk after chunk in buffers that are reused."""
+
+    def __init__(self, encoding: Encoding, keystream: Keystream) -> None:
+        self._encoding = encoding
+        self._keystream = keystream
+        # One ulp below L + 1: the float64 sum of a value near L and a uniform one may round up.
+        self._top = math.nextafter(encoding.levels + 1, 0)
+        self._scaled = np.empty(CHUNK, dtype=np.float64)
+        self._uniform = np.empty(CHUNK, dtype=np.float64)
+        self._random = np.empty(CHUNK, dtype=np.int32)
+        self._rounded = np.empty(CHUNK, dtype=np.int32)
+
+    def round(self, chunk: Vector) -> npt.NDArray[np.int32]:
+        """Integers in [-levels, levels], valid until the next call."""
+        if not np.isfinite(chunk).all():
+            raise LocalProtocolError("delta-values", "a delta holds values that are not finite")
+        encoding = self._encoding
+        scaled, uniform = self._scaled[: chunk.size], self._uniform[: chunk.size]
+        random, rounded = self._random[: chunk.size], self._rounded[: chunk.size]
+        np.clip(chunk, -encoding.clip_range, encoding.clip_range, out=scaled, dtype=np.float64)
+        # A division, not a product with 1 / step: it is monotone, so |x| <= clip_range / step <= L.
+        np.divide(scaled, encoding.step, out=scaled)
+        self._keystream.fill(random.data.cast("B"))
+        # Uniform on [0, 1): signed integers convert to float64 in one instruction.
+        np.multiply(random, 2.0**-32, out=uniform)
+        np.add(uniform, 0.5, out=uniform)
+        np.add(scaled, uniform, out=scaled)
+        np.minimum(scaled, self._top, out=scaled)
+        np.floor(scaled, out=scaled)
+        np.copyto(rounded, scaled, casting="unsafe")
+        return rounded
+
+
+def decode_sum(total: RingVector, encoding: Encoding) -> tuple[int, Vector]:
+    """The total weight, and the weighted mean of the deltas, float32[n], from a sum of vectors.
+
+    Raises:
+        RemoteProtocolError: `total-weight` where the weight is 0 or more than all sites may have,
+            `sum-out-of-range` where a coordinate exceeds weight * levels: no honest vectors, or
+            masks that do not cancel.
+    """
+    weight = int(total[0])
+    if not 1 <= weight <= encoding.sites * encoding.max_weight:
+        raise RemoteProtocolError(
+            "total-weight",
+            "the total weight in a sum is impossible",
+            found=weight,
+            accepted=f"1 to {encoding.sites * encoding.max_weight}",
+        )
+    signed = total[1:].view(np.dtype(f"<i{total.itemsize}"))
+    bound = weight * encoding.levels
+    if signed.size and not (-bound <= int(signed.min()) and int(signed.max()) <= bound):
+        raise RemoteProtocolError(
+            "sum-out-of-range",
+            "a coordinate of a sum is larger than its weight allows",
+            accepted=f"at most {bound} in magnitude",
+        )
+    mean = np.empty(signed.size, dtype=np.float32)
+    np.multiply(signed, np.float64(encoding.step / weight), out=mean, casting="same_kind")
+    return weight, mean

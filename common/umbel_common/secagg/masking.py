@@ -1,0 +1,79 @@
+"""Masks: keys expanded to ring vectors, added in place (Bonawitz et al. 2017, section 4.0.1)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from umbel_common.errors import LocalProtocolError
+from umbel_common.quantise import RingVector
+from umbel_common.secagg.primitives import CHUNK_BYTES, Keystream, agree, derive
+
+
+def self_mask_key(seed: bytes, site: str, context: bytes) -> bytes:
+    """The key of a site's own mask, from its 32-byte seed."""
+    return derive(seed, "self mask", context, (site,))
+
+
+def pairwise_key(secret: bytes, site: str, peer_key: bytes, peer: str, context: bytes) -> bytes:
+    """The key of the mask between `site`, whose X25519 secret is given, and `peer`.
+
+    The same from both sides. The site whose name sorts first adds the mask, the other subtracts it.
+
+    Raises:
+        RemoteProtocolError: `weak-key`.
+    """
+    return derive(agree(secret, peer_key, peer), "pairwise mask", context, sorted((site, peer)))
+
+
+def add_masks(
+    vector: RingVector, *, added: Sequence[bytes] = (), subtracted: Sequence[bytes] = ()
+) -> None:
+    """Adds the masks of some keys to `vector`, and subtracts those of others, in place.
+
+    The mask of a key is its AES-256-CTR keystream, read as little-endian elements of the ring.
+
+    Args:
+        vector: uint32[n] or uint16[n], little-endian, contiguous, writeable.
+        added: 32-byte keys, each single-use: one key makes one mask.
+        subtracted: the same.
+
+    Raises:
+        LocalProtocolError: `ring-vector`.
+    """
+    check_ring_vector(vector)
+    plus = [Keystream(key) for key in added]
+    minus = [Keystream(key) for key in subtracted]
+    length = CHUNK_BYTES // vector.itemsize
+    buffer = np.empty(length, dtype=vector.dtype)
+    # All masks of one chunk before the next: the chunk stays in the cache while it is masked.
+    for start in range(0, vector.size, length):
+        chunk = vector[start : start + length]
+        mask = buffer[: chunk.size]
+        stream = mask.data.cast("B")
+        for keystream in plus:
+            keystream.fill(stream)
+            np.add(chunk, mask, out=chunk)
+        for keystream in minus:
+            keystream.fill(stream)
+            np.subtract(chunk, mask, out=chunk)
+
+
+def check_ring_vector(vector: RingVector) -> None:
+    """Refuses what cannot be masked in place.
+
+    Raises:
+        LocalProtocolError: `ring-vector`.
+    """
+    usable = (
+        vector.dtype in (np.dtype("<u4"), np.dtype("<u2"))
+        and vector.ndim == 1
+        and vector.flags.c_contiguous
+        and vector.flags.writeable
+    )
+    if not usable:
+        raise LocalProtocolError(
+            "ring-vector",
+            "a vector cannot be masked in place",
+            found=f"{vector.dtype.str}, {vector.ndim} dimensions",
+            accepted="<u4 or <u2, one dimension, contiguous, writeable",
+        )

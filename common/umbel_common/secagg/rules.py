@@ -1,0 +1,100 @@
+"""What a site demands of the sets of sites that a server names to it."""
+
+from collections.abc import Collection
+from typing import Annotated
+
+import msgspec
+
+from umbel_common.canonical import Value
+from umbel_common.errors import RemoteProtocolError
+
+
+class Rules(Value, frozen=True):
+    """One attempt's rules: the plan's threshold under the site's own policy."""
+
+    threshold: Annotated[int, msgspec.Meta(ge=1)]
+    """Shares that recover a secret."""
+    colluding: Annotated[int, msgspec.Meta(ge=0)]
+    """Sites that are assumed to collude with the server."""
+    minimum_cohort: Annotated[int, msgspec.Meta(ge=1)]
+    """Fewest sites among which this site's delta may hide, at every stage."""
+
+    def check_cohort(self, cohort: Collection[str], site: str) -> None:
+        """Refuses an attempt before anything is made for it.
+
+        Raises:
+            RemoteProtocolError: `not-in-cohort`, `cohort-too-small`, `threshold-too-high` or
+                `threshold-too-low`.
+        """
+        size = len(cohort)
+        if site not in cohort:
+            raise RemoteProtocolError(
+                "not-in-cohort", "this site is not in the cohort", field="cohort", found=site
+            )
+        if size < self.minimum_cohort:
+            raise RemoteProtocolError(
+                "cohort-too-small",
+                "a cohort is smaller than this site allows",
+                found=size,
+                accepted=f"at least {self.minimum_cohort}",
+            )
+        if self.threshold > size:
+            raise RemoteProtocolError(
+                "threshold-too-high",
+                "a cohort cannot reach the threshold",
+                found=self.threshold,
+                accepted=f"at most {size}",
+            )
+        # Any two survivor sets that t sites each signed then share an honest signer, and an honest
+        # site signs once: the server cannot have two sets unmasked in one attempt.
+        if 2 * self.threshold <= size + self.colluding:
+            raise RemoteProtocolError(
+                "threshold-too-low",
+                "two survivor sets could both gather enough signatures",
+                found=f"threshold {self.threshold}, {size} sites, {self.colluding} colluding",
+                accepted=f"a threshold of at least {(size + self.colluding) // 2 + 1}",
+            )
+
+    def check_enough(self, check: str, sites: Collection[str]) -> None:
+        """Refuses a stage that too few sites have reached; `check` names the stage.
+
+        Raises:
+            RemoteProtocolError: `check`.
+        """
+        floor = max(self.threshold, self.minimum_cohort)
+        if len(sites) < floor:
+            raise RemoteProtocolError(
+                check,
+                "too few sites are left in this attempt",
+                found=len(sites),
+                accepted=f"at least {floor}",
+            )
+
+
+def check_distinct(sites: Collection[str]) -> None:
+    """Refuses a site that is named twice.
+
+    Raises:
+        RemoteProtocolError: `duplicate-site`.
+    """
+    repeated = sorted({site for site in sites if list(sites).count(site) > 1})
+    if repeated:
+        raise RemoteProtocolError(
+            "duplicate-site", "a site is named twice", found=", ".join(repeated)
+        )
+
+
+def check_nested(sites: Collection[str], before: Collection[str]) -> None:
+    """Refuses a site that an earlier stage did not have.
+
+    Raises:
+        RemoteProtocolError: `not-nested`.
+    """
+    strangers = sorted(set(sites) - set(before))
+    if strangers:
+        raise RemoteProtocolError(
+            "not-nested",
+            "a stage names a site that an earlier stage did not",
+            found=", ".join(strangers),
+            accepted="a subset of " + ", ".join(sorted(before)),
+        )

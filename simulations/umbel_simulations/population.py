@@ -1,0 +1,108 @@
+"""Deals one training set out to sites, and writes what each of them gets."""
+
+import heapq
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from umbel_common.errors import DataError
+from umbel_simulations.run_folder import write
+from umbel_simulations.scenario import Sites
+from umbel_simulations.sources import Example
+
+DRAWS = 1000
+"""Dirichlet partitions that are drawn in search of one where every site has enough."""
+
+
+def partition(examples: Sequence[Example], sites: Sites, seed: int) -> dict[str, list[Example]]:
+    """Every example at exactly one site; the same seed gives the same partition.
+
+    Args:
+        examples: the training set; their `group` decides when partitioned by column.
+        sites: how many, and how they differ.
+        seed: public.
+
+    Raises:
+        DataError: a site would have fewer than `minimum_records`.
+    """
+    generator = np.random.default_rng(seed)
+    if sites.partition == "iid":
+        parts = _iid(len(examples), sites, generator)
+    elif sites.partition == "dirichlet":
+        parts = _dirichlet(examples, sites, generator)
+    else:
+        parts = _by_group(examples, sites)
+    for site, part in zip(sites.all_names, parts, strict=True):
+        if len(part) < sites.minimum_records:
+            raise _too_few(site, len(part), sites)
+    return {
+        site: [examples[index] for index in sorted(part)]
+        for site, part in zip(sites.all_names, parts, strict=True)
+    }
+
+
+def write_site_data(folder: Path, examples: Sequence[Example]) -> None:
+    """Writes `data.jsonl` into a folder: one JSON object with `text` and `label` a line."""
+    rows = [{"text": example.text, "label": example.label} for example in examples]
+    write(folder / "data.jsonl", b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+
+
+def _iid(size: int, sites: Sites, generator: np.random.Generator) -> list[list[int]]:
+    order = generator.permutation(size)
+    return [part.tolist() for part in np.array_split(order, sites.count)]
+
+
+def _dirichlet(
+    examples: Sequence[Example], sites: Sites, generator: np.random.Generator
+) -> list[list[int]]:
+    """Draws until every site has enough, as Li et al. (2022, section 4.1) do."""
+    by_label: dict[str, list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        by_label[example.label].append(index)
+    labels = [np.array(by_label[label]) for label in sorted(by_label)]
+    parts: list[list[int]] = []
+    for _ in range(DRAWS):
+        parts = [[] for _ in range(sites.count)]
+        for indices in labels:
+            for part, share in zip(parts, _shares(indices, sites, generator), strict=True):
+                part.extend(share.tolist())
+        if min(map(len, parts)) >= sites.minimum_records:
+            break
+    return parts
+
+
+def _shares(
+    indices: NDArray[np.int64], sites: Sites, generator: np.random.Generator
+) -> list[NDArray[np.int64]]:
+    shuffled = generator.permutation(indices)
+    shares = generator.dirichlet(np.full(sites.count, sites.alpha))
+    cuts = np.rint(np.cumsum(shares)[:-1] * len(shuffled)).astype(np.int64)
+    return np.split(shuffled, cuts)
+
+
+def _by_group(examples: Sequence[Example], sites: Sites) -> list[list[int]]:
+    """Each group whole at one site: the largest first, to the site that has least so far."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        groups[example.group].append(index)
+    parts: list[list[int]] = [[] for _ in range(sites.count)]
+    emptiest = [(0, site) for site in range(sites.count)]
+    for group in sorted(groups, key=lambda name: (-len(groups[name]), name)):
+        size, site = heapq.heappop(emptiest)
+        parts[site].extend(groups[group])
+        heapq.heappush(emptiest, (size + len(groups[group]), site))
+    return parts
+
+
+def _too_few(site: str, records: int, sites: Sites) -> DataError:
+    return DataError(
+        f"{site} would have too few records",
+        field="sites",
+        found=f'{records} records with partition = "{sites.partition}"',
+        accepted=f"at least sites.minimum_records = {sites.minimum_records}",
+        remedy="take fewer sites, more records, a smaller minimum_records, or a larger alpha",
+    )

@@ -1,0 +1,296 @@
+"""A scenario from its file to its report."""
+
+import math
+import os
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import torch
+
+from umbel_common.adapter import initial_vector, size_of
+from umbel_common.plan import LocalPrivacy, TrainingPlan
+from umbel_common.transcript import verify_transcript
+from umbel_simulations import events
+from umbel_simulations.baselines import POOLED, train_alone
+from umbel_simulations.federation import Federation, Outcome
+from umbel_simulations.judge import Judge
+from umbel_simulations.planning import make_plan
+from umbel_simulations.population import partition
+from umbel_simulations.recorder import Recorder, ServerObserver, SiteObserver, read_metrics
+from umbel_simulations.report import write_report
+from umbel_simulations.results import Comparison, CurvePoint, RunSummary, Score, SiteResult
+from umbel_simulations.run_folder import claim, read_signed, write
+from umbel_simulations.scenario import Scenario, model_folder
+from umbel_simulations.scores import majority_score
+from umbel_simulations.sources import Corpus, Example, load_source
+from umbel_simulations.verify import verify_run
+
+VERSIONS_OF = ("umbel", "torch", "transformers", "peft", "opacus", "flwr", "cryptography")
+
+
+def run_scenario(
+    scenario: Scenario, folder: Path, show: Callable[[events.AnyEvent], None]
+) -> RunSummary:
+    """Runs a scenario, or what is left of it, in `folder`, and writes everything there.
+
+    Raises:
+        RunExists: the folder belongs to a finished run, or to another scenario.
+        UmbelError: whatever made the run fail; the same call resumes it.
+    """
+    # One thread for each site: more of them on busy cores slow each other down.
+    torch.set_num_threads(1)
+    model = model_folder(scenario.model)
+    corpus = load_source(scenario)
+    sites = partition(corpus.train, scenario.sites, scenario.seed)
+    largest = max(len(examples) for examples in sites.values())
+    plan = make_plan(scenario, corpus.labels, model, largest_site=largest)
+    claim(folder, scenario)
+    recorder = Recorder(folder / "metrics.jsonl", show)
+    try:
+        return Run(scenario, folder, recorder, model, corpus, sites, plan).complete()
+    finally:
+        recorder.close()
+
+
+@dataclass
+class Run:
+    """One run and its steps, in their order in `complete`."""
+
+    scenario: Scenario
+    folder: Path
+    recorder: Recorder
+    model: Path
+    corpus: Corpus
+    sites: Mapping[str, Sequence[Example]]
+    plan: TrainingPlan
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def complete(self) -> RunSummary:
+        """From the first key to the report."""
+        self.recorder.emit(
+            events.Started(
+                seconds=self.recorder.seconds(),
+                name=self.folder.name,
+                sites={site: len(examples) for site, examples in self.sites.items()},
+                rounds=self.plan.training.rounds,
+                steps=self.plan.training.steps,
+            )
+        )
+        with self._timed("preparation"):
+            judge = Judge(self.plan, self.model, self.corpus.test, self.folder / "public")
+        federation = Federation(self.folder, self.scenario)
+        with self._timed("federation"):
+            outcome = self._federate(federation, self.plan, self.recorder, judge)
+        with self._timed("comparisons"):
+            comparisons = list(self._comparisons(federation, judge, outcome))
+        site = next(iter(self.sites))
+        shutil.copytree(
+            federation.site_folder(site) / "state" / "adapters" / self.plan.job,
+            self.folder / "adapter",
+            dirs_exist_ok=True,
+        )
+        summary = self._summary(outcome, comparisons, judge)
+        write_report(summary, self.folder / "report.html")
+        # Last: its presence says that the run is finished.
+        write(
+            self.folder / "summary.json",
+            msgspec.json.format(msgspec.json.encode(summary), indent=2),
+        )
+        verify_run(self.folder)
+        return summary
+
+    def _federate(
+        self, federation: Federation, plan: TrainingPlan, recorder: Recorder, judge: Judge
+    ) -> Outcome:
+        federation.set_up(self.sites, self.model)
+        stop = threading.Event()
+        observers = {site: SiteObserver(site, recorder, stop) for site in self.sites}
+        return federation.run(
+            plan,
+            observers,
+            ServerObserver(recorder, observers, judge),
+            workers=self._workers,
+            dropouts=self.scenario.faults.dropouts,
+            stop=stop,
+        )
+
+    def _comparisons(
+        self, federation: Federation, judge: Judge, outcome: Outcome
+    ) -> Iterator[Comparison]:
+        wanted = self.scenario.baselines
+        if "majority" in wanted:
+            yield Comparison(
+                name="majority",
+                description="always the most frequent label of the training records",
+                score=majority_score(self.corpus),
+            )
+        if "head-only" in wanted:
+            yield Comparison(
+                name="head-only",
+                description="federated, head only on the frozen model, no adapter",
+                score=self._head_only(),
+            )
+        alone = self._alone(federation, judge)
+        if "local-only" in wanted:
+            parts = {site: alone[site] for site in self.sites}
+            yield Comparison(
+                name="local-only",
+                description="mean over sites that each train alone",
+                score=_mean(list(parts.values())),
+                parts=parts,
+            )
+        yield Comparison(
+            name="federated",
+            description="the adapter of this run",
+            score=judge(outcome.adapter),
+        )
+        if "pooled" in wanted:
+            yield Comparison(
+                name="pooled",
+                description="all records in one place, without federation",
+                score=alone[POOLED],
+            )
+
+    def _head_only(self) -> Score:
+        """The same federation without an adapter: same protocol, same epsilon, its own ledgers."""
+        folder = self.folder / "baselines" / "head-only"
+        folder.mkdir(parents=True, exist_ok=True)
+        largest = max(len(examples) for examples in self.sites.values())
+        plan = make_plan(
+            self.scenario, self.corpus.labels, self.model, largest_site=largest, head_only=True
+        )
+        rounds = plan.training.rounds
+
+        def show(event: events.AnyEvent) -> None:
+            if isinstance(event, events.RoundReleased):
+                self._baseline_step("head-only", event.round, rounds)
+
+        recorder = Recorder(folder / "metrics.jsonl", show)
+        judge = Judge(plan, self.model, self.corpus.test, folder / "public")
+        try:
+            federation = Federation(folder, self.scenario)
+            return judge(self._federate(federation, plan, recorder, judge).adapter)
+        finally:
+            recorder.close()
+
+    def _alone(self, federation: Federation, judge: Judge) -> dict[str, Score]:
+        wanted = self.scenario.baselines
+        names = [
+            *(self.sites if "local-only" in wanted else ()),
+            *([POOLED] if "pooled" in wanted else []),
+        ]
+        if not names:
+            return {}
+        adapters = train_alone(
+            self.plan,
+            self.model,
+            {site: federation.site_config(site) for site in self.sites},
+            names=names,
+            entropy=federation.entropy,
+            physical_batch_size=self.scenario.compute.physical_batch_size,
+            workers=self._workers,
+            progress=self._baseline_step,
+        )
+        return {name: judge(adapter) for name, adapter in adapters.items()}
+
+    def _baseline_step(self, name: str, done: int, total: int) -> None:
+        self.recorder.emit(
+            events.BaselineStep(seconds=self.recorder.seconds(), name=name, done=done, total=total)
+        )
+
+    @property
+    def _workers(self) -> int:
+        return self.scenario.compute.workers or os.cpu_count() or 1
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        began = self.recorder.seconds()
+        yield
+        self.seconds[phase] = round(self.recorder.seconds() - began, 1)
+
+    def _summary(self, outcome: Outcome, comparisons: list[Comparison], judge: Judge) -> RunSummary:
+        kept = read_metrics(self.folder / "metrics.jsonl")
+        federation = Federation(self.folder, self.scenario)
+        job = verify_transcript(read_signed(self.folder / "transcript.jsonl"), federation.roster())
+        federated = next(row.score for row in comparisons if row.name == "federated")
+        return RunSummary(
+            name=self.folder.name,
+            scenario=self.scenario.name,
+            seed=self.scenario.seed,
+            insecure_test_seed=self.scenario.insecure_test_seed,
+            model=self.plan.model.name,
+            data=self.corpus.name,
+            test_records=len(self.corpus.test),
+            method=self.plan.lora.method,
+            privacy="local" if isinstance(self.plan.privacy, LocalPrivacy) else "none",
+            rounds=self.plan.training.rounds,
+            local_steps=self.plan.training.local_steps,
+            trained_parameters=size_of(self.plan.trained_tensors(1)),
+            standard_error=_standard_error(federated.accuracy, len(self.corpus.test)),
+            comparisons=comparisons,
+            curve=self._curve(kept, judge),
+            sites=[self._site(site, outcome, kept) for site in sorted(self.sites)],
+            aborted_attempts=job.aborted_attempts,
+            adapter_digest=outcome.release.adapter.hex(),
+            transcript_head=job.head.hex(),
+            seconds={**self.seconds, "total": round(self.recorder.seconds(), 1)},
+            versions={name: version(name) for name in VERSIONS_OF},
+        )
+
+    def _curve(self, kept: list[events.AnyEvent], judge: Judge) -> list[CurvePoint]:
+        start = CurvePoint(
+            round=0,
+            score=judge(initial_vector(self.plan)),
+            epsilon={
+                site: 0.0 if isinstance(self.plan.privacy, LocalPrivacy) else None
+                for site in self.sites
+            },
+        )
+        released = [event for event in kept if isinstance(event, events.RoundReleased)]
+        return [start] + [
+            CurvePoint(
+                round=event.round,
+                score=Score(accuracy=event.accuracy, macro_f1=event.macro_f1),
+                epsilon=event.epsilon,
+            )
+            for event in released
+        ]
+
+    def _site(self, site: str, outcome: Outcome, kept: list[events.AnyEvent]) -> SiteResult:
+        answers = [e for e in kept if isinstance(e, events.SiteStage) and e.site == site]
+        released = [event for event in kept if isinstance(event, events.RoundReleased)]
+        privacy = self.plan.privacy if isinstance(self.plan.privacy, LocalPrivacy) else None
+        noise = outcome.noise[site]
+        masked = sum(answer.masked_bytes for answer in answers)
+        clear = sum(answer.clear_bytes for answer in answers)
+        return SiteResult(
+            name=site,
+            records=len(self.sites[site]),
+            labels=dict(Counter(example.label for example in self.sites[site])),
+            epsilon=released[-1].epsilon[site],
+            delta=None if privacy is None else privacy.delta,
+            noise_multiplier=noise.noise_multiplier,
+            sampling_rate=noise.sampling_rate,
+            sent_clear_bytes=clear,
+            sent_masked_bytes=masked,
+            sent_protocol_bytes=sum(answer.sent_bytes for answer in answers) - masked - clear,
+            received_bytes=sum(answer.received_bytes for answer in answers),
+        )
+
+
+def _mean(scores: Sequence[Score]) -> Score:
+    return Score(
+        accuracy=sum(score.accuracy for score in scores) / len(scores),
+        macro_f1=sum(score.macro_f1 for score in scores) / len(scores),
+    )
+
+
+def _standard_error(accuracy: float, records: int) -> float:
+    return math.sqrt(accuracy * (1 - accuracy) / records)

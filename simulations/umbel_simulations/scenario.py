@@ -1,0 +1,399 @@
+"""A scenario: one TOML file that says who trains what on which data, and what goes wrong."""
+
+import importlib.util
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from umbel_common.canonical import Name, Value
+from umbel_common.config import parse_toml
+from umbel_common.errors import ConfigError, ModelError
+from umbel_common.plan import (
+    Count,
+    Fraction,
+    LocalPrivacy,
+    Method,
+    NoPrivacy,
+    Positive,
+)
+
+SHIPPED = Path(__file__).parent / "scenarios"
+
+Seed = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
+Package = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Baseline = Literal["majority", "head-only", "local-only", "pooled"]
+Stage = Literal["train", "share", "mask", "confirm", "unmask"]
+
+
+class Model(Value, frozen=True):
+    """`[model]`: the base model, from exactly one of `package` and `path`."""
+
+    name: str
+    """Hub id or display name, as the released adapter names its base model."""
+    package: Package | None = None
+    """An installed package that carries the model in its `model` folder; never imported."""
+    path: str | None = None
+    """A local folder; relative paths start at the scenario file."""
+
+
+class Data(Value, frozen=True):
+    """`[data]`: what every kind of source has."""
+
+    train_records: Count | None = None
+    """Train on a random sample of so many records in all; absent: on all of them."""
+    test_records: Count | None = None
+    """Score on a random sample of so many test records; absent: on all of them."""
+    records_per_label: Count | None = None
+    """Keep at most so many records of each label; absent: all of them."""
+
+
+class Icd10Data(Data, frozen=True, tag_field="source", tag="icd10cm"):
+    """`source = "icd10cm"`: diagnoses, from their ICD-10-CM texts to their chapter."""
+
+
+class FileData(Data, frozen=True, tag_field="source", tag="files", kw_only=True):
+    """`source = "files"`: a .jsonl or .csv file for training and one for scoring."""
+
+    train: str
+    """Path of the training file; relative paths start at the scenario file."""
+    test: str
+    """Path of the test file, public by assumption: the server scores on it."""
+    text_column: str = "text"
+    label_column: str = "label"
+
+
+class Sites(Value, frozen=True):
+    """`[sites]`: who takes part, and how the training records are dealt out to them."""
+
+    count: Annotated[int, msgspec.Meta(ge=2, le=100)]
+    """Number of sites."""
+    names: tuple[Name, ...] | None = None
+    """One name for each site; absent: hospital-a, hospital-b and so on."""
+    partition: Literal["iid", "dirichlet", "column"] = "dirichlet"
+    """`iid`: at random. `dirichlet`: each label in random shares (Hsu et al. 2019, section 2).
+    `column`: all records that share a value of `column` go to one site."""
+    alpha: Positive = 0.5
+    """Dirichlet concentration: the smaller, the more the sites differ."""
+    column: str | None = None
+    """A column of the data files; `category` (three characters of the code) for icd10cm."""
+    minimum_records: Count = 1
+    """A site with fewer records is an error, never a silently small site."""
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """The names of the sites, given or made."""
+        if self.names is not None:
+            return self.names
+        if self.count <= len(string.ascii_lowercase):
+            return tuple(f"hospital-{letter}" for letter in string.ascii_lowercase[: self.count])
+        return tuple(f"hospital-{number:03}" for number in range(1, self.count + 1))
+
+
+class Task(Value, frozen=True):
+    """`[task]`: classification of texts; see `umbel_common.plan.Classification`."""
+
+    max_tokens: Annotated[int, msgspec.Meta(ge=4, le=8192)] = 128
+    """Texts are cut after so many tokens."""
+    head: Literal["mean-pool", "stock"] = "mean-pool"
+    """`mean-pool`: a zero-initialised linear layer on the mean token vector. `stock`: the model's
+    own classification head."""
+    logit_scale: Positive = 10.0
+    """Factor on the normalised mean vector before the `mean-pool` head."""
+
+
+class LoraSettings(Value, frozen=True):
+    """`[lora]`: the adapter; see `umbel_common.plan.Lora`."""
+
+    rank: Annotated[int, msgspec.Meta(ge=1, le=512)]
+    alpha: Positive
+    """The adapter's output is scaled by alpha / rank."""
+    target_modules: tuple[str, ...]
+    """Names of the linear layers that get an adapter."""
+    layers: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] | None = None
+    """Indices of the transformer layers that get one; absent: all."""
+    method: Method = "alternate"
+    """`both`, `ffa` (A frozen) or `alternate` (B in odd rounds, A in even ones)."""
+
+
+class TrainingSettings(Value, frozen=True):
+    """`[training]`: what each site computes; see `umbel_common.plan.Training`."""
+
+    rounds: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+    local_steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+    """Optimiser steps of a site in each round."""
+    expected_batch_size: Count
+    """Records that a Poisson batch holds on average."""
+    adapter_learning_rate: Positive
+    head_learning_rate: Positive
+    optimizer: Literal["adam", "sgd"] = "adam"
+    beta1: Fraction = 0.9
+    """Adam only."""
+    beta2: Fraction = 0.99
+    """Adam only."""
+    momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    """SGD only."""
+    final_learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    """Learning rates fall linearly to this share of their first value."""
+
+
+class AggregationSettings(Value, frozen=True):
+    """`[aggregation]`: how deltas are encoded and masked; see `umbel_common.plan.Aggregation`."""
+
+    threshold: Annotated[int, msgspec.Meta(ge=2, le=100)]
+    """Shares that recover a secret, and the least number of survivors."""
+    clip_range: Positive = 1.0
+    """Each coordinate of a delta is clipped to [-clip_range, clip_range]."""
+    step: Positive = 1e-6
+    """Quantisation step, in units of the delta."""
+    ring_bits: Literal[16, 32] = 32
+    """Bits that a masked coordinate takes on the wire."""
+    weights: Literal["equal", "size-class", "examples"] = "equal"
+    """`examples` (masked record counts) is refused with differential privacy on."""
+
+
+class SitePolicy(Value, frozen=True):
+    """`[site_policy]`: what every simulated site insists on."""
+
+    colluding_sites: Annotated[int, msgspec.Meta(ge=0, le=99)] = 1
+    """Sites that may conspire with the server: 2 x threshold must exceed sites + this."""
+    minimum_cohort: Annotated[int, msgspec.Meta(ge=2, le=100)] = 3
+    """A site takes no part in a smaller round."""
+
+
+class Dropout(Value, frozen=True):
+    """One of `[faults] dropouts`: a site falls silent in attempt 1 of a round."""
+
+    round: Annotated[int, msgspec.Meta(ge=1)]
+    site: Name
+    stage: Stage
+    """The first stage of the round that the site does not answer."""
+
+
+class Faults(Value, frozen=True):
+    """`[faults]`: what goes wrong on purpose."""
+
+    dropouts: tuple[Dropout, ...] = ()
+
+
+class Compute(Value, frozen=True):
+    """`[compute]`: how this machine is used; no effect on what is computed."""
+
+    workers: Count | None = None
+    """Sites that work at once, one thread each; absent: one for each core."""
+    physical_batch_size: Count = 64
+    """Records that go through the model at once; bounds the memory."""
+
+
+class Scenario(Value, frozen=True, kw_only=True):
+    """A whole scenario file."""
+
+    name: Name
+    description: str
+    """One line for `umbel-simulate list`."""
+    seed: Seed
+    """Public seed of the partition, the samples and the initial adapter; of no noise or key."""
+    insecure_test_seed: Seed | None = None
+    """Makes noise, batches and keys repeatable, and so predictable: only for tests."""
+    baselines: tuple[Baseline, ...] = ("majority", "head-only", "local-only", "pooled")
+    """What the federated adapter is compared with."""
+    model: Model
+    data: Icd10Data | FileData
+    sites: Sites
+    task: Task = Task()
+    lora: LoraSettings
+    training: TrainingSettings
+    privacy: LocalPrivacy | NoPrivacy
+    """`mode = "local"` with epsilon, delta and clip_norm, or `mode = "none"`."""
+    aggregation: AggregationSettings
+    site_policy: SitePolicy = SitePolicy()
+    faults: Faults = Faults()
+    compute: Compute = Compute()
+
+
+def list_scenarios() -> tuple[Scenario, ...]:
+    """The scenarios that the package ships, by file name."""
+    return tuple(_load(path) for path in sorted(SHIPPED.glob("*.toml")))
+
+
+def find_scenario(name_or_path: str) -> Scenario:
+    """A shipped scenario by its name, or any by the path of its TOML file.
+
+    Raises:
+        ConfigError: there is none, or it contradicts itself.
+    """
+    shipped = SHIPPED / f"{name_or_path}.toml"
+    is_path = name_or_path.endswith(".toml") or len(Path(name_or_path).parts) != 1
+    path = Path(name_or_path) if is_path else shipped
+    if not path.is_file():
+        names = ", ".join(file.stem for file in sorted(SHIPPED.glob("*.toml")))
+        raise ConfigError(
+            "there is no such scenario",
+            found=name_or_path,
+            accepted=f"{names}, or the path of a .toml file",
+            remedy="`umbel-simulate list` shows what ships",
+        )
+    return _load(path)
+
+
+def override(
+    scenario: Scenario,
+    *,
+    sites: int | None = None,
+    rounds: int | None = None,
+    seed: int | None = None,
+    no_dp: bool = False,
+) -> Scenario:
+    """The scenario with command-line options put over it.
+
+    Another number of sites takes made-up names and the least threshold that the site policy allows.
+
+    Raises:
+        ConfigError: the options do not fit the rest of the scenario.
+    """
+    replace = msgspec.structs.replace
+    if sites is not None and sites != scenario.sites.count:
+        threshold = least_threshold(sites, scenario.site_policy.colluding_sites)
+        scenario = replace(
+            scenario,
+            sites=replace(scenario.sites, count=sites, names=None),
+            aggregation=replace(scenario.aggregation, threshold=threshold),
+        )
+    if rounds is not None:
+        scenario = replace(scenario, training=replace(scenario.training, rounds=rounds))
+    if seed is not None:
+        scenario = replace(scenario, seed=seed)
+    if no_dp:
+        scenario = replace(scenario, privacy=NoPrivacy())
+    check_scenario(scenario, f"scenario {scenario.name} with the command line's options")
+    return scenario
+
+
+def least_threshold(sites: int, colluding_sites: int) -> int:
+    """The least t with 2 t > sites + colluding_sites: two survivor sets that both gather t
+    signatures share an honest signer."""
+    return max(2, (sites + colluding_sites) // 2 + 1)
+
+
+def check_scenario(scenario: Scenario, file: object) -> None:
+    """Refuses a scenario whose parts do not fit together; what one field may hold, its type checks.
+
+    Raises:
+        ConfigError: names the field.
+    """
+
+    def require(fits: bool, field: str, found: object, accepted: str) -> None:
+        message = "a scenario contradicts itself"
+        if not fits:
+            raise ConfigError(message, file=file, field=field, found=found, accepted=accepted)
+
+    _check_sources(scenario, require)
+    _check_protocol(scenario, require)
+    for index, dropout in enumerate(scenario.faults.dropouts):
+        names, rounds = scenario.sites.all_names, scenario.training.rounds
+        field = f"faults.dropouts[{index}]"
+        require(dropout.site in names, f"{field}.site", dropout.site, ", ".join(names))
+        require(
+            dropout.round <= rounds,
+            f"{field}.round",
+            dropout.round,
+            f"at most training.rounds = {rounds}",
+        )
+
+
+Require = Callable[[bool, str, object, str], None]
+"""Raises unless its first argument holds; then field, found and accepted."""
+
+
+def _check_sources(scenario: Scenario, require: Require) -> None:
+    model, sites = scenario.model, scenario.sites
+    places = [name for name in ("package", "path") if getattr(model, name) is not None]
+    require(
+        len(places) == 1,
+        "model",
+        " and ".join(places) or "neither package nor path",
+        "exactly one of package and path",
+    )
+    require(
+        len(set(sites.all_names)) == sites.count == len(sites.all_names),
+        "sites.names",
+        ", ".join(sites.all_names),
+        f"sites.count = {sites.count} different names",
+    )
+    require(
+        (sites.partition == "column") == (sites.column is not None),
+        "sites.column",
+        sites.column or "no column",
+        'a column with partition = "column", and only with it',
+    )
+    require(
+        not isinstance(scenario.data, Icd10Data) or sites.column in (None, "category"),
+        "sites.column",
+        sites.column,
+        'category, with data.source = "icd10cm"',
+    )
+
+
+def _check_protocol(scenario: Scenario, require: Require) -> None:
+    count, policy = scenario.sites.count, scenario.site_policy
+    require(
+        policy.minimum_cohort <= count,
+        "site_policy.minimum_cohort",
+        policy.minimum_cohort,
+        f"at most sites.count = {count}",
+    )
+    least = least_threshold(count, policy.colluding_sites)
+    require(
+        least <= count,
+        "site_policy.colluding_sites",
+        policy.colluding_sites,
+        f"less than sites.count - 1 = {count - 1}",
+    )
+    require(
+        least <= scenario.aggregation.threshold <= count,
+        "aggregation.threshold",
+        scenario.aggregation.threshold,
+        f"{least} to {count}, since 2 x threshold must exceed sites + colluding sites",
+    )
+
+
+def model_folder(model: Model) -> Path:
+    """Where the base model lies; a package that carries one is found, not imported.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    if model.path is not None:
+        folder, remedy = Path(model.path), "correct model.path"
+    else:
+        package = model.package or ""
+        spec = importlib.util.find_spec(package)
+        places = spec.submodule_search_locations if spec is not None else None
+        folder = Path(places[0] if places else package) / "model"
+        remedy = 'install the package; pip install "umbel[demo]" brings the one of the demo'
+    if not folder.is_dir():
+        raise ModelError("the base model is not there", file=folder, field="model", remedy=remedy)
+    return folder
+
+
+def _load(path: Path) -> Scenario:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("a scenario cannot be read", file=path, found=error) from error
+    scenario = _anchored(parse_toml(text, Scenario, path), path.resolve().parent)
+    check_scenario(scenario, path)
+    return scenario
+
+
+def _anchored(scenario: Scenario, folder: Path) -> Scenario:
+    """Relative paths of the file made absolute."""
+    replace = msgspec.structs.replace
+    model, data = scenario.model, scenario.data
+    if model.path is not None:
+        model = replace(model, path=str(folder / model.path))
+    if isinstance(data, FileData):
+        data = replace(data, train=str(folder / data.train), test=str(folder / data.test))
+    return replace(scenario, model=model, data=data)

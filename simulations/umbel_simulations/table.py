@@ -1,0 +1,93 @@
+"""The outcome of a run on the terminal."""
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from umbel_simulations.live import size
+from umbel_simulations.results import Comparison, RunSummary, SiteResult
+
+
+def print_summary(console: Console, summary: RunSummary) -> None:
+    """Prints the comparison and the sites, under a banner if nothing is private."""
+    for warning in warnings_of(summary):
+        console.print(Panel(warning, style="bold white on red", box=box.SQUARE), highlight=False)
+    console.print(_comparisons(summary), _sites(summary), highlight=False)
+    aborted = summary.aborted_attempts
+    if aborted:
+        console.print(f"{aborted} aborted {'attempt' if aborted == 1 else 'attempts'}")
+
+
+def warnings_of(summary: RunSummary) -> list[str]:
+    """Why the figures of a run must not be taken for those of a private one."""
+    warnings = []
+    if summary.insecure_test_seed is not None:
+        warnings.append(
+            f"INSECURE: insecure_test_seed = {summary.insecure_test_seed} made noise, batches and"
+            " keys predictable. Nothing in this run is private."
+        )
+    if summary.privacy == "none":
+        warnings.append(
+            "NO DIFFERENTIAL PRIVACY: no noise was added. Masks hide each site's delta from the"
+            " server, but the released adapters may give records away."
+        )
+    return warnings
+
+
+def ordered(comparisons: list[Comparison]) -> list[Comparison]:
+    """From the least that can be asked for to the most."""
+    order = ("majority", "local-only", "head-only", "federated", "pooled")
+    return sorted(comparisons, key=lambda row: order.index(row.name))
+
+
+def _comparisons(summary: RunSummary) -> Table:
+    table = Table(
+        title=f"{summary.data}: {summary.test_records:,} test records",
+        caption=f"standard error of an accuracy: {100 * summary.standard_error:.1f} points;"
+        " smaller differences than twice that are ties",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("", no_wrap=True)
+    table.add_column("accuracy %", justify="right", no_wrap=True)
+    table.add_column("macro-F1 %", justify="right", no_wrap=True)
+    table.add_column("what it is")
+    for row in ordered(summary.comparisons):
+        table.add_row(
+            row.name,
+            f"{100 * row.score.accuracy:.1f}",
+            f"{100 * row.score.macro_f1:.1f}",
+            row.description,
+            style="bold green" if row.name == "federated" else None,
+        )
+    return table
+
+
+def _sites(summary: RunSummary) -> Table:
+    table = Table(
+        title="what it cost each site, and what left it",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
+    table.add_column("site", no_wrap=True)
+    for heading in ("records", "epsilon", "delta", "noise", "masked", "protocol", "in clear"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for site in summary.sites:
+        table.add_row(
+            site.name,
+            f"{site.records:,}",
+            *privacy_of(site),
+            size(site.sent_masked_bytes),
+            size(site.sent_protocol_bytes),
+            f"[bold red]{size(site.sent_clear_bytes)}[/]" if site.sent_clear_bytes else "0 B",
+        )
+    return table
+
+
+def privacy_of(site: SiteResult) -> tuple[str, str, str]:
+    """Epsilon, delta and noise multiplier of a site, each ∞ or a dash without privacy."""
+    if site.epsilon is None or site.delta is None or site.noise_multiplier is None:
+        return "∞", "–", "–"
+    return f"{site.epsilon:.2f}", f"{site.delta:g}", f"{site.noise_multiplier:.3f}"

@@ -1,0 +1,154 @@
+"""Epsilon against Google's accountant, and a calibration that errs on the safe side only."""
+
+import math
+import warnings
+
+import pytest
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from umbel_client.accounting import (
+    SMALLEST_NOISE_MULTIPLIER,
+    Event,
+    calibrate,
+    epsilon,
+    require_delta,
+)
+from umbel_common.errors import CalibrationError, PolicyRefusal
+
+QUICKSTART = Event(0.73, 0.1, 30)
+LONG = Event(1.0, 0.01, 1000)
+
+
+def google_epsilon(events: list[Event], delta: float) -> float:
+    accountant = PLDAccountant()
+    for event in events:
+        step = PoissonSampledDpEvent(event.sample_rate, GaussianDpEvent(event.noise_multiplier))
+        accountant.compose(step, event.steps)
+    return float(accountant.get_epsilon(delta))
+
+
+@pytest.mark.parametrize(
+    ("events", "delta"),
+    [
+        ([QUICKSTART], 1e-5),
+        ([LONG], 1e-5),
+        ([Event(4.0, 0.05, 200)], 1e-6),
+        ([Event(0.8, 0.01, 5)], 1e-9),
+        ([Event(5.0, 1.0, 30)], 1e-5),
+        ([Event(1.0, 0.1, 30), Event(2.0, 0.05, 50), Event(0.7, 0.2, 10)], 1e-5),
+    ],
+    ids=str,
+)
+def test_epsilon_is_an_upper_bound_within_one_percent_of_googles(
+    events: list[Event], delta: float
+) -> None:
+    assert epsilon(events, delta) == pytest.approx(google_epsilon(events, delta), rel=0.01)
+    # Google's own figure is pessimistic by its grid of 1e-4 for each step.
+    assert epsilon(events, delta) >= google_epsilon(events, delta) * 0.999
+
+
+def test_nothing_costs_nothing() -> None:
+    assert epsilon([], 1e-5) == 0.0
+
+
+def test_two_jobs_cost_at_least_each_and_at_most_their_sum() -> None:
+    first, second = epsilon([QUICKSTART], 1e-5), epsilon([LONG], 1e-5)
+    both = epsilon([QUICKSTART, LONG], 2e-5)
+    assert epsilon([QUICKSTART, LONG], 1e-5) > max(first, second)
+    assert both <= first + second
+
+
+def test_the_order_and_the_slicing_of_steps_do_not_matter() -> None:
+    sliced = [Event(0.73, 0.1, 10), LONG, Event(0.73, 0.1, 20)]
+    assert epsilon(sliced, 1e-5) == epsilon([LONG, QUICKSTART], 1e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    noise=st.floats(0.3, 50),
+    rate=st.floats(1e-4, 1.0),
+    steps=st.integers(1, 2000),
+    delta=st.sampled_from([1e-4, 1e-6, 1e-9]),
+)
+def test_less_noise_more_records_or_more_steps_never_cost_less(
+    noise: float, rate: float, steps: int, delta: float
+) -> None:
+    here = epsilon([Event(noise, rate, steps)], delta)
+    assert epsilon([Event(noise / 1.2, rate, steps)], delta) >= here * 0.99
+    assert epsilon([Event(noise, min(1.0, rate * 1.2), steps)], delta) >= here * 0.99
+    assert epsilon([Event(noise, rate, steps * 2)], delta) >= here * 0.99
+
+
+@pytest.mark.parametrize(
+    "event", [Event(0.001, 0.5, 1), Event(0.05, 1.0, 1), Event(0.2, 0.5, 100_000)], ids=str
+)
+def test_absurdly_little_noise_is_never_accounted_as_privacy(event: Event) -> None:
+    # About what one step gives away where the record was sampled: 1 / (2 s^2) + log q.
+    single = 1 / (2 * event.noise_multiplier**2) + math.log(event.sample_rate)
+    assert epsilon([event], 1e-5) > single
+
+
+def test_absurdly_many_steps_are_answered_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 0.2 < epsilon([Event(1.0, 1e-6, 10**9)], 1e-5) < 1
+        assert epsilon([Event(1.0, 1.0, 1)], 1e-5) == pytest.approx(4.377, rel=0.01)
+        assert epsilon([Event(1e4, 1e-9, 1)], 1e-5) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("noise", "rate", "steps"),
+    [(0.0, 0.1, 1), (math.nan, 0.1, 1), (math.inf, 0.1, 1), (1.0, 0.0, 1), (1.0, 1.1, 1)]
+    + [(1.0, math.nan, 1), (1.0, 0.1, 0)],
+)
+def test_an_event_that_means_nothing_cannot_be_made(noise: float, rate: float, steps: int) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Event(noise, rate, steps)
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, math.nan])
+def test_epsilon_at_an_impossible_delta_is_refused(delta: float) -> None:
+    with pytest.raises(ValueError, match="delta"):
+        epsilon([QUICKSTART], delta)
+
+
+@pytest.mark.parametrize(
+    ("target", "delta", "rate", "steps"),
+    [(8, 1e-5, 0.1, 30), (1, 1e-5, 0.1, 30), (0.1, 1e-5, 0.1, 30), (3, 1e-6, 0.01, 2000)]
+    + [(8, 1e-5, 1.0, 100), (50, 1e-5, 0.1, 30)],
+)
+def test_calibrated_noise_costs_just_below_the_target(
+    target: float, delta: float, rate: float, steps: int
+) -> None:
+    noise = calibrate(target, delta, rate, steps)
+    assert 0.998 * target < epsilon([Event(noise, rate, steps)], delta) <= target
+
+
+def test_no_prefix_of_a_calibrated_job_costs_more_than_the_whole() -> None:
+    noise = calibrate(8, 1e-5, 0.1, 30)
+    for steps in (1, 5, 15, 25, 28, 29):
+        assert epsilon([Event(noise, 0.1, steps)], 1e-5) <= 8
+
+
+def test_where_the_smallest_noise_is_enough_it_is_taken() -> None:
+    assert calibrate(100, 1e-5, 0.001, 3) == SMALLEST_NOISE_MULTIPLIER
+
+
+def test_an_epsilon_out_of_reach_is_refused_with_what_to_change() -> None:
+    with pytest.raises(CalibrationError) as caught:
+        calibrate(1e-4, 1e-5, 0.1, 30)
+    text = caught.value.diagnostics()
+    for part in ("epsilon 0.0001", "delta 1e-05", "sampling rate 0.1", "30 steps", "larger"):
+        assert part in text
+
+
+def test_delta_may_reach_one_tenth_of_a_record_and_no_more() -> None:
+    require_delta(1e-5, 10_000)
+    with pytest.raises(PolicyRefusal) as caught:
+        require_delta(1e-5, 10_001)
+    assert caught.value.check == "delta-for-records"
+    with pytest.raises(PolicyRefusal):
+        require_delta(math.nan, 1)

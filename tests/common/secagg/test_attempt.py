@@ -1,0 +1,148 @@
+"""Sites and coordinator together: the secure sum is the plaintext sum, or there is none."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from umbel_common.errors import RemoteProtocolError, RoundAborted
+from umbel_common.quantise import Encoding, decode_sum, encode
+
+STAGES = ("advertise", "share", "mask", "confirm", "reveal")
+ABORTS = (
+    "too-few-adverts",
+    "too-few-shares",
+    "too-few-vectors",
+    "too-few-confirmations",
+    "too-few-reveals",
+)
+NEVER = len(STAGES)
+LENGTH = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    threshold: int
+    colluding: int
+    ring_bits: int
+    leaves: list[int]
+    """For each site, the index of the stage that it does not answer; NEVER if it stays."""
+    weights: list[int]
+    deltas: list[list[float]]
+
+
+@st.composite
+def cases(draw: st.DrawFn, sizes: st.SearchStrategy[int]) -> Case:
+    size = draw(sizes)
+    colluding = draw(st.integers(0, min(2, size - 1)))
+    lowest = (size + colluding) // 2 + 1
+    leaves = st.one_of(st.just(NEVER), st.just(NEVER), st.integers(0, NEVER))
+    coordinate = st.floats(-2, 2, width=32)
+    return Case(
+        threshold=draw(st.integers(lowest, size)),
+        colluding=colluding,
+        ring_bits=draw(st.sampled_from([16, 32])),
+        leaves=draw(st.lists(leaves, min_size=size, max_size=size)),
+        weights=draw(st.lists(st.integers(1, 5), min_size=size, max_size=size)),
+        deltas=[[draw(coordinate) for _ in range(LENGTH - 1)] for _ in range(size)],
+    )
+
+
+def check(make_attempt, case: Case) -> None:
+    size = len(case.leaves)
+    encoding = Encoding(
+        clip_range=1.0, step=0.01, ring_bits=case.ring_bits, max_weight=5, sites=size
+    )
+    names = [f"site-{index:02}" for index in range(size)]
+    weights = dict(zip(names, case.weights, strict=True))
+    vectors = {
+        name: encode(np.array(delta, dtype=np.float32), weights[name], encoding, os.urandom)
+        for name, delta in zip(names, case.deltas, strict=True)
+    }
+    attempt = make_attempt(
+        size,
+        case.threshold,
+        vectors=vectors,
+        ring_bits=case.ring_bits,
+        length=LENGTH,
+        colluding=case.colluding,
+    )
+    left = dict(zip(names, case.leaves, strict=True))
+    for index in range(len(STAGES)):
+        staying = {name for name in names if left[name] > index}
+        attempt.collect(silent=set(names) - staying)
+        if len(staying) < case.threshold:
+            with pytest.raises(RoundAborted) as caught:
+                attempt.close()
+            assert caught.value.check == ABORTS[index]
+            return
+        aggregate = attempt.close()
+    survivors = tuple(name for name in names if left[name] > STAGES.index("mask"))
+    assert aggregate.survivors == survivors
+    assert aggregate.total.dtype == vectors[names[0]].dtype
+    assert aggregate.total.tobytes() == attempt.plain_sum(survivors).tobytes()
+    weight, mean = decode_sum(aggregate.total, encoding)
+    assert weight == sum(weights[name] for name in survivors)
+    clipped = sum(
+        weights[name] * np.clip(np.array(delta), -1, 1)
+        for name, delta in zip(names, case.deltas, strict=True)
+        if name in survivors
+    )
+    assert np.abs(mean - clipped / weight).max() <= encoding.step + 1e-6
+
+
+@settings(max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases(st.one_of(st.integers(3, 6), st.integers(3, 6), st.integers(3, 12))))
+def test_the_sum_of_a_random_cohort_is_the_plaintext_sum_or_the_attempt_aborts(make_attempt, case):
+    check(make_attempt, case)
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases(st.integers(13, 40)))
+def test_the_same_holds_for_larger_cohorts(make_attempt, case):
+    check(make_attempt, case)
+
+
+def test_a_site_that_was_shown_another_header_gets_no_shares_through(make_attempt):
+    attempt = make_attempt(4, 3).run_to("share")
+    other = make_attempt(4, 3)
+    other.header = type(other.header)(
+        **{**{f: getattr(attempt.header, f) for f in attempt.header.__struct_fields__}, "round": 2}
+    )
+    foreign = other.answer("site-03", other.header)
+    adverts = attempt.requests()["site-00"]
+    with pytest.raises(RemoteProtocolError) as caught:
+        attempt.receive("site-00", (*adverts[:3], foreign))
+    assert caught.value.check == "other-context"
+    attempt.receive("site-00", adverts)
+
+
+def test_masks_of_two_contexts_do_not_cancel(make_attempt):
+    """Even if signatures and shares were got around, a site of another context spoils the sum."""
+    attempt = make_attempt(4, 3).run_to("mask")
+    state = attempt.states["site-03"]
+    keys = tuple(
+        type(peer)(peer=peer.peer, opening_key=peer.opening_key, mask_key=os.urandom(32))
+        for peer in state.peers
+    )
+    fields = {field: getattr(state, field) for field in state.__struct_fields__}
+    attempt.states["site-03"] = type(state)(**{**fields, "peers": keys})
+    attempt.run_to("end")
+    aggregate = attempt.machine
+    plain = attempt.plain_sum(attempt.header.cohort)
+    assert (aggregate.total != plain).all()
+
+
+def test_one_masked_vector_tells_nothing_of_its_content(make_attempt):
+    """Two attempts over the same vectors send masked vectors that share no element."""
+    zeros = {f"site-{index:02}": np.zeros(64, dtype="<u4") for index in range(4)}
+    sent = []
+    for _ in range(2):
+        attempt = make_attempt(4, 3, vectors=zeros, length=64).run_to("mask")
+        request = attempt.requests()["site-01"]
+        sent.append(np.frombuffer(attempt.answer("site-01", request), dtype="<u4"))
+    assert (sent[0] != sent[1]).all()
+    assert (sent[0] != 0).all()
