@@ -133,12 +133,12 @@ def _read(path: Path) -> datasets.Dataset:
     if path.stat().st_size == 0:
         raise DataError("the data file holds no record", file=path)
     datasets.disable_progress_bars()
-    options = _csv_options(path) if path.suffix == ".csv" else {}
     try:
+        options = _csv_options(path) if path.suffix == ".csv" else {}
         # Private data must leave no copy in the home folder's cache.
         with tempfile.TemporaryDirectory(prefix="umbel-data-") as cache:
             return reader(str(path), cache_dir=cache, keep_in_memory=True, **options)
-    except (DatasetsError, ValueError, TypeError, OSError) as error:
+    except (DatasetsError, csv.Error, ValueError, TypeError, OSError) as error:
         raise DataError(
             "the data file cannot be read", file=path, found=type(error.__cause__ or error).__name__
         ) from None

@@ -143,31 +143,9 @@ class Ledger:
                     remedy="run another plan under another job name",
                 )
             return known
-        self.check_budget(event, budget)
+        self._check_budget(event, budget)
         self._append(Reserved(job, plan, round_number, event))
         return self._rounds[job, round_number]
-
-    def check_budget(self, event: Event | None, budget: Budget) -> None:
-        """Refuses what `reserve` would refuse, without reserving: a whole plan, before it starts.
-
-        Raises:
-            BudgetError: `event` on top of everything reserved so far costs more than `budget`.
-        """
-        if budget.epsilon == math.inf:
-            return
-        events = [entry.event for entry in self._rounds.values()]
-        after = _cost([*events, event], budget.delta)
-        if not after <= budget.epsilon:
-            before = _cost(events, budget.delta)
-            raise BudgetError(
-                "the privacy budget of this data set does not allow this",
-                file=self._path,
-                field="epsilon",
-                found=f"{before:.4g} spent, {after:.4g} with this",
-                accepted=f"at most {budget.epsilon:g} at delta {budget.delta:g}",
-                remedy="what is spent does not come back: stop, or let whoever answers for the"
-                " data raise the total in the site's policy",
-            )
 
     def computed(self, job: str, round_number: int, delta_digest: bytes) -> None:
         """Fixes the one delta that may leave for this round; call it before any byte leaves.
@@ -236,6 +214,23 @@ class Ledger:
                 found=self.head().hex(),
                 accepted=f"a continuation of {expected_head.hex()}",
                 remedy="the file was rolled back or replaced: bring back the latest copy",
+            )
+
+    def _check_budget(self, event: Event | None, budget: Budget) -> None:
+        if budget.epsilon == math.inf:
+            return
+        events = [entry.event for entry in self._rounds.values()]
+        after = _cost([*events, event], budget.delta)
+        if not after <= budget.epsilon:
+            before = _cost(events, budget.delta)
+            raise BudgetError(
+                "the privacy budget of this data set does not allow another round",
+                file=self._path,
+                field="epsilon",
+                found=f"{before:.4g} spent, {after:.4g} with this round",
+                accepted=f"at most {budget.epsilon:g} at delta {budget.delta:g}",
+                remedy="what is spent does not come back: stop, or let whoever answers for the"
+                " data raise the total in the site's policy",
             )
 
     def _reserved(self, job: str, round_number: int) -> Reservation:

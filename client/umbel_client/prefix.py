@@ -7,7 +7,7 @@ Values are kept as float16: logits differ from a whole forward pass by about a t
 range, and gradients are those of the rounded records, so the guarantee for them is the same.
 """
 
-import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +86,7 @@ def frozen_prefix(
 
 def forget(folder: Path) -> None:
     """Deletes every cache in `folder`: call it when the data set is deleted."""
-    for path in folder.glob(f"*{_SUFFIX}*"):
+    for path in folder.glob(f"*{_SUFFIX}"):
         path.unlink()
 
 
@@ -100,22 +100,22 @@ def _write(
     path: Path, shape: tuple[int, int], model: AdaptedModel, tokens: Tokens, progress: Progress
 ) -> bool:
     """Fills a file that only its owner can read; it gets its name once it is complete."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
-        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        values: Any = np.lib.format.open_memmap(partial, "w+", dtype=np.float16, shape=shape)
-        complete = _fill(values, model, tokens, progress)
-        values.flush()
-        if complete:
-            partial.rename(path)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=_SUFFIX, delete=False) as file:
+            partial = Path(file.name)
+        try:
+            values: Any = np.lib.format.open_memmap(partial, "w+", dtype=np.float16, shape=shape)
+            complete = _fill(values, model, tokens, progress)
+            values.flush()
+            if complete:
+                partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(
             "the cache of frozen layers cannot be written", file=path, found=error
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return complete
 
 

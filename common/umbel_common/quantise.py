@@ -111,7 +111,7 @@ def encode(delta: Vector, weight: int, encoding: Encoding, entropy: Entropy) -> 
         )
     vector = np.empty(delta.size + 1, dtype=f"<u{encoding.ring_bits // 8}")
     vector[0] = weight
-    rounding = _Rounding(encoding, Keystream(draw(entropy, KEY_BYTES)))
+    rounding = Rounding(encoding, Keystream(draw(entropy, KEY_BYTES)))
     for start in range(0, delta.size, CHUNK):
         chunk = delta[start : start + CHUNK]
         rounded = rounding.round(chunk)
@@ -122,7 +122,7 @@ def encode(delta: Vector, weight: int, encoding: Encoding, entropy: Entropy) -> 
     return vector
 
 
-class _Rounding:
+class Rounding:
     """Clips and rounds chunk after chunk in buffers that are reused."""
 
     def __init__(self, encoding: Encoding, keystream: Keystream) -> None:

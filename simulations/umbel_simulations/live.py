@@ -1,4 +1,4 @@
-"""What the developer sees of a run while it runs: a table that moves, or one line for each round."""
+"""What the developer sees of a run under way: a table that moves, or one line for each round."""
 
 import threading
 import time
@@ -16,6 +16,7 @@ from rich.text import Text
 from umbel_simulations import events
 
 ANSWERED = {
+    "offer": "accepted",
     "train": "trained",
     "share": "keys shared",
     "mask": "masked",
@@ -23,7 +24,10 @@ ANSWERED = {
     "unmask": "unmasked",
     "finish": "has adapter",
 }
-"""What a site has done once it answered a stage; the order is that of the protocol."""
+"""What a site has done once it answered a stage."""
+
+STAGES = ("train", "share", "mask", "confirm", "unmask")
+"""What an attempt asks of a site, in this order."""
 
 _UNITS = ((1e3, "kB"), (1e6, "MB"), (1e9, "GB"))
 
@@ -126,17 +130,16 @@ class RunState:
             site.answered.append(event.stage)
         else:
             site.doing = "refused"
-            self.warnings.append(
-                f"round {event.round}: {event.site} refused to {event.stage}, {event.refusal}"
-            )
+            refused = f"{event.site} refused {event.stage}, {event.refusal}"
+            self.warnings.append(f"round {event.round}: {refused}" if event.round else refused)
 
     def _released(self, event: events.RoundReleased) -> None:
         self.round = event.round
         self.scores.append((event.round, event.accuracy, event.macro_f1))
         for name, site in self.sites.items():
             site.epsilon = event.epsilon[name]
-            missed = next((stage for stage in ANSWERED if stage not in site.answered), "finish")
-            if missed != "finish" and not site.refused:
+            missed = next((stage for stage in STAGES if stage not in site.answered), None)
+            if missed is not None and not site.refused:
                 site.doing = "silent"
                 self.warnings.append(f"round {event.round}: {name} fell silent before {missed}")
         self._begin_attempt()

@@ -4,6 +4,7 @@ from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from umbel_simulations.live import size
 from umbel_simulations.results import Comparison, RunSummary, SiteResult
@@ -43,7 +44,7 @@ def ordered(comparisons: list[Comparison]) -> list[Comparison]:
 
 def _comparisons(summary: RunSummary) -> Table:
     table = Table(
-        title=f"{summary.data}: {summary.test_records:,} test records",
+        title=Text(f"{summary.data}: {summary.test_records:,} test records"),
         caption=f"standard error of an accuracy: {100 * summary.standard_error:.1f} points;"
         " smaller differences than twice that are ties",
         box=box.SIMPLE_HEAD,
@@ -59,7 +60,7 @@ def _comparisons(summary: RunSummary) -> Table:
             row.name,
             f"{100 * row.score.accuracy:.1f}",
             f"{100 * row.score.macro_f1:.1f}",
-            row.description,
+            Text(row.description),
             style="bold green" if row.name == "federated" else None,
         )
     return table
@@ -67,16 +68,19 @@ def _comparisons(summary: RunSummary) -> Table:
 
 def _sites(summary: RunSummary) -> Table:
     table = Table(
-        title="what it cost each site, and what left it",
+        title="what it cost each site, and the bytes that left it",
+        caption="noise: multiple of the clip norm; clear: anything else than masked vectors, keys,"
+        " shares and signatures",
         box=box.SIMPLE_HEAD,
         title_justify="left",
+        caption_justify="left",
     )
-    table.add_column("site", no_wrap=True)
-    for heading in ("records", "epsilon", "delta", "noise", "masked", "protocol", "in clear"):
+    table.add_column("site", overflow="fold")
+    for heading in ("records", "epsilon", "delta", "noise", "masked", "protocol", "clear"):
         table.add_column(heading, justify="right", no_wrap=True)
     for site in summary.sites:
         table.add_row(
-            site.name,
+            Text(site.name),
             f"{site.records:,}",
             *privacy_of(site),
             size(site.sent_masked_bytes),

@@ -101,8 +101,15 @@ def test_absurdly_many_steps_are_answered_without_a_warning() -> None:
 
 @pytest.mark.parametrize(
     ("noise", "rate", "steps"),
-    [(0.0, 0.1, 1), (math.nan, 0.1, 1), (math.inf, 0.1, 1), (1.0, 0.0, 1), (1.0, 1.1, 1)]
-    + [(1.0, math.nan, 1), (1.0, 0.1, 0)],
+    [
+        (0.0, 0.1, 1),
+        (math.nan, 0.1, 1),
+        (math.inf, 0.1, 1),
+        (1.0, 0.0, 1),
+        (1.0, 1.1, 1),
+        (1.0, math.nan, 1),
+        (1.0, 0.1, 0),
+    ],
 )
 def test_an_event_that_means_nothing_cannot_be_made(noise: float, rate: float, steps: int) -> None:
     with pytest.raises(ValueError, match="must be"):
@@ -117,8 +124,14 @@ def test_epsilon_at_an_impossible_delta_is_refused(delta: float) -> None:
 
 @pytest.mark.parametrize(
     ("target", "delta", "rate", "steps"),
-    [(8, 1e-5, 0.1, 30), (1, 1e-5, 0.1, 30), (0.1, 1e-5, 0.1, 30), (3, 1e-6, 0.01, 2000)]
-    + [(8, 1e-5, 1.0, 100), (50, 1e-5, 0.1, 30)],
+    [
+        (8, 1e-5, 0.1, 30),
+        (1, 1e-5, 0.1, 30),
+        (0.1, 1e-5, 0.1, 30),
+        (3, 1e-6, 0.01, 2000),
+        (8, 1e-5, 1.0, 100),
+        (50, 1e-5, 0.1, 30),
+    ],
 )
 def test_calibrated_noise_costs_just_below_the_target(
     target: float, delta: float, rate: float, steps: int

@@ -1,4 +1,4 @@
-"""Masks: keys expanded to ring vectors, added in place (Bonawitz et al. 2017, section 4.0.1)."""
+"""Masks: keys expanded to ring vectors, added in place (Bonawitz et al. 2017, section 4)."""
 
 from collections.abc import Sequence
 

@@ -3,13 +3,16 @@
 import os
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from umbel_common.errors import RemoteProtocolError, RoundAborted
+from umbel_common.identity import sign
 from umbel_common.quantise import Encoding, decode_sum, encode
+from umbel_common.secagg.messages import KeyAdvert
 
 STAGES = ("advertise", "share", "mask", "confirm", "reveal")
 ABORTS = (
@@ -106,34 +109,45 @@ def test_the_same_holds_for_larger_cohorts(make_attempt, case):
     check(make_attempt, case)
 
 
-def test_a_site_that_was_shown_another_header_gets_no_shares_through(make_attempt):
+def resigned(attempt, signed, context):
+    """A site's advert with the same keys, signed for another context."""
+    advert = msgspec.msgpack.decode(signed.statement, type=KeyAdvert)
+    identity = attempt.identities[advert.site]
+    return sign(identity, msgspec.structs.replace(advert, context=context))
+
+
+def test_a_site_that_was_shown_another_header_is_not_shared_with(make_attempt):
     attempt = make_attempt(4, 3).run_to("share")
-    other = make_attempt(4, 3)
-    other.header = type(other.header)(
-        **{**{f: getattr(attempt.header, f) for f in attempt.header.__struct_fields__}, "round": 2}
-    )
-    foreign = other.answer("site-03", other.header)
-    adverts = attempt.requests()["site-00"]
+    other = msgspec.structs.replace(attempt.header, adapter=bytes([1] * 32))
+    *honest, last = attempt.requests()["site-00"]
     with pytest.raises(RemoteProtocolError) as caught:
-        attempt.receive("site-00", (*adverts[:3], foreign))
+        attempt.receive("site-00", (*honest, resigned(attempt, last, other.context())))
     assert caught.value.check == "other-context"
-    attempt.receive("site-00", adverts)
+    attempt.receive("site-00", (*honest, last))
 
 
-def test_masks_of_two_contexts_do_not_cancel(make_attempt):
-    """Even if signatures and shares were got around, a site of another context spoils the sum."""
-    attempt = make_attempt(4, 3).run_to("mask")
+def test_masks_and_shares_of_a_site_that_was_shown_another_header_do_not_fit(make_attempt):
+    """Even with valid signatures on both headers over the same keys, the sum is noise."""
+    attempt = make_attempt(4, 3).run_to("share")
     state = attempt.states["site-03"]
-    keys = tuple(
-        type(peer)(peer=peer.peer, opening_key=peer.opening_key, mask_key=os.urandom(32))
-        for peer in state.peers
+    other = msgspec.structs.replace(attempt.header, adapter=bytes([1] * 32)).context()
+    adverts = tuple(resigned(attempt, signed, other) for signed in attempt.requests()["site-03"])
+    misled = msgspec.structs.replace(state, context=other, advert=adverts[-1])
+    misled, shares = misled.receive(adverts, attempt.roster, os.urandom)
+    attempt.run_to("mask")
+    request = attempt.requests()["site-00"]
+    with pytest.raises(RemoteProtocolError) as caught:
+        attempt.receive("site-00", (*request[:-1], shares[0]))
+    assert caught.value.check == "share-decrypt"
+    attempt.states["site-03"] = msgspec.structs.replace(
+        attempt.states["site-03"],
+        peers=tuple(
+            msgspec.structs.replace(ours, mask_key=theirs.mask_key)
+            for ours, theirs in zip(attempt.states["site-03"].peers, misled.peers, strict=True)
+        ),
     )
-    fields = {field: getattr(state, field) for field in state.__struct_fields__}
-    attempt.states["site-03"] = type(state)(**{**fields, "peers": keys})
     attempt.run_to("end")
-    aggregate = attempt.machine
-    plain = attempt.plain_sum(attempt.header.cohort)
-    assert (aggregate.total != plain).all()
+    assert (attempt.machine.total != attempt.plain_sum(attempt.header.cohort)).all()
 
 
 def test_one_masked_vector_tells_nothing_of_its_content(make_attempt):

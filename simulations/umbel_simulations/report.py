@@ -1,0 +1,239 @@
+"""`report.html`: one file that tells a run's outcome to someone who was not there.
+
+It loads nothing from anywhere and needs no script. Whatever comes from data (names, labels) is
+escaped by the template.
+"""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from umbel_simulations.live import size
+from umbel_simulations.results import Comparison, RunSummary, Score
+from umbel_simulations.run_folder import write
+from umbel_simulations.table import ordered, privacy_of, warnings_of
+
+CLAIM = (
+    "(epsilon, delta) per record (or per patient), add/remove, for site i, against [server + peers]"
+    " over all released rounds of all jobs on that data set; not participation, poisoning, endpoint"
+    " compromise or inference-time memorisation beyond epsilon."
+)
+"""Word for word what Umbel promises, here and in the documentation."""
+
+SITES_IN_LEGEND = 8
+
+_INK = "#010203"
+"""Stands for the page's text colour, so that charts follow its light or dark scheme."""
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+"""Okabe and Ito's, told apart with any common colour blindness; lines also differ in dashes."""
+_DASHES = ("solid", "dashed", "dotted", "dashdot")
+
+
+def write_report(summary: RunSummary, path: Path) -> None:
+    """Renders a summary into one HTML file."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["size"] = size
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f}"
+    page = environment.get_template("report.html.j2").render(
+        run=summary,
+        warnings=warnings_of(summary),
+        claim=CLAIM,
+        headlines=_headlines(summary),
+        comparisons=[
+            (row, _standard_error(row.score, summary.test_records))
+            for row in ordered(summary.comparisons)
+        ],
+        curve=_learning_curve(summary),
+        epsilon=_epsilon_curve(summary) if summary.privacy == "local" else None,
+        sites=[(site, *privacy_of(site)) for site in summary.sites],
+        labels=_label_rows(summary),
+    )
+    write(path, page.encode())
+
+
+def _standard_error(score: Score, records: int) -> float:
+    """Of an accuracy measured on so many independent records, in units of accuracy."""
+    return math.sqrt(score.accuracy * (1 - score.accuracy) / max(records, 1))
+
+
+def _headlines(summary: RunSummary) -> list[tuple[str, str, str]]:
+    """Value, what it is, and a remark."""
+    federated = _row(summary, "federated")
+    alone = _row(summary, "local-only")
+    clear = sum(site.sent_clear_bytes for site in summary.sites)
+    masked = sum(site.sent_masked_bytes for site in summary.sites)
+    headlines = []
+    if federated is not None:
+        error = 100 * summary.standard_error
+        headlines.append(
+            (f"{100 * federated.accuracy:.1f} %", "accuracy together", f"± {error:.1f}")
+        )
+    if federated is not None and alone is not None:
+        gain = 100 * (federated.accuracy - alone.accuracy)
+        headlines.append((f"{gain:+.1f}", "points against each site alone", "mean over the sites"))
+    spent = [site.epsilon for site in summary.sites if site.epsilon is not None]
+    deltas = [site.delta for site in summary.sites if site.delta is not None]
+    if spent and deltas:
+        remark = f"delta {max(deltas):g}, the largest of any site"
+        headlines.append((f"{max(spent):.2f}", "epsilon, against anyone", remark))
+    else:
+        headlines.append(("∞", "epsilon", "no differential privacy"))
+    headlines.append((size(clear), "left the sites in clear", f"{size(masked)} left masked"))
+    return headlines
+
+
+def _row(summary: RunSummary, name: str) -> Score | None:
+    return next((row.score for row in summary.comparisons if row.name == name), None)
+
+
+def _label_rows(summary: RunSummary) -> list[tuple[str, list[tuple[int, float]]]]:
+    """For each label, the records of each site, and how strongly to tint the cell (0 to 1)."""
+    labels = sorted({label for site in summary.sites for label in site.labels})
+    counts = [[site.labels.get(label, 0) for site in summary.sites] for label in labels]
+    shares = [
+        [count / max(site.records, 1) for count, site in zip(row, summary.sites, strict=True)]
+        for row in counts
+    ]
+    largest = max((share for row in shares for share in row), default=0.0) or 1.0
+    return [
+        (label, [(count, share / largest) for count, share in zip(row, row_shares, strict=True)])
+        for label, row, row_shares in zip(labels, counts, shares, strict=True)
+    ]
+
+
+def _learning_curve(summary: RunSummary) -> Markup:
+    figure, axes = _figure("round", "accuracy, %")
+    rounds = [point.round for point in summary.curve]
+    accuracy = [100 * point.score.accuracy for point in summary.curve]
+    errors = [100 * _standard_error(point.score, summary.test_records) for point in summary.curve]
+    axes.fill_between(
+        rounds,
+        [value - error for value, error in zip(accuracy, errors, strict=True)],
+        [value + error for value, error in zip(accuracy, errors, strict=True)],
+        color=_COLOURS[0],
+        alpha=0.2,
+        linewidth=0,
+    )
+    axes.plot(
+        rounds, accuracy, marker="o", color=_COLOURS[0], label=_with_value("federated", accuracy)
+    )
+    others = [row for row in reversed(ordered(summary.comparisons)) if row.name != "federated"]
+    for index, row in enumerate(others, start=1):
+        value = 100 * row.score.accuracy
+        axes.axhline(
+            value,
+            color=_COLOURS[index],
+            linestyle=_DASHES[index % len(_DASHES)],
+            label=_with_value(_name(row), [value]),
+        )
+    axes.set_ylim(bottom=0)
+    _legend_below(axes)
+    return _svg(figure, "learning-curve", _curve_text(summary))
+
+
+def _epsilon_curve(summary: RunSummary) -> Markup:
+    figure, axes = _figure("round", "epsilon spent")
+    rounds = [point.round for point in summary.curve]
+    few = len(summary.sites) <= SITES_IN_LEGEND
+    for index, site in enumerate(summary.sites):
+        spent = [point.epsilon.get(site.name) for point in summary.curve]
+        axes.plot(
+            rounds,
+            [math.nan if epsilon is None else epsilon for epsilon in spent],
+            marker="." if few else None,
+            color=_COLOURS[index % len(_COLOURS)] if few else _COLOURS[0],
+            linestyle=_DASHES[index % len(_DASHES)] if few else "solid",
+            alpha=1.0 if few else 0.4,
+            label=site.name,
+        )
+    axes.set_ylim(bottom=0)
+    if few:
+        _legend_below(axes)
+    largest = max((site.epsilon or 0.0 for site in summary.sites), default=0.0)
+    return _svg(
+        figure,
+        "epsilon",
+        f"Epsilon spent by each of {len(summary.sites)} sites after each round;"
+        f" at the end at most {largest:.2f}.",
+    )
+
+
+def _curve_text(summary: RunSummary) -> str:
+    """The learning curve in words."""
+    points = ", ".join(
+        f"{100 * point.score.accuracy:.1f} % after round {point.round}" for point in summary.curve
+    )
+    others = ", ".join(
+        f"{_name(row)} {100 * row.score.accuracy:.1f} %"
+        for row in ordered(summary.comparisons)
+        if row.name != "federated"
+    )
+    return f"Accuracy of the federated adapter: {points}. For comparison: {others or 'nothing'}."
+
+
+def _name(row: Comparison) -> str:
+    return f"{row.name} (mean)" if row.parts else row.name
+
+
+def _with_value(name: str, values: Sequence[float]) -> str:
+    return f"{name} {values[-1]:.1f}" if values else name
+
+
+def _figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    with mpl.rc_context(
+        {
+            "font.family": "sans-serif",
+            "font.size": 10.0,
+            "text.color": _INK,
+            "axes.edgecolor": _INK,
+            "axes.labelcolor": _INK,
+            "xtick.color": _INK,
+            "ytick.color": _INK,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    ):
+        figure = Figure(figsize=(5.4, 3.8))
+        axes = figure.subplots()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color=_INK, alpha=0.15)
+    return figure, axes
+
+
+def _legend_below(axes: Axes) -> None:
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False, labelcolor=_INK
+    )
+
+
+def _svg(figure: Figure, name: str, description: str) -> Markup:
+    """The figure as an element of the page, read out as `description`."""
+    file = io.StringIO()
+    # The salt keeps the identifiers of two charts on one page apart, and the file reproducible.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(
+            file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
+        )
+    text = file.getvalue()
+    drawing = text[text.index("<svg") :].replace(_INK, "currentColor")
+    drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
+    drawing = re.sub(r' (width|height|version|xmlns(:xlink)?)="[^"]*"', "", drawing, count=5)
+    label = Markup('<svg role="img" aria-label="{}"').format(description)
+    return label + Markup(drawing.removeprefix("<svg"))  # noqa: S704  # drawn here, by matplotlib

@@ -1,0 +1,172 @@
+"""client.toml and key files: read exactly, refused with what to do."""
+
+import os
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from umbel_client.config import ClientConfig, load_config, read_identity, write_identity
+from umbel_client.policy import Policy
+from umbel_common.errors import ConfigError, IdentityError
+from umbel_common.identity import Identity
+
+TEXT = """
+site = "north"
+state = "state"
+identity = "keys/identity.pem"
+roster = "/etc/umbel/roster.json"
+
+[data]
+path = "notes.jsonl"
+
+[model]
+path = "models/minilm"
+
+[policy]
+models = ["{digest}"]
+max_epsilon = 8
+""".format(digest="ab" * 32)
+
+
+def load(folder: Path, text: str) -> ClientConfig:
+    path = folder / "client.toml"
+    path.write_text(text)
+    return load_config(path)
+
+
+def test_relative_paths_start_at_the_folder_of_the_file(tmp_path: Path) -> None:
+    config = load(tmp_path, TEXT)
+    assert config.state == str(tmp_path / "state")
+    assert config.identity == str(tmp_path / "keys/identity.pem")
+    assert config.roster == "/etc/umbel/roster.json"
+    assert config.data.path == str(tmp_path / "notes.jsonl")
+    assert config.model.path == str(tmp_path / "models/minilm")
+
+
+def test_paths_do_not_depend_on_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "client.toml").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    relative = load_config(Path("client.toml"))
+    monkeypatch.chdir("/")
+    assert relative == load_config(tmp_path / "client.toml")
+    assert relative.state == str(tmp_path / "state")
+
+
+def test_what_is_not_given_has_the_strict_default(tmp_path: Path) -> None:
+    config = load(tmp_path, TEXT)
+    assert config.policy == Policy(models=("ab" * 32,), max_epsilon=8.0)
+    assert not config.policy.allow_without_privacy
+    assert not config.policy.examples_as_weights
+    assert (config.policy.minimum_cohort, config.policy.colluding_sites) == (3, 1)
+    assert config.threads == 1
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "none.toml")
+    assert caught.value.file == tmp_path / "none.toml"
+    assert "No such file" in caught.value.diagnostics()
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "client.toml"
+    path.write_bytes(b"site = \xff\xfe")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field"),
+    [
+        ('site = "north"', 'site = "North Hospital"', "site"),
+        ('site = "north"', "", "site"),
+        ("max_epsilon = 8", "max_epsilon = -1", "policy.max_epsilon"),
+        ("max_epsilon = 8", "max_epsilon = nan", "policy.max_epsilon"),
+        ("max_epsilon = 8", "minimum_cohort = 1", "policy.minimum_cohort"),
+        ("ab" * 32, "minilm", "policy.models[0]"),
+        ("[data]", "[dataset]", "dataset"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_the_name_of_its_field(
+    tmp_path: Path, old: str, new: str, field: str
+) -> None:
+    assert old in TEXT
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, TEXT.replace(old, new))
+    assert caught.value.field == field
+
+
+def test_a_key_file_gives_back_its_identity_and_is_standard_pem(tmp_path: Path) -> None:
+    path, identity = tmp_path / "identity.pem", Identity(bytes(range(32)))
+    write_identity(path, identity)
+    assert read_identity(path).public_key == identity.public_key
+    key = load_pem_private_key(path.read_bytes(), password=None)
+    assert key.public_key().public_bytes_raw() == identity.public_key  # type: ignore[union-attr]  # Ed25519
+
+
+def test_a_new_key_file_is_for_its_owner_only_whatever_the_umask(tmp_path: Path) -> None:
+    former = os.umask(0)
+    try:
+        write_identity(tmp_path / "identity.pem", Identity(bytes(32)))
+    finally:
+        os.umask(former)
+    assert (tmp_path / "identity.pem").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_key_file_is_never_overwritten(tmp_path: Path) -> None:
+    path, first = tmp_path / "identity.pem", Identity(bytes(32))
+    write_identity(path, first)
+    with pytest.raises(IdentityError, match="never overwritten"):
+        write_identity(path, Identity(b"\x01" * 32))
+    assert read_identity(path).public_key == first.public_key
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644])
+def test_a_key_file_that_others_can_open_is_refused_with_the_remedy(
+    tmp_path: Path, mode: int
+) -> None:
+    path = tmp_path / "identity.pem"
+    write_identity(path, Identity(bytes(32)))
+    path.chmod(mode)
+    with pytest.raises(IdentityError) as caught:
+        read_identity(path)
+    assert f"mode {mode:04o}" in caught.value.diagnostics()
+    assert f"chmod 600 {path}" in caught.value.diagnostics()
+
+
+def test_a_missing_key_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(IdentityError) as caught:
+        read_identity(tmp_path / "none.pem")
+    assert caught.value.file == tmp_path / "none.pem"
+
+
+def broken_keys() -> dict[str, bytes]:
+    locked = Identity(bytes(32))._key.private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")
+    )
+    other = X25519PrivateKey.generate().private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+    )
+    return {"empty": b"", "hex": b"00" * 32, "locked": locked, "X25519": other}
+
+
+@pytest.mark.parametrize("kind", broken_keys())
+def test_what_is_no_plain_ed25519_key_is_refused_without_showing_it(
+    tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "identity.pem"
+    path.touch(mode=0o600)
+    path.write_bytes(broken_keys()[kind])
+    with pytest.raises(IdentityError, match="no usable key") as caught:
+        read_identity(path)
+    assert caught.value.found is None

@@ -1,0 +1,186 @@
+"""Each rule of the site's law, at its edge: what is just allowed passes, one more is refused."""
+
+import math
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from umbel_client.policy import Policy, judge_header, judge_plan, judge_survivors
+from umbel_common.errors import PolicyRefusal
+from umbel_common.plan import Aggregation, LocalPrivacy, NoPrivacy, TrainingPlan
+from umbel_common.statements import RoundHeader
+
+MakePlan = Callable[..., TrainingPlan]
+
+LAW = Policy(
+    models=("00" * 32,),
+    max_rank=2,
+    max_rounds=3,
+    max_local_steps=2,
+    max_epsilon=8.0,
+    total_epsilon=8.0,
+    max_delta=1e-5,
+)
+
+
+def header(*cohort: str) -> RoundHeader:
+    return RoundHeader(
+        federation="clinics",
+        job="job",
+        round=1,
+        attempt=1,
+        plan=bytes(32),
+        roster=bytes(32),
+        adapter=bytes(32),
+        cohort=cohort,
+    )
+
+
+def refusal(law: Policy, plan: TrainingPlan) -> str:
+    with pytest.raises(PolicyRefusal) as caught:
+        judge_plan(law, plan)
+    return caught.value.check
+
+
+def test_a_plan_at_every_limit_is_allowed(make_plan: MakePlan) -> None:
+    judge_plan(LAW, make_plan())
+
+
+def test_the_defaults_refuse_every_model(make_plan: MakePlan) -> None:
+    assert refusal(Policy(), make_plan()) == "model-not-allowed"
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        ({"models": ("11" * 32,)}, "model-not-allowed"),
+        ({"tasks": ()}, "task-not-allowed"),
+        ({"max_rank": 1}, "rank-too-large"),
+        ({"max_rounds": 2}, "too-many-rounds"),
+        ({"max_local_steps": 1}, "too-many-local-steps"),
+        ({"max_epsilon": 7.99}, "epsilon-too-large"),
+        ({"max_delta": 0.99e-5}, "delta-too-large"),
+    ],
+)
+def test_a_plan_past_a_limit_is_refused_by_the_name_of_the_rule(
+    make_plan: MakePlan, change: dict[str, object], check: str
+) -> None:
+    assert refusal(msgspec.structs.replace(LAW, **change), make_plan()) == check
+
+
+@pytest.mark.parametrize("epsilon", [math.inf, math.nan])
+def test_an_epsilon_that_promises_nothing_is_refused(make_plan: MakePlan, epsilon: float) -> None:
+    plan = make_plan(privacy=LocalPrivacy(epsilon=epsilon, delta=1e-5, clip_norm=1.0))
+    assert refusal(LAW, plan) == "epsilon-too-large"
+
+
+def test_a_plan_without_privacy_must_be_allowed_by_name(make_plan: MakePlan) -> None:
+    plan = make_plan(privacy=NoPrivacy())
+    assert refusal(LAW, plan) == "privacy-required"
+    judge_plan(msgspec.structs.replace(LAW, allow_without_privacy=True), plan)
+
+
+def test_weights_by_number_of_records_must_be_allowed_by_name(make_plan: MakePlan) -> None:
+    weights = Aggregation(
+        threshold=2, clip_range=1.0, step=1e-6, weights="examples", max_weight=1000
+    )
+    plan = make_plan(aggregation=weights)
+    assert refusal(LAW, plan) == "example-weights"
+    judge_plan(msgspec.structs.replace(LAW, examples_as_weights=True), plan)
+
+
+def test_a_refusal_tells_the_site_what_was_found_and_what_is_accepted(make_plan: MakePlan) -> None:
+    with pytest.raises(PolicyRefusal) as caught:
+        judge_plan(msgspec.structs.replace(LAW, max_epsilon=2.0), make_plan())
+    text = caught.value.diagnostics()
+    for part in ("policy.max_epsilon", "found: 8.0", "at most 2", "what to do"):
+        assert part in text
+
+
+def test_the_budget_is_the_total_of_the_data_set(make_plan: MakePlan) -> None:
+    budget = LAW.budget(make_plan())
+    assert (budget.epsilon, budget.delta) == (8.0, 1e-5)
+
+
+def test_only_an_allowed_plan_without_privacy_has_no_budget(make_plan: MakePlan) -> None:
+    open_law = msgspec.structs.replace(LAW, allow_without_privacy=True)
+    plan = make_plan(privacy=NoPrivacy())
+    assert LAW.budget(plan).epsilon == 8.0
+    assert open_law.budget(plan).epsilon == math.inf
+    assert open_law.budget(make_plan()).epsilon == 8.0
+
+
+def header_refusal(
+    law: Policy, plan: TrainingPlan, cohort: str, former: tuple[str, ...] = ()
+) -> str | None:
+    """The check that refuses a cohort of one-letter sites; None if none does."""
+    try:
+        judge_header(law, plan, header(*cohort), [tuple(names) for names in former])
+    except PolicyRefusal as error:
+        return error.check
+    return None
+
+
+def with_threshold(threshold: int) -> Aggregation:
+    return Aggregation(threshold=threshold, clip_range=1.0, step=1e-6)
+
+
+def test_a_cohort_must_have_the_minimum_size(make_plan: MakePlan) -> None:
+    plan = make_plan(aggregation=with_threshold(3))
+    assert header_refusal(LAW, plan, "ab") == "cohort-too-small"
+    assert header_refusal(LAW, plan, "abc") is None
+
+
+@pytest.mark.parametrize(
+    ("sites", "colluding", "lowest"), [(3, 1, 3), (4, 1, 3), (5, 1, 4), (5, 0, 3), (5, 2, 4)]
+)
+def test_a_threshold_must_make_two_survivor_sets_share_an_honest_site(
+    make_plan: MakePlan, sites: int, colluding: int, lowest: int
+) -> None:
+    law = msgspec.structs.replace(LAW, colluding_sites=colluding)
+    cohort = "abcdefgh"[:sites]
+    enough, too_low = with_threshold(lowest), with_threshold(lowest - 1)
+    assert header_refusal(law, make_plan(aggregation=enough), cohort) is None
+    assert header_refusal(law, make_plan(aggregation=too_low), cohort) == "threshold-too-low"
+
+
+@pytest.mark.parametrize(
+    ("cohort", "check"),
+    [
+        ("abcde", None),
+        ("abcd", "cohort-difference"),
+        ("abcdef", "cohort-difference"),
+        ("abcdf", None),
+        ("abc", None),
+    ],
+)
+def test_without_privacy_a_cohort_may_not_differ_by_a_single_site(
+    make_plan: MakePlan, cohort: str, check: str | None
+) -> None:
+    plan = make_plan(privacy=NoPrivacy(), aggregation=with_threshold(4))
+    assert header_refusal(LAW, plan, cohort, ("abcde",)) == check
+
+
+def test_every_former_release_counts(make_plan: MakePlan) -> None:
+    plan = make_plan(privacy=NoPrivacy(), aggregation=with_threshold(4))
+    assert header_refusal(LAW, plan, "abcd", ("abcdgh", "abcde")) == "cohort-difference"
+
+
+def test_with_privacy_cohorts_may_differ_as_they_like(make_plan: MakePlan) -> None:
+    plan = make_plan(aggregation=with_threshold(4))
+    assert header_refusal(LAW, plan, "abcd", ("abcde",)) is None
+
+
+def test_without_privacy_one_delta_goes_into_one_set_of_survivors(make_plan: MakePlan) -> None:
+    plan = make_plan(privacy=NoPrivacy())
+    judge_survivors(plan, ("a", "b", "c"), [])
+    judge_survivors(plan, ("a", "b", "c"), [("a", "b", "c")])
+    for survivors in (("a", "b"), ("a", "b", "c", "d"), ("d", "e", "f")):
+        with pytest.raises(PolicyRefusal) as caught:
+            judge_survivors(plan, survivors, [("a", "b", "c")])
+        assert caught.value.check == "survivors-differ"
+
+
+def test_with_privacy_a_delta_may_go_into_several_sets(make_plan: MakePlan) -> None:
+    judge_survivors(make_plan(), ("a", "b"), [("a", "b", "c")])

@@ -1,0 +1,583 @@
+"""The local loop: what one record can do is bounded, and what leaves is the delta alone."""
+
+import inspect
+import math
+import os
+import threading
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+from umbel_client.model import AdaptedModel, folder_digest, plan_lora
+from umbel_client.noise import NoiseSource
+from umbel_client.prefix import frozen_prefix
+from umbel_client.prepared import PreparedData
+from umbel_client.private_step import PrivateOptimizer, per_record_gradients, private_step
+from umbel_client.task import ClassificationTask
+from umbel_client.tokens import Tokens
+from umbel_client.training import RoundResult, evaluate, sampling_rate, train_round
+from umbel_common.adapter import size_of, unflatten
+from umbel_common.errors import DataError, ModelError, PlanError
+from umbel_common.plan import (
+    Adam,
+    Aggregation,
+    BaseModel,
+    Classification,
+    LocalPrivacy,
+    NoPrivacy,
+    Sgd,
+    Training,
+    TrainingPlan,
+)
+
+TASK = ClassificationTask()
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(35))]
+SGD = Sgd(adapter_learning_rate=1.0, head_learning_rate=1.0)
+ADAM = Adam(adapter_learning_rate=0.01, head_learning_rate=0.02)
+PRIVATE = LocalPrivacy(epsilon=8.0, delta=1e-5, clip_norm=0.5)
+NEXT_TO_NOTHING = 1e-12
+"""A noise multiplier that float32 cannot show."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("model")
+    config = BertConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        vocab_size=40,
+        initializer_range=0.3,
+    )
+    BertModel(config).save_pretrained(path)
+    BertTokenizerFast(vocab={w: i for i, w in enumerate(WORDS)}).save_pretrained(path)
+    return path
+
+
+def plan_of(
+    folder: Path,
+    *,
+    head: str = "mean-pool",
+    method: str = "both",
+    layers: tuple[int, ...] | None = None,
+    optimizer: Adam | Sgd = SGD,
+    privacy: LocalPrivacy | NoPrivacy = PRIVATE,
+    **training: object,
+) -> TrainingPlan:
+    task = Classification(labels=("a", "b", "c"), head=head)
+    return TrainingPlan(
+        federation="f",
+        job="j",
+        model=BaseModel(name="tiny", digest=folder_digest(folder)),
+        task=task,
+        lora=plan_lora(
+            folder,
+            task,
+            rank=2,
+            alpha=4.0,
+            target_modules=("query", "value"),
+            layers=layers,
+            method=method,
+            seed=5,
+        ),
+        training=Training(
+            **{
+                "rounds": 4,
+                "local_steps": 1,
+                "expected_batch_size": 8,
+                "optimizer": optimizer,
+                **training,
+            }
+        ),
+        privacy=privacy,
+        aggregation=Aggregation(threshold=2, clip_range=1.0, step=1e-4),
+    )
+
+
+def records(lengths: list[int], seed: int = 0) -> PreparedData:
+    random = np.random.default_rng(seed)
+    tokens = Tokens(
+        ids=random.integers(5, 40, sum(lengths)).astype(np.int32),
+        starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        pad_id=0,
+    )
+    return PreparedData(tokens, random.integers(0, 3, len(lengths)), prefix=None)
+
+
+def ragged(count: int = 16) -> PreparedData:
+    return records(np.random.default_rng(3).integers(2, 14, count).tolist())
+
+
+def some_vector(plan: TrainingPlan, scale: float = 0.3) -> np.ndarray:
+    return np.random.default_rng(0).normal(0, scale, plan.lora.size).astype(np.float32)
+
+
+def model_of(folder: Path, plan: TrainingPlan, round_number: int = 1) -> AdaptedModel:
+    model = AdaptedModel.load(folder, plan)
+    model.set_vector(some_vector(plan))
+    model.select(round_number)
+    return model
+
+
+def fixed(byte: int):
+    return lambda length: bytes([byte]) * length
+
+
+def train(
+    model: AdaptedModel, data: PreparedData, plan: TrainingPlan, **changes: object
+) -> RoundResult:
+    arguments = {
+        "round_number": 1,
+        "global_vector": some_vector(plan),
+        "noise_multiplier": 1.0 if isinstance(plan.privacy, LocalPrivacy) else None,
+        "state": None,
+        "entropy": fixed(1),
+        "physical_batch_size": 4,
+        "on_step": lambda _step, _steps: None,
+    }
+    return train_round(model, data, plan, **{**arguments, **changes})
+
+
+def true_gradients(model: AdaptedModel, data: PreparedData, indices: np.ndarray) -> np.ndarray:
+    """One record at a time, by torch alone: float32[n, trained elements]."""
+    trained = [p for p in model.adapter.values() if p.requires_grad]
+    rows = []
+    for index in indices:
+        loss = TASK.losses(model, data.batch(np.array([index])))
+        gradients = torch.autograd.grad(loss.sum(), trained)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]).numpy())
+    return np.stack(rows)
+
+
+def step_of(
+    model: AdaptedModel,
+    data: PreparedData,
+    chosen: np.ndarray,
+    *,
+    noise_multiplier: float = NEXT_TO_NOTHING,
+    clip_norm: float = 0.5,
+    expected: float = 8.0,
+    physical: int = 4,
+    entropy=fixed(1),
+) -> np.ndarray:
+    """What one private step of gradient descent with rate 1 subtracts from the adapter."""
+    parameters = [p for p in model.adapter.values() if p.requires_grad]
+    before = torch.cat([p.detach().flatten().clone() for p in parameters])
+    optimizer = PrivateOptimizer(
+        torch.optim.SGD(parameters, lr=1.0),
+        NoiseSource(entropy),
+        noise_multiplier=noise_multiplier,
+        clip_norm=clip_norm,
+        expected_batch_size=expected,
+    )
+    with per_record_gradients(model):
+        private_step(TASK, model, data, chosen, optimizer, physical)
+    after = torch.cat([p.detach().flatten().clone() for p in parameters])
+    with torch.no_grad():
+        for parameter, old in zip(parameters, before.split([p.numel() for p in parameters]), strict=True):
+            parameter.copy_(old.view_as(parameter))
+    return (before - after).numpy()
+
+
+def clipped(gradients: np.ndarray, norm: float) -> np.ndarray:
+    lengths = np.linalg.norm(gradients, axis=1, keepdims=True)
+    return gradients * np.minimum(1.0, norm / lengths)
+
+
+@pytest.mark.parametrize("head", ["mean-pool", "stock"])
+@pytest.mark.parametrize(("method", "round_number"), [("both", 1), ("ffa", 1), ("alternate", 2)])
+def test_per_record_gradients_are_those_of_records_taken_alone(
+    folder: Path, head: str, method: str, round_number: int
+) -> None:
+    plan = plan_of(folder, head=head, method=method)
+    model, data = model_of(folder, plan, round_number), ragged()
+    indices = np.arange(16)
+    with per_record_gradients(model):
+        TASK.losses(model, data.batch(indices)).sum().backward()
+        found = np.concatenate(
+            [
+                model.adapter[t.name].grad_sample.reshape(16, -1).numpy()
+                for t in plan.trained_tensors(round_number)
+            ],
+            axis=1,
+        )
+    wanted = true_gradients(model, data, indices)
+    errors = np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert errors.max() < 1e-5
+
+
+def test_gradients_from_the_prefix_cache_are_those_of_the_whole_model(folder: Path) -> None:
+    plan = plan_of(folder, layers=(1,))
+    model, whole = model_of(folder, plan), ragged()
+    prefix = frozen_prefix(model, whole.tokens, None, lambda _done, _total: None)
+    assert prefix is not None
+    cached = PreparedData(whole.tokens, whole.labels, prefix)
+    chosen = np.arange(16)
+    wanted = step_of(model, whole, chosen)
+    assert np.linalg.norm(step_of(model, cached, chosen) - wanted) < 2e-3 * np.linalg.norm(wanted)
+
+
+def test_a_step_is_the_sum_of_clipped_gradients_over_the_expected_batch_size(
+    folder: Path,
+) -> None:
+    model, data = model_of(folder, plan_of(folder)), ragged()
+    chosen = np.array([0, 3, 4, 9, 15])
+    gradients = true_gradients(model, data, chosen)
+    norms = np.linalg.norm(gradients, axis=1)
+    clip_norm = float(np.median(norms))
+    assert norms.min() < clip_norm < norms.max()
+    found = step_of(model, data, chosen, clip_norm=clip_norm, expected=7.5)
+    wanted = clipped(gradients, clip_norm).sum(0) / 7.5
+    assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("physical", [1, 3, 5, 16])
+def test_physical_batches_do_not_change_the_step(folder: Path, physical: int) -> None:
+    model, data = model_of(folder, plan_of(folder)), ragged()
+    whole = step_of(model, data, np.arange(16), physical=100)
+    parts = step_of(model, data, np.arange(16), physical=physical)
+    assert np.abs(whole - parts).max() < 1e-6
+
+
+def test_one_record_moves_the_sum_by_the_clip_norm_at_most(folder: Path) -> None:
+    """A very long record beside 15 short ones: a mean over the batch's tokens would fail here."""
+    data = records([3] * 15 + [200])
+    model = model_of(folder, plan_of(folder))
+    every = np.arange(16)
+    for clip_norm in (0.01, 0.5):
+        options = {"clip_norm": clip_norm, "expected": 1.0, "physical": 16}
+        with_all = step_of(model, data, every, **options)
+        for left_out in every:
+            without = step_of(model, data, np.delete(every, left_out), **options)
+            assert np.linalg.norm(with_all - without) <= clip_norm * (1 + 1e-4)
+    # The bound is tight, so nothing else bounds it.
+    assert np.linalg.norm(step_of(model, data, every[-1:], clip_norm=0.01, expected=1.0)) > 0.0099
+
+
+def test_an_empty_batch_takes_a_step_of_noise_alone(folder: Path) -> None:
+    model, data = model_of(folder, plan_of(folder)), ragged()
+    empty = np.array([], dtype=np.int64)
+    found = step_of(model, data, empty, noise_multiplier=3.0, clip_norm=0.5, expected=2.0)
+    source = NoiseSource(fixed(1))
+    trained = [p for p in model.adapter.values() if p.requires_grad]
+    wanted = np.concatenate([source.normal(p.numel()) for p in trained]) * 3.0 * 0.5 / 2.0
+    assert np.abs(found - wanted).max() < 1e-6
+    assert 0.5 < found.std() / 0.75 < 1.5
+
+
+def test_noise_is_added_once_to_a_step_of_many_physical_batches(folder: Path) -> None:
+    model, data = model_of(folder, plan_of(folder)), ragged()
+    options = {"clip_norm": 0.5, "expected": 2.0}
+    signal = step_of(model, data, np.arange(16), **options)
+    noisy = step_of(model, data, np.arange(16), noise_multiplier=3.0, physical=2, **options)
+    empty = step_of(model, data, np.arange(0), noise_multiplier=3.0, **options)
+    assert np.abs(noisy - signal - empty).max() < 1e-5
+
+
+def test_two_passes_without_a_step_are_refused(folder: Path) -> None:
+    model, data = model_of(folder, plan_of(folder)), ragged()
+    optimizer = PrivateOptimizer(
+        torch.optim.SGD([p for p in model.adapter.values() if p.requires_grad], lr=1.0),
+        NoiseSource(fixed(1)),
+        noise_multiplier=1.0,
+        clip_norm=1.0,
+        expected_batch_size=4,
+    )
+    with per_record_gradients(model):
+        TASK.losses(model, data.batch(np.arange(4))).sum().backward()
+        with pytest.raises(ModelError, match="not separate"):
+            private_step(TASK, model, data, np.arange(4), optimizer, 4)
+
+
+def test_tokens_taken_for_records_are_refused(folder: Path) -> None:
+    class Flattening(ClassificationTask):
+        def losses(self, model, batch):
+            logits = model.logits(batch.inputs)
+            pooled = logits.repeat_interleave(2, 0)
+            return (model.head(torch.ones(len(pooled), 16)) + pooled).sum(1)
+
+    model, data = model_of(folder, plan_of(folder)), ragged()
+    optimizer = PrivateOptimizer(
+        torch.optim.SGD([p for p in model.adapter.values() if p.requires_grad], lr=1.0),
+        NoiseSource(fixed(1)),
+        noise_multiplier=1.0,
+        clip_norm=1.0,
+        expected_batch_size=4,
+    )
+    with per_record_gradients(model), pytest.raises(ModelError, match="not separate"):
+        private_step(Flattening(), model, data, np.arange(4), optimizer, 4)
+
+
+def test_hooks_are_gone_after_a_round_and_the_model_evaluates_as_before(folder: Path) -> None:
+    plan, data = plan_of(folder), ragged()
+    model = AdaptedModel.load(folder, plan)
+    for _ in range(2):
+        train(model, data, plan)
+        assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+        assert not any(hasattr(p, "grad_sample") for p in model.parameters())
+        assert not any(module.training for module in model.modules())
+
+
+def test_a_round_is_its_entropy_and_nothing_else(folder: Path) -> None:
+    plan, data = plan_of(folder, local_steps=3), ragged()
+    model = AdaptedModel.load(folder, plan)
+    torch.manual_seed(0)
+    first = train(model, data, plan).delta
+    torch.manual_seed(1)
+    assert np.array_equal(train(model, data, plan).delta, first)
+    others = [train(model, data, plan, entropy=os.urandom).delta for _ in range(2)]
+    assert not np.isclose(others[0], others[1], rtol=1e-6).any()
+
+
+def test_physical_batches_do_not_change_a_round(folder: Path) -> None:
+    plan, data = plan_of(folder, local_steps=3), ragged()
+    model = AdaptedModel.load(folder, plan)
+    deltas = [train(model, data, plan, physical_batch_size=size).delta for size in (2, 100)]
+    assert np.abs(deltas[0] - deltas[1]).max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["both", "ffa", "alternate"])
+@pytest.mark.parametrize("round_number", [1, 2])
+def test_the_delta_covers_the_rounds_tensors_and_the_rest_stays(
+    folder: Path, method: str, round_number: int
+) -> None:
+    plan, data = plan_of(folder, method=method), ragged()
+    model = AdaptedModel.load(folder, plan)
+    base = {name: value.clone() for name, value in model.base.state_dict().items()}
+    result = train(model, data, plan, round_number=round_number)
+    trained = plan.trained_tensors(round_number)
+    assert result.delta.dtype == np.float32
+    assert result.delta.shape == (size_of(trained),)
+    changes = unflatten(result.delta, trained)
+    before = unflatten(some_vector(plan), plan.lora.tensors)
+    after = unflatten(model.vector(), plan.lora.tensors)
+    for name in before:
+        wanted = before[name] + changes[name] if name in changes else before[name]
+        np.testing.assert_allclose(after[name], wanted, rtol=1e-5, atol=1e-7)
+    assert all(np.any(change != 0) for change in changes.values())
+    for name, value in model.base.state_dict().items():
+        assert "lora_" in name or torch.equal(value, base[name])
+
+
+def test_noise_has_the_standard_deviation_that_the_plan_pays_for(folder: Path) -> None:
+    plan, data = plan_of(folder, local_steps=4), ragged()
+    model = AdaptedModel.load(folder, plan)
+    quiet = train(model, data, plan, noise_multiplier=NEXT_TO_NOTHING).delta
+    noise = np.concatenate(
+        [
+            train(model, data, plan, noise_multiplier=1000.0, entropy=os.urandom).delta - quiet
+            for _ in range(12)
+        ]
+    )
+    # Four independent steps of rate 1, each divided by the expected batch size.
+    wanted = 1000.0 * 0.5 / 8 * math.sqrt(4)
+    assert noise.std() == pytest.approx(wanted, rel=0.05)
+
+
+def test_without_privacy_a_round_is_plain_descent_on_the_same_batches(folder: Path) -> None:
+    plan, data = plan_of(folder, privacy=NoPrivacy(), local_steps=2), ragged()
+    model = AdaptedModel.load(folder, plan)
+    found = train(model, data, plan).delta
+    source = NoiseSource(fixed(1))
+    reference = model_of(folder, plan)
+    for _ in range(2):
+        chosen = source.poisson_batch(16, 0.5)
+        gradient = true_gradients(reference, data, chosen).sum(0) / 8
+        reference.set_vector(reference.vector() - gradient)
+    assert np.abs(found - (reference.vector() - some_vector(plan))).max() < 1e-5
+
+
+def test_without_privacy_an_empty_batch_is_a_step_too(folder: Path) -> None:
+    plan, data = plan_of(folder, privacy=NoPrivacy(), expected_batch_size=1), ragged(200)
+    byte = next(b for b in range(256) if not len(NoiseSource(fixed(b)).poisson_batch(200, 1 / 200)))
+    steps: list[tuple[int, int]] = []
+    model = AdaptedModel.load(folder, plan)
+    result = train(model, data, plan, entropy=fixed(byte), on_step=lambda *s: steps.append(s))
+    assert not result.delta.any()
+    assert steps == [(1, 1)]
+
+
+def test_learning_rates_follow_the_whole_job_and_their_group(folder: Path) -> None:
+    optimizer = Sgd(adapter_learning_rate=0.5, head_learning_rate=2.0)
+    plan = plan_of(folder, optimizer=optimizer, final_learning_rate=0.1, rounds=4)
+    unit, data = plan_of(folder), ragged()
+    model = AdaptedModel.load(folder, plan)
+    reference = unflatten(train(model, data, unit).delta, unit.lora.tensors)
+    for round_number in (1, 2, 4):
+        found = unflatten(
+            train(model, data, plan, round_number=round_number).delta, plan.lora.tensors
+        )
+        factor = 1 - 0.9 * (round_number - 1) / 3
+        for tensor in plan.lora.tensors:
+            rate = factor * (2.0 if tensor.role == "head" else 0.5)
+            np.testing.assert_allclose(
+                found[tensor.name], rate * reference[tensor.name], rtol=1e-3, atol=1e-6
+            )
+
+
+def test_moments_live_across_rounds(folder: Path) -> None:
+    """Two rounds of one step, the second from where the first ended, are one round of two."""
+    data = ragged()
+    both = plan_of(folder, optimizer=ADAM, privacy=NoPrivacy(), local_steps=2, rounds=1)
+    single = plan_of(folder, optimizer=ADAM, privacy=NoPrivacy(), local_steps=1, rounds=2)
+    every = 16  # a sampling rate of one: the batches are the same whatever the entropy
+    both, single = (
+        msgspec.structs.replace(
+            plan, training=msgspec.structs.replace(plan.training, expected_batch_size=every)
+        )
+        for plan in (both, single)
+    )
+    model = AdaptedModel.load(folder, both)
+    wanted = train(model, data, both)
+    first = train(model, data, single)
+    middle = some_vector(single) + first.delta
+    second = train(
+        model, data, single, round_number=2, global_vector=middle, state=first.state
+    )
+    assert np.abs(first.delta + second.delta - wanted.delta).max() < 1e-6
+    anew = train(model, data, single, round_number=2, global_vector=middle)
+    assert np.abs(first.delta + anew.delta - wanted.delta).max() > 1e-4
+    assert all(isinstance(value, np.ndarray) for value in second.state.values())
+
+
+def test_moments_of_the_resting_matrix_rest(folder: Path) -> None:
+    plan, data = plan_of(folder, method="alternate", optimizer=ADAM), ragged()
+    model = AdaptedModel.load(folder, plan)
+    first = train(model, data, plan, round_number=1).state
+    second = train(model, data, plan, round_number=2, state=first).state
+    third = train(model, data, plan, round_number=3, state=second).state
+    b_moment = next(key for key in first if key.startswith("exp_avg/") and "lora_B" in key)
+    b_steps = b_moment.replace("exp_avg/", "step/")
+    a_steps = b_steps.replace("lora_B", "lora_A")
+    assert a_steps not in first
+    assert np.array_equal(second[b_moment], first[b_moment])
+    assert not np.array_equal(third[b_moment], first[b_moment])
+    counts = [(float(s[b_steps]), float(s.get(a_steps, np.zeros(())))) for s in (first, second, third)]
+    assert counts == [(1, 0), (1, 1), (2, 1)]
+    assert float(third["step/head.bias"]) == 3
+
+
+def test_a_state_that_is_handed_in_is_not_changed(folder: Path) -> None:
+    plan, data = plan_of(folder, optimizer=ADAM), ragged()
+    model = AdaptedModel.load(folder, plan)
+    state = train(model, data, plan).state
+    copies = {key: value.copy() for key, value in state.items()}
+    train(model, data, plan, state=state)
+    assert all(np.array_equal(state[key], copies[key]) for key in copies)
+
+
+def test_nothing_but_delta_and_moments_leaves_a_round() -> None:
+    assert list(RoundResult.__dataclass_fields__) == ["delta", "state"]
+    assert "loss" not in inspect.signature(train_round).parameters
+
+
+@pytest.mark.parametrize("count", [0, 7])
+def test_a_data_set_below_the_expected_batch_size_is_refused(folder: Path, count: int) -> None:
+    plan = plan_of(folder)
+    with pytest.raises(DataError) as caught:
+        train(AdaptedModel.load(folder, plan), records([4] * count), plan)
+    assert caught.value.found == f"{count} records"
+    assert caught.value.accepted == "at least 8 records"
+
+
+def test_the_sampling_rate_is_the_expected_batch_size_over_the_records(folder: Path) -> None:
+    assert sampling_rate(plan_of(folder), 49) == 8 / 49
+    assert sampling_rate(plan_of(folder), 8) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("privacy", "noise_multiplier"),
+    [(PRIVATE, None), (PRIVATE, 0.0), (PRIVATE, -1.0), (PRIVATE, math.nan), (NoPrivacy(), 1.0)],
+)
+def test_noise_that_does_not_fit_the_privacy_is_refused(
+    folder: Path, privacy: LocalPrivacy | NoPrivacy, noise_multiplier: float | None
+) -> None:
+    plan = plan_of(folder, privacy=privacy)
+    with pytest.raises(PlanError, match="noise does not fit"):
+        train(AdaptedModel.load(folder, plan), ragged(), plan, noise_multiplier=noise_multiplier)
+
+
+def test_an_adapter_that_does_not_move_stops_the_round(folder: Path) -> None:
+    still = Sgd(adapter_learning_rate=1e-30, head_learning_rate=1.0)
+    plan = plan_of(folder, optimizer=still, local_steps=3)
+    steps: list[int] = []
+    with pytest.raises(ModelError, match="left the adapter as it was") as caught:
+        train(
+            AdaptedModel.load(folder, plan),
+            ragged(),
+            plan,
+            on_step=lambda step, _steps: steps.append(step),
+        )
+    assert "lora_B" in str(caught.value.found)
+    assert "head" not in str(caught.value.found)
+    assert steps == []
+
+
+def test_an_adapter_that_the_model_does_not_use_stops_the_round(folder: Path) -> None:
+    """As in opacus issue 820: the optimiser's tensors are not those of the forward pass."""
+    plan = plan_of(folder)
+    model = AdaptedModel.load(folder, plan)
+    name = next(name for name in model.adapter if "lora_B" in name)
+    model.adapter[name] = torch.nn.Parameter(model.adapter[name].detach().clone())
+    with pytest.raises(ModelError, match="not separate"):
+        train(model, ragged(), plan)
+
+
+def test_training_that_diverges_is_an_error(folder: Path) -> None:
+    wild = Sgd(adapter_learning_rate=1e30, head_learning_rate=1e30)
+    plan = plan_of(folder, optimizer=wild, privacy=NoPrivacy(), local_steps=3)
+    with pytest.raises(ModelError, match="diverged"):
+        train(AdaptedModel.load(folder, plan), ragged(), plan)
+
+
+def test_sites_in_threads_train_as_if_alone(folder: Path) -> None:
+    plan = plan_of(folder, local_steps=5, optimizer=ADAM)
+    sites = [(AdaptedModel.load(folder, plan), records([5] * 20, seed)) for seed in range(4)]
+    alone = [train(model, data, plan, entropy=fixed(i)).delta for i, (model, data) in enumerate(sites)]
+    together: dict[int, np.ndarray] = {}
+
+    def site(index: int) -> None:
+        model, data = sites[index]
+        together[index] = train(model, data, plan, entropy=fixed(index)).delta
+
+    threads = [threading.Thread(target=site, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(4):
+        assert np.array_equal(together[index], alone[index])
+
+
+def test_evaluation_answers_in_the_order_of_the_records(folder: Path) -> None:
+    plan, data = plan_of(folder), ragged(23)
+    model = model_of(folder, plan)
+    predicted = evaluate(model, data, 4)
+    for index in range(23):
+        logits = model.logits(data.batch(np.array([index])).inputs)
+        assert predicted[index] == int(logits.argmax())
+    assert len(set(predicted.tolist())) > 1
+
+
+def test_training_learns(folder: Path) -> None:
+    """Records whose label is told by one word; with DP, from chance to nearly always right."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 300)
+    ids = random.integers(10, 40, (300, 5))
+    ids[:, 2] = 5 + labels
+    tokens = Tokens(ids.astype(np.int32).ravel(), np.arange(0, 1501, 5), 0)
+    data = PreparedData(tokens, labels, None)
+    plan = plan_of(folder, optimizer=ADAM, local_steps=40, expected_batch_size=100)
+    model = AdaptedModel.load(folder, plan)
+    vector = some_vector(plan, 0.1)
+    model.set_vector(vector)
+    before = (evaluate(model, data, 100) == labels).mean()
+    train(model, data, plan, global_vector=vector, noise_multiplier=0.5, physical_batch_size=50)
+    after = (evaluate(model, data, 100) == labels).mean()
+    assert before < 0.6
+    assert after > 0.8
