@@ -79,8 +79,10 @@ def make_federation() -> Callable[[int], tuple[Identity, dict[str, Identity], Ro
         members = tuple(
             Member(name=name, public_key=identity.public_key) for name, identity in sites.items()
         )
-        return operator, sites, Roster(
-            federation="clinics", operator=operator.public_key, members=members
+        return (
+            operator,
+            sites,
+            Roster(federation="clinics", operator=operator.public_key, members=members),
         )
 
     return make

@@ -16,7 +16,8 @@ def leaves(kind: type[errors.UmbelError]) -> list[type[errors.UmbelError]]:
 def test_every_exit_code_is_documented_and_no_other() -> None:
     table = (ROOT / "docs" / "errors.md").read_text()
     documented = {
-        name: int(code) for code, name in re.findall(r"^\| (\d+) \| `(\w+)` \|", table, re.MULTILINE)
+        name: int(code)
+        for code, name in re.findall(r"^\| (\d+) \| `(\w+)` \|", table, re.MULTILINE)
     }
     of_code = {kind.__name__: kind.exit_code for kind in leaves(errors.UmbelError)}
     assert documented == {"UmbelError": 1, **of_code}

@@ -51,13 +51,13 @@ class DeltaCache:
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise StorageError("a delta cannot be stored", file=path, found=error) from error
-        return delta_digest(adapter, delta)
+        return _digest(adapter, delta, state)
 
-    def load(self, round_number: int, expected: bytes | None = None) -> tuple[bytes, Vector, State]:
+    def load(self, round_number: int, expected: bytes) -> tuple[bytes, Vector, State]:
         """Digest of the starting adapter, delta and optimiser state of a round.
 
         Args:
-            expected: the digest that the ledger recorded, if it did.
+            expected: the digest that the ledger recorded.
 
         Raises:
             LedgerError: the file is missing, unreadable or not what the ledger recorded.
@@ -75,26 +75,26 @@ class DeltaCache:
                 found=error,
                 remedy="restore the file from a backup; this round cannot be computed again",
             ) from error
-        if expected is not None and delta_digest(adapter, delta) != expected:
+        state = {name.removeprefix(_STATE_PREFIX): value for name, value in sorted(tensors.items())}
+        if _digest(adapter, delta, state) != expected:
             raise LedgerError(
                 "a delta is not the one that the ledger recorded",
                 file=path,
                 remedy="restore the file from a backup; this round cannot be computed again",
             )
-        state = {name.removeprefix(_STATE_PREFIX): value for name, value in tensors.items()}
         return adapter, delta, state
-
-    def has(self, round_number: int) -> bool:
-        """Whether a delta of that round is stored."""
-        return self._path(round_number).exists()
 
     def _path(self, round_number: int) -> Path:
         return self._folder / f"{round_number:05}.safetensors"
 
 
-def delta_digest(adapter: bytes, delta: Vector) -> bytes:
-    """What the ledger records of a delta: its values and the adapter that it started from."""
-    return digest("delta", adapter + to_bytes(delta))
+def _digest(adapter: bytes, delta: Vector, state: State) -> bytes:
+    """What the ledger records: the delta, the adapter that it started from, and the optimiser's
+    state, which flows into later deltas."""
+    parts = [adapter, to_bytes(delta)]
+    for name in sorted(state):
+        parts += [digest("state", name.encode()), to_bytes(state[name].reshape(-1))]
+    return digest("delta", b"".join(parts))
 
 
 def _private(path: str, flags: int) -> int:

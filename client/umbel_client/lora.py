@@ -1,6 +1,7 @@
 """Where the adapter goes: LoRA (Hu et al. 2021) through PEFT, and the head, by the plan's names."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -99,7 +100,10 @@ def _attach_lora(
         lora_dropout=0.0,
         modules_to_save=["classifier"] if stock else None,
     )
-    adapted = get_peft_model(base, config)
+    with warnings.catch_warnings():
+        # PEFT asks Transformers for a property by its old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        adapted = get_peft_model(base, config)
     return {
         _saved_name(name): parameter
         for name, parameter in adapted.named_parameters()

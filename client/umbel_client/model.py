@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from umbel_client.batch import HiddenInputs, Inputs, PooledInputs, TokenInputs
 from umbel_client.lora import attach, plan_lora, tensors_of
 from umbel_client.model_folder import folder_digest, load_base
+from umbel_client.precision import Precision, computing, lower_precision
 from umbel_client.split import body_of, layers_of, lower_part, splits, upper_part
 from umbel_common.adapter import Vector, flatten, unflatten
 from umbel_common.errors import ModelError
@@ -32,6 +33,7 @@ class AdaptedModel(nn.Module):
         head: nn.Linear | None,
         parameters: dict[str, nn.Parameter],
         plan: TrainingPlan,
+        precision: Precision,
     ) -> None:
         """Use `load`."""
         super().__init__()
@@ -40,17 +42,30 @@ class AdaptedModel(nn.Module):
         self.adapter = parameters
         """Trained parameters by the plan's names, in its order."""
         self.plan = plan
+        self.precision: Precision = precision
         self.depth = _first_adapted_layer(base, plan)
         """The layers below this one are frozen."""
-        self.frozen_output = self._frozen_output()
+        self.frozen_output: Literal["pooled", "hidden", "nothing"] = self._frozen_output()
         """What is constant for each record and can be kept: the `pooled` vector, the `hidden`
         states below `depth`, or `nothing` (an architecture unlike BERT, or its first layer is
         adapted)."""
+        if precision == "bfloat16":
+            lower_precision(base)
         self.eval()
 
     @classmethod
-    def load(cls, folder: Path, plan: TrainingPlan, device: str = "cpu") -> "AdaptedModel":
+    def load(
+        cls,
+        folder: Path,
+        plan: TrainingPlan,
+        *,
+        device: str = "cpu",
+        precision: Precision = "float32",
+    ) -> "AdaptedModel":
         """The plan's model, with an adapter that `set_vector` must fill before use.
+
+        Args:
+            precision: of the frozen layers; `fastest_precision()` where speed counts.
 
         Raises:
             ModelError: the folder is incomplete, has another digest than the plan says, mixes
@@ -71,7 +86,7 @@ class AdaptedModel(nn.Module):
         parameters, head = attach(folder, base, plan.task, plan.lora)
         _check_tensors(folder, tensors_of(parameters), plan.lora.tensors)
         ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}
-        return cls(base, head, ordered, plan)
+        return cls(base, head, ordered, plan, precision)
 
     @property
     def device(self) -> torch.device:
@@ -117,27 +132,28 @@ class AdaptedModel(nn.Module):
             case HiddenInputs(hidden, mask):
                 mask = mask.to(self.device)
                 with upper_part(self.base, self.depth):
-                    output = self.base(inputs_embeds=hidden.to(self.device), attention_mask=mask)
+                    output = self._run(self.base, mask, inputs_embeds=hidden)
             case TokenInputs(ids, mask):
                 mask = mask.to(self.device)
-                output = self.base(input_ids=ids.to(self.device), attention_mask=mask)
-        if self.head is None:
-            logits: torch.Tensor = output.logits
-            return logits
-        return self._head(_pool(output.last_hidden_state, mask))
+                output = self._run(self.base, mask, input_ids=ids)
+        return output if self.head is None else self._head(_pool(output, mask))
 
     @torch.no_grad()
     def frozen(self, inputs: TokenInputs) -> torch.Tensor:
         """What `frozen_output` says: float32[n, hidden size], or float32[n, t, hidden size]."""
         mask = inputs.mask.to(self.device)
-        arguments: dict[str, Any] = {"input_ids": inputs.ids.to(self.device)}
         if self.frozen_output == "pooled":
-            return _pool(self.base(**arguments, attention_mask=mask).last_hidden_state, mask)
+            return _pool(self._run(self.base, mask, input_ids=inputs.ids), mask)
         with lower_part(self.base, self.depth):
-            hidden: torch.Tensor = body_of(self.base)(
-                **arguments, attention_mask=mask
-            ).last_hidden_state
-        return hidden
+            return self._run(body_of(self.base), mask, input_ids=inputs.ids)
+
+    def _run(self, module: nn.Module, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """Logits or last hidden state, float32."""
+        arguments = {name: value.to(self.device) for name, value in inputs.items()}
+        with computing(self.precision, self.device):
+            output = module(attention_mask=mask, **arguments)
+        first: torch.Tensor = output[0]
+        return first.float()
 
     def _head(self, pooled: torch.Tensor) -> torch.Tensor:
         assert self.head is not None  # pooled vectors belong to the mean-pool head

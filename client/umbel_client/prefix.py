@@ -91,8 +91,8 @@ def forget(folder: Path) -> None:
 
 
 def _key(model: AdaptedModel, tokens: Tokens) -> str:
-    """Also the kind and the depth, since one model may serve several plans."""
-    kind = f"{model.frozen_output} {model.depth} ".encode()
+    """Also kind, depth and precision, since one model may serve several plans."""
+    kind = f"{model.frozen_output} {model.depth} {model.precision} ".encode()
     return digest("prefix", kind + model.plan.model.digest + tokens.digest()).hex()
 
 

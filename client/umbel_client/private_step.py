@@ -14,7 +14,6 @@ import torch
 from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
-from torch import nn
 
 from umbel_client.model import AdaptedModel
 from umbel_client.noise import NoiseSource
@@ -104,7 +103,7 @@ def private_step(
     for number, part in enumerate(parts, start=1):
         with torch.enable_grad():
             task.losses(model, task.batch(data, part)).sum().backward()  # type: ignore[no-untyped-call]  # torch
-        _check_separate(optimizer.params, len(part))
+        _separate_gradients(optimizer.params, len(part))
         optimizer.signal_skip_step(do_skip=number < len(parts))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -116,9 +115,12 @@ def private_step(
         optimizer.zero_grad(set_to_none=True)
 
 
-def _check_separate(parameters: list[nn.Parameter], records: int) -> None:
-    """One gradient for each record: a list would come from two passes that were mixed, another
-    length from tokens that were taken for records."""
+def _separate_gradients(parameters: list[Any], records: int) -> None:
+    """Makes sure of one float32 gradient for each record.
+
+    A list would come from two passes that were mixed, another length from tokens that were taken
+    for records. Norms of bfloat16 gradients would be bfloat16 too, and the clipping not exact.
+    """
     for parameter in parameters:
         gradients = getattr(parameter, "grad_sample", None)
         if not isinstance(gradients, torch.Tensor) or len(gradients) != records:
@@ -128,3 +130,4 @@ def _check_separate(parameters: list[nn.Parameter], records: int) -> None:
                 found=shape,
                 accepted=(records, *parameter.shape),
             )
+        parameter.grad_sample = gradients.float()

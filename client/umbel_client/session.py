@@ -27,7 +27,8 @@ _SCHEMA = """
 CREATE TABLE plans (job TEXT PRIMARY KEY, plan BLOB NOT NULL) STRICT;
 CREATE TABLE attempts (
     context BLOB PRIMARY KEY, job TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
-    header BLOB NOT NULL, state BLOB, survivors BLOB, UNIQUE (job, round, attempt)
+    header BLOB NOT NULL, ledger_head BLOB NOT NULL, state BLOB, survivors BLOB,
+    UNIQUE (job, round, attempt)
 ) STRICT;
 CREATE TABLE answers (
     context BLOB NOT NULL, stage TEXT NOT NULL, request BLOB NOT NULL, reply BLOB NOT NULL,
@@ -167,7 +168,17 @@ class Session:
             )
         return bytes(row[1])
 
-    def open(self, header: RoundHeader, state: bytes, request: bytes, reply: bytes) -> None:
+    def published_head(self) -> bytes | None:
+        """The ledger head that this site signed last; None before its first attempt."""
+        with self._storage_errors():
+            row = self._database.execute(
+                "SELECT ledger_head FROM attempts ORDER BY rowid DESC LIMIT 1"
+            ).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def open(
+        self, header: RoundHeader, ledger_head: bytes, state: bytes, request: bytes, reply: bytes
+    ) -> None:
         """Burns an attempt number together with the answer to its first stage.
 
         Whatever earlier attempts of the job still held is deleted: their time is over.
@@ -179,14 +190,15 @@ class Session:
             )
             self._database.execute("UPDATE attempts SET state = NULL WHERE job = ?", (header.job,))
             self._database.execute(
-                "INSERT INTO attempts (context, job, round, attempt, header, state)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO attempts (context, job, round, attempt, header, ledger_head, state)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (
                     header.context(),
                     header.job,
                     header.round,
                     header.attempt,
                     encode(header),
+                    ledger_head,
                     state,
                 ),
             )

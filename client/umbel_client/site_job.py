@@ -19,7 +19,7 @@ from umbel_client.prepared import prepare
 from umbel_client.training import sampling_rate, train_round
 from umbel_common.adapter import Vector
 from umbel_common.canonical import Entropy
-from umbel_common.errors import BudgetError, RemoteProtocolError
+from umbel_common.errors import BudgetError, LocalProtocolError, RemoteProtocolError
 from umbel_common.identity import Roster
 from umbel_common.plan import LocalPrivacy, TrainingPlan
 from umbel_common.quantise import RingVector, encode, encoding_of
@@ -44,16 +44,20 @@ class SiteJob:
         plan: TrainingPlan,
         roster: Roster,
         *,
+        published_head: bytes | None,
         observer: Observer,
         entropy: Entropy,
     ) -> None:
         """Loads data and model, calibrates the noise, and opens the data set's ledger.
 
+        Args:
+            published_head: the ledger head that this site signed last; the ledger must contain it.
+
         Raises:
             DataError, ModelError: what is on the site's disk does not fit the plan.
             CalibrationError, PolicyRefusal: the plan's privacy cannot be had with this data set.
             BudgetError: the whole plan would go past the data set's budget.
-            LedgerError: the ledger is corrupt or in use.
+            LedgerError: the ledger is corrupt, rolled back, or in use.
         """
         self.plan = plan
         self._config = config
@@ -65,6 +69,8 @@ class SiteJob:
         state = Path(config.state)
         self._ledger = Ledger.open(state / "ledger.sqlite", records.digest())
         try:
+            if published_head is not None:
+                self._ledger.verify(published_head)
             self._check_budget()
             self._model = AdaptedModel.load(Path(config.model.path), plan)
             self._data = prepare(
@@ -96,14 +102,17 @@ class SiteJob:
                 one round has one delta.
         """
         number = header.round
-        event = self._event(self.plan.training.local_steps)
+        reserved = self._ledger.state(self.plan.job, number)
+        # A round that was reserved keeps its noise, even if a new version would calibrate another.
+        event = self._event(self.plan.training.local_steps) if reserved is None else reserved.event
         self._ledger.reserve(self.plan.job, self.plan.digest(), number, event, self._budget)
         self._observer.charged(number, self._spent())
         if self._recorded_digest(number) is None:
             # Whatever a killed computation left is replaced, never released.
-            computed = self._compute(number, header.adapter, adapter)
+            noise = None if event is None else event.noise_multiplier
+            computed = self._compute(number, header.adapter, adapter, noise)
             self._ledger.computed(self.plan.job, number, computed)
-        started_from, _, _ = self._deltas.load(number, self._recorded_digest(number))
+        started_from, _, _ = self._stored(number)
         if started_from != header.adapter:
             raise RemoteProtocolError(
                 "other-adapter", f"round {number} was computed from another global adapter"
@@ -114,7 +123,7 @@ class SiteJob:
 
         Rounding again for another attempt is post-processing of the same noisy delta.
         """
-        _, delta, _ = self._deltas.load(header.round, self._recorded_digest(header.round))
+        _, delta, _ = self._stored(header.round)
         encoding = encoding_of(self.plan.aggregation, len(header.cohort))
         return encode(delta, self._weight, encoding, self._entropy)
 
@@ -122,18 +131,26 @@ class SiteJob:
         """The round's masked delta is about to leave."""
         self._ledger.sent(self.plan.job, round_number)
 
+    def _stored(self, number: int) -> tuple[bytes, Vector, State]:
+        recorded = self._recorded_digest(number)
+        if recorded is None:
+            raise LocalProtocolError("not-computed", f"round {number} has no delta to send")
+        return self._deltas.load(number, recorded)
+
     def _recorded_digest(self, number: int) -> bytes | None:
         recorded = self._ledger.state(self.plan.job, number)
         return None if recorded is None else recorded.delta_digest
 
-    def _compute(self, number: int, adapter_digest: bytes, adapter: Vector) -> bytes:
+    def _compute(
+        self, number: int, adapter_digest: bytes, adapter: Vector, noise_multiplier: float | None
+    ) -> bytes:
         result = train_round(
             self._model,
             self._data,
             self.plan,
             number,
             adapter,
-            self.noise.noise_multiplier,
+            noise_multiplier,
             self._optimizer_state(number),
             entropy=self._entropy,
             physical_batch_size=self._config.physical_batch_size,
@@ -144,8 +161,10 @@ class SiteJob:
     def _optimizer_state(self, number: int) -> State | None:
         """Of the last round that this site computed: it may have slept through some."""
         for former in range(number - 1, 0, -1):
-            if self._deltas.has(former):
-                return self._deltas.load(former)[2]
+            # Only of a round whose delta the ledger knows: what a killed computation left must not
+            # flow into a later release.
+            if self._recorded_digest(former) is not None:
+                return self._stored(former)[2]
         return None
 
     def _check_budget(self) -> None:

@@ -147,6 +147,7 @@ class Trainer:
         adapter = self._check_release(request, header, plan)
         job = self._loaded_job(plan.job)
         job.train(header, adapter)
+        head = job.ledger_head()
         state, advert = secagg.advertise(
             header,
             self._config.site,
@@ -156,11 +157,11 @@ class Trainer:
                 minimum_cohort=self._config.policy.minimum_cohort,
             ),
             self._identity,
-            job.ledger_head(),
+            head,
             self._entropy,
         )
         reply = self._seal(TrainReply(advert=advert))
-        self._session.open(header, encode(state), fingerprint, reply)
+        self._session.open(header, head, encode(state), fingerprint, reply)
         return reply
 
     def _check_header(self, header: RoundHeader, plan: TrainingPlan) -> None:
@@ -242,7 +243,12 @@ class Trainer:
             self._job.close()
             self._job = None
         self._job = SiteJob(
-            self._config, plan, self._roster, observer=self._observer, entropy=self._entropy
+            self._config,
+            plan,
+            self._roster,
+            published_head=self._session.published_head(),
+            observer=self._observer,
+            entropy=self._entropy,
         )
 
     def _open(self, signed: Signed, kind: type[V]) -> V:

@@ -76,8 +76,11 @@ def read_diagnoses() -> list[Diagnosis]:
 
 
 def is_for_test(category: str) -> bool:
-    """Whether the texts of a category are held out: all or none, so that no near-repetition of a
-    training text is in the test; by a fixed public key, so that the split is the same everywhere."""
+    """Whether the texts of a category are held out.
+
+    All or none of them, so that no near-repetition of a training text is in the test; by a fixed
+    public key, so that the split is the same everywhere.
+    """
     digest = hashlib.blake2b(category.encode(), key=_SPLIT_KEY, digest_size=8).digest()
     return int.from_bytes(digest, "big") < TEST_SHARE * 2**64
 

@@ -29,7 +29,7 @@ ANSWERED = {
 STAGES = ("train", "share", "mask", "confirm", "unmask")
 """What an attempt asks of a site, in this order."""
 
-_UNITS = ((1e3, "kB"), (1e6, "MB"), (1e9, "GB"))
+_UNITS = ((1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB"))
 
 WARNINGS_SHOWN = 5
 SCORES_SHOWN = 4

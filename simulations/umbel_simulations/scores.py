@@ -19,9 +19,7 @@ def score(labels: NDArray[np.int64], predicted: NDArray[np.int64]) -> Score:
     """
     return Score(
         accuracy=float(accuracy_score(labels, predicted)),
-        macro_f1=float(
-            f1_score(labels, predicted, labels=np.unique(labels), average="macro", zero_division=0)
-        ),
+        macro_f1=float(f1_score(labels, predicted, labels=np.unique(labels), average="macro")),
     )
 
 

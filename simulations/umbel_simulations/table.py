@@ -14,7 +14,9 @@ def print_summary(console: Console, summary: RunSummary) -> None:
     """Prints the comparison and the sites, under a banner if nothing is private."""
     for warning in warnings_of(summary):
         console.print(Panel(warning, style="bold white on red", box=box.SQUARE), highlight=False)
-    console.print(_comparisons(summary), _sites(summary), highlight=False)
+    for table in (_comparisons(summary), _sites(summary)):
+        console.print(table)
+        console.print()
     aborted = summary.aborted_attempts
     if aborted:
         console.print(f"{aborted} aborted {'attempt' if aborted == 1 else 'attempts'}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+
 from umbel_client.data import Record, load_records
 from umbel_common.errors import DataError
 from umbel_common.plan import Classification
@@ -68,9 +69,9 @@ def test_the_digest_is_of_the_file_whatever_a_plan_calls_its_columns(tmp_path: P
     }
     assert len(digests) == 1
     other = jsonl(tmp_path / "b.jsonl", [{"a": "x", "b": "z", "label": "heart"}])
-    assert load_records(other, Classification(labels=TASK.labels, text_column="a")).digest() not in (
-        digests
-    )
+    assert load_records(
+        other, Classification(labels=TASK.labels, text_column="a")
+    ).digest() not in (digests)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from transformers import (
     RobertaConfig,
     RobertaModel,
 )
+
 from umbel_client.batch import TokenInputs
 from umbel_client.export import write_adapter
 from umbel_client.model import AdaptedModel, folder_digest, plan_lora
@@ -39,6 +40,8 @@ from umbel_common.plan import (
     Training,
     TrainingPlan,
 )
+
+torch.set_num_threads(1)
 
 MINILM = Path(get_model_path())
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 40}

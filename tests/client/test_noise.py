@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+
 from umbel_client.noise import NoiseSource
 
 
@@ -49,7 +50,7 @@ def test_two_sources_differ() -> None:
 
 def test_seeding_other_generators_changes_nothing() -> None:
     torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002  # the point: the global generator has no say
+    np.random.seed(0)  # the point: the global generator has no say
     first = NoiseSource(fixed(3)).normal(100)
     torch.manual_seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()

@@ -20,6 +20,7 @@ from transformers import (
     RobertaConfig,
     RobertaModel,
 )
+
 from umbel_client.batch import HiddenInputs, PooledInputs
 from umbel_client.model import AdaptedModel, folder_digest, plan_lora
 from umbel_client.prefix import forget, frozen_prefix, token_inputs
@@ -34,6 +35,8 @@ from umbel_common.plan import (
     Training,
     TrainingPlan,
 )
+
+torch.set_num_threads(1)
 
 MINILM = Path(get_model_path())
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 40}
@@ -220,7 +223,9 @@ def test_the_cache_is_filled_once_and_reports_its_progress(tmp_path: Path) -> No
 def test_other_records_depths_or_models_have_other_files(tmp_path: Path) -> None:
     folder = bert(tmp_path / "m")
     torch.manual_seed(9)
-    other = saved(tmp_path / "o", BertForSequenceClassification(BertConfig(num_hidden_layers=3, **SIZES)).bert)
+    other = saved(
+        tmp_path / "o", BertForSequenceClassification(BertConfig(num_hidden_layers=3, **SIZES)).bert
+    )
     for model, tokens in (
         (loaded(folder), ragged(seed=0)),
         (loaded(folder), ragged(seed=1)),

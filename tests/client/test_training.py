@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
+
 from umbel_client.model import AdaptedModel, folder_digest, plan_lora
 from umbel_client.noise import NoiseSource
+from umbel_client.precision import Precision
 from umbel_client.prefix import frozen_prefix
 from umbel_client.prepared import PreparedData
 from umbel_client.private_step import PrivateOptimizer, per_record_gradients, private_step
@@ -34,6 +36,8 @@ from umbel_common.plan import (
 )
 
 TASK = ClassificationTask()
+torch.set_num_threads(1)
+
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(35))]
 SGD = Sgd(adapter_learning_rate=1.0, head_learning_rate=1.0)
 ADAM = Adam(adapter_learning_rate=0.01, head_learning_rate=0.02)
@@ -117,8 +121,10 @@ def some_vector(plan: TrainingPlan, scale: float = 0.3) -> np.ndarray:
     return np.random.default_rng(0).normal(0, scale, plan.lora.size).astype(np.float32)
 
 
-def model_of(folder: Path, plan: TrainingPlan, round_number: int = 1) -> AdaptedModel:
-    model = AdaptedModel.load(folder, plan)
+def model_of(
+    folder: Path, plan: TrainingPlan, round_number: int = 1, precision: Precision = "float32"
+) -> AdaptedModel:
+    model = AdaptedModel.load(folder, plan, precision=precision)
     model.set_vector(some_vector(plan))
     model.select(round_number)
     return model
@@ -163,14 +169,13 @@ def step_of(
     clip_norm: float = 0.5,
     expected: float = 8.0,
     physical: int = 4,
-    entropy=fixed(1),
 ) -> np.ndarray:
     """What one private step of gradient descent with rate 1 subtracts from the adapter."""
     parameters = [p for p in model.adapter.values() if p.requires_grad]
     before = torch.cat([p.detach().flatten().clone() for p in parameters])
     optimizer = PrivateOptimizer(
         torch.optim.SGD(parameters, lr=1.0),
-        NoiseSource(entropy),
+        NoiseSource(fixed(1)),
         noise_multiplier=noise_multiplier,
         clip_norm=clip_norm,
         expected_batch_size=expected,
@@ -179,7 +184,9 @@ def step_of(
         private_step(TASK, model, data, chosen, optimizer, physical)
     after = torch.cat([p.detach().flatten().clone() for p in parameters])
     with torch.no_grad():
-        for parameter, old in zip(parameters, before.split([p.numel() for p in parameters]), strict=True):
+        for parameter, old in zip(
+            parameters, before.split([p.numel() for p in parameters]), strict=True
+        ):
             parameter.copy_(old.view_as(parameter))
     return (before - after).numpy()
 
@@ -244,10 +251,13 @@ def test_physical_batches_do_not_change_the_step(folder: Path, physical: int) ->
     assert np.abs(whole - parts).max() < 1e-6
 
 
-def test_one_record_moves_the_sum_by_the_clip_norm_at_most(folder: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_one_record_moves_the_sum_by_the_clip_norm_at_most(
+    folder: Path, precision: Precision
+) -> None:
     """A very long record beside 15 short ones: a mean over the batch's tokens would fail here."""
     data = records([3] * 15 + [200])
-    model = model_of(folder, plan_of(folder))
+    model = model_of(folder, plan_of(folder), precision=precision)
     every = np.arange(16)
     for clip_norm in (0.01, 0.5):
         options = {"clip_norm": clip_norm, "expected": 1.0, "physical": 16}
@@ -257,6 +267,13 @@ def test_one_record_moves_the_sum_by_the_clip_norm_at_most(folder: Path) -> None
             assert np.linalg.norm(with_all - without) <= clip_norm * (1 + 1e-4)
     # The bound is tight, so nothing else bounds it.
     assert np.linalg.norm(step_of(model, data, every[-1:], clip_norm=0.01, expected=1.0)) > 0.0099
+
+
+def test_bfloat16_layers_give_nearly_the_same_step(folder: Path) -> None:
+    plan, data = plan_of(folder), ragged()
+    wanted = step_of(model_of(folder, plan), data, np.arange(16))
+    found = step_of(model_of(folder, plan, precision="bfloat16"), data, np.arange(16))
+    assert 0 < np.linalg.norm(found - wanted) < 0.03 * np.linalg.norm(wanted)
 
 
 def test_an_empty_batch_takes_a_step_of_noise_alone(folder: Path) -> None:
@@ -436,9 +453,7 @@ def test_moments_live_across_rounds(folder: Path) -> None:
     wanted = train(model, data, both)
     first = train(model, data, single)
     middle = some_vector(single) + first.delta
-    second = train(
-        model, data, single, round_number=2, global_vector=middle, state=first.state
-    )
+    second = train(model, data, single, round_number=2, global_vector=middle, state=first.state)
     assert np.abs(first.delta + second.delta - wanted.delta).max() < 1e-6
     anew = train(model, data, single, round_number=2, global_vector=middle)
     assert np.abs(first.delta + anew.delta - wanted.delta).max() > 1e-4
@@ -457,7 +472,9 @@ def test_moments_of_the_resting_matrix_rest(folder: Path) -> None:
     assert a_steps not in first
     assert np.array_equal(second[b_moment], first[b_moment])
     assert not np.array_equal(third[b_moment], first[b_moment])
-    counts = [(float(s[b_steps]), float(s.get(a_steps, np.zeros(())))) for s in (first, second, third)]
+    counts = [
+        (float(s[b_steps]), float(s.get(a_steps, np.zeros(())))) for s in (first, second, third)
+    ]
     assert counts == [(1, 0), (1, 1), (2, 1)]
     assert float(third["step/head.bias"]) == 3
 
@@ -538,7 +555,9 @@ def test_training_that_diverges_is_an_error(folder: Path) -> None:
 def test_sites_in_threads_train_as_if_alone(folder: Path) -> None:
     plan = plan_of(folder, local_steps=5, optimizer=ADAM)
     sites = [(AdaptedModel.load(folder, plan), records([5] * 20, seed)) for seed in range(4)]
-    alone = [train(model, data, plan, entropy=fixed(i)).delta for i, (model, data) in enumerate(sites)]
+    alone = [
+        train(model, data, plan, entropy=fixed(i)).delta for i, (model, data) in enumerate(sites)
+    ]
     together: dict[int, np.ndarray] = {}
 
     def site(index: int) -> None:

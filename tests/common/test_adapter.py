@@ -50,7 +50,7 @@ def test_the_initial_adapter_leaves_the_model_unchanged(make_plan: MakePlan) -> 
 
 
 @pytest.mark.parametrize("shape", [(2, 6), (6, 2), (8, 384), (5, 5)])
-def test_A_starts_orthonormal_in_its_shorter_side(  # noqa: N802  # LoRA's name
+def test_A_starts_orthonormal_in_its_shorter_side(  # LoRA's name
     make_plan: MakePlan, shape: tuple[int, int]
 ) -> None:
     plan = with_method(

@@ -3,6 +3,7 @@
 import math
 import os
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -159,6 +160,16 @@ def test_at_the_headroom_bound_the_largest_sum_does_not_wrap_and_one_step_past_i
     assert caught.value.field == "aggregation.step"
     with pytest.raises(PlanError):
         encode(np.zeros(1, dtype=np.float32), 1, past, os.urandom)
+
+
+@pytest.mark.parametrize("ring_bits", [16, 32])
+def test_a_sum_of_exactly_half_the_ring_is_refused(ring_bits):
+    """It would be read as its own negative."""
+    half = float(2 ** (ring_bits - 1))
+    code = encoding(clip_range=half / 2, step=1.0, ring_bits=ring_bits, max_weight=1, sites=2)
+    with pytest.raises(PlanError):
+        code.prove_headroom()
+    msgspec.structs.replace(code, clip_range=half / 2 - 1).prove_headroom()
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,14 @@ def test_a_survivor_that_neither_confirms_nor_reveals_stays_in_the_sum(make_atte
     assert (attempt.machine.total == attempt.plain_sum(attempt.header.cohort)).all()
 
 
+@pytest.mark.parametrize("dropped", [{ME}, {OTHER}, {"site-04"}, {ME, "site-04"}])
+def test_masks_of_dropped_out_sites_are_removed_wherever_their_names_sort(make_attempt, dropped):
+    attempt = make_attempt(SIZE, THRESHOLD).run_to("end", silent={"mask": dropped})
+    survivors = tuple(site for site in attempt.header.cohort if site not in dropped)
+    assert attempt.machine.survivors == survivors
+    assert (attempt.machine.total == attempt.plain_sum(survivors)).all()
+
+
 def test_the_running_sum_is_masked_until_the_end(make_attempt):
     zeros = {f"site-{index:02}": np.zeros(16, dtype="<u4") for index in range(SIZE)}
     attempt = make_attempt(SIZE, THRESHOLD, vectors=zeros, length=16).run_to("reveal")

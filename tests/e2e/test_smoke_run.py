@@ -1,0 +1,225 @@
+"""One finished run of the scenario `smoke`: what it leaves behind, and what that proves."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from umbel_client.config import load_config
+from umbel_client.data import load_records
+from umbel_client.ledger import Ledger
+from umbel_client.model import AdaptedModel
+from umbel_client.prepared import prepare
+from umbel_client.task import ClassificationTask
+from umbel_common.adapter import flatten
+from umbel_common.canonical import decode_canonical
+from umbel_common.identity import Signed
+from umbel_common.plan import TrainingPlan
+from umbel_server.registry import read_vector
+from umbel_simulations.scenario import find_scenario, model_folder
+
+Simulate = Callable[..., Any]
+
+TEXTS = ["acute appendicitis with peritonitis", "open-angle glaucoma", "iron deficiency anaemia"]
+
+
+def plan_of(run: Path) -> TrainingPlan:
+    signed = decode_canonical((run / "plan.msgpack").read_bytes(), Signed)
+    return decode_canonical(signed.statement, TrainingPlan)
+
+
+def test_a_run_leaves_everything_that_the_readme_names(smoke_run: Path) -> None:
+    for name in (
+        "scenario.json",
+        "roster.json",
+        "plan.json",
+        "plan.msgpack",
+        "headers.jsonl",
+        "transcript.jsonl",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/tokenizer.json",
+        "adapter/README.md",
+    ):
+        assert (smoke_run / name).stat().st_size > 0, name
+
+
+def test_plain_peft_loads_the_adapter_and_gives_the_logits_that_umbel_gives(smoke_run: Path) -> None:
+    plan = plan_of(smoke_run)
+    base = model_folder(find_scenario("smoke").model)
+    adapter = smoke_run / "adapter"
+    # As the adapter's own card says, with nothing of Umbel.
+    task = json.loads((adapter / "task.json").read_text())
+    head = load_file(adapter / "head.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    plain = PeftModel.from_pretrained(AutoModel.from_pretrained(base), adapter).eval()
+    batch = tokenizer(
+        TEXTS, truncation=True, max_length=task["max_tokens"], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        tokens = plain(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1)
+        pooled = torch.nn.functional.normalize((tokens * mask).sum(1) / mask.sum(1), dim=-1)
+        expected = task["logit_scale"] * pooled @ head["weight"].T + head["bias"]
+
+    ours = AdaptedModel.load(base, plan)
+    ours.set_vector(read_vector(adapter, plan))
+    records = load_records(write_records(smoke_run.parent / "texts.jsonl", plan), plan.task)
+    data = prepare(ours, base, records, cache=None, progress=lambda done, total: None)
+    with torch.no_grad():
+        logits = ours.logits(ClassificationTask().batch(data, np.arange(len(TEXTS))).inputs)
+    # The frozen layers' outputs are kept as float16.
+    assert torch.allclose(logits, expected, atol=2e-2)
+    assert (logits.argmax(-1) == expected.argmax(-1)).all()
+    # The adapter does something: without it the logits differ.
+    with torch.no_grad(), plain.disable_adapter():
+        bare = plain(**batch).last_hidden_state
+    assert (bare - tokens).abs().max() > 1e-3
+
+
+def write_records(path: Path, plan: TrainingPlan) -> Path:
+    rows = [json.dumps({"text": text, "label": plan.task.labels[0]}) for text in TEXTS]
+    path.write_text("\n".join(rows))
+    return path
+
+
+def test_what_left_a_site_is_masked_and_nothing_is_in_clear(smoke_run: Path) -> None:
+    summary = json.loads((smoke_run / "summary.json").read_text())
+    plan = plan_of(smoke_run)
+    trained = sum(tensor.size for tensor in plan.trained_tensors(1))
+    for site in summary["sites"]:
+        assert site["sent_clear_bytes"] == 0
+        assert site["sent_masked_bytes"] == plan.training.rounds * 4 * (trained + 1)
+        assert site["sent_protocol_bytes"] < 0.1 * site["sent_masked_bytes"]
+
+
+def test_the_ledger_of_each_site_holds_what_the_summary_says(smoke_run: Path) -> None:
+    summary = json.loads((smoke_run / "summary.json").read_text())
+    plan = plan_of(smoke_run)
+    for site in summary["sites"]:
+        config = load_config(smoke_run / "sites" / site["name"] / "client.toml")
+        records = load_records(Path(config.data.path), plan.task)
+        with Ledger.open(Path(config.state) / "ledger.sqlite", records.digest()) as ledger:
+            assert len(ledger.history()) == plan.training.rounds
+            assert ledger.spent(1e-5) == pytest.approx(site["epsilon"])
+            assert 0.99 * 8.0 < ledger.spent(1e-5) <= 8.0
+
+
+def test_every_site_holds_the_same_adapter(smoke_run: Path) -> None:
+    plan = plan_of(smoke_run)
+    vectors = [
+        read_vector(site / "state" / "adapters" / plan.job, plan)
+        for site in (smoke_run / "sites").iterdir()
+    ]
+    assert len(vectors) == 3
+    assert all(np.array_equal(vector, vectors[0]) for vector in vectors)
+    assert np.array_equal(read_vector(smoke_run / "adapter", plan), vectors[0])
+
+
+def test_private_files_are_private(smoke_run: Path) -> None:
+    for site in (smoke_run / "sites").iterdir():
+        assert (site / "identity.pem").stat().st_mode & 0o077 == 0
+        assert (site / "state").stat().st_mode & 0o077 == 0
+        assert (site / "state" / "session.sqlite").stat().st_mode & 0o077 == 0
+
+
+def test_verify_confirms_the_run(simulate: Simulate, smoke_run: Path) -> None:
+    result = simulate("verify", smoke_run)
+    assert result.returncode == 0, result.stderr
+    assert "2 rounds released, 0 attempts aborted" in result.stdout
+
+
+def cut_transcript(run: Path) -> None:
+    lines = (run / "transcript.jsonl").read_bytes().splitlines()
+    (run / "transcript.jsonl").write_bytes(b"\n".join(lines[:1] + lines[2:]) + b"\n")
+
+
+def forge_transcript(run: Path) -> None:
+    lines = (run / "transcript.jsonl").read_text().splitlines()
+    entry = json.loads(lines[1])
+    entry["signature"] = json.loads(lines[2])["signature"]
+    lines[1] = json.dumps(entry)
+    (run / "transcript.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def change_adapter(run: Path) -> None:
+    path = run / "adapter" / "head.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def change_roster(run: Path) -> None:
+    path = run / "roster.json"
+    roster = json.loads(path.read_text())
+    members = roster["members"]
+    first, second = (members if isinstance(members, list) else list(members.values()))[:2]
+    key = "public_key"
+    first[key], second[key] = second[key], first[key]
+    path.write_text(json.dumps(roster))
+
+
+def drop_header(run: Path) -> None:
+    lines = (run / "headers.jsonl").read_bytes().splitlines()
+    (run / "headers.jsonl").write_bytes(lines[0] + b"\n")
+
+
+def change_summary(run: Path) -> None:
+    path = run / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["transcript_head"] = "00" * 32
+    path.write_text(json.dumps(summary))
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [cut_transcript, forge_transcript, change_adapter, change_roster, drop_header, change_summary],
+)
+def test_verify_notices_every_tampering(
+    simulate: Simulate, smoke_run: Path, tmp_path: Path, tamper: Callable[[Path], None]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(smoke_run, copy, ignore=shutil.ignore_patterns("sites", "server", "public"))
+    tamper(copy)
+    result = simulate("verify", copy)
+    assert result.returncode == 52, result.stdout
+    assert result.stderr.startswith("error: ")
+
+
+def test_the_name_of_a_finished_run_is_refused(simulate: Simulate, smoke_run: Path) -> None:
+    before = (smoke_run / "summary.json").read_bytes()
+    result = simulate("run", "smoke", "--runs", smoke_run.parent, "--name", "smoke")
+    assert result.returncode == 51
+    assert "finished" in result.stderr
+    other = simulate("run", "smoke", "--runs", smoke_run.parent, "--name", "smoke", "--seed", 8)
+    assert other.returncode == 51
+    assert "another scenario" in other.stderr
+    assert (smoke_run / "summary.json").read_bytes() == before
+
+
+def test_the_curve_starts_before_training_and_rises(smoke_run: Path) -> None:
+    summary = json.loads((smoke_run / "summary.json").read_text())
+    accuracies = [point["score"]["accuracy"] for point in summary["curve"]]
+    assert [point["round"] for point in summary["curve"]] == [0, 1, 2]
+    assert accuracies[-1] > 0.3 > accuracies[0]
+
+
+def test_flattening_what_peft_reads_gives_the_released_vector(smoke_run: Path) -> None:
+    plan = plan_of(smoke_run)
+    tensors = load_file(smoke_run / "adapter" / "adapter_model.safetensors")
+    head = load_file(smoke_run / "adapter" / "head.safetensors")
+    values = {name: value.numpy() for name, value in tensors.items()}
+    values |= {f"head.{name}": value.numpy() for name, value in head.items()}
+    released = read_vector(smoke_run / "adapter", plan)
+    assert np.array_equal(flatten(values, plan.lora.tensors), released)

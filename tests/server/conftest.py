@@ -1,0 +1,189 @@
+"""Sites without model and data: the real protocol core over deltas that a test chooses."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from umbel_common.adapter import Vector, size_of
+from umbel_common.identity import Identity, Roster, open_signed
+from umbel_common.plan import TrainingPlan
+from umbel_common.quantise import encode, encoding_of
+from umbel_common.secagg import participant as secagg
+from umbel_common.statements import Release, RoundHeader
+from umbel_common.wire import (
+    ConfirmReply,
+    ConfirmRequest,
+    FinishReply,
+    FinishRequest,
+    MaskReply,
+    MaskRequest,
+    OfferReply,
+    OfferRequest,
+    Reply,
+    Request,
+    ShareReply,
+    ShareRequest,
+    TrainReply,
+    TrainRequest,
+    UnmaskReply,
+    UnmaskRequest,
+    open_request,
+    seal_reply,
+    size_limit,
+)
+from umbel_server.job import Job, Limits, Step
+from umbel_server.registry import Registry
+from umbel_server.store import Store
+
+
+class ToySite:
+    """Answers like a site whose training always gives the same delta."""
+
+    def __init__(self, name: str, identity: Identity, roster: Roster, plan: TrainingPlan) -> None:
+        self.name = name
+        self.identity = identity
+        self.roster = roster
+        self.plan = plan
+        self.requests: list[Request] = []
+        self.state: secagg.State | None = None
+        self.cohort_size = 0
+        self.round = 0
+
+    def delta(self, round_number: int) -> Vector:
+        """A delta that differs between sites and rounds."""
+        seed = sum(self.name.encode()) + round_number
+        size = size_of(self.plan.trained_tensors(round_number))
+        return np.random.default_rng(seed).uniform(-0.5, 0.5, size).astype(np.float32)
+
+    def handle(self, sealed: bytes) -> bytes:
+        request = open_request(self.roster.operator, self.name, sealed, limit=size_limit(self.plan))
+        self.requests.append(request)
+        return seal_reply(self.identity, self.name, self.answer(request))
+
+    def answer(self, request: Request) -> Reply:
+        match self.state, request:
+            case _, OfferRequest():
+                return OfferReply(plan=self.plan.digest())
+            case _, FinishRequest():
+                release = open_signed(request.release, Release, self.roster.operator)
+                return FinishReply(adapter=release.adapter)
+            case _, TrainRequest():
+                header = open_signed(request.header, RoundHeader, self.roster.operator)
+                rules = secagg.Rules(
+                    threshold=self.plan.aggregation.threshold, colluding=0, minimum_cohort=2
+                )
+                self.cohort_size, self.round = len(header.cohort), header.round
+                self.state, advert = secagg.advertise(
+                    header, self.name, rules, self.identity, bytes(32), os.urandom
+                )
+                return TrainReply(advert=advert)
+            case secagg.Advertised() as state, ShareRequest():
+                self.state, shares = state.receive(request.adverts, self.roster, os.urandom)
+                return ShareReply(context=request.context, shares=shares)
+            case secagg.Shared() as state, MaskRequest():
+                encoding = encoding_of(self.plan.aggregation, self.cohort_size)
+                vector = encode(self.delta(self.round), 1, encoding, os.urandom)
+                self.state, masked = state.receive(request.shares, vector)
+                return MaskReply(context=request.context, vector=masked.tobytes())
+            case secagg.Masked() as state, ConfirmRequest():
+                self.state, signature = state.receive(request.survivors, self.identity)
+                return ConfirmReply(context=request.context, signature=signature)
+            case secagg.Confirmed() as state, UnmaskRequest():
+                self.state, revealed = state.receive(request.signatures, self.roster)
+                return UnmaskReply(context=request.context, shares=revealed)
+        raise AssertionError(f"{type(request).__name__} in state {type(self.state).__name__}")
+
+
+class LoopLink:
+    """`job.Link` without a network: sites answer in turn, unless a test loses the message."""
+
+    def __init__(self, sites: Mapping[str, Callable[[bytes], bytes]]) -> None:
+        self.sites = dict(sites)
+        self.lost: Callable[[Step, str], bool] = lambda step, site: False
+        self.steps: list[Step] = []
+
+    def exchange(
+        self, step: Step, requests: Mapping[str, bytes], seconds: float
+    ) -> Iterator[tuple[str, bytes]]:
+        self.steps.append(step)
+        for site, sealed in requests.items():
+            if not self.lost(step, site):
+                yield site, self.sites[site](sealed)
+
+
+class Silent:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.aborts: list[tuple[int, int, str]] = []
+        self.releases: list[Release] = []
+
+    def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
+        assert received > 0
+        assert sent > 0
+
+    def aborted(self, round_number: int, attempt: int, check: str) -> None:
+        self.aborts.append((round_number, attempt, check))
+
+    def released(self, release: Release, adapter: Vector) -> None:
+        self.releases.append(release)
+
+
+class Setting:
+    """A federation of toy sites with the real job, store and registry on disk."""
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: TrainingPlan,
+        operator: Identity,
+        identities: dict[str, Identity],
+        roster: Roster,
+    ) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.operator = operator
+        self.roster = roster
+        self.sites = {
+            name: ToySite(name, identity, roster, plan) for name, identity in identities.items()
+        }
+        self.link = LoopLink({name: site.handle for name, site in self.sites.items()})
+        self.observer = Silent()
+        self.store = Store(folder / "journal.sqlite")
+        self.registry = Registry(folder / "registry")
+
+    def job(self, attempts: int = 3) -> Job:
+        """A new job object over the same disk, as after a restart."""
+        return Job(
+            self.plan,
+            self.roster,
+            self.operator,
+            store=self.store,
+            registry=self.registry,
+            link=self.link,
+            observer=self.observer,
+            limits=Limits(attempts=attempts),
+        )
+
+
+@pytest.fixture
+def make_setting(
+    tmp_path: Path,
+    make_plan: Callable[..., TrainingPlan],
+    make_federation: Callable[[int], tuple[Identity, dict[str, Identity], Roster]],
+) -> Iterator[Callable[..., Setting]]:
+    """A federation of so many toy sites; keyword arguments replace parts of the plan."""
+    settings: list[Setting] = []
+
+    def make(count: int, **parts: object) -> Setting:
+        operator, identities, roster = make_federation(count)
+        setting = Setting(tmp_path, make_plan(**parts), operator, identities, roster)
+        settings.append(setting)
+        return setting
+
+    yield make
+    for setting in settings:
+        setting.store.close()

@@ -1,0 +1,178 @@
+"""Sources: ICD-10-CM as it ships, and a developer's own files."""
+
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from umbel_common.errors import DataError
+from umbel_simulations import icd10
+from umbel_simulations.icd10 import CHAPTERS, is_for_test, read_diagnoses
+from umbel_simulations.scenario import FileData, Icd10Data, Scenario, Sites, find_scenario
+from umbel_simulations.sources import Corpus, Example, load_source
+
+
+def scenario_on(data: Icd10Data | FileData, **parts: object) -> Scenario:
+    return msgspec.structs.replace(find_scenario("smoke"), data=data, **parts)
+
+
+def files(folder: Path, train: str, test: str, suffix: str = ".jsonl") -> FileData:
+    (folder / f"train{suffix}").write_text(train, encoding="utf-8")
+    (folder / f"test{suffix}").write_text(test, encoding="utf-8")
+    return FileData(train=str(folder / f"train{suffix}"), test=str(folder / f"test{suffix}"))
+
+
+@pytest.fixture(scope="module")
+def icd() -> Corpus:
+    return load_source(scenario_on(Icd10Data(records_per_label=1500)))
+
+
+def test_icd_has_nineteen_chapters_and_the_sizes_that_the_documentation_states(
+    icd: Corpus,
+) -> None:
+    assert icd.labels == tuple(sorted(CHAPTERS.values()))
+    assert len(icd.labels) == 19
+    assert len(icd.train) + len(icd.test) == 25_468
+    assert (len(icd.train), len(icd.test)) == (20_712, 4_756)
+
+
+def test_icd_never_has_a_category_in_both_training_and_test_set(icd: Corpus) -> None:
+    train = {example.group for example in icd.train}
+    test = {example.group for example in icd.test}
+    assert train
+    assert test
+    assert not train & test
+    assert all(is_for_test(group) for group in test)
+
+
+def test_icd_never_repeats_a_text(icd: Corpus) -> None:
+    texts = [example.text.casefold() for example in (*icd.train, *icd.test)]
+    assert len(set(texts)) == len(texts)
+
+
+def test_icd_caps_each_chapter(icd: Corpus) -> None:
+    counts = Counter(example.label for example in (*icd.train, *icd.test))
+    assert max(counts.values()) == 1500
+    assert set(counts) == set(icd.labels)
+
+
+def test_icd_takes_descriptions_and_inclusion_terms() -> None:
+    chapter = {diagnosis.text: diagnosis.chapter for diagnosis in read_diagnoses()}
+    assert chapter["Cholera due to Vibrio cholerae 01, biovar eltor"] == CHAPTERS[1]
+    assert chapter["Cholera eltor"] == CHAPTERS[1]
+
+
+def test_icd_drops_a_text_that_stands_in_two_chapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chapter(number: int, *texts: str) -> str:
+        codes = "".join(
+            f"<diag><name>A0{index}</name><desc>{text}</desc></diag>"
+            for index, text in enumerate(texts)
+        )
+        return f"<chapter><name>{number}</name>{codes}</chapter>"
+
+    package = tmp_path / "simple_icd_other"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')", encoding="utf-8")
+    (package / "data" / "icd10c-tabular-test.xml").write_text(
+        f"<x>{chapter(1, 'both', 'one', 'ONE')}{chapter(2, 'Both', 'two  words')}"
+        f"{chapter(19, 'a wound')}</x>",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(icd10, "_PACKAGE", "simple_icd_other")
+    assert [diagnosis.text for diagnosis in read_diagnoses()] == ["one", "two words"]
+
+
+def test_icd_without_its_package_says_which_extra_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(icd10, "_PACKAGE", "no_such_package")
+    with pytest.raises(DataError) as caught:
+        read_diagnoses()
+    assert "umbel[demo]" in str(caught.value.remedy)
+
+
+def test_samples_follow_the_seed_and_leave_each_other_alone(icd: Corpus) -> None:
+    data = Icd10Data(train_records=50, test_records=40, records_per_label=1500)
+    first = load_source(scenario_on(data))
+    assert (len(first.train), len(first.test)) == (50, 40)
+    assert load_source(scenario_on(data)) == first
+    assert load_source(scenario_on(data, seed=8)).test != first.test
+    larger = load_source(scenario_on(msgspec.structs.replace(data, train_records=60)))
+    assert larger.test == first.test
+    assert set(first.test) <= set(icd.test)
+    assert first.labels == icd.labels
+
+
+JSONL = '{"text": "a cough", "label": "lung"}\n\n{"text": "a rash", "label": "skin"}\n'
+
+
+def test_json_lines_are_read(tmp_path: Path) -> None:
+    corpus = load_source(scenario_on(files(tmp_path, JSONL, JSONL)))
+    assert corpus.labels == ("lung", "skin")
+    assert corpus.train == (
+        Example(text="a cough", label="lung"),
+        Example(text="a rash", label="skin"),
+    )
+
+
+def test_csv_is_read_with_its_quotes_and_byte_order_mark(tmp_path: Path) -> None:
+    text = '\ufefflabel,text\n0,"a ""dry"", hacking cough"\n1,a rash\n'
+    corpus = load_source(scenario_on(files(tmp_path, text, text, ".csv")))
+    assert corpus.test[0] == Example(text='a "dry", hacking cough', label="0")
+
+
+def test_numbers_in_json_become_label_names(tmp_path: Path) -> None:
+    text = '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
+    assert load_source(scenario_on(files(tmp_path, text, text))).labels == ("0", "1")
+
+
+def test_the_partition_column_is_kept_and_not_asked_of_the_test_set(tmp_path: Path) -> None:
+    train = '{"text": "a", "label": "x", "ward": 3}\n'
+    data = files(tmp_path, train, '{"text": "b", "label": "x"}\n')
+    sites = Sites(count=3, partition="column", column="ward")
+    corpus = load_source(scenario_on(data, sites=sites))
+    assert corpus.train[0].group == "3"
+
+
+def test_a_label_is_capped_in_the_training_file_only(tmp_path: Path) -> None:
+    rows = "".join(f'{{"text": "t{number}", "label": "x"}}\n' for number in range(9))
+    data = msgspec.structs.replace(files(tmp_path, rows, rows), records_per_label=4)
+    corpus = load_source(scenario_on(data))
+    assert (len(corpus.train), len(corpus.test)) == (4, 9)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "field"),
+    [
+        ('{"text": "a"}', JSONL, "label, record 1"),
+        ('{"text": "  ", "label": "x"}', JSONL, "text, record 1"),
+        ('{"text": null, "label": "x"}', JSONL, "text, record 1"),
+        ('{"text": "a", "label": true}', JSONL, "label, record 1"),
+        (JSONL + "[1]\n", JSONL, "line 4"),
+        ("secret\n", JSONL, "line 1"),
+        (JSONL, '{"text": "a", "label": "heart"}\n', "label, record 1"),
+        ("", JSONL, None),
+    ],
+)
+def test_a_faulty_file_is_refused_by_file_and_row(
+    tmp_path: Path, train: str, test: str, field: str | None
+) -> None:
+    data = files(tmp_path, train, test)
+    with pytest.raises(DataError) as caught:
+        load_source(scenario_on(data))
+    assert caught.value.field == field
+    assert str(caught.value.file) in {data.train, data.test}
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "data.xlsx", "folder.csv"])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    path = str(tmp_path / name)
+    with pytest.raises(DataError) as caught:
+        load_source(scenario_on(FileData(train=path, test=path)))
+    assert str(caught.value.file) == path
