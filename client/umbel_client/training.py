@@ -20,7 +20,7 @@ from umbel_client.optimiser import (
     restore_state,
     set_learning_rates,
 )
-from umbel_client.prepared import PreparedData, prepare
+from umbel_client.prepared import PreparedData
 from umbel_client.private_step import PrivateOptimizer, per_record_gradients, private_step
 from umbel_client.task import ClassificationTask, Task
 from umbel_client.tokens import Ints
@@ -28,16 +28,6 @@ from umbel_common.adapter import Vector, unflatten
 from umbel_common.canonical import Entropy
 from umbel_common.errors import DataError, ModelError, PlanError
 from umbel_common.plan import LocalPrivacy, Tensor, TrainingPlan
-
-__all__ = [
-    "OptimizerState",
-    "PreparedData",
-    "RoundResult",
-    "evaluate",
-    "prepare",
-    "sampling_rate",
-    "train_round",
-]
 
 _TASK = ClassificationTask()
 

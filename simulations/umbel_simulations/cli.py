@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+INTERRUPTED = 130
+
 ScenarioName = Annotated[
     str, typer.Argument(help="Name of a shipped scenario, or path of a TOML file.")
 ]
@@ -113,16 +115,15 @@ def main() -> None:
 
 def exit_code(command: Callable[[], None]) -> int:
     """Runs a command and maps its end to the documented exit codes."""
+    console = Console(stderr=True, highlight=False)
     try:
         command()
     except UmbelError as error:
-        Console(stderr=True, highlight=False).print(
-            f"error: {error.diagnostics()}", markup=False, soft_wrap=True
-        )
+        console.print(f"error: {error.diagnostics()}", markup=False, soft_wrap=True)
         return error.exit_code
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command resumes the run", markup=False)
-        return 130
     except SystemExit as end:
+        # Typer has turned Ctrl-C into this code.
+        if end.code == INTERRUPTED:
+            console.print("interrupted: the same command resumes the run", markup=False)
         return end.code if isinstance(end.code, int) else 1
     return 0

@@ -55,7 +55,7 @@ def test_a_run_leaves_everything_that_the_readme_names(smoke_run: Path) -> None:
         assert (smoke_run / name).stat().st_size > 0, name
 
 
-def test_plain_peft_loads_the_adapter_and_gives_the_logits_that_umbel_gives(smoke_run: Path) -> None:
+def test_plain_peft_loads_the_adapter_and_gives_the_logits_of_umbel(smoke_run: Path) -> None:
     plan = plan_of(smoke_run)
     base = model_folder(find_scenario("smoke").model)
     adapter = smoke_run / "adapter"

@@ -10,7 +10,7 @@ from umbel_simulations.report import CLAIM, write_report
 from umbel_simulations.results import Comparison, CurvePoint, RunSummary, Score, SiteResult
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
-SITES = ("hospital-a", "hospital-b")
+SITES: tuple[str, ...] = ("hospital-a", "hospital-b")
 
 
 class Page(HTMLParser):

@@ -1,0 +1,325 @@
+"""What a malicious server asks a site, and the check by which the site refuses.
+
+The refusals inside one attempt of secure aggregation are in tests/common/secagg; these are the ones
+of the trainer, its policy, journal and ledger.
+"""
+
+import os
+import shutil
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from umbel_common.adapter import adapter_digest, initial_vector, to_bytes
+from umbel_common.identity import Identity, sign
+from umbel_common.plan import LocalPrivacy, NoPrivacy
+from umbel_common.wire import (
+    ConfirmRequest,
+    FinishRequest,
+    MaskRequest,
+    OfferRequest,
+    ShareRequest,
+    UnmaskRequest,
+    seal_request,
+    size_limit,
+)
+from umbel_server.round import Attempt, Outcome
+
+SITE = "site-00"
+
+
+def test_an_honest_attempt_ends_with_the_sum(federation: Any) -> None:
+    federation.offer()
+    outcome = federation.drive(federation.attempt())
+    assert isinstance(outcome, Outcome)
+    assert outcome.aggregate.survivors == tuple(sorted(federation.identities))
+    assert outcome.aggregate.total[0] == 3
+
+
+def test_a_request_by_anyone_but_the_pinned_operator_is_refused(federation: Any) -> None:
+    stranger = Identity.generate(os.urandom)
+    request = OfferRequest(plan=sign(federation.operator, federation.plan))
+    assert federation.refusal(SITE, request, operator=stranger) == "pinned-signature"
+
+
+def test_a_plan_signed_by_anyone_else_is_refused(federation: Any) -> None:
+    stranger = Identity.generate(os.urandom)
+    request = OfferRequest(plan=sign(stranger, federation.plan))
+    assert federation.refusal(SITE, request) == "pinned-signature"
+
+
+def test_an_oversized_message_is_not_read(federation: Any) -> None:
+    sealed = seal_request(
+        federation.operator, SITE, OfferRequest(plan=sign(federation.operator, federation.plan))
+    )
+    reply = federation.trainers[SITE].handle(sealed + bytes(size_limit(federation.plan)))
+    assert b"oversized-message" in reply
+
+
+@pytest.mark.parametrize(
+    ("parts", "check"),
+    [
+        ({"federation": "others"}, "other-federation"),
+        ({"privacy": LocalPrivacy(epsilon=9.0, delta=1e-4, clip_norm=1.0)}, "epsilon-too-large"),
+        ({"privacy": LocalPrivacy(epsilon=8.0, delta=1e-3, clip_norm=1.0)}, "delta-too-large"),
+        ({"privacy": NoPrivacy()}, "privacy-required"),
+    ],
+)
+def test_a_plan_against_the_sites_policy_is_refused_and_charges_nothing(
+    federation: Any, parts: dict[str, Any], check: str
+) -> None:
+    plan = federation.make_plan(**parts)
+    request = OfferRequest(plan=sign(federation.operator, plan))
+    assert federation.refusal(SITE, request) == check
+    assert federation.spent_rounds(SITE) == 0
+
+
+def test_a_model_that_the_site_did_not_allow_is_refused(federation: Any) -> None:
+    model = msgspec.structs.replace(federation.plan.model, digest=b"\x01" * 32)
+    request = OfferRequest(plan=sign(federation.operator, federation.make_plan(model=model)))
+    assert federation.refusal(SITE, request) == "model-not-allowed"
+
+
+def test_a_second_plan_under_the_same_job_name_is_refused(federation: Any) -> None:
+    federation.offer()
+    other = federation.make_plan(privacy=LocalPrivacy(epsilon=7.0, delta=1e-4, clip_norm=1.0))
+    request = OfferRequest(plan=sign(federation.operator, other))
+    assert federation.refusal(SITE, request) == "job-has-other-plan"
+
+
+def test_a_round_of_a_plan_that_was_never_offered_is_refused(federation: Any) -> None:
+    assert federation.refusal(SITE, federation.train_request()) == "unknown-plan"
+    assert federation.spent_rounds(SITE) == 0
+
+
+@pytest.mark.parametrize(
+    ("parts", "check"),
+    [
+        ({"plan": b"\x01" * 32}, "plan-digest"),
+        ({"roster": b"\x01" * 32}, "roster-digest"),
+        ({"federation": "others"}, "other-federation"),
+        ({"cohort": ("site-01", "site-02")}, "not-in-cohort"),
+        ({"cohort": ("site-00", "site-01")}, "cohort-too-small"),
+        (
+            {"cohort": ("site-00", "site-01", "site-02", "sybil-1", "sybil-2")},
+            "threshold-too-low",
+        ),
+        ({"round": 3}, "round-past-plan"),
+        ({"round": 2}, "other-release"),
+        ({"adapter": b"\x01" * 32}, "adapter-digest"),
+    ],
+)
+def test_a_header_that_does_not_fit_is_refused_and_charges_nothing(
+    federation: Any, parts: dict[str, Any], check: str
+) -> None:
+    federation.offer()
+    request = federation.train_request(federation.header(**parts))
+    assert federation.refusal(SITE, request) == check
+    assert federation.spent_rounds(SITE) == 0
+    assert federation.observers[SITE].steps == 0
+
+
+def test_an_adapter_other_than_its_release_says_is_refused(federation: Any) -> None:
+    federation.offer()
+    request = federation.train_request()
+    changed = initial_vector(federation.plan) + np.float32(1)
+    request = msgspec.structs.replace(request, adapter=to_bytes(changed))
+    assert federation.refusal(SITE, request) == "adapter-digest"
+
+
+def test_a_first_adapter_other_than_the_public_seeds_is_refused(federation: Any) -> None:
+    federation.offer()
+    planted = initial_vector(federation.plan) + np.float32(1)
+    header = federation.header(adapter=adapter_digest(federation.plan.digest(), planted))
+    request = federation.train_request(header, federation.release(planted))
+    assert federation.refusal(SITE, request) == "initial-adapter"
+
+
+def test_two_releases_of_one_round_are_noticed(federation: Any) -> None:
+    federation.offer()
+    federation.drive(federation.attempt())
+    header = federation.header(attempt=2)
+    request = federation.train_request(header, federation.release(total_weight=1))
+    assert federation.refusal(SITE, request) == "two-releases"
+
+
+def test_a_used_attempt_number_is_refused(federation: Any) -> None:
+    federation.offer()
+    federation.drive(federation.attempt(), until="share")
+    other = federation.header(cohort=("site-00", "site-01", "site-02", "sybil"))
+    assert federation.refusal(SITE, federation.train_request(other)) == "attempt-reused"
+    federation.start(SITE)
+    assert federation.refusal(SITE, federation.train_request(other)) == "attempt-reused"
+
+
+def test_an_older_attempt_number_is_refused(federation: Any) -> None:
+    federation.offer()
+    federation.drive(federation.attempt(federation.header(attempt=2)), until="share")
+    assert federation.refusal(SITE, federation.train_request()) == "attempt-reused"
+
+
+def requests_of(federation: Any, attempt: Attempt) -> tuple[Any, Any]:
+    """An honest request of the attempt's stage to the site, and another one for the same stage."""
+    request = attempt.requests()[SITE]
+    match request:
+        case ShareRequest():
+            return request, msgspec.structs.replace(request, adverts=request.adverts[:2])
+        case MaskRequest():
+            return request, msgspec.structs.replace(request, shares=request.shares[:1])
+        case ConfirmRequest():
+            return request, msgspec.structs.replace(request, survivors=("site-00", "site-01"))
+        case UnmaskRequest():
+            return request, msgspec.structs.replace(request, signatures=request.signatures[:2])
+    raise AssertionError(request)
+
+
+@pytest.mark.parametrize("stage", ["share", "mask", "confirm", "unmask"])
+@pytest.mark.parametrize("restart", [False, True], ids=["running", "restarted"])
+def test_a_stage_is_answered_once_and_again_only_with_the_same_bytes(
+    federation: Any, stage: str, restart: bool
+) -> None:
+    federation.offer()
+    attempt = federation.drive(federation.attempt(), until=stage)
+    honest, other = requests_of(federation, attempt)
+    sealed = seal_request(federation.operator, SITE, honest)
+    first = federation.trainers[SITE].handle(sealed)
+    if restart:
+        federation.start(SITE)
+    assert federation.refusal(SITE, other) == "second-answer"
+    assert federation.trainers[SITE].handle(sealed) == first
+
+
+@pytest.mark.parametrize("stage", ["mask", "confirm", "unmask"])
+def test_a_stage_out_of_order_is_refused(federation: Any, stage: str) -> None:
+    federation.offer()
+    attempt = federation.drive(federation.attempt(), until="share")
+    context = attempt.header.context()
+    request = {
+        "mask": MaskRequest(context=context, shares=()),
+        "confirm": ConfirmRequest(context=context, survivors=tuple(sorted(federation.identities))),
+        "unmask": UnmaskRequest(context=context, signatures=()),
+    }[stage]
+    assert federation.refusal(SITE, request) == "stage-order"
+
+
+def test_a_stage_of_an_attempt_that_never_began_is_refused(federation: Any) -> None:
+    federation.offer()
+    request = ShareRequest(context=b"\x01" * 32, adverts=())
+    assert federation.refusal(SITE, request) == "unknown-attempt"
+
+
+def test_an_overtaken_attempt_is_over(federation: Any) -> None:
+    federation.offer()
+    old = federation.drive(federation.attempt(), until="mask")
+    federation.drive(federation.attempt(federation.header(attempt=2)), until="mask")
+    assert federation.refusal(SITE, old.requests()[SITE]) == "attempt-over"
+
+
+def test_a_retry_releases_the_same_delta_and_charges_nothing_more(federation: Any) -> None:
+    federation.offer()
+    first = federation.drive(federation.attempt())
+    steps = federation.observers[SITE].steps
+    second = federation.drive(federation.attempt(federation.header(attempt=2)))
+    assert federation.observers[SITE].steps == steps
+    assert federation.spent_rounds(SITE) == 1
+    # Rounded anew, each site's delta moves by at most one step.
+    difference = (first.aggregate.total - second.aggregate.total).view(np.int32)
+    assert np.abs(difference).max() <= 3
+    assert np.abs(first.aggregate.total[1:].view(np.int32)).max() > 1000
+
+
+def test_a_round_is_never_trained_from_two_adapters(federation: Any) -> None:
+    federation.offer()
+    federation.drive(federation.attempt())
+    one, two = (initial_vector(federation.plan) + np.float32(shift) for shift in (0.1, 0.2))
+    for vector, number, expected in ((one, 1, None), (two, 2, "two-releases")):
+        header = federation.header(
+            round=2, attempt=number, adapter=adapter_digest(federation.plan.digest(), vector)
+        )
+        request = federation.train_request(header, federation.release(vector, round=1))
+        if expected is None:
+            federation.send(SITE, request)
+        else:
+            assert federation.refusal(SITE, request) == expected
+    assert federation.spent_rounds(SITE) == 2
+
+
+def test_a_plan_past_what_is_left_of_the_budget_is_refused(federation: Any) -> None:
+    training = msgspec.structs.replace(federation.plan.training, rounds=10)
+    federation.plan = federation.make_plan(training=training)
+    federation.offer()
+    for number in range(1, 11):
+        vector = initial_vector(federation.plan) + np.float32(number - 1)
+        header = federation.header(
+            round=number, adapter=adapter_digest(federation.plan.digest(), vector)
+        )
+        release = federation.release(vector, round=number - 1)
+        federation.send(SITE, federation.train_request(header, release))
+    assert federation.observers[SITE].errors == []
+    assert federation.spent_rounds(SITE) == 10
+    # 8 of 10 are spent; two plans of 8 compose to more than 10.
+    second = msgspec.structs.replace(federation.plan, job="second")
+    request = OfferRequest(plan=sign(federation.operator, second))
+    assert federation.refusal(SITE, request) == "budget"
+    assert federation.spent_rounds(SITE) == 10
+
+
+def test_a_ledger_that_was_rolled_back_is_noticed(federation: Any) -> None:
+    federation.offer()
+    state = federation.folder / SITE / "state"
+    federation.trainers[SITE].close()
+    for path in state.glob("ledger.sqlite*"):
+        shutil.copy(path, federation.folder / path.name)
+    federation.start(SITE)
+    federation.offer()
+    federation.drive(federation.attempt())
+    federation.trainers[SITE].close()
+    for path in state.glob("ledger.sqlite*"):
+        path.unlink()
+    for path in federation.folder.glob("ledger.sqlite*"):
+        shutil.copy(path, state / path.name)
+    federation.start(SITE)
+    assert federation.refusal(SITE, federation.train_request(federation.header(attempt=2))) == (
+        "site-fault"
+    )
+    (error,) = federation.observers[SITE].errors
+    assert "rolled back" in error.diagnostics()
+
+
+def test_a_delta_that_was_changed_on_disk_never_leaves(federation: Any) -> None:
+    federation.offer()
+    federation.drive(federation.attempt(), until="mask")
+    (path,) = (federation.folder / SITE / "state" / "deltas" / "job").iterdir()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    request = federation.train_request(federation.header(attempt=2))
+    assert federation.refusal(SITE, request) == "site-fault"
+    (error,) = federation.observers[SITE].errors
+    assert "not the one that the ledger recorded" in error.diagnostics()
+
+
+def test_a_last_release_of_another_round_or_vector_is_not_stored(federation: Any) -> None:
+    federation.offer()
+    signed, vector = federation.release(round=1)
+    request = FinishRequest(release=signed, adapter=to_bytes(vector))
+    assert federation.refusal(SITE, request) == "other-release"
+    signed, vector = federation.release(round=2)
+    request = FinishRequest(release=signed, adapter=to_bytes(vector + np.float32(1)))
+    assert federation.refusal(SITE, request) == "adapter-digest"
+    assert not (federation.folder / SITE / "state" / "adapters").exists()
+
+
+def test_a_refusal_tells_the_server_a_code_and_the_site_everything(federation: Any) -> None:
+    path = federation.folder / SITE / "data.jsonl"
+    path.write_text('{"text": "a secret diagnosis", "label": "unheard of"}\n')
+    request = OfferRequest(plan=sign(federation.operator, federation.plan))
+    sealed = federation.trainers[SITE].handle(seal_request(federation.operator, SITE, request))
+    assert b"site-fault" in sealed
+    assert b"secret" not in sealed
+    assert b"unheard" not in sealed
+    (error,) = federation.observers[SITE].errors
+    assert "unheard of" in error.diagnostics()
+    assert "secret" not in error.diagnostics()

@@ -1,0 +1,152 @@
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from umbel_client.session import Session
+from umbel_common.errors import RemoteProtocolError, StorageError
+from umbel_common.identity import Signed
+from umbel_common.statements import RoundHeader
+
+ONE, TWO = (
+    Signed(statement=b"one", signature=bytes(64)),
+    Signed(statement=b"two", signature=bytes(64)),
+)
+HEAD = b"\x07" * 32
+
+
+def header(round_number: int = 1, attempt: int = 1) -> RoundHeader:
+    return RoundHeader(
+        federation="f",
+        job="job",
+        round=round_number,
+        attempt=attempt,
+        plan=bytes(32),
+        roster=bytes(32),
+        adapter=bytes(32),
+        cohort=("a", "b", "c"),
+    )
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    session = Session(tmp_path / "session.sqlite")
+    yield session
+    session.close()
+
+
+def test_an_answer_comes_back_for_the_same_request_only(session: Session, tmp_path: Path) -> None:
+    context = header().context()
+    assert session.answer(context, "train", b"request") is None
+    session.open(header(), HEAD, b"state", b"request", b"reply")
+    session.close()
+    again = Session(tmp_path / "session.sqlite")
+    assert again.answer(context, "train", b"request") == b"reply"
+    with pytest.raises(RemoteProtocolError) as refusal:
+        again.answer(context, "train", b"another")
+    assert refusal.value.check == "second-answer"
+    again.close()
+
+
+def test_burning_replaces_the_state_and_the_last_stage_deletes_it(session: Session) -> None:
+    context = header().context()
+    session.open(header(), HEAD, b"first", b"q", b"r")
+    session.burn(context, "share", b"q", b"r", b"second")
+    assert session.state(context) == b"second"
+    session.burn(context, "unmask", b"q", b"r", None)
+    with pytest.raises(RemoteProtocolError) as refusal:
+        session.state(context)
+    assert refusal.value.check == "attempt-over"
+
+
+def test_a_stage_is_burned_once(session: Session) -> None:
+    context = header().context()
+    session.open(header(), HEAD, b"first", b"q", b"r")
+    session.burn(context, "share", b"q", b"r", b"second")
+    with pytest.raises(StorageError):
+        session.burn(context, "share", b"other", b"other", b"third")
+    assert session.state(context) == b"second"
+    assert session.answer(context, "share", b"q") == b"r"
+
+
+def test_a_new_attempt_ends_the_old_ones(session: Session) -> None:
+    session.open(header(attempt=1), HEAD, b"secret", b"q", b"r")
+    session.open(header(attempt=2), HEAD, b"state", b"q", b"r")
+    with pytest.raises(RemoteProtocolError) as refusal:
+        session.state(header(attempt=1).context())
+    assert refusal.value.check == "attempt-over"
+    for number in (1, 2):
+        with pytest.raises(RemoteProtocolError) as refusal:
+            session.check_new(header(attempt=number))
+        assert refusal.value.check == "attempt-reused"
+    session.check_new(header(attempt=3))
+    session.check_new(header(round_number=2, attempt=1))
+
+
+def test_secrets_of_an_ended_attempt_are_gone_from_the_file(
+    session: Session, tmp_path: Path
+) -> None:
+    secret = b"a very recognisable secret" * 4
+    session.open(header(attempt=1), HEAD, secret, b"q", b"r")
+    session.burn(header().context(), "unmask", b"q", b"r", None)
+    session.close()
+    # Closing folds the write-ahead log into the file.
+    assert not (tmp_path / "session.sqlite-wal").exists()
+    assert secret not in (tmp_path / "session.sqlite").read_bytes()
+
+
+def test_a_job_has_one_plan(session: Session) -> None:
+    session.accept_plan("job", ONE)
+    session.accept_plan("job", ONE)
+    assert session.plan("job") == ONE
+    assert session.plans() == [ONE]
+    with pytest.raises(RemoteProtocolError) as refusal:
+        session.accept_plan("job", TWO)
+    assert refusal.value.check == "job-has-other-plan"
+
+
+def test_a_round_has_one_release(session: Session) -> None:
+    session.keep_release("job", 1, ONE)
+    session.keep_release("job", 1, ONE)
+    assert session.releases("job") == [ONE]
+    with pytest.raises(RemoteProtocolError) as refusal:
+        session.keep_release("job", 1, TWO)
+    assert refusal.value.check == "two-releases"
+
+
+def test_confirmed_survivor_sets_are_kept_over_attempts(session: Session) -> None:
+    session.open(header(attempt=1), HEAD, b"s", b"q", b"r")
+    session.confirm(header(attempt=1).context(), ("a", "b"))
+    session.open(header(attempt=2), HEAD, b"s", b"q", b"r")
+    session.confirm(header(attempt=2).context(), ("a", "b", "c"))
+    assert sorted(session.confirmed("job", 1)) == [("a", "b"), ("a", "b", "c")]
+    assert session.confirmed("job", 2) == []
+
+
+def test_the_ledger_head_that_was_signed_last_is_known(session: Session) -> None:
+    assert session.published_head() is None
+    session.open(header(attempt=1), HEAD, b"s", b"q", b"r")
+    session.open(header(attempt=2), b"\x08" * 32, b"s", b"q", b"r")
+    assert session.published_head() == b"\x08" * 32
+
+
+def test_the_file_is_readable_by_its_owner_only(session: Session, tmp_path: Path) -> None:
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_a_corrupt_journal_is_one_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "session.sqlite"
+    path.write_bytes(b"no database" * 1000)
+    with pytest.raises(StorageError, match=r"session\.sqlite"):
+        Session(path)
+
+
+def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "session.sqlite"
+    database = sqlite3.connect(path)
+    database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(StorageError, match="accepted: 1"):
+        Session(path)
