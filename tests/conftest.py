@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -34,6 +35,30 @@ TENSORS = (
     Tensor(name="head.bias", shape=(3,), role="head"),
     Tensor(name="head.weight", shape=(3, 6), role="head"),
 )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random BERT of two layers with its tokenizer; its words are w0 to w34."""
+    # Imported here: most tests need no torch.
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("model")
+    config = BertConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        vocab_size=40,
+        initializer_range=0.3,
+    )
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(35))]
+    BertModel(config).save_pretrained(path)
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(path)
+    return path
 
 
 @pytest.fixture

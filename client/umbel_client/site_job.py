@@ -65,7 +65,7 @@ class SiteJob:
         self._entropy = entropy
         records = load_records(Path(config.data.path), plan.task)
         self._weight = _weight(plan, roster, config.site, len(records))
-        self.noise = _noise(plan, len(records))
+        self.noise = noise_for(plan, len(records))
         state = Path(config.state)
         self._ledger = Ledger.open(state / "ledger.sqlite", records.digest())
         try:
@@ -199,8 +199,13 @@ class SiteJob:
         return self._config.policy.budget(self.plan)
 
 
-def _noise(plan: TrainingPlan, records: int) -> SiteNoise:
-    """Noise for the plan's epsilon at this site's own sampling rate (ADR 3)."""
+def noise_for(plan: TrainingPlan, records: int) -> SiteNoise:
+    """Noise for the plan's epsilon at the sampling rate of a site with so many records (ADR 3).
+
+    Raises:
+        DataError: too few records for the plan's expected batch.
+        CalibrationError, PolicyRefusal: the plan's epsilon or delta cannot be had with so many.
+    """
     rate = sampling_rate(plan, records)
     if not isinstance(plan.privacy, LocalPrivacy):
         return SiteNoise(rate, None)

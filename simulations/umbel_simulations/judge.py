@@ -7,7 +7,8 @@ import numpy as np
 
 from umbel_client.data import load_records
 from umbel_client.model import AdaptedModel
-from umbel_client.training import evaluate, prepare
+from umbel_client.prepared import prepare
+from umbel_client.training import evaluate
 from umbel_common.adapter import Vector
 from umbel_common.plan import TrainingPlan
 from umbel_simulations.population import write_site_data

@@ -33,6 +33,7 @@ _UNITS = ((1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB"))
 
 WARNINGS_SHOWN = 5
 SCORES_SHOWN = 4
+BARS_SHOWN = 4
 LINES_AROUND_THE_SITES = 14
 
 
@@ -112,6 +113,10 @@ class RunState:
             return None
         began, progress = self.first_step
         return (self.seconds - began) / (self.progress - progress) * (1 - self.progress)
+
+    def comparison(self, name: str) -> str:
+        """What a `BaselineStep` is about, for people; a site's name stands for the site alone."""
+        return f"comparison local-only, {name}" if name in self.sites else f"comparison {name}"
 
     def _step(self, event: events.SiteStep) -> None:
         site = self.sites[event.site]
@@ -195,7 +200,7 @@ class PlainView(View):
                 case events.RoundReleased():
                     self._print(f"round {event.round}/{self._state.rounds}  {_outcome(event)}")
                 case events.BaselineStep(name=name, done=done, total=total) if done == total:
-                    self._print(f"comparison {name} done")
+                    self._print(f"{self._state.comparison(name)} done")
                 case _:
                     pass
 
@@ -240,7 +245,7 @@ class LiveView(View):
                 return Text("setting up the federation …", style="dim")
             since = self._clock() - self._heard
             parts = [_header(state, since), self._table(state), _scores(state)]
-            parts += [_bar_line(name, *bar) for name, bar in state.baselines.items()]
+            parts += _bars(state)
             hidden = len(state.warnings) - WARNINGS_SHOWN
             if hidden > 0:
                 parts.append(Text(f"{hidden} earlier warnings", style="yellow"))
@@ -319,14 +324,18 @@ def _scores(state: RunState) -> RenderableType:
     return line
 
 
-def _bar_line(name: str, done: int, total: int) -> RenderableType:
+def _bars(state: RunState) -> list[RenderableType]:
+    """The comparisons at work; those that are done become a number."""
+    at_work = {name: bar for name, bar in state.baselines.items() if bar[0] < bar[1]}
     grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(width=24, no_wrap=True, overflow="ellipsis")
+    grid.add_column(no_wrap=True, overflow="ellipsis", max_width=44)
     grid.add_column(width=24)
-    grid.add_row(
-        f"comparison {name}", ProgressBar(total=max(total, 1), completed=done), f"{done}/{total}"
-    )
-    return grid
+    for name, (done, total) in list(at_work.items())[:BARS_SHOWN]:
+        grid.add_row(
+            state.comparison(name), ProgressBar(total=total, completed=done), f"{done}/{total}"
+        )
+    finished = len(state.baselines) - len(at_work)
+    return [Text(f"comparisons done: {finished}"), grid] if finished else [grid]
 
 
 def _outcome(event: events.RoundReleased) -> str:

@@ -14,7 +14,9 @@ from pathlib import Path
 import msgspec
 import torch
 
+from umbel_client.site_job import noise_for
 from umbel_common.adapter import initial_vector, size_of
+from umbel_common.errors import UmbelError
 from umbel_common.plan import LocalPrivacy, TrainingPlan
 from umbel_common.transcript import verify_transcript
 from umbel_simulations import events
@@ -51,12 +53,28 @@ def run_scenario(
     sites = partition(corpus.train, scenario.sites, scenario.seed)
     largest = max(len(examples) for examples in sites.values())
     plan = make_plan(scenario, corpus.labels, model, largest_site=largest)
+    check_sites(plan, sites)
     claim(folder, scenario)
     recorder = Recorder(folder / "metrics.jsonl", show)
     try:
         return Run(scenario, folder, recorder, model, corpus, sites, plan).complete()
     finally:
         recorder.close()
+
+
+def check_sites(plan: TrainingPlan, sites: Mapping[str, Sequence[Example]]) -> None:
+    """Finds out before anything is written what a site would refuse the plan for.
+
+    Raises:
+        DataError: a site has too few records.
+        CalibrationError, PolicyRefusal: a site cannot have the plan's privacy.
+    """
+    for site, examples in sites.items():
+        try:
+            noise_for(plan, len(examples))
+        except UmbelError as error:
+            error.field = f"{site}, {error.field}"
+            raise
 
 
 @dataclass

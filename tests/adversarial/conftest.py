@@ -9,16 +9,15 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from umbel_client.config import load_config, write_identity
+from umbel_client.data import load_records
 from umbel_client.ledger import Ledger
 from umbel_client.model import folder_digest, plan_lora
 from umbel_client.trainer import Trainer
 from umbel_common.adapter import Vector, adapter_digest, initial_vector, size_of, to_bytes
 from umbel_common.errors import UmbelError
-from umbel_common.identity import Identity, Roster, Signed, sign
+from umbel_common.identity import Identity, Member, Roster, Signed, sign
 from umbel_common.plan import (
     Aggregation,
     BaseModel,
@@ -42,8 +41,6 @@ from umbel_common.wire import (
     size_limit,
 )
 from umbel_server import round as rounds
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(35))]
 
 CLIENT_TOML = """\
 site = "{site}"
@@ -91,8 +88,6 @@ class Federation:
     def __init__(
         self, folder: Path, model: Path, operator: Identity, identities: dict[str, Identity]
     ) -> None:
-        from umbel_common.identity import Member
-
         self.folder = folder
         self.model = model
         self.operator = operator
@@ -247,8 +242,6 @@ class Federation:
 
     def data_digest(self, site: str) -> bytes:
         """What names the site's ledger."""
-        from umbel_client.data import load_records
-
         return load_records(self.folder / site / "data.jsonl", self.plan.task).digest()
 
     def _write_site(self, site: str, number: int) -> None:
@@ -266,25 +259,6 @@ class Federation:
         (folder / "client.toml").write_text(
             CLIENT_TOML.format(site=site, model=self.model, digest=digest)
         )
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BERT of two layers with its tokenizer."""
-    torch.set_num_threads(1)
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("model")
-    config = BertConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_hidden_layers=2,
-        vocab_size=40,
-        initializer_range=0.3,
-    )
-    BertModel(config).save_pretrained(path)
-    BertTokenizerFast(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(path)
-    return path
 
 
 @pytest.fixture

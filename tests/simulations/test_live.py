@@ -195,10 +195,22 @@ def test_many_warnings_leave_room_for_the_sites() -> None:
 
 
 def test_comparisons_show_their_progress() -> None:
-    event = events.BaselineStep(seconds=99.0, name="pooled", done=2, total=6)
-    text = screen(80, started(), *one_round(1), event)
+    half = events.BaselineStep(seconds=98.0, name="pooled", done=2, total=6)
+    alone = events.BaselineStep(seconds=99.0, name="hospital-a", done=1, total=6)
+    text = screen(80, started(), *one_round(1), half, alone)
     assert "comparison pooled" in text
     assert "2/6" in text
+    assert "comparison local-only, hospital-a" in text
+    assert "comparisons done" not in text
+
+
+def test_finished_comparisons_become_a_number() -> None:
+    done = [
+        events.BaselineStep(seconds=99.0, name=name, done=6, total=6) for name in (*SITES, "pooled")
+    ]
+    text = screen(80, started(), *one_round(1), *done)
+    assert "comparisons done: 4" in text
+    assert "comparison pooled" not in text
 
 
 def test_without_differential_privacy_no_epsilon_is_shown() -> None:
@@ -226,10 +238,13 @@ def test_a_pipe_gets_warnings_and_finished_comparisons() -> None:
         *one_round(1, silent="hospital-b"),
         events.BaselineStep(seconds=40.0, name="pooled", done=1, total=2),
         events.BaselineStep(seconds=41.0, name="pooled", done=2, total=2),
+        events.BaselineStep(seconds=42.0, name="hospital-a", done=2, total=2),
     )
     assert "[0:30] warning: round 1: hospital-b fell silent before mask" in lines
-    assert lines[-1] == "[0:41] comparison pooled done"
-    assert len(lines) == 4
+    assert lines[3:] == [
+        "[0:41] comparison pooled done",
+        "[0:42] comparison local-only, hospital-a done",
+    ]
 
 
 def test_a_pipe_says_when_there_is_no_privacy() -> None:

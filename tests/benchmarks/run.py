@@ -1,0 +1,23 @@
+"""`make bench`: runs every benchmark, writes one JSON file, and fails if a target is missed."""
+
+import json
+import sys
+from pathlib import Path
+
+import bench_masking
+
+
+def main(path: Path) -> int:
+    """Measures, writes `path`, prints a line for each figure."""
+    figures = bench_masking.measure()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=2) + "\n")
+    for name, figure in figures.items():
+        target = "" if figure["target"] is None else f" (target {figure['target']:g})"
+        verdict = {True: "holds", False: "MISSED", None: ""}[figure["holds"]]
+        print(f"{name:40} {figure['value']:10.4g} {figure['unit']}{target} {verdict}")
+    return 1 if any(figure["holds"] is False for figure in figures.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
