@@ -20,7 +20,7 @@ models = ["<digest of the model, 64 hexadecimal digits>"]
 import os
 import stat
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -50,6 +50,9 @@ class ModelConfig(Value, frozen=True):
 
     path: str
     """Folder of the base model, in Hugging Face format."""
+    precision: Literal["float32", "bfloat16", "fastest"] = "float32"
+    """In which floating point the frozen layers compute; `fastest`: bfloat16 where the hardware
+    multiplies it itself. The adapter, clipping and noise are float32 in any case."""
 
 
 class ClientConfig(Value, frozen=True):
@@ -100,7 +103,7 @@ def load_config(path: Path) -> ClientConfig:
         identity=resolve(config.identity),
         roster=resolve(config.roster),
         data=DataConfig(resolve(config.data.path)),
-        model=ModelConfig(resolve(config.model.path)),
+        model=ModelConfig(resolve(config.model.path), config.model.precision),
     )
 
 

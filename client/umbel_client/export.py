@@ -7,23 +7,13 @@ from pathlib import Path
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from umbel_client.model_folder import TOKENIZER_FILES
 from umbel_common.adapter import Vector
 from umbel_common.canonical import encode
 from umbel_common.errors import StorageError
 from umbel_common.identity import Signed
 from umbel_common.peft_folder import tensor_files, text_files
 from umbel_common.plan import TrainingPlan
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 
 
 def write_adapter(

@@ -23,6 +23,11 @@ def fastest_precision(device: str = "cpu") -> Precision:
     return "bfloat16" if native.get("avx512_bf16") or native.get("amx_bf16") else "float32"
 
 
+def chosen_precision(choice: Literal["float32", "bfloat16", "fastest"]) -> Precision:
+    """What a configuration's `model.precision` means on this machine."""
+    return fastest_precision() if choice == "fastest" else choice
+
+
 def lower_precision(base: PreTrainedModel) -> None:
     """Stores the weights of frozen linear layers as bfloat16, to be run under `computing`.
 

@@ -1,7 +1,7 @@
 """The frozen-prefix cache: what lies below the first adapted layer, computed once per record.
 
 **It is private data.** Hidden states can be turned back into text. The file stays on the site's
-disk, readable by its owner alone, and must be deleted with the data set: `forget` does so.
+disk, readable by its owner alone, and must be deleted with the data set.
 
 Values are kept as float16: logits differ from a whole forward pass by about a thousandth of their
 range, and gradients are those of the rounded records, so the guarantee for them is the same.
@@ -82,12 +82,6 @@ def frozen_prefix(
     if not path.is_file() and not _write(path, shape, model, tokens, progress):
         return None
     return Prefix(np.load(path, mmap_mode="r", allow_pickle=False), pooled)
-
-
-def forget(folder: Path) -> None:
-    """Deletes every cache in `folder`: call it when the data set is deleted."""
-    for path in folder.glob(f"*{_SUFFIX}"):
-        path.unlink()
 
 
 def _key(model: AdaptedModel, tokens: Tokens) -> str:

@@ -15,6 +15,7 @@ from umbel_client.delta_cache import DeltaCache, State
 from umbel_client.ledger import Budget, Ledger
 from umbel_client.model import AdaptedModel
 from umbel_client.observer import Observer
+from umbel_client.precision import chosen_precision
 from umbel_client.prepared import prepare
 from umbel_client.training import sampling_rate, train_round
 from umbel_common.adapter import Vector
@@ -72,7 +73,9 @@ class SiteJob:
             if published_head is not None:
                 self._ledger.verify(published_head)
             self._check_budget()
-            self._model = AdaptedModel.load(Path(config.model.path), plan)
+            self._model = AdaptedModel.load(
+                Path(config.model.path), plan, precision=chosen_precision(config.model.precision)
+            )
             self._data = prepare(
                 self._model,
                 Path(config.model.path),

@@ -16,6 +16,7 @@ from umbel_client.accounting import calibrate
 from umbel_client.config import ClientConfig
 from umbel_client.data import load_records
 from umbel_client.model import AdaptedModel
+from umbel_client.precision import fastest_precision
 from umbel_client.prefix import Prefix
 from umbel_client.prepared import PreparedData, prepare
 from umbel_client.tokens import Tokens
@@ -79,7 +80,7 @@ def train_alone(
 
 def _train(party: Party, model: Path, physical_batch_size: int, progress: Progress) -> Vector:
     plan = party.plan
-    adapted = AdaptedModel.load(model, plan)
+    adapted = AdaptedModel.load(model, plan, precision=fastest_precision())
     noise_multiplier = None
     if isinstance(plan.privacy, LocalPrivacy):
         rate = sampling_rate(plan, len(party.data))
@@ -107,7 +108,7 @@ def _train(party: Party, model: Path, physical_batch_size: int, progress: Progre
 
 def _site_data(plan: TrainingPlan, model: Path, config: ClientConfig) -> PreparedData:
     return prepare(
-        AdaptedModel.load(model, plan),
+        AdaptedModel.load(model, plan, precision=fastest_precision()),
         model,
         load_records(Path(config.data.path), plan.task),
         cache=Path(config.state) / "cache",

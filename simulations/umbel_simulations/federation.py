@@ -218,6 +218,7 @@ path = "data.jsonl"
 
 [model]
 path = {model}
+precision = "fastest"
 
 [policy]
 models = [{digest}]

@@ -7,6 +7,7 @@ import numpy as np
 
 from umbel_client.data import load_records
 from umbel_client.model import AdaptedModel
+from umbel_client.precision import fastest_precision
 from umbel_client.prepared import prepare
 from umbel_client.training import evaluate
 from umbel_common.adapter import Vector
@@ -30,7 +31,7 @@ class Judge:
         write_site_data(folder, test)
         records = load_records(folder / "data.jsonl", plan.task)
         self._labels = np.array(records.labels)
-        self._model = AdaptedModel.load(model, plan)
+        self._model = AdaptedModel.load(model, plan, precision=fastest_precision())
         self._data = prepare(
             self._model, model, records, cache=folder / "cache", progress=lambda done, total: None
         )

@@ -183,6 +183,5 @@ class ServerObserver:
 def read_metrics(path: Path) -> list[events.AnyEvent]:
     """Every event that was kept, also of earlier parts of a run that was resumed."""
     return [
-        msgspec.json.decode(line, type=events.AnyEvent)
-        for line in path.read_bytes().splitlines()
+        msgspec.json.decode(line, type=events.AnyEvent) for line in path.read_bytes().splitlines()
     ]

@@ -146,7 +146,7 @@ class Run:
         if "majority" in wanted:
             yield Comparison(
                 name="majority",
-                description="always the most frequent label of the training records",
+                description="always the commonest label of the test set",
                 score=majority_score(self.corpus),
             )
         if "head-only" in wanted:

@@ -183,7 +183,7 @@ class Compute(Value, frozen=True):
 
     workers: Count | None = None
     """Sites that work at once, one thread each; absent: one for each core."""
-    physical_batch_size: Count = 64
+    physical_batch_size: Count = 96
     """Records that go through the model at once; bounds the memory."""
 
 

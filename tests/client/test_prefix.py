@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from umbel_client.batch import HiddenInputs, PooledInputs
 from umbel_client.model import AdaptedModel, folder_digest, plan_lora
-from umbel_client.prefix import forget, frozen_prefix, token_inputs
+from umbel_client.prefix import frozen_prefix, token_inputs
 from umbel_client.split import splits
 from umbel_client.tokens import Tokens, tokenise
 from umbel_common.errors import StorageError
@@ -259,13 +259,6 @@ def test_an_interrupted_computation_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         frozen_prefix(model, ragged(), tmp_path / "cache", interrupt)
     assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_forgetting_deletes_every_cache_and_nothing_else(tmp_path: Path) -> None:
-    frozen_prefix(loaded(bert(tmp_path / "m")), ragged(), tmp_path / "cache", silent)
-    (tmp_path / "cache" / "note.txt").touch()
-    forget(tmp_path / "cache")
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["note.txt"]
 
 
 def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
