@@ -11,6 +11,7 @@ from umbel_common.plan import (
     Sgd,
     Training,
     TrainingPlan,
+    check_plan,
 )
 from umbel_common.quantise import encoding_of
 from umbel_simulations.scenario import Scenario
@@ -31,8 +32,8 @@ def make_plan(
         head_only: leaves the adapter out, for the comparison.
 
     Raises:
-        ModelError, PlanError: the model does not have what the scenario targets, or a sum of so
-            many deltas could wrap.
+        ModelError, PlanError: the model does not have what the scenario targets, the parts of the
+            plan do not fit together, or a sum of so many deltas could wrap.
     """
     task = Classification(
         labels=labels,
@@ -73,6 +74,7 @@ def make_plan(
             max_weight=largest_site if scenario.aggregation.weights == "examples" else 1,
         ),
     )
+    check_plan(plan)
     encoding_of(plan.aggregation, scenario.sites.count).prove_headroom()
     return plan
 
