@@ -23,7 +23,7 @@ demo: $(BIN)/activate-demo  ## Four hospitals on one machine, real model, real c
 	$(BIN)/umbel-simulate run quickstart
 
 test: $(BIN)/activate-dev  ## All tests, as in CI.
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(BIN)/activate-dev  ## Format, style, types, import directions.
 	$(BIN)/ruff format --check .

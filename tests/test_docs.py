@@ -3,7 +3,10 @@
 import re
 from pathlib import Path
 
+from typer.testing import CliRunner
+
 from umbel_common import errors
+from umbel_simulations.cli import app
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,3 +42,41 @@ def test_every_exit_code_is_in_the_range_of_its_kind() -> None:
 def test_no_two_errors_share_an_exit_code() -> None:
     codes = [kind.exit_code for kind in leaves(errors.UmbelError)]
     assert len(codes) == len(set(codes))
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text()
+
+
+def test_every_command_of_the_readme_exists_with_its_options() -> None:
+    lines = re.findall(r"^umbel-simulate .*$", readme(), re.MULTILINE)
+    assert len(lines) >= 4
+    for line in lines:
+        _, command, *words = line.split()
+        shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0, line
+        for option in (word for word in words if word.startswith("--")):
+            assert option in shown.stdout, line
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"demo", "test", "lint", "bench", "fuzz", "docs"} <= targets
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        assert set(re.findall(r"`make ([a-z]+)", path.read_text())) <= targets, path
+
+
+def test_every_link_and_file_that_the_documentation_names_exists() -> None:
+    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (path.parent / link).exists(), (path, link)
+    architecture = (ROOT / "docs" / "architecture.md").read_text()
+    tree = architecture.split("## Where to find what")[1].split("```")[1]
+    folder = ROOT
+    for line in tree.strip().splitlines():
+        if not line.startswith(" "):
+            folder = ROOT / line.strip()
+            continue
+        names = re.findall(r"^ {4}((?:\w+(?:\.py|/)\s?)+)", line)
+        for name in names[0].split():
+            assert (folder / name).exists(), folder / name

@@ -36,6 +36,15 @@ class SiteNoise:
     """None without differential privacy."""
 
 
+@dataclass(frozen=True)
+class SiteStatus:
+    """What a site's own people may know of a job."""
+
+    noise: SiteNoise
+    epsilon: float | None
+    """Spent on the data set by now, all jobs together; None without differential privacy."""
+
+
 class SiteJob:
     """Everything of a plan that needs the site's data."""
 
@@ -91,6 +100,10 @@ class SiteJob:
     def close(self) -> None:
         """Releases the ledger."""
         self._ledger.close()
+
+    def status(self) -> SiteStatus:
+        """For the site's own status."""
+        return SiteStatus(self.noise, self._spent())
 
     def ledger_head(self) -> bytes:
         """What the site's next signed statement says about its ledger."""

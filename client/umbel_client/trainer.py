@@ -14,7 +14,7 @@ from umbel_client.export import write_adapter
 from umbel_client.observer import Observer
 from umbel_client.policy import judge_header, judge_plan
 from umbel_client.session import Session
-from umbel_client.site_job import SiteJob, SiteNoise
+from umbel_client.site_job import SiteJob, SiteStatus
 from umbel_client.stages import answer_stage
 from umbel_common.adapter import Vector, adapter_digest, from_bytes, initial_vector
 from umbel_common.canonical import Entropy, V, digest, encode
@@ -81,14 +81,14 @@ class Trainer:
                 self._job.close()
             self._session.close()
 
-    def noise(self, job: str) -> SiteNoise:
-        """How the site samples and what it adds in an accepted job, for the site's own status.
+    def status(self, job: str) -> SiteStatus:
+        """How an accepted job stands at this site, for the site's own people.
 
         Raises:
             RemoteProtocolError: `unknown-plan`.
         """
         with self._lock:
-            return self._loaded_job(job).noise
+            return self._loaded_job(job).status()
 
     def handle(self, sealed: bytes) -> bytes:
         """Answers one sealed request with one sealed reply."""

@@ -11,8 +11,13 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-from umbel_common.canonical import Digest, Name, Value, digest, encode
-from umbel_common.errors import RemoteProtocolError, SignatureError, VerificationError
+from umbel_common.canonical import Digest, Name, Value, decode, digest, encode
+from umbel_common.errors import (
+    IdentityError,
+    RemoteProtocolError,
+    SignatureError,
+    VerificationError,
+)
 from umbel_common.identity import Identity, Roster, Signed, open_signed, sign
 from umbel_common.plan import TrainingPlan
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
@@ -126,7 +131,7 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
                     delivered = entry.event.delivered
                 case _:
                     raise VerificationError("it comes before the start of the job")
-        except (SignatureError, RemoteProtocolError, VerificationError) as error:
+        except (IdentityError, SignatureError, RemoteProtocolError, VerificationError) as error:
             raise VerificationError(
                 f"entry {index} of the transcript does not verify: {error.message}"
             ) from None
@@ -166,7 +171,7 @@ def _verify_release(
     )
     advertised = set()
     for advert in event.adverts:
-        site = msgspec.msgpack.decode(advert.statement, type=KeyAdvert).site
+        site = decode(advert.statement, KeyAdvert).site
         statement = open_signed(advert, KeyAdvert, roster.member(site).public_key)
         _require(statement.context == context, f"the keys of {site} are of another attempt")
         advertised.add(site)

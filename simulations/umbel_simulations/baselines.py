@@ -4,6 +4,7 @@
 the sites' own training loop; neither is a federation, so no protocol runs.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from umbel_client.training import sampling_rate, train_round
 from umbel_common.adapter import Vector, initial_vector, merge
 from umbel_common.canonical import Entropy
 from umbel_common.plan import LocalPrivacy, TrainingPlan
+from umbel_simulations.recorder import Stopped
 
 Progress = Callable[[str, int, int], None]
 """Told (party, rounds done, rounds)."""
@@ -66,19 +68,27 @@ def train_alone(
             parties.append(Party(name, plan, data[name], entropy(f"{name} alone")))
     # The largest first: it bounds the time of all.
     parties.sort(key=lambda party: len(party.data), reverse=True)
+    stop = threading.Event()
     with ThreadPoolExecutor(workers, thread_name_prefix="baseline") as pool:
         futures = {
-            party.name: pool.submit(_train, party, model, physical_batch_size, progress)
+            party.name: pool.submit(_train, party, model, physical_batch_size, progress, stop)
             for party in parties
         }
         try:
             return {name: future.result() for name, future in futures.items()}
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
+            pool.shutdown(cancel_futures=True)
             raise
 
 
-def _train(party: Party, model: Path, physical_batch_size: int, progress: Progress) -> Vector:
+def _train(
+    party: Party,
+    model: Path,
+    physical_batch_size: int,
+    progress: Progress,
+    stop: threading.Event,
+) -> Vector:
     plan = party.plan
     adapted = AdaptedModel.load(model, plan, precision=fastest_precision())
     noise_multiplier = None
@@ -87,6 +97,11 @@ def _train(party: Party, model: Path, physical_batch_size: int, progress: Progre
         noise_multiplier = calibrate(
             plan.privacy.epsilon, plan.privacy.delta, rate, plan.training.steps
         )
+
+    def on_step(step: int, steps: int) -> None:
+        if stop.is_set():
+            raise Stopped
+
     adapter, state = initial_vector(plan), None
     for number in range(1, plan.training.rounds + 1):
         result = train_round(
@@ -99,7 +114,7 @@ def _train(party: Party, model: Path, physical_batch_size: int, progress: Progre
             state,
             entropy=party.entropy,
             physical_batch_size=physical_batch_size,
-            on_step=lambda step, steps: None,
+            on_step=on_step,
         )
         adapter, state = merge(adapter, result.delta, plan, number), result.state
         progress(party.name, number, plan.training.rounds)

@@ -16,7 +16,7 @@ from pathlib import Path
 from umbel_client.config import ClientConfig, load_config, read_identity, write_identity
 from umbel_client.flower import answer
 from umbel_client.model import folder_digest
-from umbel_client.site_job import SiteNoise
+from umbel_client.site_job import SiteStatus
 from umbel_client.trainer import Trainer
 from umbel_common.adapter import Vector
 from umbel_common.canonical import Entropy
@@ -48,8 +48,8 @@ class Outcome:
     release: Release
     adapter: Vector
     """The last global adapter."""
-    noise: dict[str, SiteNoise]
-    """What each site samples and adds: known to nobody else in a deployment."""
+    status: dict[str, SiteStatus]
+    """What each site's own people may know: in a deployment, nobody else does."""
 
 
 class Federation:
@@ -97,6 +97,10 @@ class Federation:
         """A site's configuration, as its own file says."""
         return load_config(self.site_folder(site) / "client.toml")
 
+    def registry(self) -> Registry:
+        """The operator's releases."""
+        return Registry(self.folder / "server" / "registry")
+
     def roster(self) -> Roster:
         """The roster that everybody pinned."""
         path = self.folder / "roster.json"
@@ -123,7 +127,7 @@ class Federation:
                 since here the developer is also every site's administrator.
         """
         operator = read_identity(self.folder / "server" / "identity.pem")
-        registry = Registry(self.folder / "server" / "registry")
+        registry = self.registry()
         with ExitStack() as stack:
             store = Store(self.folder / "server" / "journal.sqlite")
             stack.callback(store.close)
@@ -157,8 +161,8 @@ class Federation:
             finally:
                 write_signed(self.folder / "headers.jsonl", store.headers(plan.job))
                 write_signed(self.folder / "transcript.jsonl", store.transcript(plan.job))
-            noise = {site: trainer.noise(plan.job) for site, trainer in trainers.items()}
-        return Outcome(release=release, adapter=registry.load(plan, release.adapter), noise=noise)
+            status = {site: trainer.status(plan.job) for site, trainer in trainers.items()}
+        return Outcome(release=release, adapter=registry.load(plan, release.adapter), status=status)
 
     def _identity(self, party: str, folder: Path) -> Identity:
         path = folder / "identity.pem"

@@ -15,10 +15,10 @@ import msgspec
 import torch
 
 from umbel_client.site_job import noise_for
-from umbel_common.adapter import initial_vector, size_of
+from umbel_common.adapter import size_of
 from umbel_common.errors import UmbelError
 from umbel_common.plan import LocalPrivacy, TrainingPlan
-from umbel_common.transcript import verify_transcript
+from umbel_common.transcript import VerifiedJob, verify_transcript
 from umbel_simulations import events
 from umbel_simulations.baselines import POOLED, train_alone
 from umbel_simulations.federation import Federation, Outcome
@@ -253,7 +253,7 @@ class Run:
             trained_parameters=size_of(self.plan.trained_tensors(1)),
             standard_error=_standard_error(federated.accuracy, len(self.corpus.test)),
             comparisons=comparisons,
-            curve=self._curve(kept, judge),
+            curve=self._curve(federation, job, kept, judge),
             sites=[self._site(site, outcome, kept) for site in sorted(self.sites)],
             aborted_attempts=job.aborted_attempts,
             adapter_digest=outcome.release.adapter.hex(),
@@ -262,40 +262,38 @@ class Run:
             versions={name: version(name) for name in VERSIONS_OF},
         )
 
-    def _curve(self, kept: list[events.AnyEvent], judge: Judge) -> list[CurvePoint]:
-        start = CurvePoint(
-            round=0,
-            score=judge(initial_vector(self.plan)),
-            epsilon={
-                site: 0.0 if isinstance(self.plan.privacy, LocalPrivacy) else None
-                for site in self.sites
-            },
-        )
-        released = [event for event in kept if isinstance(event, events.RoundReleased)]
-        return [start] + [
-            CurvePoint(
-                round=event.round,
-                score=Score(accuracy=event.accuracy, macro_f1=event.macro_f1),
-                epsilon=event.epsilon,
-            )
-            for event in released
-        ]
+    def _curve(
+        self, federation: Federation, job: VerifiedJob, kept: list[events.AnyEvent], judge: Judge
+    ) -> list[CurvePoint]:
+        """A point for each release; one whose event was lost with a killed run is scored again."""
+        known = {event.round: event for event in kept if isinstance(event, events.RoundReleased)}
+        unspent = 0.0 if isinstance(self.plan.privacy, LocalPrivacy) else None
+        points = []
+        for release in job.releases:
+            event = known.get(release.round)
+            if event is not None:
+                score = Score(accuracy=event.accuracy, macro_f1=event.macro_f1)
+                epsilon = event.epsilon
+            else:
+                score = judge(federation.registry().load(self.plan, release.adapter))
+                epsilon = dict.fromkeys(self.sites, unspent if release.round == 0 else None)
+            points.append(CurvePoint(round=release.round, score=score, epsilon=epsilon))
+        return points
 
     def _site(self, site: str, outcome: Outcome, kept: list[events.AnyEvent]) -> SiteResult:
         answers = [e for e in kept if isinstance(e, events.SiteStage) and e.site == site]
-        released = [event for event in kept if isinstance(event, events.RoundReleased)]
         privacy = self.plan.privacy if isinstance(self.plan.privacy, LocalPrivacy) else None
-        noise = outcome.noise[site]
+        status = outcome.status[site]
         masked = sum(answer.masked_bytes for answer in answers)
         clear = sum(answer.clear_bytes for answer in answers)
         return SiteResult(
             name=site,
             records=len(self.sites[site]),
             labels=dict(Counter(example.label for example in self.sites[site])),
-            epsilon=released[-1].epsilon[site],
+            epsilon=status.epsilon,
             delta=None if privacy is None else privacy.delta,
-            noise_multiplier=noise.noise_multiplier,
-            sampling_rate=noise.sampling_rate,
+            noise_multiplier=status.noise.noise_multiplier,
+            sampling_rate=status.noise.sampling_rate,
             sent_clear_bytes=clear,
             sent_masked_bytes=masked,
             sent_protocol_bytes=sum(answer.sent_bytes for answer in answers) - masked - clear,

@@ -1,0 +1,234 @@
+import os
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from umbel_common.errors import VerificationError
+from umbel_common.identity import Identity, Roster, Signed, sign
+from umbel_common.plan import Aggregation, TrainingPlan
+from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
+from umbel_common.statements import Release, RoundHeader
+from umbel_common.transcript import (
+    GENESIS,
+    AttemptAborted,
+    Entry,
+    Event,
+    JobFinished,
+    JobStarted,
+    RoundReleased,
+    append,
+    verify_transcript,
+)
+
+
+class Story:
+    """A job of one aborted and one released attempt, of which a test may change any part."""
+
+    def __init__(
+        self, plan: TrainingPlan, operator: Identity, sites: dict[str, Identity], roster: Roster
+    ) -> None:
+        self.plan, self.operator, self.sites, self.roster = plan, operator, sites, roster
+        self.start = self.release(round=0, attempt=0, context=bytes(32), survivors=())
+        self.header = self.make_header()
+        self.outcome = self.release()
+
+    def release(self, **parts: Any) -> Release:
+        fields: dict[str, Any] = {
+            "federation": "clinics",
+            "job": "job",
+            "plan": self.plan.digest(),
+            "round": 1,
+            "attempt": 2,
+            "context": self.header.context() if hasattr(self, "header") else bytes(32),
+            "adapter": bytes([parts.get("round", 1)]) * 32,
+            "survivors": tuple(self.sites),
+            "total_weight": len(self.sites),
+        }
+        return Release(**{**fields, **parts})
+
+    def make_header(self, **parts: Any) -> RoundHeader:
+        fields: dict[str, Any] = {
+            "federation": "clinics",
+            "job": "job",
+            "round": 1,
+            "attempt": 2,
+            "plan": self.plan.digest(),
+            "roster": self.roster.digest(),
+            "adapter": self.start.adapter,
+            "cohort": tuple(self.sites),
+        }
+        return RoundHeader(**{**fields, **parts})
+
+    def advert(self, site: str, **parts: Any) -> Signed:
+        fields: dict[str, Any] = {
+            "context": self.header.context(),
+            "site": site,
+            "cipher_key": os.urandom(32),
+            "mask_key": os.urandom(32),
+            "seed_commitment": bytes(32),
+            "ledger_head": bytes(32),
+        }
+        return sign(self.sites[site], KeyAdvert(**{**fields, **parts}))
+
+    def confirmation(self, site: str, **parts: Any) -> SurvivorSignature:
+        fields: dict[str, Any] = {
+            "context": self.header.context(),
+            "sites": self.outcome.survivors,
+        }
+        return SurvivorSignature(
+            site=site, signed=sign(self.sites[site], Survivors(**{**fields, **parts}))
+        )
+
+    def started(self, **parts: Any) -> JobStarted:
+        fields: dict[str, Any] = {
+            "plan": sign(self.operator, self.plan),
+            "roster": self.roster.digest(),
+            "release": sign(self.operator, self.start),
+        }
+        return JobStarted(**{**fields, **parts})
+
+    def aborted(self) -> AttemptAborted:
+        header = sign(self.operator, self.make_header(attempt=1))
+        return AttemptAborted(header=header, check="too-few-shares", refusals=(("site-00", "x"),))
+
+    def released(self, **parts: Any) -> RoundReleased:
+        fields: dict[str, Any] = {
+            "header": sign(self.operator, self.header),
+            "adverts": tuple(self.advert(site) for site in self.sites),
+            "confirmations": tuple(self.confirmation(site) for site in self.sites),
+            "release": sign(self.operator, self.outcome),
+        }
+        return RoundReleased(**{**fields, **parts})
+
+    def finished(self) -> JobFinished:
+        return JobFinished(release=self.outcome.adapter, delivered=("site-00",))
+
+    def entries(self, *events: Event) -> list[Signed]:
+        head, signed = GENESIS, []
+        for index, event in enumerate(events):
+            head, entry = append(self.operator, index, head, event)
+            signed.append(entry)
+        return signed
+
+    def refused(self, *events: Event) -> str:
+        with pytest.raises(VerificationError) as refusal:
+            verify_transcript(self.entries(*events), self.roster)
+        return refusal.value.message
+
+
+@pytest.fixture
+def story(
+    make_plan: Callable[..., TrainingPlan],
+    make_federation: Callable[[int], tuple[Identity, dict[str, Identity], Roster]],
+) -> Story:
+    plan = make_plan(aggregation=Aggregation(threshold=3, clip_range=1.0, step=1e-6))
+    return Story(plan, *make_federation(4))
+
+
+def test_an_honest_transcript_tells_what_happened(story: Story) -> None:
+    entries = story.entries(story.started(), story.aborted(), story.released(), story.finished())
+    job = verify_transcript(entries, story.roster)
+    assert job.plan == story.plan
+    assert job.releases == (story.start, story.outcome)
+    assert job.aborted_attempts == 1
+    assert job.delivered == ("site-00",)
+
+
+def test_an_entry_cannot_be_left_out_swapped_or_repeated(story: Story) -> None:
+    entries = story.entries(story.started(), story.aborted(), story.released(), story.finished())
+    for changed in (
+        [entries[0], *entries[2:]],
+        [entries[0], entries[2], entries[1], entries[3]],
+        [entries[0], entries[1], entries[1], *entries[2:]],
+        [],
+        entries[1:],
+    ):
+        with pytest.raises(VerificationError):
+            verify_transcript(changed, story.roster)
+
+
+def test_an_entry_by_anyone_else_does_not_verify(story: Story) -> None:
+    stranger = Identity.generate(os.urandom)
+    entry = Entry(index=0, previous=GENESIS, event=story.started())
+    with pytest.raises(VerificationError, match="not signed"):
+        verify_transcript([sign(stranger, entry)], story.roster)
+
+
+def test_a_transcript_starts_once_and_nothing_follows_its_end(story: Story) -> None:
+    assert "starts once" in story.refused(story.started(), story.started())
+    assert "before the start" in story.refused(story.aborted())
+    assert "follows the end" in story.refused(
+        story.started(), story.released(), story.finished(), story.aborted()
+    )
+
+
+def test_the_first_release_belongs_to_the_plan(story: Story) -> None:
+    other = story.release(round=0, plan=b"\x01" * 32)
+    assert "another plan" in story.refused(story.started(release=sign(story.operator, other)))
+    assert "another roster" in story.refused(story.started(roster=b"\x01" * 32))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"plan": b"\x01" * 32}, "another plan"),
+        ({"roster": b"\x01" * 32}, "another roster"),
+        ({"round": 2}, "does not follow"),
+        ({"adapter": b"\x09" * 32}, "does not start from"),
+    ],
+)
+def test_a_header_fits_the_release_before(
+    story: Story, parts: dict[str, Any], message: str
+) -> None:
+    story.header = story.make_header(**parts)
+    story.outcome = story.release(round=story.header.round)
+    assert message in story.refused(story.started(), story.released())
+
+
+def test_a_release_is_of_its_attempt(story: Story) -> None:
+    other = sign(story.operator, story.release(attempt=3))
+    assert "not of this attempt" in story.refused(story.started(), story.released(release=other))
+
+
+def test_keys_are_of_this_attempt_and_of_every_survivor(story: Story) -> None:
+    stale = (story.advert("site-00", context=b"\x01" * 32),)
+    assert "another attempt" in story.refused(story.started(), story.released(adverts=stale))
+    some = tuple(story.advert(site) for site in list(story.sites)[:3])
+    assert "never advertised" in story.refused(story.started(), story.released(adverts=some))
+
+
+def test_enough_survivors_confirmed_one_and_the_same_set(story: Story) -> None:
+    few = tuple(story.confirmation(site) for site in list(story.sites)[:2])
+    assert "only 2 sites" in story.refused(story.started(), story.released(confirmations=few))
+    twice = (few[0], few[0], few[1])
+    assert "only 2 sites" in story.refused(story.started(), story.released(confirmations=twice))
+    other = (
+        *few,
+        story.confirmation("site-02", sites=("site-00", "site-01", "site-02")),
+    )
+    assert "another survivor set" in story.refused(
+        story.started(), story.released(confirmations=other)
+    )
+
+
+def test_statements_of_strangers_and_garbage_do_not_verify(story: Story) -> None:
+    stranger = SurvivorSignature(site="stranger", signed=story.confirmation("site-00").signed)
+    assert "roster" in story.refused(story.started(), story.released(confirmations=(stranger,)))
+    garbage = (Signed(statement=b"garbage", signature=bytes(64)),)
+    assert "decode" in story.refused(story.started(), story.released(adverts=garbage))
+
+
+def test_a_confirmation_forged_by_the_operator_does_not_count(story: Story) -> None:
+    statement = Survivors(context=story.header.context(), sites=story.outcome.survivors)
+    forged = SurvivorSignature(site="site-00", signed=sign(story.operator, statement))
+    honest = tuple(story.confirmation(site) for site in list(story.sites)[1:])
+    assert "not signed" in story.refused(
+        story.started(), story.released(confirmations=(forged, *honest))
+    )
+
+
+def test_the_end_names_the_last_release(story: Story) -> None:
+    finished = msgspec.structs.replace(story.finished(), release=b"\x05" * 32)
+    assert "last release differs" in story.refused(story.started(), story.released(), finished)
