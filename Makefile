@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench fuzz docs clean
+.PHONY: demo test lint bench utility fuzz docs clean
 
 $(BIN)/activate-demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ lint: $(BIN)/activate-dev  ## Format, style, types, import directions.
 
 bench: $(BIN)/activate-dev  ## Measures this machine; writes build/bench.json.
 	$(BIN)/python tests/benchmarks/run.py build/bench.json
+
+utility: $(BIN)/activate-dev  ## The quickstart under three seeds; minutes. Commit what it writes.
+	$(BIN)/python tests/benchmarks/utility.py docs/benchmarks/utility.json
 
 fuzz: $(BIN)/activate-dev  ## Long property tests; CI runs a short share of the same ones.
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/common --timeout 7200
