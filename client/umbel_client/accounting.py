@@ -135,13 +135,18 @@ def _narrow(cost: Callable[[float], float], epsilon: float, low: float, high: fl
     return high
 
 
+def largest_delta(records: int) -> float:
+    """1 / (10 n): with probability delta, anything may be revealed of any one record."""
+    return 1 / (10 * records)
+
+
 def require_delta(delta: float, records: int) -> None:
     """Refuses a delta above 1 / (10 n): with probability delta, anything may be revealed.
 
     Raises:
         PolicyRefusal: `delta-for-records`.
     """
-    accepted = 1 / (10 * records)
+    accepted = largest_delta(records)
     if not delta <= accepted:
         raise PolicyRefusal(
             "delta-for-records",

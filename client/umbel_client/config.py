@@ -8,12 +8,14 @@ roster = "roster.json"
 
 [data]
 path = "notes.jsonl"
+public_size = 5000
 
 [model]
 path = "models/minilm"
 
 [policy]
 models = ["<digest of the model, 64 hexadecimal digits>"]
+labels = ["benign", "malignant"]
 ```
 """
 
@@ -43,6 +45,14 @@ class DataConfig(Value, frozen=True):
 
     path: str
     """The data set; its ending (.jsonl, .csv, .parquet) tells its format."""
+    public_size: Annotated[int, msgspec.Meta(ge=1, le=10**9)]
+    """About how many records the data set has, as this site is content to let everyone know: a
+    round number that stays when records come and go. Sampling rate and noise follow from it, so
+    that they tell nothing about the exact number; privacy holds whatever the exact number is."""
+    text_column: str = "text"
+    """The column with the texts."""
+    label_column: str = "label"
+    """The column with the labels."""
 
 
 class ModelConfig(Value, frozen=True):
@@ -102,8 +112,8 @@ def load_config(path: Path) -> ClientConfig:
         state=resolve(config.state),
         identity=resolve(config.identity),
         roster=resolve(config.roster),
-        data=DataConfig(resolve(config.data.path)),
-        model=ModelConfig(resolve(config.model.path), config.model.precision),
+        data=msgspec.structs.replace(config.data, path=resolve(config.data.path)),
+        model=msgspec.structs.replace(config.model, path=resolve(config.model.path)),
     )
 
 

@@ -54,9 +54,16 @@ class Records(Value, frozen=True):
         return self.source
 
 
-def load_records(path: Path, task: Classification) -> Records:
-    """Reads every row of a .jsonl, .csv or .parquet file; columns that the task does not name are
-    ignored.
+def load_records(
+    path: Path,
+    task: Classification,
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+) -> Records:
+    """Reads every row of a .jsonl, .csv or .parquet file; other columns are ignored.
+
+    Columns are the site's own choice: a plan that could name them could ask about any of them.
 
     Raises:
         DataError: the file is missing, malformed, empty or of another kind; a column is missing; a
@@ -65,19 +72,22 @@ def load_records(path: Path, task: Classification) -> Records:
     if not path.is_file():
         raise DataError("the data file does not exist", file=path)
     table = _read(path)
-    for column in (task.text_column, task.label_column):
+    for column in (text_column, label_column):
         if column not in table.column_names:
             raise DataError(
                 "a column is missing",
                 file=path,
                 field=column,
                 found=", ".join(table.column_names),
-                remedy="rename a column of the file, or the plan's text_column or label_column",
+                remedy="rename a column of the file, or data.text_column or data.label_column",
             )
     index_of = {label: index for index, label in enumerate(task.labels)}
-    pairs = zip(table[task.text_column], table[task.label_column], strict=True)
+    pairs = zip(table[text_column], table[label_column], strict=True)
     records = tuple(
-        Record(text=_text(path, task, row, text), label=_label(path, task, row, label, index_of))
+        Record(
+            text=_text(path, text_column, row, text),
+            label=_label(path, label_column, row, label, index_of),
+        )
         for row, (text, label) in enumerate(pairs, start=1)
     )
     if not records:
@@ -87,31 +97,29 @@ def load_records(path: Path, task: Classification) -> Records:
     return Records(records=records, source=source)
 
 
-def _text(path: Path, task: Classification, row: int, text: object) -> str:
+def _text(path: Path, column: str, row: int, text: object) -> str:
     if not isinstance(text, str) or not text.strip():
         found = type(text).__name__ if not isinstance(text, str) else "an empty text"
         raise DataError(
             f"row {row} has no text",
             file=path,
-            field=f"{task.text_column}, row {row}",
+            field=f"{column}, row {row}",
             found=found,
             accepted="a text that is not empty",
         )
     return text
 
 
-def _label(
-    path: Path, task: Classification, row: int, label: object, index_of: dict[str, int]
-) -> int:
+def _label(path: Path, column: str, row: int, label: object, index_of: dict[str, int]) -> int:
     # Codes such as 0 and 1 are numbers in JSON and Parquet, and texts in a plan.
     name = str(label) if isinstance(label, int) and not isinstance(label, bool) else label
     if not isinstance(name, str) or name not in index_of:
         raise DataError(
             f"row {row} has a label that the plan does not have",
             file=path,
-            field=f"{task.label_column}, row {row}",
+            field=f"{column}, row {row}",
             found=repr(label),
-            accepted=", ".join(task.labels),
+            accepted=", ".join(index_of),
         )
     return index_of[name]
 
@@ -135,8 +143,8 @@ def _read(path: Path) -> datasets.Dataset:
     datasets.disable_progress_bars()
     try:
         options = _csv_options(path) if path.suffix == ".csv" else {}
-        # Private data must leave no copy in the home folder's cache.
-        with tempfile.TemporaryDirectory(prefix="umbel-data-") as cache:
+        # Private data must leave no copy elsewhere, not even if this process is killed here.
+        with tempfile.TemporaryDirectory(prefix=".umbel-", dir=path.parent) as cache:
             return reader(str(path), cache_dir=cache, keep_in_memory=True, **options)
     except (DatasetsError, csv.Error, ValueError, TypeError, OSError) as error:
         raise DataError(

@@ -48,6 +48,7 @@ class DeltaCache:
                 file.flush()
                 os.fsync(file.fileno())
             partial.rename(path)
+            _sync(self._folder)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise StorageError("a delta cannot be stored", file=path, found=error) from error
@@ -95,6 +96,15 @@ def _digest(adapter: bytes, delta: Vector, state: State) -> bytes:
     for name in sorted(state):
         parts += [digest("state", name.encode()), to_bytes(state[name].reshape(-1))]
     return digest("delta", b"".join(parts))
+
+
+def _sync(folder: Path) -> None:
+    """Makes a rename durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _private(path: str, flags: int) -> int:

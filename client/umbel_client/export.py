@@ -15,6 +15,8 @@ from umbel_common.identity import Signed
 from umbel_common.peft_folder import tensor_files, text_files
 from umbel_common.plan import TrainingPlan
 
+RELEASE_FILE = "release.msgpack"
+
 
 def write_adapter(
     folder: Path, plan: TrainingPlan, vector: Vector, release: Signed, *, base_model: Path
@@ -35,7 +37,7 @@ def write_adapter(
             safetensors.numpy.save_file(tensors, partial / name, metadata={"format": "pt"})
         for name, text in text_files(plan).items():
             (partial / name).write_text(text, encoding="utf-8")
-        (partial / "release.msgpack").write_bytes(encode(release))
+        (partial / RELEASE_FILE).write_bytes(encode(release))
         for name in TOKENIZER_FILES:
             if (base_model / name).is_file():
                 shutil.copyfile(base_model / name, partial / name)

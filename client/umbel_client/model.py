@@ -83,6 +83,15 @@ class AdaptedModel(nn.Module):
             )
         # On its device before PEFT adds to it: tensors that move later are not the ones trained.
         base = load_base(folder, plan.task).to(device)  # type: ignore[arg-type]  # wrapped by torch
+        positions = getattr(base.config, "max_position_embeddings", plan.task.max_tokens)
+        if plan.task.max_tokens > positions:
+            raise ModelError(
+                "a plan asks for longer texts than the base model can read",
+                file=folder,
+                field="task.max_tokens",
+                found=plan.task.max_tokens,
+                accepted=f"at most {positions}",
+            )
         parameters, head = attach(folder, base, plan.task, plan.lora)
         _check_tensors(folder, tensors_of(parameters), plan.lora.tensors)
         ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}

@@ -2,12 +2,12 @@
 
 Differencing: whoever learns the sum over a set of sites, and the sum over the same set without one
 site, knows that site's delta. With differential privacy in `local` mode that delta is itself what
-the guarantee covers, and nothing more is lost. Without, two rules apply. Exact: the delta of one
-round goes into one set of survivors only (`judge_survivors`), so no number of attempts gives a
-second equation. A hurdle: a later cohort is one that was released before, or differs from each by
-`minimum_cohort_difference` sites (`judge_header`); rounds differ, so their sums do not subtract
-exactly, but they come near, and several sets together get around any such number. A site that needs
-more than a hurdle needs differential privacy.
+the guarantee covers, and nothing more is lost. Without, two rules apply, both to the survivor sets
+that this site itself confirmed. Exact: the delta of one round goes into one set only, so no number
+of attempts gives a second equation. A hurdle: over all rounds and jobs, a set is one that was
+confirmed before, or differs from each by `minimum_cohort_difference` sites; rounds differ, so their
+sums do not subtract exactly, but they come near, and several sets together get around any such
+number. A site that needs more than a hurdle needs differential privacy.
 """
 
 import math
@@ -22,7 +22,7 @@ from umbel_common.errors import PolicyRefusal
 from umbel_common.plan import Count, Fraction, NoPrivacy, Positive, TrainingPlan
 from umbel_common.statements import RoundHeader
 
-HexDigest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+HexDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 """A SHA-256 digest in lower-case hexadecimal."""
 
 TaskName = Literal["classification"]
@@ -33,6 +33,9 @@ class Policy(Value, frozen=True):
 
     models: tuple[HexDigest, ...] = ()
     """Digests of the base models that may be fine-tuned here; empty: every plan is refused."""
+    labels: tuple[str, ...] = ()
+    """The labels of a classification, in the plan's order; a plan must name exactly these. A site
+    that answered other sets by looking at its data would answer questions about its data."""
     tasks: tuple[TaskName, ...] = ("classification",)
     """Tasks that plans may have."""
     max_rank: Count = 16
@@ -57,8 +60,8 @@ class Policy(Value, frozen=True):
     """Sites that may secretly work with the server: the threshold t of a cohort of n must satisfy
     2 t > n + this."""
     minimum_cohort_difference: Annotated[int, msgspec.Meta(ge=1, le=100)] = 2
-    """Without differential privacy: sites by which a cohort must differ from every former release
-    of its job, unless it is the same; 1 allows any."""
+    """Without differential privacy: sites by which a survivor set must differ from every set that
+    this site ever confirmed, unless it is the same; 1 allows any."""
     examples_as_weights: bool = False
     """Whether the exact number of records may be this site's (masked) weight; never with
     differential privacy."""
@@ -74,8 +77,8 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
 
     Raises:
         PolicyRefusal: `model-not-allowed`, `task-not-allowed`, `rank-too-large`, `too-many-rounds`,
-            `too-many-local-steps`, `privacy-required`, `epsilon-too-large`, `delta-too-large` or
-            `example-weights`.
+            `too-many-local-steps`, `privacy-required`, `epsilon-too-large`, `delta-too-large`,
+            `example-weights` or `labels-not-allowed`.
     """
     privacy = plan.privacy
     _require(
@@ -92,6 +95,13 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
         field="policy.tasks",
         found=task,
         accepted=", ".join(policy.tasks) or "none",
+    )
+    _require(
+        plan.task.labels == policy.labels,
+        "labels-not-allowed",
+        field="policy.labels",
+        found=", ".join(plan.task.labels),
+        accepted=", ".join(policy.labels) or "none",
     )
     _at_most(policy.max_rank, plan.lora.rank, "rank-too-large", "max_rank")
     _at_most(policy.max_rounds, plan.training.rounds, "too-many-rounds", "max_rounds")
@@ -118,19 +128,11 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
     )
 
 
-def judge_header(
-    policy: Policy,
-    plan: TrainingPlan,
-    header: RoundHeader,
-    former_cohorts: Sequence[tuple[str, ...]],
-) -> None:
+def judge_header(policy: Policy, plan: TrainingPlan, header: RoundHeader) -> None:
     """Refuses an attempt whose cohort the policy does not allow.
 
-    Args:
-        former_cohorts: the survivors of each former release of this job.
-
     Raises:
-        PolicyRefusal: `cohort-too-small`, `threshold-too-low` or `cohort-difference`.
+        PolicyRefusal: `cohort-too-small` or `threshold-too-low`.
     """
     sites = len(header.cohort)
     _require(
@@ -149,38 +151,44 @@ def judge_header(
         found=f"threshold {threshold} for {sites} sites",
         accepted=f"at least {(sites + policy.colluding_sites) // 2 + 1}",
     )
-    if isinstance(plan.privacy, NoPrivacy):
-        for former in former_cohorts:
-            difference = len(set(header.cohort) ^ set(former))
-            _require(
-                difference == 0 or difference >= policy.minimum_cohort_difference,
-                "cohort-difference",
-                field="policy.minimum_cohort_difference",
-                found=f"{difference} sites differ from a former release",
-                accepted=f"none, or at least {policy.minimum_cohort_difference}",
-            )
 
 
 def judge_survivors(
-    plan: TrainingPlan, survivors: tuple[str, ...], former: Sequence[tuple[str, ...]]
+    policy: Policy,
+    plan: TrainingPlan,
+    survivors: tuple[str, ...],
+    *,
+    same_round: Sequence[tuple[str, ...]],
+    ever: Sequence[tuple[str, ...]],
 ) -> None:
-    """Refuses a second sum over the same delta without differential privacy.
+    """Refuses, without differential privacy, a sum that would tell single sites apart.
 
     Args:
-        former: the survivor sets that this site confirmed in earlier attempts of the same round.
+        same_round: the survivor sets that this site confirmed in earlier attempts of the round.
+        ever: those that it confirmed in any round of any job.
 
     Raises:
-        PolicyRefusal: `survivors-differ`.
+        PolicyRefusal: `survivors-differ` within a round, `cohort-difference` between rounds.
     """
-    if isinstance(plan.privacy, NoPrivacy):
-        for earlier in former:
-            _require(
-                set(earlier) == set(survivors),
-                "survivors-differ",
-                found=", ".join(survivors),
-                accepted=f"as confirmed before: {', '.join(earlier)}",
-                remedy="none within this round: another sum would tell single sites apart",
-            )
+    if not isinstance(plan.privacy, NoPrivacy):
+        return
+    for earlier in same_round:
+        _require(
+            set(earlier) == set(survivors),
+            "survivors-differ",
+            found=", ".join(survivors),
+            accepted=f"as confirmed before: {', '.join(earlier)}",
+            remedy="none within this round: another sum would tell single sites apart",
+        )
+    for earlier in ever:
+        difference = len(set(survivors) ^ set(earlier))
+        _require(
+            difference == 0 or difference >= policy.minimum_cohort_difference,
+            "cohort-difference",
+            field="policy.minimum_cohort_difference",
+            found=f"{difference} sites differ from a set that was confirmed before",
+            accepted=f"none, or at least {policy.minimum_cohort_difference}",
+        )
 
 
 def _at_most(limit: float, found: float, check: str, field: str) -> None:

@@ -116,7 +116,7 @@ def private_step(
 
 
 def _separate_gradients(parameters: list[Any], records: int) -> None:
-    """Makes sure of one float32 gradient for each record.
+    """Makes sure of one finite float32 gradient for each record.
 
     A list would come from two passes that were mixed, another length from tokens that were taken
     for records. Norms of bfloat16 gradients would be bfloat16 too, and the clipping not exact.
@@ -131,3 +131,11 @@ def _separate_gradients(parameters: list[Any], records: int) -> None:
                 accepted=(records, *parameter.shape),
             )
         parameter.grad_sample = gradients.float()
+    # A record whose gradient overflowed has no direction to clip; without this its NaN would pass
+    # through clipping and noise, and say that the record is there.
+    finite = torch.ones(records, dtype=torch.bool)
+    for parameter in parameters:
+        finite &= torch.isfinite(parameter.grad_sample).reshape(records, -1).all(dim=1).cpu()
+    if not finite.all():
+        for parameter in parameters:
+            parameter.grad_sample[~finite.to(parameter.device)] = 0

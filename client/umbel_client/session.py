@@ -74,18 +74,26 @@ class Session:
         """Closes the file."""
         self._database.close()
 
-    def accept_plan(self, job: str, plan: Signed) -> None:
-        """Keeps the plan of a job; a job has one plan for ever.
+    def check_plan(self, job: str, plan: Signed) -> None:
+        """Refuses a second plan for a job: it has one for ever.
 
         Raises:
             RemoteProtocolError: `job-has-other-plan`.
         """
         known = self.plan(job)
-        if known is None:
+        if known is not None and known.statement != plan.statement:
+            raise RemoteProtocolError("job-has-other-plan", f"job {job} was accepted otherwise")
+
+    def accept_plan(self, job: str, plan: Signed) -> None:
+        """Keeps the plan of a job.
+
+        Raises:
+            RemoteProtocolError: `job-has-other-plan`.
+        """
+        self.check_plan(job, plan)
+        if self.plan(job) is None:
             with self._transaction():
                 self._database.execute("INSERT INTO plans VALUES (?, ?)", (job, encode(plan)))
-        elif known.statement != plan.statement:
-            raise RemoteProtocolError("job-has-other-plan", f"job {job} was accepted otherwise")
 
     def plan(self, job: str) -> Signed | None:
         """The accepted plan of a job."""
@@ -222,14 +230,15 @@ class Session:
                 (msgspec.msgpack.encode(survivors), context),
             )
 
-    def confirmed(self, job: str, round_number: int) -> list[tuple[str, ...]]:
-        """The survivor sets that were confirmed in any attempt of a round."""
+    def confirmed(self, header: RoundHeader | None = None) -> list[tuple[str, ...]]:
+        """The survivor sets that were confirmed, in any attempt of the header's round or ever."""
+        query = "SELECT survivors FROM attempts WHERE survivors IS NOT NULL"
+        values: tuple[str | int, ...] = ()
+        if header is not None:
+            query += " AND job = ? AND round = ?"
+            values = (header.job, header.round)
         with self._storage_errors():
-            rows = self._database.execute(
-                "SELECT survivors FROM attempts"
-                " WHERE job = ? AND round = ? AND survivors IS NOT NULL",
-                (job, round_number),
-            ).fetchall()
+            rows = self._database.execute(query, values).fetchall()
         return [msgspec.msgpack.decode(row[0], type=tuple[str, ...]) for row in rows]
 
     def keep_release(self, job: str, round_number: int, release: Signed) -> None:

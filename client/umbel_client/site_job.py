@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from umbel_client.accounting import Event, calibrate, epsilon, require_delta
+from umbel_client.accounting import Event, calibrate, epsilon, largest_delta, require_delta
 from umbel_client.config import ClientConfig
 from umbel_client.data import load_records
 from umbel_client.delta_cache import DeltaCache, State
@@ -19,12 +19,21 @@ from umbel_client.precision import chosen_precision
 from umbel_client.prepared import prepare
 from umbel_client.training import sampling_rate, train_round
 from umbel_common.adapter import Vector
-from umbel_common.canonical import Entropy
-from umbel_common.errors import BudgetError, LocalProtocolError, RemoteProtocolError
+from umbel_common.canonical import Entropy, digest
+from umbel_common.errors import (
+    BudgetError,
+    LedgerError,
+    LocalProtocolError,
+    ModelError,
+    RemoteProtocolError,
+)
 from umbel_common.identity import Roster
 from umbel_common.plan import LocalPrivacy, TrainingPlan
 from umbel_common.quantise import RingVector, encode, encoding_of
 from umbel_common.statements import RoundHeader
+
+FAILED = digest("failed round", b"")
+"""Stands in the ledger for the delta of a round whose training failed."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +82,16 @@ class SiteJob:
         self._config = config
         self._observer = observer
         self._entropy = entropy
-        records = load_records(Path(config.data.path), plan.task)
+        # Before the data is touched: what a server can make this site refuse here depends on
+        # public figures only.
+        self.noise = noise_for(plan, config.data.public_size)
+        records = load_records(
+            Path(config.data.path),
+            plan.task,
+            text_column=config.data.text_column,
+            label_column=config.data.label_column,
+        )
         self._weight = _weight(plan, roster, config.site, len(records))
-        self.noise = noise_for(plan, len(records))
         state = Path(config.state)
         self._ledger = Ledger.open(state / "ledger.sqlite", records.digest())
         try:
@@ -125,8 +141,12 @@ class SiteJob:
         self._observer.charged(number, self._spent())
         if self._recorded_digest(number) is None:
             # Whatever a killed computation left is replaced, never released.
-            noise = None if event is None else event.noise_multiplier
-            computed = self._compute(number, header.adapter, adapter, noise)
+            try:
+                computed = self._compute(number, header.adapter, adapter, event)
+            except ModelError:
+                # The outcome of this draw of noise, too: another draw would be another release.
+                self._ledger.computed(self.plan.job, number, FAILED)
+                raise
             self._ledger.computed(self.plan.job, number, computed)
         started_from, _, _ = self._stored(number)
         if started_from != header.adapter:
@@ -151,6 +171,12 @@ class SiteJob:
         recorded = self._recorded_digest(number)
         if recorded is None:
             raise LocalProtocolError("not-computed", f"round {number} has no delta to send")
+        if recorded == FAILED:
+            raise LedgerError(
+                f"training failed in round {number} and is not repeated",
+                file=self._config.state,
+                remedy="this site sits the round out; its log says why training failed",
+            )
         return self._deltas.load(number, recorded)
 
     def _recorded_digest(self, number: int) -> bytes | None:
@@ -158,7 +184,7 @@ class SiteJob:
         return None if recorded is None else recorded.delta_digest
 
     def _compute(
-        self, number: int, adapter_digest: bytes, adapter: Vector, noise_multiplier: float | None
+        self, number: int, adapter_digest: bytes, adapter: Vector, event: Event | None
     ) -> bytes:
         result = train_round(
             self._model,
@@ -166,7 +192,8 @@ class SiteJob:
             self.plan,
             number,
             adapter,
-            noise_multiplier,
+            self.noise.sampling_rate if event is None else event.sample_rate,
+            None if event is None else event.noise_multiplier,
             self._optimizer_state(number),
             entropy=self._entropy,
             physical_batch_size=self._config.physical_batch_size,
@@ -179,7 +206,7 @@ class SiteJob:
         for former in range(number - 1, 0, -1):
             # Only of a round whose delta the ledger knows: what a killed computation left must not
             # flow into a later release.
-            if self._recorded_digest(former) is not None:
+            if self._recorded_digest(former) not in (None, FAILED):
                 return self._stored(former)[2]
         return None
 
@@ -212,20 +239,23 @@ class SiteJob:
 
     @property
     def _budget(self) -> Budget:
-        return self._config.policy.budget(self.plan)
+        budget = self._config.policy.budget(self.plan)
+        # As for one plan: with probability delta anything may be revealed, of any record.
+        largest = largest_delta(self._config.data.public_size)
+        return Budget(budget.epsilon, min(budget.delta, largest))
 
 
-def noise_for(plan: TrainingPlan, records: int) -> SiteNoise:
-    """Noise for the plan's epsilon at the sampling rate of a site with so many records (ADR 3).
+def noise_for(plan: TrainingPlan, public_size: int) -> SiteNoise:
+    """Noise for the plan's epsilon at the sampling rate of a site of this public size (ADR 3).
 
     Raises:
-        DataError: too few records for the plan's expected batch.
-        CalibrationError, PolicyRefusal: the plan's epsilon or delta cannot be had with so many.
+        DataError: the plan expects a larger batch.
+        CalibrationError, PolicyRefusal: the plan's epsilon or delta cannot be had with this size.
     """
-    rate = sampling_rate(plan, records)
+    rate = sampling_rate(plan, public_size)
     if not isinstance(plan.privacy, LocalPrivacy):
         return SiteNoise(rate, None)
-    require_delta(plan.privacy.delta, records)
+    require_delta(plan.privacy.delta, public_size)
     noise = calibrate(plan.privacy.epsilon, plan.privacy.delta, rate, plan.training.steps)
     return SiteNoise(rate, noise)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from umbel_client.policy import judge_survivors
+from umbel_client.policy import Policy, judge_survivors
 from umbel_client.session import Session
 from umbel_client.site_job import SiteJob
 from umbel_common.canonical import Entropy, decode, digest, encode
@@ -32,6 +32,7 @@ def answer_stage(
     *,
     session: Session,
     job: SiteJob,
+    policy: Policy,
     site: str,
     roster: Roster,
     identity: Identity,
@@ -40,7 +41,7 @@ def answer_stage(
     """The sealed answer to a stage, burned on disk before it is returned.
 
     Raises:
-        PolicyRefusal: `survivors-differ`.
+        PolicyRefusal: `survivors-differ` or `cohort-difference`.
         RemoteProtocolError: the check of `participant` or `session` that failed; the state on disk
             is as it was.
     """
@@ -62,8 +63,13 @@ def answer_stage(
             reply = MaskReply(context=context, vector=_little_endian(vector))
             job.sent(header.round)
         case secagg.Masked(), ConfirmRequest():
-            former = session.confirmed(header.job, header.round)
-            judge_survivors(job.plan, request.survivors, former)
+            judge_survivors(
+                policy,
+                job.plan,
+                request.survivors,
+                same_round=session.confirmed(header),
+                ever=session.confirmed(),
+            )
             after, signature = state.receive(request.survivors, identity)
             reply = ConfirmReply(context=context, signature=signature)
             # Recorded first: a crash in between leaves a set that binds, and was not signed.

@@ -20,6 +20,7 @@ from umbel_common.adapter import Vector, adapter_digest, from_bytes, initial_vec
 from umbel_common.canonical import Entropy, V, digest, encode
 from umbel_common.errors import (
     BudgetError,
+    PlanError,
     PolicyRefusal,
     ProtocolError,
     RemoteProtocolError,
@@ -28,6 +29,7 @@ from umbel_common.errors import (
 )
 from umbel_common.identity import Identity, Roster, Signed, open_signed
 from umbel_common.plan import TrainingPlan, check_plan
+from umbel_common.quantise import encoding_of
 from umbel_common.secagg import participant as secagg
 from umbel_common.statements import Release, RoundHeader
 from umbel_common.wire import (
@@ -98,6 +100,16 @@ class Trainer:
             except UmbelError as error:
                 self._observer.refused(error)
                 return self._seal(Refusal(check=_code(error)))
+            except Exception as unexpected:
+                # What a server can provoke, however odd, must not end the site's process.
+                fault = UmbelError(
+                    f"an unexpected {type(unexpected).__name__} stopped a request",
+                    found=unexpected,
+                    remedy="please report it: no input should cause this",
+                )
+                fault.__cause__ = unexpected
+                self._observer.refused(fault)
+                return self._seal(Refusal(check=_code(fault)))
 
     def _answer(self, sealed: bytes) -> bytes:
         request = open_request(
@@ -120,6 +132,7 @@ class Trainer:
                     header,
                     session=self._session,
                     job=self._loaded_job(header.job),
+                    policy=self._config.policy,
                     site=self._config.site,
                     roster=self._roster,
                     identity=self._identity,
@@ -132,6 +145,9 @@ class Trainer:
             raise RemoteProtocolError("other-federation", "a plan is of another federation")
         check_plan(plan)
         judge_plan(self._config.policy, plan)
+        self._check_size_class(plan)
+        # Before anything of the plan takes effect: a job has one plan for ever.
+        self._session.check_plan(plan.job, request.plan)
         self._load(plan)
         self._session.accept_plan(plan.job, request.plan)
         return OfferReply(plan=plan.digest())
@@ -164,6 +180,16 @@ class Trainer:
         self._session.open(header, head, encode(state), fingerprint, reply)
         return reply
 
+    def _check_size_class(self, plan: TrainingPlan) -> None:
+        weight = self._roster.member(self._config.site).weight
+        if plan.aggregation.weights == "size-class" and weight > plan.aggregation.max_weight:
+            raise PlanError(
+                "this site's size class is larger than the plan allows",
+                field="aggregation.max_weight",
+                found=plan.aggregation.max_weight,
+                accepted=f"at least {weight}",
+            )
+
     def _check_header(self, header: RoundHeader, plan: TrainingPlan) -> None:
         checks = {
             "other-federation": header.federation == self._roster.federation,
@@ -176,7 +202,10 @@ class Trainer:
             if not holds:
                 raise RemoteProtocolError(check, "a round header does not fit what this site knows")
         self._session.check_new(header)
-        judge_header(self._config.policy, plan, header, self._former_cohorts(plan.job))
+        # Judged again: a site may have tightened its policy since it accepted the plan.
+        judge_plan(self._config.policy, plan)
+        judge_header(self._config.policy, plan, header)
+        encoding_of(plan.aggregation, len(header.cohort)).prove_headroom()
 
     def _check_release(
         self, request: TrainRequest, header: RoundHeader, plan: TrainingPlan
@@ -216,10 +245,6 @@ class Trainer:
         )
         return FinishReply(adapter=release.adapter)
 
-    def _former_cohorts(self, job: str) -> list[tuple[str, ...]]:
-        releases = [self._open(signed, Release) for signed in self._session.releases(job)]
-        return [release.survivors for release in releases if release.round > 0]
-
     def _plans(self) -> list[TrainingPlan]:
         return [self._open(signed, TrainingPlan) for signed in self._session.plans()]
 
@@ -230,9 +255,8 @@ class Trainer:
         return self._open(signed, TrainingPlan)
 
     def _loaded_job(self, name: str) -> SiteJob:
-        """The job with its model and data; loaded anew after a restart."""
-        if self._job is None or self._job.plan.job != name:
-            self._load(self._accepted_plan(name))
+        """The job with its model and data, under the plan that was accepted and no other."""
+        self._load(self._accepted_plan(name))
         assert self._job is not None  # _load sets it or raises
         return self._job
 

@@ -45,22 +45,22 @@ class RoundResult:
     """Moments of the optimiser, for the next round."""
 
 
-def sampling_rate(plan: TrainingPlan, records: int) -> float:
+def sampling_rate(plan: TrainingPlan, public_size: int) -> float:
     """Probability with which each record is in a batch.
 
     Raises:
-        DataError: there are none, or fewer than a batch is expected to hold.
+        DataError: the data set is smaller than a batch is expected to be.
     """
     expected = plan.training.expected_batch_size
-    if records < expected:
+    if public_size < expected:
         raise DataError(
             "the data set is smaller than the batch that the plan expects",
             field="training.expected_batch_size",
-            found=f"{records} records",
+            found=f"{public_size} records",
             accepted=f"at least {expected} records",
             remedy="agree on a smaller expected batch size, or leave this site out",
         )
-    return expected / records
+    return expected / public_size
 
 
 def train_round(
@@ -69,6 +69,7 @@ def train_round(
     plan: TrainingPlan,
     round_number: int,
     global_vector: Vector,
+    sample_rate: float,
     noise_multiplier: float | None,
     state: OptimizerState | None,
     *,
@@ -80,6 +81,7 @@ def train_round(
 
     Args:
         round_number: from 1.
+        sample_rate: probability with which each record is in a batch.
         noise_multiplier: standard deviation of the noise in units of the clip norm; None exactly
             when the plan has no privacy.
         state: from the round before, or None.
@@ -87,12 +89,10 @@ def train_round(
         physical_batch_size: records computed at once; sets memory and speed, not the result.
 
     Raises:
-        DataError: too few records.
         PlanError: the noise multiplier does not fit the plan's privacy.
         ModelError: the adapter did not move in the first step, or is not finite in the end.
     """
     _check_noise(plan, noise_multiplier)
-    rate = sampling_rate(plan, len(data))
     noise = NoiseSource(entropy)
     trained = plan.trained_tensors(round_number)
     model.set_vector(global_vector)
@@ -105,7 +105,7 @@ def train_round(
         for step in range(steps):
             job_step = (round_number - 1) * steps + step
             set_learning_rates(optimizer, plan.training.learning_rate_factor(job_step))
-            chosen = noise.poisson_batch(len(data), rate)
+            chosen = noise.poisson_batch(len(data), sample_rate)
             take_step(chosen, physical_batch_size)
             if step == 0 and (noise_multiplier is not None or len(chosen)):
                 _check_moved(model, start, trained, every=noise_multiplier is not None)

@@ -20,7 +20,7 @@ Entropy = Callable[[int], bytes]
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 """A SHA-256 digest."""
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?$")]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?\Z")]
 """Name of a federation, job or site: lower-case letters, digits, inner hyphens; at most 64."""
 
 T = TypeVar("T")

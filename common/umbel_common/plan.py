@@ -12,8 +12,13 @@ from umbel_common.canonical import Digest, Name, Value, digest, encode
 from umbel_common.errors import PlanError
 from umbel_common.identity import label_of
 
-Positive = Annotated[float, msgspec.Meta(gt=0)]
+# Bounds keep every product of these in float32's range: an overflow in one record's gradient would
+# be a signal that no noise covers, and a denormal clip norm would not clip.
+Positive = Annotated[float, msgspec.Meta(ge=1e-12, le=1e6)]
+Scale = Annotated[float, msgspec.Meta(ge=1e-4, le=1e4)]
+LearningRate = Annotated[float, msgspec.Meta(ge=1e-12, le=100)]
 Fraction = Annotated[float, msgspec.Meta(gt=0, lt=1)]
+Delta = Annotated[float, msgspec.Meta(ge=1e-15, lt=1)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 
 Method = Literal["both", "ffa", "alternate"]
@@ -32,16 +37,15 @@ class Classification(Value, frozen=True, tag_field="task", tag="classification")
     """Sequence classification: one label for each text."""
 
     labels: tuple[str, ...]
-    """Every label that may occur; a record with another one is refused."""
-    text_column: str = "text"
-    label_column: str = "label"
+    """Every label that may occur, in the order of the logits. Which column of its data holds them,
+    each site decides."""
     max_tokens: Annotated[int, msgspec.Meta(ge=4, le=8192)] = 128
     """Texts are cut after so many tokens."""
     head: Literal["mean-pool", "stock"] = "mean-pool"
     """`mean-pool`: mean of the token vectors, normalised, times `logit_scale`, then a linear layer
     that starts at zero. `stock`: the model's own classification head, a linear layer from the
     public seed on top of the pretrained pooler."""
-    logit_scale: Positive = 10.0
+    logit_scale: Scale = 10.0
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
@@ -72,7 +76,7 @@ class Lora(Value, frozen=True):
     """The adapter (Hu et al. 2021): W + (alpha / rank) B A on the targeted linear layers."""
 
     rank: Annotated[int, msgspec.Meta(ge=1, le=512)]
-    alpha: Positive
+    alpha: Scale
     target_modules: tuple[str, ...]
     """Names of the linear layers, as PEFT matches them; empty: only the head is trained."""
     layers: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] | None
@@ -95,8 +99,8 @@ class Lora(Value, frozen=True):
 class Adam(Value, frozen=True, tag_field="optimizer", tag="adam"):
     """Adam (Kingma and Ba 2015) on the noisy gradient; its moments stay at the site."""
 
-    adapter_learning_rate: Positive
-    head_learning_rate: Positive
+    adapter_learning_rate: LearningRate
+    head_learning_rate: LearningRate
     beta1: Fraction = 0.9
     beta2: Fraction = 0.99
     eps: Positive = 1e-8
@@ -105,8 +109,8 @@ class Adam(Value, frozen=True, tag_field="optimizer", tag="adam"):
 class Sgd(Value, frozen=True, tag_field="optimizer", tag="sgd"):
     """Gradient descent with momentum on the noisy gradient; the momentum stays at the site."""
 
-    adapter_learning_rate: Positive
-    head_learning_rate: Positive
+    adapter_learning_rate: LearningRate
+    head_learning_rate: LearningRate
     momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
 
 
@@ -116,8 +120,8 @@ class Training(Value, frozen=True):
     rounds: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
     local_steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
     expected_batch_size: Count
-    """Records that a Poisson batch holds on average; site i samples each of its n_i records with
-    probability expected_batch_size / n_i."""
+    """Records that a Poisson batch holds on average; a site of public size N samples each of its
+    records with probability expected_batch_size / N."""
     optimizer: Adam | Sgd
     final_learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     """Learning rates fall linearly to this share of their first value over the whole job."""
@@ -142,8 +146,8 @@ class LocalPrivacy(Value, frozen=True, tag_field="mode", tag="local"):
     """
 
     epsilon: Positive
-    delta: Fraction
-    clip_norm: Positive
+    delta: Delta
+    clip_norm: Scale
 
 
 class NoPrivacy(Value, frozen=True, tag_field="mode", tag="none"):

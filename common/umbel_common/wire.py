@@ -134,7 +134,7 @@ class FinishReply(Message, frozen=True, tag="finished"):
 class Refusal(Message, frozen=True, tag="refused"):
     """The site does not do what was asked; the reason is a code without private detail."""
 
-    check: Annotated[str, msgspec.Meta(pattern="^[a-z0-9-]{1,64}$")]
+    check: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}\Z")]
 
 
 Request: TypeAlias = (

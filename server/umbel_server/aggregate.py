@@ -1,12 +1,11 @@
 """From the unmasked sum to the new global adapter: FedAvg (McMahan et al. 2017) on deltas."""
 
-from umbel_common.quantise import decode_sum, encoding_of
-from umbel_common.secagg.coordinator import Aggregate
-
 from umbel_common.adapter import Vector, merge
 from umbel_common.errors import RemoteProtocolError, RoundAborted
 from umbel_common.identity import Roster
 from umbel_common.plan import TrainingPlan
+from umbel_common.quantise import decode_sum, encoding_of
+from umbel_common.secagg.coordinator import Aggregate
 
 
 def expected_weight(plan: TrainingPlan, roster: Roster, survivors: tuple[str, ...]) -> int | None:

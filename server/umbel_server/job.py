@@ -180,7 +180,7 @@ class Job:
             total_weight=0,
         )
         signed_plan, signed_release = sign(self._operator, self.plan), sign(self._operator, release)
-        self._registry.publish(self.plan, vector, signed_release)
+        self._registry.publish(self.plan, vector)
         self._store.start_job(
             self._operator,
             self.plan.job,
@@ -190,9 +190,12 @@ class Job:
             JobStarted(plan=signed_plan, roster=self._roster.digest(), release=signed_release),
         )
 
-    def _last_release(self) -> Release:
+    def _signed_release(self) -> Signed:
         _, _, signed = self._store.last_release(self.plan.job)
-        return open_signed(signed, Release, self._operator.public_key)
+        return signed
+
+    def _last_release(self) -> Release:
+        return open_signed(self._signed_release(), Release, self._operator.public_key)
 
     def _offer(self) -> tuple[str, ...]:
         """The sites that accept the plan."""
@@ -234,8 +237,9 @@ class Job:
                 event = AttemptAborted(header=signed_header, check=check, refusals=refusals)
                 self._store.record(self._operator, self.plan.job, event)
                 self._observer.aborted(round_number, number, check)
-                # A site that refused refuses again; one that was late may be back.
-                sites = tuple(site for site in sites if site not in abort.refusals)
+                # Who refused later than that may have been wronged by a peer, and who was late may
+                # be back: both are asked again.
+                sites = tuple(site for site in sites if site not in abort.unwilling)
                 if len(sites) < self.plan.aggregation.threshold:
                     break
         raise JobFailed(
@@ -267,7 +271,7 @@ class Job:
         self._store.open_attempt(self.plan.job, round_number, number, signed)
         request = TrainRequest(
             header=signed,
-            release=self._registry.release(last.adapter),
+            release=self._signed_release(),
             adapter=to_bytes(adapter),
         )
         length = size_of(self.plan.trained_tensors(round_number)) + 1
@@ -288,7 +292,7 @@ class Job:
             try:
                 state = current.advance()
             except RoundAborted as error:
-                raise _Aborted(error.check, current.refusals) from error
+                raise _Aborted(error.check, current.refusals, current.unwilling) from error
         return state
 
     def _release(
@@ -304,7 +308,7 @@ class Job:
                 adapter,
             )
         except RoundAborted as error:
-            raise _Aborted(error.check, {}) from error
+            raise _Aborted(error.check, {}, frozenset()) from error
         release = Release(
             federation=self.plan.federation,
             job=self.plan.job,
@@ -317,7 +321,7 @@ class Job:
             total_weight=weight,
         )
         signed = sign(self._operator, release)
-        self._registry.publish(self.plan, vector, signed)
+        self._registry.publish(self.plan, vector)
         self._store.record_release(
             self._operator,
             self.plan.job,
@@ -336,9 +340,7 @@ class Job:
 
     def _finish(self, last: Release) -> None:
         vector = self._registry.load(self.plan, last.adapter)
-        request = FinishRequest(
-            release=self._registry.release(last.adapter), adapter=to_bytes(vector)
-        )
+        request = FinishRequest(release=self._signed_release(), adapter=to_bytes(vector))
         requests = {member.name: request for member in self._roster.members}
         delivered = [
             site
@@ -364,9 +366,10 @@ class Job:
 
 
 class _Aborted(Exception):
-    """An attempt ended; carries who refused, for the transcript and the next cohort."""
+    """An attempt ended; carries who refused for the transcript, and who for the next cohort."""
 
-    def __init__(self, check: str, refusals: Mapping[str, str]) -> None:
+    def __init__(self, check: str, refusals: Mapping[str, str], unwilling: frozenset[str]) -> None:
         super().__init__(check)
         self.check = check
         self.refusals = refusals
+        self.unwilling = unwilling

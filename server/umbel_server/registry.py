@@ -1,4 +1,4 @@
-"""Global adapters on disk: PEFT folders addressed by content, each with its signed release.
+"""Global adapters on disk: PEFT folders addressed by content; their releases are in the journal.
 
 A folder appears complete or not at all: it is written under another name, synced, then renamed.
 What is read is checked against the digest that names it.
@@ -12,9 +12,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from umbel_common.adapter import Vector, adapter_digest, flatten
-from umbel_common.canonical import decode_canonical, encode
-from umbel_common.errors import PlanError, RemoteProtocolError, StorageError
-from umbel_common.identity import Signed
+from umbel_common.errors import PlanError, StorageError
 from umbel_common.peft_folder import (
     ADAPTER_FILE,
     HEAD_FILE,
@@ -23,8 +21,6 @@ from umbel_common.peft_folder import (
     text_files,
 )
 from umbel_common.plan import TrainingPlan
-
-RELEASE_FILE = "release.msgpack"
 
 
 class Registry:
@@ -39,8 +35,8 @@ class Registry:
         """Where the adapter of that digest is, or would be."""
         return self._root / digest.hex()
 
-    def publish(self, plan: TrainingPlan, vector: Vector, release: Signed) -> bytes:
-        """Stores an adapter and its signed release; returns the adapter's digest.
+    def publish(self, plan: TrainingPlan, vector: Vector) -> bytes:
+        """Stores an adapter; returns its digest.
 
         Publishing again what is there already changes nothing.
 
@@ -60,7 +56,6 @@ class Registry:
                 safetensors.numpy.save_file(tensors, partial / name, metadata={"format": "pt"})
             for name, text in text_files(plan).items():
                 (partial / name).write_text(text, encoding="utf-8")
-            (partial / RELEASE_FILE).write_bytes(encode(release))
             for path in (*partial.iterdir(), partial):
                 _sync(path)
             partial.rename(target)
@@ -90,18 +85,6 @@ class Registry:
                 remedy="restore the folder from a backup; the digest is its name",
             )
         return vector
-
-    def release(self, digest: bytes) -> Signed:
-        """The signed release of a stored adapter.
-
-        Raises:
-            StorageError: it is missing or corrupt.
-        """
-        path = self.folder(digest) / RELEASE_FILE
-        try:
-            return decode_canonical(path.read_bytes(), Signed)
-        except (OSError, RemoteProtocolError) as error:
-            raise StorageError("a stored release cannot be read", file=path, found=error) from error
 
 
 def read_vector(folder: Path, plan: TrainingPlan) -> Vector:

@@ -68,6 +68,8 @@ class Attempt:
     refusals: Mapping[str, str]
     """Reason codes of the sites that refused or whose reply was refused."""
     evidence: Evidence
+    unwilling: frozenset[str] = frozenset()
+    """Those that refused to train: they would refuse the next attempt too."""
 
     @property
     def stage(self) -> str:
@@ -127,7 +129,8 @@ class Attempt:
 
     def refused(self, site: str, check: str) -> "Attempt":
         """Notes that `site` is out of this attempt, and why."""
-        return replace(self, refusals={**self.refusals, site: check})
+        unwilling = self.unwilling | {site} if self.stage == "train" else self.unwilling
+        return replace(self, refusals={**self.refusals, site: check}, unwilling=unwilling)
 
     def _accept(self, site: str, reply: Reply) -> Machine:
         context = getattr(reply, "context", self.header.context())

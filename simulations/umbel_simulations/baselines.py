@@ -13,18 +13,18 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from umbel_client.accounting import calibrate
 from umbel_client.config import ClientConfig
 from umbel_client.data import load_records
 from umbel_client.model import AdaptedModel
 from umbel_client.precision import fastest_precision
 from umbel_client.prefix import Prefix
 from umbel_client.prepared import PreparedData, prepare
+from umbel_client.site_job import noise_for
 from umbel_client.tokens import Tokens
-from umbel_client.training import sampling_rate, train_round
+from umbel_client.training import train_round
 from umbel_common.adapter import Vector, initial_vector, merge
 from umbel_common.canonical import Entropy
-from umbel_common.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plan import TrainingPlan
 from umbel_simulations.recorder import Stopped
 
 Progress = Callable[[str, int, int], None]
@@ -40,6 +40,7 @@ class Party:
     name: str
     plan: TrainingPlan
     data: PreparedData
+    public_size: int
     entropy: Entropy
 
 
@@ -63,9 +64,12 @@ def train_alone(
     parties = []
     for name in names:
         if name == POOLED:
-            parties.append(Party(name, _pooled_plan(plan, len(data)), _pool(data), entropy(name)))
+            size = sum(config.data.public_size for config in configs.values())
+            pooled = _pooled_plan(plan, len(data))
+            parties.append(Party(name, pooled, _pool(data), size, entropy(name)))
         else:
-            parties.append(Party(name, plan, data[name], entropy(f"{name} alone")))
+            size = configs[name].data.public_size
+            parties.append(Party(name, plan, data[name], size, entropy(f"{name} alone")))
     # The largest first: it bounds the time of all.
     parties.sort(key=lambda party: len(party.data), reverse=True)
     stop = threading.Event()
@@ -91,12 +95,7 @@ def _train(
 ) -> Vector:
     plan = party.plan
     adapted = AdaptedModel.load(model, plan, precision=fastest_precision())
-    noise_multiplier = None
-    if isinstance(plan.privacy, LocalPrivacy):
-        rate = sampling_rate(plan, len(party.data))
-        noise_multiplier = calibrate(
-            plan.privacy.epsilon, plan.privacy.delta, rate, plan.training.steps
-        )
+    noise = noise_for(plan, party.public_size)
 
     def on_step(step: int, steps: int) -> None:
         if stop.is_set():
@@ -110,7 +109,8 @@ def _train(
             plan,
             number,
             adapter,
-            noise_multiplier,
+            noise.sampling_rate,
+            noise.noise_multiplier,
             state,
             entropy=party.entropy,
             physical_batch_size=physical_batch_size,

@@ -67,7 +67,9 @@ class Federation:
         seed = self._scenario.insecure_test_seed
         return os.urandom if seed is None else seeded(seed, party)
 
-    def set_up(self, sites: Mapping[str, Sequence[Example]], model: Path) -> None:
+    def set_up(
+        self, sites: Mapping[str, Sequence[Example]], labels: Sequence[str], model: Path
+    ) -> None:
         """Makes what is missing of identities, roster, data and configurations.
 
         Identities are not seeded by the scenario: two runs of one scenario are two federations.
@@ -80,7 +82,8 @@ class Federation:
             members.append(Member(name=site, public_key=identity.public_key))
             if not (folder / "data.jsonl").exists():
                 write_site_data(folder, sites[site])
-            write(folder / "client.toml", self._client_toml(site, model).encode())
+            config = self._client_toml(site, public_size(len(sites[site])), labels, model)
+            write(folder / "client.toml", config.encode())
         roster = Roster(
             federation=self._scenario.name, operator=operator.public_key, members=tuple(members)
         )
@@ -181,10 +184,12 @@ class Federation:
             entropy=self.entropy(site),
         )
 
-    def _client_toml(self, site: str, model: Path) -> str:
+    def _client_toml(self, site: str, size: int, labels: Sequence[str], model: Path) -> str:
         """What the site's administrator would write by hand."""
         return CLIENT_TOML.format(
             site=json.dumps(site),
+            public_size=size,
+            labels=json.dumps(list(labels)),
             physical_batch_size=self._scenario.compute.physical_batch_size,
             model=json.dumps(str(model.resolve())),
             digest=json.dumps(folder_digest(model).hex()),
@@ -219,6 +224,7 @@ physical_batch_size = {physical_batch_size}
 
 [data]
 path = "data.jsonl"
+public_size = {public_size}
 
 [model]
 path = {model}
@@ -226,6 +232,7 @@ precision = "fastest"
 
 [policy]
 models = [{digest}]
+labels = {labels}
 max_rank = {rank}
 max_rounds = {rounds}
 max_local_steps = {local_steps}
@@ -234,6 +241,12 @@ examples_as_weights = {examples}
 minimum_cohort = {minimum_cohort}
 colluding_sites = {colluding_sites}
 """
+
+
+def public_size(records: int) -> int:
+    """What a simulated site lets everyone know of its size: two digits, the rest zeros."""
+    unit = int(10 ** max(0, len(str(records)) - 2))
+    return records // unit * unit
 
 
 def _node(trainer: Trainer) -> Node:

@@ -21,7 +21,7 @@ from umbel_common.plan import LocalPrivacy, TrainingPlan
 from umbel_common.transcript import VerifiedJob, verify_transcript
 from umbel_simulations import events
 from umbel_simulations.baselines import POOLED, train_alone
-from umbel_simulations.federation import Federation, Outcome
+from umbel_simulations.federation import Federation, Outcome, public_size
 from umbel_simulations.judge import Judge
 from umbel_simulations.planning import make_plan
 from umbel_simulations.population import partition
@@ -71,7 +71,7 @@ def check_sites(plan: TrainingPlan, sites: Mapping[str, Sequence[Example]]) -> N
     """
     for site, examples in sites.items():
         try:
-            noise_for(plan, len(examples))
+            noise_for(plan, public_size(len(examples)))
         except UmbelError as error:
             error.field = f"{site}, {error.field}"
             raise
@@ -127,7 +127,7 @@ class Run:
     def _federate(
         self, federation: Federation, plan: TrainingPlan, recorder: Recorder, judge: Judge
     ) -> Outcome:
-        federation.set_up(self.sites, self.model)
+        federation.set_up(self.sites, self.plan.task.labels, self.model)
         stop = threading.Event()
         observers = {site: SiteObserver(site, recorder, stop) for site in self.sites}
         return federation.run(

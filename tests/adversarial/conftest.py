@@ -50,12 +50,14 @@ roster = "roster.json"
 
 [data]
 path = "data.jsonl"
+public_size = 40
 
 [model]
 path = "{model}"
 
 [policy]
 models = ["{digest}"]
+labels = ["a", "b"]
 max_epsilon = 8.0
 total_epsilon = 10.0
 max_delta = 1e-4

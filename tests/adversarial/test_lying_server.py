@@ -11,10 +11,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from umbel_common.adapter import adapter_digest, initial_vector, to_bytes
 from umbel_common.identity import Identity, sign
-from umbel_common.plan import LocalPrivacy, NoPrivacy
+from umbel_common.plan import LocalPrivacy, NoPrivacy, Sgd
+from umbel_common.quantise import decode_sum, encoding_of
 from umbel_common.wire import (
     ConfirmRequest,
     FinishRequest,
@@ -323,3 +325,98 @@ def test_a_refusal_tells_the_server_a_code_and_the_site_everything(federation: A
     (error,) = federation.observers[SITE].errors
     assert "unheard of" in error.diagnostics()
     assert "secret" not in error.diagnostics()
+
+
+def test_a_refused_offer_changes_nothing_of_the_attempt_under_way(federation: Any) -> None:
+    federation.offer()
+    attempt = federation.drive(federation.attempt(), until="mask")
+    # Encoded under this plan, the victim's delta would stand out of the sum a hundredfold.
+    finer = msgspec.structs.replace(federation.plan.aggregation, step=1e-8)
+    request = OfferRequest(plan=sign(federation.operator, federation.make_plan(aggregation=finer)))
+    assert federation.refusal(SITE, request) == "job-has-other-plan"
+    outcome = federation.drive(attempt)
+    deltas = [
+        safetensors.numpy.load_file(
+            federation.folder / site / "state" / "deltas" / "job" / "00001.safetensors"
+        )["delta"]
+        for site in federation.identities
+    ]
+    encoding = encoding_of(federation.plan.aggregation, 3)
+    _, mean = decode_sum(outcome.aggregate.total, encoding)
+    assert np.abs(mean - np.mean(deltas, axis=0)).max() < 2 * encoding.step
+
+
+def test_a_plan_with_other_labels_is_refused_without_a_look_at_the_data(federation: Any) -> None:
+    # An accepted offer would say that no other label occurs: a question about the data.
+    (federation.folder / SITE / "data.jsonl").unlink()
+    for labels in (("a", "b", "c"), ("b", "a"), ("a", "x")):
+        task = msgspec.structs.replace(federation.plan.task, labels=labels)
+        request = OfferRequest(plan=sign(federation.operator, federation.make_plan(task=task)))
+        assert federation.refusal(SITE, request) == "labels-not-allowed"
+
+
+def test_what_a_site_says_to_an_offer_depends_on_its_public_size_only(federation: Any) -> None:
+    path = federation.folder / SITE / "data.jsonl"
+    lines = path.read_text().splitlines()
+    answers = []
+    for number in (37, 40):
+        path.write_text("\n".join(lines[:number]))
+        training = msgspec.structs.replace(federation.plan.training, expected_batch_size=40)
+        plan = federation.make_plan(job=f"job-{number}", training=training)
+        shutil.rmtree(federation.folder / SITE / "state")
+        federation.start(SITE)
+        answers.append(
+            type(federation.send(SITE, OfferRequest(plan=sign(federation.operator, plan))))
+        )
+    assert answers[0] is answers[1]
+
+
+def test_a_policy_that_was_tightened_ends_the_job_at_the_next_round(federation: Any) -> None:
+    federation.offer()
+    path = federation.folder / SITE / "client.toml"
+    path.write_text(path.read_text().replace("max_epsilon = 8.0", "max_epsilon = 1.0"))
+    federation.start(SITE)
+    assert federation.refusal(SITE, federation.train_request()) == "epsilon-too-large"
+    assert federation.spent_rounds(SITE) == 0
+
+
+def test_a_round_whose_training_failed_is_charged_once_and_never_repeated(federation: Any) -> None:
+    # So small a rate leaves A as it is in float32, which the site takes for a broken adapter.
+    optimizer = Sgd(adapter_learning_rate=1e-12, head_learning_rate=1e-12)
+    training = msgspec.structs.replace(federation.plan.training, optimizer=optimizer)
+    lora = msgspec.structs.replace(federation.plan.lora, method="both")
+    federation.plan = federation.make_plan(training=training, lora=lora)
+    federation.offer()
+    for number in (1, 2):
+        request = federation.train_request(federation.header(attempt=number))
+        assert federation.refusal(SITE, request) == "site-fault"
+    first, second = federation.observers[SITE].errors
+    assert "left the adapter as it was" in first.diagnostics()
+    assert "is not repeated" in second.diagnostics()
+    assert federation.spent_rounds(SITE) == 1
+
+
+def test_a_sum_that_could_wrap_is_refused_before_anything_is_charged(federation: Any) -> None:
+    aggregation = msgspec.structs.replace(federation.plan.aggregation, step=1e-9)
+    federation.plan = federation.make_plan(aggregation=aggregation)
+    federation.offer()
+    assert federation.refusal(SITE, federation.train_request()) == "site-fault"
+    assert federation.spent_rounds(SITE) == 0
+
+
+def test_texts_longer_than_the_model_reads_are_refused_with_the_offer(federation: Any) -> None:
+    task = msgspec.structs.replace(federation.plan.task, max_tokens=8192)
+    request = OfferRequest(plan=sign(federation.operator, federation.make_plan(task=task)))
+    assert federation.refusal(SITE, request) == "site-fault"
+    assert "task.max_tokens" in federation.observers[SITE].errors[0].diagnostics()
+
+
+def test_an_error_that_nobody_foresaw_is_a_refusal_and_not_the_end_of_the_site(
+    federation: Any,
+) -> None:
+    # A file where a folder should be: no check expects it.
+    (federation.folder / SITE / "state" / "deltas").write_text("in the way")
+    request = OfferRequest(plan=sign(federation.operator, federation.plan))
+    assert federation.refusal(SITE, request) == "site-fault"
+    (federation.folder / SITE / "state" / "deltas").unlink()
+    federation.offer(None, SITE)

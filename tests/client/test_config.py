@@ -13,7 +13,14 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from umbel_client.config import ClientConfig, load_config, read_identity, write_identity
+from umbel_client.config import (
+    ClientConfig,
+    DataConfig,
+    ModelConfig,
+    load_config,
+    read_identity,
+    write_identity,
+)
 from umbel_client.policy import Policy
 from umbel_common.errors import ConfigError, IdentityError
 from umbel_common.identity import Identity
@@ -26,12 +33,14 @@ roster = "/etc/umbel/roster.json"
 
 [data]
 path = "notes.jsonl"
+public_size = 5000
 
 [model]
 path = "models/minilm"
 
 [policy]
 models = ["{digest}"]
+labels = ["benign", "malignant"]
 max_epsilon = 8
 """.format(digest="ab" * 32)
 
@@ -64,11 +73,28 @@ def test_paths_do_not_depend_on_the_working_directory(
 
 def test_what_is_not_given_has_the_strict_default(tmp_path: Path) -> None:
     config = load(tmp_path, TEXT)
-    assert config.policy == Policy(models=("ab" * 32,), max_epsilon=8.0)
+    wanted = Policy(models=("ab" * 32,), labels=("benign", "malignant"), max_epsilon=8.0)
+    assert config.policy == wanted
+    assert (config.data.text_column, config.data.label_column) == ("text", "label")
     assert not config.policy.allow_without_privacy
     assert not config.policy.examples_as_weights
     assert (config.policy.minimum_cohort, config.policy.colluding_sites) == (3, 1)
     assert config.threads == 1
+
+
+def test_what_is_given_stays_as_it_is(tmp_path: Path) -> None:
+    columns = 'public_size = 5000\ntext_column = "note"\nlabel_column = "finding"\n'
+    text = TEXT.replace("public_size = 5000\n", columns).replace(
+        'path = "models/minilm"\n', 'path = "models/minilm"\nprecision = "bfloat16"\n'
+    )
+    config = load(tmp_path, text)
+    assert config.data == DataConfig(str(tmp_path / "notes.jsonl"), 5000, "note", "finding")
+    assert config.model == ModelConfig(str(tmp_path / "models/minilm"), "bfloat16")
+
+
+def test_a_policy_without_labels_has_none(tmp_path: Path) -> None:
+    config = load(tmp_path, TEXT.replace('labels = ["benign", "malignant"]\n', ""))
+    assert config.policy.labels == ()
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -95,6 +121,11 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("max_epsilon = 8", "minimum_cohort = 1", "policy.minimum_cohort"),
         ("ab" * 32, "minilm", "policy.models[0]"),
         ("[data]", "[dataset]", "dataset"),
+        ("public_size = 5000", "", "data.public_size"),
+        ("public_size = 5000", "public_size = 0", "data.public_size"),
+        ("public_size = 5000", "public_size = 1_000_000_001", "data.public_size"),
+        ("public_size = 5000", "public_size = 5000.5", "data.public_size"),
+        ('labels = ["benign", "malignant"]', "labels = [0, 1]", "policy.labels[0]"),
     ],
 )
 def test_a_wrong_value_is_refused_by_the_name_of_its_field(

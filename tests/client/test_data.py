@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -54,24 +55,24 @@ def test_labels_may_be_whole_numbers(tmp_path: Path) -> None:
     assert load_records(path, Classification(labels=("0", "1"))).labels == [1, 0]
 
 
-def test_columns_are_the_plans(tmp_path: Path) -> None:
+def test_columns_are_the_sites_own(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"note": "x", "organ": "lung", "text": 5}])
-    task = Classification(labels=("heart", "lung"), text_column="note", label_column="organ")
-    assert load_records(path, task).records == (Record(text="x", label=1),)
+    records = load_records(path, TASK, text_column="note", label_column="organ")
+    assert records.records == (Record(text="x", label=1),)
 
 
-def test_the_digest_is_of_the_file_whatever_a_plan_calls_its_columns(tmp_path: Path) -> None:
+def test_the_digest_is_of_the_file_whatever_its_columns_are_called(
+    tmp_path: Path,
+) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"a": "x", "b": "y", "label": "heart"}])
     digests = {
-        load_records(path, Classification(labels=labels, text_column=column)).digest()
+        load_records(path, Classification(labels=labels), text_column=column).digest()
         for labels in (("heart", "lung"), ("lung", "heart"))
         for column in ("a", "b")
     }
     assert len(digests) == 1
     other = jsonl(tmp_path / "b.jsonl", [{"a": "x", "b": "z", "label": "heart"}])
-    assert load_records(
-        other, Classification(labels=TASK.labels, text_column="a")
-    ).digest() not in (digests)
+    assert load_records(other, TASK, text_column="a").digest() not in digests
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,18 @@ def test_a_missing_column_is_named_beside_those_there_are(tmp_path: Path) -> Non
     assert (caught.value.field, caught.value.found) == ("text", "txt, label")
 
 
+def test_a_bad_row_and_a_missing_column_are_named_by_the_sites_columns(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"note": "x", "organ": "liver"}, {"note": "", "organ": 1}])
+    for columns, field in (
+        ({"text_column": "note", "label_column": "organ"}, "organ, row 1"),
+        ({"text_column": "note"}, "label"),
+        ({"label_column": "organ"}, "text"),
+    ):
+        with pytest.raises(DataError) as caught:
+            load_records(path, TASK, **columns)
+        assert caught.value.field == field
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
 def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
@@ -154,11 +167,25 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         load_records(tmp_path / "a.jsonl", TASK)
 
 
-def test_no_copy_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tempfile
-
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
-    path = written(tmp_path, "jsonl")
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_no_copy_stays_behind(tmp_path: Path, kind: str) -> None:
+    path = written(tmp_path, kind)
     load_records(path, TASK)
-    assert os.listdir(tmp_path / "tmp") == []
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_no_copy_stays_behind_a_file_that_is_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [ROWS[0], {"text": 12, "label": "lung"}])
+    with pytest.raises(DataError):
+        load_records(path, TASK)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_no_copy_is_ever_made_outside_the_folder_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever kills the process leaves the private cache beside the data, not in /tmp."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    (tmp_path / "data").mkdir()
+    load_records(written(tmp_path / "data", "jsonl"), TASK)
+    assert os.listdir(tmp_path) == ["data"]

@@ -8,13 +8,14 @@ import pytest
 
 from umbel_client.policy import Policy, judge_header, judge_plan, judge_survivors
 from umbel_common.errors import PolicyRefusal
-from umbel_common.plan import Aggregation, LocalPrivacy, NoPrivacy, TrainingPlan
+from umbel_common.plan import Aggregation, Classification, LocalPrivacy, NoPrivacy, TrainingPlan
 from umbel_common.statements import RoundHeader
 
 MakePlan = Callable[..., TrainingPlan]
 
 LAW = Policy(
     models=("00" * 32,),
+    labels=("a", "b", "c"),
     max_rank=2,
     max_rounds=3,
     max_local_steps=2,
@@ -56,6 +57,7 @@ def test_the_defaults_refuse_every_model(make_plan: MakePlan) -> None:
     [
         ({"models": ("11" * 32,)}, "model-not-allowed"),
         ({"tasks": ()}, "task-not-allowed"),
+        ({"labels": ()}, "labels-not-allowed"),
         ({"max_rank": 1}, "rank-too-large"),
         ({"max_rounds": 2}, "too-many-rounds"),
         ({"max_local_steps": 1}, "too-many-local-steps"),
@@ -67,6 +69,15 @@ def test_a_plan_past_a_limit_is_refused_by_the_name_of_the_rule(
     make_plan: MakePlan, change: dict[str, object], check: str
 ) -> None:
     assert refusal(msgspec.structs.replace(LAW, **change), make_plan()) == check
+
+
+@pytest.mark.parametrize("labels", ["ab", "abcd", "abd", "acb", "abC"])
+def test_a_plan_must_name_exactly_the_labels_of_the_site_in_its_order(
+    make_plan: MakePlan, labels: str
+) -> None:
+    plan = make_plan(task=Classification(labels=tuple(labels)))
+    assert refusal(LAW, plan) == "labels-not-allowed"
+    judge_plan(msgspec.structs.replace(LAW, labels=tuple(labels)), plan)
 
 
 @pytest.mark.parametrize("epsilon", [math.inf, math.nan])
@@ -111,12 +122,28 @@ def test_only_an_allowed_plan_without_privacy_has_no_budget(make_plan: MakePlan)
     assert open_law.budget(make_plan()).epsilon == 8.0
 
 
-def header_refusal(
-    law: Policy, plan: TrainingPlan, cohort: str, former: tuple[str, ...] = ()
-) -> str | None:
+def header_refusal(law: Policy, plan: TrainingPlan, cohort: str) -> str | None:
     """The check that refuses a cohort of one-letter sites; None if none does."""
     try:
-        judge_header(law, plan, header(*cohort), [tuple(names) for names in former])
+        judge_header(law, plan, header(*cohort))
+    except PolicyRefusal as error:
+        return error.check
+    return None
+
+
+def survivors_refusal(
+    law: Policy,
+    plan: TrainingPlan,
+    survivors: str,
+    *,
+    same_round: tuple[str, ...] = (),
+    ever: tuple[str, ...] = (),
+) -> str | None:
+    """The check that refuses a sum over one-letter sites; None if none does."""
+    former = [tuple(names) for names in same_round]
+    all_former = [tuple(names) for names in ever]
+    try:
+        judge_survivors(law, plan, tuple(survivors), same_round=former, ever=all_former)
     except PolicyRefusal as error:
         return error.check
     return None
@@ -146,41 +173,64 @@ def test_a_threshold_must_make_two_survivor_sets_share_an_honest_site(
 
 
 @pytest.mark.parametrize(
-    ("cohort", "check"),
+    ("survivors", "check"),
     [
         ("abcde", None),
+        ("edcba", None),
         ("abcd", "cohort-difference"),
         ("abcdef", "cohort-difference"),
         ("abcdf", None),
         ("abc", None),
     ],
 )
-def test_without_privacy_a_cohort_may_not_differ_by_a_single_site(
-    make_plan: MakePlan, cohort: str, check: str | None
+def test_without_privacy_survivors_may_not_differ_by_a_single_site(
+    make_plan: MakePlan, survivors: str, check: str | None
 ) -> None:
-    plan = make_plan(privacy=NoPrivacy(), aggregation=with_threshold(4))
-    assert header_refusal(LAW, plan, cohort, ("abcde",)) == check
+    plan = make_plan(privacy=NoPrivacy())
+    assert survivors_refusal(LAW, plan, survivors, ever=("abcde",)) == check
 
 
-def test_every_former_release_counts(make_plan: MakePlan) -> None:
-    plan = make_plan(privacy=NoPrivacy(), aggregation=with_threshold(4))
-    assert header_refusal(LAW, plan, "abcd", ("abcdgh", "abcde")) == "cohort-difference"
+@pytest.mark.parametrize(
+    ("least", "survivors", "check"),
+    [
+        (1, "abcd", None),
+        (3, "abc", "cohort-difference"),
+        (3, "abcdf", "cohort-difference"),
+        (3, "ab", None),
+        (3, "abcde", None),
+    ],
+)
+def test_the_site_sets_by_how_many_sites_survivors_must_differ(
+    make_plan: MakePlan, least: int, survivors: str, check: str | None
+) -> None:
+    law = msgspec.structs.replace(LAW, minimum_cohort_difference=least)
+    plan = make_plan(privacy=NoPrivacy())
+    assert survivors_refusal(law, plan, survivors, ever=("abcde",)) == check
 
 
-def test_with_privacy_cohorts_may_differ_as_they_like(make_plan: MakePlan) -> None:
-    plan = make_plan(aggregation=with_threshold(4))
-    assert header_refusal(LAW, plan, "abcd", ("abcde",)) is None
+def test_every_set_that_was_ever_confirmed_counts(make_plan: MakePlan) -> None:
+    plan = make_plan(privacy=NoPrivacy())
+    for ever in (("abcdgh", "abcde"), ("abcde", "abcdgh")):
+        assert survivors_refusal(LAW, plan, "abcd", ever=ever) == "cohort-difference"
+    # Nor does a set that was confirmed before excuse its difference from another one.
+    assert survivors_refusal(LAW, plan, "abcd", ever=("abcd", "abcde")) == "cohort-difference"
+
+
+def test_with_privacy_survivors_may_differ_as_they_like(make_plan: MakePlan) -> None:
+    assert survivors_refusal(LAW, make_plan(), "abcd", ever=("abcde",)) is None
 
 
 def test_without_privacy_one_delta_goes_into_one_set_of_survivors(make_plan: MakePlan) -> None:
     plan = make_plan(privacy=NoPrivacy())
-    judge_survivors(plan, ("a", "b", "c"), [])
-    judge_survivors(plan, ("a", "b", "c"), [("a", "b", "c")])
-    for survivors in (("a", "b"), ("a", "b", "c", "d"), ("d", "e", "f")):
-        with pytest.raises(PolicyRefusal) as caught:
-            judge_survivors(plan, survivors, [("a", "b", "c")])
-        assert caught.value.check == "survivors-differ"
+    # Another set is refused within the round even where the policy allows any between rounds.
+    lenient = msgspec.structs.replace(LAW, minimum_cohort_difference=1)
+    for law in (LAW, lenient):
+        assert survivors_refusal(law, plan, "abc") is None
+        assert survivors_refusal(law, plan, "abc", same_round=("abc",), ever=("abc",)) is None
+        for survivors in ("ab", "abcd", "def"):
+            former = {"same_round": ("abc",), "ever": ("abc",)}
+            assert survivors_refusal(law, plan, survivors, **former) == "survivors-differ"
 
 
 def test_with_privacy_a_delta_may_go_into_several_sets(make_plan: MakePlan) -> None:
-    judge_survivors(make_plan(), ("a", "b"), [("a", "b", "c")])
+    assert survivors_refusal(LAW, make_plan(), "ab", same_round=("abc",), ever=("abc",)) is None

@@ -1,5 +1,6 @@
 """One private step: each record's own gradient, clipped, summed, noised once."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from umbel_client.precision import Precision
 from umbel_client.prefix import frozen_prefix
 from umbel_client.prepared import PreparedData
 from umbel_client.private_step import PrivateOptimizer, per_record_gradients, private_step
-from umbel_client.task import ClassificationTask
+from umbel_client.task import ClassificationTask, Task
 from umbel_client.tokens import Tokens
 from umbel_common.errors import ModelError
 from umbel_common.plan import (
@@ -126,12 +127,14 @@ def fixed(byte: int):
     return lambda length: bytes([byte]) * length
 
 
-def true_gradients(model: AdaptedModel, data: PreparedData, indices: np.ndarray) -> np.ndarray:
+def true_gradients(
+    model: AdaptedModel, data: PreparedData, indices: np.ndarray, task: Task = TASK
+) -> np.ndarray:
     """One record at a time, by torch alone: float32[n, trained elements]."""
     trained = [p for p in model.adapter.values() if p.requires_grad]
     rows = []
     for index in indices:
-        loss = TASK.losses(model, data.batch(np.array([index])))
+        loss = task.losses(model, data.batch(np.array([index])))
         gradients = torch.autograd.grad(loss.sum(), trained)
         rows.append(torch.cat([gradient.flatten() for gradient in gradients]).numpy())
     return np.stack(rows)
@@ -146,6 +149,7 @@ def step_of(
     clip_norm: float = 0.5,
     expected: float = 8.0,
     physical: int = 4,
+    task: Task = TASK,
 ) -> np.ndarray:
     """What one private step of gradient descent with rate 1 subtracts from the adapter."""
     parameters = [p for p in model.adapter.values() if p.requires_grad]
@@ -158,7 +162,7 @@ def step_of(
         expected_batch_size=expected,
     )
     with per_record_gradients(model):
-        private_step(TASK, model, data, chosen, optimizer, physical)
+        private_step(task, model, data, chosen, optimizer, physical)
     after = torch.cat([p.detach().flatten().clone() for p in parameters])
     with torch.no_grad():
         for parameter, old in zip(
@@ -244,6 +248,49 @@ def test_one_record_moves_the_sum_by_the_clip_norm_at_most(
             assert np.linalg.norm(with_all - without) <= clip_norm * (1 + 1e-4)
     # The bound is tight, so nothing else bounds it.
     assert np.linalg.norm(step_of(model, data, every[-1:], clip_norm=0.01, expected=1.0)) > 0.0099
+
+
+class Overflowing(ClassificationTask):
+    """Multiplies what flows back from the head to the layers below, for records with label 2."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def losses(self, model, batch):
+        factors = torch.where(batch.labels == 2, self.factor, 1.0)[:, None]
+
+        def multiply(_head, inputs):
+            inputs[0].register_hook(lambda gradients: gradients * factors)
+
+        hook = model.head.register_forward_pre_hook(multiply)
+        losses = super().losses(model, batch)
+        hook.remove()
+        return losses
+
+
+@pytest.mark.parametrize("physical", [3, 16])
+@pytest.mark.parametrize("factor", [np.nan, np.inf, 3e38])
+def test_a_record_whose_gradient_overflows_counts_as_if_it_were_not_there(
+    folder: Path, factor: float, physical: int
+) -> None:
+    """Otherwise its NaN would pass clipping and noise, and say that the record is there."""
+    task, broken, others = Overflowing(factor), np.array([8]), np.delete(np.arange(16), 8)
+    labels = np.where(np.arange(16) == 8, 2, np.arange(16) % 2)
+    model, data = model_of(folder, plan_of(folder)), replace(ragged(), labels=labels)
+    finite = np.isfinite(true_gradients(model, data, broken, task))
+    # The head's part is sound, and must not count alone.
+    assert finite.any()
+    assert not finite.all()
+    options = {"task": task, "physical": physical}
+    found = step_of(model, data, np.arange(16), **options)
+    assert np.isfinite(found).all()
+    assert np.abs(found - step_of(model, data, others, **options)).max() < 1e-6
+    shares = clipped(true_gradients(model, data, others), 0.5) / 8
+    assert np.abs(found - shares.sum(0)).max() < 1e-6
+    for other, share in zip(others, shares, strict=True):
+        beside = step_of(model, data, np.append(broken, other), **options)
+        assert np.abs(beside - share).max() < 1e-6
+    assert not step_of(model, data, broken, **options).any()
 
 
 def test_bfloat16_layers_give_nearly_the_same_step(folder: Path) -> None:

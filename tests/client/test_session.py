@@ -120,8 +120,9 @@ def test_confirmed_survivor_sets_are_kept_over_attempts(session: Session) -> Non
     session.confirm(header(attempt=1).context(), ("a", "b"))
     session.open(header(attempt=2), HEAD, b"s", b"q", b"r")
     session.confirm(header(attempt=2).context(), ("a", "b", "c"))
-    assert sorted(session.confirmed("job", 1)) == [("a", "b"), ("a", "b", "c")]
-    assert session.confirmed("job", 2) == []
+    assert sorted(session.confirmed(header())) == [("a", "b"), ("a", "b", "c")]
+    assert session.confirmed(header(round_number=2)) == []
+    assert len(session.confirmed()) == 2
 
 
 def test_the_ledger_head_that_was_signed_last_is_known(session: Session) -> None:

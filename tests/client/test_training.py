@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from umbel_client.model import AdaptedModel, folder_digest, plan_lora
 from umbel_client.noise import NoiseSource
@@ -34,7 +33,6 @@ from umbel_common.plan import (
 torch.set_num_threads(1)
 
 TASK = ClassificationTask()
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(35))]
 SGD = Sgd(adapter_learning_rate=1.0, head_learning_rate=1.0)
 ADAM = Adam(adapter_learning_rate=0.01, head_learning_rate=0.02)
 PRIVATE = LocalPrivacy(epsilon=8.0, delta=1e-5, clip_norm=0.5)
@@ -42,21 +40,9 @@ NEXT_TO_NOTHING = 1e-12
 """A noise multiplier that float32 cannot show."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("model")
-    config = BertConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_hidden_layers=2,
-        vocab_size=40,
-        initializer_range=0.3,
-    )
-    BertModel(config).save_pretrained(path)
-    BertTokenizerFast(vocab={w: i for i, w in enumerate(WORDS)}).save_pretrained(path)
-    return path
+@pytest.fixture
+def folder(tiny_model: Path) -> Path:
+    return tiny_model
 
 
 def plan_of(
@@ -119,6 +105,7 @@ def train(
     arguments = {
         "round_number": 1,
         "global_vector": some_vector(plan),
+        "sample_rate": plan.training.expected_batch_size / max(len(data), 1),
         "noise_multiplier": 1.0 if isinstance(plan.privacy, LocalPrivacy) else None,
         "state": None,
         "entropy": fixed(1),
@@ -208,11 +195,12 @@ def test_noise_has_the_standard_deviation_that_the_plan_pays_for(folder: Path) -
 def test_without_privacy_a_round_is_plain_descent_on_the_same_batches(folder: Path) -> None:
     plan, data = plan_of(folder, privacy=NoPrivacy(), local_steps=2), ragged()
     model = AdaptedModel.load(folder, plan)
-    found = train(model, data, plan).delta
+    # Not the expected batch size over the records: that would tell their exact number.
+    found = train(model, data, plan, sample_rate=0.3).delta
     source = NoiseSource(fixed(1))
     reference = model_of(folder, plan)
     for _ in range(2):
-        chosen = source.poisson_batch(16, 0.5)
+        chosen = source.poisson_batch(16, 0.3)
         gradient = true_gradients(reference, data, chosen).sum(0) / 8
         reference.set_vector(reference.vector() - gradient)
     assert np.abs(found - (reference.vector() - some_vector(plan))).max() < 1e-5
@@ -293,17 +281,27 @@ def test_a_state_that_is_handed_in_is_not_changed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 7])
-def test_a_data_set_below_the_expected_batch_size_is_refused(folder: Path, count: int) -> None:
-    plan = plan_of(folder)
+def test_a_public_size_below_the_expected_batch_size_is_refused(folder: Path, count: int) -> None:
     with pytest.raises(DataError) as caught:
-        train(AdaptedModel.load(folder, plan), records([4] * count), plan)
+        sampling_rate(plan_of(folder), count)
     assert caught.value.found == f"{count} records"
     assert caught.value.accepted == "at least 8 records"
 
 
-def test_the_sampling_rate_is_the_expected_batch_size_over_the_records(folder: Path) -> None:
+def test_the_sampling_rate_is_the_expected_batch_size_over_the_public_size(folder: Path) -> None:
     assert sampling_rate(plan_of(folder), 49) == 8 / 49
     assert sampling_rate(plan_of(folder), 8) == 1.0
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_round_on_fewer_records_than_a_batch_runs_as_any_other(folder: Path, count: int) -> None:
+    """A refusal would tell that there are fewer than the public size says."""
+    plan = plan_of(folder, local_steps=2)
+    steps: list[tuple[int, int]] = []
+    model, data = AdaptedModel.load(folder, plan), records([4] * count)
+    result = train(model, data, plan, sample_rate=0.5, on_step=lambda *step: steps.append(step))
+    assert steps == [(1, 2), (2, 2)]
+    assert result.delta.all()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,14 @@ from umbel_common.adapter import Vector, adapter_digest, initial_vector, merge
 from umbel_common.errors import JobFailed, PlanError
 from umbel_common.plan import Aggregation
 from umbel_common.transcript import verify_transcript
-from umbel_common.wire import FinishRequest, OfferReply, Refusal, TrainRequest, seal_reply
+from umbel_common.wire import (
+    FinishRequest,
+    MaskRequest,
+    OfferReply,
+    Refusal,
+    TrainRequest,
+    seal_reply,
+)
 from umbel_server.job import Step
 
 THREE = Aggregation(threshold=3, clip_range=1.0, step=1e-6)
@@ -172,3 +179,20 @@ def test_a_threshold_past_the_roster_is_refused_at_once(make_setting: MakeSettin
     setting = make_setting(3, aggregation=Aggregation(threshold=4, clip_range=1.0, step=1e-6))
     with pytest.raises(PlanError, match=r"aggregation\.threshold"):
         setting.job()
+
+
+def test_a_site_that_was_wronged_by_a_peer_is_asked_again(make_setting: MakeSetting) -> None:
+    setting = make_setting(3, aggregation=THREE)
+    victim = setting.sites["site-01"]
+    honest = victim.answer
+
+    def refuse_once(request: Any) -> Any:
+        if isinstance(request, MaskRequest):
+            victim.answer = honest
+            return Refusal(check="share-decrypt")
+        return honest(request)
+
+    victim.answer = refuse_once
+    setting.job().run()
+    assert setting.observer.aborts == [(1, 1, "too-few-vectors")]
+    assert setting.observer.releases[0].survivors == tuple(sorted(setting.sites))

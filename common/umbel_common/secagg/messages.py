@@ -61,6 +61,6 @@ class RevealedShare(Value, frozen=True):
 
     owner: Name
     """The peer whose secret this is a share of."""
-    kind: Annotated[str, msgspec.Meta(pattern="^(self-mask|mask-key)$")]
+    kind: Annotated[str, msgspec.Meta(pattern=r"^(self-mask|mask-key)\Z")]
     """`self-mask` if the owner survived, `mask-key` if it dropped out."""
     share: ShareBytes
