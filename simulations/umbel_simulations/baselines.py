@@ -13,18 +13,18 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from umbel_client.accounting import calibrate
 from umbel_client.config import ClientConfig
 from umbel_client.data import load_records
 from umbel_client.model import AdaptedModel
 from umbel_client.precision import fastest_precision
 from umbel_client.prefix import Prefix
 from umbel_client.prepared import PreparedData, prepare
-from umbel_client.site_job import noise_for
 from umbel_client.tokens import Tokens
-from umbel_client.training import train_round
+from umbel_client.training import sampling_rate, train_round
 from umbel_common.adapter import Vector, initial_vector, merge
 from umbel_common.canonical import Entropy
-from umbel_common.plan import TrainingPlan
+from umbel_common.plan import LocalPrivacy, TrainingPlan
 from umbel_simulations.recorder import Stopped
 
 Progress = Callable[[str, int, int], None]
@@ -95,7 +95,14 @@ def _train(
 ) -> Vector:
     plan = party.plan
     adapted = AdaptedModel.load(model, plan, precision=fastest_precision())
-    noise = noise_for(plan, party.public_size)
+    rate = sampling_rate(plan, party.public_size)
+    noise_multiplier = None
+    if isinstance(plan.privacy, LocalPrivacy):
+        # At the plan's own delta, also for the pooled records, where a site would refuse it as too
+        # large for so many: the comparison is at one (epsilon, delta), and nobody releases it.
+        noise_multiplier = calibrate(
+            plan.privacy.epsilon, plan.privacy.delta, rate, plan.training.steps
+        )
 
     def on_step(step: int, steps: int) -> None:
         if stop.is_set():
@@ -109,8 +116,8 @@ def _train(
             plan,
             number,
             adapter,
-            noise.sampling_rate,
-            noise.noise_multiplier,
+            rate,
+            noise_multiplier,
             state,
             entropy=party.entropy,
             physical_batch_size=physical_batch_size,

@@ -71,7 +71,8 @@ def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster) -> None:
         vector = read_vector(folder, job.plan)
         signed = decode_canonical((folder / RELEASE_FILE).read_bytes(), Signed)
     except (OSError, StorageError, RemoteProtocolError) as error:
-        raise VerificationError("an adapter cannot be read", file=folder, found=error) from error
+        found = error.found if isinstance(error, StorageError) else error
+        raise VerificationError("an adapter cannot be read", file=folder, found=found) from error
     _require(
         _open(signed, Release, roster) == job.releases[-1],
         folder,

