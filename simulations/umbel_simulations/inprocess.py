@@ -1,7 +1,9 @@
 """A Flower `Grid` inside one process: every message is serialised to the bytes of Flower's protobuf
 and back in both directions, so nothing but bytes passes between server and sites."""
 
+import math
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 RUN_ID = 1
 SERVER_NODE = 1
+POLL_SECONDS = 0.01
 NODE_UNAVAILABLE = 3
 """Flower's code for a node that does not answer any more."""
 
@@ -94,8 +97,17 @@ class InProcessGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Not offered: the server's link polls, as it must with a real SuperLink."""
-        raise NotImplementedError("use push_messages and pull_messages")
+        """Pushes, then pulls until all replies are there or `timeout` seconds passed."""
+        pending = set(self.push_messages(messages))
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while pending and time.monotonic() < deadline:
+            arrived = list(self.pull_messages(pending))
+            pending -= {reply.metadata.reply_to_message_id for reply in arrived}
+            replies += arrived
+            if not arrived:
+                time.sleep(POLL_SECONDS)
+        return replies
 
     def _push(self, message: Message) -> str:
         message_id = uuid.uuid4().hex

@@ -94,6 +94,24 @@ def test_a_node_sees_a_copy_and_not_the_servers_object(grids: list[InProcessGrid
     assert sealed_bytes(seen[0]) == b"abc"
 
 
+def test_flowers_own_round_trip_works_too_and_keeps_its_timeout(
+    grids: list[InProcessGrid],
+) -> None:
+    release = threading.Event()
+
+    def late(message: Message) -> Message:
+        release.wait(10)
+        return echo(message)
+
+    grid = InProcessGrid({2: echo, 3: late}, workers=2)
+    grids.append(grid)
+    content = RecordDict({FLOWER_RECORD: ConfigRecord({FLOWER_FIELD: b"abc"})})
+    messages = [Message(content, node, FLOWER_MESSAGE_TYPE) for node in (2, 3)]
+    replies = list(grid.send_and_receive(messages, timeout=0.3))
+    release.set()
+    assert [sealed_bytes(reply) for reply in replies] == [b"cba"]
+
+
 @pytest.mark.parametrize(
     ("message_type", "content"),
     [
