@@ -24,7 +24,6 @@ from umbel_common.errors import (
     PolicyRefusal,
     ProtocolError,
     RemoteProtocolError,
-    SignatureError,
     UmbelError,
 )
 from umbel_common.identity import Identity, Roster, Signed, open_signed
@@ -276,10 +275,7 @@ class Trainer:
         )
 
     def _open(self, signed: Signed, kind: type[V]) -> V:
-        try:
-            return open_signed(signed, kind, self._roster.operator)
-        except SignatureError as error:
-            raise RemoteProtocolError("pinned-signature", error.message) from None
+        return open_signed(signed, kind, self._roster.operator, "operator")
 
     def _seal(self, reply: Reply) -> bytes:
         return seal_reply(self._identity, self._config.site, reply)

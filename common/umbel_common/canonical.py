@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from umbel_common.errors import RemoteProtocolError
+from umbel_common.errors import RemoteProtocolError, require
 
 Entropy = Callable[[int], bytes]
 """Returns so many bytes of cryptographic randomness: `os.urandom`, handed in by the caller."""
@@ -60,10 +60,11 @@ def decode_canonical(data: bytes, kind: type[V]) -> V:
         RemoteProtocolError: `malformed-message`.
     """
     value = decode(data, kind)
-    if encode(value) != data:
-        raise RemoteProtocolError(
-            "malformed-message", f"a {kind.__name__} is not canonically encoded"
-        )
+    require(
+        encode(value) == data,
+        "malformed-message",
+        f"a {kind.__name__} is not canonically encoded",
+    )
     return value
 
 

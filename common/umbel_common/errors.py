@@ -158,6 +158,16 @@ class RemoteProtocolError(ProtocolError):
     exit_code = 40
 
 
+def require(holds: bool, check: str, message: str, **details: object) -> None:
+    """A check of what a peer sent. Every refusal of the protocol is one call of this.
+
+    Raises:
+        RemoteProtocolError: `check`, unless it holds.
+    """
+    if not holds:
+        raise RemoteProtocolError(check, message, **details)
+
+
 class LocalProtocolError(ProtocolError):
     """Our own code called the protocol in a way that it does not allow: a bug here."""
 

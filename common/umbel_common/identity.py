@@ -13,7 +13,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from umbel_common.canonical import Entropy, Name, V, Value, decode_canonical, digest, encode
-from umbel_common.errors import IdentityError, SignatureError
+from umbel_common.errors import IdentityError, require
 
 PublicKey = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 """An Ed25519 public key in raw form."""
@@ -59,19 +59,13 @@ class Identity:
         return self._key.sign(digest(label, data))
 
 
-def verify(public_key: bytes, label: str, data: bytes | memoryview, signature: bytes) -> None:
-    """Checks one signature.
-
-    Raises:
-        SignatureError: the signature is not by `public_key` over `label` and `data`.
-    """
+def verifies(public_key: bytes, label: str, data: bytes | memoryview, signature: bytes) -> bool:
+    """Whether a signature is by `public_key` over `label` and `data`."""
     try:
         Ed25519PublicKey.from_public_bytes(public_key).verify(signature, digest(label, data))
     except (InvalidSignature, ValueError):
-        raise SignatureError(
-            f"a {label} is not signed by the pinned identity",
-            accepted=f"a signature by {fingerprint(public_key)}",
-        ) from None
+        return False
+    return True
 
 
 class Signed(Value, frozen=True):
@@ -89,14 +83,24 @@ def sign(identity: Identity, statement: Value) -> Signed:
     return Signed(statement=data, signature=identity.sign(label_of(type(statement)), data))
 
 
-def open_signed(signed: Signed, kind: type[V], public_key: bytes) -> V:
+def open_signed(signed: Signed, kind: type[V], public_key: bytes, signer: str | None = None) -> V:
     """Verifies, then decodes: nothing unverified is parsed.
 
+    Args:
+        signer: name of the party whose key it is, for errors.
+
     Raises:
-        SignatureError: not signed by `public_key` as a statement of this kind.
-        RemoteProtocolError: signed, but malformed.
+        RemoteProtocolError: `pinned-signature` if it is not signed by `public_key` as a statement
+            of this kind; `malformed-message` if it is, and does not decode.
     """
-    verify(public_key, label_of(kind), signed.statement, signed.signature)
+    label = label_of(kind)
+    require(
+        verifies(public_key, label, signed.statement, signed.signature),
+        "pinned-signature",
+        f"a {label} is not signed by the pinned identity",
+        field=signer,
+        accepted=f"a signature by {fingerprint(public_key)}",
+    )
     return decode_canonical(signed.statement, kind)
 
 

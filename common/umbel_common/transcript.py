@@ -15,7 +15,6 @@ from umbel_common.canonical import Digest, Name, Value, decode, digest, encode
 from umbel_common.errors import (
     IdentityError,
     RemoteProtocolError,
-    SignatureError,
     VerificationError,
 )
 from umbel_common.identity import Identity, Roster, Signed, open_signed, sign
@@ -131,7 +130,7 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
                     delivered = entry.event.delivered
                 case _:
                     raise VerificationError("it comes before the start of the job")
-        except (IdentityError, SignatureError, RemoteProtocolError, VerificationError) as error:
+        except (IdentityError, RemoteProtocolError, VerificationError) as error:
             raise VerificationError(
                 f"entry {index} of the transcript does not verify: {error.message}"
             ) from None

@@ -12,8 +12,8 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from umbel_common.canonical import Digest, Value, decode
-from umbel_common.errors import RemoteProtocolError, SignatureError
-from umbel_common.identity import SIGNATURE_BYTES, Identity, Signed, verify
+from umbel_common.errors import require
+from umbel_common.identity import SIGNATURE_BYTES, Identity, Signed, fingerprint, verifies
 from umbel_common.plan import TrainingPlan
 from umbel_common.secagg.messages import EncryptedShare, RevealedShare, SurvivorSignature
 from umbel_common.statements import Cohort
@@ -208,18 +208,23 @@ def _seal(identity: Identity, label: str, message: Request | Reply) -> bytes:
 
 
 def _open(key: bytes, label: str, data: bytes, limit: int) -> memoryview:
-    if len(data) > limit:
-        raise RemoteProtocolError(
-            "oversized-message",
-            "a message is larger than this plan allows",
-            found=f"{len(data)} bytes",
-            accepted=f"at most {limit} bytes",
-        )
-    if len(data) <= HEADER_BYTES or data[: len(MAGIC)] != MAGIC:
-        raise RemoteProtocolError("malformed-message", "this is no sealed message of version 1")
+    require(
+        len(data) <= limit,
+        "oversized-message",
+        "a message is larger than this plan allows",
+        found=f"{len(data)} bytes",
+        accepted=f"at most {limit} bytes",
+    )
+    require(
+        len(data) > HEADER_BYTES and data[: len(MAGIC)] == MAGIC,
+        "malformed-message",
+        "this is no sealed message of version 1",
+    )
     body = memoryview(data)[HEADER_BYTES:]
-    try:
-        verify(key, label, body, data[len(MAGIC) : HEADER_BYTES])
-    except SignatureError as error:
-        raise RemoteProtocolError("pinned-signature", error.message) from None
+    require(
+        verifies(key, label, body, data[len(MAGIC) : HEADER_BYTES]),
+        "pinned-signature",
+        f"a {label} is not signed by the pinned identity",
+        accepted=f"a signature by {fingerprint(key)}",
+    )
     return body

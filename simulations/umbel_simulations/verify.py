@@ -9,7 +9,6 @@ from umbel_common.adapter import adapter_digest
 from umbel_common.canonical import V, decode_canonical
 from umbel_common.errors import (
     RemoteProtocolError,
-    SignatureError,
     StorageError,
     VerificationError,
 )
@@ -101,7 +100,7 @@ def _verify_summary(path: Path, job: VerifiedJob) -> None:
 def _open(signed: Signed, kind: type[V], roster: Roster) -> V:
     try:
         return open_signed(signed, kind, roster.operator)
-    except (SignatureError, RemoteProtocolError) as error:
+    except RemoteProtocolError as error:
         raise VerificationError(f"a {kind.__name__} does not verify: {error.message}") from None
 
 

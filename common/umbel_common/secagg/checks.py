@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from umbel_common.canonical import V, decode
-from umbel_common.errors import RemoteProtocolError, SignatureError
+from umbel_common.canonical import decode
+from umbel_common.errors import require
 from umbel_common.identity import Roster, Signed, open_signed
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
 
@@ -19,11 +19,14 @@ def open_advert(
     """
     # Only the claimed name is taken from the statement before its signature is verified.
     claimed = decode(signed.statement, KeyAdvert).site
-    if claimed not in cohort:
-        raise RemoteProtocolError(
-            "not-in-cohort", "keys are of a site outside the cohort", field="site", found=claimed
-        )
-    advert = _open(signed, KeyAdvert, claimed, roster)
+    require(
+        claimed in cohort,
+        "not-in-cohort",
+        "keys are of a site outside the cohort",
+        field="site",
+        found=claimed,
+    )
+    advert = open_signed(signed, KeyAdvert, roster.member(claimed).public_key, claimed)
     _check_context(advert.context, context, claimed)
     return advert
 
@@ -37,23 +40,24 @@ def open_survivors(
         RemoteProtocolError: `not-a-survivor`, `pinned-signature`, `malformed-message`,
             `other-context` or `other-survivors`.
     """
-    if signature.site not in survivors:
-        raise RemoteProtocolError(
-            "not-a-survivor",
-            "a survivor set is signed by a site outside it",
-            field="site",
-            found=signature.site,
-        )
-    statement = _open(signature.signed, Survivors, signature.site, roster)
-    _check_context(statement.context, context, signature.site)
-    if statement.sites != survivors:
-        raise RemoteProtocolError(
-            "other-survivors",
-            "a site signed another survivor set",
-            field=signature.site,
-            found=", ".join(statement.sites),
-            accepted=", ".join(survivors),
-        )
+    site = signature.site
+    require(
+        site in survivors,
+        "not-a-survivor",
+        "a survivor set is signed by a site outside it",
+        field="site",
+        found=site,
+    )
+    statement = open_signed(signature.signed, Survivors, roster.member(site).public_key, site)
+    _check_context(statement.context, context, site)
+    require(
+        statement.sites == survivors,
+        "other-survivors",
+        "a site signed another survivor set",
+        field=site,
+        found=", ".join(statement.sites),
+        accepted=", ".join(survivors),
+    )
 
 
 def check_distinct_keys(adverts: Iterable[KeyAdvert]) -> None:
@@ -65,26 +69,19 @@ def check_distinct_keys(adverts: Iterable[KeyAdvert]) -> None:
     seen: dict[bytes, str] = {}
     for advert in adverts:
         for key in (advert.cipher_key, advert.mask_key):
-            if key in seen:
-                raise RemoteProtocolError(
-                    "duplicate-key",
-                    "a public key is advertised twice",
-                    found=f"by {seen[key]} and by {advert.site}",
-                )
+            require(
+                key not in seen,
+                "duplicate-key",
+                "a public key is advertised twice",
+                found=f"by {seen.get(key)} and by {advert.site}",
+            )
             seen[key] = advert.site
 
 
-def _open(signed: Signed, kind: type[V], site: str, roster: Roster) -> V:
-    try:
-        return open_signed(signed, kind, roster.member(site).public_key)
-    except SignatureError as error:
-        raise RemoteProtocolError(
-            "pinned-signature", error.message, field=site, accepted=error.accepted
-        ) from None
-
-
 def _check_context(found: bytes, accepted: bytes, site: str) -> None:
-    if found != accepted:
-        raise RemoteProtocolError(
-            "other-context", "a signed statement belongs to another attempt", field=site
-        )
+    require(
+        found == accepted,
+        "other-context",
+        "a signed statement belongs to another attempt",
+        field=site,
+    )
