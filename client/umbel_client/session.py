@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from umbel_common.canonical import decode_canonical, encode
-from umbel_common.errors import RemoteProtocolError, StorageError
+from umbel_common.errors import RemoteProtocolError, StorageError, require
 from umbel_common.identity import Signed
 from umbel_common.statements import RoundHeader
 
@@ -81,8 +81,11 @@ class Session:
             RemoteProtocolError: `job-has-other-plan`.
         """
         known = self.plan(job)
-        if known is not None and known.statement != plan.statement:
-            raise RemoteProtocolError("job-has-other-plan", f"job {job} was accepted otherwise")
+        require(
+            known is None or known.statement == plan.statement,
+            "job-has-other-plan",
+            f"job {job} was accepted otherwise",
+        )
 
     def accept_plan(self, job: str, plan: Signed) -> None:
         """Keeps the plan of a job.
@@ -120,11 +123,11 @@ class Session:
                 "SELECT MAX(attempt) FROM attempts WHERE job = ? AND round = ?",
                 (header.job, header.round),
             ).fetchone()
-        if row[0] is not None and header.attempt <= row[0]:
-            raise RemoteProtocolError(
-                "attempt-reused",
-                f"attempt {header.attempt} of round {header.round} was used or overtaken",
-            )
+        require(
+            row[0] is None or header.attempt > row[0],
+            "attempt-reused",
+            f"attempt {header.attempt} of round {header.round} was used or overtaken",
+        )
 
     def header(self, context: bytes) -> RoundHeader:
         """The header of an open or past attempt.
@@ -170,10 +173,9 @@ class Session:
             ).fetchone()
         if row is None:
             return None
-        if row[0] != request:
-            raise RemoteProtocolError(
-                "second-answer", f"stage {stage} was answered to another request"
-            )
+        require(
+            row[0] == request, "second-answer", f"stage {stage} was answered to another request"
+        )
         return bytes(row[1])
 
     def published_head(self) -> bytes | None:
@@ -211,6 +213,7 @@ class Session:
                 ),
             )
             self._insert_answer(header.context(), "train", request, reply)
+        self._forget()
 
     def burn(
         self, context: bytes, stage: str, request: bytes, reply: bytes, state: bytes | None
@@ -221,6 +224,7 @@ class Session:
             self._database.execute(
                 "UPDATE attempts SET state = ? WHERE context = ?", (state, context)
             )
+        self._forget()
 
     def confirm(self, context: bytes, survivors: tuple[str, ...]) -> None:
         """Records the survivor set that is about to be confirmed."""
@@ -256,9 +260,11 @@ class Session:
                 self._database.execute(
                     "INSERT INTO releases VALUES (?, ?, ?)", (job, round_number, encode(release))
                 )
-        elif decode_canonical(row[0], Signed).statement != release.statement:
-            raise RemoteProtocolError(
-                "two-releases", f"the operator signed two releases of round {round_number}"
+        else:
+            require(
+                decode_canonical(row[0], Signed).statement == release.statement,
+                "two-releases",
+                f"the operator signed two releases of round {round_number}",
             )
 
     def _signed(self, statement: str, *values: str) -> list[Signed]:
@@ -270,6 +276,11 @@ class Session:
         self._database.execute(
             "INSERT INTO answers VALUES (?, ?, ?, ?)", (context, stage, request, reply)
         )
+
+    def _forget(self) -> None:
+        """Empties the write-ahead log, which still holds former states with their secrets."""
+        with self._storage_errors():
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

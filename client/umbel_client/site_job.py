@@ -25,7 +25,7 @@ from umbel_common.errors import (
     LedgerError,
     LocalProtocolError,
     ModelError,
-    RemoteProtocolError,
+    require,
 )
 from umbel_common.identity import Roster
 from umbel_common.plan import LocalPrivacy, TrainingPlan
@@ -149,10 +149,11 @@ class SiteJob:
                 raise
             self._ledger.computed(self.plan.job, number, computed)
         started_from, _, _ = self._stored(number)
-        if started_from != header.adapter:
-            raise RemoteProtocolError(
-                "other-adapter", f"round {number} was computed from another global adapter"
-            )
+        require(
+            started_from == header.adapter,
+            "other-adapter",
+            f"round {number} was computed from another global adapter",
+        )
 
     def ring_vector(self, header: RoundHeader) -> RingVector:
         """The round's delta, clipped, rounded and weighted, as elements of the ring.

@@ -25,6 +25,7 @@ from umbel_common.errors import (
     ProtocolError,
     RemoteProtocolError,
     UmbelError,
+    require,
 )
 from umbel_common.identity import Identity, Roster, Signed, open_signed
 from umbel_common.plan import TrainingPlan, check_plan
@@ -140,8 +141,11 @@ class Trainer:
 
     def _offer(self, request: OfferRequest) -> OfferReply:
         plan = self._open(request.plan, TrainingPlan)
-        if plan.federation != self._roster.federation:
-            raise RemoteProtocolError("other-federation", "a plan is of another federation")
+        require(
+            plan.federation == self._roster.federation,
+            "other-federation",
+            "a plan is of another federation",
+        )
         check_plan(plan)
         judge_plan(self._config.policy, plan)
         self._check_size_class(plan)
@@ -195,11 +199,13 @@ class Trainer:
             "plan-digest": header.plan == plan.digest(),
             "roster-digest": header.roster == self._roster.digest(),
             "not-in-cohort": self._config.site in header.cohort,
+            "not-in-roster": {member.name for member in self._roster.members}.issuperset(
+                header.cohort
+            ),
             "round-past-plan": header.round <= plan.training.rounds,
         }
         for check, holds in checks.items():
-            if not holds:
-                raise RemoteProtocolError(check, "a round header does not fit what this site knows")
+            require(holds, check, "a round header does not fit what this site knows")
         self._session.check_new(header)
         # Judged again: a site may have tightened its policy since it accepted the plan.
         judge_plan(self._config.policy, plan)
@@ -213,16 +219,21 @@ class Trainer:
         release = self._open(request.release, Release)
         vector = from_bytes(request.adapter, plan.lora.size)
         found = adapter_digest(plan.digest(), vector)
-        if not found == release.adapter == header.adapter:
-            raise RemoteProtocolError("adapter-digest", "an adapter is not what its release says")
-        if (release.plan, release.round) != (plan.digest(), header.round - 1):
-            raise RemoteProtocolError(
-                "other-release", "a round does not start from its predecessor"
-            )
-        if release.round == 0 and found != adapter_digest(plan.digest(), initial_vector(plan)):
-            raise RemoteProtocolError(
-                "initial-adapter", "release 0 is not the plan's public seed's"
-            )
+        require(
+            found == release.adapter == header.adapter,
+            "adapter-digest",
+            "an adapter is not what its release says",
+        )
+        require(
+            (release.plan, release.round) == (plan.digest(), header.round - 1),
+            "other-release",
+            "a round does not start from its predecessor",
+        )
+        require(
+            release.round > 0 or found == adapter_digest(plan.digest(), initial_vector(plan)),
+            "initial-adapter",
+            "release 0 is not the plan's public seed's",
+        )
         self._session.keep_release(plan.job, release.round, request.release)
         return vector
 
@@ -230,10 +241,16 @@ class Trainer:
         release = self._open(request.release, Release)
         plan = self._accepted_plan(release.job)
         vector = from_bytes(request.adapter, plan.lora.size)
-        if adapter_digest(plan.digest(), vector) != release.adapter:
-            raise RemoteProtocolError("adapter-digest", "an adapter is not what its release says")
-        if (release.plan, release.round) != (plan.digest(), plan.training.rounds):
-            raise RemoteProtocolError("other-release", "this is not the last release of the plan")
+        require(
+            adapter_digest(plan.digest(), vector) == release.adapter,
+            "adapter-digest",
+            "an adapter is not what its release says",
+        )
+        require(
+            (release.plan, release.round) == (plan.digest(), plan.training.rounds),
+            "other-release",
+            "this is not the last release of the plan",
+        )
         self._session.keep_release(plan.job, release.round, request.release)
         write_adapter(
             self._state / "adapters" / plan.job,

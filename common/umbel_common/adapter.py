@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from umbel_common.canonical import digest
-from umbel_common.errors import PlanError, RemoteProtocolError
+from umbel_common.errors import PlanError, require
 from umbel_common.plan import Tensor, TrainingPlan
 
 Vector: TypeAlias = npt.NDArray[np.float32]
@@ -95,16 +95,19 @@ def from_bytes(data: bytes, length: int) -> Vector:
     Raises:
         RemoteProtocolError: wrong length, or a value that is not finite.
     """
-    if len(data) != 4 * length:
-        raise RemoteProtocolError(
-            "adapter-length",
-            "an adapter has the wrong length",
-            found=f"{len(data)} bytes",
-            accepted=f"{4 * length} bytes",
-        )
+    require(
+        len(data) == 4 * length,
+        "adapter-length",
+        "an adapter has the wrong length",
+        found=f"{len(data)} bytes",
+        accepted=f"{4 * length} bytes",
+    )
     vector = np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
-    if not np.isfinite(vector).all():
-        raise RemoteProtocolError("adapter-values", "an adapter holds values that are not finite")
+    require(
+        bool(np.isfinite(vector).all()),
+        "adapter-values",
+        "an adapter holds values that are not finite",
+    )
     return vector
 
 

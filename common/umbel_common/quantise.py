@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from umbel_common.adapter import Vector
 from umbel_common.canonical import Entropy, Value
-from umbel_common.errors import LocalProtocolError, PlanError, RemoteProtocolError
+from umbel_common.errors import LocalProtocolError, PlanError, require
 from umbel_common.plan import Aggregation, Positive
 from umbel_common.secagg.primitives import KEY_BYTES, Keystream, draw
 
@@ -165,21 +165,21 @@ def decode_sum(total: RingVector, encoding: Encoding) -> tuple[int, Vector]:
             masks that do not cancel.
     """
     weight = int(total[0])
-    if not 1 <= weight <= encoding.sites * encoding.max_weight:
-        raise RemoteProtocolError(
-            "total-weight",
-            "the total weight in a sum is impossible",
-            found=weight,
-            accepted=f"1 to {encoding.sites * encoding.max_weight}",
-        )
+    require(
+        1 <= weight <= encoding.sites * encoding.max_weight,
+        "total-weight",
+        "the total weight in a sum is impossible",
+        found=weight,
+        accepted=f"1 to {encoding.sites * encoding.max_weight}",
+    )
     signed = total[1:].view(np.dtype(f"<i{total.itemsize}"))
     bound = weight * encoding.levels
-    if signed.size and not (-bound <= int(signed.min()) and int(signed.max()) <= bound):
-        raise RemoteProtocolError(
-            "sum-out-of-range",
-            "a coordinate of a sum is larger than its weight allows",
-            accepted=f"at most {bound} in magnitude",
-        )
+    require(
+        signed.size == 0 or (-bound <= int(signed.min()) and int(signed.max()) <= bound),
+        "sum-out-of-range",
+        "a coordinate of a sum is larger than its weight allows",
+        accepted=f"at most {bound} in magnitude",
+    )
     mean = np.empty(signed.size, dtype=np.float32)
     np.multiply(signed, np.float64(encoding.step / weight), out=mean, casting="same_kind")
     return weight, mean

@@ -84,16 +84,21 @@ def test_a_new_attempt_ends_the_old_ones(session: Session) -> None:
     session.check_new(header(round_number=2, attempt=1))
 
 
-def test_secrets_of_an_ended_attempt_are_gone_from_the_file(
+def test_secrets_of_a_stage_are_gone_from_all_files_once_the_next_is_answered(
     session: Session, tmp_path: Path
 ) -> None:
-    secret = b"a very recognisable secret" * 4
-    session.open(header(attempt=1), HEAD, secret, b"q", b"r")
+    first, second = b"a very recognisable secret" * 4, b"another recognisable secret" * 4
+
+    def on_disk(secret: bytes) -> bool:
+        return any(secret in path.read_bytes() for path in tmp_path.iterdir())
+
+    session.open(header(), HEAD, first, b"q", b"r")
+    assert on_disk(first)
+    session.burn(header().context(), "share", b"q", b"r", second)
+    assert on_disk(second)
+    assert not on_disk(first)
     session.burn(header().context(), "unmask", b"q", b"r", None)
-    session.close()
-    # Closing folds the write-ahead log into the file.
-    assert not (tmp_path / "session.sqlite-wal").exists()
-    assert secret not in (tmp_path / "session.sqlite").read_bytes()
+    assert not on_disk(second)
 
 
 def test_a_job_has_one_plan(session: Session) -> None:

@@ -56,6 +56,8 @@ def add_masks(
         for keystream in minus:
             keystream.fill(stream)
             np.subtract(chunk, mask, out=chunk)
+    # What is left of the last mask: not in memory that somebody else is given next.
+    buffer.fill(0)
 
 
 def check_ring_vector(vector: RingVector) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from umbel_common.canonical import Digest, Entropy, Name, Value
-from umbel_common.errors import RemoteProtocolError
+from umbel_common.errors import require
 from umbel_common.identity import Identity, Roster, Signed, sign
 from umbel_common.quantise import RingVector
 from umbel_common.secagg.checks import check_distinct_keys, open_advert, open_survivors
@@ -194,10 +194,12 @@ class Advertised(Stage, frozen=True, tag="advertised"):
         sites = [advert.site for advert in opened]
         check_distinct(sites)
         check_distinct_keys(opened)
-        if self.advert not in adverts:
-            raise RemoteProtocolError(
-                "own-advert", "the keys of this site are missing or altered", field=self.site
-            )
+        require(
+            self.advert in adverts,
+            "own-advert",
+            "the keys of this site are missing or altered",
+            field=self.site,
+        )
         self.rules.check_enough("too-few-adverts", sites)
         return sorted(
             (advert for advert in opened if advert.site != self.site),
@@ -230,8 +232,11 @@ class Shared(Stage, frozen=True, tag="shared"):
         """
         check_ring_vector(vector)
         keys = {peer.peer: peer for peer in self.peers}
-        if any(share.recipient != self.site for share in shares):
-            raise RemoteProtocolError("wrong-recipient", "a share is for another site")
+        require(
+            all(share.recipient == self.site for share in shares),
+            "wrong-recipient",
+            "a share is for another site",
+        )
         senders = [share.sender for share in shares]
         check_distinct(senders)
         check_nested(senders, keys.keys())
@@ -257,17 +262,20 @@ class Shared(Stage, frozen=True, tag="shared"):
     def _open(self, share: EncryptedShare, key: bytes) -> HeldShares:
         bound = share_binding(self.context, share.sender, self.site)
         data = unseal(key, share.ciphertext, bound)
-        if data is None:
-            raise RemoteProtocolError(
-                "share-decrypt",
-                "a share does not decrypt in the context of this attempt",
-                field=share.sender,
-            )
+        require(
+            data is not None,
+            "share-decrypt",
+            "a share does not decrypt in the context of this attempt",
+            field=share.sender,
+        )
+        assert data is not None  # required above
         self_mask, mask_key = data[:SHARE_BYTES], data[SHARE_BYTES:]
-        if not (is_element(self_mask) and is_element(mask_key)):
-            raise RemoteProtocolError(
-                "share-range", "a share is not below the prime", field=share.sender
-            )
+        require(
+            is_element(self_mask) and is_element(mask_key),
+            "share-range",
+            "a share is not below the prime",
+            field=share.sender,
+        )
         return HeldShares(owner=share.sender, self_mask=self_mask, mask_key=mask_key)
 
 
@@ -288,14 +296,19 @@ class Masked(Stage, frozen=True, tag="masked"):
                 `own-site-missing` or `too-few-survivors`.
         """
         check_distinct(survivors)
-        if list(survivors) != sorted(survivors):
-            raise RemoteProtocolError("survivor-order", "survivors are not sorted by name")
+        require(
+            list(survivors) == sorted(survivors),
+            "survivor-order",
+            "survivors are not sorted by name",
+        )
         members = {self.site, *(share.owner for share in self.held)}
         check_nested(survivors, members)
-        if self.site not in survivors:
-            raise RemoteProtocolError(
-                "own-site-missing", "this site sent its vector and is no survivor", field=self.site
-            )
+        require(
+            self.site in survivors,
+            "own-site-missing",
+            "this site sent its vector and is no survivor",
+            field=self.site,
+        )
         self.rules.check_enough("too-few-survivors", survivors)
         own = RevealedShare(owner=self.site, kind="self-mask", share=self.own_share)
         revealed = [
@@ -334,13 +347,13 @@ class Confirmed(Stage, frozen=True, tag="confirmed"):
         check_distinct([signature.site for signature in signatures])
         for signature in signatures:
             open_survivors(signature, self.context, self.survivors, roster)
-        if len(signatures) < self.rules.threshold:
-            raise RemoteProtocolError(
-                "too-few-signatures",
-                "too few survivors signed the survivor set",
-                found=len(signatures),
-                accepted=f"at least {self.rules.threshold}",
-            )
+        require(
+            len(signatures) >= self.rules.threshold,
+            "too-few-signatures",
+            "too few survivors signed the survivor set",
+            found=len(signatures),
+            accepted=f"at least {self.rules.threshold}",
+        )
         after = Revealed(context=self.context, site=self.site, rules=self.rules)
         return after, self.shares
 

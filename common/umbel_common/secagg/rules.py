@@ -1,12 +1,13 @@
 """What a site demands of the sets of sites that a server names to it."""
 
+from collections import Counter
 from collections.abc import Collection
 from typing import Annotated
 
 import msgspec
 
 from umbel_common.canonical import Value
-from umbel_common.errors import RemoteProtocolError
+from umbel_common.errors import require
 
 
 class Rules(Value, frozen=True):
@@ -27,33 +28,36 @@ class Rules(Value, frozen=True):
                 `threshold-too-low`.
         """
         size = len(cohort)
-        if site not in cohort:
-            raise RemoteProtocolError(
-                "not-in-cohort", "this site is not in the cohort", field="cohort", found=site
-            )
-        if size < self.minimum_cohort:
-            raise RemoteProtocolError(
-                "cohort-too-small",
-                "a cohort is smaller than this site allows",
-                found=size,
-                accepted=f"at least {self.minimum_cohort}",
-            )
-        if self.threshold > size:
-            raise RemoteProtocolError(
-                "threshold-too-high",
-                "a cohort cannot reach the threshold",
-                found=self.threshold,
-                accepted=f"at most {size}",
-            )
+        require(
+            site in cohort,
+            "not-in-cohort",
+            "this site is not in the cohort",
+            field="cohort",
+            found=site,
+        )
+        require(
+            size >= self.minimum_cohort,
+            "cohort-too-small",
+            "a cohort is smaller than this site allows",
+            found=size,
+            accepted=f"at least {self.minimum_cohort}",
+        )
+        require(
+            self.threshold <= size,
+            "threshold-too-high",
+            "a cohort cannot reach the threshold",
+            found=self.threshold,
+            accepted=f"at most {size}",
+        )
         # Any two survivor sets that t sites each signed then share an honest signer, and an honest
         # site signs once: the server cannot have two sets unmasked in one attempt.
-        if 2 * self.threshold <= size + self.colluding:
-            raise RemoteProtocolError(
-                "threshold-too-low",
-                "two survivor sets could both gather enough signatures",
-                found=f"threshold {self.threshold}, {size} sites, {self.colluding} colluding",
-                accepted=f"a threshold of at least {(size + self.colluding) // 2 + 1}",
-            )
+        require(
+            2 * self.threshold > size + self.colluding,
+            "threshold-too-low",
+            "two survivor sets could both gather enough signatures",
+            found=f"threshold {self.threshold}, {size} sites, {self.colluding} colluding",
+            accepted=f"a threshold of at least {(size + self.colluding) // 2 + 1}",
+        )
 
     def check_enough(self, check: str, sites: Collection[str]) -> None:
         """Refuses a stage that too few sites have reached; `check` names the stage.
@@ -62,13 +66,13 @@ class Rules(Value, frozen=True):
             RemoteProtocolError: `check`.
         """
         floor = max(self.threshold, self.minimum_cohort)
-        if len(sites) < floor:
-            raise RemoteProtocolError(
-                check,
-                "too few sites are left in this attempt",
-                found=len(sites),
-                accepted=f"at least {floor}",
-            )
+        require(
+            len(sites) >= floor,
+            check,
+            "too few sites are left in this attempt",
+            found=len(sites),
+            accepted=f"at least {floor}",
+        )
 
 
 def check_distinct(sites: Collection[str]) -> None:
@@ -77,11 +81,8 @@ def check_distinct(sites: Collection[str]) -> None:
     Raises:
         RemoteProtocolError: `duplicate-site`.
     """
-    repeated = sorted({site for site in sites if list(sites).count(site) > 1})
-    if repeated:
-        raise RemoteProtocolError(
-            "duplicate-site", "a site is named twice", found=", ".join(repeated)
-        )
+    repeated = sorted(site for site, times in Counter(sites).items() if times > 1)
+    require(not repeated, "duplicate-site", "a site is named twice", found=", ".join(repeated))
 
 
 def check_nested(sites: Collection[str], before: Collection[str]) -> None:
@@ -91,10 +92,10 @@ def check_nested(sites: Collection[str], before: Collection[str]) -> None:
         RemoteProtocolError: `not-nested`.
     """
     strangers = sorted(set(sites) - set(before))
-    if strangers:
-        raise RemoteProtocolError(
-            "not-nested",
-            "a stage names a site that an earlier stage did not",
-            found=", ".join(strangers),
-            accepted="a subset of " + ", ".join(sorted(before)),
-        )
+    require(
+        not strangers,
+        "not-nested",
+        "a stage names a site that an earlier stage did not",
+        found=", ".join(strangers),
+        accepted="a subset of " + ", ".join(sorted(before)),
+    )
