@@ -1,6 +1,7 @@
 """Shared by all tests: one thread a process, and small plans that need no model."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from umbel_common import errors
 from umbel_common.identity import Identity, Member, Roster
 from umbel_common.plan import (
     Adam,
@@ -111,3 +113,36 @@ def make_federation() -> Callable[[int], tuple[Identity, dict[str, Identity], Ro
         )
 
     return make
+
+
+@pytest.fixture
+def replace_everywhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[object, object], None]:
+    """Replaces a function of Umbel in every module that has imported it."""
+
+    def replace(original: object, replacement: object) -> None:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("umbel_"):
+                for attribute, value in list(vars(module).items()):
+                    if value is original:
+                        monkeypatch.setattr(module, attribute, replacement)
+
+    return replace
+
+
+@pytest.fixture
+def without(replace_everywhere: Callable[[object, object], None]) -> Callable[..., None]:
+    """Takes checks out of the protocol: `without("own-advert")`.
+
+    An attack that a check stops must succeed without it, or the check proves nothing. Every refusal
+    of the protocol goes through `errors.require`.
+    """
+
+    def take_out(*checks: str) -> None:
+        def require(holds: bool, check: str, message: str, **details: object) -> None:
+            if check not in checks:
+                original(holds, check, message, **details)
+
+        original = errors.require
+        replace_everywhere(original, require)
+
+    return take_out

@@ -147,7 +147,7 @@ def test_two_releases_of_one_round_are_noticed(federation: Any) -> None:
 def test_a_used_attempt_number_is_refused(federation: Any) -> None:
     federation.offer()
     federation.drive(federation.attempt(), until="share")
-    other = federation.header(cohort=("site-00", "site-01", "site-02", "sybil"))
+    other = federation.header(adapter=b"\x01" * 32)
     assert federation.refusal(SITE, federation.train_request(other)) == "attempt-reused"
     federation.start(SITE)
     assert federation.refusal(SITE, federation.train_request(other)) == "attempt-reused"

@@ -5,13 +5,14 @@ the request that the attacker sends in its place.
 """
 
 import os
+from contextlib import nullcontext
 
 import msgspec
 import numpy as np
 import pytest
 
 from umbel_common.canonical import encode
-from umbel_common.errors import LocalProtocolError, RemoteProtocolError
+from umbel_common.errors import IdentityError, LocalProtocolError, RemoteProtocolError
 from umbel_common.identity import Identity, sign
 from umbel_common.secagg import participant
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
@@ -238,6 +239,24 @@ ATTACKS_ON_SIGNATURES = {
     ),
 }
 
+BEHIND = {
+    "a site that is not in the cohort": IdentityError,
+    "a peer twice": RemoteProtocolError,
+    "a peer twice, with other keys": LocalProtocolError,
+    "fewer peers than the threshold": LocalProtocolError,
+    "a colluding peer's key of small order": RemoteProtocolError,
+    "a signed statement that is not canonical": RemoteProtocolError,
+    "a share of a site that never advertised keys": KeyError,
+    "a share that this site is said to have sent to itself": KeyError,
+    "a share with one bit flipped": AssertionError,
+    "two senders' shares exchanged": AssertionError,
+    "a share bound to another attempt": AssertionError,
+    "a survivor twice": ValueError,
+    "survivors out of order": ValueError,
+    "a signature by a site that is no survivor": IdentityError,
+}
+"""Attacks that something else stops too, if only by chance; the others only the check stops."""
+
 ATTACKS = [
     (stage, name, check, attack)
     for stage, attacks in (
@@ -263,6 +282,21 @@ def test_a_site_refuses(make_attempt, stage, check, attack):
     assert caught.value.check == check
     attempt.run_to("end")
     assert (attempt.machine.total == attempt.plain_sum(attempt.header.cohort)).all()
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "check", "attack"),
+    ATTACKS,
+    ids=[f"{stage}: {name}" for stage, name, _, _ in ATTACKS],
+)
+def test_without_the_check_the_attack_is_answered(
+    make_attempt, without, stage, name, check, attack
+):
+    attempt = make_attempt(SIZE, THRESHOLD).run_to(stage)
+    request = attack(attempt, attempt.requests()[ME])
+    without(check)
+    with pytest.raises(BEHIND[name]) if name in BEHIND else nullcontext():
+        attempt.receive(ME, request)
 
 
 @pytest.mark.parametrize(

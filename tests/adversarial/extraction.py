@@ -1,0 +1,65 @@
+"""What an attacker does with what it was given: recovers secrets, removes masks."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from umbel_common.canonical import decode
+from umbel_common.quantise import RingVector
+from umbel_common.secagg import masking
+from umbel_common.secagg.messages import KeyAdvert, RevealedShare
+from umbel_common.secagg.shamir import recover
+from umbel_common.statements import RoundHeader
+from umbel_server.round import Attempt
+
+
+def keys_of(attempt: Attempt) -> dict[str, KeyAdvert]:
+    """What each site of U1 advertised."""
+    adverts = [decode(signed.statement, KeyAdvert) for signed in attempt.evidence.adverts]
+    return {advert.site: advert for advert in adverts}
+
+
+def secret_of(
+    owner: str, kind: str, header: RoundHeader, revealed: Mapping[str, tuple[RevealedShare, ...]]
+) -> bytes:
+    """The secret of one site, from the shares that others revealed; noise if they are too few."""
+    return recover(
+        {
+            header.cohort.index(site) + 1: share.share
+            for site, shares in revealed.items()
+            for share in shares
+            if (share.owner, share.kind) == (owner, kind)
+        }
+    )
+
+
+def remove_masks(
+    header: RoundHeader,
+    keys: Mapping[str, KeyAdvert],
+    vectors: list[bytes],
+    *,
+    seeds: Mapping[str, bytes],
+    secrets: Mapping[str, bytes],
+) -> RingVector:
+    """The sum of the masked vectors of the sites in `seeds`, without masks.
+
+    Args:
+        keys: of the sites between which masks were made.
+        seeds: the self-mask seed of each site in the sum.
+        secrets: mask keys; at least one of any two sites of which one is in the sum.
+    """
+    total = np.zeros(len(vectors[0]) // 4, dtype="<u4")
+    for vector in vectors:
+        total += np.frombuffer(vector, dtype="<u4")
+    context = header.context()
+    added, subtracted = (
+        [],
+        [masking.self_mask_key(seed, site, context) for site, seed in seeds.items()],
+    )
+    for site in seeds:
+        for other in keys.keys() - seeds.keys():
+            ours, theirs = (site, other) if site in secrets else (other, site)
+            mask = masking.pairwise_key(secrets[ours], ours, keys[theirs].mask_key, theirs, context)
+            (subtracted if site < other else added).append(mask)
+    masking.add_masks(total, added=added, subtracted=subtracted)
+    return total

@@ -1,0 +1,401 @@
+"""An operator that can sign anything, sites that it plays, and real sites that it attacks."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from adversarial.puppet import Puppet
+from adversarial.weaken import Protection, Stopped
+from safetensors.numpy import load_file
+
+from umbel_client.config import load_config
+from umbel_client.data import load_records
+from umbel_client.keys import write_identity
+from umbel_client.ledger import Ledger
+from umbel_client.model import folder_digest, plan_lora
+from umbel_client.trainer import Trainer
+from umbel_common.adapter import Vector, adapter_digest, initial_vector, size_of, to_bytes
+from umbel_common.errors import UmbelError
+from umbel_common.identity import Identity, Member, Roster, Signed, sign
+from umbel_common.plan import (
+    Aggregation,
+    BaseModel,
+    Classification,
+    LocalPrivacy,
+    Sgd,
+    Training,
+    TrainingPlan,
+)
+from umbel_common.quantise import RingVector
+from umbel_common.roster_file import roster_to_json
+from umbel_common.secagg import coordinator
+from umbel_common.secagg.messages import RevealedShare
+from umbel_common.statements import Release, RoundHeader
+from umbel_common.wire import (
+    OfferRequest,
+    Refusal,
+    Reply,
+    Request,
+    TrainRequest,
+    open_reply,
+    seal_request,
+    size_limit,
+)
+from umbel_server import round as rounds
+
+CLIENT_TOML = """\
+site = "{site}"
+state = "state"
+identity = "identity.pem"
+roster = "roster.json"
+
+[data]
+path = "data.jsonl"
+public_size = 40
+
+[model]
+path = "{model}"
+
+[policy]
+models = ["{digest}"]
+labels = ["a", "b"]
+max_epsilon = 8.0
+total_epsilon = 10.0
+max_delta = 1e-4
+{policy}
+"""
+
+
+class KeptObserver:
+    """Keeps what a site would log."""
+
+    def __init__(self) -> None:
+        self.errors: list[UmbelError] = []
+        self.steps = 0
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        assert done <= total
+
+    def charged(self, round_number: int, epsilon: float | None) -> None:
+        assert epsilon is None or epsilon > 0
+
+    def step(self, round_number: int, step: int, steps: int) -> None:
+        self.steps += 1
+
+    def refused(self, error: UmbelError) -> None:
+        self.errors.append(error)
+
+
+class Federation:
+    """An operator that can sign anything, and sites that believe only what they should."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        protection: Protection,
+        count: int,
+        policies: Mapping[str, str],
+        **plan_parts: object,
+    ) -> None:
+        self.folder = folder
+        self.model = model
+        self.protection = protection
+        self.operator = Identity.generate(os.urandom)
+        self.identities = {
+            f"site-{index:02}": Identity.generate(os.urandom) for index in range(count)
+        }
+        self.roster = self.make_roster(self.identities)
+        self.plan = self.make_plan(**plan_parts)
+        self.observers: dict[str, KeptObserver] = {}
+        self.trainers: dict[str, Trainer] = {}
+        self.puppets: dict[str, Puppet] = {}
+        self.shown: dict[str, RoundHeader] = {}
+        """Sites that are shown another header than the attempt's."""
+        self.releases: dict[bytes, tuple[Signed, Vector]] = {}
+        """Adapter digest -> release, beside the initial one."""
+        self.played_roster = self.roster
+        for number, site in enumerate(self.identities):
+            self._write_site(site, number, policies.get(site, policies.get("*", "")))
+            self.start(site)
+
+    def make_roster(self, identities: Mapping[str, Identity]) -> Roster:
+        """A roster of this federation with these sites."""
+        return Roster(
+            federation="clinics",
+            operator=self.operator.public_key,
+            members=tuple(
+                Member(name=name, public_key=identities[name].public_key)
+                for name in sorted(identities)
+            ),
+        )
+
+    def play(self, *names: str, own_keys: bool = False) -> None:
+        """Has the server play these sites: with their own keys (they collude), or with others."""
+        for name in names:
+            identity = self.identities[name] if own_keys else Identity.generate(os.urandom)
+            self.puppets[name] = Puppet(name, identity, self.plan)
+        identities = {
+            **self.identities,
+            **{name: puppet.identity for name, puppet in self.puppets.items()},
+        }
+        self.played_roster = self.make_roster(identities)
+
+    def make_plan(self, **parts: object) -> TrainingPlan:
+        """A valid plan; keyword arguments replace its parts."""
+        task = Classification(labels=("a", "b"))
+        lora = plan_lora(
+            self.model,
+            task,
+            rank=2,
+            alpha=4.0,
+            target_modules=("query",),
+            layers=None,
+            method="ffa",
+            seed=5,
+        )
+        fields: dict[str, Any] = {
+            "federation": "clinics",
+            "job": "job",
+            "model": BaseModel(name="tiny", digest=folder_digest(self.model)),
+            "task": task,
+            "lora": lora,
+            "training": Training(
+                rounds=2,
+                local_steps=1,
+                expected_batch_size=8,
+                optimizer=Sgd(adapter_learning_rate=0.1, head_learning_rate=0.1),
+            ),
+            "privacy": LocalPrivacy(epsilon=8.0, delta=1e-4, clip_norm=1.0),
+            "aggregation": Aggregation(threshold=3, clip_range=1.0, step=1e-6),
+        }
+        return TrainingPlan(**{**fields, **parts})
+
+    def start(self, site: str) -> None:
+        """Starts a site's trainer, or starts it again from what is on its disk."""
+        if site in self.trainers:
+            self.trainers[site].close()
+        self.observers[site] = KeptObserver()
+        config = load_config(self.folder / site / "client.toml")
+        self.trainers[site] = Trainer(
+            config, self.roster, self.identities[site], observer=self.observers[site]
+        )
+
+    def send(self, site: str, request: Request, operator: Identity | None = None) -> Reply:
+        """One request, sealed by the operator or by somebody else, and the opened reply."""
+        return self._handled(site, seal_request(operator or self.operator, site, request))
+
+    def deliver(self, site: str, sealed: bytes) -> Any:
+        """What a site answers to these bytes.
+
+        Raises:
+            Stopped: with the check by which it refuses.
+        """
+        return self._unless_refused(self._handled(site, sealed))
+
+    def ask(self, site: str, request: Any) -> Any:
+        """What a site, or its puppet, answers.
+
+        Raises:
+            Stopped: with the check by which it refuses.
+        """
+        if site in self.puppets:
+            return self.puppets[site].answer(request, self.played_roster)
+        return self._unless_refused(self.send(site, self._as_shown(site, request)))
+
+    def _handled(self, site: str, sealed: bytes) -> Reply:
+        with self.protection.at_a_site():
+            reply = self.trainers[site].handle(sealed)
+        key = self.identities[site].public_key
+        return open_reply(key, site, reply, limit=size_limit(self.plan))
+
+    def _unless_refused(self, reply: Reply) -> Reply:
+        if isinstance(reply, Refusal):
+            raise Stopped(reply.check)
+        return reply
+
+    def _as_shown(self, site: str, request: Any) -> Any:
+        header = self.shown.get(site)
+        match request:
+            case TrainRequest() if header is not None:
+                return self.train_request(header)
+            case _ if header is not None:
+                return msgspec.structs.replace(request, context=header.context())
+        return request
+
+    def refusal(self, site: str, request: Request, operator: Identity | None = None) -> str:
+        """The check by which the site refuses; fails if it does not."""
+        reply = self.send(site, request, operator)
+        assert isinstance(reply, Refusal), reply
+        return reply.check
+
+    def offer(self, plan: TrainingPlan | None = None, *sites: str) -> None:
+        """Has every site (or these) accept a plan."""
+        plan = plan or self.plan
+        for site in sites or tuple(self.identities):
+            self.ask(site, OfferRequest(plan=sign(self.operator, plan)))
+
+    def release(self, vector: Vector | None = None, **parts: object) -> tuple[Signed, Vector]:
+        """A signed release, release 0 by default, and its vector."""
+        vector = initial_vector(self.plan) if vector is None else vector
+        fields: dict[str, Any] = {
+            "federation": "clinics",
+            "job": self.plan.job,
+            "plan": self.plan.digest(),
+            "round": 0,
+            "attempt": 0,
+            "context": bytes(32),
+            "adapter": adapter_digest(self.plan.digest(), vector),
+            "survivors": (),
+            "total_weight": 0,
+        }
+        return sign(self.operator, Release(**{**fields, **parts})), vector
+
+    def header(self, **parts: object) -> RoundHeader:
+        """A valid header of attempt 1 of round 1; keyword arguments replace its fields."""
+        fields: dict[str, Any] = {
+            "federation": "clinics",
+            "job": self.plan.job,
+            "round": 1,
+            "attempt": 1,
+            "plan": self.plan.digest(),
+            "roster": self.roster.digest(),
+            "adapter": adapter_digest(self.plan.digest(), initial_vector(self.plan)),
+            "cohort": tuple(sorted(self.identities)),
+        }
+        return RoundHeader(**{**fields, **parts})
+
+    def train_request(
+        self, header: RoundHeader | None = None, release: tuple[Signed, Vector] | None = None
+    ) -> TrainRequest:
+        """What opens an attempt at a site."""
+        header = header or self.header()
+        signed, vector = release or self.releases.get(header.adapter) or self.release()
+        return TrainRequest(
+            header=sign(self.operator, header),
+            release=signed,
+            adapter=to_bytes(vector),
+        )
+
+    def attempt(self, header: RoundHeader | None = None) -> rounds.Attempt:
+        """An attempt as the server would run it, waiting for its first replies."""
+        header = header or self.header()
+        length = size_of(self.plan.trained_tensors(header.round)) + 1
+        machine = coordinator.start(
+            header, self.played_roster, self.plan.aggregation.threshold, 32, length
+        )
+        return rounds.Attempt(header, self.train_request(header), machine, {}, rounds.Evidence())
+
+    def drive(
+        self, attempt: rounds.Attempt, until: str | None = None, silent: str | None = None
+    ) -> Any:
+        """Goes on until the stage `until` is about to be asked, or to the end.
+
+        Args:
+            silent: a site that does not answer.
+
+        Raises:
+            Stopped: a site refuses.
+        """
+        state: rounds.Attempt | rounds.Outcome = attempt
+        while isinstance(state, rounds.Attempt) and state.stage != until:
+            asked = {site: state.requests()[site] for site in state.requests() if site != silent}
+            state = self.take(state, {site: self.ask(site, asked[site]) for site in asked})
+        return state
+
+    def take(self, attempt: rounds.Attempt, replies: Mapping[str, Reply]) -> Any:
+        """Closes a stage with these replies, of whatever context."""
+        context = attempt.header.context()
+        for site, reply in replies.items():
+            if hasattr(reply, "context"):
+                reply = msgspec.structs.replace(reply, context=context)
+            attempt = attempt.receive(site, reply)
+        assert not attempt.refusals, attempt.refusals
+        return attempt.advance()
+
+    def vectors(self, attempt: rounds.Attempt) -> tuple[dict[str, bytes], rounds.Attempt]:
+        """The masked vector of every site, and the attempt after that stage."""
+        replies = {site: self.ask(site, ask) for site, ask in attempt.requests().items()}
+        return {site: reply.vector for site, reply in replies.items()}, self.take(attempt, replies)
+
+    def reveal(self, attempt: rounds.Attempt) -> dict[str, tuple[RevealedShare, ...]]:
+        """What each site reveals in the last stage."""
+        return {site: self.ask(site, ask).shares for site, ask in attempt.requests().items()}
+
+    def delta(self, site: str, round_number: int = 1) -> Vector:
+        """The delta that the site trained and keeps on its disk."""
+        folder = self.folder / site / "state" / "deltas" / self.plan.job
+        delta: Vector = load_file(folder / f"{round_number:05}.safetensors")["delta"]
+        return delta
+
+    def is_sum_of(self, total: RingVector, *sites: str, round_number: int = 1) -> bool:
+        """Whether a ring vector is the sum of the weights and deltas of these sites and no other.
+
+        Each site rounds at random, by less than one step.
+        """
+        values = total.view(np.int32)
+        expected = sum(
+            np.clip(self.delta(site, round_number), -1, 1).astype(np.float64) for site in sites
+        )
+        error = values[1:] * self.plan.aggregation.step - expected
+        return bool(
+            values[0] == len(sites)
+            and np.abs(error).max() <= 1.001 * len(sites) * self.plan.aggregation.step
+        )
+
+    def believe(self, site: str, roster: Roster) -> None:
+        """What a site that pins no roster does with one that the server sends it."""
+        if "pinned-roster" in self.protection.removed:
+            self.trainers[site]._roster = roster
+
+    def note_journal(self, site: str) -> None:
+        """Remembers what is in a site's journal now."""
+        self.trainers[site].close()
+        noted = self.folder / f"{site}-journal"
+        shutil.copytree(self.folder / site / "state", noted, dirs_exist_ok=True)
+        self.start(site)
+
+    def crash(self, site: str) -> None:
+        """Restarts a site; one without a durable journal knows what was last noted, no more."""
+        self.trainers[site].close()
+        if "durable-journal" in self.protection.removed:
+            shutil.copy(
+                self.folder / f"{site}-journal" / "session.sqlite", self.folder / site / "state"
+            )
+        self.start(site)
+
+    def spent_rounds(self, site: str) -> int:
+        """Rounds that the site's ledger has charged; read from a copy, since the file is in use."""
+        copy = self.folder / "ledger-copy"
+        copy.mkdir(exist_ok=True)
+        for path in (self.folder / site / "state").glob("ledger.sqlite*"):
+            if path.suffix != ".lock":
+                shutil.copy(path, copy / path.name)
+        if not (copy / "ledger.sqlite").exists():
+            return 0
+        with Ledger.open(copy / "ledger.sqlite", self.data_digest(site)) as ledger:
+            return len(ledger.history())
+
+    def data_digest(self, site: str) -> bytes:
+        """What names the site's ledger."""
+        return load_records(self.folder / site / "data.jsonl", self.plan.task).digest()
+
+    def _write_site(self, site: str, number: int, policy: str) -> None:
+        folder = self.folder / site
+        folder.mkdir()
+        random = np.random.default_rng(number)
+        rows = [
+            {"text": " ".join(f"w{word}" for word in random.integers(0, 35, 5)), "label": label}
+            for label in ("a", "b") * 20
+        ]
+        (folder / "data.jsonl").write_bytes(b"\n".join(map(msgspec.json.encode, rows)))
+        write_identity(folder / "identity.pem", self.identities[site])
+        (folder / "roster.json").write_text(roster_to_json(self.roster))
+        digest = folder_digest(self.model).hex()
+        (folder / "client.toml").write_text(
+            CLIENT_TOML.format(site=site, model=self.model, digest=digest, policy=policy)
+        )

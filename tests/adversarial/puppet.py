@@ -1,0 +1,67 @@
+"""The server as a site."""
+
+import os
+
+import numpy as np
+
+from umbel_common.adapter import size_of
+from umbel_common.canonical import decode
+from umbel_common.identity import Identity, Roster
+from umbel_common.plan import TrainingPlan
+from umbel_common.secagg import participant as secagg
+from umbel_common.statements import RoundHeader
+from umbel_common.wire import (
+    ConfirmReply,
+    ConfirmRequest,
+    MaskReply,
+    MaskRequest,
+    Reply,
+    Request,
+    ShareReply,
+    ShareRequest,
+    TrainReply,
+    TrainRequest,
+    UnmaskReply,
+    UnmaskRequest,
+)
+
+
+class Puppet:
+    """A site that the server plays, or that colludes with it; its delta is zero, of weight zero."""
+
+    def __init__(self, name: str, identity: Identity, plan: TrainingPlan) -> None:
+        self.name = name
+        self.identity = identity
+        self.plan = plan
+        self.state: secagg.State | None = None
+        self.length = 0
+        self.mask_secret = b""
+
+    def answer(self, request: Request, roster: Roster) -> Reply:
+        """Follows the protocol, over the roster that the server plays it with."""
+        match self.state, request:
+            case _, TrainRequest():
+                header = decode(request.header.statement, RoundHeader)
+                rules = secagg.Rules(
+                    threshold=self.plan.aggregation.threshold, colluding=0, minimum_cohort=1
+                )
+                self.length = size_of(self.plan.trained_tensors(header.round)) + 1
+                self.state, advert = secagg.advertise(
+                    header, self.name, rules, self.identity, bytes(32), os.urandom
+                )
+                self.mask_secret = self.state.mask_secret
+                return TrainReply(advert=advert)
+            case secagg.Advertised() as state, ShareRequest():
+                self.state, shares = state.receive(request.adverts, roster, os.urandom)
+                return ShareReply(context=request.context, shares=shares)
+            case secagg.Shared() as state, MaskRequest():
+                zeros = np.zeros(self.length, dtype="<u4")
+                self.state, masked = state.receive(request.shares, zeros)
+                return MaskReply(context=request.context, vector=masked.tobytes())
+            case secagg.Masked() as state, ConfirmRequest():
+                self.state, signature = state.receive(request.survivors, self.identity)
+                return ConfirmReply(context=request.context, signature=signature)
+            case secagg.Confirmed() as state, UnmaskRequest():
+                self.state, revealed = state.receive(request.signatures, roster)
+                return UnmaskReply(context=request.context, shares=revealed)
+        raise AssertionError(f"{type(request).__name__} in state {type(self.state).__name__}")

@@ -1,0 +1,116 @@
+"""A server that makes the crowd small in which a delta hides."""
+
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import pytest
+from adversarial.extraction import keys_of, remove_masks, secret_of
+from adversarial.federation import Federation
+
+from umbel_common.adapter import adapter_digest, initial_vector
+from umbel_common.plan import Aggregation, NoPrivacy
+from umbel_common.wire import MaskRequest
+
+SITE = "site-00"
+ACCOMPLICE = "site-01"
+OPEN = "allow_without_privacy = true"
+
+
+@pytest.mark.attack("cohort-too-small", "too-few-adverts", "too-few-shares", "too-few-survivors")
+def test_a_server_shrinks_the_cohort_to_a_site_and_an_accomplice(
+    open_federation: Callable[..., Federation],
+) -> None:
+    federation = open_federation(3, aggregation=Aggregation(threshold=2, clip_range=1.0, step=1e-6))
+    federation.offer()
+    federation.play(ACCOMPLICE, own_keys=True)
+    header = federation.header(cohort=(SITE, ACCOMPLICE))
+    outcome = federation.drive(federation.attempt(header))
+    assert federation.is_sum_of(outcome.aggregate.total, SITE)
+
+
+@pytest.mark.attack("too-few-shares")
+def test_a_server_pretends_that_only_an_accomplice_sent_shares(
+    open_federation: Callable[..., Federation],
+) -> None:
+    """The victim then masks with the accomplice alone; its peers unmask in good faith."""
+    federation = open_federation(4)
+    federation.offer()
+    federation.play(ACCOMPLICE, own_keys=True)
+    attempt = federation.drive(federation.attempt(), until="mask")
+    requests = attempt.requests()
+    from_accomplice = tuple(share for share in requests[SITE].shares if share.sender == ACCOMPLICE)
+    context = attempt.header.context()
+    requests[SITE] = MaskRequest(context=context, shares=from_accomplice)
+    replies = {site: federation.ask(site, request) for site, request in requests.items()}
+    attempt = federation.take(attempt, replies)
+    # The victim need not be asked what it thinks of the survivors.
+    attempt = federation.drive(attempt, until="unmask", silent=SITE)
+    revealed = federation.reveal(attempt)
+    keys = keys_of(attempt)
+    opened = remove_masks(
+        attempt.header,
+        {site: keys[site] for site in (SITE, ACCOMPLICE)},
+        [replies[SITE].vector],
+        seeds={SITE: secret_of(SITE, "self-mask", attempt.header, revealed)},
+        secrets={ACCOMPLICE: federation.puppets[ACCOMPLICE].mask_secret},
+    )
+    assert federation.is_sum_of(opened, SITE)
+
+
+@pytest.mark.attack("too-few-adverts", "too-few-shares", "too-few-survivors")
+def test_a_server_goes_on_with_fewer_sites_than_one_of_them_allows(
+    open_federation: Callable[..., Federation],
+) -> None:
+    federation = open_federation(4, {SITE: "minimum_cohort = 4"})
+    federation.offer()
+    outcome = federation.drive(federation.attempt(), silent="site-03")
+    assert federation.is_sum_of(outcome.aggregate.total, SITE, "site-01", "site-02")
+
+
+def without_privacy(open_federation: Callable[..., Federation], policy: str = "") -> Federation:
+    return open_federation(4, {"*": f"{OPEN}\n{policy}"}, privacy=NoPrivacy())
+
+
+@pytest.mark.attack("survivors-differ", "cohort-difference")
+def test_a_server_repeats_a_round_with_one_site_less(
+    open_federation: Callable[..., Federation],
+) -> None:
+    """Without differential privacy the difference of the two sums is the delta of that site."""
+    federation = without_privacy(open_federation)
+    federation.offer()
+    whole = federation.drive(federation.attempt())
+    header = federation.header(attempt=2, cohort=("site-00", "site-01", "site-02"))
+    less = federation.drive(federation.attempt(header))
+    difference = (whole.aggregate.total - less.aggregate.total).view(np.int32)
+    error = difference[1:] * federation.plan.aggregation.step - federation.delta("site-03")
+    assert difference[0] == 1
+    # All seven roundings together.
+    assert np.abs(error).max() <= 7.01 * federation.plan.aggregation.step
+
+
+@pytest.mark.attack("cohort-difference")
+def test_a_server_runs_the_next_round_with_one_site_less(
+    open_federation: Callable[..., Federation],
+) -> None:
+    federation = without_privacy(open_federation)
+    federation.offer()
+    federation.drive(federation.attempt())
+    vector = initial_vector(federation.plan) + np.float32(0.1)
+    digest = adapter_digest(federation.plan.digest(), vector)
+    federation.releases[digest] = federation.release(vector, round=1)
+    header = federation.header(round=2, adapter=digest, cohort=("site-00", "site-01", "site-02"))
+    federation.drive(federation.attempt(header))
+
+
+@pytest.mark.attack("own-site-missing")
+def test_a_server_has_a_site_confirm_a_sum_that_it_is_not_in(
+    open_federation: Callable[..., Federation],
+) -> None:
+    """Its vector is out: a site that signs its own exclusion helps to open it."""
+    federation = open_federation(4)
+    federation.offer()
+    attempt = federation.drive(federation.attempt(), until="mask")
+    _, attempt = federation.vectors(attempt)
+    request = attempt.requests()[SITE]
+    federation.ask(SITE, msgspec.structs.replace(request, survivors=request.survivors[1:]))

@@ -1,0 +1,113 @@
+"""A server that puts itself between the sites: keys of its own, sites of its own."""
+
+import os
+from collections.abc import Callable
+
+import msgspec
+import pytest
+from adversarial.extraction import keys_of, remove_masks, secret_of
+from adversarial.federation import Federation
+from adversarial.weaken import Stopped
+
+from umbel_common.identity import Identity
+from umbel_common.wire import MaskReply, MaskRequest, ShareReply, TrainReply
+
+SITE = "site-00"
+PEERS = ("site-01", "site-02")
+
+
+@pytest.mark.attack("pinned-signature")
+def test_a_server_replaces_the_peers_keys_by_its_own(federation: Federation) -> None:
+    federation.offer()
+    federation.play(*PEERS)
+    outcome = federation.drive(federation.attempt())
+    # The peers were puppets: the sum is the victim's delta alone.
+    assert federation.is_sum_of(outcome.aggregate.total, SITE)
+
+
+@pytest.mark.attack("pinned-roster")
+def test_a_server_shows_a_roster_with_sites_of_its_own(federation: Federation) -> None:
+    federation.offer()
+    federation.play("sybil-1", "sybil-2")
+    federation.believe(SITE, federation.played_roster)
+    header = federation.header(
+        roster=federation.played_roster.digest(), cohort=(SITE, "sybil-1", "sybil-2")
+    )
+    outcome = federation.drive(federation.attempt(header))
+    assert federation.is_sum_of(outcome.aggregate.total, SITE)
+
+
+@pytest.mark.attack("not-in-roster")
+def test_a_server_adds_sites_of_its_own_under_the_pinned_roster(federation: Federation) -> None:
+    federation.offer()
+    header = federation.header(cohort=(SITE, "sybil-1", "sybil-2"))
+    assert isinstance(federation.ask(SITE, federation.train_request(header)), TrainReply)
+    # Nothing more could come of it, and yet the site has paid for a round.
+    assert federation.spent_rounds(SITE) == 1
+
+
+@pytest.mark.attack("pinned-signature")
+def test_somebody_without_the_operators_key_runs_a_round(federation: Federation) -> None:
+    federation.operator = Identity.generate(os.urandom)
+    federation.offer()
+    outcome = federation.drive(federation.attempt())
+    assert federation.is_sum_of(outcome.aggregate.total, SITE, *PEERS)
+
+
+@pytest.mark.attack("own-advert")
+def test_a_server_holds_back_a_sites_own_keys(
+    open_federation: Callable[..., Federation],
+) -> None:
+    federation = open_federation(4)
+    federation.offer()
+    request = federation.drive(federation.attempt(), until="share").requests()[SITE]
+    others = tuple(advert for advert in request.adverts if SITE.encode() not in advert.statement)
+    assert len(others) == 3
+    # It hands out its secrets although it cannot know which keys its peers were shown for it.
+    reply = federation.ask(SITE, msgspec.structs.replace(request, adverts=others))
+    assert isinstance(reply, ShareReply)
+
+
+def relayed(federation: Federation, recipient: str) -> MaskRequest:
+    """A request to SITE with a share that its first peer made for its second."""
+    attempt = federation.drive(federation.attempt(), until="mask")
+    requests = attempt.requests()
+    (stray,) = [share for share in requests[PEERS[1]].shares if share.sender == PEERS[0]]
+    (honest,) = [share for share in requests[SITE].shares if share.sender == PEERS[1]]
+    stray = msgspec.structs.replace(stray, recipient=recipient)
+    return MaskRequest(context=attempt.header.context(), shares=(stray, honest))
+
+
+@pytest.mark.attack("wrong-recipient", "share-authentication")
+def test_a_server_relays_a_share_to_the_wrong_peer(federation: Federation) -> None:
+    federation.offer()
+    # The site takes noise for its peer's share, and will reveal it.
+    assert isinstance(federation.ask(SITE, relayed(federation, PEERS[1])), MaskReply)
+
+
+@pytest.mark.attack("share-authentication")
+def test_a_server_relays_it_with_the_address_rewritten(federation: Federation) -> None:
+    federation.offer()
+    assert isinstance(federation.ask(SITE, relayed(federation, SITE)), MaskReply)
+
+
+@pytest.mark.attack("self-mask")
+def test_a_server_claims_that_a_late_site_dropped_out_and_opens_its_vector(
+    open_federation: Callable[..., Federation],
+) -> None:
+    federation, late = open_federation(4), "site-03"
+    federation.offer()
+    attempt = federation.drive(federation.attempt(), until="mask")
+    vector = federation.ask(late, attempt.requests()[late]).vector
+    attempt = federation.drive(attempt, until="unmask", silent=late)
+    revealed = federation.reveal(attempt)
+    opened = remove_masks(
+        attempt.header,
+        keys_of(attempt),
+        [vector],
+        seeds={late: bytes(32)},
+        secrets={late: secret_of(late, "mask-key", attempt.header, revealed)},
+    )
+    if not federation.is_sum_of(opened, late):
+        # Its own mask is still on it, and nobody reveals the seed of a site that dropped out.
+        raise Stopped("self-mask")

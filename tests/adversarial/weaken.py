@@ -1,0 +1,125 @@
+"""The protocol without some of its checks, at the sites; the attacker's own code obeys none."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+
+from umbel_client import policy, session
+from umbel_common import errors, statements
+from umbel_common.secagg import masking, primitives
+
+Replace = Callable[[object, object], None]
+
+
+class Stopped(Exception):
+    """A site refused what an attack needs, or what it got is useless."""
+
+    def __init__(self, check: str) -> None:
+        super().__init__(check)
+        self.check = check
+
+
+class Protection:
+    """Which checks hold, and where: at the sites, never in the attacker's own code."""
+
+    def __init__(self, removed: frozenset[str]) -> None:
+        self.removed = removed
+        self._inside = False
+
+    @contextmanager
+    def at_a_site(self) -> Iterator[None]:
+        """While a site handles a request."""
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+
+    def holds(self, check: str) -> bool:
+        """Whether a check is made where the code is now."""
+        return self._inside and check not in self.removed
+
+
+def weaken(protection: Protection, patch: pytest.MonkeyPatch, replace: Replace) -> None:
+    """Lets every check ask the protection whether it is to be made, and takes barriers away."""
+    require, judge = errors.require, policy._require
+
+    def checked(holds: bool, check: str, message: str, **details: object) -> None:
+        if protection.holds(check):
+            require(holds, check, message, **details)
+
+    def judged(condition: bool, check: str, **details: object) -> None:
+        if protection.holds(check):
+            judge(condition, check, **details)
+
+    replace(require, checked)
+    replace(judge, judged)
+    for name in sorted(protection.removed & BARRIERS.keys()):
+        BARRIERS[name](patch, replace)
+
+
+def _without_context_binding(patch: pytest.MonkeyPatch, replace: Replace) -> None:
+    """Keys, commitments and associated data as if all attempts had one context."""
+    derive, commit, bind = primitives.derive, primitives.commit, primitives.share_binding
+    replace(derive, lambda secret, purpose, _, sites: derive(secret, purpose, bytes(32), sites))
+    replace(commit, lambda seed, _, site: commit(seed, bytes(32), site))
+    replace(bind, lambda _, sender, recipient: bind(bytes(32), sender, recipient))
+
+
+def _without_share_authentication(patch: pytest.MonkeyPatch, replace: Replace) -> None:
+    """ChaCha20 without Poly1305: whatever comes is decrypted (RFC 8439, section 2.8)."""
+
+    def unseal(key: bytes, sealed: bytes, bound: bytes) -> bytes:
+        cipher = Cipher(ChaCha20(key, (1).to_bytes(4, "little") + sealed[:12]), mode=None)
+        return cipher.decryptor().update(sealed[12:-16])
+
+    replace(primitives.unseal, unseal)
+
+
+def _without_self_mask(patch: pytest.MonkeyPatch, replace: Replace) -> None:
+    """Single masking: everyone knows the key of the self-mask."""
+    replace(masking.self_mask_key, lambda seed, site, context: bytes(32))
+
+
+def _without_unique_attempts(patch: pytest.MonkeyPatch, replace: Replace) -> None:
+    """A journal that takes one attempt, and one stage, as often as it is written."""
+    schema = session._SCHEMA
+    for rule in ("context BLOB PRIMARY KEY", ",\n    UNIQUE (job, round, attempt)"):
+        assert rule in schema
+        schema = schema.replace(rule, rule.removesuffix(" PRIMARY KEY") if "KEY" in rule else "")
+    schema = schema.replace(",\n    PRIMARY KEY (context, stage)", "")
+    patch.setattr(session, "_SCHEMA", schema)
+
+
+def _without_recorded_answers(patch: pytest.MonkeyPatch, replace: Replace) -> None:
+    """A site that does not know what it has answered."""
+    patch.setattr(session.Session, "answer", lambda *_: None)
+
+
+def _without_canonical_sets(patch: pytest.MonkeyPatch, replace: Replace) -> None:
+    """Signed sets in any order."""
+    replace(statements.check_sorted, lambda names: None)
+
+
+BARRIERS: dict[str, Callable[[pytest.MonkeyPatch, Replace], None]] = {
+    "canonical-set": _without_canonical_sets,
+    "context-binding": _without_context_binding,
+    "share-authentication": _without_share_authentication,
+    "self-mask": _without_self_mask,
+    "unique-attempt": _without_unique_attempts,
+    "recorded-answer": _without_recorded_answers,
+}
+"""What stops attacks and is no single check."""
+
+STOPPED_AS = {
+    "canonical-set": "site-fault",
+    "context-binding": "share-decrypt",
+    "share-authentication": "share-decrypt",
+    "pinned-roster": "roster-digest",
+    "durable-journal": "second-answer",
+    "unique-attempt": "site-fault",
+}
+"""How a site refuses behind a barrier, where it is called otherwise."""
