@@ -1,0 +1,82 @@
+"""A site in a process of its own, which is killed at a chosen step."""
+
+import os
+import signal
+import sqlite3
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import Any
+
+from umbel_client.config import load_config
+from umbel_client.keys import read_identity
+from umbel_client.site_job import noise_for
+from umbel_client.trainer import Trainer
+from umbel_common.errors import UmbelError
+from umbel_common.plan import TrainingPlan
+from umbel_common.roster_file import roster_from_json
+
+AT = "killed-at"
+"""The file beside client.toml that says before which step the site was killed."""
+
+
+class Quiet:
+    """An observer that tells nobody."""
+
+    def preparing(self, what: str, done: int, total: int) -> None: ...
+
+    def charged(self, round_number: int, epsilon: float | None) -> None: ...
+
+    def step(self, round_number: int, step: int, steps: int) -> None: ...
+
+    def refused(self, error: UmbelError) -> None: ...
+
+
+def nursery(
+    folder: Path, address: str, plan: TrainingPlan, public_size: int, orders: Connection
+) -> None:
+    """Starts a site for each number of steps that it is sent, when the one before has died.
+
+    A site is a fork of this process, which has imported everything and calibrated the noise: it
+    starts in a moment.
+    """
+    noise_for(plan, public_size)
+    for steps in iter(orders.recv, None):
+        child = os.fork()
+        if child == 0:
+            serve(folder, address, steps)
+        os.waitpid(child, 0)
+
+
+def serve(folder: Path, address: str, steps: int) -> None:
+    """Answers requests until `steps` steps are done, then dies as by `kill -9`.
+
+    A step is a statement to one of the site's databases, or the sending of an answer.
+    """
+    connection = Client(address)
+    connection.send(os.getpid())
+    left = steps
+
+    def step(what: str) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            (folder / AT).write_text(what)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    connect = sqlite3.connect
+
+    def counted(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        database = connect(*arguments, **options)
+        # Called before each statement, COMMIT included.
+        database.set_trace_callback(step)
+        return database
+
+    sqlite3.connect = counted  # type: ignore[assignment]  # in this process only
+    config = load_config(folder / "client.toml")
+    roster = roster_from_json(Path(config.roster).read_text(), config.roster)
+    identity = read_identity(Path(config.identity))
+    trainer = Trainer(config, roster, identity, observer=Quiet())
+    while True:
+        reply = trainer.handle(connection.recv_bytes())
+        step("answer")
+        connection.send_bytes(reply)

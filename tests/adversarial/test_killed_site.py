@@ -1,0 +1,195 @@
+"""A site that is killed again and again, by a server that asks something else each time."""
+
+import multiprocessing
+import os
+import random
+import signal
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Listener
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from adversarial.federation import Federation
+from adversarial.site_process import AT, nursery
+
+from umbel_common.adapter import adapter_digest, initial_vector
+from umbel_common.canonical import encode
+from umbel_common.identity import sign
+from umbel_common.plan import Sgd, Training
+from umbel_common.statements import RoundHeader
+from umbel_common.wire import (
+    ConfirmRequest,
+    MaskRequest,
+    OfferRequest,
+    Refusal,
+    Reply,
+    ShareRequest,
+    TrainRequest,
+    UnmaskRequest,
+    open_reply,
+    seal_request,
+    size_limit,
+)
+from umbel_server.round import Outcome
+
+SITE = "site-00"
+PUBLIC_SIZE = 40
+KILLS = 100
+ROUNDS = 100
+STAGES = {"train", "share", "mask", "confirm", "unmask"}
+
+
+class KillableSite:
+    """The site's process, started again whenever it has died."""
+
+    def __init__(self, federation: Federation, chance: random.Random) -> None:
+        self.federation = federation
+        self.folder = federation.folder / SITE
+        self.chance = chance
+        self.killed_at: Counter[tuple[str, str]] = Counter()
+        self.listener = Listener(str(federation.folder / "listener"))
+        context = multiprocessing.get_context("forkserver")
+        self.orders, theirs = context.Pipe()
+        self.nursery = context.Process(
+            target=nursery,
+            args=(self.folder, self.listener.address, federation.plan, PUBLIC_SIZE, theirs),
+        )
+        self.nursery.start()
+        self.start()
+
+    def start(self) -> None:
+        self.orders.send(self.chance.randrange(40))
+        self.connection = self.listener.accept()
+        self.process: int = self.connection.recv()
+
+    def stop(self) -> None:
+        os.kill(self.process, signal.SIGKILL)
+        self.orders.send(None)
+        self.nursery.join()
+        self.listener.close()
+
+    def ask(self, stage: str, request: Any) -> Reply | None:
+        """The answer; None if the site was killed before it was sent."""
+        federation = self.federation
+        try:
+            self.connection.send_bytes(seal_request(federation.operator, SITE, request))
+            reply = self.connection.recv_bytes()
+        except (EOFError, ConnectionError):
+            statement = (self.folder / AT).read_text().split("(")[0].strip()
+            self.killed_at[stage, statement] += 1
+            self.start()
+            return None
+        key = federation.identities[SITE].public_key
+        return open_reply(key, SITE, reply, limit=size_limit(federation.plan))
+
+
+@pytest.fixture
+def federation(open_federation: Callable[..., Federation]) -> Federation:
+    """Four sites, of which one is real; the server plays the others with their own keys."""
+    training = Training(
+        rounds=ROUNDS,
+        local_steps=1,
+        expected_batch_size=8,
+        optimizer=Sgd(adapter_learning_rate=0.1, head_learning_rate=0.1),
+    )
+    federation = open_federation(4, training=training)
+    for trainer in federation.trainers.values():
+        trainer.close()
+    federation.trainers.clear()
+    federation.play("site-01", "site-02", "site-03", own_keys=True)
+    return federation
+
+
+@pytest.fixture
+def site(federation: Federation) -> Iterator[KillableSite]:
+    site = KillableSite(federation, random.Random(1))
+    yield site
+    site.stop()
+
+
+def another(federation: Federation, request: Any, header: RoundHeader) -> Any:
+    """What a server that wants two answers asks for in the same stage."""
+    match request:
+        case TrainRequest():
+            other = msgspec.structs.replace(header, cohort=header.cohort[:3])
+            return msgspec.structs.replace(request, header=sign(federation.operator, other))
+        case ShareRequest():
+            return msgspec.structs.replace(request, adverts=request.adverts[:3])
+        case MaskRequest():
+            return msgspec.structs.replace(request, shares=request.shares[:2])
+        case ConfirmRequest():
+            return msgspec.structs.replace(request, survivors=request.survivors[:3])
+        case UnmaskRequest():
+            return msgspec.structs.replace(request, signatures=request.signatures[:3])
+    raise AssertionError(request)
+
+
+class Answers:
+    """Everything that the site ever said, by round and stage."""
+
+    def __init__(self, site: KillableSite, federation: Federation) -> None:
+        self.site = site
+        self.federation = federation
+        self.given: dict[tuple[int, str], set[bytes]] = defaultdict(set)
+
+    def get(self, number: int, stage: str, request: Any, other: Any) -> Reply | None:
+        """The answer to `request`; None if the site has bound itself to `other`.
+
+        After each kill the server asks for one of the two, as if nothing had been asked before.
+        """
+        asked, wanted, done = request, [request, other], []
+        while wanted:
+            reply = self.site.ask(stage, asked)
+            if reply is None:
+                asked = self.site.chance.choice([request, other])
+                continue
+            if not isinstance(reply, Refusal):
+                self.given[number, stage].add(encode(reply))
+                if asked is request:
+                    done.append(reply)
+            wanted = [ask for ask in wanted if ask is not asked]
+            asked = wanted[0] if wanted else None
+        return done[-1] if done else None
+
+
+@pytest.mark.timeout(900)
+def test_a_site_that_is_killed_at_any_step_never_gives_two_answers(
+    federation: Federation, site: KillableSite
+) -> None:
+    answers = Answers(site, federation)
+    offer = OfferRequest(plan=sign(federation.operator, federation.plan))
+    while site.ask("offer", offer) is None:
+        pass
+    sums = 0
+    for number in range(1, ROUNDS + 1):
+        if site.killed_at.total() >= KILLS:
+            break
+        attempt: Any = attempt_of_round(federation, number)
+        while not isinstance(attempt, Outcome):
+            stage, requests = attempt.stage, attempt.requests()
+            request = requests.pop(SITE)
+            other = another(federation, request, attempt.header)
+            reply = answers.get(number, stage, request, other)
+            if reply is None:
+                break
+            replies = {peer: federation.ask(peer, ask) for peer, ask in requests.items()}
+            attempt = federation.take(attempt, {SITE: reply, **replies})
+        else:
+            assert federation.is_sum_of(attempt.aggregate.total, SITE, round_number=number)
+            sums += 1
+    assert site.killed_at.total() >= KILLS
+    assert {stage for stage, _ in site.killed_at} >= STAGES
+    assert sums > 0
+    assert all(len(given) == 1 for given in answers.given.values())
+    assert federation.spent_rounds(SITE) <= number
+
+
+def attempt_of_round(federation: Federation, number: int) -> Any:
+    """An attempt at a round that starts from some adapter, never twice from another."""
+    vector = initial_vector(federation.plan) + np.float32(number - 1)
+    digest = adapter_digest(federation.plan.digest(), vector)
+    federation.releases[digest] = federation.release(vector, round=number - 1)
+    return federation.attempt(federation.header(round=number, adapter=digest))
