@@ -27,7 +27,7 @@ class UmbelError(Exception):
         message: what is wrong, in one sentence, without the details below.
         file: the file or folder concerned.
         field: the field, column, row or option concerned.
-        found: what was there.
+        found: what was there; several things as a tuple.
         accepted: what would have been right.
         remedy: what the reader can do about it.
     """
@@ -62,11 +62,15 @@ class UmbelError(Exception):
             ("accepted", self.accepted),
             ("what to do", self.remedy),
         )
-        lines += [f"  {name}: {value}" for name, value in details if value is not None]
+        lines += [f"  {name}: {_text(value)}" for name, value in details if value is not None]
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.diagnostics()
+
+
+def _text(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 class ConfigError(UmbelError):
@@ -160,6 +164,8 @@ class RemoteProtocolError(ProtocolError):
 
 def require(holds: bool, check: str, message: str, **details: object) -> None:
     """A check of what a peer sent. Every refusal of the protocol is one call of this.
+
+    Details are made whether it holds or not: let them be cheap.
 
     Raises:
         RemoteProtocolError: `check`, unless it holds.

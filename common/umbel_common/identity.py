@@ -99,7 +99,6 @@ def open_signed(signed: Signed, kind: type[V], public_key: bytes, signer: str | 
         "pinned-signature",
         f"a {label} is not signed by the pinned identity",
         field=signer,
-        accepted=f"a signature by {fingerprint(public_key)}",
     )
     return decode_canonical(signed.statement, kind)
 

@@ -55,8 +55,8 @@ def open_survivors(
         "other-survivors",
         "a site signed another survivor set",
         field=site,
-        found=", ".join(statement.sites),
-        accepted=", ".join(survivors),
+        found=statement.sites,
+        accepted=survivors,
     )
 
 

@@ -81,8 +81,8 @@ def check_distinct(sites: Collection[str]) -> None:
     Raises:
         RemoteProtocolError: `duplicate-site`.
     """
-    repeated = sorted(site for site, times in Counter(sites).items() if times > 1)
-    require(not repeated, "duplicate-site", "a site is named twice", found=", ".join(repeated))
+    repeated = tuple(site for site, times in Counter(sites).items() if times > 1)
+    require(not repeated, "duplicate-site", "a site is named twice", found=repeated)
 
 
 def check_nested(sites: Collection[str], before: Collection[str]) -> None:
@@ -91,11 +91,11 @@ def check_nested(sites: Collection[str], before: Collection[str]) -> None:
     Raises:
         RemoteProtocolError: `not-nested`.
     """
-    strangers = sorted(set(sites) - set(before))
+    strangers = tuple(sorted(set(sites) - set(before)))
     require(
         not strangers,
         "not-nested",
         "a stage names a site that an earlier stage did not",
-        found=", ".join(strangers),
-        accepted="a subset of " + ", ".join(sorted(before)),
+        found=strangers,
+        accepted=tuple(before),
     )
