@@ -92,10 +92,10 @@ class DeltaCache:
 def _digest(adapter: bytes, delta: Vector, state: State) -> bytes:
     """What the ledger records: the delta, the adapter that it started from, and the optimiser's
     state, which flows into later deltas."""
-    parts = [adapter, to_bytes(delta)]
+    parts: list[bytes | memoryview] = [adapter, to_bytes(delta)]
     for name in sorted(state):
         parts += [digest("state", name.encode()), to_bytes(state[name].reshape(-1))]
-    return digest("delta", b"".join(parts))
+    return digest("delta", *parts)
 
 
 def _sync(folder: Path) -> None:

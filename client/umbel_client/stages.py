@@ -5,7 +5,7 @@ import numpy as np
 from umbel_client.policy import Policy, judge_survivors
 from umbel_client.session import Session
 from umbel_client.site_job import SiteJob
-from umbel_common.canonical import Entropy, decode, digest, encode
+from umbel_common.canonical import Entropy, decode, encode
 from umbel_common.errors import RemoteProtocolError
 from umbel_common.identity import Identity, Roster
 from umbel_common.secagg import participant as secagg
@@ -37,8 +37,12 @@ def answer_stage(
     roster: Roster,
     identity: Identity,
     entropy: Entropy,
+    fingerprint: bytes,
 ) -> bytes:
     """The sealed answer to a stage, burned on disk before it is returned.
+
+    Args:
+        fingerprint: digest of the sealed request, 32 bytes.
 
     Raises:
         PolicyRefusal: `survivors-differ` or `cohort-difference`.
@@ -47,7 +51,6 @@ def answer_stage(
     """
     context = request.context
     stage = type(request).__name__.removesuffix("Request").lower()
-    fingerprint = digest("request", encode(request))
     known = session.answer(context, stage, fingerprint)
     if known is not None:
         return known
@@ -60,7 +63,7 @@ def answer_stage(
             reply = ShareReply(context=context, shares=shares)
         case secagg.Shared(), MaskRequest():
             after, vector = state.receive(request.shares, job.ring_vector(header))
-            reply = MaskReply(context=context, vector=_little_endian(vector))
+            reply = MaskReply(context=context, vector=vector.view(np.uint8).data)
             job.sent(header.round)
         case secagg.Masked(), ConfirmRequest():
             judge_survivors(
@@ -83,7 +86,3 @@ def answer_stage(
     sealed = seal_reply(identity, site, reply)
     session.burn(context, stage, fingerprint, sealed, None if after is None else encode(after))
     return sealed
-
-
-def _little_endian(vector: np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]) -> bytes:
-    return vector.astype(vector.dtype.newbyteorder("<"), copy=False).tobytes()

@@ -124,7 +124,7 @@ class Trainer:
             case FinishRequest():
                 return self._seal(self._finish(request))
             case TrainRequest():
-                return self._train(request)
+                return self._train(request, digest("request", sealed))
             case _:
                 header = self._session.header(request.context)
                 return answer_stage(
@@ -137,6 +137,7 @@ class Trainer:
                     roster=self._roster,
                     identity=self._identity,
                     entropy=self._entropy,
+                    fingerprint=digest("request", sealed),
                 )
 
     def _offer(self, request: OfferRequest) -> OfferReply:
@@ -155,10 +156,9 @@ class Trainer:
         self._session.accept_plan(plan.job, request.plan)
         return OfferReply(plan=plan.digest())
 
-    def _train(self, request: TrainRequest) -> bytes:
+    def _train(self, request: TrainRequest, fingerprint: bytes) -> bytes:
         header = self._open(request.header, RoundHeader)
         plan = self._accepted_plan(header.job)
-        fingerprint = digest("request", encode(request))
         known = self._session.answer(header.context(), "train", fingerprint)
         if known is not None:
             return known

@@ -81,16 +81,16 @@ def merge(vector: Vector, delta: Vector, plan: TrainingPlan, round_number: int) 
 
 def adapter_digest(plan_digest: bytes, vector: Vector) -> bytes:
     """The content address of an adapter: its values under the plan that gives them meaning."""
-    return digest("adapter", plan_digest + to_bytes(vector))
+    return digest("adapter", plan_digest, to_bytes(vector))
 
 
-def to_bytes(vector: Vector) -> bytes:
-    """How a vector travels: float32, little-endian."""
-    return np.ascontiguousarray(vector, dtype="<f4").tobytes()
+def to_bytes(vector: Vector) -> memoryview:
+    """How a vector travels: float32, little-endian; not copied where it is that already."""
+    return np.ascontiguousarray(vector, dtype="<f4").view(np.uint8).data
 
 
-def from_bytes(data: bytes, length: int) -> Vector:
-    """The inverse of `to_bytes`; the result is read-only.
+def from_bytes(data: bytes | memoryview, length: int) -> Vector:
+    """The inverse of `to_bytes`; the result is read-only, and not copied.
 
     Raises:
         RemoteProtocolError: wrong length, or a value that is not finite.
@@ -103,6 +103,7 @@ def from_bytes(data: bytes, length: int) -> Vector:
         accepted=f"{4 * length} bytes",
     )
     vector = np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
+    vector.flags.writeable = False
     require(
         bool(np.isfinite(vector).all()),
         "adapter-values",

@@ -68,12 +68,13 @@ def decode_canonical(data: bytes, kind: type[V]) -> V:
     return value
 
 
-def digest(label: str, data: bytes | memoryview) -> bytes:
-    """SHA-256 of `data` under a purpose, so that digests made for one purpose fit no other.
+def digest(label: str, *parts: bytes | memoryview) -> bytes:
+    """SHA-256 of `parts`, one after the other, under a purpose: it fits no other purpose.
 
     The label is framed by its length: no (label, data) pair collides with another.
     """
     name = label.encode("ascii")
     state = hashlib.sha256(b"umbel/1" + bytes([len(name)]) + name)
-    state.update(data)
+    for part in parts:
+        state.update(part)
     return state.digest()

@@ -26,7 +26,8 @@ FLOWER_RECORD = "umbel"
 FLOWER_FIELD = "sealed"
 """A Flower message carries one record with one field: the sealed bytes."""
 
-Blob = Annotated[bytes, msgspec.Meta(max_length=2**31 - 1)]
+Blob = Annotated[memoryview, msgspec.Meta(max_length=2**31 - 1)]
+"""A vector: what is decoded is a view of the message, not a copy."""
 MAX_SITES = 100
 
 

@@ -82,7 +82,7 @@ def commit(seed: bytes, context: bytes, site: str) -> bytes:
 
     SHA-256 binds (collision resistance) and hides (the seed has 256 bits of entropy).
     """
-    return digest("seed commitment", context + seed + _frame(site))
+    return digest("seed commitment", context, seed, _frame(site))
 
 
 def seal(key: bytes, data: bytes, bound: bytes, entropy: Entropy) -> bytes:
