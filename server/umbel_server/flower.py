@@ -5,7 +5,7 @@ bytes; Flower's own metadata is never believed: who answered is settled by the s
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -24,36 +24,53 @@ class GridLink:
         self._poll_seconds = poll_seconds
 
     def exchange(
-        self, step: Step, requests: Mapping[str, bytes], seconds: float
+        self, step: Step, requests: Iterable[tuple[str, bytes]], seconds: float
     ) -> Iterator[tuple[str, bytes]]:
         """Pushes one message a site and polls for replies: `Grid.send_and_receive` would wait for
-        all of them, and polls every three seconds."""
+        all of them, and polls every three seconds.
+
+        Messages are pushed, and replies pulled, one at a time: a Grid keeps a second copy of
+        whatever is in one call.
+        """
         deadline = time.monotonic() + seconds
-        sites = list(requests)
-        messages = [
-            Message(
-                RecordDict({FLOWER_RECORD: ConfigRecord({FLOWER_FIELD: requests[site]})}),
-                dst_node_id=self._nodes[site],
-                message_type=FLOWER_MESSAGE_TYPE,
-                ttl=seconds,
-                group_id=str(step),
-            )
-            for site in sites
-        ]
         # Replies are told apart by the message that they answer: an error reply's own source is
-        # the SuperLink. An empty ID means that a node did not take its message.
-        identifiers = list(self._grid.push_messages(messages))
-        pending = dict(zip(identifiers, sites, strict=True))
-        pending.pop("", None)
+        # the SuperLink.
+        pending: dict[str, str] = {}
+        for site, sealed in requests:
+            identifier = self._push(step, site, sealed, seconds)
+            if identifier:
+                pending[identifier] = site
+            del sealed
         while pending and time.monotonic() < deadline:
-            replies = list(self._grid.pull_messages(list(pending)))
-            for reply in replies:
-                site = pending.pop(reply.metadata.reply_to_message_id)
-                sealed = sealed_bytes(reply)
-                if sealed is not None:
-                    yield site, sealed
-            if pending and not replies:
+            waiting = len(pending)
+            for identifier, site in list(pending.items()):
+                arrived, reply = self._pull(identifier)
+                if arrived:
+                    del pending[identifier]
+                if reply is not None:
+                    yield site, reply
+                del reply
+            if len(pending) == waiting:
                 time.sleep(self._poll_seconds)
+
+    def _push(self, step: Step, site: str, sealed: bytes, seconds: float) -> str | None:
+        """The ID of the message; nothing if a node or the SuperLink does not take it."""
+        message = Message(
+            RecordDict({FLOWER_RECORD: ConfigRecord({FLOWER_FIELD: sealed})}),
+            dst_node_id=self._nodes[site],
+            message_type=FLOWER_MESSAGE_TYPE,
+            ttl=seconds,
+            group_id=str(step),
+        )
+        # A list, since a Grid goes through it twice. It is empty where the message is too large.
+        return next(iter(self._grid.push_messages([message])), None)
+
+    def _pull(self, identifier: str) -> tuple[bool, bytes | None]:
+        """Whether the message was answered, and with which sealed bytes."""
+        for message in self._grid.pull_messages([identifier]):
+            if message.metadata.reply_to_message_id == identifier:
+                return True, sealed_bytes(message)
+        return False, None
 
 
 def sealed_bytes(message: Message) -> bytes | None:

@@ -6,13 +6,12 @@ done again with fresh keys, and sites answer it with the delta that they have ke
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol
 
 from umbel_common.adapter import Vector, adapter_digest, initial_vector, size_of, to_bytes
 from umbel_common.errors import JobFailed, PlanError, RemoteProtocolError, RoundAborted
 from umbel_common.identity import Identity, Roster, Signed, open_signed, sign
 from umbel_common.plan import TrainingPlan, check_plan
+from umbel_common.secagg.unmasking import LostSecrets
 from umbel_common.statements import Release, RoundHeader
 from umbel_common.transcript import AttemptAborted, JobFinished, JobStarted, RoundReleased
 from umbel_common.wire import (
@@ -29,68 +28,12 @@ from umbel_common.wire import (
     size_limit,
 )
 from umbel_server import aggregate
+from umbel_server.ports import Limits, Link, Observer, Step
 from umbel_server.registry import Registry
 from umbel_server.round import Attempt, Outcome, start
 from umbel_server.store import Store
 
-
-@dataclass(frozen=True)
-class Step:
-    """Where in a job a message belongs; public, and never trusted."""
-
-    stage: str
-    """offer, train, share, mask, confirm, unmask or finish."""
-    round: int = 0
-    attempt: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.round}.{self.attempt}.{self.stage}"
-
-
-class Link(Protocol):
-    """Carries sealed bytes to sites and back; what it is made of, the job does not know."""
-
-    def exchange(
-        self, step: Step, requests: Mapping[str, bytes], seconds: float
-    ) -> Iterator[tuple[str, bytes]]:
-        """Sends each site its request; yields (site, reply) as replies come, until all came or
-        `seconds` passed. A site that cannot be reached yields nothing."""
-        ...
-
-
-class Observer(Protocol):
-    """Is told what happens, for logs, dashboards and live views."""
-
-    def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
-        """A site's reply was opened; sizes of the sealed request and reply in bytes, as the site
-        counts them."""
-        ...
-
-    def aborted(self, round_number: int, attempt: int, check: str) -> None:
-        """An attempt released nothing."""
-        ...
-
-    def released(self, release: Release, adapter: Vector) -> None:
-        """A new global adapter is on disk and in the transcript."""
-        ...
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How patient the operator is."""
-
-    attempts: int = 3
-    """Attempts at one round before the job fails."""
-    offer_seconds: float = 600.0
-    train_seconds: float = 3600.0
-    stage_seconds: float = 60.0
-    """For each stage after training."""
-
-    def seconds(self, stage: str) -> float:
-        """The deadline of a stage."""
-        return {"offer": self.offer_seconds, "train": self.train_seconds}.get(
-            stage, self.stage_seconds
-        )
+__all__ = ["Job", "Limits", "Link", "Observer", "Step"]
 
 
 class Job:
@@ -201,11 +144,11 @@ class Job:
         """The sites that accept the plan."""
         plan = self._store.plan(self.plan.job)
         assert plan is not None  # recorded by _start_or_resume
-        accepted, refused = [], {}
+        accepted, refused = set(), {}
         requests = {member.name: OfferRequest(plan=plan) for member in self._roster.members}
         for site, reply in self._exchange(Step("offer"), requests):
             if isinstance(reply, OfferReply) and reply.plan == self.plan.digest():
-                accepted.append(site)
+                accepted.add(site)
             else:
                 refused[site] = reply.check if isinstance(reply, Refusal) else "stage-order"
         if len(accepted) < self.plan.aggregation.threshold:
@@ -224,39 +167,35 @@ class Job:
 
     def _round(self, round_number: int, last: Release, sites: tuple[str, ...]) -> Release:
         adapter = self._registry.load(self.plan, last.adapter)
-        check = ""
+        reason = ""
         for _ in range(self._limits.attempts):
-            number = self._store.next_attempt(self.plan.job, round_number)
-            attempt, signed_header = self._open_attempt(round_number, number, sites, last, adapter)
+            header, signed_header = self._open_attempt(round_number, sites, last)
             try:
-                outcome = self._drive(attempt)
-                return self._release(attempt.header, signed_header, outcome, adapter)
+                outcome = self._drive(self._start(header, signed_header, adapter))
+                return self._release(header, signed_header, outcome, adapter)
             except _Aborted as abort:
-                check = abort.check
-                refusals = tuple(sorted(abort.refusals.items()))
-                event = AttemptAborted(header=signed_header, check=check, refusals=refusals)
+                reason = f"{abort.check}: {abort.reason}"
+                event = AttemptAborted(
+                    header=signed_header,
+                    check=abort.check,
+                    refusals=tuple(sorted(abort.refusals.items())),
+                )
                 self._store.record(self._operator, self.plan.job, event)
-                self._observer.aborted(round_number, number, check)
-                # Who refused later than that may have been wronged by a peer, and who was late may
-                # be back: both are asked again.
-                sites = tuple(site for site in sites if site not in abort.unwilling)
+                self._observer.aborted(round_number, header.attempt, abort.check)
+                sites = tuple(site for site in sites if site not in abort.left_out)
                 if len(sites) < self.plan.aggregation.threshold:
                     break
         raise JobFailed(
             f"round {round_number} was aborted too often",
             field=self.plan.job,
-            found=check,
+            found=reason,
             remedy="see the transcript for each attempt; the job resumes at this round",
         )
 
     def _open_attempt(
-        self,
-        round_number: int,
-        number: int,
-        sites: tuple[str, ...],
-        last: Release,
-        adapter: Vector,
-    ) -> tuple[Attempt, Signed]:
+        self, round_number: int, sites: tuple[str, ...], last: Release
+    ) -> tuple[RoundHeader, Signed]:
+        number = self._store.next_attempt(self.plan.job, round_number)
         header = RoundHeader(
             federation=self.plan.federation,
             job=self.plan.job,
@@ -269,30 +208,35 @@ class Job:
         )
         signed = sign(self._operator, header)
         self._store.open_attempt(self.plan.job, round_number, number, signed)
+        return header, signed
+
+    def _start(self, header: RoundHeader, signed: Signed, adapter: Vector) -> Attempt:
         request = TrainRequest(
             header=signed,
             release=self._signed_release(),
             adapter=to_bytes(adapter),
         )
-        length = size_of(self.plan.trained_tensors(round_number)) + 1
-        return start(header, self._roster, self.plan, request, length), signed
+        length = size_of(self.plan.trained_tensors(header.round)) + 1
+        return start(header, self._roster, self.plan, request, length)
 
-    def _drive(self, attempt: Attempt) -> Outcome:
-        state: Attempt | Outcome = attempt
+    def _drive(self, state: Attempt | Outcome) -> Outcome:
         while isinstance(state, Attempt):
             current = state
-            replies = self._exchange(
-                Step(current.stage, current.header.round, current.header.attempt),
-                current.requests(),
-            )
-            for site, reply in replies:
+            step = Step(current.stage, current.header.round, current.header.attempt)
+            for site, reply in self._exchange(step, current.requests()):
                 current = current.receive(site, reply)
+                # It may hold a vector, and the next one is about to be read.
+                del reply
                 if not current.waiting:
                     break
             try:
                 state = current.advance()
             except RoundAborted as error:
-                raise _Aborted(error.check, current.refusals, current.unwilling) from error
+                # Who refused after training may have been wronged by a peer, and who was late may
+                # be back: both are asked again.
+                lost = _owners_to_leave_out(error)
+                refusals = {**current.refusals, **dict.fromkeys(lost, error.check)}
+                raise _Aborted(error, refusals, current.unwilling | lost) from error
         return state
 
     def _release(
@@ -308,7 +252,7 @@ class Job:
                 adapter,
             )
         except RoundAborted as error:
-            raise _Aborted(error.check, {}, frozenset()) from error
+            raise _Aborted(error, {}, frozenset()) from error
         release = Release(
             federation=self.plan.federation,
             job=self.plan.job,
@@ -342,34 +286,73 @@ class Job:
         vector = self._registry.load(self.plan, last.adapter)
         request = FinishRequest(release=self._signed_release(), adapter=to_bytes(vector))
         requests = {member.name: request for member in self._roster.members}
-        delivered = [
+        delivered = {
             site
             for site, reply in self._exchange(Step("finish", last.round), requests)
             if isinstance(reply, FinishReply) and reply.adapter == last.adapter
-        ]
+        }
         event = JobFinished(release=last.adapter, delivered=tuple(sorted(delivered)))
         self._store.finish_job(self._operator, self.plan.job, event)
 
     def _exchange(self, step: Step, requests: Mapping[str, Request]) -> Iterator[tuple[str, Reply]]:
-        """Seals, sends, opens. A reply that does not open counts as a refusal by its sender."""
-        sealed = {
-            site: seal_request(self._operator, site, request) for site, request in requests.items()
-        }
-        for site, data in self._link.exchange(step, sealed, self._limits.seconds(step.stage)):
-            key = self._roster.member(site).public_key
-            try:
-                reply = open_reply(key, site, data, limit=self._size_limit)
-            except RemoteProtocolError as error:
-                reply = Refusal(check=error.check)
-            self._observer.answered(step, site, reply, len(sealed[site]), len(data))
+        """Seals, sends, opens, one message at a time.
+
+        A reply that does not open counts as a refusal by its sender; one of a site that was not
+        asked, or not yet, as none.
+        """
+        received: dict[str, int] = {}
+
+        def sealed() -> Iterator[tuple[str, bytes]]:
+            for site, request in requests.items():
+                data = seal_request(self._operator, site, request)
+                received[site] = len(data)
+                yield site, data
+                # No request is kept while the next one is sealed.
+                del data
+
+        for site, data in self._link.exchange(step, sealed(), self._limits.seconds(step.stage)):
+            if site not in received:
+                continue
+            reply = self._open(site, data)
+            self._observer.answered(step, site, reply, received[site], len(data))
+            # No reply is kept while it is worked on, or while the next one is read.
+            del data
             yield site, reply
+            del reply
+
+    def _open(self, site: str, data: bytes) -> Reply:
+        try:
+            key = self._roster.member(site).public_key
+            return open_reply(key, site, data, limit=self._size_limit)
+        except RemoteProtocolError as error:
+            return Refusal(check=error.check)
 
 
 class _Aborted(Exception):
-    """An attempt ended; carries who refused for the transcript, and who for the next cohort."""
+    """An attempt ended.
 
-    def __init__(self, check: str, refusals: Mapping[str, str], unwilling: frozenset[str]) -> None:
-        super().__init__(check)
-        self.check = check
+    Args:
+        refusals: site -> reason code, for the transcript.
+        left_out: the sites that the next attempt at the round does without.
+    """
+
+    def __init__(
+        self, error: RoundAborted, refusals: Mapping[str, str], left_out: frozenset[str]
+    ) -> None:
+        super().__init__(error.check)
+        self.check = error.check
+        self.reason = error.message if error.field is None else f"{error.message}: {error.field}"
         self.refusals = refusals
-        self.unwilling = unwilling
+        self.left_out = left_out
+
+
+def _owners_to_leave_out(error: RoundAborted) -> frozenset[str]:
+    """The owners of lost secrets, unless a single liar could have made it look so.
+
+    Sites enough to frame an owner that does not lie are enough to abort every attempt, by lying or
+    by silence. An owner that is not left out could do that alone, at no cost.
+    """
+    lost = error.found
+    if isinstance(lost, LostSecrets) and lost.tolerated > 0:
+        return frozenset(lost.owners)
+    return frozenset()

@@ -8,7 +8,8 @@
 
 The caller sends `requests()`, feeds each reply to `receive`, and calls `advance` when `waiting` is
 empty or the stage's deadline passed. A reply that breaks the protocol costs its sender its place in
-the attempt; it never costs the others theirs while enough of them are left.
+the attempt; it never costs the others theirs while enough of them are left. A reply that comes
+twice, late, or from another attempt costs nobody anything: networks do that to honest sites.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from umbel_common.canonical import Value
-from umbel_common.errors import LocalProtocolError, RemoteProtocolError
+from umbel_common.errors import LocalProtocolError, RemoteProtocolError, require
 from umbel_common.identity import Roster, Signed
 from umbel_common.plan import TrainingPlan
 from umbel_common.secagg import coordinator as secagg
@@ -42,6 +43,9 @@ Machine: TypeAlias = (
     secagg.Advertising | secagg.Sharing | secagg.Masking | secagg.Confirming | secagg.Unmasking
 )
 
+STRAY = frozenset({"other-attempt", "other-context", "stage-order"})
+"""Checks that an honest site's reply fails where it was sent twice or came late."""
+
 
 class Evidence(Value, frozen=True):
     """What the sites signed in an attempt, for the transcript."""
@@ -66,7 +70,7 @@ class Attempt:
     first_request: TrainRequest
     machine: Machine
     refusals: Mapping[str, str]
-    """Reason codes of the sites that refused or whose reply was refused."""
+    """Reason codes of the sites that refused or whose reply was refused: they are out."""
     evidence: Evidence
     unwilling: frozenset[str] = frozenset()
     """Those that refused to train: they would refuse the next attempt too."""
@@ -119,23 +123,29 @@ class Attempt:
                 }
 
     def receive(self, site: str, reply: Reply) -> "Attempt":
-        """Takes one site's reply; a refusal, or a reply that breaks a rule, is noted."""
+        """Takes one site's reply: the first one that answers this stage counts.
+
+        A refusal, or a reply that breaks a rule, is noted, and its sender is out. A stray one
+        changes nothing.
+        """
+        if site not in self.waiting:
+            return self
         if isinstance(reply, Refusal):
-            return self.refused(site, reply.check)
+            unwilling = self.unwilling | {site} if self.stage == "train" else self.unwilling
+            refusals = {**self.refusals, site: reply.check}
+            return replace(self, refusals=refusals, unwilling=unwilling)
         try:
             return replace(self, machine=self._accept(site, reply))
         except RemoteProtocolError as error:
-            return self.refused(site, error.check)
-
-    def refused(self, site: str, check: str) -> "Attempt":
-        """Notes that `site` is out of this attempt, and why."""
-        unwilling = self.unwilling | {site} if self.stage == "train" else self.unwilling
-        return replace(self, refusals={**self.refusals, site: check}, unwilling=unwilling)
+            if error.check in STRAY:
+                return self
+            return replace(self, refusals={**self.refusals, site: error.check})
 
     def _accept(self, site: str, reply: Reply) -> Machine:
         context = getattr(reply, "context", self.header.context())
-        if context != self.header.context():
-            raise RemoteProtocolError("other-attempt", "a reply belongs to another attempt")
+        require(
+            context == self.header.context(), "other-attempt", "a reply belongs to another attempt"
+        )
         match self.machine, reply:
             case secagg.Advertising() as machine, TrainReply():
                 return machine.receive(site, reply.advert)

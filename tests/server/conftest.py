@@ -1,16 +1,17 @@
 """Sites without model and data: the real protocol core over deltas that a test chooses."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from umbel_common.adapter import Vector, size_of
+from umbel_common.errors import RemoteProtocolError
 from umbel_common.identity import Identity, Roster, open_signed
 from umbel_common.plan import TrainingPlan
-from umbel_common.quantise import encode, encoding_of
+from umbel_common.quantise import RingVector, encode, encoding_of
 from umbel_common.secagg import participant as secagg
 from umbel_common.statements import Release, RoundHeader
 from umbel_common.wire import (
@@ -22,6 +23,7 @@ from umbel_common.wire import (
     MaskRequest,
     OfferReply,
     OfferRequest,
+    Refusal,
     Reply,
     Request,
     ShareReply,
@@ -49,8 +51,9 @@ class ToySite:
         self.plan = plan
         self.requests: list[Request] = []
         self.state: secagg.State | None = None
-        self.cohort_size = 0
-        self.round = 0
+        self.header: RoundHeader | None = None
+        self.vectors: dict[tuple[int, int], RingVector] = {}
+        """(round, attempt) -> the vector before it was masked."""
 
     def delta(self, round_number: int) -> Vector:
         """A delta that differs between sites and rounds."""
@@ -61,7 +64,11 @@ class ToySite:
     def handle(self, sealed: bytes) -> bytes:
         request = open_request(self.roster.operator, self.name, sealed, limit=size_limit(self.plan))
         self.requests.append(request)
-        return seal_reply(self.identity, self.name, self.answer(request))
+        try:
+            reply = self.answer(request)
+        except RemoteProtocolError as error:
+            reply = Refusal(check=error.check)
+        return seal_reply(self.identity, self.name, reply)
 
     def answer(self, request: Request) -> Reply:
         match self.state, request:
@@ -71,21 +78,23 @@ class ToySite:
                 release = open_signed(request.release, Release, self.roster.operator)
                 return FinishReply(adapter=release.adapter)
             case _, TrainRequest():
-                header = open_signed(request.header, RoundHeader, self.roster.operator)
+                self.header = open_signed(request.header, RoundHeader, self.roster.operator)
                 rules = secagg.Rules(
                     threshold=self.plan.aggregation.threshold, colluding=0, minimum_cohort=2
                 )
-                self.cohort_size, self.round = len(header.cohort), header.round
                 self.state, advert = secagg.advertise(
-                    header, self.name, rules, self.identity, bytes(32), os.urandom
+                    self.header, self.name, rules, self.identity, bytes(32), os.urandom
                 )
                 return TrainReply(advert=advert)
             case secagg.Advertised() as state, ShareRequest():
                 self.state, shares = state.receive(request.adverts, self.roster, os.urandom)
                 return ShareReply(context=request.context, shares=shares)
             case secagg.Shared() as state, MaskRequest():
-                encoding = encoding_of(self.plan.aggregation, self.cohort_size)
-                vector = encode(self.delta(self.round), 1, encoding, os.urandom)
+                header = self.header
+                assert header is not None
+                encoding = encoding_of(self.plan.aggregation, len(header.cohort))
+                vector = encode(self.delta(header.round), 1, encoding, os.urandom)
+                self.vectors[header.round, header.attempt] = vector.copy()
                 self.state, masked = state.receive(request.shares, vector)
                 return MaskReply(context=request.context, vector=masked.tobytes())
             case secagg.Masked() as state, ConfirmRequest():
@@ -94,7 +103,7 @@ class ToySite:
             case secagg.Confirmed() as state, UnmaskRequest():
                 self.state, revealed = state.receive(request.signatures, self.roster)
                 return UnmaskReply(context=request.context, shares=revealed)
-        raise AssertionError(f"{type(request).__name__} in state {type(self.state).__name__}")
+        return Refusal(check="stage-order")
 
 
 class LoopLink:
@@ -106,10 +115,10 @@ class LoopLink:
         self.steps: list[Step] = []
 
     def exchange(
-        self, step: Step, requests: Mapping[str, bytes], seconds: float
+        self, step: Step, requests: Iterable[tuple[str, bytes]], seconds: float
     ) -> Iterator[tuple[str, bytes]]:
         self.steps.append(step)
-        for site, sealed in requests.items():
+        for site, sealed in requests:
             if not self.lost(step, site):
                 yield site, self.sites[site](sealed)
 
@@ -123,7 +132,7 @@ class Silent:
 
     def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
         assert received > 0
-        assert sent > 0
+        assert sent > 0 or isinstance(reply, Refusal)
 
     def aborted(self, round_number: int, attempt: int, check: str) -> None:
         self.aborts.append((round_number, attempt, check))
@@ -178,9 +187,9 @@ def make_setting(
     """A federation of so many toy sites; keyword arguments replace parts of the plan."""
     settings: list[Setting] = []
 
-    def make(count: int, **parts: object) -> Setting:
+    def make(count: int, folder: Path = tmp_path, **parts: object) -> Setting:
         operator, identities, roster = make_federation(count)
-        setting = Setting(tmp_path, make_plan(**parts), operator, identities, roster)
+        setting = Setting(folder, make_plan(**parts), operator, identities, roster)
         settings.append(setting)
         return setting
 

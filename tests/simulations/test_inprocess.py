@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -14,6 +14,7 @@ from umbel_server.job import Step
 from umbel_simulations.inprocess import InProcessGrid, Node
 
 STEP = Step("mask", 1, 1)
+BOTH = [("site-2", b"abc"), ("site-3", b"xyz")]
 
 
 def echo(message: Message) -> Message:
@@ -36,7 +37,7 @@ def link(grids: list[InProcessGrid], nodes: dict[int, Node], **options: object) 
 
 def test_each_site_gets_its_own_bytes_and_its_reply_comes_back(grids: list[InProcessGrid]) -> None:
     over = link(grids, {2: echo, 3: echo})
-    replies = dict(over.exchange(STEP, {"site-2": b"abc", "site-3": b"xyz"}, 5.0))
+    replies = dict(over.exchange(STEP, BOTH, 5.0))
     assert replies == {"site-2": b"cba", "site-3": b"zyx"}
 
 
@@ -51,7 +52,7 @@ def test_replies_come_as_they_come_and_a_late_one_misses_the_deadline(
 
     over = link(grids, {2: late, 3: echo})
     began = time.monotonic()
-    replies = dict(over.exchange(STEP, {"site-2": b"abc", "site-3": b"xyz"}, 0.5))
+    replies = dict(over.exchange(STEP, BOTH, 0.5))
     assert replies == {"site-3": b"zyx"}
     assert 0.4 < time.monotonic() - began < 5
     release.set()
@@ -62,7 +63,7 @@ def test_a_lost_message_is_an_error_reply_and_not_a_wait(grids: list[InProcessGr
         grids, {2: echo, 3: echo}, lost=lambda node, group: (node, group) == (2, "1.1.mask")
     )
     began = time.monotonic()
-    replies = dict(over.exchange(STEP, {"site-2": b"abc", "site-3": b"xyz"}, 60.0))
+    replies = dict(over.exchange(STEP, BOTH, 60.0))
     assert replies == {"site-3": b"zyx"}
     assert time.monotonic() - began < 10
 
@@ -73,7 +74,71 @@ def test_what_a_node_raises_reaches_the_server(grids: list[InProcessGrid]) -> No
 
     over = link(grids, {2: broken})
     with pytest.raises(ValueError, match="a bug at a site"):
-        list(over.exchange(STEP, {"site-2": b"abc"}, 5.0))
+        list(over.exchange(STEP, BOTH[:1], 5.0))
+
+
+class CountingGrid(InProcessGrid):
+    """Keeps how many messages each call is about."""
+
+    def __init__(self, nodes: dict[int, Node]) -> None:
+        super().__init__(nodes, workers=2)
+        self.pushed: list[int] = []
+        self.pulled: list[int] = []
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        self.pushed.append(len(messages))
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        message_ids = list(message_ids)
+        self.pulled.append(len(message_ids))
+        return super().pull_messages(message_ids)
+
+
+def test_messages_are_pushed_and_pulled_one_at_a_time_as_they_are_made(
+    grids: list[InProcessGrid],
+) -> None:
+    grid = CountingGrid({2: echo, 3: echo})
+    grids.append(grid)
+    pushed_before: list[int] = []
+
+    def requests() -> Iterator[tuple[str, bytes]]:
+        for request in BOTH:
+            pushed_before.append(len(grid.pushed))
+            yield request
+
+    over = GridLink(grid, {"site-2": 2, "site-3": 3}, poll_seconds=0.01)
+    assert len(list(over.exchange(STEP, requests(), 5.0))) == 2
+    assert pushed_before == [0, 1]
+    assert grid.pushed == [1, 1]
+    assert set(grid.pulled) == {1}
+
+
+class FullGrid(InProcessGrid):
+    """Takes no message for node 2, in one of the ways in which Flower says so."""
+
+    def __init__(self, nodes: dict[int, Node], answer: list[str]) -> None:
+        super().__init__(nodes, workers=2)
+        self._answer = answer
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        (message,) = messages
+        return (
+            self._answer if message.metadata.dst_node_id == 2 else super().push_messages([message])
+        )
+
+
+@pytest.mark.parametrize("answer", [[], [""]], ids=["message too large", "node unknown"])
+def test_a_message_that_flower_does_not_take_is_not_waited_for(
+    grids: list[InProcessGrid], answer: list[str]
+) -> None:
+    grid = FullGrid({2: echo, 3: echo}, answer)
+    grids.append(grid)
+    over = GridLink(grid, {"site-2": 2, "site-3": 3}, poll_seconds=0.01)
+    began = time.monotonic()
+    assert list(over.exchange(STEP, BOTH, 60.0)) == [("site-3", b"zyx")]
+    assert time.monotonic() - began < 10
 
 
 def test_a_node_sees_a_copy_and_not_the_servers_object(grids: list[InProcessGrid]) -> None:

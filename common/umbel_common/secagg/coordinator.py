@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from umbel_common.errors import LocalProtocolError, RemoteProtocolError, RoundAborted
+from umbel_common.errors import LocalProtocolError, RoundAborted, require
 from umbel_common.identity import Roster, Signed
 from umbel_common.secagg.checks import check_distinct_keys, open_advert, open_survivors
 from umbel_common.secagg.messages import (
@@ -26,6 +26,7 @@ from umbel_common.secagg.messages import (
     RevealedShare,
     SurvivorSignature,
 )
+from umbel_common.secagg.primitives import KEY_BYTES, agree
 from umbel_common.secagg.shamir import is_element
 from umbel_common.secagg.unmasking import Aggregate, RunningSum, Secrets, unmask
 from umbel_common.statements import RoundHeader
@@ -41,6 +42,9 @@ __all__ = [
 ]
 
 Answer = TypeVar("Answer")
+
+_ANY_SECRET = bytes(KEY_BYTES)
+"""X25519 makes it a multiple of 8, so a point of small order gives zero with it as with any."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,10 @@ class Stage(Generic[Answer]):
         return tuple(sorted(self.answers))
 
     def _expect(self, site: str) -> None:
-        if site not in self.sites:
-            raise RemoteProtocolError(
-                "unexpected-site", "a site answers that was not asked", field=site
-            )
-        if site in self.answers:
-            raise RemoteProtocolError("second-answer", "a site answers twice", field=site)
+        require(
+            site in self.sites, "unexpected-site", "a site answers that was not asked", field=site
+        )
+        require(site not in self.answers, "second-answer", "a site answers twice", field=site)
 
     def _require_threshold(self, check: str) -> None:
         if len(self.answers) < self.attempt.threshold:
@@ -102,17 +104,23 @@ class Advertising(Stage[tuple[Signed, KeyAdvert]]):
 
         Raises:
             RemoteProtocolError: `unexpected-site`, `second-answer`, `malformed-message`,
-                `not-in-cohort`, `pinned-signature`, `other-context`, `wrong-sender` or
-                `duplicate-key`.
+                `not-in-cohort`, `pinned-signature`, `other-context`, `wrong-sender`,
+                `duplicate-key` or `weak-key`.
         """
         self._expect(site)
         attempt = self.attempt
         advert = open_advert(payload, attempt.context, attempt.header.cohort, attempt.roster)
-        if advert.site != site:
-            raise RemoteProtocolError(
-                "wrong-sender", "a site sent another site's keys", found=advert.site, accepted=site
-            )
+        require(
+            advert.site == site,
+            "wrong-sender",
+            "a site sent another site's keys",
+            found=advert.site,
+            accepted=site,
+        )
         check_distinct_keys([*(known for _, known in self.answers.values()), advert])
+        # Here it costs one site its place; passed on, every peer would refuse it and be out.
+        for key in (advert.cipher_key, advert.mask_key):
+            agree(_ANY_SECRET, key, site)
         return replace(self, answers={**self.answers, site: (payload, advert)})
 
     def close(self) -> "Sharing":
@@ -142,13 +150,19 @@ class Sharing(Stage[tuple[EncryptedShare, ...]]):
                 `wrong-recipient`.
         """
         self._expect(site)
-        if any(share.sender != site for share in payload):
-            raise RemoteProtocolError("wrong-sender", "a site sent another's shares", field=site)
+        require(
+            all(share.sender == site for share in payload),
+            "wrong-sender",
+            "a site sent another's shares",
+            field=site,
+        )
         recipients = sorted(share.recipient for share in payload)
-        if recipients != [peer for peer in self.sites if peer != site]:
-            raise RemoteProtocolError(
-                "wrong-recipient", "a site must send one share to each of its peers", field=site
-            )
+        require(
+            recipients == [peer for peer in self.sites if peer != site],
+            "wrong-recipient",
+            "a site must send one share to each of its peers",
+            field=site,
+        )
         return replace(self, answers={**self.answers, site: payload})
 
     def close(self) -> "Masking":
@@ -230,10 +244,13 @@ class Confirming(Stage[SurvivorSignature]):
                 `pinned-signature`, `malformed-message`, `other-context` or `other-survivors`.
         """
         self._expect(site)
-        if payload.site != site:
-            raise RemoteProtocolError(
-                "wrong-sender", "a site sent another's signature", found=payload.site, accepted=site
-            )
+        require(
+            payload.site == site,
+            "wrong-sender",
+            "a site sent another's signature",
+            found=payload.site,
+            accepted=site,
+        )
         open_survivors(payload, self.attempt.context, self.sites, self.attempt.roster)
         return replace(self, answers={**self.answers, site: payload})
 
@@ -279,15 +296,19 @@ class Unmasking(Stage[tuple[RevealedShare, ...]]):
         self._expect(site)
         expected = [(owner, "self-mask") for owner in self.survivors]
         expected += [(owner, "mask-key") for owner in self.dropped]
-        if sorted((share.owner, share.kind) for share in payload) != sorted(expected):
-            raise RemoteProtocolError(
-                "revealed-shares",
-                "a site must reveal a self-mask share for each survivor and a mask-key share for "
-                "each other site",
-                field=site,
-            )
-        if not all(is_element(share.share) for share in payload):
-            raise RemoteProtocolError("share-range", "a share is not below the prime", field=site)
+        require(
+            sorted((share.owner, share.kind) for share in payload) == sorted(expected),
+            "revealed-shares",
+            "a site must reveal a self-mask share for each survivor and a mask-key share for each "
+            "other site",
+            field=site,
+        )
+        require(
+            all(is_element(share.share) for share in payload),
+            "share-range",
+            "a share is not below the prime",
+            field=site,
+        )
         return replace(self, answers={**self.answers, site: payload})
 
     def close(self) -> Aggregate:
@@ -299,21 +320,22 @@ class Unmasking(Stage[tuple[RevealedShare, ...]]):
         """
         self._require_threshold("too-few-reveals")
         total = self.total.take(count=len(self.survivors))
-        unmask(total, self._secrets())
-        return Aggregate(survivors=self.survivors, total=total)
+        wrong_shares = unmask(total, self._secrets())
+        return Aggregate(survivors=self.survivors, total=total, wrong_shares=wrong_shares)
 
     def _secrets(self) -> Secrets:
-        # The first `threshold` sites, no more: a wrong share elsewhere then does no harm.
-        shares: dict[str, dict[int, bytes]] = {site: {} for site in self.adverts}
-        for site in self.answered[: self.attempt.threshold]:
-            point = self.attempt.header.cohort.index(site) + 1
+        points = {site: self.attempt.header.cohort.index(site) + 1 for site in self.answered}
+        shares: dict[str, dict[int, bytes]] = {owner: {} for owner in self.adverts}
+        for site, point in points.items():
             for share in self.answers[site]:
                 shares[share.owner][point] = share.share
         return Secrets(
             context=self.attempt.context,
             adverts=self.adverts,
-            seed_shares={site: shares[site] for site in self.survivors},
-            key_shares={site: shares[site] for site in self.dropped},
+            threshold=self.attempt.threshold,
+            sites={point: site for site, point in points.items()},
+            seed_shares={owner: shares[owner] for owner in self.survivors},
+            key_shares={owner: shares[owner] for owner in self.dropped},
         )
 
 

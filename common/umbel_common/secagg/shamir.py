@@ -1,10 +1,13 @@
 """Shamir's secret sharing (Shamir 1979) of 32-byte secrets over the prime field of 2^256 - 189.
 
 Any `threshold` shares recover the secret; fewer are independent of it. Shares carry no
-authentication: whoever recovers a secret checks it against a commitment or a public key.
+authentication: whoever recovers a secret checks it against a commitment or a public key. More
+shares than the threshold are a word of a Reed-Solomon code (McEliece and Sarwate 1981): `decode`
+finds the secret, and the wrong shares, where some of them are wrong.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 from umbel_common.canonical import Entropy
@@ -75,6 +78,55 @@ def recover(shares: Mapping[int, bytes]) -> bytes:
     return secret.to_bytes(SHARE_BYTES, "big")
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """A secret, and what is known of its shares."""
+
+    secret: bytes
+    wrong: tuple[int, ...]
+    """x-coordinates of the shares that are not on the secret's polynomial."""
+
+
+def decode(shares: Mapping[int, bytes], threshold: int) -> Decoded | None:
+    """The secret of the one polynomial that at most (m - threshold) // 2 of the m shares miss.
+
+    Gao 2003, "A new algorithm for decoding Reed-Solomon codes", algorithm 1: O(m^2) operations in
+    the field. Two polynomials of degree below the threshold agree at fewer than `threshold` points,
+    so no second one is as near. None if more shares are wrong and no polynomial is that near.
+
+    Raises:
+        LocalProtocolError: there are fewer shares than the threshold, or one is at x = 0.
+    """
+    points = tuple(shares)
+    _check_points(points)
+    if len(points) < threshold:
+        raise LocalProtocolError(
+            "threshold",
+            "there are fewer shares than recover a secret",
+            found=len(points),
+            accepted=f"at least {threshold}",
+        )
+    values = [int.from_bytes(share, "big") for share in shares.values()]
+    former, rest = _vanishing(points), _interpolate(points, values)
+    former_factor, factor = [], [1]
+    # Euclid's algorithm, stopped half-way: then rest = factor * interpolation modulo `former`'s
+    # first value, and the roots of `factor` are where the shares are wrong.
+    while 2 * (len(rest) - 1) >= len(points) + threshold:
+        quotient, remainder = _divide(former, rest)
+        former, rest = rest, remainder
+        former_factor, factor = factor, _subtract(former_factor, _multiply(quotient, factor))
+    polynomial, remainder = _divide(rest, factor)
+    if remainder or len(polynomial) > threshold:
+        return None
+    wrong = tuple(
+        point
+        for point, value in zip(points, values, strict=True)
+        if _evaluate(polynomial, point) != value
+    )
+    secret = _evaluate(polynomial, 0)
+    return Decoded(secret=secret.to_bytes(SHARE_BYTES, "big"), wrong=wrong)
+
+
 def _check_points(points: Sequence[int]) -> None:
     distinct = {point % PRIME for point in points}
     if not points or 0 in distinct or len(distinct) != len(points):
@@ -88,8 +140,9 @@ def _evaluate(polynomial: Sequence[int], point: int) -> int:
     return value
 
 
-# Every secret of an attempt is recovered from the same sites' shares: public, and worth keeping.
-@lru_cache(maxsize=8)
+# Every secret of an attempt is recovered from the same sites' shares; if some are wrong, from as
+# many choices of sites as there are sites. The weights are public, and worth keeping.
+@lru_cache(maxsize=128)
 def _weights_at_zero(points: tuple[int, ...]) -> tuple[int, ...]:
     """Lagrange's basis polynomials at zero: the product of x_j / (x_j - x_i) over all j != i."""
     weights = []
@@ -101,3 +154,69 @@ def _weights_at_zero(points: tuple[int, ...]) -> tuple[int, ...]:
                 denominator = denominator * (other - point) % PRIME
         weights.append(numerator * pow(denominator, -1, PRIME) % PRIME)
     return tuple(weights)
+
+
+# Polynomials below are coefficients from the constant on, without zeros at the end: zero is [].
+
+
+def _trimmed(coefficients: Iterable[int]) -> list[int]:
+    polynomial = [coefficient % PRIME for coefficient in coefficients]
+    while polynomial and polynomial[-1] == 0:
+        polynomial.pop()
+    return polynomial
+
+
+def _subtract(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    size = max(len(left), len(right))
+    padded = ([*side, *[0] * (size - len(side))] for side in (left, right))
+    return _trimmed(a - b for a, b in zip(*padded, strict=True))
+
+
+def _multiply(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    product = [0] * (len(left) + len(right))
+    for i, a in enumerate(left):
+        for j, b in enumerate(right):
+            product[i + j] += a * b
+    return _trimmed(product)
+
+
+def _divide(dividend: Sequence[int], divisor: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Quotient and remainder."""
+    remainder = list(dividend)
+    inverse = pow(divisor[-1], -1, PRIME)
+    quotient = [0] * max(len(dividend) - len(divisor) + 1, 0)
+    for shift in reversed(range(len(quotient))):
+        scale = remainder[shift + len(divisor) - 1] * inverse % PRIME
+        quotient[shift] = scale
+        for index, coefficient in enumerate(divisor):
+            remainder[shift + index] = (remainder[shift + index] - scale * coefficient) % PRIME
+    return _trimmed(quotient), _trimmed(remainder)
+
+
+def _vanishing(points: Sequence[int]) -> list[int]:
+    """The product of (x - point) over all points."""
+    product = [1]
+    for point in points:
+        product = _multiply(product, [-point, 1])
+    return product
+
+
+def _interpolate(points: Sequence[int], values: Sequence[int]) -> list[int]:
+    """The polynomial of the smallest degree through all points, by Lagrange's formula."""
+    total = [0] * len(points)
+    for value, basis in zip(values, _lagrange_basis(tuple(points)), strict=True):
+        for index, coefficient in enumerate(basis):
+            total[index] += value * coefficient
+    return _trimmed(total)
+
+
+@lru_cache(maxsize=8)
+def _lagrange_basis(points: tuple[int, ...]) -> tuple[list[int], ...]:
+    """For each point, the polynomial that is 1 there and 0 at the others."""
+    vanishing = _vanishing(points)
+    basis = []
+    for point in points:
+        others, _ = _divide(vanishing, [-point, 1])
+        scale = pow(_evaluate(others, point), -1, PRIME)
+        basis.append([coefficient * scale % PRIME for coefficient in others])
+    return tuple(basis)

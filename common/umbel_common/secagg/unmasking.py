@@ -1,16 +1,25 @@
-"""The running sum of masked vectors, and the removal of what masks are left in it."""
+"""The running sum of masked vectors, and the removal of what masks are left in it.
 
-from collections.abc import Mapping
+Shares carry no authentication, but every secret can be checked: a seed against its commitment, a
+mask key against its public half. So what is unmasked is right or nothing is, and wrong shares are
+only a question of who can stop an attempt. Of m sites that reveal, with a threshold of t, this many
+may lie without stopping it: (m - t) // 2 (Reed-Solomon decoding), or one where m = t + 1. For each
+secret that costs one decoding, O(m^2), and at most m recoveries, O(t) each.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import numpy as np
 
-from umbel_common.errors import LocalProtocolError, RemoteProtocolError, RoundAborted
+from umbel_common.errors import LocalProtocolError, RoundAborted, require
 from umbel_common.quantise import RingVector
 from umbel_common.secagg.masking import add_masks, pairwise_key, self_mask_key
 from umbel_common.secagg.messages import KeyAdvert
 from umbel_common.secagg.primitives import commit, public_key
-from umbel_common.secagg.shamir import recover
+from umbel_common.secagg.shamir import Decoded, decode, recover
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,42 @@ class Aggregate:
     """The sites whose vectors are in the sum, sorted."""
     total: RingVector
     """Their sum in the ring, uint32[n] or uint16[n]."""
+    wrong_shares: tuple["WrongShare", ...] = ()
+
+
+@dataclass(frozen=True)
+class WrongShare:
+    """The share of one site's secret that another revealed is not on the secret's polynomial.
+
+    Certain if at most (m - t) // 2 of the m shares of that secret are wrong. It is known only where
+    decoding was needed, and one of the two lied, which one is not known: an owner can hand out a
+    wrong share to have the honest peer that reveals it suspected.
+    """
+
+    owner: str
+    site: str
+
+
+@dataclass(frozen=True)
+class LostSecrets:
+    """The owners of secrets that the revealed shares do not recover."""
+
+    owners: tuple[str, ...]
+    revealing: int
+    threshold: int
+
+    @property
+    def tolerated(self) -> int:
+        """Wrong shares of one secret that do not stop its recovery. If no more sites than that lied
+        when they revealed, then each of the owners handed out wrong shares."""
+        spare = self.revealing - self.threshold
+        return max(spare // 2, min(spare, 1))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.revealing} shares of each, more than {self.tolerated} wrong, "
+            f"threshold {self.threshold}"
+        )
 
 
 class RunningSum:
@@ -38,13 +83,13 @@ class RunningSum:
             LocalProtocolError: `stale-stage`.
         """
         total = self._current(count)
-        if len(vector) != total.nbytes:
-            raise RemoteProtocolError(
-                "vector-length",
-                "a masked vector has the wrong length",
-                found=f"{len(vector)} bytes",
-                accepted=f"{total.nbytes} bytes",
-            )
+        require(
+            len(vector) == total.nbytes,
+            "vector-length",
+            "a masked vector has the wrong length",
+            found=f"{len(vector)} bytes",
+            accepted=f"{total.nbytes} bytes",
+        )
         np.add(total, np.frombuffer(vector, dtype=total.dtype), out=total)
         self._count += 1
 
@@ -72,68 +117,119 @@ class Secrets:
 
     context: bytes
     adverts: Mapping[str, KeyAdvert]
+    threshold: int
+    sites: Mapping[int, str]
+    """x-coordinate -> the site that revealed the shares there."""
     seed_shares: Mapping[str, Mapping[int, bytes]]
     """Survivor -> x-coordinate -> share of its self-mask seed."""
     key_shares: Mapping[str, Mapping[int, bytes]]
     """Dropped-out site -> x-coordinate -> share of its mask key."""
 
-    def recover_seeds(self) -> dict[str, bytes]:
+    def recover(self) -> "Recovered":
         """Raises:
-        RoundAborted: `seed-commitment`, naming the site.
+        RoundAborted: `seed-commitment` or `mask-key`, with the `LostSecrets` as what was found.
         """
-        seeds = {site: recover(shares) for site, shares in self.seed_shares.items()}
-        for site, seed in seeds.items():
-            if commit(seed, self.context, site) != self.adverts[site].seed_commitment:
-                raise _wrong_shares("seed-commitment", "self-mask seed", site)
-        return seeds
+        seeds = self._recover(self.seed_shares, self._fits_seed)
+        keys = self._recover(self.key_shares, self._fits_key)
+        lost = [owner for owner, decoded in (seeds | keys).items() if decoded is None]
+        if lost:
+            is_seed = any(decoded is None for decoded in seeds.values())
+            raise RoundAborted(
+                "seed-commitment" if is_seed else "mask-key",
+                "the revealed shares do not recover the secrets that sites advertised",
+                field=", ".join(sorted(lost)),
+                found=LostSecrets(tuple(sorted(lost)), len(self.sites), self.threshold),
+                remedy="these sites handed out wrong shares, or several others revealed some: "
+                "retry, and ask the sites' operators if it happens again",
+            )
+        known = {owner: decoded for owner, decoded in (seeds | keys).items() if decoded}
+        return Recovered(
+            seeds={owner: known[owner].secret for owner in seeds},
+            keys={owner: known[owner].secret for owner in keys},
+            wrong_shares=tuple(
+                WrongShare(owner, self.sites[point])
+                for owner, decoded in sorted(known.items())
+                for point in decoded.wrong
+            ),
+        )
 
-    def recover_keys(self) -> dict[str, bytes]:
-        """Raises:
-        RoundAborted: `mask-key`, naming the site.
-        """
-        secrets = {site: recover(shares) for site, shares in self.key_shares.items()}
-        for site, secret in secrets.items():
-            if public_key(secret) != self.adverts[site].mask_key:
-                raise _wrong_shares("mask-key", "mask key", site)
-        return secrets
+    def _recover(
+        self,
+        owners: Mapping[str, Mapping[int, bytes]],
+        fits: Callable[[str, bytes], bool],
+    ) -> dict[str, Decoded | None]:
+        """Owner -> its secret; None where no shares give one that fits."""
+        few = {owner: next(_choices(shares, self.threshold)) for owner, shares in owners.items()}
+        secrets = {owner: recover(shares) for owner, shares in few.items()}
+        if all(fits(owner, secret) for owner, secret in secrets.items()):
+            return {owner: Decoded(secret, wrong=()) for owner, secret in secrets.items()}
+        # Somebody lied: each secret is decoded, so that every wrong share is known and not just
+        # those that were in the way.
+        return {
+            owner: _search(shares, self.threshold, partial(fits, owner))
+            for owner, shares in owners.items()
+        }
+
+    def _fits_seed(self, site: str, seed: bytes) -> bool:
+        return commit(seed, self.context, site) == self.adverts[site].seed_commitment
+
+    def _fits_key(self, site: str, secret: bytes) -> bool:
+        return public_key(secret) == self.adverts[site].mask_key
 
 
-def left_over_masks(secrets: Secrets) -> tuple[list[bytes], list[bytes]]:
+@dataclass(frozen=True)
+class Recovered:
+    """The secrets of an attempt, each checked."""
+
+    seeds: Mapping[str, bytes]
+    """Of the survivors."""
+    keys: Mapping[str, bytes]
+    """Of the sites that dropped out."""
+    wrong_shares: tuple[WrongShare, ...]
+
+
+def _search(
+    shares: Mapping[int, bytes], threshold: int, fits: Callable[[bytes], bool]
+) -> Decoded | None:
+    decoded = decode(shares, threshold)
+    if decoded is not None and fits(decoded.secret):
+        return decoded
+    # Past half of the spare shares nobody is known to lie, but a secret that fits is right.
+    secrets = (recover(few) for few in _choices(shares, threshold))
+    return next((Decoded(secret, wrong=()) for secret in secrets if fits(secret)), None)
+
+
+def _choices(shares: Mapping[int, bytes], threshold: int) -> Iterator[dict[int, bytes]]:
+    """Each run of `threshold` shares in a ring: with one to spare, each is left out in turn."""
+    ring = [*shares.items(), *shares.items()]
+    for start in range(len(shares)):
+        yield dict(islice(ring, start, start + threshold))
+
+
+def left_over_masks(secrets: Recovered, attempt: Secrets) -> tuple[list[bytes], list[bytes]]:
     """Keys of the masks to add to the sum and to subtract from it (figure 4, round 4).
 
     Each survivor's self-mask is subtracted. Between a survivor and a site that dropped out stands
     the survivor's half of the pairwise mask; pairs of survivors cancelled.
-
-    Raises:
-        RoundAborted: `seed-commitment` or `mask-key`.
     """
-    context = secrets.context
-    seeds, keys = secrets.recover_seeds(), secrets.recover_keys()
+    context = attempt.context
     to_add: list[bytes] = []
-    to_subtract = [self_mask_key(seed, site, context) for site, seed in seeds.items()]
-    for dropped, secret in keys.items():
-        for survivor in seeds:
-            peer_key = secrets.adverts[survivor].mask_key
+    to_subtract = [self_mask_key(seed, site, context) for site, seed in secrets.seeds.items()]
+    for dropped, secret in secrets.keys.items():
+        for survivor in secrets.seeds:
+            peer_key = attempt.adverts[survivor].mask_key
             mask = pairwise_key(secret, dropped, peer_key, survivor, context)
             (to_subtract if survivor < dropped else to_add).append(mask)
     return to_add, to_subtract
 
 
-def unmask(total: RingVector, secrets: Secrets) -> None:
-    """Removes the masks that are left in a sum, in place.
+def unmask(total: RingVector, secrets: Secrets) -> tuple[WrongShare, ...]:
+    """Removes the masks that are left in a sum, in place; returns the shares known to be wrong.
 
     Raises:
         RoundAborted: `seed-commitment` or `mask-key`; `total` is then still masked.
     """
-    to_add, to_subtract = left_over_masks(secrets)
+    recovered = secrets.recover()
+    to_add, to_subtract = left_over_masks(recovered, secrets)
     add_masks(total, added=to_add, subtracted=to_subtract)
-
-
-def _wrong_shares(check: str, what: str, site: str) -> RoundAborted:
-    return RoundAborted(
-        check,
-        f"the revealed shares do not recover the {what} that a site advertised",
-        field=site,
-        remedy="some site revealed, or this one handed out, a wrong share: retry, and leave this "
-        "site out if it happens again",
-    )
+    return recovered.wrong_shares

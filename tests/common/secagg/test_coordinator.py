@@ -16,8 +16,11 @@ from umbel_common.identity import Identity, sign
 from umbel_common.secagg import coordinator
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
 from umbel_common.secagg.shamir import PRIME
+from umbel_common.secagg.unmasking import LostSecrets, WrongShare
 
 ME, PEER, OTHER = "site-00", "site-01", "site-02"
+ORDER_8 = bytes.fromhex("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800")
+"""One of the points that RFC 7748, section 6.1, and curve25519's authors warn of."""
 SIZE, THRESHOLD = 5, 3
 NEXT = {"advertise": "share", "share": "mask", "mask": "confirm", "confirm": "reveal"}
 
@@ -65,6 +68,18 @@ LIES = [
         lambda attempt, signed: advert_of(attempt, signed, context=os.urandom(32)),
     ),
     ("advertise", "a peer's mask key", "duplicate-key", repeated_key),
+    (
+        "advertise",
+        "a mask key of small order",
+        "weak-key",
+        lambda attempt, signed: advert_of(attempt, signed, mask_key=bytes(32)),
+    ),
+    (
+        "advertise",
+        "a cipher key of order 8",
+        "weak-key",
+        lambda attempt, signed: advert_of(attempt, signed, cipher_key=ORDER_8),
+    ),
     (
         "advertise",
         "keys of a stranger",
@@ -208,14 +223,16 @@ def test_exactly_the_threshold_is_enough_and_one_fewer_aborts(make_attempt, stag
     assert caught.value.check == check
 
 
-def revealed(attempt, site, **fields):
-    """The machine after all answered, one of `site`'s shares replaced by a wrong one."""
+WRONG = bytes(31) + b"\1"
+
+
+def revealed(attempt, liars, **fields):
+    """The machine after all answered; the liars' shares that have these fields are wrong."""
     for name, request in attempt.requests().items():
         shares = attempt.answer(name, request)
-        if name == site:
-            wrong = bytes(31) + b"\1"
+        if name in liars:
             shares = tuple(
-                changed(share, share=wrong)
+                changed(share, share=WRONG)
                 if all(getattr(share, field) == value for field, value in fields.items())
                 else share
                 for share in shares
@@ -224,24 +241,51 @@ def revealed(attempt, site, **fields):
     return attempt.machine
 
 
-def test_a_wrong_share_of_a_seed_aborts_and_names_its_owner(make_attempt):
-    machine = revealed(make_attempt(SIZE, THRESHOLD).run_to("reveal"), ME, owner=OTHER)
+@pytest.mark.parametrize("liar", [ME, OTHER, "site-04"])
+@pytest.mark.parametrize("kind", ["self-mask", "mask-key"])
+def test_a_liar_that_reveals_wrong_shares_does_not_stop_the_sum(make_attempt, liar, kind):
+    attempt = make_attempt(SIZE, THRESHOLD).run_to("reveal", silent={"mask": {PEER}})
+    aggregate = revealed(attempt, {liar}, kind=kind).close()
+    survivors = (ME, OTHER, "site-03", "site-04")
+    assert aggregate.survivors == survivors
+    assert (aggregate.total == attempt.plain_sum(survivors)).all()
+
+
+def test_the_wrong_shares_that_were_in_the_way_are_named_by_owner_and_site(make_attempt):
+    attempt = make_attempt(SIZE, THRESHOLD).run_to("reveal", silent={"mask": {PEER}})
+    machine = revealed(attempt, {ME}, owner=OTHER)
+    # Four sites revealed: one share to spare corrects an error and proves none.
+    assert machine.close().wrong_shares == ()
+    machine = revealed(make_attempt(SIZE, THRESHOLD).run_to("reveal"), {ME}, owner=OTHER)
+    assert machine.close().wrong_shares == (WrongShare(owner=OTHER, site=ME),)
+
+
+def test_more_liars_than_the_spare_shares_correct_abort_and_every_owner_is_named(make_attempt):
+    machine = revealed(make_attempt(SIZE, THRESHOLD).run_to("reveal"), {ME, OTHER}, owner=OTHER)
     with pytest.raises(RoundAborted) as caught:
         machine.close()
     assert (caught.value.check, caught.value.field) == ("seed-commitment", OTHER)
+    assert caught.value.found == LostSecrets((OTHER,), revealing=5, threshold=3)
+    machine = revealed(make_attempt(SIZE, THRESHOLD).run_to("reveal"), {ME, OTHER})
+    with pytest.raises(RoundAborted) as caught:
+        machine.close()
+    assert caught.value.field == ", ".join(f"site-{index:02}" for index in range(SIZE))
 
 
-def test_a_wrong_share_of_a_mask_key_aborts_and_names_its_owner(make_attempt):
+def test_a_lost_mask_key_aborts_and_names_its_owner(make_attempt):
     attempt = make_attempt(SIZE, THRESHOLD).run_to("reveal", silent={"mask": {PEER}})
     with pytest.raises(RoundAborted) as caught:
-        revealed(attempt, ME, kind="mask-key").close()
+        revealed(attempt, {ME, OTHER}, kind="mask-key").close()
     assert (caught.value.check, caught.value.field) == ("mask-key", PEER)
 
 
-def test_a_wrong_share_past_the_threshold_does_no_harm(make_attempt):
-    attempt = make_attempt(SIZE, THRESHOLD).run_to("reveal")
-    aggregate = revealed(attempt, "site-04", owner=OTHER).close()
-    assert (aggregate.total == attempt.plain_sum(attempt.header.cohort)).all()
+def test_without_a_share_to_spare_one_wrong_share_aborts(make_attempt):
+    attempt = make_attempt(SIZE, THRESHOLD)
+    attempt.run_to("reveal", silent={"confirm": {"site-03", "site-04"}})
+    with pytest.raises(RoundAborted) as caught:
+        revealed(attempt, {ME}, owner=OTHER).close()
+    assert caught.value.found == LostSecrets((OTHER,), revealing=3, threshold=3)
+    assert caught.value.found.tolerated == 0
 
 
 def test_a_survivor_that_neither_confirms_nor_reveals_stays_in_the_sum(make_attempt):

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from umbel_common.errors import LocalProtocolError
-from umbel_common.secagg.shamir import PRIME, draw_element, is_element, recover, split
+from umbel_common.secagg.shamir import (
+    PRIME,
+    decode,
+    draw_element,
+    is_element,
+    recover,
+    split,
+)
 
 secrets = st.integers(0, PRIME - 1).map(lambda value: value.to_bytes(32, "big"))
 cohorts = st.integers(1, 20).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
@@ -118,3 +125,61 @@ def test_a_sharing_that_makes_no_sense_is_refused(secret, points, threshold, che
 def test_a_share_at_zero_is_not_recovered_from():
     with pytest.raises(LocalProtocolError):
         recover({0: bytes(32)})
+
+
+@st.composite
+def words(draw, errors):
+    """A secret's shares, some of them wrong: (secret, threshold, shares, points of wrong ones)."""
+    threshold = draw(st.integers(1, 12))
+    count = draw(st.integers(threshold, threshold + 9))
+    points = draw(st.permutations(range(1, 25)))[:count]
+    secret = draw(secrets)
+    shares = dict(zip(points, split(secret, points, threshold, os.urandom), strict=True))
+    wrong = points[: draw(errors((count - threshold) // 2, count))]
+    for point in wrong:
+        shares[point] = draw(secrets.filter(lambda share, right=shares[point]: share != right))
+    return secret, threshold, shares, tuple(sorted(wrong))
+
+
+@given(word=words(lambda radius, count: st.integers(0, radius)))
+def test_decoding_recovers_the_secret_and_names_exactly_the_wrong_shares(word):
+    secret, threshold, shares, wrong = word
+    decoded = decode(shares, threshold)
+    assert decoded.secret == secret
+    assert tuple(sorted(decoded.wrong)) == wrong
+
+
+@given(word=words(lambda radius, count: st.integers(radius + 1, count)))
+def test_past_its_radius_decoding_never_names_more_wrong_shares_than_the_radius(word):
+    _, threshold, shares, _ = word
+    decoded = decode(shares, threshold)
+    assert decoded is None or len(decoded.wrong) <= (len(shares) - threshold) // 2
+
+
+def test_random_words_past_the_radius_are_not_decoded():
+    points = list(range(1, 11))
+    shares = dict(zip(points, split(bytes(32), points, 6, os.urandom), strict=True))
+    for point in points[:3]:
+        shares[point] = draw_element(os.urandom)
+    assert decode(shares, 6) is None
+
+
+def test_wrong_shares_that_lie_on_another_polynomial_win_once_they_are_many():
+    """Why a decoded secret is checked: past the radius, liars can agree on another one."""
+    points = list(range(1, 8))
+    honest = split(bytes(32), points, 3, os.urandom)
+    lie = split(bytes(31) + b"\1", points, 3, os.urandom)
+    shares = dict(zip(points, (*honest[:2], *lie[2:]), strict=True))
+    assert decode(shares, 3).secret == bytes(31) + b"\1"
+
+
+def test_the_zero_secret_of_a_zero_polynomial_is_decoded():
+    shares = {point: bytes(32) for point in range(1, 6)}
+    decoded = decode({**shares, 2: b"\1" * 32}, 3)
+    assert (decoded.secret, decoded.wrong) == (bytes(32), (2,))
+
+
+def test_fewer_shares_than_the_threshold_are_not_decoded():
+    with pytest.raises(LocalProtocolError) as caught:
+        decode({1: bytes(32), 2: bytes(32)}, 3)
+    assert caught.value.check == "threshold"

@@ -1,0 +1,72 @@
+"""What a job is given by whoever runs it: a link to the sites, an observer, and limits."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from umbel_common.adapter import Vector
+from umbel_common.statements import Release
+from umbel_common.wire import Reply
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where in a job a message belongs; public, and never trusted."""
+
+    stage: str
+    """offer, train, share, mask, confirm, unmask or finish."""
+    round: int = 0
+    attempt: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.round}.{self.attempt}.{self.stage}"
+
+
+class Link(Protocol):
+    """Carries sealed bytes to sites and back; what it is made of, the job does not know."""
+
+    def exchange(
+        self, step: Step, requests: Iterable[tuple[str, bytes]], seconds: float
+    ) -> Iterator[tuple[str, bytes]]:
+        """Sends each site its request; yields (site, reply) as replies come, until all came or
+        `seconds` passed. A site that cannot be reached yields nothing.
+
+        A message may be as large as an adapter: each of `requests` is made as it is asked for and
+        should be let go once it is sent, and replies are to be read one at a time.
+        """
+        ...
+
+
+class Observer(Protocol):
+    """Is told what happens, for logs, dashboards and live views."""
+
+    def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
+        """A site's reply was opened; sizes of the sealed request and reply in bytes, as the site
+        counts them."""
+        ...
+
+    def aborted(self, round_number: int, attempt: int, check: str) -> None:
+        """An attempt released nothing."""
+        ...
+
+    def released(self, release: Release, adapter: Vector) -> None:
+        """A new global adapter is on disk and in the transcript."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How patient the operator is."""
+
+    attempts: int = 3
+    """Attempts at one round before the job fails."""
+    offer_seconds: float = 600.0
+    train_seconds: float = 3600.0
+    stage_seconds: float = 60.0
+    """For each stage after training."""
+
+    def seconds(self, stage: str) -> float:
+        """The deadline of a stage."""
+        return {"offer": self.offer_seconds, "train": self.train_seconds}.get(
+            stage, self.stage_seconds
+        )

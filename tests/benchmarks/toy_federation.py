@@ -1,0 +1,173 @@
+"""Federations without model and data, for benchmarks of the protocol: real masks, zero deltas."""
+
+import os
+from typing import Any
+
+import numpy as np
+
+from umbel_common.identity import Identity, Member, Roster, open_signed
+from umbel_common.plan import (
+    Aggregation,
+    BaseModel,
+    Classification,
+    LocalPrivacy,
+    Lora,
+    Sgd,
+    Tensor,
+    Training,
+    TrainingPlan,
+)
+from umbel_common.quantise import encode, encoding_of
+from umbel_common.secagg import participant
+from umbel_common.statements import Release, RoundHeader
+from umbel_common.wire import (
+    ConfirmReply,
+    ConfirmRequest,
+    FinishReply,
+    FinishRequest,
+    MaskReply,
+    MaskRequest,
+    OfferReply,
+    OfferRequest,
+    Reply,
+    Request,
+    ShareReply,
+    ShareRequest,
+    TrainReply,
+    TrainRequest,
+    UnmaskReply,
+    UnmaskRequest,
+    open_request,
+    seal_reply,
+    size_limit,
+)
+
+RANK, WIDTH, LAYERS = 8, 4096, 16
+PARAMETERS = 2 * RANK * WIDTH * LAYERS
+"""1,048,576."""
+
+
+class Federation:
+    """An operator, so many sites, and a plan of one round over an adapter of `PARAMETERS`.
+
+    Its keys are no secrets, so that a second process can make the same federation.
+    """
+
+    def __init__(self, sites: int, ring_bits: int) -> None:
+        self.operator = Identity(bytes(32))
+        self.identities = {
+            f"site-{index:02}": Identity(bytes(31) + bytes([1 + index])) for index in range(sites)
+        }
+        self.roster = Roster(
+            federation="clinics",
+            operator=self.operator.public_key,
+            members=tuple(
+                Member(name=name, public_key=identity.public_key)
+                for name, identity in self.identities.items()
+            ),
+        )
+        self.plan = make_plan(sites // 2 + 1, ring_bits)
+
+    def sites(self) -> dict[str, "ToySite"]:
+        """What answers in each site's name."""
+        return {name: ToySite(self, name) for name in self.identities}
+
+
+def make_plan(threshold: int, ring_bits: int) -> TrainingPlan:
+    """A plan that no site would train: only its sizes matter here."""
+    tensors = [
+        Tensor(name=f"layer.{layer}.{role}.weight", shape=shape, role=role)
+        for layer in range(LAYERS)
+        for role, shape in (("lora_A", (RANK, WIDTH)), ("lora_B", (WIDTH, RANK)))
+    ]
+    return TrainingPlan(
+        federation="clinics",
+        job="job",
+        model=BaseModel(name="none", digest=bytes(32)),
+        task=Classification(labels=("a", "b")),
+        lora=Lora(
+            rank=RANK,
+            alpha=16.0,
+            target_modules=("query",),
+            layers=None,
+            method="both",
+            seed=1,
+            tensors=tuple(tensors),
+        ),
+        training=Training(
+            rounds=1,
+            local_steps=1,
+            expected_batch_size=1,
+            optimizer=Sgd(adapter_learning_rate=0.1, head_learning_rate=0.1),
+        ),
+        privacy=LocalPrivacy(epsilon=8.0, delta=1e-5, clip_norm=1.0),
+        aggregation=Aggregation(
+            threshold=threshold, clip_range=1.0, step=0.01, ring_bits=ring_bits
+        ),
+    )
+
+
+class ToySite:
+    """The protocol's real participant; its training gives a delta of zeros."""
+
+    def __init__(self, federation: Federation, name: str) -> None:
+        self._federation = federation
+        self._name = name
+        self._state: Any = None
+        self._cohort = 0
+
+    def handle(self, sealed: bytes) -> bytes:
+        """A sealed reply to a sealed request."""
+        operator = self._federation.roster.operator
+        limit = size_limit(self._federation.plan)
+        request = open_request(operator, self._name, sealed, limit=limit)
+        identity = self._federation.identities[self._name]
+        return seal_reply(identity, self._name, self._answer(request, identity))
+
+    def _answer(self, request: Request, identity: Identity) -> Reply:
+        plan, roster = self._federation.plan, self._federation.roster
+        match request:
+            case OfferRequest():
+                return OfferReply(plan=plan.digest())
+            case FinishRequest():
+                release = open_signed(request.release, Release, roster.operator)
+                return FinishReply(adapter=release.adapter)
+            case TrainRequest():
+                header = open_signed(request.header, RoundHeader, roster.operator)
+                rules = participant.Rules(
+                    threshold=plan.aggregation.threshold, colluding=0, minimum_cohort=2
+                )
+                self._cohort = len(header.cohort)
+                self._state, advert = participant.advertise(
+                    header, self._name, rules, identity, bytes(32), os.urandom
+                )
+                return TrainReply(advert=advert)
+            case ShareRequest():
+                self._state, shares = self._state.receive(request.adverts, roster, os.urandom)
+                return ShareReply(context=request.context, shares=shares)
+            case MaskRequest():
+                delta = np.zeros(plan.lora.size, dtype=np.float32)
+                encoding = encoding_of(plan.aggregation, self._cohort)
+                vector = encode(delta, 1, encoding, os.urandom)
+                self._state, masked = self._state.receive(request.shares, vector)
+                return MaskReply(context=request.context, vector=masked.tobytes())
+            case ConfirmRequest():
+                self._state, signature = self._state.receive(request.survivors, identity)
+                return ConfirmReply(context=request.context, signature=signature)
+            case UnmaskRequest():
+                self._state, revealed = self._state.receive(request.signatures, roster)
+                return UnmaskReply(context=request.context, shares=revealed)
+
+
+class Quiet:
+    """An observer that nothing is told to."""
+
+    def answered(self, *_: object) -> None:
+        """See `umbel_server.job.Observer`."""
+
+    def aborted(self, *_: object) -> None:
+        """See `umbel_server.job.Observer`."""
+        raise AssertionError("an attempt of honest sites was aborted")
+
+    def released(self, *_: object) -> None:
+        """See `umbel_server.job.Observer`."""

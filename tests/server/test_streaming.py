@@ -1,0 +1,102 @@
+"""The server holds one large message at a time, however many sites there are."""
+
+import tracemalloc
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from umbel_common.errors import JobFailed
+from umbel_common.plan import Aggregation, Lora, Tensor
+from umbel_server.job import Step
+
+SITES = 6
+TENSORS = (
+    Tensor(name="base.query.lora_A.weight", shape=(2, 6), role="lora_A"),
+    Tensor(name="head.weight", shape=(3, 400_000), role="head"),
+)
+VECTOR_BYTES = 4 * 1_200_012
+
+MakeSetting = Callable[..., Any]
+
+
+class Forgetful(dict[Any, Any]):
+    """Where a toy site's vectors go, so that they are not measured."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        return
+
+
+class MeasuringLink:
+    """Notes what is allocated whenever the job made a request or worked off a reply."""
+
+    def __init__(self, sites: dict[str, Any], silent: bool) -> None:
+        self.sites = sites
+        self.silent = silent
+        self.after_request: dict[str, list[int]] = {}
+        self.after_reply: dict[str, list[int]] = {}
+
+    def exchange(
+        self, step: Step, requests: Iterable[tuple[str, bytes]], seconds: float
+    ) -> Iterator[tuple[str, bytes]]:
+        made = self.after_request.setdefault(step.stage, [])
+        worked = self.after_reply.setdefault(step.stage, [])
+        for site, sealed in requests:
+            made.append(allocated())
+            if not self.silent or step.stage != "train":
+                reply = self.sites[site].handle(sealed)
+                del sealed
+                yield site, reply
+                del reply
+                worked.append(allocated())
+            else:
+                del sealed
+
+
+def allocated() -> int:
+    return tracemalloc.get_traced_memory()[0]
+
+
+@pytest.fixture
+def setting(make_setting: MakeSetting) -> Iterator[Any]:
+    lora = Lora(
+        rank=2,
+        alpha=4.0,
+        target_modules=("query",),
+        layers=None,
+        method="both",
+        seed=7,
+        tensors=TENSORS,
+    )
+    made = make_setting(
+        SITES, lora=lora, aggregation=Aggregation(threshold=4, clip_range=1.0, step=1e-6)
+    )
+    for site in made.sites.values():
+        site.requests = deque(maxlen=0)
+        site.vectors = Forgetful()
+    # What numpy imports when it is first used is not to be measured.
+    made.sites["site-00"].delta(1)
+    tracemalloc.start()
+    yield made
+    tracemalloc.stop()
+
+
+def test_a_request_is_sealed_as_it_is_sent_and_then_let_go(setting: Any) -> None:
+    setting.link = MeasuringLink(setting.sites, silent=True)
+    with pytest.raises(JobFailed):
+        setting.job(attempts=1).run()
+    made = setting.link.after_request["train"]
+    assert len(made) == SITES
+    # The adapter and one sealed message.
+    assert max(made) < 2.5 * VECTOR_BYTES
+
+
+def test_a_masked_vector_is_added_and_then_let_go(setting: Any) -> None:
+    setting.link = MeasuringLink(setting.sites, silent=False)
+    setting.job(attempts=1).run()
+    worked = setting.link.after_reply["mask"]
+    # The last reply ends the stage without a look back.
+    assert len(worked) == 3 * (SITES - 1)
+    # The adapter and the running sum.
+    assert max(worked) < 2.5 * VECTOR_BYTES
