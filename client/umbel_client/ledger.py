@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from umbel_client.accounting import Event, epsilon
+from umbel_client.budget import Budget
 from umbel_client.ledger_file import create, lock_file, storage_errors
 from umbel_client.ledger_rows import (
     GENESIS,
@@ -43,15 +44,8 @@ from umbel_client.ledger_rows import (
     apply,
     require,
 )
-from umbel_common.canonical import Entropy, Value, decode_canonical, encode
+from umbel_common.canonical import Entropy, decode_canonical, encode
 from umbel_common.errors import BudgetError, LedgerError, RemoteProtocolError
-
-
-class Budget(Value, frozen=True):
-    """What all releases from one data set may cost together; infinite where anything may leave."""
-
-    epsilon: float
-    delta: float
 
 
 class Ledger:

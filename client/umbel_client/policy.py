@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from umbel_client.ledger import Budget
+from umbel_client.budget import Budget
 from umbel_common.canonical import Value
 from umbel_common.errors import PolicyRefusal
 from umbel_common.plan import Count, Fraction, NoPrivacy, Positive, TrainingPlan

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbel_client.accounting import Event, calibrate, epsilon, largest_delta, require_delta
+from umbel_client.budget import Budget
 from umbel_client.config import ClientConfig
 from umbel_client.data import load_records
 from umbel_client.delta_cache import DeltaCache, State
-from umbel_client.ledger import Budget, Ledger
+from umbel_client.ledger import Ledger
 from umbel_client.model import AdaptedModel
 from umbel_client.observer import Observer
 from umbel_client.precision import chosen_precision

@@ -12,6 +12,7 @@ from pathlib import Path
 from umbel_client.config import ClientConfig
 from umbel_client.export import write_adapter
 from umbel_client.observer import Observer
+from umbel_client.pinned_roster import Pinned
 from umbel_client.policy import judge_header, judge_plan
 from umbel_client.session import Session
 from umbel_client.site_job import SiteJob, SiteStatus
@@ -20,6 +21,7 @@ from umbel_common.adapter import Vector, adapter_digest, from_bytes, initial_vec
 from umbel_common.canonical import Entropy, V, digest, encode
 from umbel_common.errors import (
     BudgetError,
+    IdentityError,
     PlanError,
     PolicyRefusal,
     ProtocolError,
@@ -27,7 +29,7 @@ from umbel_common.errors import (
     UmbelError,
     require,
 )
-from umbel_common.identity import Identity, Roster, Signed, open_signed
+from umbel_common.identity import Identity, Signed, fingerprint, open_signed
 from umbel_common.plan import TrainingPlan, check_plan
 from umbel_common.quantise import encoding_of
 from umbel_common.secagg import participant as secagg
@@ -53,7 +55,7 @@ class Trainer:
     def __init__(
         self,
         config: ClientConfig,
-        roster: Roster,
+        pinned: Pinned,
         identity: Identity,
         *,
         observer: Observer,
@@ -62,12 +64,19 @@ class Trainer:
         """Opens the site's journal; model and data are loaded when a plan is accepted.
 
         Args:
-            roster: as pinned by this site.
+            pinned: the roster that this site pinned, and the keys that it holds for revoked.
             entropy: replaced only by simulations that say that they are insecure.
+
+        Raises:
+            IdentityError: the roster knows this site not at all, or with another key; or this
+                site's key is revoked.
+            StorageError: the journal cannot be used.
         """
+        check_own_key(pinned, config.site, identity)
         self._config = config
-        self._roster = roster
+        self._roster = pinned.roster
         self._identity = identity
+        self._revoked = pinned.revoked
         self._observer = observer
         self._entropy = entropy
         self._lock = threading.Lock()
@@ -112,6 +121,12 @@ class Trainer:
                 return self._seal(Refusal(check=_code(fault)))
 
     def _answer(self, sealed: bytes) -> bytes:
+        require(
+            self._roster.operator not in self._revoked,
+            "revoked-key",
+            "the operator's key is revoked",
+            remedy="approve a roster with the operator's new key",
+        )
         request = open_request(
             self._roster.operator,
             self._config.site,
@@ -194,14 +209,14 @@ class Trainer:
             )
 
     def _check_header(self, header: RoundHeader, plan: TrainingPlan) -> None:
+        members = {member.name: member.public_key for member in self._roster.members}
         checks = {
             "other-federation": header.federation == self._roster.federation,
             "plan-digest": header.plan == plan.digest(),
             "roster-digest": header.roster == self._roster.digest(),
             "not-in-cohort": self._config.site in header.cohort,
-            "not-in-roster": {member.name for member in self._roster.members}.issuperset(
-                header.cohort
-            ),
+            "not-in-roster": members.keys() >= set(header.cohort),
+            "revoked-key": self._revoked.isdisjoint(map(members.get, header.cohort)),
             "round-past-plan": header.round <= plan.training.rounds,
         }
         for check, holds in checks.items():
@@ -296,6 +311,31 @@ class Trainer:
 
     def _seal(self, reply: Reply) -> bytes:
         return seal_reply(self._identity, self._config.site, reply)
+
+
+def check_own_key(pinned: Pinned, site: str, identity: Identity) -> None:
+    """Refuses to start a site that the others would not believe.
+
+    Raises:
+        IdentityError: the roster knows the site not at all, or with another key, or the key is
+            revoked.
+    """
+    key = pinned.roster.member(site).public_key
+    if key != identity.public_key:
+        raise IdentityError(
+            "the pinned roster has another key for this site than its key file",
+            field=site,
+            found=fingerprint(identity.public_key),
+            accepted=fingerprint(key),
+            remedy="approve a roster with this site's key, or use the key file that it names",
+        )
+    if key in pinned.revoked:
+        raise IdentityError(
+            "this site's own key is revoked",
+            field=site,
+            found=fingerprint(key),
+            remedy="make a new identity, and have the others approve a roster with it",
+        )
 
 
 def _code(error: UmbelError) -> str:

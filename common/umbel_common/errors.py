@@ -98,7 +98,7 @@ class PlanError(UmbelError):
 
 
 class IdentityError(UmbelError):
-    """A key file or roster entry is missing or malformed."""
+    """A key or roster is missing, malformed, or not one that this party may believe."""
 
     exit_code = 20
 

@@ -142,12 +142,16 @@ class Roster(Value, frozen=True):
         Raises:
             IdentityError: there is none.
         """
-        for member in self.members:
-            if member.name == name:
-                return member
-        raise IdentityError(
-            "a site is not in the roster",
-            field="site",
-            found=name,
-            accepted=", ".join(member.name for member in self.members),
-        )
+        member = self.find(name)
+        if member is None:
+            raise IdentityError(
+                "a site is not in the roster",
+                field="site",
+                found=name,
+                accepted=tuple(member.name for member in self.members),
+            )
+        return member
+
+    def find(self, name: str) -> Member | None:
+        """The member of that name, if there is one."""
+        return next((member for member in self.members if member.name == name), None)

@@ -1,83 +1,238 @@
-"""The roster as a JSON file that people read, compare and keep under their own control."""
+"""Rosters and statements about keys as JSON files that people read, compare, keep and send.
+
+Every key and signature is hexadecimal. Reading checks the form; whether a signature holds, and what
+it is worth to a site, `trust` says.
+"""
+
+from typing import TypeVar
 
 import msgspec
 
-from umbel_common.canonical import Name
+from umbel_common.canonical import Name, V
 from umbel_common.errors import IdentityError
-from umbel_common.identity import Roster
+from umbel_common.identity import SIGNATURE_BYTES, Roster
+from umbel_common.key_statements import SignedRevocation, SignedRotation
+from umbel_common.roster_document import RosterDocument
+
+KEY_BYTES = 32
 
 
-class _MemberEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class _Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    pass
+
+
+EntryT = TypeVar("EntryT", bound=_Entry)
+
+
+class _MemberEntry(_Entry):
     name: Name
     public_key: str
     weight: int = 1
 
 
-class _RosterEntry(msgspec.Struct, forbid_unknown_fields=True):
+class _RotationEntry(_Entry):
+    federation: Name
+    party: Name
+    old_key: str
+    new_key: str
+    signature_by_old_key: str
+    signature_by_new_key: str
+
+
+class _RevocationEntry(_Entry):
+    federation: Name
+    key: str
+    signer: str
+    signature: str
+
+
+class _RosterEntry(_Entry):
     federation: Name
     operator: str
     members: list[_MemberEntry]
+    rotations: list[_RotationEntry] = []
+    revocations: list[_RevocationEntry] = []
+    revoked_here: list[str] = []
 
 
-def roster_to_json(roster: Roster) -> str:
-    """The roster as indented JSON, keys in hexadecimal, with a newline at its end."""
-    entry = _RosterEntry(
-        federation=roster.federation,
-        operator=roster.operator.hex(),
-        members=[
-            _MemberEntry(name=member.name, public_key=member.public_key.hex(), weight=member.weight)
-            for member in roster.members
-        ],
+def document_to_json(document: RosterDocument) -> str:
+    """A document as indented JSON with a newline at its end; what is empty is left out."""
+    roster = document.roster
+    members = [
+        _MemberEntry(name=member.name, public_key=member.public_key.hex(), weight=member.weight)
+        for member in roster.members
+    ]
+    return _to_json(
+        _RosterEntry(
+            federation=roster.federation,
+            operator=roster.operator.hex(),
+            members=members,
+            rotations=[_rotation_entry(signed) for signed in document.rotations],
+            revocations=[_revocation_entry(signed) for signed in document.revocations],
+            revoked_here=[key.hex() for key in document.revoked_here],
+        )
     )
-    return msgspec.json.format(msgspec.json.encode(entry), indent=2).decode("utf-8") + "\n"
 
 
-def roster_from_json(text: str, file: object) -> Roster:
-    """Reads what `roster_to_json` wrote, or what people wrote like it, in any order of members.
+def document_from_json(text: str, file: object) -> RosterDocument:
+    """Reads what `document_to_json` wrote, or what people wrote like it, members in any order.
 
     Args:
         file: where the text came from, for errors.
 
     Raises:
-        IdentityError: no JSON, an unknown, missing or wrong field, a key that is none, or two
-            parties with one name or one key.
+        IdentityError: no JSON, an unknown, missing or wrong field, a key or signature that is none,
+            two parties with one name or one key, or a statement of another federation.
     """
-    try:
-        entry = msgspec.json.decode(text, type=_RosterEntry)
-        members = [
-            {
-                "name": member.name,
-                "public_key": _key(member.public_key, member.name, file),
-                "weight": member.weight,
-            }
-            for member in sorted(entry.members, key=lambda member: member.name)
-        ]
-        parts = {
+    entry = _from_json(text, _RosterEntry, file, "a roster file")
+    members = [
+        {
+            "name": member.name,
+            "public_key": _key(member.public_key, member.name, file),
+            "weight": member.weight,
+        }
+        for member in sorted(entry.members, key=lambda member: member.name)
+    ]
+    parts: dict[str, object] = {
+        "roster": {
             "federation": entry.federation,
             "operator": _key(entry.operator, "operator", file),
             "members": members,
-        }
-        return msgspec.convert(parts, Roster)
+        },
+        "rotations": [_rotation_parts(rotation, file) for rotation in entry.rotations],
+        "revocations": [_revocation_parts(revocation, file) for revocation in entry.revocations],
+        "revoked_here": [_key(key, "revoked_here", file) for key in entry.revoked_here],
+    }
+    return _convert(parts, RosterDocument, file, "a roster file")
+
+
+def roster_to_json(roster: Roster) -> str:
+    """A roster about whose keys nothing else is known, as `document_to_json` writes it."""
+    return document_to_json(RosterDocument(roster))
+
+
+def roster_from_json(text: str, file: object) -> Roster:
+    """The roster of a document, as `document_from_json` reads it."""
+    return document_from_json(text, file).roster
+
+
+def rotation_to_json(signed: SignedRotation) -> str:
+    """A rotation as a file of its own, in the form that it has in a roster file."""
+    return _to_json(_rotation_entry(signed))
+
+
+def rotation_from_json(text: str, file: object) -> SignedRotation:
+    """Reads what `rotation_to_json` wrote.
+
+    Raises:
+        IdentityError: no JSON, an unknown, missing or wrong field, a key or signature that is none.
+    """
+    entry = _from_json(text, _RotationEntry, file, "a rotation file")
+    return _convert(_rotation_parts(entry, file), SignedRotation, file, "a rotation file")
+
+
+def revocation_to_json(signed: SignedRevocation) -> str:
+    """A revocation as a file of its own, in the form that it has in a roster file."""
+    return _to_json(_revocation_entry(signed))
+
+
+def revocation_from_json(text: str, file: object) -> SignedRevocation:
+    """Reads what `revocation_to_json` wrote.
+
+    Raises:
+        IdentityError: no JSON, an unknown, missing or wrong field, a key or signature that is none.
+    """
+    entry = _from_json(text, _RevocationEntry, file, "a revocation file")
+    return _convert(_revocation_parts(entry, file), SignedRevocation, file, "a revocation file")
+
+
+def _rotation_entry(signed: SignedRotation) -> _RotationEntry:
+    return _RotationEntry(
+        federation=signed.rotation.federation,
+        party=signed.rotation.party,
+        old_key=signed.rotation.old_key.hex(),
+        new_key=signed.rotation.new_key.hex(),
+        signature_by_old_key=signed.by_old.hex(),
+        signature_by_new_key=signed.by_new.hex(),
+    )
+
+
+def _rotation_parts(entry: _RotationEntry, file: object) -> dict[str, object]:
+    return {
+        "rotation": {
+            "federation": entry.federation,
+            "party": entry.party,
+            "old_key": _key(entry.old_key, "old_key", file),
+            "new_key": _key(entry.new_key, "new_key", file),
+        },
+        "by_old": _signature(entry.signature_by_old_key, "signature_by_old_key", file),
+        "by_new": _signature(entry.signature_by_new_key, "signature_by_new_key", file),
+    }
+
+
+def _revocation_entry(signed: SignedRevocation) -> _RevocationEntry:
+    return _RevocationEntry(
+        federation=signed.revocation.federation,
+        key=signed.revocation.key.hex(),
+        signer=signed.signer.hex(),
+        signature=signed.signature.hex(),
+    )
+
+
+def _revocation_parts(entry: _RevocationEntry, file: object) -> dict[str, object]:
+    return {
+        "revocation": {"federation": entry.federation, "key": _key(entry.key, "key", file)},
+        "signer": _key(entry.signer, "signer", file),
+        "signature": _signature(entry.signature, "signature", file),
+    }
+
+
+def _to_json(entry: _Entry) -> str:
+    return msgspec.json.format(msgspec.json.encode(entry), indent=2).decode("utf-8") + "\n"
+
+
+def _from_json(text: str, kind: type[EntryT], file: object, what: str) -> EntryT:
+    try:
+        return msgspec.json.decode(text, type=kind)
     except msgspec.MsgspecError as error:
-        raise IdentityError(
-            "a roster file is malformed",
-            file=file,
-            found=str(error).replace("`$.", "`"),
-            remedy="compare it with the roster that the other parties pinned",
-        ) from None
+        raise _malformed(error, file, what) from None
+
+
+def _convert(parts: dict[str, object], kind: type[V], file: object, what: str) -> V:
+    try:
+        return msgspec.convert(parts, kind)
+    except msgspec.MsgspecError as error:
+        raise _malformed(error, file, what) from None
+
+
+def _malformed(error: msgspec.MsgspecError, file: object, what: str) -> IdentityError:
+    return IdentityError(
+        f"{what} is malformed",
+        file=file,
+        found=str(error).replace("`$.", "`"),
+        remedy="compare it with the one that the other parties have",
+    )
 
 
 def _key(text: str, owner: str, file: object) -> bytes:
+    return _hexadecimal(text, KEY_BYTES, "public key", owner, file)
+
+
+def _signature(text: str, field: str, file: object) -> bytes:
+    return _hexadecimal(text, SIGNATURE_BYTES, "signature", field, file)
+
+
+def _hexadecimal(text: str, size: int, what: str, field: str, file: object) -> bytes:
     try:
-        key = bytes.fromhex(text)
+        value = bytes.fromhex(text)
     except ValueError:
-        key = b""
-    if len(key) != 32:
+        value = b""
+    if len(value) != size:
         raise IdentityError(
-            "a public key in the roster is malformed",
+            f"a {what} is malformed",
             file=file,
-            field=owner,
+            field=field,
             found=f"{len(text)} characters",
-            accepted="64 hexadecimal digits",
+            accepted=f"{2 * size} hexadecimal digits",
         )
-    return key
+    return value

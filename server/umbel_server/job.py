@@ -50,19 +50,25 @@ class Job:
         link: Link,
         observer: Observer,
         limits: Limits,
+        revoked: frozenset[bytes] = frozenset(),
     ) -> None:
         """Everything that the job works with; nothing is sent or written yet.
+
+        Args:
+            revoked: public keys that count for nothing, whoever lists them: their sites are asked
+                for nothing.
 
         Raises:
             PlanError: the plan contradicts itself or the roster.
         """
         check_plan(plan)
-        if plan.aggregation.threshold > len(roster.members):
+        sites = tuple(member.name for member in roster.members if member.public_key not in revoked)
+        if plan.aggregation.threshold > len(sites):
             raise PlanError(
                 "the threshold is larger than the roster",
                 field="aggregation.threshold",
                 found=plan.aggregation.threshold,
-                accepted=f"at most {len(roster.members)}",
+                accepted=f"at most {len(sites)}",
             )
         heaviest = max((member.weight for member in roster.members), default=0)
         if plan.aggregation.weights == "size-class" and heaviest > plan.aggregation.max_weight:
@@ -74,6 +80,7 @@ class Job:
             )
         self.plan = plan
         self._roster = roster
+        self._sites = sites
         self._operator = operator
         self._store = store
         self._registry = registry
@@ -145,7 +152,7 @@ class Job:
         plan = self._store.plan(self.plan.job)
         assert plan is not None  # recorded by _start_or_resume
         accepted, refused = set(), {}
-        requests = {member.name: OfferRequest(plan=plan) for member in self._roster.members}
+        requests = dict.fromkeys(self._sites, OfferRequest(plan=plan))
         for site, reply in self._exchange(Step("offer"), requests):
             if isinstance(reply, OfferReply) and reply.plan == self.plan.digest():
                 accepted.add(site)
@@ -279,13 +286,15 @@ class Job:
                 release=signed,
             ),
         )
+        if outcome.aggregate.wrong_shares:
+            self._observer.disputed(header.round, header.attempt, outcome.aggregate.wrong_shares)
         self._observer.released(release, vector)
         return release
 
     def _finish(self, last: Release) -> None:
         vector = self._registry.load(self.plan, last.adapter)
         request = FinishRequest(release=self._signed_release(), adapter=to_bytes(vector))
-        requests = {member.name: request for member in self._roster.members}
+        requests = dict.fromkeys(self._sites, request)
         delivered = {
             site
             for site, reply in self._exchange(Step("finish", last.round), requests)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from umbel_common.adapter import Vector
+from umbel_common.secagg.unmasking import WrongShare
 from umbel_common.statements import Release
 from umbel_common.wire import Reply
 
@@ -47,6 +48,12 @@ class Observer(Protocol):
 
     def aborted(self, round_number: int, attempt: int, check: str) -> None:
         """An attempt released nothing."""
+        ...
+
+    def disputed(
+        self, round_number: int, attempt: int, wrong_shares: tuple[WrongShare, ...]
+    ) -> None:
+        """An attempt reached its sum although some site lied about its shares."""
         ...
 
     def released(self, release: Release, adapter: Vector) -> None:

@@ -1,7 +1,6 @@
 """`umbel-simulate`: many sites on one machine, through the code that deployment runs."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from umbel_common.errors import UmbelError
+from umbel_client.console import exit_code
 
 app = typer.Typer(
     name="umbel-simulate",
@@ -19,8 +18,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-INTERRUPTED = 130
 
 ScenarioName = Annotated[
     str, typer.Argument(help="Name of a shipped scenario, or path of a TOML file.")
@@ -110,20 +107,4 @@ def verify(
 
 def main() -> None:
     """The console script: every error is text for people, with its own exit code."""
-    sys.exit(exit_code(app))
-
-
-def exit_code(command: Callable[[], None]) -> int:
-    """Runs a command and maps its end to the documented exit codes."""
-    console = Console(stderr=True, highlight=False)
-    try:
-        command()
-    except UmbelError as error:
-        console.print(f"error: {error.diagnostics()}", markup=False, soft_wrap=True)
-        return error.exit_code
-    except SystemExit as end:
-        # Typer has turned Ctrl-C into this code.
-        if end.code == INTERRUPTED:
-            console.print("interrupted: the same command resumes the run", markup=False)
-        return end.code if isinstance(end.code, int) else 1
-    return 0
+    sys.exit(exit_code(app, interrupted="interrupted: the same command resumes the run"))

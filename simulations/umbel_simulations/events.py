@@ -80,6 +80,15 @@ class AttemptAborted(Event, frozen=True, tag="attempt-aborted"):
     check: str
 
 
+class SharesDisputed(Event, frozen=True, tag="shares-disputed"):
+    """Of these pairs one of the two sites lied about a share; the sum is right all the same."""
+
+    round: int
+    attempt: int
+    pairs: list[tuple[str, str]]
+    """(Whose secret it is a share of, who revealed it.)"""
+
+
 class BaselineStep(Event, frozen=True, tag="baseline-step"):
     """Progress of a comparison."""
 
@@ -89,5 +98,12 @@ class BaselineStep(Event, frozen=True, tag="baseline-step"):
 
 
 AnyEvent: TypeAlias = (
-    Started | Preparing | SiteStep | SiteStage | RoundReleased | AttemptAborted | BaselineStep
+    Started
+    | Preparing
+    | SiteStep
+    | SiteStage
+    | RoundReleased
+    | AttemptAborted
+    | SharesDisputed
+    | BaselineStep
 )

@@ -13,9 +13,11 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from umbel_client.config import ClientConfig, load_config, read_identity, write_identity
+from umbel_client.config import ClientConfig, load_config
 from umbel_client.flower import answer
+from umbel_client.keys import read_identity, write_identity
 from umbel_client.model import folder_digest
+from umbel_client.pinned_roster import load_pinned
 from umbel_client.site_job import SiteStatus
 from umbel_client.trainer import Trainer
 from umbel_common.adapter import Vector
@@ -178,7 +180,7 @@ class Federation:
         config = self.site_config(site)
         return Trainer(
             config,
-            self.roster(),
+            load_pinned(config),
             read_identity(Path(config.identity)),
             observer=observer,
             entropy=self.entropy(site),

@@ -9,6 +9,7 @@ import msgspec
 
 from umbel_common.adapter import Vector
 from umbel_common.errors import UmbelError
+from umbel_common.secagg.unmasking import WrongShare
 from umbel_common.statements import Release
 from umbel_common.wire import (
     ConfirmReply,
@@ -161,6 +162,19 @@ class ServerObserver:
         self._recorder.emit(
             events.AttemptAborted(
                 seconds=self._recorder.seconds(), round=round_number, attempt=attempt, check=check
+            )
+        )
+
+    def disputed(
+        self, round_number: int, attempt: int, wrong_shares: tuple[WrongShare, ...]
+    ) -> None:
+        """See `Observer`."""
+        self._recorder.emit(
+            events.SharesDisputed(
+                seconds=self._recorder.seconds(),
+                round=round_number,
+                attempt=attempt,
+                pairs=[(share.owner, share.site) for share in wrong_shares],
             )
         )
 

@@ -23,7 +23,7 @@ from umbel_common.plan import (
 SHIPPED = Path(__file__).parent / "scenarios"
 
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
-Package = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Package = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z")]
 Baseline = Literal["majority", "head-only", "local-only", "pooled"]
 Stage = Literal["train", "share", "mask", "confirm", "unmask"]
 

@@ -8,6 +8,7 @@ from umbel_common.canonical import decode
 from umbel_common.quantise import RingVector
 from umbel_common.secagg import masking
 from umbel_common.secagg.messages import KeyAdvert, RevealedShare
+from umbel_common.secagg.primitives import load
 from umbel_common.secagg.shamir import recover
 from umbel_common.statements import RoundHeader
 from umbel_server.round import Attempt
@@ -59,7 +60,9 @@ def remove_masks(
     for site in seeds:
         for other in keys.keys() - seeds.keys():
             ours, theirs = (site, other) if site in secrets else (other, site)
-            mask = masking.pairwise_key(secrets[ours], ours, keys[theirs].mask_key, theirs, context)
+            mask = masking.pairwise_key(
+                load(secrets[ours]), ours, keys[theirs].mask_key, theirs, context
+            )
             (subtracted if site < other else added).append(mask)
     masking.add_masks(total, added=added, subtracted=subtracted)
     return total

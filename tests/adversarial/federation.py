@@ -17,6 +17,7 @@ from umbel_client.data import load_records
 from umbel_client.keys import write_identity
 from umbel_client.ledger import Ledger
 from umbel_client.model import folder_digest, plan_lora
+from umbel_client.pinned_roster import Pinned
 from umbel_client.trainer import Trainer
 from umbel_common.adapter import Vector, adapter_digest, initial_vector, size_of, to_bytes
 from umbel_common.errors import UmbelError
@@ -175,15 +176,26 @@ class Federation:
         }
         return TrainingPlan(**{**fields, **parts})
 
-    def start(self, site: str) -> None:
+    def start(
+        self,
+        site: str,
+        roster: Roster | None = None,
+        revoked: frozenset[bytes] = frozenset(),
+    ) -> None:
         """Starts a site's trainer, or starts it again from what is on its disk."""
         if site in self.trainers:
             self.trainers[site].close()
         self.observers[site] = KeptObserver()
-        config = load_config(self.folder / site / "client.toml")
         self.trainers[site] = Trainer(
-            config, self.roster, self.identities[site], observer=self.observers[site]
+            load_config(self.folder / site / "client.toml"),
+            Pinned(roster or self.roster, revoked),
+            self.identities[site],
+            observer=self.observers[site],
         )
+
+    def revoke(self, site: str, identity: Identity) -> None:
+        """Has a site restart with a key on its list of revoked ones."""
+        self.start(site, revoked=frozenset({identity.public_key}))
 
     def send(self, site: str, request: Request, operator: Identity | None = None) -> Reply:
         """One request, sealed by the operator or by somebody else, and the opened reply."""

@@ -9,11 +9,11 @@ from typing import Any
 
 from umbel_client.config import load_config
 from umbel_client.keys import read_identity
+from umbel_client.pinned_roster import load_pinned
 from umbel_client.site_job import noise_for
 from umbel_client.trainer import Trainer
 from umbel_common.errors import UmbelError
 from umbel_common.plan import TrainingPlan
-from umbel_common.roster_file import roster_from_json
 
 AT = "killed-at"
 """The file beside client.toml that says before which step the site was killed."""
@@ -73,9 +73,8 @@ def serve(folder: Path, address: str, steps: int) -> None:
 
     sqlite3.connect = counted  # type: ignore[assignment]  # in this process only
     config = load_config(folder / "client.toml")
-    roster = roster_from_json(Path(config.roster).read_text(), config.roster)
     identity = read_identity(Path(config.identity))
-    trainer = Trainer(config, roster, identity, observer=Quiet())
+    trainer = Trainer(config, load_pinned(config), identity, observer=Quiet())
     while True:
         reply = trainer.handle(connection.recv_bytes())
         step("answer")

@@ -9,6 +9,7 @@ from adversarial.extraction import keys_of, remove_masks, secret_of
 from adversarial.federation import Federation
 from adversarial.weaken import Stopped
 
+from umbel_common.errors import IdentityError
 from umbel_common.identity import Identity
 from umbel_common.wire import MaskReply, MaskRequest, ShareReply, TrainReply
 
@@ -111,3 +112,42 @@ def test_a_server_claims_that_a_late_site_dropped_out_and_opens_its_vector(
     if not federation.is_sum_of(opened, late):
         # Its own mask is still on it, and nobody reveals the seed of a site that dropped out.
         raise Stopped("self-mask")
+
+
+@pytest.mark.attack("revoked-key")
+def test_a_thief_of_a_key_joins_the_cohort_after_its_owner_revoked_it(
+    open_federation: Callable[..., Federation],
+) -> None:
+    federation = open_federation(3)
+    federation.offer()
+    thief = "site-02"
+    federation.play(thief, own_keys=True)
+    federation.revoke(SITE, federation.identities[thief])
+    outcome = federation.drive(federation.attempt())
+    assert federation.is_sum_of(outcome.aggregate.total, SITE, "site-01")
+
+
+@pytest.mark.attack("revoked-key")
+def test_a_thief_of_the_operators_key_runs_a_round_after_it_was_revoked(
+    federation: Federation,
+) -> None:
+    federation.offer()
+    federation.revoke(SITE, federation.operator)
+    assert isinstance(federation.ask(SITE, federation.train_request()), TrainReply)
+
+
+@pytest.mark.parametrize("change", ["another key", "missing", "revoked"])
+def test_a_site_that_the_others_would_not_believe_does_not_start(
+    federation: Federation, change: str
+) -> None:
+    roster, revoked = federation.roster, frozenset[bytes]()
+    match change:
+        case "another key":
+            others = {**federation.identities, SITE: Identity.generate(os.urandom)}
+            roster = federation.make_roster(others)
+        case "missing":
+            roster = federation.make_roster({site: federation.identities[site] for site in PEERS})
+        case "revoked":
+            revoked = frozenset({federation.identities[SITE].public_key})
+    with pytest.raises(IdentityError):
+        federation.start(SITE, roster, revoked)

@@ -169,5 +169,9 @@ class Quiet:
         """See `umbel_server.job.Observer`."""
         raise AssertionError("an attempt of honest sites was aborted")
 
+    def disputed(self, *_: object) -> None:
+        """See `umbel_server.job.Observer`."""
+        raise AssertionError("honest sites revealed wrong shares")
+
     def released(self, *_: object) -> None:
         """See `umbel_server.job.Observer`."""

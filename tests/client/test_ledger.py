@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from umbel_client.accounting import Event, epsilon
-from umbel_client.ledger import Budget, Ledger
+from umbel_client.budget import Budget
+from umbel_client.ledger import Ledger
 from umbel_client.ledger_rows import State
 from umbel_common.errors import BudgetError, LedgerError, StorageError
 

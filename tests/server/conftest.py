@@ -13,6 +13,7 @@ from umbel_common.identity import Identity, Roster, open_signed
 from umbel_common.plan import TrainingPlan
 from umbel_common.quantise import RingVector, encode, encoding_of
 from umbel_common.secagg import participant as secagg
+from umbel_common.secagg.unmasking import WrongShare
 from umbel_common.statements import Release, RoundHeader
 from umbel_common.wire import (
     ConfirmReply,
@@ -129,6 +130,7 @@ class Silent:
     def __init__(self) -> None:
         self.aborts: list[tuple[int, int, str]] = []
         self.releases: list[Release] = []
+        self.disputes: list[WrongShare] = []
 
     def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
         assert received > 0
@@ -136,6 +138,11 @@ class Silent:
 
     def aborted(self, round_number: int, attempt: int, check: str) -> None:
         self.aborts.append((round_number, attempt, check))
+
+    def disputed(
+        self, round_number: int, attempt: int, wrong_shares: tuple[WrongShare, ...]
+    ) -> None:
+        self.disputes.extend(wrong_shares)
 
     def released(self, release: Release, adapter: Vector) -> None:
         self.releases.append(release)
@@ -164,7 +171,7 @@ class Setting:
         self.store = Store(folder / "journal.sqlite")
         self.registry = Registry(folder / "registry")
 
-    def job(self, attempts: int = 3) -> Job:
+    def job(self, attempts: int = 3, revoked: frozenset[bytes] = frozenset()) -> Job:
         """A new job object over the same disk, as after a restart."""
         return Job(
             self.plan,
@@ -175,6 +182,7 @@ class Setting:
             link=self.link,
             observer=self.observer,
             limits=Limits(attempts=attempts),
+            revoked=revoked,
         )
 
 

@@ -15,6 +15,7 @@ from umbel_common.wire import (
     OfferReply,
     Refusal,
     TrainRequest,
+    UnmaskReply,
     seal_reply,
 )
 from umbel_server.job import Step
@@ -196,3 +197,41 @@ def test_a_site_that_was_wronged_by_a_peer_is_asked_again(make_setting: MakeSett
     setting.job().run()
     assert setting.observer.aborts == [(1, 1, "too-few-vectors")]
     assert setting.observer.releases[0].survivors == tuple(sorted(setting.sites))
+
+
+def test_a_site_whose_key_is_revoked_is_asked_for_nothing(make_setting: Any) -> None:
+    setting = make_setting(4, aggregation=THREE)
+    revoked = setting.roster.member("site-01").public_key
+    release = setting.job(revoked=frozenset({revoked})).run()
+    assert release.survivors == ("site-00", "site-02", "site-03")
+    assert setting.sites["site-01"].requests == []
+
+
+def test_a_threshold_that_the_sites_without_revoked_keys_cannot_reach_is_refused(
+    make_setting: Any,
+) -> None:
+    setting = make_setting(3, aggregation=THREE)
+    revoked = setting.roster.member("site-01").public_key
+    with pytest.raises(PlanError, match="threshold"):
+        setting.job(revoked=frozenset({revoked}))
+
+
+def test_an_operator_is_told_of_a_wrong_share_that_did_no_harm(make_setting: Any) -> None:
+    setting = make_setting(5, aggregation=THREE)
+    liar = setting.sites["site-00"]
+    honest = liar.answer
+
+    def answer(request: Any) -> Any:
+        reply = honest(request)
+        if isinstance(reply, UnmaskReply):
+            wrong = msgspec.structs.replace(reply.shares[1], share=bytes(32))
+            shares = (reply.shares[0], wrong, *reply.shares[2:])
+            reply = msgspec.structs.replace(reply, shares=shares)
+        return reply
+
+    liar.answer = answer
+    setting.job().run()
+    assert setting.observer.aborts == []
+    assert {(share.owner, share.site) for share in setting.observer.disputes} == {
+        ("site-01", "site-00")
+    }

@@ -14,8 +14,8 @@ def open_advert(
     """The advert of the site of `cohort` that signed it, over this attempt.
 
     Raises:
-        RemoteProtocolError: `malformed-message`, `not-in-cohort`, `pinned-signature` or
-            `other-context`.
+        RemoteProtocolError: `malformed-message`, `not-in-cohort`, `not-in-roster`,
+            `pinned-signature` or `other-context`.
     """
     # Only the claimed name is taken from the statement before its signature is verified.
     claimed = decode(signed.statement, KeyAdvert).site
@@ -26,7 +26,12 @@ def open_advert(
         field="site",
         found=claimed,
     )
-    advert = open_signed(signed, KeyAdvert, roster.member(claimed).public_key, claimed)
+    member = roster.find(claimed)
+    require(
+        member is not None, "not-in-roster", "keys are of a site outside the roster", field=claimed
+    )
+    assert member is not None  # required above
+    advert = open_signed(signed, KeyAdvert, member.public_key, claimed)
     _check_context(advert.context, context, claimed)
     return advert
 

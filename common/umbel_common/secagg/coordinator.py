@@ -26,7 +26,7 @@ from umbel_common.secagg.messages import (
     RevealedShare,
     SurvivorSignature,
 )
-from umbel_common.secagg.primitives import KEY_BYTES, agree
+from umbel_common.secagg.primitives import KEY_BYTES, agree, load
 from umbel_common.secagg.shamir import is_element
 from umbel_common.secagg.unmasking import Aggregate, RunningSum, Secrets, unmask
 from umbel_common.statements import RoundHeader
@@ -43,7 +43,7 @@ __all__ = [
 
 Answer = TypeVar("Answer")
 
-_ANY_SECRET = bytes(KEY_BYTES)
+_ANY_KEY = load(bytes(KEY_BYTES))
 """X25519 makes it a multiple of 8, so a point of small order gives zero with it as with any."""
 
 
@@ -120,7 +120,7 @@ class Advertising(Stage[tuple[Signed, KeyAdvert]]):
         check_distinct_keys([*(known for _, known in self.answers.values()), advert])
         # Here it costs one site its place; passed on, every peer would refuse it and be out.
         for key in (advert.cipher_key, advert.mask_key):
-            agree(_ANY_SECRET, key, site)
+            agree(_ANY_KEY, key, site)
         return replace(self, answers={**self.answers, site: (payload, advert)})
 
     def close(self) -> "Sharing":
@@ -264,7 +264,10 @@ class Confirming(Stage[SurvivorSignature]):
             self.answered,
             {},
             survivors=self.sites,
-            signatures=tuple(self.answers[site] for site in self.answered),
+            # No more than prove the set: each costs every site a verification.
+            signatures=tuple(
+                self.answers[site] for site in self.answered[: self.attempt.threshold]
+            ),
             adverts=self.adverts,
             dropped=self.dropped,
             total=self.total,
@@ -283,7 +286,7 @@ class Unmasking(Stage[tuple[RevealedShare, ...]]):
     total: RunningSum
 
     def requests(self) -> dict[str, tuple[SurvivorSignature, ...]]:
-        """To each site of U4: the signatures of U4 over U3, in the order of their sites' names."""
+        """To each site of U4: as many signatures over U3 as the threshold, sorted by site."""
         return dict.fromkeys(self.sites, self.signatures)
 
     def receive(self, site: str, payload: tuple[RevealedShare, ...]) -> "Unmasking":

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from umbel_common.errors import LocalProtocolError
 from umbel_common.quantise import RingVector
@@ -14,15 +15,17 @@ def self_mask_key(seed: bytes, site: str, context: bytes) -> bytes:
     return derive(seed, "self mask", context, (site,))
 
 
-def pairwise_key(secret: bytes, site: str, peer_key: bytes, peer: str, context: bytes) -> bytes:
-    """The key of the mask between `site`, whose X25519 secret is given, and `peer`.
+def pairwise_key(
+    ours: X25519PrivateKey, site: str, peer_key: bytes, peer: str, context: bytes
+) -> bytes:
+    """The key of the mask between `site`, whose X25519 key is given, and `peer`.
 
     The same from both sides. The site whose name sorts first adds the mask, the other subtracts it.
 
     Raises:
         RemoteProtocolError: `weak-key`.
     """
-    return derive(agree(secret, peer_key, peer), "pairwise mask", context, sorted((site, peer)))
+    return derive(agree(ours, peer_key, peer), "pairwise mask", context, sorted((site, peer)))
 
 
 def add_masks(

@@ -39,6 +39,7 @@ from umbel_common.secagg.primitives import (
     commit,
     derive,
     draw,
+    load,
     public_key,
     seal,
     share_binding,
@@ -160,9 +161,10 @@ class Advertised(Stage, frozen=True, tag="advertised"):
         threshold = self.rules.threshold
         seed_shares = split(self.seed, points, threshold, entropy)
         key_shares = split(self.mask_secret, points, threshold, entropy)
+        cipher_key, mask_key = load(self.cipher_secret), load(self.mask_secret)
         keys, messages = [], []
         for peer, *shares in zip(peers, seed_shares[1:], key_shares[1:], strict=True):
-            secret = agree(self.cipher_secret, peer.cipher_key, peer.site)
+            secret = agree(cipher_key, peer.cipher_key, peer.site)
             sealing_key = derive(secret, "share", self.context, (self.site, peer.site))
             bound = share_binding(self.context, self.site, peer.site)
             ciphertext = seal(sealing_key, b"".join(shares), bound, entropy)
@@ -174,7 +176,7 @@ class Advertised(Stage, frozen=True, tag="advertised"):
                     peer=peer.site,
                     opening_key=derive(secret, "share", self.context, (peer.site, self.site)),
                     mask_key=pairwise_key(
-                        self.mask_secret, self.site, peer.mask_key, peer.site, self.context
+                        mask_key, self.site, peer.mask_key, peer.site, self.context
                     ),
                 )
             )

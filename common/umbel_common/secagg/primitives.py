@@ -42,12 +42,18 @@ def draw(entropy: Entropy, size: int) -> bytes:
     return data
 
 
+def load(secret: bytes) -> X25519PrivateKey:
+    """32 secret bytes as an X25519 key (RFC 7748, section 5). Loading costs as much as agreeing:
+    a key that agrees with many is loaded once."""
+    return X25519PrivateKey.from_private_bytes(secret)
+
+
 def public_key(secret: bytes) -> bytes:
-    """The 32-byte X25519 public key of 32 secret bytes (RFC 7748, section 5)."""
-    return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
+    """The 32-byte X25519 public key of 32 secret bytes."""
+    return load(secret).public_key().public_bytes_raw()
 
 
-def agree(secret: bytes, peer_key: bytes, peer: str) -> bytes:
+def agree(ours: X25519PrivateKey, peer_key: bytes, peer: str) -> bytes:
     """The 32-byte X25519 shared secret with the site `peer`.
 
     Raises:
@@ -55,7 +61,6 @@ def agree(secret: bytes, peer_key: bytes, peer: str) -> bytes:
             order (RFC 7748, section 6.1); OpenSSL reports it.
     """
     try:
-        ours = X25519PrivateKey.from_private_bytes(secret)
         return ours.exchange(X25519PublicKey.from_public_bytes(peer_key))
     except ValueError:
         raise RemoteProtocolError(

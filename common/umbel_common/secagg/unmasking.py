@@ -18,7 +18,7 @@ from umbel_common.errors import LocalProtocolError, RoundAborted, require
 from umbel_common.quantise import RingVector
 from umbel_common.secagg.masking import add_masks, pairwise_key, self_mask_key
 from umbel_common.secagg.messages import KeyAdvert
-from umbel_common.secagg.primitives import commit, public_key
+from umbel_common.secagg.primitives import commit, load, public_key
 from umbel_common.secagg.shamir import Decoded, decode, recover
 
 
@@ -216,9 +216,10 @@ def left_over_masks(secrets: Recovered, attempt: Secrets) -> tuple[list[bytes], 
     to_add: list[bytes] = []
     to_subtract = [self_mask_key(seed, site, context) for site, seed in secrets.seeds.items()]
     for dropped, secret in secrets.keys.items():
+        key = load(secret)
         for survivor in secrets.seeds:
             peer_key = attempt.adverts[survivor].mask_key
-            mask = pairwise_key(secret, dropped, peer_key, survivor, context)
+            mask = pairwise_key(key, dropped, peer_key, survivor, context)
             (to_subtract if survivor < dropped else to_add).append(mask)
     return to_add, to_subtract
 

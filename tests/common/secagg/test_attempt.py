@@ -2,11 +2,13 @@
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fuzz.record import RECORD, full_run
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from umbel_common.errors import RemoteProtocolError, RoundAborted
@@ -23,6 +25,11 @@ ABORTS = (
     "too-few-reveals",
 )
 NEVER = len(STAGES)
+# In CI a large cohort is any of them; `make fuzz` has its number of attempts for each size.
+COHORTS = [(range(size, size + 1), 900 if full_run() else 60) for size in range(3, 13)]
+COHORTS += (
+    [(range(size, size + 1), 36) for size in range(13, 41)] if full_run() else [(range(13, 41), 30)]
+)
 LENGTH = 3
 
 
@@ -30,7 +37,7 @@ LENGTH = 3
 class Case:
     threshold: int
     colluding: int
-    ring_bits: int
+    ring_bits: Literal[16, 32]
     leaves: list[int]
     """For each site, the index of the stage that it does not answer; NEVER if it stays."""
     weights: list[int]
@@ -82,7 +89,8 @@ def check(make_attempt, case: Case) -> None:
                 attempt.close()
             assert caught.value.check == ABORTS[index]
             return
-        aggregate = attempt.close()
+        attempt.close()
+    aggregate = attempt.machine
     survivors = tuple(name for name in names if left[name] > STAGES.index("mask"))
     assert aggregate.survivors == survivors
     assert aggregate.total.dtype == vectors[names[0]].dtype
@@ -97,16 +105,21 @@ def check(make_attempt, case: Case) -> None:
     assert np.abs(mean - clipped / weight).max() <= encoding.step + 1e-6
 
 
-@settings(max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
-@given(case=cases(st.one_of(st.integers(3, 6), st.integers(3, 6), st.integers(3, 12))))
-def test_the_sum_of_a_random_cohort_is_the_plaintext_sum_or_the_attempt_aborts(make_attempt, case):
-    check(make_attempt, case)
+@pytest.mark.parametrize(("sizes", "count"), COHORTS)
+def test_the_sum_of_a_random_cohort_is_the_plaintext_sum_or_the_attempt_aborts(
+    make_attempt, sizes, count
+):
+    with RECORD.attempts() as counted:
 
+        @seed(RECORD.seed + sizes.start)
+        @settings(max_examples=count, database=None, suppress_health_check=[HealthCheck.too_slow])
+        @given(case=cases(st.integers(sizes.start, sizes.stop - 1)))
+        def attempts(case):
+            counted[len(case.leaves)] += 1
+            check(make_attempt, case)
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
-@given(case=cases(st.integers(13, 40)))
-def test_the_same_holds_for_larger_cohorts(make_attempt, case):
-    check(make_attempt, case)
+        attempts()
+    assert counted.total() >= count
 
 
 def resigned(attempt, signed, context):

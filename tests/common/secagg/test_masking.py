@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from umbel_common.errors import LocalProtocolError
 from umbel_common.secagg.masking import add_masks, pairwise_key, self_mask_key
-from umbel_common.secagg.primitives import CHUNK_BYTES, public_key
+from umbel_common.secagg.primitives import CHUNK_BYTES, load, public_key
 
 
 def one_shot_mask(key: bytes, dtype: str, length: int):
@@ -50,10 +50,10 @@ def test_the_mask_of_a_16_bit_ring_uses_every_byte_of_the_keystream():
 
 def test_both_sites_of_a_pair_derive_one_key_and_no_one_else_does():
     a, b, c = (os.urandom(32) for _ in range(3))
-    key = pairwise_key(a, "a", public_key(b), "b", bytes(32))
-    assert key == pairwise_key(b, "b", public_key(a), "a", bytes(32))
-    assert key != pairwise_key(c, "a", public_key(b), "b", bytes(32))
-    assert key != pairwise_key(a, "a", public_key(b), "b", b"\1" + bytes(31))
+    key = pairwise_key(load(a), "a", public_key(b), "b", bytes(32))
+    assert key == pairwise_key(load(b), "b", public_key(a), "a", bytes(32))
+    assert key != pairwise_key(load(c), "a", public_key(b), "b", bytes(32))
+    assert key != pairwise_key(load(a), "a", public_key(b), "b", b"\1" + bytes(31))
 
 
 def test_a_self_mask_key_is_not_the_seed_itself():

@@ -240,7 +240,7 @@ ATTACKS_ON_SIGNATURES = {
 }
 
 BEHIND = {
-    "a site that is not in the cohort": IdentityError,
+    "a site that is not in the cohort": RemoteProtocolError,
     "a peer twice": RemoteProtocolError,
     "a peer twice, with other keys": LocalProtocolError,
     "fewer peers than the threshold": LocalProtocolError,

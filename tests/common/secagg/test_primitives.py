@@ -17,6 +17,7 @@ from umbel_common.secagg.primitives import (
     derive,
     draw,
     hkdf,
+    load,
     public_key,
     seal,
     share_binding,
@@ -54,8 +55,8 @@ def test_x25519_gives_the_keys_of_rfc_7748():
     assert public_key(bob).hex() == (
         "de9edb7d7b7dc1b4d35b61c2ece435373f8343c85b78674dadfc7e146f882b4f"
     )
-    assert agree(alice, public_key(bob), "bob").hex() == shared
-    assert agree(bob, public_key(alice), "alice").hex() == shared
+    assert agree(load(alice), public_key(bob), "bob").hex() == shared
+    assert agree(load(bob), public_key(alice), "alice").hex() == shared
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_x25519_gives_the_keys_of_rfc_7748():
 )
 def test_a_point_of_small_order_is_refused_by_name(point):
     with pytest.raises(RemoteProtocolError) as caught:
-        agree(os.urandom(32), bytes.fromhex(point), "site-07")
+        agree(load(os.urandom(32)), bytes.fromhex(point), "site-07")
     assert (caught.value.check, caught.value.field) == ("weak-key", "site-07")
 
 

@@ -1,0 +1,41 @@
+"""How a command ends: text for people on stderr, and a documented exit code."""
+
+import re
+from collections.abc import Callable
+
+from rich.console import Console
+
+from umbel_common.errors import UmbelError
+
+INTERRUPTED = 130
+
+
+def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") -> int:
+    """Runs a command and maps its end to the exit codes of docs/errors.md.
+
+    Args:
+        interrupted: what to say after Ctrl-C.
+    """
+    console = Console(stderr=True, highlight=False)
+    try:
+        command()
+    except UmbelError as error:
+        text = printable(error.diagnostics())
+        console.print(f"error: {text}", markup=False, soft_wrap=True)
+        return error.exit_code
+    except SystemExit as end:
+        # Typer has turned Ctrl-C into this code.
+        if end.code == INTERRUPTED:
+            console.print(interrupted, markup=False)
+        return end.code if isinstance(end.code, int) else 1
+    return 0
+
+
+def printable(text: str) -> str:
+    """`text` with control characters written out: an error may quote a file that another party
+    sent, which must not move the reader's cursor or hide what stands there."""
+    return re.sub(
+        r"[^\n]",
+        lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1],
+        text,
+    )

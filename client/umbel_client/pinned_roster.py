@@ -1,0 +1,146 @@
+"""The roster that this site pinned: one file, which changes by this site's own decision only.
+
+A new version replaces the file at once, on disk when the call returns; the roster before it stays
+beside it under its digest.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from umbel_client.config import ClientConfig
+from umbel_client.durable import replace
+from umbel_client.text_file import find_text
+from umbel_common.errors import IdentityError, StorageError
+from umbel_common.identity import Roster
+from umbel_common.key_statements import SignedRevocation
+from umbel_common.roster_document import RosterDocument
+from umbel_common.roster_file import document_from_json, document_to_json
+from umbel_common.trust import check_revocation
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """Whom this site believes."""
+
+    roster: Roster
+    revoked: frozenset[bytes]
+    """Public keys, 32 bytes each, that must not speak even where the roster lists them."""
+
+
+def load_pinned(config: ClientConfig) -> Pinned:
+    """The roster that a site pinned, and the keys that it holds for revoked.
+
+    Raises:
+        IdentityError: no roster is pinned, or its file is unreadable or malformed.
+    """
+    document = require_document(Path(config.roster))
+    return Pinned(document.roster, document.revoked())
+
+
+def require_document(path: Path) -> RosterDocument:
+    """The pinned document.
+
+    Raises:
+        IdentityError: there is none, or its file is unreadable or malformed.
+    """
+    document = find_document(path)
+    if document is None:
+        raise IdentityError(
+            "this site has pinned no roster yet",
+            file=path,
+            remedy="compare the operator's roster file with the other parties, then run:"
+            " umbel-client roster approve FILE",
+        )
+    return document
+
+
+def find_document(path: Path) -> RosterDocument | None:
+    """The pinned document; None before the first approval.
+
+    Raises:
+        IdentityError: its file is unreadable or malformed.
+    """
+    text = find_text(path)
+    return None if text is None else document_from_json(text, path)
+
+
+def pin(path: Path, former: RosterDocument | None, document: RosterDocument) -> Path | None:
+    """Pins `document` in the place of `former`; returns where the former roster is kept.
+
+    None if there was none, or if the roster is the same and only what is known about keys grew:
+    that is all in the new file.
+
+    Raises:
+        IdentityError: the file no longer holds `former`: what was compared is not what would be
+            replaced. Nothing changed.
+        StorageError: it could not be written; the former file stays.
+    """
+    with _locked(path):
+        if find_document(path) != former:
+            raise IdentityError(
+                "the pinned roster changed while it was being compared with another",
+                file=path,
+                remedy="run the command again",
+            )
+        kept = None
+        if former is not None and former.roster != document.roster:
+            kept = path.with_name(f"{path.stem}-{former.roster.digest().hex()}{path.suffix}")
+            replace(kept, document_to_json(former).encode())
+        replace(path, document_to_json(document).encode())
+    return kept
+
+
+def revoke_signed(path: Path, signed: SignedRevocation, file: object) -> None:
+    """Adds a revocation by the key itself or by the operator to what is pinned.
+
+    Args:
+        file: where the revocation came from, for errors.
+
+    Raises:
+        SignatureError: it is signed by neither, or does not verify.
+        IdentityError: it is of another federation, or no roster is pinned.
+        StorageError: it could not be written.
+    """
+    former = require_document(path)
+    check_revocation(former, signed, file)
+    if signed not in former.revocations:
+        revocations = (*former.revocations, signed)
+        pin(path, former, msgspec.structs.replace(former, revocations=revocations))
+
+
+def revoke_here(path: Path, key: bytes) -> None:
+    """Revokes a key by this site's own decision, which nobody needs to sign.
+
+    Raises:
+        IdentityError: no roster is pinned.
+        StorageError: it could not be written.
+    """
+    former = require_document(path)
+    if key not in former.revoked():
+        revoked = (*former.revoked_here, key)
+        pin(path, former, msgspec.structs.replace(former, revoked_here=revoked))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time changes the file; the lock is on its folder, and leaves no file."""
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise StorageError(
+            "the pinned roster cannot be written",
+            file=path,
+            found=error.strerror,
+            remedy="see that the disk has space and the folder is writable",
+        ) from error

@@ -1,0 +1,51 @@
+"""Text files that people name on a command line: rosters, rotations, revocations."""
+
+from pathlib import Path
+
+from umbel_client.durable import create
+from umbel_common.errors import IdentityError, StorageError
+
+
+def find_text(path: Path) -> str | None:
+    """The text of a file; None if there is none.
+
+    Raises:
+        IdentityError: it cannot be read, or is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        found = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise IdentityError("a file cannot be read", file=path, found=found) from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        IdentityError: it is missing, cannot be read, or is no text.
+    """
+    text = find_text(path)
+    if text is None:
+        raise IdentityError("a file is missing", file=path, remedy="give the path of the file")
+    return text
+
+
+def write_new_text(path: Path, text: str) -> None:
+    """Writes a new file, never over another; on disk when this returns.
+
+    Raises:
+        StorageError: the file exists, or cannot be written.
+    """
+    try:
+        create(path, text.encode())
+    except FileExistsError:
+        raise StorageError(
+            "a file exists already and is never overwritten",
+            file=path,
+            remedy="give another --out, or move the file away",
+        ) from None
+    except OSError as error:
+        raise StorageError("a file cannot be written", file=path, found=error.strerror) from None

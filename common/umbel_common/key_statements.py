@@ -1,0 +1,102 @@
+"""What the holders of keys say about keys: a rotation to a new one, a revocation of a lost one.
+
+Both are judged only against a roster that a site pinned (`trust`): a signature says who speaks, not
+whether the speaker counts.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from umbel_common.canonical import Name, Value, encode
+from umbel_common.identity import (
+    SIGNATURE_BYTES,
+    Identity,
+    PublicKey,
+    label_of,
+    sign,
+    verifies,
+)
+
+Signature = Annotated[bytes, msgspec.Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
+"""An Ed25519 signature."""
+
+OPERATOR = "operator"
+"""What the operator is called where parties are named; no site may have this name."""
+
+
+class KeyRotation(Value, frozen=True):
+    """One party's identity passes from one key to another."""
+
+    federation: Name
+    party: Name
+    """Name of a site, or `OPERATOR`."""
+    old_key: PublicKey
+    new_key: PublicKey
+    version: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        if self.old_key == self.new_key:
+            raise ValueError("a rotation needs two different keys")
+
+
+class SignedRotation(Value, frozen=True):
+    """A rotation with both signatures over its canonical encoding.
+
+    The old key's signature is the authority. The new key's is the proof that somebody holds it:
+    without, a party could claim a key that belongs to another.
+    """
+
+    rotation: KeyRotation
+    by_old: Signature
+    by_new: Signature
+
+    def verifies(self) -> bool:
+        """Whether both keys signed this rotation."""
+        label, data = label_of(KeyRotation), encode(self.rotation)
+        return verifies(self.rotation.old_key, label, data, self.by_old) and verifies(
+            self.rotation.new_key, label, data, self.by_new
+        )
+
+
+class Revocation(Value, frozen=True):
+    """A key that no longer speaks for anybody, and never will again."""
+
+    federation: Name
+    key: PublicKey
+    version: Literal[1] = 1
+
+
+class SignedRevocation(Value, frozen=True):
+    """A revocation, and who signed its canonical encoding."""
+
+    revocation: Revocation
+    signer: PublicKey
+    """The revoked key itself, or the operator's."""
+    signature: Signature
+
+    def verifies(self) -> bool:
+        """Whether `signer` signed this revocation; `trust` asks whether that counts."""
+        return verifies(self.signer, label_of(Revocation), encode(self.revocation), self.signature)
+
+
+def rotate(federation: str, party: str, old: Identity, new: Identity) -> SignedRotation:
+    """The rotation of `party` from one identity to another, signed by both."""
+    rotation = KeyRotation(
+        federation=federation, party=party, old_key=old.public_key, new_key=new.public_key
+    )
+    return SignedRotation(
+        rotation=rotation,
+        by_old=sign(old, rotation).signature,
+        by_new=sign(new, rotation).signature,
+    )
+
+
+def revoke(federation: str, key: bytes, signer: Identity) -> SignedRevocation:
+    """The revocation of `key`, signed by its own identity or by the operator's."""
+    revocation = Revocation(federation=federation, key=key)
+    return SignedRevocation(
+        revocation=revocation,
+        signer=signer.public_key,
+        signature=sign(signer, revocation).signature,
+    )

@@ -1,0 +1,113 @@
+"""What a site pins: a roster, and what is known about the keys that are, were or must not be in it.
+
+A document is only read here. Whether its statements hold, and whether a site may pin it, `trust`
+says.
+"""
+
+from umbel_common.canonical import Value
+from umbel_common.identity import Member, PublicKey, Roster
+from umbel_common.key_statements import OPERATOR, SignedRevocation, SignedRotation
+
+
+class RosterDocument(Value, frozen=True):
+    """A roster, and what is known about keys that are, were or must never be in it."""
+
+    roster: Roster
+    rotations: tuple[SignedRotation, ...] = ()
+    revocations: tuple[SignedRevocation, ...] = ()
+    revoked_here: tuple[PublicKey, ...] = ()
+    """Keys that the keeper of this document revoked by its own decision, signed by nobody."""
+
+    def __post_init__(self) -> None:
+        federations = {
+            *(signed.rotation.federation for signed in self.rotations),
+            *(signed.revocation.federation for signed in self.revocations),
+        }
+        if federations - {self.roster.federation}:
+            raise ValueError("a rotation or revocation is of another federation than the roster")
+        if any(member.name == OPERATOR for member in self.roster.members):
+            raise ValueError(f"no site may be called {OPERATOR}")
+
+    def parties(self) -> dict[str, bytes]:
+        """The key of everyone in the roster: `OPERATOR` first, then the sites by name."""
+        members = {member.name: member.public_key for member in self.roster.members}
+        return {OPERATOR: self.roster.operator, **members}
+
+    def revoked(self) -> frozenset[bytes]:
+        """Every key that this document revokes; none of them may speak, whoever lists it."""
+        signed = (entry.revocation.key for entry in self.revocations)
+        return frozenset((*signed, *self.revoked_here))
+
+    def leads(self, party: str, old_key: bytes, new_key: bytes) -> bool:
+        """Whether this document's rotations of `party` lead from one key to the other, over as many
+        steps as a site may have missed."""
+        successors = {
+            signed.rotation.old_key: signed.rotation.new_key
+            for signed in self.rotations
+            if signed.rotation.party == party
+        }
+        key: bytes | None = old_key
+        # At most one step a rotation: a circle ends too.
+        for _ in successors:
+            key = None if key is None else successors.get(key)
+            if key == new_key:
+                return True
+        return False
+
+
+class KeyChange(Value, frozen=True):
+    """One party's key in the pinned roster and in the proposed one."""
+
+    party: str
+    old_key: PublicKey
+    new_key: PublicKey
+    rotated: bool
+    """Whether rotations lead from the old key to the new one."""
+
+
+class WeightChange(Value, frozen=True):
+    """One site's size class in the pinned roster and in the proposed one."""
+
+    site: str
+    old_weight: int
+    new_weight: int
+
+
+class RosterChange(Value, frozen=True):
+    """What pinning another document would change."""
+
+    added: tuple[Member, ...] = ()
+    removed: tuple[Member, ...] = ()
+    keys: tuple[KeyChange, ...] = ()
+    """New keys of parties that stay, the operator's among them."""
+    weights: tuple[WeightChange, ...] = ()
+    revoked: tuple[PublicKey, ...] = ()
+    """Keys that were not revoked before, sorted."""
+
+
+def compare(pinned: RosterDocument | None, merged: RosterDocument) -> RosterChange:
+    """What pinning `merged` changes; before the first approval everyone is added.
+
+    Args:
+        merged: as `merge` gave it, so that its rotations are verified.
+    """
+    members = {member.name: member for member in merged.roster.members}
+    if pinned is None:
+        return RosterChange(added=merged.roster.members, revoked=tuple(sorted(merged.revoked())))
+    former = {member.name: member for member in pinned.roster.members}
+    old_keys, new_keys = pinned.parties(), merged.parties()
+    return RosterChange(
+        added=tuple(member for name, member in members.items() if name not in former),
+        removed=tuple(member for name, member in former.items() if name not in members),
+        keys=tuple(
+            KeyChange(party, old_keys[party], key, merged.leads(party, old_keys[party], key))
+            for party, key in new_keys.items()
+            if party in old_keys and old_keys[party] != key
+        ),
+        weights=tuple(
+            WeightChange(name, former[name].weight, member.weight)
+            for name, member in members.items()
+            if name in former and former[name].weight != member.weight
+        ),
+        revoked=tuple(sorted(merged.revoked() - pinned.revoked())),
+    )

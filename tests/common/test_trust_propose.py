@@ -1,0 +1,62 @@
+"""A proposal made from a rotation is the pinned roster with one key replaced, or nothing."""
+
+import msgspec
+import pytest
+
+from umbel_common.errors import IdentityError, UmbelError
+from umbel_common.identity import Identity, Member, Roster
+from umbel_common.key_statements import OPERATOR, SignedRotation, rotate
+from umbel_common.roster_document import RosterDocument
+from umbel_common.trust import propose
+
+FILE = "rotation.json"
+OPERATOR_KEY, NORTH, SOUTH, WEST, NEW, NEWER = (
+    Identity(bytes([number]) * 32) for number in range(1, 7)
+)
+
+
+def roster(*, operator: Identity = OPERATOR_KEY, south: Identity = SOUTH) -> Roster:
+    members = (Member("north", NORTH.public_key), Member("south", south.public_key))
+    return Roster("clinics", operator.public_key, members)
+
+
+PINNED = RosterDocument(roster())
+
+
+@pytest.mark.parametrize(("party", "old"), [(OPERATOR, OPERATOR_KEY), ("south", SOUTH)])
+def test_a_proposal_is_the_pinned_roster_with_the_rotated_key(party: str, old: Identity) -> None:
+    pinned = msgspec.structs.replace(PINNED, revoked_here=(WEST.public_key,))
+    rotation = rotate("clinics", party, old, NEW)
+    proposed = propose(pinned, rotation, FILE)
+    wanted = roster(operator=NEW) if party == OPERATOR else roster(south=NEW)
+    assert proposed == RosterDocument(wanted, rotations=(rotation,))
+
+
+@pytest.mark.parametrize(
+    ("rotation", "part"),
+    [
+        (rotate("clinics", "south", NEW, NEWER), "does not start"),
+        (rotate("clinics", "west", SOUTH, NEW), "does not start"),
+        (rotate("banks", "south", SOUTH, NEW), "does not start"),
+        (rotate("clinics", "south", SOUTH, NORTH), "another party"),
+        (
+            msgspec.structs.replace(
+                rotate("clinics", "south", SOUTH, NEW),
+                by_old=rotate("clinics", "south", SOUTH, NEW).by_new,
+            ),
+            "not signed",
+        ),
+    ],
+)
+def test_nothing_is_proposed_from_a_rotation_that_does_not_fit(
+    rotation: SignedRotation, part: str
+) -> None:
+    with pytest.raises(UmbelError, match=part) as caught:
+        propose(PINNED, rotation, FILE)
+    assert caught.value.file == FILE
+
+
+def test_nothing_is_proposed_from_a_revoked_key() -> None:
+    pinned = msgspec.structs.replace(PINNED, revoked_here=(SOUTH.public_key,))
+    with pytest.raises(IdentityError, match="does not start from a good key"):
+        propose(pinned, rotate("clinics", "south", SOUTH, NEW), FILE)
