@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench utility fuzz docs clean
+.PHONY: demo test lint bench utility fuzz vectors docs clean
 
 $(BIN)/activate-demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,11 @@ $(BIN)/activate-dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@ $(BIN)/activate-demo
+
+$(BIN)/activate-fuzz: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,fuzz]"
+	touch $@ $(BIN)/activate-demo $(BIN)/activate-dev
 
 demo: $(BIN)/activate-demo  ## Four hospitals on one machine, real model, real clinical text.
 	$(BIN)/umbel-simulate run quickstart
@@ -38,8 +43,11 @@ bench: $(BIN)/activate-dev  ## Measures this machine; writes build/bench.json.
 utility: $(BIN)/activate-dev  ## The quickstart under three seeds; minutes. Commit what it writes.
 	$(BIN)/python tests/benchmarks/utility.py docs/benchmarks/utility.json
 
-fuzz: $(BIN)/activate-dev  ## Long property tests; CI runs a short share of the same ones.
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/common --timeout 7200
+fuzz: $(BIN)/activate-fuzz  ## A million hostile inputs, 10,000 sums; half an hour.
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/fuzz tests/common/secagg/test_attempt.py --timeout 7200
+
+vectors: $(BIN)/activate-dev  ## Rewrites tests/vectors/*.json; a change is one of the protocol.
+	$(BIN)/python tests/vectors/generate.py
 
 docs: $(BIN)/activate-dev  ## Holds --help against the README and exit codes against docs/errors.md.
 	$(BIN)/pytest tests/test_docs.py

@@ -28,7 +28,8 @@ from umbel_common.plan import (
 )
 
 hypothesis.settings.register_profile("ci", deadline=None)
-hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=200_000)
+# `make fuzz`: the targets of tests/fuzz then take the numbers of inputs that they name themselves.
+hypothesis.settings.register_profile("fuzz", deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 TENSORS = (

@@ -25,7 +25,8 @@ def parse_toml(text: str, kind: type[T], file: object) -> T:
     """
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    # tomllib lets out plain errors of numbers too long and of lists too deep.
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             "a configuration file is not valid TOML",
             file=file,

@@ -219,6 +219,14 @@ def check_plan(plan: TrainingPlan) -> None:
             found=plan.aggregation.max_weight,
             accepted=1,
         )
+    for tensor in plan.lora.tensors:
+        if not _has_rank(tensor, plan.lora.rank):
+            raise PlanError(
+                "a matrix of the adapter does not have the plan's rank",
+                field=tensor.name,
+                found=tensor.shape,
+                accepted=f"({plan.lora.rank}, in) for lora_A, (out, {plan.lora.rank}) for lora_B",
+            )
     names = [tensor.name for tensor in plan.lora.tensors]
     if not names or len(set(names)) != len(names):
         raise PlanError(
@@ -226,3 +234,13 @@ def check_plan(plan: TrainingPlan) -> None:
             field="lora.tensors",
             found=f"{len(names)} names, {len(set(names))} different",
         )
+
+
+def _has_rank(tensor: Tensor, rank: int) -> bool:
+    match tensor.role, tensor.shape:
+        case ("lora_A", (found, _)) | ("lora_B", (_, found)):
+            return found == rank
+        case "head", _:
+            return True
+        case _:
+            return False

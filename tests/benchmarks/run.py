@@ -4,12 +4,17 @@ import json
 import sys
 from pathlib import Path
 
+import bench_crypto
 import bench_masking
+import bench_memory
+import bench_wire
+
+BENCHES = (bench_masking, bench_crypto, bench_wire, bench_memory)
 
 
 def main(path: Path) -> int:
     """Measures, writes `path`, prints a line for each figure."""
-    figures = bench_masking.measure()
+    figures = {name: figure for bench in BENCHES for name, figure in bench.measure().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=2) + "\n")
     for name, figure in figures.items():

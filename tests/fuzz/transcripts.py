@@ -1,0 +1,104 @@
+"""Target: the verifier of transcripts, which anyone may be handed."""
+
+from typing import Any
+
+import msgspec
+from fuzz.choices import Choices
+from fuzz.mutate import encoded, mutated, tree_of
+from fuzz.target import Place, Property, Target
+from vectors.attempts import at_stage
+from vectors.values import HEADER, IDENTITIES, OPERATOR, PLAN, RELEASE, ROSTER, signed_by_operator
+
+from umbel_common.canonical import decode
+from umbel_common.errors import RemoteProtocolError, VerificationError
+from umbel_common.identity import Signed
+from umbel_common.statements import Release
+from umbel_common.transcript import (
+    GENESIS,
+    AttemptAborted,
+    Event,
+    JobFinished,
+    JobStarted,
+    RoundReleased,
+    append,
+    verify_transcript,
+)
+
+
+def honest_events() -> list[Event]:
+    """A job of one round, with an aborted attempt before it."""
+    output = at_stage("end").output
+    first = msgspec.structs.replace(
+        RELEASE,
+        round=0,
+        attempt=0,
+        context=bytes(32),
+        adapter=HEADER.adapter,
+        survivors=(),
+        total_weight=0,
+    )
+    header = signed_by_operator(HEADER)
+    return [
+        JobStarted(
+            plan=signed_by_operator(PLAN),
+            roster=ROSTER.digest(),
+            release=signed_by_operator(first),
+        ),
+        AttemptAborted(header=header, check="too-few-vectors", refusals=(("site-c", "budget"),)),
+        RoundReleased(
+            header=header,
+            adverts=tuple(output["advertise"].values()),
+            confirmations=tuple(output["confirm"].values()),
+            release=signed_by_operator(RELEASE),
+        ),
+        JobFinished(release=RELEASE.adapter, delivered=tuple(IDENTITIES)),
+    ]
+
+
+def _transcripts(_: Place) -> Property:
+    """What verifies starts from the plan that was signed, and each release is confirmed."""
+    events = honest_events()
+    trees = [tree_of(event) for event in events]
+    assert len(verify_transcript(_chained(events), ROSTER).releases) == 2
+
+    def prove(data: bytes) -> None:
+        choices = Choices(data)
+        if choices.below(3) == 0:
+            tree = mutated([tree_of(entry) for entry in _chained(events)], choices)
+            entries = decode(encoded(tree), tuple[Signed, ...])
+        else:
+            # An operator that lies signs whatever it likes, in a chain that fits.
+            lies = decode(encoded(mutated(trees, choices)), list[Event])
+            entries = tuple(_chained(lies))
+        job = verify_transcript(entries, ROSTER)
+        assert job.plan == PLAN or job.plan.federation
+        for release in job.releases[1:]:
+            _confirmed(release)
+
+    return prove
+
+
+def _chained(events: list[Any]) -> list[Signed]:
+    head, entries = GENESIS, []
+    for index, event in enumerate(events):
+        head, signed = append(OPERATOR, index, head, event)
+        entries.append(signed)
+    return entries
+
+
+def _confirmed(release: Release) -> None:
+    """Two of the three sites signed one attempt in their lives: no other can have been released."""
+    assert release.context == HEADER.context()
+    assert release.survivors == ("site-a", "site-b")
+
+
+TRANSCRIPTS = (
+    Target(
+        "transcript: verifier",
+        _transcripts,
+        (RemoteProtocolError, VerificationError),
+        share=60,
+        inputs=8_000,
+        guided=4_000,
+    ),
+)

@@ -1,0 +1,147 @@
+"""A whole attempt once more, from what its sites drew; no line of the product runs."""
+
+from typing import Any
+
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from vectors.independent import (
+    derived,
+    elements,
+    framed,
+    labelled,
+    masked,
+    public,
+    shared,
+    shares,
+    statement,
+)
+from vectors.messagepack import pack
+
+
+class Attempt:
+    """What every site sends and the sum, from the inputs of a vector."""
+
+    def __init__(self, inputs: Any) -> None:
+        self.inputs = inputs
+        self.bits: int = inputs["ring_bits"]
+        self.cohort: list[str] = inputs["header"]["cohort"]
+        self.context = labelled("RoundHeader", pack(inputs["header"]))
+        self.threshold: int = inputs["rules"]["threshold"]
+        self.sharing = self._answering("share", self.cohort)
+        self.vectors_in = self._answering("mask", self.sharing)
+        self.confirming = self._answering("confirm", self.vectors_in)
+        self.revealing = self._answering("reveal", self.confirming)
+
+    def _answering(self, stage: str, asked: list[str]) -> list[str]:
+        return [site for site in asked if site not in self.inputs["silent"].get(stage, ())]
+
+    def _secrets(self, site: str) -> list[bytes]:
+        """Cipher secret, mask secret and self-mask seed: the first three draws."""
+        return list(self.inputs["draws"][site][:3])
+
+    def _point(self, site: str) -> int:
+        return self.cohort.index(site) + 1
+
+    def adverts(self) -> dict[str, Any]:
+        """Stage 1."""
+        sent = {}
+        for site in self.cohort:
+            cipher_secret, mask_secret, seed = self._secrets(site)
+            fields = {
+                "context": self.context,
+                "site": site,
+                "cipher_key": public(cipher_secret),
+                "mask_key": public(mask_secret),
+                "seed_commitment": labelled("seed commitment", self.context + seed + framed(site)),
+                "ledger_head": self.inputs["ledger_head"],
+            }
+            sent[site] = statement(self.inputs["seeds"][site], "KeyAdvert", fields)
+        return sent
+
+    def share_of(self, owner: str, holder: str) -> tuple[bytes, bytes]:
+        """The shares of a site's seed and mask key that another holds."""
+        _, mask_secret, seed = self._secrets(owner)
+        drawn = self.inputs["draws"][owner][3:]
+        first = drawn[: self.threshold - 1]
+        second = drawn[self.threshold - 1 : 2 * (self.threshold - 1)]
+        point = [self._point(holder)]
+        return shares([seed, *first], point)[0], shares([mask_secret, *second], point)[0]
+
+    def shares(self) -> dict[str, Any]:
+        """Stage 2; the nonces are the draws after the coefficients, in the order of peers."""
+        sent: dict[str, Any] = {}
+        for site in self.sharing:
+            nonces = self.inputs["draws"][site][3 + 2 * (self.threshold - 1) :]
+            peers = [peer for peer in self.cohort if peer != site]
+            sent[site] = [
+                {
+                    "sender": site,
+                    "recipient": peer,
+                    "ciphertext": nonce + self._encrypted(site, peer, nonce),
+                }
+                for peer, nonce in zip(peers, nonces, strict=True)
+            ]
+        return sent
+
+    def _encrypted(self, site: str, peer: str, nonce: bytes) -> bytes:
+        agreed = shared(self._secrets(site)[0], public(self._secrets(peer)[0]))
+        key = derived(agreed, "share", self.context, site, peer)
+        bound = self.context + framed(site) + framed(peer)
+        return ChaCha20Poly1305(key).encrypt(nonce, b"".join(self.share_of(site, peer)), bound)
+
+    def masked(self) -> dict[str, bytes]:
+        """Stage 3."""
+        sent = {}
+        for site in self.vectors_in:
+            added = [derived(self._secrets(site)[2], "self mask", self.context, site)]
+            subtracted: list[bytes] = []
+            for peer in self.sharing:
+                if peer != site:
+                    agreed = shared(self._secrets(site)[1], public(self._secrets(peer)[1]))
+                    names = sorted((site, peer))
+                    key = derived(agreed, "pairwise mask", self.context, *names)
+                    (added if site < peer else subtracted).append(key)
+            vector = elements(self.inputs["vectors"][site], self.bits)
+            sent[site] = masked(vector, self.bits, added, subtracted)
+        return sent
+
+    def confirmations(self) -> dict[str, Any]:
+        """Stage 4."""
+        fields = {"context": self.context, "sites": self.vectors_in}
+        return {
+            site: {
+                "site": site,
+                "signed": statement(self.inputs["seeds"][site], "Survivors", fields),
+            }
+            for site in self.confirming
+        }
+
+    def revealed(self) -> dict[str, Any]:
+        """Stage 5."""
+        return {
+            site: [
+                {
+                    "owner": owner,
+                    "kind": "self-mask" if owner in self.vectors_in else "mask-key",
+                    "share": self.share_of(owner, site)[0 if owner in self.vectors_in else 1],
+                }
+                for owner in self.sharing
+            ]
+            for site in self.revealing
+        }
+
+    def whole(self) -> dict[str, Any]:
+        """Everything, in the shape of a vector's output."""
+        columns = zip(
+            *(elements(self.inputs["vectors"][site], self.bits) for site in self.vectors_in),
+            strict=True,
+        )
+        return {
+            "context": self.context,
+            "advertise": self.adverts(),
+            "share": self.shares(),
+            "mask": self.masked(),
+            "confirm": self.confirmations(),
+            "reveal": self.revealed(),
+            "survivors": self.vectors_in,
+            "total": masked([sum(column) for column in columns], self.bits, [], []),
+        }

@@ -1,0 +1,91 @@
+"""One whole attempt, driven by the inputs of a vector through both machines of the product."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from umbel_common.canonical import Entropy
+from umbel_common.identity import Identity, Roster
+from umbel_common.secagg import coordinator, participant
+from umbel_common.statements import RoundHeader
+
+STAGES = ("advertise", "share", "mask", "confirm", "reveal")
+
+
+class Run:
+    """Sites and coordinator in memory; `output` is what each stage sent."""
+
+    def __init__(self, inputs: Mapping[str, Any], entropy: Mapping[str, Entropy]) -> None:
+        """`inputs` as in a vector, its byte strings as bytes."""
+        self.inputs = inputs
+        self.entropy = entropy
+        self.header = msgspec.convert(inputs["header"], RoundHeader)
+        self.roster = msgspec.convert(inputs["roster"], Roster)
+        self.rules = msgspec.convert(inputs["rules"], participant.Rules)
+        self.identities = {site: Identity(seed) for site, seed in inputs["seeds"].items()}
+        self.dtype = f"<u{inputs['ring_bits'] // 8}"
+        length = len(self.vector(self.header.cohort[0]))
+        self.machine: Any = coordinator.start(
+            self.header, self.roster, self.rules.threshold, inputs["ring_bits"], length
+        )
+        self.states: dict[str, Any] = {}
+        self.output: dict[str, Any] = {"context": self.header.context()}
+
+    def vector(self, site: str) -> Any:
+        """A fresh copy of a site's unmasked vector."""
+        return np.frombuffer(self.inputs["vectors"][site], dtype=self.dtype).copy()
+
+    def requests(self, stage: str) -> dict[str, Any]:
+        """What the coordinator asks, by site."""
+        if stage == "advertise":
+            return dict.fromkeys(self.header.cohort, self.header)
+        return dict(self.machine.requests())
+
+    def answer(self, site: str, request: Any) -> tuple[Any, Any]:
+        """The site's next state and its answer; the site stays as it is."""
+        state = self.states.get(site)
+        match state:
+            case None:
+                return participant.advertise(
+                    request,
+                    site,
+                    self.rules,
+                    self.identities[site],
+                    self.inputs["ledger_head"],
+                    self.entropy[site],
+                )
+            case participant.Advertised():
+                return state.receive(request, self.roster, self.entropy[site])
+            case participant.Shared():
+                after, vector = state.receive(request, self.vector(site))
+                return after, vector.tobytes()
+            case participant.Masked():
+                return state.receive(request, self.identities[site])
+            case participant.Confirmed():
+                return state.receive(request, self.roster)
+            case _:
+                raise AssertionError("the attempt is over for this site")
+
+    def to(self, stage: str) -> "Run":
+        """Runs the stages before `stage`; `end` runs all of them."""
+        for present in STAGES[: (*STAGES, "end").index(stage)]:
+            sent: dict[str, Any] = {}
+            for site, request in self.requests(present).items():
+                if site in self.inputs["silent"].get(present, ()):
+                    continue
+                self.states[site], sent[site] = self.answer(site, request)
+                self.machine = self.machine.receive(site, sent[site])
+            self.output[present] = sent
+            self.machine = self.machine.close()
+        return self
+
+    def whole(self) -> dict[str, Any]:
+        """What every stage sent, and the sum."""
+        self.to("end")
+        return {
+            **self.output,
+            "survivors": self.machine.survivors,
+            "total": self.machine.total.tobytes(),
+        }

@@ -1,0 +1,246 @@
+"""One honest value of every signed statement and of every message."""
+
+from vectors.cases import identity, sample
+
+from umbel_common.canonical import Value
+from umbel_common.identity import Member, Roster, Signed, sign
+from umbel_common.plan import (
+    Adam,
+    Aggregation,
+    BaseModel,
+    Classification,
+    LocalPrivacy,
+    Lora,
+    NoPrivacy,
+    Sgd,
+    Tensor,
+    Training,
+    TrainingPlan,
+)
+from umbel_common.secagg.messages import (
+    EncryptedShare,
+    KeyAdvert,
+    RevealedShare,
+    Survivors,
+    SurvivorSignature,
+)
+from umbel_common.statements import Release, RoundHeader
+from umbel_common.transcript import (
+    AttemptAborted,
+    Entry,
+    JobFinished,
+    JobStarted,
+    RoundReleased,
+)
+from umbel_common.wire import (
+    ConfirmReply,
+    ConfirmRequest,
+    FinishReply,
+    FinishRequest,
+    MaskReply,
+    MaskRequest,
+    OfferReply,
+    OfferRequest,
+    Refusal,
+    Reply,
+    Request,
+    ShareReply,
+    ShareRequest,
+    TrainReply,
+    TrainRequest,
+    UnmaskReply,
+    UnmaskRequest,
+)
+
+SITES = ("site-a", "site-b", "site-c")
+OPERATOR = identity("operator")
+IDENTITIES = {site: identity(site) for site in SITES}
+
+ROSTER = Roster(
+    federation="clinics",
+    operator=OPERATOR.public_key,
+    members=tuple(
+        Member(name=site, public_key=IDENTITIES[site].public_key, weight=index + 1)
+        for index, site in enumerate(SITES)
+    ),
+)
+
+PLAN = TrainingPlan(
+    federation="clinics",
+    job="diagnoses",
+    model=BaseModel(name="tiny", digest=sample("model digest", 32)),
+    task=Classification(labels=("benign", "malign ä")),
+    lora=Lora(
+        rank=2,
+        alpha=4.0,
+        target_modules=("query",),
+        layers=(0, 300),
+        method="alternate",
+        seed=2**53 - 1,
+        tensors=(
+            Tensor(name="query.lora_A.weight", shape=(2, 300), role="lora_A"),
+            Tensor(name="query.lora_B.weight", shape=(300, 2), role="lora_B"),
+            Tensor(name="head.weight", shape=(2, 300), role="head"),
+        ),
+    ),
+    training=Training(
+        rounds=3,
+        local_steps=2,
+        expected_batch_size=70_000,
+        optimizer=Adam(adapter_learning_rate=1e-3, head_learning_rate=1e-2),
+    ),
+    privacy=LocalPrivacy(epsilon=8.0, delta=1e-5, clip_norm=1.0),
+    aggregation=Aggregation(threshold=2, clip_range=1.0, step=1e-6),
+)
+OTHER_PLAN = TrainingPlan(
+    federation="clinics",
+    job="public-data",
+    model=PLAN.model,
+    task=PLAN.task,
+    lora=Lora(
+        rank=1,
+        alpha=1.0,
+        target_modules=(),
+        layers=None,
+        method="both",
+        seed=0,
+        tensors=PLAN.lora.tensors[2:],
+    ),
+    training=Training(
+        rounds=1,
+        local_steps=1,
+        expected_batch_size=1,
+        optimizer=Sgd(adapter_learning_rate=0.5, head_learning_rate=0.5, momentum=0.9),
+    ),
+    privacy=NoPrivacy(),
+    aggregation=Aggregation(
+        threshold=2, clip_range=1.0, step=1e-3, ring_bits=16, weights="size-class", max_weight=3
+    ),
+)
+
+HEADER = RoundHeader(
+    federation="clinics",
+    job="diagnoses",
+    round=1,
+    attempt=1,
+    plan=PLAN.digest(),
+    roster=ROSTER.digest(),
+    adapter=sample("adapter digest", 32),
+    cohort=SITES,
+)
+CONTEXT = HEADER.context()
+RELEASE = Release(
+    federation="clinics",
+    job="diagnoses",
+    plan=PLAN.digest(),
+    round=1,
+    attempt=1,
+    context=CONTEXT,
+    adapter=sample("next adapter digest", 32),
+    survivors=SITES[:2],
+    total_weight=2,
+)
+ADVERT = KeyAdvert(
+    context=CONTEXT,
+    site="site-a",
+    cipher_key=sample("cipher key", 32),
+    mask_key=sample("mask key", 32),
+    seed_commitment=sample("commitment", 32),
+    ledger_head=sample("ledger head", 32),
+)
+SURVIVORS = Survivors(context=CONTEXT, sites=SITES[:2])
+
+
+def signed_by_operator(statement: Value) -> Signed:
+    """A statement of the operator."""
+    return sign(OPERATOR, statement)
+
+
+SIGNED_ADVERT = sign(IDENTITIES["site-a"], ADVERT)
+CONFIRMATION = SurvivorSignature(site="site-a", signed=sign(IDENTITIES["site-a"], SURVIVORS))
+SHARE = EncryptedShare(sender="site-b", recipient="site-a", ciphertext=sample("ciphertext", 92))
+
+STATEMENTS: dict[str, tuple[str, Value]] = {
+    "a plan": ("operator", PLAN),
+    "a plan without privacy": ("operator", OTHER_PLAN),
+    "a round header": ("operator", HEADER),
+    "a release": ("operator", RELEASE),
+    "a key advert": ("site-a", ADVERT),
+    "a survivor set": ("site-a", SURVIVORS),
+    "the start of a job": (
+        "operator",
+        Entry(
+            index=0,
+            previous=bytes(32),
+            event=JobStarted(
+                plan=signed_by_operator(PLAN),
+                roster=ROSTER.digest(),
+                release=signed_by_operator(RELEASE),
+            ),
+        ),
+    ),
+    "a released round": (
+        "operator",
+        Entry(
+            index=300,
+            previous=sample("previous", 32),
+            event=RoundReleased(
+                header=signed_by_operator(HEADER),
+                adverts=(SIGNED_ADVERT,),
+                confirmations=(CONFIRMATION,),
+                release=signed_by_operator(RELEASE),
+            ),
+        ),
+    ),
+    "an aborted attempt": (
+        "operator",
+        Entry(
+            index=70_000,
+            previous=sample("previous", 32),
+            event=AttemptAborted(
+                header=signed_by_operator(HEADER),
+                check="too-few-vectors",
+                refusals=(("site-a", "budget"),),
+            ),
+        ),
+    ),
+    "the end of a job": (
+        "operator",
+        Entry(
+            index=2**32,
+            previous=sample("previous", 32),
+            event=JobFinished(release=RELEASE.adapter, delivered=SITES),
+        ),
+    ),
+}
+"""By name: who signs it, and the statement."""
+
+REQUESTS: tuple[Request, ...] = (
+    OfferRequest(plan=signed_by_operator(PLAN)),
+    TrainRequest(
+        header=signed_by_operator(HEADER),
+        release=signed_by_operator(RELEASE),
+        adapter=memoryview(sample("adapter", 40)),
+    ),
+    ShareRequest(context=CONTEXT, adverts=(SIGNED_ADVERT,)),
+    MaskRequest(context=CONTEXT, shares=(SHARE,)),
+    ConfirmRequest(context=CONTEXT, survivors=SITES[:2]),
+    UnmaskRequest(context=CONTEXT, signatures=(CONFIRMATION,)),
+    FinishRequest(release=signed_by_operator(RELEASE), adapter=memoryview(sample("adapter", 300))),
+)
+REPLIES: tuple[Reply, ...] = (
+    OfferReply(plan=PLAN.digest()),
+    TrainReply(advert=SIGNED_ADVERT),
+    ShareReply(context=CONTEXT, shares=(SHARE,)),
+    MaskReply(context=CONTEXT, vector=memoryview(sample("masked vector", 64))),
+    ConfirmReply(context=CONTEXT, signature=CONFIRMATION),
+    UnmaskReply(
+        context=CONTEXT,
+        shares=(
+            RevealedShare(owner="site-a", kind="self-mask", share=sample("share", 32)),
+            RevealedShare(owner="site-c", kind="mask-key", share=sample("other share", 32)),
+        ),
+    ),
+    FinishReply(adapter=RELEASE.adapter),
+    Refusal(check="budget"),
+)
