@@ -49,8 +49,8 @@ fuzz: $(BIN)/activate-fuzz  ## A million hostile inputs, 10,000 sums; half an ho
 vectors: $(BIN)/activate-dev  ## Rewrites tests/vectors/*.json; a change is one of the protocol.
 	$(BIN)/python tests/vectors/generate.py
 
-docs: $(BIN)/activate-dev  ## Holds --help against the README and exit codes against docs/errors.md.
-	$(BIN)/pytest tests/test_docs.py
+docs: $(BIN)/activate-dev  ## Holds commands, exit codes, checks and outputs against the documentation.
+	$(BIN)/pytest tests/test_docs.py tests/test_keys_doc.py tests/test_protocol_docs.py
 
 clean:
 	rm -rf $(VENV) build dist
