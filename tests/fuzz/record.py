@@ -104,8 +104,8 @@ class Record:
 
 
 def default_seed() -> int:
-    """Another one in each full run, and the table shows it; in CI always the same, so that no change
-    is blamed for what chance found."""
+    """Another one in each full run, which shows it; in CI always the same: no change is blamed for
+    what chance found."""
     return secrets.randbelow(2**31) if full_run() else 1
 
 
