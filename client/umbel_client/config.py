@@ -28,6 +28,7 @@ from umbel_client.policy import Policy
 from umbel_common.canonical import Name, Value
 from umbel_common.config import parse_toml
 from umbel_common.errors import ConfigError
+from umbel_common.plan import Count
 
 
 class DataConfig(Value, frozen=True):
@@ -36,13 +37,19 @@ class DataConfig(Value, frozen=True):
     path: str
     """The data set; its ending (.jsonl, .csv, .parquet) tells its format."""
     public_size: Annotated[int, msgspec.Meta(ge=1, le=10**9)]
-    """About how many records the data set has, as this site is content to let everyone know: a
-    round number that stays when records come and go. Sampling rate and noise follow from it, so
-    that they tell nothing about the exact number; privacy holds whatever the exact number is."""
+    """About how many records (or units, with `unit_column`) the data set has, as this site is
+    content to let everyone know: a round number that stays when records come and go. Sampling rate
+    and noise follow from it, so that they tell nothing about the exact number; privacy holds
+    whatever the exact number is."""
     text_column: str = "text"
     """The column with the texts."""
     label_column: str = "label"
     """The column with the labels."""
+    unit_column: str | None = None
+    """The column that says whose a record is, such as a patient's number. Where it is set, privacy
+    is promised for all records of a unit together; else for each record alone."""
+    max_records_per_unit: Count = 32
+    """Records of a unit past so many, in the order of the file, are not used."""
 
 
 class ModelConfig(Value, frozen=True):

@@ -6,13 +6,14 @@ Error texts name the row, not its text; they are for the site's own log and neve
 import csv
 import hashlib
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetsError
 
-from umbel_common.canonical import Digest, Value
+from umbel_common.canonical import Digest, Value, digest
 from umbel_common.errors import DataError
 from umbel_common.plan import Classification
 
@@ -31,6 +32,11 @@ class Records(Value, frozen=True):
     records: tuple[Record, ...]
     source: Digest
     """SHA-256 of the file."""
+    units: tuple[int, ...] = ()
+    """The unit (patient) of each record, numbered from 0 in the order of the file; empty: each
+    record is its own."""
+    unit_column: str | None = None
+    """Where units come from."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -49,9 +55,12 @@ class Records(Value, frozen=True):
         """Names the data set, and so its privacy ledger.
 
         It covers the file and nothing of the plan: a plan that renames a column or reorders the
-        labels must not open a fresh ledger on the same records.
+        labels must not open a fresh ledger on the same records. It covers what a unit is: what was
+        charged by the record says nothing about patients, so the two do not share a ledger.
         """
-        return self.source
+        if self.unit_column is None:
+            return self.source
+        return digest("units", self.source, self.unit_column.encode())
 
 
 def load_records(
@@ -60,26 +69,34 @@ def load_records(
     *,
     text_column: str = "text",
     label_column: str = "label",
+    unit_column: str | None = None,
+    max_records_per_unit: int = 32,
 ) -> Records:
     """Reads every row of a .jsonl, .csv or .parquet file; other columns are ignored.
 
     Columns are the site's own choice: a plan that could name them could ask about any of them.
 
+    Args:
+        unit_column: says whose a record is; None: each record is its own unit.
+        max_records_per_unit: records of a unit past so many, in the order of the file, are left
+            out. That depends on this unit's records alone, so it costs no privacy.
+
     Raises:
         DataError: the file is missing, malformed, empty or of another kind; a column is missing; a
-            row has no text, or a label that the plan does not have.
+            row has no text, no unit, or a label that the plan does not have.
     """
     if not path.is_file():
         raise DataError("the data file does not exist", file=path)
     table = _read(path)
-    for column in (text_column, label_column):
-        if column not in table.column_names:
+    for column in (text_column, label_column, unit_column):
+        if column is not None and column not in table.column_names:
             raise DataError(
                 "a column is missing",
                 file=path,
                 field=column,
                 found=", ".join(table.column_names),
-                remedy="rename a column of the file, or data.text_column or data.label_column",
+                remedy="rename a column of the file, or set data.text_column, data.label_column or "
+                "data.unit_column",
             )
     index_of = {label: index for index, label in enumerate(task.labels)}
     pairs = zip(table[text_column], table[label_column], strict=True)
@@ -94,7 +111,41 @@ def load_records(
         raise DataError("the data file holds no record", file=path)
     with path.open("rb") as file:
         source = hashlib.file_digest(file, "sha256").digest()
-    return Records(records=records, source=source)
+    if unit_column is None:
+        return Records(records=records, source=source)
+    units = [_unit(path, unit_column, row, unit) for row, unit in enumerate(table[unit_column], 1)]
+    kept = _first_of_each(units, max_records_per_unit)
+    numbers = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
+    return Records(
+        records=tuple(records[row] for row in kept),
+        source=source,
+        units=tuple(numbers[units[row]] for row in kept),
+        unit_column=unit_column,
+    )
+
+
+def _first_of_each(units: list[str], most: int) -> list[int]:
+    """Row indices of the first `most` records of each unit."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for row, unit in enumerate(units):
+        seen[unit] += 1
+        if seen[unit] <= most:
+            kept.append(row)
+    return kept
+
+
+def _unit(path: Path, column: str, row: int, unit: object) -> str:
+    known = (isinstance(unit, str) and unit.strip()) or isinstance(unit, int)
+    if not known or isinstance(unit, bool):
+        raise DataError(
+            f"row {row} does not say whose record it is",
+            file=path,
+            field=f"{column}, row {row}",
+            found=type(unit).__name__ if not isinstance(unit, str) else "an empty text",
+            accepted="a text or a whole number",
+        )
+    return str(unit).strip()
 
 
 def _text(path: Path, column: str, row: int, text: object) -> str:

@@ -12,6 +12,7 @@ from umbel_client.data import Records
 from umbel_client.model import AdaptedModel
 from umbel_client.prefix import Prefix, Progress, frozen_prefix, token_inputs
 from umbel_client.tokens import Ints, Tokens, tokenise
+from umbel_client.units import Units
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,20 @@ class PreparedData:
     """int64[records]."""
     prefix: Prefix | None
     """None: the model allows no cache, and every step runs the whole model."""
+    units: Units | None = None
+    """None: each record is its own unit."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def unit_count(self) -> int:
+        """How many units a step samples from."""
+        return len(self) if self.units is None else len(self.units)
+
+    def records_of(self, chosen: Ints) -> Ints:
+        """The records of the chosen units, int64[n]."""
+        return chosen if self.units is None else self.units.records_of(chosen)
 
     def batch(self, indices: Ints) -> Batch:
         """The chosen records, padded to the longest of them."""
@@ -39,9 +51,13 @@ class PreparedData:
     def physical_batches(self, indices: Ints, size: int) -> Iterator[Ints]:
         """Cuts a batch into parts of at most `size` records that are computed at once.
 
-        Sorted by length, which saves padding: a batch is a set, so its order is free.
+        Sorted by length, which saves padding: a batch is a set, so its order is free. A unit's
+        records stay in one part, which may then be larger.
         """
         order = indices[np.argsort(self.tokens.lengths[indices], kind="stable")]
+        if self.units is not None:
+            yield from self.units.whole(order, size)
+            return
         for start in range(0, len(order), size):
             yield order[start : start + size]
 
@@ -70,4 +86,5 @@ def prepare(
         tokens=tokens,
         labels=np.array(records.labels, dtype=np.int64),
         prefix=frozen_prefix(model, tokens, cache, progress),
+        units=Units(np.array(records.units, dtype=np.int64)) if records.units else None,
     )

@@ -91,6 +91,8 @@ class SiteJob:
             plan.task,
             text_column=config.data.text_column,
             label_column=config.data.label_column,
+            unit_column=config.data.unit_column,
+            max_records_per_unit=config.data.max_records_per_unit,
         )
         self._weight = _weight(plan, roster, config.site, len(records))
         state = Path(config.state)

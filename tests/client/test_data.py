@@ -189,3 +189,43 @@ def test_no_copy_is_ever_made_outside_the_folder_of_the_file(
     (tmp_path / "data").mkdir()
     load_records(written(tmp_path / "data", "jsonl"), TASK)
     assert os.listdir(tmp_path) == ["data"]
+
+
+PATIENTS = [
+    {"text": "a", "label": "heart", "patient": "p1"},
+    {"text": "b", "label": "lung", "patient": "p2"},
+    {"text": "c", "label": "heart", "patient": " p1"},
+    {"text": "d", "label": "heart", "patient": "p1"},
+]
+
+
+def test_records_know_their_units_and_those_past_the_bound_are_left_out(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", PATIENTS)
+    records = load_records(path, TASK, unit_column="patient")
+    assert records.units == (0, 1, 0, 0)
+    records = load_records(path, TASK, unit_column="patient", max_records_per_unit=2)
+    assert records.texts == ["a", "b", "c"]
+    assert records.units == (0, 1, 0)
+
+
+def test_what_a_unit_is_decides_on_the_ledger(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", PATIENTS)
+    by_record = load_records(path, TASK).digest()
+    by_patient = load_records(path, TASK, unit_column="patient").digest()
+    fewer = load_records(path, TASK, unit_column="patient", max_records_per_unit=1).digest()
+    assert by_record != by_patient == fewer
+
+
+@pytest.mark.parametrize("unit", [None, "", "  ", 1.5, True])
+def test_a_row_that_does_not_say_whose_record_it_is_is_refused(
+    tmp_path: Path, unit: object
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{**PATIENTS[0], "patient": unit}])
+    with pytest.raises(DataError, match=r"row 1 does not say whose record it is"):
+        load_records(path, TASK, unit_column="patient")
+
+
+def test_a_unit_column_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", PATIENTS)
+    with pytest.raises(DataError, match=r"data\.unit_column"):
+        load_records(path, TASK, unit_column="subject")
