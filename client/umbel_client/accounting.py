@@ -6,6 +6,9 @@ answers. RDP (Mironov, Talwar and Zhang 2019, section 3.3; converted by Balle et
 21) is looser, never fails, and stands in where PRV's grid would take minutes or its floating point
 gives up. The smaller of two upper bounds is an upper bound, so `epsilon` returns the smaller one.
 The central-limit accountant (GDP) is no upper bound and is not used.
+
+Both are Opacus', which brings torch: they are imported where they are asked, so that a ledger can
+be read and verified without waiting for that.
 """
 
 import math
@@ -15,8 +18,6 @@ from functools import cache, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from opacus.accountants import PRVAccountant
-from opacus.accountants.analysis.rdp import compute_rdp
 
 from umbel_common.canonical import Value
 from umbel_common.errors import CalibrationError, PolicyRefusal
@@ -79,6 +80,12 @@ def epsilon(events: Sequence[Event], delta: float) -> float:
         steps[key] = steps.get(key, 0) + event.steps
     merged = (Event(noise, rate, count) for (noise, rate), count in sorted(steps.items()))
     return _epsilon(tuple(merged), delta)
+
+
+def total_epsilon(events: Sequence[Event | None], delta: float) -> float:
+    """As `epsilon`, where None is a release without differential privacy: infinite."""
+    private = [event for event in events if event is not None]
+    return epsilon(private, delta) if len(private) == len(events) else math.inf
 
 
 @cache
@@ -175,6 +182,8 @@ def _epsilon(events: tuple[Event, ...], delta: float) -> float:
 
 def _prv_epsilon(events: tuple[Event, ...], delta: float, error: float) -> float:
     """PRV's upper bound, at most 2 `error` above the true epsilon; infinite where it fails."""
+    from opacus.accountants import PRVAccountant
+
     accountant = PRVAccountant()
     accountant.history = [
         (event.noise_multiplier, event.sample_rate, event.steps) for event in events
@@ -216,6 +225,8 @@ def _rdp_curve(event: Event) -> NDArray[np.float64]:
 @lru_cache(maxsize=65536)
 def _rdp(noise_multiplier: float, sample_rate: float, order: float) -> float:
     """Of one step at one order; infinite where floating point gives up."""
+    from opacus.accountants.analysis.rdp import compute_rdp
+
     with np.errstate(all="ignore"):
         try:
             value = compute_rdp(

@@ -16,7 +16,9 @@ digest may leave, as often as a retry needs: the same bytes again cost nothing.
 
 Rows form a hash chain, each with a random salt, so that a published head commits to the whole
 history and tells nothing about it. The chain notices damage; whoever may write the file can also
-forge a chain, and is noticed only by a head that was published before (`verify`).
+forge a chain, and is noticed only by a head that was published before (`verify`). Beside the chain
+stands how many answers the site has let out, so that an old copy of the session journal is noticed
+(`keep_pace`).
 """
 
 import math
@@ -28,21 +30,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from umbel_client.accounting import Event, epsilon
+from umbel_client.accounting import Event, total_epsilon
 from umbel_client.budget import Budget
-from umbel_client.ledger_file import create, lock_file, storage_errors
+from umbel_client.ledger_file import (
+    create,
+    lock_file,
+    read_rows,
+    require_head,
+    require_journal,
+    storage_errors,
+)
 from umbel_client.ledger_rows import (
     GENESIS,
-    SCHEMA_VERSION,
+    Carried,
     Computed,
+    Contents,
     Opened,
     Reservation,
     Reserved,
     Row,
     Sent,
     State,
-    apply,
-    require,
 )
 from umbel_common.canonical import Entropy, decode_canonical, encode
 from umbel_common.errors import BudgetError, LedgerError, RemoteProtocolError
@@ -59,33 +67,36 @@ class Ledger:
         self._lock = lock
         self._database = database
         self._entropy = entropy
-        self._heads: list[bytes] = []
-        self._rounds: dict[tuple[str, int], Reservation] = {}
+        self._contents = Contents()
 
     @classmethod
-    def open(cls, path: Path, data_set: bytes, entropy: Entropy = os.urandom) -> Self:
+    def open(
+        cls, path: Path, data_set: bytes, unit: str | None = None, *, entropy: Entropy = os.urandom
+    ) -> Self:
         """Opens the ledger of a data set, or creates it, and verifies the whole chain.
 
         Args:
             path: the SQLite file; `path` + `.lock` beside it marks it as used.
             data_set: digest of the data set, 32 bytes.
+            unit: column that says whose a record is; None: each record is its own unit.
 
         Raises:
-            LedgerError: used by another process, damaged, or of another data set or schema.
+            LedgerError: used by another process, damaged, or of another data set, unit or schema.
             StorageError: it cannot be read or written.
         """
         with storage_errors(path):
             lock = lock_file(path)
             try:
                 if not path.exists():
-                    create(path, Row(GENESIS, entropy(16), Opened(data_set)))
+                    create(path, Row(GENESIS, entropy(16), Opened(data_set, unit)))
                 database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             except BaseException:
                 lock.close()
                 raise
         ledger = cls(path, lock, database, entropy)
         try:
-            ledger._load(data_set)
+            ledger._load()
+            ledger._check_data_set(data_set, unit)
         except BaseException:
             ledger.close()
             raise
@@ -139,7 +150,7 @@ class Ledger:
             return known
         self._check_budget(event, budget)
         self._append(Reserved(job, plan, round_number, event))
-        return self._rounds[job, round_number]
+        return self._contents.rounds[job, round_number]
 
     def computed(self, job: str, round_number: int, delta_digest: bytes) -> None:
         """Fixes the one delta that may leave for this round; call it before any byte leaves.
@@ -181,19 +192,19 @@ class Ledger:
 
     def state(self, job: str, round_number: int) -> Reservation | None:
         """What stands for this round; None if nothing was reserved."""
-        return self._rounds.get((job, round_number))
+        return self._contents.rounds.get((job, round_number))
 
     def history(self) -> tuple[Reservation, ...]:
         """Every reservation, in the order in which they were made."""
-        return tuple(self._rounds.values())
+        return tuple(self._contents.rounds.values())
 
     def spent(self, delta: float) -> float:
         """Epsilon at `delta` of everything ever reserved; infinite without privacy."""
-        return _cost([entry.event for entry in self._rounds.values()], delta)
+        return total_epsilon(self._events(), delta)
 
     def head(self) -> bytes:
         """Head of the chain, 32 bytes: commits to the history, reveals nothing about it."""
-        return self._heads[-1]
+        return self._contents.head()
 
     def verify(self, expected_head: bytes) -> None:
         """Checks that this history continues one that was published under `expected_head`.
@@ -201,22 +212,45 @@ class Ledger:
         Raises:
             LedgerError: it does not: rows were removed, or an old copy was put back.
         """
-        if expected_head not in self._heads:
-            raise self._error(
-                "the privacy ledger does not contain a head that was published earlier",
-                field="head",
-                found=self.head().hex(),
-                accepted=f"a continuation of {expected_head.hex()}",
-                remedy="the file was rolled back or replaced: bring back the latest copy",
-            )
+        require_head(self._path, self._contents, expected_head)
+
+    def keep_pace(self, answers: int) -> None:
+        """Counts what the session journal holds; on disk before the answer counted last may leave.
+
+        The same number again changes nothing.
+
+        Raises:
+            LedgerError: the journal is an old copy (`require_journal`).
+            StorageError: it could not be written; the answer may not leave.
+        """
+        require_journal(self._path, self._contents, answers)
+        if answers != self._contents.answers:
+            with self._transaction():
+                self._database.execute("UPDATE journal SET answers = ?", (answers,))
+            self._contents.answers = answers
+
+    def carry(self, data_set: bytes) -> None:
+        """Goes on for a changed data set, which stays charged with all that stands here.
+
+        A record that is in both has paid for every release; one that is new pays for some that it
+        was not in, which is more than it owes. The same data set again changes nothing.
+
+        Args:
+            data_set: digest of the changed data set, 32 bytes.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        if data_set != self._contents.data_set:
+            self._append(Carried(data_set))
 
     def _check_budget(self, event: Event | None, budget: Budget) -> None:
         if budget.epsilon == math.inf:
             return
-        events = [entry.event for entry in self._rounds.values()]
-        after = _cost([*events, event], budget.delta)
+        events = self._events()
+        after = total_epsilon([*events, event], budget.delta)
         if not after <= budget.epsilon:
-            before = _cost(events, budget.delta)
+            before = total_epsilon(events, budget.delta)
             raise BudgetError(
                 "the privacy budget of this data set does not allow another round",
                 file=self._path,
@@ -236,7 +270,10 @@ class Ledger:
             )
         return known
 
-    def _append(self, change: Reserved | Computed | Sent) -> None:
+    def _events(self) -> list[Event | None]:
+        return [entry.event for entry in self._contents.rounds.values()]
+
+    def _append(self, change: Carried | Reserved | Computed | Sent) -> None:
         row = Row(self.head(), self._entropy(16), change)
         entry = encode(row)
         try:
@@ -245,61 +282,37 @@ class Ledger:
             raise self._error("a ledger row would not read back", found=error.message) from None
         with self._transaction():
             self._database.execute(
-                "INSERT INTO rows VALUES (?, ?, ?)", (len(self._heads), entry, row.head())
+                "INSERT INTO rows VALUES (?, ?, ?)",
+                (len(self._contents.heads), entry, row.head()),
             )
-        self._heads.append(row.head())
-        apply(self._rounds, change)
+        self._contents.follow(row)
 
-    def _load(self, data_set: bytes) -> None:
+    def _load(self) -> None:
         with storage_errors(self._path):
-            (version,) = self._database.execute("PRAGMA user_version").fetchone()
-            if version != SCHEMA_VERSION:
-                raise self._error(
-                    "a privacy ledger has another schema version, or is none",
-                    field="user_version",
-                    found=version,
-                    accepted=SCHEMA_VERSION,
-                )
+            # A database of another schema is left as it is.
+            self._contents = read_rows(self._path, self._database)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
-            rows = self._database.execute(
-                "SELECT position, entry, head FROM rows ORDER BY position"
-            ).fetchall()
-        head = GENESIS
-        for index, (position, entry, stored_head) in enumerate(rows):
-            try:
-                row = decode_canonical(entry, Row)
-                require(position == index, "its position is out of order")
-                require(row.previous == head, "it does not follow the row before")
-                head = row.head()
-                require(stored_head == head, "its head differs")
-                if isinstance(row.change, Opened):
-                    require(index == 0, "a ledger is opened once")
-                    self._check_data_set(row.change.data_set, data_set)
-                else:
-                    require(index > 0, "it comes before the ledger was opened")
-                    apply(self._rounds, row.change)
-            except (RemoteProtocolError, ValueError, TypeError) as error:
-                raise self._damaged(f"row {index}: {error}") from None
-            self._heads.append(head)
-        if not rows:
-            raise self._damaged("it has no rows")
 
-    def _check_data_set(self, recorded: bytes, data_set: bytes) -> None:
-        if recorded != data_set:
+    def _check_data_set(self, data_set: bytes, unit: str | None) -> None:
+        if self._contents.unit != unit:
+            raise self._error(
+                "a privacy ledger counts by another unit",
+                field="data.unit_column",
+                found=unit or "none: by record",
+                accepted=self._contents.unit or "none: by record",
+                remedy="set it back: what was charged by one unit says nothing about another",
+            )
+        if self._contents.data_set != data_set:
             raise self._error(
                 "a privacy ledger belongs to another data set",
                 field="data set digest",
-                found=recorded.hex(),
-                accepted=data_set.hex(),
-                remedy="each data set has its own ledger: point to the right state folder, or"
-                " bring back the data set that this ledger accounts for",
+                found=data_set.hex(),
+                accepted=self._contents.data_set.hex(),
+                remedy="if the data changed, run `umbel-client budget carry --data-set"
+                f" {data_set.hex()}`: what was spent stays spent. If it is other data, give it a"
+                " state folder of its own",
             )
-
-    def _damaged(self, found: str) -> LedgerError:
-        return self._error(
-            "a privacy ledger is damaged", found=found, remedy="bring back the latest intact copy"
-        )
 
     def _error(self, message: str, **details: object) -> LedgerError:
         return LedgerError(message, file=self._path, **details)  # type: ignore[arg-type]  # by name
@@ -315,8 +328,3 @@ class Ledger:
                 if self._database.in_transaction:
                     self._database.execute("ROLLBACK")
                 raise
-
-
-def _cost(events: list[Event | None], delta: float) -> float:
-    private = [event for event in events if event is not None]
-    return epsilon(private, delta) if len(private) == len(events) else math.inf

@@ -1,4 +1,4 @@
-"""The file of a privacy ledger: its lock, its birth, and what SQLite's errors mean."""
+"""The file of a privacy ledger: its lock, its birth, how it is read, what SQLite's errors mean."""
 
 import fcntl
 import os
@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from umbel_client.ledger_rows import SCHEMA_VERSION, Row
+from umbel_client.ledger_rows import SCHEMA_VERSION, Contents, Row
+from umbel_client.snapshot import read_only
 from umbel_common.canonical import encode
-from umbel_common.errors import LedgerError, StorageError
+from umbel_common.errors import LedgerError, RemoteProtocolError, StorageError
 
 
 def lock_file(path: Path) -> BinaryIO:
@@ -43,9 +44,11 @@ def create(path: Path, first: Row) -> None:
         database.executescript(
             "BEGIN; CREATE TABLE rows"
             " (position INTEGER PRIMARY KEY, entry BLOB NOT NULL, head BLOB NOT NULL) STRICT;"
+            " CREATE TABLE journal (answers INTEGER NOT NULL) STRICT;"
             f" PRAGMA user_version = {SCHEMA_VERSION};"
         )
         database.execute("INSERT INTO rows VALUES (0, ?, ?)", (encode(first), first.head()))
+        database.execute("INSERT INTO journal VALUES (0)")
         database.execute("COMMIT")
     finally:
         database.close()
@@ -55,6 +58,109 @@ def create(path: Path, first: Row) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def read_ledger(path: Path) -> Contents:
+    """What a ledger holds at this moment; a client that uses it is not disturbed.
+
+    Raises:
+        LedgerError: there is none, or it is damaged or of another schema.
+        StorageError: it cannot be read.
+    """
+    if not path.exists():
+        raise LedgerError(
+            "there is no privacy ledger here",
+            file=path,
+            remedy="the first plan that this site accepts begins one; if there was one, bring back"
+            " the latest copy",
+        )
+    with storage_errors(path), read_only(path) as database:
+        return read_rows(path, database)
+
+
+def read_rows(path: Path, database: sqlite3.Connection) -> Contents:
+    """Follows the whole chain.
+
+    Raises:
+        LedgerError: it is damaged or of another schema.
+    """
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if version != SCHEMA_VERSION:
+        raise LedgerError(
+            "a privacy ledger has another schema version, or is none",
+            file=path,
+            field="user_version",
+            found=version,
+            accepted=SCHEMA_VERSION,
+            remedy="use it with the version of umbel-client that made it, or start a new state"
+            " folder and lower policy.total_epsilon by what that version counts as spent",
+        )
+    rows = database.execute("SELECT position, entry, head FROM rows ORDER BY position").fetchall()
+    counts = database.execute("SELECT answers FROM journal").fetchall()
+    contents = Contents()
+    for number, row in enumerate(rows):
+        try:
+            contents.read(*row)
+        except (RemoteProtocolError, ValueError, TypeError) as error:
+            raise damaged(path, f"row {number}: {error}") from None
+    if not rows or len(counts) != 1:
+        raise damaged(path, f"{len(rows)} rows and {len(counts)} counts of answers")
+    (contents.answers,) = counts[0]
+    return contents
+
+
+def require_head(path: Path, contents: Contents, published: bytes) -> None:
+    """Checks that a history continues the one that was published under a head.
+
+    Raises:
+        LedgerError: it does not: rows were removed, or an old copy was put back.
+    """
+    if published not in contents.heads:
+        raise LedgerError(
+            "the privacy ledger does not contain a head that was published earlier",
+            file=path,
+            field="head",
+            found=contents.head().hex(),
+            accepted=f"a continuation of {published.hex()}",
+            remedy="the file was rolled back or replaced: bring back the latest copy",
+        )
+
+
+def require_journal(path: Path, contents: Contents, answers: int) -> None:
+    """Checks that the session journal beside a ledger is no older than the ledger.
+
+    Both count the site's answers: an answer is written to the journal, then the ledger counts it,
+    then it leaves. So a crash can leave the journal ahead, and nothing but an old copy of it can be
+    behind: a site that went on with one would answer again, with other keys or for another survivor
+    set, what it has answered before.
+
+    Args:
+        answers: that the journal ever recorded.
+
+    Raises:
+        LedgerError: the journal is an old copy.
+    """
+    if answers < contents.answers:
+        raise LedgerError(
+            "the session journal is older than the privacy ledger beside it",
+            file=path,
+            field="answers",
+            found=f"{answers} in the journal",
+            accepted=f"at least {contents.answers}, as the ledger counts",
+            remedy="session.sqlite was rolled back or replaced: bring back the latest copy. If it"
+            " is lost, start a new state folder and lower policy.total_epsilon by what"
+            " `umbel-client budget show` calls spent here",
+        )
+
+
+def damaged(path: Path, found: object) -> LedgerError:
+    """The error of a ledger that was changed by anything but a `Ledger`."""
+    return LedgerError(
+        "a privacy ledger is damaged",
+        file=path,
+        found=found,
+        remedy="bring back the latest intact copy",
+    )
 
 
 @contextmanager
@@ -70,12 +176,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             remedy="see that the disk has space and the file is writable",
         ) from error
     except sqlite3.Error as error:
-        raise LedgerError(
-            "a privacy ledger is damaged",
-            file=path,
-            found=error,
-            remedy="bring back the latest intact copy",
-        ) from error
+        raise damaged(path, error) from error
 
 
 def _private(path: str, flags: int) -> int:

@@ -3,10 +3,12 @@
 Differencing: whoever learns the sum over a set of sites, and the sum over the same set without one
 site, knows that site's delta. With differential privacy in `local` mode that delta is itself what
 the guarantee covers, and nothing more is lost. Without, two rules apply, both to the survivor sets
-that this site itself confirmed. Exact: the delta of one round goes into one set only, so no number
-of attempts gives a second equation. A hurdle: over all rounds and jobs, a set is one that was
-confirmed before, or differs from each by `minimum_cohort_difference` sites; rounds differ, so their
-sums do not subtract exactly, but they come near, and several sets together get around any such
+that this site itself confirmed. Within a round it confirms one set, and a set needs `threshold` of
+its own sites: by counting, no combination of a round's sums is one site's delta alone, though it
+can be the difference of two (each attempt asks only sites that do not know the other set). Over all
+rounds and jobs, a hurdle: a set is one that was confirmed before, or differs from each by
+`minimum_cohort_difference` sites. Rounds differ, so their sums do not subtract exactly (unless
+every record is in every batch), but they come near, and several sets together get around any such
 number. A site that needs more than a hurdle needs differential privacy.
 """
 
@@ -78,7 +80,8 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
     Raises:
         PolicyRefusal: `model-not-allowed`, `task-not-allowed`, `rank-too-large`, `too-many-rounds`,
             `too-many-local-steps`, `privacy-required`, `epsilon-too-large`, `delta-too-large`,
-            `example-weights` or `labels-not-allowed`.
+            `example-weights`, `labels-not-allowed` or
+            `threshold-below-minimum`.
     """
     privacy = plan.privacy
     _require(
@@ -119,6 +122,15 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
     else:
         _at_most(policy.max_epsilon, privacy.epsilon, "epsilon-too-large", "max_epsilon")
         _at_most(policy.max_delta, privacy.delta, "delta-too-large", "max_delta")
+    # A site that is not asked to confirm the survivors cannot count them: what it can rely on is
+    # that no set is unmasked which fewer than `threshold` of its own sites signed.
+    _require(
+        plan.aggregation.threshold >= policy.minimum_cohort,
+        "threshold-below-minimum",
+        field="policy.minimum_cohort",
+        found=f"threshold {plan.aggregation.threshold}",
+        accepted=f"at least {policy.minimum_cohort}",
+    )
     _require(
         plan.aggregation.weights != "examples" or policy.examples_as_weights,
         "example-weights",

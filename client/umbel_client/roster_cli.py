@@ -142,15 +142,25 @@ def revoke(
         revoke_here(path, revoked)
     else:
         raise typer.BadParameter("give either a revocation file or --key")
-    owners = [name for name, own in require_document(path).parties().items() if own == revoked]
+    document = require_document(path)
+    owners = [name for name, own in document.parties().items() if own == revoked]
+    console = Console(highlight=False)
     print_lines(
-        Console(highlight=False),
+        console,
         [
             ("revoked", fingerprint(revoked)),
             ("key of", owners[0] if owners else "nobody in the roster"),
             ("pinned", str(path)),
         ],
     )
+    for party, own in document.parties().items():
+        if document.leads(party, revoked, own):
+            console.print(
+                f"\nThe revoked key passed {party} to a key that is still believed:\n"
+                f"{fingerprint(own)}. If the key was stolen, that may be the thief's:\n"
+                f"compare it with {party}, and revoke it too if it is not theirs.",
+                soft_wrap=True,
+            )
 
 
 def _read(file: Path) -> RosterDocument:

@@ -11,17 +11,18 @@ itself and needs the same protection.
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import msgspec
 
-from umbel_common.canonical import decode_canonical, encode
+from umbel_client.snapshot import read_only
+from umbel_common.canonical import Value, decode_canonical, encode
 from umbel_common.errors import RemoteProtocolError, StorageError, require
 from umbel_common.identity import Signed
 from umbel_common.statements import RoundHeader
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE plans (job TEXT PRIMARY KEY, plan BLOB NOT NULL) STRICT;
@@ -34,10 +35,21 @@ CREATE TABLE answers (
     context BLOB NOT NULL, stage TEXT NOT NULL, request BLOB NOT NULL, reply BLOB NOT NULL,
     PRIMARY KEY (context, stage)
 ) STRICT;
+CREATE TABLE answered (total INTEGER NOT NULL) STRICT;
+INSERT INTO answered VALUES (0);
 CREATE TABLE releases (
     job TEXT NOT NULL, round INTEGER NOT NULL, release BLOB NOT NULL, PRIMARY KEY (job, round)
 ) STRICT;
 """
+
+
+class Published(Value, frozen=True):
+    """What this site has said of its ledger and let out, which the ledger must know of."""
+
+    ledger_head: bytes | None
+    """That it signed last, 32 bytes; None before its first attempt."""
+    answers: int
+    """That it ever recorded, those of attempts that are over included."""
 
 
 class Session:
@@ -68,6 +80,7 @@ class Session:
                     file=path,
                     found=version,
                     accepted=SCHEMA_VERSION,
+                    remedy="use it with the version of umbel-client that made it",
                 )
 
     def close(self) -> None:
@@ -178,13 +191,10 @@ class Session:
         )
         return bytes(row[1])
 
-    def published_head(self) -> bytes | None:
-        """The ledger head that this site signed last; None before its first attempt."""
+    def published(self) -> Published:
+        """What the privacy ledger is held against."""
         with self._storage_errors():
-            row = self._database.execute(
-                "SELECT ledger_head FROM attempts ORDER BY rowid DESC LIMIT 1"
-            ).fetchone()
-        return None if row is None else bytes(row[0])
+            return _published(self._database)
 
     def open(
         self, header: RoundHeader, ledger_head: bytes, state: bytes, request: bytes, reply: bytes
@@ -224,6 +234,12 @@ class Session:
             self._database.execute(
                 "UPDATE attempts SET state = ? WHERE context = ?", (state, context)
             )
+        self._forget()
+
+    def end_job(self, job: str) -> None:
+        """Deletes what the attempts of a job still hold: its last release is out."""
+        with self._transaction():
+            self._database.execute("UPDATE attempts SET state = NULL WHERE job = ?", (job,))
         self._forget()
 
     def confirm(self, context: bytes, survivors: tuple[str, ...]) -> None:
@@ -276,6 +292,7 @@ class Session:
         self._database.execute(
             "INSERT INTO answers VALUES (?, ?, ?, ?)", (context, stage, request, reply)
         )
+        self._database.execute("UPDATE answered SET total = total + 1")
 
     def _forget(self) -> None:
         """Empties the write-ahead log, which still holds former states with their secrets."""
@@ -293,14 +310,38 @@ class Session:
                 raise
             self._database.execute("COMMIT")
 
-    @contextmanager
-    def _storage_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            raise StorageError(
-                "the session journal cannot be used",
-                file=self._path,
-                found=error,
-                remedy="see that the disk has space and the file is writable and intact",
-            ) from error
+    def _storage_errors(self) -> AbstractContextManager[None]:
+        return _storage_errors(self._path)
+
+
+def read_published(path: Path) -> Published:
+    """As `Session.published`, of a journal that another process may be using.
+
+    Raises:
+        StorageError: it cannot be read, or is of another schema version.
+    """
+    if not path.exists():
+        return Published(None, 0)
+    with _storage_errors(path), read_only(path) as database:
+        return _published(database)
+
+
+def _published(database: sqlite3.Connection) -> Published:
+    (head,) = database.execute(
+        "SELECT (SELECT ledger_head FROM attempts ORDER BY rowid DESC LIMIT 1)"
+    ).fetchone()
+    (answers,) = database.execute("SELECT total FROM answered").fetchone()
+    return Published(head, answers)
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise StorageError(
+            "the session journal cannot be used",
+            file=path,
+            found=error,
+            remedy="see that the disk has space and the file is writable and intact",
+        ) from error

@@ -18,6 +18,7 @@ from umbel_client.model import AdaptedModel
 from umbel_client.observer import Observer
 from umbel_client.precision import chosen_precision
 from umbel_client.prepared import prepare
+from umbel_client.session import Published
 from umbel_client.training import sampling_rate, train_round
 from umbel_common.adapter import Vector
 from umbel_common.canonical import Entropy, digest
@@ -64,20 +65,20 @@ class SiteJob:
         plan: TrainingPlan,
         roster: Roster,
         *,
-        published_head: bytes | None,
+        published: Published,
         observer: Observer,
         entropy: Entropy,
     ) -> None:
         """Loads data and model, calibrates the noise, and opens the data set's ledger.
 
         Args:
-            published_head: the ledger head that this site signed last; the ledger must contain it.
+            published: from the session journal; the ledger must know of it.
 
         Raises:
             DataError, ModelError: what is on the site's disk does not fit the plan.
             CalibrationError, PolicyRefusal: the plan's privacy cannot be had with this data set.
             BudgetError: the whole plan would go past the data set's budget.
-            LedgerError: the ledger is corrupt, rolled back, or in use.
+            LedgerError: the ledger is corrupt, in use, or rolled back, or the journal is.
         """
         self.plan = plan
         self._config = config
@@ -96,10 +97,11 @@ class SiteJob:
         )
         self._weight = _weight(plan, roster, config.site, len(records))
         state = Path(config.state)
-        self._ledger = Ledger.open(state / "ledger.sqlite", records.digest())
+        self._ledger = Ledger.open(state / "ledger.sqlite", records.digest(), records.unit_column)
         try:
-            if published_head is not None:
-                self._ledger.verify(published_head)
+            if published.ledger_head is not None:
+                self._ledger.verify(published.ledger_head)
+            self._ledger.keep_pace(published.answers)
             self._check_budget()
             self._model = AdaptedModel.load(
                 Path(config.model.path), plan, precision=chosen_precision(config.model.precision)
@@ -170,6 +172,14 @@ class SiteJob:
     def sent(self, round_number: int) -> None:
         """The round's masked delta is about to leave."""
         self._ledger.sent(self.plan.job, round_number)
+
+    def answered(self, answers: int) -> None:
+        """An answer that the session journal has just recorded, or gives again, is about to leave.
+
+        Args:
+            answers: that the journal ever recorded.
+        """
+        self._ledger.keep_pace(answers)
 
     def _stored(self, number: int) -> tuple[bytes, Vector, State]:
         recorded = self._recorded_digest(number)

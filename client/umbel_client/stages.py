@@ -83,6 +83,6 @@ def answer_stage(
             after = None
         case _:
             raise RemoteProtocolError("stage-order", f"the stage {stage} is out of order here")
-    sealed = seal_reply(identity, site, reply)
+    sealed = seal_reply(identity, site, reply, fingerprint)
     session.burn(context, stage, fingerprint, sealed, None if after is None else encode(after))
     return sealed

@@ -18,7 +18,7 @@ from umbel_client.session import Session
 from umbel_client.site_job import SiteJob, SiteStatus
 from umbel_client.stages import answer_stage
 from umbel_common.adapter import Vector, adapter_digest, from_bytes, initial_vector
-from umbel_common.canonical import Entropy, V, digest, encode
+from umbel_common.canonical import Entropy, V, decode_canonical, encode
 from umbel_common.errors import (
     BudgetError,
     IdentityError,
@@ -44,6 +44,7 @@ from umbel_common.wire import (
     TrainReply,
     TrainRequest,
     open_request,
+    request_digest,
     seal_reply,
     size_limit,
 )
@@ -103,12 +104,13 @@ class Trainer:
 
     def handle(self, sealed: bytes) -> bytes:
         """Answers one sealed request with one sealed reply."""
+        asked = request_digest(sealed)
         with self._lock:
             try:
-                return self._answer(sealed)
+                return self._answer(sealed, asked)
             except UmbelError as error:
                 self._observer.refused(error)
-                return self._seal(Refusal(check=_code(error)))
+                return self._seal(Refusal(check=_code(error)), asked)
             except Exception as unexpected:
                 # What a server can provoke, however odd, must not end the site's process.
                 fault = UmbelError(
@@ -118,9 +120,9 @@ class Trainer:
                 )
                 fault.__cause__ = unexpected
                 self._observer.refused(fault)
-                return self._seal(Refusal(check=_code(fault)))
+                return self._seal(Refusal(check=_code(fault)), asked)
 
-    def _answer(self, sealed: bytes) -> bytes:
+    def _answer(self, sealed: bytes, asked: bytes) -> bytes:
         require(
             self._roster.operator not in self._revoked,
             "revoked-key",
@@ -135,25 +137,29 @@ class Trainer:
         )
         match request:
             case OfferRequest():
-                return self._seal(self._offer(request))
+                return self._seal(self._offer(request), asked)
             case FinishRequest():
-                return self._seal(self._finish(request))
+                return self._seal(self._finish(request), asked)
             case TrainRequest():
-                return self._train(request, digest("request", sealed))
+                return self._train(request, asked)
             case _:
                 header = self._session.header(request.context)
-                return answer_stage(
+                self._check_parties(header)
+                job = self._loaded_job(header.job)
+                reply = answer_stage(
                     request,
                     header,
                     session=self._session,
-                    job=self._loaded_job(header.job),
+                    job=job,
                     policy=self._config.policy,
                     site=self._config.site,
                     roster=self._roster,
                     identity=self._identity,
                     entropy=self._entropy,
-                    fingerprint=digest("request", sealed),
+                    fingerprint=asked,
                 )
+                job.answered(self._session.published().answers)
+                return reply
 
     def _offer(self, request: OfferRequest) -> OfferReply:
         plan = self._open(request.plan, TrainingPlan)
@@ -176,6 +182,7 @@ class Trainer:
         plan = self._accepted_plan(header.job)
         known = self._session.answer(header.context(), "train", fingerprint)
         if known is not None:
+            self._loaded_job(plan.job).answered(self._session.published().answers)
             return known
         self._check_header(header, plan)
         adapter = self._check_release(request, header, plan)
@@ -194,8 +201,9 @@ class Trainer:
             head,
             self._entropy,
         )
-        reply = self._seal(TrainReply(advert=advert))
+        reply = self._seal(TrainReply(advert=advert), fingerprint)
         self._session.open(header, head, encode(state), fingerprint, reply)
+        job.answered(self._session.published().answers)
         return reply
 
     def _check_size_class(self, plan: TrainingPlan) -> None:
@@ -209,23 +217,31 @@ class Trainer:
             )
 
     def _check_header(self, header: RoundHeader, plan: TrainingPlan) -> None:
-        members = {member.name: member.public_key for member in self._roster.members}
         checks = {
             "other-federation": header.federation == self._roster.federation,
             "plan-digest": header.plan == plan.digest(),
-            "roster-digest": header.roster == self._roster.digest(),
             "not-in-cohort": self._config.site in header.cohort,
-            "not-in-roster": members.keys() >= set(header.cohort),
-            "revoked-key": self._revoked.isdisjoint(map(members.get, header.cohort)),
             "round-past-plan": header.round <= plan.training.rounds,
         }
         for check, holds in checks.items():
             require(holds, check, "a round header does not fit what this site knows")
+        self._check_parties(header)
         self._session.check_new(header)
         # Judged again: a site may have tightened its policy since it accepted the plan.
         judge_plan(self._config.policy, plan)
         judge_header(self._config.policy, plan, header)
         encoding_of(plan.aggregation, len(header.cohort)).prove_headroom()
+
+    def _check_parties(self, header: RoundHeader) -> None:
+        """At every stage: the roster may have changed, and a key been revoked, since the last."""
+        members = {member.name: member.public_key for member in self._roster.members}
+        checks = {
+            "roster-digest": header.roster == self._roster.digest(),
+            "not-in-roster": members.keys() >= set(header.cohort),
+            "revoked-key": self._revoked.isdisjoint(map(members.get, header.cohort)),
+        }
+        for check, holds in checks.items():
+            require(holds, check, "an attempt has other parties than this site believes")
 
     def _check_release(
         self, request: TrainRequest, header: RoundHeader, plan: TrainingPlan
@@ -274,16 +290,17 @@ class Trainer:
             request.release,
             base_model=Path(self._config.model.path),
         )
+        self._session.end_job(plan.job)
         return FinishReply(adapter=release.adapter)
 
     def _plans(self) -> list[TrainingPlan]:
-        return [self._open(signed, TrainingPlan) for signed in self._session.plans()]
+        return [_accepted(signed) for signed in self._session.plans()]
 
     def _accepted_plan(self, job: str) -> TrainingPlan:
         signed = self._session.plan(job)
         if signed is None:
             raise RemoteProtocolError("unknown-plan", f"no plan of job {job} was accepted here")
-        return self._open(signed, TrainingPlan)
+        return _accepted(signed)
 
     def _loaded_job(self, name: str) -> SiteJob:
         """The job with its model and data, under the plan that was accepted and no other."""
@@ -301,7 +318,7 @@ class Trainer:
             self._config,
             plan,
             self._roster,
-            published_head=self._session.published_head(),
+            published=self._session.published(),
             observer=self._observer,
             entropy=self._entropy,
         )
@@ -309,8 +326,14 @@ class Trainer:
     def _open(self, signed: Signed, kind: type[V]) -> V:
         return open_signed(signed, kind, self._roster.operator, "operator")
 
-    def _seal(self, reply: Reply) -> bytes:
-        return seal_reply(self._identity, self._config.site, reply)
+    def _seal(self, reply: Reply, asked: bytes) -> bytes:
+        return seal_reply(self._identity, self._config.site, reply, asked)
+
+
+def _accepted(signed: Signed) -> TrainingPlan:
+    """A plan from this site's own journal: verified as it was accepted, by the operator of then,
+    whose key may have been rotated since."""
+    return decode_canonical(signed.statement, TrainingPlan)
 
 
 def check_own_key(pinned: Pinned, site: str, identity: Identity) -> None:

@@ -54,7 +54,7 @@ class UmbelError(Exception):
 
     def diagnostics(self) -> str:
         """The message and its details, one per line, ready for a terminal."""
-        lines = [self.message]
+        lines = [_text(self.message)]
         details = (
             ("file", self.file),
             ("field", self.field),
@@ -70,7 +70,9 @@ class UmbelError(Exception):
 
 
 def _text(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    """On one line: what a stranger wrote must not look like a line of ours."""
+    text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text.replace("\r", "\\r").replace("\n", "\\n")
 
 
 class ConfigError(UmbelError):

@@ -17,6 +17,8 @@ class RosterDocument(Value, frozen=True):
     revocations: tuple[SignedRevocation, ...] = ()
     revoked_here: tuple[PublicKey, ...] = ()
     """Keys that the keeper of this document revoked by its own decision, signed by nobody."""
+    departed: tuple[Member, ...] = ()
+    """Former members as they were last: who comes back with another key must account for it."""
 
     def __post_init__(self) -> None:
         federations = {
@@ -79,7 +81,7 @@ class RosterChange(Value, frozen=True):
     added: tuple[Member, ...] = ()
     removed: tuple[Member, ...] = ()
     keys: tuple[KeyChange, ...] = ()
-    """New keys of parties that stay, the operator's among them."""
+    """New keys of parties that stay or come back, the operator's among them."""
     weights: tuple[WeightChange, ...] = ()
     revoked: tuple[PublicKey, ...] = ()
     """Keys that were not revoked before, sorted."""
@@ -95,7 +97,8 @@ def compare(pinned: RosterDocument | None, merged: RosterDocument) -> RosterChan
     if pinned is None:
         return RosterChange(added=merged.roster.members, revoked=tuple(sorted(merged.revoked())))
     former = {member.name: member for member in pinned.roster.members}
-    old_keys, new_keys = pinned.parties(), merged.parties()
+    departed = {member.name: member.public_key for member in pinned.departed}
+    old_keys, new_keys = departed | pinned.parties(), merged.parties()
     return RosterChange(
         added=tuple(member for name, member in members.items() if name not in former),
         removed=tuple(member for name, member in former.items() if name not in members),

@@ -10,7 +10,7 @@ import msgspec
 
 from umbel_common.canonical import Name, V
 from umbel_common.errors import IdentityError
-from umbel_common.identity import SIGNATURE_BYTES, Roster
+from umbel_common.identity import SIGNATURE_BYTES, Member, Roster
 from umbel_common.key_statements import SignedRevocation, SignedRotation
 from umbel_common.roster_document import RosterDocument
 
@@ -53,23 +53,21 @@ class _RosterEntry(_Entry):
     rotations: list[_RotationEntry] = []
     revocations: list[_RevocationEntry] = []
     revoked_here: list[str] = []
+    departed: list[_MemberEntry] = []
 
 
 def document_to_json(document: RosterDocument) -> str:
     """A document as indented JSON with a newline at its end; what is empty is left out."""
     roster = document.roster
-    members = [
-        _MemberEntry(name=member.name, public_key=member.public_key.hex(), weight=member.weight)
-        for member in roster.members
-    ]
     return _to_json(
         _RosterEntry(
             federation=roster.federation,
             operator=roster.operator.hex(),
-            members=members,
+            members=[_member_entry(member) for member in roster.members],
             rotations=[_rotation_entry(signed) for signed in document.rotations],
             revocations=[_revocation_entry(signed) for signed in document.revocations],
             revoked_here=[key.hex() for key in document.revoked_here],
+            departed=[_member_entry(member) for member in document.departed],
         )
     )
 
@@ -85,25 +83,33 @@ def document_from_json(text: str, file: object) -> RosterDocument:
             two parties with one name or one key, or a statement of another federation.
     """
     entry = _from_json(text, _RosterEntry, file, "a roster file")
-    members = [
-        {
-            "name": member.name,
-            "public_key": _key(member.public_key, member.name, file),
-            "weight": member.weight,
-        }
-        for member in sorted(entry.members, key=lambda member: member.name)
-    ]
     parts: dict[str, object] = {
         "roster": {
             "federation": entry.federation,
             "operator": _key(entry.operator, "operator", file),
-            "members": members,
+            "members": _member_parts(entry.members, file),
         },
         "rotations": [_rotation_parts(rotation, file) for rotation in entry.rotations],
         "revocations": [_revocation_parts(revocation, file) for revocation in entry.revocations],
         "revoked_here": [_key(key, "revoked_here", file) for key in entry.revoked_here],
+        "departed": _member_parts(entry.departed, file),
     }
     return _convert(parts, RosterDocument, file, "a roster file")
+
+
+def _member_entry(member: Member) -> _MemberEntry:
+    return _MemberEntry(name=member.name, public_key=member.public_key.hex(), weight=member.weight)
+
+
+def _member_parts(entries: list[_MemberEntry], file: object) -> list[dict[str, object]]:
+    return [
+        {
+            "name": entry.name,
+            "public_key": _key(entry.public_key, entry.name, file),
+            "weight": entry.weight,
+        }
+        for entry in sorted(entries, key=lambda entry: entry.name)
+    ]
 
 
 def roster_to_json(roster: Roster) -> str:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import msgspec
 
 from umbel_common.errors import IdentityError, SignatureError
-from umbel_common.identity import Roster, fingerprint
+from umbel_common.identity import Member, Roster, fingerprint
 from umbel_common.key_statements import OPERATOR, SignedRevocation, SignedRotation
 from umbel_common.roster_document import RosterChange, RosterDocument
 
@@ -59,6 +59,7 @@ def merge(pinned: RosterDocument | None, proposed: RosterDocument, file: object)
         rotations=tuple(rotations),
         revocations=tuple(revocations),
         revoked_here=base.revoked_here,
+        departed=_departed(base, proposed.roster),
     )
 
 
@@ -127,8 +128,8 @@ def check_revocation(document: RosterDocument, signed: SignedRevocation, file: o
             found=signed.revocation.federation,
             accepted=document.roster.federation,
         )
-    operators = _operators(document.rotations, document.roster.operator)
-    _check_revocation(signed, operators, file)
+    operators = _operators(document.rotations, document.roster.operator) - document.revoked()
+    _check_revocation(signed, operators, document.roster.operator, file)
 
 
 def propose(pinned: RosterDocument, signed: SignedRotation, file: object) -> RosterDocument:
@@ -181,14 +182,23 @@ def _with_key(roster: Roster, party: str, key: bytes, file: object) -> Roster:
         ) from None
 
 
+def _departed(base: RosterDocument, roster: Roster) -> tuple[Member, ...]:
+    """Members of earlier rosters that are not in `roster`, as they were last, sorted by name."""
+    known = {member.name: member for member in (*base.departed, *base.roster.members)}
+    present = {member.name for member in roster.members}
+    return tuple(known[name] for name in sorted(known.keys() - present))
+
+
 def _check_statements(base: RosterDocument, proposed: RosterDocument, file: object) -> None:
     """What is pinned already was checked when it came, by the operator's key of that time."""
     for rotation in set(proposed.rotations) - set(base.rotations):
         _check_rotation(rotation, file)
     rotations = (*base.rotations, *proposed.rotations)
+    # A key that this site holds for revoked says nothing more, not even whom else to revoke.
     operators = _operators(rotations, base.roster.operator, proposed.roster.operator)
+    operators -= base.revoked()
     for revocation in set(proposed.revocations) - set(base.revocations):
-        _check_revocation(revocation, operators, file)
+        _check_revocation(revocation, operators, proposed.roster.operator, file)
 
 
 def _operators(rotations: Sequence[SignedRotation], *keys: bytes) -> set[bytes]:
@@ -212,9 +222,13 @@ def _check_rotation(signed: SignedRotation, file: object) -> None:
         )
 
 
-def _check_revocation(signed: SignedRevocation, operators: set[bytes], file: object) -> None:
+def _check_revocation(
+    signed: SignedRevocation, operators: set[bytes], operator: bytes, file: object
+) -> None:
+    """`operators`: those whose word counts, former keys too; `operator`: the present key, which a
+    former one, perhaps stolen, cannot revoke."""
     key = signed.revocation.key
-    if signed.signer != key and signed.signer not in operators:
+    if signed.signer != key and (signed.signer not in operators or key == operator):
         raise SignatureError(
             "a revocation is signed neither by the revoked key nor by the operator",
             file=file,

@@ -1,7 +1,8 @@
 """The closed set of messages between server and site, sealed by the sender's identity.
 
 A sealed message is `magic (4) | signature (64) | body`. The signature covers a label that names the
-direction and the addressee, so a message is good for one site and one direction only; the body is
+direction and the site, and of a reply also the request: so a message is good for one site and one
+direction only, and a reply for one request, whatever was recorded before. The body is
 the strict MessagePack encoding of one of the types below. Order of checks on receipt: size, magic,
 signature against the pinned key, decoding. Nothing is parsed, and nothing allocated, before the
 first three passed.
@@ -11,7 +12,7 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
-from umbel_common.canonical import Digest, Value, decode
+from umbel_common.canonical import Digest, Value, decode, digest
 from umbel_common.errors import require
 from umbel_common.identity import SIGNATURE_BYTES, Identity, Signed, verifies
 from umbel_common.plan import TrainingPlan
@@ -183,19 +184,35 @@ def open_request(operator_key: bytes, site: str, data: bytes, *, limit: int) -> 
     return decode(body, Request)  # type: ignore[arg-type]  # a union is a decodable type
 
 
-def seal_reply(identity: Identity, site: str, reply: Reply) -> bytes:
-    """A reply as it travels from `site`."""
-    return _seal(identity, f"reply from {site}", reply)
+def request_digest(sealed: bytes | memoryview) -> bytes:
+    """What a reply is bound to: the digest of the request as it travelled."""
+    return digest("request", sealed)
 
 
-def open_reply(site_key: bytes, site: str, data: bytes, *, limit: int) -> Reply:
-    """Opens a reply of `site`.
+def seal_reply(identity: Identity, site: str, reply: Reply, request: bytes) -> bytes:
+    """A reply as it travels from `site`.
+
+    Args:
+        request: `request_digest` of what it answers.
+    """
+    return _seal(identity, _reply_label(site, request), reply)
+
+
+def open_reply(site_key: bytes, site: str, data: bytes, request: bytes, *, limit: int) -> Reply:
+    """Opens the reply of `site` to one request.
+
+    Args:
+        request: `request_digest` of what it must answer.
 
     Raises:
         RemoteProtocolError: `oversized-message`, `malformed-message` or `pinned-signature`.
     """
-    body = _open(site_key, f"reply from {site}", data, limit)
+    body = _open(site_key, _reply_label(site, request), data, limit)
     return decode(body, Reply)  # type: ignore[arg-type]  # a union is a decodable type
+
+
+def _reply_label(site: str, request: bytes) -> str:
+    return f"reply from {site} to {request.hex()}"
 
 
 def _seal(identity: Identity, label: str, message: Request | Reply) -> bytes:

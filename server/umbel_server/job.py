@@ -24,6 +24,7 @@ from umbel_common.wire import (
     Request,
     TrainRequest,
     open_reply,
+    request_digest,
     seal_request,
     size_limit,
 )
@@ -306,35 +307,33 @@ class Job:
     def _exchange(self, step: Step, requests: Mapping[str, Request]) -> Iterator[tuple[str, Reply]]:
         """Seals, sends, opens, one message at a time.
 
-        A reply that does not open counts as a refusal by its sender; one of a site that was not
-        asked, or not yet, as none.
+        A reply that does not open is no reply: it is of somebody else, or to another request.
         """
-        received: dict[str, int] = {}
+        asked: dict[str, tuple[int, bytes]] = {}
 
         def sealed() -> Iterator[tuple[str, bytes]]:
             for site, request in requests.items():
                 data = seal_request(self._operator, site, request)
-                received[site] = len(data)
+                asked[site] = len(data), request_digest(data)
                 yield site, data
                 # No request is kept while the next one is sealed.
                 del data
 
         for site, data in self._link.exchange(step, sealed(), self._limits.seconds(step.stage)):
-            if site not in received:
+            if site not in asked:
                 continue
-            reply = self._open(site, data)
-            self._observer.answered(step, site, reply, received[site], len(data))
+            received, request = asked[site]
+            key = self._roster.member(site).public_key
+            try:
+                reply = open_reply(key, site, data, request, limit=self._size_limit)
+            except RemoteProtocolError as error:
+                self._observer.strayed(step, site, error.check)
+                continue
+            self._observer.answered(step, site, reply, received, len(data))
             # No reply is kept while it is worked on, or while the next one is read.
             del data
             yield site, reply
             del reply
-
-    def _open(self, site: str, data: bytes) -> Reply:
-        try:
-            key = self._roster.member(site).public_key
-            return open_reply(key, site, data, limit=self._size_limit)
-        except RemoteProtocolError as error:
-            return Refusal(check=error.check)
 
 
 class _Aborted(Exception):

@@ -46,6 +46,10 @@ class Observer(Protocol):
         counts them."""
         ...
 
+    def strayed(self, step: Step, site: str, check: str) -> None:
+        """Something came in a site's name that is no reply of this site to what it was asked."""
+        ...
+
     def aborted(self, round_number: int, attempt: int, check: str) -> None:
         """An attempt released nothing."""
         ...

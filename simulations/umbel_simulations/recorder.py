@@ -157,6 +157,9 @@ class ServerObserver:
             )
         )
 
+    def strayed(self, step: Step, site: str, check: str) -> None:
+        """See `Observer`. Nothing strays in one process."""
+
     def aborted(self, round_number: int, attempt: int, check: str) -> None:
         """See `Observer`."""
         self._recorder.emit(

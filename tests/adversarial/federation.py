@@ -43,6 +43,7 @@ from umbel_common.wire import (
     Request,
     TrainRequest,
     open_reply,
+    request_digest,
     seal_request,
     size_limit,
 )
@@ -223,7 +224,7 @@ class Federation:
         with self.protection.at_a_site():
             reply = self.trainers[site].handle(sealed)
         key = self.identities[site].public_key
-        return open_reply(key, site, reply, limit=size_limit(self.plan))
+        return open_reply(key, site, reply, request_digest(sealed), limit=size_limit(self.plan))
 
     def _unless_refused(self, reply: Reply) -> Reply:
         if isinstance(reply, Refusal):

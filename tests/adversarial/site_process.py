@@ -3,6 +3,7 @@
 import os
 import signal
 import sqlite3
+from collections.abc import Callable
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,27 @@ class Quiet:
     def refused(self, error: UmbelError) -> None: ...
 
 
+Step = Callable[[str], None]
+"""Counts a step, and dies instead of taking it where the site has been told to die there."""
+
+
+Prepare = Callable[[Path, Step], Step]
+"""Called in a site's process before it starts, with the folder of its client.toml: may count
+other steps too, and returns the function that is to be told of all."""
+
+
+def only_databases_and_answers(folder: Path, count: Step) -> Step:
+    """Counts what `serve` finds."""
+    return count
+
+
 def nursery(
-    folder: Path, address: str, plan: TrainingPlan, public_size: int, orders: Connection
+    folder: Path,
+    address: str,
+    plan: TrainingPlan,
+    public_size: int,
+    orders: Connection,
+    prepare: Prepare = only_databases_and_answers,
 ) -> None:
     """Starts a site for each number of steps that it is sent, when the one before has died.
 
@@ -43,11 +63,11 @@ def nursery(
     for steps in iter(orders.recv, None):
         child = os.fork()
         if child == 0:
-            serve(folder, address, steps)
+            serve(folder, address, steps, prepare)
         os.waitpid(child, 0)
 
 
-def serve(folder: Path, address: str, steps: int) -> None:
+def serve(folder: Path, address: str, steps: int, prepare: Prepare) -> None:
     """Answers requests until `steps` steps are done, then dies as by `kill -9`.
 
     A step is a statement to one of the site's databases, or the sending of an answer.
@@ -56,13 +76,14 @@ def serve(folder: Path, address: str, steps: int) -> None:
     connection.send(os.getpid())
     left = steps
 
-    def step(what: str) -> None:
+    def count(what: str) -> None:
         nonlocal left
         left -= 1
         if left < 0:
             (folder / AT).write_text(what)
             os.kill(os.getpid(), signal.SIGKILL)
 
+    step = prepare(folder, count)
     connect = sqlite3.connect
 
     def counted(*arguments: Any, **options: Any) -> sqlite3.Connection:

@@ -17,7 +17,13 @@ ACCOMPLICE = "site-01"
 OPEN = "allow_without_privacy = true"
 
 
-@pytest.mark.attack("cohort-too-small", "too-few-adverts", "too-few-shares", "too-few-survivors")
+@pytest.mark.attack(
+    "threshold-below-minimum",
+    "cohort-too-small",
+    "too-few-adverts",
+    "too-few-shares",
+    "too-few-survivors",
+)
 def test_a_server_shrinks_the_cohort_to_a_site_and_an_accomplice(
     open_federation: Callable[..., Federation],
 ) -> None:
@@ -58,14 +64,49 @@ def test_a_server_pretends_that_only_an_accomplice_sent_shares(
     assert federation.is_sum_of(opened, SITE)
 
 
-@pytest.mark.attack("too-few-adverts", "too-few-shares", "too-few-survivors")
+def strict(open_federation: Callable[..., Federation]) -> Federation:
+    """Six sites, of which one wants all six in every sum; the plan is content with four."""
+    four = Aggregation(threshold=4, clip_range=1.0, step=1e-6)
+    federation = open_federation(6, {SITE: "minimum_cohort = 6"}, aggregation=four)
+    federation.offer()
+    return federation
+
+
+FIVE = tuple(f"site-{index:02}" for index in range(5))
+
+
+@pytest.mark.attack("threshold-below-minimum", "too-few-adverts", "too-few-shares")
 def test_a_server_goes_on_with_fewer_sites_than_one_of_them_allows(
     open_federation: Callable[..., Federation],
 ) -> None:
-    federation = open_federation(4, {SITE: "minimum_cohort = 4"})
-    federation.offer()
-    outcome = federation.drive(federation.attempt(), silent="site-03")
-    assert federation.is_sum_of(outcome.aggregate.total, SITE, "site-01", "site-02")
+    federation = strict(open_federation)
+    attempt = federation.drive(federation.attempt(), until="confirm", silent="site-05")
+    # The others are content; the strict site need not be asked what it thinks of the survivors.
+    attempt = federation.drive(attempt, until="unmask", silent=SITE)
+    outcome = federation.drive(attempt)
+    assert federation.is_sum_of(outcome.aggregate.total, *FIVE)
+
+
+@pytest.mark.attack("threshold-below-minimum")
+def test_a_server_holds_back_a_vector_and_does_not_ask_the_strict_site_to_confirm(
+    open_federation: Callable[..., Federation],
+) -> None:
+    federation = strict(open_federation)
+    attempt = federation.drive(federation.attempt(), until="mask")
+    attempt = federation.drive(attempt, until="confirm", silent="site-05")
+    attempt = federation.drive(attempt, until="unmask", silent=SITE)
+    outcome = federation.drive(attempt)
+    assert federation.is_sum_of(outcome.aggregate.total, *FIVE)
+
+
+@pytest.mark.attack("threshold-below-minimum", "too-few-survivors")
+def test_a_server_asks_a_site_to_confirm_fewer_survivors_than_it_allows(
+    open_federation: Callable[..., Federation],
+) -> None:
+    federation = strict(open_federation)
+    attempt = federation.drive(federation.attempt(), until="mask")
+    attempt = federation.drive(attempt, until="confirm", silent="site-05")
+    federation.ask(SITE, attempt.requests()[SITE])
 
 
 def without_privacy(open_federation: Callable[..., Federation], policy: str = "") -> Federation:

@@ -11,9 +11,11 @@ from adversarial.weaken import Stopped
 
 from umbel_common.errors import IdentityError
 from umbel_common.identity import Identity
+from umbel_common.plan import LocalPrivacy
 from umbel_common.wire import MaskReply, MaskRequest, ShareReply, TrainReply
 
 SITE = "site-00"
+CHEAP = LocalPrivacy(epsilon=1.0, delta=1e-4, clip_norm=1.0)
 PEERS = ("site-01", "site-02")
 
 
@@ -128,6 +130,20 @@ def test_a_thief_of_a_key_joins_the_cohort_after_its_owner_revoked_it(
 
 
 @pytest.mark.attack("revoked-key")
+def test_a_thief_of_a_key_stays_in_an_attempt_under_way_when_it_is_revoked(
+    open_federation: Callable[..., Federation],
+) -> None:
+    federation = open_federation(3)
+    federation.offer()
+    thief = "site-02"
+    federation.play(thief, own_keys=True)
+    attempt = federation.drive(federation.attempt(), until="mask")
+    federation.revoke(SITE, federation.identities[thief])
+    outcome = federation.drive(attempt)
+    assert federation.is_sum_of(outcome.aggregate.total, SITE, "site-01")
+
+
+@pytest.mark.attack("revoked-key")
 def test_a_thief_of_the_operators_key_runs_a_round_after_it_was_revoked(
     federation: Federation,
 ) -> None:
@@ -151,3 +167,17 @@ def test_a_site_that_the_others_would_not_believe_does_not_start(
             revoked = frozenset({federation.identities[SITE].public_key})
     with pytest.raises(IdentityError):
         federation.start(SITE, roster, revoked)
+
+
+def test_a_new_key_of_the_operator_gets_new_jobs_done_where_old_plans_are_kept(
+    federation: Federation,
+) -> None:
+    federation.offer()
+    federation.operator = Identity.generate(os.urandom)
+    federation.roster = federation.played_roster = federation.make_roster(federation.identities)
+    for site in federation.identities:
+        federation.start(site)
+    federation.plan = federation.make_plan(job="second", privacy=CHEAP)
+    federation.offer()
+    outcome = federation.drive(federation.attempt())
+    assert federation.is_sum_of(outcome.aggregate.total, *federation.identities)

@@ -42,7 +42,7 @@ def asked_for_both_shares(federation: Federation, between: Callable[[str], None]
     assert federation.is_sum_of(opened, VICTIM)
 
 
-@pytest.mark.attack("durable-journal")
+@pytest.mark.attack("durable-journal", "counted-answers")
 def test_a_server_asks_for_both_shares_of_a_peer_with_a_restart_between(
     open_federation: Callable[..., Federation],
 ) -> None:

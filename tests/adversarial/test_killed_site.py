@@ -1,19 +1,15 @@
 """A site that is killed again and again, by a server that asks something else each time."""
 
-import multiprocessing
-import os
 import random
-import signal
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Listener
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 from adversarial.federation import Federation
-from adversarial.site_process import AT, nursery
+from adversarial.killable_site import SITE, KillableSite
 
 from umbel_common.adapter import adapter_digest, initial_vector
 from umbel_common.canonical import encode
@@ -29,61 +25,12 @@ from umbel_common.wire import (
     ShareRequest,
     TrainRequest,
     UnmaskRequest,
-    open_reply,
-    seal_request,
-    size_limit,
 )
 from umbel_server.round import Outcome
 
-SITE = "site-00"
-PUBLIC_SIZE = 40
 KILLS = 100
 ROUNDS = 100
 STAGES = {"train", "share", "mask", "confirm", "unmask"}
-
-
-class KillableSite:
-    """The site's process, started again whenever it has died."""
-
-    def __init__(self, federation: Federation, chance: random.Random) -> None:
-        self.federation = federation
-        self.folder = federation.folder / SITE
-        self.chance = chance
-        self.killed_at: Counter[tuple[str, str]] = Counter()
-        self.listener = Listener(str(federation.folder / "listener"))
-        context = multiprocessing.get_context("forkserver")
-        self.orders, theirs = context.Pipe()
-        self.nursery = context.Process(
-            target=nursery,
-            args=(self.folder, self.listener.address, federation.plan, PUBLIC_SIZE, theirs),
-        )
-        self.nursery.start()
-        self.start()
-
-    def start(self) -> None:
-        self.orders.send(self.chance.randrange(40))
-        self.connection = self.listener.accept()
-        self.process: int = self.connection.recv()
-
-    def stop(self) -> None:
-        os.kill(self.process, signal.SIGKILL)
-        self.orders.send(None)
-        self.nursery.join()
-        self.listener.close()
-
-    def ask(self, stage: str, request: Any) -> Reply | None:
-        """The answer; None if the site was killed before it was sent."""
-        federation = self.federation
-        try:
-            self.connection.send_bytes(seal_request(federation.operator, SITE, request))
-            reply = self.connection.recv_bytes()
-        except (EOFError, ConnectionError):
-            statement = (self.folder / AT).read_text().split("(")[0].strip()
-            self.killed_at[stage, statement] += 1
-            self.start()
-            return None
-        key = federation.identities[SITE].public_key
-        return open_reply(key, SITE, reply, limit=size_limit(federation.plan))
 
 
 @pytest.fixture
@@ -105,7 +52,7 @@ def federation(open_federation: Callable[..., Federation]) -> Federation:
 
 @pytest.fixture
 def site(federation: Federation) -> Iterator[KillableSite]:
-    site = KillableSite(federation, random.Random(1))
+    site = KillableSite(federation, random.Random(1), most_steps=40)
     yield site
     site.stop()
 
@@ -123,7 +70,8 @@ def another(federation: Federation, request: Any, header: RoundHeader) -> Any:
         case ConfirmRequest():
             return msgspec.structs.replace(request, survivors=request.survivors[:3])
         case UnmaskRequest():
-            return msgspec.structs.replace(request, signatures=request.signatures[:3])
+            # Another set of signatures would get the same shares: back to the set itself.
+            return ConfirmRequest(context=request.context, survivors=header.cohort[:3])
     raise AssertionError(request)
 
 
@@ -147,7 +95,7 @@ class Answers:
                 asked = self.site.chance.choice([request, other])
                 continue
             if not isinstance(reply, Refusal):
-                self.given[number, stage].add(encode(reply))
+                self.given[number, type(asked).__name__].add(encode(reply))
                 if asked is request:
                     done.append(reply)
             wanted = [ask for ask in wanted if ask is not asked]

@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
 from umbel_client import policy, session
+from umbel_client.ledger import Ledger
 from umbel_common import errors, statements
 from umbel_common.secagg import masking, primitives
 
@@ -99,6 +100,11 @@ def _without_recorded_answers(patch: pytest.MonkeyPatch, replace: Replace) -> No
     patch.setattr(session.Session, "answer", lambda *_: None)
 
 
+def _without_counted_answers(patch: pytest.MonkeyPatch, replace: Replace) -> None:
+    """A ledger that does not know how much the journal has recorded."""
+    patch.setattr(Ledger, "keep_pace", lambda *_: None)
+
+
 def _without_canonical_sets(patch: pytest.MonkeyPatch, replace: Replace) -> None:
     """Signed sets in any order."""
     replace(statements.check_sorted, lambda names: None)
@@ -107,6 +113,7 @@ def _without_canonical_sets(patch: pytest.MonkeyPatch, replace: Replace) -> None
 BARRIERS: dict[str, Callable[[pytest.MonkeyPatch, Replace], None]] = {
     "canonical-set": _without_canonical_sets,
     "context-binding": _without_context_binding,
+    "counted-answers": _without_counted_answers,
     "share-authentication": _without_share_authentication,
     "self-mask": _without_self_mask,
     "unique-attempt": _without_unique_attempts,
@@ -117,6 +124,7 @@ BARRIERS: dict[str, Callable[[pytest.MonkeyPatch, Replace], None]] = {
 STOPPED_AS = {
     "canonical-set": "site-fault",
     "context-binding": "share-decrypt",
+    "counted-answers": "site-fault",
     "share-authentication": "share-decrypt",
     "pinned-roster": "roster-digest",
     "durable-journal": "second-answer",

@@ -38,6 +38,7 @@ from umbel_common.wire import (
     UnmaskReply,
     UnmaskRequest,
     open_request,
+    request_digest,
     seal_reply,
     size_limit,
 )
@@ -122,7 +123,8 @@ class ToySite:
         limit = size_limit(self._federation.plan)
         request = open_request(operator, self._name, sealed, limit=limit)
         identity = self._federation.identities[self._name]
-        return seal_reply(identity, self._name, self._answer(request, identity))
+        reply = self._answer(request, identity)
+        return seal_reply(identity, self._name, reply, request_digest(sealed))
 
     def _answer(self, request: Request, identity: Identity) -> Reply:
         plan, roster = self._federation.plan, self._federation.roster
@@ -168,6 +170,10 @@ class Quiet:
     def aborted(self, *_: object) -> None:
         """See `umbel_server.job.Observer`."""
         raise AssertionError("an attempt of honest sites was aborted")
+
+    def strayed(self, *_: object) -> None:
+        """See `umbel_server.job.Observer`."""
+        raise AssertionError("a reply of an honest site did not open")
 
     def disputed(self, *_: object) -> None:
         """See `umbel_server.job.Observer`."""

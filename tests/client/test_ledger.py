@@ -258,10 +258,11 @@ def test_the_ledger_of_another_data_set_is_refused(path: Path) -> None:
 
 def test_another_schema_version_is_refused(path: Path) -> None:
     filled(path)
-    edit(path, "PRAGMA user_version = 2")
+    edit(path, "PRAGMA user_version = 1")
     with pytest.raises(LedgerError) as caught:
         Ledger.open(path, DATA_SET)
-    assert (caught.value.found, caught.value.accepted) == (2, 1)
+    assert (caught.value.found, caught.value.accepted) == (1, 2)
+    assert "lower policy.total_epsilon" in caught.value.diagnostics()
 
 
 def test_a_failed_opening_does_not_keep_the_lock(path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from umbel_client.session import Session
+from umbel_client.session import Session, read_published
 from umbel_common.errors import RemoteProtocolError, StorageError
 from umbel_common.identity import Signed
 from umbel_common.statements import RoundHeader
@@ -101,6 +101,17 @@ def test_secrets_of_a_stage_are_gone_from_all_files_once_the_next_is_answered(
     assert not on_disk(second)
 
 
+def test_the_end_of_a_job_deletes_what_a_given_up_attempt_held(
+    session: Session, tmp_path: Path
+) -> None:
+    secret = b"a very recognisable secret" * 4
+    session.open(header(), HEAD, secret, b"q", b"r")
+    session.end_job("job")
+    assert not any(secret in path.read_bytes() for path in tmp_path.iterdir())
+    with pytest.raises(RemoteProtocolError, match="over"):
+        session.state(header().context())
+
+
 def test_a_job_has_one_plan(session: Session) -> None:
     session.accept_plan("job", ONE)
     session.accept_plan("job", ONE)
@@ -131,10 +142,20 @@ def test_confirmed_survivor_sets_are_kept_over_attempts(session: Session) -> Non
 
 
 def test_the_ledger_head_that_was_signed_last_is_known(session: Session) -> None:
-    assert session.published_head() is None
+    assert session.published().ledger_head is None
     session.open(header(attempt=1), HEAD, b"s", b"q", b"r")
     session.open(header(attempt=2), b"\x08" * 32, b"s", b"q", b"r")
-    assert session.published_head() == b"\x08" * 32
+    assert session.published().ledger_head == b"\x08" * 32
+
+
+def test_answers_are_counted_and_stay_counted_when_their_attempt_is_over(
+    session: Session, tmp_path: Path
+) -> None:
+    session.open(header(attempt=1), HEAD, b"s", b"q", b"r")
+    session.burn(header(attempt=1).context(), "share", b"q", b"r", b"t")
+    session.open(header(attempt=2), HEAD, b"s", b"q", b"r")
+    assert session.published() == read_published(tmp_path / "session.sqlite")
+    assert session.published().answers == 3
 
 
 def test_the_file_is_readable_by_its_owner_only(session: Session, tmp_path: Path) -> None:
@@ -154,5 +175,5 @@ def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:
     database = sqlite3.connect(path)
     database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(StorageError, match="accepted: 1"):
+    with pytest.raises(StorageError, match="accepted: 2"):
         Session(path)

@@ -390,3 +390,35 @@ def test_in_whatever_order_rosters_come_no_dead_key_ever_returns(
         dead |= pinned.revoked() | rotated_away
         assert former.revoked() <= pinned.revoked()
         assert not dead & set(pinned.parties().values())
+
+
+def test_a_key_that_the_site_revoked_revokes_nobody_any_more() -> None:
+    """Whoever stole the operator's key would otherwise end every site, for good."""
+    pinned = msgspec.structs.replace(PINNED, revoked_here=(OPERATOR_KEY.public_key,))
+    revocation = revoke("clinics", SOUTH.public_key, OPERATOR_KEY)
+    with pytest.raises(SignatureError):
+        check_revocation(pinned, revocation, "file")
+    check_revocation(PINNED, revocation, "file")
+    proposed = RosterDocument(roster(operator=NEW), revocations=(revocation,))
+    assert isinstance(refusal(pinned, proposed, accept=(OPERATOR,)), SignatureError)
+
+
+def test_a_former_operator_key_does_not_revoke_the_present_one() -> None:
+    rotation = rotate("clinics", OPERATOR, OPERATOR_KEY, NEW)
+    pinned = approve(PINNED, RosterDocument(roster(operator=NEW), rotations=(rotation,)))
+    with pytest.raises(SignatureError):
+        check_revocation(pinned, revoke("clinics", NEW.public_key, OPERATOR_KEY), "file")
+    check_revocation(pinned, revoke("clinics", NEW.public_key, NEW), "file")
+
+
+def test_a_site_that_comes_back_with_another_key_must_account_for_it() -> None:
+    """In two steps, each harmless to the eye: first south leaves, then a thief joins as south."""
+    without = Roster("clinics", OPERATOR_KEY.public_key, roster().members[:1])
+    pinned = approve(PINNED, RosterDocument(without))
+    assert pinned.departed == (roster().member("south"),)
+    assert isinstance(refusal(pinned, RosterDocument(roster(south=THIEF))), IdentityError)
+    assert approve(pinned, RosterDocument(roster())).departed == ()
+    accepted = approve(pinned, RosterDocument(roster(south=NEW)), accept=("south",))
+    assert accepted.roster.member("south").public_key == NEW.public_key
+    forgetful = RosterDocument(roster(south=THIEF), departed=())
+    assert isinstance(refusal(pinned, forgetful), IdentityError)

@@ -18,6 +18,7 @@ from umbel_common.wire import (
     OfferReply,
     open_reply,
     open_request,
+    request_digest,
     seal_reply,
     seal_request,
     size_limit,
@@ -25,24 +26,30 @@ from umbel_common.wire import (
 
 IDENTITY = Identity(bytes(32))
 REPLY = MaskReply(context=bytes(32), vector=b"\x01" * 64)
+ASKED = request_digest(b"a sealed request")
 REQUEST = ConfirmRequest(context=bytes(32), survivors=("a", "b"))
 
 
 def refused_reply(data: bytes, site: str = "a", limit: int = 10_000) -> str:
     with pytest.raises(RemoteProtocolError) as refusal:
-        open_reply(IDENTITY.public_key, site, data, limit=limit)
+        open_reply(IDENTITY.public_key, site, data, ASKED, limit=limit)
     return refusal.value.check
 
 
 def test_messages_come_back() -> None:
-    sealed = seal_reply(IDENTITY, "a", REPLY)
-    assert open_reply(IDENTITY.public_key, "a", sealed, limit=10_000) == REPLY
+    sealed = seal_reply(IDENTITY, "a", REPLY, ASKED)
+    assert open_reply(IDENTITY.public_key, "a", sealed, ASKED, limit=10_000) == REPLY
     sealed = seal_request(IDENTITY, "a", REQUEST)
     assert open_request(IDENTITY.public_key, "a", sealed, limit=10_000) == REQUEST
 
 
 def test_a_reply_of_one_site_is_not_anothers() -> None:
-    assert refused_reply(seal_reply(IDENTITY, "a", REPLY), site="b") == "pinned-signature"
+    assert refused_reply(seal_reply(IDENTITY, "a", REPLY, ASKED), site="b") == "pinned-signature"
+
+
+def test_a_reply_to_one_request_is_none_to_another() -> None:
+    recorded = seal_reply(IDENTITY, "a", REPLY, request_digest(b"another request"))
+    assert refused_reply(recorded) == "pinned-signature"
 
 
 def test_a_request_for_one_site_is_not_anothers() -> None:
@@ -58,12 +65,12 @@ def test_a_request_is_no_reply_and_a_reply_no_request() -> None:
 
 def test_a_reply_by_another_identity_is_refused() -> None:
     stranger = Identity.generate(os.urandom)
-    assert refused_reply(seal_reply(stranger, "a", REPLY)) == "pinned-signature"
+    assert refused_reply(seal_reply(stranger, "a", REPLY, ASKED)) == "pinned-signature"
 
 
 @pytest.mark.parametrize("position", [HEADER_BYTES, HEADER_BYTES + 20, -1, len(MAGIC)])
 def test_a_flipped_bit_is_noticed(position: int) -> None:
-    sealed = bytearray(seal_reply(IDENTITY, "a", REPLY))
+    sealed = bytearray(seal_reply(IDENTITY, "a", REPLY, ASKED))
     sealed[position] ^= 1
     assert refused_reply(bytes(sealed)) == "pinned-signature"
 
@@ -91,19 +98,19 @@ def test_what_is_no_sealed_message_is_malformed(data: bytes) -> None:
 )
 def test_a_signed_body_outside_the_closed_set_is_malformed(body: object) -> None:
     encoded = msgspec.msgpack.encode(body)
-    sealed = MAGIC + IDENTITY.sign("reply from a", encoded) + encoded
+    sealed = MAGIC + IDENTITY.sign(f"reply from a to {ASKED.hex()}", encoded) + encoded
     assert refused_reply(sealed) == "malformed-message"
 
 
 @given(st.binary(max_size=400))
 def test_any_signed_bytes_give_a_message_or_the_protocols_error(body: bytes) -> None:
-    sealed = MAGIC + IDENTITY.sign("reply from a", body) + body
+    sealed = MAGIC + IDENTITY.sign(f"reply from a to {ASKED.hex()}", body) + body
     with contextlib.suppress(RemoteProtocolError):
-        open_reply(IDENTITY.public_key, "a", sealed, limit=10_000)
+        open_reply(IDENTITY.public_key, "a", sealed, ASKED, limit=10_000)
 
 
 def test_the_limit_fits_the_largest_honest_message(make_plan: Callable[..., TrainingPlan]) -> None:
     plan = make_plan()
     reply = MaskReply(context=bytes(32), vector=bytes(4 * (plan.lora.size + 1)))
-    assert len(seal_reply(IDENTITY, "a", reply)) <= size_limit(plan)
-    assert len(seal_reply(IDENTITY, "a", OfferReply(plan=bytes(32)))) <= size_limit(None)
+    assert len(seal_reply(IDENTITY, "a", reply, ASKED)) <= size_limit(plan)
+    assert len(seal_reply(IDENTITY, "a", OfferReply(plan=bytes(32)), ASKED)) <= size_limit(None)

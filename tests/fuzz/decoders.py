@@ -20,12 +20,14 @@ from umbel_common.wire import (
     MAGIC,
     open_reply,
     open_request,
+    request_digest,
     seal_reply,
     seal_request,
     size_limit,
 )
 
 LIMIT = 100_000
+ASKED = request_digest(b"a sealed request")
 SITE = "site-a"
 KEY = IDENTITIES[SITE].public_key
 
@@ -58,26 +60,26 @@ def _replies(_: Place) -> Property:
 
     def prove(data: bytes) -> None:
         body = _body(data, honest)
-        sealed = MAGIC + IDENTITIES[SITE].sign(f"reply from {SITE}", body) + body
-        reply = open_reply(KEY, SITE, sealed, limit=LIMIT)
-        again = seal_reply(IDENTITIES[SITE], SITE, reply)
-        assert open_reply(KEY, SITE, again, limit=LIMIT) == reply
+        sealed = MAGIC + IDENTITIES[SITE].sign(f"reply from {SITE} to {ASKED.hex()}", body) + body
+        reply = open_reply(KEY, SITE, sealed, ASKED, limit=LIMIT)
+        again = seal_reply(IDENTITIES[SITE], SITE, reply, ASKED)
+        assert open_reply(KEY, SITE, again, ASKED, limit=LIMIT) == reply
 
     return prove
 
 
 def _envelopes(_: Place) -> Property:
     """Whatever is not what was sealed is refused before its body is parsed."""
-    honest = [seal_reply(IDENTITIES[SITE], SITE, reply) for reply in REPLIES]
+    honest = [seal_reply(IDENTITIES[SITE], SITE, reply, ASKED) for reply in REPLIES]
 
     def prove(data: bytes) -> None:
         choices = Choices(data)
         kind = choices.below(len(honest) + 1)
         if kind == len(honest):
-            open_reply(KEY, SITE, choices.rest(), limit=300)
+            open_reply(KEY, SITE, choices.rest(), ASKED, limit=300)
             raise AssertionError("bytes that nobody signed were opened")
         sealed = damaged(honest[kind], choices)
-        reply = open_reply(KEY, SITE, sealed, limit=LIMIT)
+        reply = open_reply(KEY, SITE, sealed, ASKED, limit=LIMIT)
         assert sealed == honest[kind]
         assert reply == REPLIES[kind]
 

@@ -40,6 +40,7 @@ from umbel_common.wire import (
     TrainRequest,
     UnmaskRequest,
     open_reply,
+    request_digest,
     seal_request,
     size_limit,
 )
@@ -57,6 +58,7 @@ public_size = 40
 [model]
 path = "{model}"
 [policy]
+minimum_cohort = 2
 models = ["{digest}"]
 labels = ["a", "b"]
 max_epsilon = 8.0
@@ -119,13 +121,13 @@ class RealSite:
             RemoteProtocolError: the reply is not the site's.
         """
         self.errors.last = None
-        sealed = self.trainer.handle(seal_request(OPERATOR, SITE, request))
-        return self.opened(sealed)
+        sealed = seal_request(OPERATOR, SITE, request)
+        return self.opened(self.trainer.handle(sealed), sealed)
 
-    def opened(self, sealed: bytes) -> Reply:
-        """A sealed reply of the site."""
-        key = IDENTITIES[SITE].public_key
-        return open_reply(key, SITE, sealed, limit=size_limit(self.plan))
+    def opened(self, reply: bytes, sealed: bytes) -> Reply:
+        """The site's reply to a sealed request."""
+        key, asked = IDENTITIES[SITE].public_key, request_digest(sealed)
+        return open_reply(key, SITE, reply, asked, limit=size_limit(self.plan))
 
     def honest(self, request: Request) -> Any:
         """The answer to a request that nothing is wrong with."""

@@ -17,7 +17,7 @@ def _trainer(place: Place) -> Property:
     def prove(data: bytes) -> None:
         attacked.site.errors.last = None
         body, sealed = attacked.lie(Choices(data))
-        reply = attacked.site.opened(attacked.site.trainer.handle(sealed))
+        reply = attacked.site.opened(attacked.site.trainer.handle(sealed), sealed)
         error = attacked.site.errors.last
         assert "please report" not in (getattr(error, "remedy", None) or ""), error
         if isinstance(reply, Refusal):

@@ -34,6 +34,7 @@ from umbel_common.wire import (
     UnmaskReply,
     UnmaskRequest,
     open_request,
+    request_digest,
     seal_reply,
     size_limit,
 )
@@ -69,7 +70,7 @@ class ToySite:
             reply = self.answer(request)
         except RemoteProtocolError as error:
             reply = Refusal(check=error.check)
-        return seal_reply(self.identity, self.name, reply)
+        return seal_reply(self.identity, self.name, reply, request_digest(sealed))
 
     def answer(self, request: Request) -> Reply:
         match self.state, request:
@@ -131,10 +132,14 @@ class Silent:
         self.aborts: list[tuple[int, int, str]] = []
         self.releases: list[Release] = []
         self.disputes: list[WrongShare] = []
+        self.strays: list[tuple[str, str]] = []
 
     def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
         assert received > 0
         assert sent > 0 or isinstance(reply, Refusal)
+
+    def strayed(self, step: Step, site: str, check: str) -> None:
+        self.strays.append((site, check))
 
     def aborted(self, round_number: int, attempt: int, check: str) -> None:
         self.aborts.append((round_number, attempt, check))

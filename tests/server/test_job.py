@@ -16,6 +16,7 @@ from umbel_common.wire import (
     Refusal,
     TrainRequest,
     UnmaskReply,
+    request_digest,
     seal_reply,
 )
 from umbel_server.job import Step
@@ -137,19 +138,23 @@ def test_too_few_accepting_sites_fail_the_job_with_each_reason(make_setting: Mak
     setting = make_setting(3, aggregation=THREE)
     site = setting.sites["site-01"]
     setting.link.sites["site-01"] = lambda sealed: seal_reply(
-        site.identity, "site-01", Refusal(check="epsilon-too-large")
+        site.identity,
+        "site-01",
+        Refusal(check="epsilon-too-large"),
+        request_digest(sealed),
     )
     with pytest.raises(JobFailed, match="site-01 refused: epsilon-too-large"):
         setting.job().run()
 
 
-def test_a_reply_sealed_by_another_site_counts_as_refusal(make_setting: MakeSetting) -> None:
+def test_a_reply_sealed_by_another_site_is_none(make_setting: MakeSetting) -> None:
     setting = make_setting(4, aggregation=THREE)
     forger = setting.sites["site-02"].identity
     setting.link.sites["site-01"] = lambda sealed: seal_reply(
-        forger, "site-01", OfferReply(plan=setting.plan.digest())
+        forger, "site-01", OfferReply(plan=setting.plan.digest()), request_digest(sealed)
     )
     release = setting.job().run()
+    assert ("site-01", "pinned-signature") in setting.observer.strays
     assert "site-01" not in setting.observer.releases[0].survivors
     assert release.total_weight == 3
 
@@ -235,3 +240,27 @@ def test_an_operator_is_told_of_a_wrong_share_that_did_no_harm(make_setting: Any
     assert {(share.owner, share.site) for share in setting.observer.disputes} == {
         ("site-01", "site-00")
     }
+
+
+def test_a_refusal_that_was_recorded_evicts_nobody_from_a_later_attempt(
+    make_setting: MakeSetting,
+) -> None:
+    """Whoever reaches a site has it refuse garbage, and plays the refusal back ever after."""
+    setting = make_setting(3, aggregation=THREE)
+    site = setting.sites["site-01"]
+    recorded = seal_reply(
+        site.identity, "site-01", Refusal(check="malformed-message"), request_digest(b"garbage")
+    )
+    exchange = setting.link.exchange
+
+    def with_replay(step: Step, requests: Any, seconds: float) -> Any:
+        for position, answer in enumerate(exchange(step, requests, seconds)):
+            if position == 1:
+                yield "site-01", recorded
+            yield answer
+
+    setting.link.exchange = with_replay
+    setting.job().run()
+    assert setting.observer.aborts == []
+    assert all(len(release.survivors) == 3 for release in setting.observer.releases)
+    assert ("site-01", "pinned-signature") in setting.observer.strays

@@ -28,6 +28,7 @@ from umbel_common.wire import (
     TrainReply,
     UnmaskReply,
     open_reply,
+    request_digest,
     seal_reply,
 )
 from umbel_server.job import Step
@@ -249,8 +250,9 @@ def test_a_message_in_another_sites_name_takes_no_site_into_the_sum(
         if not isinstance(honest.requests[-1], MaskRequest):
             return reply
         key = setting.roster.member("site-01").public_key
-        answer = open_reply(key, "site-01", reply, limit=len(reply))
-        return seal_reply(forger.identity, "site-01", answer)
+        asked = request_digest(sealed)
+        answer = open_reply(key, "site-01", reply, asked, limit=len(reply))
+        return seal_reply(forger.identity, "site-01", answer, asked)
 
     setting.link.sites["site-01"] = forged
     setting.job().run()

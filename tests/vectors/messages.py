@@ -7,10 +7,20 @@ from vectors.cases import Case, accepted, identity, refused
 from vectors.messagepack import Pairs, Raw, pack
 from vectors.values import CONTEXT, IDENTITIES, OPERATOR, REPLIES, REQUESTS, SITES
 
-from umbel_common.wire import HEADER_BYTES, MAGIC, Reply, Request, seal_reply, seal_request
+from umbel_common.wire import (
+    HEADER_BYTES,
+    MAGIC,
+    Reply,
+    Request,
+    request_digest,
+    seal_reply,
+    seal_request,
+)
 
 MALFORMED = "malformed-message"
 LIMIT = 10_000
+ASKED = request_digest(b"a sealed request")
+ANSWER = f"reply from site-a to {ASKED.hex()}"
 
 
 def message_cases() -> list[Case]:
@@ -19,7 +29,9 @@ def message_cases() -> list[Case]:
     for request in REQUESTS:
         cases += _both_ways("request", request, seal_request(OPERATOR, "site-a", request))
     for reply in REPLIES:
-        cases += _both_ways("reply", reply, seal_reply(IDENTITIES["site-a"], "site-a", reply))
+        cases += _both_ways(
+            "reply", reply, seal_reply(IDENTITIES["site-a"], "site-a", reply, ASKED)
+        )
     return cases + _loose() + _malformed_bodies() + _malformed_envelopes() + _wrongly_sealed()
 
 
@@ -27,6 +39,7 @@ def _both_ways(direction: str, message: Request | Reply, sealed: bytes) -> list[
     tag = message.__struct_config__.tag
     seed = identity(_sender(direction)).seed()
     inputs = {"direction": direction, "site": "site-a", "seed": seed, "fields": message}
+    inputs |= {"request": ASKED} if direction == "reply" else {}
     output = {"body": sealed[HEADER_BYTES:], "sealed": sealed}
     return [
         accepted(f"{tag}: seal", "seal-message", inputs, output),
@@ -46,11 +59,12 @@ def _opening(direction: str, sealed: bytes) -> dict[str, Any]:
         "public_key": identity(_sender(direction)).public_key,
         "limit": LIMIT,
         "sealed": sealed,
+        **({"request": ASKED} if direction == "reply" else {}),
     }
 
 
 def _sealed(direction: str, body: bytes, label: str | None = None) -> bytes:
-    label = label or ("request to site-a" if direction == "request" else "reply from site-a")
+    label = label or ("request to site-a" if direction == "request" else ANSWER)
     return MAGIC + identity(_sender(direction)).sign(label, body) + body
 
 
@@ -172,7 +186,13 @@ def _wrongly_sealed() -> list[Case]:
         "trailing bytes": {"sealed": good["sealed"] + b"\x00"},
         "truncated": {"sealed": good["sealed"][:-1]},
     }
+    reply = _opening("reply", seal_reply(IDENTITIES["site-a"], "site-a", REPLIES[0], ASKED))
+    replayed = {**reply, "request": request_digest(b"another request")}
     return [
         refused(f"signature: {name}", "open-message", {**good, **change}, "pinned-signature")
         for name, change in wrong.items()
+    ] + [
+        refused(
+            "signature: a reply to another request", "open-message", replayed, "pinned-signature"
+        )
     ]

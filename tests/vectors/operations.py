@@ -107,19 +107,21 @@ def _open(label: str, public_key: bytes, statement: bytes, signature: bytes) -> 
     return identity.open_signed(signed, KINDS[label], public_key)
 
 
-def _seal_message(direction: str, site: str, seed: bytes, fields: Any) -> Any:
+def _seal_message(direction: str, site: str, seed: bytes, fields: Any, request: bytes = b"") -> Any:
     if direction == "request":
-        request = msgspec.convert(fields, wire.Request)
-        sealed = wire.seal_request(Identity(seed), site, request)
+        sealed = wire.seal_request(Identity(seed), site, msgspec.convert(fields, wire.Request))
     else:
         reply = msgspec.convert(fields, wire.Reply)
-        sealed = wire.seal_reply(Identity(seed), site, reply)
+        sealed = wire.seal_reply(Identity(seed), site, reply, request)
     return {"body": sealed[wire.HEADER_BYTES :], "sealed": sealed}
 
 
-def _open_message(direction: str, site: str, public_key: bytes, limit: int, sealed: bytes) -> Any:
-    opened = wire.open_request if direction == "request" else wire.open_reply
-    return opened(public_key, site, sealed, limit=limit)
+def _open_message(
+    direction: str, site: str, public_key: bytes, limit: int, sealed: bytes, request: bytes = b""
+) -> Any:
+    if direction == "request":
+        return wire.open_request(public_key, site, sealed, limit=limit)
+    return wire.open_reply(public_key, site, sealed, request, limit=limit)
 
 
 def run_of(inputs: Mapping[str, Any]) -> Run:

@@ -94,6 +94,8 @@ def test_messages_are_magic_signature_and_body(inputs: Any, output: Any) -> None
     body = pack(inputs["fields"])
     preposition = "to" if inputs["direction"] == "request" else "from"
     label = f"{inputs['direction']} {preposition} {inputs['site']}"
+    if "request" in inputs:
+        label += f" to {inputs['request'].hex()}"
     signature = independent.signed(inputs["seed"], label, body)
     assert output == {"body": body, "sealed": b"UMB1" + signature + body}
 

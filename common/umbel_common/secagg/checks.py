@@ -71,9 +71,9 @@ def check_distinct_keys(adverts: Iterable[KeyAdvert]) -> None:
     Raises:
         RemoteProtocolError: `duplicate-key`.
     """
-    seen: dict[bytes, str] = {}
+    seen: dict[int, str] = {}
     for advert in adverts:
-        for key in (advert.cipher_key, advert.mask_key):
+        for key in map(_x25519_point, (advert.cipher_key, advert.mask_key)):
             require(
                 key not in seen,
                 "duplicate-key",
@@ -81,6 +81,12 @@ def check_distinct_keys(adverts: Iterable[KeyAdvert]) -> None:
                 found=f"by {seen.get(key)} and by {advert.site}",
             )
             seen[key] = advert.site
+
+
+def _x25519_point(key: bytes) -> int:
+    """What X25519 makes of 32 bytes: it ignores the top bit, and reduces modulo 2^255 - 19 (RFC
+    7748, section 5), so that several byte strings are one key."""
+    return int.from_bytes(key, "little") % 2**255 % (2**255 - 19)
 
 
 def _check_context(found: bytes, accepted: bytes, site: str) -> None:

@@ -42,6 +42,10 @@ def replaced(attempt, adverts, site, signer=None, **fields):
     return tuple({**by_site(adverts), site: forged}.values())
 
 
+def with_top_bit(key):
+    return key[:31] + bytes([key[31] | 0x80])
+
+
 ATTACKS_ON_ADVERTS = {
     "a peer's keys signed by an identity that is not pinned": (
         "pinned-signature",
@@ -75,6 +79,15 @@ ATTACKS_ON_ADVERTS = {
         "duplicate-key",
         lambda attempt, adverts: replaced(
             attempt, adverts, PEER, mask_key=opened(by_site(adverts)[OTHER]).mask_key
+        ),
+    ),
+    "a colluding peer that repeats it with the bit set that X25519 ignores": (
+        "duplicate-key",
+        lambda attempt, adverts: replaced(
+            attempt,
+            adverts,
+            PEER,
+            mask_key=with_top_bit(opened(by_site(adverts)[OTHER]).mask_key),
         ),
     ),
     "a colluding peer whose cipher key is this site's mask key": (

@@ -1,0 +1,118 @@
+"""Where a site can die while it trains, and faults of a site that a test of its death must notice.
+
+The functions here run in the site's own process, before it starts.
+"""
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from adversarial.site_process import Quiet, Step
+
+from umbel_client.delta_cache import DeltaCache, State
+from umbel_client.ledger import Ledger
+from umbel_client.ledger_rows import GENESIS, Computed, Reservation, Reserved, Row, Sent
+from umbel_common.adapter import Vector
+
+GRADIENTS = "gradients"
+"""File beside client.toml: a line with the round for each step of training."""
+
+
+def every_step(folder: Path, count: Step) -> Step:
+    """Counts everything from the first round on that the site charges, or finds charged: also each
+    step of training, and each change of a delta's file."""
+    charged = False
+    reserve, fsync, rename = Ledger.reserve, os.fsync, Path.rename
+
+    def step(what: str) -> None:
+        if charged:
+            count(what)
+
+    def reserved(*arguments: Any) -> Reservation:
+        nonlocal charged
+        charged = True
+        return reserve(*arguments)
+
+    def trained(self: Quiet, round_number: int, number: int, steps: int) -> None:
+        with open(folder / GRADIENTS, "a") as file:
+            file.write(f"{round_number}\n")
+        step("gradient")
+
+    def synced(descriptor: int) -> None:
+        mode, size = os.fstat(descriptor).st_mode, os.fstat(descriptor).st_size
+        if stat.S_ISREG(mode):
+            # What was not synced may be lost: a site that dies here leaves half of it.
+            whole = Path(f"/proc/self/fd/{descriptor}").read_bytes()
+            os.ftruncate(descriptor, size // 2)
+            step("file fsync")
+            os.pwrite(descriptor, whole, 0)
+        else:
+            step("folder fsync")
+        fsync(descriptor)
+
+    def renamed(self: Path, target: Path) -> Path:
+        step("rename")
+        return rename(self, target)
+
+    Ledger.reserve = reserved  # type: ignore[method-assign]  # in this process only
+    Quiet.step = trained  # type: ignore[method-assign]  # in this process only
+    os.fsync = synced
+    Path.rename = renamed  # type: ignore[method-assign, assignment]  # in this process only
+    return step
+
+
+def remember(ledger: Ledger, change: Reserved | Computed | Sent) -> None:
+    """Follows a change in memory, and writes nothing."""
+    ledger._contents.follow(Row(GENESIS, bytes(16), change))
+    ledger._contents.heads.pop()
+
+
+def recorded_in_memory_only(folder: Path, count: Step) -> Step:
+    """A site that sends first, and has not recorded its delta when it dies."""
+    step = every_step(folder, count)
+    append = Ledger._append
+
+    def late(self: Ledger, change: Reserved | Computed | Sent) -> None:
+        if isinstance(change, Reserved):
+            append(self, change)
+        else:
+            remember(self, change)
+
+    Ledger._append = late  # type: ignore[method-assign, assignment]  # in this process only
+    return step
+
+
+def fresh_noise_after_each_start(folder: Path, count: Step) -> Step:
+    """A site that computes a round again although its delta is recorded."""
+    step = every_step(folder, count)
+    load = DeltaCache.load
+    noise = np.float32(int.from_bytes(os.urandom(1)) / 1000)
+
+    def recomputed(self: DeltaCache, number: int, expected: bytes) -> tuple[bytes, Vector, State]:
+        adapter, delta, state = load(self, number, expected)
+        return adapter, delta + noise, state
+
+    DeltaCache.load = recomputed  # type: ignore[method-assign]  # in this process only
+    return step
+
+
+def charged_after_training(folder: Path, count: Step) -> Step:
+    """A site that charges a round when its delta is there."""
+    step = every_step(folder, count)
+    append, waiting = Ledger._append, list[Reserved]()
+
+    def late(self: Ledger, change: Reserved | Computed | Sent) -> None:
+        if isinstance(change, Reserved):
+            remember(self, change)
+            waiting.append(change)
+            return
+        for former in waiting:
+            del self._contents.rounds[former.job, former.round]
+            append(self, former)
+        waiting.clear()
+        append(self, change)
+
+    Ledger._append = late  # type: ignore[method-assign, assignment]  # in this process only
+    return step
