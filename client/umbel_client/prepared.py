@@ -48,6 +48,14 @@ class PreparedData:
         )
         return Batch(inputs, torch.from_numpy(self.labels[indices]))
 
+    def unit_shares(self, part: Ints) -> torch.Tensor:
+        """What each record counts for in the mean of its unit, float32[n]; `part` holds whole
+        units."""
+        if self.units is None:
+            return torch.ones(len(part))
+        numbers = self.units.numbered(part)
+        return torch.from_numpy((1.0 / np.bincount(numbers)[numbers]).astype(np.float32))
+
     def physical_batches(self, indices: Ints, size: int) -> Iterator[Ints]:
         """Cuts a batch into parts of at most `size` records that are computed at once.
 

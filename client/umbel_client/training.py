@@ -20,8 +20,9 @@ from umbel_client.optimiser import (
     restore_state,
     set_learning_rates,
 )
+from umbel_client.per_sample import per_record_gradients
 from umbel_client.prepared import PreparedData
-from umbel_client.private_step import PrivateOptimizer, per_record_gradients, private_step
+from umbel_client.private_step import PrivateOptimizer, private_step
 from umbel_client.task import ClassificationTask, Task
 from umbel_client.tokens import Ints
 from umbel_common.adapter import Vector, unflatten
@@ -81,7 +82,7 @@ def train_round(
 
     Args:
         round_number: from 1.
-        sample_rate: probability with which each record is in a batch.
+        sample_rate: probability with which each unit (record, or patient) is in a batch.
         noise_multiplier: standard deviation of the noise in units of the clip norm; None exactly
             when the plan has no privacy.
         state: from the round before, or None.
@@ -105,7 +106,7 @@ def train_round(
         for step in range(steps):
             job_step = (round_number - 1) * steps + step
             set_learning_rates(optimizer, plan.training.learning_rate_factor(job_step))
-            chosen = noise.poisson_batch(len(data), sample_rate)
+            chosen = data.records_of(noise.poisson_batch(data.unit_count, sample_rate))
             take_step(chosen, physical_batch_size)
             if step == 0 and (noise_multiplier is not None or len(chosen)):
                 _check_moved(model, start, trained, every=noise_multiplier is not None)
@@ -152,8 +153,9 @@ def _stepping(
         clip_norm=plan.privacy.clip_norm,
         expected_batch_size=expected,
     )
+    units = None if data.units is None else data.units.of_record
     with per_record_gradients(model):
-        yield lambda chosen, size: private_step(_TASK, model, data, chosen, private, size)
+        yield lambda chosen, size: private_step(_TASK, model, data, chosen, private, size, units)
 
 
 def plain_step(
@@ -172,6 +174,7 @@ def plain_step(
     for part in data.physical_batches(chosen, physical_batch_size):
         with torch.enable_grad():
             losses = task.losses(model, task.batch(data, part))
+            losses = losses * data.unit_shares(part).to(losses.device)
             (losses.sum() / expected_batch_size).backward()  # type: ignore[no-untyped-call]  # torch
     optimizer.step()
 

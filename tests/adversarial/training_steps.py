@@ -4,6 +4,7 @@ The functions here run in the site's own process, before it starts.
 """
 
 import os
+import sqlite3
 import stat
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,30 @@ GRADIENTS = "gradients"
 """File beside client.toml: a line with the round for each step of training."""
 
 
+class Untraced(sqlite3.Connection):
+    """A database whose statements are not counted."""
+
+    def set_trace_callback(self, callback: object) -> None: ...
+
+
 def every_step(folder: Path, count: Step) -> Step:
-    """Counts everything from the first round on that the site charges, or finds charged: also each
-    step of training, and each change of a delta's file."""
+    """Counts each statement to the ledger, step of training, change of a delta's file, and answer.
+
+    Not what comes before the first round that the site charges or finds charged, and not the
+    statements to its journal: `test_killed_site` is about those.
+    """
     charged = False
-    reserve, fsync, rename = Ledger.reserve, os.fsync, Path.rename
+    connect, reserve = sqlite3.connect, Ledger.reserve
+    fsync, rename = os.fsync, Path.rename
 
     def step(what: str) -> None:
         if charged:
             count(what)
+
+    def connected(path: Path, **options: Any) -> sqlite3.Connection:
+        if path.name == "session.sqlite":
+            options["factory"] = Untraced
+        return connect(path, **options)
 
     def reserved(*arguments: Any) -> Reservation:
         nonlocal charged
@@ -56,6 +72,7 @@ def every_step(folder: Path, count: Step) -> Step:
         step("rename")
         return rename(self, target)
 
+    sqlite3.connect = connected  # type: ignore[assignment]  # in this process only
     Ledger.reserve = reserved  # type: ignore[method-assign]  # in this process only
     Quiet.step = trained  # type: ignore[method-assign]  # in this process only
     os.fsync = synced

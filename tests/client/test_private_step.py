@@ -10,10 +10,14 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from umbel_client.model import AdaptedModel, folder_digest, plan_lora
 from umbel_client.noise import NoiseSource
+from umbel_client.per_sample import per_record_gradients
 from umbel_client.precision import Precision
 from umbel_client.prefix import frozen_prefix
 from umbel_client.prepared import PreparedData
-from umbel_client.private_step import PrivateOptimizer, per_record_gradients, private_step
+from umbel_client.private_step import (
+    PrivateOptimizer,
+    private_step,
+)
 from umbel_client.task import ClassificationTask, Task
 from umbel_client.tokens import Tokens
 from umbel_common.errors import ModelError
@@ -150,6 +154,7 @@ def step_of(
     expected: float = 8.0,
     physical: int = 4,
     task: Task = TASK,
+    units: np.ndarray | None = None,
 ) -> np.ndarray:
     """What one private step of gradient descent with rate 1 subtracts from the adapter."""
     parameters = [p for p in model.adapter.values() if p.requires_grad]
@@ -162,7 +167,7 @@ def step_of(
         expected_batch_size=expected,
     )
     with per_record_gradients(model):
-        private_step(task, model, data, chosen, optimizer, physical)
+        private_step(task, model, data, chosen, optimizer, physical, units)
     after = torch.cat([p.detach().flatten().clone() for p in parameters])
     with torch.no_grad():
         for parameter, old in zip(
@@ -306,7 +311,7 @@ def test_an_empty_batch_takes_a_step_of_noise_alone(folder: Path) -> None:
     found = step_of(model, data, empty, noise_multiplier=3.0, clip_norm=0.5, expected=2.0)
     source = NoiseSource(fixed(1))
     trained = [p for p in model.adapter.values() if p.requires_grad]
-    wanted = np.concatenate([source.normal(p.numel()) for p in trained]) * 3.0 * 0.5 / 2.0
+    wanted = source.normal(sum(p.numel() for p in trained)) * 3.0 * 0.5 / 2.0
     assert np.abs(found - wanted).max() < 1e-6
     assert 0.5 < found.std() / 0.75 < 1.5
 
@@ -352,3 +357,27 @@ def test_tokens_taken_for_records_are_refused(folder: Path) -> None:
     )
     with per_record_gradients(model), pytest.raises(ModelError, match="not separate"):
         private_step(Flattening(), model, data, np.arange(4), optimizer, 4)
+
+
+def test_units_of_one_record_each_are_records(folder: Path) -> None:
+    model, data = model_of(folder, plan_of(folder)), ragged()
+    wanted = step_of(model, data, np.arange(16))
+    found = step_of(model, data, np.arange(16), units=np.arange(16)[::-1] + 100)
+    assert np.abs(found - wanted).max() < 1e-6
+
+
+def test_a_step_over_units_clips_the_mean_of_each_units_records(folder: Path) -> None:
+    model, data = model_of(folder, plan_of(folder)), ragged()
+    chosen, units = np.array([0, 3, 4, 9, 15]), np.arange(16) % 3
+    gradients = true_gradients(model, data, chosen)
+    means = np.stack([gradients[units[chosen] == unit].mean(0) for unit in range(2)])
+    assert set(units[chosen]) == {0, 1}
+    found = step_of(model, data, chosen, physical=16, units=units)
+    wanted = clipped(means, 0.5).sum(0) / 8
+    assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+
+
+def test_a_unit_in_two_physical_batches_is_refused_before_any_gradient(folder: Path) -> None:
+    model, data = model_of(folder, plan_of(folder)), ragged()
+    with pytest.raises(ModelError, match="several physical batches"):
+        step_of(model, data, np.arange(16), physical=8, units=np.zeros(16, dtype=np.int64))

@@ -16,6 +16,7 @@ from umbel_client.prepared import PreparedData
 from umbel_client.task import ClassificationTask
 from umbel_client.tokens import Tokens
 from umbel_client.training import RoundResult, evaluate, sampling_rate, train_round
+from umbel_client.units import Units
 from umbel_common.adapter import size_of, unflatten
 from umbel_common.errors import DataError, ModelError, PlanError
 from umbel_common.plan import (
@@ -393,3 +394,37 @@ def test_training_learns(folder: Path) -> None:
     after = (evaluate(model, data, 100) == labels).mean()
     assert before < 0.6
     assert after > 0.8
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_unit_with_many_records_counts_as_one(folder: Path, private: bool) -> None:
+    """A patient whose one record occurs five times changes nothing but the number of records."""
+    privacy = LocalPrivacy(epsilon=8.0, delta=1e-4, clip_norm=0.5) if private else NoPrivacy()
+    plan = plan_of(folder, privacy=privacy, expected_batch_size=6)
+    lengths = [5, 7, 3, 6, 4, 8]
+    once = records(lengths)
+    rows = [0, 1, 2, 3, 4, 5, 1, 1, 1, 1]
+    repeated = PreparedData(
+        Tokens(
+            ids=np.concatenate(
+                [once.tokens.ids[slice(*once.tokens.starts[row : row + 2])] for row in rows]
+            ),
+            starts=np.concatenate([[0], np.cumsum([lengths[row] for row in rows])]).astype(
+                np.int64
+            ),
+            pad_id=0,
+        ),
+        once.labels[rows],
+        prefix=None,
+        units=Units(np.array(rows)),
+    )
+    model = model_of(folder, plan)
+    noise = NEXT_TO_NOTHING if private else None
+    options = {"sample_rate": 1.0, "noise_multiplier": noise, "physical_batch_size": 3}
+    first = train(model, once, plan, **options).delta
+    second = train(model, repeated, plan, **options).delta
+    assert np.abs(first - second).max() < 1e-4 * np.abs(first).max()
+    # Not so where each record is a unit of its own.
+    separate = PreparedData(repeated.tokens, repeated.labels, prefix=None)
+    third = train(model, separate, plan, **options).delta
+    assert np.abs(first - third).max() > 1e-2 * np.abs(first).max()

@@ -1,0 +1,102 @@
+"""Clipping, summing and noise, on made-up gradients and beside Opacus' own optimiser."""
+
+import numpy as np
+import pytest
+import torch
+from opacus.optimizers import DPOptimizer
+
+from umbel_client.noise import NoiseSource
+from umbel_client.private_step import PrivateOptimizer, automatic, clipped_sum, flat
+
+torch.set_num_threads(1)
+
+
+def fixed(byte: int):
+    return lambda length: bytes([byte]) * length
+
+
+def made_up(records: int, scale: float = 1.0) -> list[torch.Tensor]:
+    """Gradients of some records for three parameters, of very different lengths."""
+    generator = torch.Generator().manual_seed(records)
+    lengths = scale * 10 ** torch.linspace(-2, 1, records)[:, None]
+    return [lengths * torch.randn(records, size, generator=generator) for size in (5, 1, 24)]
+
+
+@pytest.mark.parametrize("clip_norm", [0.01, 3.0, 1e4])
+def test_two_physical_batches_and_a_step_are_those_of_opacus(clip_norm: float) -> None:
+    """The noise is compared apart: by its scale, since the sources differ."""
+    shapes = [(5,), (1,), (4, 6)]
+    ours = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    settings = {"noise_multiplier": 0.0, "expected_batch_size": 7.5}
+    mine = PrivateOptimizer(
+        torch.optim.Adam(ours, lr=0.1), NoiseSource(fixed(1)), clip_norm=clip_norm, **settings
+    )
+    opacus = DPOptimizer(torch.optim.Adam(theirs, lr=0.1), max_grad_norm=clip_norm, **settings)
+    for _step in range(3):
+        for records in (5, 3):
+            for p, q, rows in zip(ours, theirs, made_up(records), strict=True):
+                p.grad_sample = rows.clone().view(records, *p.shape)
+                q.grad_sample = rows.clone().view(records, *p.shape)
+            mine.accumulate(records)
+            opacus.signal_skip_step(do_skip=records == 5)
+            opacus.step()
+            if records == 5:
+                opacus.zero_grad()
+        mine.step()
+        for p, q in zip(ours, theirs, strict=True):
+            # Opacus adds a millionth to each norm before it divides by it.
+            torch.testing.assert_close(p.grad, q.grad, rtol=2e-5 / min(clip_norm, 1), atol=1e-7)
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        opacus.zero_grad()
+
+
+def test_noise_has_the_scale_of_opacus() -> None:
+    ours, theirs = torch.nn.Parameter(torch.zeros(90_000)), torch.nn.Parameter(torch.zeros(90_000))
+    settings = {"noise_multiplier": 1.5, "expected_batch_size": 4.0}
+    mine = PrivateOptimizer(
+        torch.optim.SGD([ours], lr=1.0), NoiseSource(fixed(1)), clip_norm=0.2, **settings
+    )
+    opacus = DPOptimizer(torch.optim.SGD([theirs], lr=1.0), max_grad_norm=0.2, **settings)
+    torch.manual_seed(0)
+    mine.step()
+    theirs.grad_sample = torch.zeros(0, 90_000)
+    opacus.step()
+    assert float(ours.detach().std()) == pytest.approx(1.5 * 0.2 / 4, rel=0.02)
+    assert float(ours.detach().std()) == pytest.approx(float(theirs.detach().std()), rel=0.02)
+
+
+def test_automatic_clipping_brings_every_gradient_to_nearly_the_clip_norm() -> None:
+    for records in (1, 7):
+        gradients = made_up(records)
+        rows = torch.cat(gradients, dim=1)
+        norms = rows.norm(dim=1, keepdim=True)
+        wanted = (rows * 0.5 / (norms + 0.01)).sum(0)
+        found = clipped_sum([g.clone() for g in gradients], None, 0.5, automatic)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert float(clipped_sum(made_up(1, 1e6), None, 0.5, automatic).norm()) <= 0.5 * (1 + 1e-6)
+
+
+def test_a_unit_is_clipped_once_by_the_mean_of_its_records() -> None:
+    gradients, units = made_up(7), np.array([9, 4, 9, 2, 9, 4, 7])
+    rows = torch.cat(gradients, dim=1)
+    means = torch.stack([rows[units == unit].mean(0) for unit in (2, 4, 7, 9)])
+    clip_norm = float(means.norm(dim=1).median())
+    wanted = (means * (clip_norm / means.norm(dim=1, keepdim=True)).clamp(max=1)).sum(0)
+    found = clipped_sum([g.clone() for g in gradients], units, clip_norm, flat)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("clipping", [flat, automatic])
+def test_a_unit_moves_the_sum_by_the_clip_norm_at_most(clipping) -> None:
+    """However many records it has, and when some of them overflow."""
+    gradients = made_up(12, 50.0)
+    for rows in gradients:
+        rows[3], rows[5] = np.inf, 3e38
+    units = np.array([0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 3])
+    with_all = clipped_sum([g.clone() for g in gradients], units, 0.5, clipping)
+    assert torch.isfinite(with_all).all()
+    for unit in range(4):
+        kept = units != unit
+        without = clipped_sum([g[kept].clone() for g in gradients], units[kept], 0.5, clipping)
+        assert 0.49 < float((with_all - without).norm()) <= 0.5 * (1 + 1e-5)
