@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench utility fuzz vectors docs clean
+.PHONY: demo test lint bench utility audit fuzz vectors docs clean
 
 $(BIN)/activate-demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,9 @@ bench: $(BIN)/activate-dev  ## Measures this machine; writes build/bench.json.
 utility: $(BIN)/activate-dev  ## The quickstart under three seeds; minutes. Commit what it writes.
 	$(BIN)/python tests/benchmarks/utility.py docs/benchmarks/utility.json
 
+audit: $(BIN)/activate-dev  ## Attacks on the quickstart; minutes. Commit what it writes.
+	$(BIN)/python tests/benchmarks/audit.py docs/benchmarks/audit.json
+
 fuzz: $(BIN)/activate-fuzz  ## A million hostile inputs, 10,000 sums; half an hour.
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/fuzz tests/common/secagg/test_attempt.py --timeout 7200
 
@@ -50,7 +53,7 @@ vectors: $(BIN)/activate-dev  ## Rewrites tests/vectors/*.json; a change is one 
 	$(BIN)/python tests/vectors/generate.py
 
 docs: $(BIN)/activate-dev  ## Holds commands, exit codes, checks and outputs against the documentation.
-	$(BIN)/pytest tests/test_docs.py tests/test_keys_doc.py tests/test_protocol_docs.py
+	$(BIN)/pytest tests/test_docs.py tests/test_keys_doc.py tests/test_budget_doc.py tests/test_protocol_docs.py
 
 clean:
 	rm -rf $(VENV) build dist

@@ -9,6 +9,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from umbel_client.budget_cli import budget
 from umbel_client.console import exit_code
 from umbel_client.keys import read_identity, write_identity
 from umbel_client.roster_cli import roster
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(roster, name="roster")
+app.add_typer(budget, name="budget")
 
 
 def _name(value: str) -> str:

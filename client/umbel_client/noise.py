@@ -36,9 +36,13 @@ class NoiseSource:
             block = draws[start : start + _BLOCK]
             half = len(block) // 2
             radius = np.sqrt(-2.0 * np.log(self._uniform(half)))
-            angle = 2.0 * np.pi * self._uniform(half)
-            np.multiply(radius, np.cos(angle), out=block[:half])
-            np.multiply(radius, np.sin(angle), out=block[half:])
+            # Sine and cosine of twice an angle from its tangent: NumPy's own take three times as
+            # long. At its largest, 1.6e16, the square is still far from overflow.
+            tangent = np.tan(np.pi * self._uniform(half))
+            square = tangent * tangent
+            radius /= 1.0 + square
+            np.multiply(radius, 1.0 - square, out=block[:half])
+            np.multiply(radius, 2.0 * tangent, out=block[half:])
         return draws[:size]
 
     def poisson_batch(self, records: int, rate: float) -> npt.NDArray[np.int64]:

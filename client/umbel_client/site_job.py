@@ -18,6 +18,7 @@ from umbel_client.model import AdaptedModel
 from umbel_client.observer import Observer
 from umbel_client.precision import chosen_precision
 from umbel_client.prepared import prepare
+from umbel_client.self_test import self_test
 from umbel_client.session import Published
 from umbel_client.training import sampling_rate, train_round
 from umbel_common.adapter import Vector
@@ -75,7 +76,8 @@ class SiteJob:
             published: from the session journal; the ledger must know of it.
 
         Raises:
-            DataError, ModelError: what is on the site's disk does not fit the plan.
+            DataError, ModelError: what is on the site's disk does not fit the plan, or the model
+                fails the self-test of a private step.
             CalibrationError, PolicyRefusal: the plan's privacy cannot be had with this data set.
             BudgetError: the whole plan would go past the data set's budget.
             LedgerError: the ledger is corrupt, in use, or rolled back, or the journal is.
@@ -106,6 +108,7 @@ class SiteJob:
             self._model = AdaptedModel.load(
                 Path(config.model.path), plan, precision=chosen_precision(config.model.precision)
             )
+            self_test(self._model, self.noise.noise_multiplier, entropy=entropy)
             self._data = prepare(
                 self._model,
                 Path(config.model.path),

@@ -1,5 +1,6 @@
 """`umbel-simulate`: many sites on one machine, through the code that deployment runs."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -103,6 +104,35 @@ def verify(
             f" adapter {release.adapter.hex()[:16]}"
         )
     console.print(f"  transcript head {job.head.hex()}", soft_wrap=True)
+
+
+@app.command()
+def audit(
+    scenario: ScenarioName = "quickstart",
+    canaries: Annotated[
+        int, typer.Option(min=10, help="Records whose presence an attack guesses.")
+    ] = 1000,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")
+    ] = False,
+) -> None:
+    """Attack one site's training, and hold the epsilon that shows against the one claimed."""
+    from umbel_simulations.audit import as_text, audit_scenario, check
+    from umbel_simulations.scenario import find_scenario
+
+    console = Console(quiet=as_json, highlight=False)
+    with console.status("") as status:
+        result = audit_scenario(
+            find_scenario(scenario),
+            canaries,
+            os.urandom,
+            lambda step, steps: status.update(f"step {step} of {steps}"),
+        )
+    if as_json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+    else:
+        console.print(as_text(result), soft_wrap=True)
+    check(result)
 
 
 def main() -> None:

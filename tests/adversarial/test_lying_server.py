@@ -378,19 +378,36 @@ def test_a_policy_that_was_tightened_ends_the_job_at_the_next_round(federation: 
 
 
 def test_a_round_whose_training_failed_is_charged_once_and_never_repeated(federation: Any) -> None:
-    # So small a rate leaves A as it is in float32, which the site takes for a broken adapter.
-    optimizer = Sgd(adapter_learning_rate=1e-12, head_learning_rate=1e-12)
-    training = msgspec.structs.replace(federation.plan.training, optimizer=optimizer)
+    # Its last rate is so small that A stays as it is in float32: the site takes that for a fault.
+    training = msgspec.structs.replace(federation.plan.training, final_learning_rate=1e-12)
     lora = msgspec.structs.replace(federation.plan.lora, method="both")
     federation.plan = federation.make_plan(training=training, lora=lora)
     federation.offer()
+    federation.drive(federation.attempt())
+    vector = initial_vector(federation.plan) + np.float32(0.1)
+    digest = adapter_digest(federation.plan.digest(), vector)
+    federation.releases[digest] = federation.release(vector, round=1)
     for number in (1, 2):
-        request = federation.train_request(federation.header(attempt=number))
-        assert federation.refusal(SITE, request) == "site-fault"
+        header = federation.header(round=2, attempt=number, adapter=digest)
+        assert federation.refusal(SITE, federation.train_request(header)) == "site-fault"
     first, second = federation.observers[SITE].errors
     assert "left the adapter as it was" in first.diagnostics()
     assert "is not repeated" in second.diagnostics()
-    assert federation.spent_rounds(SITE) == 1
+    assert federation.spent_rounds(SITE) == 2
+
+
+def test_a_plan_under_which_the_adapter_cannot_move_is_refused_with_the_offer(
+    federation: Any,
+) -> None:
+    optimizer = Sgd(adapter_learning_rate=1e-12, head_learning_rate=1e-12)
+    training = msgspec.structs.replace(federation.plan.training, optimizer=optimizer)
+    lora = msgspec.structs.replace(federation.plan.lora, method="both")
+    plan = federation.make_plan(training=training, lora=lora)
+    assert federation.refusal(SITE, OfferRequest(plan=sign(federation.operator, plan))) == (
+        "site-fault"
+    )
+    assert "left the adapter as it was" in federation.observers[SITE].errors[0].diagnostics()
+    assert federation.spent_rounds(SITE) == 0
 
 
 def test_a_sum_that_could_wrap_is_refused_before_anything_is_charged(federation: Any) -> None:

@@ -1,11 +1,14 @@
 """Epsilon against Google's accountant, and a calibration that errs on the safe side only."""
 
 import math
+import subprocess
+import sys
 import warnings
 
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +18,7 @@ from umbel_client.accounting import (
     calibrate,
     epsilon,
     require_delta,
+    total_epsilon,
 )
 from umbel_common.errors import CalibrationError, PolicyRefusal
 
@@ -48,6 +52,39 @@ def test_epsilon_is_an_upper_bound_within_one_percent_of_googles(
     assert epsilon(events, delta) == pytest.approx(google_epsilon(events, delta), rel=0.01)
     # Google's own figure is pessimistic by its grid of 1e-4 for each step.
     assert epsilon(events, delta) >= google_epsilon(events, delta) * 0.999
+
+
+@pytest.mark.parametrize(
+    ("event", "rdp_alone"),
+    [
+        (QUICKSTART, False),
+        (LONG, False),
+        (Event(1.0, 1e-6, 10**9), True),
+        (Event(0.25, 1.0, 9), True),
+    ],
+    ids=str,
+)
+def test_epsilon_never_exceeds_googles_rdp_and_is_that_where_prv_gives_up(
+    event: Event, rdp_alone: bool
+) -> None:
+    accountant = RdpAccountant()
+    step = PoissonSampledDpEvent(event.sample_rate, GaussianDpEvent(event.noise_multiplier))
+    accountant.compose(step, event.steps)
+    rdp = float(accountant.get_epsilon(1e-5))
+    found = epsilon([event], 1e-5)
+    assert found <= rdp * 1.002
+    assert (found >= rdp * 0.99) == rdp_alone
+
+
+def test_a_release_without_privacy_makes_the_total_infinite() -> None:
+    assert total_epsilon([QUICKSTART, None], 1e-5) == math.inf
+    assert total_epsilon([QUICKSTART, LONG], 1e-5) == epsilon([QUICKSTART, LONG], 1e-5)
+    assert total_epsilon([], 1e-5) == 0.0
+
+
+def test_reading_what_was_charged_waits_for_no_accountant() -> None:
+    program = "import sys, umbel_client.cli, umbel_client.ledger; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_nothing_costs_nothing() -> None:

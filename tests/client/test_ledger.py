@@ -245,11 +245,6 @@ def test_a_truncated_file_is_damage_and_never_a_fresh_ledger(path: Path, size: i
     assert not opens(path)
 
 
-def test_a_file_that_is_no_ledger_is_refused(path: Path) -> None:
-    path.write_text("site,patients\nnorth,12\n" * 500)
-    assert not opens(path)
-
-
 def test_the_ledger_of_another_data_set_is_refused(path: Path) -> None:
     filled(path)
     with pytest.raises(LedgerError, match="another data set"):
@@ -272,10 +267,35 @@ def test_a_failed_opening_does_not_keep_the_lock(path: Path) -> None:
     assert opens(path)
 
 
-def test_the_file_is_for_its_owner_only(ledger: Ledger, path: Path) -> None:
-    ledger.reserve("job", PLAN, 1, EVENT, UNLIMITED)
-    for file in path.parent.iterdir():
-        assert file.stat().st_mode & 0o077 == 0, file
+def test_a_ledger_goes_on_for_a_changed_data_set_and_forgets_nothing(path: Path) -> None:
+    filled(path)
+    changed = bytes(32)
+    with pytest.raises(LedgerError) as caught:
+        Ledger.open(path, changed)
+    assert f"umbel-client budget carry --data-set {changed.hex()}" in caught.value.diagnostics()
+    with Ledger.open(path, DATA_SET) as ledger:
+        published = ledger.head()
+        for _ in range(2):
+            ledger.carry(changed)
+    with Ledger.open(path, changed) as ledger:
+        ledger.verify(published)
+        assert ledger.spent(1e-5) == epsilon([EVENT, EVENT], 1e-5)
+        ledger.reserve("job", PLAN, 3, EVENT, UNLIMITED)
+        assert len(ledger.history()) == 3
+    assert len(rows(path)) == 9
+    with pytest.raises(LedgerError, match="another data set"):
+        Ledger.open(path, DATA_SET)
+
+
+def test_what_was_charged_by_record_says_nothing_about_patients(path: Path) -> None:
+    filled(path)
+    with pytest.raises(LedgerError) as caught:
+        Ledger.open(path, DATA_SET, "patient")
+    assert (caught.value.field, caught.value.found) == ("data.unit_column", "patient")
+    other = path.with_name("by-patient")
+    Ledger.open(other, DATA_SET, "patient").close()
+    with pytest.raises(LedgerError, match="another unit"):
+        Ledger.open(other, DATA_SET)
 
 
 def run_child(work: Callable[[], None], limit: float | None = None) -> int | None:

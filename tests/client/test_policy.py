@@ -22,6 +22,7 @@ LAW = Policy(
     max_epsilon=8.0,
     total_epsilon=8.0,
     max_delta=1e-5,
+    minimum_cohort=2,
 )
 
 
@@ -92,6 +93,11 @@ def test_a_plan_without_privacy_must_be_allowed_by_name(make_plan: MakePlan) -> 
     judge_plan(msgspec.structs.replace(LAW, allow_without_privacy=True), plan)
 
 
+def test_a_threshold_below_the_sites_smallest_cohort_is_refused(make_plan: MakePlan) -> None:
+    strict = msgspec.structs.replace(LAW, minimum_cohort=3)
+    assert refusal(strict, make_plan()) == "threshold-below-minimum"
+
+
 def test_weights_by_number_of_records_must_be_allowed_by_name(make_plan: MakePlan) -> None:
     weights = Aggregation(
         threshold=2, clip_range=1.0, step=1e-6, weights="examples", max_weight=1000
@@ -155,8 +161,9 @@ def with_threshold(threshold: int) -> Aggregation:
 
 def test_a_cohort_must_have_the_minimum_size(make_plan: MakePlan) -> None:
     plan = make_plan(aggregation=with_threshold(3))
-    assert header_refusal(LAW, plan, "ab") == "cohort-too-small"
-    assert header_refusal(LAW, plan, "abc") is None
+    strict = msgspec.structs.replace(LAW, minimum_cohort=3)
+    assert header_refusal(strict, plan, "ab") == "cohort-too-small"
+    assert header_refusal(strict, plan, "abc") is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""`make audit`: attacks on the quickstart, so that nobody has to believe epsilon alone.
+
+Several audits with fresh coins and noise, one with more canaries, and the span check with and
+without differential privacy. Minutes; writes a small JSON file that is committed beside
+docs/benchmarks.md.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from umbel_client.data import Record, Records
+from umbel_simulations.inversion import exposed, invert
+from umbel_simulations.planning import make_plan
+from umbel_simulations.scenario import find_scenario, model_folder
+from umbel_simulations.sources import load_source
+
+SCENARIO = "quickstart"
+CANARIES = (1000, 1000, 1000, 3000)
+BATCHES = ((8, 1), (64, 4), (128, 8))
+"""(rank, records): the inputs of so many records stay below the rank."""
+
+
+def audit(canaries: int) -> dict[str, Any]:
+    """The result of one `umbel-simulate audit`, with its seconds."""
+    script = Path(sys.executable).with_name("umbel-simulate")
+    command = [script, "audit", SCENARIO, "--canaries", str(canaries), "--json"]
+    began = time.monotonic()
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, Any] = json.loads(finished.stdout)
+    return {**result, "seconds": round(time.monotonic() - began)}
+
+
+def inversions() -> list[dict[str, Any]]:
+    """The span check on one step of some records, without and with privacy."""
+    torch.set_num_threads(1)
+    scenario = find_scenario(SCENARIO)
+    model, corpus = model_folder(scenario.model), load_source(scenario)
+    plan = make_plan(scenario, corpus.labels, model, largest_site=len(corpus.train))
+    rows = []
+    for rank, count in BATCHES:
+        chosen = corpus.train[:: len(corpus.train) // count][:count]
+        records = Records(
+            records=tuple(
+                Record(text=example.text, label=corpus.labels.index(example.label))
+                for example in chosen
+            ),
+            source=bytes(32),
+        )
+        for private in (False, True):
+            result = invert(exposed(plan, model, rank), model, records, os.urandom, private=private)
+            rows.append({"rank": rank, **msgspec.to_builtins(result)})
+    return rows
+
+
+def main(path: Path) -> None:
+    """Runs all attacks and writes `path`."""
+    outcome = {
+        "command": "make audit",
+        "inversions": inversions(),
+        "audits": [audit(canaries) for canaries in CANARIES],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(outcome, indent=2) + "\n")
+    print(json.dumps(outcome, indent=2))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

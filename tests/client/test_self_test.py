@@ -1,0 +1,225 @@
+"""The start-up self-test passes on sound parts, and names what is wrong with others."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2
+from torch import nn
+from transformers import RobertaConfig, RobertaModel
+
+from umbel_client import fused, private_step, self_test
+from umbel_client.model import AdaptedModel, folder_digest, plan_lora
+from umbel_client.noise import NoiseSource
+from umbel_client.precision import Precision
+from umbel_common.errors import ModelError
+from umbel_common.plan import (
+    Adam,
+    Aggregation,
+    BaseModel,
+    Classification,
+    LocalPrivacy,
+    NoPrivacy,
+    Training,
+    TrainingPlan,
+)
+
+torch.set_num_threads(1)
+
+PRIVATE = LocalPrivacy(epsilon=8.0, delta=1e-5, clip_norm=0.5)
+
+
+def model_of(
+    folder: Path,
+    *,
+    method: str = "both",
+    head: str = "mean-pool",
+    layers: tuple[int, ...] | None = None,
+    targets: tuple[str, ...] = ("query", "value"),
+    privacy: LocalPrivacy | NoPrivacy = PRIVATE,
+    adapter_learning_rate: float = 1e-3,
+    precision: Precision = "float32",
+) -> AdaptedModel:
+    task = Classification(labels=("a", "b"), head=head)
+    optimizer = Adam(adapter_learning_rate=adapter_learning_rate, head_learning_rate=1e-2)
+    plan = TrainingPlan(
+        federation="f",
+        job="j",
+        model=BaseModel(name="tiny", digest=folder_digest(folder)),
+        task=task,
+        lora=plan_lora(
+            folder,
+            task,
+            rank=2,
+            alpha=4.0,
+            target_modules=targets,
+            layers=layers,
+            method=method,
+            seed=5,
+        ),
+        training=Training(rounds=4, local_steps=1, expected_batch_size=8, optimizer=optimizer),
+        privacy=privacy,
+        aggregation=Aggregation(threshold=2, clip_range=1.0, step=1e-4),
+    )
+    model = AdaptedModel.load(folder, plan, precision=precision)
+    model.set_vector(np.arange(plan.lora.size, dtype=np.float32))
+    return model
+
+
+def run(model: AdaptedModel, noise_multiplier: float | None = 0.7) -> None:
+    self_test.self_test(model, noise_multiplier, entropy=os.urandom)
+
+
+@pytest.mark.parametrize("method", ["both", "ffa", "alternate"])
+@pytest.mark.parametrize("head", ["mean-pool", "stock"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_sound_parts_pass_and_the_adapter_is_as_before(
+    tiny_model: Path, method: str, head: str, precision: Precision
+) -> None:
+    model = model_of(tiny_model, method=method, head=head, precision=precision)
+    model.select(2)
+    before = [(p.detach().clone(), p.requires_grad) for p in model.adapter.values()]
+    run(model)
+    for parameter, (value, trained) in zip(model.adapter.values(), before, strict=True):
+        assert torch.equal(parameter, value)
+        assert parameter.requires_grad is trained
+        assert parameter.grad is None
+        assert not vars(parameter)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "options", [{"layers": (1,)}, {"targets": ("query", "key", "value", "dense")}, {"targets": ()}]
+)
+def test_it_passes_with_few_or_many_or_no_adapted_layers(tiny_model: Path, options: dict) -> None:
+    run(model_of(tiny_model, **options))
+
+
+def test_padding_that_positions_depend_on_is_not_taken_for_a_neighbour(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """RoBERTa counts positions by what is not padding, which is token 1."""
+    for path in tiny_model.glob("tokenizer*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = RobertaConfig(**sizes, num_hidden_layers=2, vocab_size=40, pad_token_id=1)
+    RobertaModel(config).save_pretrained(tmp_path)
+    run(model_of(tmp_path))
+
+
+def test_without_privacy_there_is_nothing_to_test(tiny_model: Path) -> None:
+    run(model_of(tiny_model, privacy=NoPrivacy(), adapter_learning_rate=1e-12), None)
+
+
+class Mixing(nn.Module):
+    """Subtracts the mean over the batch, as batch norm does."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden - 0.1 * hidden.mean(0, keepdim=True)
+
+
+def test_a_layer_that_mixes_the_batch_is_refused(tiny_model: Path) -> None:
+    model = model_of(tiny_model)
+    before = model.vector()
+    layer = model.base.get_submodule("encoder.layer.0.output")
+    layer.LayerNorm = nn.Sequential(layer.LayerNorm, Mixing())
+    with pytest.raises(ModelError, match="depends on the records beside it"):
+        run(model)
+    assert np.array_equal(model.vector(), before)
+
+
+class Padded(nn.Module):
+    """Takes the mean over tokens, padding and all."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + hidden.mean(1, keepdim=True)
+
+
+def test_a_layer_that_looks_at_padding_is_refused(tiny_model: Path) -> None:
+    model = model_of(tiny_model)
+    layer = model.base.get_submodule("encoder.layer.1.output")
+    layer.LayerNorm = nn.Sequential(layer.LayerNorm, Padded())
+    with pytest.raises(ModelError, match="depends on the records beside it"):
+        run(model)
+
+
+class Flattening(nn.Module):
+    """Runs a layer over tokens as if they were records, as models that unpad do."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.layer(hidden.flatten(0, 1)).view(*hidden.shape[:-1], -1)
+
+
+def test_a_layer_that_flattens_the_batch_is_refused(tiny_model: Path) -> None:
+    model = model_of(tiny_model)
+    attention = model.base.get_submodule("encoder.layer.0.attention.self")
+    attention.query = Flattening(attention.query)
+    with pytest.raises(ModelError, match="not separate"):
+        run(model)
+
+
+def test_a_tensor_that_the_model_does_not_use_is_named(tiny_model: Path) -> None:
+    """As in opacus issue 820."""
+    model = model_of(tiny_model)
+    name = next(name for name in model.adapter if "lora_B" in name)
+    model.adapter[name] = nn.Parameter(model.adapter[name].detach().clone())
+    with pytest.raises(ModelError, match="no part in the model's output") as caught:
+        run(model)
+    assert caught.value.found == name
+
+
+def test_gradients_of_the_wrong_records_are_found(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = fused._by_record
+    monkeypatch.setattr(fused, "_by_record", lambda g, x: sound(g, x).roll(1, 0))
+    with pytest.raises(ModelError, match="depends on the records beside it"):
+        run(model_of(tiny_model))
+
+
+@pytest.mark.parametrize("factor", [1.1, 0.5, 100.0])
+def test_clipping_to_another_norm_is_found(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    sound = private_step.clipped_sum
+    monkeypatch.setattr(
+        private_step, "clipped_sum", lambda g, u, norm, how: sound(g, u, factor * norm, how)
+    )
+    with pytest.raises(ModelError, match="not clipped to the clip norm"):
+        run(model_of(tiny_model))
+
+
+@pytest.mark.parametrize("targets", [("query", "value"), ()])
+@pytest.mark.parametrize("factor", [0.95, 1.05, 0.0])
+def test_noise_of_another_scale_is_found(
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    targets: tuple[str, ...],
+    factor: float,
+) -> None:
+    sound = NoiseSource.normal
+    monkeypatch.setattr(NoiseSource, "normal", lambda self, size: factor * sound(self, size))
+    with pytest.raises(ModelError, match="noise is not what"):
+        run(model_of(tiny_model, targets=targets))
+
+
+def test_sound_noise_is_refused_less_than_once_in_a_million() -> None:
+    draws = self_test.DRAWS
+    spread = 2 * np.sqrt(self_test.ALARM / draws)
+    above = chi2.sf(draws * (1 + spread + 2 * self_test.ALARM / draws), draws)
+    below = chi2.cdf(draws * (1 - spread), draws)
+    assert above + below < 2 * np.exp(-self_test.ALARM) < 1e-6
+
+
+def test_an_optimiser_that_does_not_move_the_adapter_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match="left the adapter as it was") as caught:
+        run(model_of(tiny_model, adapter_learning_rate=1e-12))
+    assert "lora_A" in str(caught.value.found)
+    assert "head" not in str(caught.value.found)
