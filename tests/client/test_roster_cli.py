@@ -98,6 +98,8 @@ def terminal(line: str) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
         stdout=theirs,
         stderr=theirs,
         env={**os.environ, "COLUMNS": "80", "TERM": "dumb"},
+        # A shell starts its background jobs deaf to Ctrl-C, and these tests may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(theirs)
     try:
