@@ -14,14 +14,14 @@ from pathlib import Path
 import msgspec
 
 from umbel_client.config import ClientConfig
-from umbel_client.durable import replace
-from umbel_client.text_file import find_text
 from umbel_common.errors import IdentityError, StorageError
 from umbel_common.identity import Roster
 from umbel_common.key_statements import SignedRevocation
 from umbel_common.roster_document import RosterDocument
 from umbel_common.roster_file import document_from_json, document_to_json
 from umbel_common.trust import check_revocation
+from umbel_host.durable import replace
+from umbel_host.text_file import find_text
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 
 from umbel_client.config import ClientConfig, load_config
-from umbel_client.keys import read_identity
 from umbel_client.pinned_roster import (
     find_document,
     pin,
@@ -18,7 +17,6 @@ from umbel_client.pinned_roster import (
     revoke_signed,
 )
 from umbel_client.roster_view import print_change, print_lines, print_roster
-from umbel_client.text_file import read_text, write_new_text
 from umbel_common.errors import IdentityError, UmbelError
 from umbel_common.identity import Roster, fingerprint
 from umbel_common.roster_document import RosterChange, RosterDocument, compare
@@ -29,6 +27,8 @@ from umbel_common.roster_file import (
     rotation_from_json,
 )
 from umbel_common.trust import judge, merge, propose
+from umbel_host.keys import read_identity
+from umbel_host.text_file import read_text, write_new_text
 
 roster = typer.Typer(
     help="Whom this site believes: show, compare, approve, revoke.", no_args_is_help=True

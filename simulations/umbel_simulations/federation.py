@@ -15,7 +15,6 @@ from pathlib import Path
 
 from umbel_client.config import ClientConfig, load_config
 from umbel_client.flower import answer
-from umbel_client.keys import read_identity, write_identity
 from umbel_client.model import folder_digest
 from umbel_client.pinned_roster import load_pinned
 from umbel_client.site_job import SiteStatus
@@ -27,6 +26,7 @@ from umbel_common.identity import Identity, Member, Roster, sign
 from umbel_common.plan import NoPrivacy, TrainingPlan
 from umbel_common.roster_file import roster_from_json, roster_to_json
 from umbel_common.statements import Release
+from umbel_host.keys import read_identity, write_identity
 from umbel_server.flower import GridLink
 from umbel_server.job import Job, Limits
 from umbel_server.registry import Registry

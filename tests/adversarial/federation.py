@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 
 from umbel_client.config import load_config
 from umbel_client.data import load_records
-from umbel_client.keys import write_identity
 from umbel_client.ledger import Ledger
 from umbel_client.model import folder_digest, plan_lora
 from umbel_client.pinned_roster import Pinned
@@ -47,6 +46,7 @@ from umbel_common.wire import (
     seal_request,
     size_limit,
 )
+from umbel_host.keys import write_identity
 from umbel_server import round as rounds
 
 CLIENT_TOML = """\

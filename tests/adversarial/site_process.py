@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from umbel_client.config import load_config
-from umbel_client.keys import read_identity
 from umbel_client.pinned_roster import load_pinned
 from umbel_client.site_job import noise_for
 from umbel_client.trainer import Trainer
 from umbel_common.errors import UmbelError
 from umbel_common.plan import TrainingPlan
+from umbel_host.keys import read_identity
 
 AT = "killed-at"
 """The file beside client.toml that says before which step the site was killed."""

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 from umbel_client.accounting import Event, epsilon
 from umbel_client.budget import Budget
 from umbel_client.cli import app
-from umbel_client.console import exit_code
 from umbel_client.ledger import Ledger
 from umbel_client.session import Session
 from umbel_common.errors import LedgerError
 from umbel_common.statements import RoundHeader
+from umbel_host.console import exit_code
 
 DATA_SET = bytes(range(32))
 PLAN = b"\x01" * 32

@@ -14,8 +14,6 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from umbel_client.cli import app
-from umbel_client.console import exit_code, printable
-from umbel_client.keys import read_identity, write_identity
 from umbel_client.pinned_roster import require_document
 from umbel_common.errors import IdentityError, SignatureError, StorageError, UmbelError
 from umbel_common.identity import Identity, Member, Roster, fingerprint
@@ -27,6 +25,8 @@ from umbel_common.roster_file import (
     revocation_to_json,
     rotation_to_json,
 )
+from umbel_host.console import exit_code, printable
+from umbel_host.keys import read_identity, write_identity
 
 OPERATOR_KEY, NORTH, SOUTH, NEW, THIEF = (Identity(bytes([number]) * 32) for number in range(1, 6))
 

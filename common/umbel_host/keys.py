@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from umbel_client.durable import create
 from umbel_common.errors import IdentityError
 from umbel_common.identity import Identity
+from umbel_host.durable import create
 
 
 def write_identity(path: Path, identity: Identity) -> None:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from umbel_client.durable import create
 from umbel_common.errors import IdentityError, StorageError
+from umbel_host.durable import create
 
 
 def find_text(path: Path) -> str | None:
