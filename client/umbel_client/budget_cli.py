@@ -25,8 +25,8 @@ from umbel_client.config import ClientConfig, load_config
 from umbel_client.ledger import Ledger
 from umbel_client.ledger_file import read_ledger, require_head, require_journal
 from umbel_client.ledger_rows import Contents
-from umbel_client.roster_view import print_lines
 from umbel_client.session import Published, read_published
+from umbel_host.console import print_lines
 
 budget = typer.Typer(
     help="What the data set has cost: show, history, verify, carry.", no_args_is_help=True

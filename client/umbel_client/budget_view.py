@@ -10,8 +10,8 @@ from rich.table import Table
 from umbel_client.accounting import total_epsilon
 from umbel_client.budget import Budget
 from umbel_client.ledger_rows import Contents, Reservation, State
-from umbel_client.roster_view import print_lines
 from umbel_common.canonical import Value
+from umbel_host.console import print_lines
 
 
 class JobCost(Value, frozen=True):

@@ -11,14 +11,13 @@ from rich.console import Console
 
 from umbel_client.budget_cli import budget
 from umbel_client.roster_cli import roster
-from umbel_client.roster_view import print_lines
 from umbel_common.canonical import Name
 from umbel_common.errors import StorageError
 from umbel_common.identity import Identity, fingerprint
 from umbel_common.key_statements import revoke as sign_revocation
 from umbel_common.key_statements import rotate as sign_rotation
 from umbel_common.roster_file import revocation_to_json, rotation_to_json
-from umbel_host.console import exit_code
+from umbel_host.console import exit_code, print_lines
 from umbel_host.keys import read_identity, write_identity
 from umbel_host.text_file import write_new_text
 

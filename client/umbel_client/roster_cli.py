@@ -16,7 +16,7 @@ from umbel_client.pinned_roster import (
     revoke_here,
     revoke_signed,
 )
-from umbel_client.roster_view import print_change, print_lines, print_roster
+from umbel_client.roster_view import print_change, print_roster
 from umbel_common.errors import IdentityError, UmbelError
 from umbel_common.identity import Roster, fingerprint
 from umbel_common.roster_document import RosterChange, RosterDocument, compare
@@ -27,6 +27,7 @@ from umbel_common.roster_file import (
     rotation_from_json,
 )
 from umbel_common.trust import judge, merge, propose
+from umbel_host.console import print_lines
 from umbel_host.keys import read_identity
 from umbel_host.text_file import read_text, write_new_text
 

@@ -8,14 +8,7 @@ from rich.table import Table
 from umbel_common.identity import fingerprint
 from umbel_common.key_statements import OPERATOR
 from umbel_common.roster_document import KeyChange, RosterChange, RosterDocument
-
-
-def print_lines(console: Console, lines: Iterable[tuple[str, str]]) -> None:
-    """Pairs of a name and a value, the values below each other, each on one line."""
-    pairs = list(lines)
-    width = max(len(name) for name, _ in pairs)
-    for name, value in pairs:
-        console.print(f"{name:<{width}}  {value}", soft_wrap=True, markup=False)
+from umbel_host.console import print_lines
 
 
 def print_roster(console: Console, document: RosterDocument, site: str) -> None:

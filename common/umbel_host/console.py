@@ -1,7 +1,7 @@
-"""How a command ends: text for people on stderr, and a documented exit code."""
+"""What a command says to people, and how it ends: with a documented exit code."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from rich.console import Console
 
@@ -29,6 +29,14 @@ def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") 
             console.print(interrupted, markup=False)
         return end.code if isinstance(end.code, int) else 1
     return 0
+
+
+def print_lines(console: Console, lines: Iterable[tuple[str, str]]) -> None:
+    """Pairs of a name and a value, the values below each other, each on one line."""
+    pairs = list(lines)
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        console.print(f"{name:<{width}}  {value}", soft_wrap=True, markup=False)
 
 
 def printable(text: str) -> str:
