@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import bench_crypto
+import bench_dp_step
 import bench_masking
 import bench_memory
 import bench_wire
 
-BENCHES = (bench_masking, bench_crypto, bench_wire, bench_memory)
+BENCHES = (bench_masking, bench_crypto, bench_wire, bench_memory, bench_dp_step)
 
 
 def main(path: Path) -> int:
