@@ -32,10 +32,11 @@ def test_every_exit_code_is_documented_and_no_other() -> None:
 
 def test_every_exit_code_is_in_the_range_of_its_kind() -> None:
     ranges = {
-        range(10, 20): "ConfigError DataError ModelError PlanError",
+        range(10, 20): "ConfigError DataError ModelError PlanError JobUnknown",
         range(20, 30): "IdentityError SignatureError",
         range(30, 40): "PolicyRefusal BudgetError CalibrationError LedgerError",
-        range(40, 50): "RemoteProtocolError LocalProtocolError RoundAborted JobFailed",
+        range(40, 50): "RemoteProtocolError LocalProtocolError RoundAborted JobFailed"
+        " UnreachableError",
         range(50, 60): "StorageError RunExists VerificationError",
     }
     for kind in leaves(errors.UmbelError):

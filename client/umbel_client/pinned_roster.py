@@ -31,6 +31,8 @@ class Pinned:
     roster: Roster
     revoked: frozenset[bytes]
     """Public keys, 32 bytes each, that must not speak even where the roster lists them."""
+    former: tuple[Roster, ...] = ()
+    """Rosters that this site pinned before: jobs that began under one go on under it."""
 
 
 def load_pinned(config: ClientConfig) -> Pinned:
@@ -39,8 +41,12 @@ def load_pinned(config: ClientConfig) -> Pinned:
     Raises:
         IdentityError: no roster is pinned, or its file is unreadable or malformed.
     """
-    document = require_document(Path(config.roster))
-    return Pinned(document.roster, document.revoked())
+    path = Path(config.roster)
+    document = require_document(path)
+    # A proposal that lies beside it, under whatever name, was pinned only if it has its digest's.
+    kept = path.parent.glob(_kept(path, "[0-9a-f]" * 64))
+    former = (require_document(file).roster for file in sorted(kept))
+    return Pinned(document.roster, document.revoked(), tuple(former))
 
 
 def require_document(path: Path) -> RosterDocument:
@@ -90,7 +96,7 @@ def pin(path: Path, former: RosterDocument | None, document: RosterDocument) -> 
             )
         kept = None
         if former is not None and former.roster != document.roster:
-            kept = path.with_name(f"{path.stem}-{former.roster.digest().hex()}{path.suffix}")
+            kept = path.with_name(_kept(path, former.roster.digest().hex()))
             replace(kept, document_to_json(former).encode())
         replace(path, document_to_json(document).encode())
     return kept
@@ -125,6 +131,11 @@ def revoke_here(path: Path, key: bytes) -> None:
     if key not in former.revoked():
         revoked = (*former.revoked_here, key)
         pin(path, former, msgspec.structs.replace(former, revoked_here=revoked))
+
+
+def _kept(path: Path, digest: str) -> str:
+    """Name of the file of a roster that was pinned before."""
+    return f"{path.stem}-{digest}{path.suffix}"
 
 
 @contextmanager

@@ -14,6 +14,7 @@ number. A site that needs more than a hurdle needs differential privacy.
 
 import math
 from collections.abc import Sequence
+from datetime import time
 from typing import Annotated, Literal
 
 import msgspec
@@ -23,6 +24,11 @@ from umbel_common.canonical import Value
 from umbel_common.errors import PolicyRefusal
 from umbel_common.plan import Count, Fraction, NoPrivacy, Positive, TrainingPlan
 from umbel_common.statements import RoundHeader
+
+Hours = Annotated[
+    str, msgspec.Meta(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]\Z")
+]
+"""A span of the day: its first minute, and the first minute after it; past midnight if it must."""
 
 HexDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 """A SHA-256 digest in lower-case hexadecimal."""
@@ -40,12 +46,24 @@ class Policy(Value, frozen=True):
     that answered other sets by looking at its data would answer questions about its data."""
     tasks: tuple[TaskName, ...] = ("classification",)
     """Tasks that plans may have."""
+    operators: tuple[str, ...] = ()
+    """Fingerprints of the operators whom this site works for; empty: the one of whatever roster its
+    people pinned."""
+    approval: Literal["each-plan", "none"] = "each-plan"
+    """`each-plan`: a plan runs only after a person approved it here (`umbel-client approve`).
+    `none`: whatever else this policy allows may run."""
     max_rank: Count = 16
     """Largest LoRA rank."""
+    target_modules: tuple[str, ...] | None = None
+    """Names of the layers that may have an adapter; absent: any linear layer."""
     max_rounds: Count = 100
     """Most rounds of one plan."""
     max_local_steps: Count = 100
     """Most optimiser steps of one round."""
+    max_hours: Annotated[float, msgspec.Meta(gt=0, le=10_000)] = 24.0
+    """Most hours that this site trains for one plan, all rounds and attempts together."""
+    allowed_hours: Hours | None = None
+    """When a round may begin, by this machine's clock, such as "20:00-06:00"; absent: always."""
     max_epsilon: Positive = 3.0
     """Largest epsilon of one plan."""
     total_epsilon: Positive = 3.0
@@ -78,9 +96,9 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
     """Refuses a plan that the policy does not allow.
 
     Raises:
-        PolicyRefusal: `model-not-allowed`, `task-not-allowed`, `rank-too-large`, `too-many-rounds`,
-            `too-many-local-steps`, `privacy-required`, `epsilon-too-large`, `delta-too-large`,
-            `example-weights`, `labels-not-allowed` or
+        PolicyRefusal: `model-not-allowed`, `task-not-allowed`, `rank-too-large`,
+            `targets-not-allowed`, `too-many-rounds`, `too-many-local-steps`, `privacy-required`,
+            `epsilon-too-large`, `delta-too-large`, `example-weights`, `labels-not-allowed` or
             `threshold-below-minimum`.
     """
     privacy = plan.privacy
@@ -107,6 +125,13 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
         accepted=", ".join(policy.labels) or "none",
     )
     _at_most(policy.max_rank, plan.lora.rank, "rank-too-large", "max_rank")
+    _require(
+        policy.target_modules is None or set(plan.lora.target_modules) <= {*policy.target_modules},
+        "targets-not-allowed",
+        field="policy.target_modules",
+        found=", ".join(plan.lora.target_modules),
+        accepted=", ".join(policy.target_modules or ()),
+    )
     _at_most(policy.max_rounds, plan.training.rounds, "too-many-rounds", "max_rounds")
     _at_most(
         policy.max_local_steps, plan.training.local_steps, "too-many-local-steps", "max_local_steps"
@@ -137,6 +162,55 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
         field="policy.examples_as_weights",
         found="weights by number of records",
         accepted="equal or size-class",
+    )
+
+
+def judge_operator(policy: Policy, operator: str) -> None:
+    """Refuses to work for an operator whom the policy does not name.
+
+    Args:
+        operator: fingerprint of the pinned operator.
+
+    Raises:
+        PolicyRefusal: `operator-not-allowed`.
+    """
+    _require(
+        not policy.operators or operator in policy.operators,
+        "operator-not-allowed",
+        field="policy.operators",
+        found=operator,
+        accepted=", ".join(policy.operators),
+        remedy="compare fingerprints with the operator, then change the roster or this policy",
+    )
+
+
+def judge_start(policy: Policy, moment: time, seconds: float) -> None:
+    """Refuses to train now, or any longer.
+
+    Args:
+        moment: of the day, by this machine's clock.
+        seconds: that this site has trained for the plan.
+
+    Raises:
+        PolicyRefusal: `outside-hours` or `too-many-hours`.
+    """
+    if policy.allowed_hours is not None:
+        first, end = map(time.fromisoformat, policy.allowed_hours.split("-"))
+        inside = first <= moment < end if first < end else moment >= first or moment < end
+        _require(
+            inside,
+            "outside-hours",
+            field="policy.allowed_hours",
+            found=moment.strftime("%H:%M"),
+            accepted=policy.allowed_hours,
+            remedy="none: the server asks again",
+        )
+    _require(
+        seconds < policy.max_hours * 3600,
+        "too-many-hours",
+        field="policy.max_hours",
+        found=f"{seconds / 3600:.1f} hours of training for this plan",
+        accepted=f"less than {policy.max_hours:g}",
     )
 
 

@@ -22,7 +22,7 @@ from umbel_common.errors import RemoteProtocolError, StorageError, require
 from umbel_common.identity import Signed
 from umbel_common.statements import RoundHeader
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _SCHEMA = """
 CREATE TABLE plans (job TEXT PRIMARY KEY, plan BLOB NOT NULL) STRICT;
@@ -37,6 +37,7 @@ CREATE TABLE answers (
 ) STRICT;
 CREATE TABLE answered (total INTEGER NOT NULL) STRICT;
 INSERT INTO answered VALUES (0);
+CREATE TABLE trained (job TEXT PRIMARY KEY, seconds REAL NOT NULL) STRICT;
 CREATE TABLE releases (
     job TEXT NOT NULL, round INTEGER NOT NULL, release BLOB NOT NULL, PRIMARY KEY (job, round)
 ) STRICT;
@@ -260,6 +261,23 @@ class Session:
         with self._storage_errors():
             rows = self._database.execute(query, values).fetchall()
         return [msgspec.msgpack.decode(row[0], type=tuple[str, ...]) for row in rows]
+
+    def trained(self, job: str) -> float:
+        """Seconds that this site has trained for a job."""
+        with self._storage_errors():
+            row = self._database.execute(
+                "SELECT seconds FROM trained WHERE job = ?", (job,)
+            ).fetchone()
+        return 0.0 if row is None else float(row[0])
+
+    def add_trained(self, job: str, seconds: float) -> None:
+        """Counts time that this site has trained for a job."""
+        with self._transaction():
+            self._database.execute(
+                "INSERT INTO trained VALUES (?, ?)"
+                " ON CONFLICT (job) DO UPDATE SET seconds = seconds + excluded.seconds",
+                (job, seconds),
+            )
 
     def keep_release(self, job: str, round_number: int, release: Signed) -> None:
         """Keeps a signed release as evidence.

@@ -7,13 +7,17 @@ to the server by a code; the reason in full goes to the site's own observer.
 
 import os
 import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from umbel_client.config import ClientConfig
+from umbel_client.decisions import Decisions
 from umbel_client.export import write_adapter
 from umbel_client.observer import Observer
 from umbel_client.pinned_roster import Pinned
-from umbel_client.policy import judge_header, judge_plan
+from umbel_client.policy import judge_header, judge_operator, judge_plan, judge_start
 from umbel_client.session import Session
 from umbel_client.site_job import SiteJob, SiteStatus
 from umbel_client.stages import answer_stage
@@ -29,7 +33,7 @@ from umbel_common.errors import (
     UmbelError,
     require,
 )
-from umbel_common.identity import Identity, Signed, fingerprint, open_signed
+from umbel_common.identity import Identity, Roster, Signed, fingerprint, open_signed
 from umbel_common.plan import TrainingPlan, check_plan
 from umbel_common.quantise import encoding_of
 from umbel_common.secagg import participant as secagg
@@ -61,29 +65,36 @@ class Trainer:
         *,
         observer: Observer,
         entropy: Entropy = os.urandom,
+        clock: Callable[[], datetime] = datetime.now,
     ) -> None:
         """Opens the site's journal; model and data are loaded when a plan is accepted.
 
         Args:
             pinned: the roster that this site pinned, and the keys that it holds for revoked.
             entropy: replaced only by simulations that say that they are insecure.
+            clock: this machine's local time, for the policy's hours.
 
         Raises:
             IdentityError: the roster knows this site not at all, or with another key; or this
                 site's key is revoked.
+            PolicyRefusal: the site's policy does not name the pinned operator.
             StorageError: the journal cannot be used.
         """
         check_own_key(pinned, config.site, identity)
+        judge_operator(config.policy, fingerprint(pinned.roster.operator))
         self._config = config
         self._roster = pinned.roster
         self._identity = identity
+        self._former_rosters = pinned.former
         self._revoked = pinned.revoked
         self._observer = observer
         self._entropy = entropy
+        self._clock = clock
         self._lock = threading.Lock()
         self._state = Path(config.state)
         self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._session = Session(self._state / "session.sqlite")
+        self._decisions = Decisions(self._state)
         self._job: SiteJob | None = None
 
     def close(self) -> None:
@@ -171,6 +182,9 @@ class Trainer:
         check_plan(plan)
         judge_plan(self._config.policy, plan)
         self._check_size_class(plan)
+        self._decisions.require_running()
+        if self._config.policy.approval == "each-plan":
+            self._decisions.require_approval(plan, request.plan)
         # Before anything of the plan takes effect: a job has one plan for ever.
         self._session.check_plan(plan.job, request.plan)
         self._load(plan)
@@ -185,9 +199,15 @@ class Trainer:
             self._loaded_job(plan.job).answered(self._session.published().answers)
             return known
         self._check_header(header, plan)
+        self._decisions.require_running()
+        judge_start(self._config.policy, self._clock().time(), self._session.trained(plan.job))
         adapter = self._check_release(request, header, plan)
         job = self._loaded_job(plan.job)
-        job.train(header, adapter)
+        began = time.monotonic()
+        try:
+            job.train(header, adapter)
+        finally:
+            self._session.add_trained(plan.job, time.monotonic() - began)
         head = job.ledger_head()
         state, advert = secagg.advertise(
             header,
@@ -234,11 +254,16 @@ class Trainer:
 
     def _check_parties(self, header: RoundHeader) -> None:
         """At every stage: the roster may have changed, and a key been revoked, since the last."""
-        members = {member.name: member.public_key for member in self._roster.members}
+        members = _keys(self._roster)
+        # A job keeps the roster that it began with. Who has joined since does not disturb it; who
+        # left, or has another key, ends it here.
+        rosters = {roster.digest(): roster for roster in (*self._former_rosters, self._roster)}
+        agreed = _keys(rosters.get(header.roster, self._roster))
+        cohort = {name: members.get(name) for name in header.cohort}
         checks = {
-            "roster-digest": header.roster == self._roster.digest(),
-            "not-in-roster": members.keys() >= set(header.cohort),
-            "revoked-key": self._revoked.isdisjoint(map(members.get, header.cohort)),
+            "roster-digest": header.roster in rosters,
+            "not-in-roster": None not in cohort.values() and cohort.items() <= agreed.items(),
+            "revoked-key": self._revoked.isdisjoint(cohort.values()),
         }
         for check, holds in checks.items():
             require(holds, check, "an attempt has other parties than this site believes")
@@ -328,6 +353,10 @@ class Trainer:
 
     def _seal(self, reply: Reply, asked: bytes) -> bytes:
         return seal_reply(self._identity, self._config.site, reply, asked)
+
+
+def _keys(roster: Roster) -> dict[str, bytes]:
+    return {member.name: member.public_key for member in roster.members}
 
 
 def _accepted(signed: Signed) -> TrainingPlan:

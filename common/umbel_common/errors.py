@@ -99,6 +99,12 @@ class PlanError(UmbelError):
     exit_code = 13
 
 
+class JobUnknown(UmbelError):
+    """No job has the name that was given."""
+
+    exit_code = 14
+
+
 class IdentityError(UmbelError):
     """A key or roster is missing, malformed, or not one that this party may believe."""
 
@@ -189,9 +195,25 @@ class RoundAborted(ProtocolError):
 
 
 class JobFailed(UmbelError):
-    """A job ended without its last release, after all the attempts that it was allowed."""
+    """A job ended without its last release, after all the attempts that it was allowed.
+
+    Args:
+        may_accept: sites without which it could not begin, and which may still accept its plan.
+    """
 
     exit_code = 43
+
+    def __init__(
+        self, message: str, *, may_accept: tuple[str, ...] = (), **details: object
+    ) -> None:
+        super().__init__(message, **details)  # type: ignore[arg-type]  # forwarded by name
+        self.may_accept = may_accept
+
+
+class UnreachableError(UmbelError):
+    """Another process, or the other side's machine, does not answer."""
+
+    exit_code = 44
 
 
 class StorageError(UmbelError):

@@ -34,6 +34,9 @@ from umbel_server.registry import Registry
 from umbel_server.round import Attempt, Outcome, start
 from umbel_server.store import Store
 
+UNDECIDED = frozenset({"awaiting-approval", "site-paused"})
+"""Refusals of a plan that people at the site may still take back."""
+
 __all__ = ["Job", "Limits", "Link", "Observer", "Step"]
 
 
@@ -161,8 +164,12 @@ class Job:
                 refused[site] = reply.check if isinstance(reply, Refusal) else "stage-order"
         if len(accepted) < self.plan.aggregation.threshold:
             silent = requests.keys() - accepted - refused.keys()
+            undecided = {site for site, check in refused.items() if check in UNDECIDED}
+            may_accept = silent | undecided
+            hopeless = len(accepted | may_accept) < self.plan.aggregation.threshold
             raise JobFailed(
                 "too few sites accept the plan",
+                may_accept=() if hopeless else tuple(sorted(may_accept)),
                 field=self.plan.job,
                 found="; ".join(
                     [f"{site} refused: {check}" for site, check in sorted(refused.items())]

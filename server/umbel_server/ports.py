@@ -23,6 +23,11 @@ class Step:
         return f"{self.round}.{self.attempt}.{self.stage}"
 
 
+class JobStopped(Exception):
+    """The operator wants the job stopped, or the process ends: what was released stays, and the job
+    can be resumed."""
+
+
 class Link(Protocol):
     """Carries sealed bytes to sites and back; what it is made of, the job does not know."""
 

@@ -156,6 +156,16 @@ class Store:
                 raise StorageError("a job has no release", file=self._path, field=job)
             return row[0], row[1], decode_canonical(row[2], Signed)
 
+    def jobs(self) -> list[str]:
+        """Every job that was ever started, in the order of their start."""
+        with self._storage_errors():
+            rows = self._database.execute("SELECT job FROM jobs ORDER BY rowid").fetchall()
+            return [row[0] for row in rows]
+
+    def releases(self, job: str) -> list[Signed]:
+        """Every signed release of the job, in order."""
+        return self._all("SELECT release FROM releases WHERE job = ? ORDER BY round", job)
+
     def headers(self, job: str) -> list[Signed]:
         """Every signed header of the job, in order."""
         return self._all("SELECT header FROM attempts WHERE job = ? ORDER BY round, attempt", job)

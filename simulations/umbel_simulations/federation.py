@@ -233,6 +233,7 @@ path = {model}
 precision = "fastest"
 
 [policy]
+approval = "none"
 models = [{digest}]
 labels = {labels}
 max_rank = {rank}

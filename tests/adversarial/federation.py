@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,8 @@ class Federation:
         site: str,
         roster: Roster | None = None,
         revoked: frozenset[bytes] = frozenset(),
+        former: tuple[Roster, ...] = (),
+        clock: Callable[[], datetime] = datetime.now,
     ) -> None:
         """Starts a site's trainer, or starts it again from what is on its disk."""
         if site in self.trainers:
@@ -189,9 +192,10 @@ class Federation:
         self.observers[site] = KeptObserver()
         self.trainers[site] = Trainer(
             load_config(self.folder / site / "client.toml"),
-            Pinned(roster or self.roster, revoked),
+            Pinned(roster or self.roster, revoked, former),
             self.identities[site],
             observer=self.observers[site],
+            clock=clock,
         )
 
     def revoke(self, site: str, identity: Identity) -> None:
@@ -409,6 +413,8 @@ class Federation:
         write_identity(folder / "identity.pem", self.identities[site])
         (folder / "roster.json").write_text(roster_to_json(self.roster))
         digest = folder_digest(self.model).hex()
+        if "approval" not in policy:
+            policy += '\napproval = "none"'
         (folder / "client.toml").write_text(
             CLIENT_TOML.format(site=site, model=self.model, digest=digest, policy=policy)
         )

@@ -2,11 +2,19 @@
 
 import math
 from collections.abc import Callable
+from datetime import time
 
 import msgspec
 import pytest
 
-from umbel_client.policy import Policy, judge_header, judge_plan, judge_survivors
+from umbel_client.policy import (
+    Policy,
+    judge_header,
+    judge_operator,
+    judge_plan,
+    judge_start,
+    judge_survivors,
+)
 from umbel_common.errors import PolicyRefusal
 from umbel_common.plan import Aggregation, Classification, LocalPrivacy, NoPrivacy, TrainingPlan
 from umbel_common.statements import RoundHeader
@@ -60,6 +68,7 @@ def test_the_defaults_refuse_every_model(make_plan: MakePlan) -> None:
         ({"tasks": ()}, "task-not-allowed"),
         ({"labels": ()}, "labels-not-allowed"),
         ({"max_rank": 1}, "rank-too-large"),
+        ({"target_modules": ("value", "dense")}, "targets-not-allowed"),
         ({"max_rounds": 2}, "too-many-rounds"),
         ({"max_local_steps": 1}, "too-many-local-steps"),
         ({"max_epsilon": 7.99}, "epsilon-too-large"),
@@ -113,6 +122,53 @@ def test_a_refusal_tells_the_site_what_was_found_and_what_is_accepted(make_plan:
     text = caught.value.diagnostics()
     for part in ("policy.max_epsilon", "found: 8.0", "at most 2", "what to do"):
         assert part in text
+
+
+def test_of_the_named_layers_a_plan_may_take_some(make_plan: MakePlan) -> None:
+    judge_plan(msgspec.structs.replace(LAW, target_modules=("query", "value")), make_plan())
+
+
+def test_only_an_operator_that_the_policy_names_is_worked_for() -> None:
+    judge_operator(Policy(), "aaaa-bbbb")
+    judge_operator(Policy(operators=("aaaa-bbbb",)), "aaaa-bbbb")
+    with pytest.raises(PolicyRefusal, match="aaaa-bbbc"):
+        judge_operator(Policy(operators=("aaaa-bbbb",)), "aaaa-bbbc")
+
+
+def start_refusal(law: Policy, moment: str, seconds: float = 0.0) -> str | None:
+    try:
+        judge_start(law, time.fromisoformat(moment), seconds)
+    except PolicyRefusal as error:
+        return error.check
+    return None
+
+
+@pytest.mark.parametrize(
+    ("hours", "inside", "outside"),
+    [
+        ("08:00-18:00", ("08:00", "12:00", "17:59:59"), ("07:59:59", "18:00", "00:00")),
+        ("20:00-06:00", ("20:00", "23:59", "00:00", "05:59"), ("06:00", "12:00", "19:59")),
+    ],
+)
+def test_a_round_begins_within_the_allowed_hours(
+    hours: str, inside: tuple[str, ...], outside: tuple[str, ...]
+) -> None:
+    law = Policy(allowed_hours=hours)
+    assert {start_refusal(law, moment) for moment in inside} == {None}
+    assert {start_refusal(law, moment) for moment in outside} == {"outside-hours"}
+    assert start_refusal(Policy(), outside[0]) is None
+
+
+def test_a_plan_has_so_many_hours_of_training_and_no_more() -> None:
+    law = Policy(max_hours=0.5)
+    assert start_refusal(law, "12:00", 1799.9) is None
+    assert start_refusal(law, "12:00", 1800.0) == "too-many-hours"
+
+
+@pytest.mark.parametrize("hours", ["8:00-18:00", "24:00-06:00", "20:00", "20:60-06:00", "x"])
+def test_hours_that_are_none_are_no_policy(hours: str) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"allowed_hours": hours}, Policy)
 
 
 def test_the_budget_is_the_total_of_the_data_set(make_plan: MakePlan) -> None:

@@ -58,6 +58,7 @@ public_size = 40
 [model]
 path = "{model}"
 [policy]
+approval = "none"
 minimum_cohort = 2
 models = ["{digest}"]
 labels = ["a", "b"]
