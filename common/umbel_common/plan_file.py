@@ -1,0 +1,85 @@
+"""A plan as a JSON file that people read, and that its operator signs.
+
+The signature covers the plan's canonical encoding, which anybody can make again from the text: what
+is read and what was signed cannot differ.
+"""
+
+from typing import Any
+
+import msgspec
+
+from umbel_common.canonical import encode
+from umbel_common.errors import PlanError
+from umbel_common.identity import SIGNATURE_BYTES, Signed
+from umbel_common.plan import LocalPrivacy, TrainingPlan, check_plan
+
+
+class _PlanEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    plan: dict[str, Any]
+    signature: str | None = None
+
+
+def plan_to_json(plan: TrainingPlan, signature: bytes | None = None) -> str:
+    """A plan as indented JSON with a newline at its end; digest and signature in hexadecimal."""
+    parts = msgspec.to_builtins(plan, builtin_types=(bytes,))
+    parts["model"]["digest"] = plan.model.digest.hex()
+    entry = _PlanEntry(parts, None if signature is None else signature.hex())
+    return msgspec.json.format(msgspec.json.encode(entry), indent=2).decode("utf-8") + "\n"
+
+
+def plan_from_json(text: str, file: object) -> tuple[TrainingPlan, Signed | None]:
+    """Reads what `plan_to_json` wrote; whether a signature holds, and whose it is, is not checked.
+
+    Args:
+        file: where the text came from, for errors.
+
+    Raises:
+        PlanError: no JSON, an unknown, missing or wrong field, or parts that do not fit together.
+    """
+    try:
+        entry = msgspec.json.decode(text, type=_PlanEntry)
+        model = entry.plan.get("model")
+        if isinstance(model, dict) and isinstance(model.get("digest"), str):
+            model["digest"] = bytes.fromhex(model["digest"])
+        plan = msgspec.convert(entry.plan, TrainingPlan)
+        signature = None if entry.signature is None else bytes.fromhex(entry.signature)
+        if signature is not None and len(signature) != SIGNATURE_BYTES:
+            raise ValueError(f"a signature has {2 * SIGNATURE_BYTES} hexadecimal digits")
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise PlanError(
+            "a plan file is malformed",
+            file=file,
+            found=str(error).replace("`$.", "`"),
+            remedy="make it with `umbel-server plan new`",
+        ) from None
+    check_plan(plan)
+    return plan, None if signature is None else Signed(encode(plan), signature)
+
+
+def plan_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
+    """A plan as a person who must decide about it reads it: (what, how much)."""
+    training, lora = plan.training, plan.lora
+    targets = ", ".join(lora.target_modules) or "the head only"
+    layers = "all layers" if lora.layers is None else f"layers {', '.join(map(str, lora.layers))}"
+    weights = plan.aggregation.weights
+    return [
+        ("federation", plan.federation),
+        ("job", plan.job),
+        ("digest", plan.digest().hex()),
+        ("base model", plan.model.name),
+        ("", plan.model.digest.hex()),
+        ("task", f"{plan.task.__struct_config__.tag}: {', '.join(plan.task.labels)}"),
+        ("adapter", f"rank {lora.rank} on {targets}, {layers}; {lora.size:,} numbers"),
+        ("training", f"{training.rounds} rounds of {training.local_steps} steps"),
+        ("batch", f"{training.expected_batch_size} on average"),
+        ("privacy", privacy_text(plan)),
+        ("sum", f"of at least {plan.aggregation.threshold} sites, weights {weights}"),
+    ]
+
+
+def privacy_text(plan: TrainingPlan) -> str:
+    """The plan's promise in a few words."""
+    privacy = plan.privacy
+    if isinstance(privacy, LocalPrivacy):
+        return f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
+    return "NONE: gradients are neither clipped nor noised"

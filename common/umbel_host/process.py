@@ -1,0 +1,55 @@
+"""One process of a kind at a time, which ends when it is told to."""
+
+import fcntl
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from umbel_common.errors import StorageError
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Holds a lock that ends with the process, however it ends.
+
+    Args:
+        what: the process, for the error.
+
+    Raises:
+        StorageError: another process holds it, or the file cannot be opened.
+    """
+    try:
+        lock = open(path, "ab", opener=_private)  # noqa: SIM115  # closed below
+    except OSError as error:
+        raise StorageError("a lock cannot be opened", file=path, found=error.strerror) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StorageError(
+                f"{what} runs already",
+                file=path,
+                remedy="stop the other process, or give this one a state folder of its own",
+            ) from None
+        yield
+
+
+def told_to_stop() -> threading.Event:
+    """An event that the first SIGTERM or SIGINT sets; from the main thread only."""
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    return stopping
+
+
+def until(event: threading.Event) -> None:
+    """Waits for an event, and lets Python run its signal handlers meanwhile."""
+    while not event.wait(1.0):
+        pass
+
+
+def _private(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)

@@ -1,0 +1,117 @@
+"""Processes that belong together, each started again when it dies.
+
+For who runs Umbel without a service manager. Where there is one, it starts the same processes
+itself, each under a user of its own.
+"""
+
+import ctypes
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_FIRST_PAUSE = 1.0
+_LONGEST_PAUSE = 30.0
+_SETTLED_SECONDS = 60.0
+"""Who ran so long is started again without a pause that grew."""
+_LOOK_SECONDS = 0.2
+_PR_SET_PDEATHSIG = 1
+
+_logger = logging.getLogger("umbel.supervisor")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A process to keep running: a module of ours, by this Python."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+
+
+class _Child:
+    def __init__(self, command: Command) -> None:
+        self.name = command.name
+        self._command = [sys.executable, "-m", command.module, *command.arguments]
+        self._pause = 0.0
+        self.process = self._start()
+
+    def look_after(self) -> int | None:
+        """Starts the process again if it died; its exit code if it must not be."""
+        code = self.process.poll()
+        now = time.monotonic()
+        if code is None:
+            return None
+        if self._died is None:
+            lived = now - self._started
+            if code > 0 and self._pause == 0.0 and lived < _SETTLED_SECONDS:
+                # It said what is wrong with its files, and would say so again.
+                return code
+            again = 0.0 if lived >= _SETTLED_SECONDS else self._pause
+            self._pause = min(max(2 * again, _FIRST_PAUSE), _LONGEST_PAUSE)
+            self._died = now
+            _logger.warning("%s ended (%d): again in %.0f s", self.name, code, self._pause)
+        elif now >= self._died + self._pause:
+            self.process = self._start()
+        return None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._started, self._died = time.monotonic(), None
+        process = subprocess.Popen(self._command, preexec_fn=_end_with_parent)  # noqa: S603
+        _logger.info("%s is process %d", self.name, process.pid)
+        return process
+
+    _started: float
+    _died: float | None
+
+
+def supervise(commands: Sequence[Command], *, stopping_seconds: float = 60.0) -> int:
+    """Keeps the processes running until SIGTERM or SIGINT, then ends them; in the main thread.
+
+    A process that a signal killed, or that ended after it had run for a while, is started again,
+    after a pause that grows to half a minute. One that gives up at its first start ends them all.
+
+    Returns:
+        0, or the exit code of the process that gave up.
+    """
+    told = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: told.set())
+    children: list[_Child] = []
+    code: int | None = None
+    try:
+        for command in commands:
+            children.append(_Child(command))
+        while code is None and not told.wait(_LOOK_SECONDS):
+            codes = [child.look_after() for child in children]
+            code = next((code for code in codes if code is not None), None)
+    finally:
+        _end([child.process for child in reversed(children)], stopping_seconds)
+    return code or 0
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _end_with_parent() -> None:
+    """Between fork and exec: a supervisor that is killed leaves no process behind that would hold
+    the locks which its successor needs."""
+    if hasattr(_libc, "prctl"):
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,172 @@
+"""The trainer's sockets, real ones: what travels, who may connect, what a probe is told."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from umbel_client.ipc import (
+    CONTROL,
+    TRAINER,
+    ControlStub,
+    SiteEvent,
+    SocketServer,
+    TrainerStatus,
+    TrainerStub,
+    handle_method,
+    healthy,
+    status_method,
+    watch_method,
+)
+from umbel_common.errors import StorageError, UnreachableError
+
+STATUS = TrainerStatus(
+    site="north",
+    federation="clinics",
+    isolated=True,
+    paused=False,
+    waiting=("job",),
+    epsilon=1.5,
+    last=SiteEvent(1.0, "step", "round 1: step 1 of 5"),
+)
+
+
+@pytest.fixture
+def socket(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "trainer.sock"
+
+
+@pytest.fixture
+def server(socket: Path) -> Iterator[SocketServer]:
+    """Answers each message with the message backwards."""
+    opened = SocketServer(socket, 0o660)
+    opened.add(TRAINER, {"Handle": handle_method(lambda sealed: sealed[::-1])})
+    opened.start()
+    opened.serving(True)
+    yield opened
+    opened.stop(0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20 - 1, 2**20, 2**20 + 1, 20_000_000])
+def test_a_message_of_any_size_comes_back_whole(
+    server: SocketServer, socket: Path, size: int
+) -> None:
+    message = os.urandom(min(size, 1000)) * (size // 1000 + 1)
+    stub = TrainerStub(socket)
+    assert stub.handle(message[:size]) == message[:size][::-1]
+    stub.close()
+
+
+def test_nobody_else_on_the_machine_can_connect(server: SocketServer, socket: Path) -> None:
+    assert socket.stat().st_mode & 0o777 == 0o660
+    assert socket.parent.stat().st_mode & 0o007 == 0
+
+
+def test_a_probe_is_told_how_the_process_is(server: SocketServer, socket: Path) -> None:
+    assert healthy(socket, 5.0)
+    server.serving(False)
+    assert not healthy(socket, 5.0)
+
+
+def test_a_process_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnreachableError, match=r"nobody\.sock"):
+        healthy(tmp_path / "nobody.sock", 0.5)
+    control = ControlStub(tmp_path / "nobody.sock")
+    with pytest.raises(UnreachableError, match="umbel-client run"):
+        control.status(0.5)
+    control.close()
+
+
+def test_a_relay_waits_for_a_trainer_that_starts_later(socket: Path) -> None:
+    stub = TrainerStub(socket)
+    answers: list[bytes] = []
+    waiting = threading.Thread(target=lambda: answers.append(stub.handle(b"ab")))
+    waiting.start()
+    time.sleep(0.3)
+    assert not answers
+    late = SocketServer(socket, 0o660)
+    late.add(TRAINER, {"Handle": handle_method(lambda sealed: sealed[::-1])})
+    late.start()
+    waiting.join(30)
+    late.stop(0)
+    stub.close()
+    assert answers == [b"ba"]
+
+
+def test_a_trainer_that_ends_in_the_middle_is_an_error_and_no_empty_answer(socket: Path) -> None:
+    started, release = threading.Event(), threading.Event()
+
+    def slow(sealed: bytes) -> bytes:
+        started.set()
+        release.wait(30)
+        return sealed
+
+    server = SocketServer(socket, 0o660)
+    server.add(TRAINER, {"Handle": handle_method(slow)})
+    server.start()
+    stub = TrainerStub(socket)
+    failures: list[UnreachableError] = []
+
+    def ask() -> None:
+        try:
+            stub.handle(b"ab")
+        except UnreachableError as error:
+            failures.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert started.wait(20)
+    server.stop(0)
+    asking.join(20)
+    release.set()
+    stub.close()
+    assert len(failures) == 1
+
+
+def test_the_socket_of_a_killed_process_is_taken_over(
+    server: SocketServer, socket: Path, tmp_path: Path
+) -> None:
+    later = SocketServer(socket, 0o600)
+    later.add(TRAINER, {"Handle": handle_method(lambda sealed: b"later")})
+    later.start()
+    stub = TrainerStub(socket)
+    assert stub.handle(b"x") == b"later"
+    stub.close()
+    later.stop(0)
+
+
+def test_a_file_in_the_way_is_not_deleted(socket: Path) -> None:
+    socket.parent.mkdir()
+    socket.write_text("precious")
+    with pytest.raises(StorageError, match="taken by another file"):
+        SocketServer(socket, 0o600).start()
+    assert socket.read_text() == "precious"
+
+
+def test_a_path_that_no_socket_can_have_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="too long"):
+        SocketServer(tmp_path / ("x" * 120), 0o600).start()
+
+
+def test_the_sites_people_see_status_and_events(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    over = threading.Event()
+
+    def events(listening: object) -> Iterator[SiteEvent]:
+        yield SiteEvent(1.0, "charged", "one")
+        yield SiteEvent(2.0, "refused", "two")
+        over.wait(20)
+
+    server = SocketServer(path, 0o600)
+    server.add(CONTROL, {"Status": status_method(lambda: STATUS), "Watch": watch_method(events)})
+    server.start()
+    stub = ControlStub(path)
+    assert stub.status() == STATUS
+    watched = stub.watch()
+    assert [next(watched).text, next(watched).text] == ["one", "two"]
+    over.set()
+    stub.close()
+    server.stop(0)

@@ -1,0 +1,82 @@
+"""A plan's file: what people read is what is signed."""
+
+import os
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from umbel_common.errors import PlanError
+from umbel_common.identity import Identity, open_signed, sign
+from umbel_common.plan import NoPrivacy, Sgd, TrainingPlan
+from umbel_common.plan_file import plan_from_json, plan_lines, plan_to_json
+
+MakePlan = Callable[..., TrainingPlan]
+OPERATOR = Identity.generate(os.urandom)
+
+
+def test_a_plan_comes_back_from_its_file(make_plan: MakePlan) -> None:
+    for plan in (make_plan(), make_plan(privacy=NoPrivacy())):
+        assert plan_from_json(plan_to_json(plan), "plan.json") == (plan, None)
+
+
+def test_a_signature_holds_over_what_stands_in_the_file(make_plan: MakePlan) -> None:
+    plan = make_plan()
+    text = plan_to_json(plan, sign(OPERATOR, plan).signature)
+    read, signed = plan_from_json(text, "plan.json")
+    assert signed is not None
+    assert open_signed(signed, TrainingPlan, OPERATOR.public_key) == read == plan
+
+
+def test_no_change_to_the_text_keeps_the_signature(make_plan: MakePlan) -> None:
+    plan = make_plan()
+    document = msgspec.json.decode(plan_to_json(plan, sign(OPERATOR, plan).signature))
+    document["plan"]["training"]["rounds"] += 1
+    changed, signed = plan_from_json(msgspec.json.encode(document).decode(), "plan.json")
+    assert changed != plan
+    assert signed is not None
+    with pytest.raises(Exception, match="pinned-signature|not signed"):
+        open_signed(signed, TrainingPlan, OPERATOR.public_key)
+
+
+def test_a_digest_is_readable(make_plan: MakePlan) -> None:
+    assert f'"digest": "{"00" * 32}"' in plan_to_json(make_plan())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"digest": "', '"digest": "zz'),
+        ('"rounds"', '"runds"'),
+        ('"rank": 2', '"rank": 0'),
+        ('"rank": 2', '"rank": 3'),
+        ("{", "["),
+        ('"plan"', '"plans"'),
+    ],
+)
+def test_a_malformed_file_is_refused_by_its_name(make_plan: MakePlan, old: str, new: str) -> None:
+    text = plan_to_json(make_plan())
+    assert old in text
+    with pytest.raises(PlanError):
+        plan_from_json(text.replace(old, new, 1), "plan.json")
+
+
+@pytest.mark.parametrize("signature", ["00", "zz" * 64, 5])
+def test_a_malformed_signature_is_refused(make_plan: MakePlan, signature: object) -> None:
+    document = msgspec.json.decode(plan_to_json(make_plan())) | {"signature": signature}
+    with pytest.raises(PlanError, match=r"plan\.json"):
+        plan_from_json(msgspec.json.encode(document).decode(), "plan.json")
+
+
+def test_a_person_reads_what_matters(make_plan: MakePlan) -> None:
+    plan = make_plan()
+    text = "\n".join(f"{name} {value}" for name, value in plan_lines(plan))
+    for part in (plan.job, plan.digest().hex(), "epsilon 8", "rank 2 on query", "at least 2 sites"):
+        assert part in text
+    bare = make_plan(
+        privacy=NoPrivacy(),
+        training=msgspec.structs.replace(
+            plan.training, optimizer=Sgd(adapter_learning_rate=0.1, head_learning_rate=0.1)
+        ),
+    )
+    assert "NONE" in dict(plan_lines(bare))["privacy"]

@@ -1,0 +1,121 @@
+"""Real processes under a supervisor: restarted when they die, ended with it, however it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+SUPERVISOR = """
+import sys
+from umbel_host.log import configure
+from umbel_host.supervisor import Command, supervise
+configure()
+commands = [Command(name, "child", (name,)) for name in sys.argv[1:]]
+sys.exit(supervise(commands, stopping_seconds=1.0))
+"""
+CHILD = """
+import os, pathlib, signal, sys, time
+name = sys.argv[1]
+pathlib.Path(f"{name}.pid").write_text(str(os.getpid()))
+if name == "broken":
+    sys.exit(10)
+if name == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(600)
+"""
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a supervisor of children with these names."""
+    (tmp_path / "child.py").write_text(CHILD)
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*names: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SUPERVISOR, *names],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def pid_of(folder: Path, name: str, other_than: int = 0) -> int:
+    """Of a child, once it runs."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        text = (folder / f"{name}.pid").read_text() if (folder / f"{name}.pid").exists() else ""
+        if text and int(text) != other_than:
+            return int(text)
+        time.sleep(0.05)
+    raise AssertionError(f"{name} does not run")
+
+
+def ended(pid: int, seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_process_that_was_killed_is_started_again(start: Start, tmp_path: Path) -> None:
+    start("one")
+    first = pid_of(tmp_path, "one")
+    os.kill(first, signal.SIGKILL)
+    assert pid_of(tmp_path, "one", other_than=first) != first
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_supervisor_that_is_told_to_stop_ends_them_all(
+    start: Start, tmp_path: Path, how: signal.Signals
+) -> None:
+    process = start("one", "two")
+    pids = [pid_of(tmp_path, name) for name in ("one", "two")]
+    process.send_signal(how)
+    assert process.wait(20) == 0
+    assert all(ended(pid) for pid in pids)
+
+
+def test_who_does_not_listen_is_killed(start: Start, tmp_path: Path) -> None:
+    process = start("stubborn")
+    pid = pid_of(tmp_path, "stubborn")
+    time.sleep(0.3)
+    process.terminate()
+    assert process.wait(20) == 0
+    assert ended(pid)
+
+
+def test_a_killed_supervisor_leaves_nobody_behind(start: Start, tmp_path: Path) -> None:
+    process = start("one")
+    pid = pid_of(tmp_path, "one")
+    process.kill()
+    assert ended(pid)
+
+
+def test_who_gives_up_at_its_first_start_ends_all_with_its_exit_code(
+    start: Start, tmp_path: Path
+) -> None:
+    process = start("one", "broken")
+    assert process.wait(20) == 10
+    assert ended(pid_of(tmp_path, "one"))

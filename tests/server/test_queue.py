@@ -1,0 +1,110 @@
+"""The job queue: what is wanted and how far it is, over restarts and from several processes."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from umbel_common.errors import JobUnknown, RunExists, StorageError
+from umbel_common.identity import Identity, sign
+from umbel_common.plan import TrainingPlan
+from umbel_server.queue import JobQueue, State
+
+MakePlan = Callable[..., TrainingPlan]
+OPERATOR = Identity.generate(os.urandom)
+
+
+@pytest.fixture
+def queue(tmp_path: Path, make_plan: MakePlan) -> Iterator[JobQueue]:
+    """With the jobs a and b, in this order."""
+    opened = JobQueue(tmp_path / "queue.sqlite")
+    for name in ("a", "b"):
+        opened.add(name, sign(OPERATOR, make_plan(job=name)))
+    yield opened
+    opened.close()
+
+
+def turn(queue: JobQueue) -> str | None:
+    queued = queue.next()
+    return None if queued is None else queued.job
+
+
+def test_jobs_take_turns_in_the_order_in_which_they_came(queue: JobQueue) -> None:
+    assert turn(queue) == "a"
+    queue.set_state("a", State.FINISHED)
+    assert turn(queue) == "b"
+    queue.set_state("b", State.FAILED, "too few sites")
+    assert turn(queue) is None
+
+
+def test_the_job_under_way_goes_on_first(queue: JobQueue) -> None:
+    queue.set_state("b", State.RUNNING)
+    assert turn(queue) == "b"
+
+
+def test_a_plan_that_nobody_approves_holds_nobody_up(queue: JobQueue) -> None:
+    queue.set_state("a", State.WAITING, "awaiting approval")
+    assert turn(queue) == "b"
+    queue.set_state("b", State.WAITING, "awaiting approval")
+    assert turn(queue) == "a"
+
+
+def test_a_name_is_used_once(queue: JobQueue, make_plan: MakePlan) -> None:
+    with pytest.raises(RunExists, match="resume it"):
+        queue.add("a", sign(OPERATOR, make_plan(job="a")))
+    assert [job.job for job in queue.jobs()] == ["a", "b"]
+
+
+def test_a_job_that_nobody_started_is_unknown(queue: JobQueue) -> None:
+    for ask in (queue.job, queue.ask_to_stop, queue.resume):
+        with pytest.raises(JobUnknown, match="a, b"):
+            ask("c")
+
+
+def test_a_running_job_is_asked_to_stop_and_a_waiting_one_is_stopped(queue: JobQueue) -> None:
+    queue.set_state("a", State.RUNNING)
+    assert queue.ask_to_stop("a").stop
+    assert queue.stop_wanted("a")
+    assert queue.job("a").state is State.RUNNING
+    assert queue.ask_to_stop("b").state is State.STOPPED
+    queue.set_state("a", State.STOPPED)
+    assert not queue.stop_wanted("a")
+
+
+@pytest.mark.parametrize("state", [State.STOPPED, State.FAILED])
+def test_what_stopped_or_failed_can_go_on(queue: JobQueue, state: State) -> None:
+    queue.set_state("a", state, "reason")
+    resumed = queue.resume("a")
+    assert (resumed.state, resumed.detail, resumed.stop) == (State.WAITING, "", False)
+
+
+def test_a_finished_job_stays_finished(queue: JobQueue) -> None:
+    queue.set_state("a", State.FINISHED)
+    assert queue.resume("a").state is State.FINISHED
+    assert queue.ask_to_stop("a").state is State.FINISHED
+
+
+def test_a_stop_that_was_not_carried_out_yet_can_be_taken_back(queue: JobQueue) -> None:
+    queue.set_state("a", State.RUNNING)
+    queue.ask_to_stop("a")
+    assert not queue.resume("a").stop
+    assert queue.job("a").state is State.RUNNING
+
+
+def test_another_process_sees_what_was_written(queue: JobQueue, tmp_path: Path) -> None:
+    queue.set_progress("a", round_number=2, attempt=1, stage="mask", answered=("north", "south"))
+    other = JobQueue(tmp_path / "queue.sqlite")
+    found = other.job("a")
+    other.ask_to_stop("a")
+    other.close()
+    assert (found.round, found.attempt, found.stage) == (2, 1, "mask")
+    assert found.answered == ("north", "south")
+    assert queue.job("a").state is State.STOPPED
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "queue.sqlite"
+    path.write_bytes(b"no database" * 100)
+    with pytest.raises(StorageError, match=r"queue\.sqlite"):
+        JobQueue(path)
