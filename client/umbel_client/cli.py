@@ -11,6 +11,7 @@ from rich.console import Console
 
 from umbel_client.budget_cli import budget
 from umbel_client.roster_cli import roster
+from umbel_client.service_cli import register
 from umbel_common.canonical import Name
 from umbel_common.errors import StorageError
 from umbel_common.identity import Identity, fingerprint
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(roster, name="roster")
 app.add_typer(budget, name="budget")
+register(app)
 
 
 def _name(value: str) -> str:

@@ -62,6 +62,22 @@ class ModelConfig(Value, frozen=True):
     multiplies it itself. The adapter, clipping and noise are float32 in any case."""
 
 
+class RelayConfig(Value, frozen=True):
+    """The `[relay]` table: what the process with the network works with. `umbel-client init` and
+    `umbel-client join` make the files."""
+
+    server: Annotated[str, msgspec.Meta(pattern=r"^[^\s:/]+:[0-9]{1,5}\Z")]
+    """Host and port of the aggregation server."""
+    server_ca: str = "relay/server-ca.pem"
+    """Certificate of the authority that vouches for the server."""
+    certificate: str = "relay/certificate.pem"
+    """This site's certificate, as the operator issued it."""
+    key: str = "relay/key.pem"
+    """Its private key, which is also this site's key towards Flower; not the site's identity."""
+    socket: str = "run/trainer.sock"
+    """Where the trainer listens for the relay."""
+
+
 class ClientConfig(Value, frozen=True):
     """client.toml. Relative paths start at the file's folder; after `load_config` all are
     absolute."""
@@ -77,6 +93,11 @@ class ClientConfig(Value, frozen=True):
     data: DataConfig
     model: ModelConfig
     policy: Policy
+    relay: RelayConfig | None = None
+    """Absent where no server is reached from here, as in a simulation."""
+    isolation: Literal["required", "preferred"] = "preferred"
+    """Whether the trainer refuses to run (`required`) or warns (`preferred`) where the kernel gives
+    it no network namespace of its own."""
     threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
     """CPU threads for training."""
     physical_batch_size: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 32
@@ -104,11 +125,37 @@ def load_config(path: Path) -> ClientConfig:
     def resolve(name: str) -> str:
         return str(folder / Path(name).expanduser())
 
+    relay = config.relay
+    if relay is not None:
+        files = ("server_ca", "certificate", "key", "socket")
+        relay = msgspec.structs.replace(
+            relay, **{name: resolve(getattr(relay, name)) for name in files}
+        )
     return msgspec.structs.replace(
         config,
+        relay=relay,
         state=resolve(config.state),
         identity=resolve(config.identity),
         roster=resolve(config.roster),
         data=msgspec.structs.replace(config.data, path=resolve(config.data.path)),
         model=msgspec.structs.replace(config.model, path=resolve(config.model.path)),
     )
+
+
+def require_relay(config: ClientConfig, file: Path) -> RelayConfig:
+    """The `[relay]` table of a site that talks to a server.
+
+    Args:
+        file: where the configuration came from, for the error.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if config.relay is None:
+        raise ConfigError(
+            "a configuration does not say how the server is reached",
+            file=file,
+            field="relay",
+            remedy='add a table [relay] with server = "host:port"',
+        )
+    return config.relay

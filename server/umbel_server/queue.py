@@ -232,7 +232,10 @@ class JobQueue:
             ) from error
 
 
-_SELECT = "SELECT job, plan, roster, state, stop, round, attempt, stage, answered, detail, changed FROM jobs"
+_SELECT = (
+    "SELECT job, plan, roster, state, stop, round, attempt, stage, answered, detail, changed"
+    " FROM jobs"
+)
 
 
 def _queued(row: tuple[object, ...]) -> QueuedJob:

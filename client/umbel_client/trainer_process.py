@@ -1,0 +1,27 @@
+"""The trainer's process: first it gives its network away, then it loads what could talk.
+
+`umbel-client run` starts it, or a service manager: `python -m umbel_client.trainer_process
+client.toml`.
+"""
+
+import sys
+from pathlib import Path
+
+from umbel_client.isolation import drop_network
+
+
+def main() -> int:
+    """Runs until SIGTERM or SIGINT; returns the exit code."""
+    # NumPy, PyTorch and gRPC start threads: see `isolation`.
+    refused = drop_network()
+
+    from umbel_client.trainer_service import run
+    from umbel_host.console import exit_code
+    from umbel_host.log import configure
+
+    configure()
+    return exit_code(lambda: run(Path(sys.argv[1]), refused))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""`umbel-server adapters`: what the jobs released."""
+
+import shutil
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from umbel_common.errors import JobUnknown, StorageError
+from umbel_common.identity import Signed, open_signed
+from umbel_common.plan import TrainingPlan
+from umbel_common.statements import Release
+from umbel_host.keys import read_identity
+from umbel_server.config import ServerConfig, load_config
+from umbel_server.registry import Registry
+from umbel_server.store import Store
+
+adapters = typer.Typer(help="Released adapters: list, export.", no_args_is_help=True)
+
+Config = Annotated[Path, typer.Option(help="The operator's server.toml.")]
+SERVER_TOML = Path("server.toml")
+
+
+@adapters.command("list")
+def list_command(config: Config = SERVER_TOML) -> None:
+    """List every release of every job."""
+    settings = load_config(config)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in ("job", "round", "sites", "adapter"):
+        table.add_column(column, no_wrap=True)
+    with closing(_store(settings)) as store:
+        for job in store.jobs():
+            for release in _releases(store, settings, job):
+                table.add_row(
+                    job, str(release.round), str(len(release.survivors)), release.adapter.hex()
+                )
+    console = Console(highlight=False)
+    console.print(table if table.rows else "No adapter was released yet.", soft_wrap=True)
+
+
+@adapters.command()
+def export(
+    job: Annotated[str, typer.Argument(help="Name of the job.")],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    round_number: Annotated[
+        int | None, typer.Option("--round", help="A round; default: the last one released.")
+    ] = None,
+    config: Config = SERVER_TOML,
+) -> None:
+    """Copy an adapter out as a PEFT folder, after checking it against its release."""
+    settings = load_config(config)
+    operator = read_identity(Path(settings.identity)).public_key
+    with closing(_store(settings)) as store:
+        signed = store.plan(job)
+        if signed is None:
+            known = ", ".join(store.jobs())
+            raise JobUnknown("no job of this name", field=job, accepted=known or "none yet")
+        plan = open_signed(signed, TrainingPlan, operator, "operator")
+        releases = {release.round: release for release in _releases(store, settings, job)}
+    wanted = max(releases) if round_number is None else round_number
+    if wanted not in releases:
+        raise JobUnknown(
+            "a round of this job was not released",
+            field=f"{job}, round {wanted}",
+            accepted=f"rounds 0 to {max(releases)}",
+        )
+    registry = Registry(Path(settings.state) / "registry")
+    digest = releases[wanted].adapter
+    # Reads all of it, and compares.
+    registry.load(plan, digest)
+    try:
+        shutil.copytree(registry.folder(digest), out)
+    except FileExistsError:
+        raise StorageError(
+            "a folder exists already and is never overwritten",
+            file=out,
+            remedy="give another --out, or move the folder away",
+        ) from None
+    except OSError as error:
+        raise StorageError("an adapter cannot be exported", file=out, found=error) from None
+    typer.echo(f"{job}, round {wanted}: {out}")
+
+
+def _store(settings: ServerConfig) -> Store:
+    return Store(Path(settings.state) / "journal.sqlite")
+
+
+def _releases(store: Store, settings: ServerConfig, job: str) -> list[Release]:
+    key = read_identity(Path(settings.identity)).public_key
+    signed: list[Signed] = store.releases(job)
+    return [open_signed(one, Release, key, "operator") for one in signed]

@@ -1,0 +1,121 @@
+"""The operator's configuration, server.toml.
+
+```toml
+state = "state"
+identity = "identity.pem"
+roster = "roster.json"
+sites = "sites.json"
+
+[listen]
+address = "0.0.0.0:9443"
+certificate = "tls/certificate.pem"
+key = "tls/key.pem"
+client_ca = "ca/certificate.pem"
+```
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from umbel_common.canonical import Value
+from umbel_common.config import parse_toml
+from umbel_common.errors import ConfigError
+from umbel_common.roster_document import RosterDocument
+from umbel_common.roster_file import document_from_json
+from umbel_host.text_file import read_text
+from umbel_server.ports import Limits
+
+Address = Annotated[str, msgspec.Meta(pattern=r"^[^\s/]+:[0-9]{1,5}\Z")]
+"""Host and port."""
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=30 * 86400)]
+
+
+class ListenConfig(Value, frozen=True):
+    """The `[listen]` table: the one port that sites reach."""
+
+    address: Address = "0.0.0.0:9443"
+    """Where the SuperLink listens, with TLS 1.3 and for client certificates of the sites only."""
+    certificate: str = "tls/certificate.pem"
+    """The server's certificate, issued by its own authority."""
+    key: str = "tls/key.pem"
+    """Its private key."""
+    client_ca: str = "ca/certificate.pem"
+    """The authority that issued the sites' certificates."""
+
+
+class LimitsConfig(Value, frozen=True):
+    """The `[limits]` table: how patient the operator is."""
+
+    attempts: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3
+    """Attempts at one round before the job fails; it can be resumed."""
+    offer_seconds: Seconds = 60.0
+    """For the sites' answers to a plan."""
+    train_seconds: Seconds = 3600.0
+    """For a round's training: who takes longer sits the attempt out."""
+    stage_seconds: Seconds = 60.0
+    """For each stage after training."""
+
+    def limits(self) -> Limits:
+        """As a job takes them."""
+        return Limits(
+            attempts=self.attempts,
+            offer_seconds=self.offer_seconds,
+            train_seconds=self.train_seconds,
+            stage_seconds=self.stage_seconds,
+        )
+
+
+class ServerConfig(Value, frozen=True):
+    """server.toml. Relative paths start at the file's folder; after `load_config` all are
+    absolute."""
+
+    state: str = "state"
+    """Folder for journal, queue, releases, and the SuperLink's database."""
+    identity: str = "identity.pem"
+    """The operator's key file. The process with the listener does not read it."""
+    roster: str = "roster.json"
+    """Whom the operator believes; `umbel-server sites` changes it."""
+    sites: str = "sites.json"
+    """The sites' relay keys and certificates; `umbel-server sites` changes it."""
+    listen: ListenConfig = ListenConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+
+def load_config(path: Path) -> ServerConfig:
+    """Reads server.toml.
+
+    Raises:
+        ConfigError: the file cannot be read, is no TOML, or has an unknown, missing or wrong field.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "a configuration file cannot be read",
+            file=path,
+            found=error.strerror if isinstance(error, OSError) else "not UTF-8 text",
+            remedy="give the path of the operator's server.toml; `umbel-server init` makes one",
+        ) from None
+    config = parse_toml(text, ServerConfig, path)
+    folder = path.absolute().parent
+
+    def resolved(table: Value, *names: str) -> dict[str, str]:
+        return {name: str(folder / Path(getattr(table, name)).expanduser()) for name in names}
+
+    listen = msgspec.structs.replace(
+        config.listen, **resolved(config.listen, "certificate", "key", "client_ca")
+    )
+    files = resolved(config, "state", "identity", "roster", "sites")
+    return msgspec.structs.replace(config, listen=listen, **files)
+
+
+def load_roster(config: ServerConfig) -> RosterDocument:
+    """Whom the operator believes.
+
+    Raises:
+        IdentityError: the file is missing or malformed.
+    """
+    path = Path(config.roster)
+    return document_from_json(read_text(path), path)

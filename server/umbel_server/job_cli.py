@@ -1,0 +1,129 @@
+"""`umbel-server job`: start, stop, resume, and how jobs stand. Works with the server down, too."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from umbel_common.errors import PlanError
+from umbel_common.identity import open_signed
+from umbel_common.plan import TrainingPlan
+from umbel_common.plan_file import plan_from_json
+from umbel_host.console import print_lines
+from umbel_host.keys import read_identity
+from umbel_host.text_file import read_text
+from umbel_server.config import load_config
+from umbel_server.queue import JobQueue, QueuedJob
+
+job = typer.Typer(help="Jobs: start, stop, resume, status.", no_args_is_help=True)
+
+Config = Annotated[Path, typer.Option(help="The operator's server.toml.")]
+SERVER_TOML = Path("server.toml")
+Name = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job.")]
+
+
+@job.command()
+def start(
+    plan: Annotated[Path, typer.Argument(help="A signed plan file.")],
+    config: Config = SERVER_TOML,
+) -> None:
+    """Queue the job of a signed plan; the running server takes it up."""
+    settings = load_config(config)
+    made, signed = plan_from_json(read_text(plan), plan)
+    if signed is None:
+        raise PlanError(
+            "a plan is not signed",
+            file=plan,
+            remedy="umbel-server plan sign, after you read what it may do",
+        )
+    key = read_identity(Path(settings.identity)).public_key
+    open_signed(signed, TrainingPlan, key, "operator")
+    with _queue(config) as queue:
+        queue.add(made.job, signed)
+    typer.echo(f"queued: {made.job}")
+
+
+@job.command()
+def stop(name: Name, config: Config = SERVER_TOML) -> None:
+    """Stop a job: what it released stays, an attempt under way is given up."""
+    with _queue(config) as queue:
+        queued = queue.ask_to_stop(name)
+    state = "stopping" if queued.stop else queued.state.value
+    typer.echo(f"{name}: {state}")
+
+
+@job.command()
+def resume(name: Name, config: Config = SERVER_TOML) -> None:
+    """Let a stopped or failed job go on behind its last release."""
+    with _queue(config) as queue:
+        typer.echo(f"{name}: {queue.resume(name).state.value}")
+
+
+@job.command()
+def status(
+    name: Annotated[str | None, typer.Argument(metavar="JOB", help="One job.")] = None,
+    config: Config = SERVER_TOML,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, for programs.")] = False,
+) -> None:
+    """Show all jobs, or one with what it waits for."""
+    with _queue(config) as queue:
+        jobs = queue.jobs() if name is None else [queue.job(name)]
+    if as_json:
+        rows = [_public(queued) for queued in jobs]
+        document = msgspec.json.encode(rows if name is None else rows[0])
+        typer.echo(msgspec.json.format(document, indent=2).decode())
+        return
+    console = Console(highlight=False)
+    if name is not None:
+        print_lines(console, _details(jobs[0]))
+    elif not jobs:
+        console.print("No job was started yet.")
+    else:
+        console.print(_table(jobs))
+
+
+def _public(queued: QueuedJob) -> dict[str, object]:
+    parts: dict[str, object] = msgspec.to_builtins(queued)
+    del parts["plan"]
+    return parts
+
+
+def _table(jobs: list[QueuedJob]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in ("job", "state", "round", "stage", "answered"):
+        table.add_column(column)
+    for queued in jobs:
+        table.add_row(
+            queued.job, _state(queued), str(queued.round), queued.stage, str(len(queued.answered))
+        )
+    return table
+
+
+def _details(queued: QueuedJob) -> list[tuple[str, str]]:
+    moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(queued.changed))
+    lines = [("job", queued.job), ("state", _state(queued)), ("changed", moment)]
+    if queued.stage:
+        lines.append(("round", f"{queued.round}, attempt {queued.attempt}, {queued.stage}"))
+        lines.append(("answered", ", ".join(queued.answered) or "nobody yet"))
+    if queued.detail:
+        lines.append(("why", queued.detail))
+    return lines
+
+
+def _state(queued: QueuedJob) -> str:
+    return f"{queued.state.value}, stopping" if queued.stop else queued.state.value
+
+
+@contextmanager
+def _queue(config: Path) -> Iterator[JobQueue]:
+    queue = JobQueue(Path(load_config(config).state) / "queue.sqlite")
+    try:
+        yield queue
+    finally:
+        queue.close()

@@ -1,0 +1,95 @@
+"""`umbel-server plan`: what a job may do to a site's data, written, signed and shown."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from umbel_common.errors import ConfigError, PlanError
+from umbel_common.identity import fingerprint, open_signed, sign
+from umbel_common.plan import TrainingPlan
+from umbel_common.plan_file import plan_from_json, plan_lines, plan_to_json
+from umbel_common.quantise import encoding_of
+from umbel_host.console import print_lines
+from umbel_host.keys import read_identity
+from umbel_host.text_file import read_text, write_new_text
+from umbel_server.config import load_config, load_roster
+
+plan = typer.Typer(help="Training plans: new, sign, show.", no_args_is_help=True)
+
+Config = Annotated[Path, typer.Option(help="The operator's server.toml.")]
+SERVER_TOML = Path("server.toml")
+PlanFile = Annotated[Path, typer.Argument(help="A plan file.")]
+
+
+@plan.command()
+def new(
+    draft: Annotated[Path, typer.Argument(help="A draft, TOML: docs/operator.md describes it.")],
+    out: Annotated[Path, typer.Option(help="The plan file, which this makes.")],
+) -> None:
+    """Make a plan from a draft and the base model's folder.
+
+    The adapter's tensors are those that the model has: finding them takes the client's packages,
+    in a process of its own. The server itself stays without them.
+    """
+    if find_spec("torch") is None:
+        raise ConfigError(
+            "a plan is made with the client's packages, which are not installed here",
+            remedy="pip install 'umbel[client]' beside the server, or make the plan on another"
+            " machine and bring the file: it is signed here",
+        )
+    command = [sys.executable, "-m", "umbel_client.drafting", str(draft)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)  # noqa: S603
+    if done.returncode:
+        # It said itself what is wrong.
+        raise typer.Exit(done.returncode)
+    made, _ = plan_from_json(done.stdout, draft)
+    write_new_text(out, plan_to_json(made))
+    console = Console(highlight=False)
+    print_lines(console, plan_lines(made))
+    console.print(f"\nplan: {out}", soft_wrap=True)
+
+
+@plan.command("sign")
+def sign_command(
+    file: PlanFile,
+    out: Annotated[Path, typer.Option(help="The signed plan file, which this makes.")],
+    config: Config = SERVER_TOML,
+) -> None:
+    """Sign a plan as the operator: every site then judges it by its own law."""
+    settings = load_config(config)
+    made, _ = plan_from_json(read_text(file), file)
+    document = load_roster(settings)
+    if made.federation != document.roster.federation:
+        raise PlanError(
+            "a plan is of another federation",
+            file=file,
+            field="federation",
+            found=made.federation,
+            accepted=document.roster.federation,
+        )
+    # The sum of everybody's deltas must fit, or the job would fail at its first round.
+    encoding_of(made.aggregation, max(len(document.roster.members), 1)).prove_headroom()
+    signed = sign(read_identity(Path(settings.identity)), made)
+    write_new_text(out, plan_to_json(made, signed.signature))
+    console = Console(highlight=False)
+    print_lines(console, plan_lines(made))
+    console.print(f"\nsigned plan: {out}", soft_wrap=True)
+
+
+@plan.command()
+def show(file: PlanFile, config: Config = SERVER_TOML) -> None:
+    """Show a plan, and whether this operator signed it."""
+    made, signed = plan_from_json(read_text(file), file)
+    console = Console(highlight=False)
+    print_lines(console, plan_lines(made))
+    if signed is None:
+        console.print("\nnot signed")
+        return
+    key = load_roster(load_config(config)).roster.operator
+    open_signed(signed, TrainingPlan, key, "operator")
+    console.print(f"\nsigned by {fingerprint(key)}", soft_wrap=True)
