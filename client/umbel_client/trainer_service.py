@@ -11,7 +11,6 @@ from umbel_client.decisions import Decisions
 from umbel_client.ipc import (
     CONTROL,
     TRAINER,
-    SocketServer,
     TrainerStatus,
     handle_method,
     status_method,
@@ -25,6 +24,7 @@ from umbel_client.trainer import Trainer
 from umbel_common.errors import ConfigError
 from umbel_host.keys import read_identity
 from umbel_host.process import locked, told_to_stop, until
+from umbel_host.sockets import SocketServer
 
 RELAY_MODE = 0o660
 """The relay runs as another user of the same group."""

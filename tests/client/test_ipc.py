@@ -13,15 +13,14 @@ from umbel_client.ipc import (
     TRAINER,
     ControlStub,
     SiteEvent,
-    SocketServer,
     TrainerStatus,
     TrainerStub,
     handle_method,
-    healthy,
     status_method,
     watch_method,
 )
 from umbel_common.errors import StorageError, UnreachableError
+from umbel_host.sockets import SocketServer, healthy
 
 STATUS = TrainerStatus(
     site="north",
@@ -75,7 +74,7 @@ def test_a_process_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnreachableError, match=r"nobody\.sock"):
         healthy(tmp_path / "nobody.sock", 0.5)
     control = ControlStub(tmp_path / "nobody.sock")
-    with pytest.raises(UnreachableError, match="umbel-client run"):
+    with pytest.raises(UnreachableError, match="see that it is running"):
         control.status(0.5)
     control.close()
 

@@ -1,0 +1,135 @@
+"""gRPC over Unix sockets between processes of one machine, with grpc.health.v1 for probes."""
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from umbel_common.errors import StorageError, UnreachableError
+
+_PIECE_BYTES = 1 << 20
+"""A message may be larger than what gRPC takes at once: it travels in pieces."""
+_LONGEST_PATH = 107
+"""Bytes of a path that fit a socket's address."""
+
+
+class SocketServer:
+    """A gRPC server on one Unix socket."""
+
+    def __init__(self, path: Path, mode: int, *, workers: int = 8) -> None:
+        """Args:
+        mode: of the socket's file: who may connect.
+
+        Raises:
+            StorageError: the path is too long, in use, or its folder not writable.
+        """
+        self._path = path
+        self._mode = mode
+        self._health = health.HealthServicer()
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix=path.stem)
+        self._server = grpc.server(self._pool)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+
+    def add(self, service: str, methods: dict[str, grpc.RpcMethodHandler]) -> None:
+        """Serves `methods` under the name of a service; before `start`."""
+        handlers = grpc.method_handlers_generic_handler(service, methods)
+        self._server.add_generic_rpc_handlers((handlers,))
+
+    def start(self) -> None:
+        """Begins to answer; nobody but the file's owner and group can connect at any moment."""
+        _make_room(self._path)
+        former = os.umask(0o777 & ~self._mode)
+        try:
+            self._server.add_insecure_port(f"unix:{self._path}")
+        except RuntimeError as error:
+            raise StorageError(
+                "a socket cannot be opened", file=self._path, found=str(error).splitlines()[0]
+            ) from None
+        finally:
+            os.umask(former)
+        self._server.start()
+
+    def serving(self, healthy: bool) -> None:
+        """What probes are told."""
+        status = health_pb2.HealthCheckResponse.ServingStatus
+        self._health.set("", status.SERVING if healthy else status.NOT_SERVING)
+
+    def stop(self, seconds: float) -> None:
+        """Takes nothing new, and lets calls under way end within `seconds`."""
+        self.serving(False)
+        self._server.stop(seconds).wait()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._path.unlink(missing_ok=True)
+
+
+def healthy(path: Path, seconds: float) -> bool:
+    """Whether the process behind a socket says that it is well.
+
+    Raises:
+        UnreachableError: it does not answer within `seconds`.
+    """
+    with channel(path) as connection:
+        stub: Any = health_pb2_grpc.HealthStub(connection)
+        try:
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=seconds)
+        except grpc.RpcError as error:
+            raise unreachable(path, error) from None
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def channel(path: Path) -> grpc.Channel:
+    """A connection to the process behind a socket."""
+    # Without this option gRPC would look for a proxy of the machine, also for a file.
+    return grpc.insecure_channel(f"unix:{path}", options=(("grpc.enable_http_proxy", 0),))
+
+
+def pieces(message: bytes) -> Iterator[bytes]:
+    """A message, piece by piece; at least one."""
+    view = memoryview(message)
+    for start in range(0, max(len(message), 1), _PIECE_BYTES):
+        yield bytes(view[start : start + _PIECE_BYTES])
+
+
+def joined(parts: Iterator[bytes]) -> bytes:
+    """The message of these pieces."""
+    # Its value is handed out without a copy.
+    buffer = io.BytesIO()
+    for piece in parts:
+        buffer.write(piece)
+    return buffer.getvalue()
+
+
+def unreachable(path: Path, error: grpc.RpcError) -> UnreachableError:
+    """A process of ours that does not answer."""
+    return UnreachableError(
+        "another process of this machine does not answer",
+        file=path,
+        found=getattr(error, "details", lambda: str(error))(),
+        remedy="see that it is running, and that you may open its socket",
+    )
+
+
+def _make_room(path: Path) -> None:
+    """Removes the socket of a process that was killed; a living one's is not removed."""
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        raise StorageError(
+            "the path of a socket is too long",
+            file=path,
+            found=f"{len(os.fsencode(path))} bytes",
+            accepted=f"at most {_LONGEST_PATH} bytes",
+        )
+    try:
+        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
+            raise StorageError("the path of a socket is taken by another file", file=path)
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            "a socket's folder cannot be used", file=path.parent, found=error.strerror
+        ) from None
