@@ -1,19 +1,24 @@
 """`umbel-simulate audit`: an attack's lower bound on epsilon beside the accountant's claim.
 
-One training run of one of a scenario's sites, with canaries in its data (Steinke et al. 2023). The
-bound can refute the claim and never prove it: it grows with the number of canaries, and stays far
-below epsilon even where the claim is tight.
+One training run of one of a scenario's sites for each unit of privacy, record and patient, with
+canaries in its data (Steinke et al. 2023). The bound can refute the claim and never prove it: it
+grows with the number of canaries, and stays far below epsilon even where the claim is tight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import get_args
 
+import msgspec
 import numpy as np
 import torch
+from rich import box
+from rich.table import Table
 
 from umbel_client.accounting import Event, epsilon
-from umbel_client.data import Records, load_records
+from umbel_client.data import Records
 from umbel_client.model import AdaptedModel
 from umbel_client.precision import fastest_precision
 from umbel_client.prepared import PreparedData, prepare
@@ -22,31 +27,42 @@ from umbel_common.canonical import Entropy, Value
 from umbel_common.errors import ConfigError, VerificationError
 from umbel_common.plan import LocalPrivacy, TrainingPlan
 from umbel_simulations.audit_bound import epsilon_lower_bound
+from umbel_simulations.audit_data import (
+    Unit,
+    first_units,
+    make_canaries,
+    records_of_a_unit,
+    site_records,
+    unit_count,
+    with_included,
+)
 from umbel_simulations.audit_game import (
     Outcome,
     Progress,
     flip_coins,
     gather_evidence,
-    make_canaries,
     step_by_step,
-    with_included,
 )
 from umbel_simulations.federation import public_size
 from umbel_simulations.planning import make_plan
-from umbel_simulations.population import partition, write_site_data
+from umbel_simulations.population import partition
 from umbel_simulations.scenario import Scenario, model_folder
 from umbel_simulations.sources import Example, load_source
 
 CONFIDENCE = 0.95
 KNOWN_RECORDS = 500
-"""Of the site, beside the canaries: the claim holds for every data set, so the auditor takes one in
-which little hides a canary."""
+"""Of the site, beside the canaries, at most, and of whole units: the claim holds for every data
+set, so the auditor takes one in which little hides a canary."""
 GUESSES = 0.1
 """Share of the canaries that the attack guesses, fixed before it sees anything."""
 
 
+AuditProgress = Callable[[Unit, int, int], None]
+"""Told (unit, its steps done, its steps)."""
+
+
 class AuditResult(Value, frozen=True):
-    """A claim, and what an attack could show against it."""
+    """A claim for one unit of privacy, and what an attack could show against it."""
 
     scenario: str
     site: str
@@ -54,6 +70,8 @@ class AuditResult(Value, frozen=True):
     """`record`, or the column that says whose record is whose."""
     records: int
     """Beside the canaries."""
+    units: int
+    """Whose those records are; as many as records where each is its own."""
     steps: int
     sampling_rate: float
     noise_multiplier: float
@@ -61,6 +79,7 @@ class AuditResult(Value, frozen=True):
     """The accountant's upper bound at `delta`."""
     delta: float
     canaries: int
+    """Units: whole patients where those are the unit."""
     included: int
     guesses: int
     correct: int
@@ -71,16 +90,42 @@ class AuditResult(Value, frozen=True):
     """What the lower bound would be if every guess were right: this audit can show no more."""
 
 
+@dataclass(frozen=True)
+class Audited:
+    """The site that is audited, before it is said what a unit is."""
+
+    site: str
+    examples: Sequence[Example]
+    plan: TrainingPlan
+    """Counts records."""
+    model: Path
+
+
 def audit_scenario(
-    scenario: Scenario, canaries: int, entropy: Entropy, progress: Progress
-) -> AuditResult:
-    """Audits the smallest site of a scenario.
+    scenario: Scenario,
+    canaries: int,
+    entropy: Entropy,
+    progress: AuditProgress,
+    *,
+    noise_share: float = 1.0,
+) -> tuple[AuditResult, ...]:
+    """Audits the smallest site of a scenario, for each unit.
+
+    The batch that the plan expects counts units. Where those are patients, it is as many patients
+    as have the scenario's number of records, so both audits have nearly one sampling rate.
 
     Args:
+        canaries: units whose presence is guessed, in each audit.
         entropy: of coins, batches and noise.
+        noise_share: of the noise that is claimed, what is really added. Below 1 the claim is
+            false, and the audit must be able to say so.
+
+    Returns:
+        One result for each unit: record, patient.
 
     Raises:
         ConfigError: the scenario claims no privacy.
+        DataError, CalibrationError, PolicyRefusal: its privacy cannot be had with so few units.
     """
     if not isinstance(scenario.privacy, LocalPrivacy):
         raise ConfigError(
@@ -91,26 +136,28 @@ def audit_scenario(
         )
     # One thread: more of them on busy cores slow each other down.
     torch.set_num_threads(1)
-    model = model_folder(scenario.model)
-    corpus = load_source(scenario)
-    sites = partition(corpus.train, scenario.sites, scenario.seed)
-    site = min(sites, key=lambda name: len(sites[name]))
-    largest = max(len(examples) for examples in sites.values())
-    plan = make_plan(scenario, corpus.labels, model, largest_site=largest)
-    records = _records(sites[site][:KNOWN_RECORDS], plan)
-    noise = noise_for(plan, public_size(len(sites[site])))
-    outcome = play(
-        step_by_step(plan),
-        model,
-        records,
-        noise,
-        canaries=canaries,
-        seed=scenario.seed,
-        entropy=entropy,
-        physical_batch_size=scenario.compute.physical_batch_size,
-        progress=progress,
-    )
-    return judge(outcome, plan, noise, scenario=scenario.name, site=site, records=records)
+    audited = _smallest_site(scenario)
+    results = []
+    for unit in get_args(Unit):
+        records = site_records(audited.examples, audited.plan.task, unit)
+        known = first_units(records, KNOWN_RECORDS)
+        plan = _counting(audited.plan, unit)
+        noise = noise_for(plan, public_size(unit_count(records)))
+        outcome = play(
+            step_by_step(plan),
+            audited.model,
+            known,
+            share_of(noise, noise_share),
+            canaries=canaries,
+            seed=scenario.seed,
+            entropy=entropy,
+            physical_batch_size=scenario.compute.physical_batch_size,
+            progress=partial(progress, unit),
+        )
+        results.append(
+            judge(outcome, plan, noise, scenario=scenario.name, site=audited.site, records=known)
+        )
+    return tuple(results)
 
 
 def play(
@@ -129,6 +176,9 @@ def play(
 
     Args:
         model: folder of the base model.
+        records: those that the attack knows; canaries are of the same kind of unit.
+        noise: what the site really samples with and adds.
+        canaries: number of units.
         seed: public, of the canaries' texts; coins, batches and noise come from `entropy`.
     """
     adapted = AdaptedModel.load(model, plan, precision=fastest_precision())
@@ -152,6 +202,12 @@ def play(
     return Outcome(included, evidence)
 
 
+def share_of(noise: SiteNoise, share: float) -> SiteNoise:
+    """The same batches with that share of the noise."""
+    assert noise.noise_multiplier is not None
+    return SiteNoise(noise.sampling_rate, noise.noise_multiplier * share)
+
+
 def judge(
     outcome: Outcome,
     plan: TrainingPlan,
@@ -161,7 +217,12 @@ def judge(
     site: str,
     records: Records,
 ) -> AuditResult:
-    """Counts right guesses, on the canaries with the strongest evidence, and bounds epsilon."""
+    """Counts right guesses, on the canaries with the strongest evidence, and bounds epsilon.
+
+    Args:
+        noise: what is claimed.
+        records: those that the attack knew.
+    """
     assert isinstance(plan.privacy, LocalPrivacy)
     assert noise.noise_multiplier is not None
     delta, canaries = plan.privacy.delta, len(outcome.included)
@@ -175,6 +236,7 @@ def judge(
         site=site,
         unit=records.unit_column or "record",
         records=len(records),
+        units=unit_count(records),
         steps=plan.training.steps,
         sampling_rate=noise.sampling_rate,
         noise_multiplier=noise.noise_multiplier,
@@ -190,37 +252,62 @@ def judge(
     )
 
 
-def check(result: AuditResult) -> None:
+def check(results: Sequence[AuditResult]) -> None:
     """Raises:
-    VerificationError: the attack did better than the claim allows.
+    VerificationError: an attack did better than the claim allows.
     """
-    if result.epsilon_lower_bound > result.claimed_epsilon:
-        raise VerificationError(
-            "an attack refutes the privacy that is claimed",
-            field=f"epsilon per {result.unit} at delta {result.delta:g}",
-            found=f"above {result.epsilon_lower_bound:.3f} with probability {result.confidence:g}",
-            accepted=f"at most {result.claimed_epsilon:.3f}",
-            remedy="release nothing trained by this version; report it",
-        )
+    for result in results:
+        if result.epsilon_lower_bound > result.claimed_epsilon:
+            shown, confidence = result.epsilon_lower_bound, result.confidence
+            raise VerificationError(
+                "an attack refutes the privacy that is claimed",
+                field=f"epsilon per {result.unit} at delta {result.delta:g}",
+                found=f"above {shown:.3f} with probability {confidence:g}",
+                accepted=f"at most {result.claimed_epsilon:.3f}",
+                remedy="release nothing trained by this version; report it",
+            )
 
 
-def as_text(result: AuditResult) -> str:
-    """For people."""
-    return "\n".join(
-        (
-            f"audit of {result.scenario}, {result.site}: {result.records} records,"
-            f" {result.steps} steps, privacy per {result.unit}",
-            f"  claim        epsilon {result.claimed_epsilon:.3f} at delta {result.delta:g}",
-            f"  attack       epsilon above {result.epsilon_lower_bound:.3f},"
-            f" {result.confidence:.0%} confidence: {result.correct} of {result.guesses} guesses"
-            f" right, {result.canaries} canaries",
-            f"  at the most  {result.largest_bound:.3f}, had every guess been right",
-        )
+def as_table(results: Sequence[AuditResult]) -> Table:
+    """Claim and attack side by side, a row for each unit of privacy."""
+    first = results[0]
+    table = Table(
+        title=f"audit of {first.scenario}, {first.site}: {first.steps} steps,"
+        f" epsilon at delta {first.delta:g}",
+        caption="attack: epsilon is above this, with that confidence; at the most: had all guesses"
+        " been right",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
     )
+    table.add_column("per", no_wrap=True)
+    for heading in ("claim", "attack", "confidence", "right", "canaries", "at the most"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(
+            result.unit,
+            f"{result.claimed_epsilon:.3f}",
+            f"{result.epsilon_lower_bound:.3f}",
+            f"{result.confidence:.0%}",
+            f"{result.correct} of {result.guesses}",
+            f"{result.canaries:,}",
+            f"{result.largest_bound:.3f}",
+        )
+    return table
 
 
-def _records(examples: Sequence[Example], plan: TrainingPlan) -> Records:
-    """As the site itself would read them."""
-    with TemporaryDirectory(prefix="umbel-audit-") as folder:
-        write_site_data(Path(folder), examples)
-        return load_records(Path(folder) / "data.jsonl", plan.task)
+def _smallest_site(scenario: Scenario) -> Audited:
+    model = model_folder(scenario.model)
+    corpus = load_source(scenario)
+    sites = partition(corpus.train, scenario.sites, scenario.seed)
+    site = min(sites, key=lambda name: len(sites[name]))
+    largest = max(len(examples) for examples in sites.values())
+    plan = make_plan(scenario, corpus.labels, model, largest_site=largest)
+    return Audited(site, sites[site], plan, model)
+
+
+def _counting(plan: TrainingPlan, unit: Unit) -> TrainingPlan:
+    """The plan with its batch counted in units."""
+    batch = max(1, plan.training.expected_batch_size // records_of_a_unit(unit))
+    training = msgspec.structs.replace(plan.training, expected_batch_size=batch)
+    return msgspec.structs.replace(plan, training=training)

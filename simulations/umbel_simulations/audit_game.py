@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from umbel_client.data import Record, Records
 from umbel_client.model import AdaptedModel
 from umbel_client.noise import NoiseSource
 from umbel_client.per_sample import per_record_gradients
@@ -32,11 +31,6 @@ from umbel_client.training import train_round
 from umbel_common.adapter import Vector, initial_vector, merge
 from umbel_common.canonical import Entropy
 from umbel_common.plan import LocalPrivacy, Sgd, TrainingPlan
-
-RECORDS_OF_A_UNIT = 3
-"""Of a canary where units are not single records."""
-WORDS = 3
-"""In a canary's text: the fewer, the less alike are two of them."""
 
 _TASK = ClassificationTask()
 _RATE = 0.01
@@ -72,48 +66,11 @@ def step_by_step(plan: TrainingPlan) -> TrainingPlan:
     return msgspec.structs.replace(plan, training=training)
 
 
-def make_canaries(records: Records, plan: TrainingPlan, count: int, seed: int) -> Records:
-    """Records of `count` units: random words of the site's own texts under random labels.
-
-    Nothing fits them, so their gradients are far longer than the clip norm and stay so, and they
-    are nearly orthogonal: close to the worst records that there are.
-    """
-    generator = np.random.default_rng(seed)
-    words = sorted({word for text in records.texts for word in text.split()})
-    each = RECORDS_OF_A_UNIT if records.units else 1
-    made = tuple(
-        Record(
-            text=" ".join(generator.choice(words, WORDS)),
-            label=int(generator.integers(len(plan.task.labels))),
-        )
-        for _ in range(count * each)
-    )
-    units = tuple(index // each for index in range(len(made))) if records.units else ()
-    return Records(
-        records=made, source=records.source, units=units, unit_column=records.unit_column
-    )
-
-
 def flip_coins(count: int, entropy: Entropy) -> npt.NDArray[np.bool_]:
     """bool[count]: each true with probability one half, independently."""
     included = np.zeros(count, dtype=np.bool_)
     included[NoiseSource(entropy).poisson_batch(count, 0.5)] = True
     return included
-
-
-def with_included(records: Records, canaries: Records, included: npt.NDArray[np.bool_]) -> Records:
-    """The site's records and those of the included canaries."""
-    units = canaries.units or range(len(canaries))
-    kept = [index for index, unit in enumerate(units) if included[unit]]
-    joined = records.units
-    if joined:
-        numbers = max(joined) + np.cumsum(included)
-        joined += tuple(int(numbers[canaries.units[index]]) for index in kept)
-    return msgspec.structs.replace(
-        records,
-        records=records.records + tuple(canaries.records[index] for index in kept),
-        units=joined,
-    )
 
 
 def gather_evidence(

@@ -110,29 +110,33 @@ def verify(
 def audit(
     scenario: ScenarioName = "quickstart",
     canaries: Annotated[
-        int, typer.Option(min=10, help="Records whose presence an attack guesses.")
+        int,
+        typer.Option(min=10, help="Records, then patients, whose presence an attack guesses."),
     ] = 1000,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")
+        bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")
     ] = False,
 ) -> None:
-    """Attack one site's training, and hold the epsilon that shows against the one claimed."""
-    from umbel_simulations.audit import as_text, audit_scenario, check
+    """Attack one site's training, and hold the epsilon that shows against the one claimed.
+
+    Once where privacy is per record, and once where it is per patient.
+    """
+    from umbel_simulations.audit import as_table, audit_scenario, check
     from umbel_simulations.scenario import find_scenario
 
     console = Console(quiet=as_json, highlight=False)
     with console.status("") as status:
-        result = audit_scenario(
+        results = audit_scenario(
             find_scenario(scenario),
             canaries,
             os.urandom,
-            lambda step, steps: status.update(f"step {step} of {steps}"),
+            lambda unit, step, steps: status.update(f"per {unit}: step {step} of {steps}"),
         )
     if as_json:
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(results), indent=2) + b"\n")
     else:
-        console.print(as_text(result), soft_wrap=True)
-    check(result)
+        console.print(as_table(results))
+    check(results)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """`make audit`: attacks on the quickstart, so that nobody has to believe epsilon alone.
 
-Several audits with fresh coins and noise, one with more canaries, and the span check with and
-without differential privacy. Minutes; writes a small JSON file that is committed beside
-docs/benchmarks.md.
+Several audits with fresh coins and noise, per record and per patient; the same at a claim small
+enough to be refuted, with its noise and with next to none; and the span check with and without
+differential privacy. Minutes; writes a small JSON file that is committed beside docs/benchmarks.md.
 """
 
 import json
@@ -17,25 +17,46 @@ import msgspec
 import torch
 
 from umbel_client.data import Record, Records
+from umbel_simulations.audit import audit_scenario
 from umbel_simulations.inversion import exposed, invert
 from umbel_simulations.planning import make_plan
 from umbel_simulations.scenario import find_scenario, model_folder
 from umbel_simulations.sources import load_source
 
 SCENARIO = "quickstart"
-CANARIES = (1000, 1000, 1000, 3000)
+CANARIES = 1000
+AUDITS = 3
+CONTROL_EPSILON = 1.0
+"""A claim that so many canaries can refute, unlike the quickstart's own."""
+NOISE_SHARES = (1.0, 1e-4)
+"""Of the claimed noise, what the control adds: all, and next to none; training refuses none."""
 BATCHES = ((8, 1), (64, 4), (128, 8))
 """(rank, records): the inputs of so many records stay below the rank."""
 
 
-def audit(canaries: int) -> dict[str, Any]:
-    """The result of one `umbel-simulate audit`, with its seconds."""
+def audit() -> dict[str, Any]:
+    """The results of one `umbel-simulate audit`, a row for each unit, and its seconds."""
     script = Path(sys.executable).with_name("umbel-simulate")
-    command = [script, "audit", SCENARIO, "--canaries", str(canaries), "--json"]
+    command = [script, "audit", SCENARIO, "--canaries", str(CANARIES), "--json"]
     began = time.monotonic()
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
-    result: dict[str, Any] = json.loads(finished.stdout)
-    return {**result, "seconds": round(time.monotonic() - began)}
+    return {"seconds": round(time.monotonic() - began), "rows": json.loads(finished.stdout)}
+
+
+def control(noise_share: float) -> dict[str, Any]:
+    """The same audit of a smaller claim, with a share of the noise that it needs."""
+    scenario = find_scenario(SCENARIO)
+    privacy = msgspec.structs.replace(scenario.privacy, epsilon=CONTROL_EPSILON)
+    began = time.monotonic()
+    rows = audit_scenario(
+        msgspec.structs.replace(scenario, privacy=privacy),
+        CANARIES,
+        os.urandom,
+        lambda unit, step, steps: None,
+        noise_share=noise_share,
+    )
+    seconds = round(time.monotonic() - began)
+    return {"noise_share": noise_share, "seconds": seconds, "rows": msgspec.to_builtins(rows)}
 
 
 def inversions() -> list[dict[str, Any]]:
@@ -65,7 +86,8 @@ def main(path: Path) -> None:
     outcome = {
         "command": "make audit",
         "inversions": inversions(),
-        "audits": [audit(canaries) for canaries in CANARIES],
+        "audits": [audit() for _ in range(AUDITS)],
+        "controls": [control(share) for share in NOISE_SHARES],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(outcome, indent=2) + "\n")

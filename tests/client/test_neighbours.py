@@ -1,27 +1,24 @@
-"""Neighbouring data sets: a record more or less moves the clipped sum by the clip norm at most."""
+"""Neighbouring data sets: a record or a patient more or less moves the clipped sum by the clip norm
+at most."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import plan_for
 
 from umbel_client.batch import Batch, TokenInputs
-from umbel_client.model import AdaptedModel, folder_digest, plan_lora
+from umbel_client.model import AdaptedModel
 from umbel_client.prepared import PreparedData
+from umbel_client.private_step import PrivateOptimizer, take_gradients
 from umbel_client.task import ClassificationTask
 from umbel_client.tokens import Tokens
 from umbel_client.training import train_round
-from umbel_common.plan import (
-    Aggregation,
-    BaseModel,
-    Classification,
-    LocalPrivacy,
-    Sgd,
-    Training,
-    TrainingPlan,
-)
+from umbel_client.units import Units
+from umbel_common.plan import Classification, LocalPrivacy
 
 CLIP_NORM = 4.0
 LONG = 200
@@ -33,35 +30,17 @@ ROUNDING = 1e-4
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> AdaptedModel:
-    task = Classification(labels=("a", "b", "c"))
-    plan = TrainingPlan(
-        federation="f",
-        job="j",
-        model=BaseModel(name="tiny", digest=folder_digest(tiny_model)),
-        task=task,
-        lora=plan_lora(
-            tiny_model,
-            task,
-            rank=2,
-            alpha=4.0,
-            target_modules=("query", "value"),
-            layers=None,
-            method="both",
-            seed=5,
-        ),
-        training=Training(
-            rounds=1,
-            local_steps=1,
-            expected_batch_size=1,
-            optimizer=Sgd(adapter_learning_rate=1.0, head_learning_rate=1.0),
-        ),
+    plan = plan_for(
+        tiny_model,
+        Classification(labels=("a", "b", "c")),
         privacy=LocalPrivacy(epsilon=8.0, delta=1e-5, clip_norm=CLIP_NORM),
-        aggregation=Aggregation(threshold=2, clip_range=1.0, step=1e-4),
     )
     return AdaptedModel.load(tiny_model, plan)
 
 
-def data_of(lengths: list[int], labels: list[int], seed: int) -> PreparedData:
+def data_of(
+    lengths: list[int], labels: list[int], seed: int, units: list[int] | None = None
+) -> PreparedData:
     random = np.random.default_rng(seed)
     tokens = [random.integers(5, 40, length) for length in lengths]
     return PreparedData(
@@ -72,26 +51,34 @@ def data_of(lengths: list[int], labels: list[int], seed: int) -> PreparedData:
         ),
         np.array(labels, dtype=np.int64),
         prefix=None,
+        units=None if units is None else Units(np.array(units)),
     )
 
 
-def without(data: PreparedData, record: int) -> PreparedData:
-    """The neighbour."""
-    start, end = data.tokens.starts[record : record + 2]
-    lengths = np.delete(data.tokens.lengths, record)
+def without(data: PreparedData, unit: int) -> PreparedData:
+    """The neighbour: all records of the unit are gone."""
+    gone = data.records_of(np.array([unit]))
+    starts, lengths = data.tokens.starts, np.delete(data.tokens.lengths, gone)
+    tokens = [np.arange(*starts[record : record + 2].tolist()) for record in gone]
+    units = None
+    # A site's file holds a record at least, so units are never of none; here they may be.
+    if data.units is not None and len(lengths):
+        kept = np.delete(data.units.of_record, gone)
+        units = Units(kept - (kept > unit))
     return PreparedData(
         Tokens(
-            ids=np.delete(data.tokens.ids, np.arange(start, end)),
+            ids=np.delete(data.tokens.ids, np.concatenate(tokens)),
             starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             pad_id=0,
         ),
-        np.delete(data.labels, record),
+        np.delete(data.labels, gone),
         prefix=None,
+        units=units,
     )
 
 
 def clipped_sum(model: AdaptedModel, data: PreparedData, adapter_seed: int = 0) -> np.ndarray:
-    """What one step of rate 1 on every record subtracts from the adapter."""
+    """What one step of rate 1 on every unit subtracts from the adapter."""
     vector = np.random.default_rng(adapter_seed).normal(0, 0.3, model.plan.lora.size)
     return -train_round(
         model,
@@ -109,9 +96,9 @@ def clipped_sum(model: AdaptedModel, data: PreparedData, adapter_seed: int = 0) 
 
 
 def largest_move(model: AdaptedModel, data: PreparedData) -> float:
-    """Over all records that can be left out."""
+    """Over all units that can be left out."""
     whole = clipped_sum(model, data)
-    moves = [whole - clipped_sum(model, without(data, record)) for record in range(len(data))]
+    moves = [whole - clipped_sum(model, without(data, unit)) for unit in range(data.unit_count)]
     return float(np.linalg.norm(moves, axis=1).max())
 
 
@@ -124,7 +111,19 @@ def mean_over_tokens(self: ClassificationTask, model: AdaptedModel, batch: Batch
     return losses * lengths * len(lengths) / lengths.sum()
 
 
+def adding_whole_gradients(self: PrivateOptimizer, records: int, units: object = None) -> None:
+    """The sum, and nothing clipped."""
+    gradients = take_gradients(self.parameters, records)
+    self._sum += torch.cat([rows.sum(dim=0) for rows in gradients])
+
+
+def clipping_records(self: PrivateOptimizer, records: int, units: object = None) -> None:
+    """As if each record were its own unit, while steps sample patients."""
+    own_accumulate(self, records)
+
+
 own_losses = ClassificationTask.losses
+own_accumulate = PrivateOptimizer.accumulate
 
 
 def test_one_very_long_record_beside_15_short_ones_moves_the_sum_by_the_clip_norm(
@@ -143,17 +142,43 @@ def test_a_mean_over_the_batchs_tokens_moves_it_several_times_as_far(
     assert largest_move(model, data_of([3] * 15 + [LONG], [0] * 16, seed=0)) > 3 * CLIP_NORM
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.sampled_from([1, 2, 3, 5, 8, 40, LONG]), min_size=1, max_size=16),
     data=st.data(),
+    patients=st.booleans(),
 )
-def test_any_record_of_any_data_moves_it_by_the_clip_norm_at_most(
-    model: AdaptedModel, lengths: list[int], data: st.DataObject
+def test_any_unit_of_any_data_moves_it_by_the_clip_norm_at_most(
+    model: AdaptedModel, lengths: list[int], data: st.DataObject, patients: bool
 ) -> None:
     labels = data.draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths)))
-    record = data.draw(st.integers(0, len(lengths) - 1))
+    owners = data.draw(st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths)))
+    units = np.unique(owners, return_inverse=True)[1].tolist() if patients else None
     seed = data.draw(st.integers(0, 1000))
-    whole = data_of(lengths, labels, seed)
-    move = clipped_sum(model, whole, seed) - clipped_sum(model, without(whole, record), seed)
+    whole = data_of(lengths, labels, seed, units)
+    unit = data.draw(st.integers(0, whole.unit_count - 1))
+    move = clipped_sum(model, whole, seed) - clipped_sum(model, without(whole, unit), seed)
     assert np.linalg.norm(move) <= CLIP_NORM + ROUNDING
+
+
+PATIENTS = [0, 1, 1, 2, *[3] * 9]
+"""The last one has nine records."""
+
+
+def test_a_patient_with_nine_records_moves_the_sum_by_the_clip_norm(model: AdaptedModel) -> None:
+    move = largest_move(model, data_of([40] * 13, [0] * 13, seed=0, units=PATIENTS))
+    assert CLIP_NORM - ROUNDING < move <= CLIP_NORM + ROUNDING
+
+
+def test_clipping_records_moves_it_several_times_as_far_for_a_patient(
+    model: AdaptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PrivateOptimizer, "accumulate", clipping_records)
+    assert largest_move(model, data_of([40] * 13, [0] * 13, seed=0, units=PATIENTS)) > 3 * CLIP_NORM
+
+
+def test_without_clipping_a_record_moves_it_further(
+    model: AdaptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PrivateOptimizer, "accumulate", adding_whole_gradients)
+    assert largest_move(model, data_of([3] * 15 + [LONG], [0] * 16, seed=0)) > CLIP_NORM + ROUNDING

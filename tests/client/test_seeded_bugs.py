@@ -1,121 +1,77 @@
-"""Bugs that end privacy, each put in on purpose and caught.
-
-| bug | caught by |
-|---|---|
-| clip off | the audit; `test_neighbours.py` |
-| noise divided by sqrt(sites) in local mode | the noise alone, at 4 sites; the audit, at 100 |
-| shuffling instead of Poisson sampling | who is in the batches |
-| mean loss over the batch | the largest move in `test_neighbours.py` |
-| the same noise twice | the noise alone |
-| a second release of a round | the ledger |
-"""
+"""Bugs that end privacy, each put in on purpose and caught: the table in docs/privacy.md."""
 
 import math
 import os
 from pathlib import Path
+from typing import Any, get_args
 
+import msgspec
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from small_models import one_round, plan_for, save_telling_bert
 
 from umbel_client import training
 from umbel_client.accounting import Event
 from umbel_client.budget import Budget
-from umbel_client.data import Record, Records
 from umbel_client.ledger import Ledger
-from umbel_client.model import AdaptedModel, folder_digest, plan_lora
+from umbel_client.model import AdaptedModel
 from umbel_client.noise import NoiseSource
 from umbel_client.prepared import PreparedData
 from umbel_client.private_step import PrivateOptimizer
 from umbel_client.site_job import SiteNoise, noise_for
 from umbel_client.tokens import Tokens
 from umbel_client.training import train_round
+from umbel_client.units import Units
 from umbel_common.canonical import Entropy, digest
 from umbel_common.errors import LedgerError
-from umbel_common.plan import (
-    Aggregation,
-    BaseModel,
-    Classification,
-    LocalPrivacy,
-    Sgd,
-    Training,
-    TrainingPlan,
-)
-from umbel_simulations.audit import AuditResult, judge, play
+from umbel_common.plan import Classification, LocalPrivacy, TrainingPlan
+from umbel_simulations.audit import AuditResult, judge, play, share_of
+from umbel_simulations.audit_data import Unit, records_of_a_unit, site_records, unit_count
 from umbel_simulations.audit_game import step_by_step
 from umbel_simulations.entropy import seeded
+from umbel_simulations.sources import Example
 
 WORDS = [f"w{index}" for index in range(1000)]
-RECORDS = 20
-SGD = Sgd(adapter_learning_rate=1.0, head_learning_rate=1.0)
+UNITS = 20
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in which texts of different words have nearly orthogonal gradients."""
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("model")
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    config = BertConfig(
-        hidden_size=64,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_hidden_layers=1,
-        vocab_size=len(specials) + len(WORDS),
-    )
-    model = BertModel(config)
-    with torch.no_grad():
-        model.embeddings.word_embeddings.weight[: len(specials)] = 0
-        model.embeddings.position_embeddings.weight.zero_()
-        model.embeddings.token_type_embeddings.weight.zero_()
-    model.save_pretrained(path)
-    vocabulary = {word: index for index, word in enumerate([*specials, *WORDS])}
-    BertTokenizerFast(vocab=vocabulary).save_pretrained(path)
-    return path
+    return save_telling_bert(tmp_path_factory.mktemp("model"), WORDS)
 
 
 @pytest.fixture(scope="module")
 def plan(folder: Path) -> TrainingPlan:
     """One full batch at epsilon 1."""
-    # Gradients before clipping are as long as the factor on the logits.
-    task = Classification(labels=tuple(f"label {n}" for n in range(20)), logit_scale=1000.0)
-    return TrainingPlan(
-        federation="f",
-        job="j",
-        model=BaseModel(name="tiny", digest=folder_digest(folder)),
-        task=task,
-        lora=plan_lora(
-            folder,
-            task,
-            rank=2,
-            alpha=4.0,
-            target_modules=("query", "value"),
-            layers=None,
-            method="both",
-            seed=5,
-        ),
-        training=Training(rounds=1, local_steps=1, expected_batch_size=RECORDS, optimizer=SGD),
+    return plan_for(
+        folder,
+        # Gradients before clipping are as long as the factor on the logits.
+        Classification(labels=tuple(f"label {n}" for n in range(20)), logit_scale=1000.0),
+        training=one_round(UNITS),
         privacy=LocalPrivacy(epsilon=1.0, delta=1e-5, clip_norm=1.0),
-        aggregation=Aggregation(threshold=2, clip_range=1.0, step=1e-6),
     )
 
 
-def audited(plan: TrainingPlan, folder: Path) -> AuditResult:
+per_unit = pytest.mark.parametrize("unit", get_args(Unit))
+
+
+def audited(
+    plan: TrainingPlan, folder: Path, unit: Unit, *, noise_share: float = 1.0
+) -> AuditResult:
     """30 guesses about 300 canaries: enough to refute epsilon 1, and fast."""
     random = np.random.default_rng(0)
-    records = Records(
-        records=tuple(
-            Record(text=" ".join(random.choice(WORDS, 6)), label=index) for index in range(RECORDS)
-        ),
-        source=bytes(32),
-    )
-    noise = noise_for(plan, RECORDS)
+    examples = [
+        Example(text=" ".join(random.choice(WORDS, 6)), label=plan.task.labels[number % 20])
+        for number in range(UNITS * records_of_a_unit(unit))
+    ]
+    records = site_records(examples, plan.task, unit)
+    noise = noise_for(plan, unit_count(records))
     outcome = play(
         step_by_step(plan),
         folder,
         records,
-        noise,
+        share_of(noise, noise_share),
         canaries=300,
         seed=2,
         entropy=seeded(3, "audit"),
@@ -135,7 +91,7 @@ class WithoutClipping(PrivateOptimizer):
         *,
         noise_multiplier: float,
         clip_norm: float,
-        **others: object,
+        **others: Any,
     ) -> None:
         huge = 1e6
         super().__init__(
@@ -157,7 +113,7 @@ def noise_shared_by(sites: int) -> type[PrivateOptimizer]:
             noise: NoiseSource,
             *,
             noise_multiplier: float,
-            **others: object,
+            **others: Any,
         ) -> None:
             shared = noise_multiplier / math.sqrt(sites)
             super().__init__(optimizer, noise, noise_multiplier=shared, **others)
@@ -165,28 +121,60 @@ def noise_shared_by(sites: int) -> type[PrivateOptimizer]:
     return Shared
 
 
+class ClippingRecords(PrivateOptimizer):
+    """As if each record were its own unit, while steps sample patients."""
+
+    def accumulate(self, records: int, units: object = None) -> None:
+        super().accumulate(records)
+
+
+@per_unit
 def test_an_attack_on_sound_training_stays_below_the_claim(
-    plan: TrainingPlan, folder: Path
+    plan: TrainingPlan, folder: Path, unit: Unit
 ) -> None:
-    result = audited(plan, folder)
+    result = audited(plan, folder, unit)
+    assert (result.unit, result.units) == (unit, UNITS)
     assert result.claimed_epsilon == pytest.approx(1.0, rel=0.01)
     assert result.epsilon_lower_bound < result.claimed_epsilon < result.largest_bound
 
 
+@per_unit
+def test_the_audit_sees_that_there_is_no_noise(
+    plan: TrainingPlan, folder: Path, unit: Unit
+) -> None:
+    """The negative control: training takes no noise of exactly zero, so next to none."""
+    result = audited(plan, folder, unit, noise_share=1e-4)
+    assert result.correct == result.guesses
+    assert result.epsilon_lower_bound == result.largest_bound > 2 * result.claimed_epsilon
+
+
+@per_unit
 def test_the_audit_sees_that_nothing_is_clipped(
-    plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch
+    plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch, unit: Unit
 ) -> None:
     monkeypatch.setattr(training, "PrivateOptimizer", WithoutClipping)
-    result = audited(plan, folder)
-    assert result.epsilon_lower_bound > 2 * result.claimed_epsilon
+    result = audited(plan, folder, unit)
+    assert result.epsilon_lower_bound > 1.5 * result.claimed_epsilon
 
 
-def test_the_audit_sees_noise_that_is_shared_by_a_hundred_sites(
+def test_the_audit_sees_clipping_by_the_record_where_the_claim_is_per_patient(
     plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(training, "PrivateOptimizer", ClippingRecords)
+    result = audited(plan, folder, "patient")
+    assert result.epsilon_lower_bound > 1.5 * result.claimed_epsilon
+    # What is clipped is sound where records are the unit: only the claim was wrong.
+    result = audited(plan, folder, "record")
+    assert result.epsilon_lower_bound < result.claimed_epsilon
+
+
+@per_unit
+def test_the_audit_sees_noise_that_is_shared_by_a_hundred_sites(
+    plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch, unit: Unit
+) -> None:
     monkeypatch.setattr(training, "PrivateOptimizer", noise_shared_by(100))
-    result = audited(plan, folder)
-    assert result.epsilon_lower_bound > 2 * result.claimed_epsilon
+    result = audited(plan, folder, unit)
+    assert result.epsilon_lower_bound > 1.5 * result.claimed_epsilon
 
 
 def no_records() -> PreparedData:
@@ -222,7 +210,7 @@ def noise_alone(
 def test_noise_that_is_shared_by_four_sites_has_half_the_deviation_that_is_charged(
     plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noise = noise_for(plan, RECORDS)
+    noise = noise_for(plan, UNITS)
     sound = noise_alone(plan, folder, noise, 5, os.urandom)
     assert sound.std() == pytest.approx(noise.noise_multiplier, rel=0.05)
     monkeypatch.setattr(training, "PrivateOptimizer", noise_shared_by(4))
@@ -233,7 +221,7 @@ def test_noise_that_is_shared_by_four_sites_has_half_the_deviation_that_is_charg
 def test_the_same_noise_twice_is_correlated_and_cancels(
     plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noise = noise_for(plan, RECORDS)
+    noise = noise_for(plan, UNITS)
     first, second = noise_alone(plan, folder, noise, 2, os.urandom)
     assert abs(np.corrcoef(first, second)[0, 1]) < 6 / math.sqrt(len(first))
     monkeypatch.setattr(training, "NoiseSource", lambda entropy: NoiseSource(bytes))
@@ -254,14 +242,12 @@ class Shuffled(NoiseSource):
         return np.sort(batch)
 
 
-def batches_of(plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
+def batches_of(
+    plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch, owners: Units | None = None
+) -> list[set[int]]:
     """The records in each of 80 steps at rate 1/4, by what is read from the data."""
-    steps = 80
-    longer = Training(rounds=1, local_steps=steps, expected_batch_size=5, optimizer=SGD)
-    plan = TrainingPlan(
-        **{**{name: getattr(plan, name) for name in plan.__struct_fields__}, "training": longer}
-    )
-    lengths = np.full(RECORDS, 4)
+    plan = msgspec.structs.replace(plan, training=one_round(5, steps=80))
+    lengths = np.full(UNITS, 4)
     tokens = Tokens(
         ids=np.arange(5, 5 + lengths.sum(), dtype=np.int32),
         starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
@@ -278,7 +264,7 @@ def batches_of(plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch
         patch.setattr(PreparedData, "batch", noting)
         train_round(
             AdaptedModel.load(folder, plan),
-            PreparedData(tokens, np.arange(RECORDS), prefix=None),
+            PreparedData(tokens, np.arange(UNITS), prefix=None, units=owners),
             plan,
             1,
             np.zeros(plan.lora.size, dtype=np.float32),
@@ -296,11 +282,11 @@ def test_shuffled_batches_are_all_of_one_size_and_poisson_batches_are_not(
     plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poisson = np.array([len(batch) for batch in batches_of(plan, folder, monkeypatch)])
-    assert poisson.mean() == pytest.approx(RECORDS / 4, abs=1.0)
-    assert poisson.var() == pytest.approx(RECORDS / 4 * (1 - 1 / 4), rel=0.5)
+    assert poisson.mean() == pytest.approx(UNITS / 4, abs=1.0)
+    assert poisson.var() == pytest.approx(UNITS / 4 * (1 - 1 / 4), rel=0.5)
     monkeypatch.setattr(training, "NoiseSource", Shuffled)
     shuffled = np.array([len(batch) for batch in batches_of(plan, folder, monkeypatch)])
-    assert shuffled.mean() == RECORDS / 4
+    assert shuffled.mean() == UNITS / 4
     assert shuffled.var() == 0
 
 
@@ -317,11 +303,29 @@ def test_a_record_may_be_in_two_poisson_batches_in_a_row_and_never_in_two_of_an_
     assert together(batches_of(plan, folder, monkeypatch)) == 0
 
 
+def test_a_patients_records_are_in_a_batch_together_or_not_at_all(
+    plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a patient with many records is in more steps than the accountant charges."""
+    patient = set(range(10))
+    owners = Units(np.array([0] * 10 + list(range(1, UNITS - 9))))
+    seen = [batch & patient for batch in batches_of(plan, folder, monkeypatch, owners)]
+    assert all(part in (set(), patient) for part in seen)
+    # In each of 80 steps with probability 1/4.
+    assert sum(map(bool, seen)) == pytest.approx(20, abs=15)
+    monkeypatch.setattr(PreparedData, "unit_count", property(len))
+    monkeypatch.setattr(PreparedData, "records_of", lambda self, chosen: chosen)
+    seen = [batch & patient for batch in batches_of(plan, folder, monkeypatch, owners)]
+    assert not all(part in (set(), patient) for part in seen)
+    # Now with probability 1 - (3/4)^10.
+    assert sum(map(bool, seen)) > 60
+
+
 def releases_of_two_attempts(
     plan: TrainingPlan, folder: Path, path: Path, rounds: int = 2
 ) -> list[bytes]:
     """The different deltas of one round that the ledger lets a site release."""
-    noise = noise_for(plan, RECORDS)
+    noise = noise_for(plan, UNITS)
     assert noise.noise_multiplier is not None
     event = Event(noise.noise_multiplier, noise.sampling_rate, 1)
     released = []

@@ -1,29 +1,37 @@
 """The audit: its bound is the theorem's, its game is fair, and its attack wins where it may."""
 
+import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from string import ascii_letters
 
+import msgspec
 import numpy as np
 import pytest
+from rich.console import Console
+from small_models import save_telling_bert
 from typer.testing import CliRunner
 
 from umbel_client.data import Record, Records
 from umbel_common.errors import ConfigError, VerificationError
 from umbel_common.plan import TrainingPlan
-from umbel_simulations.audit import AuditResult, as_text, audit_scenario, check
+from umbel_simulations.audit import AuditResult, as_table, audit_scenario, check
 from umbel_simulations.audit_bound import chance_of, epsilon_lower_bound
-from umbel_simulations.audit_game import (
-    RECORDS_OF_A_UNIT,
-    flip_coins,
-    log_likelihood_ratios,
+from umbel_simulations.audit_data import (
+    RECORDS_OF_A_PATIENT,
+    first_units,
     make_canaries,
+    site_records,
+    unit_count,
     with_included,
 )
+from umbel_simulations.audit_game import flip_coins, log_likelihood_ratios
 from umbel_simulations.cli import app
 from umbel_simulations.entropy import seeded
 from umbel_simulations.scenario import find_scenario, override
+from umbel_simulations.sources import Example
 
 SCENARIO = """\
 name = "tiny"
@@ -68,22 +76,24 @@ threshold = 3
 """
 
 
-@pytest.fixture
-def scenario(tmp_path: Path, tiny_model: Path) -> Path:
+def scenario_file(folder: Path, model: Path, words: Sequence[str], labels: Sequence[str]) -> Path:
+    """The scenario above with 120 texts of some of the model's words."""
     random = np.random.default_rng(1)
     rows = [
         json.dumps(
-            {
-                "text": " ".join(f"w{word}" for word in random.integers(0, 35, 6)),
-                "label": "ab"[number % 2],
-            }
+            {"text": " ".join(random.choice(words, 6)), "label": labels[number % len(labels)]}
         )
         for number in range(120)
     ]
-    (tmp_path / "train.jsonl").write_text("\n".join(rows) + "\n")
-    path = tmp_path / "tiny.toml"
-    path.write_text(SCENARIO.format(model=tiny_model))
+    (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
+    path = folder / "tiny.toml"
+    path.write_text(SCENARIO.format(model=model))
     return path
+
+
+@pytest.fixture
+def scenario(tmp_path: Path, tiny_model: Path) -> Path:
+    return scenario_file(tmp_path, tiny_model, [f"w{number}" for number in range(35)], "ab")
 
 
 def test_guesses_no_better_than_coins_show_nothing() -> None:
@@ -163,12 +173,46 @@ def test_where_units_are_patients_a_canary_is_a_patient_with_several_records(
 ) -> None:
     records = some_records(units=(0, 0, 1, 1, 1, 2))
     canaries = make_canaries(records, make_plan(), 4, seed=1)
-    assert len(canaries) == 4 * RECORDS_OF_A_UNIT
+    each = RECORDS_OF_A_PATIENT
+    assert each > 1
+    assert canaries.units == tuple(np.repeat(range(4), each))
+    # Copies: gradients that point one way are what clipping by the record lets through.
+    assert [len(set(canaries.records[n * each : (n + 1) * each])) for n in range(4)] == [1] * 4
+    assert len(set(canaries.records)) == 4
     joined = with_included(records, canaries, np.array([False, True, False, True]))
-    patients = np.repeat([3, 4], RECORDS_OF_A_UNIT)
-    assert joined.units == (0, 0, 1, 1, 1, 2, *patients)
-    each = RECORDS_OF_A_UNIT
+    assert joined.units == (0, 0, 1, 1, 1, 2, *np.repeat([3, 4], each))
     assert joined.records[6:] == canaries.records[each : 2 * each] + canaries.records[3 * each :]
+
+
+@pytest.mark.parametrize(
+    ("most", "kept"), [(6, 6), (5, 5), (4, 3), (3, 3), (2, 2), (1, 2)], ids=lambda n: str(n)
+)
+def test_the_known_records_are_of_whole_patients(most: int, kept: int) -> None:
+    """Patients of 2, 1, 2 and 1 records, in some order of the file."""
+    owners = (0, 1, 0, 2, 2, 3)
+    first = first_units(some_records(units=owners), most)
+    assert len(first) == kept
+    for unit in range(unit_count(first)):
+        assert first.units.count(unit) == owners.count(unit)
+    assert first.unit_column == "patient"
+
+
+def test_records_that_are_their_own_units_are_cut_anywhere() -> None:
+    records = some_records()
+    first = first_units(records, 4)
+    assert first.records == records.records[:4]
+    assert (first.units, unit_count(first), unit_count(records)) == ((), 4, 6)
+    assert first_units(records, 100) == records
+
+
+def test_both_levels_audit_the_same_records(make_plan: Callable[..., TrainingPlan]) -> None:
+    task, size = make_plan().task, 2 * RECORDS_OF_A_PATIENT + 3
+    examples = [Example(text=f"w{n}", label=task.labels[n % 3]) for n in range(size)]
+    single, owned = (site_records(examples, task, unit) for unit in ("record", "patient"))
+    assert single.records == owned.records
+    assert (single.unit_column, single.units) == (None, ())
+    assert owned.unit_column == "patient"
+    assert np.bincount(owned.units).tolist() == [RECORDS_OF_A_PATIENT] * 2 + [3]
 
 
 @pytest.mark.parametrize("rate", [0.1, 1.0])
@@ -198,30 +242,64 @@ def test_a_canary_without_a_gradient_is_no_evidence() -> None:
     assert ratios[1] == pytest.approx(0, abs=1e-12)
 
 
-def test_the_command_audits_a_scenario_and_prints_claim_and_bound(scenario: Path) -> None:
+def test_the_command_audits_records_and_patients(scenario: Path) -> None:
     result = CliRunner().invoke(app, ["audit", str(scenario), "--canaries", "40", "--json"])
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert 7.9 < found["claimed_epsilon"] <= 8.0
-    assert 0 <= found["epsilon_lower_bound"] <= found["largest_bound"] < 8.0
-    assert found["canaries"] == 40
-    assert 0 < found["included"] < 40
-    assert found["correct"] <= found["guesses"] == 4
-    assert (found["steps"], found["unit"], found["records"]) == (4, "record", 40)
+    rows = json.loads(result.stdout)
+    assert [row["unit"] for row in rows] == ["record", "patient"]
+    for row in rows:
+        assert 7.9 < row["claimed_epsilon"] <= 8.0
+        assert 0 <= row["epsilon_lower_bound"] <= row["largest_bound"] < 8.0
+        assert row["canaries"] == 40
+        assert 0 < row["included"] < 40
+        assert row["correct"] <= row["guesses"] == 4
+        assert (row["steps"], row["records"]) == (4, 40)
+    # 16 records of 40 in a batch; of 4 patients with 10 records each, one.
+    assert [row["units"] for row in rows] == [40, 4]
+    assert [row["sampling_rate"] for row in rows] == [16 / 40, 1 / 4]
+
+
+@pytest.mark.parametrize("share", [1.0, 1e-4])
+def test_the_audit_of_a_scenario_can_refute_both_claims(tmp_path: Path, share: float) -> None:
+    """The negative control: with next to no noise both claims of epsilon 1 are refuted.
+
+    Twenty labels: the first step moves the head alone, which must hold 300 canaries apart.
+    """
+    words = [f"w{number}" for number in range(1000)]
+    model = save_telling_bert(tmp_path / "model", words)
+    scenario = find_scenario(str(scenario_file(tmp_path, model, words, ascii_letters[:20])))
+    replace = msgspec.structs.replace
+    scenario = replace(
+        scenario,
+        task=replace(scenario.task, logit_scale=1000.0),
+        training=replace(scenario.training, rounds=1, local_steps=1, expected_batch_size=40),
+        privacy=replace(scenario.privacy, epsilon=1.0),
+    )
+    results = audit_scenario(
+        scenario, 300, seeded(1, "audit"), lambda unit, step, steps: None, noise_share=share
+    )
+    assert all(0.99 < result.claimed_epsilon <= 1 for result in results)
+    if share == 1:
+        check(results)
+    for result in results if share < 1 else ():
+        assert result.epsilon_lower_bound > 1.5
+        with pytest.raises(VerificationError, match="an attack refutes the privacy"):
+            check([result])
 
 
 def test_a_scenario_that_claims_nothing_is_not_audited(scenario: Path) -> None:
     chosen = override(find_scenario(str(scenario)), no_dp=True)
     with pytest.raises(ConfigError, match=r"privacy\.mode"):
-        audit_scenario(chosen, 40, seeded(1, "audit"), lambda step, steps: None)
+        audit_scenario(chosen, 40, seeded(1, "audit"), lambda unit, step, steps: None)
 
 
-def result_with(bound: float) -> AuditResult:
+def result_with(bound: float, unit: str = "record") -> AuditResult:
     return AuditResult(
         scenario="tiny",
         site="hospital-a",
-        unit="record",
+        unit=unit,
         records=40,
+        units=40,
         steps=4,
         sampling_rate=0.4,
         noise_multiplier=1.0,
@@ -237,14 +315,21 @@ def result_with(bound: float) -> AuditResult:
     )
 
 
-def test_a_bound_above_the_claim_is_an_error() -> None:
-    check(result_with(2.0))
+def test_a_bound_above_any_claim_is_an_error() -> None:
+    check([result_with(2.0), result_with(1.0, "patient")])
     with pytest.raises(VerificationError, match="an attack refutes the privacy") as raised:
-        check(result_with(2.1))
+        check([result_with(2.0), result_with(2.1, "patient")])
     assert raised.value.exit_code == 52
+    assert "epsilon per patient" in str(raised.value)
 
 
 def test_people_read_claim_and_bound_side_by_side() -> None:
-    text = as_text(result_with(1.25))
-    assert "epsilon 2.000 at delta 1e-05" in text
-    assert "epsilon above 1.250, 95% confidence: 99 of 100 guesses right" in text
+    shown = io.StringIO()
+    Console(width=80, file=shown).print(as_table([result_with(1.25), result_with(0.5, "patient")]))
+    lines = [line.split() for line in shown.getvalue().splitlines()]
+    heading, rows = lines[2], [line for line in lines if line[:1] in (["record"], ["patient"])]
+    assert " ".join(heading) == "per claim attack confidence right canaries at the most"
+    assert rows == [
+        [unit, "2.000", bound, "95%", "99", "of", "100", "1,000", "3.000"]
+        for unit, bound in (("record", "1.250"), ("patient", "0.500"))
+    ]

@@ -5,20 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from small_models import plan_for, save_bert
 
 from umbel_client.data import Record, Records
-from umbel_client.model import folder_digest, plan_lora
-from umbel_common.plan import (
-    Aggregation,
-    BaseModel,
-    Classification,
-    LocalPrivacy,
-    Sgd,
-    Training,
-    TrainingPlan,
-)
+from umbel_common.plan import Classification, LocalPrivacy, Sgd, Training, TrainingPlan
 from umbel_simulations.inversion import exposed, invert
 
 WORDS = [f"w{index}" for index in range(595)]
@@ -28,41 +18,28 @@ RANK = 16
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("model")
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    config = BertConfig(
+    return save_bert(
+        tmp_path_factory.mktemp("model"),
+        WORDS,
         hidden_size=48,
         intermediate_size=64,
-        num_attention_heads=2,
         num_hidden_layers=2,
-        vocab_size=600,
         initializer_range=0.3,
     )
-    BertModel(config).save_pretrained(path)
-    vocabulary = {word: index for index, word in enumerate([*specials, *WORDS])}
-    BertTokenizerFast(vocab=vocabulary).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
 def plan(folder: Path) -> TrainingPlan:
-    task = Classification(labels=("a", "b", "c"))
-    some = {"rank": 2, "alpha": 2.0, "target_modules": ("query",), "layers": None}
-    plan = TrainingPlan(
-        federation="f",
-        job="j",
-        model=BaseModel(name="tiny", digest=folder_digest(folder)),
-        task=task,
-        lora=plan_lora(folder, task, method="ffa", seed=5, **some),
+    plan = plan_for(
+        folder,
+        Classification(labels=("a", "b", "c")),
+        {"alpha": 2.0, "target_modules": ("query",), "method": "ffa"},
         training=Training(
             rounds=3,
             local_steps=2,
             expected_batch_size=8,
             optimizer=Sgd(adapter_learning_rate=0.1, head_learning_rate=0.1),
         ),
-        privacy=LocalPrivacy(epsilon=8.0, delta=1e-5, clip_norm=1.0),
-        aggregation=Aggregation(threshold=2, clip_range=1.0, step=1e-6),
     )
     return exposed(plan, folder, RANK)
 
