@@ -1,17 +1,81 @@
 """Flower on the site's side: a Flower message in, a Flower message out, sealed bytes between.
 
-The only module here that imports flwr. It opens nothing: whoever runs it (the relay, or a
-simulation) holds neither data nor identity key.
+The only module here that imports flwr. Whoever runs it, the relay or a simulation, holds neither
+data nor identity key. Of what a SuperLink can send, one kind of message is handled; app bundles and
+run configurations are never asked for.
 """
 
-from collections.abc import Callable
+import logging
+import ssl
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TypeVar
 
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+import httpx
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from flwr.app import Error, Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.common.serde import message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ObjectTree,
+    PullObjectRequest,
+    PushObjectRequest,
+)
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from umbel_common.wire import FLOWER_FIELD, FLOWER_MESSAGE_TYPE, FLOWER_RECORD
+from umbel_common.errors import ConfigError
+from umbel_common.wire import FLOWER_MESSAGE_TYPE
+from umbel_host.flower import packed, unpacked
 
 NOT_OURS = 1
 """Code of the error that answers every message that is not Umbel's."""
+_HEARTBEAT_SECONDS = 20.0
+_HEARTBEAT_INTERVAL = 30.0
+"""What the SuperLink is told to expect; it calls the site gone after twice as long."""
+_BUSY_POLL_SECONDS = 0.1
+_IDLE_POLL_SECONDS = 1.0
+_BUSY_SECONDS = 60.0
+"""Since the last message: a round has several, close together."""
+_PATIENCE_SECONDS = 150.0
+"""For one request while the server is away."""
+_LONGEST_PAUSE = 30.0
+_SLACK_SECONDS = 2.0
+"""The server's time is known to a second."""
+_TOLERATED_SKEW = timedelta(seconds=30)
+
+_logger = logging.getLogger("umbel.relay")
+T = TypeVar("T")
 
 
 def answer(message: Message, handle: Callable[[bytes], bytes]) -> Message:
@@ -19,18 +83,288 @@ def answer(message: Message, handle: Callable[[bytes], bytes]) -> Message:
 
     Nothing else is ever acted on: no app bundle, no run configuration, no other message type.
     """
-    sealed = _sealed_bytes(message)
+    ours = message.metadata.message_type == FLOWER_MESSAGE_TYPE
+    sealed = unpacked(message) if ours else None
     if sealed is None:
         return Message(Error(NOT_OURS, "not a message of this federation"), reply_to=message)
-    content = RecordDict({FLOWER_RECORD: ConfigRecord({FLOWER_FIELD: handle(sealed)})})
-    return Message(content, reply_to=message)
+    return Message(packed(handle(sealed)), reply_to=message)
 
 
-def _sealed_bytes(message: Message) -> bytes | None:
-    if message.metadata.message_type != FLOWER_MESSAGE_TYPE or not message.has_content():
-        return None
-    record = message.content.get(FLOWER_RECORD)
-    if not isinstance(record, ConfigRecord) or set(record) != {FLOWER_FIELD}:
-        return None
-    sealed = record[FLOWER_FIELD]
-    return sealed if isinstance(sealed, bytes) else None
+@dataclass(frozen=True)
+class Connection:
+    """How the server is reached."""
+
+    server: str
+    """Host and port."""
+    server_ca: Path
+    certificate: Path
+    key: Path
+
+
+def serve(
+    connection: Connection,
+    handle: Callable[[bytes], bytes],
+    stopping: threading.Event,
+    connected: Callable[[bool], None],
+) -> None:
+    """Carries messages until `stopping`; a server that is away is tried again and again.
+
+    Args:
+        handle: sealed request -> sealed reply.
+        connected: is told whether the server is reached.
+
+    Raises:
+        ConfigError: the certificate, its key or the authority cannot be used.
+    """
+    context, key = _credentials(connection)
+    clock = _ServerClock()
+    pause = 1.0
+    while not stopping.is_set():
+        client = FleetHttpClient(
+            f"https://{connection.server}",
+            interceptors=[
+                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                _Signature(key, clock),
+            ],
+            verify=context,
+        )
+        try:
+            with client, _activated(client, key, stopping) as node:
+                connected(True)
+                pause = 1.0
+                _logger.info("connected to %s", connection.server)
+                _work(client, node, clock, handle, stopping)
+        except (httpx.HTTPError, OSError, ValueError) as error:
+            _logger.warning("%s is not reached: %s", connection.server, _reason(error))
+        connected(False)
+        stopping.wait(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        code = error.response.status_code
+        hint = {
+            401: "it does not know this site's relay key, or the clocks differ by minutes",
+            403: "it does not admit this site (not yet, or not any more)",
+        }
+        return f"status {code}: {hint.get(code, error.response.text[:200])}"
+    return str(error) or type(error).__name__
+
+
+def _credentials(connection: Connection) -> tuple[ssl.SSLContext, ec.EllipticCurvePrivateKey]:
+    try:
+        context = ssl.create_default_context(cafile=str(connection.server_ca))
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(connection.certificate, connection.key)
+        key = load_pem_private_key(connection.key.read_bytes(), password=None)
+        certificate = x509.load_pem_x509_certificate(connection.certificate.read_bytes())
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            "the relay's certificate, its key or the server's authority cannot be used",
+            file=connection.certificate,
+            field="relay",
+            found=error,
+            accepted=f"PEM files that belong together: {connection.certificate},"
+            f" {connection.key}, {connection.server_ca}",
+            remedy="umbel-client join KIT",
+        ) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError("the relay's key is no ECDSA key", file=connection.key)
+    if certificate.not_valid_after_utc < datetime.now(UTC):
+        raise ConfigError(
+            "the relay's certificate has expired",
+            file=connection.certificate,
+            found=certificate.not_valid_after_utc.isoformat(),
+            remedy="ask the operator for a new kit, then: umbel-client join KIT",
+        )
+    return context, key
+
+
+class _ServerClock:
+    """The server's time, as its answers tell it: this site's clock may be wrong by minutes, and
+    Flower refuses signatures and replies from another time."""
+
+    def __init__(self) -> None:
+        self.offset = timedelta()
+
+    def now(self) -> datetime:
+        return datetime.now(UTC) + self.offset
+
+    def learn(self, response: httpx.Response) -> None:
+        try:
+            offset = parsedate_to_datetime(response.headers["date"]) - datetime.now(UTC)
+        except (KeyError, ValueError, TypeError):
+            return
+        if abs(offset - self.offset) > _TOLERATED_SKEW:
+            _logger.warning("this machine's clock and the server's differ by %s", offset)
+            self.offset = offset
+
+
+class _Signature:
+    """Signs each request as Flower's own node does, by the server's clock."""
+
+    def __init__(self, key: ec.EllipticCurvePrivateKey, clock: _ServerClock) -> None:
+        self._key = key
+        self._public = b64encode(public_key_to_bytes(key.public_key())).decode("ascii")
+        self._clock = clock
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        timestamp = self._clock.now().isoformat()
+        signature = sign_message(self._key, timestamp.encode("ascii"))
+        context.request.headers.update(
+            {
+                FLEET_HTTP_PUBLIC_KEY_HEADER: self._public,
+                TIMESTAMP_HEADER: timestamp,
+                FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode("ascii"),
+            }
+        )
+        response = call_next(context)
+        self._clock.learn(response)
+        return response
+
+
+@contextmanager
+def _activated(
+    client: FleetHttpClient, key: ec.EllipticCurvePrivateKey, stopping: threading.Event
+) -> Iterator[Node]:
+    """Makes this node known as online, and keeps it so."""
+    activated = client.ActivateNode(
+        ActivateNodeRequest(
+            public_key=public_key_to_bytes(key.public_key()),
+            heartbeat_interval=_HEARTBEAT_INTERVAL,
+        )
+    )
+    node = Node(node_id=activated.node_id)
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(_HEARTBEAT_SECONDS):
+            try:
+                client.SendNodeHeartbeat(
+                    SendNodeHeartbeatRequest(node=node, heartbeat_interval=_HEARTBEAT_INTERVAL)
+                )
+            except (httpx.HTTPError, ValueError) as error:
+                _logger.warning("no heartbeat: %s", _reason(error))
+
+    beating = threading.Thread(target=beat, daemon=True)
+    beating.start()
+    try:
+        yield node
+    finally:
+        over.set()
+        beating.join()
+        if stopping.is_set():
+            try:
+                client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
+            except (httpx.HTTPError, ValueError):
+                _logger.info("the server was not told that this site stops")
+
+
+def _work(
+    client: FleetHttpClient,
+    node: Node,
+    clock: _ServerClock,
+    handle: Callable[[bytes], bytes],
+    stopping: threading.Event,
+) -> None:
+    TaskIdentity.node_id = node.node_id
+    busy = time.monotonic()
+    while not stopping.is_set():
+        pulled = client.PullMessages(PullMessagesRequest(node=node))
+        if not pulled.messages_list:
+            lately = time.monotonic() - busy < _BUSY_SECONDS
+            stopping.wait(_BUSY_POLL_SECONDS if lately else _IDLE_POLL_SECONDS)
+            continue
+        metadata = pulled.messages_list[0].metadata
+        try:
+            request = _pull(client, node, metadata.run_id, pulled.message_object_trees[0], stopping)
+            TaskIdentity.run_id = metadata.run_id
+            expires = metadata.created_at + metadata.ttl
+            _push(client, node, clock, answer(request, handle), expires, stopping)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code in (401, 403):
+                raise
+            # Its run is over: nobody waits for this reply any more.
+            _logger.info("a message is dropped: %s", _reason(error))
+        busy = time.monotonic()
+
+
+def _pull(
+    client: FleetHttpClient, node: Node, run_id: int, tree: ObjectTree, stopping: threading.Event
+) -> Message:
+    contents = {}
+    for part in iterate_object_tree(tree):
+        request = PullObjectRequest(node=node, run_id=run_id, object_id=part.object_id)
+        while True:
+            pulled = _patiently(lambda request=request: client.PullObject(request), stopping)  # type: ignore[misc]  # bound now
+            if pulled.object_available:
+                break
+            if not pulled.object_found or stopping.wait(_BUSY_POLL_SECONDS):
+                raise ValueError("a part of a message is not there any more")
+        contents[part.object_id] = pulled.object_content
+    message = inflate_object_from_contents(tree.object_id, contents)
+    if not isinstance(message, Message):
+        raise ValueError("what the server calls a message is none")
+    message.metadata.__dict__["_message_id"] = tree.object_id
+    confirm = ConfirmMessageReceivedRequest(
+        node=node, run_id=run_id, message_object_id=tree.object_id
+    )
+    _patiently(lambda: client.ConfirmMessageReceived(confirm), stopping)
+    return message
+
+
+def _push(
+    client: FleetHttpClient,
+    node: Node,
+    clock: _ServerClock,
+    reply: Message,
+    expires: float,
+    stopping: threading.Event,
+) -> None:
+    """Piece by piece: after a cut, what has arrived is not sent again."""
+    run_id = reply.metadata.run_id
+    # By the server's clock: a reply lives as long as its request.
+    created = clock.now().timestamp()
+    reply.metadata.__dict__["_created_at"] = created
+    reply.metadata.__dict__["_ttl"] = expires - created - _SLACK_SECONDS
+    with no_object_id_recompute():
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        objects = get_all_nested_objects(reply)
+        request = PushMessagesRequest(
+            node=node,
+            messages_list=[message_to_proto(remove_content_from_message(reply))],
+            message_object_trees=[get_object_tree(reply)],
+            clientapp_runtime_list=[0.0],
+        )
+        pushed = _patiently(lambda: client.PushMessages(request), stopping)
+        for name in pushed.objects_to_push:
+            part = PushObjectRequest(
+                node=node,
+                run_id=run_id,
+                session_id=pushed.session_id,
+                object_id=name,
+                object_content=objects.pop(name).deflate(),
+            )
+            _patiently(lambda part=part: client.PushObject(part), stopping)  # type: ignore[misc]  # bound now
+
+
+def _patiently(call: Callable[[], T], stopping: threading.Event) -> T:
+    """Repeats a request while the server is away.
+
+    Raises:
+        httpx.HTTPError: it is away for too long, or answers that it does not want the request.
+    """
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    pause = 0.2
+    while True:
+        try:
+            return call()
+        except httpx.HTTPError as error:
+            away = isinstance(error, httpx.TransportError) or (
+                isinstance(error, httpx.HTTPStatusError)
+                and error.response.status_code in (502, 503, 504)
+            )
+            if not away or time.monotonic() > deadline or stopping.wait(pause):
+                raise
+            pause = min(2 * pause, 5.0)

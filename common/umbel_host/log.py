@@ -21,3 +21,10 @@ def configure(level: int = logging.INFO) -> None:
     )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("umbel").setLevel(level)
+
+
+def adopt(name: str) -> None:
+    """Lets a library that brings a log of its own speak through ours, and of warnings only."""
+    logger = logging.getLogger(name)
+    logger.handlers.clear()
+    logger.setLevel(logging.WARNING)

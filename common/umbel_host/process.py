@@ -22,6 +22,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         StorageError: another process holds it, or the file cannot be opened.
     """
     try:
+        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         lock = open(path, "ab", opener=_private)  # noqa: SIM115  # closed below
     except OSError as error:
         raise StorageError("a lock cannot be opened", file=path, found=error.strerror) from None

@@ -1,16 +1,17 @@
 """Flower on the server's side: sealed bytes as Flower messages over a `Grid`.
 
-The only module here, with `superlink`, that imports flwr. One record with one field carries the
-bytes; Flower's own metadata is never believed: who answered is settled by the seal.
+For simulations, whose grid is in the same process. The only module here, with `superlink`, that
+imports flwr.
 """
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
-from umbel_common.wire import FLOWER_FIELD, FLOWER_MESSAGE_TYPE, FLOWER_RECORD
+from umbel_common.wire import FLOWER_MESSAGE_TYPE
+from umbel_host.flower import packed, unpacked
 from umbel_server.job import Step
 
 
@@ -56,7 +57,7 @@ class GridLink:
     def _push(self, step: Step, site: str, sealed: bytes, seconds: float) -> str | None:
         """The ID of the message; nothing if a node or the SuperLink does not take it."""
         message = Message(
-            RecordDict({FLOWER_RECORD: ConfigRecord({FLOWER_FIELD: sealed})}),
+            packed(sealed),
             dst_node_id=self._nodes[site],
             message_type=FLOWER_MESSAGE_TYPE,
             ttl=seconds,
@@ -69,16 +70,5 @@ class GridLink:
         """Whether the message was answered, and with which sealed bytes."""
         for message in self._grid.pull_messages([identifier]):
             if message.metadata.reply_to_message_id == identifier:
-                return True, sealed_bytes(message)
+                return True, unpacked(message)
         return False, None
-
-
-def sealed_bytes(message: Message) -> bytes | None:
-    """The sealed bytes in a Flower message; None for an error or anything else."""
-    if not message.has_content():
-        return None
-    record = message.content.get(FLOWER_RECORD)
-    if not isinstance(record, ConfigRecord):
-        return None
-    sealed = record.get(FLOWER_FIELD)
-    return sealed if isinstance(sealed, bytes) else None

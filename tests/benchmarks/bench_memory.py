@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from bench_masking import entry
-from flwr.app import ConfigRecord, Message, Metadata, RecordDict
+from flwr.app import Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.supercore.task_identity import TaskIdentity
 from toy_federation import Federation, Quiet
 
-from umbel_common.wire import FLOWER_FIELD, FLOWER_RECORD
-from umbel_server.flower import GridLink, sealed_bytes
+from umbel_host.flower import packed, unpacked
+from umbel_server.flower import GridLink
 from umbel_server.job import Job, Limits
 from umbel_server.registry import Registry
 from umbel_server.store import Store
@@ -97,7 +97,7 @@ class PipeGrid:
     def _push(self, message: Message) -> str:
         self._pushed += 1
         identifier = str(self._pushed)
-        sealed = sealed_bytes(message)
+        sealed = unpacked(message)
         assert sealed is not None  # GridLink made it
         message.metadata.__dict__["_message_id"] = identifier
         self._messages[identifier] = message.metadata
@@ -111,9 +111,7 @@ class PipeGrid:
 
     def _pull(self, identifier: str) -> Message:
         self._connection.send(("pull", identifier, 0))
-        content = RecordDict(
-            {FLOWER_RECORD: ConfigRecord({FLOWER_FIELD: self._connection.recv_bytes()})}
-        )
+        content = packed(self._connection.recv_bytes())
         request = make_message(self._messages.pop(identifier), content=RecordDict())
         return Message(content, reply_to=request)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,9 +11,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import numpy as np
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from umbel_client.drafting import read_plan
 from umbel_client.ipc import ControlStub, TrainerStatus, TrainerStub
@@ -23,9 +27,11 @@ from umbel_common.plan import TrainingPlan
 from umbel_common.roster_document import RosterDocument
 from umbel_common.roster_file import roster_to_json
 from umbel_host.keys import write_identity
+from umbel_server.authority import Authority, certificate_pem, key_pem, new_authority, new_key
 from umbel_server.ports import JobStopped, Limits, Link, Step
-from umbel_server.queue import JobQueue, QueuedJob
+from umbel_server.queue import JobQueue, QueuedJob, State
 from umbel_server.rounds import Rounds
+from umbel_server.sites import SiteEntry, save_sites
 
 SITES = ("east", "north", "south")
 
@@ -65,6 +71,16 @@ clip_range = 1.0
 step = 1e-6
 """
 
+SERVER_TOML = """\
+[listen]
+address = "127.0.0.1:{port}"
+
+[limits]
+offer_seconds = 60
+train_seconds = 60
+stage_seconds = 30
+"""
+
 CLIENT_TOML = """\
 site = "{site}"
 state = "state"
@@ -79,7 +95,7 @@ public_size = 40
 path = {model}
 
 [relay]
-server = "127.0.0.1:9"
+server = "127.0.0.1:{port}"
 socket = "run/trainer.sock"
 
 [policy]
@@ -140,7 +156,7 @@ class Daemon:
 class Site:
     """One site's folder and its trainer."""
 
-    def __init__(self, folder: Path, model: Path, policy: str) -> None:
+    def __init__(self, folder: Path, model: Path, policy: str, port: int) -> None:
         self.name = folder.name
         self.folder = folder
         folder.mkdir(parents=True)
@@ -149,12 +165,18 @@ class Site:
         self._write_data()
         digest = folder_digest(model).hex()
         toml = CLIENT_TOML.format(
-            site=self.name, model=json.dumps(str(model)), digest=digest, policy=policy
+            site=self.name,
+            model=json.dumps(str(model)),
+            digest=digest,
+            policy=policy,
+            port=port,
         )
         self.config = folder / "client.toml"
         self.config.write_text(toml)
         self.socket = folder / "run" / "trainer.sock"
         self.trainer = Daemon(folder, "umbel_client.trainer_process", str(self.config))
+        self.relay_key = new_key()
+        self.relay = Daemon(folder, "umbel_client.relay", str(self.config))
 
     def _write_data(self) -> None:
         random = np.random.default_rng(sum(self.name.encode()))
@@ -184,7 +206,8 @@ class Clinics:
 
     def __init__(self, folder: Path, model: Path, policy: str = 'approval = "none"') -> None:
         self.folder = folder
-        self.sites = {name: Site(folder / name, model, policy) for name in SITES}
+        self.port = free_port()
+        self.sites = {name: Site(folder / name, model, policy, self.port) for name in SITES}
         self.operator = Identity.generate(os.urandom)
         members = (
             Member(name=site.name, public_key=site.identity.public_key)
@@ -197,7 +220,79 @@ class Clinics:
             (site.folder / "roster.json").write_text(roster_to_json(self.roster))
         self.draft = folder / "draft.toml"
         self.draft.write_text(DRAFT.format(model=json.dumps(str(model))))
-        self.queue = JobQueue(folder / "operator" / "queue.sqlite")
+        self.operator_folder = folder / "operator"
+        self.queue = JobQueue(self.operator_folder / "state" / "queue.sqlite")
+        self._write_operator()
+        config = str(self.operator_folder / "server.toml")
+        self.port_process = Daemon(self.operator_folder, "umbel_server.port_process", config)
+        self.rounds_process = Daemon(self.operator_folder, "umbel_server.rounds_process", config)
+
+    def _write_operator(self) -> None:
+        folder = self.operator_folder
+        (folder / "server.toml").write_text(SERVER_TOML.format(port=self.port))
+        (folder / "roster.json").write_text(roster_to_json(self.roster))
+        write_identity(folder / "identity.pem", self.operator)
+        now, key = datetime.now(UTC), new_key()
+        self.authority = Authority(new_authority("clinics", key, now), key)
+        server_key = new_key()
+        server = self.authority.server(server_key.public_key(), ["127.0.0.1"], now)
+        write_all(
+            folder,
+            {
+                "ca/certificate.pem": certificate_pem(self.authority.certificate),
+                "tls/certificate.pem": certificate_pem(server),
+                "tls/key.pem": key_pem(server_key),
+            },
+        )
+        entries = {}
+        for site in self.sites.values():
+            certificate = self.authority.site(site.name, site.relay_key.public_key(), now)
+            write_all(
+                site.folder,
+                {
+                    "relay/server-ca.pem": certificate_pem(self.authority.certificate),
+                    "relay/certificate.pem": certificate_pem(certificate),
+                    "relay/key.pem": key_pem(site.relay_key),
+                },
+            )
+            public = site.relay_key.public_key().public_bytes(
+                Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
+            )
+            entries[site.name] = SiteEntry(
+                name=site.name,
+                relay_key=public.decode(),
+                certificate=certificate_pem(certificate).decode(),
+            )
+        save_sites(folder / "sites.json", entries)
+
+    def start_all(self) -> None:
+        """Every process of a federation."""
+        self.port_process.start()
+        self.rounds_process.start()
+        for site in self.sites.values():
+            site.trainer.start()
+            site.relay.start()
+
+    def wait(self, job: str, *states: State, seconds: float = 120) -> QueuedJob:
+        """Until a job is in one of these states."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            queued = self.queue.job(job)
+            if queued.state in states:
+                return queued
+            time.sleep(0.1)
+        raise AssertionError((self.queue.job(job), self.logs()))
+
+    def logs(self) -> str:
+        """What every process said."""
+        texts = [f"--- {path}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*/*.log")]
+        return "\n".join(texts)
+
+    def add(self, **changes: object) -> str:
+        """Queues the plan's job; its name."""
+        plan = msgspec.structs.replace(self.plan(), **changes)
+        self.queue.add(plan.job, sign(self.operator, plan))
+        return plan.job
 
     def plan(self) -> TrainingPlan:
         return read_plan(self.draft)
@@ -207,9 +302,10 @@ class Clinics:
             site.trainer.start()
 
     def close(self) -> None:
-        for site in self.sites.values():
-            if site.trainer.running:
-                site.trainer.kill()
+        daemons = [daemon for site in self.sites.values() for daemon in (site.relay, site.trainer)]
+        for daemon in (*daemons, self.rounds_process, self.port_process):
+            if daemon.running:
+                daemon.kill()
         self.queue.close()
 
     def rounds(self, link: Callable[[Callable[[], bool]], Link], limits: Limits) -> Rounds:
@@ -220,7 +316,7 @@ class Clinics:
             yield link(stopped)
 
         return Rounds(
-            state=self.folder / "operator",
+            state=self.operator_folder / "state",
             operator=self.operator,
             queue=self.queue,
             roster=lambda: RosterDocument(self.roster),
@@ -283,6 +379,21 @@ class SocketLink:
                     return site, reply
         finally:
             stub.close()
+
+
+def free_port() -> int:
+    """A port that nobody uses at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def write_all(folder: Path, files: dict[str, bytes]) -> None:
+    """Private files of one party."""
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        path.chmod(0o600)
 
 
 class Once:

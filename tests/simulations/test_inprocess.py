@@ -9,7 +9,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from umbel_client.flower import NOT_OURS, answer
 from umbel_common.wire import FLOWER_FIELD, FLOWER_MESSAGE_TYPE, FLOWER_RECORD
-from umbel_server.flower import GridLink, sealed_bytes
+from umbel_host.flower import packed, unpacked
+from umbel_server.flower import GridLink
 from umbel_server.job import Step
 from umbel_simulations.inprocess import InProcessGrid, Node
 
@@ -150,13 +151,13 @@ def test_a_node_sees_a_copy_and_not_the_servers_object(grids: list[InProcessGrid
 
     grid = InProcessGrid({2: keep}, workers=1)
     grids.append(grid)
-    content = RecordDict({FLOWER_RECORD: ConfigRecord({FLOWER_FIELD: b"abc"})})
+    content = packed(b"abc")
     sent = Message(content, dst_node_id=2, message_type=FLOWER_MESSAGE_TYPE)
     list(grid.push_messages([sent]))
     grid.close()
     assert seen[0] is not sent
     assert seen[0].content is not content
-    assert sealed_bytes(seen[0]) == b"abc"
+    assert unpacked(seen[0]) == b"abc"
 
 
 def test_flowers_own_round_trip_works_too_and_keeps_its_timeout(
@@ -170,21 +171,24 @@ def test_flowers_own_round_trip_works_too_and_keeps_its_timeout(
 
     grid = InProcessGrid({2: echo, 3: late}, workers=2)
     grids.append(grid)
-    content = RecordDict({FLOWER_RECORD: ConfigRecord({FLOWER_FIELD: b"abc"})})
+    content = packed(b"abc")
     messages = [Message(content, node, FLOWER_MESSAGE_TYPE) for node in (2, 3)]
     replies = list(grid.send_and_receive(messages, timeout=0.3))
     release.set()
-    assert [sealed_bytes(reply) for reply in replies] == [b"cba"]
+    assert [unpacked(reply) for reply in replies] == [b"cba"]
 
 
 @pytest.mark.parametrize(
     ("message_type", "content"),
     [
-        ("train", {FLOWER_RECORD: ConfigRecord({FLOWER_FIELD: b"abc"})}),
+        ("train", {f"{FLOWER_RECORD}-0": ConfigRecord({FLOWER_FIELD: b"abc"})}),
         (FLOWER_MESSAGE_TYPE, {}),
         (FLOWER_MESSAGE_TYPE, {"other": ConfigRecord({FLOWER_FIELD: b"abc"})}),
-        (FLOWER_MESSAGE_TYPE, {FLOWER_RECORD: ConfigRecord({FLOWER_FIELD: "text"})}),
-        (FLOWER_MESSAGE_TYPE, {FLOWER_RECORD: ConfigRecord({FLOWER_FIELD: b"abc", "lr": 0.1})}),
+        (FLOWER_MESSAGE_TYPE, {f"{FLOWER_RECORD}-0": ConfigRecord({FLOWER_FIELD: "text"})}),
+        (
+            FLOWER_MESSAGE_TYPE,
+            {f"{FLOWER_RECORD}-0": ConfigRecord({FLOWER_FIELD: b"abc", "lr": 0.1})},
+        ),
     ],
     ids=["another type", "empty", "another record", "no bytes", "settings beside the bytes"],
 )

@@ -1,0 +1,137 @@
+"""The SuperLink behind its gate, and the mailbox that the jobs post to."""
+
+import logging
+import socket
+import ssl
+import threading
+import time
+from pathlib import Path
+
+from umbel_common.errors import UmbelError
+from umbel_host.log import adopt
+from umbel_host.sockets import SocketServer
+from umbel_server.carrier import CARRIER, methods
+from umbel_server.config import ServerConfig
+from umbel_server.listener import Gate, server
+from umbel_server.sites import SiteEntry, load_sites
+from umbel_server.superlink import SuperLink
+
+_LOOK_SECONDS = 1.0
+_CARRIER_MODE = 0o660
+_STOPPING_SECONDS = 5.0
+
+_logger = logging.getLogger("umbel.port")
+
+
+def carrier_socket(config: ServerConfig) -> Path:
+    """Where the jobs reach the process with the port."""
+    return Path(config.state) / "carrier.sock"
+
+
+class Admitted:
+    """The sites of sites.json, read again whenever the file changes."""
+
+    def __init__(self, path: Path, link: SuperLink) -> None:
+        self._path = path
+        self._link = link
+        self._stamp: tuple[int, int] | None = None
+        self._looked = 0.0
+        self._lock = threading.Lock()
+        self._keys: dict[str, str] = {}
+        self._nodes: dict[str, int] = {}
+
+    def keys(self) -> dict[str, str]:
+        """Relay public key (PEM) -> site."""
+        self._look()
+        return self._keys
+
+    def node(self, site: str) -> int | None:
+        """A site's node; None if it is not admitted."""
+        self._look()
+        return self._nodes.get(site)
+
+    def _look(self) -> None:
+        with self._lock:
+            if time.monotonic() - self._looked < _LOOK_SECONDS and self._stamp is not None:
+                return
+            self._looked = time.monotonic()
+            try:
+                status = self._path.stat()
+                stamp = (status.st_mtime_ns, status.st_ino)
+            except OSError:
+                stamp = (0, 0)
+            if stamp == self._stamp:
+                return
+            try:
+                sites = load_sites(self._path)
+            except UmbelError as error:
+                # Better the sites of a moment ago than none.
+                _logger.error("%s", error.diagnostics())
+                return
+            self._stamp = stamp
+            self._take(sites)
+
+    def _take(self, sites: dict[str, SiteEntry]) -> None:
+        keys = {site.relay_key: site.name for site in sites.values() if not site.revoked}
+        for key in self._keys.keys() - keys.keys():
+            self._link.unregister(key.encode())
+        self._nodes = {name: self._link.register(key.encode()) for key, name in keys.items()}
+        self._keys = keys
+        _logger.info("admitted: %s", ", ".join(sorted(self._nodes)) or "nobody yet")
+
+
+class SiteMailbox:
+    """See `carrier.Mailbox`."""
+
+    def __init__(self, link: SuperLink, admitted: Admitted) -> None:
+        self._link = link
+        self._admitted = admitted
+
+    def post(self, site: str, label: str, sealed: bytes, seconds: float) -> str | None:
+        """See `Mailbox`."""
+        node = self._admitted.node(site)
+        return None if node is None else self._link.post(node, label, sealed, seconds)
+
+    def collect(self, identifier: str) -> tuple[bool, bytes | None]:
+        """See `Mailbox`."""
+        reply = self._link.collect(identifier)
+        return (False, None) if reply is None else (True, reply.sealed)
+
+
+def serve(
+    config: ServerConfig,
+    listener: socket.socket,
+    context: ssl.SSLContext,
+    stopping: threading.Event,
+) -> None:
+    """Serves sites and jobs until `stopping`.
+
+    Raises:
+        StorageError: the socket to the jobs cannot be opened.
+    """
+    adopt("flwr")
+    link = SuperLink()
+    admitted = Admitted(Path(config.sites), link)
+    admitted.keys()
+    gate = Gate(
+        link.fleet,
+        admitted.keys,
+        lambda key: link.make_way(key.encode()),
+        lambda reason: _logger.warning("turned away: %s", reason),
+    )
+    web = server(gate, context)
+    carrier = SocketServer(carrier_socket(config), _CARRIER_MODE, workers=16)
+    carrier.add(CARRIER, methods(SiteMailbox(link, admitted)))
+    carrier.start()
+    carrier.serving(True)
+    thread = threading.Thread(target=web.run, args=([listener],), name="listener")
+    thread.start()
+    _logger.info("sites reach this server at %s", config.listen.address)
+    try:
+        while thread.is_alive() and not stopping.wait(1.0):
+            pass
+    finally:
+        carrier.stop(_STOPPING_SECONDS)
+        web.should_exit = True
+        thread.join(_STOPPING_SECONDS)
+        link.close()

@@ -1,0 +1,79 @@
+"""The process with the port: Flower's SuperLink behind the gate, and a Unix socket to the jobs.
+
+`umbel-server run` starts it, or a service manager: `python -m umbel_server.port_process
+server.toml`. It holds the server's TLS key, and no key of the operator's.
+"""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+FLOWER_ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+"""Flower reads these as it is imported."""
+
+
+def main() -> int:
+    """Runs until SIGTERM or SIGINT; returns the exit code."""
+    os.environ.update(FLOWER_ENVIRONMENT)
+
+    from umbel_host.console import exit_code
+    from umbel_host.log import configure
+
+    configure()
+    return exit_code(lambda: run(Path(sys.argv[1])))
+
+
+def run(path: Path) -> None:
+    """Serves until told to stop.
+
+    Raises:
+        UmbelError: the configuration, a certificate, the port, or the state folder.
+    """
+    from umbel_host.process import locked, told_to_stop
+    from umbel_server.config import load_config
+    from umbel_server.listener import tls_context
+
+    config = load_config(path)
+    context = tls_context(
+        Path(config.listen.certificate), Path(config.listen.key), Path(config.listen.client_ca)
+    )
+    state = Path(config.state)
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ["FLWR_DATABASE"] = str(state / "superlink.sqlite")
+    stopping = told_to_stop()
+    with locked(state / "port.lock", "the process with the port"):
+        listener = bound(config.listen.address, path)
+        # Flower opens its database as it is imported and made: not before the lock is held.
+        from umbel_server.port import serve
+
+        serve(config, listener, context, stopping)
+
+
+def bound(address: str, file: Path) -> socket.socket:
+    """A socket that is bound to an address.
+
+    Raises:
+        ConfigError: the port is taken, or the address is not one of this machine.
+    """
+    from umbel_common.errors import ConfigError
+
+    host, _, port = address.rpartition(":")
+    try:
+        return socket.create_server((host.strip("[]"), int(port)), backlog=128)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            "the port cannot be opened",
+            file=file,
+            field="listen.address",
+            found=f"{address}: {getattr(error, 'strerror', None) or error}",
+            remedy="end whatever else uses it, or give another port",
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

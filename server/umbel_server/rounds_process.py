@@ -1,0 +1,88 @@
+"""The process with the jobs: the operator's key, journal and registry, and no port.
+
+`umbel-server run` starts it, or a service manager: `python -m umbel_server.rounds_process
+server.toml`.
+"""
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from umbel_common.errors import StorageError
+from umbel_host.console import exit_code
+from umbel_host.keys import read_identity
+from umbel_host.log import configure
+from umbel_host.process import locked, told_to_stop
+from umbel_server.carrier import CarrierLink
+from umbel_server.config import load_config, load_roster
+from umbel_server.ports import Link
+from umbel_server.queue import JobQueue
+from umbel_server.rounds import Rounds
+
+_IDLE_SECONDS = 0.5
+_WAITING_SECONDS = 5.0
+"""Between two offers of a plan that people have not decided about."""
+
+_logger = logging.getLogger("umbel.rounds")
+
+
+def run(path: Path) -> None:
+    """Works off the queue until told to stop; the job under way goes on at the next start.
+
+    Raises:
+        UmbelError: the configuration, the key, the roster, or the queue.
+    """
+    config = load_config(path)
+    operator = read_identity(Path(config.identity))
+    load_roster(config)
+    state = Path(config.state)
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stopping = told_to_stop()
+
+    @contextmanager
+    def connect(stopped: Callable[[], bool]) -> Iterator[Link]:
+        with closing(CarrierLink(state / "carrier.sock", stopped)) as link:
+            yield link
+
+    with (
+        locked(state / "rounds.lock", "the process with the jobs"),
+        closing(JobQueue(state / "queue.sqlite")) as queue,
+    ):
+        rounds = Rounds(
+            state=state,
+            operator=operator,
+            queue=queue,
+            roster=lambda: load_roster(config),
+            limits=config.limits.limits(),
+            connect=connect,
+            stopping=stopping.is_set,
+        )
+        _logger.info("waiting for jobs in %s", state)
+        work(rounds, stopping)
+
+
+def work(rounds: Rounds, stopping: threading.Event) -> None:
+    """Until `stopping`. A full disk ends no process: the job can be resumed."""
+    while not stopping.is_set():
+        try:
+            busy = rounds.work()
+            pause = (
+                0.0 if busy else _IDLE_SECONDS if rounds.queue.next() is None else _WAITING_SECONDS
+            )
+        except StorageError as error:
+            _logger.error("%s", error.diagnostics())
+            pause = _WAITING_SECONDS
+        stopping.wait(pause)
+
+
+def main() -> int:
+    """Runs until SIGTERM or SIGINT; returns the exit code."""
+    configure()
+    return exit_code(lambda: run(Path(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

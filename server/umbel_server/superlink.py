@@ -1,0 +1,187 @@
+"""Flower's SuperLink as a carrier of sealed bytes: nodes, messages and objects in SQLite.
+
+Of Flower's three interfaces only Fleet is served, to relays. What Control and Runtime are for, to
+start a run and to speak for it, happens inside this process: no app bundle exists, and no token
+that could be stolen. `docs/adr/0011-flower-as-a-carrier.md` says why;
+`tests/e2e/test_flower_contract.py` holds every name of Flower's that is used here.
+"""
+
+import threading
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
+from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.main import create_app
+from starlette.types import ASGIApp
+
+from umbel_common.wire import FLOWER_MESSAGE_TYPE
+from umbel_host.flower import packed, unpacked
+
+_KEEP_ALIVE_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What became of a message."""
+
+    sealed: bytes | None
+    """None: the node is gone, the message expired, or the reply is none of ours."""
+
+
+class SuperLink:
+    """One SuperLink; its methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        """Opens the database that the environment names, and begins a new run in it.
+
+        What former runs left undelivered is deleted: nobody waits for it any more.
+        """
+        fleet = create_app()
+        # Nodes are registered here and by nobody else.
+        fleet.state.enable_supernode_auth = True
+        self.fleet: ASGIApp = fleet
+        """Flower's whole application; who serves it must let nothing but Fleet pass."""
+        self._state = fleet.state.linkstate_factory.state()
+        self._posting = threading.Lock()
+        self._arriving: dict[str, str | None] = {}
+        """Message -> its reply, whose pieces are being pushed; None: an error, which has none."""
+        self._stopped = threading.Event()
+        self._run_id, self._task_id = self._begin()
+        self._alive = threading.Thread(target=self._keep_alive, daemon=True)
+        self._alive.start()
+
+    def close(self) -> None:
+        """Ends the run, and deletes what it holds."""
+        self._stopped.set()
+        self._alive.join()
+        self._state.stop_run(self._run_id)
+
+    def register(self, key: bytes) -> int:
+        """The node of a relay's public key (PEM), which may connect from now on."""
+        known = self._state.get_node_id_by_public_key(key)
+        if known is not None:
+            return int(known)
+        return int(self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0))
+
+    def unregister(self, key: bytes) -> None:
+        """Lets a relay connect no more."""
+        known = self._state.get_node_id_by_public_key(key)
+        if known is not None:
+            self._state.delete_node(NOOP_FLWR_AID, known)
+
+    def make_way(self, key: bytes) -> None:
+        """Ends the former connection of a relay that connects again.
+
+        Flower would refuse it until the former connection has been silent for a minute.
+        """
+        known = self._state.get_node_id_by_public_key(key)
+        if known is not None:
+            self._state.deactivate_node(known)
+
+    def post(self, node: int, label: str, sealed: bytes, seconds: float) -> str | None:
+        """Leaves a message for a node; its ID, or None while the node was never connected.
+
+        Args:
+            label: what Flower shows of it.
+            seconds: after which nobody waits for the reply.
+        """
+        (info,) = self._state.get_node_info(node_ids=[node])
+        if info.status not in (NodeStatus.ONLINE, NodeStatus.OFFLINE):
+            return None
+        # One at a time: a message may be as large as an adapter.
+        with self._posting, no_object_id_recompute():
+            message = Message(
+                packed(sealed),
+                dst_node_id=node,
+                message_type=FLOWER_MESSAGE_TYPE,
+                ttl=seconds,
+                group_id=label,
+            )
+            identifier = str(message.object_id)
+            message.metadata.__dict__["_message_id"] = identifier
+            objects = get_all_nested_objects(message)
+            session = self._state.start_session(self._run_id)
+            stored, missing = self._state.store_message_and_object_tree(
+                remove_content_from_message(message), get_object_tree(message), session
+            )
+            if not stored:
+                return None
+            for name in missing:
+                self._state.store_object(self._run_id, session, name, objects[name].deflate())
+            return identifier
+
+    def collect(self, identifier: str) -> Reply | None:
+        """The reply to a message, once; None while it may still come."""
+        if identifier not in self._arriving:
+            replies = self._state.get_message_res({identifier}, self._run_id)
+            if not replies:
+                return None
+            # Flower tells of a reply once, when its node has announced it: not all is there yet.
+            (reply,) = replies
+            self._arriving[identifier] = (
+                None if reply.has_error() else str(reply.metadata.message_id)
+            )
+        announced = self._arriving[identifier]
+        sealed = None if announced is None else self._content(announced)
+        if sealed is _COMING:
+            return None
+        self._state.delete_messages({identifier})
+        del self._arriving[identifier]
+        return Reply(sealed)
+
+    def _content(self, identifier: str) -> bytes | None:
+        """What a node has pushed, piece by piece; `_COMING` while pieces are missing."""
+        store = self._state.object_store
+        try:
+            tree = store.get_object_tree(identifier)
+        except NoObjectInStoreError:
+            return None
+        contents = {}
+        for part in iterate_object_tree(tree):
+            content = self._state.get_object(self._run_id, part.object_id)
+            if content is None:
+                return None
+            if content == b"":
+                return _COMING
+            contents[part.object_id] = content
+        message = inflate_object_from_contents(identifier, contents)
+        store.delete(identifier)
+        return unpacked(message) if isinstance(message, Message) else None
+
+    def _begin(self) -> tuple[int, int]:
+        for run in self._state.get_run_info():
+            self._state.stop_run(run.run_id)
+            self._state.cleanup_run(run.run_id)
+        run_id = self._state.create_run(
+            None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
+        (run,) = self._state.get_run_info(run_ids=[run_id])
+        task_id = run.primary_task_id
+        self._state.claim_task(task_id)
+        self._state.activate_task(task_id)
+        TaskIdentity.task_id = task_id
+        TaskIdentity.run_id = run_id
+        TaskIdentity.node_id = SUPERLINK_NODE_ID
+        return run_id, task_id
+
+    def _keep_alive(self) -> None:
+        """Flower ends a run whose app is silent for a minute."""
+        while not self._stopped.wait(_KEEP_ALIVE_SECONDS):
+            if not self._state.acknowledge_task_heartbeat(self._task_id):
+                # The machine slept. What was under way is lost; who waits is told so.
+                self._run_id, self._task_id = self._begin()
+
+
+_COMING = b""
+"""No sealed message is empty."""
