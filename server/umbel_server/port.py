@@ -73,8 +73,6 @@ class Admitted:
 
     def _take(self, sites: dict[str, SiteEntry]) -> None:
         keys = {site.relay_key: site.name for site in sites.values() if not site.revoked}
-        for key in self._keys.keys() - keys.keys():
-            self._link.unregister(key.encode())
         self._nodes = {name: self._link.register(key.encode()) for key, name in keys.items()}
         self._keys = keys
         _logger.info("admitted: %s", ", ".join(sorted(self._nodes)) or "nobody yet")

@@ -74,12 +74,6 @@ class SuperLink:
             return int(known)
         return int(self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0))
 
-    def unregister(self, key: bytes) -> None:
-        """Lets a relay connect no more."""
-        known = self._state.get_node_id_by_public_key(key)
-        if known is not None:
-            self._state.delete_node(NOOP_FLWR_AID, known)
-
     def make_way(self, key: bytes) -> None:
         """Ends the former connection of a relay that connects again.
 

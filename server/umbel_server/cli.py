@@ -1,0 +1,53 @@
+"""`umbel-server`: what an operator does."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from umbel_host.console import exit_code
+from umbel_host.log import configure
+from umbel_host.supervisor import Command, supervise
+from umbel_server.adapters_cli import adapters
+from umbel_server.config import load_config
+from umbel_server.job_cli import job
+from umbel_server.plan_cli import plan
+
+app = typer.Typer(
+    name="umbel-server",
+    help="Aggregates what sites train together, and learns their sum only.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(plan, name="plan")
+app.add_typer(job, name="job")
+app.add_typer(adapters, name="adapters")
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Option(help="The operator's server.toml.")] = Path("server.toml"),
+) -> None:
+    """Serve: start the process with the port and the one with the jobs, and keep them running."""
+    load_config(config)
+    configure()
+    path = str(config.absolute())
+    code = supervise(
+        [
+            Command("port", "umbel_server.port_process", (path,)),
+            Command("rounds", "umbel_server.rounds_process", (path,)),
+        ]
+    )
+    if code:
+        raise typer.Exit(code)
+
+
+def main() -> None:
+    """The console script: every error is text for people, with its own exit code."""
+    sys.exit(exit_code(app))
+
+
+if __name__ == "__main__":
+    main()
