@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -282,6 +283,12 @@ def _work(
             TaskIdentity.run_id = metadata.run_id
             expires = metadata.created_at + metadata.ttl
             _push(client, node, clock, answer(request, handle), expires, stopping)
+            # Only now: what is confirmed is deleted, and could not be delivered again to a relay
+            # that died before it had the answer.
+            confirm = ConfirmMessageReceivedRequest(
+                node=node, run_id=metadata.run_id, message_object_id=metadata.message_id
+            )
+            _patiently(partial(client.ConfirmMessageReceived, confirm), stopping)
         except httpx.HTTPStatusError as error:
             if error.response.status_code in (401, 403):
                 raise
@@ -297,7 +304,7 @@ def _pull(
     for part in iterate_object_tree(tree):
         request = PullObjectRequest(node=node, run_id=run_id, object_id=part.object_id)
         while True:
-            pulled = _patiently(lambda request=request: client.PullObject(request), stopping)  # type: ignore[misc]  # bound now
+            pulled = _patiently(partial(client.PullObject, request), stopping)
             if pulled.object_available:
                 break
             if not pulled.object_found or stopping.wait(_BUSY_POLL_SECONDS):
@@ -307,10 +314,6 @@ def _pull(
     if not isinstance(message, Message):
         raise ValueError("what the server calls a message is none")
     message.metadata.__dict__["_message_id"] = tree.object_id
-    confirm = ConfirmMessageReceivedRequest(
-        node=node, run_id=run_id, message_object_id=tree.object_id
-    )
-    _patiently(lambda: client.ConfirmMessageReceived(confirm), stopping)
     return message
 
 
@@ -337,7 +340,7 @@ def _push(
             message_object_trees=[get_object_tree(reply)],
             clientapp_runtime_list=[0.0],
         )
-        pushed = _patiently(lambda: client.PushMessages(request), stopping)
+        pushed = _patiently(partial(client.PushMessages, request), stopping)
         for name in pushed.objects_to_push:
             part = PushObjectRequest(
                 node=node,
@@ -346,7 +349,7 @@ def _push(
                 object_id=name,
                 object_content=objects.pop(name).deflate(),
             )
-            _patiently(lambda part=part: client.PushObject(part), stopping)  # type: ignore[misc]  # bound now
+            _patiently(partial(client.PushObject, part), stopping)
 
 
 def _patiently(call: Callable[[], T], stopping: threading.Event) -> T:

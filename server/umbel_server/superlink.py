@@ -21,8 +21,10 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.state.schema.linkstate_models import MessageIns
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.main import create_app
+from sqlalchemy import update
 from starlette.types import ASGIApp
 
 from umbel_common.wire import FLOWER_MESSAGE_TYPE
@@ -54,6 +56,9 @@ class SuperLink:
         """Flower's whole application; who serves it must let nothing but Fleet pass."""
         self._state = fleet.state.linkstate_factory.state()
         self._posting = threading.Lock()
+        self._posted_lock = threading.Lock()
+        self._posted: dict[str, int] = {}
+        """Message without a reply -> its node."""
         self._arriving: dict[str, str | None] = {}
         """Message -> its reply, whose pieces are being pushed; None: an error, which has none."""
         self._stopped = threading.Event()
@@ -77,11 +82,24 @@ class SuperLink:
     def make_way(self, key: bytes) -> None:
         """Ends the former connection of a relay that connects again.
 
-        Flower would refuse it until the former connection has been silent for a minute.
+        Flower would refuse it until the former connection has been silent for a minute, and would
+        not deliver again what the former connection was given and did not answer.
         """
-        known = self._state.get_node_id_by_public_key(key)
-        if known is not None:
-            self._state.deactivate_node(known)
+        node = self._state.get_node_id_by_public_key(key)
+        if node is None:
+            return
+        self._state.deactivate_node(node)
+        with self._posted_lock:
+            unanswered = [name for name, owner in self._posted.items() if owner == node]
+            for name in unanswered:
+                if name in self._arriving:
+                    # The rest of that reply was lost with the connection.
+                    self._arriving[name] = None
+        again = update(MessageIns).where(
+            MessageIns.message_id.in_(unanswered), MessageIns.delivered_at != ""
+        )
+        with self._state.session() as session:
+            session.execute(again.values(delivered_at=""))
 
     def post(self, node: int, label: str, sealed: bytes, seconds: float) -> str | None:
         """Leaves a message for a node; its ID, or None while the node was never connected.
@@ -113,10 +131,16 @@ class SuperLink:
                 return None
             for name in missing:
                 self._state.store_object(self._run_id, session, name, objects[name].deflate())
+            with self._posted_lock:
+                self._posted[identifier] = node
             return identifier
 
     def collect(self, identifier: str) -> Reply | None:
         """The reply to a message, once; None while it may still come."""
+        with self._posted_lock:
+            if identifier not in self._posted:
+                # Posted to a former run of this process.
+                return Reply(None)
         if identifier not in self._arriving:
             replies = self._state.get_message_res({identifier}, self._run_id)
             if not replies:
@@ -131,7 +155,8 @@ class SuperLink:
         if sealed is _COMING:
             return None
         self._state.delete_messages({identifier})
-        del self._arriving[identifier]
+        with self._posted_lock:
+            del self._arriving[identifier], self._posted[identifier]
         return Reply(sealed)
 
     def _content(self, identifier: str) -> bytes | None:
