@@ -76,6 +76,7 @@ SERVER_TOML = """\
 address = "127.0.0.1:{port}"
 
 [limits]
+attempts = 3
 offer_seconds = 60
 train_seconds = 60
 stage_seconds = 30
