@@ -209,7 +209,34 @@ def _ask(console: Console) -> None:
         raise UmbelError("the plan was not approved: nothing was changed")
 
 
+def doctor(config: Config = CLIENT_TOML) -> None:
+    """Try everything that this site needs, one by one; change nothing."""
+    # It reads models and data; no other command should wait for what that takes to load.
+    from umbel_client.doctor import State, examine
+
+    console = Console(highlight=False)
+    broken = 0
+    for finding in examine(load_config(config)):
+        broken += finding.state is State.BROKEN
+        first, *more = finding.text.splitlines()
+        console.print(f"{finding.state.value:<5} {finding.name:<12} {first}", soft_wrap=True)
+        for line in more:
+            console.print(f"      {'':<12} {line}", soft_wrap=True)
+    if broken:
+        raise typer.Exit(1)
+
+
+def adapters(config: Config = CLIENT_TOML) -> None:
+    """List the adapters that this site received."""
+    folder = Path(load_config(config).state) / "adapters"
+    found = sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+    for path in found:
+        typer.echo(f"{path.name}  {path}")
+    if not found:
+        typer.echo("No adapter was received yet.")
+
+
 def register(app: typer.Typer) -> None:
     """Adds these commands to `umbel-client`."""
-    for command in (run, status, watch, pause, resume, plans, approve, reject):
+    for command in (run, status, watch, pause, resume, plans, approve, reject, adapters, doctor):
         app.command()(command)
