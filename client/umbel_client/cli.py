@@ -5,14 +5,12 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 
+from umbel_client import join_cli, service_cli
 from umbel_client.budget_cli import budget
 from umbel_client.roster_cli import roster
-from umbel_client.service_cli import register
-from umbel_common.canonical import Name
 from umbel_common.errors import StorageError
 from umbel_common.identity import Identity, fingerprint
 from umbel_common.key_statements import revoke as sign_revocation
@@ -20,6 +18,7 @@ from umbel_common.key_statements import rotate as sign_rotation
 from umbel_common.roster_file import revocation_to_json, rotation_to_json
 from umbel_host.console import exit_code, print_lines
 from umbel_host.keys import read_identity, write_identity
+from umbel_host.options import name
 from umbel_host.text_file import write_new_text
 
 app = typer.Typer(
@@ -31,18 +30,12 @@ app = typer.Typer(
 )
 app.add_typer(roster, name="roster")
 app.add_typer(budget, name="budget")
-register(app)
-
-
-def _name(value: str) -> str:
-    try:
-        return msgspec.convert(value, Name)
-    except msgspec.ValidationError:
-        raise typer.BadParameter("lower-case letters, digits and inner hyphens only") from None
+join_cli.register(app)
+service_cli.register(app)
 
 
 Federation = Annotated[
-    str, typer.Option(callback=_name, help="Name of the federation, as in the roster.")
+    str, typer.Option(callback=name, help="Name of the federation, as in the roster.")
 ]
 
 
@@ -75,7 +68,7 @@ def rotate(
     new: Annotated[Path, typer.Option(help="The new key file, which this makes.")],
     federation: Federation,
     site: Annotated[
-        str, typer.Option(callback=_name, help="This site's name in the roster, or `operator`.")
+        str, typer.Option(callback=name, help="This site's name in the roster, or `operator`.")
     ],
     out: Annotated[Path, typer.Option(help="The rotation, to be sent to everyone.")],
 ) -> None:

@@ -13,6 +13,7 @@ from umbel_server.adapters_cli import adapters
 from umbel_server.config import load_config
 from umbel_server.job_cli import job
 from umbel_server.plan_cli import plan
+from umbel_server.sites_cli import register
 
 app = typer.Typer(
     name="umbel-server",
@@ -21,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+register(app)
 app.add_typer(plan, name="plan")
 app.add_typer(job, name="job")
 app.add_typer(adapters, name="adapters")

@@ -43,6 +43,8 @@ class ListenConfig(Value, frozen=True):
     """Its private key."""
     client_ca: str = "ca/certificate.pem"
     """The authority that issued the sites' certificates."""
+    public: Address | None = None
+    """What sites are told to connect to; absent: `address`."""
 
 
 class LimitsConfig(Value, frozen=True):

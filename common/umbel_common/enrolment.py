@@ -1,0 +1,205 @@
+"""How a site comes in: it asks with its public keys, and is answered with a certificate.
+
+No private key travels. The request is signed by the site's identity and by its relay's key, so
+nobody can ask with a key that they do not have; the kit is signed by the operator. Who the two are,
+people settle by comparing fingerprints: neither file is believed for itself.
+"""
+
+from typing import Annotated
+
+import msgspec
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from umbel_common.canonical import Name, V, Value, digest, encode
+from umbel_common.errors import IdentityError, SignatureError
+from umbel_common.identity import (
+    SIGNATURE_BYTES,
+    Identity,
+    PublicKey,
+    label_of,
+    verifies,
+)
+
+Pem = Annotated[str, msgspec.Meta(max_length=8192)]
+
+
+class SiteRequest(Value, frozen=True):
+    """A site that wants to take part."""
+
+    federation: Name
+    site: Name
+    identity: PublicKey
+    """The public key of its identity, which everything that it says is signed with."""
+    relay_key: Pem
+    """The public key of its relay, PEM: ECDSA P-384."""
+    proof: bytes
+    """The relay key's own signature over all the above."""
+
+
+class SiteKit(Value, frozen=True):
+    """What the operator gives a site that it admits."""
+
+    federation: Name
+    site: Name
+    server: str
+    """Host and port."""
+    server_ca: Pem
+    """The authority that vouches for the server."""
+    certificate: Pem
+    """The relay's certificate."""
+    roster: str
+    """The operator's roster file: a proposal, which the site approves or not."""
+
+
+class SignedRequest(Value, frozen=True):
+    """A request and the signature of its identity."""
+
+    request: SiteRequest
+    signature: bytes
+
+
+class SignedKit(Value, frozen=True):
+    """A kit and the operator's signature."""
+
+    kit: SiteKit
+    signature: bytes
+
+
+def ask(
+    federation: str, site: str, identity: Identity, relay_key: ec.EllipticCurvePrivateKey, pem: str
+) -> SignedRequest:
+    """A request, signed by both keys.
+
+    Args:
+        pem: the relay's public key.
+    """
+    draft = SiteRequest(
+        federation=federation, site=site, identity=identity.public_key, relay_key=pem, proof=b""
+    )
+    proof = relay_key.sign(_proven(draft), ec.ECDSA(hashes.SHA384()))
+    request = msgspec.structs.replace(draft, proof=proof)
+    return SignedRequest(request, identity.sign(label_of(SiteRequest), encode(request)))
+
+
+def check_request(signed: SignedRequest, file: object) -> ec.EllipticCurvePublicKey:
+    """The relay's public key, of a request that both of its keys signed.
+
+    Args:
+        file: where the request came from, for errors.
+
+    Raises:
+        IdentityError: the relay's key is none that is accepted.
+        SignatureError: one of the two did not sign it.
+    """
+    request = signed.request
+    try:
+        key = load_pem_public_key(request.relay_key.encode())
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise IdentityError(
+            "a site's request has no usable relay key",
+            file=file,
+            field="relay_key",
+            accepted="an ECDSA P-384 public key, PEM",
+        )
+    try:
+        key.verify(request.proof, _proven(request), ec.ECDSA(hashes.SHA384()))
+        proven = True
+    except InvalidSignature:
+        proven = False
+    label = label_of(SiteRequest)
+    if not proven or not verifies(request.identity, label, encode(request), signed.signature):
+        raise SignatureError(
+            "a site's request is not signed by the keys that it names",
+            file=file,
+            field="signature" if proven else "proof",
+            remedy="ask the site to send the file again as `umbel-client init` made it",
+        )
+    return key
+
+
+def give(kit: SiteKit, operator: Identity) -> SignedKit:
+    """A kit, signed by the operator."""
+    return SignedKit(kit, operator.sign(label_of(SiteKit), encode(kit)))
+
+
+def check_kit(signed: SignedKit, operator: bytes, file: object) -> None:
+    """Refuses a kit that this operator did not sign.
+
+    Raises:
+        SignatureError: it did not.
+    """
+    if not verifies(operator, label_of(SiteKit), encode(signed.kit), signed.signature):
+        raise SignatureError(
+            "a kit is not signed by the operator",
+            file=file,
+            remedy="ask the operator for the kit again, and compare fingerprints",
+        )
+
+
+def _proven(request: SiteRequest) -> bytes:
+    bare = msgspec.structs.replace(request, proof=b"")
+    return digest("relay-key-proof", encode(bare))
+
+
+def request_to_json(signed: SignedRequest) -> str:
+    """A request as a file that people send."""
+    return _to_json(signed.request, signed.signature)
+
+
+def request_from_json(text: str, file: object) -> SignedRequest:
+    """Reads what `request_to_json` wrote; its signatures are not checked.
+
+    Raises:
+        IdentityError: no JSON, or an unknown, missing or wrong field.
+    """
+    request, signature = _from_json(text, SiteRequest, file, "a site's request")
+    return SignedRequest(request, signature)
+
+
+def kit_to_json(signed: SignedKit) -> str:
+    """A kit as a file that people send."""
+    return _to_json(signed.kit, signed.signature)
+
+
+def kit_from_json(text: str, file: object) -> SignedKit:
+    """Reads what `kit_to_json` wrote; its signature is not checked.
+
+    Raises:
+        IdentityError: no JSON, or an unknown, missing or wrong field.
+    """
+    kit, signature = _from_json(text, SiteKit, file, "a kit")
+    return SignedKit(kit, signature)
+
+
+def _to_json(value: Value, signature: bytes) -> str:
+    parts = msgspec.to_builtins(value, builtin_types=(bytes,))
+    parts["signature"] = signature
+    readable = {
+        name: part.hex() if isinstance(part, bytes) else part for name, part in parts.items()
+    }
+    return msgspec.json.format(msgspec.json.encode(readable), indent=2).decode() + "\n"
+
+
+def _from_json(text: str, kind: type[V], file: object, what: str) -> tuple[V, bytes]:
+    try:
+        parts = msgspec.json.decode(text, type=dict[str, str])
+        signature = bytes.fromhex(parts.pop("signature", ""))
+        for name in ("identity", "proof"):
+            if name in parts:
+                parts[name] = bytes.fromhex(parts[name])  # type: ignore[assignment]  # converted next
+        value = msgspec.convert(parts, kind)
+        if len(signature) != SIGNATURE_BYTES:
+            raise ValueError(f"a signature has {2 * SIGNATURE_BYTES} hexadecimal digits")
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise IdentityError(
+            f"{what} is malformed",
+            file=file,
+            found=str(error).replace("`$.", "`"),
+            remedy="ask for the file again",
+        ) from None
+    return value, signature

@@ -1,0 +1,176 @@
+"""The operator's folder: made once, whole or not at all, and its certificates renewed in place."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from umbel_common.errors import IdentityError, StorageError
+from umbel_common.identity import Identity, Roster
+from umbel_common.roster_document import RosterDocument
+from umbel_common.roster_file import document_to_json, roster_to_json
+from umbel_host.durable import create, replace
+from umbel_host.keys import write_identity
+from umbel_server.authority import Authority, certificate_pem, key_pem, new_authority, new_key
+from umbel_server.config import ServerConfig
+
+SERVER_TOML = """\
+# The operator's configuration: `umbel-server run` reads it. Relative paths start here.
+
+# Journal, queue, releases and the SuperLink's database.
+state = "state"
+# The operator's key. It signs plans and rounds; whoever has it is the operator.
+identity = "identity.pem"
+# Whom the operator believes, and whose relays may connect: `umbel-server sites` writes both.
+roster = "roster.json"
+sites = "sites.json"
+
+[listen]
+# Where sites reach this server. TLS 1.3, and only with a certificate of the authority in ca/.
+address = "{listen}"
+certificate = "tls/certificate.pem"
+key = "tls/key.pem"
+client_ca = "ca/certificate.pem"
+# What sites are told to connect to.
+public = "{public}"
+
+[limits]
+# Attempts at one round before the job fails; `umbel-server job resume` goes on with it.
+attempts = 3
+# Seconds for the sites' answers to a plan, for a round's training, and for each stage after it.
+offer_seconds = 60
+train_seconds = 3600
+stage_seconds = 60
+"""
+
+
+def set_up(folder: Path, federation: str, address: str) -> Identity:
+    """Makes an operator's folder, which must not exist or be empty.
+
+    Args:
+        address: host and port that sites connect to.
+
+    Returns:
+        the operator's new identity.
+
+    Raises:
+        StorageError: the folder holds something, or cannot be written; nothing is left of it.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise StorageError(
+            "an operator is set up in a folder of its own, and nothing is written over",
+            file=folder,
+            remedy="give another --folder",
+        )
+    host, _, port = address.rpartition(":")
+    now, authority_key, server_key = datetime.now(UTC), new_key(), new_key()
+    authority = Authority(new_authority(federation, authority_key, now), authority_key)
+    server = authority.server(server_key.public_key(), [host.strip("[]")], now)
+    identity = Identity.generate(os.urandom)
+    roster = Roster(federation=federation, operator=identity.public_key, members=())
+    with _whole(folder):
+        write_identity(folder / "identity.pem", identity)
+        _write(
+            folder,
+            {
+                "ca/key.pem": key_pem(authority_key),
+                "ca/certificate.pem": certificate_pem(authority.certificate),
+                "tls/key.pem": key_pem(server_key),
+                "tls/certificate.pem": certificate_pem(server),
+                "roster.json": roster_to_json(roster).encode(),
+                "server.toml": SERVER_TOML.format(
+                    listen=f"0.0.0.0:{port}", public=address
+                ).encode(),
+            },
+        )
+    return identity
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    existed = folder.exists()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if existed:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        if isinstance(error, OSError):
+            raise StorageError(
+                "the operator's folder cannot be written", file=folder, found=error.strerror
+            ) from None
+        raise
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        create(path, data, mode=0o600 if path.name == "key.pem" else 0o644)
+
+
+def load_authority(config: ServerConfig) -> Authority:
+    """The operator's authority, with its private key.
+
+    Raises:
+        IdentityError: its key or certificate is missing or unusable.
+    """
+    path = Path(config.listen.client_ca)
+    try:
+        key = load_pem_private_key(path.with_name("key.pem").read_bytes(), password=None)
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError, TypeError) as error:
+        raise IdentityError(
+            "the authority's key or certificate cannot be used",
+            file=path.parent,
+            found=error,
+            remedy="bring back key.pem and certificate.pem from a backup",
+        ) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise IdentityError("the authority's key is no ECDSA key", file=path.with_name("key.pem"))
+    return Authority(certificate, key)
+
+
+def renew_server(config: ServerConfig) -> x509.Certificate:
+    """A new certificate for the port, under the names of the old one and with the same key.
+
+    Raises:
+        IdentityError: the authority cannot be used.
+        StorageError: the old certificate cannot be read, or the new one not written.
+    """
+    path = Path(config.listen.certificate)
+    try:
+        old = x509.load_pem_x509_certificate(path.read_bytes())
+        names = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        hosts = [str(name.value) for name in names]
+        key = old.public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)  # as `set_up` made it
+        renewed = load_authority(config).server(key, hosts, datetime.now(UTC))
+        replace(path, certificate_pem(renewed))
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            "the server's certificate cannot be renewed", file=path, found=error
+        ) from None
+    return renewed
+
+
+def save_roster(config: ServerConfig, document: RosterDocument) -> None:
+    """Puts another roster in the place of the operator's.
+
+    Raises:
+        StorageError: it cannot be written; the former one stays.
+    """
+    path = Path(config.roster)
+    try:
+        replace(path, document_to_json(document).encode())
+    except OSError as error:
+        raise StorageError(
+            "the operator's roster cannot be written", file=path, found=error.strerror
+        ) from None
