@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench utility audit fuzz vectors docs clean
+.PHONY: demo federation test lint bench utility audit fuzz vectors docs clean
 
 $(BIN)/activate-demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ $(BIN)/activate-fuzz: pyproject.toml constraints.txt
 
 demo: $(BIN)/activate-demo  ## Four hospitals on one machine, real model, real clinical text.
 	$(BIN)/umbel-simulate run quickstart
+
+federation: $(BIN)/activate-demo  ## A server and three hospitals as real processes, with TLS.
+	$(BIN)/umbel-simulate federation
 
 test: $(BIN)/activate-dev  ## All tests, as in CI.
 	$(BIN)/pytest -n 2 --dist loadfile

@@ -113,9 +113,16 @@ def resume(config: Config = CLIENT_TOML) -> None:
     typer.echo("resumed")
 
 
-def plans(config: Config = CLIENT_TOML) -> None:
+def plans(
+    config: Config = CLIENT_TOML,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
     """List the plans that wait for approval."""
     proposals = Decisions(Path(load_config(config).state)).proposals()
+    if as_json:
+        rows = [{"job": one.plan.job, "digest": one.digest.hex()} for one in proposals]
+        typer.echo(msgspec.json.encode(rows).decode())
+        return
     console = Console(highlight=False)
     if not proposals:
         console.print("No plan waits for approval.")
@@ -132,7 +139,8 @@ def plans(config: Config = CLIENT_TOML) -> None:
             privacy_text(plan),
             proposal.digest.hex()[:16],
         )
-    console.print(table)
+    # Rich would cut a table to the width of a terminal that is none.
+    console.print(table, soft_wrap=True)
 
 
 def approve(

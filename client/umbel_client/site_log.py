@@ -55,8 +55,13 @@ class SiteLog:
         self._tell("step", f"round {round_number}: step {step} of {steps}", logging.DEBUG)
 
     def refused(self, error: UmbelError) -> None:
-        """See `Observer`."""
-        self._tell("refused", error.diagnostics(), logging.WARNING)
+        """See `Observer`. What is refused again and again, such as a plan that waits for people, is
+        told once."""
+        text = error.diagnostics()
+        with self._lock:
+            again = self.last is not None and (self.last.kind, self.last.text) == ("refused", text)
+        if not again:
+            self._tell("refused", text, logging.WARNING)
 
     def note(self, text: str, level: int = logging.INFO) -> None:
         """Anything else that the site's people should know."""

@@ -13,8 +13,7 @@ from typing import Protocol
 import grpc
 import msgspec
 
-from umbel_common.errors import UnreachableError
-from umbel_host.sockets import channel, joined, pieces, unreachable
+from umbel_host.sockets import channel, joined, pieces
 from umbel_server.ports import JobStopped, Step
 
 CARRIER = "umbel.v1.Carrier"
@@ -165,36 +164,23 @@ class CarrierLink:
         return True, reply
 
     def _leave(self, step: Step, site: str, sealed: bytes, deadline: float) -> str | None:
-        """The ID of the posted message; None if it cannot be posted now."""
-        address = _Address(site, str(step), max(deadline - time.monotonic(), 1.0))
+        """The ID of the posted message; None while the site was never connected.
 
-        def request() -> Iterator[bytes]:
-            yield msgspec.json.encode(address)
-            yield from pieces(sealed)
+        Waits for the other process while it is being restarted: every message goes through it.
+        """
+        while True:
+            address = _Address(site, str(step), max(deadline - time.monotonic(), 1.0))
+            try:
+                answer = self._post(_request(address, sealed), timeout=address.seconds)
+            except grpc.RpcError:
+                self._check_stopped()
+                if time.monotonic() >= deadline:
+                    return None
+                time.sleep(_AGAIN_SECONDS)
+            else:
+                return msgspec.json.decode(answer, type=Posted).identifier
 
-        try:
-            answer = self._post(request(), wait_for_ready=True, timeout=address.seconds)
-        except grpc.RpcError:
-            return None
-        return msgspec.json.decode(answer, type=Posted).identifier
 
-
-def require_carrier(path: Path, seconds: float) -> None:
-    """Waits for the process with the port.
-
-    Raises:
-        UnreachableError: it is not there in time.
-    """
-    connection = channel(path)
-    try:
-        grpc.channel_ready_future(connection).result(timeout=seconds)
-    except grpc.FutureTimeoutError:
-        raise UnreachableError(
-            "the process with the port does not answer",
-            file=path,
-            remedy="`umbel-server run` starts both; its log says why one ended",
-        ) from None
-    except grpc.RpcError as error:
-        raise unreachable(path, error) from None
-    finally:
-        connection.close()
+def _request(address: _Address, sealed: bytes) -> Iterator[bytes]:
+    yield msgspec.json.encode(address)
+    yield from pieces(sealed)

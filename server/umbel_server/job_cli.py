@@ -85,7 +85,7 @@ def status(
     elif not jobs:
         console.print("No job was started yet.")
     else:
-        console.print(_table(jobs))
+        console.print(_table(jobs), soft_wrap=True)
 
 
 def _public(queued: QueuedJob) -> dict[str, object]:

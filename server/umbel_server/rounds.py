@@ -15,7 +15,7 @@ from umbel_common.roster_file import document_from_json, document_to_json
 from umbel_common.secagg.unmasking import WrongShare
 from umbel_common.statements import Release
 from umbel_common.wire import Refusal, Reply
-from umbel_server.job import Job
+from umbel_server.job import UNDECIDED, Job
 from umbel_server.ports import JobStopped, Limits, Link, Step
 from umbel_server.queue import JobQueue, QueuedJob, State
 from umbel_server.registry import Registry
@@ -41,7 +41,8 @@ class Progress:
         if step != self._step:
             self._step, self._answered = step, []
         if isinstance(reply, Refusal):
-            _logger.warning("%s: %s refuses %s: %s", self._job, site, step, reply.check)
+            level = logging.INFO if reply.check in UNDECIDED else logging.WARNING
+            _logger.log(level, "%s: %s refuses %s: %s", self._job, site, step, reply.check)
             return
         self._answered.append(site)
         self._queue.set_progress(
@@ -121,11 +122,13 @@ class Rounds:
             self.queue.set_state(queued.job, State.STOPPED)
             _logger.info("%s is stopped by the operator", queued.job)
         except UmbelError as error:
-            _logger.error("%s: %s", queued.job, error.diagnostics())
             if isinstance(error, JobFailed) and error.may_accept:
                 # People decide about plans in their own time.
+                if error.diagnostics() != queued.detail:
+                    _logger.warning("%s waits: %s", queued.job, error.diagnostics())
                 self.queue.set_state(queued.job, State.WAITING, error.diagnostics())
                 return False
+            _logger.error("%s: %s", queued.job, error.diagnostics())
             self.queue.set_state(queued.job, State.FAILED, error.diagnostics())
         else:
             self.queue.set_state(queued.job, State.FINISHED)

@@ -23,7 +23,7 @@ from umbel_server.queue import JobQueue
 from umbel_server.rounds import Rounds
 
 _IDLE_SECONDS = 0.5
-_WAITING_SECONDS = 5.0
+_WAITING_SECONDS = 10.0
 """Between two offers of a plan that people have not decided about."""
 
 _logger = logging.getLogger("umbel.rounds")

@@ -68,6 +68,24 @@ def run(
         console.print(f"check it: umbel-simulate verify {folder}", soft_wrap=True, highlight=False)
 
 
+@app.command()
+def federation(
+    scenario: ScenarioName = "federation",
+    folder: Annotated[Path, typer.Option(help="A new folder.")] = Path("federation"),
+) -> None:
+    """Run a scenario by real processes: a server and its sites, with certificates and approvals."""
+    from umbel_simulations.processes import run_federation
+    from umbel_simulations.scenario import find_scenario
+
+    console = Console(highlight=False)
+    adapter = run_federation(
+        find_scenario(scenario),
+        folder.absolute(),
+        lambda text: console.print(text, markup=False, soft_wrap=True),
+    )
+    console.print(f"adapter: {adapter}", soft_wrap=True)
+
+
 @app.command("list")
 def list_command() -> None:
     """List the shipped scenarios."""

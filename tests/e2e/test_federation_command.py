@@ -1,0 +1,43 @@
+"""`umbel-simulate federation`: a whole deployment on one machine, by its commands."""
+
+import json
+from pathlib import Path
+
+from e2e.conftest import TinyScenario
+
+
+def test_it_ends_with_an_adapter_that_every_site_has(tiny: TinyScenario) -> None:
+    folder = tiny.folder / "federation"
+    done = tiny.simulate("federation", tiny.path, "--folder", folder)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    adapters = [folder / "adapter", *folder.glob("hospital-*/state/adapters/tiny")]
+    assert len(adapters) == 4
+    weights = {(path / "adapter_model.safetensors").read_bytes() for path in adapters}
+    assert len(weights) == 1
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 2
+    for command in ("umbel-server init", "umbel-client join", "umbel-client approve", "finish"):
+        assert command in done.stdout
+    assert not _processes_in(folder)
+
+
+def _processes_in(folder: Path) -> list[str]:
+    """Command lines of processes that still work in a folder."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(folder) in line:
+            lines.append(line)
+    return lines
+
+
+def test_a_folder_that_holds_something_is_left_alone(tiny: TinyScenario) -> None:
+    folder = tiny.folder / "federation"
+    folder.mkdir()
+    (folder / "precious").touch()
+    done = tiny.simulate("federation", tiny.path, "--folder", folder)
+    assert done.returncode == 51
+    assert [path.name for path in folder.iterdir()] == ["precious"]
