@@ -27,6 +27,7 @@ import msgspec
 from umbel_client.policy import Policy
 from umbel_common.canonical import Name, Value
 from umbel_common.config import parse_toml
+from umbel_common.enrolment import Address
 from umbel_common.errors import ConfigError
 from umbel_common.plan import Count
 
@@ -66,7 +67,7 @@ class RelayConfig(Value, frozen=True):
     """The `[relay]` table: what the process with the network works with. `umbel-client init` and
     `umbel-client join` make the files."""
 
-    server: Annotated[str, msgspec.Meta(pattern=r"^[^\s:/]+:[0-9]{1,5}\Z")]
+    server: Address
     """Host and port of the aggregation server."""
     server_ca: str = "relay/server-ca.pem"
     """Certificate of the authority that vouches for the server."""
@@ -100,8 +101,10 @@ class ClientConfig(Value, frozen=True):
     it no network namespace of its own."""
     threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
     """CPU threads for training."""
-    physical_batch_size: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 32
-    """Records computed at once: sets memory and speed, not the result."""
+    physical_batch_size: Annotated[int, msgspec.Meta(ge=1, le=65536)] | Literal["auto"] = "auto"
+    """Records computed at once: sets memory and speed, not the result. `auto`: as many as fit into
+    half of the memory that is free when a job begins, and are worth it. Where memory runs out in a
+    step, its batch is cut smaller, and stays so for the rest of the job."""
 
 
 def load_config(path: Path) -> ClientConfig:

@@ -9,6 +9,7 @@ import msgspec
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from umbel_client.model_folder import skeleton
 from umbel_common.errors import ModelError
@@ -16,6 +17,8 @@ from umbel_common.plan import Classification, Lora, Method, Tensor
 
 PEFT_PREFIX = "base_model.model."
 """How PEFT begins every name that it saves."""
+LINEAR = (nn.Linear, Conv1D)
+"""Layers that take an adapter; Conv1D is GPT-2's linear layer, its weight stored as [in, out]."""
 
 
 def plan_lora(
@@ -98,6 +101,7 @@ def _attach_lora(
         target_modules=list(lora.target_modules),
         layers_to_transform=None if lora.layers is None else list(lora.layers),
         lora_dropout=0.0,
+        fan_in_fan_out=_stores_weights_turned(base, lora),
         modules_to_save=["classifier"] if stock else None,
     )
     with warnings.catch_warnings():
@@ -109,6 +113,12 @@ def _attach_lora(
         for name, parameter in adapted.named_parameters()
         if parameter.requires_grad
     }
+
+
+def _stores_weights_turned(base: PreTrainedModel, lora: Lora) -> bool:
+    """Whether the targets are Conv1D; PEFT would find out, and warn."""
+    found = (_modules_named(base, target) for target in lora.target_modules)
+    return any(type(module) is Conv1D for modules in found for module in modules.values())
 
 
 def _saved_name(live: str) -> str:
@@ -135,27 +145,34 @@ def check_targets(folder: Path, base: PreTrainedModel, lora: Lora) -> None:
     Raises:
         ModelError: it is not; names it and the linear layers that there are.
     """
-    linear = {name for name, module in base.named_modules() if type(module) is nn.Linear}
+    linear = {name for name, module in base.named_modules() if type(module) in LINEAR}
     for target in lora.target_modules:
-        found = {
-            name: module
-            for name, module in base.named_modules()
-            if name == target or name.endswith(f".{target}")
-        }
+        found = _modules_named(base, target)
         wanted = [None] if lora.layers is None else list(lora.layers)
         for layer in wanted:
             matches = [name for name in found if layer is None or _layer_of(name) == layer]
             if not matches:
-                raise _no_target(folder, linear, target, layer, "no module of that name")
+                unnumbered = found and all(_layer_of(name) is None for name in found)
+                what = "its layers have no number that PEFT can read" if unnumbered else None
+                raise _no_target(folder, linear, target, layer, what or "no module of that name")
             for name in matches:
                 if name not in linear or name.startswith("classifier"):
                     kind = "the head" if name in linear else type(found[name]).__name__
                     raise _no_target(folder, linear, target, layer, f"{name}: {kind}")
 
 
+def _modules_named(base: PreTrainedModel, target: str) -> dict[str, nn.Module]:
+    """As PEFT matches a target."""
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if name == target or name.endswith(f".{target}")
+    }
+
+
 def _layer_of(name: str) -> int | None:
     """Index of the transformer layer that a module is part of, as PEFT reads it."""
-    match = re.match(r".*\.[^.]*\.(\d+)\.", name)
+    match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
     return int(match.group(1)) if match else None
 
 
@@ -169,5 +186,6 @@ def _no_target(
         file=folder,
         field=f"lora.target_modules: {target}" + ("" if layer is None else f" in layer {layer}"),
         found=found,
-        accepted=f"linear layers {', '.join(sorted(kinds))} in layers {layers}",
+        accepted=f"linear layers {', '.join(sorted(kinds))} in "
+        + (f"layers {layers}" if layers else "all layers: leave lora.layers out"),
     )

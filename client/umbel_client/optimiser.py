@@ -13,18 +13,30 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from umbel_common.plan import Adam, Tensor, TrainingPlan
+from umbel_client.unbiased_adam import UnbiasedAdam
+from umbel_common.errors import PlanError
+from umbel_common.plan import Adam, LocalPrivacy, Tensor, TrainingPlan
 
 OptimizerState: TypeAlias = dict[str, npt.NDArray[np.float32]]
 """`exp_avg/<tensor>`, `exp_avg_sq/<tensor>` and `step/<tensor>`, or `momentum_buffer/<tensor>`."""
 
 
 def build_optimizer(
-    plan: TrainingPlan, trained: tuple[Tensor, ...], parameters: Mapping[str, nn.Parameter]
+    plan: TrainingPlan,
+    trained: tuple[Tensor, ...],
+    parameters: Mapping[str, nn.Parameter],
+    noise_multiplier: float | None,
 ) -> torch.optim.Optimizer:
     """The plan's optimiser over a round's parameters: one group for the adapter, one for the head.
 
     Groups without parameters are left out.
+
+    Args:
+        noise_multiplier: standard deviation of this site's noise in units of the clip norm; None
+            without privacy.
+
+    Raises:
+        PlanError: the plan subtracts the noise's share from Adam's moments, and there is no noise.
     """
     settings = plan.training.optimizer
     rates = {True: settings.head_learning_rate, False: settings.adapter_learning_rate}
@@ -35,8 +47,25 @@ def build_optimizer(
     ]
     if isinstance(settings, Adam):
         betas = (settings.beta1, settings.beta2)
+        if settings.unbiased:
+            deviation = _noise_deviation(plan, noise_multiplier)
+            return UnbiasedAdam(
+                groups, betas=betas, least_moment=settings.eps, noise_deviation=deviation
+            )
         return torch.optim.Adam(groups, betas=betas, eps=settings.eps)
     return torch.optim.SGD(groups, momentum=settings.momentum)
+
+
+def _noise_deviation(plan: TrainingPlan, noise_multiplier: float | None) -> float:
+    """Of one element of the gradient that the optimiser is given: sigma C / B."""
+    if not isinstance(plan.privacy, LocalPrivacy) or noise_multiplier is None:
+        raise PlanError(
+            "without noise there is none to subtract from Adam's second moment",
+            field="training.optimizer.unbiased",
+            found=True,
+            accepted="false while privacy.mode is none",
+        )
+    return noise_multiplier * plan.privacy.clip_norm / plan.training.expected_batch_size
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

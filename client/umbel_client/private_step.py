@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from umbel_client.batch_parts import BatchLimit, compute_parts, limit_of
 from umbel_client.model import AdaptedModel
 from umbel_client.noise import NoiseSource
 from umbel_client.prepared import PreparedData
@@ -29,6 +30,10 @@ def flat(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
 def automatic(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
     """Brings all to nearly the clip norm: AUTO-S (Bu et al. 2023, section 4), its gamma 0.01."""
     return clip_norm / (norms + 0.01)
+
+
+CLIPPINGS: dict[str, Clipping] = {"flat": flat, "automatic": automatic}
+"""By the plan's names for them."""
 
 
 class PrivateOptimizer:
@@ -80,6 +85,12 @@ class PrivateOptimizer:
         """
         gradients = take_gradients(self.parameters, records)
         self._sum += clipped_sum(gradients, units, self._clip_norm, self._clipping)
+
+    def discard(self) -> None:
+        """Forgets the gradients of a backward pass that did not end; the sum stays as it is."""
+        for parameter in self.parameters:
+            holder: Any = parameter
+            holder.grad_sample = None
 
     def step(self) -> None:
         """Moves along the sum with its noise, and begins a new sum.
@@ -174,7 +185,7 @@ def private_step(
     data: PreparedData,
     chosen: Ints,
     optimizer: PrivateOptimizer,
-    physical_batch_size: int,
+    physical_batch_size: int | BatchLimit,
     units: Ints | None = None,
 ) -> None:
     """Takes one noisy step on the chosen records; with none chosen, on noise alone.
@@ -182,27 +193,18 @@ def private_step(
     Skipping an empty batch would tell that it was empty, and break the accounting.
 
     Args:
+        physical_batch_size: records computed at once; a limit is lowered where memory runs out.
         units: int64[records of the data], the unit of each record; None: each record is a unit.
 
     Raises:
-        ModelError: a unit's records are in several physical batches.
+        ModelError: a unit's records are in several physical batches, or do not fit into memory.
     """
-    parts = list(data.physical_batches(chosen, physical_batch_size))
-    _check_whole(parts, units)
-    for part in parts:
+
+    def compute(part: Ints) -> None:
         with torch.enable_grad():
             task.losses(model, task.batch(data, part)).sum().backward()  # type: ignore[no-untyped-call]  # torch
         optimizer.accumulate(len(part), None if units is None else units[part])
+
+    limit = limit_of(physical_batch_size)
+    compute_parts(data, chosen, limit, units, compute=compute, discard=optimizer.discard)
     optimizer.step()
-
-
-def _check_whole(parts: list[Ints], units: Ints | None) -> None:
-    """A unit in two physical batches would be clipped in each, and count twice."""
-    if units is None or not parts:
-        return
-    members = np.concatenate([np.unique(units[part]) for part in parts])
-    if len(members) != len(np.unique(members)):
-        raise ModelError(
-            "the records of a unit are in several physical batches",
-            accepted="all records of a unit in one",
-        )

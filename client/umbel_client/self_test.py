@@ -18,17 +18,25 @@ from umbel_client.noise import NoiseSource
 from umbel_client.optimiser import build_optimizer
 from umbel_client.per_sample import per_record_gradients
 from umbel_client.prepared import PreparedData
-from umbel_client.private_step import PrivateOptimizer, private_step, take_gradients
+from umbel_client.private_step import (
+    CLIPPINGS,
+    PrivateOptimizer,
+    private_step,
+    take_gradients,
+)
 from umbel_client.task import ClassificationTask
 from umbel_client.tokens import Ints, Tokens
 from umbel_common.canonical import Entropy
 from umbel_common.errors import ModelError
-from umbel_common.plan import LocalPrivacy
+from umbel_common.plan import Clipping, LocalPrivacy
 
 LENGTHS = (9, 4, 7)
 """Tokens of the made-up records: unequal, and unlike their number, so that an axis taken for
 another shows itself."""
 EVERY = np.arange(len(LENGTHS))
+EXCESS = (10.0, 0.5, 10.0)
+"""Norms of their gradients in clip norms, when clipping is tested: one that needs none is among
+them, since not every rule leaves it alone."""
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
 """Largest relative difference of a gradient from that of its record alone. Rounding gives 1e-5 and
@@ -66,6 +74,7 @@ def self_test(model: AdaptedModel, noise_multiplier: float | None, *, entropy: E
                 round_number=round_number,
                 parameters=model.select(round_number),
                 clip_norm=plan.privacy.clip_norm,
+                clipping=plan.privacy.clipping,
                 noise_multiplier=noise_multiplier,
                 entropy=entropy,
             )
@@ -85,6 +94,7 @@ class _Trial:
     round_number: int
     parameters: dict[str, nn.Parameter]
     clip_norm: float
+    clipping: Clipping
     noise_multiplier: float
     entropy: Entropy
 
@@ -94,15 +104,20 @@ class _Trial:
             return _TASK.losses(self.model, _TASK.batch(self.data, indices))
 
     def optimizer(
-        self, inner: torch.optim.Optimizer, *, noise_multiplier: float
+        self,
+        inner: torch.optim.Optimizer,
+        *,
+        noise_multiplier: float,
+        expected_batch_size: float = 1.0,
     ) -> PrivateOptimizer:
-        """For batches of one record on average."""
+        """As a round has it, for batches of one record on average unless the caller says more."""
         return PrivateOptimizer(
             inner,
             NoiseSource(self.entropy),
             noise_multiplier=noise_multiplier,
             clip_norm=self.clip_norm,
-            expected_batch_size=1.0,
+            expected_batch_size=expected_batch_size,
+            clipping=CLIPPINGS[self.clipping],
         )
 
     def descent(self) -> torch.optim.Optimizer:
@@ -189,14 +204,20 @@ def _check_separate(trial: _Trial, alone: torch.Tensor) -> None:
 
 
 def _check_clipped(trial: _Trial, alone: torch.Tensor) -> None:
-    """Losses are scaled so that each gradient is ten times too long."""
+    """Losses are scaled so that gradients have the norms that `EXCESS` says."""
     norms = alone.norm(dim=1, keepdim=True)
+    excess = torch.tensor(EXCESS, dtype=torch.float64).unsqueeze(1)
     losses = trial.losses(EVERY)
-    (losses * (10 * trial.clip_norm / norms).flatten().to(losses)).sum().backward()
+    (losses * (excess * trial.clip_norm / norms).flatten().to(losses)).sum().backward()
     optimizer = trial.optimizer(trial.descent(), noise_multiplier=0.0)
     optimizer.accumulate(len(EVERY))
     found = trial.step_from_zero(optimizer) / trial.clip_norm
-    wanted = (alone / norms).sum(0)
+    # By other arithmetic than the step's: a fault in that must not excuse itself.
+    if trial.clipping == "automatic":
+        shares = excess * trial.clip_norm / (excess * trial.clip_norm + 0.01)
+    else:
+        shares = excess.clamp(max=1.0)
+    wanted = (shares * alone / norms).sum(0)
     if not (found - wanted).norm() <= len(EVERY) * TOLERANCES[trial.model.precision]:
         raise ModelError(
             "the gradients of records are not clipped to the clip norm",
@@ -231,8 +252,13 @@ def _check_moves(trial: _Trial) -> None:
     _set_random(trial.model)
     before = {name: parameter.detach().clone() for name, parameter in trial.parameters.items()}
     plan = trial.model.plan
-    inner = build_optimizer(plan, plan.trained_tensors(trial.round_number), trial.parameters)
-    optimizer = trial.optimizer(inner, noise_multiplier=trial.noise_multiplier)
+    trained, noise = plan.trained_tensors(trial.round_number), trial.noise_multiplier
+    inner = build_optimizer(plan, trained, trial.parameters, noise)
+    optimizer = trial.optimizer(
+        inner,
+        noise_multiplier=noise,
+        expected_batch_size=plan.training.expected_batch_size,
+    )
     private_step(_TASK, trial.model, trial.data, EVERY, optimizer, physical_batch_size=2)
     still = [name for name, value in before.items() if torch.equal(value, trial.parameters[name])]
     if still:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbel_client.accounting import Event, calibrate, epsilon, largest_delta, require_delta
+from umbel_client.batch_parts import BatchLimit
 from umbel_client.budget import Budget
 from umbel_client.config import ClientConfig
 from umbel_client.data import load_records
@@ -16,6 +17,7 @@ from umbel_client.delta_cache import DeltaCache, State
 from umbel_client.ledger import Ledger
 from umbel_client.model import AdaptedModel
 from umbel_client.observer import Observer
+from umbel_client.physical_batch import find_physical_batch_size
 from umbel_client.precision import chosen_precision
 from umbel_client.prepared import prepare
 from umbel_client.self_test import self_test
@@ -116,6 +118,7 @@ class SiteJob:
                 cache=state / "cache",
                 progress=lambda done, total: observer.preparing("frozen layers", done, total),
             )
+            self._batch_limit = BatchLimit(self._physical_batch_size())
             self._deltas = DeltaCache(state / "deltas" / plan.job)
         except BaseException:
             self._ledger.close()
@@ -213,10 +216,20 @@ class SiteJob:
             None if event is None else event.noise_multiplier,
             self._optimizer_state(number),
             entropy=self._entropy,
-            physical_batch_size=self._config.physical_batch_size,
+            physical_batch_size=self._batch_limit,
             on_step=lambda step, steps: self._observer.step(number, step, steps),
         )
         return self._deltas.save(number, adapter_digest, result.delta, result.state)
+
+    def _physical_batch_size(self) -> int:
+        if self._config.physical_batch_size != "auto":
+            return self._config.physical_batch_size
+        units = self._data.units is not None
+        return find_physical_batch_size(
+            self._model,
+            self._data.prefix,
+            records_per_unit=self._config.data.max_records_per_unit if units else 1,
+        )
 
     def _optimizer_state(self, number: int) -> State | None:
         """Of the last round that this site computed: it may have slept through some."""

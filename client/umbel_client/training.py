@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from umbel_client.averaging import MovingAverage
+from umbel_client.batch_parts import BatchLimit, compute_parts, limit_of
 from umbel_client.model import AdaptedModel
 from umbel_client.noise import NoiseSource
 from umbel_client.optimiser import (
@@ -22,7 +24,7 @@ from umbel_client.optimiser import (
 )
 from umbel_client.per_sample import per_record_gradients
 from umbel_client.prepared import PreparedData
-from umbel_client.private_step import PrivateOptimizer, private_step
+from umbel_client.private_step import CLIPPINGS, PrivateOptimizer, private_step
 from umbel_client.task import ClassificationTask, Task
 from umbel_client.tokens import Ints
 from umbel_common.adapter import Vector, unflatten
@@ -41,7 +43,8 @@ class RoundResult:
     """What a round leaves at the site."""
 
     delta: Vector
-    """float32[size of the round's tensors]: the local adapter minus the global one."""
+    """float32[size of the round's tensors]: the local adapter, or its average over the steps where
+    the plan has one, minus the global one."""
     state: OptimizerState
     """Moments of the optimiser, for the next round."""
 
@@ -75,7 +78,7 @@ def train_round(
     state: OptimizerState | None,
     *,
     entropy: Entropy,
-    physical_batch_size: int,
+    physical_batch_size: int | BatchLimit,
     on_step: StepTaken,
 ) -> RoundResult:
     """Trains the adapter for one round, from `global_vector`, float32[plan.lora.size].
@@ -87,11 +90,13 @@ def train_round(
             when the plan has no privacy.
         state: from the round before, or None.
         entropy: for this round's batches and noise.
-        physical_batch_size: records computed at once; sets memory and speed, not the result.
+        physical_batch_size: records computed at once; sets memory and speed, not the result. A
+            limit is lowered where memory runs out.
 
     Raises:
         PlanError: the noise multiplier does not fit the plan's privacy.
-        ModelError: the adapter did not move in the first step, or is not finite in the end.
+        ModelError: the adapter did not move in the first step, or is not finite in the end, or the
+            records of one unit do not fit into memory.
     """
     _check_noise(plan, noise_multiplier)
     noise = NoiseSource(entropy)
@@ -99,19 +104,24 @@ def train_round(
     model.set_vector(global_vector)
     parameters = model.select(round_number)
     start = model.values(trained)
-    optimizer = build_optimizer(plan, trained, parameters)
+    optimizer = build_optimizer(plan, trained, parameters, noise_multiplier)
     restore_state(optimizer, parameters, state)
     steps = plan.training.local_steps
+    limit = limit_of(physical_batch_size)
+    decay = plan.training.average_decay
+    average = None if decay is None else MovingAverage(decay)
     with _stepping(plan, model, data, optimizer, noise, noise_multiplier) as take_step:
         for step in range(steps):
             job_step = (round_number - 1) * steps + step
             set_learning_rates(optimizer, plan.training.learning_rate_factor(job_step))
             chosen = data.records_of(noise.poisson_batch(data.unit_count, sample_rate))
-            take_step(chosen, physical_batch_size)
+            take_step(chosen, limit)
             if step == 0 and (noise_multiplier is not None or len(chosen)):
                 _check_moved(model, start, trained, every=noise_multiplier is not None)
+            if average is not None:
+                average.add(model.values(trained) - start)
             on_step(step + 1, steps)
-    delta = model.values(trained) - start
+    delta = model.values(trained) - start if average is None else average.value()
     if not np.isfinite(delta).all():
         raise ModelError(
             "training diverged: the adapter is not finite",
@@ -128,8 +138,8 @@ def evaluate(model: AdaptedModel, data: PreparedData, batch_size: int) -> Ints:
     return predicted
 
 
-TakeStep = Callable[[Ints, int], None]
-"""Takes one step on (chosen records, physical batch size)."""
+TakeStep = Callable[[Ints, BatchLimit], None]
+"""Takes one step on (chosen records, limit of physical batches)."""
 
 
 @contextmanager
@@ -144,7 +154,9 @@ def _stepping(
     """The kind of step that the plan's privacy asks for."""
     expected = plan.training.expected_batch_size
     if not isinstance(plan.privacy, LocalPrivacy) or noise_multiplier is None:
-        yield lambda chosen, size: plain_step(_TASK, model, data, chosen, optimizer, size, expected)
+        yield lambda chosen, limit: plain_step(
+            _TASK, model, data, chosen, optimizer, limit, expected
+        )
         return
     private = PrivateOptimizer(
         optimizer,
@@ -152,10 +164,11 @@ def _stepping(
         noise_multiplier=noise_multiplier,
         clip_norm=plan.privacy.clip_norm,
         expected_batch_size=expected,
+        clipping=CLIPPINGS[plan.privacy.clipping],
     )
     units = None if data.units is None else data.units.of_record
     with per_record_gradients(model):
-        yield lambda chosen, size: private_step(_TASK, model, data, chosen, private, size, units)
+        yield lambda chosen, limit: private_step(_TASK, model, data, chosen, private, limit, units)
 
 
 def plain_step(
@@ -164,18 +177,28 @@ def plain_step(
     data: PreparedData,
     chosen: Ints,
     optimizer: torch.optim.Optimizer,
-    physical_batch_size: int,
+    physical_batch_size: int | BatchLimit,
     expected_batch_size: float,
 ) -> None:
     """One step without privacy, with the batches and denominators of the private one."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    for part in data.physical_batches(chosen, physical_batch_size):
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+
+    def compute(part: Ints) -> None:
         with torch.enable_grad():
             losses = task.losses(model, task.batch(data, part))
             losses = losses * data.unit_shares(part).to(losses.device)
-            (losses.sum() / expected_batch_size).backward()  # type: ignore[no-untyped-call]  # torch
+            total = losses.sum() / expected_batch_size
+        # A backward pass that fails midway would have added some of its gradients already.
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                parameter.grad += gradient
+
+    units = None if data.units is None else data.units.of_record
+    limit = limit_of(physical_batch_size)
+    compute_parts(data, chosen, limit, units, compute=compute, discard=lambda: None)
     optimizer.step()
 
 

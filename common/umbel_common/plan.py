@@ -22,6 +22,7 @@ Delta = Annotated[float, msgspec.Meta(ge=1e-15, lt=1)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 
 Method = Literal["both", "ffa", "alternate"]
+Clipping = Literal["flat", "automatic"]
 
 
 class BaseModel(Value, frozen=True):
@@ -104,6 +105,12 @@ class Adam(Value, frozen=True, tag_field="optimizer", tag="adam"):
     beta1: Fraction = 0.9
     beta2: Fraction = 0.99
     eps: Positive = 1e-8
+    """Added to the root of the second moment. Where `unbiased`: the least second moment itself
+    (gamma' of DP-AdamBC), so that a step is at most the rate times first moment / sqrt(eps)."""
+    unbiased: bool = False
+    """DP-AdamBC (Tang, Shpilevskiy and Lecuyer 2024, algorithm 1): what the noise adds to the
+    second moment is subtracted from it. Steps are then longer, so rates and eps must be found
+    anew."""
 
 
 class Sgd(Value, frozen=True, tag_field="optimizer", tag="sgd"):
@@ -125,6 +132,10 @@ class Training(Value, frozen=True):
     optimizer: Adam | Sgd
     final_learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     """Learning rates fall linearly to this share of their first value over the whole job."""
+    average_decay: Fraction | None = None
+    """A site releases the exponential moving average of its parameters over the round's local steps
+    (De et al. 2022, section 3), with this decay and without the bias of its start; None: what the
+    last step left."""
 
     @property
     def steps(self) -> int:
@@ -148,6 +159,11 @@ class LocalPrivacy(Value, frozen=True, tag_field="mode", tag="local"):
     epsilon: Positive
     delta: Delta
     clip_norm: Scale
+    """Largest contribution of a unit to the sum of a step, in the Euclidean norm."""
+    clipping: Clipping = "flat"
+    """`flat`: a gradient longer than the clip norm is shortened to it. `automatic`: each is brought
+    to nearly the clip norm (AUTO-S, Bu et al. 2023), so that the clip norm only scales the learning
+    rate. Both cost the same privacy."""
 
 
 class NoPrivacy(Value, frozen=True, tag_field="mode", tag="none"):
@@ -211,6 +227,14 @@ def check_plan(plan: TrainingPlan) -> None:
             field="aggregation.weights",
             found="examples",
             accepted="equal or size-class while privacy.mode is local",
+        )
+    optimizer = plan.training.optimizer
+    if isinstance(optimizer, Adam) and optimizer.unbiased and isinstance(plan.privacy, NoPrivacy):
+        raise PlanError(
+            "without noise there is none to subtract from Adam's second moment",
+            field="training.optimizer.unbiased",
+            found=True,
+            accepted="false while privacy.mode is none",
         )
     if plan.aggregation.weights == "equal" and plan.aggregation.max_weight != 1:
         raise PlanError(

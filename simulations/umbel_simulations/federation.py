@@ -192,7 +192,7 @@ class Federation:
             site=json.dumps(site),
             public_size=size,
             labels=json.dumps(list(labels)),
-            physical_batch_size=self._scenario.compute.physical_batch_size,
+            physical_batch_size=json.dumps(self._scenario.compute.site_batch_size),
             model=json.dumps(str(model.resolve())),
             digest=json.dumps(folder_digest(model).hex()),
             privacy=self._privacy_policy(),

@@ -63,6 +63,7 @@ def make_plan(
             expected_batch_size=scenario.training.expected_batch_size,
             optimizer=_optimizer(scenario),
             final_learning_rate=scenario.training.final_learning_rate,
+            average_decay=scenario.training.average_decay,
         ),
         privacy=scenario.privacy,
         aggregation=Aggregation(
@@ -87,6 +88,8 @@ def _optimizer(scenario: Scenario) -> Adam | Sgd:
             head_learning_rate=training.head_learning_rate,
             beta1=training.beta1,
             beta2=training.beta2,
+            eps=training.eps,
+            unbiased=training.unbiased,
         )
     return Sgd(
         adapter_learning_rate=training.adapter_learning_rate,

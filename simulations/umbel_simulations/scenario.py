@@ -133,10 +133,16 @@ class TrainingSettings(Value, frozen=True):
     """Adam only."""
     beta2: Fraction = 0.99
     """Adam only."""
+    eps: Positive = 1e-8
+    """Adam only; with `unbiased` the least second moment."""
+    unbiased: bool = False
+    """Adam only: DP-AdamBC, which subtracts the noise from the second moment."""
     momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     """SGD only."""
     final_learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     """Learning rates fall linearly to this share of their first value."""
+    average_decay: Fraction | None = None
+    """Release the moving average of a round's local steps, with this decay; absent: the last."""
 
 
 class AggregationSettings(Value, frozen=True):
@@ -183,8 +189,14 @@ class Compute(Value, frozen=True):
 
     workers: Count | None = None
     """Sites that work at once, one thread each; absent: one for each core."""
-    physical_batch_size: Count = 96
-    """Records that go through the model at once; bounds the memory."""
+    site_batch_size: Count | Literal["auto"] = msgspec.field(default=96, name="physical_batch_size")
+    """`physical_batch_size`: records that go through the model at once; bounds the memory. `auto`:
+    each site finds it out, as in a deployment."""
+
+    @property
+    def physical_batch_size(self) -> int:
+        """For what trains outside of a site; with `auto` its default."""
+        return 96 if self.site_batch_size == "auto" else self.site_batch_size
 
 
 class Scenario(Value, frozen=True, kw_only=True):
@@ -206,7 +218,7 @@ class Scenario(Value, frozen=True, kw_only=True):
     lora: LoraSettings
     training: TrainingSettings
     privacy: LocalPrivacy | NoPrivacy
-    """`mode = "local"` with epsilon, delta and clip_norm, or `mode = "none"`."""
+    """`mode = "local"` with epsilon, delta, clip_norm and clipping, or `mode = "none"`."""
     aggregation: AggregationSettings
     site_policy: SitePolicy = SitePolicy()
     faults: Faults = Faults()
@@ -266,7 +278,9 @@ def override(
     if seed is not None:
         scenario = replace(scenario, seed=seed)
     if no_dp:
-        scenario = replace(scenario, privacy=NoPrivacy())
+        # There is then no noise to subtract from Adam's moments.
+        training = replace(scenario.training, unbiased=False)
+        scenario = replace(scenario, privacy=NoPrivacy(), training=training)
     check_scenario(scenario, f"scenario {scenario.name} with the command line's options")
     return scenario
 

@@ -63,6 +63,7 @@ def test_what_is_not_given_has_the_strict_default(tmp_path: Path) -> None:
     assert not config.policy.examples_as_weights
     assert (config.policy.minimum_cohort, config.policy.colluding_sites) == (3, 1)
     assert config.threads == 1
+    assert config.physical_batch_size == "auto"
 
 
 def test_what_is_given_stays_as_it_is(tmp_path: Path) -> None:
@@ -73,6 +74,21 @@ def test_what_is_given_stays_as_it_is(tmp_path: Path) -> None:
     config = load(tmp_path, text)
     assert config.data == DataConfig(str(tmp_path / "notes.jsonl"), 5000, "note", "finding")
     assert config.model == ModelConfig(str(tmp_path / "models/minilm"), "bfloat16")
+
+
+@pytest.mark.parametrize(("given", "found"), [("24", 24), ('"auto"', "auto")])
+def test_a_physical_batch_size_is_a_number_or_found_out(
+    tmp_path: Path, given: str, found: object
+) -> None:
+    config = load(tmp_path, f"physical_batch_size = {given}\n{TEXT}")
+    assert config.physical_batch_size == found
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "65537", '"all"', "1.5"])
+def test_another_physical_batch_size_is_refused(tmp_path: Path, given: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, f"physical_batch_size = {given}\n{TEXT}")
+    assert caught.value.field == "physical_batch_size"
 
 
 def test_a_policy_without_labels_has_none(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The adapted model: the agreed one, exactly as planned, or an error that says what differs."""
 
 import json
+import os
+import warnings
 from pathlib import Path
 
 import msgspec
@@ -18,6 +20,8 @@ from transformers import (
     BertTokenizerFast,
     DistilBertConfig,
     DistilBertModel,
+    GPT2Config,
+    GPT2Model,
     PreTrainedModel,
     RobertaConfig,
     RobertaModel,
@@ -27,6 +31,10 @@ from umbel_client.batch import TokenInputs
 from umbel_client.export import write_adapter
 from umbel_client.model import AdaptedModel, folder_digest, plan_lora
 from umbel_client.model_folder import load_base
+from umbel_client.per_sample import per_record_gradients
+from umbel_client.prefix import frozen_prefix
+from umbel_client.self_test import self_test
+from umbel_client.tokens import Tokens
 from umbel_common.adapter import initial_vector
 from umbel_common.errors import ModelError, PlanError
 from umbel_common.identity import Signed
@@ -63,6 +71,12 @@ def roberta(folder: Path) -> Path:
     torch.manual_seed(2)
     config = RobertaConfig(num_hidden_layers=3, pad_token_id=0, **SIZES)
     return saved(folder, RobertaModel(config, add_pooling_layer=False))
+
+
+def gpt2(folder: Path) -> Path:
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
+    return saved(folder, GPT2Model(GPT2Config(initializer_range=0.3, **sizes)))
 
 
 def lora_of(folder: Path, task: Classification, **changes: object) -> Lora:
@@ -203,6 +217,87 @@ def test_a_target_that_is_no_linear_layer_is_refused(
         lora_of(folder, Classification(labels=("a", "b")), **changes)
     assert caught.value.field == f"lora.target_modules: {field}"
     assert "dense, key, query, value in layers [0, 1, 2]" in str(caught.value.accepted)
+
+
+EVERY_GPT2 = ("c_attn", "c_proj", "c_fc")
+"""GPT-2's linear layers are Conv1D, which stores its weight as [in, out]."""
+
+
+def test_the_adapter_of_a_conv1d_has_the_shapes_of_a_linear_layers(tmp_path: Path) -> None:
+    folder = gpt2(tmp_path / "m")
+    with warnings.catch_warnings():
+        # PEFT must not find out for itself, and say so, that the weights are turned.
+        warnings.filterwarnings("error", message="fan_in_fan_out")
+        plan = plan_of(folder, target_modules=EVERY_GPT2, layers=None)
+        AdaptedModel.load(folder, plan)
+    table = {t.name: t.shape for t in plan.lora.tensors if ".0.attn.c_attn." in t.name}
+    prefix = "base_model.model.h.0.attn.c_attn"
+    assert table == {f"{prefix}.lora_A.weight": (2, 16), f"{prefix}.lora_B.weight": (48, 2)}
+    assert len(plan.lora.tensors) == 2 * 2 * 4 + 2
+
+
+@pytest.mark.parametrize("targets", [("c_attn",), ("attn.c_attn", "attn.c_proj"), EVERY_GPT2])
+@pytest.mark.parametrize("method", ["both", "ffa"])
+def test_records_of_a_conv1d_model_have_gradients_of_their_own(
+    tmp_path: Path, targets: tuple[str, ...], method: str
+) -> None:
+    folder = gpt2(tmp_path / "m")
+    plan = plan_of(folder, target_modules=targets, layers=None, method=method)
+    model = AdaptedModel.load(folder, plan)
+    model.set_vector(some_vector(plan))
+    trained = list(model.select(1).values())
+    with per_record_gradients(model):
+        model.logits(INPUTS)[:, 0].sum().backward()
+        found = torch.cat([p.grad_sample.flatten(1) for p in trained], dim=1)
+    for row, length in enumerate((5, 3)):
+        alone = TokenInputs(*(part[row : row + 1, :length] for part in (INPUTS.ids, INPUTS.mask)))
+        gradients = torch.autograd.grad(model.logits(alone)[0, 0], trained)
+        wanted = torch.cat([gradient.flatten() for gradient in gradients])
+        assert (found[row] - wanted).norm() <= 1e-5 * wanted.norm()
+    self_test(model, 1.0, entropy=os.urandom)
+
+
+def test_a_conv1d_models_release_is_loaded_by_plain_peft(tmp_path: Path) -> None:
+    folder = gpt2(tmp_path / "m")
+    plan = plan_of(folder, target_modules=EVERY_GPT2, layers=None)
+    model = AdaptedModel.load(folder, plan)
+    vector = some_vector(plan)
+    model.set_vector(vector)
+    release = tmp_path / "release"
+    write_adapter(release, plan, vector, Signed(b"", bytes(64)), base_model=folder)
+    with warnings.catch_warnings():
+        # The release does not say how the base model stores its weights; PEFT looks.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        peft = PeftModel.from_pretrained(AutoModel.from_pretrained(folder), release).eval()
+    head = safetensors.torch.load_file(release / "head.safetensors")
+    tokens = peft(input_ids=INPUTS.ids, attention_mask=INPUTS.mask).last_hidden_state
+    mask = INPUTS.mask.unsqueeze(-1)
+    pooled = torch.nn.functional.normalize((tokens * mask).sum(1) / mask.sum(1), dim=-1)
+    wanted = plan.task.logit_scale * pooled @ head["weight"].T + head["bias"]
+    torch.testing.assert_close(model.logits(INPUTS), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_conv1d_model_has_no_cache_but_under_a_head_alone(tmp_path: Path) -> None:
+    """It is not built like BERT, so its layers do not run apart from each other."""
+    folder = gpt2(tmp_path / "m")
+    tokens = Tokens(np.array([5, 6, 7], dtype=np.int32), np.array([0, 3]), 0)
+    for targets, kind in ((("c_attn",), "nothing"), ((), "pooled")):
+        plan = plan_of(folder, target_modules=targets, layers=None)
+        model = AdaptedModel.load(folder, plan)
+        assert model.frozen_output == kind
+        prefix = frozen_prefix(model, tokens, None, lambda _done, _total: None)
+        assert (prefix is None) == (kind == "nothing")
+
+
+def test_what_a_conv1d_model_lacks_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    folder = gpt2(tmp_path / "m")
+    with pytest.raises(ModelError, match="no classification head") as caught:
+        plan_of(folder, head="stock", target_modules=("c_attn",), layers=None)
+    assert caught.value.accepted == "task.head: mean-pool"
+    with pytest.raises(ModelError, match="no number that PEFT can read") as caught:
+        plan_of(folder, target_modules=("c_attn",), layers=(1,))
+    assert caught.value.field == "lora.target_modules: c_attn in layer 1"
+    assert "leave lora.layers out" in str(caught.value.accepted)
 
 
 def test_a_target_inside_the_head_is_refused(tmp_path: Path) -> None:

@@ -46,7 +46,11 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: transformers.DistilBertModel(transformers.DistilBertConfig(**DISTILLED)),
         ["q_lin", "v_lin"],
     ),
-    "Llama and SmolLM2": (
+    "Llama": (
+        lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
+        ["q_proj", "v_proj"],
+    ),
+    "SmolLM2": (
         lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)),
         ["q_proj", "v_proj"],
     ),
@@ -177,9 +181,10 @@ def test_the_fused_forward_pass_is_pefts(family: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @every_family
-def test_gradient_checkpointing_keeps_records_apart(family: str) -> None:
+@pytest.mark.parametrize("trains", ["AB", "A", "B"])
+def test_gradient_checkpointing_keeps_records_apart(family: str, trains: str) -> None:
     """Layers then run a second time within the backward pass."""
-    model = adapted(family)
+    model = adapted(family, trains=trains)
     wanted = one_at_a_time(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     # Transformers checkpoints in training mode only; none of these models has dropout left.
@@ -203,7 +208,7 @@ def test_gradient_checkpointing_keeps_records_apart(family: str) -> None:
 
 
 @every_family
-@pytest.mark.parametrize("trains", ["AB", "B"])
+@pytest.mark.parametrize("trains", ["AB", "A", "B"])
 def test_bfloat16_autocast_gives_nearly_the_same_gradients(family: str, trains: str) -> None:
     model = adapted(family, trains=trains)
 

@@ -20,6 +20,7 @@ from umbel_common.plan import (
     Aggregation,
     BaseModel,
     Classification,
+    Clipping,
     LocalPrivacy,
     NoPrivacy,
     Training,
@@ -40,10 +41,13 @@ def model_of(
     targets: tuple[str, ...] = ("query", "value"),
     privacy: LocalPrivacy | NoPrivacy = PRIVATE,
     adapter_learning_rate: float = 1e-3,
+    unbiased: bool = False,
     precision: Precision = "float32",
 ) -> AdaptedModel:
     task = Classification(labels=("a", "b"), head=head)
-    optimizer = Adam(adapter_learning_rate=adapter_learning_rate, head_learning_rate=1e-2)
+    optimizer = Adam(
+        adapter_learning_rate=adapter_learning_rate, head_learning_rate=1e-2, unbiased=unbiased
+    )
     plan = TrainingPlan(
         federation="f",
         job="j",
@@ -95,6 +99,25 @@ def test_sound_parts_pass_and_the_adapter_is_as_before(
 )
 def test_it_passes_with_few_or_many_or_no_adapted_layers(tiny_model: Path, options: dict) -> None:
     run(model_of(tiny_model, **options))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("clip_norm", [1e-3, 0.5, 100.0])
+def test_it_passes_with_automatic_clipping_and_unbiased_adam(
+    tiny_model: Path, clip_norm: float, precision: Precision
+) -> None:
+    privacy = LocalPrivacy(epsilon=8.0, delta=1e-5, clip_norm=clip_norm, clipping="automatic")
+    run(model_of(tiny_model, privacy=privacy, unbiased=True, precision=precision))
+
+
+@pytest.mark.parametrize(("planned", "used"), [("flat", "automatic"), ("automatic", "flat")])
+def test_clipping_by_another_rule_than_the_plans_is_found(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, planned: Clipping, used: Clipping
+) -> None:
+    monkeypatch.setitem(private_step.CLIPPINGS, planned, private_step.CLIPPINGS[used])
+    privacy = LocalPrivacy(epsilon=8.0, delta=1e-5, clip_norm=0.5, clipping=planned)
+    with pytest.raises(ModelError, match="not clipped to the clip norm"):
+        run(model_of(tiny_model, privacy=privacy))
 
 
 def test_padding_that_positions_depend_on_is_not_taken_for_a_neighbour(

@@ -24,6 +24,7 @@ from umbel_common.plan import (
     Aggregation,
     BaseModel,
     Classification,
+    Clipping,
     LocalPrivacy,
     NoPrivacy,
     Sgd,
@@ -337,6 +338,115 @@ def test_an_adapter_that_the_model_does_not_use_stops_the_round(folder: Path) ->
     model.adapter[name] = torch.nn.Parameter(model.adapter[name].detach().clone())
     with pytest.raises(ModelError, match="not separate"):
         train(model, ragged(), plan)
+
+
+def with_clipping(clipping: Clipping, clip_norm: float = 0.5) -> LocalPrivacy:
+    return LocalPrivacy(epsilon=8.0, delta=1e-5, clip_norm=clip_norm, clipping=clipping)
+
+
+@pytest.mark.parametrize("clipping", ["flat", "automatic"])
+def test_the_plans_clipping_is_that_of_the_sum(folder: Path, clipping: Clipping) -> None:
+    data = ragged()
+    gradients = true_gradients(model_of(folder, plan_of(folder)), data, np.arange(16))
+    norms = np.linalg.norm(gradients, axis=1, keepdims=True)
+    clip_norm = float(np.median(norms))
+    plan = plan_of(folder, privacy=with_clipping(clipping, clip_norm))
+    options = {"sample_rate": 1.0, "noise_multiplier": NEXT_TO_NOTHING}
+    found = -train(AdaptedModel.load(folder, plan), data, plan, **options).delta * 8
+    sums = {
+        "flat": (gradients * np.minimum(1, clip_norm / norms)).sum(0),
+        "automatic": (gradients * clip_norm / (norms + 0.01)).sum(0),
+    }
+    assert np.linalg.norm(found - sums[clipping]) < 1e-5 * np.linalg.norm(sums[clipping])
+    assert np.linalg.norm(sums["flat"] - sums["automatic"]) > 0.05 * np.linalg.norm(found)
+
+
+@pytest.mark.parametrize("clipping", ["flat", "automatic"])
+def test_a_unit_moves_the_sum_of_a_round_by_the_clip_norm_at_most(
+    folder: Path, clipping: Clipping
+) -> None:
+    """Neighbouring data sets: all records of one patient are there, or are not."""
+    owners, every = np.repeat(np.arange(6), [1, 5, 2, 1, 4, 3]), ragged()
+    plan = plan_of(folder, privacy=with_clipping(clipping))
+    model = AdaptedModel.load(folder, plan)
+    options = {"sample_rate": 1.0, "noise_multiplier": NEXT_TO_NOTHING, "physical_batch_size": 16}
+
+    def summed(kept: np.ndarray) -> np.ndarray:
+        starts, ids = every.tokens.starts, every.tokens.ids
+        lengths = every.tokens.lengths[kept]
+        tokens = Tokens(
+            np.concatenate([ids[slice(*starts[row : row + 2])] for row in kept]),
+            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            0,
+        )
+        _, numbers = np.unique(owners[kept], return_inverse=True)
+        data = PreparedData(tokens, every.labels[kept], None, Units(numbers.astype(np.int64)))
+        return -train(model, data, plan, **options).delta * 8
+
+    whole = summed(np.arange(16))
+    moves = [np.linalg.norm(whole - summed(np.flatnonzero(owners != unit))) for unit in range(6)]
+    assert max(moves) <= 0.5 * (1 + 1e-4)
+    # Nothing else keeps them so short.
+    assert max(moves) > 0.9 * 0.5
+
+
+def test_unbiased_adam_is_given_the_noise_of_this_site(folder: Path) -> None:
+    """A step of plain descent with the same noise tells the gradient that Adam saw."""
+    unbiased = Adam(adapter_learning_rate=0.01, head_learning_rate=0.02, eps=1e-6, unbiased=True)
+    data, options = ragged(), {"sample_rate": 1.0, "noise_multiplier": 3.0}
+    plain, plan = plan_of(folder), plan_of(folder, optimizer=unbiased)
+    model = AdaptedModel.load(folder, plan)
+    gradient = -train(model, data, plain, **options).delta.astype(float)
+    found = unflatten(train(model, data, plan, **options).delta, plan.lora.tensors)
+    moments = np.maximum(gradient**2 - (3.0 * 0.5 / 8) ** 2, 1e-6)
+    assert 0.1 < (moments == 1e-6).mean() < 0.9
+    wanted = unflatten((gradient / np.sqrt(moments)).astype(np.float32), plan.lora.tensors)
+    for tensor in plan.lora.tensors:
+        rate = 0.02 if tensor.role == "head" else 0.01
+        np.testing.assert_allclose(
+            found[tensor.name], -rate * wanted[tensor.name], rtol=1e-2, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.95])
+@pytest.mark.parametrize("private", [True, False])
+def test_the_average_of_a_rounds_steps_is_released(
+    folder: Path, decay: float, private: bool
+) -> None:
+    """Rounds of one, two and so on steps with the same entropy tell what each step left."""
+    privacy = PRIVATE if private else NoPrivacy()
+    shared = {"privacy": privacy, "optimizer": Sgd(0.1, 0.1, 0.5)}
+    data, steps = ragged(), 6
+    iterates = []
+    for count in range(1, steps + 1):
+        plan = plan_of(folder, local_steps=count, **shared)
+        model = AdaptedModel.load(folder, plan)
+        last = train(model, data, plan)
+        iterates.append(last.delta.astype(float))
+    weights = decay ** np.arange(steps)[::-1]
+    wanted = (weights[:, None] * np.stack(iterates)).sum(0) / weights.sum()
+    plan = plan_of(folder, local_steps=steps, average_decay=decay, **shared)
+    found = train(model, data, plan)
+    assert np.abs(found.delta - wanted).max() < 1e-5 * np.abs(wanted).max()
+    assert np.abs(found.delta - last.delta).max() > 0.01 * np.abs(wanted).max()
+    # The path of the optimiser is as it was.
+    assert all(np.array_equal(found.state[key], last.state[key]) for key in last.state)
+
+
+def test_an_average_of_one_step_is_that_step(folder: Path) -> None:
+    data = ragged()
+    plan, averaged = plan_of(folder), plan_of(folder, average_decay=0.9)
+    model = AdaptedModel.load(folder, plan)
+    wanted = train(model, data, plan).delta
+    np.testing.assert_allclose(train(model, data, averaged).delta, wanted, rtol=1e-6)
+
+
+def test_without_an_average_a_round_leaves_exactly_what_its_last_step_left(folder: Path) -> None:
+    plan, data = plan_of(folder, local_steps=3, optimizer=ADAM), ragged()
+    assert plan.training.average_decay is None
+    model = AdaptedModel.load(folder, plan)
+    delta = train(model, data, plan).delta
+    assert np.array_equal(delta, model.vector() - some_vector(plan))
 
 
 def test_training_that_diverges_is_an_error(folder: Path) -> None:

@@ -6,8 +6,10 @@ import pytest
 from umbel_common.canonical import decode_canonical, encode
 from umbel_common.errors import PlanError
 from umbel_common.plan import (
+    Adam,
     Aggregation,
     Classification,
+    LocalPrivacy,
     Lora,
     NoPrivacy,
     Sgd,
@@ -57,6 +59,47 @@ def test_equal_weights_are_one(make_plan: MakePlan) -> None:
     aggregation = Aggregation(threshold=2, clip_range=1.0, step=1e-6, max_weight=2)
     with pytest.raises(PlanError, match="max_weight"):
         check_plan(make_plan(aggregation=aggregation))
+
+
+def test_noise_is_subtracted_from_adams_moments_only_where_there_is_some(
+    make_plan: MakePlan,
+) -> None:
+    def with_adam(unbiased: bool) -> Training:
+        adam = Adam(adapter_learning_rate=1e-3, head_learning_rate=1e-2, unbiased=unbiased)
+        return msgspec.structs.replace(make_plan().training, optimizer=adam)
+
+    check_plan(make_plan(training=with_adam(True)))
+    check_plan(make_plan(training=with_adam(False), privacy=NoPrivacy()))
+    with pytest.raises(PlanError) as caught:
+        check_plan(make_plan(training=with_adam(True), privacy=NoPrivacy()))
+    assert caught.value.field == "training.optimizer.unbiased"
+
+
+def test_what_is_new_in_a_plan_is_off_unless_it_is_asked_for(make_plan: MakePlan) -> None:
+    plan = make_plan()
+    assert isinstance(plan.privacy, LocalPrivacy)
+    assert isinstance(plan.training.optimizer, Adam)
+    assert plan.privacy.clipping == "flat"
+    assert not plan.training.optimizer.unbiased
+    assert plan.training.average_decay is None
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("privacy", "clipping", "ghost"),
+        ("training", "average_decay", 1.0),
+        ("training", "average_decay", 0.0),
+        ("training", "average_decay", -0.5),
+    ],
+)
+def test_a_value_that_a_plan_cannot_have_is_refused(
+    make_plan: MakePlan, part: str, field: str, value: object
+) -> None:
+    fields = msgspec.to_builtins(make_plan())
+    fields[part][field] = value
+    with pytest.raises(msgspec.ValidationError, match=field):
+        msgspec.convert(fields, TrainingPlan)
 
 
 def test_tensors_are_named_once(make_plan: MakePlan) -> None:

@@ -44,6 +44,26 @@ def test_each_method_changes_what_it_trains_and_nothing_else(
     PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model), tiny.run_folder / "adapter")
 
 
+def test_every_choice_of_the_optimiser_step_at_once_gives_a_release(tiny: Any) -> None:
+    """AUTO-S clipping, DP-AdamBC, averaged steps, and physical batches that each site finds."""
+    tiny.change("clip_norm = 1.0", 'clip_norm = 1.0\nclipping = "automatic"')
+    tiny.change(
+        "local_steps = 1", "local_steps = 3\nunbiased = true\neps = 1e-2\naverage_decay = 0.7"
+    )
+    tiny.change("[aggregation]", '[compute]\nphysical_batch_size = "auto"\n\n[aggregation]')
+    result = tiny.run()
+    assert result.returncode == 0, result.stderr
+    plan = plan_of(tiny)
+    assert plan.privacy.clipping == "automatic"
+    assert plan.training.optimizer.unbiased
+    assert plan.training.average_decay == 0.7
+    written = (tiny.run_folder / "sites" / "hospital-a" / "client.toml").read_text()
+    assert 'physical_batch_size = "auto"' in written
+    moved = read_vector(tiny.run_folder / "adapter", plan) - initial_vector(plan)
+    assert 0 < np.abs(moved).mean() < 1
+    assert moved.all()
+
+
 def test_a_stock_head_travels_inside_the_peft_adapter(tiny: Any, tiny_model: Path) -> None:
     tiny.change("[lora]", '[task]\nhead = "stock"\n\n[lora]')
     result = tiny.run()

