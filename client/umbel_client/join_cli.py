@@ -1,38 +1,38 @@
 """`umbel-client init` and `join`: a site's keys, its request to the operator, and the answer."""
 
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
 )
 from rich.console import Console
 
-from umbel_client.config import ClientConfig, load_config, require_relay
+from umbel_client.config import ClientConfig, RelayConfig, load_config, require_relay
 from umbel_client.pinned_roster import find_document
+from umbel_client.relay_certificate import Certificates, check_certificate
 from umbel_common.enrolment import (
     SignedKit,
     ask,
     check_kit,
     kit_from_json,
+    request_from_json,
     request_to_json,
 )
-from umbel_common.errors import IdentityError, StorageError
+from umbel_common.errors import ConfigError, IdentityError, StorageError
 from umbel_common.identity import Identity, fingerprint
 from umbel_common.roster_file import document_from_json
 from umbel_host.console import print_lines
-from umbel_host.durable import create, replace
-from umbel_host.keys import read_identity, write_identity
+from umbel_host.durable import all_or_nothing, create, make_folder, replace
+from umbel_host.keys import read_identity, read_tls_key, write_identity
 from umbel_host.options import name, site_name
-from umbel_host.text_file import read_text, write_new_text
+from umbel_host.text_file import find_text, read_text, write_new_text
 
 Config = Annotated[Path, typer.Option(help="This site's client.toml.")]
 CLIENT_TOML = Path("client.toml")
@@ -82,31 +82,33 @@ def init(
     folder: Annotated[Path, typer.Option(help="This site's folder.")] = Path(),
 ) -> None:
     """Make this site's keys, and the request that the operator needs."""
-    paths = {file: folder / file for file in ("identity.pem", "relay/key.pem", "client.toml")}
-    out = folder / f"{site}.request.json"
-    for path in (paths["relay/key.pem"], out):
+    identity_file, key_file = folder / "identity.pem", folder / "relay" / "key.pem"
+    config, out = folder / "client.toml", folder / f"{site}.request.json"
+    for path in (key_file, out):
         if path.exists():
             raise StorageError(
                 "a site is set up once, and nothing is written over",
                 file=path,
-                remedy="give another --folder, or move the file away",
+                remedy="give another --folder; for a new relay key, move both the old one and the"
+                " old request away",
             )
-    identity = _identity(paths["identity.pem"])
-    key = ec.generate_private_key(ec.SECP384R1())
-    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    text = request_to_json(ask(federation, site, identity, key, public.decode()))
-    try:
-        paths["relay/key.pem"].parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        create(paths["relay/key.pem"], pem, mode=0o600)
-        if not paths["client.toml"].exists():
-            made = TEMPLATE.format(site=site, server="server.invalid:9443")
-            create(paths["client.toml"], made.encode())
-    except OSError as error:
-        raise StorageError(
-            "this site's files cannot be written", file=folder, found=error.strerror
-        ) from None
-    write_new_text(out, text)
+    with all_or_nothing() as made:
+        try:
+            made += make_folder(folder, 0o750)
+            made += make_folder(key_file.parent, 0o750)
+            identity = _identity(identity_file, made)
+            key = ec.generate_private_key(ec.SECP384R1())
+            pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+            create(key_file, pem, mode=0o600)
+            made.append(key_file)
+            if not config.exists():
+                create(config, TEMPLATE.format(site=site, server="server.invalid:9443").encode())
+                made.append(config)
+        except OSError as error:
+            raise StorageError(
+                "this site's files cannot be written", file=folder, found=error.strerror
+            ) from None
+        write_new_text(out, request_to_json(ask(federation, site, identity, key)))
     console = Console(highlight=False)
     print_lines(
         console,
@@ -123,13 +125,13 @@ def init(
     )
 
 
-def _identity(path: Path) -> Identity:
-    """The identity that is there, or a new one."""
+def _identity(path: Path, made: list[Path]) -> Identity:
+    """The identity that is there, or a new one, which `made` is told of."""
     if path.exists():
         return read_identity(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     identity = Identity.generate(os.urandom)
     write_identity(path, identity)
+    made.append(path)
     return identity
 
 
@@ -141,15 +143,20 @@ def join(
     settings = load_config(config)
     relay = require_relay(settings, config)
     signed = kit_from_json(read_text(kit), kit)
-    operator = _check(signed, settings, kit)
-    proposal = config.parent / f"{kit.stem}.roster.json"
+    operator = _check(signed, settings, config, kit)
+    certificates = _certificates(signed, relay, kit)
+    proposal = _proposal(settings, relay, config, kit)
+    pointed = _pointed(config, relay.server, signed.kit.server)
     try:
-        Path(relay.certificate).parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        replace(Path(relay.server_ca), signed.kit.server_ca.encode())
-        replace(Path(relay.certificate), signed.kit.certificate.encode())
-        replace(proposal, signed.kit.roster.encode())
-        if relay.server != signed.kit.server:
-            _point(config, relay.server, signed.kit.server)
+        for path, data in (
+            (proposal, signed.kit.roster.encode()),
+            (Path(relay.server_ca), certificates.server_ca),
+            (Path(relay.certificate), certificates.relay),
+        ):
+            make_folder(path.parent, 0o750)
+            replace(path, data)
+        if pointed is not None:
+            replace(config, pointed.encode())
     except OSError as error:
         raise StorageError(
             "the files of a kit cannot be written", file=config.parent, found=error.strerror
@@ -171,44 +178,83 @@ def join(
     )
 
 
-def _check(signed: SignedKit, settings: ClientConfig, file: Path) -> bytes:
+def _check(signed: SignedKit, settings: ClientConfig, config: Path, file: Path) -> bytes:
     """The operator's public key, of a kit that is for this site."""
     kit = signed.kit
     pinned = find_document(Path(settings.roster))
-    document = document_from_json(kit.roster, file) if pinned is None else pinned
+    proposed = document_from_json(kit.roster, file)
+    document = proposed if pinned is None else pinned
     check_kit(signed, document.roster.operator, file)
-    if (kit.site, kit.federation) != (settings.site, document.roster.federation):
+    if document.roster.operator in document.revoked():
+        raise IdentityError(
+            "a kit is signed by a key of the operator that is revoked",
+            file=file,
+            found=fingerprint(document.roster.operator),
+            remedy="approve a roster with the operator's new key first: umbel-client roster approve",
+        )
+    federation = document.roster.federation if pinned else _asked(settings, config, kit.federation)
+    if (kit.site, kit.federation) != (settings.site, federation):
         raise IdentityError(
             "a kit is for another site",
             file=file,
             found=f"{kit.site} of {kit.federation}",
-            accepted=f"{settings.site} of {document.roster.federation}",
+            accepted=f"{settings.site} of {federation}",
+            remedy="take the kit that the operator made for this site",
         )
-    relay = require_relay(settings, file)
-    try:
-        key = load_pem_private_key(Path(relay.key).read_bytes(), password=None)
-        certificate = x509.load_pem_x509_certificate(kit.certificate.encode())
-    except (OSError, ValueError, TypeError) as error:
+    if proposed.roster.federation != kit.federation:
         raise IdentityError(
-            "the relay's key or the kit's certificate cannot be used", file=file, found=error
-        ) from None
-    if certificate.public_key() != key.public_key():
-        raise IdentityError(
-            "a kit's certificate is for another relay key than this site's",
+            "a kit's roster is of another federation",
             file=file,
-            field="certificate",
-            accepted=relay.key,
-            remedy="send the operator the request that was made with this key",
+            field="roster",
+            found=proposed.roster.federation,
+            accepted=kit.federation,
+            remedy="ask the operator for a new kit",
         )
     return document.roster.operator
 
 
-def _point(config: Path, old: str, new: str) -> None:
-    """Only the one value changes: the file is its owner's, comments and all."""
+def _asked(settings: ClientConfig, config: Path, otherwise: str) -> str:
+    """The federation that this site asked, if its request is still where `init` put it."""
+    path = config.parent / f"{settings.site}.request.json"
+    text = find_text(path)
+    return otherwise if text is None else request_from_json(text, path).request.federation
+
+
+def _certificates(signed: SignedKit, relay: RelayConfig, file: Path) -> Certificates:
+    key = read_tls_key(Path(relay.key)).public_key()
+    return check_certificate(signed.kit, key, datetime.now(UTC), file)
+
+
+def _proposal(settings: ClientConfig, relay: RelayConfig, config: Path, kit: Path) -> Path:
+    """Where the kit's roster is put for this site's people to look at. The sender names the kit:
+    no name may lead to a file of this site, such as the pinned roster."""
+    path = config.absolute().parent / f"{kit.stem}.roster.json"
+    own = (
+        settings.roster,
+        settings.identity,
+        settings.data.path,
+        relay.server_ca,
+        relay.certificate,
+        relay.key,
+    )
+    if path.resolve() in {Path(file).resolve() for file in (config, kit, *own)}:
+        raise StorageError(
+            "a kit's roster would be written over a file of this site",
+            file=path,
+            remedy="give the kit another file name",
+        )
+    return path
+
+
+def _pointed(config: Path, old: str, new: str) -> str | None:
+    """The configuration with the server's address in it, if it has to change. Only the one value
+    does: the file is its owner's, comments and all."""
+    if old == new:
+        return None
     text = config.read_text(encoding="utf-8")
     line = f'server = "{old}"'
     if text.count(line) != 1:
-        raise IdentityError(
+        raise ConfigError(
             "the server's address cannot be put into the configuration",
             file=config,
             field="relay.server",
@@ -216,7 +262,7 @@ def _point(config: Path, old: str, new: str) -> None:
             accepted=new,
             remedy="change it by hand, then give the command again",
         )
-    replace(config, text.replace(line, f'server = "{new}"').encode())
+    return text.replace(line, f'server = "{new}"')
 
 
 def register(app: typer.Typer) -> None:

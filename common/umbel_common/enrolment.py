@@ -11,7 +11,11 @@ import msgspec
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_public_key,
+)
 
 from umbel_common.canonical import Name, V, Value, digest, encode
 from umbel_common.errors import IdentityError, SignatureError
@@ -22,8 +26,19 @@ from umbel_common.identity import (
     label_of,
     verifies,
 )
+from umbel_common.key_statements import OPERATOR
 
 Pem = Annotated[str, msgspec.Meta(max_length=8192)]
+
+Address = Annotated[
+    str,
+    msgspec.Meta(
+        max_length=300,
+        pattern=r"^(?:[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}\Z",
+    ),
+]
+"""Host and port. The host is a name, an IPv4 address, or an IPv6 address in brackets; no character
+has a meaning in TOML, so that an address can be written into a configuration as it is."""
 
 
 class SiteRequest(Value, frozen=True):
@@ -38,14 +53,18 @@ class SiteRequest(Value, frozen=True):
     proof: bytes
     """The relay key's own signature over all the above."""
 
+    def __post_init__(self) -> None:
+        if self.site == OPERATOR:
+            raise ValueError(f"no site may be called {OPERATOR}")
+
 
 class SiteKit(Value, frozen=True):
     """What the operator gives a site that it admits."""
 
     federation: Name
     site: Name
-    server: str
-    """Host and port."""
+    server: Address
+    """Where sites reach the server."""
     server_ca: Pem
     """The authority that vouches for the server."""
     certificate: Pem
@@ -68,16 +87,25 @@ class SignedKit(Value, frozen=True):
     signature: bytes
 
 
+def public_pem(key: ec.EllipticCurvePublicKey) -> str:
+    """A relay's public key as requests and sites.json have it: SubjectPublicKeyInfo, PEM."""
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+
+
 def ask(
-    federation: str, site: str, identity: Identity, relay_key: ec.EllipticCurvePrivateKey, pem: str
+    federation: str, site: str, identity: Identity, relay_key: ec.EllipticCurvePrivateKey
 ) -> SignedRequest:
     """A request, signed by both keys.
 
-    Args:
-        pem: the relay's public key.
+    Raises:
+        ValueError: no site may have this name.
     """
     draft = SiteRequest(
-        federation=federation, site=site, identity=identity.public_key, relay_key=pem, proof=b""
+        federation=federation,
+        site=site,
+        identity=identity.public_key,
+        relay_key=public_pem(relay_key.public_key()),
+        proof=b"",
     )
     proof = relay_key.sign(_proven(draft), ec.ECDSA(hashes.SHA384()))
     request = msgspec.structs.replace(draft, proof=proof)
@@ -99,12 +127,18 @@ def check_request(signed: SignedRequest, file: object) -> ec.EllipticCurvePublic
         key = load_pem_public_key(request.relay_key.encode())
     except (ValueError, UnsupportedAlgorithm):
         key = None
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+    if (
+        not isinstance(key, ec.EllipticCurvePublicKey)
+        or not isinstance(key.curve, ec.SECP384R1)
+        # The port looks a relay up by this text: one key has one text.
+        or public_pem(key) != request.relay_key
+    ):
         raise IdentityError(
             "a site's request has no usable relay key",
             file=file,
             field="relay_key",
             accepted="an ECDSA P-384 public key, PEM",
+            remedy="ask the site to send the file again as `umbel-client init` made it",
         )
     try:
         key.verify(request.proof, _proven(request), ec.ECDSA(hashes.SHA384()))
@@ -177,8 +211,7 @@ def kit_from_json(text: str, file: object) -> SignedKit:
 
 
 def _to_json(value: Value, signature: bytes) -> str:
-    parts = msgspec.to_builtins(value, builtin_types=(bytes,))
-    parts["signature"] = signature
+    parts = {**msgspec.structs.asdict(value), "signature": signature}
     readable = {
         name: part.hex() if isinstance(part, bytes) else part for name, part in parts.items()
     }

@@ -1,6 +1,9 @@
 """Small files that are on disk, whole, when a call returns."""
 
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -12,17 +15,22 @@ def create(path: Path, data: bytes, mode: int = 0o666) -> None:
 
     Raises:
         FileExistsError: there is one.
-        OSError: it cannot be written.
+        OSError: it cannot be written; nothing is left of it.
     """
     with open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Puts `data` in the place of a file, or makes it: readers see the one or the other.
+    """Puts `data` in the place of a file, or makes it: readers see the one or the other. Whom the
+    former file was closed to, the new one is closed to as well.
 
     Raises:
         OSError: it cannot be written; the former file stays.
@@ -30,12 +38,52 @@ def replace(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.unlink(missing_ok=True)
     try:
-        create(partial, data)
+        create(partial, data, _mode(path))
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _mode(path: Path) -> int:
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        return 0o666
+
+
+@contextmanager
+def all_or_nothing() -> Iterator[list[Path]]:
+    """A block that makes several files and folders, or leaves none of them.
+
+    Yields:
+        a list for the block to add each to that it made, in this order; where the block fails, they
+        are removed again, a folder only if it is empty.
+    """
+    made: list[Path] = []
+    try:
+        yield made
+    except BaseException:
+        for path in reversed(made):
+            with suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
+        raise
+
+
+def make_folder(folder: Path, mode: int) -> list[Path]:
+    """Makes a folder and those above it that are missing; returns what it made, outermost first.
+
+    Args:
+        mode: permissions at most; the umask takes away from them.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
+    for path in missing:
+        path.mkdir(mode=mode)
+    return missing
 
 
 def sync_folder(folder: Path) -> None:

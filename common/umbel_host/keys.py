@@ -1,9 +1,11 @@
-"""Key files: a party's private key, for its owner only, and never written over."""
+"""Key files: private keys, of a party or of TLS, for their owner only, and never written over."""
 
 import os
 import stat
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -45,6 +47,34 @@ def read_identity(path: Path) -> Identity:
     Raises:
         IdentityError: missing, readable by others, or no Ed25519 key in unencrypted PKCS#8 PEM.
     """
+    key = _private_key(path)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise IdentityError(
+            "a key file holds no usable key",
+            file=path,
+            accepted="an Ed25519 private key, PKCS#8 PEM, without passphrase",
+        )
+    return Identity(key.private_bytes_raw())
+
+
+def read_tls_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Reads the key of a relay, a server or an authority, which only its owner can read.
+
+    Raises:
+        IdentityError: missing, readable by others, or no P-384 key in unencrypted PEM.
+    """
+    key = _private_key(path)
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise IdentityError(
+            "a key file holds no usable key",
+            file=path,
+            accepted="an ECDSA P-384 private key, PEM, without passphrase",
+        )
+    return key
+
+
+def _private_key(path: Path) -> object:
+    """Whatever key is in a file of mode 0600; None if there is none."""
     try:
         with open(path, "rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -62,16 +92,9 @@ def read_identity(path: Path) -> Identity:
             file=path,
             found=f"mode {mode:04o}",
             accepted="mode 0600",
-            remedy=f"chmod 600 {path}; if others may have read it, make a new identity",
+            remedy=f"chmod 600 {path}; if others may have read it, make a new key",
         )
     try:
-        key = load_pem_private_key(pem, password=None)
-    except (ValueError, TypeError):
-        key = None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise IdentityError(
-            "a key file holds no usable key",
-            file=path,
-            accepted="an Ed25519 private key, PKCS#8 PEM, without passphrase",
-        )
-    return Identity(key.private_bytes_raw())
+        return load_pem_private_key(pem, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return None

@@ -21,14 +21,13 @@ import msgspec
 
 from umbel_common.canonical import Value
 from umbel_common.config import parse_toml
+from umbel_common.enrolment import Address
 from umbel_common.errors import ConfigError
 from umbel_common.roster_document import RosterDocument
 from umbel_common.roster_file import document_from_json
 from umbel_host.text_file import read_text
 from umbel_server.ports import Limits
 
-Address = Annotated[str, msgspec.Meta(pattern=r"^[^\s/]+:[0-9]{1,5}\Z")]
-"""Host and port."""
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=30 * 86400)]
 
 

@@ -1,5 +1,6 @@
 """The operator's folder: made once, whole or not at all, and its certificates renewed in place."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -8,17 +9,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from umbel_common.errors import IdentityError, StorageError
 from umbel_common.identity import Identity, Roster
 from umbel_common.roster_document import RosterDocument
 from umbel_common.roster_file import document_to_json, roster_to_json
 from umbel_host.durable import create, replace
-from umbel_host.keys import write_identity
+from umbel_host.keys import read_tls_key, write_identity
 from umbel_server.authority import Authority, certificate_pem, key_pem, new_authority, new_key
 from umbel_server.config import ServerConfig
+from umbel_server.expiry import read
 
 SERVER_TOML = """\
 # The operator's configuration: `umbel-server run` reads it. Relative paths start here.
@@ -120,21 +120,17 @@ def load_authority(config: ServerConfig) -> Authority:
     """The operator's authority, with its private key.
 
     Raises:
-        IdentityError: its key or certificate is missing or unusable.
+        IdentityError: its key or certificate is missing or unusable, the key is open to others, or
+            the two do not belong together.
     """
     path = Path(config.listen.client_ca)
-    try:
-        key = load_pem_private_key(path.with_name("key.pem").read_bytes(), password=None)
-        certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError, TypeError) as error:
+    key, certificate = read_tls_key(path.with_name("key.pem")), read(path)
+    if certificate.public_key() != key.public_key():
         raise IdentityError(
-            "the authority's key or certificate cannot be used",
+            "the authority's key and certificate do not belong together",
             file=path.parent,
-            found=error,
             remedy="bring back key.pem and certificate.pem from a backup",
-        ) from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise IdentityError("the authority's key is no ECDSA key", file=path.with_name("key.pem"))
+        )
     return Authority(certificate, key)
 
 
@@ -142,23 +138,48 @@ def renew_server(config: ServerConfig) -> x509.Certificate:
     """A new certificate for the port, under the names of the old one and with the same key.
 
     Raises:
-        IdentityError: the authority cannot be used.
-        StorageError: the old certificate cannot be read, or the new one not written.
+        IdentityError: the authority, the old certificate or its key cannot be used.
+        StorageError: the new one cannot be written; the old one stays.
     """
     path = Path(config.listen.certificate)
+    old, key = read(path), read_tls_key(Path(config.listen.key))
     try:
-        old = x509.load_pem_x509_certificate(path.read_bytes())
         names = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        hosts = [str(name.value) for name in names]
-        key = old.public_key()
-        assert isinstance(key, ec.EllipticCurvePublicKey)  # as `set_up` made it
-        renewed = load_authority(config).server(key, hosts, datetime.now(UTC))
+    except x509.ExtensionNotFound:
+        raise IdentityError(
+            "the server's certificate names no host, so it cannot be renewed", file=path
+        ) from None
+    hosts = [str(name.value) for name in names]
+    renewed = load_authority(config).server(key.public_key(), hosts, datetime.now(UTC))
+    try:
         replace(path, certificate_pem(renewed))
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise StorageError(
-            "the server's certificate cannot be renewed", file=path, found=error
+            "the server's certificate cannot be written", file=path, found=error.strerror
         ) from None
     return renewed
+
+
+@contextmanager
+def changing(config: ServerConfig) -> Iterator[None]:
+    """One command at a time changes roster and sites; the lock is on the roster's folder, and
+    leaves no file.
+
+    Raises:
+        StorageError: the folder cannot be opened.
+    """
+    folder = Path(config.roster).parent
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise StorageError(
+            "the operator's folder cannot be opened", file=folder, found=error.strerror
+        ) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def save_roster(config: ServerConfig, document: RosterDocument) -> None:

@@ -1,17 +1,17 @@
 """`umbel-server init`, `sites`, `roster`, `renew`: who takes part, and how they get in."""
 
 import sys
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
-from cryptography import x509
 from rich.console import Console
 from rich.table import Table
 
 from umbel_common.enrolment import (
+    Address,
     SignedRequest,
     SiteKit,
     check_request,
@@ -25,12 +25,20 @@ from umbel_common.key_statements import revoke as sign_revocation
 from umbel_common.roster_document import RosterDocument
 from umbel_common.roster_file import document_to_json, revocation_to_json
 from umbel_host.console import print_lines
+from umbel_host.durable import all_or_nothing
 from umbel_host.keys import read_identity
 from umbel_host.options import name
 from umbel_host.text_file import read_text, write_new_text
 from umbel_server.authority import certificate_pem
 from umbel_server.config import ServerConfig, load_config, load_roster
-from umbel_server.operator_files import load_authority, renew_server, save_roster, set_up
+from umbel_server.expiry import good_until, parse, read, to_renew
+from umbel_server.operator_files import (
+    changing,
+    load_authority,
+    renew_server,
+    save_roster,
+    set_up,
+)
 from umbel_server.sites import SiteEntry, load_sites, save_sites
 
 sites = typer.Typer(help="Sites: add, list, revoke, renew.", no_args_is_help=True)
@@ -39,14 +47,16 @@ roster = typer.Typer(help="The operator's roster: export.", no_args_is_help=True
 Config = Annotated[Path, typer.Option(help="The operator's server.toml.")]
 SERVER_TOML = Path("server.toml")
 Out = Annotated[Path, typer.Option(help="The new file.")]
-SOON = timedelta(days=30)
 
 
 def _address(value: str) -> str:
-    host, _, port = value.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise typer.BadParameter("host:port")
-    return value
+    try:
+        address = msgspec.convert(value, Address)
+    except msgspec.ValidationError:
+        address = ":0"
+    if not 0 < int(address.rpartition(":")[2]) < 65536:
+        raise typer.BadParameter("host:port, the host a name or an address, IPv6 in [ ]")
+    return address
 
 
 def init(
@@ -89,28 +99,40 @@ def add(
     settings = load_config(config)
     asked = request_from_json(read_text(request), request)
     check_request(asked, request)
-    document = load_roster(settings)
-    _check_new(asked, document, load_sites(Path(settings.sites)), request)
+    _check_new(asked, load_roster(settings), load_sites(Path(settings.sites)), request)
     own = fingerprint(asked.request.identity)
     console = Console(highlight=False)
     print_lines(console, [("site", asked.request.site), ("fingerprint", own)])
     _confirm(console, own, expected, request)
-    members = (
-        *document.roster.members,
-        Member(name=asked.request.site, public_key=asked.request.identity, weight=weight),
-    )
-    grown = msgspec.structs.replace(
-        document.roster, members=tuple(sorted(members, key=lambda member: member.name))
-    )
-    document = msgspec.structs.replace(document, roster=grown)
-    _admit(settings, asked, document, out, request)
-    # Last: until it is written, the same command can be given again.
-    save_roster(settings, document)
+    with changing(settings), all_or_nothing() as made:
+        # Another command may have added a site while people compared.
+        document, known = load_roster(settings), load_sites(Path(settings.sites))
+        _check_new(asked, document, known, request)
+        member = Member(asked.request.site, asked.request.identity, weight)
+        document = _with_member(document, member)
+        _admit(settings, asked, document, out, request, made)
+        # Last: until it is written, the same command can be given again.
+        save_roster(settings, document)
     print_lines(console, [("kit", str(out)), ("roster", document.roster.digest().hex())])
     console.print(
         "\nSend the kit to the site, and the new roster (umbel-server roster export) to all:\n"
         "each site approves it by itself. Jobs under way go on with the roster they began with.",
         soft_wrap=True,
+    )
+
+
+def _with_member(document: RosterDocument, member: Member) -> RosterDocument:
+    """The next roster: with the new site, and without those whose keys are revoked. No site could
+    approve it with a dead key."""
+    roster, dead = document.roster, document.revoked()
+    stay = [other for other in roster.members if other.public_key not in dead]
+    gone = {other.name: other for other in document.departed}
+    gone |= {other.name: other for other in roster.members if other.public_key in dead}
+    members = tuple(sorted((*stay, member), key=lambda each: each.name))
+    return msgspec.structs.replace(
+        document,
+        roster=msgspec.structs.replace(roster, members=members),
+        departed=tuple(gone[name] for name in sorted(gone) if name != member.name),
     )
 
 
@@ -125,22 +147,28 @@ def _check_new(
             found=request.federation,
             accepted=current.federation,
         )
-    if current.find(request.site) is not None:
+    former, dead = current.find(request.site), document.revoked()
+    if former is not None and former.public_key not in dead:
         raise IdentityError(
             "a site of this name is there already",
             file=file,
             field="site",
             found=request.site,
-            remedy="umbel-server sites renew, if it is the same one; else another name",
+            remedy="umbel-server sites renew, if it is the same one with the same identity;"
+            " umbel-server sites revoke first, if its identity is lost; else another name",
         )
     keys = {member.public_key for member in current.members} | {current.operator}
-    if request.identity in keys | document.revoked():
+    if request.identity in keys | dead:
         raise IdentityError(
             "a request's identity is another party's, or is revoked", file=file, field="identity"
         )
+    _check_relay_key(asked, known, file)
+
+
+def _check_relay_key(asked: SignedRequest, known: dict[str, SiteEntry], file: Path) -> None:
     # One of this name that is not in the roster is left over from a command that was cut short.
-    others = (entry for owner, entry in known.items() if owner != request.site)
-    if any(request.relay_key == entry.relay_key for entry in others):
+    others = (entry for owner, entry in known.items() if owner != asked.request.site)
+    if any(asked.request.relay_key == entry.relay_key for entry in others):
         raise IdentityError("a request's relay key is another site's", file=file, field="relay_key")
 
 
@@ -171,9 +199,18 @@ def _confirm(console: Console, own: str, expected: str | None, file: Path) -> No
 
 
 def _admit(
-    settings: ServerConfig, asked: SignedRequest, document: RosterDocument, out: Path, file: Path
+    settings: ServerConfig,
+    asked: SignedRequest,
+    document: RosterDocument,
+    out: Path,
+    file: Path,
+    made: list[Path],
 ) -> None:
-    """Issues the certificate, writes the kit, and lets the relay in."""
+    """Issues the certificate, writes the kit, and lets the relay in.
+
+    Args:
+        made: is told of the kit once it is there.
+    """
     request = asked.request
     authority = load_authority(settings)
     certificate = authority.site(request.site, check_request(asked, file), datetime.now(UTC))
@@ -187,6 +224,7 @@ def _admit(
         roster=document_to_json(document),
     )
     write_new_text(out, kit_to_json(give(kit, read_identity(Path(settings.identity)))))
+    made.append(out)
     entry = SiteEntry(name=request.site, relay_key=request.relay_key, certificate=pem)
     path = Path(settings.sites)
     save_sites(path, {**load_sites(path), request.site: entry})
@@ -195,24 +233,37 @@ def _admit(
 @sites.command("list")
 def list_command(config: Config = SERVER_TOML) -> None:
     """List the sites with their fingerprints and certificates."""
-    settings = load_config(config)
+    settings, now = load_config(config), datetime.now(UTC)
     document, known = load_roster(settings), load_sites(Path(settings.sites))
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in ("site", "fingerprint", "certificate"):
-        table.add_column(column, no_wrap=True)
+    keys, certificates = _table("site", "fingerprint", ""), _table("site", "certificate", "until")
     for site, entry in known.items():
         member = document.roster.find(site)
         key = "not in the roster" if member is None else fingerprint(member.public_key)
-        table.add_row(site, key, "REVOKED" if entry.revoked else _left(entry.certificate))
+        keys.add_row(site, key, "REVOKED" if entry.revoked else "")
+        certificate = parse(entry.certificate.encode(), settings.sites)
+        until = "REVOKED" if entry.revoked else good_until(certificate, now)
+        certificates.add_row(site, f"{certificate.serial_number:040x}", until)
     console = Console(highlight=False)
-    console.print(table if known else "No site was added yet.", soft_wrap=True)
+    if known:
+        console.print(keys)
+        console.print()
+        console.print(certificates)
+    else:
+        console.print("No site was added yet.")
+    console.print()
+    own = read(Path(settings.listen.certificate))
+    print_lines(console, [("the server's own certificate", good_until(own, now))])
+    for sentence in to_renew(settings, now):
+        console.print(f"RENEW SOON: {sentence}", soft_wrap=True)
 
 
-def _left(pem: str) -> str:
-    left = x509.load_pem_x509_certificate(pem.encode()).not_valid_after_utc - datetime.now(UTC)
-    if left < timedelta():
-        return "EXPIRED"
-    return f"{left.days} days" + (" LEFT: renew it" if left < SOON else "")
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in columns:
+        # Long names and remarks fold, so that fingerprints and serials stay on their line.
+        whole = column in ("fingerprint", "certificate")
+        table.add_column(column, no_wrap=whole, overflow="fold", justify="left")
+    return table
 
 
 @sites.command()
@@ -223,27 +274,41 @@ def revoke(
 ) -> None:
     """Turn a site away for good: its relay at once, its key from the next round on."""
     settings = load_config(config)
-    document, path = load_roster(settings), Path(settings.sites)
-    known, member = load_sites(path), document.roster.find(site)
-    if site not in known or member is None:
-        raise IdentityError(
-            "no site of this name takes part",
-            field=site,
-            accepted=", ".join(sorted(known)) or "none was added",
-        )
-    operator = read_identity(Path(settings.identity))
-    signed = sign_revocation(document.roster.federation, member.public_key, operator)
-    write_new_text(out, revocation_to_json(signed))
-    save_sites(path, {**known, site: msgspec.structs.replace(known[site], revoked=True)})
-    revocations = (*document.revocations, signed)
-    save_roster(settings, msgspec.structs.replace(document, revocations=revocations))
+    path = Path(settings.sites)
+    with changing(settings):
+        document, known = load_roster(settings), load_sites(path)
+        member = document.roster.find(site)
+        if site not in known or member is None:
+            raise IdentityError(
+                "no site of this name takes part",
+                field="NAME",
+                found=site,
+                accepted=", ".join(sorted(known)) or "none was added",
+            )
+        if known[site].revoked and member.public_key in document.revoked():
+            raise IdentityError("this site is revoked already", field="NAME", found=site)
+        operator = read_identity(Path(settings.identity))
+        signed = sign_revocation(document.roster.federation, member.public_key, operator)
+        write_new_text(out, revocation_to_json(signed))
+        # The port first: whatever happens next, its relay is not let in any more.
+        save_sites(path, {**known, site: msgspec.structs.replace(known[site], revoked=True)})
+        if signed not in document.revocations:
+            revocations = (*document.revocations, signed)
+            save_roster(settings, msgspec.structs.replace(document, revocations=revocations))
     console = Console(highlight=False)
     print_lines(
         console,
-        [("revoked", f"{site} {fingerprint(member.public_key)}"), ("revocation", str(out))],
+        [
+            ("revoked", site),
+            ("fingerprint", fingerprint(member.public_key)),
+            ("revocation", str(out)),
+        ],
     )
     console.print(
-        f"\nSend {out} to every site: umbel-client roster revoke {out.name}", soft_wrap=True
+        f"\nIts relay is turned away from now on. Send {out.name} to every other site:\n"
+        f"umbel-client roster revoke {out.name}. Nobody has to approve another roster; the site\n"
+        "leaves the roster when the next one is added.",
+        soft_wrap=True,
     )
 
 
@@ -257,20 +322,41 @@ def renew(
     settings = load_config(config)
     asked = request_from_json(read_text(request), request)
     check_request(asked, request)
-    document, known = load_roster(settings), load_sites(Path(settings.sites))
-    site = asked.request.site
-    member = document.roster.find(site)
-    if member is None or site not in known or member.public_key != asked.request.identity:
+    with changing(settings), all_or_nothing() as made:
+        document, known = load_roster(settings), load_sites(Path(settings.sites))
+        _check_renewal(asked, document, known, request)
+        _admit(settings, asked, document, out, request, made)
+    console = Console(highlight=False)
+    print_lines(console, [("site", asked.request.site), ("kit", str(out))])
+    console.print(
+        "\nSend the kit to the site: umbel-client join. The former certificate stays good until\n"
+        "its own end if the relay key is the same, and is turned away now if it is another.",
+        soft_wrap=True,
+    )
+
+
+def _check_renewal(
+    asked: SignedRequest, document: RosterDocument, known: dict[str, SiteEntry], file: Path
+) -> None:
+    request, member = asked.request, document.roster.find(asked.request.site)
+    site, who = request.site, f"{request.site} {fingerprint(request.identity)}"
+    if member is None or site not in known or member.public_key != request.identity:
         raise IdentityError(
             "no site of this name and identity takes part",
-            file=request,
-            found=f"{site} {fingerprint(asked.request.identity)}",
+            file=file,
+            found=who,
             remedy="umbel-server sites list; a new site is added with `sites add`",
         )
+    if request.federation != document.roster.federation:
+        raise IdentityError(
+            "a request is for another federation",
+            file=file,
+            found=request.federation,
+            accepted=document.roster.federation,
+        )
     if known[site].revoked or member.public_key in document.revoked():
-        raise IdentityError("this site is revoked, for good", file=request, found=site)
-    _admit(settings, asked, document, out, request)
-    print_lines(Console(highlight=False), [("site", site), ("kit", str(out))])
+        raise IdentityError("this site is revoked, for good", file=file, found=who)
+    _check_relay_key(asked, known, file)
 
 
 @roster.command()
@@ -285,7 +371,9 @@ def export(out: Out, config: Config = SERVER_TOML) -> None:
 def renew_command(config: Config = SERVER_TOML) -> None:
     """Give the server itself a new certificate; restart it afterwards."""
     certificate = renew_server(load_config(config))
-    typer.echo(f"good until {certificate.not_valid_after_utc:%Y-%m-%d}: restart umbel-server run")
+    until = good_until(certificate, datetime.now(UTC))
+    print_lines(Console(highlight=False), [("certificate", until)])
+    typer.echo("\nThe port has it after a restart of umbel-server run; no site has to do anything.")
 
 
 def register(app: typer.Typer) -> None:

@@ -1,0 +1,76 @@
+"""How long certificates are still good, and which have to be renewed soon."""
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+
+from umbel_common.errors import IdentityError
+from umbel_server.config import ServerConfig
+from umbel_server.sites import load_sites
+
+SOON = timedelta(days=30)
+
+
+def parse(pem: bytes, file: object) -> x509.Certificate:
+    """A certificate from PEM.
+
+    Args:
+        file: where it came from, for errors.
+
+    Raises:
+        IdentityError: it is none.
+    """
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except ValueError:
+        raise IdentityError(
+            "a certificate is malformed", file=file, accepted="an X.509 certificate, PEM"
+        ) from None
+
+
+def read(path: Path) -> x509.Certificate:
+    """A certificate from its file.
+
+    Raises:
+        IdentityError: it is missing, unreadable or malformed.
+    """
+    try:
+        pem = path.read_bytes()
+    except OSError as error:
+        raise IdentityError(
+            "a certificate cannot be read", file=path, found=error.strerror
+        ) from None
+    return parse(pem, path)
+
+
+def good_until(certificate: x509.Certificate, now: datetime) -> str:
+    """The last day of a certificate (UTC) and how far it is, for people."""
+    end = certificate.not_valid_after_utc
+    if end < now:
+        return f"{end:%Y-%m-%d}, EXPIRED: renew it"
+    return f"{end:%Y-%m-%d}, {(end - now).days} days" + (
+        " LEFT: renew it" if _soon(end, now) else ""
+    )
+
+
+def to_renew(config: ServerConfig, now: datetime) -> Iterator[str]:
+    """One sentence for each certificate that is good for less than `SOON`, with what to do.
+
+    Raises:
+        IdentityError: a certificate or the list of sites cannot be read.
+    """
+    own = read(Path(config.listen.certificate))
+    if _soon(own.not_valid_after_utc, now):
+        yield f"the server's certificate ends on {good_until(own, now)} (umbel-server renew)"
+    path = Path(config.sites)
+    for site in load_sites(path).values():
+        certificate = parse(site.certificate.encode(), path)
+        if not site.revoked and _soon(certificate.not_valid_after_utc, now):
+            until = good_until(certificate, now)
+            yield f"the certificate of {site.name} ends on {until} (umbel-server sites renew)"
+
+
+def _soon(end: datetime, now: datetime) -> bool:
+    return end - now < SOON
