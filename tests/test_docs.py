@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 import umbel_client.cli
+import umbel_server.cli
 from umbel_common import errors
 from umbel_simulations.cli import app
 
@@ -64,31 +65,35 @@ def test_every_command_of_the_readme_exists_with_its_options() -> None:
             assert option in shown.stdout, line
 
 
-def commands_of_site() -> list[str]:
-    """Every `umbel-client` line of the documentation: in a session, or within a paragraph."""
+APPS = {"umbel-client": umbel_client.cli.app, "umbel-server": umbel_server.cli.app}
+
+
+def commands(script: str) -> list[str]:
+    """Every line of the documentation with a command: in a session, or within a paragraph."""
     pages = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))]
-    in_sessions = [
-        line for page in pages for line in re.findall(r"^(?:\w+\$ )?(umbel-client .*)$", page, re.M)
-    ]
-    in_paragraphs = [line for page in pages for line in re.findall(r"`(umbel-client[^`]+)`", page)]
+    session = re.compile(rf"^(?:\w+\$ )?({script} .*)$", re.MULTILINE)
+    paragraph = re.compile(rf"`({script}[^`]+)`")
+    in_sessions = [line for page in pages for line in session.findall(page)]
+    in_paragraphs = [line for page in pages for line in paragraph.findall(page)]
     return list(dict.fromkeys([*in_sessions, *in_paragraphs]))
 
 
-@pytest.mark.parametrize("line", commands_of_site())
-def test_every_command_of_a_site_exists_with_its_options(line: str) -> None:
-    words = line.split()[1:]
-    command = typer.main.get_command(umbel_client.cli.app)
+@pytest.mark.parametrize("line", [line for script in APPS for line in commands(script)])
+def test_every_command_of_the_documentation_exists_with_its_options(line: str) -> None:
+    script, *words = line.split()
+    command = typer.main.get_command(APPS[script])
     while words and isinstance(command, click.Group):
         command = command.commands[words.pop(0)]
     known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= known
 
 
-def test_the_documentation_shows_every_command_of_a_site() -> None:
-    shown = " ".join(commands_of_site())
-    for name, command in typer.main.get_command(umbel_client.cli.app).commands.items():
+@pytest.mark.parametrize("script", APPS)
+def test_the_documentation_shows_every_command(script: str) -> None:
+    shown = " ".join(" ".join(line.split()) for line in commands(script))
+    for name, command in typer.main.get_command(APPS[script]).commands.items():
         for inner in getattr(command, "commands", [None]):
-            assert f"umbel-client {name} {inner or ''}".strip() in shown
+            assert f"{script} {name} {inner or ''}".strip() in shown
 
 
 def test_every_make_target_that_is_named_exists() -> None:
