@@ -130,6 +130,12 @@ class Daemon:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """Of the running process."""
+        assert self._process is not None
+        return self._process.pid
+
     def kill(self) -> None:
         """As the kernel does when memory runs out."""
         self._end(signal.SIGKILL)

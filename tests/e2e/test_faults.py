@@ -1,8 +1,10 @@
 """Real processes that die, sites that vanish: the job finishes, and nothing is spent twice."""
 
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -106,6 +108,49 @@ def test_without_a_site_that_vanished_the_others_go_on(make_clinics: MakeClinics
     assert len(adapters(clinics, job, "east", "south")) == 1
     # What it spent it spent; nobody asked it for more.
     assert charged(gone) in ([(job, 1)], [(job, 1), (job, 2)])
+
+
+@contextmanager
+def full_disk(daemon: Daemon) -> Iterator[None]:
+    """No file of the process can grow, as on a disk that is full."""
+    before = resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, before)
+
+
+def test_a_site_whose_disk_is_full_sits_out_and_comes_back(make_clinics: MakeClinics) -> None:
+    clinics = make_clinics(train_seconds=30, stage_seconds=15)
+    clinics.start_all()
+    job = clinics.add()
+    reached(clinics, job, 1)
+    site = clinics.sites["north"]
+    with full_disk(site.trainer):
+        reached(clinics, job, 3)
+    queued = clinics.wait(job, State.FINISHED, State.FAILED)
+    assert queued.state is State.FINISHED, (queued.detail, clinics.logs())
+    assert site.trainer.running
+    assert len(adapters(clinics, job, "east", "south")) == 1
+    rounds = charged(site)
+    assert sorted(set(rounds)) == rounds
+    assert charged(clinics.sites["east"]) == [(job, 1), (job, 2), (job, 3)]
+
+
+def test_a_server_whose_disk_is_full_goes_on_when_there_is_room(make_clinics: MakeClinics) -> None:
+    clinics = make_clinics()
+    clinics.start_all()
+    job = clinics.add()
+    reached(clinics, job, 1)
+    with full_disk(clinics.rounds_process):
+        time.sleep(12)
+        assert clinics.rounds_process.running
+        assert clinics.queue.job(job).state is State.RUNNING
+    queued = clinics.wait(job, State.FINISHED, State.FAILED)
+    assert queued.state is State.FINISHED, (queued.detail, clinics.logs())
+    assert len(adapters(clinics, job)) == 1
+    for site in clinics.sites.values():
+        assert charged(site) == [(job, 1), (job, 2), (job, 3)]
 
 
 def test_two_jobs_one_after_the_other_are_charged_to_one_ledger(
