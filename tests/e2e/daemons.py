@@ -103,7 +103,7 @@ socket = "run/trainer.sock"
 models = ["{digest}"]
 labels = ["a", "b"]
 max_epsilon = 8.0
-total_epsilon = 20.0
+total_epsilon = 200.0
 max_delta = 1e-4
 minimum_cohort = 2
 colluding_sites = 0
@@ -271,6 +271,15 @@ class Clinics:
                 certificate=certificate_pem(certificate).decode(),
             )
         save_sites(folder / "sites.json", entries)
+
+    def limit(self, **limits: float) -> None:
+        """Changes how patient the operator is; before the server starts."""
+        path = self.operator_folder / "server.toml"
+        text = path.read_text()
+        for name, value in limits.items():
+            (line,) = (line for line in text.splitlines() if line.startswith(f"{name} ="))
+            text = text.replace(line, f"{name} = {value}")
+        path.write_text(text)
 
     def start_all(self) -> None:
         """Every process of a federation."""

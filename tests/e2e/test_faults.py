@@ -3,7 +3,7 @@
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,30 +15,30 @@ import umbel_client.flower
 from umbel_client.budget_view import release_costs
 from umbel_client.ipc import TrainerStub
 from umbel_client.ledger_file import read_ledger
+from umbel_client.ledger_rows import Reservation
 from umbel_server.queue import State
 
-MakeClinics = Callable[..., Clinics]
+
+@pytest.fixture(scope="module")
+def clinics(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Clinics]:
+    """A federation that runs through all the tests of this file, and every fault in them."""
+    made = Clinics(tmp_path_factory.mktemp("clinics"), tiny_model)
+    made.limit(train_seconds=20, stage_seconds=10)
+    made.start_all()
+    yield made
+    made.close()
 
 
 @pytest.fixture
-def make_clinics(tmp_path: Path, tiny_model: Path) -> Iterator[MakeClinics]:
-    """With these lines changed in the operator's limits."""
-    made: list[Clinics] = []
+def job(clinics: Clinics) -> str:
+    """A job of this test's own."""
+    return clinics.add(job=f"job-{len(clinics.queue.jobs()) + 1}")
 
-    def make(**limits: float) -> Clinics:
-        clinics = Clinics(tmp_path, tiny_model)
-        made.append(clinics)
-        path = clinics.operator_folder / "server.toml"
-        text = path.read_text()
-        for name, value in limits.items():
-            (line,) = (line for line in text.splitlines() if line.startswith(f"{name} ="))
-            text = text.replace(line, f"{name} = {value}")
-        path.write_text(text)
-        return clinics
 
-    yield make
-    for clinics in made:
-        clinics.close()
+def finished(clinics: Clinics, job: str) -> None:
+    """Waits until the job is over, and sees that every site has the same adapter."""
+    queued = clinics.wait(job, State.FINISHED, State.FAILED, State.STOPPED)
+    assert queued.state is State.FINISHED, (queued.detail, clinics.logs())
 
 
 def reached(clinics: Clinics, job: str, round_number: int) -> None:
@@ -61,10 +61,14 @@ def adapters(clinics: Clinics, job: str, *sites: str) -> set[bytes]:
     return {path.read_bytes() for path in files}
 
 
-def charged(site: Site) -> list[tuple[str, int]]:
-    """Job and round of each reservation in a site's ledger."""
-    contents = read_ledger(site.folder / "state" / "ledger.sqlite")
-    return [(cost.job, cost.round) for cost in release_costs(contents, 1e-4)]
+def charged(site: Site, job: str) -> list[int]:
+    """The job's rounds in a site's ledger."""
+    return [entry.round for entry in history(site) if entry.job == job]
+
+
+def history(site: Site) -> Sequence[Reservation]:
+    """Every reservation in a site's ledger, in its order."""
+    return list(read_ledger(site.folder / "state" / "ledger.sqlite").rounds.values())
 
 
 PROCESSES: dict[str, Callable[[Clinics], Daemon]] = {
@@ -77,37 +81,32 @@ PROCESSES: dict[str, Callable[[Clinics], Daemon]] = {
 
 @pytest.mark.parametrize("victim", PROCESSES)
 def test_a_process_that_is_killed_and_started_again_does_not_end_the_job(
-    make_clinics: MakeClinics, victim: str
+    clinics: Clinics, job: str, victim: str
 ) -> None:
-    clinics = make_clinics(stage_seconds=15)
-    clinics.start_all()
-    job = clinics.add()
+    process = PROCESSES[victim](clinics)
     for number in (1, 2):
         reached(clinics, job, number)
-        process = PROCESSES[victim](clinics)
         process.kill()
         time.sleep(0.5)
         process.start()
-    queued = clinics.wait(job, State.FINISHED, State.FAILED, State.STOPPED)
-    assert queued.state is State.FINISHED, (queued.detail, clinics.logs())
+    finished(clinics, job)
     assert len(adapters(clinics, job)) == 1, clinics.logs()
     for site in clinics.sites.values():
-        assert charged(site) == [(job, 1), (job, 2), (job, 3)]
+        assert charged(site, job) == [1, 2, 3]
 
 
-def test_without_a_site_that_vanished_the_others_go_on(make_clinics: MakeClinics) -> None:
-    clinics = make_clinics(train_seconds=10, stage_seconds=10)
-    clinics.start_all()
-    job = clinics.add()
+def test_without_a_site_that_vanished_the_others_go_on(clinics: Clinics, job: str) -> None:
     reached(clinics, job, 2)
     gone = clinics.sites["north"]
     gone.relay.kill()
     gone.trainer.kill()
-    queued = clinics.wait(job, State.FINISHED, State.FAILED)
-    assert queued.state is State.FINISHED, (queued.detail, clinics.logs())
+    finished(clinics, job)
     assert len(adapters(clinics, job, "east", "south")) == 1
     # What it spent it spent; nobody asked it for more.
-    assert charged(gone) in ([(job, 1)], [(job, 1), (job, 2)])
+    assert charged(gone, job) in ([1], [1, 2])
+    gone.trainer.start()
+    gone.relay.start()
+    gone.status()
 
 
 @contextmanager
@@ -120,118 +119,93 @@ def full_disk(daemon: Daemon) -> Iterator[None]:
         resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, before)
 
 
-def test_a_site_whose_disk_is_full_sits_out_and_comes_back(make_clinics: MakeClinics) -> None:
-    clinics = make_clinics(train_seconds=30, stage_seconds=15)
-    clinics.start_all()
-    job = clinics.add()
+def test_a_site_whose_disk_is_full_sits_out_and_comes_back(clinics: Clinics, job: str) -> None:
     reached(clinics, job, 1)
     site = clinics.sites["north"]
     with full_disk(site.trainer):
         reached(clinics, job, 3)
-    queued = clinics.wait(job, State.FINISHED, State.FAILED)
-    assert queued.state is State.FINISHED, (queued.detail, clinics.logs())
+    finished(clinics, job)
     assert site.trainer.running
     assert len(adapters(clinics, job, "east", "south")) == 1
-    rounds = charged(site)
+    rounds = charged(site, job)
     assert sorted(set(rounds)) == rounds
-    assert charged(clinics.sites["east"]) == [(job, 1), (job, 2), (job, 3)]
+    assert charged(clinics.sites["east"], job) == [1, 2, 3]
 
 
-def test_a_server_whose_disk_is_full_goes_on_when_there_is_room(make_clinics: MakeClinics) -> None:
-    clinics = make_clinics()
-    clinics.start_all()
-    job = clinics.add()
+def test_a_server_whose_disk_is_full_goes_on_when_there_is_room(clinics: Clinics, job: str) -> None:
     reached(clinics, job, 1)
     with full_disk(clinics.rounds_process):
         time.sleep(12)
         assert clinics.rounds_process.running
         assert clinics.queue.job(job).state is State.RUNNING
-    queued = clinics.wait(job, State.FINISHED, State.FAILED)
-    assert queued.state is State.FINISHED, (queued.detail, clinics.logs())
+    finished(clinics, job)
     assert len(adapters(clinics, job)) == 1
     for site in clinics.sites.values():
-        assert charged(site) == [(job, 1), (job, 2), (job, 3)]
-
-
-def test_two_jobs_one_after_the_other_are_charged_to_one_ledger(
-    make_clinics: MakeClinics,
-) -> None:
-    clinics = make_clinics()
-    clinics.start_all()
-    first = clinics.add()
-    second = clinics.add(job="triage-2")
-    for job in (first, second):
-        queued = clinics.wait(job, State.FINISHED, State.FAILED)
-        assert queued.state is State.FINISHED, (queued.detail, clinics.logs())
-    for site in clinics.sites.values():
-        contents = read_ledger(site.folder / "state" / "ledger.sqlite")
-        costs = release_costs(contents, 1e-4)
-        assert [(cost.job, cost.round) for cost in costs] == [
-            (job, number) for job in (first, second) for number in (1, 2, 3)
-        ]
-        spent = [cost.epsilon for cost in costs]
-        assert spent == sorted(spent)
-        assert spent[-1] > spent[2] > 0
-
-
-def test_a_job_that_failed_goes_on_when_the_operator_resumes_it(
-    make_clinics: MakeClinics,
-) -> None:
-    clinics = make_clinics(attempts=1, train_seconds=6, stage_seconds=6)
-    clinics.start_all()
-    job = clinics.add()
-    reached(clinics, job, 2)
-    for name in ("north", "south"):
-        clinics.sites[name].relay.kill()
-    queued = clinics.wait(job, State.FAILED, State.FINISHED)
-    assert queued.state is State.FAILED
-    assert "the job resumes" in queued.detail
-    for name in ("north", "south"):
-        clinics.sites[name].relay.start()
-    clinics.queue.resume(job)
-    queued = clinics.wait(job, State.FINISHED, State.FAILED)
-    assert queued.state is State.FINISHED, (queued.detail, clinics.logs())
-    for site in clinics.sites.values():
-        assert charged(site) == [(job, 1), (job, 2), (job, 3)]
+        assert charged(site, job) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("minutes", [-10, 10])
 def test_a_relay_whose_clock_is_wrong_by_ten_minutes_works_all_the_same(
-    make_clinics: MakeClinics, monkeypatch: pytest.MonkeyPatch, minutes: int
+    clinics: Clinics, job: str, monkeypatch: pytest.MonkeyPatch, minutes: int
 ) -> None:
     class Wrong(datetime):
         @classmethod
         def now(cls, tz: object = None) -> datetime:
             return datetime.now(UTC) + timedelta(minutes=minutes)
 
-    clinics = make_clinics()
-    clinics.start_all()
     site = clinics.sites["north"]
     site.relay.stop()
     monkeypatch.setattr(umbel_client.flower, "datetime", Wrong)
     stopping = threading.Event()
     stub = TrainerStub(site.socket)
+    connection = umbel_client.flower.Connection(
+        server=f"127.0.0.1:{clinics.port}",
+        server_ca=site.folder / "relay" / "server-ca.pem",
+        certificate=site.folder / "relay" / "certificate.pem",
+        key=site.folder / "relay" / "key.pem",
+    )
     relay = threading.Thread(
         target=umbel_client.flower.serve,
-        args=(
-            umbel_client.flower.Connection(
-                server=f"127.0.0.1:{clinics.port}",
-                server_ca=site.folder / "relay" / "server-ca.pem",
-                certificate=site.folder / "relay" / "certificate.pem",
-                key=site.folder / "relay" / "key.pem",
-            ),
-            stub.handle,
-            stopping,
-            lambda _: None,
-        ),
+        args=(connection, stub.handle, stopping, lambda _: None),
     )
     relay.start()
     try:
-        job = clinics.add()
-        queued = clinics.wait(job, State.FINISHED, State.FAILED)
-        assert queued.state is State.FINISHED, (queued.detail, clinics.logs())
-        assert charged(site) == [(job, 1), (job, 2), (job, 3)]
+        finished(clinics, job)
+        assert charged(site, job) == [1, 2, 3]
     finally:
         stopping.set()
         relay.join(60)
         stub.close()
+        site.relay.start()
+
+
+def test_a_job_that_failed_goes_on_when_the_operator_resumes_it(clinics: Clinics, job: str) -> None:
+    reached(clinics, job, 2)
+    away = [clinics.sites[name].relay for name in ("north", "south")]
+    for relay in away:
+        relay.kill()
+    queued = clinics.wait(job, State.FAILED, State.FINISHED)
+    assert queued.state is State.FAILED
+    assert "the job resumes" in queued.detail
+    for relay in away:
+        relay.start()
+    clinics.queue.resume(job)
+    finished(clinics, job)
+    for site in clinics.sites.values():
+        assert charged(site, job) == [1, 2, 3]
+
+
+def test_all_these_jobs_are_charged_to_one_ledger_each_release_once(clinics: Clinics) -> None:
+    """After everything above."""
+    for site in clinics.sites.values():
+        entries = history(site)
+        releases = [(entry.job, entry.round) for entry in entries]
+        assert len(set(releases)) == len(releases)
+        jobs = list(dict.fromkeys(entry.job for entry in entries))
+        assert len(jobs) >= 2
+        # One job after the other: what came later was charged on top of what came before.
+        assert [job for job, _ in releases] == sorted((job for job, _ in releases), key=jobs.index)
+        contents = read_ledger(site.folder / "state" / "ledger.sqlite")
+        spent = [cost.epsilon for cost in release_costs(contents, 1e-4)[:9]]
+        assert spent == sorted(spent)
+        assert spent[0] < spent[-1]
