@@ -49,7 +49,6 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.task_identity import TaskIdentity
@@ -73,7 +72,8 @@ _PATIENCE_SECONDS = 150.0
 _LONGEST_PAUSE = 30.0
 _SLACK_SECONDS = 2.0
 """The server's time is known to a second."""
-_TOLERATED_SKEW = timedelta(seconds=30)
+_TOLERATED_SKEW = timedelta(seconds=3)
+"""Flower takes no signature that is more than five seconds ahead of its own clock."""
 
 _logger = logging.getLogger("umbel.relay")
 T = TypeVar("T")
@@ -123,12 +123,12 @@ def serve(
     while not stopping.is_set():
         client = FleetHttpClient(
             f"https://{connection.server}",
-            interceptors=[
-                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                _Signature(key, clock),
-            ],
+            # Without Flower's own, by which an answer of the server can end this process.
+            interceptors=[_Signature(key, clock)],
             verify=context,
         )
+        # Or the server could send requests on to any address in the site's own network.
+        client._client.follow_redirects = False
         try:
             with client, _activated(client, key, stopping) as node:
                 connected(True)
@@ -277,9 +277,10 @@ def _work(
             lately = time.monotonic() - busy < _BUSY_SECONDS
             stopping.wait(_BUSY_POLL_SECONDS if lately else _IDLE_POLL_SECONDS)
             continue
-        metadata = pulled.messages_list[0].metadata
+        (announced,), (tree,) = pulled.messages_list, pulled.message_object_trees
+        metadata = announced.metadata
         try:
-            request = _pull(client, node, metadata.run_id, pulled.message_object_trees[0], stopping)
+            request = _pull(client, node, metadata.run_id, tree, stopping)
             TaskIdentity.run_id = metadata.run_id
             expires = metadata.created_at + metadata.ttl
             _push(client, node, clock, answer(request, handle), expires, stopping)
@@ -290,11 +291,17 @@ def _work(
             )
             _patiently(partial(client.ConfirmMessageReceived, confirm), stopping)
         except httpx.HTTPStatusError as error:
-            if error.response.status_code in (401, 403):
+            if not _is_over(error.response):
                 raise
             # Its run is over: nobody waits for this reply any more.
             _logger.info("a message is dropped: %s", _reason(error))
         busy = time.monotonic()
+
+
+def _is_over(response: httpx.Response) -> bool:
+    """Whether Flower, and not the gate before it, refuses a message: the gate says nothing."""
+    code = response.status_code
+    return 400 <= code < 500 and code != 401 and bool(response.content)
 
 
 def _pull(
@@ -310,7 +317,11 @@ def _pull(
             if not pulled.object_found or stopping.wait(_BUSY_POLL_SECONDS):
                 raise ValueError("a part of a message is not there any more")
         contents[part.object_id] = pulled.object_content
-    message = inflate_object_from_contents(tree.object_id, contents)
+    try:
+        message = inflate_object_from_contents(tree.object_id, contents)
+    except Exception as error:
+        # Whatever Flower makes of bytes that are none of its own.
+        raise ValueError("a message cannot be put together") from error
     if not isinstance(message, Message):
         raise ValueError("what the server calls a message is none")
     message.metadata.__dict__["_message_id"] = tree.object_id

@@ -190,7 +190,7 @@ def _check(signed: SignedKit, settings: ClientConfig, config: Path, file: Path) 
             "a kit is signed by a key of the operator that is revoked",
             file=file,
             found=fingerprint(document.roster.operator),
-            remedy="approve a roster with the operator's new key first: umbel-client roster approve",
+            remedy="approve a roster with the operator's new key first",
         )
     federation = document.roster.federation if pinned else _asked(settings, config, kit.federation)
     if (kit.site, kit.federation) != (settings.site, federation):

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from umbel_common.errors import ConfigError
+from umbel_common.wire import FLOWER_PIECE_BYTES
 
 PATHS = frozenset(
     f"/v1/fleet/{name}"
@@ -38,8 +39,8 @@ PATHS = frozenset(
 """What a relay needs. Registering nodes, runs and app bundles are not among it."""
 ACTIVATE = "/v1/fleet/activate-node"
 _KEY_HEADER = b"flwr-public-key"
-_LARGEST_BODY = 1 << 24
-"""Bytes; a piece of a message is a quarter of it."""
+_LARGEST_BODY = FLOWER_PIECE_BYTES + (1 << 16)
+"""Bytes: a piece of a message and what is around it."""
 _PEER = "umbel.peer"
 
 

@@ -7,6 +7,7 @@ that could be stolen. `docs/adr/0011-flower-as-a-carrier.md` says why;
 """
 
 import threading
+import time
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -29,8 +30,11 @@ from starlette.types import ASGIApp
 
 from umbel_common.wire import FLOWER_MESSAGE_TYPE
 from umbel_host.flower import packed, unpacked
+from umbel_server.reply_filter import ReplyFilter
 
 _KEEP_ALIVE_SECONDS = 15.0
+_RETURN_SECONDS = 120.0
+"""How long a node that went away is waited for: a relay may be restarted, or its line be cut."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class SuperLink:
         fleet = create_app()
         # Nodes are registered here and by nobody else.
         fleet.state.enable_supernode_auth = True
-        self.fleet: ASGIApp = fleet
+        self.fleet: ASGIApp = ReplyFilter(fleet)
         """Flower's whole application; who serves it must let nothing but Fleet pass."""
         self._state = fleet.state.linkstate_factory.state()
         self._posting = threading.Lock()
@@ -138,26 +142,38 @@ class SuperLink:
     def collect(self, identifier: str) -> Reply | None:
         """The reply to a message, once; None while it may still come."""
         with self._posted_lock:
-            if identifier not in self._posted:
-                # Posted to a former run of this process.
-                return Reply(None)
+            node = self._posted.get(identifier)
+        if node is None:
+            # Posted to a former run of this process.
+            return Reply(None)
         if identifier not in self._arriving:
+            if self._is_away(node):
+                return None
             replies = self._state.get_message_res({identifier}, self._run_id)
             if not replies:
                 return None
             # Flower tells of a reply once, when its node has announced it: not all is there yet.
             (reply,) = replies
-            self._arriving[identifier] = (
-                None if reply.has_error() else str(reply.metadata.message_id)
-            )
+            name = str(reply.metadata.message_id)
+            if reply.has_error():
+                self._state.object_store.delete(name)
+            self._arriving[identifier] = None if reply.has_error() else name
         announced = self._arriving[identifier]
         sealed = None if announced is None else self._content(announced)
         if sealed is _COMING:
             return None
         self._state.delete_messages({identifier})
+        # A node that died, or never came, has not confirmed it.
+        self._state.object_store.delete(identifier)
         with self._posted_lock:
             del self._arriving[identifier], self._posted[identifier]
         return Reply(sealed)
+
+    def _is_away(self, node: int) -> bool:
+        """Whether a node is not there but may come back. Flower gives such a node up at once."""
+        (info,) = self._state.get_node_info(node_ids=[node])
+        offline = info.status == NodeStatus.OFFLINE
+        return bool(offline and time.time() < info.online_until + _RETURN_SECONDS)
 
     def _content(self, identifier: str) -> bytes | None:
         """What a node has pushed, piece by piece; `_COMING` while pieces are missing."""
@@ -174,8 +190,12 @@ class SuperLink:
             if content == b"":
                 return _COMING
             contents[part.object_id] = content
-        message = inflate_object_from_contents(identifier, contents)
         store.delete(identifier)
+        try:
+            message = inflate_object_from_contents(identifier, contents)
+        except Exception:
+            # Whatever Flower makes of bytes that are none of its own.
+            return None
         return unpacked(message) if isinstance(message, Message) else None
 
     def _begin(self) -> tuple[int, int]:

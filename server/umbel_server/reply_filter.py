@@ -1,0 +1,54 @@
+"""What Flower does not ask of a reply before it takes it: in whose name it is, and how large."""
+
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from google.protobuf.message import DecodeError
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from umbel_common.wire import FLOWER_PIECE_BYTES
+
+PUSH = "/v1/fleet/push-messages"
+MOST_OBJECTS = 2**31 // FLOWER_PIECE_BYTES + 2
+"""Objects of one reply: the pieces of the largest message that there is, and two around them."""
+
+
+class ReplyFilter:
+    """An ASGI application before Flower's, for what it receives at `PUSH`.
+
+    Flower authenticates the node that a request names, and takes the reply in it in the name of the
+    node that the reply names: a site that has learned another's message could answer it, and the
+    other's own reply would come too late. The seal would show it, but the answer would be missing.
+    """
+
+    def __init__(self, fleet: ASGIApp) -> None:
+        self._fleet = fleet
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        if scope["type"] != "http" or scope["path"] != PUSH:
+            await self._fleet(scope, receive, send)
+            return
+        body = await Request(scope, receive).body()
+        if not acceptable(body):
+            await PlainTextResponse("", status_code=403)(scope, receive, send)
+            return
+        unread = [body]
+
+        async def repeated() -> Message:
+            return {"type": "http.request", "body": unread.pop()} if unread else await receive()
+
+        await self._fleet(scope, repeated, send)
+
+
+def acceptable(body: bytes) -> bool:
+    """Whether every reply is its sender's own and of a size that is possible."""
+    request = PushMessagesRequest()
+    try:
+        request.ParseFromString(body)
+    except DecodeError:
+        return False
+    own = {message.metadata.src_node_id for message in request.messages_list}
+    objects = sum(1 for tree in request.message_object_trees for _ in iterate_object_tree(tree))
+    return own == {request.node.node_id} and objects <= MOST_OBJECTS

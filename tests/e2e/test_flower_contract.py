@@ -1,0 +1,550 @@
+"""Everything that Umbel needs of Flower's private parts: after an upgrade, this fails first.
+
+`docs/adr/0011-flower-as-a-carrier.md` lists each name and what it is for; here is what each must
+do.
+"""
+
+import ast
+import importlib
+import importlib.metadata
+import inspect
+import os
+import re
+import socket
+import sqlite3
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import flwr.supercore.corestate.sql_corestate
+import httpx
+import pytest
+import uvicorn
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+    RegisterNodeFleetRequest,
+)
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.server.superlink.linkstate import LinkState
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.object_store import ObjectStore
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.fleet_http_client import FleetHttpClient
+
+import umbel_client.flower as relay
+import umbel_server.superlink
+from umbel_common.wire import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
+from umbel_host.flower import packed, unpacked
+from umbel_server.listener import PATHS
+from umbel_server.port_process import FLOWER_ENVIRONMENT
+from umbel_server.reply_filter import MOST_OBJECTS, PUSH, ReplyFilter, acceptable
+from umbel_server.superlink import _KEEP_ALIVE_SECONDS, SuperLink
+
+ROOT = Path(__file__).parent.parent.parent
+ADR = ROOT / "docs" / "adr" / "0011-flower-as-a-carrier.md"
+PACKAGES = ("common", "server", "client", "simulations")
+LONG_ENOUGH = 60.0
+
+
+# Names
+
+
+def used() -> set[tuple[str, str]]:
+    """Module and name of everything that the packages import from Flower."""
+    return {
+        (node.module, alias.name)
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flwr"
+        for alias in node.names
+        if node.module
+    }
+
+
+def documented() -> set[tuple[str, str]]:
+    """Module and name of everything in the tables of the decision record."""
+    rows = re.findall(r"^\| `(flwr[\w.]*)` \| ([^|]+) \| [^|]+ \|$", ADR.read_text(), re.MULTILINE)
+    return {(module, name) for module, names in rows for name in re.findall(r"`(\w+)`", names)}
+
+
+def test_every_name_of_flowers_that_is_used_is_documented_with_its_purpose() -> None:
+    assert documented() == used()
+
+
+def test_the_version_is_the_one_that_was_read() -> None:
+    assert importlib.metadata.version("flwr").startswith("1.42.")
+
+
+@pytest.mark.parametrize(("module", "name"), sorted(used()))
+def test_the_name_is_still_there(module: str, name: str) -> None:
+    assert hasattr(importlib.import_module(module), name)
+
+
+STATE = {
+    "acknowledge_task_heartbeat": ("task_id",),
+    "activate_task": ("task_id",),
+    "claim_task": ("task_id",),
+    "cleanup_run": ("run_id",),
+    "create_node": ("owner_aid", "owner_name", "public_key", "heartbeat_interval"),
+    "create_run": (
+        "fab_id",
+        "fab_version",
+        "fab_hash",
+        "override_config",
+        "federation_id",
+        "federation_config",
+        "flwr_aid",
+        "primary_task_type",
+    ),
+    "deactivate_node": ("node_id",),
+    "delete_messages": ("message_ins_ids",),
+    "get_message_res": ("message_ids", "run_id"),
+    "get_node_id_by_public_key": ("public_key",),
+    "get_node_info": (),
+    "get_object": ("run_id", "object_id"),
+    "get_run_info": (),
+    "start_session": ("run_id",),
+    "stop_run": ("run_id",),
+    "store_message_and_object_tree": ("message", "object_tree", "session_id"),
+    "store_object": ("run_id", "session_id", "object_id", "object_content"),
+}
+"""Methods of the state that are called, with the arguments that they must have, in this order."""
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "arguments"),
+    [(LinkState, name, arguments) for name, arguments in STATE.items()]
+    + [(ObjectStore, "get_object_tree", ("object_id",)), (ObjectStore, "delete", ("object_id",))],
+)
+def test_a_method_takes_what_it_took(owner: type, name: str, arguments: tuple[str, ...]) -> None:
+    parameters = list(inspect.signature(getattr(owner, name)).parameters.values())[1:]
+    required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    assert tuple(required) == arguments
+
+
+def test_no_method_of_the_state_is_called_that_is_not_tested_here() -> None:
+    text = (ROOT / "server" / "umbel_server" / "superlink.py").read_text()
+    assert set(re.findall(r"self\._state\.(\w+)\(", text)) - {"session"} == set(STATE)
+
+
+def test_the_state_is_told_by_the_environment_where_its_database_is(link: "Link") -> None:
+    assert link.database.exists()
+
+
+def test_flower_still_listens_to_what_switches_off_its_calls_home() -> None:
+    for name in FLOWER_ENVIRONMENT:
+        constant = name if name != "FLWR_TELEMETRY_ENABLED" else None
+        if constant is not None:
+            module = (
+                "flwr.supercore.constant"
+                if hasattr(importlib.import_module("flwr.supercore.constant"), name)
+                else "flwr.common.constant"
+            )
+            assert getattr(importlib.import_module(module), name) == name
+    telemetry = inspect.getsource(importlib.import_module("flwr.supercore.telemetry"))
+    assert 'os.getenv("FLWR_TELEMETRY_ENABLED"' in telemetry
+
+
+# Messages
+
+
+@pytest.fixture
+def identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who makes messages in this process; Flower keeps it for the whole process."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def message(sealed: bytes = b"sealed", node: int = 7) -> Message:
+    return Message(
+        packed(sealed), dst_node_id=node, message_type=FLOWER_MESSAGE_TYPE, ttl=60.0, group_id="x"
+    )
+
+
+@pytest.mark.usefixtures("identity")
+def test_what_flower_hides_of_a_messages_metadata_can_be_set() -> None:
+    made = message()
+    made.metadata.__dict__["_message_id"] = "0" * 64
+    made.metadata.__dict__["_created_at"] = 12.0
+    made.metadata.__dict__["_ttl"] = 3.0
+    assert made.metadata.message_id == "0" * 64
+    assert (made.metadata.created_at, made.metadata.ttl) == (12.0, 3.0)
+
+
+@pytest.mark.usefixtures("identity")
+def test_a_message_falls_into_pieces_and_is_put_together_again() -> None:
+    sealed = os.urandom(FLOWER_PIECE_BYTES) + bytes(2 * FLOWER_PIECE_BYTES) + b"end"
+    with no_object_id_recompute():
+        made = message(sealed)
+        identifier = made.object_id
+        objects = get_all_nested_objects(made)
+        contents = {name: part.deflate() for name, part in objects.items()}
+    # Content, record, and pieces, of which two are the same.
+    assert len(contents) == 2 + 3
+    assert max(map(len, contents.values())) < FLOWER_PIECE_BYTES + 1000
+    again = inflate_object_from_contents(identifier, contents)
+    assert isinstance(again, Message)
+    assert unpacked(again) == sealed
+
+
+@pytest.mark.usefixtures("identity")
+def test_a_reply_goes_where_its_request_came_from() -> None:
+    request = message(node=7)
+    request.metadata.__dict__["_message_id"] = "1" * 64
+    for reply in (
+        Message(packed(b"reply"), reply_to=request),
+        Message(Error(1, "no"), reply_to=request),
+    ):
+        assert reply.metadata.reply_to_message_id == "1" * 64
+        assert reply.metadata.src_node_id == 7
+        assert reply.metadata.dst_node_id == request.metadata.src_node_id
+        assert reply.metadata.run_id == request.metadata.run_id
+
+
+@pytest.mark.usefixtures("identity")
+def test_what_is_no_message_of_ours_is_answered_by_an_error() -> None:
+    def handle(sealed: bytes) -> bytes:
+        raise AssertionError(sealed)
+
+    foreign = Message(packed(b"x"), dst_node_id=7, message_type="train")
+    other_record = Message(
+        RecordDict({"umbel-0": ConfigRecord({"pickle": b"x"})}),
+        dst_node_id=7,
+        message_type=FLOWER_MESSAGE_TYPE,
+    )
+    for asked in (foreign, other_record):
+        asked.metadata.__dict__["_message_id"] = "2" * 64
+        answer = relay.answer(asked, handle)
+        assert answer.has_error()
+        assert answer.error.code == relay.NOT_OURS
+
+
+# A SuperLink, and nodes that speak to it over plain HTTP
+
+
+class Link:
+    """A SuperLink whose Fleet interface is served without the gate."""
+
+    def __init__(self, folder: Path) -> None:
+        self.database = folder / "superlink.sqlite"
+        self.superlink = SuperLink()
+        self.port = 0
+        self._server: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+        self.serve(self.superlink.fleet)
+
+    def serve(self, app: object) -> None:
+        self.stop()
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(listener.getsockname()[1])
+        config = uvicorn.Config(app, log_level="critical", ws="none")  # type: ignore[arg-type]
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([listener],))
+        self._thread.start()
+
+    def stop(self) -> None:
+        if self._server is not None and self._thread is not None:
+            self._server.should_exit = True
+            self._thread.join(20)
+
+    def rows(self, table: str) -> int:
+        with sqlite3.connect(self.database) as database:
+            return int(database.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+
+
+@pytest.fixture
+def link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, identity: None) -> Iterator[Link]:
+    for name, value in FLOWER_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FLWR_DATABASE", str(tmp_path / "superlink.sqlite"))
+    made = Link(tmp_path)
+    yield made
+    made.stop()
+    made.superlink.close()
+
+
+class SiteNode:
+    """A node as Flower sees it."""
+
+    def __init__(self, link: Link, ahead: float = 0) -> None:
+        self.key = ec.generate_private_key(ec.SECP384R1())
+        self.public = public_key_to_bytes(self.key.public_key())
+        clock = relay._ServerClock()
+        clock.offset = timedelta(seconds=ahead)
+        clock.learn = lambda response: None  # type: ignore[method-assign]  # stays wrong
+        self.client = FleetHttpClient(
+            f"http://127.0.0.1:{link.port}", interceptors=[relay._Signature(self.key, clock)]
+        )
+        self.stopping = threading.Event()
+
+    def activate(self) -> Node:
+        request = ActivateNodeRequest(public_key=self.public, heartbeat_interval=30.0)
+        return Node(node_id=self.client.ActivateNode(request).node_id)
+
+    def pull(self, node: Node) -> Message | None:
+        """The next message, whole."""
+        pulled = self.client.PullMessages(PullMessagesRequest(node=node))
+        if not pulled.messages_list:
+            return None
+        run = pulled.messages_list[0].metadata.run_id
+        return relay._pull(self.client, node, run, pulled.message_object_trees[0], self.stopping)
+
+    def reply(self, node: Node, request: Message, sealed: bytes) -> None:
+        expires = request.metadata.created_at + request.metadata.ttl
+        answer = Message(packed(sealed), reply_to=request)
+        relay._push(self.client, node, relay._ServerClock(), answer, expires, self.stopping)
+
+
+def joined(link: Link) -> tuple[SiteNode, Node]:
+    """A site that is registered and connected."""
+    site = SiteNode(link)
+    link.superlink.register(site.public)
+    return site, site.activate()
+
+
+def test_a_node_registers_neither_itself_nor_others(link: Link) -> None:
+    site = SiteNode(link)
+    with pytest.raises(httpx.HTTPStatusError):
+        site.client.RegisterNode(RegisterNodeFleetRequest(public_key=site.public))
+    with pytest.raises(httpx.HTTPStatusError):
+        site.activate()
+    assert link.superlink.register(site.public) == link.superlink.register(site.public)
+    assert site.activate().node_id == link.superlink.register(site.public)
+
+
+@pytest.mark.parametrize(("ahead", "taken"), [(3, True), (7, False), (-290, True), (-320, False)])
+def test_a_signature_is_taken_from_five_seconds_ahead_to_five_minutes_ago(
+    link: Link, ahead: float, taken: bool
+) -> None:
+    site = SiteNode(link, ahead)
+    link.superlink.register(site.public)
+    if taken:
+        site.activate()
+    else:
+        with pytest.raises(httpx.HTTPStatusError, match="401"):
+            site.activate()
+    assert timedelta(seconds=5) > relay._TOLERATED_SKEW
+
+
+def test_the_relay_signs_a_time_with_the_key_that_it_names(link: Link) -> None:
+    site = SiteNode(link)
+    link.superlink.register(site.public)
+    request = ActivateNodeRequest(public_key=site.public, heartbeat_interval=30.0)
+
+    def status(key: ec.EllipticCurvePrivateKey) -> int:
+        stamp = datetime.now(UTC).isoformat()
+        return httpx.post(
+            f"http://127.0.0.1:{link.port}/v1/fleet/activate-node",
+            content=request.SerializeToString(),
+            headers={
+                "content-type": PROTOBUF_MEDIA_TYPE,
+                FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(site.public).decode(),
+                TIMESTAMP_HEADER: stamp,
+                FLEET_HTTP_SIGNATURE_HEADER: b64encode(sign_message(key, stamp.encode())).decode(),
+            },
+        ).status_code
+
+    assert status(ec.generate_private_key(ec.SECP384R1())) == 401
+    assert status(site.key) == 200
+
+
+def test_a_node_that_never_came_gets_no_message(link: Link) -> None:
+    site = SiteNode(link)
+    node = link.superlink.register(site.public)
+    assert link.superlink.post(node, "x", b"sealed", LONG_ENOUGH) is None
+    site.activate()
+    assert link.superlink.post(node, "x", b"sealed", LONG_ENOUGH) is not None
+
+
+def test_a_connected_node_is_not_connected_again_unless_way_is_made(link: Link) -> None:
+    site, node = joined(link)
+    with pytest.raises(httpx.HTTPStatusError):
+        site.activate()
+    link.superlink.make_way(site.public)
+    assert site.activate() == node
+
+
+@pytest.mark.parametrize("size", [6, 3 * FLOWER_PIECE_BYTES])
+def test_a_message_and_its_reply_leave_nothing_behind(link: Link, size: int) -> None:
+    site, node = joined(link)
+    identifier = link.superlink.post(node.node_id, "x", os.urandom(size), LONG_ENOUGH)
+    assert identifier is not None
+    assert link.superlink.collect(identifier) is None
+    request = site.pull(node)
+    assert request is not None
+    # Flower delivers a message once.
+    assert site.pull(node) is None
+    sealed = unpacked(request)
+    assert sealed is not None
+    assert len(sealed) == size
+    site.reply(node, request, sealed[::-1])
+    reply = link.superlink.collect(identifier)
+    assert reply is not None
+    assert reply.sealed == sealed[::-1]
+    assert link.rows("message_ins") == link.rows("message_res") == 0
+    assert link.rows("objects") == 0
+
+
+def test_what_was_delivered_and_not_answered_is_delivered_again(link: Link) -> None:
+    site, node = joined(link)
+    identifier = link.superlink.post(node.node_id, "x", b"sealed", LONG_ENOUGH)
+    assert identifier is not None
+    assert site.pull(node) is not None
+    link.superlink.make_way(site.public)
+    site.activate()
+    again = site.pull(node)
+    assert again is not None
+    site.reply(node, again, b"reply")
+    reply = link.superlink.collect(identifier)
+    assert reply is not None
+    assert reply.sealed == b"reply"
+
+
+def test_flower_gives_up_a_node_that_is_away_and_we_wait_for_it(link: Link) -> None:
+    site, node = joined(link)
+    identifier = link.superlink.post(node.node_id, "x", b"sealed", LONG_ENOUGH)
+    assert identifier is not None
+    state = link.superlink._state
+    state.deactivate_node(node.node_id)
+    assert link.superlink.collect(identifier) is None
+    (given_up,) = state.get_message_res({identifier}, link.superlink._run_id)
+    assert given_up.has_error()
+    site.activate()
+    request = site.pull(node)
+    assert request is not None
+    site.reply(node, request, b"reply")
+    assert (reply := link.superlink.collect(identifier)) is not None
+    assert reply.sealed == b"reply"
+
+
+def test_a_node_that_stays_away_is_given_up_and_its_message_deleted(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, node = joined(link)
+    identifier = link.superlink.post(node.node_id, "x", b"sealed", LONG_ENOUGH)
+    assert identifier is not None
+    assert site.pull(node) is not None
+    link.superlink._state.deactivate_node(node.node_id)
+    monkeypatch.setattr(umbel_server.superlink, "_RETURN_SECONDS", 0.5)
+    assert link.superlink.collect(identifier) is None
+    time.sleep(0.6)
+    reply = link.superlink.collect(identifier)
+    assert reply is not None
+    assert reply.sealed is None
+    assert link.rows("objects") == link.rows("message_ins") == 0
+
+
+def test_a_run_whose_app_is_silent_for_a_minute_ends_and_ours_is_not(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = link.superlink._task_id
+    assert link.superlink._state.acknowledge_task_heartbeat(task)
+    assert _KEEP_ALIVE_SECONDS < 60 / 3
+
+    def later() -> datetime:
+        return datetime.now(UTC) + timedelta(seconds=61)
+
+    monkeypatch.setattr(flwr.supercore.corestate.sql_corestate, "now", later)
+    assert not link.superlink._state.acknowledge_task_heartbeat(task)
+
+
+def test_the_next_start_deletes_what_nobody_fetched(link: Link) -> None:
+    _, node = joined(link)
+    link.superlink.post(node.node_id, "x", os.urandom(100), LONG_ENOUGH)
+    assert link.rows("objects") > 0
+    following = SuperLink()
+    try:
+        assert link.rows("objects") == link.rows("message_ins") == 0
+        # And the message of the former run is not waited for.
+        assert following.collect("0" * 64) is not None
+    finally:
+        following.close()
+
+
+def test_the_client_is_httpx_with_a_switch_for_redirections() -> None:
+    with FleetHttpClient("https://127.0.0.1:1") as client:
+        assert isinstance(client._client, httpx.Client)
+        # Flower follows them, which `serve` switches off.
+        assert client._client.follow_redirects is True
+        assert client._client.trust_env is True
+
+
+def test_every_path_that_the_gate_lets_through_exists(link: Link) -> None:
+    for path in PATHS:
+        status = httpx.post(f"http://127.0.0.1:{link.port}{path}", content=b"").status_code
+        assert status not in (404, 405), path
+
+
+# What Flower does not check, and we do
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["without the check", "with it"])
+def test_a_site_cannot_answer_for_another(link: Link, checked: bool) -> None:
+    assert isinstance(link.superlink.fleet, ReplyFilter)
+    if not checked:
+        link.serve(link.superlink.fleet._fleet)
+    (north, north_node), (east, east_node) = joined(link), joined(link)
+    identifier = link.superlink.post(north_node.node_id, "x", b"sealed", LONG_ENOUGH)
+    assert identifier is not None
+    # East has learned what north was sent; mostly it could not.
+    request = north.pull(north_node)
+    assert request is not None
+    if checked:
+        with pytest.raises(httpx.HTTPStatusError, match="403"):
+            east.reply(east_node, request, b"from east")
+        north.reply(north_node, request, b"from north")
+    else:
+        east.reply(east_node, request, b"from east")
+    reply = link.superlink.collect(identifier)
+    assert reply is not None
+    assert reply.sealed == (b"from north" if checked else b"from east")
+
+
+def test_a_reply_that_does_not_hold_together_is_none(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, node = joined(link)
+    identifier = link.superlink.post(node.node_id, "x", b"sealed", LONG_ENOUGH)
+    assert identifier is not None
+    request = site.pull(node)
+    assert request is not None
+    # Its parts are named in its content, and announced nowhere.
+    monkeypatch.setattr(
+        relay, "get_object_tree", lambda reply: ObjectTree(object_id=reply.object_id)
+    )
+    site.reply(node, request, b"reply")
+    reply = link.superlink.collect(identifier)
+    assert reply is not None
+    assert reply.sealed is None
+    assert link.rows("objects") == 0
+
+
+@pytest.mark.usefixtures("identity")
+def test_a_reply_of_more_pieces_than_the_largest_message_has_is_not_taken() -> None:
+    def announced(pieces: int) -> bytes:
+        tree = ObjectTree(object_id="0", children=[ObjectTree(object_id="1")] * (pieces - 1))
+        request = PushMessagesRequest(node=Node(node_id=7), message_object_trees=[tree])
+        request.messages_list.add().metadata.src_node_id = 7
+        return request.SerializeToString()
+
+    assert acceptable(announced(MOST_OBJECTS))
+    assert not acceptable(announced(MOST_OBJECTS + 1))
+    assert not acceptable(b"\xff\xff")
+    assert PUSH in PATHS

@@ -1,0 +1,193 @@
+"""Sealed bytes over the real port: a SuperLink's process, three relays, TLS between them.
+
+What travels is opaque here. The relays answer as `echo_relay.py` says.
+"""
+
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from e2e.daemons import SITES, Clinics
+from e2e.transport import Transport
+
+from umbel_server.ports import Step
+
+AWAY_SECONDS = float(os.environ.get("UMBEL_TEST_AWAY_SECONDS", "2"))
+"""How long a SuperLink that is killed is away; 20 and 90 are for trying by hand."""
+
+
+@pytest.fixture(scope="module")
+def transport(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Transport]:
+    made = Transport(Clinics(tmp_path_factory.mktemp("transport"), tiny_model))
+    made.start()
+    yield made
+    made.close()
+
+
+def mirrored(requests: dict[str, bytes]) -> dict[str, bytes]:
+    return {site: sealed[::-1] for site, sealed in requests.items()}
+
+
+def test_a_rounds_messages_take_less_than_three_seconds(transport: Transport) -> None:
+    """Five stages: train, share, mask, confirm, unmask."""
+    took = []
+    for stage in ("train", "share", "mask", "confirm", "unmask"):
+        requests = {site: f"{stage} {site}".encode() + os.urandom(5000) for site in SITES}
+        began = time.monotonic()
+        assert transport.exchange(requests, 30, Step(stage, 1, 1)) == mirrored(requests)
+        took.append(time.monotonic() - began)
+    print(f"\nstages of three sites: {', '.join(f'{seconds:.2f} s' for seconds in took)}")
+    print(f"a round beyond training: {sum(took):.2f} s")
+    assert sum(took) < 3
+
+
+def test_twenty_megabytes_come_back_whole(transport: Transport) -> None:
+    # Zeros, as in an adapter that is not trained yet: pieces that are the same.
+    requests = {site: os.urandom(5_000_000) + bytes(15_000_000) for site in SITES}
+    began = time.monotonic()
+    replies = transport.exchange(requests, 60)
+    print(f"\n3 x 20 MB there and back: {time.monotonic() - began:.1f} s")
+    assert replies == mirrored(requests)
+
+
+def test_a_superlink_that_is_killed_loses_no_small_message(transport: Transport) -> None:
+    requests = {site: f"wait 1 {site}".encode() + os.urandom(100) for site in SITES}
+    before = {site: relay.asked() for site, relay in transport.relays.items()}
+
+    def interrupt() -> None:
+        for site in SITES:
+            transport.expect_asked(site, before[site] + 1)
+        transport.port.kill()
+        time.sleep(AWAY_SECONDS)
+        transport.port.start()
+
+    interruption = threading.Thread(target=interrupt)
+    interruption.start()
+    try:
+        began = time.monotonic()
+        replies = transport.exchange(requests, AWAY_SECONDS + 60)
+        print(f"\nanswered {time.monotonic() - began:.1f} s after it was asked")
+    finally:
+        interruption.join()
+    assert replies == mirrored(requests), transport.logs()
+
+
+@pytest.mark.parametrize("size", [100, 3_000_000])
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_relay_that_is_started_again_gets_its_message_again(
+    transport: Transport, how: str, size: int
+) -> None:
+    """The former relay took the message with it."""
+    relay = transport.relays["north"]
+    requests = {"north": b"wait 1 " + os.urandom(size)}
+    before = relay.asked()
+
+    def interrupt() -> None:
+        transport.expect_asked("north", before + 1)
+        getattr(relay, how)()
+        relay.start()
+
+    interruption = threading.Thread(target=interrupt)
+    interruption.start()
+    try:
+        began = time.monotonic()
+        replies = transport.exchange(requests, 40)
+        print(f"\nanswered {time.monotonic() - began:.1f} s after it was asked")
+    finally:
+        interruption.join()
+    assert replies == mirrored(requests), transport.logs()
+
+
+def test_an_answer_that_comes_too_late_is_dropped_and_the_next_is_not(
+    transport: Transport,
+) -> None:
+    assert transport.exchange({"north": b"wait 3 too late"}, 1.5) == {}
+    requests = {"north": b"in time"}
+    assert transport.exchange(requests, 20) == mirrored(requests), transport.logs()
+
+
+@pytest.mark.parametrize("seconds", [-20, 4, 20, 600])
+def test_a_relay_whose_clock_is_wrong_gets_in(transport: Transport, seconds: float) -> None:
+    """Flower takes no signature from five seconds ahead, nor any from five minutes ago."""
+    relay = transport.relays["north"]
+    relay.kill()
+    relay.start(clock_ahead=seconds)
+    try:
+        requests = {"north": b"what is the time?"}
+        assert transport.exchange(requests, 20) == mirrored(requests), transport.logs()
+    finally:
+        relay.kill()
+        relay.start()
+
+
+def test_a_relay_goes_through_the_proxy_that_its_environment_names(transport: Transport) -> None:
+    relay = transport.relays["north"]
+    relay.kill()
+    with TunnelProxy() as proxy:
+        relay.start(HTTPS_PROXY=f"http://127.0.0.1:{proxy.port}")
+        try:
+            requests = {"north": b"round the corner"}
+            assert transport.exchange(requests, 20) == mirrored(requests), transport.logs()
+        finally:
+            relay.kill()
+            relay.start()
+    assert proxy.targets == {f"127.0.0.1:{transport.clinics.port}"}
+
+
+class TunnelProxy:
+    """An HTTP proxy that can do nothing but CONNECT: it sees a name, and TLS."""
+
+    def __init__(self) -> None:
+        self.targets: set[str] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+
+    @property
+    def port(self) -> int:
+        return int(self._listener.getsockname()[1])
+
+    def __enter__(self) -> "TunnelProxy":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(10)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._tunnel, args=(connection,), daemon=True).start()
+
+    def _tunnel(self, client: socket.socket) -> None:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += client.recv(1)
+        method, target, _ = head.split(b" ", 2)
+        assert method == b"CONNECT"
+        self.targets.add(target.decode())
+        host, _, port = target.decode().rpartition(":")
+        with (
+            suppress(ConnectionError),
+            client,
+            socket.create_connection((host, int(port))) as server,
+        ):
+            client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            while True:
+                ready, _, _ = select.select([client, server], [], [])
+                for one, other in ((client, server), (server, client)):
+                    if one in ready:
+                        data = one.recv(1 << 16)
+                        if not data:
+                            return
+                        other.sendall(data)

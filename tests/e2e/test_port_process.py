@@ -1,0 +1,78 @@
+"""The process with the port does not start on what it cannot use, and says in a few lines why."""
+
+import socket
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from e2e.daemons import Clinics
+
+from umbel_common.errors import ConfigError
+from umbel_server.authority import certificate_pem, key_pem, new_key
+
+
+@pytest.fixture
+def clinics(tmp_path: Path, tiny_model: Path) -> Iterator[Clinics]:
+    made = Clinics(tmp_path, tiny_model)
+    yield made
+    made.close()
+
+
+def certificate(clinics: Clinics) -> Path:
+    return clinics.operator_folder / "tls" / "certificate.pem"
+
+
+def missing(clinics: Clinics) -> None:
+    certificate(clinics).unlink()
+
+
+def unreadable(clinics: Clinics) -> None:
+    certificate(clinics).write_text("no certificate")
+
+
+def of_another_key(clinics: Clinics) -> None:
+    (clinics.operator_folder / "tls" / "key.pem").write_bytes(key_pem(new_key()))
+
+
+def expired(clinics: Clinics) -> None:
+    key, long_ago = new_key(), datetime.now(UTC) - timedelta(days=366)
+    made = clinics.authority.server(key.public_key(), ["127.0.0.1"], long_ago)
+    certificate(clinics).write_bytes(certificate_pem(made))
+    (clinics.operator_folder / "tls" / "key.pem").write_bytes(key_pem(key))
+
+
+def no_authority(clinics: Clinics) -> None:
+    (clinics.operator_folder / "ca" / "certificate.pem").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (missing, "cannot be used"),
+        (unreadable, "cannot be used"),
+        (of_another_key, "cannot be used"),
+        (no_authority, "cannot be used"),
+        (expired, "the server's certificate has expired"),
+    ],
+)
+def test_a_certificate_that_is_no_good(
+    clinics: Clinics, spoil: Callable[[Clinics], None], said: str
+) -> None:
+    spoil(clinics)
+    expect_refusal(clinics, said, str(certificate(clinics)))
+
+
+def test_a_port_that_is_taken(clinics: Clinics) -> None:
+    with socket.create_server(("127.0.0.1", clinics.port)):
+        expect_refusal(clinics, "the port cannot be opened", f"127.0.0.1:{clinics.port}")
+
+
+def expect_refusal(clinics: Clinics, *said: str) -> None:
+    clinics.port_process.start()
+    assert clinics.port_process.wait() == ConfigError.exit_code
+    log = clinics.port_process.log.read_text()
+    assert "Traceback" not in log
+    assert len(log.splitlines()) < 10, log
+    for text in said:
+        assert text in log
