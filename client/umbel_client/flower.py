@@ -22,7 +22,6 @@ from typing import TypeVar
 import httpx
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from flwr.app import Error, Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import TIMESTAMP_HEADER
@@ -57,6 +56,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from umbel_common.errors import ConfigError
 from umbel_common.wire import FLOWER_MESSAGE_TYPE
 from umbel_host.flower import packed, unpacked
+from umbel_host.keys import read_tls_key
 
 NOT_OURS = 1
 """Code of the error that answers every message that is not Umbel's."""
@@ -115,7 +115,8 @@ def serve(
         connected: is told whether the server is reached.
 
     Raises:
-        ConfigError: the certificate, its key or the authority cannot be used.
+        IdentityError: the key is missing, open to others, or none that is used here.
+        ConfigError: the certificate or the authority cannot be used.
     """
     context, key = _credentials(connection)
     clock = _ServerClock()
@@ -154,11 +155,11 @@ def _reason(error: Exception) -> str:
 
 
 def _credentials(connection: Connection) -> tuple[ssl.SSLContext, ec.EllipticCurvePrivateKey]:
+    key = read_tls_key(connection.key)
     try:
         context = ssl.create_default_context(cafile=str(connection.server_ca))
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.load_cert_chain(connection.certificate, connection.key)
-        key = load_pem_private_key(connection.key.read_bytes(), password=None)
         certificate = x509.load_pem_x509_certificate(connection.certificate.read_bytes())
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
@@ -170,8 +171,6 @@ def _credentials(connection: Connection) -> tuple[ssl.SSLContext, ec.EllipticCur
             f" {connection.key}, {connection.server_ca}",
             remedy="umbel-client join KIT",
         ) from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigError("the relay's key is no ECDSA key", file=connection.key)
     if certificate.not_valid_after_utc < datetime.now(UTC):
         raise ConfigError(
             "the relay's certificate has expired",
