@@ -50,12 +50,16 @@ class _Collected(msgspec.Struct, frozen=True):
 class Mailbox(Protocol):
     """What the process with the port offers."""
 
-    def post(self, site: str, label: str, sealed: bytes, seconds: float) -> str | None:
-        """Leaves a message for a site; its ID, or None while that cannot be."""
+    def post(self, site: str, label: str, sealed: Iterator[bytes], seconds: float) -> str | None:
+        """Leaves a message for a site; its ID, or None while that cannot be.
+
+        Args:
+            sealed: the message in parts; whatever its size, it is not put together.
+        """
         ...
 
-    def collect(self, identifier: str) -> tuple[bool, bytes | None]:
-        """Whether the waiting is over, and the sealed reply if there is one."""
+    def collect(self, identifier: str) -> tuple[bool, list[bytes] | None]:
+        """Whether the waiting is over, and the sealed reply in its pieces if there is one."""
         ...
 
 
@@ -64,15 +68,15 @@ def methods(mailbox: Mailbox) -> dict[str, grpc.RpcMethodHandler]:
 
     def post(request: Iterator[bytes], _: grpc.ServicerContext) -> bytes:
         address = msgspec.json.decode(next(request), type=_Address)
-        sealed = joined(request)
-        identifier = mailbox.post(address.site, address.label, sealed, address.seconds)
+        identifier = mailbox.post(address.site, address.label, request, address.seconds)
         return msgspec.json.encode(Posted(identifier))
 
     def collect(request: bytes, _: grpc.ServicerContext) -> Iterator[bytes]:
         over, sealed = mailbox.collect(request.decode())
         yield msgspec.json.encode(_Collected(over, sealed is not None))
         if sealed is not None:
-            yield from pieces(sealed)
+            for piece in sealed:
+                yield from pieces(piece)
 
     return {
         "Post": grpc.stream_unary_rpc_method_handler(post),

@@ -5,6 +5,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from umbel_common.errors import UmbelError
@@ -85,15 +86,15 @@ class SiteMailbox:
         self._link = link
         self._admitted = admitted
 
-    def post(self, site: str, label: str, sealed: bytes, seconds: float) -> str | None:
+    def post(self, site: str, label: str, sealed: Iterator[bytes], seconds: float) -> str | None:
         """See `Mailbox`."""
         node = self._admitted.node(site)
         return None if node is None else self._link.post(node, label, sealed, seconds)
 
-    def collect(self, identifier: str) -> tuple[bool, bytes | None]:
+    def collect(self, identifier: str) -> tuple[bool, list[bytes] | None]:
         """See `Mailbox`."""
         reply = self._link.collect(identifier)
-        return (False, None) if reply is None else (True, reply.sealed)
+        return (False, None) if reply is None else (True, reply.pieces)
 
 
 def serve(

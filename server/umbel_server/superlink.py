@@ -8,11 +8,14 @@ that could be stolen. `docs/adr/0011-flower-as-a-carrier.md` says why;
 
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
+from flwr.supercore import sql_mixin
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -29,7 +32,7 @@ from sqlalchemy import update
 from starlette.types import ASGIApp
 
 from umbel_common.wire import FLOWER_MESSAGE_TYPE
-from umbel_host.flower import packed, unpacked
+from umbel_host.flower import packed_pieces, unpacked_pieces
 from umbel_server.reply_filter import ReplyFilter
 
 _KEEP_ALIVE_SECONDS = 15.0
@@ -41,7 +44,7 @@ _RETURN_SECONDS = 120.0
 class Reply:
     """What became of a message."""
 
-    sealed: bytes | None
+    pieces: list[bytes] | None
     """None: the node is gone, the message expired, or the reply is none of ours."""
 
 
@@ -53,6 +56,12 @@ class SuperLink:
 
         What former runs left undelivered is deleted: nobody waits for it any more.
         """
+        # A cache of 64 MB in each of up to thirty connections would be most of this process.
+        databases: Any = sql_mixin
+        databases.SQLITE_PRAGMAS = tuple(
+            (name, "-2000" if name == "cache_size" else value)
+            for name, value in databases.SQLITE_PRAGMAS
+        )
         fleet = create_app()
         # Nodes are registered here and by nobody else.
         fleet.state.enable_supernode_auth = True
@@ -65,6 +74,8 @@ class SuperLink:
         """Message without a reply -> its node."""
         self._arriving: dict[str, str | None] = {}
         """Message -> its reply, whose pieces are being pushed; None: an error, which has none."""
+        self._arrived: dict[str, set[str]] = {}
+        """Reply -> the parts of it that are there."""
         self._stopped = threading.Event()
         self._run_id, self._task_id = self._begin()
         self._alive = threading.Thread(target=self._keep_alive, daemon=True)
@@ -105,11 +116,12 @@ class SuperLink:
         with self._state.session() as session:
             session.execute(again.values(delivered_at=""))
 
-    def post(self, node: int, label: str, sealed: bytes, seconds: float) -> str | None:
+    def post(self, node: int, label: str, sealed: Iterator[bytes], seconds: float) -> str | None:
         """Leaves a message for a node; its ID, or None while the node was never connected.
 
         Args:
             label: what Flower shows of it.
+            sealed: its bytes, in parts of any size.
             seconds: after which nobody waits for the reply.
         """
         (info,) = self._state.get_node_info(node_ids=[node])
@@ -118,7 +130,7 @@ class SuperLink:
         # One at a time: a message may be as large as an adapter.
         with self._posting, no_object_id_recompute():
             message = Message(
-                packed(sealed),
+                packed_pieces(sealed),
                 dst_node_id=node,
                 message_type=FLOWER_MESSAGE_TYPE,
                 ttl=seconds,
@@ -159,15 +171,19 @@ class SuperLink:
                 self._state.object_store.delete(name)
             self._arriving[identifier] = None if reply.has_error() else name
         announced = self._arriving[identifier]
-        sealed = None if announced is None else self._content(announced)
-        if sealed is _COMING:
-            return None
+        pieces = None
+        if announced is not None:
+            if not self._is_complete(announced):
+                return None
+            pieces = self._content(announced)
         self._state.delete_messages({identifier})
         # A node that died, or never came, has not confirmed it.
         self._state.object_store.delete(identifier)
         with self._posted_lock:
             del self._arriving[identifier], self._posted[identifier]
-        return Reply(sealed)
+            if announced is not None:
+                self._arrived.pop(announced, None)
+        return Reply(pieces)
 
     def _is_away(self, node: int) -> bool:
         """Whether a node is not there but may come back. Flower gives such a node up at once."""
@@ -175,28 +191,40 @@ class SuperLink:
         offline = info.status == NodeStatus.OFFLINE
         return bool(offline and time.time() < info.online_until + _RETURN_SECONDS)
 
-    def _content(self, identifier: str) -> bytes | None:
-        """What a node has pushed, piece by piece; `_COMING` while pieces are missing."""
-        store = self._state.object_store
-        try:
-            tree = store.get_object_tree(identifier)
-        except NoObjectInStoreError:
-            return None
+    def _is_complete(self, reply: str) -> bool:
+        """Whether nothing of a reply is still to be pushed. What has come is looked at once: it may
+        be as large as an adapter."""
+        arrived = self._arrived.setdefault(reply, set())
+        for name in self._parts(reply):
+            if name not in arrived:
+                if self._state.get_object(self._run_id, name) == b"":
+                    return False
+                arrived.add(name)
+        return True
+
+    def _content(self, reply: str) -> list[bytes] | None:
+        """The pieces of a complete reply; None if it is none, or parts are gone."""
         contents = {}
-        for part in iterate_object_tree(tree):
-            content = self._state.get_object(self._run_id, part.object_id)
-            if content is None:
+        for name in self._parts(reply):
+            content = self._state.get_object(self._run_id, name)
+            if not content:
                 return None
-            if content == b"":
-                return _COMING
-            contents[part.object_id] = content
-        store.delete(identifier)
+            contents[name] = content
+        self._state.object_store.delete(reply)
         try:
-            message = inflate_object_from_contents(identifier, contents)
+            message = inflate_object_from_contents(reply, contents)
         except Exception:
             # Whatever Flower makes of bytes that are none of its own.
             return None
-        return unpacked(message) if isinstance(message, Message) else None
+        return unpacked_pieces(message) if isinstance(message, Message) else None
+
+    def _parts(self, reply: str) -> list[str]:
+        """What a node announced as the parts of its reply."""
+        try:
+            tree = self._state.object_store.get_object_tree(reply)
+        except NoObjectInStoreError:
+            return []
+        return [part.object_id for part in iterate_object_tree(tree)]
 
     def _begin(self) -> tuple[int, int]:
         for run in self._state.get_run_info():
@@ -220,7 +248,3 @@ class SuperLink:
             if not self._state.acknowledge_task_heartbeat(self._task_id):
                 # The machine slept. What was under way is lost; who waits is told so.
                 self._run_id, self._task_id = self._begin()
-
-
-_COMING = b""
-"""No sealed message is empty."""

@@ -8,9 +8,19 @@ import bench_crypto
 import bench_dp_step
 import bench_masking
 import bench_memory
+import bench_round
+import bench_transport
 import bench_wire
 
-BENCHES = (bench_masking, bench_crypto, bench_wire, bench_memory, bench_dp_step)
+BENCHES = (
+    bench_masking,
+    bench_crypto,
+    bench_wire,
+    bench_memory,
+    bench_dp_step,
+    bench_round,
+    bench_transport,
+)
 
 
 def main(path: Path) -> int:

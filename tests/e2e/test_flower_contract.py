@@ -46,6 +46,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
+from sqlalchemy import text
 
 import umbel_client.flower as relay
 import umbel_server.superlink
@@ -146,6 +147,11 @@ def test_no_method_of_the_state_is_called_that_is_not_tested_here() -> None:
 
 def test_the_state_is_told_by_the_environment_where_its_database_is(link: "Link") -> None:
     assert link.database.exists()
+
+
+def test_the_cache_of_a_database_connection_is_ours_to_set(link: "Link") -> None:
+    with link.superlink._state.session() as session:
+        assert session.execute(text("PRAGMA cache_size")).scalar() == -2000
 
 
 def test_flower_still_listens_to_what_switches_off_its_calls_home() -> None:
@@ -368,9 +374,9 @@ def test_the_relay_signs_a_time_with_the_key_that_it_names(link: Link) -> None:
 def test_a_node_that_never_came_gets_no_message(link: Link) -> None:
     site = SiteNode(link)
     node = link.superlink.register(site.public)
-    assert link.superlink.post(node, "x", b"sealed", LONG_ENOUGH) is None
+    assert link.superlink.post(node, "x", iter([b"sealed"]), LONG_ENOUGH) is None
     site.activate()
-    assert link.superlink.post(node, "x", b"sealed", LONG_ENOUGH) is not None
+    assert link.superlink.post(node, "x", iter([b"sealed"]), LONG_ENOUGH) is not None
 
 
 def test_a_connected_node_is_not_connected_again_unless_way_is_made(link: Link) -> None:
@@ -384,7 +390,7 @@ def test_a_connected_node_is_not_connected_again_unless_way_is_made(link: Link) 
 @pytest.mark.parametrize("size", [6, 3 * FLOWER_PIECE_BYTES])
 def test_a_message_and_its_reply_leave_nothing_behind(link: Link, size: int) -> None:
     site, node = joined(link)
-    identifier = link.superlink.post(node.node_id, "x", os.urandom(size), LONG_ENOUGH)
+    identifier = link.superlink.post(node.node_id, "x", iter([os.urandom(size)]), LONG_ENOUGH)
     assert identifier is not None
     assert link.superlink.collect(identifier) is None
     request = site.pull(node)
@@ -397,14 +403,15 @@ def test_a_message_and_its_reply_leave_nothing_behind(link: Link, size: int) -> 
     site.reply(node, request, sealed[::-1])
     reply = link.superlink.collect(identifier)
     assert reply is not None
-    assert reply.sealed == sealed[::-1]
+    assert reply.pieces is not None
+    assert b"".join(reply.pieces) == sealed[::-1]
     assert link.rows("message_ins") == link.rows("message_res") == 0
     assert link.rows("objects") == 0
 
 
 def test_what_was_delivered_and_not_answered_is_delivered_again(link: Link) -> None:
     site, node = joined(link)
-    identifier = link.superlink.post(node.node_id, "x", b"sealed", LONG_ENOUGH)
+    identifier = link.superlink.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
     assert identifier is not None
     assert site.pull(node) is not None
     link.superlink.make_way(site.public)
@@ -414,12 +421,13 @@ def test_what_was_delivered_and_not_answered_is_delivered_again(link: Link) -> N
     site.reply(node, again, b"reply")
     reply = link.superlink.collect(identifier)
     assert reply is not None
-    assert reply.sealed == b"reply"
+    assert reply.pieces is not None
+    assert b"".join(reply.pieces) == b"reply"
 
 
 def test_flower_gives_up_a_node_that_is_away_and_we_wait_for_it(link: Link) -> None:
     site, node = joined(link)
-    identifier = link.superlink.post(node.node_id, "x", b"sealed", LONG_ENOUGH)
+    identifier = link.superlink.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
     assert identifier is not None
     state = link.superlink._state
     state.deactivate_node(node.node_id)
@@ -431,14 +439,15 @@ def test_flower_gives_up_a_node_that_is_away_and_we_wait_for_it(link: Link) -> N
     assert request is not None
     site.reply(node, request, b"reply")
     assert (reply := link.superlink.collect(identifier)) is not None
-    assert reply.sealed == b"reply"
+    assert reply.pieces is not None
+    assert b"".join(reply.pieces) == b"reply"
 
 
 def test_a_node_that_stays_away_is_given_up_and_its_message_deleted(
     link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site, node = joined(link)
-    identifier = link.superlink.post(node.node_id, "x", b"sealed", LONG_ENOUGH)
+    identifier = link.superlink.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
     assert identifier is not None
     assert site.pull(node) is not None
     link.superlink._state.deactivate_node(node.node_id)
@@ -447,7 +456,7 @@ def test_a_node_that_stays_away_is_given_up_and_its_message_deleted(
     time.sleep(0.6)
     reply = link.superlink.collect(identifier)
     assert reply is not None
-    assert reply.sealed is None
+    assert reply.pieces is None
     assert link.rows("objects") == link.rows("message_ins") == 0
 
 
@@ -467,7 +476,7 @@ def test_a_run_whose_app_is_silent_for_a_minute_ends_and_ours_is_not(
 
 def test_the_next_start_deletes_what_nobody_fetched(link: Link) -> None:
     _, node = joined(link)
-    link.superlink.post(node.node_id, "x", os.urandom(100), LONG_ENOUGH)
+    link.superlink.post(node.node_id, "x", iter([os.urandom(100)]), LONG_ENOUGH)
     assert link.rows("objects") > 0
     following = SuperLink()
     try:
@@ -501,7 +510,7 @@ def test_a_site_cannot_answer_for_another(link: Link, checked: bool) -> None:
     if not checked:
         link.serve(link.superlink.fleet._fleet)
     (north, north_node), (east, east_node) = joined(link), joined(link)
-    identifier = link.superlink.post(north_node.node_id, "x", b"sealed", LONG_ENOUGH)
+    identifier = link.superlink.post(north_node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
     assert identifier is not None
     # East has learned what north was sent; mostly it could not.
     request = north.pull(north_node)
@@ -514,14 +523,15 @@ def test_a_site_cannot_answer_for_another(link: Link, checked: bool) -> None:
         east.reply(east_node, request, b"from east")
     reply = link.superlink.collect(identifier)
     assert reply is not None
-    assert reply.sealed == (b"from north" if checked else b"from east")
+    assert reply.pieces is not None
+    assert b"".join(reply.pieces) == (b"from north" if checked else b"from east")
 
 
 def test_a_reply_that_does_not_hold_together_is_none(
     link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site, node = joined(link)
-    identifier = link.superlink.post(node.node_id, "x", b"sealed", LONG_ENOUGH)
+    identifier = link.superlink.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
     assert identifier is not None
     request = site.pull(node)
     assert request is not None
@@ -532,7 +542,7 @@ def test_a_reply_that_does_not_hold_together_is_none(
     site.reply(node, request, b"reply")
     reply = link.superlink.collect(identifier)
     assert reply is not None
-    assert reply.sealed is None
+    assert reply.pieces is None
     assert link.rows("objects") == 0
 
 
