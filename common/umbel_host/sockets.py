@@ -15,6 +15,8 @@ from umbel_common.errors import StorageError, UnreachableError
 
 _PIECE_BYTES = 1 << 20
 """A message may be larger than what gRPC takes at once: it travels in pieces."""
+_LARGEST_BYTES = 1 << 31
+"""Of a whole message: no adapter is larger."""
 _LONGEST_PATH = 107
 """Bytes of a path that fit a socket's address."""
 
@@ -97,11 +99,18 @@ def pieces(message: bytes) -> Iterator[bytes]:
 
 
 def joined(parts: Iterator[bytes]) -> bytes:
-    """The message of these pieces."""
+    """The message of these pieces.
+
+    Raises:
+        ValueError: it is larger than any message may be.
+    """
     # Its value is handed out without a copy.
     buffer = io.BytesIO()
     for piece in parts:
         buffer.write(piece)
+        # Whoever is at the other end must not fill this process' memory.
+        if buffer.tell() > _LARGEST_BYTES:
+            raise ValueError(f"a message of more than {_LARGEST_BYTES} bytes")
     return buffer.getvalue()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import umbel_host.sockets
 from umbel_client.ipc import (
     CONTROL,
     TRAINER,
@@ -56,6 +57,17 @@ def test_a_message_of_any_size_comes_back_whole(
     message = os.urandom(min(size, 1000)) * (size // 1000 + 1)
     stub = TrainerStub(socket)
     assert stub.handle(message[:size]) == message[:size][::-1]
+    stub.close()
+
+
+def test_a_message_without_an_end_does_not_fill_the_memory(
+    server: SocketServer, socket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(umbel_host.sockets, "_LARGEST_BYTES", 3 * 2**20)
+    stub = TrainerStub(socket)
+    with pytest.raises(UnreachableError):
+        stub.handle(bytes(4 * 2**20))
+    assert stub.handle(b"ab") == b"ba"
     stub.close()
 
 
