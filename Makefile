@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo federation test lint bench utility audit fuzz vectors docs clean
+.PHONY: demo federation test lint bench utility audit soak fuzz vectors docs clean
 
 $(BIN)/activate-demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,9 @@ utility: $(BIN)/activate-dev  ## The quickstart under three seeds; minutes. Comm
 
 audit: $(BIN)/activate-dev  ## Attacks on the quickstart; minutes. Commit what it writes.
 	$(BIN)/python tests/benchmarks/audit.py docs/benchmarks/audit.json
+
+soak: $(BIN)/activate-dev  ## Real processes that die or vanish; ten minutes, outside CI.
+	$(BIN)/pytest -m soak
 
 fuzz: $(BIN)/activate-fuzz  ## A million hostile inputs, 10,000 sums; half an hour.
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/fuzz tests/common/secagg/test_attempt.py --timeout 7200

@@ -95,6 +95,7 @@ def test_a_process_that_is_killed_and_started_again_does_not_end_the_job(
         assert charged(site, job) == [1, 2, 3]
 
 
+@pytest.mark.soak
 def test_without_a_site_that_vanished_the_others_go_on(clinics: Clinics, job: str) -> None:
     reached(clinics, job, 2)
     gone = clinics.sites["north"]
@@ -132,6 +133,7 @@ def test_a_site_whose_disk_is_full_sits_out_and_comes_back(clinics: Clinics, job
     assert charged(clinics.sites["east"], job) == [1, 2, 3]
 
 
+@pytest.mark.soak
 def test_a_server_whose_disk_is_full_goes_on_when_there_is_room(clinics: Clinics, job: str) -> None:
     reached(clinics, job, 1)
     with full_disk(clinics.rounds_process):
@@ -179,6 +181,7 @@ def test_a_relay_whose_clock_is_wrong_by_ten_minutes_works_all_the_same(
         site.relay.start()
 
 
+@pytest.mark.soak
 def test_a_job_that_failed_goes_on_when_the_operator_resumes_it(clinics: Clinics, job: str) -> None:
     reached(clinics, job, 2)
     away = [clinics.sites[name].relay for name in ("north", "south")]

@@ -1,13 +1,22 @@
 """`umbel-simulate federation`: a whole deployment on one machine, by its commands."""
 
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from e2e.conftest import TinyScenario
 
 
-def test_it_ends_with_an_adapter_that_every_site_has(tiny: TinyScenario) -> None:
-    folder = tiny.folder / "federation"
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """With a short path: a socket's has 107 bytes at most, and a test's own folder lies deep."""
+    with tempfile.TemporaryDirectory(prefix="umbel-") as short:
+        yield Path(short) / "federation"
+
+
+def test_it_ends_with_an_adapter_that_every_site_has(tiny: TinyScenario, folder: Path) -> None:
     done = tiny.simulate("federation", tiny.path, "--folder", folder)
     assert done.returncode == 0, (done.stdout, done.stderr)
     adapters = [folder / "adapter", *folder.glob("hospital-*/state/adapters/tiny")]
@@ -34,8 +43,7 @@ def _processes_in(folder: Path) -> list[str]:
     return lines
 
 
-def test_a_folder_that_holds_something_is_left_alone(tiny: TinyScenario) -> None:
-    folder = tiny.folder / "federation"
+def test_a_folder_that_holds_something_is_left_alone(tiny: TinyScenario, folder: Path) -> None:
     folder.mkdir()
     (folder / "precious").touch()
     done = tiny.simulate("federation", tiny.path, "--folder", folder)

@@ -51,6 +51,7 @@ def test_a_job_runs_over_sockets_and_everybody_has_the_same_adapter(clinics: Cli
         assert not site.socket.exists()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_trainer_that_is_killed_before_or_after_its_answer_costs_nothing(
     clinics: Clinics, moment: str
