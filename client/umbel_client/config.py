@@ -26,10 +26,10 @@ import msgspec
 
 from umbel_client.policy import Policy
 from umbel_common.canonical import Name, Value
-from umbel_common.config import parse_toml
 from umbel_common.enrolment import Address
 from umbel_common.errors import ConfigError
 from umbel_common.plan import Count
+from umbel_host.toml_file import read_toml
 
 
 class DataConfig(Value, frozen=True):
@@ -113,16 +113,7 @@ def load_config(path: Path) -> ClientConfig:
     Raises:
         ConfigError: the file cannot be read, is no TOML, or has an unknown, missing or wrong field.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "a configuration file cannot be read",
-            file=path,
-            found=error.strerror if isinstance(error, OSError) else "not UTF-8 text",
-            remedy="give the path of this site's client.toml",
-        ) from None
-    config = parse_toml(text, ClientConfig, path)
+    config = read_toml(path, ClientConfig, "give the path of this site's client.toml")
     folder = path.absolute().parent
 
     def resolve(name: str) -> str:

@@ -49,8 +49,6 @@ import msgspec
 from umbel_client.lora import plan_lora
 from umbel_client.model_folder import folder_digest
 from umbel_common.canonical import Name, Value
-from umbel_common.config import parse_toml
-from umbel_common.errors import ConfigError
 from umbel_common.plan import (
     Aggregation,
     BaseModel,
@@ -65,6 +63,7 @@ from umbel_common.plan import (
 )
 from umbel_common.plan_file import plan_to_json
 from umbel_host.console import exit_code
+from umbel_host.toml_file import read_toml
 
 
 class DraftModel(Value, frozen=True):
@@ -142,12 +141,7 @@ def read_plan(path: Path) -> TrainingPlan:
         ConfigError: the file cannot be read, is no TOML, or has an unknown, missing or wrong field.
         ModelError, PlanError: see `make_plan`.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        found = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError("a draft cannot be read", file=path, found=found) from None
-    draft = parse_toml(text, Draft, path)
+    draft = read_toml(path, Draft, "give the path of a draft; docs/operator.md describes it")
     return make_plan(draft, path.absolute().parent / Path(draft.model.path).expanduser())
 
 

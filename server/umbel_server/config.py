@@ -20,12 +20,11 @@ from typing import Annotated
 import msgspec
 
 from umbel_common.canonical import Value
-from umbel_common.config import parse_toml
 from umbel_common.enrolment import Address
-from umbel_common.errors import ConfigError
 from umbel_common.roster_document import RosterDocument
 from umbel_common.roster_file import document_from_json
 from umbel_host.text_file import read_text
+from umbel_host.toml_file import read_toml
 from umbel_server.ports import Limits
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=30 * 86400)]
@@ -90,16 +89,11 @@ def load_config(path: Path) -> ServerConfig:
     Raises:
         ConfigError: the file cannot be read, is no TOML, or has an unknown, missing or wrong field.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "a configuration file cannot be read",
-            file=path,
-            found=error.strerror if isinstance(error, OSError) else "not UTF-8 text",
-            remedy="give the path of the operator's server.toml; `umbel-server init` makes one",
-        ) from None
-    config = parse_toml(text, ServerConfig, path)
+    config = read_toml(
+        path,
+        ServerConfig,
+        "give the path of the operator's server.toml; `umbel-server init` makes one",
+    )
     folder = path.absolute().parent
 
     def resolved(table: Value, *names: str) -> dict[str, str]:

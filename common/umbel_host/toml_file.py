@@ -1,0 +1,31 @@
+"""Configuration files into typed values."""
+
+from pathlib import Path
+from typing import TypeVar
+
+from umbel_common.config import parse_toml
+from umbel_common.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def read_toml(path: Path, kind: type[T], remedy: str) -> T:
+    """The value that a TOML file describes.
+
+    Args:
+        kind: see `parse_toml`.
+        remedy: what to do where the file cannot be read.
+
+    Raises:
+        ConfigError: the file cannot be read, is no TOML, or has an unknown, missing or wrong field.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "a configuration file cannot be read",
+            file=path,
+            found=error.strerror if isinstance(error, OSError) else "not UTF-8 text",
+            remedy=remedy,
+        ) from None
+    return parse_toml(text, kind, path)
