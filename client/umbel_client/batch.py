@@ -39,8 +39,9 @@ Inputs: TypeAlias = TokenInputs | HiddenInputs | PooledInputs
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and label indices of n records."""
+    """Inputs and labels of n records."""
 
     inputs: Inputs
     labels: torch.Tensor
-    """int64[n]."""
+    """int64[n], label indices; of a causal language model int64[n, t], ids of the tokens that
+    count."""

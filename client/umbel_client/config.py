@@ -20,7 +20,7 @@ labels = ["benign", "malignant"]
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
@@ -31,12 +31,17 @@ from umbel_common.errors import ConfigError
 from umbel_common.plan import Count
 from umbel_host.toml_file import read_toml
 
+Format: TypeAlias = Literal["auto", "messages", "prompt-completion", "instruction", "text"]
+"""In which columns a causal language model's records are (`umbel_client.conversations`); `auto`:
+what the file's columns say."""
+
 
 class DataConfig(Value, frozen=True):
     """The `[data]` table."""
 
     path: str
-    """The data set; its ending (.jsonl, .csv, .parquet) tells its format."""
+    """The data set: .jsonl, .csv or .parquet by its ending, or a folder that `save_to_disk` of
+    Hugging Face `datasets` wrote."""
     public_size: Annotated[int, msgspec.Meta(ge=1, le=10**9)]
     """About how many records (or units, with `unit_column`) the data set has, as this site is
     content to let everyone know: a round number that stays when records come and go. Sampling rate
@@ -46,6 +51,8 @@ class DataConfig(Value, frozen=True):
     """The column with the texts."""
     label_column: str = "label"
     """The column with the labels."""
+    format: Format = "auto"
+    """Of a causal language model's records; `auto`: what the columns say."""
     unit_column: str | None = None
     """The column that says whose a record is, such as a patient's number. Where it is set, privacy
     is promised for all records of a unit together; else for each record alone."""
@@ -61,6 +68,9 @@ class ModelConfig(Value, frozen=True):
     precision: Literal["float32", "bfloat16", "fastest"] = "float32"
     """In which floating point the frozen layers compute; `fastest`: bfloat16 where the hardware
     multiplies it itself. The adapter, clipping and noise are float32 in any case."""
+    gradient_checkpointing: bool = False
+    """Keep of each layer its input alone, and compute the rest anew in the backward pass: about a
+    third more time, and for long records a fraction of the memory."""
 
 
 class RelayConfig(Value, frozen=True):

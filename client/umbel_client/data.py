@@ -1,42 +1,59 @@
-"""A site's own records: JSON lines, CSV or Parquet, through Hugging Face `datasets` and no network.
+"""A site's own records, from its own file, checked row by row.
 
 Error texts name the row, not its text; they are for the site's own log and never leave it.
 """
 
-import csv
-import hashlib
-import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
-import datasets
-from datasets.exceptions import DatasetsError
-
+from umbel_client.config import DataConfig, Format
+from umbel_client.conversations import LmRecord, read_conversations
+from umbel_client.tables import Table, read_table
 from umbel_common.canonical import Digest, Value, digest
 from umbel_common.errors import DataError
-from umbel_common.plan import Classification
+from umbel_common.plan import CausalLm, Classification, Task
 
 
 class Record(Value, frozen=True):
-    """One example."""
+    """One example of a classification."""
 
     text: str
     label: int
     """Index into the plan's labels."""
 
 
-class Records(Value, frozen=True):
-    """A site's data set."""
+class DataSet(Value, frozen=True, kw_only=True):
+    """What is known of a site's data set whatever its records are."""
 
-    records: tuple[Record, ...]
     source: Digest
     """SHA-256 of the file."""
+    path: str = ""
+    """Of the file, for errors."""
+    rows: tuple[int, ...] = ()
+    """Where each record stands in the file, from 1."""
     units: tuple[int, ...] = ()
     """The unit (patient) of each record, numbered from 0 in the order of the file; empty: each
     record is its own."""
     unit_column: str | None = None
     """Where units come from."""
+
+    def digest(self) -> bytes:
+        """Names the data set, and so its privacy ledger.
+
+        It covers the file and nothing of the plan: a plan that renames a column or reorders the
+        labels must not open a fresh ledger on the same records. It covers what a unit is: what was
+        charged by the record says nothing about patients, so the two do not share a ledger.
+        """
+        if self.unit_column is None:
+            return self.source
+        return digest("units", self.source, self.unit_column.encode())
+
+
+class Records(DataSet, frozen=True, kw_only=True):
+    """Texts and their labels."""
+
+    records: tuple[Record, ...]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -51,77 +68,130 @@ class Records(Value, frozen=True):
         """In the order of the file."""
         return [record.label for record in self.records]
 
-    def digest(self) -> bytes:
-        """Names the data set, and so its privacy ledger.
 
-        It covers the file and nothing of the plan: a plan that renames a column or reorders the
-        labels must not open a fresh ledger on the same records. It covers what a unit is: what was
-        charged by the record says nothing about patients, so the two do not share a ledger.
-        """
-        if self.unit_column is None:
-            return self.source
-        return digest("units", self.source, self.unit_column.encode())
+class LmRecords(DataSet, frozen=True, kw_only=True):
+    """What a language model learns from."""
+
+    records: tuple[LmRecord, ...]
+
+    def __len__(self) -> int:
+        return len(self.records)
 
 
-def load_records(
-    path: Path,
-    task: Classification,
-    *,
-    text_column: str = "text",
-    label_column: str = "label",
-    unit_column: str | None = None,
-    max_records_per_unit: int = 32,
-) -> Records:
-    """Reads every row of a .jsonl, .csv or .parquet file; other columns are ignored.
+class Columns(TypedDict, total=False):
+    """Where in a file records are. Columns are the site's own choice: a plan that could name them
+    could ask about any of them."""
 
-    Columns are the site's own choice: a plan that could name them could ask about any of them.
+    text_column: str
+    label_column: str
+    record_format: Format
+    """Of a causal language model's records; `auto`: what the columns say."""
+    unit_column: str | None
+    """Says whose a record is; None: each record is its own unit."""
+    max_records_per_unit: int
+    """Records of a unit past so many, in the order of the file, are left out. That depends on this
+    unit's records alone, so it costs no privacy."""
 
-    Args:
-        unit_column: says whose a record is; None: each record is its own unit.
-        max_records_per_unit: records of a unit past so many, in the order of the file, are left
-            out. That depends on this unit's records alone, so it costs no privacy.
+
+def columns_of(config: DataConfig) -> Columns:
+    """As client.toml says."""
+    return {
+        "text_column": config.text_column,
+        "label_column": config.label_column,
+        "record_format": config.format,
+        "unit_column": config.unit_column,
+        "max_records_per_unit": config.max_records_per_unit,
+    }
+
+
+@overload
+def load_records(path: Path, task: Classification, **columns: Unpack[Columns]) -> Records: ...
+
+
+@overload
+def load_records(path: Path, task: CausalLm, **columns: Unpack[Columns]) -> LmRecords: ...
+
+
+@overload
+def load_records(path: Path, task: Task, **columns: Unpack[Columns]) -> Records | LmRecords: ...
+
+
+def load_records(path: Path, task: Task, **columns: Unpack[Columns]) -> Records | LmRecords:
+    """Reads every row of a file; columns beside those that are asked for are ignored.
 
     Raises:
         DataError: the file is missing, malformed, empty or of another kind; a column is missing; a
-            row has no text, no unit, or a label that the plan does not have.
+            row has no text or no answer, no unit, or a label that the plan does not have.
     """
-    if not path.is_file():
-        raise DataError("the data file does not exist", file=path)
-    table = _read(path)
-    for column in (text_column, label_column, unit_column):
-        if column is not None and column not in table.column_names:
+    table = read_table(path)
+    unit_column = columns.get("unit_column")
+    units = _units(path, table, unit_column)
+    kept = _first_of_each(units, columns.get("max_records_per_unit", 32))
+    numbers = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
+    common = DataSet(
+        source=table.source,
+        path=str(path),
+        rows=tuple(row + 1 for row in kept),
+        units=() if unit_column is None else tuple(numbers[units[row]] for row in kept),
+        unit_column=unit_column,
+    )
+    if isinstance(task, Classification):
+        labelled = _labelled(
+            path,
+            table,
+            task,
+            columns.get("text_column", "text"),
+            columns.get("label_column", "label"),
+        )
+        return Records(records=tuple(labelled[row] for row in kept), **_fields(common))
+    read = read_conversations(path, table, task, columns.get("record_format", "auto"))
+    return LmRecords(records=tuple(read[row] for row in kept), **_fields(common))
+
+
+def _fields(common: DataSet) -> dict[str, Any]:
+    return {name: getattr(common, name) for name in common.__struct_fields__}
+
+
+def _labelled(
+    path: Path, table: Table, task: Classification, text_column: str, label_column: str
+) -> list[Record]:
+    require_columns(path, table, text_column, label_column)
+    index_of = {label: index for index, label in enumerate(task.labels)}
+    return [
+        Record(
+            text=_text(path, text_column, number, row.get(text_column)),
+            label=_label(path, label_column, number, row.get(label_column), index_of),
+        )
+        for number, row in enumerate(table.rows, start=1)
+    ]
+
+
+def require_columns(path: Path, table: Table, *columns: str) -> None:
+    """Refuses a file that lacks a column.
+
+    Raises:
+        DataError: names it beside those there are.
+    """
+    for column in columns:
+        if column not in table.columns:
             raise DataError(
                 "a column is missing",
                 file=path,
                 field=column,
-                found=", ".join(table.column_names),
+                found=", ".join(table.columns),
                 remedy="rename a column of the file, or set data.text_column, data.label_column or "
                 "data.unit_column",
             )
-    index_of = {label: index for index, label in enumerate(task.labels)}
-    pairs = zip(table[text_column], table[label_column], strict=True)
-    records = tuple(
-        Record(
-            text=_text(path, text_column, row, text),
-            label=_label(path, label_column, row, label, index_of),
-        )
-        for row, (text, label) in enumerate(pairs, start=1)
-    )
-    if not records:
-        raise DataError("the data file holds no record", file=path)
-    with path.open("rb") as file:
-        source = hashlib.file_digest(file, "sha256").digest()
-    if unit_column is None:
-        return Records(records=records, source=source)
-    units = [_unit(path, unit_column, row, unit) for row, unit in enumerate(table[unit_column], 1)]
-    kept = _first_of_each(units, max_records_per_unit)
-    numbers = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
-    return Records(
-        records=tuple(records[row] for row in kept),
-        source=source,
-        units=tuple(numbers[units[row]] for row in kept),
-        unit_column=unit_column,
-    )
+
+
+def _units(path: Path, table: Table, column: str | None) -> list[str]:
+    """The unit of each row: by the column, or each row by itself."""
+    if column is None:
+        return [str(number) for number in range(len(table.rows))]
+    require_columns(path, table, column)
+    return [
+        _unit(path, column, number, row.get(column)) for number, row in enumerate(table.rows, 1)
+    ]
 
 
 def _first_of_each(units: list[str], most: int) -> list[int]:
@@ -173,39 +243,3 @@ def _label(path: Path, column: str, row: int, label: object, index_of: dict[str,
             accepted=", ".join(index_of),
         )
     return index_of[name]
-
-
-def _read(path: Path) -> datasets.Dataset:
-    readers: dict[str, Any] = {
-        ".jsonl": datasets.Dataset.from_json,
-        ".csv": datasets.Dataset.from_csv,
-        ".parquet": datasets.Dataset.from_parquet,
-    }
-    reader = readers.get(path.suffix)
-    if reader is None:
-        raise DataError(
-            "the data file is of an unknown kind",
-            file=path,
-            found=path.suffix or "no suffix",
-            accepted=", ".join(readers),
-        )
-    if path.stat().st_size == 0:
-        raise DataError("the data file holds no record", file=path)
-    datasets.disable_progress_bars()
-    try:
-        options = _csv_options(path) if path.suffix == ".csv" else {}
-        # Private data must leave no copy elsewhere, not even if this process is killed here.
-        with tempfile.TemporaryDirectory(prefix=".umbel-", dir=path.parent) as cache:
-            return reader(str(path), cache_dir=cache, keep_in_memory=True, **options)
-    except (DatasetsError, csv.Error, ValueError, TypeError, OSError) as error:
-        raise DataError(
-            "the data file cannot be read", file=path, found=type(error.__cause__ or error).__name__
-        ) from None
-
-
-def _csv_options(path: Path) -> dict[str, Any]:
-    """Every column is text: left to itself the reader makes numbers of codes, and nothing of NA."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        header = next(csv.reader(file), [])
-    columns = {name: datasets.Value("string") for name in header}
-    return {"features": datasets.Features(columns), "keep_default_na": False}

@@ -19,7 +19,7 @@ import httpx
 from cryptography import x509
 
 from umbel_client.config import ClientConfig
-from umbel_client.data import load_records
+from umbel_client.data import columns_of, load_records
 from umbel_client.ipc import ControlStub
 from umbel_client.ledger_file import read_ledger
 from umbel_client.model_folder import folder_digest
@@ -28,7 +28,7 @@ from umbel_client.sockets import control_socket
 from umbel_client.trainer import check_own_key
 from umbel_common.errors import UmbelError, UnreachableError
 from umbel_common.identity import fingerprint
-from umbel_common.plan import Classification
+from umbel_common.plan import CausalLm, Classification, Task
 from umbel_host.keys import read_identity
 
 _SOON = timedelta(days=30)
@@ -93,16 +93,13 @@ def _model(config: ClientConfig) -> tuple[State, str]:
 
 def _data(config: ClientConfig) -> tuple[State, str]:
     data = config.data
-    if len(config.policy.labels) < 2:
-        return State.BROKEN, "policy.labels names no labels, so every plan is refused"
-    records = load_records(
-        Path(data.path),
-        Classification(labels=config.policy.labels),
-        text_column=data.text_column,
-        label_column=data.label_column,
-        unit_column=data.unit_column,
-        max_records_per_unit=data.max_records_per_unit,
-    )
+    # A plan for whole texts takes every format.
+    task: Task = CausalLm(loss_on="all")
+    if "causal-lm" not in config.policy.tasks:
+        if len(config.policy.labels) < 2:
+            return State.BROKEN, "policy.labels names no labels, so every plan is refused"
+        task = Classification(labels=config.policy.labels)
+    records = load_records(Path(data.path), task, **columns_of(data))
     unit = "each its own unit" if data.unit_column is None else f"units by {data.unit_column}"
     return State.FINE, f"{len(records):,} records, {unit}"
 

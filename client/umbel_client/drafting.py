@@ -13,6 +13,7 @@ name = "sentence-transformers/all-MiniLM-L6-v2"
 path = "models/minilm"
 
 [task]
+task = "classification"
 labels = ["benign", "malignant"]
 
 [lora]
@@ -42,13 +43,14 @@ step = 1e-6
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
-from umbel_client.lora import plan_lora
+from umbel_client.lora import Scaling, all_linear, plan_lora
 from umbel_client.model_folder import folder_digest
 from umbel_common.canonical import Name, Value
+from umbel_common.errors import PlanError
 from umbel_common.plan import (
     Aggregation,
     BaseModel,
@@ -80,9 +82,39 @@ class DraftLora(Value, frozen=True):
 
     rank: Annotated[int, msgspec.Meta(ge=1, le=512)]
     alpha: Scale
-    target_modules: tuple[str, ...]
+    target_modules: tuple[str, ...] | Literal["all-linear"]
+    """Names of linear layers, or all but the output layer."""
     layers: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] | None = None
     method: Method = "alternate"
+    scaling: Scaling = "standard"
+    use_dora: bool = False
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    """These four are known to be refused: see `UNSUPPORTED`."""
+
+
+UNSUPPORTED: dict[str, tuple[object, str]] = {
+    "use_dora": (
+        False,
+        "DoRA divides by a norm of the whole weight, so that the weights and not the records pass"
+        " through A and B: a record has no gradient of its own",
+    ),
+    "lora_dropout": (
+        0.0,
+        "a step must be a function of batch and noise alone; the noise regularises",
+    ),
+    "bias": (
+        "none",
+        "trained biases are not in the adapter that sites sum: adapt the layer instead",
+    ),
+    "modules_to_save": (
+        (),
+        "embeddings, norms and whole layers are large, and a record's gradient of each would be as"
+        " large: adapt linear layers instead",
+    ),
+}
+"""Settings of PEFT that a plan cannot have: what each must be, and why."""
 
 
 class Draft(Value, frozen=True):
@@ -100,6 +132,17 @@ class Draft(Value, frozen=True):
     """Public seed of the initial adapter."""
 
 
+def _check_supported(lora: DraftLora) -> None:
+    for name, (accepted, reason) in UNSUPPORTED.items():
+        if getattr(lora, name) != accepted:
+            raise PlanError(
+                f"a plan cannot have this kind of LoRA: {reason}",
+                field=f"lora.{name}",
+                found=getattr(lora, name),
+                accepted=accepted or "nothing",
+            )
+
+
 def make_plan(draft: Draft, model: Path) -> TrainingPlan:
     """The plan of a draft.
 
@@ -110,15 +153,18 @@ def make_plan(draft: Draft, model: Path) -> TrainingPlan:
         ModelError, PlanError: the model does not have what the draft targets, or the parts of the
             plan do not fit together.
     """
+    _check_supported(draft.lora)
+    targets = draft.lora.target_modules
     lora = plan_lora(
         model,
         draft.task,
         rank=draft.lora.rank,
         alpha=draft.lora.alpha,
-        target_modules=draft.lora.target_modules,
+        target_modules=all_linear(model, draft.task) if targets == "all-linear" else targets,
         layers=draft.lora.layers,
         method=draft.lora.method,
         seed=draft.seed,
+        scaling=draft.lora.scaling,
     )
     plan = TrainingPlan(
         federation=draft.federation,

@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import msgspec
 from peft import LoraConfig, get_peft_model
@@ -12,18 +13,20 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from umbel_client.model_folder import skeleton
+from umbel_client.split import output_layer
 from umbel_common.errors import ModelError
-from umbel_common.plan import Classification, Lora, Method, Tensor
+from umbel_common.plan import CausalLm, Classification, Lora, Method, Task, Tensor
 
 PEFT_PREFIX = "base_model.model."
 """How PEFT begins every name that it saves."""
+Scaling: TypeAlias = Literal["standard", "rank-stabilised"]
 LINEAR = (nn.Linear, Conv1D)
 """Layers that take an adapter; Conv1D is GPT-2's linear layer, its weight stored as [in, out]."""
 
 
 def plan_lora(
     folder: Path,
-    task: Classification,
+    task: Task,
     *,
     rank: int,
     alpha: float,
@@ -31,6 +34,7 @@ def plan_lora(
     layers: tuple[int, ...] | None,
     method: Method,
     seed: int,
+    scaling: Scaling = "standard",
 ) -> Lora:
     """The adapter of a plan, with every tensor that it trains or freezes, sorted by name.
 
@@ -47,13 +51,14 @@ def plan_lora(
         method=method,
         seed=seed,
         tensors=(),
+        scaling=scaling,
     )
     parameters, _head = attach(folder, skeleton(folder, task), task, lora)
     return msgspec.structs.replace(lora, tensors=tensors_of(parameters))
 
 
 def attach(
-    folder: Path, base: PreTrainedModel, task: Classification, lora: Lora
+    folder: Path, base: PreTrainedModel, task: Task, lora: Lora
 ) -> tuple[dict[str, nn.Parameter], nn.Linear | None]:
     """Puts LoRA layers into `base`, and the head on top of it.
 
@@ -65,7 +70,8 @@ def attach(
         ModelError: a target or the head is not in the model, or is not a linear layer.
     """
     base.requires_grad_(False)
-    if task.head == "stock" and not isinstance(getattr(base, "classifier", None), nn.Module):
+    head_kind = task.head if isinstance(task, Classification) else "none"
+    if head_kind == "stock" and not isinstance(getattr(base, "classifier", None), nn.Module):
         raise ModelError(
             "a base model has no classification head of the usual name",
             file=folder,
@@ -77,30 +83,30 @@ def attach(
     if lora.target_modules:
         check_targets(folder, base, lora)
         parameters = _attach_lora(base, task, lora)
-    elif task.head == "stock":
+    elif head_kind == "stock":
         classifier = base.get_submodule("classifier").requires_grad_(True)
         parameters = {
             f"{PEFT_PREFIX}classifier.{name}": parameter
             for name, parameter in classifier.named_parameters()
         }
     head = None
-    if task.head == "mean-pool":
+    if isinstance(task, Classification) and task.head == "mean-pool":
         head = nn.Linear(base.config.hidden_size, len(task.labels), device=base.device)
         parameters |= {f"head.{name}": parameter for name, parameter in head.named_parameters()}
     return dict(sorted(parameters.items())), head
 
 
-def _attach_lora(
-    base: PreTrainedModel, task: Classification, lora: Lora
-) -> dict[str, nn.Parameter]:
-    stock = task.head == "stock"
+def _attach_lora(base: PreTrainedModel, task: Task, lora: Lora) -> dict[str, nn.Parameter]:
+    stock = isinstance(task, Classification) and task.head == "stock"
+    kind = "CAUSAL_LM" if isinstance(task, CausalLm) else "FEATURE_EXTRACTION"
     config = LoraConfig(
-        task_type="SEQ_CLS" if stock else "FEATURE_EXTRACTION",
+        task_type="SEQ_CLS" if stock else kind,
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT only divides by it
         target_modules=list(lora.target_modules),
         layers_to_transform=None if lora.layers is None else list(lora.layers),
         lora_dropout=0.0,
+        use_rslora=lora.scaling == "rank-stabilised",
         fan_in_fan_out=_stores_weights_turned(base, lora),
         modules_to_save=["classifier"] if stock else None,
     )
@@ -156,9 +162,33 @@ def check_targets(folder: Path, base: PreTrainedModel, lora: Lora) -> None:
                 what = "its layers have no number that PEFT can read" if unnumbered else None
                 raise _no_target(folder, linear, target, layer, what or "no module of that name")
             for name in matches:
-                if name not in linear or name.startswith("classifier"):
-                    kind = "the head" if name in linear else type(found[name]).__name__
+                is_output = _is_output(base, found[name])
+                if name not in linear or name.startswith("classifier") or is_output:
+                    kind = type(found[name]).__name__
+                    if name in linear:
+                        kind = "the output layer" if is_output else "the head"
                     raise _no_target(folder, linear, target, layer, f"{name}: {kind}")
+
+
+def _is_output(base: PreTrainedModel, module: nn.Module) -> bool:
+    """A language model's output layer sees tokens of all records in one list, and often shares its
+    weight with the embeddings: a record has no gradient of its own there."""
+    return module is output_layer(base)
+
+
+def all_linear(folder: Path, task: Task) -> tuple[str, ...]:
+    """Names of all linear layers that may have an adapter, for `target_modules`.
+
+    Raises:
+        ModelError: the configuration is missing or of an unknown architecture.
+    """
+    base = skeleton(folder, task)
+    names = {
+        name.rpartition(".")[2]
+        for name, module in base.named_modules()
+        if type(module) in LINEAR and _layer_of(name) is not None and not _is_output(base, module)
+    }
+    return tuple(sorted(names))
 
 
 def _modules_named(base: PreTrainedModel, target: str) -> dict[str, nn.Module]:

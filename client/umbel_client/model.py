@@ -8,15 +8,25 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from umbel_client.batch import HiddenInputs, Inputs, PooledInputs, TokenInputs
 from umbel_client.lora import attach, plan_lora, tensors_of
 from umbel_client.model_folder import folder_digest, load_base
 from umbel_client.precision import Precision, computing, lower_precision
-from umbel_client.split import body_of, layers_of, lower_part, splits, upper_part
+from umbel_client.split import (
+    body_of,
+    layers_of,
+    lower_part,
+    made_up_inputs,
+    output_is_plain,
+    output_layer,
+    splits,
+    upper_part,
+)
 from umbel_common.adapter import Vector, flatten, unflatten
 from umbel_common.errors import ModelError
-from umbel_common.plan import Tensor, TrainingPlan
+from umbel_common.plan import CausalLm, Classification, Tensor, TrainingPlan
 
 __all__ = ["AdaptedModel", "folder_digest", "plan_lora"]
 
@@ -34,6 +44,8 @@ class AdaptedModel(nn.Module):
         parameters: dict[str, nn.Parameter],
         plan: TrainingPlan,
         precision: Precision,
+        *,
+        checkpointing: bool = False,
     ) -> None:
         """Use `load`."""
         super().__init__()
@@ -49,9 +61,13 @@ class AdaptedModel(nn.Module):
         """What is constant for each record and can be kept: the `pooled` vector, the `hidden`
         states below `depth`, or `nothing` (an architecture unlike BERT, or its first layer is
         adapted)."""
+        self._plain_output = isinstance(plan.task, CausalLm) and output_is_plain(base)
         if precision == "bfloat16":
             lower_precision(base)
+        self._checkpointed: list[nn.Module] = []
         self.eval()
+        if checkpointing:
+            self._enable_checkpointing()
 
     @classmethod
     def load(
@@ -61,11 +77,13 @@ class AdaptedModel(nn.Module):
         *,
         device: str = "cpu",
         precision: Precision = "float32",
+        checkpointing: bool = False,
     ) -> "AdaptedModel":
         """The plan's model, with an adapter that `set_vector` must fill before use.
 
         Args:
             precision: of the frozen layers; `fastest_precision()` where speed counts.
+            checkpointing: compute activations anew in the backward pass, for less memory.
 
         Raises:
             ModelError: the folder is incomplete, has another digest than the plan says, mixes
@@ -95,7 +113,7 @@ class AdaptedModel(nn.Module):
         parameters, head = attach(folder, base, plan.task, plan.lora)
         _check_tensors(folder, tensors_of(parameters), plan.lora.tensors)
         ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}
-        return cls(base, head, ordered, plan, precision)
+        return cls(base, head, ordered, plan, precision, checkpointing=checkpointing)
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +122,10 @@ class AdaptedModel(nn.Module):
 
     def train(self, mode: bool = True) -> "AdaptedModel":
         """Stays in evaluation mode, whatever is asked for."""
-        return super().train(False)
+        super().train(False)
+        for layer in self._checkpointed:
+            layer.training = True
+        return self
 
     @torch.no_grad()
     def set_vector(self, vector: Vector) -> None:
@@ -147,6 +168,30 @@ class AdaptedModel(nn.Module):
                 output = self._run(self.base, mask, input_ids=ids)
         return output if self.head is None else self._head(_pool(output, mask))
 
+    def next_token_logits(self, inputs: Inputs, chosen: torch.Tensor) -> torch.Tensor:
+        """What a causal language model expects after the chosen tokens, float32[m, vocabulary].
+
+        Args:
+            chosen: bool[n, t - 1], of the tokens but the last; m of them are true. The rest cost
+                nothing above the last layer.
+        """
+        assert not isinstance(inputs, PooledInputs)  # they belong to a classification's head
+        mask = inputs.mask.to(self.device)
+        module = body_of(self.base) if self._plain_output else self.base
+        if isinstance(inputs, HiddenInputs):
+            with upper_part(self.base, self.depth):
+                output = self._run(module, mask, inputs_embeds=inputs.hidden)
+        else:
+            output = self._run(module, mask, input_ids=inputs.ids)
+        rows = output[:, :-1][chosen.to(self.device)]
+        if not self._plain_output:
+            return rows
+        with computing(self.precision, self.device):
+            layer = output_layer(self.base)
+            assert layer is not None  # the output is plain
+            logits: torch.Tensor = layer(rows)
+        return logits.float()
+
     @torch.no_grad()
     def frozen(self, inputs: TokenInputs) -> torch.Tensor:
         """What `frozen_output` says: float32[n, hidden size], or float32[n, t, hidden size]."""
@@ -165,8 +210,10 @@ class AdaptedModel(nn.Module):
         return first.float()
 
     def _head(self, pooled: torch.Tensor) -> torch.Tensor:
+        task = self.plan.task
         assert self.head is not None  # pooled vectors belong to the mean-pool head
-        logits: torch.Tensor = self.head(pooled * self.plan.task.logit_scale)
+        assert isinstance(task, Classification)
+        logits: torch.Tensor = self.head(pooled * task.logit_scale)
         return logits
 
     def _frozen_output(self) -> Literal["pooled", "hidden", "nothing"]:
@@ -175,6 +222,34 @@ class AdaptedModel(nn.Module):
         if self.depth > 0 and splits(self.base, self.depth):
             return "hidden"
         return "nothing"
+
+    @torch.no_grad()
+    def _enable_checkpointing(self) -> None:
+        """Layers compute anew only where they believe that they are trained; what is inside them
+        stays in evaluation mode.
+
+        Raises:
+            ModelError: the architecture does not offer it, or something of a layer is random then.
+        """
+        ids, mask = made_up_inputs(self.base)
+        before = self.base(input_ids=ids, attention_mask=mask)[0]
+        if self.base.supports_gradient_checkpointing:
+            self.base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        self._checkpointed = [
+            module
+            for module in self.base.modules()
+            if isinstance(module, GradientCheckpointingLayer)
+        ]
+        self.eval()
+        with torch.enable_grad():
+            after = self.base(input_ids=ids, attention_mask=mask)[0]
+        if not self._checkpointed or not torch.equal(before, after):
+            raise ModelError(
+                "a base model cannot compute its activations anew",
+                field="model.gradient_checkpointing",
+                found=type(self.base).__name__,
+                accepted="false",
+            )
 
 
 def _pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -192,7 +267,7 @@ def _first_adapted_layer(base: PreTrainedModel, plan: TrainingPlan) -> int:
     lowest = len(layers)
     for tensor in plan.lora.tensors:
         if tensor.role != "head" and ".pooler." not in tensor.name:
-            match = re.search(r"\.encoder\.layer\.(\d+)\.", tensor.name)
+            match = re.search(r"\.(?:encoder\.layer|layers)\.(\d+)\.", tensor.name)
             lowest = min(lowest, int(match.group(1)) if match else 0)
     return lowest
 

@@ -14,6 +14,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
@@ -22,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from umbel_common.canonical import digest
 from umbel_common.errors import ModelError
-from umbel_common.plan import Classification
+from umbel_common.plan import CausalLm, Classification, Task
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -78,7 +79,7 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def skeleton(folder: Path, task: Classification) -> PreTrainedModel:
+def skeleton(folder: Path, task: Task) -> PreTrainedModel:
     """The model's modules without weights: enough to see names and shapes.
 
     Raises:
@@ -89,7 +90,7 @@ def skeleton(folder: Path, task: Classification) -> PreTrainedModel:
     return _without_pooler(base, task)
 
 
-def load_base(folder: Path, task: Classification) -> PreTrainedModel:
+def load_base(folder: Path, task: Task) -> PreTrainedModel:
     """The model with its weights: float32, frozen, in evaluation mode, on the CPU.
 
     Raises:
@@ -116,14 +117,19 @@ def load_base(folder: Path, task: Classification) -> PreTrainedModel:
     return base
 
 
-def _factory(task: Classification) -> Any:
+def _factory(task: Task) -> Any:
+    if isinstance(task, CausalLm):
+        return AutoModelForCausalLM
     return AutoModelForSequenceClassification if task.head == "stock" else AutoModel
 
 
-def _config(folder: Path, task: Classification) -> PretrainedConfig:
+def _config(folder: Path, task: Task) -> PretrainedConfig:
     config: PretrainedConfig
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if task.head == "stock":
+    if isinstance(task, CausalLm):
+        # Training reads each record once, whole: nothing would be read back.
+        config.use_cache = False
+    elif task.head == "stock":
         config.num_labels = len(task.labels)
     return config
 
@@ -146,15 +152,17 @@ def _building(folder: Path) -> Iterator[None]:
                 _REPORTS.enable_progress_bar()
 
 
-def _without_pooler(base: PreTrainedModel, task: Classification) -> PreTrainedModel:
+def _without_pooler(base: PreTrainedModel, task: Task) -> PreTrainedModel:
     """Mean pooling does not use it; without one, weights that lack it are no loss."""
-    if task.head == "mean-pool" and getattr(base, "pooler", None) is not None:
+    mean_pool = isinstance(task, Classification) and task.head == "mean-pool"
+    if mean_pool and getattr(base, "pooler", None) is not None:
         base.pooler = None  # type: ignore[assignment]  # as add_pooling_layer=False leaves it
     return base
 
 
-def _check_complete(folder: Path, task: Classification, report: dict[str, Any]) -> None:
-    unused = "classifier." if task.head == "stock" else "pooler."
+def _check_complete(folder: Path, task: Task, report: dict[str, Any]) -> None:
+    stock = isinstance(task, Classification) and task.head == "stock"
+    unused = "classifier." if stock else "pooler."
     differing = [name for name, *_shapes in report["mismatched_keys"]]
     absent = sorted(
         name for name in (*report["missing_keys"], *differing) if not name.startswith(unused)

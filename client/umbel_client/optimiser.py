@@ -39,7 +39,8 @@ def build_optimizer(
         PlanError: the plan subtracts the noise's share from Adam's moments, and there is no noise.
     """
     settings = plan.training.optimizer
-    rates = {True: settings.head_learning_rate, False: settings.adapter_learning_rate}
+    adapter_rate = settings.adapter_learning_rate
+    rates = {True: settings.head_learning_rate or adapter_rate, False: adapter_rate}
     groups = [
         {"params": members, "lr": rate, "planned_lr": rate}
         for is_head, rate in rates.items()

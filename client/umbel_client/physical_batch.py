@@ -8,6 +8,7 @@ import math
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from umbel_client.batch import Batch, HiddenInputs, Inputs, PooledInputs, TokenInputs
@@ -15,9 +16,10 @@ from umbel_client.batch_parts import ran_out_of_memory
 from umbel_client.model import AdaptedModel
 from umbel_client.per_sample import per_record_gradients
 from umbel_client.prefix import Prefix
-from umbel_client.task import ClassificationTask
+from umbel_client.task import made_up_labels, task_of
+from umbel_client.tokens import Tokens
 from umbel_common.errors import ModelError
-from umbel_common.plan import LocalPrivacy
+from umbel_common.plan import CausalLm, LocalPrivacy
 
 SHARE = 0.5
 """Share of the free memory that a physical batch may take, as it is counted here. The rest is for
@@ -28,8 +30,6 @@ TOKENS_AT_ONCE = 2048
 of its least from 1,500 to 4,500 tokens, and 8 to 17 % above it from 8,000 on: out of the cache."""
 UNKNOWN = 32
 """Records at once where the system does not say how much memory is free."""
-
-_TASK = ClassificationTask()
 
 
 def find_physical_batch_size(
@@ -126,7 +126,7 @@ def saved_bytes(model: AdaptedModel, batch: Batch) -> int:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         # Alive until all are counted: no address counts twice, and none for another.
-        losses = _TASK.losses(model, batch)
+        losses = task_of(model.plan.task).losses(model, batch)
     total = sum(kept.values())
     del losses
     return total
@@ -144,7 +144,15 @@ def _longest(model: AdaptedModel, prefix: Prefix | None, records: int) -> Batch:
         inputs = PooledInputs(torch.ones(records, width))
     else:
         inputs = HiddenInputs(torch.ones(records, tokens, width), mask)
-    return Batch(inputs, torch.zeros(records, dtype=torch.int64))
+    return Batch(inputs, _labels(model, records))
+
+
+def _labels(model: AdaptedModel, records: int) -> torch.Tensor:
+    task, length = model.plan.task, model.plan.task.max_tokens
+    ids = np.zeros(records * length, dtype=np.int32)
+    tokens = Tokens(ids, np.arange(records + 1, dtype=np.int64) * length, 0)
+    labels = torch.from_numpy(made_up_labels(task, tokens))
+    return labels.view(records, length) if isinstance(task, CausalLm) else labels
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:

@@ -22,7 +22,7 @@ import msgspec
 from umbel_client.budget import Budget
 from umbel_common.canonical import Value
 from umbel_common.errors import PolicyRefusal
-from umbel_common.plan import Count, Fraction, NoPrivacy, Positive, TrainingPlan
+from umbel_common.plan import Classification, Count, Fraction, NoPrivacy, Positive, TrainingPlan
 from umbel_common.statements import RoundHeader
 
 Hours = Annotated[
@@ -33,7 +33,7 @@ Hours = Annotated[
 HexDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 """A SHA-256 digest in lower-case hexadecimal."""
 
-TaskName = Literal["classification"]
+TaskName = Literal["classification", "causal-lm"]
 
 
 class Policy(Value, frozen=True):
@@ -45,7 +45,7 @@ class Policy(Value, frozen=True):
     """The labels of a classification, in the plan's order; a plan must name exactly these. A site
     that answered other sets by looking at its data would answer questions about its data."""
     tasks: tuple[TaskName, ...] = ("classification",)
-    """Tasks that plans may have."""
+    """Tasks that plans may have; a language model that writes text must be allowed by name."""
     operators: tuple[str, ...] = ()
     """Fingerprints of the operators whom this site works for; empty: the one of whatever roster its
     people pinned."""
@@ -117,13 +117,14 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
         found=task,
         accepted=", ".join(policy.tasks) or "none",
     )
-    _require(
-        plan.task.labels == policy.labels,
-        "labels-not-allowed",
-        field="policy.labels",
-        found=", ".join(plan.task.labels),
-        accepted=", ".join(policy.labels) or "none",
-    )
+    if isinstance(plan.task, Classification):
+        _require(
+            plan.task.labels == policy.labels,
+            "labels-not-allowed",
+            field="policy.labels",
+            found=", ".join(plan.task.labels),
+            accepted=", ".join(policy.labels) or "none",
+        )
     _at_most(policy.max_rank, plan.lora.rank, "rank-too-large", "max_rank")
     _require(
         policy.target_modules is None or set(plan.lora.target_modules) <= {*policy.target_modules},

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from umbel_client.split import output_layer
+
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 
@@ -33,6 +35,10 @@ def lower_precision(base: PreTrainedModel) -> None:
 
     Norms and embeddings stay float32: they cost little, and precision is lost there.
     """
+    embedding, output = base.get_input_embeddings(), output_layer(base)
+    if output is not None and output.weight is embedding.weight:
+        # They share one tensor, which the output layer makes bfloat16: sums start at float32.
+        embedding.register_forward_hook(lambda _module, _inputs, vectors: vectors.float())
     for module in base.modules():
         if type(module) is nn.Linear and not module.weight.requires_grad:
             module.to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""A site's records, ready for training: token ids, label indices, and the frozen-prefix cache."""
+"""A site's records, ready for training: token ids, labels, and the frozen-prefix cache."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from umbel_client.batch import Batch
-from umbel_client.data import Records
+from umbel_client.batch import Batch, Inputs
+from umbel_client.chat import tokenise_answers
+from umbel_client.data import LmRecords, Records
 from umbel_client.model import AdaptedModel
 from umbel_client.prefix import Prefix, Progress, frozen_prefix, token_inputs
 from umbel_client.tokens import Ints, Tokens, tokenise
 from umbel_client.units import Units
+from umbel_common.plan import CausalLm
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,15 @@ class PreparedData:
 
     tokens: Tokens
     labels: Ints
-    """int64[records]."""
+    """int64[records], label indices; of a causal language model int64[tokens], the ids of those
+    that count (`umbel_client.chat`)."""
     prefix: Prefix | None
     """None: the model allows no cache, and every step runs the whole model."""
     units: Units | None = None
     """None: each record is its own unit."""
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.tokens)
 
     @property
     def unit_count(self) -> int:
@@ -39,14 +42,15 @@ class PreparedData:
         """The records of the chosen units, int64[n]."""
         return chosen if self.units is None else self.units.records_of(chosen)
 
+    def inputs(self, indices: Ints) -> Inputs:
+        """Of the chosen records, padded to the longest of them."""
+        if self.prefix is None:
+            return token_inputs(self.tokens, indices)
+        return self.prefix.inputs(self.tokens, indices)
+
     def batch(self, indices: Ints) -> Batch:
-        """The chosen records, padded to the longest of them."""
-        inputs = (
-            token_inputs(self.tokens, indices)
-            if self.prefix is None
-            else self.prefix.inputs(self.tokens, indices)
-        )
-        return Batch(inputs, torch.from_numpy(self.labels[indices]))
+        """The chosen records with a label each."""
+        return Batch(self.inputs(indices), torch.from_numpy(self.labels[indices]))
 
     def unit_shares(self, part: Ints) -> torch.Tensor:
         """What each record counts for in the mean of its unit, float32[n]; `part` holds whole
@@ -73,7 +77,7 @@ class PreparedData:
 def prepare(
     model: AdaptedModel,
     model_folder: Path,
-    records: Records,
+    records: Records | LmRecords,
     *,
     cache: Path | None,
     progress: Progress,
@@ -86,13 +90,20 @@ def prepare(
             keeps it in memory.
 
     Raises:
-        ModelError: the folder holds no fast tokenizer.
+        ModelError: the folder holds no tokenizer that the task can use.
+        DataError: a record does not fit the plan.
         StorageError: the cache cannot be written.
     """
-    tokens = tokenise(records.texts, model_folder, model.plan.task.max_tokens)
+    task = model.plan.task
+    if isinstance(records, LmRecords):
+        assert isinstance(task, CausalLm)  # load_records reads what the task is about
+        tokens, labels = tokenise_answers(records, model_folder, task)
+    else:
+        tokens = tokenise(records.texts, model_folder, task.max_tokens)
+        labels = np.array(records.labels, dtype=np.int64)
     return PreparedData(
         tokens=tokens,
-        labels=np.array(records.labels, dtype=np.int64),
+        labels=labels,
         prefix=frozen_prefix(model, tokens, cache, progress),
         units=Units(np.array(records.units, dtype=np.int64)) if records.units else None,
     )

@@ -24,7 +24,7 @@ from umbel_client.private_step import (
     private_step,
     take_gradients,
 )
-from umbel_client.task import ClassificationTask
+from umbel_client.task import made_up_labels, task_of
 from umbel_client.tokens import Ints, Tokens
 from umbel_common.canonical import Entropy
 from umbel_common.errors import ModelError
@@ -46,8 +46,6 @@ DRAWS = 20_000
 """Least number of draws that the noise is judged by: its scale is then known to 3 %."""
 ALARM = 17.0
 """Sound noise is refused with a probability below 2 exp(-17) = 8.3e-8."""
-
-_TASK = ClassificationTask()
 
 
 def self_test(model: AdaptedModel, noise_multiplier: float | None, *, entropy: Entropy) -> None:
@@ -101,7 +99,8 @@ class _Trial:
     def losses(self, indices: Ints) -> torch.Tensor:
         """float32[n]."""
         with torch.enable_grad():
-            return _TASK.losses(self.model, _TASK.batch(self.data, indices))
+            task = task_of(self.model.plan.task)
+            return task.losses(self.model, task.batch(self.data, indices))
 
     def optimizer(
         self,
@@ -153,8 +152,8 @@ def _made_up(model: AdaptedModel) -> PreparedData:
     ids = random.integers(0, config.vocab_size - 1, sum(lengths))
     ids += ids >= pad
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    labels = EVERY % len(model.plan.task.labels)
-    return PreparedData(Tokens(ids.astype(np.int32), starts, pad), labels, prefix=None)
+    tokens = Tokens(ids.astype(np.int32), starts, pad)
+    return PreparedData(tokens, made_up_labels(model.plan.task, tokens), prefix=None)
 
 
 def _set_random(model: AdaptedModel) -> None:
@@ -259,7 +258,8 @@ def _check_moves(trial: _Trial) -> None:
         noise_multiplier=noise,
         expected_batch_size=plan.training.expected_batch_size,
     )
-    private_step(_TASK, trial.model, trial.data, EVERY, optimizer, physical_batch_size=2)
+    task = task_of(plan.task)
+    private_step(task, trial.model, trial.data, EVERY, optimizer, physical_batch_size=2)
     still = [name for name, value in before.items() if torch.equal(value, trial.parameters[name])]
     if still:
         raise ModelError(

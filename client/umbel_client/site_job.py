@@ -12,7 +12,7 @@ from umbel_client.accounting import Event, calibrate, epsilon, largest_delta, re
 from umbel_client.batch_parts import BatchLimit
 from umbel_client.budget import Budget
 from umbel_client.config import ClientConfig
-from umbel_client.data import load_records
+from umbel_client.data import columns_of, load_records
 from umbel_client.delta_cache import DeltaCache, State
 from umbel_client.ledger import Ledger
 from umbel_client.model import AdaptedModel
@@ -91,14 +91,7 @@ class SiteJob:
         # Before the data is touched: what a server can make this site refuse here depends on
         # public figures only.
         self.noise = noise_for(plan, config.data.public_size)
-        records = load_records(
-            Path(config.data.path),
-            plan.task,
-            text_column=config.data.text_column,
-            label_column=config.data.label_column,
-            unit_column=config.data.unit_column,
-            max_records_per_unit=config.data.max_records_per_unit,
-        )
+        records = load_records(Path(config.data.path), plan.task, **columns_of(config.data))
         self._weight = _weight(plan, roster, config.site, len(records))
         state = Path(config.state)
         self._ledger = Ledger.open(state / "ledger.sqlite", records.digest(), records.unit_column)
@@ -108,7 +101,10 @@ class SiteJob:
             self._ledger.keep_pace(published.answers)
             self._check_budget()
             self._model = AdaptedModel.load(
-                Path(config.model.path), plan, precision=chosen_precision(config.model.precision)
+                Path(config.model.path),
+                plan,
+                precision=chosen_precision(config.model.precision),
+                checkpointing=config.model.gradient_checkpointing,
             )
             self_test(self._model, self.noise.noise_multiplier, entropy=entropy)
             self._data = prepare(

@@ -1,8 +1,10 @@
-"""Runs the lower or the upper layers of a BERT-family encoder alone, through the model's own code.
+"""Runs the lower or the upper layers of a model alone, through the model's own code.
 
-Such a model has `embeddings` and `encoder.layer`. For the time of a call its list of layers is
-replaced by a part of it, and, for the upper part, its embeddings by a module that passes on what it
-is given. So attention masks, poolers and heads stay those of Transformers.
+Two families are known: encoders built like BERT (`embeddings`, `encoder.layer`) and decoders built
+like Llama (`embed_tokens`, `layers`, `norm`). For the time of a call the list of layers is replaced
+by a part of it; the upper part of an encoder gets embeddings that pass on what they are given, and
+the lower part of a decoder a last norm that does nothing. So attention masks, poolers and heads
+stay those of Transformers.
 """
 
 from collections.abc import Iterator
@@ -25,40 +27,68 @@ class _Given(nn.Module):
 
 
 def body_of(base: PreTrainedModel) -> Any:
-    """The encoder without a task's head."""
+    """The model without a task's head."""
     return getattr(base, base.base_model_prefix, base)
 
 
+def output_layer(base: PreTrainedModel) -> nn.Module | None:
+    """What makes logits of a language model's hidden states."""
+    layer: nn.Module | None = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return layer
+
+
 def layers_of(base: PreTrainedModel) -> nn.ModuleList | None:
-    """The encoder's layers, or None if it is not built like BERT."""
+    """The model's layers, or None if it is built like neither family."""
     body = body_of(base)
+    if _is_decoder(body):
+        # Layers that see other windows are chosen by their number, which a part of them changes.
+        kinds = getattr(base.config, "layer_types", None) or ["one"]
+        return body.layers if len(set(kinds)) == 1 else None
     layers = getattr(getattr(body, "encoder", None), "layer", None)
     has_embeddings = isinstance(getattr(body, "embeddings", None), nn.Module)
     return layers if has_embeddings and isinstance(layers, nn.ModuleList) else None
 
 
+def _is_decoder(body: Any) -> bool:
+    parts = {"embed_tokens": nn.Embedding, "layers": nn.ModuleList, "norm": nn.Module}
+    return all(isinstance(getattr(body, name, None), kind) for name, kind in parts.items())
+
+
 @contextmanager
 def lower_part(base: PreTrainedModel, depth: int) -> Iterator[None]:
-    """The encoder ends below layer `depth`."""
+    """The body ends below layer `depth`."""
     body = body_of(base)
-    layers = body.encoder.layer
-    body.encoder.layer = layers[:depth]
-    try:
-        yield
-    finally:
-        body.encoder.layer = layers
+    if _is_decoder(body):
+        with _replaced(body, layers=body.layers[:depth], norm=nn.Identity()):
+            yield
+    else:
+        with _replaced(body.encoder, layer=body.encoder.layer[:depth]):
+            yield
 
 
 @contextmanager
 def upper_part(base: PreTrainedModel, depth: int) -> Iterator[None]:
-    """The encoder starts with layer `depth` and is given `inputs_embeds`, the output below it."""
+    """The body starts with layer `depth` and is given `inputs_embeds`, the output below it."""
     body = body_of(base)
-    layers, embeddings = body.encoder.layer, body.embeddings
-    body.encoder.layer, body.embeddings = layers[depth:], _Given()
+    if _is_decoder(body):
+        with _replaced(body, layers=body.layers[depth:]):
+            yield
+    else:
+        part = body.encoder.layer[depth:]
+        with _replaced(body.encoder, layer=part), _replaced(body, embeddings=_Given()):
+            yield
+
+
+@contextmanager
+def _replaced(owner: Any, **modules: nn.Module) -> Iterator[None]:
+    former = {name: getattr(owner, name) for name in modules}
+    for name, module in modules.items():
+        setattr(owner, name, module)
     try:
         yield
     finally:
-        body.encoder.layer, body.embeddings = layers, embeddings
+        for name, module in former.items():
+            setattr(owner, name, module)
 
 
 @torch.no_grad()
@@ -70,10 +100,7 @@ def splits(base: PreTrainedModel, depth: int) -> bool:
     """
     if layers_of(base) is None:
         return False
-    device = base.device
-    ids = torch.arange(5, 19, device=device).reshape(2, 7) % base.config.vocab_size
-    mask = torch.ones_like(ids)
-    mask[1, 4:] = 0
+    ids, mask = made_up_inputs(base)
     try:
         whole = base(input_ids=ids, attention_mask=mask)[0]
         with lower_part(base, depth):
@@ -85,3 +112,25 @@ def splits(base: PreTrainedModel, depth: int) -> bool:
     if whole.dim() == 3:
         whole, parts = whole * mask[..., None], parts * mask[..., None]
     return bool((whole - parts).abs().max() <= TOLERANCE * whole.abs().max())
+
+
+@torch.no_grad()
+def output_is_plain(base: PreTrainedModel) -> bool:
+    """Whether a language model's logits are its output layer on the body's last hidden state, and
+    nothing more: then logits can be computed for the tokens that count alone."""
+    ids, mask = made_up_inputs(base)
+    whole = base(input_ids=ids, attention_mask=mask)[0]
+    hidden = body_of(base)(input_ids=ids, attention_mask=mask)[0]
+    layer = output_layer(base)
+    if layer is None or hidden.dim() != whole.dim():
+        return False
+    logits = layer(hidden)
+    return bool((whole - logits).abs().max() <= TOLERANCE * whole.abs().max())
+
+
+def made_up_inputs(base: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask int64[2, 7] of two made-up records, one of them padded."""
+    ids = torch.arange(5, 19, device=base.device).reshape(2, 7) % base.config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    return ids, mask

@@ -1,4 +1,4 @@
-"""What a task asks of a model: the seam for tasks beside classification."""
+"""What a task asks of a model: the seam for whatever a plan may train."""
 
 from typing import Protocol
 
@@ -7,9 +7,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from umbel_client.batch import Batch
+from umbel_client.chat import IGNORED
 from umbel_client.model import AdaptedModel
 from umbel_client.prepared import PreparedData
-from umbel_client.tokens import Ints
+from umbel_client.tokens import Ints, Tokens
+from umbel_common.plan import CausalLm
+from umbel_common.plan import Task as PlannedTask
 
 
 class Task(Protocol):
@@ -45,3 +48,38 @@ class ClassificationTask:
         """Most likely label index of each record, int64[n]."""
         predicted: Ints = model.logits(batch.inputs).argmax(-1).cpu().numpy().astype(np.int64)
         return predicted
+
+
+class CausalLmTask:
+    """The next token of an answer, by cross entropy."""
+
+    def batch(self, data: PreparedData, indices: Ints) -> Batch:
+        """The chosen records; their labels are padded with `IGNORED`."""
+        rows, mask = data.tokens.rows(indices)
+        labels = np.where(mask == 1, data.labels[rows], IGNORED)
+        return Batch(data.inputs(indices), torch.from_numpy(labels))
+
+    def losses(self, model: AdaptedModel, batch: Batch) -> torch.Tensor:
+        """float32[n]: the mean over the tokens of the record that count."""
+        targets = batch.labels[:, 1:].to(model.device)
+        counts = targets != IGNORED
+        logits = model.next_token_logits(batch.inputs, counts)
+        losses = cross_entropy(logits, targets[counts], reduction="none")
+        records = counts.nonzero()[:, 0]
+        sums = torch.zeros(len(counts), device=losses.device).index_add(0, records, losses)
+        return sums / counts.sum(1)
+
+
+def task_of(planned: PlannedTask) -> Task:
+    """What a plan's task asks."""
+    return CausalLmTask() if isinstance(planned, CausalLm) else ClassificationTask()
+
+
+def made_up_labels(planned: PlannedTask, tokens: Tokens) -> Ints:
+    """What `PreparedData.labels` could be for records that nobody wrote.
+
+    Each label of a classification in turn; of a language model every token.
+    """
+    if isinstance(planned, CausalLm):
+        return tokens.ids.astype(np.int64)
+    return np.arange(len(tokens)) % len(planned.labels)

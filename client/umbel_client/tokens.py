@@ -59,7 +59,7 @@ def tokenise(texts: Sequence[str], folder: Path, max_tokens: int) -> Tokens:
     Raises:
         ModelError: the folder holds no fast tokenizer.
     """
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     encoded: list[list[int]] = tokenizer(
         list(texts),
         truncation=True,
@@ -76,7 +76,12 @@ def tokenise(texts: Sequence[str], folder: Path, max_tokens: int) -> Tokens:
     )
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a model folder.
+
+    Raises:
+        ModelError: there is none.
+    """
     try:
         with _LOADING:
             tokenizer = AutoTokenizer.from_pretrained(

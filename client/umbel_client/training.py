@@ -25,14 +25,12 @@ from umbel_client.optimiser import (
 from umbel_client.per_sample import per_record_gradients
 from umbel_client.prepared import PreparedData
 from umbel_client.private_step import CLIPPINGS, PrivateOptimizer, private_step
-from umbel_client.task import ClassificationTask, Task
+from umbel_client.task import ClassificationTask, Task, task_of
 from umbel_client.tokens import Ints
 from umbel_common.adapter import Vector, unflatten
 from umbel_common.canonical import Entropy
 from umbel_common.errors import DataError, ModelError, PlanError
 from umbel_common.plan import LocalPrivacy, Tensor, TrainingPlan
-
-_TASK = ClassificationTask()
 
 StepTaken = Callable[[int, int], None]
 """Told (steps done, steps of the round)."""
@@ -132,9 +130,10 @@ def train_round(
 
 def evaluate(model: AdaptedModel, data: PreparedData, batch_size: int) -> Ints:
     """The label index that the model as it stands predicts for each record, int64[records]."""
+    task = ClassificationTask()
     predicted = np.empty(len(data), dtype=np.int64)
     for part in data.physical_batches(np.arange(len(data)), batch_size):
-        predicted[part] = _TASK.predict(model, _TASK.batch(data, part))
+        predicted[part] = task.predict(model, task.batch(data, part))
     return predicted
 
 
@@ -152,10 +151,11 @@ def _stepping(
     noise_multiplier: float | None,
 ) -> Iterator[TakeStep]:
     """The kind of step that the plan's privacy asks for."""
+    task = task_of(plan.task)
     expected = plan.training.expected_batch_size
     if not isinstance(plan.privacy, LocalPrivacy) or noise_multiplier is None:
         yield lambda chosen, limit: plain_step(
-            _TASK, model, data, chosen, optimizer, limit, expected
+            task, model, data, chosen, optimizer, limit, expected
         )
         return
     private = PrivateOptimizer(
@@ -168,7 +168,7 @@ def _stepping(
     )
     units = None if data.units is None else data.units.of_record
     with per_record_gradients(model):
-        yield lambda chosen, limit: private_step(_TASK, model, data, chosen, private, limit, units)
+        yield lambda chosen, limit: private_step(task, model, data, chosen, private, limit, units)
 
 
 def plain_step(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from umbel_common.canonical import digest
 from umbel_common.errors import PlanError, require
-from umbel_common.plan import Tensor, TrainingPlan
+from umbel_common.plan import Classification, Tensor, TrainingPlan
 
 Vector: TypeAlias = npt.NDArray[np.float32]
 
@@ -120,11 +120,12 @@ def initial_vector(plan: TrainingPlan) -> Vector:
     Values come from SHAKE-256 of the public seed and the tensor's name, not from any library's
     generator, so the same plan gives the same bytes everywhere.
     """
+    stock = isinstance(plan.task, Classification) and plan.task.head == "stock"
     values = {}
     for tensor in plan.lora.tensors:
         if tensor.role == "lora_A":
             values[tensor.name] = _orthonormal(_normal(plan.lora.seed, tensor))
-        elif tensor.role == "head" and plan.task.head == "stock" and len(tensor.shape) > 1:
+        elif tensor.role == "head" and stock and len(tensor.shape) > 1:
             values[tensor.name] = (0.02 * _normal(plan.lora.seed, tensor)).astype(np.float32)
         else:
             values[tensor.name] = np.zeros(tensor.shape, dtype=np.float32)

@@ -6,13 +6,22 @@ card shows the few lines of plain torch that apply it.
 """
 
 import json
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from umbel_common.adapter import Vector, unflatten
-from umbel_common.plan import TrainingPlan
+from umbel_common.plan import Classification, TrainingPlan
+from umbel_common.plan_file import plan_to_json
 
 ADAPTER_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
+PLAN_FILE = "plan.json"
+Kind: TypeAlias = Literal["mean-pool", "stock", "causal-lm"]
+"""A classification by its head, or a language model."""
+_TASK_TYPES: dict[Kind, str] = {
+    "mean-pool": "FEATURE_EXTRACTION",
+    "stock": "SEQ_CLS",
+    "causal-lm": "CAUSAL_LM",
+}
 HEAD_PREFIX = "head."
 """Tensors of a mean-pool head are named so; every other name is PEFT's."""
 
@@ -39,20 +48,22 @@ def text_files(plan: TrainingPlan) -> dict[str, str]:
     return {
         "adapter_config.json": _json(_adapter_config(plan)),
         "task.json": _json(_task_config(plan)),
+        PLAN_FILE: plan_to_json(plan),
         "README.md": _card(plan),
     }
 
 
 def _adapter_config(plan: TrainingPlan) -> dict[str, Any]:
     lora = plan.lora
-    stock = plan.task.head == "stock"
+    stock = _kind(plan) == "stock"
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if stock else "FEATURE_EXTRACTION",
+        "task_type": _TASK_TYPES[_kind(plan)],
         "base_model_name_or_path": plan.model.name,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
+        "use_rslora": lora.scaling == "rank-stabilised",
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -64,14 +75,25 @@ def _adapter_config(plan: TrainingPlan) -> dict[str, Any]:
     return config
 
 
+def _kind(plan: TrainingPlan) -> Kind:
+    return plan.task.head if isinstance(plan.task, Classification) else "causal-lm"
+
+
 def _task_config(plan: TrainingPlan) -> dict[str, Any]:
     task = plan.task
+    settings: dict[str, Any] = {"task": "causal-lm"}
+    if isinstance(task, Classification):
+        settings = {
+            "task": "classification",
+            "head": task.head,
+            "labels": list(task.labels),
+            "logit_scale": task.logit_scale if task.head == "mean-pool" else 1.0,
+        }
+    else:
+        settings["template"] = task.template
     return {
-        "task": "classification",
-        "head": task.head,
-        "labels": list(task.labels),
+        **settings,
         "max_tokens": task.max_tokens,
-        "logit_scale": task.logit_scale if task.head == "mean-pool" else 1.0,
         "federation": plan.federation,
         "job": plan.job,
         "plan": plan.digest().hex(),
@@ -83,12 +105,11 @@ def _json(value: dict[str, Any]) -> str:
 
 
 def _card(plan: TrainingPlan) -> str:
-    stock = plan.task.head == "stock"
     return _CARD.format(
         name=plan.model.name,
         job=plan.job,
-        usage=_STOCK_USAGE if stock else _MEAN_POOL_USAGE,
-        base=plan.model.name,
+        about=_ABOUT[_kind(plan)],
+        usage=_USAGE[_kind(plan)],
     )
 
 
@@ -101,7 +122,7 @@ base_model: {name}
 # {job}
 
 A LoRA adapter that several organisations trained together with Umbel, without showing each other
-their data. `task.json` has the labels in the order of the logits.
+their data. {about}
 
 ```python
 {usage}```
@@ -146,3 +167,31 @@ batch = tokenizer(["acute appendicitis"], truncation=True, max_length=task["max_
                   padding=True, return_tensors="pt")
 print([task["labels"][index] for index in model(**batch).logits.argmax(-1)])
 """
+
+_CAUSAL_LM_USAGE = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+base = "path or hub id of the base model"
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+
+turns = [{"role": "user", "content": "What is acute appendicitis?"}]
+batch = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True,
+                                      return_tensors="pt")
+answer = model.generate(**batch, max_new_tokens=64)[0, batch["input_ids"].shape[1]:]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+"""
+
+_LABELS = "`task.json` has the labels in the order of the logits."
+_ABOUT: dict[Kind, str] = {
+    "mean-pool": _LABELS,
+    "stock": _LABELS,
+    "causal-lm": "`plan.json` says how it was trained.",
+}
+_USAGE: dict[Kind, str] = {
+    "mean-pool": _MEAN_POOL_USAGE,
+    "stock": _STOCK_USAGE,
+    "causal-lm": _CAUSAL_LM_USAGE,
+}

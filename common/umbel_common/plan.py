@@ -4,7 +4,7 @@ A site's policy judges the plan before anything else happens, and every later me
 digest, so a server that shows two sites different plans gets masks that do not cancel.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
@@ -53,8 +53,27 @@ class Classification(Value, frozen=True, tag_field="task", tag="classification")
             raise ValueError("labels must be at least two different ones")
 
 
-Task = Classification
-"""The tasks a plan can name; a union of tagged types once there is more than one."""
+class CausalLm(Value, frozen=True, tag_field="task", tag="causal-lm"):
+    """Instruction tuning of a language model: the answer's tokens, given what comes before them.
+
+    In which of the accepted formats a site keeps its records, it decides itself.
+    """
+
+    max_tokens: Annotated[int, msgspec.Meta(ge=4, le=131_072)] = 512
+    """The longest record."""
+    template: Literal["chat", "plain"] = "chat"
+    """`chat`: records are conversations, rendered by the chat template of the base model's
+    tokenizer. `plain`: the answer follows its prompt as it is, and then the token that ends a
+    text."""
+    loss_on: Literal["answer", "all"] = "answer"
+    """Which tokens count: those of the answer, the last turn of a conversation; or all of them."""
+    too_long: Literal["refuse", "truncate"] = "refuse"
+    """`refuse`: a record of more than `max_tokens` stops the site. `truncate`: what is past them is
+    cut off; a record of whose answer nothing would be left stops the site all the same."""
+
+
+Task: TypeAlias = Classification | CausalLm
+"""The tasks a plan can name."""
 
 
 class Tensor(Value, frozen=True):
@@ -74,7 +93,7 @@ class Tensor(Value, frozen=True):
 
 
 class Lora(Value, frozen=True):
-    """The adapter (Hu et al. 2021): W + (alpha / rank) B A on the targeted linear layers."""
+    """The adapter (Hu et al. 2021): W + scaling B A on the targeted linear layers."""
 
     rank: Annotated[int, msgspec.Meta(ge=1, le=512)]
     alpha: Scale
@@ -90,6 +109,9 @@ class Lora(Value, frozen=True):
     """Public seed of the initial adapter: A with orthonormal rows, B zero."""
     tensors: tuple[Tensor, ...]
     """Every tensor of the adapter, in the order in which it is flattened."""
+    scaling: Literal["standard", "rank-stabilised"] = "standard"
+    """What B A is multiplied by: `standard` alpha / rank; `rank-stabilised` alpha / sqrt(rank)
+    (rsLoRA, Kalajdzievski 2023)."""
 
     @property
     def size(self) -> int:
@@ -101,7 +123,8 @@ class Adam(Value, frozen=True, tag_field="optimizer", tag="adam"):
     """Adam (Kingma and Ba 2015) on the noisy gradient; its moments stay at the site."""
 
     adapter_learning_rate: LearningRate
-    head_learning_rate: LearningRate
+    head_learning_rate: LearningRate | None = None
+    """Of a classification head; None: the adapter's."""
     beta1: Fraction = 0.9
     beta2: Fraction = 0.99
     eps: Positive = 1e-8
@@ -117,7 +140,8 @@ class Sgd(Value, frozen=True, tag_field="optimizer", tag="sgd"):
     """Gradient descent with momentum on the noisy gradient; the momentum stays at the site."""
 
     adapter_learning_rate: LearningRate
-    head_learning_rate: LearningRate
+    head_learning_rate: LearningRate | None = None
+    """Of a classification head; None: the adapter's."""
     momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
 
 
@@ -243,6 +267,20 @@ def check_plan(plan: TrainingPlan) -> None:
             found=plan.aggregation.max_weight,
             accepted=1,
         )
+    if isinstance(plan.task, CausalLm):
+        if any(tensor.role == "head" for tensor in plan.lora.tensors):
+            raise PlanError(
+                "a causal language model has no head beside its adapter",
+                field="lora.tensors",
+                accepted="lora_A and lora_B",
+            )
+        if not plan.lora.target_modules:
+            raise PlanError(
+                "without an adapter there is nothing to train of a causal language model",
+                field="lora.target_modules",
+                found="none",
+                accepted="names of linear layers, such as q_proj and v_proj",
+            )
     for tensor in plan.lora.tensors:
         if not _has_rank(tensor, plan.lora.rank):
             raise PlanError(

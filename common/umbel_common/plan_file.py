@@ -11,7 +11,7 @@ import msgspec
 from umbel_common.canonical import encode
 from umbel_common.errors import PlanError
 from umbel_common.identity import SIGNATURE_BYTES, Signed
-from umbel_common.plan import LocalPrivacy, TrainingPlan, check_plan
+from umbel_common.plan import Classification, LocalPrivacy, Task, TrainingPlan, check_plan
 
 
 class _PlanEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -68,13 +68,21 @@ def plan_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("digest", plan.digest().hex()),
         ("base model", plan.model.name),
         ("", plan.model.digest.hex()),
-        ("task", f"{plan.task.__struct_config__.tag}: {', '.join(plan.task.labels)}"),
+        ("task", task_text(plan.task)),
         ("adapter", f"rank {lora.rank} on {targets}, {layers}; {lora.size:,} numbers"),
         ("training", f"{training.rounds} rounds of {training.local_steps} steps"),
         ("batch", f"{training.expected_batch_size} on average"),
         ("privacy", privacy_text(plan)),
         ("sum", f"of at least {plan.aggregation.threshold} sites, weights {weights}"),
     ]
+
+
+def task_text(task: Task) -> str:
+    """What is learned, in a few words."""
+    if isinstance(task, Classification):
+        return f"classification: {', '.join(task.labels)}"
+    what = "answers" if task.loss_on == "answer" else "whole texts"
+    return f"causal-lm: {what}, {task.template} template, up to {task.max_tokens} tokens"
 
 
 def privacy_text(plan: TrainingPlan) -> str:

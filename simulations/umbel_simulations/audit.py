@@ -25,7 +25,7 @@ from umbel_client.prepared import PreparedData, prepare
 from umbel_client.site_job import SiteNoise, noise_for
 from umbel_common.canonical import Entropy, Value
 from umbel_common.errors import ConfigError, VerificationError
-from umbel_common.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plan import Classification, LocalPrivacy, TrainingPlan
 from umbel_simulations.audit_bound import epsilon_lower_bound
 from umbel_simulations.audit_data import (
     Unit,
@@ -139,7 +139,9 @@ def audit_scenario(
     audited = _smallest_site(scenario)
     results = []
     for unit in get_args(Unit):
-        records = site_records(audited.examples, audited.plan.task, unit)
+        task = audited.plan.task
+        assert isinstance(task, Classification)  # scenarios have no other task
+        records = site_records(audited.examples, task, unit)
         known = first_units(records, KNOWN_RECORDS)
         plan = _counting(audited.plan, unit)
         noise = noise_for(plan, public_size(unit_count(records)))

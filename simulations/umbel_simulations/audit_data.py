@@ -86,12 +86,14 @@ def make_canaries(records: Records, plan: TrainingPlan, count: int, seed: int) -
     one way, so that clipping each of them instead of their mean shows at its full length.
     """
     generator = np.random.default_rng(seed)
+    assert isinstance(plan.task, Classification)  # site_records reads no other
+    labels = len(plan.task.labels)
     words = sorted({word for text in records.texts for word in text.split()})
     copies = RECORDS_OF_A_PATIENT if records.units else 1
     made = [
         Record(
             text=" ".join(generator.choice(words, WORDS)),
-            label=int(generator.integers(len(plan.task.labels))),
+            label=int(generator.integers(labels)),
         )
         for _ in range(count)
     ]

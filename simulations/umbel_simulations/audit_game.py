@@ -25,14 +25,13 @@ from umbel_client.noise import NoiseSource
 from umbel_client.per_sample import per_record_gradients
 from umbel_client.prepared import PreparedData
 from umbel_client.site_job import SiteNoise
-from umbel_client.task import ClassificationTask
+from umbel_client.task import task_of
 from umbel_client.tokens import Ints
 from umbel_client.training import train_round
 from umbel_common.adapter import Vector, initial_vector, merge
 from umbel_common.canonical import Entropy
 from umbel_common.plan import LocalPrivacy, Sgd, TrainingPlan
 
-_TASK = ClassificationTask()
 _RATE = 0.01
 """Learning rate: large enough that float32 keeps the noise, small enough that nothing diverges."""
 _TINY = 1e-12
@@ -170,10 +169,11 @@ def clipped_gradients(
     """
     assert isinstance(plan.privacy, LocalPrivacy)
     trained = [model.select(number)[tensor.name] for tensor in plan.trained_tensors(number)]
+    task = task_of(plan.task)
     with per_record_gradients(model):
         for part in data.physical_batches(np.arange(len(data)), physical_batch_size):
             with torch.enable_grad():
-                losses = _TASK.losses(model, _TASK.batch(data, part))
+                losses = task.losses(model, task.batch(data, part))
                 losses.sum().backward()  # type: ignore[no-untyped-call]  # torch
             of_record = part if data.units is None else data.units.of_record[part]
             units, rows = np.unique(of_record, return_inverse=True)

@@ -11,7 +11,7 @@ from umbel_client.precision import fastest_precision
 from umbel_client.prepared import prepare
 from umbel_client.training import evaluate
 from umbel_common.adapter import Vector
-from umbel_common.plan import TrainingPlan
+from umbel_common.plan import Classification, TrainingPlan
 from umbel_simulations.population import write_site_data
 from umbel_simulations.results import Score
 from umbel_simulations.scores import score
@@ -29,6 +29,7 @@ class Judge:
         """Writes the test set into `folder`, as public data, and prepares it."""
         folder.mkdir(parents=True, exist_ok=True)
         write_site_data(folder, test)
+        assert isinstance(plan.task, Classification)  # scenarios have no other task
         records = load_records(folder / "data.jsonl", plan.task)
         self._labels = np.array(records.labels)
         self._model = AdaptedModel.load(model, plan, precision=fastest_precision())

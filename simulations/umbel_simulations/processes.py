@@ -316,6 +316,7 @@ name = {model_name}
 path = {model}
 
 [task]
+task = "classification"
 labels = {labels}
 max_tokens = {task.max_tokens}
 head = "{task.head}"

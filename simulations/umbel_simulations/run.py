@@ -127,7 +127,7 @@ class Run:
     def _federate(
         self, federation: Federation, plan: TrainingPlan, recorder: Recorder, judge: Judge
     ) -> Outcome:
-        federation.set_up(self.sites, self.plan.task.labels, self.model)
+        federation.set_up(self.sites, self.corpus.labels, self.model)
         stop = threading.Event()
         observers = {site: SiteObserver(site, recorder, stop) for site in self.sites}
         return federation.run(

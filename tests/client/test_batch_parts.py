@@ -222,7 +222,7 @@ def test_a_round_goes_on_in_smaller_parts(
     options = {"entropy": fixed, "on_step": lambda _step, _steps: None}
     wanted = train_round(*arguments, physical_batch_size=COUNT, **options).delta
     limit = BatchLimit(COUNT)
-    monkeypatch.setattr(training, "_TASK", Small(5))
+    monkeypatch.setattr(training, "task_of", lambda planned: Small(5))
     found = train_round(*arguments, physical_batch_size=limit, **options).delta
     assert limit.records == 4
     assert difference(found, wanted) < 1e-5

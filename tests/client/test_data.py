@@ -159,7 +159,7 @@ def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path: Path) -> Non
     (tmp_path / "a.xlsx").write_bytes(b"x")
     with pytest.raises(DataError) as caught:
         load_records(tmp_path / "a.xlsx", TASK)
-    assert caught.value.accepted == ".jsonl, .csv, .parquet"
+    assert caught.value.accepted == ".jsonl, .csv, .parquet, a folder that save_to_disk wrote"
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

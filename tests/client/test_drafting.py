@@ -21,6 +21,7 @@ name = "tiny"
 path = "{model}"
 
 [task]
+task = "classification"
 labels = ["a", "b"]
 
 [lora]

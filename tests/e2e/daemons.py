@@ -45,6 +45,7 @@ name = "tiny"
 path = {model}
 
 [task]
+task = "classification"
 labels = ["a", "b"]
 
 [lora]
