@@ -5,15 +5,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from umbel_client.model import folder_digest, plan_lora
 from umbel_common.plan import (
     Aggregation,
     BaseModel,
-    Classification,
+    CausalLm,
     LocalPrivacy,
     Sgd,
+    Task,
     Training,
     TrainingPlan,
 )
@@ -69,8 +85,72 @@ def save_telling_bert(path: Path, words: Sequence[str]) -> Path:
     )
 
 
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The chat template of SmolLM2 and Qwen, without their default system message."""
+
+DECODERS: dict[str, type[PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "mistral": MistralConfig,
+    "gemma": GemmaConfig,
+    "gemma2": Gemma2Config,
+    "gpt2": GPT2Config,
+}
+
+
+def save_decoder(
+    path: Path, kind: str = "llama", *, chat_template: str | None = CHATML, **config: Any
+) -> Path:
+    """Saves a random causal language model over bytes, and its tokenizer.
+
+    Args:
+        path: folder of both; also returned.
+        kind: one of `DECODERS`.
+        config: of its configuration, beside what makes it small.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    special = ["<pad>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+    )
+    fast.chat_template = chat_template
+    sizes: dict[str, Any] = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if kind == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 3, "n_head": 2, "vocab_size": len(vocabulary)}
+    model = AutoModelForCausalLM.from_config(DECODERS[kind](**{**sizes, **config}))
+    model.save_pretrained(path)
+    fast.save_pretrained(path)
+    return path
+
+
 def plan_for(
-    folder: Path, task: Classification, lora: dict[str, Any] | None = None, **parts: Any
+    folder: Path, task: Task, lora: dict[str, Any] | None = None, **parts: Any
 ) -> TrainingPlan:
     """One step of plain gradient descent at learning rate 1 on an expected batch of one record.
 
@@ -82,7 +162,9 @@ def plan_for(
     settings: dict[str, Any] = {
         "rank": 2,
         "alpha": 4.0,
-        "target_modules": ("query", "value"),
+        "target_modules": ("q_proj", "v_proj")
+        if isinstance(task, CausalLm)
+        else ("query", "value"),
         "layers": None,
         "method": "both",
         "seed": 5,

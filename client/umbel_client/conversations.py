@@ -108,7 +108,9 @@ class _Place:
 
 
 def _format_of(path: Path, table: Table) -> Format:
-    found = [name for name, needed in COLUMNS.items() if set(needed) <= set(table.columns)]
+    found: list[Format] = [
+        name for name, needed in COLUMNS.items() if set(needed) <= set(table.columns)
+    ]
     if len(found) == 1:
         return found[0]
     accepted = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())

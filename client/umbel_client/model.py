@@ -234,7 +234,7 @@ class AdaptedModel(nn.Module):
         ids, mask = made_up_inputs(self.base)
         before = self.base(input_ids=ids, attention_mask=mask)[0]
         if self.base.supports_gradient_checkpointing:
-            self.base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+            self.base.activation_checkpointing_enable({"use_reentrant": False})
         self._checkpointed = [
             module
             for module in self.base.modules()

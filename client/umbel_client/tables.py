@@ -148,7 +148,7 @@ def _folder(path: Path) -> list[Row]:
         raise DataError(
             "a folder holds several data sets",
             file=path,
-            found=", ".join(found),
+            found=", ".join(map(str, found)),
             accepted="the folder of one of them",
         )
     return _rows(path, found)
