@@ -1,4 +1,4 @@
-"""A released adapter at the site, as a PEFT folder that plain `PeftModel.from_pretrained` loads."""
+"""Adapters at the site, as PEFT folders that plain `PeftModel.from_pretrained` loads."""
 
 import os
 import shutil
@@ -8,22 +8,34 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from umbel_client.model_folder import TOKENIZER_FILES
-from umbel_common.adapter import Vector
+from umbel_common.adapter import Vector, flatten
 from umbel_common.canonical import encode
-from umbel_common.errors import StorageError
+from umbel_common.errors import ModelError, PlanError, StorageError
 from umbel_common.identity import Signed
-from umbel_common.peft_folder import tensor_files, text_files
+from umbel_common.peft_folder import (
+    ADAPTER_FILE,
+    HEAD_FILE,
+    PLAN_FILE,
+    tensor_files,
+    tensors_from_files,
+    text_files,
+)
 from umbel_common.plan import TrainingPlan
+from umbel_common.plan_file import plan_from_json
+from umbel_host.text_file import read_text
 
 RELEASE_FILE = "release.msgpack"
 
 
 def write_adapter(
-    folder: Path, plan: TrainingPlan, vector: Vector, release: Signed, *, base_model: Path
+    folder: Path, plan: TrainingPlan, vector: Vector, release: Signed | None, *, base_model: Path
 ) -> None:
     """Writes the adapter, its card, its signed release and the base model's tokenizer files.
 
     The folder appears complete or not at all; one that is there already is replaced.
+
+    Args:
+        release: None: this site trained the adapter alone, and the folder is its owner's only.
 
     Raises:
         StorageError: the disk does not take it.
@@ -31,13 +43,14 @@ def write_adapter(
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir(mode=0o777 if release is not None else 0o700, parents=True)
         for name, tensors in tensor_files(plan, vector).items():
             # PEFT wants to read which framework wrote the file.
             safetensors.numpy.save_file(tensors, partial / name, metadata={"format": "pt"})
-        for name, text in text_files(plan).items():
+        for name, text in text_files(plan, alone=release is None).items():
             (partial / name).write_text(text, encoding="utf-8")
-        (partial / RELEASE_FILE).write_bytes(encode(release))
+        if release is not None:
+            (partial / RELEASE_FILE).write_bytes(encode(release))
         for name in TOKENIZER_FILES:
             if (base_model / name).is_file():
                 shutil.copyfile(base_model / name, partial / name)
@@ -47,3 +60,55 @@ def write_adapter(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise StorageError("an adapter cannot be stored", file=folder, found=error) from error
+
+
+def read_adapter(folder: Path) -> tuple[TrainingPlan, Vector]:
+    """The plan of an adapter that `write_adapter` wrote, and its values.
+
+    Returns:
+        the plan, and float32[plan.lora.size].
+
+    Raises:
+        ModelError: the folder is not there, was not written by Umbel, or does not fit its plan.
+        PlanError: its plan is malformed.
+    """
+    for name in (PLAN_FILE, ADAPTER_FILE):
+        if not (folder / name).is_file():
+            raise ModelError(
+                "a folder holds no adapter of Umbel",
+                file=folder,
+                field=name,
+                found="missing" if folder.is_dir() else "no such folder",
+                remedy="give a folder that a federation or `umbel-client train` wrote",
+            )
+    plan, _ = plan_from_json(read_text(folder / PLAN_FILE), folder / PLAN_FILE)
+    try:
+        files = {
+            name: safetensors.numpy.load_file(folder / name)
+            for name in (ADAPTER_FILE, HEAD_FILE)
+            if (folder / name).is_file()
+        }
+        vector = flatten(tensors_from_files(files), plan.lora.tensors)
+    except (OSError, SafetensorError, KeyError, PlanError, ValueError) as error:
+        raise ModelError("an adapter does not fit its plan", file=folder, found=error) from error
+    return plan, vector
+
+
+def copy_adapter(folder: Path, out: Path) -> None:
+    """Copies the folder of an adapter as it is; the copy is complete or not there.
+
+    Raises:
+        ModelError, PlanError: it is no adapter of Umbel.
+        StorageError: `out` is there already, or the disk does not take it.
+    """
+    read_adapter(folder)
+    if out.exists():
+        raise StorageError("a file or folder is in the way", file=out, remedy="give a new name")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        shutil.copytree(folder, partial)
+        partial.rename(out)
+    except (OSError, shutil.Error) as error:
+        raise StorageError("an adapter cannot be stored", file=out, found=error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -136,7 +136,18 @@ def _config(folder: Path, task: Task) -> PretrainedConfig:
 
 @contextmanager
 def _building(folder: Path) -> Iterator[None]:
-    """One model at a time, without Transformers' bars and reports, with our errors."""
+    """One model at a time, quietly, with our errors."""
+    with quietly():
+        try:
+            yield
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise ModelError("a base model cannot be loaded", file=folder, found=error) from error
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without Transformers' bars and reports, which are switched for the whole process: one caller
+    at a time."""
     with _LOADING:
         level = _REPORTS.get_verbosity()
         bars = _REPORTS.is_progress_bar_enabled()
@@ -144,8 +155,6 @@ def _building(folder: Path) -> Iterator[None]:
         _REPORTS.disable_progress_bar()
         try:
             yield
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            raise ModelError("a base model cannot be loaded", file=folder, found=error) from error
         finally:
             _REPORTS.set_verbosity(level)
             if bars:

@@ -43,13 +43,17 @@ def tensors_from_files(files: dict[str, dict[str, Vector]]) -> dict[str, Vector]
     return {**files[ADAPTER_FILE], **head}
 
 
-def text_files(plan: TrainingPlan) -> dict[str, str]:
-    """The JSON files and the card, by name."""
+def text_files(plan: TrainingPlan, *, alone: bool = False) -> dict[str, str]:
+    """The JSON files and the card, by name.
+
+    Args:
+        alone: one site trained it by itself, and nobody released it.
+    """
     return {
         "adapter_config.json": _json(_adapter_config(plan)),
         "task.json": _json(_task_config(plan)),
         PLAN_FILE: plan_to_json(plan),
-        "README.md": _card(plan),
+        "README.md": _card(plan, _ALONE if alone else _TOGETHER),
     }
 
 
@@ -104,10 +108,11 @@ def _json(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _card(plan: TrainingPlan) -> str:
+def _card(plan: TrainingPlan, origin: str) -> str:
     return _CARD.format(
         name=plan.model.name,
         job=plan.job,
+        origin=origin,
         about=_ABOUT[_kind(plan)],
         usage=_USAGE[_kind(plan)],
     )
@@ -121,8 +126,7 @@ base_model: {name}
 
 # {job}
 
-A LoRA adapter that several organisations trained together with Umbel, without showing each other
-their data. {about}
+{origin} {about}
 
 ```python
 {usage}```
@@ -184,6 +188,12 @@ answer = model.generate(**batch, max_new_tokens=64)[0, batch["input_ids"].shape[
 print(tokenizer.decode(answer, skip_special_tokens=True))
 """
 
+_TOGETHER = """\
+A LoRA adapter that several organisations trained together with Umbel, without showing each other
+their data."""
+_ALONE = """\
+A LoRA adapter that one site trained by itself with Umbel. No privacy ledger was charged for it:
+treat it as the data that it was trained on."""
 _LABELS = "`task.json` has the labels in the order of the logits."
 _ABOUT: dict[Kind, str] = {
     "mean-pool": _LABELS,
