@@ -71,6 +71,8 @@ class ModelConfig(Value, frozen=True):
     gradient_checkpointing: bool = False
     """Keep of each layer its input alone, and compute the rest anew in the backward pass: about a
     third more time, and for long records a fraction of the memory."""
+    quantisation: Literal["none", "nf4"] = "none"
+    """`nf4`: keep the weights of the frozen layers in four bits; takes the package bitsandbytes."""
 
 
 class RelayConfig(Value, frozen=True):

@@ -240,6 +240,7 @@ def _load(config: ClientConfig, plan: TrainingPlan) -> "AdaptedModel":
         plan,
         precision=chosen_precision(config.model.precision),
         checkpointing=config.model.gradient_checkpointing,
+        quantisation=config.model.quantisation,
     )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from umbel_client import quantised
 from umbel_client.model_folder import skeleton
 from umbel_client.split import output_layer
 from umbel_common.errors import ModelError
@@ -151,7 +152,7 @@ def check_targets(folder: Path, base: PreTrainedModel, lora: Lora) -> None:
     Raises:
         ModelError: it is not; names it and the linear layers that there are.
     """
-    linear = {name for name, module in base.named_modules() if type(module) in LINEAR}
+    linear = {name for name, module in base.named_modules() if _is_linear(module)}
     for target in lora.target_modules:
         found = _modules_named(base, target)
         wanted = [None] if lora.layers is None else list(lora.layers)
@@ -170,6 +171,10 @@ def check_targets(folder: Path, base: PreTrainedModel, lora: Lora) -> None:
                     raise _no_target(folder, linear, target, layer, f"{name}: {kind}")
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) in LINEAR or type(module).__name__ == quantised.KIND
+
+
 def _is_output(base: PreTrainedModel, module: nn.Module) -> bool:
     """A language model's output layer sees tokens of all records in one list, and often shares its
     weight with the embeddings: a record has no gradient of its own there."""
@@ -186,7 +191,7 @@ def all_linear(folder: Path, task: Task) -> tuple[str, ...]:
     names = {
         name.rpartition(".")[2]
         for name, module in base.named_modules()
-        if type(module) in LINEAR and _layer_of(name) is not None and not _is_output(base, module)
+        if _is_linear(module) and _layer_of(name) is not None and not _is_output(base, module)
     }
     return tuple(sorted(names))
 

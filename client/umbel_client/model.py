@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from umbel_client.batch import HiddenInputs, Inputs, PooledInputs, TokenInputs
 from umbel_client.lora import attach, plan_lora, tensors_of
 from umbel_client.model_folder import folder_digest, load_base
 from umbel_client.precision import Precision, computing, lower_precision
+from umbel_client.quantised import quantise
 from umbel_client.split import (
     body_of,
     layers_of,
@@ -29,6 +30,8 @@ from umbel_common.errors import ModelError
 from umbel_common.plan import CausalLm, Classification, Tensor, TrainingPlan
 
 __all__ = ["AdaptedModel", "folder_digest", "plan_lora"]
+
+Quantisation: TypeAlias = Literal["none", "nf4"]
 
 
 class AdaptedModel(nn.Module):
@@ -78,12 +81,14 @@ class AdaptedModel(nn.Module):
         device: str = "cpu",
         precision: Precision = "float32",
         checkpointing: bool = False,
+        quantisation: Quantisation = "none",
     ) -> "AdaptedModel":
         """The plan's model, with an adapter that `set_vector` must fill before use.
 
         Args:
             precision: of the frozen layers; `fastest_precision()` where speed counts.
             checkpointing: compute activations anew in the backward pass, for less memory.
+            quantisation: of the frozen layers' weights.
 
         Raises:
             ModelError: the folder is incomplete, has another digest than the plan says, mixes
@@ -110,6 +115,8 @@ class AdaptedModel(nn.Module):
                 found=plan.task.max_tokens,
                 accepted=f"at most {positions}",
             )
+        if quantisation == "nf4":
+            quantise(base, torch.bfloat16 if precision == "bfloat16" else torch.float32)
         parameters, head = attach(folder, base, plan.task, plan.lora)
         _check_tensors(folder, tensors_of(parameters), plan.lora.tensors)
         ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}

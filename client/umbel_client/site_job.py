@@ -105,6 +105,7 @@ class SiteJob:
                 plan,
                 precision=chosen_precision(config.model.precision),
                 checkpointing=config.model.gradient_checkpointing,
+                quantisation=config.model.quantisation,
             )
             self_test(self._model, self.noise.noise_multiplier, entropy=entropy)
             self._data = prepare(

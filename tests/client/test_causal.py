@@ -1,6 +1,7 @@
 """Causal language models through the seam: losses, gradients of records, caches, architectures."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from small_models import DECODERS, one_round, plan_for, save_decoder
 from transformers import AutoModelForCausalLM
@@ -236,3 +239,31 @@ def test_a_plan_needs_an_adapter(llama: Path) -> None:
     plan = plan_for(llama, TASK, lora={"target_modules": ()})
     with pytest.raises(PlanError, match="nothing to train"):
         check_plan(plan)
+
+
+def test_four_bits_leave_gradients_of_records_exact(tmp_path: Path, file: Path) -> None:
+    llama = save_decoder(tmp_path / "llama", hidden_size=64, intermediate_size=128, head_dim=32)
+    plan = plan_for(llama, TASK)
+    model, data = loaded(llama, plan, file, quantisation="nf4")
+    assert type(model.base.model.layers[0].mlp.up_proj) is Linear4bit
+    found = gradients_together(model, data)
+    assert difference(found, gradients_alone(model, data)) < 1e-4
+    self_test(model, 1.0, entropy=np.random.default_rng(1).bytes)
+    # A plain model of the weights that the four bits stand for.
+    plain, _ = loaded(llama, plan, file)
+    for name, layer in model.base.named_modules():
+        if type(layer) is Linear4bit:
+            values = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            other = plain.base.get_submodule(name).weight
+            assert 0.02 < difference(values, other) < 0.2
+            other.data.copy_(values)
+    assert difference(found, gradients_together(plain, data)) < 1e-4
+
+
+def test_without_its_package_four_bits_are_refused(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ModelError) as caught:
+        AdaptedModel.load(llama, plan_for(llama, TASK), quantisation="nf4")
+    assert caught.value.field == "model.quantisation"

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_models import save_decoder
 
 from umbel_client.drafting import read_plan
 from umbel_client.model import folder_digest
 from umbel_common.errors import ConfigError, ModelError, PlanError
+from umbel_common.plan import CausalLm
 from umbel_common.plan_file import plan_from_json
 
 DRAFT = """
@@ -115,3 +117,57 @@ def test_a_bad_draft_is_one_clear_error(
 def test_a_draft_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml"):
         read_plan(tmp_path / "none.toml")
+
+
+def causal_draft(folder: Path, model: Path, lora: str) -> Path:
+    text = DRAFT.format(model=model)
+    text = text.replace('task = "classification"\nlabels = ["a", "b"]', 'task = "causal-lm"')
+    text = text.replace('target_modules = ["query"]', lora).replace(
+        ", head_learning_rate = 0.1", ""
+    )
+    path = folder / "draft.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_draft_for_a_language_model_may_name_all_linear_layers(tmp_path: Path) -> None:
+    model = save_decoder(tmp_path / "llama")
+    draft = causal_draft(
+        tmp_path, model, 'target_modules = "all-linear"\nscaling = "rank-stabilised"'
+    )
+    plan = read_plan(draft)
+    assert plan.task == CausalLm()
+    assert set(plan.lora.target_modules) == {
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
+    assert len(plan.lora.tensors) == 3 * 7 * 2
+    assert {tensor.role for tensor in plan.lora.tensors} == {"lora_A", "lora_B"}
+    assert plan.lora.scaling == "rank-stabilised"
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("use_dora = true", "DoRA"),
+        ("lora_dropout = 0.1", "batch and noise"),
+        ('bias = "all"', "biases"),
+        ('modules_to_save = ["embed_tokens"]', "embeddings, norms"),
+    ],
+)
+def test_what_has_no_gradient_for_each_record_is_refused_with_the_reason(
+    tmp_path: Path, setting: str, reason: str
+) -> None:
+    model = save_decoder(tmp_path / "llama")
+    draft = causal_draft(tmp_path, model, f'target_modules = ["q_proj"]\n{setting}')
+    with pytest.raises(PlanError, match=reason) as caught:
+        read_plan(draft)
+    assert caught.value.field == f"lora.{setting.split()[0]}"
+
+
+def test_a_language_model_has_no_labels(tmp_path: Path) -> None:
+    model = save_decoder(tmp_path / "llama")
+    draft = causal_draft(tmp_path, model, 'target_modules = ["q_proj"]')
+    draft.write_text(draft.read_text().replace("[lora]", 'labels = ["a", "b"]\n\n[lora]'))
+    with pytest.raises(ConfigError, match="labels"):
+        read_plan(draft)

@@ -16,7 +16,14 @@ from umbel_client.policy import (
     judge_survivors,
 )
 from umbel_common.errors import PolicyRefusal
-from umbel_common.plan import Aggregation, Classification, LocalPrivacy, NoPrivacy, TrainingPlan
+from umbel_common.plan import (
+    Aggregation,
+    CausalLm,
+    Classification,
+    LocalPrivacy,
+    NoPrivacy,
+    TrainingPlan,
+)
 from umbel_common.statements import RoundHeader
 
 MakePlan = Callable[..., TrainingPlan]
@@ -59,6 +66,12 @@ def test_a_plan_at_every_limit_is_allowed(make_plan: MakePlan) -> None:
 
 def test_the_defaults_refuse_every_model(make_plan: MakePlan) -> None:
     assert refusal(Policy(), make_plan()) == "model-not-allowed"
+
+
+def test_a_model_that_writes_text_must_be_allowed_by_name(make_plan: MakePlan) -> None:
+    plan = msgspec.structs.replace(make_plan(), task=CausalLm())
+    assert refusal(LAW, plan) == "task-not-allowed"
+    judge_plan(msgspec.structs.replace(LAW, tasks=("causal-lm",), labels=()), plan)
 
 
 @pytest.mark.parametrize(
