@@ -106,6 +106,12 @@ class Chat:
             return turns[-1].content
         return self._apply(turns, True)
 
+    def prompt_ids(self, text: str) -> list[int]:
+        """Token ids of a prompt; a chat template has written those that begin a text itself."""
+        encoded = self.tokenizer(text, add_special_tokens=self._task.template == "plain")
+        ids: list[int] = encoded["input_ids"]
+        return ids
+
     def render(self, record: LmRecord, row: int) -> Rendered:
         """A record's text, and where its answer begins.
 

@@ -14,7 +14,6 @@ from umbel_client.precision import computing
 from umbel_client.prefix import token_inputs
 from umbel_client.tokens import Tokens
 from umbel_common.errors import DataError
-from umbel_common.plan import CausalLm
 
 BATCH = 8
 """Texts at once."""
@@ -83,9 +82,7 @@ def answers(
 
 def _left_padded(model: AdaptedModel, chat: Chat, texts: list[str], first: int) -> TokenInputs:
     """Prompts that end at one place: a model goes on from the last token."""
-    task = model.plan.task
-    assert isinstance(task, CausalLm)
-    encoded = chat.tokenizer(texts, add_special_tokens=task.template == "plain")["input_ids"]
+    encoded = [chat.prompt_ids(text) for text in texts]
     longest = max(map(len, encoded))
     positions = getattr(model.base.config, "max_position_embeddings", longest + 1)
     if longest >= positions:

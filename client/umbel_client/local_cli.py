@@ -1,4 +1,4 @@
-"""`umbel-client train|classify|generate|export`: fine-tuning without a federation, on this machine.
+"""`umbel-client train|evaluate|classify|generate|export`: fine-tuning without a federation.
 
 Torch and Transformers are imported where they are needed: other commands should not wait for them.
 """
@@ -156,6 +156,48 @@ def classify(
         )
 
 
+def evaluate(
+    adapter: Adapter,
+    data: Annotated[Path | None, typer.Option(help="Held-out records; else data.path.")] = None,
+    general: Annotated[
+        Path | None, typer.Option(help="Texts of no domain, in a column `text`: what is forgotten.")
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Column whose groups get an accuracy each.")
+    ] = None,
+    answers: Annotated[int, typer.Option(min=0, help="Records that are answered in full.")] = 50,
+    base: Base = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    config: Config = CLIENT_TOML,
+) -> None:
+    """Score an adapter on this site's own held-out records: nothing of it leaves this machine."""
+    from umbel_client.data import columns_of
+    from umbel_client.evaluation import evaluate_adapter
+    from umbel_client.export import read_adapter
+    from umbel_client.precision import chosen_precision
+    from umbel_common.adapter import initial_vector
+    from umbel_common.evaluation import figures_text
+
+    settings = load_config(config)
+    plan, vector = read_adapter(_folder_of(settings, adapter))
+    start = initial_vector(plan)
+    found = evaluate_adapter(
+        plan,
+        start if base else vector,
+        Path(settings.model.path),
+        data or Path(settings.data.path),
+        general,
+        groups,
+        columns=columns_of(settings.data),
+        answers=answers,
+        precision=chosen_precision(settings.model.precision),
+    )
+    if as_json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+    else:
+        typer.echo(f"{found.records:,} records: {figures_text(found)}")
+
+
 def generate(
     adapter: Adapter,
     prompt: Annotated[list[str] | None, typer.Option(help="A question; may be repeated.")] = None,
@@ -276,5 +318,5 @@ def _other_task(adapter: str, command: str) -> ConfigError:
 
 def register(app: typer.Typer) -> None:
     """Adds these commands to `umbel-client`."""
-    for command in (train, classify, generate, export):
+    for command in (train, evaluate, classify, generate, export):
         app.command()(command)

@@ -4,8 +4,8 @@ from collections import Counter
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import accuracy_score, f1_score
 
+from umbel_client.metrics import classification_figures
 from umbel_simulations.results import Score
 from umbel_simulations.sources import Corpus
 
@@ -17,10 +17,8 @@ def score(labels: NDArray[np.int64], predicted: NDArray[np.int64]) -> Score:
         labels: int64[records], the truth as label indices.
         predicted: int64[records].
     """
-    return Score(
-        accuracy=float(accuracy_score(labels, predicted)),
-        macro_f1=float(f1_score(labels, predicted, labels=np.unique(labels), average="macro")),
-    )
+    figures = classification_figures(labels, predicted)
+    return Score(accuracy=figures.accuracy, macro_f1=figures.macro_f1)
 
 
 def majority_score(corpus: Corpus) -> Score:

@@ -132,6 +132,32 @@ def test_a_classifier_labels_texts(labelling: Site) -> None:
     assert len(rows) == len(TEXTS)
 
 
+def test_an_adapter_is_scored_on_held_out_records(answering: Site) -> None:
+    folder, general = answering.train(), answering.folder / "general.jsonl"
+    general.write_text('{"text": "nothing of the kind"}\n')
+    asked = ("evaluate", "--adapter", folder, "--json", "--general", general, "--config")
+    found = json.loads(command(*asked, answering.config))
+    base = json.loads(command(*asked, answering.config, "--base"))
+    assert found["records"] == len(PAIRS)
+    assert found["mean_loss"] < base["mean_loss"] / 2
+    figures = found["figures"]
+    assert (figures["exact_match"], figures["rouge_l"], figures["answers"]) == (1.0, 1.0, 12)
+    assert figures["perplexity"] < base["figures"]["perplexity"]
+    assert figures["general_perplexity"] > 1
+
+
+def test_groups_have_an_accuracy_each(labelling: Site) -> None:
+    rows = [{**row, "ward": "xy"[index % 2]} for index, row in enumerate(TEXTS)]
+    file = labelling.folder / "held-out.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = labelling.train()
+    arguments = ("--data", file, "--groups", "ward", "--config", labelling.config)
+    text = command("evaluate", "--adapter", folder, *arguments)
+    assert text.startswith("12 records: loss ")
+    assert " x " in text
+    assert " y " in text
+
+
 def test_training_stops_where_validation_gets_no_better(labelling: Site) -> None:
     """Steps this long only make it worse."""
     training = one_round(12, steps=1)

@@ -1,0 +1,77 @@
+"""One evaluation as a process: a request as JSON on standard input, the figures on standard output.
+
+The server runs `python -m umbel_client.evaluating`: it stays without the packages that a model
+takes, and a crash here takes no job with it.
+"""
+
+import sys
+from pathlib import Path
+
+import msgspec
+
+from umbel_client.data import Columns
+from umbel_client.evaluation import evaluate_adapter
+from umbel_client.precision import fastest_precision
+from umbel_common.adapter import Vector, from_bytes
+from umbel_common.errors import ConfigError, StorageError
+from umbel_common.evaluation import Evaluation, EvaluationRequest
+from umbel_common.plan import TrainingPlan
+from umbel_common.plan_file import plan_from_json
+from umbel_host.console import exit_code
+
+
+def evaluate(request: EvaluationRequest) -> Evaluation:
+    """Answers a request.
+
+    Raises:
+        DataError, ModelError, PlanError: see `evaluate_adapter` and `plan_from_json`.
+        RemoteProtocolError: a vector has another length than the plan's adapter.
+        StorageError: a vector's file cannot be read.
+    """
+    plan, _ = plan_from_json(request.plan, "the plan of an evaluation")
+    columns = Columns(
+        text_column=request.columns.text_column,
+        label_column=request.columns.label_column,
+        record_format=request.columns.format,
+    )
+    return evaluate_adapter(
+        plan,
+        _vector(plan, request.adapter),
+        Path(request.model),
+        Path(request.holdout),
+        None if request.general is None else Path(request.general),
+        request.groups,
+        columns=columns,
+        before=None if request.before is None else _vector(plan, request.before),
+        answers=request.answers,
+        answer_tokens=request.answer_tokens,
+        batch_size=request.batch_size,
+        device=request.device,
+        precision=fastest_precision(request.device),
+    )
+
+
+def _vector(plan: TrainingPlan, file: str) -> Vector:
+    try:
+        return from_bytes(Path(file).read_bytes(), plan.lora.size)
+    except OSError as error:
+        raise StorageError("an adapter cannot be read", file=file, found=error.strerror) from None
+
+
+def main() -> int:
+    """Answers the request on standard input."""
+
+    def command() -> None:
+        try:
+            request = msgspec.json.decode(sys.stdin.buffer.read(), type=EvaluationRequest)
+        except msgspec.MsgspecError as error:
+            raise ConfigError(
+                "a request for an evaluation is malformed", found=str(error)
+            ) from None
+        print(msgspec.json.encode(evaluate(request)).decode())
+
+    return exit_code(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Figures of merit from what a model predicted."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import accuracy_score, f1_score
+
+from umbel_common.adapter import Vector
+from umbel_common.evaluation import ClassificationFigures, GroupAccuracy, Loss
+
+
+def classification_figures(
+    labels: NDArray[np.int64], predicted: NDArray[np.int64], groups: Sequence[str] = ()
+) -> ClassificationFigures:
+    """Accuracy, macro-averaged F1, and the accuracy on each group.
+
+    Args:
+        labels: int64[records], the truth as label indices.
+        predicted: int64[records].
+        groups: of each record; empty: there are none.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, group in enumerate(groups):
+        members[group].append(index)
+    return ClassificationFigures(
+        accuracy=float(accuracy_score(labels, predicted)),
+        macro_f1=float(f1_score(labels, predicted, labels=np.unique(labels), average="macro")),
+        groups=tuple(
+            GroupAccuracy(
+                group=group,
+                records=len(rows),
+                accuracy=float(accuracy_score(labels[rows], predicted[rows])),
+            )
+            for group, rows in sorted(members.items())
+        ),
+    )
+
+
+def finite(value: float) -> Loss:
+    """`value`; None if it is no finite number."""
+    return value if math.isfinite(value) else None
+
+
+def perplexity(mean_loss: Loss) -> Loss:
+    """exp of a mean loss in nats."""
+    try:
+        return None if mean_loss is None else math.exp(mean_loss)
+    except OverflowError:
+        return None
+
+
+def drift(before: Vector, after: Vector) -> float | None:
+    """Relative change of an adapter; see `Evaluation.drift`."""
+    norm = float(np.linalg.norm(before.astype(np.float64)))
+    if norm == 0:
+        return None
+    return finite(float(np.linalg.norm(after.astype(np.float64) - before)) / norm)

@@ -1,0 +1,117 @@
+"""How good an adapter is on public records: what is asked of the process that can run a model, and
+what it answers. The server asks it, without the packages that a model takes.
+"""
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+from umbel_common.canonical import Value
+
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Loss: TypeAlias = float | None
+"""In nats; None: not a finite number, as of an adapter that diverged."""
+
+
+class GroupAccuracy(Value, frozen=True):
+    """The accuracy on the records of one group, such as those of one age or one ward."""
+
+    group: str
+    records: int
+    accuracy: Share
+
+
+class ClassificationFigures(Value, frozen=True, tag_field="task", tag="classification"):
+    """Of a classification."""
+
+    accuracy: Share
+    macro_f1: Share
+    """F1 averaged over the labels that occur; a label that is never predicted counts as 0."""
+    groups: tuple[GroupAccuracy, ...] = ()
+    """In the order of their names; empty: no column says which group a record is of."""
+
+
+class CausalFigures(Value, frozen=True, tag_field="task", tag="causal-lm"):
+    """Of a causal language model."""
+
+    perplexity: Loss
+    """exp(mean loss): of the tokens that the plan trains on."""
+    general_perplexity: Loss = None
+    """Of all tokens of a text that is not of the domain: it rises as a model forgets. None: there
+    is no such text, or it is no finite number."""
+    answers: int = 0
+    """Records that the model was let answer, greedily."""
+    exact_match: Share | None = None
+    """Share of the answers that are the reference, but for white space around them."""
+    rouge_l: Share | None = None
+    """Mean F-measure of ROUGE-L (Lin 2004) over the answers."""
+
+
+class Evaluation(Value, frozen=True):
+    """One adapter on one public holdout."""
+
+    records: int
+    mean_loss: Loss
+    """Cross entropy: over the records of a classification, over the tokens that count of a language
+    model."""
+    figures: ClassificationFigures | CausalFigures
+    drift: float | None = None
+    """Euclidean norm of what the adapter changed by, over the norm of the one before; None: there
+    is none before, or it is zero."""
+
+
+class HoldoutColumns(Value, frozen=True):
+    """Where in the holdout's file the records are; as in a site's client.toml."""
+
+    text_column: str = "text"
+    label_column: str = "label"
+    format: Literal["auto", "messages", "prompt-completion", "instruction", "text"] = "auto"
+
+
+class EvaluationRequest(Value, frozen=True):
+    """What the evaluating process is asked, as JSON. Paths are absolute."""
+
+    plan: str
+    """A plan file's text."""
+    adapter: str
+    """File with the adapter's flat vector, float32 little-endian."""
+    model: str
+    """Folder of the base model."""
+    holdout: str
+    """File with public records that no site trains on."""
+    before: str | None = None
+    """File with the vector of the adapter before, for the drift."""
+    general: str | None = None
+    """File with texts that are not of the domain."""
+    groups: str | None = None
+    """The holdout's column that says which group a record is of."""
+    columns: HoldoutColumns = HoldoutColumns()
+    answers: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 50
+    """Records that a language model is let answer, from the beginning of the holdout."""
+    answer_tokens: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
+    """The longest answer."""
+    batch_size: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 32
+    device: str = "cpu"
+
+
+def loss_text(loss: Loss) -> str:
+    """A loss, or a perplexity, in a few characters."""
+    return "not finite" if loss is None else f"{loss:.4g}"
+
+
+def figures_text(evaluation: Evaluation) -> str:
+    """The figures in one line."""
+    parts = [f"loss {loss_text(evaluation.mean_loss)}"]
+    match evaluation.figures:
+        case ClassificationFigures() as figures:
+            parts += [f"accuracy {figures.accuracy:.1%}", f"macro F1 {figures.macro_f1:.3f}"]
+            parts += [f"{group.group} {group.accuracy:.1%}" for group in figures.groups]
+        case CausalFigures() as figures:
+            parts.append(f"perplexity {loss_text(figures.perplexity)}")
+            if figures.general_perplexity is not None:
+                parts.append(f"general {loss_text(figures.general_perplexity)}")
+            if figures.exact_match is not None and figures.rouge_l is not None:
+                parts.append(f"exact {figures.exact_match:.1%}, ROUGE-L {figures.rouge_l:.3f}")
+    if evaluation.drift is not None:
+        parts.append(f"drift {evaluation.drift:.3g}")
+    return ", ".join(parts)
