@@ -28,7 +28,7 @@ from umbel_client.policy import Policy
 from umbel_common.canonical import Name, Value
 from umbel_common.enrolment import Address
 from umbel_common.errors import ConfigError
-from umbel_common.plan import Count
+from umbel_common.plan import Count, Fraction
 from umbel_host.toml_file import read_toml
 
 Format: TypeAlias = Literal["auto", "messages", "prompt-completion", "instruction", "text"]
@@ -58,6 +58,9 @@ class DataConfig(Value, frozen=True):
     is promised for all records of a unit together; else for each record alone."""
     max_records_per_unit: Count = 32
     """Records of a unit past so many, in the order of the file, are not used."""
+    evaluation_share: Fraction = 0.1
+    """About this share of the records (or units) is not trained on, but scored, under a plan with a
+    federated evaluation."""
 
 
 class ModelConfig(Value, frozen=True):

@@ -12,14 +12,16 @@ from umbel_client.accounting import Event, calibrate, epsilon, largest_delta, re
 from umbel_client.batch_parts import BatchLimit
 from umbel_client.budget import Budget
 from umbel_client.config import ClientConfig
-from umbel_client.data import columns_of, load_records
+from umbel_client.data import LmRecords, Records, columns_of, load_records
 from umbel_client.delta_cache import DeltaCache, State
+from umbel_client.held_out import hold_out, noisy_counts
 from umbel_client.ledger import Ledger
 from umbel_client.model import AdaptedModel
+from umbel_client.noise import NoiseSource
 from umbel_client.observer import Observer
 from umbel_client.physical_batch import find_physical_batch_size
 from umbel_client.precision import chosen_precision
-from umbel_client.prepared import prepare
+from umbel_client.prepared import PreparedData, prepare
 from umbel_client.self_test import self_test
 from umbel_client.session import Published
 from umbel_client.training import sampling_rate, train_round
@@ -35,10 +37,14 @@ from umbel_common.errors import (
 from umbel_common.identity import Roster
 from umbel_common.plan import LocalPrivacy, TrainingPlan
 from umbel_common.quantise import RingVector, encode, encoding_of
+from umbel_common.site_counts import SiteCounts, with_counts
 from umbel_common.statements import RoundHeader
 
 FAILED = digest("failed round", b"")
 """Stands in the ledger for the delta of a round whose training failed."""
+
+EVALUATION = "#evaluation"
+"""Ends the name under which the ledger charges a job's counts: no job can be called so."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +114,11 @@ class SiteJob:
                 quantisation=config.model.quantisation,
             )
             self_test(self._model, self.noise.noise_multiplier, entropy=entropy)
-            self._data = prepare(
-                self._model,
-                Path(config.model.path),
-                records,
-                cache=state / "cache",
-                progress=lambda done, total: observer.preparing("frozen layers", done, total),
-            )
+            self._held_out = None
+            if plan.evaluation is not None:
+                records, held_out = hold_out(records, config.data.evaluation_share)
+                self._held_out = self._prepare(held_out)
+            self._data = self._prepare(records)
             self._batch_limit = BatchLimit(self._physical_batch_size())
             self._deltas = DeltaCache(state / "deltas" / plan.job)
         except BaseException:
@@ -145,6 +149,10 @@ class SiteJob:
         reserved = self._ledger.state(self.plan.job, number)
         # A round that was reserved keeps its noise, even if a new version would calibrate another.
         event = self._event(self.plan.training.local_steps) if reserved is None else reserved.event
+        evaluation = evaluation_event(self.plan, rounds=1)
+        if evaluation is not None:
+            name = self.plan.job + EVALUATION
+            self._ledger.reserve(name, self.plan.digest(), number, evaluation, self._budget)
         self._ledger.reserve(self.plan.job, self.plan.digest(), number, event, self._budget)
         self._observer.charged(number, self._spent())
         if self._recorded_digest(number) is None:
@@ -203,6 +211,8 @@ class SiteJob:
     def _compute(
         self, number: int, adapter_digest: bytes, adapter: Vector, event: Event | None
     ) -> bytes:
+        # Drawn once and kept with the delta: fresh noise for each attempt would average out.
+        counts = self._counts(adapter)
         result = train_round(
             self._model,
             self._data,
@@ -216,7 +226,25 @@ class SiteJob:
             physical_batch_size=self._batch_limit,
             on_step=lambda step, steps: self._observer.step(number, step, steps),
         )
-        return self._deltas.save(number, adapter_digest, result.delta, result.state)
+        vector = with_counts(result.delta, counts, self.plan)
+        return self._deltas.save(number, adapter_digest, vector, result.state)
+
+    def _prepare(self, records: Records | LmRecords) -> PreparedData:
+        return prepare(
+            self._model,
+            Path(self._config.model.path),
+            records,
+            cache=Path(self._config.state) / "cache",
+            progress=lambda done, total: self._observer.preparing("frozen layers", done, total),
+        )
+
+    def _counts(self, adapter: Vector) -> SiteCounts | None:
+        """How the adapter that the round starts from does on the held-out records."""
+        if self.plan.evaluation is None or self._held_out is None:
+            return None
+        self._model.set_vector(adapter)
+        noise = NoiseSource(self._entropy)
+        return noisy_counts(self._model, self._held_out, self.plan.evaluation, noise)
 
     def _physical_batch_size(self) -> int:
         if self._config.physical_batch_size != "auto":
@@ -241,8 +269,11 @@ class SiteJob:
         """Refuses with the offer what the ledger would refuse in some later round."""
         if self._budget.epsilon == math.inf:
             return
-        former = [entry.event for entry in self._ledger.history() if entry.job != self.plan.job]
+        own = (self.plan.job, self.plan.job + EVALUATION)
+        former = [entry.event for entry in self._ledger.history() if entry.job not in own]
         events = [*former, self._event(self.plan.training.steps)]
+        if self.plan.evaluation is not None:
+            events.append(evaluation_event(self.plan, rounds=self.plan.training.rounds))
         private = [event for event in events if event is not None]
         cost = epsilon(private, self._budget.delta) if len(private) == len(events) else math.inf
         if cost > self._budget.epsilon:
@@ -283,8 +314,21 @@ def noise_for(plan: TrainingPlan, public_size: int) -> SiteNoise:
     if not isinstance(plan.privacy, LocalPrivacy):
         return SiteNoise(rate, None)
     require_delta(plan.privacy.delta, public_size)
-    noise = calibrate(plan.privacy.epsilon, plan.privacy.delta, rate, plan.training.steps)
+    noise = calibrate(
+        plan.privacy.epsilon,
+        plan.privacy.delta,
+        rate,
+        plan.training.steps,
+        evaluation_event(plan, rounds=plan.training.rounds),
+    )
     return SiteNoise(rate, noise)
+
+
+def evaluation_event(plan: TrainingPlan, *, rounds: int) -> Event | None:
+    """What the counts of so many rounds cost; None if the plan has no evaluation."""
+    if plan.evaluation is None:
+        return None
+    return Event(plan.evaluation.noise_multiplier, 1.0, rounds)
 
 
 def _weight(plan: TrainingPlan, roster: Roster, site: str, records: int) -> int:

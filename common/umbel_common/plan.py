@@ -212,6 +212,23 @@ class Aggregation(Value, frozen=True):
     """Largest weight that a site may use: 1 for `equal`."""
 
 
+class FederatedEvaluation(Value, frozen=True):
+    """Sites score the adapter that a round starts from on records that they hold out, and two noisy
+    counts of each, records and their score, travel in the masked sum.
+
+    It is a Gaussian mechanism of its own, on top of the round's steps: the plan's epsilon covers
+    both.
+    """
+
+    noise_multiplier: Positive
+    """Standard deviation of the noise on a count, over the most that a record (or unit) adds to
+    both: sqrt(2)."""
+    max_records: Count
+    """A site's counts are clipped to this; also what they are rounded against."""
+    largest_loss: Scale = 10.0
+    """Of a language model, in nats: a record's score is its loss, at most this, over this."""
+
+
 class TrainingPlan(Value, frozen=True):
     """Everything a job may do to a site's data."""
 
@@ -223,6 +240,8 @@ class TrainingPlan(Value, frozen=True):
     training: Training
     privacy: LocalPrivacy | NoPrivacy
     aggregation: Aggregation
+    evaluation: FederatedEvaluation | None = None
+    """None: nothing but adapters is ever summed."""
     version: Literal[1] = 1
 
     def digest(self) -> bytes:
@@ -259,6 +278,13 @@ def check_plan(plan: TrainingPlan) -> None:
             field="training.optimizer.unbiased",
             found=True,
             accepted="false while privacy.mode is none",
+        )
+    if plan.evaluation is not None and plan.aggregation.weights != "equal":
+        raise PlanError(
+            "counts are summed, so that no site's may weigh more than another's",
+            field="aggregation.weights",
+            found=plan.aggregation.weights,
+            accepted="equal with an evaluation",
         )
     if plan.aggregation.weights == "equal" and plan.aggregation.max_weight != 1:
         raise PlanError(

@@ -20,6 +20,7 @@ from umbel_common.errors import (
 from umbel_common.identity import Identity, Roster, Signed, open_signed, sign
 from umbel_common.plan import TrainingPlan
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
+from umbel_common.site_counts import SiteCounts
 from umbel_common.statements import Release, RoundHeader
 
 GENESIS = bytes(32)
@@ -40,6 +41,9 @@ class RoundReleased(Value, frozen=True, tag_field="event", tag="round-released")
     adverts: tuple[Signed, ...]
     confirmations: tuple[SurvivorSignature, ...]
     release: Signed
+    counts: SiteCounts | None = None
+    """Of a plan with an evaluation: how the adapter that the round started from does on records
+    that the survivors hold out, summed, with each one's noise."""
 
 
 class AttemptAborted(Value, frozen=True, tag_field="event", tag="attempt-aborted"):

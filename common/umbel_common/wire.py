@@ -17,6 +17,7 @@ from umbel_common.errors import require
 from umbel_common.identity import SIGNATURE_BYTES, Identity, Signed, verifies
 from umbel_common.plan import TrainingPlan
 from umbel_common.secagg.messages import EncryptedShare, RevealedShare, SurvivorSignature
+from umbel_common.site_counts import COORDINATES
 from umbel_common.statements import Cohort
 
 MAGIC = b"UMB1"
@@ -167,7 +168,7 @@ def size_limit(plan: TrainingPlan | None) -> int:
 
     One adapter or masked vector, and generous room for what grows with the number of sites.
     """
-    vector = 0 if plan is None else 4 * (plan.lora.size + 1)
+    vector = 0 if plan is None else 4 * (plan.lora.size + 1 + COORDINATES)
     return HEADER_BYTES + vector + 4096 + MAX_SITES * 1024 + 2**20
 
 

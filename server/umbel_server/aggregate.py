@@ -6,6 +6,7 @@ from umbel_common.identity import Roster
 from umbel_common.plan import TrainingPlan
 from umbel_common.quantise import decode_sum, encoding_of
 from umbel_common.secagg.coordinator import Aggregate
+from umbel_common.site_counts import SiteCounts, split_mean
 
 
 def expected_weight(plan: TrainingPlan, roster: Roster, survivors: tuple[str, ...]) -> int | None:
@@ -26,8 +27,9 @@ def apply(
     round_number: int,
     cohort_size: int,
     adapter: Vector,
-) -> tuple[Vector, int]:
-    """The new global adapter, float32[plan.lora.size], and the weight behind it.
+) -> tuple[Vector, int, SiteCounts | None]:
+    """The new global adapter, float32[plan.lora.size], the weight behind it, and the sum of the
+    sites' counts if the plan has an evaluation.
 
     Raises:
         RoundAborted: `weight-mismatch` where the weight in the sum is not the public weight of the
@@ -45,4 +47,5 @@ def apply(
             found=weight,
             accepted=expected,
         )
-    return merge(adapter, mean, plan, round_number), weight
+    delta, counts = split_mean(mean, plan, len(aggregate.survivors))
+    return merge(adapter, delta, plan, round_number), weight, counts

@@ -7,11 +7,12 @@ done again with fresh keys, and sites answer it with the delta that they have ke
 
 from collections.abc import Iterator, Mapping
 
-from umbel_common.adapter import Vector, adapter_digest, initial_vector, size_of, to_bytes
+from umbel_common.adapter import Vector, adapter_digest, initial_vector, to_bytes
 from umbel_common.errors import JobFailed, PlanError, RemoteProtocolError, RoundAborted
 from umbel_common.identity import Identity, Roster, Signed, open_signed, sign
 from umbel_common.plan import TrainingPlan, check_plan
 from umbel_common.secagg.unmasking import LostSecrets
+from umbel_common.site_counts import vector_length
 from umbel_common.statements import Release, RoundHeader
 from umbel_common.transcript import AttemptAborted, JobFinished, JobStarted, RoundReleased
 from umbel_common.wire import (
@@ -231,7 +232,7 @@ class Job:
             release=self._signed_release(),
             adapter=to_bytes(adapter),
         )
-        length = size_of(self.plan.trained_tensors(header.round)) + 1
+        length = vector_length(self.plan, header.round) + 1
         return start(header, self._roster, self.plan, request, length)
 
     def _drive(self, state: Attempt | Outcome) -> Outcome:
@@ -258,7 +259,7 @@ class Job:
         self, header: RoundHeader, signed_header: Signed, outcome: Outcome, adapter: Vector
     ) -> Release:
         try:
-            vector, weight = aggregate.apply(
+            vector, weight, counts = aggregate.apply(
                 outcome.aggregate,
                 self.plan,
                 self._roster,
@@ -292,6 +293,7 @@ class Job:
                 adverts=outcome.evidence.adverts,
                 confirmations=outcome.evidence.confirmations,
                 release=signed,
+                counts=counts,
             ),
         )
         if outcome.aggregate.wrong_shares:
