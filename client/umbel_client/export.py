@@ -4,9 +4,6 @@ import os
 import shutil
 from pathlib import Path
 
-import safetensors.numpy
-from safetensors import SafetensorError
-
 from umbel_client.model_folder import TOKENIZER_FILES
 from umbel_common.adapter import Vector
 from umbel_common.canonical import encode
@@ -14,6 +11,7 @@ from umbel_common.errors import StorageError
 from umbel_common.identity import Signed
 from umbel_common.peft_folder import tensor_files, text_files
 from umbel_common.plan import TrainingPlan
+from umbel_host import tensor_file
 
 RELEASE_FILE = "release.msgpack"
 
@@ -34,7 +32,7 @@ def write_adapter(
         partial.mkdir(parents=True)
         for name, tensors in tensor_files(plan, vector).items():
             # PEFT wants to read which framework wrote the file.
-            safetensors.numpy.save_file(tensors, partial / name, metadata={"format": "pt"})
+            tensor_file.write(partial / name, tensors, {"format": "pt"})
         for name, text in text_files(plan).items():
             (partial / name).write_text(text, encoding="utf-8")
         (partial / RELEASE_FILE).write_bytes(encode(release))
@@ -44,6 +42,6 @@ def write_adapter(
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise StorageError("an adapter cannot be stored", file=folder, found=error) from error

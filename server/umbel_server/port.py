@@ -91,7 +91,7 @@ class SiteMailbox:
         node = self._admitted.node(site)
         return None if node is None else self._link.post(node, label, sealed, seconds)
 
-    def collect(self, identifier: str) -> tuple[bool, list[bytes] | None]:
+    def collect(self, identifier: str) -> tuple[bool, Iterator[bytes] | None]:
         """See `Mailbox`."""
         reply = self._link.collect(identifier)
         return (False, None) if reply is None else (True, reply.pieces)

@@ -8,19 +8,14 @@ import os
 import shutil
 from pathlib import Path
 
-import safetensors.numpy
-from safetensors import SafetensorError
+import numpy as np
 
-from umbel_common.adapter import Vector, adapter_digest, flatten
-from umbel_common.errors import PlanError, StorageError
-from umbel_common.peft_folder import (
-    ADAPTER_FILE,
-    HEAD_FILE,
-    tensor_files,
-    tensors_from_files,
-    text_files,
-)
+from umbel_common.adapter import Vector, adapter_digest
+from umbel_common.errors import StorageError
+from umbel_common.peft_folder import tensor_files, text_files
 from umbel_common.plan import TrainingPlan
+from umbel_host import tensor_file
+from umbel_host.tensor_file import TensorFile
 
 
 class Registry:
@@ -53,14 +48,14 @@ class Registry:
             partial.mkdir()
             for name, tensors in tensor_files(plan, vector).items():
                 # PEFT wants to read which framework wrote the file.
-                safetensors.numpy.save_file(tensors, partial / name, metadata={"format": "pt"})
+                tensor_file.write(partial / name, tensors, {"format": "pt"})
             for name, text in text_files(plan).items():
                 (partial / name).write_text(text, encoding="utf-8")
             for path in (*partial.iterdir(), partial):
                 _sync(path)
             partial.rename(target)
             _sync(self._root)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise StorageError(
                 "an adapter cannot be stored",
@@ -71,7 +66,7 @@ class Registry:
         return digest
 
     def load(self, plan: TrainingPlan, digest: bytes) -> Vector:
-        """The vector of a stored adapter, float32[plan.lora.size].
+        """The vector of a stored adapter, float32[plan.lora.size], which belongs to the caller.
 
         Raises:
             StorageError: it is missing, or is not what its digest says.
@@ -93,12 +88,15 @@ def read_vector(folder: Path, plan: TrainingPlan) -> Vector:
     Raises:
         StorageError: a file is missing or unreadable, or its tensors are not the plan's.
     """
+    vector = np.empty(plan.lora.size, dtype=np.float32)
     try:
-        names = [name for name in (ADAPTER_FILE, HEAD_FILE) if (folder / name).exists()]
-        files = {name: safetensors.numpy.load_file(folder / name) for name in names}
-        return flatten(tensors_from_files(files), plan.lora.tensors)
-    except (OSError, SafetensorError, KeyError, PlanError) as error:
+        for file, tensors in tensor_files(plan, vector).items():
+            with TensorFile(folder / file) as stored:
+                for name, tensor in tensors.items():
+                    stored.read_into(name, tensor)
+    except (OSError, KeyError, ValueError) as error:
         raise StorageError("an adapter cannot be read", file=folder, found=error) from error
+    return vector
 
 
 def _sync(path: Path) -> None:
