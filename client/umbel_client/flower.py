@@ -5,6 +5,7 @@ data nor identity key. Of what a SuperLink can send, one kind of message is hand
 run configurations are never asked for.
 """
 
+import gc
 import logging
 import ssl
 import threading
@@ -128,6 +129,8 @@ def serve(
     """
     context, key = _credentials(connection)
     clock = _ServerClock()
+    # What is there now stays: the collector, which is called often, need not look at it.
+    gc.freeze()
     pause = 1.0
     while not stopping.is_set():
         client = FleetHttpClient(
@@ -324,6 +327,8 @@ def _pull(
             if not pulled.object_found or stopping.wait(_BUSY_POLL_SECONDS):
                 raise ValueError("a part of a message is not there any more")
         contents[part.object_id] = pulled.object_content
+        del pulled
+        _let_go()
     try:
         message = inflate_object_from_contents(tree.object_id, contents)
     except Exception as error:
@@ -368,6 +373,14 @@ def _push(
                 object_content=objects.pop(name).deflate(),
             )
             _patiently(partial(client.PushObject, part), stopping)
+            del part
+            _let_go()
+
+
+def _let_go() -> None:
+    """Frees what a request of megabytes leaves behind: the HTTP client's objects refer to each
+    other in a circle, and Python would find out after hundreds of them."""
+    gc.collect()
 
 
 def _patiently(call: Callable[[], T], stopping: threading.Event) -> T:

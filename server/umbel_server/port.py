@@ -1,5 +1,6 @@
 """The SuperLink behind its gate, and the mailbox that the jobs post to."""
 
+import gc
 import logging
 import socket
 import ssl
@@ -126,6 +127,8 @@ def serve(
     thread = threading.Thread(target=web.run, args=([listener],), name="listener")
     thread.start()
     _logger.info("sites reach this server at %s", config.listen.address)
+    # What is there now stays: the collector, which the gate calls often, need not look at it.
+    gc.freeze()
     try:
         while thread.is_alive() and not stopping.wait(1.0):
             pass
