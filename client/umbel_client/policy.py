@@ -101,8 +101,8 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
     Raises:
         PolicyRefusal: `model-not-allowed`, `task-not-allowed`, `rank-too-large`,
             `targets-not-allowed`, `too-many-rounds`, `too-many-local-steps`, `privacy-required`,
-            `epsilon-too-large`, `delta-too-large`, `evaluation-not-allowed`, `example-weights`, `labels-not-allowed` or
-            `threshold-below-minimum`.
+            `epsilon-too-large`, `delta-too-large`, `evaluation-not-allowed`, `example-weights`,
+            `labels-not-allowed` or `threshold-below-minimum`.
     """
     privacy = plan.privacy
     _require(

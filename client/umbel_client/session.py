@@ -23,6 +23,7 @@ from umbel_common.identity import Signed
 from umbel_common.statements import RoundHeader
 
 SCHEMA_VERSION = 3
+_PIECE_BYTES = 1 << 20
 
 _SCHEMA = """
 CREATE TABLE plans (job TEXT PRIMARY KEY, plan BLOB NOT NULL) STRICT;
@@ -182,15 +183,16 @@ class Session:
         """
         with self._storage_errors():
             row = self._database.execute(
-                "SELECT request, reply FROM answers WHERE context = ? AND stage = ?",
+                "SELECT rowid, request FROM answers WHERE context = ? AND stage = ?",
                 (context, stage),
             ).fetchone()
-        if row is None:
-            return None
-        require(
-            row[0] == request, "second-answer", f"stage {stage} was answered to another request"
-        )
-        return bytes(row[1])
+            if row is None:
+                return None
+            require(
+                row[1] == request, "second-answer", f"stage {stage} was answered to another request"
+            )
+            with self._database.blobopen("answers", "reply", row[0], readonly=True) as blob:
+                return blob.read()
 
     def published(self) -> Published:
         """What the privacy ledger is held against."""
@@ -307,9 +309,16 @@ class Session:
             return [decode_canonical(row[0], Signed) for row in rows]
 
     def _insert_answer(self, context: bytes, stage: str, request: bytes, reply: bytes) -> None:
-        self._database.execute(
-            "INSERT INTO answers VALUES (?, ?, ?, ?)", (context, stage, request, reply)
-        )
+        # Room first, then the reply piece by piece: SQLite would copy a masked vector twice.
+        row = self._database.execute(
+            "INSERT INTO answers VALUES (?, ?, ?, zeroblob(?))",
+            (context, stage, request, len(reply)),
+        ).lastrowid
+        assert row is not None  # the row that was just inserted
+        view = memoryview(reply)
+        with self._database.blobopen("answers", "reply", row) as blob:
+            for start in range(0, len(view), _PIECE_BYTES):
+                blob.write(view[start : start + _PIECE_BYTES])
         self._database.execute("UPDATE answered SET total = total + 1")
 
     def _forget(self) -> None:

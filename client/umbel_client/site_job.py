@@ -164,7 +164,7 @@ class SiteJob:
                 self._ledger.computed(self.plan.job, number, FAILED)
                 raise
             self._ledger.computed(self.plan.job, number, computed)
-        started_from, _, _ = self._stored(number)
+        started_from, _, _ = self._stored(number, with_state=False)
         require(
             started_from == header.adapter,
             "other-adapter",
@@ -176,7 +176,7 @@ class SiteJob:
 
         Rounding again for another attempt is post-processing of the same noisy delta.
         """
-        _, delta, _ = self._stored(header.round)
+        _, delta, _ = self._stored(header.round, with_state=False)
         encoding = encoding_of(self.plan.aggregation, len(header.cohort))
         return encode(delta, self._weight, encoding, self._entropy)
 
@@ -192,7 +192,7 @@ class SiteJob:
         """
         self._ledger.keep_pace(answers)
 
-    def _stored(self, number: int) -> tuple[bytes, Vector, State]:
+    def _stored(self, number: int, *, with_state: bool) -> tuple[bytes, Vector, State]:
         recorded = self._recorded_digest(number)
         if recorded is None:
             raise LocalProtocolError("not-computed", f"round {number} has no delta to send")
@@ -202,7 +202,7 @@ class SiteJob:
                 file=self._config.state,
                 remedy="this site sits the round out; its log says why training failed",
             )
-        return self._deltas.load(number, recorded)
+        return self._deltas.load(number, recorded, with_state=with_state)
 
     def _recorded_digest(self, number: int) -> bytes | None:
         recorded = self._ledger.state(self.plan.job, number)
@@ -262,7 +262,7 @@ class SiteJob:
             # Only of a round whose delta the ledger knows: what a killed computation left must not
             # flow into a later release.
             if self._recorded_digest(former) not in (None, FAILED):
-                return self._stored(former)[2]
+                return self._stored(former, with_state=True)[2]
         return None
 
     def _check_budget(self) -> None:

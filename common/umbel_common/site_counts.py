@@ -10,7 +10,7 @@ import numpy as np
 
 from umbel_common.adapter import Vector, size_of
 from umbel_common.canonical import Value
-from umbel_common.plan import FederatedEvaluation, TrainingPlan
+from umbel_common.plan import Aggregation, FederatedEvaluation, TrainingPlan
 
 COORDINATES = 2
 """Score and records."""
@@ -41,16 +41,16 @@ def with_counts(delta: Vector, counts: SiteCounts | None, plan: TrainingPlan) ->
     """The round's whole vector, float32[vector_length]."""
     if plan.evaluation is None or counts is None:
         return delta
-    shares = np.array([counts.score, counts.records]) * _unit(plan, plan.evaluation)
+    shares = np.array([counts.score, counts.records]) * _unit(plan.aggregation, plan.evaluation)
     return np.concatenate([delta, shares.astype(np.float32)])
 
 
-def split_mean(mean: Vector, plan: TrainingPlan, sites: int) -> tuple[Vector, SiteCounts | None]:
-    """Of the mean over a round's sites: the mean delta, and the sum of their counts."""
-    if plan.evaluation is None:
-        return mean, None
-    shares = mean[-COORDINATES:].astype(np.float64) * sites / _unit(plan, plan.evaluation)
-    return mean[:-COORDINATES], SiteCounts(score=float(shares[0]), records=float(shares[1]))
+def counts_of(
+    shares: Vector, aggregation: Aggregation, evaluation: FederatedEvaluation, sites: int
+) -> SiteCounts:
+    """The sum of the counts of so many sites, from the mean of their coordinates, float32[2]."""
+    score, records = shares.astype(np.float64) * sites / _unit(aggregation, evaluation)
+    return SiteCounts(score=float(score), records=float(records))
 
 
 def deviation(evaluation: FederatedEvaluation, sites: int = 1) -> float:
@@ -58,6 +58,6 @@ def deviation(evaluation: FederatedEvaluation, sites: int = 1) -> float:
     return evaluation.noise_multiplier * SENSITIVITY * math.sqrt(sites)
 
 
-def _unit(plan: TrainingPlan, evaluation: FederatedEvaluation) -> float:
+def _unit(aggregation: Aggregation, evaluation: FederatedEvaluation) -> float:
     """One record, as a coordinate."""
-    return plan.aggregation.clip_range / evaluation.max_records
+    return aggregation.clip_range / evaluation.max_records

@@ -219,13 +219,23 @@ def _reply_label(site: str, request: bytes) -> str:
 
 
 def _seal(identity: Identity, label: str, message: Request | Reply) -> bytes:
-    # The body is encoded behind room for the header: a vector of megabytes is not copied again.
-    buffer = bytearray(HEADER_BYTES)
-    msgspec.msgpack.Encoder().encode_into(message, buffer, HEADER_BYTES)
-    with memoryview(buffer) as view:
-        signature = identity.sign(label, view[HEADER_BYTES:])
-    buffer[:HEADER_BYTES] = MAGIC + signature
-    return bytes(buffer)
+    # A vector of megabytes is copied once, into the sealed message.
+    parts = _encoded(message)
+    return b"".join((MAGIC, identity.sign(label, *parts), *parts))
+
+
+def _encoded(message: Request | Reply) -> tuple[bytes | memoryview, ...]:
+    """The body in parts: a vector is always the last field, and is not copied."""
+    name = message.__struct_fields__[-1]
+    vector = getattr(message, name)
+    if not isinstance(vector, memoryview):
+        return (msgspec.msgpack.encode(message),)
+    vector = vector.cast("B")
+    # What MessagePack puts before bytes depends on how many they are: up to 8, 16 or 32 bits.
+    width = next(width for width in (1, 2, 4) if len(vector) < 256**width)
+    start = msgspec.msgpack.encode(msgspec.structs.replace(message, **{name: memoryview(b"")}))
+    kind = {1: 0xC4, 2: 0xC5, 4: 0xC6}[width]
+    return start[:-2] + bytes([kind]) + len(vector).to_bytes(width, "big"), vector
 
 
 def _open(key: bytes, label: str, data: bytes, limit: int) -> memoryview:

@@ -1,5 +1,6 @@
 """One process of a kind at a time, which ends when it is told to."""
 
+import ctypes
 import fcntl
 import os
 import signal
@@ -9,6 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from umbel_common.errors import StorageError
+
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+"""Names of glibc's malloc.h."""
+
+
+def give_memory_back() -> None:
+    """For a process that carries large messages, before it has threads: with the defaults each
+    thread would keep what it once needed for one of them."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_ARENA_MAX, 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 18)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ done again with fresh keys, and sites answer it with the delta that they have ke
 
 from collections.abc import Iterator, Mapping
 
-from umbel_common.adapter import Vector, adapter_digest, initial_vector, to_bytes
+from umbel_common.adapter import adapter_digest, initial_vector, to_bytes
 from umbel_common.errors import JobFailed, PlanError, RemoteProtocolError, RoundAborted
 from umbel_common.identity import Identity, Roster, Signed, open_signed, sign
 from umbel_common.plan import TrainingPlan, check_plan
@@ -182,13 +182,12 @@ class Job:
         return tuple(sorted(accepted))
 
     def _round(self, round_number: int, last: Release, sites: tuple[str, ...]) -> Release:
-        adapter = self._registry.load(self.plan, last.adapter)
         reason = ""
         for _ in range(self._limits.attempts):
             header, signed_header = self._open_attempt(round_number, sites, last)
             try:
-                outcome = self._drive(self._start(header, signed_header, adapter))
-                return self._release(header, signed_header, outcome, adapter)
+                outcome = self._drive(self._start(header, signed_header))
+                return self._release(header, signed_header, outcome)
             except _Aborted as abort:
                 reason = f"{abort.check}: {abort.reason}"
                 event = AttemptAborted(
@@ -226,11 +225,11 @@ class Job:
         self._store.open_attempt(self.plan.job, round_number, number, signed)
         return header, signed
 
-    def _start(self, header: RoundHeader, signed: Signed, adapter: Vector) -> Attempt:
+    def _start(self, header: RoundHeader, signed: Signed) -> Attempt:
         request = TrainRequest(
             header=signed,
             release=self._signed_release(),
-            adapter=to_bytes(adapter),
+            adapter=to_bytes(self._registry.load(self.plan, header.adapter)),
         )
         length = vector_length(self.plan, header.round) + 1
         return start(header, self._roster, self.plan, request, length)
@@ -255,17 +254,17 @@ class Job:
                 raise _Aborted(error, refusals, current.unwilling | lost) from error
         return state
 
-    def _release(
-        self, header: RoundHeader, signed_header: Signed, outcome: Outcome, adapter: Vector
-    ) -> Release:
+    def _release(self, header: RoundHeader, signed_header: Signed, outcome: Outcome) -> Release:
+        # Read again: while masked vectors came in, there was a sum and one of them in memory.
+        vector = self._registry.load(self.plan, header.adapter)
         try:
-            vector, weight, counts = aggregate.apply(
+            weight, counts = aggregate.apply(
                 outcome.aggregate,
                 self.plan,
                 self._roster,
                 header.round,
                 len(header.cohort),
-                adapter,
+                vector,
             )
         except RoundAborted as error:
             raise _Aborted(error, {}, frozenset()) from error

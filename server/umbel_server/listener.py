@@ -7,6 +7,7 @@ operator admitted are one and the same.
 
 import base64
 import binascii
+import gc
 import ssl
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -38,6 +39,7 @@ PATHS = frozenset(
 )
 """What a relay needs. Registering nodes, runs and app bundles are not among it."""
 ACTIVATE = "/v1/fleet/activate-node"
+_WITH_PIECES = frozenset({"/v1/fleet/pull-object", "/v1/fleet/push-object"})
 _KEY_HEADER = b"flwr-public-key"
 _LARGEST_BODY = FLOWER_PIECE_BYTES + (1 << 16)
 """Bytes: a piece of a message and what is around it."""
@@ -90,6 +92,10 @@ class Gate:
         status = self._judge(scope)
         if status is None:
             await self._fleet(scope, receive, send)
+            if scope["path"] in _WITH_PIECES:
+                # The web framework's objects for a request refer to each other in a circle, and to
+                # the megabytes that it brought: Python would find out after hundreds of them.
+                gc.collect()
             return
         # What is there and what is not, a stranger need not learn.
         await PlainTextResponse("", status_code=status)(scope, receive, send)

@@ -1,5 +1,6 @@
 """The SuperLink behind its gate, and the mailbox that the jobs post to."""
 
+import gc
 import logging
 import socket
 import ssl
@@ -91,7 +92,7 @@ class SiteMailbox:
         node = self._admitted.node(site)
         return None if node is None else self._link.post(node, label, sealed, seconds)
 
-    def collect(self, identifier: str) -> tuple[bool, list[bytes] | None]:
+    def collect(self, identifier: str) -> tuple[bool, Iterator[bytes] | None]:
         """See `Mailbox`."""
         reply = self._link.collect(identifier)
         return (False, None) if reply is None else (True, reply.pieces)
@@ -126,6 +127,8 @@ def serve(
     thread = threading.Thread(target=web.run, args=([listener],), name="listener")
     thread.start()
     _logger.info("sites reach this server at %s", config.listen.address)
+    # What is there now stays: the collector, which the gate calls often, need not look at it.
+    gc.freeze()
     try:
         while thread.is_alive() and not stopping.wait(1.0):
             pass

@@ -4,7 +4,6 @@
 server.toml`. It holds the server's TLS key, and no key of the operator's.
 """
 
-import ctypes
 import os
 import socket
 import sys
@@ -16,28 +15,19 @@ FLOWER_ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
 """Flower reads these as it is imported."""
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
-"""Names of glibc's malloc.h."""
 
 
 def main() -> int:
     """Runs until SIGTERM or SIGINT; returns the exit code."""
     os.environ.update(FLOWER_ENVIRONMENT)
-    _one_heap()
 
     from umbel_host.console import exit_code
     from umbel_host.log import configure
+    from umbel_host.process import give_memory_back
 
+    give_memory_back()
     configure()
     return exit_code(lambda: run(Path(sys.argv[1])))
-
-
-def _one_heap() -> None:
-    """Else each of the web server's threads would keep what it once needed for a large message."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_ARENA_MAX, 1)
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 18)
 
 
 def run(path: Path) -> None:

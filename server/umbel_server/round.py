@@ -67,7 +67,8 @@ class Attempt:
     """The state of one attempt; every method returns a new one."""
 
     header: RoundHeader
-    first_request: TrainRequest
+    first_request: TrainRequest | None
+    """None behind the first stage: an adapter is as large as the sum that the server is to hold."""
     machine: Machine
     refusals: Mapping[str, str]
     """Reason codes of the sites that refused or whose reply was refused: they are out."""
@@ -100,6 +101,7 @@ class Attempt:
         context = self.header.context()
         match self.machine:
             case secagg.Advertising():
+                assert self.first_request is not None  # of this stage
                 return dict.fromkeys(self.header.cohort, self.first_request)
             case secagg.Sharing() as machine:
                 return {
@@ -169,7 +171,7 @@ class Attempt:
             case secagg.Unmasking() as machine:
                 return Outcome(aggregate=machine.close(), evidence=self.evidence)
             case machine:
-                following = replace(self, machine=machine.close())
+                following = replace(self, machine=machine.close(), first_request=None)
         match following.machine:
             case secagg.Sharing() as machine:
                 adverts = next(iter(machine.requests().values()))

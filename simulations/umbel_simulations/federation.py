@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbel_client.config import ClientConfig, load_config
-from umbel_client.flower import answer
+from umbel_client.flower import answer, whole
 from umbel_client.model import folder_digest
 from umbel_client.pinned_roster import load_pinned
 from umbel_client.site_job import SiteStatus
@@ -253,4 +253,4 @@ def public_size(records: int) -> int:
 
 
 def _node(trainer: Trainer) -> Node:
-    return lambda message: answer(message, trainer.handle)
+    return lambda message: answer(message, whole(trainer.handle))

@@ -74,11 +74,11 @@ class Federation:
         return {name: ToySite(self, name) for name in self.identities}
 
 
-def make_plan(threshold: int, ring_bits: int) -> TrainingPlan:
+def make_plan(threshold: int, ring_bits: int, layers: int = LAYERS) -> TrainingPlan:
     """A plan that no site would train: only its sizes matter here."""
     tensors = [
         Tensor(name=f"layer.{layer}.{role}.weight", shape=shape, role=role)
-        for layer in range(LAYERS)
+        for layer in range(layers)
         for role, shape in (("lora_A", (RANK, WIDTH)), ("lora_B", (WIDTH, RANK)))
     ]
     return TrainingPlan(

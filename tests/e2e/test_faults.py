@@ -168,7 +168,7 @@ def test_a_relay_whose_clock_is_wrong_by_ten_minutes_works_all_the_same(
     )
     relay = threading.Thread(
         target=umbel_client.flower.serve,
-        args=(connection, stub.handle, stopping, lambda _: None),
+        args=(connection, umbel_client.flower.whole(stub.handle), stopping, lambda _: None),
     )
     relay.start()
     try:

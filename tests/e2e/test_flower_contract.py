@@ -226,8 +226,8 @@ def test_a_reply_goes_where_its_request_came_from() -> None:
 
 @pytest.mark.usefixtures("identity")
 def test_what_is_no_message_of_ours_is_answered_by_an_error() -> None:
-    def handle(sealed: bytes) -> bytes:
-        raise AssertionError(sealed)
+    def handle(pieces: relay.Pieces) -> relay.Pieces:
+        raise AssertionError(pieces)
 
     foreign = Message(packed(b"x"), dst_node_id=7, message_type="train")
     other_record = Message(
