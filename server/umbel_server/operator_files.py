@@ -151,13 +151,30 @@ def renew_server(config: ServerConfig) -> x509.Certificate:
         ) from None
     hosts = [str(name.value) for name in names]
     renewed = load_authority(config).server(key.public_key(), hosts, datetime.now(UTC))
+    _replace_certificate(path, renewed)
+    return renewed
+
+
+def renew_authority(config: ServerConfig, federation: str) -> x509.Certificate:
+    """A new certificate for the authority itself, with the same key: whatever it issued stays good,
+    and so does the former certificate until its end.
+
+    Raises:
+        IdentityError: the authority cannot be used.
+        StorageError: the new one cannot be written; the old one stays.
+    """
+    renewed = load_authority(config).renewed(federation, datetime.now(UTC)).certificate
+    _replace_certificate(Path(config.listen.client_ca), renewed)
+    return renewed
+
+
+def _replace_certificate(path: Path, certificate: x509.Certificate) -> None:
     try:
-        replace(path, certificate_pem(renewed))
+        replace(path, certificate_pem(certificate))
     except OSError as error:
         raise StorageError(
-            "the server's certificate cannot be written", file=path, found=error.strerror
+            "a certificate cannot be written", file=path, found=error.strerror
         ) from None
-    return renewed
 
 
 @contextmanager

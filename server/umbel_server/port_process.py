@@ -47,6 +47,8 @@ def run(path: Path) -> None:
     state = Path(config.state)
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ["FLWR_DATABASE"] = str(state / "superlink.sqlite")
+    # Where a temporary folder is in memory, what is put there to save memory would save none.
+    os.environ["SQLITE_TMPDIR"] = str(state)
     stopping = told_to_stop()
     with locked(state / "port.lock", "the process with the port"):
         listener = bound(config.listen.address, path)

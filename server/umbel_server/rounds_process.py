@@ -16,6 +16,7 @@ from umbel_host.console import exit_code
 from umbel_host.keys import read_identity
 from umbel_host.log import configure
 from umbel_host.process import locked, told_to_stop
+from umbel_host.sockets import SocketServer
 from umbel_server.carrier import CarrierLink
 from umbel_server.config import load_config, load_roster
 from umbel_server.ports import Link
@@ -26,6 +27,8 @@ _IDLE_SECONDS = 0.5
 _WAITING_SECONDS = 10.0
 """Between two offers of a plan that people have not decided about."""
 
+_PROBE_MODE = 0o660
+
 _logger = logging.getLogger("umbel.rounds")
 
 
@@ -33,7 +36,7 @@ def run(path: Path) -> None:
     """Works off the queue until told to stop; the job under way goes on at the next start.
 
     Raises:
-        UmbelError: the configuration, the key, the roster, or the queue.
+        UmbelError: the configuration, the key, the roster, the queue, or the socket for probes.
     """
     config = load_config(path)
     operator = read_identity(Path(config.identity))
@@ -60,20 +63,32 @@ def run(path: Path) -> None:
             connect=connect,
             stopping=stopping.is_set,
         )
-        _logger.info("waiting for jobs in %s", state)
-        work(rounds, stopping)
+        probes = SocketServer(state / "rounds.sock", _PROBE_MODE, workers=2)
+        probes.start()
+        try:
+            _logger.info("waiting for jobs in %s", state)
+            work(rounds, stopping, probes.serving)
+        finally:
+            probes.stop(1.0)
 
 
-def work(rounds: Rounds, stopping: threading.Event) -> None:
-    """Until `stopping`. A full disk ends no process: the job can be resumed."""
+def work(rounds: Rounds, stopping: threading.Event, well: Callable[[bool], None]) -> None:
+    """Until `stopping`. A full disk ends no process: the job can be resumed.
+
+    Args:
+        well: is told whether the operator's disk can be used, for probes.
+    """
+    well(True)
     while not stopping.is_set():
         try:
             busy = rounds.work()
             pause = (
                 0.0 if busy else _IDLE_SECONDS if rounds.queue.next() is None else _WAITING_SECONDS
             )
+            well(True)
         except StorageError as error:
             _logger.error("%s", error.diagnostics())
+            well(False)
             pause = _WAITING_SECONDS
         stopping.wait(pause)
 

@@ -60,10 +60,11 @@ class SuperLink:
 
         What former runs left undelivered is deleted: nobody waits for it any more.
         """
-        # A cache of 64 MB in each of up to thirty connections, and 256 MB of the file mapped into
-        # memory, would be most of this process.
+        # A cache of 64 MB in each of up to thirty connections, 256 MB of the file mapped into
+        # memory, and a copy in memory of every message that is being deleted (to undo it if the
+        # statement fails) would be most of this process.
         databases: Any = sql_mixin
-        less = {"cache_size": "-2000", "mmap_size": "4000000"}
+        less = {"cache_size": "-2000", "mmap_size": "4000000", "temp_store": "FILE"}
         databases.SQLITE_PRAGMAS = tuple(
             (name, less.get(name, value)) for name, value in databases.SQLITE_PRAGMAS
         )

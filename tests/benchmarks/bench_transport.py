@@ -2,11 +2,11 @@
 
 A whole job of two rounds over the real processes: three sites' trainers and relays, the process
 with the port and the one with the jobs. Only training is left out: a delta of random numbers takes
-its place (`prepared_site.py`). A delta is 200 MB on the wire, as is the adapter: float32, or as
-much in the ring of 32 bits.
+its place (`prepared_site.py`). A delta is 200 MB on the wire, and so is the adapter: float32, or
+the ring of 32 bits.
 
 Memory is a process' largest resident set (VmHWM, pages of files and libraries included) while the
-job runs, less its resident set before, in deltas. A server is its two processes; a client the two
+job runs, less its resident set before, in deltas. A server is its two processes, a client the two
 of the site that needed most; peaks are added although they come at different moments.
 """
 
