@@ -60,6 +60,30 @@ class Evaluation(Value, frozen=True):
     is none before, or it is zero."""
 
 
+class GateResult(Value, frozen=True):
+    """What a plan's release gate found of the adapter that a round gave."""
+
+    before: Loss
+    """Mean loss on the public holdout of the adapter that the round started from."""
+    after: Loss
+    """That of the adapter that the round gave."""
+    bound: float
+    """Largest increase with which the adapter is released."""
+    metric: Literal["mean-loss"] = "mean-loss"
+
+    def passed(self) -> bool:
+        """Whether the adapter is released; else its predecessor is, once more."""
+        if self.after is None:
+            return False
+        return self.before is None or self.after <= self.before + self.bound
+
+    def __str__(self) -> str:
+        return (
+            f"{self.metric} {loss_text(self.after)} after {loss_text(self.before)},"
+            f" at most {self.bound:g} more"
+        )
+
+
 class HoldoutColumns(Value, frozen=True):
     """Where in the holdout's file the records are; as in a site's client.toml."""
 

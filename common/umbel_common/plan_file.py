@@ -23,6 +23,8 @@ def plan_to_json(plan: TrainingPlan, signature: bytes | None = None) -> str:
     """A plan as indented JSON with a newline at its end; digest and signature in hexadecimal."""
     parts = msgspec.to_builtins(plan, builtin_types=(bytes,))
     parts["model"]["digest"] = plan.model.digest.hex()
+    if plan.release_gate is not None:
+        parts["release_gate"]["holdout"] = plan.release_gate.holdout.hex()
     entry = _PlanEntry(parts, None if signature is None else signature.hex())
     return msgspec.json.format(msgspec.json.encode(entry), indent=2).decode("utf-8") + "\n"
 
@@ -38,9 +40,10 @@ def plan_from_json(text: str, file: object) -> tuple[TrainingPlan, Signed | None
     """
     try:
         entry = msgspec.json.decode(text, type=_PlanEntry)
-        model = entry.plan.get("model")
-        if isinstance(model, dict) and isinstance(model.get("digest"), str):
-            model["digest"] = bytes.fromhex(model["digest"])
+        for name, field in (("model", "digest"), ("release_gate", "holdout")):
+            part = entry.plan.get(name)
+            if isinstance(part, dict) and isinstance(part.get(field), str):
+                part[field] = bytes.fromhex(part[field])
         plan = msgspec.convert(entry.plan, TrainingPlan)
         signature = None if entry.signature is None else bytes.fromhex(entry.signature)
         if signature is not None and len(signature) != SIGNATURE_BYTES:
@@ -74,6 +77,17 @@ def plan_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("batch", f"{training.expected_batch_size} on average"),
         ("privacy", privacy_text(plan)),
         ("sum", f"of at least {plan.aggregation.threshold} sites, weights {weights}"),
+        *_gate_lines(plan),
+    ]
+
+
+def _gate_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
+    gate = plan.release_gate
+    if gate is None:
+        return []
+    return [
+        ("released", f"if the loss on public records rises by {gate.max_loss_increase:g} at most"),
+        ("", gate.holdout.hex()),
     ]
 
 

@@ -1,5 +1,6 @@
 """A plan is made from a draft and a model's folder, in a process of its own."""
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 
 from umbel_client.drafting import read_plan
 from umbel_client.model import folder_digest
-from umbel_common.errors import ConfigError, ModelError, PlanError
+from umbel_common.errors import ConfigError, DataError, ModelError, PlanError
+from umbel_common.plan import ReleaseGate
 from umbel_common.plan_file import plan_from_json
 
 DRAFT = """
@@ -115,3 +117,19 @@ def test_a_bad_draft_is_one_clear_error(
 def test_a_draft_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml"):
         read_plan(tmp_path / "none.toml")
+
+
+def test_a_gates_holdout_is_named_by_the_digest_of_its_file(draft: Path) -> None:
+    holdout = draft.parent / "public.jsonl"
+    holdout.write_text('{"text": "w1", "label": "a"}\n')
+    gate = '[release_gate]\nholdout = "public.jsonl"\nmax_loss_increase = 0.05\n'
+    draft.write_text(draft.read_text() + gate)
+    assert read_plan(draft).release_gate == ReleaseGate(
+        holdout=hashlib.sha256(holdout.read_bytes()).digest(), max_loss_increase=0.05
+    )
+    holdout.unlink()
+    with pytest.raises(DataError, match=r"public\.jsonl"):
+        read_plan(draft)
+    holdout.mkdir()
+    with pytest.raises(DataError, match="a folder"):
+        read_plan(draft)
