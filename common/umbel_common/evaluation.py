@@ -9,6 +9,11 @@ import msgspec
 from umbel_common.canonical import Value
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Format: TypeAlias = Literal["auto", "messages", "prompt-completion", "instruction", "text"]
+"""In which columns a causal language model's records are; `auto`: what the columns say."""
+AnswerCount = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
+AnswerTokens = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+BatchSize = Annotated[int, msgspec.Meta(ge=1, le=65536)]
 Loss: TypeAlias = float | None
 """In nats; None: not a finite number, as of an adapter that diverged."""
 
@@ -89,7 +94,7 @@ class HoldoutColumns(Value, frozen=True):
 
     text_column: str = "text"
     label_column: str = "label"
-    format: Literal["auto", "messages", "prompt-completion", "instruction", "text"] = "auto"
+    format: Format = "auto"
 
 
 class EvaluationRequest(Value, frozen=True):
@@ -110,11 +115,11 @@ class EvaluationRequest(Value, frozen=True):
     groups: str | None = None
     """The holdout's column that says which group a record is of."""
     columns: HoldoutColumns = HoldoutColumns()
-    answers: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 50
+    answers: AnswerCount = 50
     """Records that a language model is let answer, from the beginning of the holdout."""
-    answer_tokens: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
+    answer_tokens: AnswerTokens = 64
     """The longest answer."""
-    batch_size: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 32
+    batch_size: BatchSize = 32
     device: str = "cpu"
 
 

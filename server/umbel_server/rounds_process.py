@@ -59,6 +59,7 @@ def run(path: Path) -> None:
             limits=config.limits.limits(),
             connect=connect,
             stopping=stopping.is_set,
+            evaluation=lambda: load_config(path).evaluation,
         )
         _logger.info("waiting for jobs in %s", state)
         work(rounds, stopping)
