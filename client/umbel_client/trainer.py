@@ -37,7 +37,8 @@ from umbel_common.identity import Identity, Roster, Signed, fingerprint, open_si
 from umbel_common.plan import TrainingPlan, check_plan
 from umbel_common.quantise import encoding_of
 from umbel_common.secagg import participant as secagg
-from umbel_common.statements import Release, RoundHeader
+from umbel_common.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.transcript import final_round
 from umbel_common.wire import (
     FinishReply,
     FinishRequest,
@@ -296,6 +297,7 @@ class Trainer:
     def _finish(self, request: FinishRequest) -> FinishReply:
         release = self._open(request.release, Release)
         plan = self._accepted_plan(release.job)
+        end = None if request.early_end is None else self._open(request.early_end, EarlyEnd)
         vector = from_bytes(request.adapter, plan.lora.size)
         require(
             adapter_digest(plan.digest(), vector) == release.adapter,
@@ -303,7 +305,7 @@ class Trainer:
             "an adapter is not what its release says",
         )
         require(
-            (release.plan, release.round) == (plan.digest(), plan.training.rounds),
+            (release.plan, release.round) == (plan.digest(), final_round(plan, end)),
             "other-release",
             "this is not the last release of the plan",
         )

@@ -229,6 +229,16 @@ class FederatedEvaluation(Value, frozen=True):
     """Of a language model, in nats: a record's score is its loss, at most this, over this."""
 
 
+class ReleaseGate(Value, frozen=True):
+    """A round's adapter that is worse than its predecessor on public records is not released: the
+    predecessor is, once more, and sites go on from it."""
+
+    holdout: Digest
+    """SHA-256 of the file with the public records."""
+    max_loss_increase: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+    """By so much, in nats, may the mean loss exceed the predecessor's."""
+
+
 class TrainingPlan(Value, frozen=True):
     """Everything a job may do to a site's data."""
 
@@ -242,6 +252,8 @@ class TrainingPlan(Value, frozen=True):
     aggregation: Aggregation
     evaluation: FederatedEvaluation | None = None
     """None: nothing but adapters is ever summed."""
+    release_gate: ReleaseGate | None = None
+    """None: each round's adapter is released, however good it is."""
     version: Literal[1] = 1
 
     def digest(self) -> bytes:

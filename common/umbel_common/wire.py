@@ -128,6 +128,8 @@ class FinishRequest(Message, frozen=True, tag="finish"):
 
     release: Signed
     adapter: Blob
+    early_end: Signed | None = None
+    """An `EarlyEnd`, where the job does not go on to the last round of its plan."""
 
 
 class FinishReply(Message, frozen=True, tag="finished"):

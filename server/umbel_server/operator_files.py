@@ -47,6 +47,15 @@ attempts = 3
 offer_seconds = 60
 train_seconds = 3600
 stage_seconds = 60
+
+# Released adapters are scored on public records, if you say which; docs/operator.md has the rest.
+# Takes the client's packages: in this environment, or in the one whose Python is named here.
+# [evaluation]
+# holdout = "public.jsonl"
+# model = "models/minilm"
+# python = "/srv/umbel/client/bin/python"
+# Rounds without a lower loss after which a job ends early, with the best adapter.
+# stop_after = 3
 """
 
 

@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from umbel_common.canonical import Value
-from umbel_common.errors import LocalProtocolError, RemoteProtocolError, require
+from umbel_common.errors import LocalProtocolError, RemoteProtocolError, RoundAborted, require
 from umbel_common.identity import Roster, Signed
 from umbel_common.plan import TrainingPlan
 from umbel_common.secagg import coordinator as secagg
 from umbel_common.secagg.messages import SurvivorSignature
+from umbel_common.secagg.unmasking import LostSecrets
 from umbel_common.statements import RoundHeader
 from umbel_common.wire import (
     ConfirmReply,
@@ -209,3 +210,15 @@ def start(
         refusals={},
         evidence=Evidence(),
     )
+
+
+def owners_to_leave_out(error: RoundAborted) -> frozenset[str]:
+    """The owners of lost secrets, unless a single liar could have made it look so.
+
+    Sites enough to frame an owner that does not lie are enough to abort every attempt, by lying or
+    by silence. An owner that is not left out could do that alone, at no cost.
+    """
+    lost = error.found
+    if isinstance(lost, LostSecrets) and lost.tolerated > 0:
+        return frozenset(lost.owners)
+    return frozenset()

@@ -62,6 +62,7 @@ def run(path: Path) -> None:
             limits=config.limits.limits(),
             connect=connect,
             stopping=stopping.is_set,
+            evaluation=lambda: load_config(path).evaluation,
         )
         probes = SocketServer(state / "rounds.sock", _PROBE_MODE, workers=2)
         probes.start()

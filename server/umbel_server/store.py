@@ -1,8 +1,8 @@
 """The operator's round journal in SQLite: what was promised is on disk before it is sent.
 
 An attempt is recorded before its header leaves, so an attempt number is never used twice; a release
-is recorded together with its transcript entry. After a crash the job goes on behind the last
-release that is recorded here.
+is recorded together with its transcript entry and the figures that it depended on. After a crash
+the job goes on behind the last release that is recorded here.
 """
 
 import sqlite3
@@ -10,16 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from umbel_common.canonical import decode_canonical, encode
+import msgspec
+
+from umbel_common.canonical import decode, decode_canonical, encode
 from umbel_common.errors import RemoteProtocolError, StorageError
+from umbel_common.evaluation import Evaluation, GateResult
 from umbel_common.identity import Identity, Signed
 from umbel_common.transcript import GENESIS, Event, append
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE jobs (
-    job TEXT PRIMARY KEY, plan BLOB NOT NULL, finished INTEGER NOT NULL DEFAULT 0
+    job TEXT PRIMARY KEY, plan BLOB NOT NULL, final_round INTEGER
 ) STRICT;
 CREATE TABLE attempts (
     job TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, header BLOB NOT NULL,
@@ -29,11 +32,29 @@ CREATE TABLE releases (
     job TEXT NOT NULL, round INTEGER NOT NULL, adapter BLOB NOT NULL, release BLOB NOT NULL,
     PRIMARY KEY (job, round)
 ) STRICT;
+CREATE TABLE evaluations (
+    job TEXT NOT NULL, round INTEGER NOT NULL, evaluation BLOB NOT NULL, gate BLOB,
+    PRIMARY KEY (job, round)
+) STRICT;
 CREATE TABLE transcript (
     job TEXT NOT NULL, position INTEGER NOT NULL, head BLOB NOT NULL, entry BLOB NOT NULL,
     PRIMARY KEY (job, position)
 ) STRICT;
 """
+
+
+class Evaluated(msgspec.Struct, frozen=True):
+    """What was found of one round's adapter on public records."""
+
+    round: int
+    evaluation: Evaluation
+    gate: GateResult | None
+    """None: the plan has no release gate, or this is release 0."""
+
+    @property
+    def held_back(self) -> bool:
+        """Whether the adapter was not released."""
+        return self.gate is not None and not self.gate.passed()
 
 
 class Store:
@@ -72,13 +93,13 @@ class Store:
         """The signed plan of a job; None if the job was never started."""
         return self._one("SELECT plan FROM jobs WHERE job = ?", job)
 
-    def finished(self, job: str) -> bool:
-        """Whether the job ended with its last release."""
+    def final_round(self, job: str) -> int | None:
+        """The round whose release ended the job; None while it has not ended."""
         with self._storage_errors():
             row = self._database.execute(
-                "SELECT finished FROM jobs WHERE job = ?", (job,)
+                "SELECT final_round FROM jobs WHERE job = ?", (job,)
             ).fetchone()
-        return row is not None and row[0] == 1
+        return None if row is None else row[0]
 
     def start_job(
         self,
@@ -128,17 +149,28 @@ class Store:
         adapter: bytes,
         release: Signed,
         event: Event,
+        *,
+        evaluation: Evaluation | None = None,
+        gate: GateResult | None = None,
     ) -> None:
-        """Records a release with its transcript entry: both or neither."""
+        """Records a release with its transcript entry, and with what the release gate found: all
+        of it or nothing."""
         with self._transaction():
             self._insert_release(job, round_number, adapter, release)
             self._append(operator, job, event)
+            if evaluation is not None:
+                self._insert_evaluation(job, round_number, evaluation, gate)
 
-    def finish_job(self, operator: Identity, job: str, event: Event) -> None:
+    def record_evaluation(self, job: str, round_number: int, evaluation: Evaluation) -> None:
+        """Records what was found of an adapter that is released already."""
+        with self._transaction():
+            self._insert_evaluation(job, round_number, evaluation, None)
+
+    def finish_job(self, operator: Identity, job: str, final_round: int, event: Event) -> None:
         """Marks the job as finished, with the last entry of its transcript."""
         with self._transaction():
             self._append(operator, job, event)
-            self._execute("UPDATE jobs SET finished = 1 WHERE job = ?", job)
+            self._execute("UPDATE jobs SET final_round = ? WHERE job = ?", final_round, job)
 
     def last_release(self, job: str) -> tuple[int, bytes, Signed]:
         """Round, adapter digest and signed release of the latest release.
@@ -165,6 +197,22 @@ class Store:
     def releases(self, job: str) -> list[Signed]:
         """Every signed release of the job, in order."""
         return self._all("SELECT release FROM releases WHERE job = ? ORDER BY round", job)
+
+    def evaluations(self, job: str) -> list[Evaluated]:
+        """What was found of the job's adapters, in the order of the rounds."""
+        with self._storage_errors():
+            rows = self._database.execute(
+                "SELECT round, evaluation, gate FROM evaluations WHERE job = ? ORDER BY round",
+                (job,),
+            ).fetchall()
+            return [
+                Evaluated(
+                    number,
+                    decode(evaluation, Evaluation),
+                    None if gate is None else decode(gate, GateResult),
+                )
+                for number, evaluation, gate in rows
+            ]
 
     def headers(self, job: str) -> list[Signed]:
         """Every signed header of the job, in order."""
@@ -196,6 +244,17 @@ class Store:
             round_number,
             adapter,
             encode(release),
+        )
+
+    def _insert_evaluation(
+        self, job: str, round_number: int, evaluation: Evaluation, gate: GateResult | None
+    ) -> None:
+        self._execute(
+            "INSERT INTO evaluations (job, round, evaluation, gate) VALUES (?, ?, ?, ?)",
+            job,
+            round_number,
+            encode(evaluation),
+            None if gate is None else encode(gate),
         )
 
     def _execute(self, statement: str, *values: object) -> None:

@@ -9,6 +9,7 @@ import msgspec
 
 from umbel_common.adapter import Vector
 from umbel_common.errors import UmbelError
+from umbel_common.evaluation import Evaluation, GateResult
 from umbel_common.secagg.unmasking import WrongShare
 from umbel_common.statements import Release
 from umbel_common.wire import (
@@ -180,6 +181,15 @@ class ServerObserver:
                 pairs=[(share.owner, share.site) for share in wrong_shares],
             )
         )
+
+    def evaluated(self, round_number: int, evaluation: Evaluation, gate: GateResult | None) -> None:
+        """See `Observer`. Here the judge scores each release, and no plan has a release gate."""
+
+    def unevaluated(self, round_number: int, error: UmbelError) -> None:
+        """See `Observer`."""
+
+    def ends_early(self, round_number: int, final: int) -> None:
+        """See `Observer`."""
 
     def released(self, release: Release, adapter: Vector) -> None:
         """See `Observer`."""

@@ -181,3 +181,12 @@ class Quiet:
 
     def released(self, *_: object) -> None:
         """See `umbel_server.job.Observer`."""
+
+    def evaluated(self, *_: object) -> None:
+        """See `umbel_server.job.Observer`."""
+
+    def unevaluated(self, *_: object) -> None:
+        """See `umbel_server.job.Observer`."""
+
+    def ends_early(self, *_: object) -> None:
+        """See `umbel_server.job.Observer`."""

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from umbel_common.adapter import Vector, size_of
-from umbel_common.errors import RemoteProtocolError
+from umbel_common.errors import RemoteProtocolError, UmbelError
+from umbel_common.evaluation import Evaluation, GateResult
 from umbel_common.identity import Identity, Roster, open_signed
 from umbel_common.plan import TrainingPlan
 from umbel_common.quantise import RingVector, encode, encoding_of
@@ -39,6 +40,7 @@ from umbel_common.wire import (
     size_limit,
 )
 from umbel_server.job import Job, Limits, Step
+from umbel_server.ports import Evaluator
 from umbel_server.registry import Registry
 from umbel_server.store import Store
 
@@ -133,6 +135,9 @@ class Silent:
         self.releases: list[Release] = []
         self.disputes: list[WrongShare] = []
         self.strays: list[tuple[str, str]] = []
+        self.evaluations: list[tuple[int, Evaluation, GateResult | None]] = []
+        self.unevaluated_rounds: list[tuple[int, UmbelError]] = []
+        self.early_ends: list[tuple[int, int]] = []
 
     def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
         assert received > 0
@@ -151,6 +156,15 @@ class Silent:
 
     def released(self, release: Release, adapter: Vector) -> None:
         self.releases.append(release)
+
+    def evaluated(self, round_number: int, evaluation: Evaluation, gate: GateResult | None) -> None:
+        self.evaluations.append((round_number, evaluation, gate))
+
+    def unevaluated(self, round_number: int, error: UmbelError) -> None:
+        self.unevaluated_rounds.append((round_number, error))
+
+    def ends_early(self, round_number: int, final: int) -> None:
+        self.early_ends.append((round_number, final))
 
 
 class Setting:
@@ -176,7 +190,12 @@ class Setting:
         self.store = Store(folder / "journal.sqlite")
         self.registry = Registry(folder / "registry")
 
-    def job(self, attempts: int = 3, revoked: frozenset[bytes] = frozenset()) -> Job:
+    def job(
+        self,
+        attempts: int = 3,
+        revoked: frozenset[bytes] = frozenset(),
+        evaluator: Evaluator | None = None,
+    ) -> Job:
         """A new job object over the same disk, as after a restart."""
         return Job(
             self.plan,
@@ -188,6 +207,7 @@ class Setting:
             observer=self.observer,
             limits=Limits(attempts=attempts),
             revoked=revoked,
+            evaluator=evaluator,
         )
 
 
