@@ -30,6 +30,11 @@ class SiteCounts(Value, frozen=True):
         """Accuracy, or mean loss over `largest_loss`; None if there are no records to speak of."""
         return self.score / self.records if self.records >= 1 else None
 
+    def __str__(self) -> str:
+        mean = self.mean()
+        found = "no figure" if mean is None else f"score {mean:.3f}"
+        return f"{found} on about {self.records:,.0f} held-out records"
+
 
 def vector_length(plan: TrainingPlan, round_number: int) -> int:
     """Coordinates that a site masks in a round, without the weight."""

@@ -320,6 +320,8 @@ class Job:
         )
         if outcome.aggregate.wrong_shares:
             self._observer.disputed(header.round, header.attempt, outcome.aggregate.wrong_shares)
+        if counts is not None:
+            self._observer.counted(header.round, counts, len(release.survivors))
         self._observer.released(release, vector)
         self._assessment.released(header.round, judged, vector, load)
         return release

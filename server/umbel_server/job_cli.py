@@ -12,11 +12,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from umbel_common.canonical import decode_canonical
 from umbel_common.errors import PlanError
 from umbel_common.evaluation import figures_text
 from umbel_common.identity import open_signed
 from umbel_common.plan import TrainingPlan
 from umbel_common.plan_file import plan_from_json
+from umbel_common.site_counts import SiteCounts
+from umbel_common.statements import RoundHeader
+from umbel_common.transcript import Entry, RoundReleased
 from umbel_host.console import print_lines
 from umbel_host.keys import read_identity
 from umbel_host.text_file import read_text
@@ -103,6 +107,8 @@ class _Journal:
 
     evaluations: tuple[Evaluated, ...] = ()
     final_round: int | None = None
+    counts: tuple[tuple[int, SiteCounts], ...] = ()
+    """Round whose adapter sites counted on, and what they counted."""
 
 
 def _journal(config: Path, job: str) -> _Journal:
@@ -110,7 +116,17 @@ def _journal(config: Path, job: str) -> _Journal:
     if not path.exists():
         return _Journal()
     with closing(Store(path)) as store:
-        return _Journal(tuple(store.evaluations(job)), store.final_round(job))
+        return _Journal(
+            tuple(store.evaluations(job)), store.final_round(job), tuple(_counts(store, job))
+        )
+
+
+def _counts(store: Store, job: str) -> Iterator[tuple[int, SiteCounts]]:
+    for signed in store.transcript(job):
+        event = decode_canonical(signed.statement, Entry).event
+        if isinstance(event, RoundReleased) and event.counts is not None:
+            header = decode_canonical(event.header.statement, RoundHeader)
+            yield header.round - 1, event.counts
 
 
 def _public(queued: QueuedJob, journal: _Journal) -> dict[str, object]:
@@ -120,6 +136,9 @@ def _public(queued: QueuedJob, journal: _Journal) -> dict[str, object]:
         {**msgspec.to_builtins(one), "held_back": one.held_back} for one in journal.evaluations
     ]
     parts["final_round"] = journal.final_round
+    parts["counts"] = [
+        {"round": number, **msgspec.to_builtins(counts)} for number, counts in journal.counts
+    ]
     return parts
 
 
@@ -152,6 +171,8 @@ def _quality(journal: _Journal) -> list[tuple[str, str]]:
         lines.append((f"of round {one.round}", figures_text(one.evaluation)))
         if one.held_back:
             lines.append(("", f"held back: {one.gate}"))
+    for number, counts in journal.counts[-_SHOWN:]:
+        lines.append((f"of round {number}", f"{counts}, at the sites"))
     held = [str(one.round) for one in journal.evaluations[:-_SHOWN] if one.held_back]
     if held:
         lines.append(("held back", f"rounds {', '.join(held)}"))

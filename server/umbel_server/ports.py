@@ -9,6 +9,7 @@ from umbel_common.errors import UmbelError
 from umbel_common.evaluation import Evaluation, GateResult
 from umbel_common.plan import TrainingPlan
 from umbel_common.secagg.unmasking import WrongShare
+from umbel_common.site_counts import SiteCounts
 from umbel_common.statements import Release
 from umbel_common.wire import Reply
 
@@ -70,6 +71,11 @@ class Observer(Protocol):
 
     def released(self, release: Release, adapter: Vector) -> None:
         """A round's release is on disk and in the transcript."""
+        ...
+
+    def counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
+        """So many sites counted, together, how the adapter that a round started from does on
+        records that they hold out."""
         ...
 
     def evaluated(self, round_number: int, evaluation: Evaluation, gate: GateResult | None) -> None:

@@ -14,6 +14,7 @@ from umbel_common.plan import TrainingPlan
 from umbel_common.roster_document import RosterDocument
 from umbel_common.roster_file import document_from_json, document_to_json
 from umbel_common.secagg.unmasking import WrongShare
+from umbel_common.site_counts import SiteCounts
 from umbel_common.statements import Release
 from umbel_common.wire import Refusal, Reply
 from umbel_server.config import EvaluationConfig
@@ -76,6 +77,16 @@ class Progress:
             round_number,
             attempt,
             ", ".join(map(str, wrong_shares)),
+        )
+
+    def counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
+        """See `Observer`."""
+        _logger.info(
+            "%s: the adapter of round %d at %d sites: %s",
+            self._job,
+            round_number - 1,
+            sites,
+            counts,
         )
 
     def evaluated(self, round_number: int, evaluation: Evaluation, gate: GateResult | None) -> None:

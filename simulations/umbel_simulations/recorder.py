@@ -11,6 +11,7 @@ from umbel_common.adapter import Vector
 from umbel_common.errors import UmbelError
 from umbel_common.evaluation import Evaluation, GateResult
 from umbel_common.secagg.unmasking import WrongShare
+from umbel_common.site_counts import SiteCounts
 from umbel_common.statements import Release
 from umbel_common.wire import (
     ConfirmReply,
@@ -181,6 +182,9 @@ class ServerObserver:
                 pairs=[(share.owner, share.site) for share in wrong_shares],
             )
         )
+
+    def counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
+        """See `Observer`. No scenario has a federated evaluation."""
 
     def evaluated(self, round_number: int, evaluation: Evaluation, gate: GateResult | None) -> None:
         """See `Observer`. Here the judge scores each release, and no plan has a release gate."""

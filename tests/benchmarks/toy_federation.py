@@ -182,6 +182,9 @@ class Quiet:
     def released(self, *_: object) -> None:
         """See `umbel_server.job.Observer`."""
 
+    def counted(self, *_: object) -> None:
+        """See `umbel_server.job.Observer`."""
+
     def evaluated(self, *_: object) -> None:
         """See `umbel_server.job.Observer`."""
 

@@ -15,6 +15,7 @@ from umbel_common.plan import TrainingPlan
 from umbel_common.quantise import RingVector, encode, encoding_of
 from umbel_common.secagg import participant as secagg
 from umbel_common.secagg.unmasking import WrongShare
+from umbel_common.site_counts import SiteCounts, with_counts
 from umbel_common.statements import Release, RoundHeader
 from umbel_common.wire import (
     ConfirmReply,
@@ -97,7 +98,9 @@ class ToySite:
                 header = self.header
                 assert header is not None
                 encoding = encoding_of(self.plan.aggregation, len(header.cohort))
-                vector = encode(self.delta(header.round), 1, encoding, os.urandom)
+                counts = SiteCounts(score=30.0, records=40.0)
+                delta = with_counts(self.delta(header.round), counts, self.plan)
+                vector = encode(delta, 1, encoding, os.urandom)
                 self.vectors[header.round, header.attempt] = vector.copy()
                 self.state, masked = state.receive(request.shares, vector)
                 return MaskReply(context=request.context, vector=masked.tobytes())
@@ -136,6 +139,7 @@ class Silent:
         self.disputes: list[WrongShare] = []
         self.strays: list[tuple[str, str]] = []
         self.evaluations: list[tuple[int, Evaluation, GateResult | None]] = []
+        self.counts: list[tuple[int, SiteCounts, int]] = []
         self.unevaluated_rounds: list[tuple[int, UmbelError]] = []
         self.early_ends: list[tuple[int, int]] = []
 
@@ -156,6 +160,9 @@ class Silent:
 
     def released(self, release: Release, adapter: Vector) -> None:
         self.releases.append(release)
+
+    def counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
+        self.counts.append((round_number, counts, sites))
 
     def evaluated(self, round_number: int, evaluation: Evaluation, gate: GateResult | None) -> None:
         self.evaluations.append((round_number, evaluation, gate))
