@@ -123,7 +123,20 @@ def load_records(path: Path, task: Task, **columns: Unpack[Columns]) -> Records 
         DataError: the file is missing, malformed, empty or of another kind; a column is missing; a
             row has no text or no answer, no unit, or a label that the plan does not have.
     """
-    table = read_table(path)
+    return records_of(path, read_table(path), task, **columns)
+
+
+def records_of(
+    path: Path, table: Table, task: Task, **columns: Unpack[Columns]
+) -> Records | LmRecords:
+    """The records of a file's rows; see `load_records`.
+
+    Args:
+        path: of the file, for errors.
+
+    Raises:
+        DataError: as `load_records`.
+    """
     unit_column = columns.get("unit_column")
     units = _units(path, table, unit_column)
     kept = _first_of_each(units, columns.get("max_records_per_unit", 32))
