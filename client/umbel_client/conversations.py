@@ -62,7 +62,7 @@ def read_conversations(
         DataError: the columns belong to no format or to several; a row is of another format than
             the file, has an empty answer, or is one that the plan's template cannot render.
     """
-    chosen = _format_of(path, table) if record_format == "auto" else record_format
+    chosen = format_of(path, table) if record_format == "auto" else record_format
     needed = COLUMNS[chosen]
     missing = [column for column in needed if column not in table.columns]
     if missing:
@@ -74,7 +74,7 @@ def read_conversations(
             accepted=f"for data.format {chosen}: {', '.join(needed)}",
         )
     records: list[LmRecord] = []
-    for number, row in enumerate(table.rows, start=1):
+    for number, row in enumerate(table.rows, start=table.first):
         place = _Place(path, number)
         record = _READERS[chosen](place, row)
         _check_template(place, record, task)
@@ -107,7 +107,12 @@ class _Place:
         return value
 
 
-def _format_of(path: Path, table: Table) -> Format:
+def format_of(path: Path, table: Table) -> Format:
+    """The format that a file's columns say.
+
+    Raises:
+        DataError: they belong to no format or to several, or a row is of another than the first.
+    """
     found: list[Format] = [
         name for name, needed in COLUMNS.items() if set(needed) <= set(table.columns)
     ]

@@ -144,7 +144,7 @@ def records_of(
     common = DataSet(
         source=table.source,
         path=str(path),
-        rows=tuple(row + 1 for row in kept),
+        rows=tuple(row + table.first for row in kept),
         units=() if unit_column is None else tuple(numbers[units[row]] for row in kept),
         unit_column=unit_column,
     )
@@ -175,7 +175,7 @@ def _labelled(
             text=_text(path, text_column, number, row.get(text_column)),
             label=_label(path, label_column, number, row.get(label_column), index_of),
         )
-        for number, row in enumerate(table.rows, start=1)
+        for number, row in enumerate(table.rows, start=table.first)
     ]
 
 
@@ -203,7 +203,8 @@ def _units(path: Path, table: Table, column: str | None) -> list[str]:
         return [str(number) for number in range(len(table.rows))]
     require_columns(path, table, column)
     return [
-        _unit(path, column, number, row.get(column)) for number, row in enumerate(table.rows, 1)
+        _unit(path, column, number, row.get(column))
+        for number, row in enumerate(table.rows, start=table.first)
     ]
 
 
@@ -244,10 +245,19 @@ def _text(path: Path, column: str, row: int, text: object) -> str:
     return text
 
 
+def label_of(value: object) -> str | None:
+    """A label as a plan writes it; None if it is none.
+
+    Codes such as 0 and 1 are numbers in JSON and Parquet, and texts in a plan.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) else None
+
+
 def _label(path: Path, column: str, row: int, label: object, index_of: dict[str, int]) -> int:
-    # Codes such as 0 and 1 are numbers in JSON and Parquet, and texts in a plan.
-    name = str(label) if isinstance(label, int) and not isinstance(label, bool) else label
-    if not isinstance(name, str) or name not in index_of:
+    name = label_of(label)
+    if name is None or name not in index_of:
         raise DataError(
             f"row {row} has a label that the plan does not have",
             file=path,

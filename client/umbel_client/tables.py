@@ -39,6 +39,8 @@ class Table:
     """In the order of the file; people count them from 1, without a header."""
     source: Digest
     """SHA-256 of the file; of a folder, over its Arrow files in their order."""
+    first: int = 1
+    """Number of the first row, as people count."""
 
 
 def read_table(path: Path) -> Table:
@@ -121,6 +123,37 @@ def _csv(path: Path) -> list[Row]:
     except csv.Error as error:
         raise _malformed(path, len(rows) + 1, str(error)) from None
     return rows
+
+
+def json_lines(path: Path, table: Table) -> list[bytes]:
+    """Each row as a line of JSON with its newline: of a file of JSON lines the very bytes.
+
+    Args:
+        path: of the file that the table was read from.
+
+    Raises:
+        DataError: a row holds what JSON cannot, such as an image.
+    """
+    if path.suffix != ".jsonl" or path.is_dir():
+        return [_json_line(path, number, row) for number, row in enumerate(table.rows, start=1)]
+    data = path.read_bytes()
+    if hashlib.sha256(data).digest() != table.source:
+        raise DataError("the data file changes while it is read", file=path, remedy="try again")
+    lines = data.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n")
+    return [line + b"\n" for line in lines]
+
+
+def _json_line(path: Path, number: int, row: Row) -> bytes:
+    try:
+        return msgspec.json.encode(row) + b"\n"
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"row {number} cannot be written as JSON",
+            file=path,
+            field=f"row {number}",
+            found=error,
+            accepted="texts, numbers, dates, lists and objects of them",
+        ) from None
 
 
 def _text(path: Path, data: bytes, first_line: int) -> str:
