@@ -6,7 +6,7 @@ the answer. Templates are Jinja programs of the model folder, which the site pin
 Transformers runs them in a sandbox.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,22 +148,9 @@ class Chat:
         Raises:
             DataError: a record is too long for the plan.
         """
-        plain = self._task.template == "plain"
-        # A chat template writes the tokens that begin and end a text itself.
-        encoded = self.tokenizer(
-            [text.whole for text in rendered],
-            add_special_tokens=plain,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-        )
         ids: list[np.ndarray] = []
         labels: list[np.ndarray] = []
-        for text, row, found, offsets in zip(
-            rendered, rows, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            ends = [end for _, end in offsets]
-            if plain:
-                found, ends = [*found, self.tokenizer.eos_token_id], [*ends, len(text.whole) + 1]
+        for text, row, (found, ends) in zip(rendered, rows, self._encoded(rendered), strict=True):
             these = np.array(self._cut(found, row), dtype=np.int32)
             counts = np.array(ends[: len(these)]) > len(text.prompt)
             if not counts[1:].any():
@@ -183,6 +170,34 @@ class Chat:
             pad_id=pad if isinstance(pad, int) else 0,
         )
         return tokens, np.concatenate(labels)
+
+    def lengths(self, rendered: Sequence[Rendered]) -> Ints:
+        """Tokens before the answer, and of all, whatever the plan allows: int64[records, 2]."""
+        return np.array(
+            [
+                (sum(end <= len(text.prompt) for end in ends), len(ids))
+                for text, (ids, ends) in zip(rendered, self._encoded(rendered), strict=True)
+            ],
+            dtype=np.int64,
+        )
+
+    def _encoded(self, rendered: Sequence[Rendered]) -> Iterator[tuple[list[int], list[int]]]:
+        """The token ids of each text, uncut, and where in it each token ends."""
+        plain = self._task.template == "plain"
+        # A chat template writes the tokens that begin and end a text itself.
+        encoded = self.tokenizer(
+            [text.whole for text in rendered],
+            add_special_tokens=plain,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+        )
+        for text, ids, offsets in zip(
+            rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            ends = [end for _, end in offsets]
+            if plain:
+                ids, ends = [*ids, self.tokenizer.eos_token_id], [*ends, len(text.whole) + 1]
+            yield ids, ends
 
     def _cut(self, ids: list[int], row: int) -> list[int]:
         most = self._task.max_tokens

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from umbel_client import join_cli, local_cli, service_cli
 from umbel_client.budget_cli import budget
+from umbel_client.data_cli import data
 from umbel_client.roster_cli import roster
 from umbel_common.errors import StorageError
 from umbel_common.identity import Identity, fingerprint
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(roster, name="roster")
 app.add_typer(budget, name="budget")
+app.add_typer(data, name="data")
 join_cli.register(app)
 service_cli.register(app)
 local_cli.register(app)

@@ -62,7 +62,7 @@ def read_conversations(
         DataError: the columns belong to no format or to several; a row is of another format than
             the file, has an empty answer, or is one that the plan's template cannot render.
     """
-    chosen = _format_of(path, table) if record_format == "auto" else record_format
+    chosen = format_of(path, table) if record_format == "auto" else record_format
     needed = COLUMNS[chosen]
     missing = [column for column in needed if column not in table.columns]
     if missing:
@@ -74,7 +74,7 @@ def read_conversations(
             accepted=f"for data.format {chosen}: {', '.join(needed)}",
         )
     records: list[LmRecord] = []
-    for number, row in enumerate(table.rows, start=1):
+    for number, row in enumerate(table.rows, start=table.first):
         place = _Place(path, number)
         record = _READERS[chosen](place, row)
         _check_template(place, record, task)
@@ -107,7 +107,12 @@ class _Place:
         return value
 
 
-def _format_of(path: Path, table: Table) -> Format:
+def format_of(path: Path, table: Table) -> Format:
+    """The format that a file's columns say.
+
+    Raises:
+        DataError: they belong to no format or to several, or a row is of another than the first.
+    """
     found: list[Format] = [
         name for name, needed in COLUMNS.items() if set(needed) <= set(table.columns)
     ]
@@ -122,11 +127,7 @@ def _format_of(path: Path, table: Table) -> Format:
             accepted=accepted,
             remedy="rename columns of the file",
         )
-    number = next(
-        (number for number, row in enumerate(table.rows, start=1) if not _has(row, found[0])),
-        None,
-    )
-    if number is None:
+    if any(all(_has(row, name) for row in table.rows) for name in found):
         raise DataError(
             "the columns of a data file are those of several formats",
             file=path,
@@ -135,22 +136,25 @@ def _format_of(path: Path, table: Table) -> Format:
             accepted="exactly one of them",
             remedy="set data.format in client.toml",
         )
-    raise _mixed(
-        path, number, found[0], [name for name in found if _has(table.rows[number - 1], name)]
-    )
+    raise _mixed(path, table, found)
 
 
 def _has(row: Row, name: Format) -> bool:
-    return all(row.get(column) is not None for column in COLUMNS[name])
+    # A column that only other rows have is empty here: nothing in Parquet, an empty cell in CSV.
+    return all(row.get(column) not in (None, "") for column in COLUMNS[name])
 
 
-def _mixed(path: Path, row: int, chosen: Format, found: list[Format]) -> DataError:
+def _mixed(path: Path, table: Table, known: list[Format]) -> DataError:
+    first = [name for name in known if _has(table.rows[0], name)]
+    number = next(n for n, row in enumerate(table.rows, 1) if not first or not _has(row, first[0]))
+    found = [name for name in known if _has(table.rows[number - 1], name)]
+    what = "is of another format than the rows before it" if first else "is of no format"
     return DataError(
-        f"row {row} is of another format than the rows before it",
+        f"row {number} {what}",
         file=path,
-        field=f"row {row}",
+        field=f"row {number}",
         found=", ".join(found) or "no format",
-        accepted=chosen,
+        accepted=first[0] if first else ", ".join(known),
         remedy="keep one format in a file",
     )
 

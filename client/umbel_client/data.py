@@ -125,7 +125,20 @@ def load_records(path: Path, task: Task, **columns: Unpack[Columns]) -> Records 
         DataError: the file is missing, malformed, empty or of another kind; a column is missing; a
             row has no text or no answer, no unit, or a label that the plan does not have.
     """
-    table = read_table(path)
+    return records_of(path, read_table(path), task, **columns)
+
+
+def records_of(
+    path: Path, table: Table, task: Task, **columns: Unpack[Columns]
+) -> Records | LmRecords:
+    """The records of a file's rows; see `load_records`.
+
+    Args:
+        path: of the file, for errors.
+
+    Raises:
+        DataError: as `load_records`.
+    """
     unit_column = columns.get("unit_column")
     units = _units(path, table, unit_column)
     kept = _first_of_each(units, columns.get("max_records_per_unit", 32))
@@ -133,7 +146,7 @@ def load_records(path: Path, task: Task, **columns: Unpack[Columns]) -> Records 
     common = DataSet(
         source=table.source,
         path=str(path),
-        rows=tuple(row + 1 for row in kept),
+        rows=tuple(row + table.first for row in kept),
         units=() if unit_column is None else tuple(numbers[units[row]] for row in kept),
         unit_names=() if unit_column is None else tuple(numbers),
         unit_column=unit_column,
@@ -165,7 +178,7 @@ def _labelled(
             text=_text(path, text_column, number, row.get(text_column)),
             label=_label(path, label_column, number, row.get(label_column), index_of),
         )
-        for number, row in enumerate(table.rows, start=1)
+        for number, row in enumerate(table.rows, start=table.first)
     ]
 
 
@@ -193,7 +206,8 @@ def _units(path: Path, table: Table, column: str | None) -> list[str]:
         return [str(number) for number in range(len(table.rows))]
     require_columns(path, table, column)
     return [
-        _unit(path, column, number, row.get(column)) for number, row in enumerate(table.rows, 1)
+        _unit(path, column, number, row.get(column))
+        for number, row in enumerate(table.rows, start=table.first)
     ]
 
 
@@ -234,10 +248,19 @@ def _text(path: Path, column: str, row: int, text: object) -> str:
     return text
 
 
+def label_of(value: object) -> str | None:
+    """A label as a plan writes it; None if it is none.
+
+    Codes such as 0 and 1 are numbers in JSON and Parquet, and texts in a plan.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) else None
+
+
 def _label(path: Path, column: str, row: int, label: object, index_of: dict[str, int]) -> int:
-    # Codes such as 0 and 1 are numbers in JSON and Parquet, and texts in a plan.
-    name = str(label) if isinstance(label, int) and not isinstance(label, bool) else label
-    if not isinstance(name, str) or name not in index_of:
+    name = label_of(label)
+    if name is None or name not in index_of:
         raise DataError(
             f"row {row} has a label that the plan does not have",
             file=path,

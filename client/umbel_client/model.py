@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from umbel_client.batch import HiddenInputs, Inputs, PooledInputs, TokenInputs
 from umbel_client.lora import attach, plan_lora, tensors_of
-from umbel_client.model_folder import folder_digest, load_base
+from umbel_client.model_folder import folder_digest, load_base, require_context
 from umbel_client.precision import Precision, computing, lower_precision
 from umbel_client.quantised import quantise
 from umbel_client.split import (
@@ -106,15 +106,7 @@ class AdaptedModel(nn.Module):
             )
         # On its device before PEFT adds to it: tensors that move later are not the ones trained.
         base = load_base(folder, plan.task).to(device)  # type: ignore[arg-type]  # wrapped by torch
-        positions = getattr(base.config, "max_position_embeddings", plan.task.max_tokens)
-        if plan.task.max_tokens > positions:
-            raise ModelError(
-                "a plan asks for longer texts than the base model can read",
-                file=folder,
-                field="task.max_tokens",
-                found=plan.task.max_tokens,
-                accepted=f"at most {positions}",
-            )
+        require_context(folder, base.config, plan.task)
         if quantisation == "nf4":
             quantise(base, torch.bfloat16 if precision == "bfloat16" else torch.float32)
         parameters, head = attach(folder, base, plan.task, plan.lora)

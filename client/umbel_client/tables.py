@@ -1,21 +1,22 @@
 """Rows of a file of records, whatever its kind: JSON lines, CSV, Parquet, or a data set's folder.
 
-Every kind is held to the same strictness, and what is wrong is named by its row. JSON lines and CSV
-are read as they are; Parquet and folders that `save_to_disk` of Hugging Face `datasets` wrote go
-through that library, with no network.
+Every kind is held to the same strictness, and what is wrong is named by its row. Reading leaves no
+copy of private data anywhere, not even for a moment: its folder need not be writable. Folders that
+`save_to_disk` of Hugging Face `datasets` wrote go through that library, with no network.
 """
 
 import csv
 import hashlib
 import io
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import msgspec
+import pyarrow.parquet
 from datasets.exceptions import DatasetsError
 
 from umbel_common.canonical import Digest
@@ -38,6 +39,8 @@ class Table:
     """In the order of the file; people count them from 1, without a header."""
     source: Digest
     """SHA-256 of the file; of a folder, over its Arrow files in their order."""
+    first: int = 1
+    """Number of the first row, as people count."""
 
 
 def read_table(path: Path) -> Table:
@@ -46,6 +49,18 @@ def read_table(path: Path) -> Table:
     Raises:
         DataError: the file is missing, of another kind, malformed, not UTF-8, or empty.
     """
+    try:
+        rows = _rows_of(path)
+        if not rows:
+            raise DataError("the data file holds no record", file=path)
+        columns = dict.fromkeys(column for row in rows for column in row)
+        return Table(tuple(columns), rows, _source(path))
+    except OSError as error:
+        raise _unreadable(path, error.strerror or type(error).__name__) from None
+
+
+def _rows_of(path: Path) -> list[Row]:
+    rows: list[Row]
     if path.is_dir():
         rows = _folder(path)
     elif not path.is_file():
@@ -65,10 +80,7 @@ def read_table(path: Path) -> Table:
             found=path.suffix or "no suffix",
             accepted=", ".join(KINDS),
         )
-    if not rows:
-        raise DataError("the data file holds no record", file=path)
-    columns = dict.fromkeys(column for row in rows for column in row)
-    return Table(tuple(columns), rows, _source(path))
+    return rows
 
 
 def _json_lines(path: Path) -> list[Row]:
@@ -78,10 +90,14 @@ def _json_lines(path: Path) -> list[Row]:
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             _text(path, line, number)
+            if not line.strip():
+                raise _malformed(path, number, "an empty line")
             try:
                 row = msgspec.json.decode(line)
             except msgspec.DecodeError as error:
                 raise _malformed(path, number, str(error)) from None
+            except RecursionError:
+                raise _malformed(path, number, "values within values without end") from None
             if not isinstance(row, dict):
                 raise _malformed(path, number, f"{type(row).__name__}, not an object")
             rows.append(row)
@@ -97,8 +113,7 @@ def _csv(path: Path) -> list[Row]:
     rows: list[Row] = []
     try:
         header = next(reader, [])
-        if len(set(header)) != len(header):
-            raise DataError("a data file names a column twice", file=path, found=", ".join(header))
+        _require_different(path, header)
         for values in reader:
             if len(values) != len(header):
                 raise _malformed(
@@ -108,6 +123,37 @@ def _csv(path: Path) -> list[Row]:
     except csv.Error as error:
         raise _malformed(path, len(rows) + 1, str(error)) from None
     return rows
+
+
+def json_lines(path: Path, table: Table) -> list[bytes]:
+    """Each row as a line of JSON with its newline: of a file of JSON lines the very bytes.
+
+    Args:
+        path: of the file that the table was read from.
+
+    Raises:
+        DataError: a row holds what JSON cannot, such as an image.
+    """
+    if path.suffix != ".jsonl" or path.is_dir():
+        return [_json_line(path, number, row) for number, row in enumerate(table.rows, start=1)]
+    data = path.read_bytes()
+    if hashlib.sha256(data).digest() != table.source:
+        raise DataError("the data file changes while it is read", file=path, remedy="try again")
+    lines = data.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n")
+    return [line + b"\n" for line in lines]
+
+
+def _json_line(path: Path, number: int, row: Row) -> bytes:
+    try:
+        return msgspec.json.encode(row) + b"\n"
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"row {number} cannot be written as JSON",
+            file=path,
+            field=f"row {number}",
+            found=error,
+            accepted="texts, numbers, dates, lists and objects of them",
+        ) from None
 
 
 def _text(path: Path, data: bytes, first_line: int) -> str:
@@ -127,23 +173,27 @@ def _text(path: Path, data: bytes, first_line: int) -> str:
 
 
 def _parquet(path: Path) -> list[Row]:
-    datasets.disable_progress_bars()
     try:
-        # Private data must leave no copy elsewhere, not even if this process is killed here.
-        with tempfile.TemporaryDirectory(prefix=".umbel-", dir=path.parent) as cache:
-            return _rows(
-                path,
-                datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True),
-            )
-    except (DatasetsError, ValueError, TypeError, OSError) as error:
-        raise _unreadable(path, error) from None
+        table = pyarrow.parquet.ParquetFile(path).read()
+    except pyarrow.ArrowException as error:
+        raise _unreadable(path, type(error).__name__) from None
+    _require_different(path, table.column_names)
+    try:
+        rows: list[Row] = table.to_pylist()
+    except UnicodeDecodeError:
+        # Row by row it takes ten times as long, but tells which.
+        rows = []
+        for number in range(1, table.num_rows + 1):
+            with _decoding(path, number):
+                rows += table.slice(number - 1, 1).to_pylist()
+    return rows
 
 
 def _folder(path: Path) -> list[Row]:
     try:
         found = datasets.load_from_disk(str(path), keep_in_memory=True)
     except (DatasetsError, ValueError, TypeError, OSError, KeyError) as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, type(error).__name__) from None
     if isinstance(found, datasets.DatasetDict):
         raise DataError(
             "a folder holds several data sets",
@@ -151,23 +201,31 @@ def _folder(path: Path) -> list[Row]:
             found=", ".join(map(str, found)),
             accepted="the folder of one of them",
         )
-    return _rows(path, found)
-
-
-def _rows(path: Path, data: datasets.Dataset) -> list[Row]:
     rows: list[Row] = []
-    for number in range(1, len(data) + 1):
-        try:
-            rows.append(data[number - 1])
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"row {number} is not UTF-8",
-                file=path,
-                field=f"row {number}",
-                found=f"byte 0x{error.object[error.start]:02x}",
-                accepted="UTF-8",
-            ) from None
+    for number in range(1, len(found) + 1):
+        with _decoding(path, number):
+            rows.append(found[number - 1])
     return rows
+
+
+@contextmanager
+def _decoding(path: Path, row: int) -> Iterator[None]:
+    """Names the row whose bytes are no text: Arrow keeps them as they came."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"row {row} is not UTF-8",
+            file=path,
+            field=f"row {row}",
+            found=f"byte 0x{error.object[error.start]:02x}",
+            accepted="UTF-8",
+        ) from None
+
+
+def _require_different(path: Path, columns: Sequence[str]) -> None:
+    if len(set(columns)) != len(columns):
+        raise DataError("a data file names a column twice", file=path, found=", ".join(columns))
 
 
 def _source(path: Path) -> bytes:
@@ -185,7 +243,5 @@ def _malformed(path: Path, row: int, found: str) -> DataError:
     return DataError(f"row {row} cannot be read", file=path, field=f"row {row}", found=found)
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(
-        "the data file cannot be read", file=path, found=type(error.__cause__ or error).__name__
-    )
+def _unreadable(path: Path, found: str | None) -> DataError:
+    return DataError("the data file cannot be read", file=path, found=found)
