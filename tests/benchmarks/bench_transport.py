@@ -77,10 +77,14 @@ def federation(sites: Sequence[str], megabytes: int) -> tuple[dict[str, float], 
             site.trainer = Daemon.of(site.folder, prepared_site.__file__, str(site.config))
         plan = large_plan(model, megabytes)
         try:
-            clinics.start_all()
+            clinics.port_process.start()
+            clinics.rounds_process.start()
             for site in clinics.sites.values():
+                # One after the other: many that import PyTorch at once take minutes.
+                site.trainer.start()
                 site.status()
-            time.sleep(5)
+                site.relay.start()
+            time.sleep(10)
             processes = {
                 "port": clinics.port_process.pid,
                 "rounds": clinics.rounds_process.pid,
