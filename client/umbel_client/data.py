@@ -71,6 +71,7 @@ def load_records(
     label_column: str = "label",
     unit_column: str | None = None,
     max_records_per_unit: int = 32,
+    scratch: Path | None = None,
 ) -> Records:
     """Reads every row of a .jsonl, .csv or .parquet file; other columns are ignored.
 
@@ -80,6 +81,8 @@ def load_records(
         unit_column: says whose a record is; None: each record is its own unit.
         max_records_per_unit: records of a unit past so many, in the order of the file, are left
             out. That depends on this unit's records alone, so it costs no privacy.
+        scratch: a folder as private as the file, where what the reader has to write lies meanwhile;
+            None: the file's own, which must then be writable.
 
     Raises:
         DataError: the file is missing, malformed, empty or of another kind; a column is missing; a
@@ -87,7 +90,7 @@ def load_records(
     """
     if not path.is_file():
         raise DataError("the data file does not exist", file=path)
-    table = _read(path)
+    table = _read(path, path.parent if scratch is None else scratch)
     for column in (text_column, label_column, unit_column):
         if column is not None and column not in table.column_names:
             raise DataError(
@@ -175,7 +178,7 @@ def _label(path: Path, column: str, row: int, label: object, index_of: dict[str,
     return index_of[name]
 
 
-def _read(path: Path) -> datasets.Dataset:
+def _read(path: Path, scratch: Path) -> datasets.Dataset:
     readers: dict[str, Any] = {
         ".jsonl": datasets.Dataset.from_json,
         ".csv": datasets.Dataset.from_csv,
@@ -195,11 +198,13 @@ def _read(path: Path) -> datasets.Dataset:
     try:
         options = _csv_options(path) if path.suffix == ".csv" else {}
         # Private data must leave no copy elsewhere, not even if this process is killed here.
-        with tempfile.TemporaryDirectory(prefix=".umbel-", dir=path.parent) as cache:
+        with tempfile.TemporaryDirectory(prefix=".umbel-", dir=scratch) as cache:
             return reader(str(path), cache_dir=cache, keep_in_memory=True, **options)
     except (DatasetsError, csv.Error, ValueError, TypeError, OSError) as error:
+        cause = error.__cause__ or error
+        reason = cause.strerror if isinstance(cause, OSError) else None
         raise DataError(
-            "the data file cannot be read", file=path, found=type(error.__cause__ or error).__name__
+            "the data file cannot be read", file=path, found=reason or type(cause).__name__
         ) from None
 
 

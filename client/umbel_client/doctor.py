@@ -95,6 +95,7 @@ def _data(config: ClientConfig) -> tuple[State, str]:
     data = config.data
     if len(config.policy.labels) < 2:
         return State.BROKEN, "policy.labels names no labels, so every plan is refused"
+    state = Path(config.state)
     records = load_records(
         Path(data.path),
         Classification(labels=config.policy.labels),
@@ -102,6 +103,8 @@ def _data(config: ClientConfig) -> tuple[State, str]:
         label_column=data.label_column,
         unit_column=data.unit_column,
         max_records_per_unit=data.max_records_per_unit,
+        # Before the trainer's first start there is none, and this makes none.
+        scratch=state if state.is_dir() else None,
     )
     unit = "each its own unit" if data.unit_column is None else f"units by {data.unit_column}"
     return State.FINE, f"{len(records):,} records, {unit}"

@@ -98,6 +98,7 @@ class SiteJob:
             label_column=config.data.label_column,
             unit_column=config.data.unit_column,
             max_records_per_unit=config.data.max_records_per_unit,
+            scratch=Path(config.state),
         )
         self._weight = _weight(plan, roster, config.site, len(records))
         state = Path(config.state)
