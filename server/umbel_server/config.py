@@ -117,6 +117,9 @@ class ServerConfig(Value, frozen=True):
     """Whom the operator believes; `umbel-server sites` changes it."""
     sites: str = "sites.json"
     """The sites' relay keys and certificates; `umbel-server sites` changes it."""
+    socket: str | None = None
+    """Where the two processes meet; absent: carrier.sock in `state`. Elsewhere, each may have a
+    `state` of its own, and they share no more than this socket."""
     listen: ListenConfig = ListenConfig()
     limits: LimitsConfig = LimitsConfig()
     evaluation: EvaluationConfig | None = None
@@ -151,7 +154,19 @@ def load_config(path: Path) -> ServerConfig:
         ]
         evaluation = msgspec.structs.replace(evaluation, **resolved(evaluation, *given))
     files = resolved(config, "state", "identity", "roster", "sites")
+    if config.socket is not None:
+        files |= resolved(config, "socket")
     return msgspec.structs.replace(config, listen=listen, evaluation=evaluation, **files)
+
+
+def carrier_socket(config: ServerConfig) -> Path:
+    """Where the process with the jobs reaches the one with the port."""
+    return Path(config.state) / "carrier.sock" if config.socket is None else Path(config.socket)
+
+
+def rounds_socket(config: ServerConfig) -> Path:
+    """Where probes reach the process with the jobs."""
+    return Path(config.state) / "rounds.sock"
 
 
 def load_roster(config: ServerConfig) -> RosterDocument:

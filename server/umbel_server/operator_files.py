@@ -30,6 +30,8 @@ identity = "identity.pem"
 # Whom the operator believes, and whose relays may connect: `umbel-server sites` writes both.
 roster = "roster.json"
 sites = "sites.json"
+# Where the process with the port and the one with the jobs meet; absent: in `state`.
+# socket = "state/carrier.sock"
 
 [listen]
 # Where sites reach this server. TLS 1.3, and only with a certificate of the authority in ca/.

@@ -14,7 +14,7 @@ from umbel_common.errors import UmbelError
 from umbel_host.log import adopt
 from umbel_host.sockets import SocketServer
 from umbel_server.carrier import CARRIER, methods
-from umbel_server.config import ServerConfig
+from umbel_server.config import ServerConfig, carrier_socket
 from umbel_server.expiry import to_renew
 from umbel_server.listener import Gate, server
 from umbel_server.sites import SiteEntry, load_sites
@@ -26,11 +26,6 @@ _CARRIER_MODE = 0o660
 _STOPPING_SECONDS = 5.0
 
 _logger = logging.getLogger("umbel.port")
-
-
-def carrier_socket(config: ServerConfig) -> Path:
-    """Where the jobs reach the process with the port."""
-    return Path(config.state) / "carrier.sock"
 
 
 class Admitted:

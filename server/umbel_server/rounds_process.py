@@ -18,11 +18,12 @@ from umbel_host.log import configure
 from umbel_host.process import locked, told_to_stop
 from umbel_host.sockets import SocketServer
 from umbel_server.carrier import CarrierLink
-from umbel_server.config import load_config, load_roster
+from umbel_server.config import carrier_socket, load_config, load_roster, rounds_socket
 from umbel_server.ports import Link
 from umbel_server.queue import JobQueue
 from umbel_server.rounds import Rounds
 
+_PROBE_MODE = 0o600
 _IDLE_SECONDS = 0.5
 _WAITING_SECONDS = 10.0
 """Between two offers of a plan that people have not decided about."""
@@ -47,7 +48,7 @@ def run(path: Path) -> None:
 
     @contextmanager
     def connect(stopped: Callable[[], bool]) -> Iterator[Link]:
-        with closing(CarrierLink(state / "carrier.sock", stopped)) as link:
+        with closing(CarrierLink(carrier_socket(config), stopped)) as link:
             yield link
 
     with (
@@ -64,32 +65,40 @@ def run(path: Path) -> None:
             stopping=stopping.is_set,
             evaluation=lambda: load_config(path).evaluation,
         )
-        probes = SocketServer(state / "rounds.sock", _PROBE_MODE, workers=2)
-        probes.start()
-        try:
+        with _probed(rounds_socket(config)) as serving:
             _logger.info("waiting for jobs in %s", state)
-            work(rounds, stopping, probes.serving)
-        finally:
-            probes.stop(1.0)
+            work(rounds, stopping, serving)
 
 
-def work(rounds: Rounds, stopping: threading.Event, well: Callable[[bool], None]) -> None:
+@contextmanager
+def _probed(path: Path) -> Iterator[Callable[[bool], None]]:
+    """Answers probes; yields what they are told with."""
+    probes = SocketServer(path, _PROBE_MODE, workers=2)
+    probes.start()
+    try:
+        yield probes.serving
+    finally:
+        probes.stop(1.0)
+
+
+def work(rounds: Rounds, stopping: threading.Event, serving: Callable[[bool], None]) -> None:
     """Until `stopping`. A full disk ends no process: the job can be resumed.
 
     Args:
-        well: is told whether the operator's disk can be used, for probes.
+        serving: is told whether the files could be used.
     """
-    well(True)
+    serving(True)
     while not stopping.is_set():
         try:
             busy = rounds.work()
+            serving(True)
             pause = (
                 0.0 if busy else _IDLE_SECONDS if rounds.queue.next() is None else _WAITING_SECONDS
             )
-            well(True)
+            serving(True)
         except StorageError as error:
             _logger.error("%s", error.diagnostics())
-            well(False)
+            serving(False)
             pause = _WAITING_SECONDS
         stopping.wait(pause)
 

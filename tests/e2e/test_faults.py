@@ -16,6 +16,7 @@ from umbel_client.budget_view import release_costs
 from umbel_client.ipc import TrainerStub
 from umbel_client.ledger_file import read_ledger
 from umbel_client.ledger_rows import Reservation
+from umbel_host.sockets import healthy
 from umbel_server.queue import State
 
 
@@ -140,7 +141,9 @@ def test_a_server_whose_disk_is_full_goes_on_when_there_is_room(clinics: Clinics
         time.sleep(12)
         assert clinics.rounds_process.running
         assert clinics.queue.job(job).state is State.RUNNING
+        assert not healthy(clinics.operator_folder / "state" / "rounds.sock", 5.0)
     finished(clinics, job)
+    assert healthy(clinics.operator_folder / "state" / "rounds.sock", 5.0)
     assert len(adapters(clinics, job)) == 1
     for site in clinics.sites.values():
         assert charged(site, job) == [1, 2, 3]
