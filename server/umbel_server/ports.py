@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from umbel_common.adapter import Vector
+from umbel_common.errors import RemoteProtocolError
 from umbel_common.secagg.unmasking import WrongShare
 from umbel_common.statements import Release
 from umbel_common.wire import Reply
@@ -51,7 +52,7 @@ class Observer(Protocol):
         counts them."""
         ...
 
-    def strayed(self, step: Step, site: str, check: str) -> None:
+    def strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
         """Something came in a site's name that is no reply of this site to what it was asked."""
         ...
 

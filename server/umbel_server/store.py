@@ -5,19 +5,19 @@ is recorded together with its transcript entry. After a crash the job goes on be
 release that is recorded here.
 """
 
-import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from umbel_common.canonical import decode_canonical, encode
-from umbel_common.errors import RemoteProtocolError, StorageError
+from umbel_common.errors import StorageError
 from umbel_common.identity import Identity, Signed
 from umbel_common.transcript import GENESIS, Event, append
+from umbel_common.wire import LastAdvert
+from umbel_host.database import Database, Schema
 
-SCHEMA_VERSION = 1
-
-_SCHEMA = """
+_ADVERTS = """
+CREATE TABLE adverts (site TEXT PRIMARY KEY, header BLOB NOT NULL, advert BLOB NOT NULL) STRICT;
+"""
+_TABLES = """
 CREATE TABLE jobs (
     job TEXT PRIMARY KEY, plan BLOB NOT NULL, finished INTEGER NOT NULL DEFAULT 0
 ) STRICT;
@@ -35,6 +35,9 @@ CREATE TABLE transcript (
 ) STRICT;
 """
 
+# What sites advertised before is not known: they are shown it from their next attempt on.
+SCHEMA = Schema("round journal", _TABLES + _ADVERTS, (_ADVERTS,))
+
 
 class Store:
     """The journal of one aggregation server; used by one process and thread at a time."""
@@ -43,26 +46,10 @@ class Store:
         """Opens or creates the journal.
 
         Raises:
-            StorageError: it is corrupt, of another schema version, or cannot be written.
+            StorageError: it is corrupt, of a later schema version, or cannot be written.
         """
         self._path = path
-        with self._storage_errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = FULL")
-            (version,) = self._database.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                self._database.executescript(
-                    f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-                )
-            elif version != SCHEMA_VERSION:
-                raise StorageError(
-                    "a round journal has another schema version",
-                    file=path,
-                    found=version,
-                    accepted=SCHEMA_VERSION,
-                )
+        self._database = Database(path, SCHEMA)
 
     def close(self) -> None:
         """Closes the file."""
@@ -74,7 +61,7 @@ class Store:
 
     def finished(self, job: str) -> bool:
         """Whether the job ended with its last release."""
-        with self._storage_errors():
+        with self._database.errors():
             row = self._database.execute(
                 "SELECT finished FROM jobs WHERE job = ?", (job,)
             ).fetchone()
@@ -90,14 +77,14 @@ class Store:
         event: Event,
     ) -> None:
         """Records a job, its release 0 and the first entry of its transcript."""
-        with self._transaction():
+        with self._database.transaction():
             self._execute("INSERT INTO jobs (job, plan) VALUES (?, ?)", job, encode(plan))
             self._insert_release(job, 0, adapter, release)
             self._append(operator, job, event)
 
     def next_attempt(self, job: str, round_number: int) -> int:
         """The first attempt number (from 1) that the round has not used."""
-        with self._storage_errors():
+        with self._database.errors():
             row = self._database.execute(
                 "SELECT COALESCE(MAX(attempt), 0) + 1 FROM attempts WHERE job = ? AND round = ?",
                 (job, round_number),
@@ -106,7 +93,7 @@ class Store:
 
     def open_attempt(self, job: str, round_number: int, attempt: int, header: Signed) -> None:
         """Burns an attempt number, before its header is sent."""
-        with self._transaction():
+        with self._database.transaction():
             self._execute(
                 "INSERT INTO attempts (job, round, attempt, header) VALUES (?, ?, ?, ?)",
                 job,
@@ -115,9 +102,31 @@ class Store:
                 encode(header),
             )
 
+    def keep_advert(self, site: str, header: Signed, advert: Signed) -> None:
+        """Keeps what a site signed last, in whatever job, to show it to the site again."""
+        with self._database.transaction():
+            self._execute(
+                "INSERT INTO adverts VALUES (?, ?, ?) ON CONFLICT (site) DO UPDATE"
+                " SET header = excluded.header, advert = excluded.advert",
+                site,
+                encode(header),
+                encode(advert),
+            )
+
+    def last_adverts(self) -> dict[str, LastAdvert]:
+        """What each site signed last, by its name."""
+        with self._database.errors():
+            rows = self._database.execute("SELECT site, header, advert FROM adverts").fetchall()
+            return {
+                site: LastAdvert(
+                    header=decode_canonical(header, Signed), advert=decode_canonical(advert, Signed)
+                )
+                for site, header, advert in rows
+            }
+
     def record(self, operator: Identity, job: str, event: Event) -> None:
         """Appends to the job's transcript."""
-        with self._transaction():
+        with self._database.transaction():
             self._append(operator, job, event)
 
     def record_release(
@@ -130,13 +139,13 @@ class Store:
         event: Event,
     ) -> None:
         """Records a release with its transcript entry: both or neither."""
-        with self._transaction():
+        with self._database.transaction():
             self._insert_release(job, round_number, adapter, release)
             self._append(operator, job, event)
 
     def finish_job(self, operator: Identity, job: str, event: Event) -> None:
         """Marks the job as finished, with the last entry of its transcript."""
-        with self._transaction():
+        with self._database.transaction():
             self._append(operator, job, event)
             self._execute("UPDATE jobs SET finished = 1 WHERE job = ?", job)
 
@@ -146,7 +155,7 @@ class Store:
         Raises:
             StorageError: the job has none.
         """
-        with self._storage_errors():
+        with self._database.errors():
             row = self._database.execute(
                 "SELECT round, adapter, release FROM releases WHERE job = ?"
                 " ORDER BY round DESC LIMIT 1",
@@ -158,7 +167,7 @@ class Store:
 
     def jobs(self) -> list[str]:
         """Every job that was ever started, in the order of their start."""
-        with self._storage_errors():
+        with self._database.errors():
             rows = self._database.execute("SELECT job FROM jobs ORDER BY rowid").fetchall()
             return [row[0] for row in rows]
 
@@ -206,29 +215,6 @@ class Store:
         return rows[0] if rows else None
 
     def _all(self, statement: str, job: str) -> list[Signed]:
-        with self._storage_errors():
+        with self._database.errors():
             rows = self._database.execute(statement, (job,)).fetchall()
             return [decode_canonical(row[0], Signed) for row in rows]
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with self._storage_errors():
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
-
-    @contextmanager
-    def _storage_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError, RemoteProtocolError) as error:
-            raise StorageError(
-                "the round journal cannot be used",
-                file=self._path,
-                found=error,
-                remedy="see that the disk has space and the file is writable and intact",
-            ) from error
