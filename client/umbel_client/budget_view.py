@@ -72,7 +72,7 @@ class Verified(Value, frozen=True):
 def spending(contents: Contents, allowed: Budget) -> Spending:
     """How a data set stands against what the policy allows."""
     rounds = list(contents.rounds.values())
-    spent = _cost(rounds, allowed.delta)
+    spent = total_epsilon(contents.events(), allowed.delta)
     jobs: dict[str, list[Reservation]] = {}
     for entry in rounds:
         jobs.setdefault(entry.job, []).append(entry)

@@ -16,6 +16,7 @@ from umbel_client.data import LmRecords, Records, columns_of, load_records
 from umbel_client.delta_cache import DeltaCache, State
 from umbel_client.held_out import hold_out, noisy_counts
 from umbel_client.ledger import Ledger
+from umbel_client.ledger_rows import LOST
 from umbel_client.model import AdaptedModel
 from umbel_client.noise import NoiseSource
 from umbel_client.observer import Observer
@@ -88,7 +89,8 @@ class SiteJob:
                 fails the self-test of a private step.
             CalibrationError, PolicyRefusal: the plan's privacy cannot be had with this data set.
             BudgetError: the whole plan would go past the data set's budget.
-            LedgerError: the ledger is corrupt, in use, or rolled back, or the journal is.
+            LedgerError: the ledger is corrupt, in use, or rolled back, or the journal is; or it is
+                an old copy, and what was spent since was not stated.
         """
         self.plan = plan
         self._config = config
@@ -104,6 +106,7 @@ class SiteJob:
         try:
             if published.ledger_head is not None:
                 self._ledger.verify(published.ledger_head)
+            self._ledger.require_stated()
             self._ledger.keep_pace(published.answers)
             self._check_budget()
             self._model = AdaptedModel.load(
@@ -136,6 +139,15 @@ class SiteJob:
     def ledger_head(self) -> bytes:
         """What the site's next signed statement says about its ledger."""
         return self._ledger.head()
+
+    def knows(self, head: bytes, signed_for: RoundHeader) -> bool:
+        """Whether the ledger knows of a head that this site signed for an attempt."""
+        return self._ledger.knows(head, signed_for.job, signed_for.round)
+
+    def forgot(self, head: bytes) -> None:
+        """The ledger is an old copy, by a head that this site signed: nothing is charged until
+        somebody states what was spent."""
+        self._ledger.restored(head)
 
     def train(self, header: RoundHeader, adapter: Vector) -> None:
         """Makes sure that the round's delta exists: from the cache, or by training now.
@@ -202,6 +214,12 @@ class SiteJob:
                 file=self._config.state,
                 remedy="this site sits the round out; its log says why training failed",
             )
+        if recorded == LOST:
+            raise LedgerError(
+                f"round {number} was charged in a state of this site that is gone",
+                file=self._config.state,
+                remedy="this site sits the round out, and takes part in later ones",
+            )
         return self._deltas.load(number, recorded, with_state=with_state)
 
     def _recorded_digest(self, number: int) -> bytes | None:
@@ -261,7 +279,7 @@ class SiteJob:
         for former in range(number - 1, 0, -1):
             # Only of a round whose delta the ledger knows: what a killed computation left must not
             # flow into a later release.
-            if self._recorded_digest(former) not in (None, FAILED):
+            if self._recorded_digest(former) not in (None, FAILED, LOST):
                 return self._stored(former, with_state=True)[2]
         return None
 

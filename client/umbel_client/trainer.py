@@ -15,6 +15,7 @@ from pathlib import Path
 from umbel_client.config import ClientConfig
 from umbel_client.decisions import Decisions
 from umbel_client.export import write_adapter
+from umbel_client.last_advert import check_last_advert
 from umbel_client.observer import Observer
 from umbel_client.pinned_roster import Pinned
 from umbel_client.policy import judge_header, judge_operator, judge_plan, judge_start
@@ -204,6 +205,8 @@ class Trainer:
         judge_start(self._config.policy, self._clock().time(), self._session.trained(plan.job))
         adapter = self._check_release(request, header, plan)
         job = self._loaded_job(plan.job)
+        if request.last is not None:
+            check_last_advert(request.last, job, self._identity)
         began = time.monotonic()
         try:
             job.train(header, adapter)

@@ -1,11 +1,14 @@
 """The closed set of messages between server and site, sealed by the sender's identity.
 
-A sealed message is `magic (4) | signature (64) | body`. The signature covers a label that names the
+A sealed message is `"UMB" | wire version (1) | signature (64) | body`. The signature covers a label that names the
 direction and the site, and of a reply also the request: so a message is good for one site and one
 direction only, and a reply for one request, whatever was recorded before. The body is
 the strict MessagePack encoding of one of the types below. Order of checks on receipt: size, magic,
-signature against the pinned key, decoding. Nothing is parsed, and nothing allocated, before the
-first three passed.
+version, signature against the pinned key, decoding. Nothing is parsed, and nothing allocated, before
+all but the last passed.
+
+A side speaks one version and says so in each message: whoever speaks another refuses by name, and
+both sides' people read who has to upgrade.
 """
 
 from typing import Annotated, TypeAlias
@@ -20,7 +23,10 @@ from umbel_common.secagg.messages import EncryptedShare, RevealedShare, Survivor
 from umbel_common.site_counts import COORDINATES
 from umbel_common.statements import Cohort
 
-MAGIC = b"UMB1"
+WIRE_VERSION = 2
+"""Of everything in this file, and of `umbel_common.secagg.messages`: any change is another one."""
+_MARK = b"UMB"
+MAGIC = _MARK + str(WIRE_VERSION).encode()
 HEADER_BYTES = len(MAGIC) + SIGNATURE_BYTES
 
 FLOWER_MESSAGE_TYPE = "train.umbel"
@@ -51,6 +57,16 @@ class OfferReply(Message, frozen=True, tag="offer-accepted"):
     plan: Digest
 
 
+class LastAdvert(Value, frozen=True):
+    """What a site signed last, shown to it again: a site whose state was put back to an earlier
+    time does not know it."""
+
+    header: Signed
+    """The `RoundHeader` of the attempt that it advertised keys for."""
+    advert: Signed
+    """Its `KeyAdvert`, with the head that its privacy ledger had."""
+
+
 class TrainRequest(Message, frozen=True, tag="train"):
     """Stage 1: train from this global adapter, then advertise fresh keys."""
 
@@ -59,6 +75,8 @@ class TrainRequest(Message, frozen=True, tag="train"):
     """The `Release` whose adapter training starts from."""
     adapter: Blob
     """Its flat vector, float32 little-endian."""
+    last: LastAdvert | None = None
+    """What this site advertised last, in whatever job; None if that is not known."""
 
 
 class TrainReply(Message, frozen=True, tag="trained"):
@@ -183,9 +201,10 @@ def open_request(operator_key: bytes, site: str, data: bytes, *, limit: int) -> 
     """Opens a request addressed to `site`.
 
     Raises:
-        RemoteProtocolError: `oversized-message`, `malformed-message` or `pinned-signature`.
+        RemoteProtocolError: `oversized-message`, `malformed-message`, `wire-version` or
+            `pinned-signature`.
     """
-    body = _open(operator_key, f"request to {site}", data, limit)
+    body = _open(operator_key, "the operator", f"request to {site}", data, limit)
     return decode(body, Request)  # type: ignore[arg-type]  # a union is a decodable type
 
 
@@ -210,9 +229,10 @@ def open_reply(site_key: bytes, site: str, data: bytes, request: bytes, *, limit
         request: `request_digest` of what it must answer.
 
     Raises:
-        RemoteProtocolError: `oversized-message`, `malformed-message` or `pinned-signature`.
+        RemoteProtocolError: `oversized-message`, `malformed-message`, `wire-version` or
+            `pinned-signature`.
     """
-    body = _open(site_key, _reply_label(site, request), data, limit)
+    body = _open(site_key, site, _reply_label(site, request), data, limit)
     return decode(body, Reply)  # type: ignore[arg-type]  # a union is a decodable type
 
 
@@ -240,7 +260,7 @@ def _encoded(message: Request | Reply) -> tuple[bytes | memoryview, ...]:
     return start[:-2] + bytes([kind]) + len(vector).to_bytes(width, "big"), vector
 
 
-def _open(key: bytes, label: str, data: bytes, limit: int) -> memoryview:
+def _open(key: bytes, sender: str, label: str, data: bytes, limit: int) -> memoryview:
     require(
         len(data) <= limit,
         "oversized-message",
@@ -249,9 +269,20 @@ def _open(key: bytes, label: str, data: bytes, limit: int) -> memoryview:
         accepted=f"at most {limit} bytes",
     )
     require(
-        len(data) > HEADER_BYTES and data[: len(MAGIC)] == MAGIC,
+        len(data) > HEADER_BYTES and data[: len(_MARK)] == _MARK and data[3:4].isdigit(),
         "malformed-message",
-        "this is no sealed message of version 1",
+        "this is no sealed message",
+    )
+    # Not signed yet, or not in a way that this version knows: good for a refusal and no more.
+    version = int(data[len(_MARK) : len(MAGIC)])
+    behind = f"at {sender}" if version < WIRE_VERSION else "on this side"
+    require(
+        version == WIRE_VERSION,
+        "wire-version",
+        f"{sender} speaks wire version {version}, this side speaks {WIRE_VERSION}",
+        found=version,
+        accepted=WIRE_VERSION,
+        remedy=f"upgrade Umbel {behind}",
     )
     body = memoryview(data)[HEADER_BYTES:]
     require(

@@ -23,6 +23,7 @@ from umbel_common.wire import (
     Refusal,
     Reply,
     Request,
+    TrainReply,
     TrainRequest,
     open_reply,
     request_digest,
@@ -38,6 +39,7 @@ from umbel_server.store import Store
 
 UNDECIDED = frozenset({"awaiting-approval", "site-paused"})
 """Refusals of a plan that people at the site may still take back."""
+WRONG_VERSION = "wire-version"
 
 __all__ = ["Job", "Limits", "Link", "Observer", "Step"]
 
@@ -248,14 +250,18 @@ class Job:
             adapter=to_bytes(self._registry.load(self.plan, header.adapter)),
         )
         length = vector_length(self.plan, header.round) + 1
-        return start(header, self._roster, self.plan, request, length)
+        last = self._store.last_adverts()
+        return start(header, self._roster, self.plan, request, length, last)
 
     def _drive(self, state: Attempt | Outcome) -> Outcome:
         while isinstance(state, Attempt):
             current = state
             step = Step(current.stage, current.header.round, current.header.attempt)
             for site, reply in self._exchange(step, current.requests()):
+                awaited = current.waiting
                 current = current.receive(site, reply)
+                if isinstance(reply, TrainReply) and site in awaited - current.waiting:
+                    self._keep_advert(current, site, reply)
                 # It may hold a vector, and the next one is about to be read.
                 del reply
                 if not current.waiting:
@@ -269,6 +275,11 @@ class Job:
                 refusals = {**current.refusals, **dict.fromkeys(lost, error.check)}
                 raise _Aborted(error, refusals, current.unwilling | lost) from error
         return state
+
+    def _keep_advert(self, attempt: Attempt, site: str, reply: TrainReply) -> None:
+        request = attempt.first_request
+        if request is not None and site not in attempt.refusals:
+            self._store.keep_advert(site, request.header, reply.advert)
 
     def _release(self, header: RoundHeader, signed_header: Signed, outcome: Outcome) -> Release:
         # Read again: while masked vectors came in, there was a sum and one of them in memory.
@@ -348,7 +359,8 @@ class Job:
     def _exchange(self, step: Step, requests: Mapping[str, Request]) -> Iterator[tuple[str, Reply]]:
         """Seals, sends, opens, one message at a time.
 
-        A reply that does not open is no reply: it is of somebody else, or to another request.
+        A reply that does not open is no reply: it is of somebody else, or to another request. One
+        of another wire version cannot be opened, and is as good as a refusal: nothing will come.
         """
         asked: dict[str, tuple[int, bytes]] = {}
 
@@ -368,7 +380,9 @@ class Job:
             try:
                 reply = open_reply(key, site, data, request, limit=self._size_limit)
             except RemoteProtocolError as error:
-                self._observer.strayed(step, site, error.check)
+                self._observer.strayed(step, site, error)
+                if error.check == WRONG_VERSION:
+                    yield site, Refusal(check=error.check)
                 continue
             self._observer.answered(step, site, reply, received, len(data))
             # No reply is kept while it is worked on, or while the next one is read.

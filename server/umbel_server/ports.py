@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from umbel_common.adapter import Vector
-from umbel_common.errors import UmbelError
+from umbel_common.errors import RemoteProtocolError, UmbelError
 from umbel_common.evaluation import Evaluation, GateResult
 from umbel_common.plan import TrainingPlan
 from umbel_common.secagg.unmasking import WrongShare
@@ -55,7 +55,7 @@ class Observer(Protocol):
         counts them."""
         ...
 
-    def strayed(self, step: Step, site: str, check: str) -> None:
+    def strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
         """Something came in a site's name that is no reply of this site to what it was asked."""
         ...
 

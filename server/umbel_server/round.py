@@ -13,8 +13,10 @@ twice, late, or from another attempt costs nobody anything: networks do that to 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
+
+import msgspec
 
 from umbel_common.canonical import Value
 from umbel_common.errors import LocalProtocolError, RemoteProtocolError, RoundAborted, require
@@ -27,6 +29,7 @@ from umbel_common.statements import RoundHeader
 from umbel_common.wire import (
     ConfirmReply,
     ConfirmRequest,
+    LastAdvert,
     MaskReply,
     MaskRequest,
     Refusal,
@@ -76,6 +79,8 @@ class Attempt:
     evidence: Evidence
     unwilling: frozenset[str] = frozenset()
     """Those that refused to train: they would refuse the next attempt too."""
+    last: Mapping[str, LastAdvert] = field(default_factory=dict)
+    """What sites advertised before this attempt, by their names: each is shown its own."""
 
     @property
     def stage(self) -> str:
@@ -102,8 +107,12 @@ class Attempt:
         context = self.header.context()
         match self.machine:
             case secagg.Advertising():
-                assert self.first_request is not None  # of this stage
-                return dict.fromkeys(self.header.cohort, self.first_request)
+                request = self.first_request
+                assert request is not None  # of this stage
+                return {
+                    site: msgspec.structs.replace(request, last=self.last.get(site))
+                    for site in self.header.cohort
+                }
             case secagg.Sharing() as machine:
                 return {
                     site: ShareRequest(context=context, adverts=adverts)
@@ -191,12 +200,14 @@ def start(
     plan: TrainingPlan,
     first_request: TrainRequest,
     vector_length: int,
+    last: Mapping[str, LastAdvert],
 ) -> Attempt:
     """A new attempt.
 
     Args:
         first_request: the signed header, with the release and adapter to train from.
         vector_length: elements of each masked vector (trained parameters and the weight).
+        last: what each site advertised last, by its name.
     """
     if header.plan != plan.digest() or header.roster != roster.digest():
         raise LocalProtocolError("header", "a header names another plan or roster than its job")
@@ -209,6 +220,7 @@ def start(
         machine=machine,
         refusals={},
         evidence=Evidence(),
+        last=last,
     )
 
 

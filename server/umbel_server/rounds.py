@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbel_common.adapter import Vector
-from umbel_common.errors import JobFailed, UmbelError
+from umbel_common.errors import JobFailed, RemoteProtocolError, UmbelError
 from umbel_common.evaluation import Evaluation, GateResult, figures_text
 from umbel_common.identity import Identity, Roster, open_signed
 from umbel_common.plan import TrainingPlan
@@ -19,7 +19,7 @@ from umbel_common.statements import Release
 from umbel_common.wire import Refusal, Reply
 from umbel_server.config import EvaluationConfig
 from umbel_server.evaluator import ProcessEvaluator
-from umbel_server.job import UNDECIDED, Job
+from umbel_server.job import UNDECIDED, WRONG_VERSION, Job
 from umbel_server.ports import Evaluator, JobStopped, Limits, Link, Step
 from umbel_server.queue import JobQueue, QueuedJob, State
 from umbel_server.registry import Registry
@@ -57,9 +57,15 @@ class Progress:
             answered=tuple(self._answered),
         )
 
-    def strayed(self, step: Step, site: str, check: str) -> None:
+    def strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
         """See `Observer`."""
-        _logger.warning("%s: a reply in the name of %s to %s: %s", self._job, site, step, check)
+        if error.check == WRONG_VERSION:
+            text = f"{error.message}: {error.remedy}"
+            _logger.error("%s: no work with %s: %s", self._job, site, text)
+            return
+        _logger.warning(
+            "%s: a reply in the name of %s to %s: %s", self._job, site, step, error.check
+        )
 
     def aborted(self, round_number: int, attempt: int, check: str) -> None:
         """See `Observer`."""

@@ -5,22 +5,35 @@ is recorded together with its transcript entry and the figures that it depended 
 the job goes on behind the last release that is recorded here.
 """
 
-import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
 from umbel_common.canonical import decode, decode_canonical, encode
-from umbel_common.errors import RemoteProtocolError, StorageError
+from umbel_common.errors import StorageError
 from umbel_common.evaluation import Evaluation, GateResult
 from umbel_common.identity import Identity, Signed
 from umbel_common.transcript import GENESIS, Event, append
+from umbel_common.wire import LastAdvert
+from umbel_host.database import Database, Schema
 
-SCHEMA_VERSION = 2
-
-_SCHEMA = """
+_ADVERTS = """
+CREATE TABLE adverts (site TEXT PRIMARY KEY, header BLOB NOT NULL, advert BLOB NOT NULL) STRICT;
+"""
+_EVALUATIONS = """
+CREATE TABLE evaluations (
+    job TEXT NOT NULL, round INTEGER NOT NULL, evaluation BLOB NOT NULL, gate BLOB,
+    PRIMARY KEY (job, round)
+) STRICT;
+"""
+# All jobs of before ended with the last round of their plans.
+_FINAL_ROUNDS = """
+ALTER TABLE jobs ADD COLUMN final_round INTEGER;
+UPDATE jobs SET final_round = (SELECT MAX(round) FROM releases WHERE releases.job = jobs.job)
+    WHERE finished = 1;
+ALTER TABLE jobs DROP COLUMN finished;
+"""
+_TABLES = """
 CREATE TABLE jobs (
     job TEXT PRIMARY KEY, plan BLOB NOT NULL, final_round INTEGER
 ) STRICT;
@@ -32,15 +45,16 @@ CREATE TABLE releases (
     job TEXT NOT NULL, round INTEGER NOT NULL, adapter BLOB NOT NULL, release BLOB NOT NULL,
     PRIMARY KEY (job, round)
 ) STRICT;
-CREATE TABLE evaluations (
-    job TEXT NOT NULL, round INTEGER NOT NULL, evaluation BLOB NOT NULL, gate BLOB,
-    PRIMARY KEY (job, round)
-) STRICT;
 CREATE TABLE transcript (
     job TEXT NOT NULL, position INTEGER NOT NULL, head BLOB NOT NULL, entry BLOB NOT NULL,
     PRIMARY KEY (job, position)
 ) STRICT;
 """
+
+# What sites advertised before is not known: they are shown it from their next attempt on.
+SCHEMA = Schema(
+    "round journal", _TABLES + _ADVERTS + _EVALUATIONS, (_ADVERTS, _EVALUATIONS + _FINAL_ROUNDS)
+)
 
 
 class Evaluated(msgspec.Struct, frozen=True):
@@ -64,26 +78,10 @@ class Store:
         """Opens or creates the journal.
 
         Raises:
-            StorageError: it is corrupt, of another schema version, or cannot be written.
+            StorageError: it is corrupt, of a later schema version, or cannot be written.
         """
         self._path = path
-        with self._storage_errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = FULL")
-            (version,) = self._database.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                self._database.executescript(
-                    f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-                )
-            elif version != SCHEMA_VERSION:
-                raise StorageError(
-                    "a round journal has another schema version",
-                    file=path,
-                    found=version,
-                    accepted=SCHEMA_VERSION,
-                )
+        self._database = Database(path, SCHEMA)
 
     def close(self) -> None:
         """Closes the file."""
@@ -95,7 +93,7 @@ class Store:
 
     def final_round(self, job: str) -> int | None:
         """The round whose release ended the job; None while it has not ended."""
-        with self._storage_errors():
+        with self._database.errors():
             row = self._database.execute(
                 "SELECT final_round FROM jobs WHERE job = ?", (job,)
             ).fetchone()
@@ -111,14 +109,14 @@ class Store:
         event: Event,
     ) -> None:
         """Records a job, its release 0 and the first entry of its transcript."""
-        with self._transaction():
+        with self._database.transaction():
             self._execute("INSERT INTO jobs (job, plan) VALUES (?, ?)", job, encode(plan))
             self._insert_release(job, 0, adapter, release)
             self._append(operator, job, event)
 
     def next_attempt(self, job: str, round_number: int) -> int:
         """The first attempt number (from 1) that the round has not used."""
-        with self._storage_errors():
+        with self._database.errors():
             row = self._database.execute(
                 "SELECT COALESCE(MAX(attempt), 0) + 1 FROM attempts WHERE job = ? AND round = ?",
                 (job, round_number),
@@ -127,7 +125,7 @@ class Store:
 
     def open_attempt(self, job: str, round_number: int, attempt: int, header: Signed) -> None:
         """Burns an attempt number, before its header is sent."""
-        with self._transaction():
+        with self._database.transaction():
             self._execute(
                 "INSERT INTO attempts (job, round, attempt, header) VALUES (?, ?, ?, ?)",
                 job,
@@ -136,9 +134,31 @@ class Store:
                 encode(header),
             )
 
+    def keep_advert(self, site: str, header: Signed, advert: Signed) -> None:
+        """Keeps what a site signed last, in whatever job, to show it to the site again."""
+        with self._database.transaction():
+            self._execute(
+                "INSERT INTO adverts VALUES (?, ?, ?) ON CONFLICT (site) DO UPDATE"
+                " SET header = excluded.header, advert = excluded.advert",
+                site,
+                encode(header),
+                encode(advert),
+            )
+
+    def last_adverts(self) -> dict[str, LastAdvert]:
+        """What each site signed last, by its name."""
+        with self._database.errors():
+            rows = self._database.execute("SELECT site, header, advert FROM adverts").fetchall()
+            return {
+                site: LastAdvert(
+                    header=decode_canonical(header, Signed), advert=decode_canonical(advert, Signed)
+                )
+                for site, header, advert in rows
+            }
+
     def record(self, operator: Identity, job: str, event: Event) -> None:
         """Appends to the job's transcript."""
-        with self._transaction():
+        with self._database.transaction():
             self._append(operator, job, event)
 
     def record_release(
@@ -155,7 +175,7 @@ class Store:
     ) -> None:
         """Records a release with its transcript entry, and with what the release gate found: all
         of it or nothing."""
-        with self._transaction():
+        with self._database.transaction():
             self._insert_release(job, round_number, adapter, release)
             self._append(operator, job, event)
             if evaluation is not None:
@@ -163,12 +183,12 @@ class Store:
 
     def record_evaluation(self, job: str, round_number: int, evaluation: Evaluation) -> None:
         """Records what was found of an adapter that is released already."""
-        with self._transaction():
+        with self._database.transaction():
             self._insert_evaluation(job, round_number, evaluation, None)
 
     def finish_job(self, operator: Identity, job: str, final_round: int, event: Event) -> None:
         """Marks the job as finished, with the last entry of its transcript."""
-        with self._transaction():
+        with self._database.transaction():
             self._append(operator, job, event)
             self._execute("UPDATE jobs SET final_round = ? WHERE job = ?", final_round, job)
 
@@ -178,7 +198,7 @@ class Store:
         Raises:
             StorageError: the job has none.
         """
-        with self._storage_errors():
+        with self._database.errors():
             row = self._database.execute(
                 "SELECT round, adapter, release FROM releases WHERE job = ?"
                 " ORDER BY round DESC LIMIT 1",
@@ -190,7 +210,7 @@ class Store:
 
     def jobs(self) -> list[str]:
         """Every job that was ever started, in the order of their start."""
-        with self._storage_errors():
+        with self._database.errors():
             rows = self._database.execute("SELECT job FROM jobs ORDER BY rowid").fetchall()
             return [row[0] for row in rows]
 
@@ -200,7 +220,7 @@ class Store:
 
     def evaluations(self, job: str) -> list[Evaluated]:
         """What was found of the job's adapters, in the order of the rounds."""
-        with self._storage_errors():
+        with self._database.errors():
             rows = self._database.execute(
                 "SELECT round, evaluation, gate FROM evaluations WHERE job = ? ORDER BY round",
                 (job,),
@@ -265,29 +285,6 @@ class Store:
         return rows[0] if rows else None
 
     def _all(self, statement: str, job: str) -> list[Signed]:
-        with self._storage_errors():
+        with self._database.errors():
             rows = self._database.execute(statement, (job,)).fetchall()
             return [decode_canonical(row[0], Signed) for row in rows]
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with self._storage_errors():
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
-
-    @contextmanager
-    def _storage_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError, RemoteProtocolError) as error:
-            raise StorageError(
-                "the round journal cannot be used",
-                file=self._path,
-                found=error,
-                remedy="see that the disk has space and the file is writable and intact",
-            ) from error

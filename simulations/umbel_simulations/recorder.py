@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from umbel_common.adapter import Vector
-from umbel_common.errors import UmbelError
+from umbel_common.errors import RemoteProtocolError, UmbelError
 from umbel_common.evaluation import Evaluation, GateResult
 from umbel_common.secagg.unmasking import WrongShare
 from umbel_common.site_counts import SiteCounts
@@ -159,7 +159,7 @@ class ServerObserver:
             )
         )
 
-    def strayed(self, step: Step, site: str, check: str) -> None:
+    def strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
         """See `Observer`. Nothing strays in one process."""
 
     def aborted(self, round_number: int, attempt: int, check: str) -> None:

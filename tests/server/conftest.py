@@ -147,8 +147,8 @@ class Silent:
         assert received > 0
         assert sent > 0 or isinstance(reply, Refusal)
 
-    def strayed(self, step: Step, site: str, check: str) -> None:
-        self.strays.append((site, check))
+    def strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
+        self.strays.append((site, error.check))
 
     def aborted(self, round_number: int, attempt: int, check: str) -> None:
         self.aborts.append((round_number, attempt, check))
