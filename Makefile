@@ -49,8 +49,8 @@ utility: $(BIN)/activate-dev  ## The quickstart under three seeds; minutes. Comm
 audit: $(BIN)/activate-dev  ## Attacks on the quickstart; minutes. Commit what it writes.
 	$(BIN)/python tests/benchmarks/audit.py docs/benchmarks/audit.json
 
-soak: $(BIN)/activate-dev  ## Real processes that die or vanish; ten minutes, outside CI.
-	$(BIN)/pytest -m soak
+soak: $(BIN)/activate-dev  ## Real processes that die, lines that are slow; half an hour, outside CI.
+	$(BIN)/python tests/benchmarks/soak.py docs/benchmarks/soak.json
 
 fuzz: $(BIN)/activate-fuzz  ## A million hostile inputs, 10,000 sums; half an hour.
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/fuzz tests/common/secagg/test_attempt.py --timeout 7200
