@@ -66,8 +66,8 @@ audit: $(BIN)/activate-dev  ## Attacks on the quickstart, minutes; commit what i
 advisories: $(TOOLS)/activate  ## Is anything known against what a release installs? OFFLINE=1: do not ask.
 	$(TOOLS)/bin/python deploy/release/advisories.py server relay client
 
-soak: $(BIN)/activate-dev  ## Real processes that die or vanish; ten minutes, outside CI.
-	$(BIN)/pytest -m soak
+soak: $(BIN)/activate-dev  ## Real processes that die, lines that are slow; half an hour, outside CI.
+	$(BIN)/python tests/benchmarks/soak.py docs/benchmarks/soak.json
 
 fuzz: $(BIN)/activate-fuzz  ## A million hostile inputs, 10,000 sums; half an hour.
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/fuzz tests/common/secagg/test_attempt.py --timeout 7200

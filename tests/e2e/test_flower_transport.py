@@ -18,8 +18,8 @@ from e2e.transport import Transport
 
 from umbel_server.ports import Step
 
-AWAY_SECONDS = float(os.environ.get("UMBEL_TEST_AWAY_SECONDS", "2"))
-"""How long a SuperLink that is killed is away; 20 and 90 are for trying by hand."""
+AWAY_SECONDS = [2.0, *(pytest.param(long, marks=pytest.mark.soak) for long in (20.0, 90.0))]
+"""How long a SuperLink that is killed is away."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,10 @@ def test_twenty_megabytes_come_back_whole(transport: Transport) -> None:
     assert replies == mirrored(requests)
 
 
-def test_a_superlink_that_is_killed_loses_no_small_message(transport: Transport) -> None:
+@pytest.mark.parametrize("away", AWAY_SECONDS)
+def test_a_superlink_that_is_killed_loses_no_small_message(
+    transport: Transport, away: float
+) -> None:
     requests = {site: f"wait 1 {site}".encode() + os.urandom(100) for site in SITES}
     before = {site: relay.asked() for site, relay in transport.relays.items()}
 
@@ -64,14 +67,14 @@ def test_a_superlink_that_is_killed_loses_no_small_message(transport: Transport)
         for site in SITES:
             transport.expect_asked(site, before[site] + 1)
         transport.port.kill()
-        time.sleep(AWAY_SECONDS)
+        time.sleep(away)
         transport.port.start()
 
     interruption = threading.Thread(target=interrupt)
     interruption.start()
     try:
         began = time.monotonic()
-        replies = transport.exchange(requests, AWAY_SECONDS + 60)
+        replies = transport.exchange(requests, away + 60)
         print(f"\nanswered {time.monotonic() - began:.1f} s after it was asked")
     finally:
         interruption.join()
