@@ -78,9 +78,9 @@ def check(
     elif task is not None:
         lines.append(("too long", "not counted: give --model, or a client.toml"))
     found = report(examples, lengths)
-    if found.records_per_unit is not None:
-        most = site.data.max_records_per_unit
-        past = _past(examples.units, most)
+    most = site.data.max_records_per_unit
+    past = _past(examples.units, most)
+    if past:
         lines.append(("left out", f"{_records(past)} past {most} of a unit"))
     print_lines(Console(highlight=False), [*_lines(found), *lines, ("", "every row is a record")])
 
@@ -143,7 +143,8 @@ def split(
         share = 100 * len(part) / len(examples)
         lines.append((name, f"{_records(len(part))}{of_units}, {share:.1f} %"))
     largest = max(map(len, groups))
-    lines.append(("together", f"{len(groups):,} groups, the largest of {_records(largest)}"))
+    kept = f"{len(groups):,} that stay together, the largest of {_records(largest)}"
+    lines.append(("groups", kept))
     print_lines(console, [*lines, ("folder", str(out))])
 
 
