@@ -118,7 +118,7 @@ def test_every_wrong_row_can_be_named_at_once(tmp_path: Path, name: str) -> None
     file = written(tmp_path / name, rows)
     done = CliRunner().invoke(app, ["data", "check", str(file), "--all"])
     assert isinstance(done.exception, DataError)
-    assert done.exception.message == "2 rows of a data file are no records"
+    assert done.exception.message == "rows of a data file are no records: 2"
     assert done.stderr.splitlines() == [
         "row 2 has an empty completion (completion, row 2): found an empty text;"
         " accepted: a text that is not empty",
@@ -132,7 +132,7 @@ def test_wrong_rows_are_named_up_to_a_hundred(tmp_path: Path) -> None:
     file = written(tmp_path / "a.jsonl", [PAIRS[0], *[{**PAIRS[0], "prompt": ""}] * 101])
     done = CliRunner().invoke(app, ["data", "check", str(file), "--all"])
     assert isinstance(done.exception, DataError)
-    assert done.exception.message == "100 or more rows of a data file are no records"
+    assert done.exception.message == "rows of a data file are no records: 100 or more"
     assert len(done.stderr.splitlines()) == 100
 
 
@@ -234,6 +234,16 @@ def test_the_check_refuses_what_training_would(
             ends.add("taken")
     if (too_long, loss_on) != ("truncate", "all"):
         assert ends == {"refused", "taken"}
+
+
+def test_a_text_of_one_token_leaves_nothing_to_learn(tmp_path: Path, llama: Path) -> None:
+    task = CausalLm(max_tokens=32, loss_on="all")
+    file = written(tmp_path / "a.jsonl", [{"text": "xy"}, {"text": "x"}])
+    with pytest.raises(DataError, match="row 2"):
+        tokenise_answers(load_records(file, task), llama, task)
+    plan = plan_file(tmp_path, llama, task)
+    error = refused(DataError, "check", file, "--plan", plan, "--model", llama)
+    assert error.message == "row 2 is left with nothing of an answer"
 
 
 def test_texts_of_a_classification_are_cut(tmp_path: Path, bert: Path) -> None:

@@ -133,6 +133,18 @@ def test_by_record_forgets_the_units_of_client_toml(tmp_path: Path) -> None:
     assert found["groups"] == "20 that stay together, the largest of 1 record"
 
 
+def test_groups_too_large_for_the_shares_are_told(tmp_path: Path) -> None:
+    rows = [*PAIRS, {**PAIRS[0], "patient": "p1"}, {**PAIRS[0], "patient": "p2"}]
+    file = written(tmp_path / "a.jsonl", rows)
+    arguments = ("split", file, "--by", "patient", "--shares", "0.6,0.4,0", "--out")
+    text = command(*arguments, tmp_path / "a")
+    assert "3 that stay together, the largest of 14 records" in text
+    assert "see --repeated leave-out" in text
+    text = command(*arguments, tmp_path / "b", "--repeated", "leave-out")
+    assert "5 that stay together, the largest of 5 records" in text
+    assert "--repeated" not in text
+
+
 @pytest.mark.parametrize("shares", ["0.8,0.2", "0.8,0.1,0.2", "1.2,-0.1,-0.1", "a,b,c", "nan,0,1"])
 def test_shares_that_are_none_are_refused(tmp_path: Path, shares: str) -> None:
     file = written(tmp_path / "a.jsonl", TEXTS)

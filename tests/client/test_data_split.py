@@ -15,7 +15,14 @@ import pytest
 from hypothesis import given
 
 from umbel_client.config import DataConfig
-from umbel_client.data_split import PARTS, divide, inseparable, split_examples, write_parts
+from umbel_client.data_split import (
+    PARTS,
+    divide,
+    inseparable,
+    split_examples,
+    without_earlier,
+    write_parts,
+)
 from umbel_client.examples import Examples, read_examples
 from umbel_common.errors import DataError, StorageError
 
@@ -126,13 +133,41 @@ def test_a_turn_of_another_role_is_another_record(tmp_path: Path) -> None:
     assert len(set(found.keys)) == 2
 
 
+def test_short_phrases_join_everybody_unless_they_are_left_out(tmp_path: Path) -> None:
+    rows = [{"text": f"{text} {n}", "patient": n} for n in range(100) for text in "abc"]
+    common = [{"text": "no finding", "patient": n} for n in range(100)]
+    found = examples(tmp_path / "a.jsonl", [*rows, *common], "patient")
+    with pytest.raises(DataError, match="no record is left for validation"):
+        split_examples(found, SHARES, seed=0)
+    split = split_examples(found, SHARES, seed=0, leave_out=True)
+    assert list(map(len, split.parts)) == [320, 30, 30]
+    assert split.left_out == 20
+    for names in (found.units, found.keys):
+        sets = [{names[row] for row in part} for part in split.parts]
+        assert len(set().union(*sets)) == sum(map(len, sets))
+
+
+@given(files(), st.integers(0, 5))
+def test_what_is_left_out_is_in_an_earlier_part(
+    file: tuple[list[int], list[str], list[str]], seed: int
+) -> None:
+    units, keys, labels = file
+    parts = divide(inseparable(units, range(len(units))), labels, SHARES, seed)
+    kept = without_earlier(parts, keys)
+    assert kept[0] == parts[0]
+    for number, (before, after) in enumerate(zip(parts, kept, strict=True)):
+        earlier = {keys[row] for part in parts[:number] for row in part}
+        assert {keys[row] for row in set(before) - set(after)} <= earlier
+        assert not earlier & {keys[row] for row in after}
+
+
 def test_a_part_without_records_is_refused_unless_its_share_is_nothing(tmp_path: Path) -> None:
     rows = [{"text": str(number)} for number in range(5)]
     found = examples(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError, match="no record is left for test") as caught:
         split_examples(found, SHARES, seed=0)
     assert "5 records in 5 groups" in str(caught.value.found)
-    parts, _ = split_examples(found, (0.8, 0.2, 0.0), seed=0)
+    parts = split_examples(found, (0.8, 0.2, 0.0), seed=0).parts
     assert list(map(len, parts)) == [4, 1, 0]
     write_parts(tmp_path / "out", found, parts)
     assert sorted(os.listdir(tmp_path / "out")) == ["train.jsonl", "validation.jsonl"]
@@ -145,7 +180,7 @@ def test_files_hold_the_lines_of_their_rows_and_are_their_owners_only(tmp_path: 
     old = os.umask(0)
     try:
         found = examples(tmp_path / "a.jsonl", TEXTS, "patient")
-        parts, _ = split_examples(found, SHARES, seed=1)
+        parts = split_examples(found, SHARES, seed=1).parts
         out = tmp_path / "deep" / "out"
         write_parts(out, found, parts)
     finally:
@@ -162,7 +197,7 @@ def test_files_hold_the_lines_of_their_rows_and_are_their_owners_only(tmp_path: 
 @pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "broken link"])
 def test_nothing_is_written_over(tmp_path: Path, kind: str) -> None:
     found = examples(tmp_path / "a.jsonl", TEXTS)
-    parts, _ = split_examples(found, SHARES, seed=1)
+    parts = split_examples(found, SHARES, seed=1).parts
     out = tmp_path / "out"
     if kind == "file":
         out.write_text("mine")
