@@ -190,6 +190,7 @@ def _parquet(path: Path) -> list[Row]:
 
 
 def _folder(path: Path) -> list[Row]:
+    datasets.disable_progress_bars()
     try:
         found = datasets.load_from_disk(str(path), keep_in_memory=True)
     except (DatasetsError, ValueError, TypeError, OSError, KeyError) as error:
