@@ -8,6 +8,7 @@ through that library, with no network.
 import csv
 import hashlib
 import io
+import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from datasets.exceptions import DatasetsError
 
 from umbel_common.canonical import Digest
 from umbel_common.errors import DataError
+from umbel_host.process import reason
 
 KINDS = (".jsonl", ".csv", ".parquet", "a folder that save_to_disk wrote")
 """What can be read."""
@@ -40,16 +42,38 @@ class Table:
     """SHA-256 of the file; of a folder, over its Arrow files in their order."""
 
 
+def require_file(path: Path) -> None:
+    """Finds out whether data can be read, without reading them.
+
+    Raises:
+        DataError: they are missing or unreadable.
+    """
+    try:
+        if path.is_dir():
+            os.listdir(path)
+        else:
+            path.open("rb").close()
+    except FileNotFoundError:
+        raise DataError("the data file does not exist", file=path) from None
+    except OSError as error:
+        raise DataError(
+            "the data file cannot be read",
+            file=path,
+            found=reason(error),
+            remedy="let the trainer's user read it, and nobody else",
+        ) from None
+
+
 def read_table(path: Path) -> Table:
     """Reads every row of a file.
 
     Raises:
-        DataError: the file is missing, of another kind, malformed, not UTF-8, or empty.
+        DataError: the file is missing, unreadable, of another kind, malformed, not UTF-8, or
+            empty.
     """
+    require_file(path)
     if path.is_dir():
         rows = _folder(path)
-    elif not path.is_file():
-        raise DataError("the data file does not exist", file=path)
     elif path.suffix in KINDS and path.stat().st_size == 0:
         rows = []
     elif path.suffix == ".jsonl":

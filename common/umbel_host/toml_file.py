@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from umbel_common.config import parse_toml
 from umbel_common.errors import ConfigError
+from umbel_host.process import reason
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ def read_toml(path: Path, kind: type[T], remedy: str) -> T:
         raise ConfigError(
             "a configuration file cannot be read",
             file=path,
-            found=error.strerror if isinstance(error, OSError) else "not UTF-8 text",
+            found=reason(error) if isinstance(error, OSError) else "not UTF-8 text",
             remedy=remedy,
         ) from None
     return parse_toml(text, kind, path)

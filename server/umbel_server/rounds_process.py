@@ -15,7 +15,7 @@ from umbel_common.errors import StorageError
 from umbel_host.console import exit_code
 from umbel_host.keys import read_identity
 from umbel_host.log import configure
-from umbel_host.process import locked, told_to_stop
+from umbel_host.process import locked, require_state, told_to_stop
 from umbel_server.carrier import CarrierLink
 from umbel_server.config import load_config, load_roster
 from umbel_server.ports import Link
@@ -33,13 +33,13 @@ def run(path: Path) -> None:
     """Works off the queue until told to stop; the job under way goes on at the next start.
 
     Raises:
-        UmbelError: the configuration, the key, the roster, or the queue.
+        UmbelError: the configuration, the key, the roster, the state folder, or the queue.
     """
     config = load_config(path)
     operator = read_identity(Path(config.identity))
     load_roster(config)
     state = Path(config.state)
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    require_state(state)
     stopping = told_to_stop()
 
     @contextmanager

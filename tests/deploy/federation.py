@@ -70,6 +70,7 @@ class Deployment:
     def own(self) -> None:
         """Gives every file the owner and mode that the units need."""
         self.machine.run("systemd-tmpfiles", "--create", "umbel-site.conf", "umbel-operator.conf")
+        self.machine.run("chown", "-R", "umbel-trainer:umbel-trainer", "/var/lib/umbel-trainer")
 
     def start(self) -> None:
         """Everything, here and in the machine."""
