@@ -54,6 +54,7 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from umbel_client.proxy import way_to
 from umbel_common.errors import ConfigError
 from umbel_common.wire import FLOWER_MESSAGE_TYPE
 from umbel_host.flower import packed_pieces, regrouped, unpacked_pieces
@@ -68,6 +69,8 @@ _BUSY_POLL_SECONDS = 0.1
 _IDLE_POLL_SECONDS = 1.0
 _BUSY_SECONDS = 60.0
 """Since the last message: a round has several, close together."""
+_REQUEST_SECONDS = 30.0
+"""For each step of a request: to connect, to write, to read."""
 _PATIENCE_SECONDS = 150.0
 """For one request while the server is away."""
 _LONGEST_PAUSE = 30.0
@@ -125,9 +128,11 @@ def serve(
 
     Raises:
         IdentityError: the key is missing, open to others, or none that is used here.
-        ConfigError: the certificate or the authority cannot be used.
+        ConfigError: the certificate or the authority cannot be used, or the environment names a
+            proxy that cannot.
     """
     context, key = _credentials(connection)
+    way = way_to(connection.server)
     clock = _ServerClock()
     # What is there now stays: the collector, which is called often, need not look at it.
     gc.freeze()
@@ -139,16 +144,16 @@ def serve(
             interceptors=[_Signature(key, clock)],
             verify=context,
         )
-        # Or the server could send requests on to any address in the site's own network.
-        client._client.follow_redirects = False
+        client._client.close()
+        client._client = way.client(context, _REQUEST_SECONDS)
         try:
             with client, _activated(client, key, stopping) as node:
                 connected(True)
                 pause = 1.0
-                _logger.info("connected to %s", connection.server)
+                _logger.info("connected to %s", way)
                 _work(client, node, clock, handle, stopping)
         except (httpx.HTTPError, OSError, ValueError) as error:
-            _logger.warning("%s is not reached: %s", connection.server, _reason(error))
+            _logger.warning("%s is not reached: %s", way, _reason(error))
         connected(False)
         stopping.wait(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
@@ -162,6 +167,10 @@ def _reason(error: Exception) -> str:
             403: "it does not admit this site (not yet, or not any more)",
         }
         return f"status {code}: {hint.get(code, error.response.text[:200])}"
+    if isinstance(error, httpx.ProxyError):
+        refusal = str(error)
+        hint = "HTTPS_PROXY needs its user and password" if refusal.startswith("407") else ""
+        return "; ".join(filter(None, (f"the proxy says {refusal}", hint)))
     return str(error) or type(error).__name__
 
 

@@ -23,6 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from umbel_common.errors import ConfigError
 from umbel_common.wire import FLOWER_PIECE_BYTES
+from umbel_host.keys import read_tls_key
 
 PATHS = frozenset(
     f"/v1/fleet/{name}"
@@ -145,8 +146,10 @@ def tls_context(certificate: Path, key: Path, client_ca: Path) -> ssl.SSLContext
     """TLS 1.3 with a client certificate of our own authority, or no connection.
 
     Raises:
-        ConfigError: a file is missing, unreadable, expired or no such thing.
+        IdentityError: the key is missing, open to others, or none that is used here.
+        ConfigError: a certificate is missing, unreadable, expired or no such thing.
     """
+    read_tls_key(key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
