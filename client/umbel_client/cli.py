@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from umbel_client import join_cli, service_cli
+from umbel_client import backup_cli, join_cli, service_cli
 from umbel_client.budget_cli import budget
 from umbel_client.roster_cli import roster
 from umbel_common.errors import StorageError
@@ -32,6 +32,7 @@ app.add_typer(roster, name="roster")
 app.add_typer(budget, name="budget")
 join_cli.register(app)
 service_cli.register(app)
+backup_cli.register(app)
 
 
 Federation = Annotated[

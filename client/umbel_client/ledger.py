@@ -262,7 +262,7 @@ class Ledger:
         """
         if self._contents.restored:
             raise self._error(
-                "a privacy ledger is an old copy, and what was spent since it was made is not known",
+                "a privacy ledger is an old copy, and what was spent since is not known",
                 remedy="state it: umbel-client budget state-spend; docs/budget.md says how",
             )
 

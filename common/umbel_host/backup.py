@@ -1,0 +1,377 @@
+"""Backups: one tar file with a manifest in front; written whole or not at all, and read with doubt.
+
+The manifest names every part with its size and digest, who made the backup, and which versions the
+databases in it have. What comes back is unpacked beside its place, compared part by part with the
+manifest, and only then put there by one rename.
+"""
+
+import hashlib
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+import msgspec
+
+from umbel_common.canonical import Value, digest
+from umbel_common.errors import StorageError
+from umbel_host.durable import all_or_nothing, create, make_folder, sync_folder
+from umbel_host.process import locked
+
+Program = Literal["umbel-client", "umbel-server"]
+MANIFEST = "manifest.json"
+_MOST_MANIFEST_BYTES = 1 << 26
+_CHUNK = 1 << 20
+
+
+class Part(Value, frozen=True):
+    """One file of a backup."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*\Z", max_length=1000)]
+    """Where it belongs: a path of the backup's own, not of the machine."""
+    size: Annotated[int, msgspec.Meta(ge=0)]
+    """In bytes."""
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+
+    def __post_init__(self) -> None:
+        if ".." in PurePosixPath(self.name).parts:
+            raise ValueError("a part must not be named outside of the backup")
+
+
+class Manifest(Value, frozen=True):
+    """What a backup holds."""
+
+    program: Program
+    party: str
+    """The site's name, or the operator's fingerprint."""
+    made: str
+    """When, UTC, ISO 8601."""
+    umbel: str
+    """The version that made it."""
+    schemas: dict[str, int]
+    """Schema version of each database in it, by its part's name."""
+    keys: bool
+    """Whether private keys are in it."""
+    parts: tuple[Part, ...]
+    version: Literal[1] = 1
+
+    def digest(self) -> bytes:
+        """Names this very backup, 32 bytes."""
+        return digest("backup", msgspec.json.encode(self))
+
+
+def write_backup(
+    out: Path,
+    program: Program,
+    party: str,
+    sources: Mapping[str, Path],
+    *,
+    schemas: Mapping[str, int],
+    keys: bool,
+) -> Manifest:
+    """Writes a backup of files that do not change meanwhile, for its owner only; on disk when this
+    returns.
+
+    Args:
+        sources: name of each part -> the file.
+
+    Raises:
+        StorageError: the file exists, a source cannot be read, or the disk is full; nothing is left
+            of it.
+    """
+    if out.exists():
+        raise StorageError(
+            "a file exists already and is never overwritten", file=out, remedy="give another --out"
+        )
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        parts = tuple(
+            Part(name, path.stat().st_size, _sha256(path)) for name, path in sources.items()
+        )
+        made = datetime.now(UTC).isoformat(timespec="seconds")
+        manifest = Manifest(program, party, made, version("umbel"), dict(schemas), keys, parts)
+        with open(partial, "xb", opener=_private) as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+                text = msgspec.json.format(msgspec.json.encode(manifest))
+                archive.addfile(_member(MANIFEST, len(text)), BytesIO(text))
+                for part in parts:
+                    with open(sources[part.name], "rb") as source:
+                        archive.addfile(_member(part.name, part.size), source)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise StorageError(
+            "a backup cannot be written", file=error.filename or out, found=error.strerror or error
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return manifest
+
+
+def read_manifest(backup: Path, program: Program, schemas: Mapping[str, int]) -> Manifest:
+    """What a backup says of itself.
+
+    Args:
+        schemas: schema version of each database that this program knows, by its part's name.
+
+    Raises:
+        StorageError: it is none, of the other program, or of a later version of Umbel.
+    """
+    with _opened(backup) as archive:
+        first = archive.next()
+        if first is None or first.name != MANIFEST or first.size > _MOST_MANIFEST_BYTES:
+            raise _broken(backup, "no manifest in front")
+        text = _content(archive, first).read(first.size)
+        try:
+            format_version = msgspec.json.decode(text).get("version")
+            if isinstance(format_version, int) and format_version > 1:
+                raise _too_new(backup, "version", format_version, 1)
+            manifest = msgspec.json.decode(text, type=Manifest)
+        except (msgspec.MsgspecError, AttributeError, UnicodeDecodeError) as error:
+            raise _broken(backup, error) from None
+    if manifest.program != program:
+        raise StorageError(
+            f"a backup was not made by {program}", file=backup, found=manifest.program
+        )
+    for name, number in manifest.schemas.items():
+        if number > schemas.get(name, 0):
+            raise _too_new(backup, name, number, schemas.get(name, 0))
+    return manifest
+
+
+def require_party(backup: Path, manifest: Manifest, party: str) -> None:
+    """Refuses the backup of somebody else.
+
+    Raises:
+        StorageError: it is one.
+    """
+    if manifest.party != party:
+        raise StorageError(
+            "a backup is of another party; nothing was changed",
+            file=backup,
+            found=manifest.party,
+            accepted=party,
+        )
+
+
+def unpack(backup: Path, manifest: Manifest, folder: Path, only: str | None = None) -> None:
+    """Unpacks every part into an empty folder, for its owner only; on disk when this returns.
+
+    Args:
+        only: name of the one part that is wanted.
+
+    Raises:
+        StorageError: a part is missing, or is not what the manifest says; or the disk is full.
+    """
+    expected = {part.name: part for part in manifest.parts if only in (None, part.name)}
+    if only is not None and not expected:
+        raise _broken(backup, f"{only} missing")
+    with _opened(backup) as archive:
+        for member in archive:
+            if member.name == MANIFEST or only not in (None, member.name):
+                continue
+            part = expected.pop(member.name, None)
+            if part is None or not member.isreg() or member.size != part.size:
+                raise _broken(backup, f"{member.name} is not what the manifest says")
+            target = folder / part.name
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if _write(_content(archive, member), target) != part.sha256:
+                raise _broken(backup, f"{member.name} has another digest")
+    if expected:
+        raise _broken(backup, f"{', '.join(sorted(expected))} missing")
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+
+
+@contextmanager
+def config_of(backup: Path, manifest: Manifest, name: str, config: Path) -> Iterator[Path]:
+    """The configuration that says where parts belong: the one that is there, else the backup's, as
+    if it were there already.
+
+    Args:
+        name: of its part.
+        config: where it is, or would be.
+
+    Raises:
+        StorageError: it is not in the backup either, or the folder cannot be written.
+    """
+    if config.exists():
+        yield config
+        return
+    with workplace(config.absolute().parent, f"{config.name}.restoring") as place:
+        unpack(backup, manifest, place, only=name)
+        draft = config.with_name(f".{place.name}.toml")
+        try:
+            (place / name).rename(draft)
+            yield draft
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def vacant(state: Path, lock: str, what: str) -> Iterator[None]:
+    """Holds a state folder that is missing or empty, while something is put in its place.
+
+    Args:
+        lock: name of the file that the process which uses it locks.
+        what: that process, for the error.
+
+    Raises:
+        StorageError: it holds something, or the process runs.
+    """
+    if not state.exists():
+        yield
+        return
+    with locked(state / lock, what):
+        held = sorted(path.name for path in state.iterdir() if path.suffix != ".lock")
+        if held:
+            raise StorageError(
+                "a backup is restored into an empty state folder only; nothing was changed",
+                file=state,
+                found=tuple(held[:5]),
+                remedy="move the folder away, and keep it: it may know what the backup does not",
+            )
+        yield
+
+
+def put_back(
+    staged: Path, state: Path, files: Mapping[Path, Path]
+) -> tuple[list[Path], list[Path]]:
+    """Moves an unpacked state folder to its place, with the files beside it: all or nothing.
+
+    Args:
+        staged: the new state folder, on the same file system.
+        state: missing, or empty but for lock files.
+        files: where each file belongs -> the file as unpacked. One that is there already is kept:
+            it is no older than the backup.
+
+    Returns:
+        the files that were written, and those that were kept.
+
+    Raises:
+        StorageError: something cannot be written; nothing was changed.
+    """
+    written: list[Path] = []
+    kept: list[Path] = []
+    try:
+        with all_or_nothing() as made:
+            for target, source in files.items():
+                if target.exists():
+                    kept.append(target)
+                    continue
+                made += make_folder(target.parent, 0o700)
+                create(target, source.read_bytes(), mode=0o600)
+                made.append(target)
+                written.append(target)
+            if state.exists():
+                for path in state.glob("*.lock"):
+                    path.unlink()
+            # Over an empty folder a rename is one step: the state is there whole, or not.
+            staged.rename(state)
+            sync_folder(state.parent)
+    except OSError as error:
+        raise StorageError(
+            "a backup cannot be put back; nothing was changed",
+            file=error.filename or state,
+            found=error.strerror,
+        ) from None
+    return written, kept
+
+
+@contextmanager
+def workplace(folder: Path, name: str) -> Iterator[Path]:
+    """A folder for the owner only, beside where its content will belong; gone afterwards.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written.
+    """
+    place = folder / f".{name}-{os.getpid()}"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place.mkdir(mode=0o700)
+        yield place
+    except OSError as error:
+        raise StorageError(
+            "a folder cannot be written", file=error.filename or place, found=error.strerror
+        ) from None
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(place)
+
+
+@contextmanager
+def _opened(backup: Path) -> Iterator[tarfile.TarFile]:
+    try:
+        with tarfile.open(backup, mode="r:") as archive:
+            yield archive
+    except tarfile.TarError as error:
+        raise _broken(backup, error) from None
+    except OSError as error:
+        raise StorageError(
+            "a backup cannot be unpacked; nothing was changed",
+            file=error.filename or backup,
+            found=error.strerror or error,
+        ) from None
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> tarfile.ExFileObject:
+    content = archive.extractfile(member)
+    if content is None:
+        raise tarfile.ReadError(f"{member.name} is no file")
+    return content  # type: ignore[return-value]  # what `extractfile` gives for a file
+
+
+def _write(source: tarfile.ExFileObject, target: Path) -> str:
+    """Copies a part to disk; returns its SHA-256."""
+    state = hashlib.sha256()
+    with open(target, "xb", opener=_private) as file:
+        while chunk := source.read(_CHUNK):
+            state.update(chunk)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return state.hexdigest()
+
+
+def _member(name: str, size: int) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o600
+    return member
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _broken(backup: Path, found: object) -> StorageError:
+    return StorageError(
+        "a backup is damaged, cut short, or none; nothing was changed",
+        file=backup,
+        found=found,
+        remedy="use another copy of it, or an earlier backup",
+    )
+
+
+def _too_new(backup: Path, field: str, found: int, accepted: int) -> StorageError:
+    return StorageError(
+        "a backup was made by a later version of Umbel; nothing was changed",
+        file=backup,
+        field=field,
+        found=found,
+        accepted=f"at most {accepted}",
+        remedy="upgrade Umbel on this machine, then restore",
+    )
