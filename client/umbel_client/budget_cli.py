@@ -1,5 +1,5 @@
-"""`umbel-client budget`: what this site's data set has cost so far. `carry` and `state-spend` add to
-it; nothing else here changes anything.
+"""`umbel-client budget`: what this site's data set has cost so far. Only `carry` and `state-spend`
+change anything.
 
 The others read the ledger at one moment, also while a client is training, and need neither model
 nor data.
