@@ -10,7 +10,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from io import BytesIO
@@ -182,7 +182,7 @@ def unpack(backup: Path, manifest: Manifest, folder: Path, only: str | None = No
             if part is None or not member.isreg() or member.size != part.size:
                 raise _broken(backup, f"{member.name} is not what the manifest says")
             target = folder / part.name
-            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(target.parent, 0o700)
             if _write(_content(archive, member), target) != part.sha256:
                 raise _broken(backup, f"{member.name} has another digest")
     if expected:
@@ -231,7 +231,8 @@ def vacant(state: Path, lock: str, what: str) -> Iterator[None]:
     if not state.exists():
         yield
         return
-    with locked(state / lock, what):
+    # A folder that nobody ever locked stays as it is, to the last file name.
+    with locked(state / lock, what) if (state / lock).exists() else nullcontext():
         held = sorted(path.name for path in state.iterdir() if path.suffix != ".lock")
         if held:
             raise StorageError(
