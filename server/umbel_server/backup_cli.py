@@ -29,7 +29,6 @@ def backup(
             ("backup", str(out)),
             ("operator", manifest.party),
             ("made", manifest.made),
-            ("files", str(len(manifest.parts))),
             ("keys", "in it: keep it like the keys" if with_keys else "not in it (--with-keys)"),
         ],
     )
@@ -51,12 +50,12 @@ def restore(
             *(("put back", str(path)) for path in done.written),
             *(("kept", f"{path}, which is there") for path in done.kept),
             *(("missing", f"{path}: bring your own copy") for path in done.missing),
-            ("stopped", f"{done.stopped} jobs that were not over"),
+            ("stopped", ", ".join(done.stopped) or "no job: none was under way"),
         ],
     )
     console.print(
-        "\nA job that released something since the backup cannot go on: sites accept no second\n"
-        "release of a round. Any other goes on with umbel-server job resume JOB."
+        "\nA job that released something since the backup cannot go on: sites accept no\n"
+        "second release of a round. Any other does with umbel-server job resume JOB."
     )
 
 

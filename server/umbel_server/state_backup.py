@@ -40,7 +40,7 @@ class Restored(msgspec.Struct, frozen=True):
 
     manifest: Manifest
     state: Path
-    stopped: int
+    stopped: tuple[str, ...]
     """Jobs that were waiting or under way."""
     written: list[Path]
     kept: list[Path]

@@ -87,7 +87,7 @@ def test_an_operator_comes_back_on_an_empty_machine_with_its_jobs_stopped(
     before = texts(operator)
     for path in list(operator.iterdir()):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert "stopped   2 jobs" in run("restore ../b.tar")
+    assert "stopped   job, next\n" in run("restore ../b.tar")
     assert texts(operator) == before
     plan = make_plan()
     with closing(Store(operator / "state" / "journal.sqlite")) as store:
