@@ -259,7 +259,8 @@ class SiteJob:
         if self._budget.epsilon == math.inf:
             return
         former = [entry.event for entry in self._ledger.history() if entry.job != self.plan.job]
-        events = [*former, self._event(self.plan.training.steps)]
+        unknown = [None] if self._ledger.unknown else []
+        events = [*former, *unknown, self._event(self.plan.training.steps)]
         private = [event for event in events if event is not None]
         cost = epsilon(private, self._budget.delta) if len(private) == len(events) else math.inf
         if cost > self._budget.epsilon:

@@ -1,28 +1,25 @@
 """Backups: one tar file with a manifest in front; written whole or not at all, and read with doubt.
 
 The manifest names every part with its size and digest, who made the backup, and which versions the
-databases in it have. What comes back is unpacked beside its place, compared part by part with the
-manifest, and only then put there by one rename.
+databases in it have. `umbel_host.restore` puts back what is in one.
 """
 
 import hashlib
 import os
-import shutil
 import tarfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal, cast
 
 import msgspec
 
 from umbel_common.canonical import Value, digest
 from umbel_common.errors import StorageError
-from umbel_host.durable import all_or_nothing, create, make_folder, sync_folder
-from umbel_host.process import locked
+from umbel_host.durable import make_folder, sync_folder
 
 Program = Literal["umbel-client", "umbel-server"]
 MANIFEST = "manifest.json"
@@ -105,6 +102,8 @@ def write_backup(
                         archive.addfile(_member(part.name, part.size), source)
             file.flush()
             os.fsync(file.fileno())
+        # What changed while it was read is no backup; nor is what the disk does not give back.
+        _each_part(partial, manifest, None, lambda content, _: _sha256_of(content))
         partial.rename(out)
         sync_folder(out.parent)
     except OSError as error:
@@ -171,142 +170,17 @@ def unpack(backup: Path, manifest: Manifest, folder: Path, only: str | None = No
     Raises:
         StorageError: a part is missing, or is not what the manifest says; or the disk is full.
     """
-    expected = {part.name: part for part in manifest.parts if only in (None, part.name)}
-    if only is not None and not expected:
-        raise _broken(backup, f"{only} missing")
-    with _opened(backup) as archive:
-        for member in archive:
-            if member.name == MANIFEST or only not in (None, member.name):
-                continue
-            part = expected.pop(member.name, None)
-            if part is None or not member.isreg() or member.size != part.size:
-                raise _broken(backup, f"{member.name} is not what the manifest says")
-            target = folder / part.name
-            make_folder(target.parent, 0o700)
-            if _write(_content(archive, member), target) != part.sha256:
-                raise _broken(backup, f"{member.name} has another digest")
-    if expected:
-        raise _broken(backup, f"{', '.join(sorted(expected))} missing")
+
+    def take(content: BinaryIO, part: Part) -> str:
+        target = folder / part.name
+        make_folder(target.parent, 0o700)
+        with open(target, "xb", opener=_private) as file:
+            return _copied(content, file)
+
+    _each_part(backup, manifest, only, take)
     for path in (folder, *folder.rglob("*")):
         if path.is_dir():
             sync_folder(path)
-
-
-@contextmanager
-def config_of(backup: Path, manifest: Manifest, name: str, config: Path) -> Iterator[Path]:
-    """The configuration that says where parts belong: the one that is there, else the backup's, as
-    if it were there already.
-
-    Args:
-        name: of its part.
-        config: where it is, or would be.
-
-    Raises:
-        StorageError: it is not in the backup either, or the folder cannot be written.
-    """
-    if config.exists():
-        yield config
-        return
-    with workplace(config.absolute().parent, f"{config.name}.restoring") as place:
-        unpack(backup, manifest, place, only=name)
-        draft = config.with_name(f".{place.name}.toml")
-        try:
-            (place / name).rename(draft)
-            yield draft
-        finally:
-            draft.unlink(missing_ok=True)
-
-
-@contextmanager
-def vacant(state: Path, lock: str, what: str) -> Iterator[None]:
-    """Holds a state folder that is missing or empty, while something is put in its place.
-
-    Args:
-        lock: name of the file that the process which uses it locks.
-        what: that process, for the error.
-
-    Raises:
-        StorageError: it holds something, or the process runs.
-    """
-    if not state.exists():
-        yield
-        return
-    # A folder that nobody ever locked stays as it is, to the last file name.
-    with locked(state / lock, what) if (state / lock).exists() else nullcontext():
-        held = sorted(path.name for path in state.iterdir() if path.suffix != ".lock")
-        if held:
-            raise StorageError(
-                "a backup is restored into an empty state folder only; nothing was changed",
-                file=state,
-                found=tuple(held[:5]),
-                remedy="move the folder away, and keep it: it may know what the backup does not",
-            )
-        yield
-
-
-def put_back(
-    staged: Path, state: Path, files: Mapping[Path, Path]
-) -> tuple[list[Path], list[Path]]:
-    """Moves an unpacked state folder to its place, with the files beside it: all or nothing.
-
-    Args:
-        staged: the new state folder, on the same file system.
-        state: missing, or empty but for lock files.
-        files: where each file belongs -> the file as unpacked. One that is there already is kept:
-            it is no older than the backup.
-
-    Returns:
-        the files that were written, and those that were kept.
-
-    Raises:
-        StorageError: something cannot be written; nothing was changed.
-    """
-    written: list[Path] = []
-    kept: list[Path] = []
-    try:
-        with all_or_nothing() as made:
-            for target, source in files.items():
-                if target.exists():
-                    kept.append(target)
-                    continue
-                made += make_folder(target.parent, 0o700)
-                create(target, source.read_bytes(), mode=0o600)
-                made.append(target)
-                written.append(target)
-            if state.exists():
-                for path in state.glob("*.lock"):
-                    path.unlink()
-            # Over an empty folder a rename is one step: the state is there whole, or not.
-            staged.rename(state)
-            sync_folder(state.parent)
-    except OSError as error:
-        raise StorageError(
-            "a backup cannot be put back; nothing was changed",
-            file=error.filename or state,
-            found=error.strerror,
-        ) from None
-    return written, kept
-
-
-@contextmanager
-def workplace(folder: Path, name: str) -> Iterator[Path]:
-    """A folder for the owner only, beside where its content will belong; gone afterwards.
-
-    Raises:
-        StorageError: the disk is full, or the folder cannot be written.
-    """
-    place = folder / f".{name}-{os.getpid()}"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        place.mkdir(mode=0o700)
-        yield place
-    except OSError as error:
-        raise StorageError(
-            "a folder cannot be written", file=error.filename or place, found=error.strerror
-        ) from None
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(place)
 
 
 @contextmanager
@@ -324,22 +198,44 @@ def _opened(backup: Path) -> Iterator[tarfile.TarFile]:
         ) from None
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> tarfile.ExFileObject:
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> BinaryIO:
     content = archive.extractfile(member)
     if content is None:
         raise tarfile.ReadError(f"{member.name} is no file")
-    return content  # type: ignore[return-value]  # what `extractfile` gives for a file
+    return cast(BinaryIO, content)
 
 
-def _write(source: tarfile.ExFileObject, target: Path) -> str:
+def _each_part(
+    backup: Path,
+    manifest: Manifest,
+    only: str | None,
+    take: Callable[[BinaryIO, Part], str],
+) -> None:
+    """Hands every part to `take`, which returns its SHA-256, and compares it with the manifest."""
+    expected = {part.name: part for part in manifest.parts if only in (None, part.name)}
+    if only is not None and not expected:
+        raise _broken(backup, f"{only} missing")
+    with _opened(backup) as archive:
+        for member in archive:
+            if member.name == MANIFEST or only not in (None, member.name):
+                continue
+            part = expected.pop(member.name, None)
+            if part is None or not member.isreg() or member.size != part.size:
+                raise _broken(backup, f"{member.name} is not what the manifest says")
+            if take(_content(archive, member), part) != part.sha256:
+                raise _broken(backup, f"{member.name} has another digest")
+    if expected:
+        raise _broken(backup, f"{', '.join(sorted(expected))} missing")
+
+
+def _copied(source: BinaryIO, file: BinaryIO) -> str:
     """Copies a part to disk; returns its SHA-256."""
     state = hashlib.sha256()
-    with open(target, "xb", opener=_private) as file:
-        while chunk := source.read(_CHUNK):
-            state.update(chunk)
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+    while chunk := source.read(_CHUNK):
+        state.update(chunk)
+        file.write(chunk)
+    file.flush()
+    os.fsync(file.fileno())
     return state.hexdigest()
 
 
@@ -351,7 +247,14 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return _sha256_of(file)
+
+
+def _sha256_of(file: BinaryIO) -> str:
+    state = hashlib.sha256()
+    while chunk := file.read(_CHUNK):
+        state.update(chunk)
+    return state.hexdigest()
 
 
 def _private(path: str, flags: int) -> int:
