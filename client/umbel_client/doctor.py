@@ -110,6 +110,8 @@ def _ledger(config: ClientConfig) -> tuple[State, str]:
     if not path.exists():
         return State.FINE, "none yet: the first plan begins it"
     contents = read_ledger(path)
+    if contents.restored:
+        return State.BROKEN, "an old copy: state what was spent since (docs/budget.md)"
     return State.FINE, f"{len(contents.rounds)} rounds charged, head {contents.head().hex()[:16]}"
 
 

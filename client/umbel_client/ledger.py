@@ -266,6 +266,11 @@ class Ledger:
                 remedy="state it: umbel-client budget state-spend; docs/budget.md says how",
             )
 
+    @property
+    def unknown(self) -> bool:
+        """Whether it was stated that nobody knows what was spent."""
+        return self._contents.unknown
+
     def restored(self, evidence: bytes) -> None:
         """Marks this ledger as an old copy; nothing is charged until `state`.
 

@@ -104,6 +104,8 @@ class Stated(Value, frozen=True, tag_field="row", tag="stated"):
     rounds: tuple[StatedRound, ...]
     everything: bool
     """What was spent is not known: epsilon is infinite from then on."""
+    at: Annotated[str, msgspec.Meta(max_length=40)]
+    """When, UTC, ISO 8601, by this machine's clock."""
     by: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
     why: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
 

@@ -289,7 +289,8 @@ class SiteJob:
             return
         own = (self.plan.job, self.plan.job + EVALUATION)
         former = [entry.event for entry in self._ledger.history() if entry.job not in own]
-        events = [*former, self._event(self.plan.training.steps)]
+        unknown = [None] if self._ledger.unknown else []
+        events = [*former, *unknown, self._event(self.plan.training.steps)]
         if self.plan.evaluation is not None:
             events.append(evaluation_event(self.plan, rounds=self.plan.training.rounds))
         private = [event for event in events if event is not None]

@@ -9,6 +9,7 @@ import typer
 from umbel_host.console import exit_code
 from umbel_host.log import configure
 from umbel_host.supervisor import Command, supervise
+from umbel_server import backup_cli
 from umbel_server.adapters_cli import adapters
 from umbel_server.config import load_config
 from umbel_server.job_cli import job
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 register(app)
+backup_cli.register(app)
 app.add_typer(plan, name="plan")
 app.add_typer(job, name="job")
 app.add_typer(adapters, name="adapters")
