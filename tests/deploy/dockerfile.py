@@ -1,4 +1,4 @@
-"""Reads a Dockerfile, and carries out the steps of its first stage in a folder instead of an image."""
+"""Reads a Dockerfile, and carries out the steps of its first stage in a folder."""
 
 import fnmatch
 import os
@@ -119,7 +119,9 @@ class Replay:
         *sources, target = words
         lines = patterns()
         for source in sources:
-            files = [path for path in (ROOT / source, *(ROOT / source).rglob("*")) if path.is_file()]
+            files = [
+                path for path in (ROOT / source, *(ROOT / source).rglob("*")) if path.is_file()
+            ]
             names = [str(path.relative_to(ROOT)) for path in files]
             kept = [name for name in names if allowed(name, lines)]
             assert kept, f"{source} is not in the context"

@@ -50,7 +50,10 @@ def test_every_package_comes_by_its_hash(path: Path) -> None:
     lock = f"deploy/requirements/{ROLES[path.name][0]}.txt"
     commands = [text for stage in stages for text in stage.texts("RUN")]
     installs = [
-        part for text in commands for part in text.split("&&") if "pip install" in " ".join(part.split())
+        part
+        for text in commands
+        for part in text.split("&&")
+        if "pip install" in " ".join(part.split())
     ]
     assert len(installs) == 3
     for command in installs:
@@ -173,7 +176,9 @@ def built(name: str, folders: pytest.TempPathFactory) -> Replay:
 def test_the_steps_of_the_trainer_on_the_cpu_train(tmp_path: Path) -> None:
     given = {"TORCH_WHEELS": os.environ["TORCH_CPU"]} if "TORCH_CPU" in os.environ else {}
     replay = carried_out("trainer-cpu.Dockerfile", tmp_path, **given)
-    done = python(replay, "-c", "import torch; print(torch.cuda.is_available(), torch.ones(2).sum())")
+    done = python(
+        replay, "-c", "import torch; print(torch.cuda.is_available(), torch.ones(2).sum())"
+    )
     assert done.stdout == "False tensor(2.)\n", done.stderr
     done = python(replay, "-m", "umbel_client.trainer_process", str(tmp_path / "none.toml"))
     assert done.returncode == 10, done.stderr

@@ -52,7 +52,9 @@ def test_every_package_has_hashes_and_the_version_that_was_tested(path: Path) ->
     for block in packages:
         assert re.search(r"--hash=sha256:[0-9a-f]{64}", block), block.splitlines()[0]
     # A place of one machine would mean nothing elsewhere.
-    assert not re.search(r"--(find-links|index-url|extra-index-url)|file:|https?:", path.read_text())
+    assert not re.search(
+        r"--(find-links|index-url|extra-index-url)|file:|https?:", path.read_text()
+    )
 
 
 @pytest.mark.parametrize("role", EXTRAS)
