@@ -7,7 +7,10 @@ sees TLS that it cannot open.
 
 import ssl
 from dataclasses import dataclass
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import (
+    getproxies_environment,
+    proxy_bypass_environment,  # type: ignore[attr-defined]  # typeshed lacks it
+)
 
 import httpx
 
