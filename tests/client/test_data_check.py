@@ -128,6 +128,15 @@ def test_every_wrong_row_can_be_named_at_once(tmp_path: Path, name: str) -> None
     assert shown("check", written(tmp_path / f"good{name}", PAIRS), "--all")["records"] == "20"
 
 
+def test_a_column_that_is_missing_is_named_once(tmp_path: Path, bert: Path) -> None:
+    file = written(tmp_path / "a.jsonl", PAIRS)
+    error = refused(DataError, "check", file, "--all", "--unit", "person")
+    assert (error.message, error.field) == ("a column is missing", "person")
+    config = config_file(tmp_path, file, bert, 'format = "instruction"')
+    error = refused(DataError, "check", "--all", "--config", config)
+    assert (error.message, error.field) == ("a column is missing", "instruction")
+
+
 def test_wrong_rows_are_named_up_to_a_hundred(tmp_path: Path) -> None:
     file = written(tmp_path / "a.jsonl", [PAIRS[0], *[{**PAIRS[0], "prompt": ""}] * 101])
     done = CliRunner().invoke(app, ["data", "check", str(file), "--all"])
