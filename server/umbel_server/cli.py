@@ -17,6 +17,7 @@ from umbel_server.expiry import to_renew
 from umbel_server.job_cli import job
 from umbel_server.plan_cli import plan
 from umbel_server.sites_cli import register
+from umbel_server.tune_cli import tune
 
 _logger = logging.getLogger("umbel.server")
 
@@ -31,6 +32,7 @@ register(app)
 app.add_typer(plan, name="plan")
 app.add_typer(job, name="job")
 app.add_typer(adapters, name="adapters")
+app.command()(tune)
 
 
 @app.command()
