@@ -1,7 +1,7 @@
 """A federation in containers, where an engine is: the real images through the real compose.yaml.
 
-UMBEL_IMAGES names the images of server, relay and trainer, with commas between them; compose speaks to
-the engine that DOCKER_HOST or the machine names. docs/deploy/containers.md is the session in words.
+UMBEL_IMAGES names the images of server, relay and trainer, with commas between them; compose speaks
+to the engine that DOCKER_HOST or the machine names. docs/deploy/containers.md tells it in words.
 """
 
 import json
