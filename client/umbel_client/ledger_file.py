@@ -122,6 +122,7 @@ def read_rows(path: Path, database: sqlite3.Connection) -> Contents:
     if not rows or len(counts) != 1:
         raise damaged(path, f"{len(rows)} rows and {len(counts)} counts of answers")
     (contents.answers,) = counts[0]
+    contents.schema = version
     return contents
 
 

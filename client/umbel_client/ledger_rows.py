@@ -151,6 +151,8 @@ class Contents:
     """By job and round, in the order in which they were reserved."""
     answers: int = 0
     """How many the session journal had recorded when this site last let one out."""
+    schema: int = 0
+    """Schema version of the file that they were read from; 0: none."""
     restored: bool = False
     """Whether these rows are an old copy, and nobody has stated yet what was spent since."""
     unknown: bool = False

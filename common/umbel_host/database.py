@@ -148,8 +148,9 @@ def migrate(database: sqlite3.Connection, schema: Schema, path: Path) -> None:
     Raises:
         StorageError: it is of a later version.
     """
-    require_known(schema_version(database), schema, path)
-    if schema_version(database) != schema.version:
+    version = schema_version(database)
+    require_known(version, schema, path)
+    if version != schema.version:
         with transaction(database):
             _migrate(database, schema, path)
 
