@@ -11,6 +11,8 @@ from umbel_common.canonical import Digest, Value, decode_canonical, digest, enco
 from umbel_common.errors import RemoteProtocolError
 
 GENESIS = bytes(32)
+EVALUATION = "#evaluation"
+"""Ends the name under which a job's counts of held-out records are charged: no job is called so."""
 LOST = digest("lost round", b"")
 """Stands for the delta of a round that was charged in a state of this site that is gone."""
 

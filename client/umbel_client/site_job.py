@@ -16,7 +16,7 @@ from umbel_client.data import LmRecords, Records, columns_of, load_records
 from umbel_client.delta_cache import DeltaCache, State
 from umbel_client.held_out import hold_out, noisy_counts
 from umbel_client.ledger import Ledger
-from umbel_client.ledger_rows import LOST
+from umbel_client.ledger_rows import EVALUATION, LOST
 from umbel_client.model import AdaptedModel
 from umbel_client.noise import NoiseSource
 from umbel_client.observer import Observer
@@ -43,9 +43,6 @@ from umbel_common.statements import RoundHeader
 
 FAILED = digest("failed round", b"")
 """Stands in the ledger for the delta of a round whose training failed."""
-
-EVALUATION = "#evaluation"
-"""Ends the name under which the ledger charges a job's counts: no job can be called so."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ its plan.
 from collections.abc import Mapping, Sequence
 
 from umbel_client.accounting import Event
-from umbel_client.ledger_rows import Contents, Reservation, StatedRound
+from umbel_client.ledger_rows import EVALUATION, Contents, Reservation, StatedRound
 from umbel_common.errors import BudgetError
 from umbel_common.plan import TrainingPlan
 
@@ -30,11 +30,33 @@ def stated_rounds(
     """
     rounds: list[StatedRound] = []
     for job, last in reached.items():
-        missing = [number for number in range(1, last + 1) if (job, number) not in contents.rounds]
+        missing = _missing(job, last, contents)
         if missing:
             plan, event = _of_job(job, contents, plans, public_size)
             rounds += [StatedRound(job, plan, number, event) for number in missing]
+        counted = _of_counts(job, contents, plans)
+        if counted is not None:
+            name, (plan, event) = job + EVALUATION, counted
+            missing = _missing(name, last, contents)
+            rounds += [StatedRound(name, plan, number, event) for number in missing]
     return tuple(rounds)
+
+
+def _missing(name: str, last: int, contents: Contents) -> list[int]:
+    return [number for number in range(1, last + 1) if (name, number) not in contents.rounds]
+
+
+def _of_counts(
+    job: str, contents: Contents, plans: Sequence[TrainingPlan]
+) -> tuple[bytes, Event | None] | None:
+    """What a job's counts of held-out records cost in a round; None if it has no evaluation."""
+    for entry in contents.rounds.values():
+        if entry.job == job + EVALUATION:
+            return entry.plan, entry.event
+    for plan in plans:
+        if plan.job == job and plan.evaluation is not None:
+            return plan.digest(), Event(plan.evaluation.noise_multiplier, 1.0, 1)
+    return None
 
 
 def _of_job(
