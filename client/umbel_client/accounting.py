@@ -74,6 +74,10 @@ def epsilon(events: Sequence[Event], delta: float) -> float:
     """
     if not 0 < delta < 1:
         raise ValueError("delta must be above 0 and below 1")
+    return _together(events, delta)
+
+
+def _together(events: Sequence[Event], delta: float) -> float:
     steps: dict[tuple[float, float], int] = {}
     for event in events:
         key = (event.noise_multiplier, event.sample_rate)
@@ -89,8 +93,12 @@ def total_epsilon(events: Sequence[Event | None], delta: float) -> float:
 
 
 @cache
-def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+def calibrate(
+    epsilon: float, delta: float, sample_rate: float, steps: int, beside: Event | None = None
+) -> float:
     """The smallest noise multiplier with which `steps` steps cost at most `epsilon` at `delta`.
+
+    With `beside`, the two together cost at most that.
 
     Rounded up: never above `epsilon`, and above 0.999 of it unless `SMALLEST_NOISE_MULTIPLIER`
     already suffices or epsilon is so large that RDP alone answers.
@@ -100,7 +108,8 @@ def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> f
     """
 
     def cost(noise: float) -> float:
-        return _epsilon((Event(noise, sample_rate, steps),), delta)
+        events = [Event(noise, sample_rate, steps)]
+        return _together(events if beside is None else [*events, beside], delta)
 
     high = 1.0
     while cost(high) > epsilon:

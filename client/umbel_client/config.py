@@ -17,6 +17,9 @@ path = "models/minilm"
 models = ["<digest of the model, 64 hexadecimal digits>"]
 labels = ["benign", "malignant"]
 ```
+
+Instead of the table, `policy = "policy.toml"` above the first table names a file with the same
+fields: then who may change the policy need not be who may change the rest.
 """
 
 from pathlib import Path
@@ -26,10 +29,14 @@ import msgspec
 
 from umbel_client.policy import Policy
 from umbel_common.canonical import Name, Value
+from umbel_common.config import from_table
 from umbel_common.enrolment import Address
 from umbel_common.errors import ConfigError
-from umbel_common.plan import Count
-from umbel_host.toml_file import read_toml
+from umbel_common.plan import Count, Fraction
+from umbel_host.toml_file import read_toml, read_toml_table
+
+POLICY_FILE = "policy.toml"
+"""What a file with the policy is called."""
 
 Format: TypeAlias = Literal["auto", "messages", "prompt-completion", "instruction", "text"]
 """In which columns a causal language model's records are (`umbel_client.conversations`); `auto`:
@@ -58,6 +65,9 @@ class DataConfig(Value, frozen=True):
     is promised for all records of a unit together; else for each record alone."""
     max_records_per_unit: Count = 32
     """Records of a unit past so many, in the order of the file, are not used."""
+    evaluation_share: Fraction = 0.1
+    """About this share of the records (or units) is not trained on, but scored, under a plan with a
+    federated evaluation."""
 
 
 class ModelConfig(Value, frozen=True):
@@ -106,6 +116,7 @@ class ClientConfig(Value, frozen=True):
     data: DataConfig
     model: ModelConfig
     policy: Policy
+    """The table, or what is in the file that is named in its place."""
     relay: RelayConfig | None = None
     """Absent where no server is reached from here, as in a simulation."""
     isolation: Literal["required", "preferred"] = "preferred"
@@ -123,10 +134,29 @@ def load_config(path: Path) -> ClientConfig:
     """Reads client.toml.
 
     Raises:
-        ConfigError: the file cannot be read, is no TOML, or has an unknown, missing or wrong field.
+        ConfigError: the file, or the policy's, cannot be read, is no TOML, or has an unknown,
+            missing or wrong field; or there are two policies.
     """
-    config = read_toml(path, ClientConfig, "give the path of this site's client.toml")
+    table = read_toml_table(path, "give the path of this site's client.toml")
     folder = path.absolute().parent
+    named = table.get("policy")
+    if isinstance(named, str):
+        # Any policy will do until the file with the rest is known to be right.
+        table["policy"] = {}
+    elif "policy" in table and (folder / POLICY_FILE).exists():
+        raise ConfigError(
+            "a site has two policies: a table in its configuration, and a file beside it",
+            file=path,
+            field="policy",
+            found=f"the table [policy], and {folder / POLICY_FILE}",
+            remedy=f'policy = "{POLICY_FILE}" above the first table, or move that file away',
+        )
+    config = from_table(table, ClientConfig, path)
+    if isinstance(named, str):
+        policy = read_toml(
+            folder / Path(named).expanduser(), Policy, f"see that {path} names this site's policy"
+        )
+        config = msgspec.structs.replace(config, policy=policy)
 
     def resolve(name: str) -> str:
         return str(folder / Path(name).expanduser())

@@ -35,6 +35,8 @@ class DataSet(Value, frozen=True, kw_only=True):
     units: tuple[int, ...] = ()
     """The unit (patient) of each record, numbered from 0 in the order of the file; empty: each
     record is its own."""
+    unit_names: tuple[str, ...] = ()
+    """What the file calls each unit."""
     unit_column: str | None = None
     """Where units come from."""
 
@@ -146,6 +148,7 @@ def records_of(
         path=str(path),
         rows=tuple(row + table.first for row in kept),
         units=() if unit_column is None else tuple(numbers[units[row]] for row in kept),
+        unit_names=() if unit_column is None else tuple(numbers),
         unit_column=unit_column,
     )
     if isinstance(task, Classification):

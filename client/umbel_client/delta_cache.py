@@ -5,17 +5,18 @@ training started from. It appears complete or not at all, before the ledger lear
 ledger's digest is what makes it final.
 """
 
-import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import safetensors.numpy
-from safetensors import SafetensorError, safe_open
 
 from umbel_common.adapter import Vector, to_bytes
-from umbel_common.canonical import digest
+from umbel_common.canonical import digest, digest_of
 from umbel_common.errors import LedgerError, StorageError
+from umbel_host import tensor_file
+from umbel_host.durable import sync_folder
+from umbel_host.tensor_file import TensorFile
 
 State = dict[str, npt.NDArray[np.float32]]
 """The optimiser's state by name, as `training.train_round` gives and takes it."""
@@ -42,42 +43,52 @@ class DeltaCache:
         partial = path.with_suffix(".partial")
         tensors = {_DELTA: delta, **{_STATE_PREFIX + name: value for name, value in state.items()}}
         try:
-            data = safetensors.numpy.save(tensors, metadata={"adapter": adapter.hex()})
-            with open(partial, "wb", opener=_private) as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            # Whatever was there before may have been open to others.
+            partial.unlink(missing_ok=True)
+            tensor_file.write(partial, tensors, {"adapter": adapter.hex()}, mode=0o600)
             partial.rename(path)
-            _sync(self._folder)
-        except (OSError, SafetensorError) as error:
+            sync_folder(self._folder)
+        except OSError as error:
             partial.unlink(missing_ok=True)
             raise StorageError("a delta cannot be stored", file=path, found=error) from error
-        return _digest(adapter, delta, state)
+        return _digest(adapter, delta, sorted(state), state.__getitem__)
 
-    def load(self, round_number: int, expected: bytes) -> tuple[bytes, Vector, State]:
+    def load(
+        self, round_number: int, expected: bytes, *, with_state: bool = True
+    ) -> tuple[bytes, Vector, State]:
         """Digest of the starting adapter, delta and optimiser state of a round.
 
         Args:
             expected: the digest that the ledger recorded.
+            with_state: otherwise the state is verified, and none of it is kept: it may be twice as
+                large as the delta.
 
         Raises:
             LedgerError: the file is missing, unreadable or not what the ledger recorded.
         """
         path = self._path(round_number)
         try:
-            with safe_open(path, "numpy") as file:
-                adapter = bytes.fromhex((file.metadata() or {})["adapter"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-            delta = tensors.pop(_DELTA)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            with TensorFile(path) as file:
+                adapter = bytes.fromhex(file.metadata["adapter"])
+                delta = file.read(_DELTA)
+                state: State = {}
+
+                def read(name: str) -> npt.NDArray[np.float32]:
+                    value = file.read(_STATE_PREFIX + name)
+                    if with_state:
+                        state[name] = value
+                    return value
+
+                names = [name.removeprefix(_STATE_PREFIX) for name in file if name != _DELTA]
+                found = _digest(adapter, delta, sorted(names), read)
+        except (OSError, KeyError, ValueError) as error:
             raise LedgerError(
                 "the delta of a charged round cannot be read",
                 file=path,
                 found=error,
                 remedy="restore the file from a backup; this round cannot be computed again",
             ) from error
-        state = {name.removeprefix(_STATE_PREFIX): value for name, value in sorted(tensors.items())}
-        if _digest(adapter, delta, state) != expected:
+        if found != expected:
             raise LedgerError(
                 "a delta is not the one that the ledger recorded",
                 file=path,
@@ -89,23 +100,20 @@ class DeltaCache:
         return self._folder / f"{round_number:05}.safetensors"
 
 
-def _digest(adapter: bytes, delta: Vector, state: State) -> bytes:
+def _digest(
+    adapter: bytes,
+    delta: Vector,
+    names: Iterable[str],
+    state: Callable[[str], npt.NDArray[np.float32]],
+) -> bytes:
     """What the ledger records: the delta, the adapter that it started from, and the optimiser's
-    state, which flows into later deltas."""
-    parts: list[bytes | memoryview] = [adapter, to_bytes(delta)]
-    for name in sorted(state):
-        parts += [digest("state", name.encode()), to_bytes(state[name].reshape(-1))]
-    return digest("delta", *parts)
+    state, which flows into later deltas and is asked for name by name."""
 
+    def parts() -> Iterator[bytes | memoryview]:
+        yield adapter
+        yield to_bytes(delta)
+        for name in names:
+            yield digest("state", name.encode())
+            yield to_bytes(state(name).reshape(-1))
 
-def _sync(folder: Path) -> None:
-    """Makes a rename durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+    return digest_of("delta", parts())

@@ -38,6 +38,10 @@ clip_norm = 1.0
 threshold = 3
 clip_range = 1.0
 step = 1e-6
+
+[release_gate]
+holdout = "public.jsonl"
+max_loss_increase = 0.05
 ```
 """
 
@@ -49,14 +53,17 @@ import msgspec
 
 from umbel_client.lora import Scaling, all_linear, plan_lora
 from umbel_client.model_folder import folder_digest
+from umbel_client.tables import read_table
 from umbel_common.canonical import Name, Value
-from umbel_common.errors import PlanError
+from umbel_common.errors import DataError, PlanError
 from umbel_common.plan import (
     Aggregation,
     BaseModel,
+    FederatedEvaluation,
     LocalPrivacy,
     Method,
     NoPrivacy,
+    ReleaseGate,
     Scale,
     Task,
     Training,
@@ -117,6 +124,14 @@ UNSUPPORTED: dict[str, tuple[object, str]] = {
 """Settings of PEFT that a plan cannot have: what each must be, and why."""
 
 
+class DraftGate(Value, frozen=True):
+    """`[release_gate]`; see `umbel_common.plan.ReleaseGate`."""
+
+    holdout: str
+    """The file with the public records; a relative path starts at the draft's folder."""
+    max_loss_increase: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+
+
 class Draft(Value, frozen=True):
     """A plan without what the model's folder says."""
 
@@ -130,6 +145,8 @@ class Draft(Value, frozen=True):
     aggregation: Aggregation
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)] = 0
     """Public seed of the initial adapter."""
+    evaluation: FederatedEvaluation | None = None
+    release_gate: DraftGate | None = None
 
 
 def _check_supported(lora: DraftLora) -> None:
@@ -143,17 +160,19 @@ def _check_supported(lora: DraftLora) -> None:
             )
 
 
-def make_plan(draft: Draft, model: Path) -> TrainingPlan:
+def make_plan(draft: Draft, folder: Path) -> TrainingPlan:
     """The plan of a draft.
 
     Args:
-        model: folder of the base model.
+        folder: where relative paths start.
 
     Raises:
+        DataError: the release gate's holdout cannot be read.
         ModelError, PlanError: the model does not have what the draft targets, or the parts of the
             plan do not fit together.
     """
     _check_supported(draft.lora)
+    model = folder / Path(draft.model.path).expanduser()
     targets = draft.lora.target_modules
     lora = plan_lora(
         model,
@@ -175,9 +194,29 @@ def make_plan(draft: Draft, model: Path) -> TrainingPlan:
         training=draft.training,
         privacy=draft.privacy,
         aggregation=draft.aggregation,
+        evaluation=draft.evaluation,
+        release_gate=_gate(draft.release_gate, folder),
     )
     check_plan(plan)
     return plan
+
+
+def _gate(gate: DraftGate | None, folder: Path) -> ReleaseGate | None:
+    if gate is None:
+        return None
+    path = folder / Path(gate.holdout).expanduser()
+    if path.is_dir():
+        raise DataError(
+            "a holdout is named by the digest of its file",
+            file=path,
+            field="release_gate.holdout",
+            found="a folder",
+            accepted=".jsonl, .csv or .parquet",
+        )
+    return ReleaseGate(
+        holdout=read_table(path).source,
+        max_loss_increase=gate.max_loss_increase,
+    )
 
 
 def read_plan(path: Path) -> TrainingPlan:
@@ -185,10 +224,10 @@ def read_plan(path: Path) -> TrainingPlan:
 
     Raises:
         ConfigError: the file cannot be read, is no TOML, or has an unknown, missing or wrong field.
-        ModelError, PlanError: see `make_plan`.
+        DataError, ModelError, PlanError: see `make_plan`.
     """
     draft = read_toml(path, Draft, "give the path of a draft; docs/operator.md describes it")
-    return make_plan(draft, path.absolute().parent / Path(draft.model.path).expanduser())
+    return make_plan(draft, path.absolute().parent)
 
 
 def main() -> int:

@@ -4,24 +4,15 @@ import os
 import shutil
 from pathlib import Path
 
-import safetensors.numpy
-from safetensors import SafetensorError
-
 from umbel_client.model_folder import TOKENIZER_FILES
-from umbel_common.adapter import Vector, flatten
+from umbel_common.adapter import Vector
 from umbel_common.canonical import encode
-from umbel_common.errors import ModelError, PlanError, StorageError
+from umbel_common.errors import ModelError, StorageError
 from umbel_common.identity import Signed
-from umbel_common.peft_folder import (
-    ADAPTER_FILE,
-    HEAD_FILE,
-    PLAN_FILE,
-    tensor_files,
-    tensors_from_files,
-    text_files,
-)
+from umbel_common.peft_folder import ADAPTER_FILE, PLAN_FILE, text_files
 from umbel_common.plan import TrainingPlan
 from umbel_common.plan_file import plan_from_json
+from umbel_host.adapter_folder import read_vector, write_vector
 from umbel_host.text_file import read_text
 
 RELEASE_FILE = "release.msgpack"
@@ -44,9 +35,7 @@ def write_adapter(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(mode=0o777 if release is not None else 0o700, parents=True)
-        for name, tensors in tensor_files(plan, vector).items():
-            # PEFT wants to read which framework wrote the file.
-            safetensors.numpy.save_file(tensors, partial / name, metadata={"format": "pt"})
+        write_vector(partial, plan, vector)
         for name, text in text_files(plan, alone=release is None).items():
             (partial / name).write_text(text, encoding="utf-8")
         if release is not None:
@@ -57,7 +46,7 @@ def write_adapter(
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise StorageError("an adapter cannot be stored", file=folder, found=error) from error
 
@@ -83,15 +72,11 @@ def read_adapter(folder: Path) -> tuple[TrainingPlan, Vector]:
             )
     plan, _ = plan_from_json(read_text(folder / PLAN_FILE), folder / PLAN_FILE)
     try:
-        files = {
-            name: safetensors.numpy.load_file(folder / name)
-            for name in (ADAPTER_FILE, HEAD_FILE)
-            if (folder / name).is_file()
-        }
-        vector = flatten(tensors_from_files(files), plan.lora.tensors)
-    except (OSError, SafetensorError, KeyError, PlanError, ValueError) as error:
-        raise ModelError("an adapter does not fit its plan", file=folder, found=error) from error
-    return plan, vector
+        return plan, read_vector(folder, plan)
+    except StorageError as error:
+        raise ModelError(
+            "an adapter does not fit its plan", file=folder, found=error.found
+        ) from error
 
 
 def copy_adapter(folder: Path, out: Path) -> None:

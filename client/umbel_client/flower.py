@@ -5,6 +5,7 @@ data nor identity key. Of what a SuperLink can send, one kind of message is hand
 run configurations are never asked for.
 """
 
+import gc
 import logging
 import ssl
 import threading
@@ -53,9 +54,10 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from umbel_client.proxy import way_to
 from umbel_common.errors import ConfigError
 from umbel_common.wire import FLOWER_MESSAGE_TYPE
-from umbel_host.flower import packed, unpacked
+from umbel_host.flower import packed_pieces, regrouped, unpacked_pieces
 from umbel_host.keys import read_tls_key
 
 NOT_OURS = 1
@@ -67,6 +69,8 @@ _BUSY_POLL_SECONDS = 0.1
 _IDLE_POLL_SECONDS = 1.0
 _BUSY_SECONDS = 60.0
 """Since the last message: a round has several, close together."""
+_REQUEST_SECONDS = 30.0
+"""For each step of a request: to connect, to write, to read."""
 _PATIENCE_SECONDS = 150.0
 """For one request while the server is away."""
 _LONGEST_PAUSE = 30.0
@@ -78,17 +82,25 @@ _TOLERATED_SKEW = timedelta(seconds=3)
 _logger = logging.getLogger("umbel.relay")
 T = TypeVar("T")
 
+Pieces = list[bytes]
+"""A sealed message as `umbel_host.flower.regrouped` makes it: a relay has room for it once."""
 
-def answer(message: Message, handle: Callable[[bytes], bytes]) -> Message:
-    """Hands the sealed bytes to `handle` (`Trainer.handle` or its proxy) and sends back its answer.
+
+def answer(message: Message, handle: Callable[[Pieces], Pieces]) -> Message:
+    """Hands the sealed bytes to `handle` and sends back its answer.
 
     Nothing else is ever acted on: no app bundle, no run configuration, no other message type.
     """
     ours = message.metadata.message_type == FLOWER_MESSAGE_TYPE
-    sealed = unpacked(message) if ours else None
-    if sealed is None:
+    pieces = unpacked_pieces(message) if ours else None
+    if pieces is None:
         return Message(Error(NOT_OURS, "not a message of this federation"), reply_to=message)
-    return Message(packed(handle(sealed)), reply_to=message)
+    return Message(packed_pieces(handle(pieces)), reply_to=message)
+
+
+def whole(handle: Callable[[bytes], bytes]) -> Callable[[Pieces], Pieces]:
+    """What takes a message in pieces, from what takes it whole (`Trainer.handle`)."""
+    return lambda pieces: list(regrouped([handle(b"".join(pieces))]))
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ class Connection:
 
 def serve(
     connection: Connection,
-    handle: Callable[[bytes], bytes],
+    handle: Callable[[Pieces], Pieces],
     stopping: threading.Event,
     connected: Callable[[bool], None],
 ) -> None:
@@ -116,10 +128,14 @@ def serve(
 
     Raises:
         IdentityError: the key is missing, open to others, or none that is used here.
-        ConfigError: the certificate or the authority cannot be used.
+        ConfigError: the certificate or the authority cannot be used, or the environment names a
+            proxy that cannot.
     """
     context, key = _credentials(connection)
+    way = way_to(connection.server)
     clock = _ServerClock()
+    # What is there now stays: the collector, which is called often, need not look at it.
+    gc.freeze()
     pause = 1.0
     while not stopping.is_set():
         client = FleetHttpClient(
@@ -128,16 +144,16 @@ def serve(
             interceptors=[_Signature(key, clock)],
             verify=context,
         )
-        # Or the server could send requests on to any address in the site's own network.
-        client._client.follow_redirects = False
+        client._client.close()
+        client._client = way.client(context, _REQUEST_SECONDS)
         try:
             with client, _activated(client, key, stopping) as node:
                 connected(True)
                 pause = 1.0
-                _logger.info("connected to %s", connection.server)
+                _logger.info("connected to %s", way)
                 _work(client, node, clock, handle, stopping)
         except (httpx.HTTPError, OSError, ValueError) as error:
-            _logger.warning("%s is not reached: %s", connection.server, _reason(error))
+            _logger.warning("%s is not reached: %s", way, _reason(error))
         connected(False)
         stopping.wait(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
@@ -151,6 +167,10 @@ def _reason(error: Exception) -> str:
             403: "it does not admit this site (not yet, or not any more)",
         }
         return f"status {code}: {hint.get(code, error.response.text[:200])}"
+    if isinstance(error, httpx.ProxyError):
+        refusal = str(error)
+        hint = "HTTPS_PROXY needs its user and password" if refusal.startswith("407") else ""
+        return "; ".join(filter(None, (f"the proxy says {refusal}", hint)))
     return str(error) or type(error).__name__
 
 
@@ -265,7 +285,7 @@ def _work(
     client: FleetHttpClient,
     node: Node,
     clock: _ServerClock,
-    handle: Callable[[bytes], bytes],
+    handle: Callable[[Pieces], Pieces],
     stopping: threading.Event,
 ) -> None:
     TaskIdentity.node_id = node.node_id
@@ -316,6 +336,8 @@ def _pull(
             if not pulled.object_found or stopping.wait(_BUSY_POLL_SECONDS):
                 raise ValueError("a part of a message is not there any more")
         contents[part.object_id] = pulled.object_content
+        del pulled
+        _let_go()
     try:
         message = inflate_object_from_contents(tree.object_id, contents)
     except Exception as error:
@@ -360,6 +382,14 @@ def _push(
                 object_content=objects.pop(name).deflate(),
             )
             _patiently(partial(client.PushObject, part), stopping)
+            del part
+            _let_go()
+
+
+def _let_go() -> None:
+    """Frees what a request of megabytes leaves behind: the HTTP client's objects refer to each
+    other in a circle, and Python would find out after hundreds of them."""
+    gc.collect()
 
 
 def _patiently(call: Callable[[], T], stopping: threading.Event) -> T:

@@ -5,7 +5,7 @@ trainer what a server can say, no more. The control socket is for the site's own
 see there never leaves the site.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import grpc
@@ -74,8 +74,17 @@ class TrainerStub:
         Raises:
             UnreachableError: the trainer ended before it answered.
         """
+        return joined(self.stream([sealed]))
+
+    def stream(self, parts: Iterable[bytes]) -> Iterator[bytes]:
+        """As `handle`, of a request in parts of any size, to a reply in others.
+
+        Raises:
+            UnreachableError: as the reply is read.
+        """
+        request = (piece for part in parts for piece in pieces(part))
         try:
-            return joined(self._handle(pieces(sealed), wait_for_ready=True))
+            yield from self._handle(request, wait_for_ready=True)
         except grpc.RpcError as error:
             raise unreachable(self._path, error) from None
 

@@ -3,6 +3,8 @@
 One ledger for each data set, one process at a time. For each (job, round):
 
     None --reserve--> RESERVED --computed--> COMPUTED --sent--> SENT
+       |                  |                       |               |
+       +--state_spend-----+-----------------------+---------------+--> LOST
 
 RESERVED is on disk before the first gradient, COMPUTED (with the digest of the noisy delta) before
 the first byte leaves, so a kill at any moment leaves the ledger at or above what was truly spent.
@@ -33,6 +35,7 @@ from typing import BinaryIO, Self
 from umbel_client.accounting import Event, total_epsilon
 from umbel_client.budget import Budget
 from umbel_client.ledger_file import (
+    SCHEMA,
     create,
     lock_file,
     read_rows,
@@ -43,17 +46,21 @@ from umbel_client.ledger_file import (
 from umbel_client.ledger_rows import (
     GENESIS,
     Carried,
+    Change,
     Computed,
     Contents,
     Opened,
     Reservation,
     Reserved,
+    Restored,
     Row,
     Sent,
     State,
+    Stated,
 )
 from umbel_common.canonical import Entropy, decode_canonical, encode
 from umbel_common.errors import BudgetError, LedgerError, RemoteProtocolError
+from umbel_host.database import migrate, transaction
 
 
 class Ledger:
@@ -81,7 +88,8 @@ class Ledger:
             unit: column that says whose a record is; None: each record is its own unit.
 
         Raises:
-            LedgerError: used by another process, damaged, or of another data set, unit or schema.
+            LedgerError: used by another process, damaged, of another data set or unit, or of a
+                later schema version.
             StorageError: it cannot be read or written.
         """
         with storage_errors(path):
@@ -134,9 +142,11 @@ class Ledger:
 
         Raises:
             BudgetError: the budget does not allow it; nothing was written.
-            LedgerError: the round is reserved for another plan or event.
+            LedgerError: the round is reserved for another plan or event, or the ledger is an old
+                copy (`require_stated`).
             StorageError: it could not be written; nothing is reserved.
         """
+        self.require_stated()
         known = self.state(job, round_number)
         if known is not None:
             if (known.plan, known.event) != (plan, event):
@@ -244,6 +254,57 @@ class Ledger:
         if data_set != self._contents.data_set:
             self._append(Carried(data_set))
 
+    def require_stated(self) -> None:
+        """Refuses to go on with an old copy before somebody has stated what was spent since.
+
+        Raises:
+            LedgerError: it is one.
+        """
+        if self._contents.restored:
+            raise self._error(
+                "a privacy ledger is an old copy, and what was spent since is not known",
+                remedy="state it: umbel-client budget state-spend; docs/budget.md says how",
+            )
+
+    @property
+    def unknown(self) -> bool:
+        """Whether it was stated that nobody knows what was spent."""
+        return self._contents.unknown
+
+    def restored(self, evidence: bytes) -> None:
+        """Marks this ledger as an old copy; nothing is charged until `state`.
+
+        Args:
+            evidence: 32 bytes; see `Restored`.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        self._append(Restored(evidence))
+
+    def state_spend(self, stated: Stated) -> None:
+        """Charges what was spent and is not in these rows, and closes every round of before.
+
+        A statement can only add to what is charged. Of each round that stands here a delta may have
+        left that is not here, so nothing of them leaves again; rounds after them can be charged.
+
+        Raises:
+            LedgerError: it names a round that stands here.
+            StorageError: it could not be written.
+        """
+        for added in stated.rounds:
+            if (added.job, added.round) in self._contents.rounds:
+                raise self._error(f"round {added.round} of job {added.job} is charged already")
+        self._append(stated)
+
+    def knows(self, head: bytes, job: str, round_number: int) -> bool:
+        """Whether this history knows of what this site once signed: the head that its ledger had,
+        for an attempt at this round, or a statement that covers the round."""
+        if head in self._contents.heads:
+            return True
+        known = self.state(job, round_number)
+        return known is not None and known.state is State.LOST
+
     def _check_budget(self, event: Event | None, budget: Budget) -> None:
         if budget.epsilon == math.inf:
             return
@@ -271,9 +332,9 @@ class Ledger:
         return known
 
     def _events(self) -> list[Event | None]:
-        return [entry.event for entry in self._contents.rounds.values()]
+        return self._contents.events()
 
-    def _append(self, change: Carried | Reserved | Computed | Sent) -> None:
+    def _append(self, change: Change) -> None:
         row = Row(self.head(), self._entropy(16), change)
         entry = encode(row)
         try:
@@ -289,10 +350,12 @@ class Ledger:
 
     def _load(self) -> None:
         with storage_errors(self._path):
-            # A database of another schema is left as it is.
+            # A database of a later schema, or one that is damaged, is left as it is.
             self._contents = read_rows(self._path, self._database)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
+            with transaction(self._database):
+                migrate(self._database, SCHEMA, self._path)
 
     def _check_data_set(self, data_set: bytes, unit: str | None) -> None:
         if self._contents.unit != unit:
@@ -319,12 +382,5 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with storage_errors(self._path):
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._database.execute("COMMIT")
-            except BaseException:
-                if self._database.in_transaction:
-                    self._database.execute("ROLLBACK")
-                raise
+        with storage_errors(self._path), transaction(self._database):
+            yield

@@ -8,10 +8,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from umbel_client.ledger_rows import SCHEMA_VERSION, Contents, Row
-from umbel_client.snapshot import read_only
+from umbel_client.ledger_rows import Contents, Row
 from umbel_common.canonical import encode
 from umbel_common.errors import LedgerError, RemoteProtocolError, StorageError
+from umbel_host.database import Schema, migrate, schema_version, transaction
+from umbel_host.snapshot import read_only
+
+_JOURNAL = """
+CREATE TABLE journal (answers INTEGER NOT NULL) STRICT;
+INSERT INTO journal VALUES (0)
+"""
+SCHEMA = Schema(
+    "privacy ledger",
+    f"""
+    CREATE TABLE rows
+        (position INTEGER PRIMARY KEY, entry BLOB NOT NULL, head BLOB NOT NULL) STRICT;
+    {_JOURNAL}
+    """,
+    (
+        # Rows stay as they are, whatever the version: their heads were published.
+        _JOURNAL,
+        # Rows of kinds that version 2 does not know may follow.
+        "",
+    ),
+)
 
 
 def lock_file(path: Path) -> BinaryIO:
@@ -41,15 +61,9 @@ def create(path: Path, first: Row) -> None:
     database = sqlite3.connect(draft, isolation_level=None)
     try:
         database.execute("PRAGMA synchronous = FULL")
-        database.executescript(
-            "BEGIN; CREATE TABLE rows"
-            " (position INTEGER PRIMARY KEY, entry BLOB NOT NULL, head BLOB NOT NULL) STRICT;"
-            " CREATE TABLE journal (answers INTEGER NOT NULL) STRICT;"
-            f" PRAGMA user_version = {SCHEMA_VERSION};"
-        )
-        database.execute("INSERT INTO rows VALUES (0, ?, ?)", (encode(first), first.head()))
-        database.execute("INSERT INTO journal VALUES (0)")
-        database.execute("COMMIT")
+        with transaction(database):
+            migrate(database, SCHEMA, path)
+            database.execute("INSERT INTO rows VALUES (0, ?, ?)", (encode(first), first.head()))
     finally:
         database.close()
     draft.rename(path)
@@ -64,7 +78,7 @@ def read_ledger(path: Path) -> Contents:
     """What a ledger holds at this moment; a client that uses it is not disturbed.
 
     Raises:
-        LedgerError: there is none, or it is damaged or of another schema.
+        LedgerError: there is none, or it is damaged or of a later schema version.
         StorageError: it cannot be read.
     """
     if not path.exists():
@@ -79,24 +93,25 @@ def read_ledger(path: Path) -> Contents:
 
 
 def read_rows(path: Path, database: sqlite3.Connection) -> Contents:
-    """Follows the whole chain.
+    """Follows the whole chain, of a ledger of this or a former schema version.
 
     Raises:
-        LedgerError: it is damaged or of another schema.
+        LedgerError: it is damaged, or of a later schema version.
     """
-    (version,) = database.execute("PRAGMA user_version").fetchone()
-    if version != SCHEMA_VERSION:
+    version = schema_version(database)
+    if version > SCHEMA.version:
         raise LedgerError(
-            "a privacy ledger has another schema version, or is none",
+            "a privacy ledger was written by a later version of Umbel",
             file=path,
             field="user_version",
             found=version,
-            accepted=SCHEMA_VERSION,
-            remedy="use it with the version of umbel-client that made it, or start a new state"
-            " folder and lower policy.total_epsilon by what that version counts as spent",
+            accepted=f"at most {SCHEMA.version}",
+            remedy="upgrade Umbel on this machine; nothing was changed",
         )
+    if version == 0:
+        raise damaged(path, "a database without a ledger")
     rows = database.execute("SELECT position, entry, head FROM rows ORDER BY position").fetchall()
-    counts = database.execute("SELECT answers FROM journal").fetchall()
+    counts = [(0,)] if version == 1 else database.execute("SELECT answers FROM journal").fetchall()
     contents = Contents()
     for number, row in enumerate(rows):
         try:
@@ -148,8 +163,8 @@ def require_journal(path: Path, contents: Contents, answers: int) -> None:
             found=f"{answers} in the journal",
             accepted=f"at least {contents.answers}, as the ledger counts",
             remedy="session.sqlite was rolled back or replaced: bring back the latest copy. If it"
-            " is lost, start a new state folder and lower policy.total_epsilon by what"
-            " `umbel-client budget show` calls spent here",
+            " is lost, start a new state folder, and state there with `umbel-client budget"
+            " state-spend` what was spent",
         )
 
 

@@ -82,6 +82,9 @@ class Policy(Value, frozen=True):
     minimum_cohort_difference: Annotated[int, msgspec.Meta(ge=1, le=100)] = 2
     """Without differential privacy: sites by which a survivor set must differ from every set that
     this site ever confirmed, unless it is the same; 1 allows any."""
+    federated_evaluation: bool = False
+    """Whether noisy counts of records that this site holds out, and of how an adapter does on them,
+    may be in the masked sum; charged to the ledger beside the training."""
     examples_as_weights: bool = False
     """Whether the exact number of records may be this site's (masked) weight; never with
     differential privacy."""
@@ -98,8 +101,8 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
     Raises:
         PolicyRefusal: `model-not-allowed`, `task-not-allowed`, `rank-too-large`,
             `targets-not-allowed`, `too-many-rounds`, `too-many-local-steps`, `privacy-required`,
-            `epsilon-too-large`, `delta-too-large`, `example-weights`, `labels-not-allowed` or
-            `threshold-below-minimum`.
+            `epsilon-too-large`, `delta-too-large`, `evaluation-not-allowed`, `example-weights`,
+            `labels-not-allowed` or `threshold-below-minimum`.
     """
     privacy = plan.privacy
     _require(
@@ -156,6 +159,13 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
         field="policy.minimum_cohort",
         found=f"threshold {plan.aggregation.threshold}",
         accepted=f"at least {policy.minimum_cohort}",
+    )
+    _require(
+        plan.evaluation is None or policy.federated_evaluation,
+        "evaluation-not-allowed",
+        field="policy.federated_evaluation",
+        found="a plan with a federated evaluation",
+        accepted="plans without",
     )
     _require(
         plan.aggregation.weights != "examples" or policy.examples_as_weights,

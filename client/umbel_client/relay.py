@@ -14,13 +14,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from umbel_client.config import ClientConfig, load_config, require_relay
-from umbel_client.flower import Connection, serve
+from umbel_client.flower import Connection, Pieces, serve
 from umbel_client.ipc import TrainerStub
 from umbel_client.sockets import relay_socket, trainer_socket
 from umbel_common.errors import UnreachableError
 from umbel_host.console import exit_code
+from umbel_host.flower import regrouped
 from umbel_host.log import adopt, configure
-from umbel_host.process import locked, told_to_stop
+from umbel_host.process import give_memory_back, locked, told_to_stop
 from umbel_host.sockets import SocketServer
 
 PROBE_MODE = 0o660
@@ -62,18 +63,18 @@ def run(path: Path) -> None:
                 certificate=Path(relay.certificate),
                 key=Path(relay.key),
             ),
-            lambda sealed: _asked(stub, sealed, stopping),
+            lambda pieces: _asked(stub, pieces, stopping),
             stopping,
             probes.serving,
         )
 
 
-def _asked(stub: TrainerStub, sealed: bytes, stopping: threading.Event) -> bytes:
+def _asked(stub: TrainerStub, pieces: Pieces, stopping: threading.Event) -> Pieces:
     """The trainer's answer. A trainer that died is asked again when it is back: it answers from its
     journal, or refuses."""
     while True:
         try:
-            return stub.handle(sealed)
+            return list(regrouped(stub.stream(pieces)))
         except UnreachableError:
             _logger.warning("the trainer ended before it answered: it is asked again")
             if stopping.wait(_AGAIN_SECONDS):
@@ -82,6 +83,7 @@ def _asked(stub: TrainerStub, sealed: bytes, stopping: threading.Event) -> bytes
 
 def main() -> int:
     """Runs until SIGTERM or SIGINT; returns the exit code."""
+    give_memory_back()
     configure()
     adopt("flwr")
     return exit_code(lambda: run(Path(sys.argv[1])))

@@ -8,21 +8,20 @@ after a restart. Secret state is deleted when the attempt is over; the file lies
 itself and needs the same protection.
 """
 
-import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import msgspec
 
-from umbel_client.snapshot import read_only
 from umbel_common.canonical import Value, decode_canonical, encode
-from umbel_common.errors import RemoteProtocolError, StorageError, require
+from umbel_common.errors import RemoteProtocolError, require
 from umbel_common.identity import Signed
 from umbel_common.statements import RoundHeader
+from umbel_host.database import Database, Schema, require_known, schema_version, storage_errors
+from umbel_host.snapshot import read_only
 
-SCHEMA_VERSION = 3
+KIND = "session journal"
+_PIECE_BYTES = 1 << 20
 
 _SCHEMA = """
 CREATE TABLE plans (job TEXT PRIMARY KEY, plan BLOB NOT NULL) STRICT;
@@ -43,6 +42,21 @@ CREATE TABLE releases (
 ) STRICT;
 """
 
+_STEPS = (
+    # Answers were not counted, nor did the ledger count them: any number that never falls will do.
+    """
+    CREATE TABLE answered (total INTEGER NOT NULL) STRICT;
+    INSERT INTO answered SELECT COUNT(*) FROM answers
+    """,
+    # What was trained before is not known: the policy's hours begin anew for the jobs under way.
+    "CREATE TABLE trained (job TEXT PRIMARY KEY, seconds REAL NOT NULL) STRICT",
+)
+
+
+def journal_schema() -> Schema:
+    """Of every session journal."""
+    return Schema(KIND, _SCHEMA, _STEPS)
+
 
 class Published(Value, frozen=True):
     """What this site has said of its ledger and let out, which the ledger must know of."""
@@ -60,29 +74,10 @@ class Session:
         """Opens or creates the journal, readable by its owner only.
 
         Raises:
-            StorageError: it is corrupt, of another schema version, or cannot be written.
+            StorageError: it is corrupt, of a later schema version, or cannot be written.
         """
-        self._path = path
-        with self._storage_errors():
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = FULL")
-            # Deleted secrets are overwritten in the file, not only unlinked.
-            self._database.execute("PRAGMA secure_delete = ON")
-            (version,) = self._database.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                self._database.executescript(
-                    f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-                )
-            elif version != SCHEMA_VERSION:
-                raise StorageError(
-                    "a session journal has another schema version",
-                    file=path,
-                    found=version,
-                    accepted=SCHEMA_VERSION,
-                    remedy="use it with the version of umbel-client that made it",
-                )
+        # Deleted secrets are overwritten in the file, not only unlinked.
+        self._database = Database(path, journal_schema(), secure_delete=True)
 
     def close(self) -> None:
         """Closes the file."""
@@ -109,12 +104,12 @@ class Session:
         """
         self.check_plan(job, plan)
         if self.plan(job) is None:
-            with self._transaction():
+            with self._database.transaction():
                 self._database.execute("INSERT INTO plans VALUES (?, ?)", (job, encode(plan)))
 
     def plan(self, job: str) -> Signed | None:
         """The accepted plan of a job."""
-        with self._storage_errors():
+        with self._database.errors():
             row = self._database.execute("SELECT plan FROM plans WHERE job = ?", (job,)).fetchone()
             return None if row is None else decode_canonical(row[0], Signed)
 
@@ -132,7 +127,7 @@ class Session:
         Raises:
             RemoteProtocolError: `attempt-reused`.
         """
-        with self._storage_errors():
+        with self._database.errors():
             row = self._database.execute(
                 "SELECT MAX(attempt) FROM attempts WHERE job = ? AND round = ?",
                 (header.job, header.round),
@@ -149,7 +144,7 @@ class Session:
         Raises:
             RemoteProtocolError: `unknown-attempt`.
         """
-        with self._storage_errors():
+        with self._database.errors():
             row = self._database.execute(
                 "SELECT header FROM attempts WHERE context = ?", (context,)
             ).fetchone()
@@ -163,7 +158,7 @@ class Session:
         Raises:
             RemoteProtocolError: `attempt-over`.
         """
-        with self._storage_errors():
+        with self._database.errors():
             row = self._database.execute(
                 "SELECT state FROM attempts WHERE context = ?", (context,)
             ).fetchone()
@@ -180,22 +175,25 @@ class Session:
         Raises:
             RemoteProtocolError: `second-answer` if the stage was answered to another request.
         """
-        with self._storage_errors():
+        with self._database.errors():
             row = self._database.execute(
-                "SELECT request, reply FROM answers WHERE context = ? AND stage = ?",
+                "SELECT rowid, request FROM answers WHERE context = ? AND stage = ?",
                 (context, stage),
             ).fetchone()
         if row is None:
             return None
         require(
-            row[0] == request, "second-answer", f"stage {stage} was answered to another request"
+            row[1] == request, "second-answer", f"stage {stage} was answered to another request"
         )
-        return bytes(row[1])
+        with self._database.errors():
+            connection = self._database.connection
+            with connection.blobopen("answers", "reply", row[0], readonly=True) as blob:
+                return blob.read()
 
     def published(self) -> Published:
         """What the privacy ledger is held against."""
-        with self._storage_errors():
-            return _published(self._database)
+        with self._database.errors():
+            return _published(self._database.connection)
 
     def open(
         self, header: RoundHeader, ledger_head: bytes, state: bytes, request: bytes, reply: bytes
@@ -204,7 +202,7 @@ class Session:
 
         Whatever earlier attempts of the job still held is deleted: their time is over.
         """
-        with self._transaction():
+        with self._database.transaction():
             self._database.execute(
                 "DELETE FROM answers WHERE context IN (SELECT context FROM attempts WHERE job = ?)",
                 (header.job,),
@@ -230,7 +228,7 @@ class Session:
         self, context: bytes, stage: str, request: bytes, reply: bytes, state: bytes | None
     ) -> None:
         """Records an answer and the state that follows it; None ends the attempt here."""
-        with self._transaction():
+        with self._database.transaction():
             self._insert_answer(context, stage, request, reply)
             self._database.execute(
                 "UPDATE attempts SET state = ? WHERE context = ?", (state, context)
@@ -239,13 +237,21 @@ class Session:
 
     def end_job(self, job: str) -> None:
         """Deletes what the attempts of a job still hold: its last release is out."""
-        with self._transaction():
+        with self._database.transaction():
             self._database.execute("UPDATE attempts SET state = NULL WHERE job = ?", (job,))
+        self._forget()
+
+    def end_all(self) -> None:
+        """Ends every attempt, as in a copy that must not answer anything a second time: its secrets
+        and answers are deleted, and what was counted and confirmed stays."""
+        with self._database.transaction():
+            self._database.execute("UPDATE attempts SET state = NULL")
+            self._database.execute("DELETE FROM answers")
         self._forget()
 
     def confirm(self, context: bytes, survivors: tuple[str, ...]) -> None:
         """Records the survivor set that is about to be confirmed."""
-        with self._transaction():
+        with self._database.transaction():
             self._database.execute(
                 "UPDATE attempts SET survivors = ? WHERE context = ?",
                 (msgspec.msgpack.encode(survivors), context),
@@ -258,13 +264,13 @@ class Session:
         if header is not None:
             query += " AND job = ? AND round = ?"
             values = (header.job, header.round)
-        with self._storage_errors():
+        with self._database.errors():
             rows = self._database.execute(query, values).fetchall()
         return [msgspec.msgpack.decode(row[0], type=tuple[str, ...]) for row in rows]
 
     def trained(self, job: str) -> float:
         """Seconds that this site has trained for a job."""
-        with self._storage_errors():
+        with self._database.errors():
             row = self._database.execute(
                 "SELECT seconds FROM trained WHERE job = ?", (job,)
             ).fetchone()
@@ -272,7 +278,7 @@ class Session:
 
     def add_trained(self, job: str, seconds: float) -> None:
         """Counts time that this site has trained for a job."""
-        with self._transaction():
+        with self._database.transaction():
             self._database.execute(
                 "INSERT INTO trained VALUES (?, ?)"
                 " ON CONFLICT (job) DO UPDATE SET seconds = seconds + excluded.seconds",
@@ -285,12 +291,12 @@ class Session:
         Raises:
             RemoteProtocolError: `two-releases` if the operator signed another one for this round.
         """
-        with self._storage_errors():
+        with self._database.errors():
             row = self._database.execute(
                 "SELECT release FROM releases WHERE job = ? AND round = ?", (job, round_number)
             ).fetchone()
         if row is None:
-            with self._transaction():
+            with self._database.transaction():
                 self._database.execute(
                     "INSERT INTO releases VALUES (?, ?, ?)", (job, round_number, encode(release))
                 )
@@ -302,64 +308,48 @@ class Session:
             )
 
     def _signed(self, statement: str, *values: str) -> list[Signed]:
-        with self._storage_errors():
+        with self._database.errors():
             rows = self._database.execute(statement, values).fetchall()
             return [decode_canonical(row[0], Signed) for row in rows]
 
     def _insert_answer(self, context: bytes, stage: str, request: bytes, reply: bytes) -> None:
-        self._database.execute(
-            "INSERT INTO answers VALUES (?, ?, ?, ?)", (context, stage, request, reply)
-        )
+        # Room first, then the reply piece by piece: SQLite would copy a masked vector twice.
+        row = self._database.execute(
+            "INSERT INTO answers VALUES (?, ?, ?, zeroblob(?))",
+            (context, stage, request, len(reply)),
+        ).lastrowid
+        assert row is not None  # the row that was just inserted
+        view = memoryview(reply)
+        with self._database.connection.blobopen("answers", "reply", row) as blob:
+            for start in range(0, len(view), _PIECE_BYTES):
+                blob.write(view[start : start + _PIECE_BYTES])
         self._database.execute("UPDATE answered SET total = total + 1")
 
     def _forget(self) -> None:
         """Empties the write-ahead log, which still holds former states with their secrets."""
-        with self._storage_errors():
+        with self._database.errors():
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with self._storage_errors():
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
-
-    def _storage_errors(self) -> AbstractContextManager[None]:
-        return _storage_errors(self._path)
 
 
 def read_published(path: Path) -> Published:
     """As `Session.published`, of a journal that another process may be using.
 
     Raises:
-        StorageError: it cannot be read, or is of another schema version.
+        StorageError: it cannot be read, or is of a later schema version.
     """
     if not path.exists():
         return Published(None, 0)
-    with _storage_errors(path), read_only(path) as database:
-        return _published(database)
+    with storage_errors(path, KIND), read_only(path) as database:
+        version = schema_version(database)
+        require_known(version, journal_schema(), path)
+        return _published(
+            database, "total FROM answered" if version > 1 else "COUNT(*) FROM answers"
+        )
 
 
-def _published(database: sqlite3.Connection) -> Published:
+def _published(database: sqlite3.Connection, answers: str = "total FROM answered") -> Published:
     (head,) = database.execute(
         "SELECT (SELECT ledger_head FROM attempts ORDER BY rowid DESC LIMIT 1)"
     ).fetchone()
-    (answers,) = database.execute("SELECT total FROM answered").fetchone()
-    return Published(head, answers)
-
-
-@contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (sqlite3.Error, OSError) as error:
-        raise StorageError(
-            "the session journal cannot be used",
-            file=path,
-            found=error,
-            remedy="see that the disk has space and the file is writable and intact",
-        ) from error
+    (count,) = database.execute(f"SELECT {answers}").fetchone()  # our own words
+    return Published(head, count)

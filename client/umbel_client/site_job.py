@@ -12,14 +12,17 @@ from umbel_client.accounting import Event, calibrate, epsilon, largest_delta, re
 from umbel_client.batch_parts import BatchLimit
 from umbel_client.budget import Budget
 from umbel_client.config import ClientConfig
-from umbel_client.data import columns_of, load_records
+from umbel_client.data import LmRecords, Records, columns_of, load_records
 from umbel_client.delta_cache import DeltaCache, State
+from umbel_client.held_out import hold_out, noisy_counts
 from umbel_client.ledger import Ledger
+from umbel_client.ledger_rows import LOST
 from umbel_client.model import AdaptedModel
+from umbel_client.noise import NoiseSource
 from umbel_client.observer import Observer
 from umbel_client.physical_batch import find_physical_batch_size
 from umbel_client.precision import chosen_precision
-from umbel_client.prepared import prepare
+from umbel_client.prepared import PreparedData, prepare
 from umbel_client.self_test import self_test
 from umbel_client.session import Published
 from umbel_client.training import sampling_rate, train_round
@@ -35,10 +38,14 @@ from umbel_common.errors import (
 from umbel_common.identity import Roster
 from umbel_common.plan import LocalPrivacy, TrainingPlan
 from umbel_common.quantise import RingVector, encode, encoding_of
+from umbel_common.site_counts import SiteCounts, with_counts
 from umbel_common.statements import RoundHeader
 
 FAILED = digest("failed round", b"")
 """Stands in the ledger for the delta of a round whose training failed."""
+
+EVALUATION = "#evaluation"
+"""Ends the name under which the ledger charges a job's counts: no job can be called so."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,8 @@ class SiteJob:
                 fails the self-test of a private step.
             CalibrationError, PolicyRefusal: the plan's privacy cannot be had with this data set.
             BudgetError: the whole plan would go past the data set's budget.
-            LedgerError: the ledger is corrupt, in use, or rolled back, or the journal is.
+            LedgerError: the ledger is corrupt, in use, or rolled back, or the journal is; or it is
+                an old copy, and what was spent since was not stated.
         """
         self.plan = plan
         self._config = config
@@ -98,6 +106,7 @@ class SiteJob:
         try:
             if published.ledger_head is not None:
                 self._ledger.verify(published.ledger_head)
+            self._ledger.require_stated()
             self._ledger.keep_pace(published.answers)
             self._check_budget()
             self._model = AdaptedModel.load(
@@ -108,13 +117,11 @@ class SiteJob:
                 quantisation=config.model.quantisation,
             )
             self_test(self._model, self.noise.noise_multiplier, entropy=entropy)
-            self._data = prepare(
-                self._model,
-                Path(config.model.path),
-                records,
-                cache=state / "cache",
-                progress=lambda done, total: observer.preparing("frozen layers", done, total),
-            )
+            self._held_out = None
+            if plan.evaluation is not None:
+                records, held_out = hold_out(records, config.data.evaluation_share)
+                self._held_out = self._prepare(held_out)
+            self._data = self._prepare(records)
             self._batch_limit = BatchLimit(self._physical_batch_size())
             self._deltas = DeltaCache(state / "deltas" / plan.job)
         except BaseException:
@@ -133,6 +140,15 @@ class SiteJob:
         """What the site's next signed statement says about its ledger."""
         return self._ledger.head()
 
+    def knows(self, head: bytes, signed_for: RoundHeader) -> bool:
+        """Whether the ledger knows of a head that this site signed for an attempt."""
+        return self._ledger.knows(head, signed_for.job, signed_for.round)
+
+    def forgot(self, head: bytes) -> None:
+        """The ledger is an old copy, by a head that this site signed: nothing is charged until
+        somebody states what was spent."""
+        self._ledger.restored(head)
+
     def train(self, header: RoundHeader, adapter: Vector) -> None:
         """Makes sure that the round's delta exists: from the cache, or by training now.
 
@@ -145,6 +161,10 @@ class SiteJob:
         reserved = self._ledger.state(self.plan.job, number)
         # A round that was reserved keeps its noise, even if a new version would calibrate another.
         event = self._event(self.plan.training.local_steps) if reserved is None else reserved.event
+        evaluation = evaluation_event(self.plan, rounds=1)
+        if evaluation is not None:
+            name = self.plan.job + EVALUATION
+            self._ledger.reserve(name, self.plan.digest(), number, evaluation, self._budget)
         self._ledger.reserve(self.plan.job, self.plan.digest(), number, event, self._budget)
         self._observer.charged(number, self._spent())
         if self._recorded_digest(number) is None:
@@ -156,7 +176,7 @@ class SiteJob:
                 self._ledger.computed(self.plan.job, number, FAILED)
                 raise
             self._ledger.computed(self.plan.job, number, computed)
-        started_from, _, _ = self._stored(number)
+        started_from, _, _ = self._stored(number, with_state=False)
         require(
             started_from == header.adapter,
             "other-adapter",
@@ -168,7 +188,7 @@ class SiteJob:
 
         Rounding again for another attempt is post-processing of the same noisy delta.
         """
-        _, delta, _ = self._stored(header.round)
+        _, delta, _ = self._stored(header.round, with_state=False)
         encoding = encoding_of(self.plan.aggregation, len(header.cohort))
         return encode(delta, self._weight, encoding, self._entropy)
 
@@ -184,7 +204,7 @@ class SiteJob:
         """
         self._ledger.keep_pace(answers)
 
-    def _stored(self, number: int) -> tuple[bytes, Vector, State]:
+    def _stored(self, number: int, *, with_state: bool) -> tuple[bytes, Vector, State]:
         recorded = self._recorded_digest(number)
         if recorded is None:
             raise LocalProtocolError("not-computed", f"round {number} has no delta to send")
@@ -194,7 +214,13 @@ class SiteJob:
                 file=self._config.state,
                 remedy="this site sits the round out; its log says why training failed",
             )
-        return self._deltas.load(number, recorded)
+        if recorded == LOST:
+            raise LedgerError(
+                f"round {number} was charged in a state of this site that is gone",
+                file=self._config.state,
+                remedy="this site sits the round out, and takes part in later ones",
+            )
+        return self._deltas.load(number, recorded, with_state=with_state)
 
     def _recorded_digest(self, number: int) -> bytes | None:
         recorded = self._ledger.state(self.plan.job, number)
@@ -203,6 +229,8 @@ class SiteJob:
     def _compute(
         self, number: int, adapter_digest: bytes, adapter: Vector, event: Event | None
     ) -> bytes:
+        # Drawn once and kept with the delta: fresh noise for each attempt would average out.
+        counts = self._counts(adapter)
         result = train_round(
             self._model,
             self._data,
@@ -216,7 +244,25 @@ class SiteJob:
             physical_batch_size=self._batch_limit,
             on_step=lambda step, steps: self._observer.step(number, step, steps),
         )
-        return self._deltas.save(number, adapter_digest, result.delta, result.state)
+        vector = with_counts(result.delta, counts, self.plan)
+        return self._deltas.save(number, adapter_digest, vector, result.state)
+
+    def _prepare(self, records: Records | LmRecords) -> PreparedData:
+        return prepare(
+            self._model,
+            Path(self._config.model.path),
+            records,
+            cache=Path(self._config.state) / "cache",
+            progress=lambda done, total: self._observer.preparing("frozen layers", done, total),
+        )
+
+    def _counts(self, adapter: Vector) -> SiteCounts | None:
+        """How the adapter that the round starts from does on the held-out records."""
+        if self.plan.evaluation is None or self._held_out is None:
+            return None
+        self._model.set_vector(adapter)
+        noise = NoiseSource(self._entropy)
+        return noisy_counts(self._model, self._held_out, self.plan.evaluation, noise)
 
     def _physical_batch_size(self) -> int:
         if self._config.physical_batch_size != "auto":
@@ -233,16 +279,20 @@ class SiteJob:
         for former in range(number - 1, 0, -1):
             # Only of a round whose delta the ledger knows: what a killed computation left must not
             # flow into a later release.
-            if self._recorded_digest(former) not in (None, FAILED):
-                return self._stored(former)[2]
+            if self._recorded_digest(former) not in (None, FAILED, LOST):
+                return self._stored(former, with_state=True)[2]
         return None
 
     def _check_budget(self) -> None:
         """Refuses with the offer what the ledger would refuse in some later round."""
         if self._budget.epsilon == math.inf:
             return
-        former = [entry.event for entry in self._ledger.history() if entry.job != self.plan.job]
-        events = [*former, self._event(self.plan.training.steps)]
+        own = (self.plan.job, self.plan.job + EVALUATION)
+        former = [entry.event for entry in self._ledger.history() if entry.job not in own]
+        unknown = [None] if self._ledger.unknown else []
+        events = [*former, *unknown, self._event(self.plan.training.steps)]
+        if self.plan.evaluation is not None:
+            events.append(evaluation_event(self.plan, rounds=self.plan.training.rounds))
         private = [event for event in events if event is not None]
         cost = epsilon(private, self._budget.delta) if len(private) == len(events) else math.inf
         if cost > self._budget.epsilon:
@@ -283,8 +333,21 @@ def noise_for(plan: TrainingPlan, public_size: int) -> SiteNoise:
     if not isinstance(plan.privacy, LocalPrivacy):
         return SiteNoise(rate, None)
     require_delta(plan.privacy.delta, public_size)
-    noise = calibrate(plan.privacy.epsilon, plan.privacy.delta, rate, plan.training.steps)
+    noise = calibrate(
+        plan.privacy.epsilon,
+        plan.privacy.delta,
+        rate,
+        plan.training.steps,
+        evaluation_event(plan, rounds=plan.training.rounds),
+    )
     return SiteNoise(rate, noise)
+
+
+def evaluation_event(plan: TrainingPlan, *, rounds: int) -> Event | None:
+    """What the counts of so many rounds cost; None if the plan has no evaluation."""
+    if plan.evaluation is None:
+        return None
+    return Event(plan.evaluation.noise_multiplier, 1.0, rounds)
 
 
 def _weight(plan: TrainingPlan, roster: Roster, site: str, records: int) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from umbel_client.config import ClientConfig
 from umbel_client.decisions import Decisions
 from umbel_client.export import write_adapter
+from umbel_client.last_advert import check_last_advert
 from umbel_client.observer import Observer
 from umbel_client.pinned_roster import Pinned
 from umbel_client.policy import judge_header, judge_operator, judge_plan, judge_start
@@ -37,7 +38,8 @@ from umbel_common.identity import Identity, Roster, Signed, fingerprint, open_si
 from umbel_common.plan import TrainingPlan, check_plan
 from umbel_common.quantise import encoding_of
 from umbel_common.secagg import participant as secagg
-from umbel_common.statements import Release, RoundHeader
+from umbel_common.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.transcript import final_round
 from umbel_common.wire import (
     FinishReply,
     FinishRequest,
@@ -203,6 +205,8 @@ class Trainer:
         judge_start(self._config.policy, self._clock().time(), self._session.trained(plan.job))
         adapter = self._check_release(request, header, plan)
         job = self._loaded_job(plan.job)
+        if request.last is not None:
+            check_last_advert(request.last, job, self._identity)
         began = time.monotonic()
         try:
             job.train(header, adapter)
@@ -296,6 +300,7 @@ class Trainer:
     def _finish(self, request: FinishRequest) -> FinishReply:
         release = self._open(request.release, Release)
         plan = self._accepted_plan(release.job)
+        end = None if request.early_end is None else self._open(request.early_end, EarlyEnd)
         vector = from_bytes(request.adapter, plan.lora.size)
         require(
             adapter_digest(plan.digest(), vector) == release.adapter,
@@ -303,7 +308,7 @@ class Trainer:
             "an adapter is not what its release says",
         )
         require(
-            (release.plan, release.round) == (plan.digest(), plan.training.rounds),
+            (release.plan, release.round) == (plan.digest(), final_round(plan, end)),
             "other-release",
             "this is not the last release of the plan",
         )

@@ -18,6 +18,9 @@ from umbel_common.plan import Classification, Tensor, TrainingPlan
 
 Vector: TypeAlias = npt.NDArray[np.float32]
 
+_CHUNK = 2**16
+"""Elements looked at together: the answer for each is a byte."""
+
 
 def size_of(tensors: Sequence[Tensor]) -> int:
     """Number of elements of the vector of `tensors`."""
@@ -68,15 +71,11 @@ def unflatten(vector: Vector, tensors: Sequence[Tensor]) -> dict[str, Vector]:
 
 def merge(vector: Vector, delta: Vector, plan: TrainingPlan, round_number: int) -> Vector:
     """The whole adapter after `delta`, which covers only what the round trains, was added."""
-    values = unflatten(vector, plan.lora.tensors)
-    changes = unflatten(delta, plan.trained_tensors(round_number))
-    return flatten(
-        {
-            name: value + changes[name] if name in changes else value
-            for name, value in values.items()
-        },
-        plan.lora.tensors,
-    )
+    merged = vector.copy()
+    values = unflatten(merged, plan.lora.tensors)
+    for name, change in unflatten(delta, plan.trained_tensors(round_number)).items():
+        values[name] += change
+    return merged
 
 
 def adapter_digest(plan_digest: bytes, vector: Vector) -> bytes:
@@ -105,7 +104,9 @@ def from_bytes(data: bytes | memoryview, length: int) -> Vector:
     vector = np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
     vector.flags.writeable = False
     require(
-        bool(np.isfinite(vector).all()),
+        all(
+            np.isfinite(vector[start : start + _CHUNK]).all() for start in range(0, length, _CHUNK)
+        ),
         "adapter-values",
         "an adapter holds values that are not finite",
     )
@@ -121,15 +122,14 @@ def initial_vector(plan: TrainingPlan) -> Vector:
     generator, so the same plan gives the same bytes everywhere.
     """
     stock = isinstance(plan.task, Classification) and plan.task.head == "stock"
-    values = {}
+    vector = np.zeros(plan.lora.size, dtype=np.float32)
+    values = unflatten(vector, plan.lora.tensors)
     for tensor in plan.lora.tensors:
         if tensor.role == "lora_A":
-            values[tensor.name] = _orthonormal(_normal(plan.lora.seed, tensor))
+            values[tensor.name][...] = _orthonormal(_normal(plan.lora.seed, tensor))
         elif tensor.role == "head" and stock and len(tensor.shape) > 1:
-            values[tensor.name] = (0.02 * _normal(plan.lora.seed, tensor)).astype(np.float32)
-        else:
-            values[tensor.name] = np.zeros(tensor.shape, dtype=np.float32)
-    return flatten(values, plan.lora.tensors)
+            values[tensor.name][...] = 0.02 * _normal(plan.lora.seed, tensor)
+    return vector
 
 
 def _normal(seed: int, tensor: Tensor) -> npt.NDArray[np.float64]:

@@ -7,7 +7,7 @@ byte strings never decode to one signed value.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -73,6 +73,11 @@ def digest(label: str, *parts: bytes | memoryview) -> bytes:
 
     The label is framed by its length: no (label, data) pair collides with another.
     """
+    return digest_of(label, parts)
+
+
+def digest_of(label: str, parts: Iterable[bytes | memoryview]) -> bytes:
+    """As `digest`, of parts that need not be in memory together."""
     name = label.encode("ascii")
     state = hashlib.sha256(b"umbel/1" + bytes([len(name)]) + name)
     for part in parts:

@@ -23,8 +23,17 @@ def parse_toml(text: str, kind: type[T], file: object) -> T:
     Raises:
         ConfigError: no TOML, or no `kind`: an unknown or missing field, a wrong type or value.
     """
+    return from_table(read_table(text, file), kind, file)
+
+
+def read_table(text: str, file: object) -> dict[str, object]:
+    """What `text` describes, as TOML has it.
+
+    Raises:
+        ConfigError: no TOML.
+    """
     try:
-        data = tomllib.loads(text)
+        return tomllib.loads(text)
     # tomllib lets out plain errors of numbers too long and of lists too deep.
     except (ValueError, RecursionError) as error:
         raise ConfigError(
@@ -33,6 +42,10 @@ def parse_toml(text: str, kind: type[T], file: object) -> T:
             found=error,
             remedy="texts need quotes, and each field stands once; see https://toml.io",
         ) from None
+
+
+def from_table(data: dict[str, object], kind: type[T], file: object) -> T:
+    """As `parse_toml`, of what `read_table` gave."""
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:

@@ -9,6 +9,11 @@ import msgspec
 from umbel_common.canonical import Value
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Format: TypeAlias = Literal["auto", "messages", "prompt-completion", "instruction", "text"]
+"""In which columns a causal language model's records are; `auto`: what the columns say."""
+AnswerCount = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
+AnswerTokens = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+BatchSize = Annotated[int, msgspec.Meta(ge=1, le=65536)]
 Loss: TypeAlias = float | None
 """In nats; None: not a finite number, as of an adapter that diverged."""
 
@@ -60,12 +65,36 @@ class Evaluation(Value, frozen=True):
     is none before, or it is zero."""
 
 
+class GateResult(Value, frozen=True):
+    """What a plan's release gate found of the adapter that a round gave."""
+
+    before: Loss
+    """Mean loss on the public holdout of the adapter that the round started from."""
+    after: Loss
+    """That of the adapter that the round gave."""
+    bound: float
+    """Largest increase with which the adapter is released."""
+    metric: Literal["mean-loss"] = "mean-loss"
+
+    def passed(self) -> bool:
+        """Whether the adapter is released; else its predecessor is, once more."""
+        if self.after is None:
+            return False
+        return self.before is None or self.after <= self.before + self.bound
+
+    def __str__(self) -> str:
+        return (
+            f"{self.metric} {loss_text(self.after)} after {loss_text(self.before)},"
+            f" at most {self.bound:g} more"
+        )
+
+
 class HoldoutColumns(Value, frozen=True):
     """Where in the holdout's file the records are; as in a site's client.toml."""
 
     text_column: str = "text"
     label_column: str = "label"
-    format: Literal["auto", "messages", "prompt-completion", "instruction", "text"] = "auto"
+    format: Format = "auto"
 
 
 class EvaluationRequest(Value, frozen=True):
@@ -86,11 +115,11 @@ class EvaluationRequest(Value, frozen=True):
     groups: str | None = None
     """The holdout's column that says which group a record is of."""
     columns: HoldoutColumns = HoldoutColumns()
-    answers: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 50
+    answers: AnswerCount = 50
     """Records that a language model is let answer, from the beginning of the holdout."""
-    answer_tokens: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
+    answer_tokens: AnswerTokens = 64
     """The longest answer."""
-    batch_size: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 32
+    batch_size: BatchSize = 32
     device: str = "cpu"
 
 

@@ -50,13 +50,13 @@ class Identity:
         """The 32 secret bytes, for the owner's key file."""
         return self._key.private_bytes_raw()
 
-    def sign(self, label: str, data: bytes | memoryview) -> bytes:
-        """A 64-byte signature of `data` under the purpose `label`.
+    def sign(self, label: str, *parts: bytes | memoryview) -> bytes:
+        """A 64-byte signature of `parts`, one after the other, under the purpose `label`.
 
         The labelled SHA-256 digest is what Ed25519 signs, so that a large body is hashed once and
         never copied.
         """
-        return self._key.sign(digest(label, data))
+        return self._key.sign(digest(label, *parts))
 
 
 def verifies(public_key: bytes, label: str, data: bytes | memoryview, signature: bytes) -> bool:

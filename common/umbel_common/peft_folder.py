@@ -37,12 +37,6 @@ def tensor_files(plan: TrainingPlan, vector: Vector) -> dict[str, dict[str, Vect
     return files
 
 
-def tensors_from_files(files: dict[str, dict[str, Vector]]) -> dict[str, Vector]:
-    """The inverse of `tensor_files`, ready for `adapter.flatten`."""
-    head = {HEAD_PREFIX + name: value for name, value in files.get(HEAD_FILE, {}).items()}
-    return {**files[ADAPTER_FILE], **head}
-
-
 def text_files(plan: TrainingPlan, *, alone: bool = False) -> dict[str, str]:
     """The JSON files and the card, by name.
 

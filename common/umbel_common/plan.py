@@ -212,6 +212,33 @@ class Aggregation(Value, frozen=True):
     """Largest weight that a site may use: 1 for `equal`."""
 
 
+class FederatedEvaluation(Value, frozen=True):
+    """Sites score the adapter that a round starts from on records that they hold out, and two noisy
+    counts of each, records and their score, travel in the masked sum.
+
+    It is a Gaussian mechanism of its own, on top of the round's steps: the plan's epsilon covers
+    both.
+    """
+
+    noise_multiplier: Positive
+    """Standard deviation of the noise on a count, over the most that a record (or unit) adds to
+    both: sqrt(2)."""
+    max_records: Count
+    """A site's counts are clipped to this; also what they are rounded against."""
+    largest_loss: Scale = 10.0
+    """Of a language model, in nats: a record's score is its loss, at most this, over this."""
+
+
+class ReleaseGate(Value, frozen=True):
+    """A round's adapter that is worse than its predecessor on public records is not released: the
+    predecessor is, once more, and sites go on from it."""
+
+    holdout: Digest
+    """SHA-256 of the file with the public records."""
+    max_loss_increase: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+    """By so much, in nats, may the mean loss exceed the predecessor's."""
+
+
 class TrainingPlan(Value, frozen=True):
     """Everything a job may do to a site's data."""
 
@@ -223,6 +250,10 @@ class TrainingPlan(Value, frozen=True):
     training: Training
     privacy: LocalPrivacy | NoPrivacy
     aggregation: Aggregation
+    evaluation: FederatedEvaluation | None = None
+    """None: nothing but adapters is ever summed."""
+    release_gate: ReleaseGate | None = None
+    """None: each round's adapter is released, however good it is."""
     version: Literal[1] = 1
 
     def digest(self) -> bytes:
@@ -259,6 +290,13 @@ def check_plan(plan: TrainingPlan) -> None:
             field="training.optimizer.unbiased",
             found=True,
             accepted="false while privacy.mode is none",
+        )
+    if plan.evaluation is not None and plan.aggregation.weights != "equal":
+        raise PlanError(
+            "counts are summed, so that no site's may weigh more than another's",
+            field="aggregation.weights",
+            found=plan.aggregation.weights,
+            accepted="equal with an evaluation",
         )
     if plan.aggregation.weights == "equal" and plan.aggregation.max_weight != 1:
         raise PlanError(

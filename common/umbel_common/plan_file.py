@@ -12,6 +12,7 @@ from umbel_common.canonical import encode
 from umbel_common.errors import PlanError
 from umbel_common.identity import SIGNATURE_BYTES, Signed
 from umbel_common.plan import Classification, LocalPrivacy, Task, TrainingPlan, check_plan
+from umbel_common.site_counts import deviation
 
 
 class _PlanEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -23,6 +24,8 @@ def plan_to_json(plan: TrainingPlan, signature: bytes | None = None) -> str:
     """A plan as indented JSON with a newline at its end; digest and signature in hexadecimal."""
     parts = msgspec.to_builtins(plan, builtin_types=(bytes,))
     parts["model"]["digest"] = plan.model.digest.hex()
+    if plan.release_gate is not None:
+        parts["release_gate"]["holdout"] = plan.release_gate.holdout.hex()
     entry = _PlanEntry(parts, None if signature is None else signature.hex())
     return msgspec.json.format(msgspec.json.encode(entry), indent=2).decode("utf-8") + "\n"
 
@@ -38,9 +41,10 @@ def plan_from_json(text: str, file: object) -> tuple[TrainingPlan, Signed | None
     """
     try:
         entry = msgspec.json.decode(text, type=_PlanEntry)
-        model = entry.plan.get("model")
-        if isinstance(model, dict) and isinstance(model.get("digest"), str):
-            model["digest"] = bytes.fromhex(model["digest"])
+        for name, field in (("model", "digest"), ("release_gate", "holdout")):
+            part = entry.plan.get(name)
+            if isinstance(part, dict) and isinstance(part.get(field), str):
+                part[field] = bytes.fromhex(part[field])
         plan = msgspec.convert(entry.plan, TrainingPlan)
         signature = None if entry.signature is None else bytes.fromhex(entry.signature)
         if signature is not None and len(signature) != SIGNATURE_BYTES:
@@ -74,6 +78,25 @@ def plan_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("batch", f"{training.expected_batch_size} on average"),
         ("privacy", privacy_text(plan)),
         ("sum", f"of at least {plan.aggregation.threshold} sites, weights {weights}"),
+        *_evaluation_lines(plan),
+        *_gate_lines(plan),
+    ]
+
+
+def _evaluation_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
+    if plan.evaluation is None:
+        return []
+    noise = deviation(plan.evaluation)
+    return [("counted", f"held-out records and their score, in each round, noise {noise:.3g}")]
+
+
+def _gate_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
+    gate = plan.release_gate
+    if gate is None:
+        return []
+    return [
+        ("released", f"if the loss on public records rises by {gate.max_loss_increase:g} at most"),
+        ("", gate.holdout.hex()),
     ]
 
 

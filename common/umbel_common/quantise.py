@@ -5,6 +5,7 @@ and the weighted sum of deltas, and neither is known of any one site.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -160,6 +161,18 @@ def decode_sum(total: RingVector, encoding: Encoding) -> tuple[int, Vector]:
     """The total weight, and the weighted mean of the deltas, float32[n], from a sum of vectors.
 
     Raises:
+        RemoteProtocolError: as `total_weight`.
+    """
+    weight = total_weight(total, encoding)
+    mean = np.zeros(total.size - 1, dtype=np.float32)
+    add_mean(total, encoding, [mean])
+    return weight, mean
+
+
+def total_weight(total: RingVector, encoding: Encoding) -> int:
+    """The weight in a sum of vectors, all of which is checked.
+
+    Raises:
         RemoteProtocolError: `total-weight` where the weight is 0 or more than all sites may have,
             `sum-out-of-range` where a coordinate exceeds weight * levels: no honest vectors, or
             masks that do not cancel.
@@ -180,6 +193,26 @@ def decode_sum(total: RingVector, encoding: Encoding) -> tuple[int, Vector]:
         "a coordinate of a sum is larger than its weight allows",
         accepted=f"at most {bound} in magnitude",
     )
-    mean = np.empty(signed.size, dtype=np.float32)
-    np.multiply(signed, np.float64(encoding.step / weight), out=mean, casting="same_kind")
-    return weight, mean
+    return weight
+
+
+def add_mean(total: RingVector, encoding: Encoding, targets: Sequence[Vector]) -> None:
+    """Adds the weighted mean of the deltas in a sum to vectors that follow one another, in place.
+
+    Args:
+        total: of a `total_weight` that was accepted.
+        targets: float32, contiguous, writeable; together as long as a delta.
+    """
+    scale = np.float64(encoding.step / int(total[0]))
+    signed = total[1:].view(np.dtype(f"<i{total.itemsize}"))
+    mean = np.empty(CHUNK, dtype=np.float32)
+    position = 0
+    for target in targets:
+        flat = target.reshape(-1, copy=False)
+        for start in range(0, flat.size, CHUNK):
+            part = flat[start : start + CHUNK]
+            chunk = mean[: part.size]
+            source = signed[position : position + part.size]
+            np.multiply(source, scale, out=chunk, casting="same_kind")
+            np.add(part, chunk, out=part)
+            position += part.size

@@ -56,6 +56,7 @@ class Release(Value, frozen=True):
     context: Digest
     """`RoundHeader.context` of the attempt that gave it; zeros for round 0."""
     adapter: Digest
+    """That of the release before, where the plan's release gate held the round back."""
     survivors: Annotated[tuple[Name, ...], msgspec.Meta(max_length=100)]
     """The sites whose deltas are in the sum."""
     total_weight: Annotated[int, msgspec.Meta(ge=0)]
@@ -63,3 +64,14 @@ class Release(Value, frozen=True):
 
     def __post_init__(self) -> None:
         check_sorted(self.survivors)
+
+
+class EarlyEnd(Value, frozen=True):
+    """The operator ends a job before the last round of its plan."""
+
+    federation: Name
+    job: Name
+    plan: Digest
+    round: Annotated[int, msgspec.Meta(ge=0, le=10_000)]
+    """Whose release is the job's last one: not necessarily that of the last round."""
+    version: Literal[1] = 1

@@ -17,10 +17,12 @@ from umbel_common.errors import (
     RemoteProtocolError,
     VerificationError,
 )
+from umbel_common.evaluation import GateResult
 from umbel_common.identity import Identity, Roster, Signed, open_signed, sign
 from umbel_common.plan import TrainingPlan
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
-from umbel_common.statements import Release, RoundHeader
+from umbel_common.site_counts import SiteCounts
+from umbel_common.statements import EarlyEnd, Release, RoundHeader
 
 GENESIS = bytes(32)
 
@@ -34,12 +36,18 @@ class JobStarted(Value, frozen=True, tag_field="event", tag="job-started"):
 
 
 class RoundReleased(Value, frozen=True, tag_field="event", tag="round-released"):
-    """An attempt that gave a new global adapter, with the sites' own signatures."""
+    """An attempt that gave its sum, with the sites' own signatures."""
 
     header: Signed
     adverts: tuple[Signed, ...]
     confirmations: tuple[SurvivorSignature, ...]
     release: Signed
+    counts: SiteCounts | None = None
+    """Of a plan with an evaluation: how the adapter that the round started from does on records
+    that the survivors hold out, summed, with each one's noise."""
+    gate: GateResult | None = None
+    """What the plan's release gate found; where it was not passed, the release names the adapter
+    of the release before."""
 
 
 class AttemptAborted(Value, frozen=True, tag_field="event", tag="attempt-aborted"):
@@ -56,6 +64,8 @@ class JobFinished(Value, frozen=True, tag_field="event", tag="job-finished"):
 
     release: Digest
     delivered: tuple[Name, ...]
+    early_end: Signed | None = None
+    """An `EarlyEnd`; None: all rounds of the plan were released."""
 
 
 Event: TypeAlias = JobStarted | RoundReleased | AttemptAborted | JobFinished
@@ -80,6 +90,13 @@ def append(operator: Identity, index: int, head: bytes, event: Event) -> tuple[b
     return entry.digest(), sign(operator, entry)
 
 
+def final_round(plan: TrainingPlan, end: EarlyEnd | None) -> int | None:
+    """The round whose release ends a job; None if the early end is of another plan."""
+    if end is None:
+        return plan.training.rounds
+    return end.round if end.plan == plan.digest() else None
+
+
 class VerifiedJob(Value, frozen=True):
     """What a verified transcript proves."""
 
@@ -88,6 +105,10 @@ class VerifiedJob(Value, frozen=True):
     aborted_attempts: int
     delivered: tuple[str, ...]
     head: Digest
+    held_back: tuple[int, ...] = ()
+    """Rounds whose adapter the plan's release gate did not let through."""
+    final_round: int | None = None
+    """Whose release ended the job; None: the job has not ended."""
 
 
 def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
@@ -95,7 +116,9 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
 
     For each released round: the header names the plan, the roster and the adapter of the release
     before; every advert is by its site over this attempt; at least the plan's threshold of
-    survivors signed one and the same survivor set; the release names that set.
+    survivors signed one and the same survivor set; the release names that set. Where the plan has
+    a release gate, each round says what it found, and one that was held back releases the adapter
+    before once more. The job ends with its plan's last round, or with a signed early end.
 
     Raises:
         VerificationError: names the entry and what is wrong with it.
@@ -103,7 +126,9 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
     head = GENESIS
     plan: TrainingPlan | None = None
     releases: list[Release] = []
+    gates = _Gates()
     aborted = 0
+    final_round: int | None = None
     delivered: tuple[str, ...] = ()
     for index, signed in enumerate(entries):
         try:
@@ -117,16 +142,16 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
                     plan, first = _verify_start(entry.event, roster)
                     releases.append(first)
                 case RoundReleased() if plan is not None:
-                    releases.append(_verify_release(entry.event, plan, roster, releases[-1]))
+                    former = releases[-1]
+                    releases.append(_verify_release(entry.event, plan, roster, former))
+                    gates.verify(entry.event.gate, plan, releases[-1], former)
                 case AttemptAborted() if plan is not None:
                     header = open_signed(entry.event.header, RoundHeader, roster.operator)
                     _require(header.plan == plan.digest(), "its header names another plan")
                     aborted += 1
                 case JobFinished() if plan is not None:
                     _require(index == len(entries) - 1, "something follows the end of the job")
-                    _require(
-                        entry.event.release == releases[-1].adapter, "the last release differs"
-                    )
+                    final_round = _verify_end(entry.event, plan, roster, releases)
                     delivered = entry.event.delivered
                 case _:
                     raise VerificationError("it comes before the start of the job")
@@ -142,6 +167,8 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
         aborted_attempts=aborted,
         delivered=delivered,
         head=head,
+        held_back=tuple(gates.held_back),
+        final_round=final_round,
     )
 
 
@@ -163,6 +190,10 @@ def _verify_release(
     _require(header.roster == roster.digest(), "its header names another roster")
     _require(header.round == former.round + 1, "its round does not follow the release before")
     _require(header.adapter == former.adapter, "its round does not start from the release before")
+    _require(
+        (event.counts is None) == (plan.evaluation is None),
+        "its counts are not what the plan asks for",
+    )
     _require(
         (release.plan, release.round, release.attempt, release.context)
         == (header.plan, header.round, header.attempt, context),
@@ -190,6 +221,48 @@ def _verify_release(
         f"only {len(confirmed)} sites confirmed, the threshold is {plan.aggregation.threshold}",
     )
     return release
+
+
+class _Gates:
+    """What the release gate found in one round after the other."""
+
+    def __init__(self) -> None:
+        self.held_back: list[int] = []
+        self._found: GateResult | None = None
+
+    def verify(
+        self, gate: GateResult | None, plan: TrainingPlan, release: Release, former: Release
+    ) -> None:
+        if plan.release_gate is None or gate is None:
+            _require(gate is None, "its plan has no release gate")
+            _require(plan.release_gate is None, "it does not say what the release gate found")
+            return
+        _require(gate.bound == plan.release_gate.max_loss_increase, "its bound is not the plan's")
+        found = self._found
+        if found is not None:
+            kept = found.after if found.passed() else found.before
+            _require(gate.before == kept, "it compares with another loss than the round before had")
+        if not gate.passed():
+            _require(
+                release.adapter == former.adapter,
+                "a round that was held back does not keep the adapter before",
+            )
+            self.held_back.append(release.round)
+        self._found = gate
+
+
+def _verify_end(
+    event: JobFinished, plan: TrainingPlan, roster: Roster, releases: Sequence[Release]
+) -> int:
+    """The round whose release ended the job."""
+    early = event.early_end
+    end = None if early is None else open_signed(early, EarlyEnd, roster.operator)
+    number = final_round(plan, end)
+    if number is None:
+        raise VerificationError("its early end is of another plan")
+    _require(number < len(releases), "the job ends before its last release")
+    _require(event.release == releases[number].adapter, "the last release differs")
+    return number
 
 
 def _require(condition: bool, what: str) -> None:

@@ -1,11 +1,14 @@
 """The closed set of messages between server and site, sealed by the sender's identity.
 
-A sealed message is `magic (4) | signature (64) | body`. The signature covers a label that names the
-direction and the site, and of a reply also the request: so a message is good for one site and one
-direction only, and a reply for one request, whatever was recorded before. The body is
+A sealed message is `"UMB" | wire version (1) | signature (64) | body`. The signature covers a label
+that names the direction and the site, and of a reply also the request: so a message is good for one
+site and one direction only, and a reply for one request, whatever was recorded before. The body is
 the strict MessagePack encoding of one of the types below. Order of checks on receipt: size, magic,
-signature against the pinned key, decoding. Nothing is parsed, and nothing allocated, before the
-first three passed.
+version, signature against the pinned key, decoding. Nothing is parsed, and nothing allocated,
+before the first four passed.
+
+A side speaks one version and says so in each message: whoever speaks another refuses by name, and
+both sides' people read who has to upgrade.
 """
 
 from typing import Annotated, TypeAlias
@@ -17,9 +20,13 @@ from umbel_common.errors import require
 from umbel_common.identity import SIGNATURE_BYTES, Identity, Signed, verifies
 from umbel_common.plan import TrainingPlan
 from umbel_common.secagg.messages import EncryptedShare, RevealedShare, SurvivorSignature
+from umbel_common.site_counts import COORDINATES
 from umbel_common.statements import Cohort
 
-MAGIC = b"UMB1"
+WIRE_VERSION = 2
+"""Of everything in this file, and of `umbel_common.secagg.messages`: any change is another one."""
+_MARK = b"UMB"
+MAGIC = _MARK + str(WIRE_VERSION).encode()
 HEADER_BYTES = len(MAGIC) + SIGNATURE_BYTES
 
 FLOWER_MESSAGE_TYPE = "train.umbel"
@@ -50,6 +57,16 @@ class OfferReply(Message, frozen=True, tag="offer-accepted"):
     plan: Digest
 
 
+class LastAdvert(Value, frozen=True):
+    """What a site signed last, shown to it again: a site whose state was put back to an earlier
+    time does not know it."""
+
+    header: Signed
+    """The `RoundHeader` of the attempt that it advertised keys for."""
+    advert: Signed
+    """Its `KeyAdvert`, with the head that its privacy ledger had."""
+
+
 class TrainRequest(Message, frozen=True, tag="train"):
     """Stage 1: train from this global adapter, then advertise fresh keys."""
 
@@ -58,6 +75,8 @@ class TrainRequest(Message, frozen=True, tag="train"):
     """The `Release` whose adapter training starts from."""
     adapter: Blob
     """Its flat vector, float32 little-endian."""
+    last: LastAdvert | None = None
+    """What this site advertised last, in whatever job; None if that is not known."""
 
 
 class TrainReply(Message, frozen=True, tag="trained"):
@@ -127,6 +146,8 @@ class FinishRequest(Message, frozen=True, tag="finish"):
 
     release: Signed
     adapter: Blob
+    early_end: Signed | None = None
+    """An `EarlyEnd`, where the job does not go on to the last round of its plan."""
 
 
 class FinishReply(Message, frozen=True, tag="finished"):
@@ -167,7 +188,7 @@ def size_limit(plan: TrainingPlan | None) -> int:
 
     One adapter or masked vector, and generous room for what grows with the number of sites.
     """
-    vector = 0 if plan is None else 4 * (plan.lora.size + 1)
+    vector = 0 if plan is None else 4 * (plan.lora.size + 1 + COORDINATES)
     return HEADER_BYTES + vector + 4096 + MAX_SITES * 1024 + 2**20
 
 
@@ -180,9 +201,10 @@ def open_request(operator_key: bytes, site: str, data: bytes, *, limit: int) -> 
     """Opens a request addressed to `site`.
 
     Raises:
-        RemoteProtocolError: `oversized-message`, `malformed-message` or `pinned-signature`.
+        RemoteProtocolError: `oversized-message`, `malformed-message`, `wire-version` or
+            `pinned-signature`.
     """
-    body = _open(operator_key, f"request to {site}", data, limit)
+    body = _open(operator_key, "the operator", f"request to {site}", data, limit)
     return decode(body, Request)  # type: ignore[arg-type]  # a union is a decodable type
 
 
@@ -207,9 +229,10 @@ def open_reply(site_key: bytes, site: str, data: bytes, request: bytes, *, limit
         request: `request_digest` of what it must answer.
 
     Raises:
-        RemoteProtocolError: `oversized-message`, `malformed-message` or `pinned-signature`.
+        RemoteProtocolError: `oversized-message`, `malformed-message`, `wire-version` or
+            `pinned-signature`.
     """
-    body = _open(site_key, _reply_label(site, request), data, limit)
+    body = _open(site_key, site, _reply_label(site, request), data, limit)
     return decode(body, Reply)  # type: ignore[arg-type]  # a union is a decodable type
 
 
@@ -218,16 +241,26 @@ def _reply_label(site: str, request: bytes) -> str:
 
 
 def _seal(identity: Identity, label: str, message: Request | Reply) -> bytes:
-    # The body is encoded behind room for the header: a vector of megabytes is not copied again.
-    buffer = bytearray(HEADER_BYTES)
-    msgspec.msgpack.Encoder().encode_into(message, buffer, HEADER_BYTES)
-    with memoryview(buffer) as view:
-        signature = identity.sign(label, view[HEADER_BYTES:])
-    buffer[:HEADER_BYTES] = MAGIC + signature
-    return bytes(buffer)
+    # A vector of megabytes is copied once, into the sealed message.
+    parts = _encoded(message)
+    return b"".join((MAGIC, identity.sign(label, *parts), *parts))
 
 
-def _open(key: bytes, label: str, data: bytes, limit: int) -> memoryview:
+def _encoded(message: Request | Reply) -> tuple[bytes | memoryview, ...]:
+    """The body in parts: a vector is always the last field, and is not copied."""
+    name = message.__struct_fields__[-1]
+    vector = getattr(message, name)
+    if not isinstance(vector, memoryview):
+        return (msgspec.msgpack.encode(message),)
+    vector = vector.cast("B")
+    # What MessagePack puts before bytes depends on how many they are: up to 8, 16 or 32 bits.
+    width = next(width for width in (1, 2, 4) if len(vector) < 256**width)
+    start = msgspec.msgpack.encode(msgspec.structs.replace(message, **{name: memoryview(b"")}))
+    kind = {1: 0xC4, 2: 0xC5, 4: 0xC6}[width]
+    return start[:-2] + bytes([kind]) + len(vector).to_bytes(width, "big"), vector
+
+
+def _open(key: bytes, sender: str, label: str, data: bytes, limit: int) -> memoryview:
     require(
         len(data) <= limit,
         "oversized-message",
@@ -236,9 +269,20 @@ def _open(key: bytes, label: str, data: bytes, limit: int) -> memoryview:
         accepted=f"at most {limit} bytes",
     )
     require(
-        len(data) > HEADER_BYTES and data[: len(MAGIC)] == MAGIC,
+        len(data) > HEADER_BYTES and data[: len(_MARK)] == _MARK and data[3:4].isdigit(),
         "malformed-message",
-        "this is no sealed message of version 1",
+        "this is no sealed message",
+    )
+    # Not signed yet, or not in a way that this version knows: good for a refusal and no more.
+    version = int(data[len(_MARK) : len(MAGIC)])
+    behind = f"at {sender}" if version < WIRE_VERSION else "on this side"
+    require(
+        version == WIRE_VERSION,
+        "wire-version",
+        f"{sender} speaks wire version {version}, this side speaks {WIRE_VERSION}",
+        found=version,
+        accepted=WIRE_VERSION,
+        remedy=f"upgrade Umbel {behind}",
     )
     body = memoryview(data)[HEADER_BYTES:]
     require(

@@ -3,29 +3,63 @@
 Flower's own metadata is never believed: who speaks is settled by the seal.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from umbel_common.wire import FLOWER_FIELD, FLOWER_PIECE_BYTES, FLOWER_RECORD
 
 
+class PieceInFile(ConfigRecord):
+    """A piece that is read whenever Flower asks for it."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        super().__init__()
+        self._place = file, start, length
+
+    def deflate(self) -> bytes:
+        """See Flower's `InflatableObject`: the bytes of an ordinary record with the piece."""
+        file, start, length = self._place
+        file.seek(start)
+        return ConfigRecord({FLOWER_FIELD: file.read(length)}).deflate()
+
+
+class PieceElsewhere(ConfigRecord):
+    """Stands for a piece that only its name among Flower's objects is known of."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
 def packed(sealed: bytes) -> RecordDict:
     """Sealed bytes as Flower's content: one record for each piece, which is sent by itself."""
-    return packed_pieces(iter([sealed]))
+    return packed_pieces(regrouped([sealed]))
 
 
-def packed_pieces(parts: Iterator[bytes]) -> RecordDict:
-    """As `packed`, of bytes that come in parts of any size: what has come is not copied again."""
+def packed_pieces(pieces: Iterable[bytes]) -> RecordDict:
+    """As `packed`, of pieces as `regrouped` makes them, which are not copied."""
+    return _content(ConfigRecord({FLOWER_FIELD: piece}) for piece in pieces)
+
+
+def packed_file(parts: Iterable[bytes], file: BinaryIO) -> RecordDict:
+    """As `packed`, of parts of any size, which are kept in a file; it must stay open."""
+    records, start = [], 0
+    for piece in regrouped(parts):
+        file.write(piece)
+        records.append(PieceInFile(file, start, len(piece)))
+        start += len(piece)
+    return _content(records)
+
+
+def _content(records: Iterable[ConfigRecord]) -> RecordDict:
     return RecordDict(
-        {
-            f"{FLOWER_RECORD}-{number}": ConfigRecord({FLOWER_FIELD: piece})
-            for number, piece in enumerate(_regrouped(parts))
-        }
+        {f"{FLOWER_RECORD}-{number}": record for number, record in enumerate(records)}
     )
 
 
-def _regrouped(parts: Iterator[bytes]) -> Iterator[bytes]:
+def regrouped(parts: Iterable[bytes]) -> Iterator[bytes]:
     """The same bytes in pieces of `FLOWER_PIECE_BYTES`, the last one shorter."""
     rest = bytearray()
     for part in parts:
@@ -49,15 +83,34 @@ def unpacked(message: Message) -> bytes | None:
 
 def unpacked_pieces(message: Message) -> list[bytes] | None:
     """As `unpacked`, in the pieces in which it came; None for an error or anything else."""
-    if not message.has_content():
-        return None
     pieces = []
-    for number in range(len(message.content)):
-        record = message.content.get(f"{FLOWER_RECORD}-{number}")
-        if not isinstance(record, ConfigRecord) or set(record) != {FLOWER_FIELD}:
-            return None
-        piece = record[FLOWER_FIELD]
-        if not isinstance(piece, bytes):
+    for record in _records(message):
+        piece = piece_of(record)
+        if piece is None:
             return None
         pieces.append(piece)
     return pieces if any(pieces) else None
+
+
+def names_of_pieces(message: Message) -> list[str] | None:
+    """The names of a message's pieces, which are all `PieceElsewhere`, in their order; None for an
+    error or anything else."""
+    records = _records(message)
+    names = [record.name for record in records if isinstance(record, PieceElsewhere)]
+    return names if names and len(names) == len(records) else None
+
+
+def piece_of(record: object) -> bytes | None:
+    """The bytes in one of Flower's records; None if it is no piece of ours."""
+    if not isinstance(record, ConfigRecord) or set(record) != {FLOWER_FIELD}:
+        return None
+    piece = record[FLOWER_FIELD]
+    return piece if isinstance(piece, bytes) else None
+
+
+def _records(message: Message) -> list[object]:
+    """What is where pieces of ours should be, in their order."""
+    if not message.has_content():
+        return []
+    content = message.content
+    return [content.get(f"{FLOWER_RECORD}-{number}") for number in range(len(content))]

@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from umbel_common.errors import JobUnknown, StorageError
+from umbel_common.evaluation import ClassificationFigures, loss_text
 from umbel_common.identity import Signed, open_signed
 from umbel_common.plan import TrainingPlan
 from umbel_common.statements import Release
 from umbel_host.keys import read_identity
 from umbel_server.config import ServerConfig, load_config
 from umbel_server.registry import Registry
-from umbel_server.store import Store
+from umbel_server.store import Evaluated, Store
 
 adapters = typer.Typer(help="Released adapters: list, export.", no_args_is_help=True)
 
@@ -29,14 +30,23 @@ def list_command(config: Config = SERVER_TOML) -> None:
     """List every release of every job."""
     settings = load_config(config)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in ("job", "round", "sites", "adapter"):
-        table.add_column(column, no_wrap=True)
     with closing(_store(settings)) as store:
-        for job in store.jobs():
-            for release in _releases(store, settings, job):
-                table.add_row(
-                    job, str(release.round), str(len(release.survivors)), release.adapter.hex()
-                )
+        jobs = store.jobs()
+        figures = {job: {one.round: one for one in store.evaluations(job)} for job in jobs}
+        releases = {job: _releases(store, settings, job) for job in jobs}
+    scored = any(figures.values())
+    for column in ("job", "round", "sites", *(("loss", "score") if scored else ()), "adapter"):
+        table.add_column(column, no_wrap=True)
+    for job in jobs:
+        for release in releases[job]:
+            found = figures[job].get(release.round)
+            table.add_row(
+                job,
+                str(release.round),
+                str(len(release.survivors)),
+                *(_score(found) if scored else ()),
+                release.adapter.hex(),
+            )
     console = Console(highlight=False)
     console.print(table if table.rows else "No adapter was released yet.", soft_wrap=True)
 
@@ -46,7 +56,8 @@ def export(
     job: Annotated[str, typer.Argument(help="Name of the job.")],
     out: Annotated[Path, typer.Option(help="The new folder.")],
     round_number: Annotated[
-        int | None, typer.Option("--round", help="A round; default: the last one released.")
+        int | None,
+        typer.Option("--round", help="A round; default: the job's last, or the last so far."),
     ] = None,
     config: Config = SERVER_TOML,
 ) -> None:
@@ -60,7 +71,9 @@ def export(
             raise JobUnknown("no job of this name", field=job, accepted=known or "none yet")
         plan = open_signed(signed, TrainingPlan, operator, "operator")
         releases = {release.round: release for release in _releases(store, settings, job)}
-    wanted = max(releases) if round_number is None else round_number
+        final = store.final_round(job)
+    last = max(releases) if final is None else final
+    wanted = last if round_number is None else round_number
     if wanted not in releases:
         raise JobUnknown(
             "a round of this job was not released",
@@ -82,6 +95,18 @@ def export(
     except OSError as error:
         raise StorageError("an adapter cannot be exported", file=out, found=error) from None
     typer.echo(f"{job}, round {wanted}: {out}")
+
+
+def _score(found: Evaluated | None) -> tuple[str, str]:
+    """Loss and the figure that people ask for first, of what a round gave."""
+    if found is None:
+        return "", ""
+    loss, figures = loss_text(found.evaluation.mean_loss), found.evaluation.figures
+    if found.held_back:
+        return loss, "held back"
+    if isinstance(figures, ClassificationFigures):
+        return loss, f"accuracy {figures.accuracy:.1%}"
+    return loss, f"perplexity {loss_text(figures.perplexity)}"
 
 
 def _store(settings: ServerConfig) -> Store:

@@ -1,11 +1,14 @@
 """From the unmasked sum to the new global adapter: FedAvg (McMahan et al. 2017) on deltas."""
 
-from umbel_common.adapter import Vector, merge
+import numpy as np
+
+from umbel_common.adapter import Vector, unflatten
 from umbel_common.errors import RemoteProtocolError, RoundAborted
 from umbel_common.identity import Roster
 from umbel_common.plan import TrainingPlan
-from umbel_common.quantise import decode_sum, encoding_of
+from umbel_common.quantise import add_mean, encoding_of, total_weight
 from umbel_common.secagg.coordinator import Aggregate
+from umbel_common.site_counts import COORDINATES, SiteCounts, counts_of
 
 
 def expected_weight(plan: TrainingPlan, roster: Roster, survivors: tuple[str, ...]) -> int | None:
@@ -26,15 +29,23 @@ def apply(
     round_number: int,
     cohort_size: int,
     adapter: Vector,
-) -> tuple[Vector, int]:
-    """The new global adapter, float32[plan.lora.size], and the weight behind it.
+) -> tuple[int, SiteCounts | None]:
+    """Makes the new global adapter from the one that the round began with.
+
+    Args:
+        adapter: float32[plan.lora.size], writeable: changed in place, since a server that holds it
+            and the sum has no room for a third vector.
+
+    Returns:
+        the weight behind it, and the sum of the sites' counts if the plan has an evaluation.
 
     Raises:
         RoundAborted: `weight-mismatch` where the weight in the sum is not the public weight of the
             survivors: some site's vector is not what its plan says.
     """
+    encoding = encoding_of(plan.aggregation, cohort_size)
     try:
-        weight, mean = decode_sum(aggregate.total, encoding_of(plan.aggregation, cohort_size))
+        weight = total_weight(aggregate.total, encoding)
     except RemoteProtocolError as error:
         raise RoundAborted(error.check, error.message) from None
     expected = expected_weight(plan, roster, aggregate.survivors)
@@ -45,4 +56,11 @@ def apply(
             found=weight,
             accepted=expected,
         )
-    return merge(adapter, mean, plan, round_number), weight
+    values = unflatten(adapter, plan.lora.tensors)
+    trained = [values[tensor.name] for tensor in plan.trained_tensors(round_number)]
+    if plan.evaluation is None:
+        add_mean(aggregate.total, encoding, trained)
+        return weight, None
+    shares = np.zeros(COORDINATES, dtype=np.float32)
+    add_mean(aggregate.total, encoding, [*trained, shares])
+    return weight, counts_of(shares, plan.aggregation, plan.evaluation, len(aggregate.survivors))

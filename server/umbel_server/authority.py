@@ -43,7 +43,11 @@ def certificate_pem(certificate: x509.Certificate) -> bytes:
 def new_authority(
     federation: str, key: ec.EllipticCurvePrivateKey, now: datetime
 ) -> x509.Certificate:
-    """A certificate that signs itself, for an authority that signs no other authority."""
+    """A certificate that signs itself, for an authority that signs no other authority.
+
+    Another one for the same federation and key is good wherever the former one is: what the one
+    vouched for, the other vouches for too.
+    """
     name = _name(f"Umbel authority of {federation}")
     return (
         _builder(name, name, key.public_key(), now, AUTHORITY_DAYS)
@@ -60,6 +64,10 @@ class Authority:
     def __init__(self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
         self.certificate = certificate
         self._key = key
+
+    def renewed(self, federation: str, now: datetime) -> "Authority":
+        """The same authority for another `AUTHORITY_DAYS`."""
+        return Authority(new_authority(federation, self._key, now), self._key)
 
     def server(
         self, key: ec.EllipticCurvePublicKey, hosts: Sequence[str], now: datetime

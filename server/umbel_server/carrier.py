@@ -58,8 +58,9 @@ class Mailbox(Protocol):
         """
         ...
 
-    def collect(self, identifier: str) -> tuple[bool, list[bytes] | None]:
-        """Whether the waiting is over, and the sealed reply in its pieces if there is one."""
+    def collect(self, identifier: str) -> tuple[bool, Iterator[bytes] | None]:
+        """Whether the waiting is over, and the sealed reply in pieces if there is one. Who does not
+        read to the end may collect it again."""
         ...
 
 

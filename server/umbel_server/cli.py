@@ -1,8 +1,6 @@
 """`umbel-server`: what an operator does."""
 
-import logging
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -11,14 +9,12 @@ import typer
 from umbel_host.console import exit_code
 from umbel_host.log import configure
 from umbel_host.supervisor import Command, supervise
+from umbel_server import backup_cli
 from umbel_server.adapters_cli import adapters
 from umbel_server.config import load_config
-from umbel_server.expiry import to_renew
 from umbel_server.job_cli import job
 from umbel_server.plan_cli import plan
 from umbel_server.sites_cli import register
-
-_logger = logging.getLogger("umbel.server")
 
 app = typer.Typer(
     name="umbel-server",
@@ -28,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 register(app)
+backup_cli.register(app)
 app.add_typer(plan, name="plan")
 app.add_typer(job, name="job")
 app.add_typer(adapters, name="adapters")
@@ -38,10 +35,8 @@ def run(
     config: Annotated[Path, typer.Option(help="The operator's server.toml.")] = Path("server.toml"),
 ) -> None:
     """Serve: start the process with the port and the one with the jobs, and keep them running."""
-    settings = load_config(config)
+    load_config(config)
     configure()
-    for sentence in to_renew(settings, datetime.now(UTC)):
-        _logger.warning("%s", sentence)
     path = str(config.absolute())
     code = supervise(
         [

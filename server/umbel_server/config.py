@@ -21,6 +21,8 @@ import msgspec
 
 from umbel_common.canonical import Value
 from umbel_common.enrolment import Address
+from umbel_common.evaluation import AnswerCount, AnswerTokens, BatchSize, Format
+from umbel_common.plan import Count
 from umbel_common.roster_document import RosterDocument
 from umbel_common.roster_file import document_from_json
 from umbel_host.text_file import read_text
@@ -67,6 +69,42 @@ class LimitsConfig(Value, frozen=True):
         )
 
 
+class EvaluationConfig(Value, frozen=True):
+    """The `[evaluation]` table: adapters are scored on public records, in a process of its own that
+    takes the client's packages. Read anew for each job."""
+
+    holdout: str
+    """File with public records of the plan's task that no site trains on: .jsonl, .csv or
+    .parquet."""
+    model: str
+    """Folder of the base model."""
+    general: str | None = None
+    """File with texts that are not of the domain, in a column `text`: what a language model
+    forgets."""
+    groups: str | None = None
+    """The holdout's column that says which group a record is of: a classification's accuracy on
+    each."""
+    text_column: str = "text"
+    label_column: str = "label"
+    format: Format = "auto"
+    """Where in the holdout the records are; as in a site's client.toml."""
+    answers: AnswerCount = 50
+    """Records that a language model is let answer, from the beginning of the holdout."""
+    answer_tokens: AnswerTokens = 64
+    """The longest answer."""
+    batch_size: BatchSize = 32
+    """Records computed at once."""
+    device: str = "cpu"
+    """Where the model computes: `cpu`, `cuda`."""
+    python: str | None = None
+    """The Python of an environment with the client's packages; absent: the server's own."""
+    seconds: Seconds = 3600.0
+    """For one evaluation."""
+    stop_after: Count | None = None
+    """Rounds without a lower loss than the best before, after which a job ends early with the best
+    adapter; absent: all rounds of the plan."""
+
+
 class ServerConfig(Value, frozen=True):
     """server.toml. Relative paths start at the file's folder; after `load_config` all are
     absolute."""
@@ -79,8 +117,13 @@ class ServerConfig(Value, frozen=True):
     """Whom the operator believes; `umbel-server sites` changes it."""
     sites: str = "sites.json"
     """The sites' relay keys and certificates; `umbel-server sites` changes it."""
+    socket: str | None = None
+    """Where the two processes meet; absent: carrier.sock in `state`. Elsewhere, each may have a
+    `state` of its own, and they share no more than this socket."""
     listen: ListenConfig = ListenConfig()
     limits: LimitsConfig = LimitsConfig()
+    evaluation: EvaluationConfig | None = None
+    """Absent: adapters are released without being scored."""
 
 
 def load_config(path: Path) -> ServerConfig:
@@ -102,8 +145,28 @@ def load_config(path: Path) -> ServerConfig:
     listen = msgspec.structs.replace(
         config.listen, **resolved(config.listen, "certificate", "key", "client_ca")
     )
+    evaluation = config.evaluation
+    if evaluation is not None:
+        given = [
+            name
+            for name in ("holdout", "model", "general", "python")
+            if getattr(evaluation, name) is not None
+        ]
+        evaluation = msgspec.structs.replace(evaluation, **resolved(evaluation, *given))
     files = resolved(config, "state", "identity", "roster", "sites")
-    return msgspec.structs.replace(config, listen=listen, **files)
+    if config.socket is not None:
+        files |= resolved(config, "socket")
+    return msgspec.structs.replace(config, listen=listen, evaluation=evaluation, **files)
+
+
+def carrier_socket(config: ServerConfig) -> Path:
+    """Where the process with the jobs reaches the one with the port."""
+    return Path(config.state) / "carrier.sock" if config.socket is None else Path(config.socket)
+
+
+def rounds_socket(config: ServerConfig) -> Path:
+    """Where probes reach the process with the jobs."""
+    return Path(config.state) / "rounds.sock"
 
 
 def load_roster(config: ServerConfig) -> RosterDocument:

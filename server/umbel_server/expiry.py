@@ -11,6 +11,8 @@ from umbel_server.config import ServerConfig
 from umbel_server.sites import load_sites
 
 SOON = timedelta(days=30)
+AUTHORITY_SOON = timedelta(days=180)
+"""A site gets the authority's next certificate with a kit, and gets one every three months."""
 
 
 def parse(pem: bytes, file: object) -> x509.Certificate:
@@ -56,7 +58,8 @@ def good_until(certificate: x509.Certificate, now: datetime) -> str:
 
 
 def to_renew(config: ServerConfig, now: datetime) -> Iterator[str]:
-    """One sentence for each certificate that is good for less than `SOON`, with what to do.
+    """One sentence for each certificate that is good for less than `SOON` (the authority's:
+    `AUTHORITY_SOON`), with what to do.
 
     Raises:
         IdentityError: a certificate or the list of sites cannot be read.
@@ -64,6 +67,10 @@ def to_renew(config: ServerConfig, now: datetime) -> Iterator[str]:
     own = read(Path(config.listen.certificate))
     if _soon(own.not_valid_after_utc, now):
         yield f"the server's certificate ends on {good_until(own, now)} (umbel-server renew)"
+    authority = read(Path(config.listen.client_ca))
+    if authority.not_valid_after_utc - now < AUTHORITY_SOON:
+        until = good_until(authority, now)
+        yield f"the authority's certificate ends on {until} (umbel-server renew --authority)"
     path = Path(config.sites)
     for site in load_sites(path).values():
         certificate = parse(site.certificate.encode(), path)

@@ -6,13 +6,14 @@ done again with fresh keys, and sites answer it with the delta that they have ke
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
-from umbel_common.adapter import Vector, adapter_digest, initial_vector, size_of, to_bytes
+from umbel_common.adapter import adapter_digest, initial_vector, to_bytes
 from umbel_common.errors import JobFailed, PlanError, RemoteProtocolError, RoundAborted
 from umbel_common.identity import Identity, Roster, Signed, open_signed, sign
 from umbel_common.plan import TrainingPlan, check_plan
-from umbel_common.secagg.unmasking import LostSecrets
-from umbel_common.statements import Release, RoundHeader
+from umbel_common.site_counts import vector_length
+from umbel_common.statements import EarlyEnd, Release, RoundHeader
 from umbel_common.transcript import AttemptAborted, JobFinished, JobStarted, RoundReleased
 from umbel_common.wire import (
     FinishReply,
@@ -22,6 +23,7 @@ from umbel_common.wire import (
     Refusal,
     Reply,
     Request,
+    TrainReply,
     TrainRequest,
     open_reply,
     request_digest,
@@ -29,13 +31,15 @@ from umbel_common.wire import (
     size_limit,
 )
 from umbel_server import aggregate
-from umbel_server.ports import Limits, Link, Observer, Step
+from umbel_server.assessment import Assessment
+from umbel_server.ports import Evaluator, Limits, Link, Observer, Step
 from umbel_server.registry import Registry
-from umbel_server.round import Attempt, Outcome, start
+from umbel_server.round import Attempt, Outcome, owners_to_leave_out, start
 from umbel_server.store import Store
 
 UNDECIDED = frozenset({"awaiting-approval", "site-paused"})
 """Refusals of a plan that people at the site may still take back."""
+WRONG_VERSION = "wire-version"
 
 __all__ = ["Job", "Limits", "Link", "Observer", "Step"]
 
@@ -55,10 +59,12 @@ class Job:
         observer: Observer,
         limits: Limits,
         revoked: frozenset[bytes] = frozenset(),
+        evaluator: Evaluator | None = None,
     ) -> None:
         """Everything that the job works with; nothing is sent or written yet.
 
         Args:
+            evaluator: None where released adapters are not evaluated.
             revoked: public keys that count for nothing, whoever lists them: their sites are asked
                 for nothing.
 
@@ -92,23 +98,33 @@ class Job:
         self._observer = observer
         self._limits = limits
         self._size_limit = size_limit(plan)
+        self._assessment = Assessment(plan, store, evaluator, observer)
 
     def run(self) -> Release:
         """Runs the job, or what is left of it, and returns its last release.
 
         Raises:
-            JobFailed: too few sites accepted the plan, or a round used up its attempts.
+            ConfigError, DataError: the plan's release gate cannot be kept here.
+            JobFailed: too few sites accepted the plan, a round used up its attempts, or an adapter
+                that the release gate is about could not be evaluated.
             StorageError: the operator's disk; the job can be resumed.
         """
+        final = self._store.final_round(self.plan.job)
+        if final is None:
+            self._assessment.check()
         self._start_or_resume()
+        if final is not None:
+            return self._open_release(self._store.releases(self.plan.job)[final])
         last = self._last_release()
-        if self._store.finished(self.plan.job):
-            return last
+        self._assessment.begin(last, lambda: self._registry.load(self.plan, last.adapter))
         sites = self._offer()
         while last.round < self.plan.training.rounds:
+            final = self._assessment.final_round()
+            if final is not None:
+                self._observer.ends_early(last.round, final)
+                return self._finish(self._store.releases(self.plan.job)[final], early=True)
             last = self._round(last.round + 1, last, sites)
-        self._finish(last)
-        return last
+        return self._finish(self._signed_release(), early=False)
 
     def _start_or_resume(self) -> None:
         known = self._store.plan(self.plan.job)
@@ -149,7 +165,10 @@ class Job:
         return signed
 
     def _last_release(self) -> Release:
-        return open_signed(self._signed_release(), Release, self._operator.public_key)
+        return self._open_release(self._signed_release())
+
+    def _open_release(self, signed: Signed) -> Release:
+        return open_signed(signed, Release, self._operator.public_key)
 
     def _offer(self) -> tuple[str, ...]:
         """The sites that accept the plan."""
@@ -181,13 +200,12 @@ class Job:
         return tuple(sorted(accepted))
 
     def _round(self, round_number: int, last: Release, sites: tuple[str, ...]) -> Release:
-        adapter = self._registry.load(self.plan, last.adapter)
         reason = ""
         for _ in range(self._limits.attempts):
             header, signed_header = self._open_attempt(round_number, sites, last)
             try:
-                outcome = self._drive(self._start(header, signed_header, adapter))
-                return self._release(header, signed_header, outcome, adapter)
+                outcome = self._drive(self._start(header, signed_header))
+                return self._release(header, signed_header, outcome)
             except _Aborted as abort:
                 reason = f"{abort.check}: {abort.reason}"
                 event = AttemptAborted(
@@ -225,21 +243,25 @@ class Job:
         self._store.open_attempt(self.plan.job, round_number, number, signed)
         return header, signed
 
-    def _start(self, header: RoundHeader, signed: Signed, adapter: Vector) -> Attempt:
+    def _start(self, header: RoundHeader, signed: Signed) -> Attempt:
         request = TrainRequest(
             header=signed,
             release=self._signed_release(),
-            adapter=to_bytes(adapter),
+            adapter=to_bytes(self._registry.load(self.plan, header.adapter)),
         )
-        length = size_of(self.plan.trained_tensors(header.round)) + 1
-        return start(header, self._roster, self.plan, request, length)
+        length = vector_length(self.plan, header.round) + 1
+        last = self._store.last_adverts()
+        return start(header, self._roster, self.plan, request, length, last)
 
     def _drive(self, state: Attempt | Outcome) -> Outcome:
         while isinstance(state, Attempt):
             current = state
             step = Step(current.stage, current.header.round, current.header.attempt)
             for site, reply in self._exchange(step, current.requests()):
+                awaited = current.waiting
                 current = current.receive(site, reply)
+                if isinstance(reply, TrainReply) and site in awaited - current.waiting:
+                    self._keep_advert(current, site, reply)
                 # It may hold a vector, and the next one is about to be read.
                 del reply
                 if not current.waiting:
@@ -249,25 +271,34 @@ class Job:
             except RoundAborted as error:
                 # Who refused after training may have been wronged by a peer, and who was late may
                 # be back: both are asked again.
-                lost = _owners_to_leave_out(error)
+                lost = owners_to_leave_out(error)
                 refusals = {**current.refusals, **dict.fromkeys(lost, error.check)}
                 raise _Aborted(error, refusals, current.unwilling | lost) from error
         return state
 
-    def _release(
-        self, header: RoundHeader, signed_header: Signed, outcome: Outcome, adapter: Vector
-    ) -> Release:
+    def _keep_advert(self, attempt: Attempt, site: str, reply: TrainReply) -> None:
+        request = attempt.first_request
+        if request is not None and site not in attempt.refusals:
+            self._store.keep_advert(site, request.header, reply.advert)
+
+    def _release(self, header: RoundHeader, signed_header: Signed, outcome: Outcome) -> Release:
+        # Read again: while masked vectors came in, there was a sum and one of them in memory.
+        load = partial(self._registry.load, self.plan, header.adapter)
+        vector = load()
         try:
-            vector, weight = aggregate.apply(
+            weight, counts = aggregate.apply(
                 outcome.aggregate,
                 self.plan,
                 self._roster,
                 header.round,
                 len(header.cohort),
-                adapter,
+                vector,
             )
         except RoundAborted as error:
             raise _Aborted(error, {}, frozenset()) from error
+        judged = self._assessment.judge(header.round, vector, load)
+        if judged.held_back:
+            vector = load()
         release = Release(
             federation=self.plan.federation,
             job=self.plan.job,
@@ -292,29 +323,44 @@ class Job:
                 adverts=outcome.evidence.adverts,
                 confirmations=outcome.evidence.confirmations,
                 release=signed,
+                counts=counts,
+                gate=judged.gate,
             ),
+            evaluation=judged.evaluation,
+            gate=judged.gate,
         )
         if outcome.aggregate.wrong_shares:
             self._observer.disputed(header.round, header.attempt, outcome.aggregate.wrong_shares)
+        if counts is not None:
+            self._observer.counted(header.round, counts, len(release.survivors))
         self._observer.released(release, vector)
+        self._assessment.released(header.round, judged, vector, load)
         return release
 
-    def _finish(self, last: Release) -> None:
+    def _finish(self, signed: Signed, *, early: bool) -> Release:
+        last, end = self._open_release(signed), None
+        if early:
+            statement = EarlyEnd(
+                federation=last.federation, job=last.job, plan=last.plan, round=last.round
+            )
+            end = sign(self._operator, statement)
         vector = self._registry.load(self.plan, last.adapter)
-        request = FinishRequest(release=self._signed_release(), adapter=to_bytes(vector))
+        request = FinishRequest(release=signed, adapter=to_bytes(vector), early_end=end)
         requests = dict.fromkeys(self._sites, request)
         delivered = {
             site
             for site, reply in self._exchange(Step("finish", last.round), requests)
             if isinstance(reply, FinishReply) and reply.adapter == last.adapter
         }
-        event = JobFinished(release=last.adapter, delivered=tuple(sorted(delivered)))
-        self._store.finish_job(self._operator, self.plan.job, event)
+        event = JobFinished(release=last.adapter, delivered=tuple(sorted(delivered)), early_end=end)
+        self._store.finish_job(self._operator, self.plan.job, last.round, event)
+        return last
 
     def _exchange(self, step: Step, requests: Mapping[str, Request]) -> Iterator[tuple[str, Reply]]:
         """Seals, sends, opens, one message at a time.
 
-        A reply that does not open is no reply: it is of somebody else, or to another request.
+        A reply that does not open is no reply: it is of somebody else, or to another request. One
+        of another wire version cannot be opened, and is as good as a refusal: nothing will come.
         """
         asked: dict[str, tuple[int, bytes]] = {}
 
@@ -334,7 +380,9 @@ class Job:
             try:
                 reply = open_reply(key, site, data, request, limit=self._size_limit)
             except RemoteProtocolError as error:
-                self._observer.strayed(step, site, error.check)
+                self._observer.strayed(step, site, error)
+                if error.check == WRONG_VERSION:
+                    yield site, Refusal(check=error.check)
                 continue
             self._observer.answered(step, site, reply, received, len(data))
             # No reply is kept while it is worked on, or while the next one is read.
@@ -359,15 +407,3 @@ class _Aborted(Exception):
         self.reason = error.message if error.field is None else f"{error.message}: {error.field}"
         self.refusals = refusals
         self.left_out = left_out
-
-
-def _owners_to_leave_out(error: RoundAborted) -> frozenset[str]:
-    """The owners of lost secrets, unless a single liar could have made it look so.
-
-    Sites enough to frame an owner that does not lie are enough to abort every attempt, by lying or
-    by silence. An owner that is not left out could do that alone, at no cost.
-    """
-    lost = error.found
-    if isinstance(lost, LostSecrets) and lost.tolerated > 0:
-        return frozenset(lost.owners)
-    return frozenset()

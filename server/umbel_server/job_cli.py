@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -11,20 +12,29 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from umbel_common.canonical import decode_canonical
 from umbel_common.errors import PlanError
+from umbel_common.evaluation import figures_text
 from umbel_common.identity import open_signed
 from umbel_common.plan import TrainingPlan
 from umbel_common.plan_file import plan_from_json
+from umbel_common.site_counts import SiteCounts
+from umbel_common.statements import RoundHeader
+from umbel_common.transcript import Entry, RoundReleased
 from umbel_host.console import print_lines
 from umbel_host.keys import read_identity
 from umbel_host.text_file import read_text
 from umbel_server.config import load_config
+from umbel_server.evaluator import check_evaluation
 from umbel_server.queue import JobQueue, QueuedJob
+from umbel_server.store import Evaluated, Store
 
 job = typer.Typer(help="Jobs: start, stop, resume, status.", no_args_is_help=True)
 
 Config = Annotated[Path, typer.Option(help="The operator's server.toml.")]
 SERVER_TOML = Path("server.toml")
+_SHOWN = 5
+"""Rounds whose figures a person is shown; `--json` has all of them."""
 Name = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job.")]
 
 
@@ -44,6 +54,8 @@ def start(
         )
     key = read_identity(Path(settings.identity)).public_key
     open_signed(signed, TrainingPlan, key, "operator")
+    if made.release_gate is not None:
+        check_evaluation(settings.evaluation, made)
     with _queue(config) as queue:
         queue.add(made.job, signed)
     typer.echo(f"queued: {made.job}")
@@ -74,23 +86,59 @@ def status(
     """Show all jobs, or one with what it waits for."""
     with _queue(config) as queue:
         jobs = queue.jobs() if name is None else [queue.job(name)]
+    found = {queued.job: _journal(config, queued.job) for queued in jobs}
     if as_json:
-        rows = [_public(queued) for queued in jobs]
+        rows = [_public(queued, found[queued.job]) for queued in jobs]
         document = msgspec.json.encode(rows if name is None else rows[0])
         typer.echo(msgspec.json.format(document, indent=2).decode())
         return
     console = Console(highlight=False)
     if name is not None:
-        print_lines(console, _details(jobs[0]))
+        print_lines(console, _details(jobs[0], found[name]))
     elif not jobs:
         console.print("No job was started yet.")
     else:
         console.print(_table(jobs), soft_wrap=True)
 
 
-def _public(queued: QueuedJob) -> dict[str, object]:
+@dataclass(frozen=True)
+class _Journal:
+    """What the journal knows of a job's adapters."""
+
+    evaluations: tuple[Evaluated, ...] = ()
+    final_round: int | None = None
+    counts: tuple[tuple[int, SiteCounts], ...] = ()
+    """Round whose adapter sites counted on, and what they counted."""
+
+
+def _journal(config: Path, job: str) -> _Journal:
+    path = Path(load_config(config).state) / "journal.sqlite"
+    if not path.exists():
+        return _Journal()
+    with closing(Store(path)) as store:
+        return _Journal(
+            tuple(store.evaluations(job)), store.final_round(job), tuple(_counts(store, job))
+        )
+
+
+def _counts(store: Store, job: str) -> Iterator[tuple[int, SiteCounts]]:
+    for signed in store.transcript(job):
+        event = decode_canonical(signed.statement, Entry).event
+        if isinstance(event, RoundReleased) and event.counts is not None:
+            header = decode_canonical(event.header.statement, RoundHeader)
+            yield header.round - 1, event.counts
+
+
+def _public(queued: QueuedJob, journal: _Journal) -> dict[str, object]:
     parts: dict[str, object] = msgspec.to_builtins(queued)
     del parts["plan"]
+    parts["evaluations"] = [
+        {**msgspec.to_builtins(one), "held_back": one.held_back} for one in journal.evaluations
+    ]
+    parts["final_round"] = journal.final_round
+    parts["counts"] = [
+        {"round": number, **msgspec.to_builtins(counts)} for number, counts in journal.counts
+    ]
     return parts
 
 
@@ -105,7 +153,7 @@ def _table(jobs: list[QueuedJob]) -> Table:
     return table
 
 
-def _details(queued: QueuedJob) -> list[tuple[str, str]]:
+def _details(queued: QueuedJob, journal: _Journal) -> list[tuple[str, str]]:
     moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(queued.changed))
     lines = [("job", queued.job), ("state", _state(queued)), ("changed", moment)]
     if queued.stage:
@@ -113,6 +161,23 @@ def _details(queued: QueuedJob) -> list[tuple[str, str]]:
         lines.append(("answered", ", ".join(queued.answered) or "nobody yet"))
     if queued.detail:
         lines.append(("why", queued.detail))
+    return [*lines, *_quality(journal)]
+
+
+def _quality(journal: _Journal) -> list[tuple[str, str]]:
+    """The last adapters on the public holdout, and which were held back."""
+    lines = []
+    for one in journal.evaluations[-_SHOWN:]:
+        lines.append((f"of round {one.round}", figures_text(one.evaluation)))
+        if one.held_back:
+            lines.append(("", f"held back: {one.gate}"))
+    for number, counts in journal.counts[-_SHOWN:]:
+        lines.append((f"of round {number}", f"{counts}, at the sites"))
+    held = [str(one.round) for one in journal.evaluations[:-_SHOWN] if one.held_back]
+    if held:
+        lines.append(("held back", f"rounds {', '.join(held)}"))
+    if journal.final_round is not None:
+        lines.append(("last", f"the adapter of round {journal.final_round}"))
     return lines
 
 

@@ -7,6 +7,7 @@ operator admitted are one and the same.
 
 import base64
 import binascii
+import gc
 import ssl
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from umbel_common.errors import ConfigError
 from umbel_common.wire import FLOWER_PIECE_BYTES
+from umbel_host.keys import read_tls_key
 
 PATHS = frozenset(
     f"/v1/fleet/{name}"
@@ -38,6 +40,7 @@ PATHS = frozenset(
 )
 """What a relay needs. Registering nodes, runs and app bundles are not among it."""
 ACTIVATE = "/v1/fleet/activate-node"
+_WITH_PIECES = frozenset({"/v1/fleet/pull-object", "/v1/fleet/push-object"})
 _KEY_HEADER = b"flwr-public-key"
 _LARGEST_BODY = FLOWER_PIECE_BYTES + (1 << 16)
 """Bytes: a piece of a message and what is around it."""
@@ -90,6 +93,10 @@ class Gate:
         status = self._judge(scope)
         if status is None:
             await self._fleet(scope, receive, send)
+            if scope["path"] in _WITH_PIECES:
+                # The web framework's objects for a request refer to each other in a circle, and to
+                # the megabytes that it brought: Python would find out after hundreds of them.
+                gc.collect()
             return
         # What is there and what is not, a stranger need not learn.
         await PlainTextResponse("", status_code=status)(scope, receive, send)
@@ -139,8 +146,10 @@ def tls_context(certificate: Path, key: Path, client_ca: Path) -> ssl.SSLContext
     """TLS 1.3 with a client certificate of our own authority, or no connection.
 
     Raises:
-        ConfigError: a file is missing, unreadable, expired or no such thing.
+        IdentityError: the key is missing, open to others, or none that is used here.
+        ConfigError: a certificate is missing, unreadable, expired or no such thing.
     """
+    read_tls_key(key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED

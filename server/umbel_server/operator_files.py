@@ -30,6 +30,8 @@ identity = "identity.pem"
 # Whom the operator believes, and whose relays may connect: `umbel-server sites` writes both.
 roster = "roster.json"
 sites = "sites.json"
+# Where the process with the port and the one with the jobs meet; absent: in `state`.
+# socket = "state/carrier.sock"
 
 [listen]
 # Where sites reach this server. TLS 1.3, and only with a certificate of the authority in ca/.
@@ -47,6 +49,15 @@ attempts = 3
 offer_seconds = 60
 train_seconds = 3600
 stage_seconds = 60
+
+# Released adapters are scored on public records, if you say which; docs/operator.md has the rest.
+# Takes the client's packages: in this environment, or in the one whose Python is named here.
+# [evaluation]
+# holdout = "public.jsonl"
+# model = "models/minilm"
+# python = "/srv/umbel/client/bin/python"
+# Rounds without a lower loss after which a job ends early, with the best adapter.
+# stop_after = 3
 """
 
 
@@ -151,13 +162,30 @@ def renew_server(config: ServerConfig) -> x509.Certificate:
         ) from None
     hosts = [str(name.value) for name in names]
     renewed = load_authority(config).server(key.public_key(), hosts, datetime.now(UTC))
+    _replace_certificate(path, renewed)
+    return renewed
+
+
+def renew_authority(config: ServerConfig, federation: str) -> x509.Certificate:
+    """A new certificate for the authority itself, with the same key: whatever it issued stays good,
+    and so does the former certificate until its end.
+
+    Raises:
+        IdentityError: the authority cannot be used.
+        StorageError: the new one cannot be written; the old one stays.
+    """
+    renewed = load_authority(config).renewed(federation, datetime.now(UTC)).certificate
+    _replace_certificate(Path(config.listen.client_ca), renewed)
+    return renewed
+
+
+def _replace_certificate(path: Path, certificate: x509.Certificate) -> None:
     try:
-        replace(path, certificate_pem(renewed))
+        replace(path, certificate_pem(certificate))
     except OSError as error:
         raise StorageError(
-            "the server's certificate cannot be written", file=path, found=error.strerror
+            "a certificate cannot be written", file=path, found=error.strerror
         ) from None
-    return renewed
 
 
 @contextmanager

@@ -1,32 +1,31 @@
 """The SuperLink behind its gate, and the mailbox that the jobs post to."""
 
+import gc
 import logging
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from umbel_common.errors import UmbelError
 from umbel_host.log import adopt
 from umbel_host.sockets import SocketServer
 from umbel_server.carrier import CARRIER, methods
-from umbel_server.config import ServerConfig
+from umbel_server.config import ServerConfig, carrier_socket
+from umbel_server.expiry import to_renew
 from umbel_server.listener import Gate, server
 from umbel_server.sites import SiteEntry, load_sites
 from umbel_server.superlink import SuperLink
 
 _LOOK_SECONDS = 1.0
+_DAY = timedelta(days=1)
 _CARRIER_MODE = 0o660
 _STOPPING_SECONDS = 5.0
 
 _logger = logging.getLogger("umbel.port")
-
-
-def carrier_socket(config: ServerConfig) -> Path:
-    """Where the jobs reach the process with the port."""
-    return Path(config.state) / "carrier.sock"
 
 
 class Admitted:
@@ -79,6 +78,30 @@ class Admitted:
         _logger.info("admitted: %s", ", ".join(sorted(self._nodes)) or "nobody yet")
 
 
+class Calendar:
+    """Says in the log, once a day, which certificates end soon."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._next: datetime | None = None
+
+    def look(self, now: datetime) -> None:
+        """Looks, if a day has passed.
+
+        Args:
+            now: with its time zone.
+        """
+        if self._next is not None and now < self._next:
+            return
+        self._next = now + _DAY
+        try:
+            for sentence in to_renew(self._config, now):
+                _logger.warning("%s", sentence)
+        except UmbelError as error:
+            # A certificate that is being replaced, or sites.json: serving goes on as it did.
+            _logger.error("%s", error.diagnostics())
+
+
 class SiteMailbox:
     """See `carrier.Mailbox`."""
 
@@ -91,7 +114,7 @@ class SiteMailbox:
         node = self._admitted.node(site)
         return None if node is None else self._link.post(node, label, sealed, seconds)
 
-    def collect(self, identifier: str) -> tuple[bool, list[bytes] | None]:
+    def collect(self, identifier: str) -> tuple[bool, Iterator[bytes] | None]:
         """See `Mailbox`."""
         reply = self._link.collect(identifier)
         return (False, None) if reply is None else (True, reply.pieces)
@@ -122,13 +145,16 @@ def serve(
     carrier = SocketServer(carrier_socket(config), _CARRIER_MODE, workers=16)
     carrier.add(CARRIER, methods(SiteMailbox(link, admitted)))
     carrier.start()
-    carrier.serving(True)
     thread = threading.Thread(target=web.run, args=([listener],), name="listener")
     thread.start()
     _logger.info("sites reach this server at %s", config.listen.address)
+    # What is there now stays: the collector, which the gate calls often, need not look at it.
+    gc.freeze()
+    calendar = Calendar(config)
     try:
         while thread.is_alive() and not stopping.wait(1.0):
-            pass
+            carrier.serving(web.started)
+            calendar.look(datetime.now(UTC))
     finally:
         carrier.stop(_STOPPING_SECONDS)
         web.should_exit = True

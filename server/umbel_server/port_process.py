@@ -4,7 +4,6 @@
 server.toml`. It holds the server's TLS key, and no key of the operator's.
 """
 
-import ctypes
 import os
 import socket
 import sys
@@ -16,47 +15,44 @@ FLOWER_ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
 """Flower reads these as it is imported."""
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
-"""Names of glibc's malloc.h."""
 
 
 def main() -> int:
     """Runs until SIGTERM or SIGINT; returns the exit code."""
     os.environ.update(FLOWER_ENVIRONMENT)
-    _one_heap()
 
     from umbel_host.console import exit_code
     from umbel_host.log import configure
+    from umbel_host.process import give_memory_back
 
+    give_memory_back()
     configure()
     return exit_code(lambda: run(Path(sys.argv[1])))
-
-
-def _one_heap() -> None:
-    """Else each of the web server's threads would keep what it once needed for a large message."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_ARENA_MAX, 1)
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 18)
 
 
 def run(path: Path) -> None:
     """Serves until told to stop.
 
     Raises:
-        UmbelError: the configuration, a certificate, the port, or the state folder.
+        UmbelError: the configuration, a key or certificate, the list of sites, the port, or the
+            state folder.
     """
-    from umbel_host.process import locked, told_to_stop
+    from umbel_host.process import locked, require_state, told_to_stop
     from umbel_server.config import load_config
     from umbel_server.listener import tls_context
+    from umbel_server.sites import load_sites
 
     config = load_config(path)
     context = tls_context(
         Path(config.listen.certificate), Path(config.listen.key), Path(config.listen.client_ca)
     )
+    # Later it would go on with those of a moment ago; now there are none.
+    load_sites(Path(config.sites))
     state = Path(config.state)
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    require_state(state)
     os.environ["FLWR_DATABASE"] = str(state / "superlink.sqlite")
+    # Where a temporary folder is in memory, what is put there to save memory would save none.
+    os.environ["SQLITE_TMPDIR"] = str(state)
     stopping = told_to_stop()
     with locked(state / "port.lock", "the process with the port"):
         listener = bound(config.listen.address, path)

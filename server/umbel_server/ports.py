@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from umbel_common.adapter import Vector
+from umbel_common.errors import RemoteProtocolError, UmbelError
+from umbel_common.evaluation import Evaluation, GateResult
+from umbel_common.plan import TrainingPlan
 from umbel_common.secagg.unmasking import WrongShare
+from umbel_common.site_counts import SiteCounts
 from umbel_common.statements import Release
 from umbel_common.wire import Reply
 
@@ -51,7 +55,7 @@ class Observer(Protocol):
         counts them."""
         ...
 
-    def strayed(self, step: Step, site: str, check: str) -> None:
+    def strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
         """Something came in a site's name that is no reply of this site to what it was asked."""
         ...
 
@@ -66,7 +70,53 @@ class Observer(Protocol):
         ...
 
     def released(self, release: Release, adapter: Vector) -> None:
-        """A new global adapter is on disk and in the transcript."""
+        """A round's release is on disk and in the transcript."""
+        ...
+
+    def counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
+        """So many sites counted, together, how the adapter that a round started from does on
+        records that they hold out."""
+        ...
+
+    def evaluated(self, round_number: int, evaluation: Evaluation, gate: GateResult | None) -> None:
+        """A round's adapter was scored, and perhaps held back: then its release names the adapter
+        before."""
+        ...
+
+    def unevaluated(self, round_number: int, error: UmbelError) -> None:
+        """An adapter that was released could not be scored."""
+        ...
+
+    def ends_early(self, round_number: int, final: int) -> None:
+        """After this round the job ends, with the release of round `final` as its last."""
+        ...
+
+
+class Evaluator(Protocol):
+    """Scores adapters on public records."""
+
+    stop_after: int | None
+    """Rounds without a lower loss after which a job ends early; None: never."""
+
+    def check(self, plan: TrainingPlan) -> None:
+        """Refuses what it cannot do, before anything of a job is done.
+
+        Raises:
+            ConfigError, DataError: what is missing; or the holdout is not the one that the plan's
+                release gate names.
+        """
+        ...
+
+    def evaluate(self, plan: TrainingPlan, adapter: Vector, before: Vector | None) -> Evaluation:
+        """Scores an adapter, float32[plan.lora.size].
+
+        Args:
+            before: the one that it came from, for the drift.
+
+        Raises:
+            UmbelError: it failed, for whatever reason.
+            JobStopped: the job is to be stopped.
+        """
         ...
 
 

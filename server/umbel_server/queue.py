@@ -4,21 +4,18 @@ The commands write here what is wanted, and the running server reads it, does it
 it is. Neither needs to reach the other: a command works while the server is down.
 """
 
-import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 
 import msgspec
 
 from umbel_common.canonical import decode_canonical, encode
-from umbel_common.errors import JobUnknown, RemoteProtocolError, RunExists, StorageError
+from umbel_common.errors import JobUnknown, RunExists
 from umbel_common.identity import Signed
+from umbel_host.database import Database, Schema
 
-_SCHEMA_VERSION = 1
-_SCHEMA = """
+_TABLES = """
 CREATE TABLE jobs (
     job TEXT PRIMARY KEY, position INTEGER NOT NULL UNIQUE, plan BLOB NOT NULL, roster TEXT,
     state TEXT NOT NULL, stop INTEGER NOT NULL DEFAULT 0,
@@ -27,6 +24,7 @@ CREATE TABLE jobs (
     detail TEXT NOT NULL DEFAULT '', changed REAL NOT NULL
 ) STRICT;
 """
+SCHEMA = Schema("job queue", _TABLES)
 
 
 class State(Enum):
@@ -71,28 +69,9 @@ class JobQueue:
         """Opens or creates the file.
 
         Raises:
-            StorageError: it is corrupt, of another schema version, or cannot be written.
+            StorageError: it is corrupt, of a later schema version, or cannot be written.
         """
-        self._path = path
-        with self._storage_errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(
-                path, isolation_level=None, check_same_thread=False, timeout=10.0
-            )
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = FULL")
-            with self._transaction():
-                (version,) = self._database.execute("PRAGMA user_version").fetchone()
-                if version == 0:
-                    self._database.execute(_SCHEMA)
-                    self._database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-            if version not in (0, _SCHEMA_VERSION):
-                raise StorageError(
-                    "a job queue has another schema version",
-                    file=path,
-                    found=version,
-                    accepted=_SCHEMA_VERSION,
-                )
+        self._database = Database(path, SCHEMA)
 
     def close(self) -> None:
         """Closes the file."""
@@ -104,7 +83,7 @@ class JobQueue:
         Raises:
             RunExists: a job of this name exists.
         """
-        with self._storage_errors(), self._transaction():
+        with self._database.transaction():
             if self._row(job) is not None:
                 raise RunExists(
                     "a job of this name exists",
@@ -119,7 +98,7 @@ class JobQueue:
 
     def jobs(self) -> list[QueuedJob]:
         """Every job, in the order in which they were added."""
-        with self._storage_errors():
+        with self._database.errors():
             rows = self._database.execute(f"{_SELECT} ORDER BY position").fetchall()
             return [_queued(row) for row in rows]
 
@@ -129,7 +108,7 @@ class JobQueue:
         Raises:
             JobUnknown: there is none of this name.
         """
-        with self._storage_errors():
+        with self._database.errors():
             row = self._row(name)
         if row is None:
             known = ", ".join(job.job for job in self.jobs())
@@ -190,6 +169,14 @@ class JobQueue:
             name, round=round_number, attempt=attempt, stage=stage, answered=" ".join(answered)
         )
 
+    def stop_all(self, detail: str) -> tuple[str, ...]:
+        """Stops whatever waits or runs, with a reason; returns their names."""
+        jobs = self.jobs()
+        names = tuple(job.job for job in jobs if job.state in (State.RUNNING, State.WAITING))
+        for name in names:
+            self.set_state(name, State.STOPPED, detail)
+        return names
+
     def stop_wanted(self, name: str) -> bool:
         """Whether the operator wants a job stopped."""
         return self.job(name).stop
@@ -197,7 +184,7 @@ class JobQueue:
     def _update(self, name: str, **values: object) -> None:
         columns = {**values, "changed": time.time()}
         assignments = ", ".join(f"{column} = ?" for column in columns)
-        with self._storage_errors(), self._transaction():
+        with self._database.transaction():
             self._database.execute(
                 f"UPDATE jobs SET {assignments} WHERE job = ?",  # noqa: S608  # our own names
                 (*columns.values(), name),
@@ -208,28 +195,6 @@ class JobQueue:
             f"{_SELECT} WHERE job = ?", (name,)
         ).fetchone()
         return row
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")
-
-    @contextmanager
-    def _storage_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError, RemoteProtocolError) as error:
-            raise StorageError(
-                "the job queue cannot be used",
-                file=self._path,
-                found=error,
-                remedy="see that the disk has space and the file is writable and intact",
-            ) from error
 
 
 _SELECT = (

@@ -8,19 +8,11 @@ import os
 import shutil
 from pathlib import Path
 
-import safetensors.numpy
-from safetensors import SafetensorError
-
-from umbel_common.adapter import Vector, adapter_digest, flatten
-from umbel_common.errors import PlanError, StorageError
-from umbel_common.peft_folder import (
-    ADAPTER_FILE,
-    HEAD_FILE,
-    tensor_files,
-    tensors_from_files,
-    text_files,
-)
+from umbel_common.adapter import Vector, adapter_digest
+from umbel_common.errors import StorageError
+from umbel_common.peft_folder import text_files
 from umbel_common.plan import TrainingPlan
+from umbel_host.adapter_folder import read_vector, write_vector
 
 
 class Registry:
@@ -51,16 +43,14 @@ class Registry:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            for name, tensors in tensor_files(plan, vector).items():
-                # PEFT wants to read which framework wrote the file.
-                safetensors.numpy.save_file(tensors, partial / name, metadata={"format": "pt"})
+            write_vector(partial, plan, vector)
             for name, text in text_files(plan).items():
                 (partial / name).write_text(text, encoding="utf-8")
             for path in (*partial.iterdir(), partial):
                 _sync(path)
             partial.rename(target)
             _sync(self._root)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise StorageError(
                 "an adapter cannot be stored",
@@ -71,7 +61,7 @@ class Registry:
         return digest
 
     def load(self, plan: TrainingPlan, digest: bytes) -> Vector:
-        """The vector of a stored adapter, float32[plan.lora.size].
+        """The vector of a stored adapter, float32[plan.lora.size], which belongs to the caller.
 
         Raises:
             StorageError: it is missing, or is not what its digest says.
@@ -85,20 +75,6 @@ class Registry:
                 remedy="restore the folder from a backup; the digest is its name",
             )
         return vector
-
-
-def read_vector(folder: Path, plan: TrainingPlan) -> Vector:
-    """The vector of a PEFT folder of this plan, float32[plan.lora.size].
-
-    Raises:
-        StorageError: a file is missing or unreadable, or its tensors are not the plan's.
-    """
-    try:
-        names = [name for name in (ADAPTER_FILE, HEAD_FILE) if (folder / name).exists()]
-        files = {name: safetensors.numpy.load_file(folder / name) for name in names}
-        return flatten(tensors_from_files(files), plan.lora.tensors)
-    except (OSError, SafetensorError, KeyError, PlanError) as error:
-        raise StorageError("an adapter cannot be read", file=folder, found=error) from error
 
 
 def _sync(path: Path) -> None:

@@ -13,19 +13,23 @@ twice, late, or from another attempt costs nobody anything: networks do that to 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+import msgspec
+
 from umbel_common.canonical import Value
-from umbel_common.errors import LocalProtocolError, RemoteProtocolError, require
+from umbel_common.errors import LocalProtocolError, RemoteProtocolError, RoundAborted, require
 from umbel_common.identity import Roster, Signed
 from umbel_common.plan import TrainingPlan
 from umbel_common.secagg import coordinator as secagg
 from umbel_common.secagg.messages import SurvivorSignature
+from umbel_common.secagg.unmasking import LostSecrets
 from umbel_common.statements import RoundHeader
 from umbel_common.wire import (
     ConfirmReply,
     ConfirmRequest,
+    LastAdvert,
     MaskReply,
     MaskRequest,
     Refusal,
@@ -67,13 +71,16 @@ class Attempt:
     """The state of one attempt; every method returns a new one."""
 
     header: RoundHeader
-    first_request: TrainRequest
+    first_request: TrainRequest | None
+    """None behind the first stage: an adapter is as large as the sum that the server is to hold."""
     machine: Machine
     refusals: Mapping[str, str]
     """Reason codes of the sites that refused or whose reply was refused: they are out."""
     evidence: Evidence
     unwilling: frozenset[str] = frozenset()
     """Those that refused to train: they would refuse the next attempt too."""
+    last: Mapping[str, LastAdvert] = field(default_factory=dict)
+    """What sites advertised before this attempt, by their names: each is shown its own."""
 
     @property
     def stage(self) -> str:
@@ -100,7 +107,12 @@ class Attempt:
         context = self.header.context()
         match self.machine:
             case secagg.Advertising():
-                return dict.fromkeys(self.header.cohort, self.first_request)
+                request = self.first_request
+                assert request is not None  # of this stage
+                return {
+                    site: msgspec.structs.replace(request, last=self.last.get(site))
+                    for site in self.header.cohort
+                }
             case secagg.Sharing() as machine:
                 return {
                     site: ShareRequest(context=context, adverts=adverts)
@@ -169,7 +181,7 @@ class Attempt:
             case secagg.Unmasking() as machine:
                 return Outcome(aggregate=machine.close(), evidence=self.evidence)
             case machine:
-                following = replace(self, machine=machine.close())
+                following = replace(self, machine=machine.close(), first_request=None)
         match following.machine:
             case secagg.Sharing() as machine:
                 adverts = next(iter(machine.requests().values()))
@@ -188,12 +200,14 @@ def start(
     plan: TrainingPlan,
     first_request: TrainRequest,
     vector_length: int,
+    last: Mapping[str, LastAdvert],
 ) -> Attempt:
     """A new attempt.
 
     Args:
         first_request: the signed header, with the release and adapter to train from.
         vector_length: elements of each masked vector (trained parameters and the weight).
+        last: what each site advertised last, by its name.
     """
     if header.plan != plan.digest() or header.roster != roster.digest():
         raise LocalProtocolError("header", "a header names another plan or roster than its job")
@@ -206,4 +220,17 @@ def start(
         machine=machine,
         refusals={},
         evidence=Evidence(),
+        last=last,
     )
+
+
+def owners_to_leave_out(error: RoundAborted) -> frozenset[str]:
+    """The owners of lost secrets, unless a single liar could have made it look so.
+
+    Sites enough to frame an owner that does not lie are enough to abort every attempt, by lying or
+    by silence. An owner that is not left out could do that alone, at no cost.
+    """
+    lost = error.found
+    if isinstance(lost, LostSecrets) and lost.tolerated > 0:
+        return frozenset(lost.owners)
+    return frozenset()

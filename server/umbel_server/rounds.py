@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbel_common.adapter import Vector
-from umbel_common.errors import JobFailed, UmbelError
+from umbel_common.errors import JobFailed, RemoteProtocolError, UmbelError
+from umbel_common.evaluation import Evaluation, GateResult, figures_text
 from umbel_common.identity import Identity, Roster, open_signed
 from umbel_common.plan import TrainingPlan
 from umbel_common.roster_document import RosterDocument
 from umbel_common.roster_file import document_from_json, document_to_json
 from umbel_common.secagg.unmasking import WrongShare
+from umbel_common.site_counts import SiteCounts
 from umbel_common.statements import Release
 from umbel_common.wire import Refusal, Reply
-from umbel_server.job import UNDECIDED, Job
-from umbel_server.ports import JobStopped, Limits, Link, Step
+from umbel_server.config import EvaluationConfig
+from umbel_server.evaluator import ProcessEvaluator
+from umbel_server.job import UNDECIDED, WRONG_VERSION, Job
+from umbel_server.ports import Evaluator, JobStopped, Limits, Link, Step
 from umbel_server.queue import JobQueue, QueuedJob, State
 from umbel_server.registry import Registry
 from umbel_server.store import Store
@@ -53,9 +57,15 @@ class Progress:
             answered=tuple(self._answered),
         )
 
-    def strayed(self, step: Step, site: str, check: str) -> None:
+    def strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
         """See `Observer`."""
-        _logger.warning("%s: a reply in the name of %s to %s: %s", self._job, site, step, check)
+        if error.check == WRONG_VERSION:
+            text = f"{error.message}: {error.remedy}"
+            _logger.error("%s: no work with %s: %s", self._job, site, text)
+            return
+        _logger.warning(
+            "%s: a reply in the name of %s to %s: %s", self._job, site, step, error.check
+        )
 
     def aborted(self, round_number: int, attempt: int, check: str) -> None:
         """See `Observer`."""
@@ -73,6 +83,38 @@ class Progress:
             round_number,
             attempt,
             ", ".join(map(str, wrong_shares)),
+        )
+
+    def counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
+        """See `Observer`."""
+        _logger.info(
+            "%s: the adapter of round %d at %d sites: %s",
+            self._job,
+            round_number - 1,
+            sites,
+            counts,
+        )
+
+    def evaluated(self, round_number: int, evaluation: Evaluation, gate: GateResult | None) -> None:
+        """See `Observer`."""
+        found = figures_text(evaluation)
+        _logger.info("%s: round %d is evaluated: %s", self._job, round_number, found)
+        if gate is not None and not gate.passed():
+            _logger.warning("%s: round %d is held back: %s", self._job, round_number, gate)
+
+    def unevaluated(self, round_number: int, error: UmbelError) -> None:
+        """See `Observer`."""
+        _logger.warning(
+            "%s: round %d is not evaluated: %s", self._job, round_number, error.diagnostics()
+        )
+
+    def ends_early(self, round_number: int, final: int) -> None:
+        """See `Observer`."""
+        _logger.info(
+            "%s ends early after round %d: round %d stays the best",
+            self._job,
+            round_number,
+            final,
         )
 
     def released(self, release: Release, adapter: Vector) -> None:
@@ -100,6 +142,8 @@ class Rounds:
     connect: Connect
     stopping: Callable[[], bool]
     """Whether the process is to end; the job under way goes on at its next start."""
+    evaluation: Callable[[], EvaluationConfig | None] = lambda: None
+    """Read anew for each job."""
 
     def work(self) -> bool:
         """Runs the next job until it is over, stopped, or has to wait for people.
@@ -156,8 +200,15 @@ class Rounds:
                 observer=Progress(self.queue, queued.job),
                 limits=self.limits,
                 revoked=revoked,
+                evaluator=self._evaluator(stopped),
             )
             return job.run()
+
+    def _evaluator(self, stopped: Callable[[], bool]) -> Evaluator | None:
+        config = self.evaluation()
+        if config is None:
+            return None
+        return ProcessEvaluator(config, self.state / "evaluation", stopped)
 
     def _parties(self, queued: QueuedJob) -> tuple[Roster, frozenset[bytes]]:
         """The roster that the job began with, and the keys in it that do not count any more.

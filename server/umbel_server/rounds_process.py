@@ -15,16 +15,20 @@ from umbel_common.errors import StorageError
 from umbel_host.console import exit_code
 from umbel_host.keys import read_identity
 from umbel_host.log import configure
-from umbel_host.process import locked, told_to_stop
+from umbel_host.process import locked, require_state, told_to_stop
+from umbel_host.sockets import SocketServer
 from umbel_server.carrier import CarrierLink
-from umbel_server.config import load_config, load_roster
+from umbel_server.config import carrier_socket, load_config, load_roster, rounds_socket
 from umbel_server.ports import Link
 from umbel_server.queue import JobQueue
 from umbel_server.rounds import Rounds
 
+_PROBE_MODE = 0o600
 _IDLE_SECONDS = 0.5
 _WAITING_SECONDS = 10.0
 """Between two offers of a plan that people have not decided about."""
+
+_PROBE_MODE = 0o660
 
 _logger = logging.getLogger("umbel.rounds")
 
@@ -33,18 +37,19 @@ def run(path: Path) -> None:
     """Works off the queue until told to stop; the job under way goes on at the next start.
 
     Raises:
-        UmbelError: the configuration, the key, the roster, or the queue.
+        UmbelError: the configuration, the key, the roster, the state folder, the queue, or the
+            socket for probes.
     """
     config = load_config(path)
     operator = read_identity(Path(config.identity))
     load_roster(config)
     state = Path(config.state)
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    require_state(state)
     stopping = told_to_stop()
 
     @contextmanager
     def connect(stopped: Callable[[], bool]) -> Iterator[Link]:
-        with closing(CarrierLink(state / "carrier.sock", stopped)) as link:
+        with closing(CarrierLink(carrier_socket(config), stopped)) as link:
             yield link
 
     with (
@@ -59,21 +64,42 @@ def run(path: Path) -> None:
             limits=config.limits.limits(),
             connect=connect,
             stopping=stopping.is_set,
+            evaluation=lambda: load_config(path).evaluation,
         )
-        _logger.info("waiting for jobs in %s", state)
-        work(rounds, stopping)
+        with _probed(rounds_socket(config)) as serving:
+            _logger.info("waiting for jobs in %s", state)
+            work(rounds, stopping, serving)
 
 
-def work(rounds: Rounds, stopping: threading.Event) -> None:
-    """Until `stopping`. A full disk ends no process: the job can be resumed."""
+@contextmanager
+def _probed(path: Path) -> Iterator[Callable[[bool], None]]:
+    """Answers probes; yields what they are told with."""
+    probes = SocketServer(path, _PROBE_MODE, workers=2)
+    probes.start()
+    try:
+        yield probes.serving
+    finally:
+        probes.stop(1.0)
+
+
+def work(rounds: Rounds, stopping: threading.Event, serving: Callable[[bool], None]) -> None:
+    """Until `stopping`. A full disk ends no process: the job can be resumed.
+
+    Args:
+        serving: is told whether the files could be used.
+    """
+    serving(True)
     while not stopping.is_set():
         try:
             busy = rounds.work()
+            serving(True)
             pause = (
                 0.0 if busy else _IDLE_SECONDS if rounds.queue.next() is None else _WAITING_SECONDS
             )
+            serving(True)
         except StorageError as error:
             _logger.error("%s", error.diagnostics())
+            serving(False)
             pause = _WAITING_SECONDS
         stopping.wait(pause)
 

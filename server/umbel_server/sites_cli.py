@@ -35,6 +35,7 @@ from umbel_server.expiry import good_until, parse, read, to_renew
 from umbel_server.operator_files import (
     changing,
     load_authority,
+    renew_authority,
     renew_server,
     save_roster,
     set_up,
@@ -251,8 +252,14 @@ def list_command(config: Config = SERVER_TOML) -> None:
     else:
         console.print("No site was added yet.")
     console.print()
-    own = read(Path(settings.listen.certificate))
-    print_lines(console, [("the server's own certificate", good_until(own, now))])
+    own, authority = read(Path(settings.listen.certificate)), read(Path(settings.listen.client_ca))
+    print_lines(
+        console,
+        [
+            ("the server's own certificate", good_until(own, now)),
+            ("the authority's", good_until(authority, now)),
+        ],
+    )
     for sentence in to_renew(settings, now):
         console.print(f"RENEW SOON: {sentence}", soft_wrap=True)
 
@@ -368,11 +375,25 @@ def export(out: Out, config: Config = SERVER_TOML) -> None:
     print_lines(Console(highlight=False), lines)
 
 
-def renew_command(config: Config = SERVER_TOML) -> None:
+def renew_command(
+    config: Config = SERVER_TOML,
+    authority: Annotated[
+        bool, typer.Option("--authority", help="The authority's own certificate instead.")
+    ] = False,
+) -> None:
     """Give the server itself a new certificate; restart it afterwards."""
-    certificate = renew_server(load_config(config))
-    until = good_until(certificate, datetime.now(UTC))
-    print_lines(Console(highlight=False), [("certificate", until)])
+    settings, console = load_config(config), Console(highlight=False)
+    if authority:
+        renewed = renew_authority(settings, load_roster(settings).roster.federation)
+        print_lines(console, [("authority", good_until(renewed, datetime.now(UTC)))])
+        console.print(
+            "\nThe port has it after a restart of umbel-server run; sites get it with their next\n"
+            "kit (umbel-server sites renew), and must have it before the former one ends.",
+            soft_wrap=True,
+        )
+        return
+    renewed = renew_server(settings)
+    print_lines(console, [("certificate", good_until(renewed, datetime.now(UTC)))])
     typer.echo("\nThe port has it after a restart of umbel-server run; no site has to do anything.")
 
 

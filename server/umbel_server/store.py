@@ -1,25 +1,41 @@
 """The operator's round journal in SQLite: what was promised is on disk before it is sent.
 
 An attempt is recorded before its header leaves, so an attempt number is never used twice; a release
-is recorded together with its transcript entry. After a crash the job goes on behind the last
-release that is recorded here.
+is recorded together with its transcript entry and the figures that it depended on. After a crash
+the job goes on behind the last release that is recorded here.
 """
 
-import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from umbel_common.canonical import decode_canonical, encode
-from umbel_common.errors import RemoteProtocolError, StorageError
+import msgspec
+
+from umbel_common.canonical import decode, decode_canonical, encode
+from umbel_common.errors import StorageError
+from umbel_common.evaluation import Evaluation, GateResult
 from umbel_common.identity import Identity, Signed
 from umbel_common.transcript import GENESIS, Event, append
+from umbel_common.wire import LastAdvert
+from umbel_host.database import Database, Schema
 
-SCHEMA_VERSION = 1
-
-_SCHEMA = """
+_ADVERTS = """
+CREATE TABLE adverts (site TEXT PRIMARY KEY, header BLOB NOT NULL, advert BLOB NOT NULL) STRICT;
+"""
+_EVALUATIONS = """
+CREATE TABLE evaluations (
+    job TEXT NOT NULL, round INTEGER NOT NULL, evaluation BLOB NOT NULL, gate BLOB,
+    PRIMARY KEY (job, round)
+) STRICT;
+"""
+# All jobs of before ended with the last round of their plans.
+_FINAL_ROUNDS = """
+ALTER TABLE jobs ADD COLUMN final_round INTEGER;
+UPDATE jobs SET final_round = (SELECT MAX(round) FROM releases WHERE releases.job = jobs.job)
+    WHERE finished = 1;
+ALTER TABLE jobs DROP COLUMN finished;
+"""
+_TABLES = """
 CREATE TABLE jobs (
-    job TEXT PRIMARY KEY, plan BLOB NOT NULL, finished INTEGER NOT NULL DEFAULT 0
+    job TEXT PRIMARY KEY, plan BLOB NOT NULL, final_round INTEGER
 ) STRICT;
 CREATE TABLE attempts (
     job TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, header BLOB NOT NULL,
@@ -35,6 +51,25 @@ CREATE TABLE transcript (
 ) STRICT;
 """
 
+# What sites advertised before is not known: they are shown it from their next attempt on.
+SCHEMA = Schema(
+    "round journal", _TABLES + _ADVERTS + _EVALUATIONS, (_ADVERTS, _EVALUATIONS + _FINAL_ROUNDS)
+)
+
+
+class Evaluated(msgspec.Struct, frozen=True):
+    """What was found of one round's adapter on public records."""
+
+    round: int
+    evaluation: Evaluation
+    gate: GateResult | None
+    """None: the plan has no release gate, or this is release 0."""
+
+    @property
+    def held_back(self) -> bool:
+        """Whether the adapter was not released."""
+        return self.gate is not None and not self.gate.passed()
+
 
 class Store:
     """The journal of one aggregation server; used by one process and thread at a time."""
@@ -43,26 +78,10 @@ class Store:
         """Opens or creates the journal.
 
         Raises:
-            StorageError: it is corrupt, of another schema version, or cannot be written.
+            StorageError: it is corrupt, of a later schema version, or cannot be written.
         """
         self._path = path
-        with self._storage_errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = FULL")
-            (version,) = self._database.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                self._database.executescript(
-                    f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-                )
-            elif version != SCHEMA_VERSION:
-                raise StorageError(
-                    "a round journal has another schema version",
-                    file=path,
-                    found=version,
-                    accepted=SCHEMA_VERSION,
-                )
+        self._database = Database(path, SCHEMA)
 
     def close(self) -> None:
         """Closes the file."""
@@ -72,13 +91,13 @@ class Store:
         """The signed plan of a job; None if the job was never started."""
         return self._one("SELECT plan FROM jobs WHERE job = ?", job)
 
-    def finished(self, job: str) -> bool:
-        """Whether the job ended with its last release."""
-        with self._storage_errors():
+    def final_round(self, job: str) -> int | None:
+        """The round whose release ended the job; None while it has not ended."""
+        with self._database.errors():
             row = self._database.execute(
-                "SELECT finished FROM jobs WHERE job = ?", (job,)
+                "SELECT final_round FROM jobs WHERE job = ?", (job,)
             ).fetchone()
-        return row is not None and row[0] == 1
+        return None if row is None else row[0]
 
     def start_job(
         self,
@@ -90,14 +109,14 @@ class Store:
         event: Event,
     ) -> None:
         """Records a job, its release 0 and the first entry of its transcript."""
-        with self._transaction():
+        with self._database.transaction():
             self._execute("INSERT INTO jobs (job, plan) VALUES (?, ?)", job, encode(plan))
             self._insert_release(job, 0, adapter, release)
             self._append(operator, job, event)
 
     def next_attempt(self, job: str, round_number: int) -> int:
         """The first attempt number (from 1) that the round has not used."""
-        with self._storage_errors():
+        with self._database.errors():
             row = self._database.execute(
                 "SELECT COALESCE(MAX(attempt), 0) + 1 FROM attempts WHERE job = ? AND round = ?",
                 (job, round_number),
@@ -106,7 +125,7 @@ class Store:
 
     def open_attempt(self, job: str, round_number: int, attempt: int, header: Signed) -> None:
         """Burns an attempt number, before its header is sent."""
-        with self._transaction():
+        with self._database.transaction():
             self._execute(
                 "INSERT INTO attempts (job, round, attempt, header) VALUES (?, ?, ?, ?)",
                 job,
@@ -115,9 +134,31 @@ class Store:
                 encode(header),
             )
 
+    def keep_advert(self, site: str, header: Signed, advert: Signed) -> None:
+        """Keeps what a site signed last, in whatever job, to show it to the site again."""
+        with self._database.transaction():
+            self._execute(
+                "INSERT INTO adverts VALUES (?, ?, ?) ON CONFLICT (site) DO UPDATE"
+                " SET header = excluded.header, advert = excluded.advert",
+                site,
+                encode(header),
+                encode(advert),
+            )
+
+    def last_adverts(self) -> dict[str, LastAdvert]:
+        """What each site signed last, by its name."""
+        with self._database.errors():
+            rows = self._database.execute("SELECT site, header, advert FROM adverts").fetchall()
+            return {
+                site: LastAdvert(
+                    header=decode_canonical(header, Signed), advert=decode_canonical(advert, Signed)
+                )
+                for site, header, advert in rows
+            }
+
     def record(self, operator: Identity, job: str, event: Event) -> None:
         """Appends to the job's transcript."""
-        with self._transaction():
+        with self._database.transaction():
             self._append(operator, job, event)
 
     def record_release(
@@ -128,17 +169,28 @@ class Store:
         adapter: bytes,
         release: Signed,
         event: Event,
+        *,
+        evaluation: Evaluation | None = None,
+        gate: GateResult | None = None,
     ) -> None:
-        """Records a release with its transcript entry: both or neither."""
-        with self._transaction():
+        """Records a release with its transcript entry, and with what the release gate found: all
+        of it or nothing."""
+        with self._database.transaction():
             self._insert_release(job, round_number, adapter, release)
             self._append(operator, job, event)
+            if evaluation is not None:
+                self._insert_evaluation(job, round_number, evaluation, gate)
 
-    def finish_job(self, operator: Identity, job: str, event: Event) -> None:
+    def record_evaluation(self, job: str, round_number: int, evaluation: Evaluation) -> None:
+        """Records what was found of an adapter that is released already."""
+        with self._database.transaction():
+            self._insert_evaluation(job, round_number, evaluation, None)
+
+    def finish_job(self, operator: Identity, job: str, final_round: int, event: Event) -> None:
         """Marks the job as finished, with the last entry of its transcript."""
-        with self._transaction():
+        with self._database.transaction():
             self._append(operator, job, event)
-            self._execute("UPDATE jobs SET finished = 1 WHERE job = ?", job)
+            self._execute("UPDATE jobs SET final_round = ? WHERE job = ?", final_round, job)
 
     def last_release(self, job: str) -> tuple[int, bytes, Signed]:
         """Round, adapter digest and signed release of the latest release.
@@ -146,7 +198,7 @@ class Store:
         Raises:
             StorageError: the job has none.
         """
-        with self._storage_errors():
+        with self._database.errors():
             row = self._database.execute(
                 "SELECT round, adapter, release FROM releases WHERE job = ?"
                 " ORDER BY round DESC LIMIT 1",
@@ -158,13 +210,29 @@ class Store:
 
     def jobs(self) -> list[str]:
         """Every job that was ever started, in the order of their start."""
-        with self._storage_errors():
+        with self._database.errors():
             rows = self._database.execute("SELECT job FROM jobs ORDER BY rowid").fetchall()
             return [row[0] for row in rows]
 
     def releases(self, job: str) -> list[Signed]:
         """Every signed release of the job, in order."""
         return self._all("SELECT release FROM releases WHERE job = ? ORDER BY round", job)
+
+    def evaluations(self, job: str) -> list[Evaluated]:
+        """What was found of the job's adapters, in the order of the rounds."""
+        with self._database.errors():
+            rows = self._database.execute(
+                "SELECT round, evaluation, gate FROM evaluations WHERE job = ? ORDER BY round",
+                (job,),
+            ).fetchall()
+            return [
+                Evaluated(
+                    number,
+                    decode(evaluation, Evaluation),
+                    None if gate is None else decode(gate, GateResult),
+                )
+                for number, evaluation, gate in rows
+            ]
 
     def headers(self, job: str) -> list[Signed]:
         """Every signed header of the job, in order."""
@@ -198,6 +266,17 @@ class Store:
             encode(release),
         )
 
+    def _insert_evaluation(
+        self, job: str, round_number: int, evaluation: Evaluation, gate: GateResult | None
+    ) -> None:
+        self._execute(
+            "INSERT INTO evaluations (job, round, evaluation, gate) VALUES (?, ?, ?, ?)",
+            job,
+            round_number,
+            encode(evaluation),
+            None if gate is None else encode(gate),
+        )
+
     def _execute(self, statement: str, *values: object) -> None:
         self._database.execute(statement, values)
 
@@ -206,29 +285,6 @@ class Store:
         return rows[0] if rows else None
 
     def _all(self, statement: str, job: str) -> list[Signed]:
-        with self._storage_errors():
+        with self._database.errors():
             rows = self._database.execute(statement, (job,)).fetchall()
             return [decode_canonical(row[0], Signed) for row in rows]
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with self._storage_errors():
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
-
-    @contextmanager
-    def _storage_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError, RemoteProtocolError) as error:
-            raise StorageError(
-                "the round journal cannot be used",
-                file=self._path,
-                found=error,
-                remedy="see that the disk has space and the file is writable and intact",
-            ) from error

@@ -6,11 +6,15 @@ that could be stolen. `docs/adr/0011-flower-as-a-carrier.md` says why;
 `tests/e2e/test_flower_contract.py` holds every name of Flower's that is used here.
 """
 
+import logging
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
@@ -29,11 +33,14 @@ from flwr.supercore.state.schema.linkstate_models import MessageIns
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.main import create_app
 from sqlalchemy import update
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp
 
-from umbel_common.wire import FLOWER_MESSAGE_TYPE
-from umbel_host.flower import packed_pieces, unpacked_pieces
+from umbel_common.wire import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
+from umbel_host.flower import PieceElsewhere, names_of_pieces, packed_file, piece_of
 from umbel_server.reply_filter import ReplyFilter
+
+_logger = logging.getLogger("umbel.port")
 
 _KEEP_ALIVE_SECONDS = 15.0
 _RETURN_SECONDS = 120.0
@@ -44,8 +51,9 @@ _RETURN_SECONDS = 120.0
 class Reply:
     """What became of a message."""
 
-    pieces: list[bytes] | None
-    """None: the node is gone, the message expired, or the reply is none of ours."""
+    pieces: Iterator[bytes] | None
+    """Read from the database one at a time; when all are read, they are deleted. None: the node is
+    gone, the message expired, or the reply is none of ours."""
 
 
 class SuperLink:
@@ -56,12 +64,18 @@ class SuperLink:
 
         What former runs left undelivered is deleted: nobody waits for it any more.
         """
-        # A cache of 64 MB in each of up to thirty connections would be most of this process.
+        # A cache of 64 MB in each of up to thirty connections, 256 MB of the file mapped into
+        # memory, and a copy in memory of every message that is being deleted (to undo it if the
+        # statement fails) would be most of this process.
         databases: Any = sql_mixin
+        ours = {"cache_size": "-2000", "mmap_size": "4000000", "temp_store": "FILE"}
+        # To delete a large message takes longer than Flower's five seconds on a busy machine, and
+        # meanwhile nobody else can write.
+        ours["busy_timeout"] = "60000"
         databases.SQLITE_PRAGMAS = tuple(
-            (name, "-2000" if name == "cache_size" else value)
-            for name, value in databases.SQLITE_PRAGMAS
+            (name, ours.get(name, value)) for name, value in databases.SQLITE_PRAGMAS
         )
+        self._folder = str(Path(os.environ["FLWR_DATABASE"]).parent)
         fleet = create_app()
         # Nodes are registered here and by nobody else.
         fleet.state.enable_supernode_auth = True
@@ -127,10 +141,15 @@ class SuperLink:
         (info,) = self._state.get_node_info(node_ids=[node])
         if info.status not in (NodeStatus.ONLINE, NodeStatus.OFFLINE):
             return None
-        # One at a time: a message may be as large as an adapter.
-        with self._posting, no_object_id_recompute():
+        # Flower wants to know the digests of all pieces before it takes the first one. A message
+        # may be as large as an adapter: it waits in a file, without a name, and one at a time.
+        with (
+            self._posting,
+            no_object_id_recompute(),
+            tempfile.SpooledTemporaryFile(FLOWER_PIECE_BYTES, dir=self._folder) as spool,
+        ):
             message = Message(
-                packed_pieces(sealed),
+                packed_file(sealed, cast(BinaryIO, spool)),
                 dst_node_id=node,
                 message_type=FLOWER_MESSAGE_TYPE,
                 ttl=seconds,
@@ -171,19 +190,37 @@ class SuperLink:
                 self._state.object_store.delete(name)
             self._arriving[identifier] = None if reply.has_error() else name
         announced = self._arriving[identifier]
-        pieces = None
+        names = None
         if announced is not None:
             if not self._is_complete(announced):
                 return None
-            pieces = self._content(announced)
+            names = self._names(announced)
+        if announced is None or names is None:
+            self._forget(identifier)
+            return Reply(None)
+        return Reply(self._read(identifier, names))
+
+    def _read(self, identifier: str, names: list[str]) -> Iterator[bytes]:
+        """The pieces of a reply. Who does not read to the end may collect it again."""
+        for name in names:
+            piece = self._piece(name)
+            if piece is None:
+                # Too short now: the seal will show it.
+                break
+            yield piece
+        self._forget(identifier)
+
+    def _forget(self, identifier: str) -> None:
+        """Deletes a message and its reply."""
         self._state.delete_messages({identifier})
         # A node that died, or never came, has not confirmed it.
         self._state.object_store.delete(identifier)
         with self._posted_lock:
-            del self._arriving[identifier], self._posted[identifier]
-            if announced is not None:
-                self._arrived.pop(announced, None)
-        return Reply(pieces)
+            announced = self._arriving.pop(identifier)
+            del self._posted[identifier]
+        if announced is not None:
+            self._state.object_store.delete(announced)
+            self._arrived.pop(announced, None)
 
     def _is_away(self, node: int) -> bool:
         """Whether a node is not there but may come back. Flower gives such a node up at once."""
@@ -202,29 +239,42 @@ class SuperLink:
                 arrived.add(name)
         return True
 
-    def _content(self, reply: str) -> list[bytes] | None:
-        """The pieces of a complete reply; None if it is none, or parts are gone."""
-        contents = {}
-        for name in self._parts(reply):
+    def _names(self, reply: str) -> list[str] | None:
+        """The names of a complete reply's pieces, in their order; None if it is none of ours, or
+        parts are gone."""
+        contents, pieces = {}, {}
+        for name, is_piece in self._parts(reply).items():
+            if is_piece:
+                pieces[name] = PieceElsewhere(name)
+                continue
             content = self._state.get_object(self._run_id, name)
             if not content:
                 return None
             contents[name] = content
-        self._state.object_store.delete(reply)
         try:
-            message = inflate_object_from_contents(reply, contents)
+            message = inflate_object_from_contents(reply, contents, objects=dict(pieces))
         except Exception:
             # Whatever Flower makes of bytes that are none of its own.
             return None
-        return unpacked_pieces(message) if isinstance(message, Message) else None
+        return names_of_pieces(message) if isinstance(message, Message) else None
 
-    def _parts(self, reply: str) -> list[str]:
-        """What a node announced as the parts of its reply."""
+    def _piece(self, name: str) -> bytes | None:
+        content = self._state.get_object(self._run_id, name)
+        if not content:
+            return None
+        try:
+            return piece_of(inflate_object_from_contents(name, {name: content}))
+        except Exception:
+            # As above.
+            return None
+
+    def _parts(self, reply: str) -> dict[str, bool]:
+        """What a node announced as the parts of its reply, and whether each has no parts."""
         try:
             tree = self._state.object_store.get_object_tree(reply)
         except NoObjectInStoreError:
-            return []
-        return [part.object_id for part in iterate_object_tree(tree)]
+            return {}
+        return {part.object_id: not part.children for part in iterate_object_tree(tree)}
 
     def _begin(self) -> tuple[int, int]:
         for run in self._state.get_run_info():
@@ -245,6 +295,10 @@ class SuperLink:
     def _keep_alive(self) -> None:
         """Flower ends a run whose app is silent for a minute."""
         while not self._stopped.wait(_KEEP_ALIVE_SECONDS):
-            if not self._state.acknowledge_task_heartbeat(self._task_id):
-                # The machine slept. What was under way is lost; who waits is told so.
-                self._run_id, self._task_id = self._begin()
+            try:
+                if not self._state.acknowledge_task_heartbeat(self._task_id):
+                    # The machine slept. What was under way is lost; who waits is told so.
+                    self._run_id, self._task_id = self._begin()
+            except SQLAlchemyError as error:
+                # A disk that is full or slow: whoever gave up here would end the run for good.
+                _logger.warning("the SuperLink's database: %s", str(error).splitlines()[0])

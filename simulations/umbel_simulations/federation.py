@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbel_client.config import ClientConfig, load_config
-from umbel_client.flower import answer
+from umbel_client.flower import answer, whole
 from umbel_client.model import folder_digest
 from umbel_client.pinned_roster import load_pinned
 from umbel_client.site_job import SiteStatus
@@ -191,6 +191,7 @@ class Federation:
         return CLIENT_TOML.format(
             site=json.dumps(site),
             public_size=size,
+            task=json.dumps(self._scenario.task.__struct_config__.tag),
             labels=json.dumps(list(labels)),
             physical_batch_size=json.dumps(self._scenario.compute.site_batch_size),
             model=json.dumps(str(model.resolve())),
@@ -235,6 +236,7 @@ precision = "fastest"
 [policy]
 approval = "none"
 models = [{digest}]
+tasks = [{task}]
 labels = {labels}
 max_rank = {rank}
 max_rounds = {rounds}
@@ -253,4 +255,4 @@ def public_size(records: int) -> int:
 
 
 def _node(trainer: Trainer) -> Node:
-    return lambda message: answer(message, trainer.handle)
+    return lambda message: answer(message, whole(trainer.handle))

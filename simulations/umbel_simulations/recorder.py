@@ -8,8 +8,10 @@ from pathlib import Path
 import msgspec
 
 from umbel_common.adapter import Vector
-from umbel_common.errors import UmbelError
+from umbel_common.errors import RemoteProtocolError, UmbelError
+from umbel_common.evaluation import Evaluation, GateResult
 from umbel_common.secagg.unmasking import WrongShare
+from umbel_common.site_counts import SiteCounts
 from umbel_common.statements import Release
 from umbel_common.wire import (
     ConfirmReply,
@@ -157,7 +159,7 @@ class ServerObserver:
             )
         )
 
-    def strayed(self, step: Step, site: str, check: str) -> None:
+    def strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
         """See `Observer`. Nothing strays in one process."""
 
     def aborted(self, round_number: int, attempt: int, check: str) -> None:
@@ -181,6 +183,18 @@ class ServerObserver:
             )
         )
 
+    def counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
+        """See `Observer`. No scenario has a federated evaluation."""
+
+    def evaluated(self, round_number: int, evaluation: Evaluation, gate: GateResult | None) -> None:
+        """See `Observer`. Here the judge scores each release, and no plan has a release gate."""
+
+    def unevaluated(self, round_number: int, error: UmbelError) -> None:
+        """See `Observer`."""
+
+    def ends_early(self, round_number: int, final: int) -> None:
+        """See `Observer`."""
+
     def released(self, release: Release, adapter: Vector) -> None:
         """See `Observer`."""
         score = self._score(adapter)
@@ -192,6 +206,9 @@ class ServerObserver:
                 survivors=list(release.survivors),
                 accuracy=score.accuracy,
                 macro_f1=score.macro_f1,
+                perplexity=score.perplexity,
+                perplexity_error=score.perplexity_error,
+                general_perplexity=score.general_perplexity,
                 epsilon={site: observer.epsilon for site, observer in self._sites.items()},
             )
         )

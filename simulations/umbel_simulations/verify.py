@@ -17,7 +17,7 @@ from umbel_common.plan import TrainingPlan
 from umbel_common.roster_file import roster_from_json
 from umbel_common.statements import Release, RoundHeader
 from umbel_common.transcript import VerifiedJob, verify_transcript
-from umbel_server.registry import read_vector
+from umbel_host.adapter_folder import read_vector
 from umbel_simulations.results import RunSummary
 from umbel_simulations.run_folder import read_plan, read_signed
 

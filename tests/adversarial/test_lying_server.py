@@ -17,8 +17,10 @@ from umbel_common.adapter import adapter_digest, initial_vector, to_bytes
 from umbel_common.identity import Identity, sign
 from umbel_common.plan import LocalPrivacy, NoPrivacy, Sgd
 from umbel_common.quantise import decode_sum, encoding_of
+from umbel_common.statements import EarlyEnd
 from umbel_common.wire import (
     ConfirmRequest,
+    FinishReply,
     FinishRequest,
     MaskRequest,
     OfferRequest,
@@ -309,6 +311,27 @@ def test_a_last_release_of_another_round_or_vector_is_not_stored(federation: Any
     request = FinishRequest(release=signed, adapter=to_bytes(vector + np.float32(1)))
     assert federation.refusal(SITE, request) == "adapter-digest"
     assert not (federation.folder / SITE / "state" / "adapters").exists()
+
+
+def test_only_a_signed_early_end_makes_another_round_the_last(federation: Any) -> None:
+    federation.offer()
+    signed, vector = federation.release(round=1)
+
+    def finish(end: EarlyEnd, signer: Identity = federation.operator) -> FinishRequest:
+        return FinishRequest(release=signed, adapter=to_bytes(vector), early_end=sign(signer, end))
+
+    plan = federation.plan
+    end = EarlyEnd(federation=plan.federation, job=plan.job, plan=plan.digest(), round=1)
+    other_plan = msgspec.structs.replace(end, plan=bytes(32))
+    other_round = msgspec.structs.replace(end, round=0)
+    stranger = Identity.generate(os.urandom)
+    assert federation.refusal(SITE, finish(other_plan)) == "other-release"
+    assert federation.refusal(SITE, finish(other_round)) == "other-release"
+    assert federation.refusal(SITE, finish(end, stranger)) == "pinned-signature"
+    assert not (federation.folder / SITE / "state" / "adapters").exists()
+    reply = federation.ask(SITE, finish(end))
+    assert isinstance(reply, FinishReply)
+    assert (federation.folder / SITE / "state" / "adapters" / plan.job).is_dir()
 
 
 def test_a_refusal_tells_the_server_a_code_and_the_site_everything(federation: Any) -> None:

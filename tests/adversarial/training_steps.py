@@ -107,8 +107,10 @@ def fresh_noise_after_each_start(folder: Path, count: Step) -> Step:
     load = DeltaCache.load
     noise = np.float32(int.from_bytes(os.urandom(1)) / 1000)
 
-    def recomputed(self: DeltaCache, number: int, expected: bytes) -> tuple[bytes, Vector, State]:
-        adapter, delta, state = load(self, number, expected)
+    def recomputed(
+        self: DeltaCache, number: int, expected: bytes, *, with_state: bool = True
+    ) -> tuple[bytes, Vector, State]:
+        adapter, delta, state = load(self, number, expected, with_state=with_state)
         return adapter, delta + noise, state
 
     DeltaCache.load = recomputed  # type: ignore[method-assign]  # in this process only

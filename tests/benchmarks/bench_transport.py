@@ -1,73 +1,120 @@
-"""What a large message costs on its way: `python tests/benchmarks/bench_transport.py` prints JSON.
+"""What large adapters cost on their way: `python tests/benchmarks/bench_transport.py` prints JSON.
 
-A message of 200 MB goes to each of three sites, and as much comes back, over the real port: relays
-whose trainers are echoes, the process with the port, and this process in place of the job's. Peak
-of each process' memory beyond what it needs for a small message, in sizes of the message; for a
-relay without its echo's own copy. Seconds are wall clock, with all processes on this machine.
+A whole job of two rounds over the real processes: three sites' trainers and relays, the process
+with the port and the one with the jobs. Only training is left out: a delta of random numbers takes
+its place (`prepared_site.py`). A delta is 200 MB on the wire, and so is the adapter: float32, or
+the ring of 32 bits.
+
+Memory is a process' largest resident set (VmHWM, pages of files and libraries included) while the
+job runs, less its resident set before, in deltas. A server is its two processes, a client the two
+of the site that needed most; peaks are added although they come at different moments.
 """
 
 import json
-import os
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import msgspec
+import prepared_site
 from bench_masking import entry
-from e2e.daemons import SITES, Clinics
-from e2e.transport import STEP, Transport
+from e2e.daemons import SITES, Clinics, Daemon
+from toy_federation import RANK, WIDTH, make_plan
 
-from umbel_server.carrier import CarrierLink
+from umbel_client.model import folder_digest
+from umbel_common.identity import sign
+from umbel_common.plan import BaseModel, NoPrivacy, TrainingPlan
+from umbel_server.queue import State
 
 MEGABYTES = 200
-LOOK_SECONDS = 0.02
+MANY_SITES, MANY_MEGABYTES = 9, 50
+ROUNDS = 2
+MOST_SECONDS = 1800.0
+POLICY = 'approval = "none"\nallow_without_privacy = true'
 
 
-def measure(megabytes: int = MEGABYTES) -> dict[str, dict[str, Any]]:
+def measure() -> dict[str, dict[str, Any]]:
     """Name -> {value, unit, target, holds}; without a target, both of the last are None."""
-    with tempfile.TemporaryDirectory() as folder:
-        transport = Transport(Clinics(Path(folder) / "clinics", empty_model(Path(folder))))
+    peaks, seconds = federation(SITES, MEGABYTES)
+    many, _ = federation([f"site-{number}" for number in range(MANY_SITES)], MANY_MEGABYTES)
+    few, _ = federation(SITES, MANY_MEGABYTES)
+    server = peaks["port"] + peaks["rounds"]
+    client = max(peaks[f"{name} relay"] + peaks[f"{name} trainer"] for name in SITES)
+    parts = {
+        "port": peaks["port"],
+        "rounds": peaks["rounds"],
+        "relay": max(peaks[f"{name} relay"] for name in SITES),
+        "trainer": max(peaks[f"{name} trainer"] for name in SITES),
+    }
+    return {
+        "server_memory_in_deltas": entry(server, "deltas of 200 MB", 3.0),
+        "client_memory_in_deltas": entry(client, "deltas of 200 MB", 4.0),
+        **{
+            f"{name}_memory_in_deltas": entry(value, "deltas of 200 MB", None)
+            for name, value in parts.items()
+        },
+        "server_memory_growth_3_to_9_sites_mb": entry(
+            MANY_MEGABYTES * (many["port"] + many["rounds"] - few["port"] - few["rounds"]),
+            "MB",
+            None,
+        ),
+        "large_round_seconds": entry(seconds / ROUNDS, "s", None),
+    }
+
+
+def federation(sites: Sequence[str], megabytes: int) -> tuple[dict[str, float], float]:
+    """Process -> its growth in deltas, over a job; and how many seconds that took."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        model = empty_model(Path(folder))
+        clinics = Clinics(Path(folder) / "c", model, POLICY, sites)
+        clinics.limit(train_seconds=MOST_SECONDS, stage_seconds=MOST_SECONDS)
+        for site in clinics.sites.values():
+            site.trainer = Daemon.of(site.folder, prepared_site.__file__, str(site.config))
+        plan = large_plan(model, megabytes)
         try:
-            transport.start()
-            return exchange(transport, megabytes * 1_000_000)
+            clinics.port_process.start()
+            clinics.rounds_process.start()
+            for site in clinics.sites.values():
+                # One after the other: many that import PyTorch at once take minutes.
+                site.trainer.start()
+                site.status()
+                site.relay.start()
+            time.sleep(10)
+            processes = {
+                "port": clinics.port_process.pid,
+                "rounds": clinics.rounds_process.pid,
+                **{f"{name} relay": site.relay.pid for name, site in clinics.sites.items()},
+                **{f"{name} trainer": site.trainer.pid for name, site in clinics.sites.items()},
+            }
+            before = {name: forget_peak(pid) for name, pid in processes.items()}
+            began = time.monotonic()
+            clinics.queue.add(plan.job, sign(clinics.operator, plan))
+            job = clinics.wait(plan.job, State.FINISHED, State.FAILED, seconds=MOST_SECONDS)
+            assert job.state is State.FINISHED, (job.detail, clinics.logs())
+            seconds = time.monotonic() - began
+            after = {name: memory(pid, "VmHWM") for name, pid in processes.items()}
         finally:
-            transport.close()
+            clinics.close()
+    delta = 4 * plan.lora.size
+    return {name: (after[name] - before[name]) / delta for name in processes}, seconds
 
 
-def exchange(transport: Transport, size: int) -> dict[str, dict[str, Any]]:
-    """One step with messages of `size` bytes."""
-    processes = {
-        "relay": transport.relays["north"].pid,
-        "port": transport.port_pid,
-        "job": os.getpid(),
-    }
-
-    def requests() -> Iterator[tuple[str, bytes]]:
-        for site in SITES:
-            yield site, os.urandom(size)
-
-    began = time.monotonic()
-    with Peaks(processes) as peaks, closing(CarrierLink(transport.socket)) as link:
-        answered = 0
-        for _, reply in link.exchange(STEP, requests(), 600):
-            assert len(reply) == size
-            answered += 1
-            del reply
-    seconds = time.monotonic() - began
-    assert answered == len(SITES), transport.logs()
-    copies = {name: growth / size for name, growth in peaks.growth().items()}
-    # Its echo turns the message round, where a real relay hands it to the trainer.
-    copies["relay"] -= 1
-    figures = {
-        f"transport_{name}_memory": entry(value, "messages", None) for name, value in copies.items()
-    }
-    return {**figures, "transport_seconds": entry(seconds, "s", None)}
+def large_plan(model: Path, megabytes: int) -> TrainingPlan:
+    """A plan whose adapter, and delta, is at least so large."""
+    layers = -(-megabytes * 1_000_000 // (4 * 2 * RANK * WIDTH))
+    plan = make_plan(2, 32, layers)
+    return msgspec.structs.replace(
+        plan,
+        model=BaseModel(name="none", digest=folder_digest(model)),
+        training=msgspec.structs.replace(plan.training, rounds=ROUNDS),
+        privacy=NoPrivacy(),
+        aggregation=msgspec.structs.replace(plan.aggregation, step=1e-6),
+    )
 
 
 def empty_model(folder: Path) -> Path:
@@ -79,45 +126,16 @@ def empty_model(folder: Path) -> Path:
     return model
 
 
-class Peaks:
-    """Most anonymous memory of processes, looked at again and again.
-
-    The kernel's own peak counts the database's pages too, which SQLite maps and the kernel takes
-    back when it needs them.
-    """
-
-    def __init__(self, processes: dict[str, int]) -> None:
-        self._processes = processes
-        self._before = self._now()
-        self._most = dict(self._before)
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def __enter__(self) -> "Peaks":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def growth(self) -> dict[str, int]:
-        """Bytes beyond those of the beginning."""
-        return {name: most - self._before[name] for name, most in self._most.items()}
-
-    def _watch(self) -> None:
-        while not self._over.wait(LOOK_SECONDS):
-            for name, found in self._now().items():
-                self._most[name] = max(self._most[name], found)
-
-    def _now(self) -> dict[str, int]:
-        return {name: anonymous(pid) for name, pid in self._processes.items()}
+def forget_peak(pid: int) -> int:
+    """Resident bytes of a process, from which its peak is counted anew."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return memory(pid, "VmRSS")
 
 
-def anonymous(pid: int) -> int:
-    """Resident memory in bytes that belongs to no file."""
+def memory(pid: int, name: str) -> int:
+    """A figure of the kernel's about a process' memory, in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("RssAnon:"))
+    (line,) = (line for line in status.splitlines() if line.startswith(f"{name}:"))
     return 1024 * int(line.split()[1])
 
 

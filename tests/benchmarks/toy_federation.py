@@ -74,11 +74,11 @@ class Federation:
         return {name: ToySite(self, name) for name in self.identities}
 
 
-def make_plan(threshold: int, ring_bits: int) -> TrainingPlan:
+def make_plan(threshold: int, ring_bits: int, layers: int = LAYERS) -> TrainingPlan:
     """A plan that no site would train: only its sizes matter here."""
     tensors = [
         Tensor(name=f"layer.{layer}.{role}.weight", shape=shape, role=role)
-        for layer in range(LAYERS)
+        for layer in range(layers)
         for role, shape in (("lora_A", (RANK, WIDTH)), ("lora_B", (WIDTH, RANK)))
     ]
     return TrainingPlan(
@@ -180,4 +180,16 @@ class Quiet:
         raise AssertionError("honest sites revealed wrong shares")
 
     def released(self, *_: object) -> None:
+        """See `umbel_server.job.Observer`."""
+
+    def counted(self, *_: object) -> None:
+        """See `umbel_server.job.Observer`."""
+
+    def evaluated(self, *_: object) -> None:
+        """See `umbel_server.job.Observer`."""
+
+    def unevaluated(self, *_: object) -> None:
+        """See `umbel_server.job.Observer`."""
+
+    def ends_early(self, *_: object) -> None:
         """See `umbel_server.job.Observer`."""

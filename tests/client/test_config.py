@@ -134,3 +134,38 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, TEXT.replace(old, new))
     assert caught.value.field == field
+
+
+def with_policy_file(folder: Path, policy: str) -> ClientConfig:
+    head, _, table = TEXT.partition("[policy]")
+    (folder / "policy.toml").write_text(policy.replace("TABLE", table))
+    return load(folder, 'policy = "policy.toml"\n' + head)
+
+
+def test_a_policy_may_be_a_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    assert with_policy_file(tmp_path, "TABLE").policy == load(tmp_path / "one", TEXT).policy
+
+
+def test_what_is_wrong_in_a_policys_file_is_said_of_that_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"policy\.toml") as caught:
+        with_policy_file(tmp_path, "max_epsilom = 8")
+    assert caught.value.field == "max_epsilom"
+    assert "max_epsilon" in caught.value.diagnostics()
+    (tmp_path / "policy.toml").unlink()
+    with pytest.raises(ConfigError, match=r"policy\.toml"):
+        load_config(tmp_path / "client.toml")
+
+
+@pytest.mark.parametrize("text", [TEXT, 'policy = "policy.toml"\n' + TEXT])
+def test_two_policies_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "policy.toml").write_text("max_epsilon = 100\n")
+    with pytest.raises(ConfigError, match=r"two policies|each field stands once"):
+        load(tmp_path, text)
+
+
+def test_a_policys_file_does_not_hide_that_the_rest_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text("")
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, 'policy = "policy.toml"\nsite = "north"\n')
+    assert caught.value.field == "state"

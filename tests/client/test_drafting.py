@@ -1,5 +1,6 @@
 """A plan is made from a draft and a model's folder, in a process of its own."""
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ from small_models import save_decoder
 
 from umbel_client.drafting import read_plan
 from umbel_client.model import folder_digest
-from umbel_common.errors import ConfigError, ModelError, PlanError
-from umbel_common.plan import CausalLm
+from umbel_common.errors import ConfigError, DataError, ModelError, PlanError
+from umbel_common.plan import CausalLm, ReleaseGate
 from umbel_common.plan_file import plan_from_json
 
 DRAFT = """
@@ -170,4 +171,20 @@ def test_a_language_model_has_no_labels(tmp_path: Path) -> None:
     draft = causal_draft(tmp_path, model, 'target_modules = ["q_proj"]')
     draft.write_text(draft.read_text().replace("[lora]", 'labels = ["a", "b"]\n\n[lora]'))
     with pytest.raises(ConfigError, match="labels"):
+        read_plan(draft)
+
+
+def test_a_gates_holdout_is_named_by_the_digest_of_its_file(draft: Path) -> None:
+    holdout = draft.parent / "public.jsonl"
+    holdout.write_text('{"text": "w1", "label": "a"}\n')
+    gate = '[release_gate]\nholdout = "public.jsonl"\nmax_loss_increase = 0.05\n'
+    draft.write_text(draft.read_text() + gate)
+    assert read_plan(draft).release_gate == ReleaseGate(
+        holdout=hashlib.sha256(holdout.read_bytes()).digest(), max_loss_increase=0.05
+    )
+    holdout.unlink()
+    with pytest.raises(DataError, match=r"public\.jsonl"):
+        read_plan(draft)
+    holdout.mkdir()
+    with pytest.raises(DataError, match="a folder"):
         read_plan(draft)

@@ -8,7 +8,7 @@ import pytest
 
 from umbel_common.errors import PlanError, RemoteProtocolError
 from umbel_common.identity import Identity, open_signed, sign
-from umbel_common.plan import NoPrivacy, Sgd, TrainingPlan
+from umbel_common.plan import NoPrivacy, ReleaseGate, Sgd, TrainingPlan
 from umbel_common.plan_file import plan_from_json, plan_lines, plan_to_json
 
 MakePlan = Callable[..., TrainingPlan]
@@ -16,7 +16,8 @@ OPERATOR = Identity.generate(os.urandom)
 
 
 def test_a_plan_comes_back_from_its_file(make_plan: MakePlan) -> None:
-    for plan in (make_plan(), make_plan(privacy=NoPrivacy())):
+    gate = ReleaseGate(holdout=bytes(range(32)), max_loss_increase=0.25)
+    for plan in (make_plan(), make_plan(privacy=NoPrivacy()), make_plan(release_gate=gate)):
         assert plan_from_json(plan_to_json(plan), "plan.json") == (plan, None)
 
 
@@ -81,3 +82,5 @@ def test_a_person_reads_what_matters(make_plan: MakePlan) -> None:
         ),
     )
     assert "NONE" in dict(plan_lines(bare))["privacy"]
+    gated = make_plan(release_gate=ReleaseGate(holdout=bytes(32), max_loss_increase=0.25))
+    assert "rises by 0.25 at most" in dict(plan_lines(gated))["released"]

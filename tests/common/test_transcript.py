@@ -6,10 +6,11 @@ import msgspec
 import pytest
 
 from umbel_common.errors import VerificationError
+from umbel_common.evaluation import GateResult
 from umbel_common.identity import Identity, Roster, Signed, sign
-from umbel_common.plan import Aggregation, TrainingPlan
+from umbel_common.plan import Aggregation, ReleaseGate, TrainingPlan
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
-from umbel_common.statements import Release, RoundHeader
+from umbel_common.statements import EarlyEnd, Release, RoundHeader
 from umbel_common.transcript import (
     GENESIS,
     AttemptAborted,
@@ -123,8 +124,14 @@ def story(
     make_plan: Callable[..., TrainingPlan],
     make_federation: Callable[[int], tuple[Identity, dict[str, Identity], Roster]],
 ) -> Story:
-    plan = make_plan(aggregation=Aggregation(threshold=3, clip_range=1.0, step=1e-6))
-    return Story(plan, *make_federation(4))
+    return Story(one_round(make_plan), *make_federation(4))
+
+
+def one_round(make_plan: Callable[..., TrainingPlan], **parts: Any) -> TrainingPlan:
+    """A plan of one round at threshold 3; keyword arguments replace its parts."""
+    training = msgspec.structs.replace(make_plan().training, rounds=1)
+    aggregation = Aggregation(threshold=3, clip_range=1.0, step=1e-6)
+    return make_plan(**{"training": training, "aggregation": aggregation, **parts})
 
 
 def test_an_honest_transcript_tells_what_happened(story: Story) -> None:
@@ -232,3 +239,112 @@ def test_a_confirmation_forged_by_the_operator_does_not_count(story: Story) -> N
 def test_the_end_names_the_last_release(story: Story) -> None:
     finished = msgspec.structs.replace(story.finished(), release=b"\x05" * 32)
     assert "last release differs" in story.refused(story.started(), story.released(), finished)
+
+
+GATE = ReleaseGate(holdout=bytes(32), max_loss_increase=0.5)
+PASSED = GateResult(before=2.0, after=2.5, bound=0.5)
+HELD_BACK = GateResult(before=2.0, after=2.6, bound=0.5)
+
+
+@pytest.fixture
+def gated(
+    make_plan: Callable[..., TrainingPlan],
+    make_federation: Callable[[int], tuple[Identity, dict[str, Identity], Roster]],
+) -> Story:
+    plan = one_round(make_plan, release_gate=GATE)
+    training = msgspec.structs.replace(plan.training, rounds=2)
+    plan = msgspec.structs.replace(plan, training=training)
+    return Story(plan, *make_federation(3))
+
+
+def round_two(story: Story, gate: GateResult, **parts: Any) -> RoundReleased:
+    """What follows the release of round 1."""
+    story.header = story.make_header(round=2, adapter=story.outcome.adapter)
+    story.outcome = story.release(round=2, **parts)
+    return story.released(gate=gate)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "passes"),
+    [
+        (2.0, 2.5, True),
+        (2.0, 2.5000001, False),
+        (2.0, 1.0, True),
+        (2.0, None, False),
+        (None, 9.0, True),
+        (None, None, False),
+        (2.0, float("nan"), False),
+        (float("nan"), 2.0, False),
+    ],
+)
+def test_a_gate_is_passed_within_its_bound(
+    before: float | None, after: float | None, passes: bool
+) -> None:
+    assert GateResult(before=before, after=after, bound=0.5).passed() == passes
+
+
+def test_a_round_that_was_held_back_keeps_its_predecessor(gated: Story) -> None:
+    gated.outcome = gated.release(adapter=gated.start.adapter)
+    first = gated.released(gate=HELD_BACK)
+    second = round_two(gated, GateResult(before=2.0, after=1.5, bound=0.5))
+    job = verify_transcript(gated.entries(gated.started(), first, second), gated.roster)
+    assert job.held_back == (1,)
+    assert [release.adapter for release in job.releases[:2]] == [gated.start.adapter] * 2
+
+
+def test_a_round_that_was_held_back_cannot_release_its_adapter(gated: Story) -> None:
+    assert "does not keep the adapter before" in gated.refused(
+        gated.started(), gated.released(gate=HELD_BACK)
+    )
+    verify_transcript(gated.entries(gated.started(), gated.released(gate=PASSED)), gated.roster)
+
+
+def test_every_round_of_a_gated_plan_says_what_the_gate_found(gated: Story, story: Story) -> None:
+    assert "does not say" in gated.refused(gated.started(), gated.released())
+    assert "no release gate" in story.refused(story.started(), story.released(gate=PASSED))
+    wider = GateResult(before=2.0, after=2.6, bound=0.7)
+    assert "not the plan's" in gated.refused(gated.started(), gated.released(gate=wider))
+
+
+@pytest.mark.parametrize(
+    ("first", "kept", "other"),
+    [(PASSED, 2.5, 2.0), (HELD_BACK, 2.0, 2.6)],
+)
+def test_a_round_is_compared_with_what_was_released_before(
+    gated: Story, first: GateResult, kept: float, other: float
+) -> None:
+    held = {} if first.passed() else {"adapter": gated.start.adapter}
+    gated.outcome = gated.release(**held)
+    events = [gated.started(), gated.released(gate=first)]
+    honest = round_two(gated, GateResult(before=kept, after=kept, bound=0.5))
+    verify_transcript(gated.entries(*events, honest), gated.roster)
+    lie = msgspec.structs.replace(
+        honest, gate=GateResult(before=other, after=min(kept, other), bound=0.5)
+    )
+    assert "another loss" in gated.refused(*events, lie)
+
+
+def early_end(story: Story, number: int, **parts: Any) -> Signed:
+    fields = {"federation": "clinics", "job": "job", "plan": story.plan.digest(), "round": number}
+    return sign(story.operator, EarlyEnd(**{**fields, **parts}))
+
+
+def test_a_job_ends_before_its_plans_last_round_only_by_a_signed_early_end(gated: Story) -> None:
+    events = [gated.started(), gated.released(gate=PASSED)]
+    end = JobFinished(release=gated.outcome.adapter, delivered=())
+    assert "before its last release" in gated.refused(*events, end)
+    signed = msgspec.structs.replace(end, early_end=early_end(gated, 1))
+    job = verify_transcript(gated.entries(*events, signed), gated.roster)
+    assert job.final_round == 1
+    # The adapter of an earlier round may be the better one.
+    first = JobFinished(release=gated.start.adapter, delivered=(), early_end=early_end(gated, 0))
+    assert verify_transcript(gated.entries(*events, first), gated.roster).final_round == 0
+    for wrong, message in (
+        (early_end(gated, 0), "last release differs"),
+        (early_end(gated, 2), "before its last release"),
+        (early_end(gated, 1, plan=bytes(32)), "another plan"),
+    ):
+        changed = msgspec.structs.replace(end, early_end=wrong)
+        assert message in gated.refused(*events, changed)
+    forged = sign(Identity.generate(os.urandom), EarlyEnd("clinics", "job", bytes(32), 1))
+    assert "not signed" in gated.refused(*events, msgspec.structs.replace(end, early_end=forged))

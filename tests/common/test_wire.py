@@ -13,6 +13,7 @@ from umbel_common.plan import TrainingPlan
 from umbel_common.wire import (
     HEADER_BYTES,
     MAGIC,
+    WIRE_VERSION,
     ConfirmRequest,
     MaskReply,
     OfferReply,
@@ -79,9 +80,25 @@ def test_a_message_past_the_limit_is_not_looked_at() -> None:
     assert refused_reply(bytes(10_001)) == "oversized-message"
 
 
-@pytest.mark.parametrize("data", [b"", MAGIC, b"UMB2" + bytes(200), bytes(HEADER_BYTES)])
+@pytest.mark.parametrize("data", [b"", MAGIC, b"UMBx" + bytes(200), bytes(HEADER_BYTES)])
 def test_what_is_no_sealed_message_is_malformed(data: bytes) -> None:
     assert refused_reply(data) == "malformed-message"
+
+
+@pytest.mark.parametrize(
+    ("version", "behind"), [(WIRE_VERSION - 1, "at a"), (WIRE_VERSION + 1, "on this side")]
+)
+def test_who_speaks_another_version_is_refused_and_who_is_behind_is_named(
+    version: int, behind: str
+) -> None:
+    sealed = seal_reply(IDENTITY, "a", REPLY, ASKED)
+    other = sealed.replace(MAGIC, f"UMB{version}".encode(), 1)
+    with pytest.raises(RemoteProtocolError) as refusal:
+        open_reply(IDENTITY.public_key, "a", other, ASKED, limit=10_000)
+    error = refusal.value
+    assert error.check == "wire-version"
+    assert f"a speaks wire version {version}, this side speaks {WIRE_VERSION}" in error.message
+    assert error.remedy == f"upgrade Umbel {behind}"
 
 
 @pytest.mark.parametrize(
@@ -114,3 +131,11 @@ def test_the_limit_fits_the_largest_honest_message(make_plan: Callable[..., Trai
     reply = MaskReply(context=bytes(32), vector=bytes(4 * (plan.lora.size + 1)))
     assert len(seal_reply(IDENTITY, "a", reply, ASKED)) <= size_limit(plan)
     assert len(seal_reply(IDENTITY, "a", OfferReply(plan=bytes(32)), ASKED)) <= size_limit(None)
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 65535, 65536, 70000])
+def test_a_vector_is_encoded_without_a_copy_as_messagepack_would_encode_it(size: int) -> None:
+    reply = MaskReply(context=bytes(32), vector=memoryview(os.urandom(size)))
+    sealed = seal_reply(IDENTITY, "a", reply, ASKED)
+    assert sealed[HEADER_BYTES:] == msgspec.msgpack.encode(reply)
+    assert open_reply(IDENTITY.public_key, "a", sealed, ASKED, limit=len(sealed)) == reply

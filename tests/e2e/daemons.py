@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -121,6 +121,13 @@ class Daemon:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
+    @classmethod
+    def of(cls, folder: Path, script: str, *arguments: str) -> "Daemon":
+        """A script of a test's own in a daemon's place."""
+        daemon = cls(folder, Path(script).stem, *arguments)
+        daemon._command = [sys.executable, script, *arguments]
+        return daemon
+
     def start(self) -> None:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -196,7 +203,7 @@ class Site:
 
     def status(self) -> TrainerStatus:
         """Of its trainer, which may still be starting."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while True:
             stub = ControlStub(self.folder / "state" / "control.sock")
             try:
@@ -212,10 +219,16 @@ class Site:
 class Clinics:
     """An operator, and sites whose trainers are processes."""
 
-    def __init__(self, folder: Path, model: Path, policy: str = 'approval = "none"') -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        policy: str = 'approval = "none"',
+        names: Sequence[str] = SITES,
+    ) -> None:
         self.folder = folder
         self.port = free_port()
-        self.sites = {name: Site(folder / name, model, policy, self.port) for name in SITES}
+        self.sites = {name: Site(folder / name, model, policy, self.port) for name in names}
         self.operator = Identity.generate(os.urandom)
         members = (
             Member(name=site.name, public_key=site.identity.public_key)

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
 import umbel_client.flower
-from umbel_client.flower import Connection, serve
+from umbel_client.flower import Connection, serve, whole
 
 
 class Clock(datetime):
@@ -50,7 +50,7 @@ def main(server: str, folder: Path, ahead: float) -> None:
         certificate=folder / "certificate.pem",
         key=folder / "key.pem",
     )
-    serve(connection, handle, stopping, lambda _: None)
+    serve(connection, whole(handle), stopping, lambda _: None)
 
 
 if __name__ == "__main__":

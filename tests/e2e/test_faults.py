@@ -16,6 +16,7 @@ from umbel_client.budget_view import release_costs
 from umbel_client.ipc import TrainerStub
 from umbel_client.ledger_file import read_ledger
 from umbel_client.ledger_rows import Reservation
+from umbel_host.sockets import healthy
 from umbel_server.queue import State
 
 
@@ -96,6 +97,32 @@ def test_a_process_that_is_killed_and_started_again_does_not_end_the_job(
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("seconds", [20, 90])
+def test_a_job_waits_for_a_superlink_that_is_away(
+    tmp_path: Path, tiny_model: Path, seconds: int
+) -> None:
+    """Where the operator's patience is longer than that."""
+    clinics = Clinics(tmp_path, tiny_model)
+    clinics.limit(train_seconds=300, stage_seconds=300)
+    try:
+        clinics.start_all()
+        job = clinics.add()
+        reached(clinics, job, 2)
+        clinics.port_process.kill()
+        time.sleep(seconds)
+        assert clinics.queue.job(job).state is State.RUNNING
+        began = time.monotonic()
+        clinics.port_process.start()
+        finished(clinics, job)
+        print(f"\nfinished {time.monotonic() - began:.0f} s after {seconds} s without a SuperLink")
+        assert len(adapters(clinics, job)) == 1
+        for site in clinics.sites.values():
+            assert charged(site, job) == [1, 2, 3]
+    finally:
+        clinics.close()
+
+
+@pytest.mark.soak
 def test_without_a_site_that_vanished_the_others_go_on(clinics: Clinics, job: str) -> None:
     reached(clinics, job, 2)
     gone = clinics.sites["north"]
@@ -140,7 +167,9 @@ def test_a_server_whose_disk_is_full_goes_on_when_there_is_room(clinics: Clinics
         time.sleep(12)
         assert clinics.rounds_process.running
         assert clinics.queue.job(job).state is State.RUNNING
+        assert not healthy(clinics.operator_folder / "state" / "rounds.sock", 5.0)
     finished(clinics, job)
+    assert healthy(clinics.operator_folder / "state" / "rounds.sock", 5.0)
     assert len(adapters(clinics, job)) == 1
     for site in clinics.sites.values():
         assert charged(site, job) == [1, 2, 3]
@@ -168,7 +197,7 @@ def test_a_relay_whose_clock_is_wrong_by_ten_minutes_works_all_the_same(
     )
     relay = threading.Thread(
         target=umbel_client.flower.serve,
-        args=(connection, stub.handle, stopping, lambda _: None),
+        args=(connection, umbel_client.flower.whole(stub.handle), stopping, lambda _: None),
     )
     relay.start()
     try:

@@ -25,7 +25,7 @@ from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.supercore.error import ApiErrorCode, FlowerError
 
 import umbel_client.flower
-from umbel_client.flower import Connection, serve
+from umbel_client.flower import Connection, serve, whole
 from umbel_common.wire import FLOWER_MESSAGE_TYPE
 from umbel_server.authority import Authority, certificate_pem, key_pem, new_authority, new_key
 from umbel_server.listener import ACTIVATE, tls_context
@@ -140,7 +140,9 @@ def relay(connection: Connection) -> Iterator[None]:
         raise AssertionError(sealed)
 
     stopping = threading.Event()
-    thread = threading.Thread(target=serve, args=(connection, handle, stopping, lambda _: None))
+    thread = threading.Thread(
+        target=serve, args=(connection, whole(handle), stopping, lambda _: None)
+    )
     thread.start()
     try:
         yield

@@ -1,15 +1,18 @@
 """The process with the port does not start on what it cannot use, and says in a few lines why."""
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 from e2e.daemons import Clinics
 
 from umbel_common.errors import ConfigError
 from umbel_server.authority import certificate_pem, key_pem, new_key
+from umbel_server.sites import load_sites, save_sites
 
 
 @pytest.fixture
@@ -36,8 +39,13 @@ def of_another_key(clinics: Clinics) -> None:
 
 
 def expired(clinics: Clinics) -> None:
-    key, long_ago = new_key(), datetime.now(UTC) - timedelta(days=366)
-    made = clinics.authority.server(key.public_key(), ["127.0.0.1"], long_ago)
+    made_long_ago(clinics, 366)
+
+
+def made_long_ago(clinics: Clinics, days: int) -> None:
+    """Gives the server a certificate of so many days ago, which is good for a year."""
+    key, then = new_key(), datetime.now(UTC) - timedelta(days=days)
+    made = clinics.authority.server(key.public_key(), ["127.0.0.1"], then)
     certificate(clinics).write_bytes(certificate_pem(made))
     (clinics.operator_folder / "tls" / "key.pem").write_bytes(key_pem(key))
 
@@ -61,6 +69,25 @@ def test_a_certificate_that_is_no_good(
 ) -> None:
     spoil(clinics)
     expect_refusal(clinics, said, str(certificate(clinics)))
+
+
+def test_whatever_starts_the_process_it_says_which_certificates_end_soon(clinics: Clinics) -> None:
+    made_long_ago(clinics, 340)
+    path = clinics.operator_folder / "sites.json"
+    known, then = load_sites(path), datetime.now(UTC) - timedelta(days=70)
+    site = clinics.sites["east"]
+    aged = clinics.authority.site(site.name, site.relay_key.public_key(), then)
+    entry = msgspec.structs.replace(known["east"], certificate=certificate_pem(aged).decode())
+    save_sites(path, {**known, "east": entry})
+    clinics.port_process.start()
+    deadline = time.monotonic() + 60
+    while "certificate of east" not in (log := clinics.port_process.log.read_text()):
+        assert time.monotonic() < deadline, log
+        time.sleep(0.1)
+    assert "WARNING umbel.port: the server's certificate ends on" in log
+    assert "umbel-server renew)" in log
+    assert "certificate of north" not in log
+    assert clinics.port_process.stop() == 0
 
 
 def test_a_port_that_is_taken(clinics: Clinics) -> None:

@@ -2,16 +2,25 @@
 
 import json
 import os
+import re
+import select
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from e2e.daemons import Clinics, Site
 
+from umbel_client.ipc import TrainerStub
 from umbel_client.isolation import Network, network
+from umbel_common.errors import UnreachableError
+from umbel_common.wire import MAGIC
+from umbel_host.console import INTERRUPTED
 from umbel_server.queue import State
 
 STATES = ("ok", "look", "FAIL")
@@ -55,12 +64,12 @@ def findings(site: Site) -> dict[str, str]:
     return {line[6:19].strip(): line[:5].strip() for line in lines if line[:5].strip() in STATES}
 
 
-def waiting(site: Site) -> str:
-    """What `umbel-client plans` prints once a plan is there."""
+def waiting(site: Site, job: str = "triage") -> str:
+    """What `umbel-client plans` prints once the job's plan is there."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         listed = client(site, "plans").stdout
-        if "triage" in listed:
+        if job in listed:
             return listed
     raise AssertionError(site.trainer.log.read_text())
 
@@ -111,6 +120,73 @@ def test_status_says_how_both_processes_stand(clinics: Clinics) -> None:
     document = json.loads(client(site, "status", "--json").stdout)
     assert document["trainer"]["site"] == "north"
     assert document["relay"] == "connected"
+
+
+def test_one_command_asks_all_four_processes_whether_they_are_well(clinics: Clinics) -> None:
+    site = clinics.sites["north"]
+    state = clinics.operator_folder / "state"
+    sockets = [
+        site.folder / "run" / "trainer.sock",
+        site.folder / "run" / "relay.sock",
+        state / "carrier.sock",
+        state / "rounds.sock",
+    ]
+    probed = [command(site.folder, "umbel_host.probe", f"unix:{path}") for path in sockets]
+    assert [done.returncode for done in probed] == [0, 0, 0, 0], [done.stderr for done in probed]
+    # Who cannot reach the server is not well, and still runs.
+    clinics.port_process.stop()
+    try:
+        done = command(site.folder, "umbel_host.probe", f"unix:{state / 'carrier.sock'}")
+        assert done.returncode == UnreachableError.exit_code
+        relay, deadline = f"unix:{site.folder / 'run' / 'relay.sock'}", time.monotonic() + 200
+        while (done := command(site.folder, "umbel_host.probe", relay)).returncode == 0:
+            assert time.monotonic() < deadline
+        assert done.returncode == 1, done.stderr
+    finally:
+        clinics.port_process.start()
+
+
+def test_watch_prints_what_happens_until_it_is_interrupted(clinics: Clinics) -> None:
+    site = clinics.sites["south"]
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "umbel_client.cli", "watch"],
+        cwd=site.folder,
+        env={**os.environ, "COLUMNS": "120"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    lines: list[str] = []
+    reading = threading.Thread(target=lambda: lines.extend(watching.stdout or ()))
+    stub = TrainerStub(site.socket)
+    try:
+        # It prints from now on, whenever now is: two kinds of nonsense in turn, until one is seen.
+        printed = select.poll()
+        printed.register(watching.stdout or 0, select.POLLIN)
+        deadline = time.monotonic() + 60
+        while not printed.poll(100):
+            assert time.monotonic() < deadline
+            for nonsense in (b"nonsense", MAGIC + bytes(100)):
+                stub.handle(nonsense)
+        reading.start()
+        job = clinics.add(job="watched")
+        digest = msgspec.structs.replace(clinics.plan(), job=job).digest().hex()
+        for one in clinics.sites.values():
+            waiting(one, job)
+            assert client(one, "approve", job, "--digest", digest).returncode == 0
+        clinics.wait(job, State.FINISHED)
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(20) == INTERRUPTED
+        reading.join(10)
+    finally:
+        watching.kill()
+        watching.wait(10)
+        stub.close()
+    moment = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
+    assert all(re.match(moment + r"\S", line) for line in lines), lines
+    texts = [line[21:].strip() for line in lines]
+    for number in (1, 2, 3):
+        assert f"round {number}: step 2 of 2" in texts, texts
+    assert any(text.startswith("round 3 is charged: epsilon") for text in texts), texts
 
 
 def test_a_pause_is_seen_and_undone(clinics: Clinics) -> None:

@@ -23,7 +23,7 @@ from umbel_common.adapter import flatten
 from umbel_common.canonical import decode_canonical
 from umbel_common.identity import Signed
 from umbel_common.plan import TrainingPlan
-from umbel_server.registry import read_vector
+from umbel_host.adapter_folder import read_vector
 from umbel_simulations.scenario import find_scenario, model_folder
 
 Simulate = Callable[..., Any]

@@ -14,7 +14,7 @@ from umbel_common.adapter import initial_vector
 from umbel_common.canonical import decode_canonical
 from umbel_common.identity import Signed
 from umbel_common.plan import TrainingPlan
-from umbel_server.registry import read_vector
+from umbel_host.adapter_folder import read_vector
 
 
 def summary_of(tiny: Any) -> Any:

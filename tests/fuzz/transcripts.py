@@ -7,7 +7,16 @@ from fuzz.choices import Choices
 from fuzz.mutate import encoded, mutated, tree_of
 from fuzz.target import Place, Property, Target
 from vectors.attempts import at_stage
-from vectors.values import HEADER, IDENTITIES, OPERATOR, PLAN, RELEASE, ROSTER, signed_by_operator
+from vectors.values import (
+    EARLY_END,
+    HEADER,
+    IDENTITIES,
+    OPERATOR,
+    PLAN,
+    RELEASE,
+    ROSTER,
+    signed_by_operator,
+)
 
 from umbel_common.canonical import decode
 from umbel_common.errors import RemoteProtocolError, VerificationError
@@ -26,7 +35,7 @@ from umbel_common.transcript import (
 
 
 def honest_events() -> list[Event]:
-    """A job of one round, with an aborted attempt before it."""
+    """A job that ends after one round, with an aborted attempt before it."""
     output = at_stage("end").output
     first = msgspec.structs.replace(
         RELEASE,
@@ -51,7 +60,11 @@ def honest_events() -> list[Event]:
             confirmations=tuple(output["confirm"].values()),
             release=signed_by_operator(RELEASE),
         ),
-        JobFinished(release=RELEASE.adapter, delivered=tuple(IDENTITIES)),
+        JobFinished(
+            release=RELEASE.adapter,
+            delivered=tuple(IDENTITIES),
+            early_end=signed_by_operator(EARLY_END),
+        ),
     ]
 
 

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from umbel_common.adapter import Vector, size_of
-from umbel_common.errors import RemoteProtocolError
+from umbel_common.errors import RemoteProtocolError, UmbelError
+from umbel_common.evaluation import Evaluation, GateResult
 from umbel_common.identity import Identity, Roster, open_signed
 from umbel_common.plan import TrainingPlan
 from umbel_common.quantise import RingVector, encode, encoding_of
 from umbel_common.secagg import participant as secagg
 from umbel_common.secagg.unmasking import WrongShare
+from umbel_common.site_counts import SiteCounts, with_counts
 from umbel_common.statements import Release, RoundHeader
 from umbel_common.wire import (
     ConfirmReply,
@@ -39,6 +41,7 @@ from umbel_common.wire import (
     size_limit,
 )
 from umbel_server.job import Job, Limits, Step
+from umbel_server.ports import Evaluator
 from umbel_server.registry import Registry
 from umbel_server.store import Store
 
@@ -95,7 +98,9 @@ class ToySite:
                 header = self.header
                 assert header is not None
                 encoding = encoding_of(self.plan.aggregation, len(header.cohort))
-                vector = encode(self.delta(header.round), 1, encoding, os.urandom)
+                counts = SiteCounts(score=30.0, records=40.0)
+                delta = with_counts(self.delta(header.round), counts, self.plan)
+                vector = encode(delta, 1, encoding, os.urandom)
                 self.vectors[header.round, header.attempt] = vector.copy()
                 self.state, masked = state.receive(request.shares, vector)
                 return MaskReply(context=request.context, vector=masked.tobytes())
@@ -133,13 +138,17 @@ class Silent:
         self.releases: list[Release] = []
         self.disputes: list[WrongShare] = []
         self.strays: list[tuple[str, str]] = []
+        self.evaluations: list[tuple[int, Evaluation, GateResult | None]] = []
+        self.counts: list[tuple[int, SiteCounts, int]] = []
+        self.unevaluated_rounds: list[tuple[int, UmbelError]] = []
+        self.early_ends: list[tuple[int, int]] = []
 
     def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
         assert received > 0
         assert sent > 0 or isinstance(reply, Refusal)
 
-    def strayed(self, step: Step, site: str, check: str) -> None:
-        self.strays.append((site, check))
+    def strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
+        self.strays.append((site, error.check))
 
     def aborted(self, round_number: int, attempt: int, check: str) -> None:
         self.aborts.append((round_number, attempt, check))
@@ -151,6 +160,18 @@ class Silent:
 
     def released(self, release: Release, adapter: Vector) -> None:
         self.releases.append(release)
+
+    def counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
+        self.counts.append((round_number, counts, sites))
+
+    def evaluated(self, round_number: int, evaluation: Evaluation, gate: GateResult | None) -> None:
+        self.evaluations.append((round_number, evaluation, gate))
+
+    def unevaluated(self, round_number: int, error: UmbelError) -> None:
+        self.unevaluated_rounds.append((round_number, error))
+
+    def ends_early(self, round_number: int, final: int) -> None:
+        self.early_ends.append((round_number, final))
 
 
 class Setting:
@@ -176,7 +197,12 @@ class Setting:
         self.store = Store(folder / "journal.sqlite")
         self.registry = Registry(folder / "registry")
 
-    def job(self, attempts: int = 3, revoked: frozenset[bytes] = frozenset()) -> Job:
+    def job(
+        self,
+        attempts: int = 3,
+        revoked: frozenset[bytes] = frozenset(),
+        evaluator: Evaluator | None = None,
+    ) -> Job:
         """A new job object over the same disk, as after a restart."""
         return Job(
             self.plan,
@@ -188,6 +214,7 @@ class Setting:
             observer=self.observer,
             limits=Limits(attempts=attempts),
             revoked=revoked,
+            evaluator=evaluator,
         )
 
 

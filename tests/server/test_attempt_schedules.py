@@ -84,7 +84,7 @@ class World:
         )
         nothing = Signed(statement=b"", signature=bytes(64))
         request = TrainRequest(header=nothing, release=nothing, adapter=b"")
-        attempt = start(header, self.roster, self.plan, request, LENGTH)
+        attempt = start(header, self.roster, self.plan, request, LENGTH, {})
         return attempt, Sites(header, self.plan, self.identities, self.roster, LENGTH)
 
 

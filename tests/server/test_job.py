@@ -7,7 +7,7 @@ import pytest
 
 from umbel_common.adapter import Vector, adapter_digest, initial_vector, merge
 from umbel_common.errors import JobFailed, PlanError
-from umbel_common.plan import Aggregation
+from umbel_common.plan import Aggregation, FederatedEvaluation
 from umbel_common.transcript import verify_transcript
 from umbel_common.wire import (
     FinishRequest,
@@ -264,3 +264,18 @@ def test_a_refusal_that_was_recorded_evicts_nobody_from_a_later_attempt(
     assert setting.observer.aborts == []
     assert all(len(release.survivors) == 3 for release in setting.observer.releases)
     assert ("site-01", "pinned-signature") in setting.observer.strays
+
+
+def test_counts_of_the_sites_are_summed_beside_the_adapter(make_setting: MakeSetting) -> None:
+    evaluation = FederatedEvaluation(noise_multiplier=1.0, max_records=100)
+    setting = make_setting(4, aggregation=THREE, evaluation=evaluation)
+    release = setting.job().run()
+    found = setting.observer.counts
+    assert [(number, sites) for number, _, sites in found] == [(1, 4), (2, 4), (3, 4)]
+    for _, counts, _ in found:
+        assert (counts.score, counts.records) == pytest.approx((120, 160), abs=0.01)
+    adapter = setting.registry.load(setting.plan, release.adapter)
+    expected = expected_adapter(setting, [sorted(setting.sites)] * 3)
+    assert np.abs(adapter - expected).max() < 1e-5
+    job = verify_transcript(setting.store.transcript("job"), setting.roster)
+    assert job.releases[-1] == release

@@ -269,9 +269,9 @@ def test_a_crash_at_a_step_of_the_journal_is_made_good_by_the_next_start(
     setting = make_setting(3, aggregation=THREE)
     kept = getattr(setting.store, step)
 
-    def crash(*arguments: object) -> None:
+    def crash(*arguments: object, **named: object) -> None:
         if done:
-            kept(*arguments)
+            kept(*arguments, **named)
         raise Crash
 
     setattr(setting.store, step, crash)

@@ -1,6 +1,5 @@
 """`umbel-server init`, `sites`, `roster`, `renew`: what the operator's files are after each."""
 
-import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from umbel_common.errors import IdentityError, StorageError
 from umbel_common.identity import Identity, fingerprint
 from umbel_host.supervisor import Command
 from umbel_server import operator_files, sites_cli
-from umbel_server.authority import certificate_pem, new_key
+from umbel_server.authority import AUTHORITY_DAYS, certificate_pem, new_key
 from umbel_server.config import ServerConfig, load_config
 from umbel_server.expiry import to_renew
 from umbel_server.operator_files import changing, load_authority
@@ -251,9 +250,7 @@ def test_the_servers_own_certificate_is_renewed_under_the_same_names(clinics: En
     assert after.serial_number != before.serial_number
 
 
-def test_the_start_of_the_server_warns(
-    clinics: Enrolling, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_run_starts_both_processes(clinics: Enrolling, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[str] = []
 
     def note(commands: Sequence[Command]) -> int:
@@ -262,11 +259,8 @@ def test_the_start_of_the_server_warns(
 
     monkeypatch.setattr(umbel_server.cli, "supervise", note)
     monkeypatch.setattr(umbel_server.cli, "configure", lambda: None)
-    aged(clinics, "east", 70)
-    with caplog.at_level(logging.WARNING):
-        clinics.server("run")
+    clinics.server("run")
     assert started == ["port", "rounds"]
-    assert "the certificate of east ends on" in caplog.text
 
 
 def test_a_revoked_site_leaves_the_roster_when_the_next_is_added(clinics: Enrolling) -> None:
@@ -401,3 +395,53 @@ def test_an_operators_folder_is_made_whole_or_not_at_all(
     with pytest.raises(StorageError, match="cannot be written"):
         Enrolling(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_authoritys_own_certificate_is_renewed_and_vouches_for_the_same(
+    clinics: Enrolling,
+) -> None:
+    config, now = settings(clinics), datetime.now(UTC)
+    path = Path(config.listen.client_ca)
+    aged = load_authority(config).renewed("clinics", now - timedelta(days=AUTHORITY_DAYS - 179))
+    former = aged.certificate
+    path.write_bytes(certificate_pem(former))
+    assert any("renew --authority" in line for line in to_renew(config, now))
+    assert "authority  20" in clinics.server("renew", "--authority")
+    renewed = x509.load_pem_x509_certificate(path.read_bytes())
+    assert renewed.not_valid_after_utc > former.not_valid_after_utc + timedelta(days=3000)
+    assert list(to_renew(config, now)) == []
+    # Old and new vouch for each other's: nobody has to change everything at once.
+    clinics.server("renew")
+    new = x509.load_pem_x509_certificate(Path(config.listen.certificate).read_bytes())
+    old = load_sites(clinics.operator / "sites.json")["east"].certificate
+    for certificate in (new, x509.load_pem_x509_certificate(old.encode())):
+        certificate.verify_directly_issued_by(former)
+        certificate.verify_directly_issued_by(renewed)
+    clinics.server("sites", "renew", "../east/east.request.json", "--out", "../new.json")
+    kit = read_kit(clinics.folder / "new.json").kit
+    assert x509.load_pem_x509_certificate(kit.server_ca.encode()) == renewed
+
+
+def test_another_authority_takes_the_place_of_one_whose_key_is_known_to_others(
+    clinics: Enrolling,
+) -> None:
+    """As docs/operator.md says."""
+    clinics.client("east", "join", "../east.kit.json")
+    clinics.server(
+        "init", "--federation", "clinics", "--address", "127.0.0.1:9443", "--folder", "../other"
+    )
+    for name in ("ca", "tls"):
+        (clinics.operator / name).rename(clinics.folder / f"former-{name}")
+        (clinics.folder / "other" / name).rename(clinics.operator / name)
+    clinics.server("sites", "renew", "../east/east.request.json", "--out", "../new.json")
+    clinics.client("east", "join", "../new.json")
+    authority = load_authority(settings(clinics)).certificate
+    for path in (
+        clinics.folder / "east" / "relay" / "certificate.pem",
+        Path(settings(clinics).listen.certificate),
+    ):
+        x509.load_pem_x509_certificate(path.read_bytes()).verify_directly_issued_by(authority)
+    former = x509.load_pem_x509_certificate(
+        (clinics.folder / "former-ca" / "certificate.pem").read_bytes()
+    )
+    assert former.public_key() != authority.public_key()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from umbel_client.flower import NOT_OURS, answer
+from umbel_client.flower import NOT_OURS, Pieces, answer, whole
 from umbel_common.wire import FLOWER_FIELD, FLOWER_MESSAGE_TYPE, FLOWER_RECORD
 from umbel_host.flower import packed, unpacked
 from umbel_server.flower import GridLink
@@ -19,7 +19,7 @@ BOTH = [("site-2", b"abc"), ("site-3", b"xyz")]
 
 
 def echo(message: Message) -> Message:
-    return answer(message, lambda sealed: sealed[::-1])
+    return answer(message, whole(lambda sealed: sealed[::-1]))
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_flowers_own_round_trip_works_too_and_keeps_its_timeout(
 def test_a_message_that_is_not_ours_is_answered_by_an_error_and_touches_nothing(
     grids: list[InProcessGrid], message_type: str, content: dict[str, ConfigRecord]
 ) -> None:
-    def never(sealed: bytes) -> bytes:
+    def never(pieces: Pieces) -> Pieces:
         raise AssertionError("the trainer was reached")
 
     grid = InProcessGrid({2: lambda message: answer(message, never)}, workers=1)

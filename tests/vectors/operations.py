@@ -15,7 +15,7 @@ from umbel_common.identity import Identity, Signed
 from umbel_common.plan import TrainingPlan
 from umbel_common.quantise import Encoding, encode
 from umbel_common.secagg import masking, messages, primitives, shamir
-from umbel_common.statements import Release, RoundHeader
+from umbel_common.statements import EarlyEnd, Release, RoundHeader
 
 KINDS: dict[str, type[Value]] = {
     identity.label_of(kind): kind
@@ -24,6 +24,7 @@ KINDS: dict[str, type[Value]] = {
         TrainingPlan,
         RoundHeader,
         Release,
+        EarlyEnd,
         messages.KeyAdvert,
         messages.Survivors,
         transcript.Entry,

@@ -170,6 +170,7 @@ def _sealing_cases(context: bytes) -> list[Case]:
 LABELS = (
     "RoundHeader",
     "Release",
+    "EarlyEnd",
     "TrainingPlan",
     "Roster",
     "KeyAdvert",

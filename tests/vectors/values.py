@@ -1,8 +1,10 @@
 """One honest value of every signed statement and of every message."""
 
+import msgspec
 from vectors.cases import identity, sample
 
 from umbel_common.canonical import Value
+from umbel_common.evaluation import GateResult
 from umbel_common.identity import Member, Roster, Signed, sign
 from umbel_common.plan import (
     Adam,
@@ -12,6 +14,7 @@ from umbel_common.plan import (
     LocalPrivacy,
     Lora,
     NoPrivacy,
+    ReleaseGate,
     Sgd,
     Tensor,
     Training,
@@ -24,7 +27,7 @@ from umbel_common.secagg.messages import (
     Survivors,
     SurvivorSignature,
 )
-from umbel_common.statements import Release, RoundHeader
+from umbel_common.statements import EarlyEnd, Release, RoundHeader
 from umbel_common.transcript import (
     AttemptAborted,
     Entry,
@@ -37,6 +40,7 @@ from umbel_common.wire import (
     ConfirmRequest,
     FinishReply,
     FinishRequest,
+    LastAdvert,
     MaskReply,
     MaskRequest,
     OfferReply,
@@ -117,6 +121,10 @@ OTHER_PLAN = TrainingPlan(
         threshold=2, clip_range=1.0, step=1e-3, ring_bits=16, weights="size-class", max_weight=3
     ),
 )
+GATED_PLAN = msgspec.structs.replace(
+    PLAN,
+    release_gate=ReleaseGate(holdout=sample("holdout digest", 32), max_loss_increase=0.05),
+)
 
 HEADER = RoundHeader(
     federation="clinics",
@@ -148,6 +156,7 @@ ADVERT = KeyAdvert(
     seed_commitment=sample("commitment", 32),
     ledger_head=sample("ledger head", 32),
 )
+EARLY_END = EarlyEnd(federation="clinics", job="diagnoses", plan=PLAN.digest(), round=1)
 SURVIVORS = Survivors(context=CONTEXT, sites=SITES[:2])
 
 
@@ -163,8 +172,10 @@ SHARE = EncryptedShare(sender="site-b", recipient="site-a", ciphertext=sample("c
 STATEMENTS: dict[str, tuple[str, Value]] = {
     "a plan": ("operator", PLAN),
     "a plan without privacy": ("operator", OTHER_PLAN),
+    "a plan with a release gate": ("operator", GATED_PLAN),
     "a round header": ("operator", HEADER),
     "a release": ("operator", RELEASE),
+    "an early end": ("operator", EARLY_END),
     "a key advert": ("site-a", ADVERT),
     "a survivor set": ("site-a", SURVIVORS),
     "the start of a job": (
@@ -192,6 +203,22 @@ STATEMENTS: dict[str, tuple[str, Value]] = {
             ),
         ),
     ),
+    "a round that was held back": (
+        "operator",
+        Entry(
+            index=301,
+            previous=sample("previous", 32),
+            event=RoundReleased(
+                header=signed_by_operator(HEADER),
+                adverts=(SIGNED_ADVERT,),
+                confirmations=(CONFIRMATION,),
+                release=signed_by_operator(
+                    msgspec.structs.replace(RELEASE, adapter=HEADER.adapter)
+                ),
+                gate=GateResult(before=0.75, after=None, bound=0.05),
+            ),
+        ),
+    ),
     "an aborted attempt": (
         "operator",
         Entry(
@@ -212,6 +239,18 @@ STATEMENTS: dict[str, tuple[str, Value]] = {
             event=JobFinished(release=RELEASE.adapter, delivered=SITES),
         ),
     ),
+    "the early end of a job": (
+        "operator",
+        Entry(
+            index=2**32,
+            previous=sample("previous", 32),
+            event=JobFinished(
+                release=RELEASE.adapter,
+                delivered=SITES,
+                early_end=signed_by_operator(EARLY_END),
+            ),
+        ),
+    ),
 }
 """By name: who signs it, and the statement."""
 
@@ -221,6 +260,7 @@ REQUESTS: tuple[Request, ...] = (
         header=signed_by_operator(HEADER),
         release=signed_by_operator(RELEASE),
         adapter=memoryview(sample("adapter", 40)),
+        last=LastAdvert(header=signed_by_operator(HEADER), advert=SIGNED_ADVERT),
     ),
     ShareRequest(context=CONTEXT, adverts=(SIGNED_ADVERT,)),
     MaskRequest(context=CONTEXT, shares=(SHARE,)),

@@ -1,0 +1,40 @@
+"""The tensors of a PEFT folder: one vector, as several files of safetensors."""
+
+from pathlib import Path
+
+import numpy as np
+
+from umbel_common.adapter import Vector
+from umbel_common.errors import StorageError
+from umbel_common.peft_folder import tensor_files
+from umbel_common.plan import TrainingPlan
+from umbel_host import tensor_file
+from umbel_host.tensor_file import TensorFile
+
+
+def write_vector(folder: Path, plan: TrainingPlan, vector: Vector) -> None:
+    """Writes the files that `umbel_common.peft_folder.tensor_files` names into a folder.
+
+    Raises:
+        OSError: the disk does not take them.
+    """
+    for name, tensors in tensor_files(plan, vector).items():
+        # PEFT wants to read which framework wrote the file.
+        tensor_file.write(folder / name, tensors, {"format": "pt"})
+
+
+def read_vector(folder: Path, plan: TrainingPlan) -> Vector:
+    """The vector of a PEFT folder of this plan, float32[plan.lora.size].
+
+    Raises:
+        StorageError: a file is missing or unreadable, or its tensors are not the plan's.
+    """
+    vector = np.empty(plan.lora.size, dtype=np.float32)
+    try:
+        for file, tensors in tensor_files(plan, vector).items():
+            with TensorFile(folder / file) as stored:
+                for name, tensor in tensors.items():
+                    stored.read_into(name, tensor)
+    except (OSError, KeyError, ValueError) as error:
+        raise StorageError("an adapter cannot be read", file=folder, found=error) from error
+    return vector

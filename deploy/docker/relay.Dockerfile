@@ -1,0 +1,58 @@
+# A site's process with the network, and umbel-client for enrolment. No PyTorch, and no data.
+#
+#   docker build -f deploy/docker/relay.Dockerfile -t umbel-relay .
+#
+# A release takes its base by digest: --build-arg VERSION=0.1.0 --build-arg BASE=python@sha256:...
+# Its packages come from deploy/requirements/relay.txt, by hash.
+ARG BASE=docker.io/library/python:3.11-slim-bookworm
+
+FROM ${BASE} AS build
+ARG BASE
+ARG VERSION=unreleased
+RUN case "${VERSION} ${BASE}" in \
+        unreleased\ *|*@sha256:*) ;; \
+        *) echo "BASE: found ${BASE}, accepted for release ${VERSION}: an image by its digest, NAME@sha256:..." >&2; exit 1 ;; \
+    esac
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /build
+COPY deploy/requirements/build.txt deploy/requirements/relay.txt deploy/requirements/
+RUN python3 -m venv tools && tools/bin/pip install --require-hashes -r deploy/requirements/build.txt
+RUN python3 -m venv /opt/umbel \
+    && /opt/umbel/bin/pip install --require-hashes -r deploy/requirements/relay.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY common common
+COPY client client
+# The time that is written into the wheel; the commit's.
+ARG SOURCE_DATE_EPOCH=315532800
+RUN tools/bin/python -m build --wheel --no-isolation --outdir dist \
+    && /opt/umbel/bin/pip install --no-index --no-deps dist/*.whl \
+    && /opt/umbel/bin/pip check \
+    && /opt/umbel/bin/pip uninstall --yes pip setuptools \
+    && rm /opt/umbel/bin/umbel-server /opt/umbel/bin/umbel-simulate
+
+FROM ${BASE}
+ARG BASE
+ARG VERSION=unreleased
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="umbel-relay" \
+      org.opencontainers.image.description="Umbel: the relay of a site" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="${BASE}"
+# New volumes get the owner and mode of these folders.
+RUN groupadd --gid 10000 umbel \
+    && useradd --uid 10001 --gid umbel --no-create-home --home-dir /tmp --shell /usr/sbin/nologin umbel \
+    && install -d -o umbel -g umbel -m 0700 /var/lib/umbel \
+    && install -d -o umbel -g umbel -m 0770 /run/umbel
+COPY --from=build /opt/umbel /opt/umbel
+# Nothing is written but to /var/lib/umbel, /run/umbel and /tmp: the root may be read-only.
+ENV PATH=/opt/umbel/bin:${PATH} \
+    HOME=/tmp \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+USER 10001:10000
+WORKDIR /umbel
+HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 \
+    CMD ["python", "-m", "umbel_host.probe", "unix:/run/umbel/relay.sock"]
+CMD ["python", "-m", "umbel_client.relay", "client.toml"]

@@ -1,0 +1,66 @@
+# A site's process with the data, on an NVIDIA GPU, and umbel-client. It needs no network.
+#
+# CUDA's libraries come with PyTorch; the driver is the machine's, which the NVIDIA container toolkit
+# puts into the container.
+#
+#   docker build -f deploy/docker/trainer-cuda.Dockerfile -t umbel-trainer-cuda .
+#
+# A release takes its base by digest: --build-arg VERSION=0.1.0 --build-arg BASE=python@sha256:...
+# Its packages come from deploy/requirements/client.txt, by hash.
+ARG BASE=docker.io/library/python:3.11-slim-bookworm
+
+FROM ${BASE} AS build
+ARG BASE
+ARG VERSION=unreleased
+RUN case "${VERSION} ${BASE}" in \
+        unreleased\ *|*@sha256:*) ;; \
+        *) echo "BASE: found ${BASE}, accepted for release ${VERSION}: an image by its digest, NAME@sha256:..." >&2; exit 1 ;; \
+    esac
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /build
+COPY deploy/requirements/build.txt deploy/requirements/client.txt deploy/requirements/
+RUN python3 -m venv tools && tools/bin/pip install --require-hashes -r deploy/requirements/build.txt
+RUN python3 -m venv /opt/umbel \
+    && /opt/umbel/bin/pip install --require-hashes -r deploy/requirements/client.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY common common
+COPY client client
+# The time that is written into the wheel; the commit's.
+ARG SOURCE_DATE_EPOCH=315532800
+RUN tools/bin/python -m build --wheel --no-isolation --outdir dist \
+    && /opt/umbel/bin/pip install --no-index --no-deps dist/*.whl \
+    && /opt/umbel/bin/pip check \
+    && /opt/umbel/bin/pip uninstall --yes pip \
+    && rm /opt/umbel/bin/umbel-server /opt/umbel/bin/umbel-simulate
+
+FROM ${BASE}
+ARG BASE
+ARG VERSION=unreleased
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="umbel-trainer-cuda" \
+      org.opencontainers.image.description="Umbel: the trainer of a site, on an NVIDIA GPU" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="${BASE}"
+# New volumes get the owner and mode of these folders.
+RUN groupadd --gid 10000 umbel \
+    && useradd --uid 10001 --gid umbel --no-create-home --home-dir /tmp --shell /usr/sbin/nologin umbel \
+    && install -d -o umbel -g umbel -m 0700 /var/lib/umbel \
+    && install -d -o umbel -g umbel -m 0770 /run/umbel
+COPY --from=build /opt/umbel /opt/umbel
+# Nothing is written but to /var/lib/umbel, /run/umbel and /tmp: the root may be read-only.
+# hadolint ignore=DL3064  # TOKENIZERS_PARALLELISM is no secret
+ENV PATH=/opt/umbel/bin:${PATH} \
+    HOME=/tmp \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HF_HUB_OFFLINE=1 \
+    TOKENIZERS_PARALLELISM=false \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 10001:10000
+WORKDIR /umbel
+HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 \
+    CMD ["python", "-m", "umbel_host.probe", "unix:/run/umbel/trainer.sock"]
+CMD ["python", "-m", "umbel_client.trainer_process", "client.toml"]

@@ -1,0 +1,198 @@
+"""Adapters are scored by a process with the client's packages: the server itself has none of them.
+
+It is asked as `umbel_client.evaluating` says. A crash there takes nothing with it but the one
+evaluation.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+
+from umbel_common.adapter import Vector, to_bytes
+from umbel_common.errors import ConfigError, DataError, StorageError, UmbelError
+from umbel_common.evaluation import Evaluation, EvaluationRequest, HoldoutColumns
+from umbel_common.plan import TrainingPlan
+from umbel_common.plan_file import plan_to_json
+from umbel_server.config import EvaluationConfig
+from umbel_server.ports import JobStopped
+
+_POLL_SECONDS = 0.5
+_LONGEST_REASON = 2000
+
+
+class ProcessEvaluator:
+    """`Evaluator` of a server: one process for each evaluation."""
+
+    def __init__(
+        self, config: EvaluationConfig, scratch: Path, stopped: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Args:
+        scratch: folder for the vectors while they are scored; made if it is missing.
+        stopped: whether the job is to be stopped.
+        """
+        self._config = config
+        self._scratch = scratch
+        self._stopped = stopped
+        self.stop_after = config.stop_after
+
+    def check(self, plan: TrainingPlan) -> None:
+        """See `Evaluator`."""
+        check_evaluation(self._config, plan)
+
+    def evaluate(self, plan: TrainingPlan, adapter: Vector, before: Vector | None) -> Evaluation:
+        """See `Evaluator`."""
+        # The file may have changed since the job began.
+        self.check(plan)
+        config = self._config
+        request = EvaluationRequest(
+            plan=plan_to_json(plan),
+            adapter=self._write("adapter.f32", adapter),
+            before=None if before is None else self._write("before.f32", before),
+            model=config.model,
+            holdout=config.holdout,
+            general=config.general,
+            groups=config.groups,
+            columns=HoldoutColumns(
+                text_column=config.text_column,
+                label_column=config.label_column,
+                format=config.format,
+            ),
+            answers=config.answers,
+            answer_tokens=config.answer_tokens,
+            batch_size=config.batch_size,
+            device=config.device,
+        )
+        try:
+            answer = self._ask(msgspec.json.encode(request))
+            return msgspec.json.decode(answer, type=Evaluation)
+        except msgspec.MsgspecError as error:
+            raise _failed(f"an answer that does not decode: {error}") from None
+        finally:
+            for name in ("adapter.f32", "before.f32"):
+                (self._scratch / name).unlink(missing_ok=True)
+
+    def _write(self, name: str, vector: Vector) -> str:
+        path = self._scratch / name
+        try:
+            self._scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.write_bytes(to_bytes(vector))
+        except OSError as error:
+            raise StorageError(
+                "an adapter cannot be written down for its evaluation",
+                file=path,
+                found=error.strerror,
+            ) from None
+        return str(path)
+
+    def _ask(self, request: bytes) -> bytes:
+        """What the process writes on standard output."""
+        command = [self._config.python or sys.executable, "-m", "umbel_client.evaluating"]
+        try:
+            process = subprocess.Popen(  # noqa: S603  # the operator's own Python
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )
+        except OSError as error:
+            raise _failed(f"{command[0]}: {error.strerror}") from None
+        deadline = time.monotonic() + self._config.seconds
+        rest: bytes | None = request
+        try:
+            while True:
+                try:
+                    output, complaints = process.communicate(rest, timeout=_POLL_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    rest = None
+                if self._stopped():
+                    raise JobStopped
+                if time.monotonic() > deadline:
+                    raise _failed(f"no answer within {self._config.seconds:g} seconds")
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+        if process.returncode:
+            raise _failed(_reason(process.returncode, complaints))
+        return output
+
+
+def check_evaluation(config: EvaluationConfig | None, plan: TrainingPlan) -> None:
+    """Refuses what cannot evaluate the adapters of a plan.
+
+    Args:
+        config: None where the server evaluates nothing.
+
+    Raises:
+        ConfigError: the plan has a release gate, and the server evaluates nothing; or there are no
+            packages to evaluate with.
+        DataError: the holdout is missing, or not the one that the plan's release gate names.
+    """
+    if config is None:
+        if plan.release_gate is None:
+            return
+        raise ConfigError(
+            "the plan has a release gate, and this server does not evaluate adapters",
+            field="evaluation",
+            found="none",
+            accepted="a table [evaluation] in server.toml with the plan's holdout",
+            remedy="add it, or agree on a plan without release_gate",
+        )
+    if config.python is None and find_spec("torch") is None:
+        raise ConfigError(
+            "adapters are evaluated with the client's packages, which are not installed here",
+            field="evaluation.python",
+            found="none",
+            remedy="pip install 'umbel[client]' into an environment of its own, and name its Python"
+            " in evaluation.python",
+        )
+    if config.python is not None and not Path(config.python).is_file():
+        raise ConfigError(
+            "there is no Python to evaluate adapters with",
+            field="evaluation.python",
+            found=config.python,
+        )
+    found = _file_digest(Path(config.holdout))
+    if plan.release_gate is not None and found != plan.release_gate.holdout:
+        raise DataError(
+            "the holdout is not the one that the plan's release gate names",
+            file=config.holdout,
+            field="evaluation.holdout",
+            found=found.hex(),
+            accepted=plan.release_gate.holdout.hex(),
+            remedy="bring the file back that the plan was made with",
+        )
+
+
+def _file_digest(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise DataError(
+            "the holdout cannot be read",
+            file=path,
+            field="evaluation.holdout",
+            found=error.strerror,
+        ) from None
+
+
+def _reason(code: int, complaints: bytes) -> str:
+    """What the process said; its libraries may have warned before."""
+    text = complaints.decode("utf-8", "replace").strip()
+    _, marker, said = text.rpartition("error: ")
+    end = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return f"{end}: {(said if marker else text)[-_LONGEST_REASON:] or 'nothing said'}"
+
+
+def _failed(reason: str) -> UmbelError:
+    return UmbelError("the evaluation of an adapter failed", found=reason)

@@ -1,0 +1,78 @@
+"""The operator's two processes as containers have them: each with a state folder of its own, and
+one socket between them. And what probes are told of all four kinds of process."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from e2e.daemons import Clinics, Daemon
+
+from umbel_common.errors import UnreachableError
+from umbel_host.sockets import healthy
+from umbel_server.queue import State
+
+
+@pytest.fixture
+def clinics(tmp_path: Path, tiny_model: Path) -> Iterator[Clinics]:
+    made = Clinics(tmp_path, tiny_model)
+    rounds_toml = made.operator_folder / "server.toml"
+    text = rounds_toml.read_text()
+    rounds_toml.write_text(f'socket = "run/carrier.sock"\n{text}')
+    port_toml = made.operator_folder / "port.toml"
+    port_toml.write_text(
+        f'state = "port"\nsocket = "run/carrier.sock"\nidentity = "/nowhere"\n'
+        f'roster = "/nowhere"\n{text}'
+    )
+    made.port_process = Daemon(made.operator_folder, "umbel_server.port_process", str(port_toml))
+    yield made
+    made.close()
+
+
+def soon(path: Path) -> bool:
+    """Whether the process behind a socket is well within a minute."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            if healthy(path, 5.0):
+                return True
+        except UnreachableError:
+            pass
+        time.sleep(0.2)
+    return False
+
+
+def test_two_state_folders_and_one_socket_make_a_job(clinics: Clinics) -> None:
+    clinics.start_all()
+    operator, north = clinics.operator_folder, clinics.sites["north"]
+    for socket in (
+        operator / "run" / "carrier.sock",
+        operator / "state" / "rounds.sock",
+        north.socket,
+        north.socket.with_name("relay.sock"),
+    ):
+        assert soon(socket), (socket, clinics.logs())
+    job = clinics.add(training=clinics.plan().training)
+    assert clinics.wait(job, State.FINISHED).state is State.FINISHED
+    assert {path.name for path in (operator / "port").iterdir()} >= {"superlink.sqlite"}
+    assert not (operator / "state" / "superlink.sqlite").exists()
+    assert not (operator / "state" / "carrier.sock").exists()
+
+
+def test_a_relay_whose_server_is_away_is_not_well(clinics: Clinics) -> None:
+    north = clinics.sites["north"]
+    north.relay.start()
+    probe = north.socket.with_name("relay.sock")
+    deadline = time.monotonic() + 30
+    while not probe.exists():
+        assert time.monotonic() < deadline, clinics.logs()
+        time.sleep(0.1)
+    time.sleep(1)
+    assert not healthy(probe, 5.0)
+
+
+def test_jobs_that_end_leave_no_socket_behind(clinics: Clinics) -> None:
+    clinics.rounds_process.start()
+    assert soon(clinics.operator_folder / "state" / "rounds.sock"), clinics.logs()
+    assert clinics.rounds_process.stop() == 0
+    assert not (clinics.operator_folder / "state" / "rounds.sock").exists()
