@@ -162,11 +162,11 @@ def serve(
 def _reason(error: Exception) -> str:
     if isinstance(error, httpx.HTTPStatusError):
         code = error.response.status_code
-        hint = {
+        hints = {
             401: "it does not know this site's relay key, or the clocks differ by minutes",
             403: "it does not admit this site (not yet, or not any more)",
         }
-        return f"status {code}: {hint.get(code, error.response.text[:200])}"
+        return f"status {code}: {hints.get(code, error.response.text[:200])}"
     if isinstance(error, httpx.ProxyError):
         refusal = str(error)
         hint = "HTTPS_PROXY needs its user and password" if refusal.startswith("407") else ""

@@ -7,7 +7,10 @@ sees TLS that it cannot open.
 
 import ssl
 from dataclasses import dataclass
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import (  # type: ignore[attr-defined]  # typeshed lacks the second
+    getproxies_environment,
+    proxy_bypass_environment,
+)
 
 import httpx
 
@@ -65,12 +68,12 @@ def way_to(server: str) -> Way:
 
 def _proxy(name: str, value: str) -> httpx.Proxy:
     url = value if "://" in value else f"http://{value}"
+    proxy: httpx.Proxy | None
     try:
         proxy = httpx.Proxy(url)
-        usable = proxy.url.scheme in _SCHEMES and bool(proxy.url.host)
     except (ValueError, httpx.InvalidURL):
-        usable = False
-    if not usable:
+        proxy = None
+    if proxy is None or proxy.url.scheme not in _SCHEMES or not proxy.url.host:
         # Without what was found: a password may be in it.
         raise ConfigError(
             "the environment names a proxy that cannot be used",

@@ -15,6 +15,7 @@ from umbel_server.config import load_config
 from umbel_server.job_cli import job
 from umbel_server.plan_cli import plan
 from umbel_server.sites_cli import register
+from umbel_server.tune_cli import tune
 
 app = typer.Typer(
     name="umbel-server",
@@ -28,6 +29,7 @@ backup_cli.register(app)
 app.add_typer(plan, name="plan")
 app.add_typer(job, name="job")
 app.add_typer(adapters, name="adapters")
+app.command()(tune)
 
 
 @app.command()

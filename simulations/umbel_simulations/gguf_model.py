@@ -51,9 +51,9 @@ def _convert(file: Path, folder: Path) -> None:
         source = {"gguf_file": file.name, "local_files_only": True}
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
         # What was dequantised refuses to be saved as it is: the weights go into a plain model.
-        config = type(loaded.config)(**loaded.config.to_dict())
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        fields = loaded.config.to_dict()
+        fields.pop("quantization_config", None)
+        config = type(loaded.config)(**fields)
         plain = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         plain.load_state_dict(loaded.state_dict())
         plain.to(torch.bfloat16).save_pretrained(folder)

@@ -32,7 +32,7 @@ from umbel_common.plan import BaseModel, NoPrivacy, TrainingPlan
 from umbel_server.queue import State
 
 MEGABYTES = 200
-MANY_SITES, MANY_MEGABYTES = 9, 50
+MANY_SITES, MANY_MEGABYTES = 9, 20
 ROUNDS = 2
 MOST_SECONDS = 1800.0
 POLICY = 'approval = "none"\nallow_without_privacy = true'
