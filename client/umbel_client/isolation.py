@@ -11,6 +11,8 @@ import socket
 from enum import Enum
 from pathlib import Path
 
+from umbel_host.seccomp import only_unix_sockets
+
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWNET = 0x40000000
 
@@ -43,25 +45,39 @@ def network() -> Network:
 
 
 def drop_network() -> str | None:
-    """Moves this process into an empty network namespace, for good.
+    """Takes the network away from this process and all that it starts, for good.
 
-    A process that had no network before is left as it is. Sockets that are open already, and Unix
-    sockets in the file system, go on working.
+    Two locks, of which each alone would do: an empty network namespace, unless the process had no
+    network before, and a filter that leaves it Unix sockets alone. A container of stock Kubernetes
+    is given no namespace, and has the filter. Sockets that are open already, and Unix sockets in
+    the file system, go on working.
 
     Returns:
         None when the process has no network now; else why the kernel did not allow it.
     """
-    if network() is Network.NONE:
-        return None
+    try:
+        refused = 0 if network() is Network.NONE else _empty_namespace()
+    except OSError as error:
+        return str(error)
+    filtered = only_unix_sockets() == 0
+    if refused and not filtered:
+        return os.strerror(refused)
+    return None if network() is Network.NONE else "the new network namespace is not empty"
+
+
+def _empty_namespace() -> int:
+    """Moves this process into one of its own; 0, or the error number.
+
+    Raises:
+        OSError: it is in one, but without a name, and could make no file.
+    """
     refused = _unshare(_CLONE_NEWNET)
     if refused == errno.EPERM:
         user, group = os.geteuid(), os.getegid()
         refused = _unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
         if refused == 0:
-            refused = _keep_own_names(user, group)
-    if refused:
-        return os.strerror(refused)
-    return None if network() is Network.NONE else "the new network namespace is not empty"
+            _keep_own_names(user, group)
+    return refused
 
 
 def _unshare(flags: int) -> int:
@@ -72,12 +88,8 @@ def _unshare(flags: int) -> int:
     return 0 if libc.unshare(flags) == 0 else ctypes.get_errno()
 
 
-def _keep_own_names(user: int, group: int) -> int:
+def _keep_own_names(user: int, group: int) -> None:
     """Without a name in its new user namespace, a process could make no file."""
-    try:
-        Path("/proc/self/setgroups").write_text("deny", encoding="ascii")
-        Path("/proc/self/uid_map").write_text(f"{user} {user} 1", encoding="ascii")
-        Path("/proc/self/gid_map").write_text(f"{group} {group} 1", encoding="ascii")
-    except OSError as error:
-        return error.errno or errno.EPERM
-    return 0
+    Path("/proc/self/setgroups").write_text("deny", encoding="ascii")
+    Path("/proc/self/uid_map").write_text(f"{user} {user} 1", encoding="ascii")
+    Path("/proc/self/gid_map").write_text(f"{group} {group} 1", encoding="ascii")

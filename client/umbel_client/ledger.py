@@ -354,8 +354,7 @@ class Ledger:
             self._contents = read_rows(self._path, self._database)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
-            with transaction(self._database):
-                migrate(self._database, SCHEMA, self._path)
+            migrate(self._database, SCHEMA, self._path)
 
     def _check_data_set(self, data_set: bytes, unit: str | None) -> None:
         if self._contents.unit != unit:

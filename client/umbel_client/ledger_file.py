@@ -61,8 +61,9 @@ def create(path: Path, first: Row) -> None:
     database = sqlite3.connect(draft, isolation_level=None)
     try:
         database.execute("PRAGMA synchronous = FULL")
+        # A draft: it has its name once it is whole.
+        migrate(database, SCHEMA, path)
         with transaction(database):
-            migrate(database, SCHEMA, path)
             database.execute("INSERT INTO rows VALUES (0, ?, ?)", (encode(first), first.head()))
     finally:
         database.close()

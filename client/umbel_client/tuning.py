@@ -36,6 +36,13 @@ RATES = 30.0
 CLIP_NORMS = 10.0
 """Clip norms likewise."""
 
+SHORT = {
+    "adapter_learning_rate": "adapter rate",
+    "head_learning_rate": "head rate",
+    "clip_norm": "clip norm",
+}
+"""How the table calls them."""
+
 Range = tuple[float, float, float]
 """Least, the draft's, most."""
 
@@ -195,13 +202,17 @@ def _best(study: optuna.Study) -> optuna.trial.FrozenTrial:
 def _report(study: optuna.Study, names: list[str], console: Console) -> None:
     best = _best(study)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in ("trial", "loss", *names, ""):
+    for column in ("trial", "loss", *(SHORT[name] for name in names), ""):
         table.add_column(column)
     for one in _over(study):
-        note = "the draft as it is" if one.number == 0 else ""
+        notes = []
+        if one.number == 0:
+            notes.append("the draft as it is")
+        if one.number == best.number:
+            notes.append("best")
         loss = "diverged" if one.value is None else f"{one.value:.4f}"
         values = [f"{one.params[name]:.3g}" for name in names]
-        table.add_row(str(one.number), loss, *values, "best" if one is best else note)
+        table.add_row(str(one.number), loss, *values, ", ".join(notes))
     console.print(table, soft_wrap=True)
 
 

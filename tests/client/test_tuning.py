@@ -106,9 +106,14 @@ def test_the_command_writes_the_draft_with_the_best_values(draft: Path) -> None:
     assert len(rows(done.stdout)) == 3
     assert "the draft as it is" in done.stdout
     tuned, given = (tomllib.loads(path.read_text()) for path in (out, draft))
-    assert tuned["training"].pop("optimizer") != given["training"].pop("optimizer")
+    values = tuned["training"].pop("optimizer")
+    del given["training"]["optimizer"]
     del tuned["privacy"]["clip_norm"], given["privacy"]["clip_norm"]
     assert tuned == given
+    (line,) = re.findall(r"^.*best$", done.stdout, re.MULTILINE)
+    assert f" {values['head_learning_rate']:.3g} " in line
+    (best,) = re.findall(r"^\d+ +([\d.]+) .*best$", done.stdout, re.MULTILINE)
+    assert best == min(loss for loss, _ in rows(done.stdout))
     assert "# Too low" in out.read_text()
     # Nothing is written over.
     again = tune(draft, *options, "--trials", "3")

@@ -90,7 +90,7 @@ class Deployment:
         self.server("job", "start", "/tmp/signed.json")
         return plan.job
 
-    def wait(self, job: str, state: str, seconds: float = 120) -> None:
+    def wait(self, job: str, state: str, seconds: float = 400) -> None:
         """Until a job is in this state."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

@@ -26,6 +26,8 @@ def clinics(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
     made = Clinics(tmp_path_factory.mktemp("clinics"), tiny_model)
     made.limit(train_seconds=20, stage_seconds=10)
     made.start_all()
+    for site in made.sites.values():
+        site.status()
     yield made
     made.close()
 
@@ -106,6 +108,8 @@ def test_a_job_waits_for_a_superlink_that_is_away(
     clinics.limit(train_seconds=300, stage_seconds=300)
     try:
         clinics.start_all()
+        for site in clinics.sites.values():
+            site.status()
         job = clinics.add()
         reached(clinics, job, 2)
         clinics.port_process.kill()
