@@ -186,7 +186,7 @@ def test_what_the_disk_refuses_is_an_error_with_the_file(tmp_path: Path) -> None
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, name: str) -> None:
     path = KINDS[name](tmp_path / name, ROWS)
     path.chmod(0)
-    assert refused(path).found == "Permission denied"
+    assert str(refused(path).found).startswith("Permission denied")
 
 
 def test_lines_of_json_are_the_very_bytes(tmp_path: Path) -> None:
