@@ -32,13 +32,17 @@ $(TOOLS)/activate: deploy/requirements/release.txt
 	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	touch $@
 
+# Renders the charts in tests; where there is none, those say so and are skipped.
+$(BIN)/helm: deploy/helm/tools.txt $(BIN)/activate-dev
+	$(BIN)/python deploy/helm/get $@
+
 demo: $(BIN)/activate-demo  ## Four hospitals on one machine, real model, real clinical text.
 	$(BIN)/umbel-simulate run quickstart
 
 federation: $(BIN)/activate-demo  ## A server and three hospitals as real processes, with TLS.
 	$(BIN)/umbel-simulate federation
 
-test: $(BIN)/activate-dev  ## All tests, as in CI.
+test: $(BIN)/activate-dev $(BIN)/helm  ## All tests, as in CI.
 	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(BIN)/activate-dev  ## Format, style, types, import directions.
