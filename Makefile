@@ -32,6 +32,10 @@ $(TOOLS)/activate: deploy/requirements/release.txt
 	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	touch $@
 
+# Renders the charts in tests; where there is none, those say so and are skipped.
+$(BIN)/helm: deploy/helm/tools.txt $(BIN)/activate-dev
+	$(BIN)/python deploy/helm/get $@
+
 demo: $(BIN)/activate-demo  ## Four hospitals on one machine, real model, real clinical text.
 	$(BIN)/umbel-simulate run quickstart
 
@@ -44,6 +48,7 @@ medical-qa: $(BIN)/activate-demo  ## Three hospitals teach a language model to a
 	$(BIN)/umbel-simulate run medical-qa
 
 test: $(BIN)/activate-dev  ## All tests, as in CI.
+test: $(BIN)/activate-dev $(BIN)/helm  ## All tests, as in CI.
 	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(BIN)/activate-dev  ## Format, style, types, import directions.

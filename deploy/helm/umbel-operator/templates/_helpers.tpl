@@ -42,7 +42,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- include "umbel-operator.refuse" (list "serverToml" $config.Error "the text of a server.toml" "--set-file serverToml=server.toml") }}
 {{- end }}
 {{- if hasKey $config "evaluation" }}
-{{- include "umbel-operator.refuse" (list "serverToml: evaluation" "a table" "none: the server's image has no PyTorch" "score adapters outside this cluster, with umbel-server evaluate") }}
+{{- include "umbel-operator.refuse" (list "serverToml: evaluation" "a table" "none: the server's image has no PyTorch" "remove it, and score exported adapters elsewhere") }}
 {{- end }}
 {{- end }}
 
@@ -62,7 +62,7 @@ seccompProfile: {type: RuntimeDefault}
      answers that it is not well: not ready, and no reason to end it. */}}
 {{- define "umbel-operator.probes" -}}
 startupProbe:
-  exec: &alive {command: [sh, -c, "python -m umbel_host.probe unix:{{ . }}; test $? -le 1"]}
+  exec: {command: [sh, -c, "python -m umbel_host.probe unix:{{ . }}; test $? -le 1"]}
   periodSeconds: 10
   timeoutSeconds: 15
   failureThreshold: 60
@@ -71,7 +71,7 @@ readinessProbe:
   periodSeconds: 30
   timeoutSeconds: 15
 livenessProbe:
-  exec: *alive
+  exec: {command: [sh, -c, "python -m umbel_host.probe unix:{{ . }}; test $? -le 1"]}
   periodSeconds: 60
   timeoutSeconds: 30
   failureThreshold: 5

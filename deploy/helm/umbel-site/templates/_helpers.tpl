@@ -80,7 +80,7 @@ seccompProfile: {type: RuntimeDefault}
      answers that it is not well: not ready, and no reason to end it. */}}
 {{- define "umbel-site.probes" -}}
 startupProbe:
-  exec: &alive {command: [sh, -c, "python -m umbel_host.probe unix:{{ . }}; test $? -le 1"]}
+  exec: {command: [sh, -c, "python -m umbel_host.probe unix:{{ . }}; test $? -le 1"]}
   periodSeconds: 10
   timeoutSeconds: 15
   failureThreshold: 60
@@ -89,7 +89,7 @@ readinessProbe:
   periodSeconds: 30
   timeoutSeconds: 15
 livenessProbe:
-  exec: *alive
+  exec: {command: [sh, -c, "python -m umbel_host.probe unix:{{ . }}; test $? -le 1"]}
   periodSeconds: 60
   timeoutSeconds: 30
   failureThreshold: 5
