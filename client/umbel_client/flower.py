@@ -327,8 +327,9 @@ def _pull(
             if not pulled.object_found or stopping.wait(_BUSY_POLL_SECONDS):
                 raise ValueError("a part of a message is not there any more")
         contents[part.object_id] = pulled.object_content
+        # The HTTP client's objects refer to each other in a circle, with the megabytes in them.
         del pulled
-        _let_go()
+        gc.collect()
     try:
         message = inflate_object_from_contents(tree.object_id, contents)
     except Exception as error:
@@ -373,14 +374,9 @@ def _push(
                 object_content=objects.pop(name).deflate(),
             )
             _patiently(partial(client.PushObject, part), stopping)
+            # As after a part that was pulled.
             del part
-            _let_go()
-
-
-def _let_go() -> None:
-    """Frees what a request of megabytes leaves behind: the HTTP client's objects refer to each
-    other in a circle, and Python would find out after hundreds of them."""
-    gc.collect()
+            gc.collect()
 
 
 def _patiently(call: Callable[[], T], stopping: threading.Event) -> T:
