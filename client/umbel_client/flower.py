@@ -55,7 +55,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from umbel_common.errors import ConfigError
-from umbel_common.wire import FLOWER_MESSAGE_TYPE
+from umbel_common.wire import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
 from umbel_host.flower import packed_pieces, regrouped, unpacked_pieces
 from umbel_host.keys import read_tls_key
 
@@ -329,7 +329,8 @@ def _pull(
         contents[part.object_id] = pulled.object_content
         # The HTTP client's objects refer to each other in a circle, with the megabytes in them.
         del pulled
-        gc.collect()
+        if len(contents[part.object_id]) >= FLOWER_PIECE_BYTES:
+            gc.collect()
     try:
         message = inflate_object_from_contents(tree.object_id, contents)
     except Exception as error:
@@ -374,9 +375,9 @@ def _push(
                 object_content=objects.pop(name).deflate(),
             )
             _patiently(partial(client.PushObject, part), stopping)
-            # As after a part that was pulled.
-            del part
-            gc.collect()
+            if len(part.object_content) >= FLOWER_PIECE_BYTES:
+                del part
+                gc.collect()
 
 
 def _patiently(call: Callable[[], T], stopping: threading.Event) -> T:
