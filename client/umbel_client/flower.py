@@ -56,7 +56,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from umbel_client.proxy import way_to
 from umbel_common.errors import ConfigError
-from umbel_common.wire import FLOWER_MESSAGE_TYPE
+from umbel_common.wire import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
 from umbel_host.flower import packed_pieces, regrouped, unpacked_pieces
 from umbel_host.keys import read_tls_key
 
@@ -336,8 +336,10 @@ def _pull(
             if not pulled.object_found or stopping.wait(_BUSY_POLL_SECONDS):
                 raise ValueError("a part of a message is not there any more")
         contents[part.object_id] = pulled.object_content
+        # The HTTP client's objects refer to each other in a circle, with the megabytes in them.
         del pulled
-        _let_go()
+        if len(contents[part.object_id]) >= FLOWER_PIECE_BYTES:
+            gc.collect()
     try:
         message = inflate_object_from_contents(tree.object_id, contents)
     except Exception as error:
@@ -382,14 +384,9 @@ def _push(
                 object_content=objects.pop(name).deflate(),
             )
             _patiently(partial(client.PushObject, part), stopping)
-            del part
-            _let_go()
-
-
-def _let_go() -> None:
-    """Frees what a request of megabytes leaves behind: the HTTP client's objects refer to each
-    other in a circle, and Python would find out after hundreds of them."""
-    gc.collect()
+            if len(part.object_content) >= FLOWER_PIECE_BYTES:
+                del part
+                gc.collect()
 
 
 def _patiently(call: Callable[[], T], stopping: threading.Event) -> T:

@@ -14,6 +14,7 @@ from umbel_server.adapters_cli import adapters
 from umbel_server.config import load_config
 from umbel_server.job_cli import job
 from umbel_server.plan_cli import plan
+from umbel_server.renew_cli import renew
 from umbel_server.sites_cli import register
 from umbel_server.tune_cli import tune
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 register(app)
 backup_cli.register(app)
+app.command()(renew)
 app.add_typer(plan, name="plan")
 app.add_typer(job, name="job")
 app.add_typer(adapters, name="adapters")
