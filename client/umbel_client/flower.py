@@ -168,9 +168,8 @@ def _reason(error: Exception) -> str:
         }
         return f"status {code}: {hints.get(code, error.response.text[:200])}"
     if isinstance(error, httpx.ProxyError):
-        refusal = str(error)
-        hint = "HTTPS_PROXY needs its user and password" if refusal.startswith("407") else ""
-        return "; ".join(filter(None, (f"the proxy says {refusal}", hint)))
+        wanted = "; HTTPS_PROXY needs its user and password" if str(error)[:3] == "407" else ""
+        return f"the proxy says {error}{wanted}"
     return str(error) or type(error).__name__
 
 

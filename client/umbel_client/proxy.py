@@ -7,10 +7,7 @@ sees TLS that it cannot open.
 
 import ssl
 from dataclasses import dataclass
-from urllib.request import (  # type: ignore[attr-defined]  # typeshed lacks the second
-    getproxies_environment,
-    proxy_bypass_environment,
-)
+from urllib.request import getproxies_environment, proxy_bypass
 
 import httpx
 
@@ -61,7 +58,7 @@ def way_to(server: str) -> Way:
     made = {
         name: _proxy(name, proxies[name]) for name in ("http", "https", "all") if name in proxies
     }
-    if proxy_bypass_environment(server, proxies):
+    if proxy_bypass(server, proxies):
         return Way(server, None)
     return Way(server, made.get("https") or made.get("all"))
 
