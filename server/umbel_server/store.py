@@ -53,7 +53,7 @@ CREATE TABLE transcript (
 
 # What sites advertised before is not known: they are shown it from their next attempt on.
 SCHEMA = Schema(
-    "round journal", _TABLES + _ADVERTS + _EVALUATIONS, (_ADVERTS, _EVALUATIONS + _FINAL_ROUNDS)
+    "round journal", _TABLES + _ADVERTS + _EVALUATIONS, (_ADVERTS + _EVALUATIONS + _FINAL_ROUNDS,)
 )
 
 

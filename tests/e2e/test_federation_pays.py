@@ -29,6 +29,7 @@ alpha = 0.3
 minimum_records = 900
 
 [task]
+task = "classification"
 max_tokens = 24
 
 [lora]

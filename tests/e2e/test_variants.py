@@ -65,7 +65,7 @@ def test_every_choice_of_the_optimiser_step_at_once_gives_a_release(tiny: Any) -
 
 
 def test_a_stock_head_travels_inside_the_peft_adapter(tiny: Any, tiny_model: Path) -> None:
-    tiny.change("[lora]", '[task]\nhead = "stock"\n\n[lora]')
+    tiny.change("[lora]", '[task]\ntask = "classification"\nhead = "stock"\n\n[lora]')
     result = tiny.run()
     assert result.returncode == 0, result.stderr
     adapter = tiny.run_folder / "adapter"

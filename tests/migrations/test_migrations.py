@@ -68,6 +68,9 @@ def test_every_row_is_kept_and_the_version_is_todays(name: str, tmp_path: Path) 
     path, (schema, opened) = stored(name, tmp_path), KINDS[kind]
     assert version(path) == int(number)
     before = rows(path)
+    if kind == "journal" and number == "1":
+        # `finished` became the round whose release ended the job: none, for one that goes on.
+        before["jobs"] = [(*row[:-1], None) for row in before["jobs"] if row[-1] == 0]
     for _ in range(2):
         opened(path).close()  # type: ignore[attr-defined]  # all of them have it
         after = rows(path)

@@ -106,5 +106,5 @@ def test_a_journal_of_a_later_version_is_refused(tmp_path: Path) -> None:
     database = sqlite3.connect(path)
     database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(StorageError, match="accepted: at most 3"):
+    with pytest.raises(StorageError, match="accepted: at most 2"):
         Store(path)
