@@ -159,9 +159,11 @@ def run_helm(
     )
 
 
-def render(chart: str, folder: Path, values: Object | None = None) -> list[Object]:
-    """The objects that a chart makes of these values."""
-    done = run_helm(chart, folder, values or {}, "template", "north", "--namespace", "umbel")
+def render(
+    chart: str, folder: Path, values: Object | None = None, *, name: str = "north"
+) -> list[Object]:
+    """The objects that a chart makes of these values, for a release of this name."""
+    done = run_helm(chart, folder, values or {}, "template", name, "--namespace", "umbel")
     assert done.returncode == 0, done.stderr
     return [document for document in yaml.safe_load_all(done.stdout) if document]
 
