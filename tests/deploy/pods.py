@@ -1,4 +1,4 @@
-"""Pods of a chart as a kubelet would start them, of this machine's own means: namespaces and mounts.
+"""Pods of a chart as a kubelet would start them, by means of this machine: namespaces and mounts.
 
 Each container has a root of its own over this machine's files, with the volumes of its spec and
 nothing else that is writable; user, group and capabilities as the spec says; and neither `unshare`
@@ -270,7 +270,7 @@ class Pod:
 
 
 def _project(path: Path, files: Mapping[str, bytes], mode: int) -> None:
-    """As a kubelet lays a ConfigMap or a Secret: links to links to what may be exchanged at once."""
+    """As a kubelet lays a ConfigMap or a Secret: links, of which one is exchanged for all."""
     data = path / "..1"
     data.mkdir(mode=0o755)
     for name, content in files.items():
