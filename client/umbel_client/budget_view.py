@@ -10,6 +10,7 @@ from rich.table import Table
 from umbel_client.accounting import total_epsilon
 from umbel_client.budget import Budget
 from umbel_client.ledger_rows import Contents, Reservation, State
+from umbel_client.state_spend_cli import statement_text
 from umbel_common.canonical import Value
 from umbel_host.console import print_lines
 
@@ -40,6 +41,10 @@ class Spending(Value, frozen=True):
     """Epsilon of all jobs together: less than the sum of theirs, by composition."""
     left: float
     jobs: tuple[JobCost, ...]
+    old_copy: bool
+    """Whether the ledger is an old copy, and nobody stated yet what was spent since."""
+    stated: tuple[str, ...]
+    """What was stated about spends that the ledger did not know, each with who, when and why."""
 
 
 class ReleaseCost(Value, frozen=True):
@@ -85,6 +90,8 @@ def spending(contents: Contents, allowed: Budget) -> Spending:
         spent=spent,
         left=max(allowed.epsilon - spent, 0.0),
         jobs=tuple(JobCost(job, len(own), _cost(own, allowed.delta)) for job, own in jobs.items()),
+        old_copy=contents.restored,
+        stated=tuple(statement_text(stated) for stated in contents.statements),
     )
 
 
@@ -117,6 +124,8 @@ def print_spending(console: Console, ledger: Path, spent: Spending) -> None:
             ("head", spent.head),
             ("spent", f"epsilon {_number(spent.spent)} at delta {spent.delta:g}"),
             ("left", f"epsilon {_number(spent.left)} of {_number(spent.total)}"),
+            *(("stated", text) for text in spent.stated),
+            *([("old copy", "state what was spent since")] if spent.old_copy else []),
         ],
     )
     if spent.jobs:

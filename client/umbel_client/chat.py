@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from umbel_client.conversations import Conversation, LmRecord, Turn
 from umbel_client.data import LmRecords
-from umbel_client.tokens import Ints, Tokens, load_tokenizer
+from umbel_client.tokens import AT_ONCE, Ints, Tokens, load_tokenizer
 from umbel_common.errors import DataError, ModelError
 from umbel_common.plan import CausalLm
 
@@ -184,20 +184,22 @@ class Chat:
     def _encoded(self, rendered: Sequence[Rendered]) -> Iterator[tuple[list[int], list[int]]]:
         """The token ids of each text, uncut, and where in it each token ends."""
         plain = self._task.template == "plain"
-        # A chat template writes the tokens that begin and end a text itself.
-        encoded = self.tokenizer(
-            [text.whole for text in rendered],
-            add_special_tokens=plain,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-        )
-        for text, ids, offsets in zip(
-            rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            ends = [end for _, end in offsets]
-            if plain:
-                ids, ends = [*ids, self.tokenizer.eos_token_id], [*ends, len(text.whole) + 1]
-            yield ids, ends
+        for start in range(0, len(rendered), AT_ONCE):
+            part = rendered[start : start + AT_ONCE]
+            # A chat template writes the tokens that begin and end a text itself.
+            encoded = self.tokenizer(
+                [text.whole for text in part],
+                add_special_tokens=plain,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+            )
+            for text, ids, offsets in zip(
+                part, encoded["input_ids"], encoded["offset_mapping"], strict=True
+            ):
+                ends = [end for _, end in offsets]
+                if plain:
+                    ids, ends = [*ids, self.tokenizer.eos_token_id], [*ends, len(text.whole) + 1]
+                yield ids, ends
 
     def _cut(self, ids: list[int], row: int) -> list[int]:
         most = self._task.max_tokens

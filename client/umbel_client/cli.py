@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from umbel_client import join_cli, local_cli, service_cli
+from umbel_client import backup_cli, join_cli, local_cli, service_cli
 from umbel_client.budget_cli import budget
 from umbel_client.data_cli import data
 from umbel_client.roster_cli import roster
@@ -35,6 +35,7 @@ app.add_typer(data, name="data")
 join_cli.register(app)
 service_cli.register(app)
 local_cli.register(app)
+backup_cli.register(app)
 
 
 Federation = Annotated[

@@ -145,7 +145,7 @@ def _has(row: Row, name: Format) -> bool:
 
 
 def _mixed(path: Path, table: Table, known: list[Format]) -> DataError:
-    first = [name for name in known if _has(table.rows[0], name)]
+    first: list[Format] = [name for name in known if _has(table.rows[0], name)]
     number = next(n for n, row in enumerate(table.rows, 1) if not first or not _has(row, first[0]))
     found = [name for name in known if _has(table.rows[number - 1], name)]
     what = "is of another format than the rows before it" if first else "is of no format"

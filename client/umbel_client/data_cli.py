@@ -6,7 +6,7 @@ Torch and Transformers are imported where they are needed: other commands should
 from collections import Counter
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
@@ -78,9 +78,9 @@ def check(
     elif task is not None:
         lines.append(("too long", "not counted: give --model, or a client.toml"))
     found = report(examples, lengths)
-    if found.records_per_unit is not None:
-        most = site.data.max_records_per_unit
-        past = _past(examples.units, most)
+    most = site.data.max_records_per_unit
+    past = _past(examples.units, most)
+    if past:
         lines.append(("left out", f"{_records(past)} past {most} of a unit"))
     print_lines(Console(highlight=False), [*_lines(found), *lines, ("", "every row is a record")])
 
@@ -120,6 +120,13 @@ def split(
     shares: Annotated[
         str, typer.Option(help="Of train, validation and test, with sum 1; 0: no such part.")
     ] = "0.8,0.1,0.1",
+    repeated: Annotated[
+        Literal["together", "leave-out"],
+        typer.Option(
+            help="Records that are the same: all in one part, with all of their units; or left out"
+            " of validation and test where an earlier part has them."
+        ),
+    ] = "together",
     seed: Annotated[int, typer.Option(help="Decides which record is where.")] = 0,
     config: Config = None,
 ) -> None:
@@ -132,19 +139,25 @@ def split(
     if by == "record":
         site.data = msgspec.structs.replace(site.data, unit_column=None)
     examples = read_examples(site.file, site.data, None, site.labels)
-    parts, groups = split_examples(examples, wanted, seed)
-    write_parts(out, examples, parts)
+    found = split_examples(examples, wanted, seed, leave_out=repeated == "leave-out")
+    write_parts(out, examples, found.parts)
     units = examples.units
-    by_unit = examples.records.unit_column is not None
-    console = Console(highlight=False)
     lines = []
-    for name, part in zip(PARTS, parts, strict=True):
-        of_units = f", {len({units[row] for row in part}):,} units" if by_unit else ""
+    for name, part in zip(PARTS, found.parts, strict=True):
+        of_units = f", {len({units[row] for row in part}):,} units" if by != "record" else ""
         share = 100 * len(part) / len(examples)
         lines.append((name, f"{_records(len(part))}{of_units}, {share:.1f} %"))
-    largest = max(map(len, groups))
-    lines.append(("together", f"{len(groups):,} groups, the largest of {_records(largest)}"))
-    print_lines(console, [*lines, ("folder", str(out))])
+    largest = max(map(len, found.groups))
+    kept = f"{len(found.groups):,} that stay together, the largest of {_records(largest)}"
+    lines.append(("groups", kept))
+    if found.left_out:
+        lines.append(("left out", f"{_records(found.left_out)} that an earlier part has"))
+    print_lines(Console(highlight=False), [*lines, ("folder", str(out))])
+    joined = len(found.groups) < len(set(units))
+    if joined and largest > len(examples) * min(filter(None, wanted)):
+        typer.echo(
+            "\nRepeated records make groups too large for these shares: see --repeated leave-out."
+        )
 
 
 class _Site:
@@ -168,7 +181,7 @@ def _refuse_rows(path: Path, errors: list[DataError]) -> None:
         typer.echo(f"{error.message} ({error.field}): found {error.found}{wanted}", err=True)
     if errors:
         more = " or more" if len(errors) == _MOST_ERRORS else ""
-        raise DataError(f"{len(errors)}{more} rows of a data file are no records", file=path)
+        raise DataError(f"rows of a data file are no records: {len(errors)}{more}", file=path)
 
 
 def _shares(text: str) -> list[float]:

@@ -2,12 +2,14 @@
 
 What must stay together is a group: the records of a unit, and records that are the same. A patient
 whose record is also another's brings both into one part, and so on: groups are the connected
-components of "of one unit, or the same".
+components of "of one unit, or the same". Where short phrases repeat, that can be nearly everybody:
+then units alone may decide, and what an earlier part has is left out of the later ones.
 """
 
 import os
 import shutil
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from umbel_client.examples import Examples, Group
@@ -76,16 +78,34 @@ def divide(
     return [sorted(part) for part in parts]
 
 
+@dataclass(frozen=True)
+class Split:
+    """The records of a file in parts."""
+
+    parts: list[Group]
+    """Indices of the records of each part."""
+    groups: list[Group]
+    """What was kept together."""
+    left_out: int
+    """Records in no part, since an earlier part has the same."""
+
+
 def split_examples(
-    examples: Examples, shares: Sequence[float], seed: int
-) -> tuple[list[Group], list[Group]]:
-    """The records of each part, and the groups that they were kept together in.
+    examples: Examples, shares: Sequence[float], seed: int, *, leave_out: bool = False
+) -> Split:
+    """Deals the records of a file out.
+
+    Args:
+        shares: of train, validation and test, with sum 1.
+        leave_out: records that are the same do not keep their units together; those that an earlier
+            part has are left out of the later ones.
 
     Raises:
         DataError: a part that has a share would get no record.
     """
-    groups = inseparable(examples.units, examples.keys)
-    parts = divide(groups, examples.labels, shares, seed)
+    keys = examples.keys
+    groups = inseparable(examples.units, range(len(keys)) if leave_out else keys)
+    parts = without_earlier(divide(groups, examples.labels, shares, seed), keys)
     for name, part, share in zip(PARTS, parts, shares, strict=True):
         if share > 0 and not part:
             raise DataError(
@@ -93,9 +113,19 @@ def split_examples(
                 file=examples.path,
                 found=f"{len(examples)} records in {len(groups)} groups that must stay together,"
                 f" the largest of {max(map(len, groups))}",
-                remedy="give it a larger share, or the share 0",
+                remedy="give it a larger share or the share 0, or --repeated leave-out",
             )
-    return parts, groups
+    return Split(parts, groups, len(examples) - sum(map(len, parts)))
+
+
+def without_earlier(parts: Sequence[Group], keys: Sequence[Hashable]) -> list[Group]:
+    """Each part without the records that say what one of an earlier part says."""
+    seen: set[Hashable] = set()
+    kept = []
+    for part in parts:
+        kept.append([row for row in part if keys[row] not in seen])
+        seen.update(keys[row] for row in part)
+    return kept
 
 
 def write_parts(folder: Path, examples: Examples, parts: Sequence[Group]) -> None:

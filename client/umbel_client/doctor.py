@@ -24,6 +24,7 @@ from umbel_client.ipc import ControlStub
 from umbel_client.ledger_file import read_ledger
 from umbel_client.model_folder import folder_digest
 from umbel_client.pinned_roster import load_pinned
+from umbel_client.proxy import way_to
 from umbel_client.sockets import control_socket
 from umbel_client.trainer import check_own_key
 from umbel_common.errors import UmbelError, UnreachableError
@@ -109,6 +110,8 @@ def _ledger(config: ClientConfig) -> tuple[State, str]:
     if not path.exists():
         return State.FINE, "none yet: the first plan begins it"
     contents = read_ledger(path)
+    if contents.restored:
+        return State.BROKEN, "an old copy: state what was spent since (docs/budget.md)"
     return State.FINE, f"{len(contents.rounds)} rounds charged, head {contents.head().hex()[:16]}"
 
 
@@ -159,15 +162,16 @@ def _server(config: ClientConfig) -> tuple[State, str]:
     relay = config.relay
     if relay is None:
         return State.BROKEN, "client.toml has no table [relay]"
+    way = way_to(relay.server)
     try:
         context = ssl.create_default_context(cafile=relay.server_ca)
         context.load_cert_chain(relay.certificate, relay.key)
-        with httpx.Client(verify=context, timeout=10.0, follow_redirects=False) as client:
+        with way.client(context, 10.0) as client:
             # Behind the port is nothing at this address; to be told so is to be let in.
             client.get(f"https://{relay.server}/")
     except (OSError, httpx.HTTPError) as error:
-        return State.BROKEN, f"{relay.server}: {error}"
-    return State.FINE, f"{relay.server} speaks TLS with this site's certificate"
+        return State.BROKEN, f"{way} is not reached: {error}"
+    return State.FINE, f"{way} speaks TLS with this site's certificate"
 
 
 def _trainer(config: ClientConfig) -> tuple[State, str]:

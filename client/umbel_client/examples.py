@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from umbel_client.config import DataConfig, Format
+from umbel_client.config import DataConfig
 from umbel_client.conversations import Conversation, LmRecord, format_of
 from umbel_client.data import Columns, LmRecords, Records, columns_of, label_of, records_of
 from umbel_client.tables import Table, read_table
@@ -91,12 +91,12 @@ def read_examples(
         DataError: the file cannot be read, or a row has no record that the task can use.
     """
     table = read_table(path)
-    task, columns = _task_and_columns(path, table, data, task, labels)
+    task, found, columns = _understood(path, table, data, task, labels)
     return Examples(
         path=path,
         table=table,
         task=task,
-        format="classification" if isinstance(task, Classification) else columns["record_format"],
+        format=found,
         records=records_of(path, table, task, **columns),
     )
 
@@ -107,10 +107,13 @@ def row_errors(
     """What is wrong with each row; arguments as of `read_examples`.
 
     Raises:
-        DataError: the file cannot be read at all, or it is not clear what its columns are.
+        DataError: the file cannot be read at all, or lacks a column, or it is not clear what its
+            columns are.
     """
     table = read_table(path)
-    task, columns = _task_and_columns(path, table, data, task, labels)
+    task, _, columns = _understood(path, table, data, task, labels)
+    # Of no row at all: what is wrong then is no row's fault.
+    records_of(path, Table(table.columns, [], table.source), task, **columns)
     for number, row in enumerate(table.rows, start=1):
         try:
             records_of(path, Table(table.columns, [row], table.source, number), task, **columns)
@@ -118,21 +121,23 @@ def row_errors(
             yield error
 
 
-def _task_and_columns(
+def _understood(
     path: Path, table: Table, data: DataConfig, task: Task | None, labels: Sequence[str]
-) -> tuple[Task, Columns]:
+) -> tuple[Task, str, Columns]:
+    """What a file is read as: the task, the name of its format, and where records are."""
     columns = columns_of(data)
     columns["max_records_per_unit"] = _EVERY_RECORD
     if task is None:
-        labelled = {data.text_column, data.label_column} <= set(table.columns)
-        if labelled and data.format == "auto":
-            found = tuple(labels) or _labels_of(path, table, data.label_column)
-            return Classification(labels=found), columns
         task = CausalLm(loss_on="all")
-    if isinstance(task, CausalLm):
-        chosen: Format = data.format
-        columns["record_format"] = format_of(path, table) if chosen == "auto" else chosen
-    return task, columns
+        if data.format == "auto" and {data.text_column, data.label_column} <= set(table.columns):
+            task = Classification(
+                labels=tuple(labels) or _labels_of(path, table, data.label_column)
+            )
+    if isinstance(task, Classification):
+        return task, "classification", columns
+    chosen = format_of(path, table) if data.format == "auto" else data.format
+    columns["record_format"] = chosen
+    return task, chosen, columns
 
 
 def _labels_of(path: Path, table: Table, column: str) -> tuple[str, ...]:

@@ -54,8 +54,9 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from umbel_client.proxy import way_to
 from umbel_common.errors import ConfigError
-from umbel_common.wire import FLOWER_MESSAGE_TYPE
+from umbel_common.wire import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
 from umbel_host.flower import packed_pieces, regrouped, unpacked_pieces
 from umbel_host.keys import read_tls_key
 
@@ -68,6 +69,8 @@ _BUSY_POLL_SECONDS = 0.1
 _IDLE_POLL_SECONDS = 1.0
 _BUSY_SECONDS = 60.0
 """Since the last message: a round has several, close together."""
+_REQUEST_SECONDS = 30.0
+"""For each step of a request: to connect, to write, to read."""
 _PATIENCE_SECONDS = 150.0
 """For one request while the server is away."""
 _LONGEST_PAUSE = 30.0
@@ -125,9 +128,11 @@ def serve(
 
     Raises:
         IdentityError: the key is missing, open to others, or none that is used here.
-        ConfigError: the certificate or the authority cannot be used.
+        ConfigError: the certificate or the authority cannot be used, or the environment names a
+            proxy that cannot.
     """
     context, key = _credentials(connection)
+    way = way_to(connection.server)
     clock = _ServerClock()
     # What is there now stays: the collector, which is called often, need not look at it.
     gc.freeze()
@@ -139,16 +144,16 @@ def serve(
             interceptors=[_Signature(key, clock)],
             verify=context,
         )
-        # Or the server could send requests on to any address in the site's own network.
-        client._client.follow_redirects = False
+        client._client.close()
+        client._client = way.client(context, _REQUEST_SECONDS)
         try:
             with client, _activated(client, key, stopping) as node:
                 connected(True)
                 pause = 1.0
-                _logger.info("connected to %s", connection.server)
+                _logger.info("connected to %s", way)
                 _work(client, node, clock, handle, stopping)
         except (httpx.HTTPError, OSError, ValueError) as error:
-            _logger.warning("%s is not reached: %s", connection.server, _reason(error))
+            _logger.warning("%s is not reached: %s", way, _reason(error))
         connected(False)
         stopping.wait(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
@@ -157,11 +162,14 @@ def serve(
 def _reason(error: Exception) -> str:
     if isinstance(error, httpx.HTTPStatusError):
         code = error.response.status_code
-        hint = {
+        hints = {
             401: "it does not know this site's relay key, or the clocks differ by minutes",
             403: "it does not admit this site (not yet, or not any more)",
         }
-        return f"status {code}: {hint.get(code, error.response.text[:200])}"
+        return f"status {code}: {hints.get(code, error.response.text[:200])}"
+    if isinstance(error, httpx.ProxyError):
+        wanted = "; HTTPS_PROXY needs its user and password" if str(error)[:3] == "407" else ""
+        return f"the proxy says {error}{wanted}"
     return str(error) or type(error).__name__
 
 
@@ -327,8 +335,10 @@ def _pull(
             if not pulled.object_found or stopping.wait(_BUSY_POLL_SECONDS):
                 raise ValueError("a part of a message is not there any more")
         contents[part.object_id] = pulled.object_content
+        # The HTTP client's objects refer to each other in a circle, with the megabytes in them.
         del pulled
-        _let_go()
+        if len(contents[part.object_id]) >= FLOWER_PIECE_BYTES:
+            gc.collect()
     try:
         message = inflate_object_from_contents(tree.object_id, contents)
     except Exception as error:
@@ -373,14 +383,9 @@ def _push(
                 object_content=objects.pop(name).deflate(),
             )
             _patiently(partial(client.PushObject, part), stopping)
-            del part
-            _let_go()
-
-
-def _let_go() -> None:
-    """Frees what a request of megabytes leaves behind: the HTTP client's objects refer to each
-    other in a circle, and Python would find out after hundreds of them."""
-    gc.collect()
+            if len(part.object_content) >= FLOWER_PIECE_BYTES:
+                del part
+                gc.collect()
 
 
 def _patiently(call: Callable[[], T], stopping: threading.Event) -> T:

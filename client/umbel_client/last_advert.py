@@ -1,10 +1,10 @@
 """A site that is shown what it signed last notices that its own state is an old copy.
 
-The ledger and the journal are held against each other, but a backup or a virtual machine's snapshot
-puts both back together. What this site signed since is then known elsewhere only: each advert of keys
-carries the head that the ledger had, and the server shows every site its own last one with the
-next request to train. A server cannot forge it. It can withhold it, or show an older one: then
-nothing is noticed here.
+The ledger and the journal are held against each other, but a copied folder or a virtual machine's
+snapshot puts both back together. What this site signed since is then known elsewhere only: each
+advert of keys carries the head that the ledger had, and the server shows every site its own last
+one with the next request to train. A server cannot forge it. It can withhold it, or show an older
+one: then nothing is noticed here.
 """
 
 from umbel_client.site_job import SiteJob

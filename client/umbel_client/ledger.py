@@ -262,9 +262,14 @@ class Ledger:
         """
         if self._contents.restored:
             raise self._error(
-                "a privacy ledger is an old copy, and what was spent since it was made is not known",
+                "a privacy ledger is an old copy, and what was spent since is not known",
                 remedy="state it: umbel-client budget state-spend; docs/budget.md says how",
             )
+
+    @property
+    def unknown(self) -> bool:
+        """Whether it was stated that nobody knows what was spent."""
+        return self._contents.unknown
 
     def restored(self, evidence: bytes) -> None:
         """Marks this ledger as an old copy; nothing is charged until `state`.
@@ -349,7 +354,7 @@ class Ledger:
             self._contents = read_rows(self._path, self._database)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
-            with transaction(self._database):
+            if self._contents.schema != SCHEMA.version:
                 migrate(self._database, SCHEMA, self._path)
 
     def _check_data_set(self, data_set: bytes, unit: str | None) -> None:

@@ -61,8 +61,9 @@ def create(path: Path, first: Row) -> None:
     database = sqlite3.connect(draft, isolation_level=None)
     try:
         database.execute("PRAGMA synchronous = FULL")
+        # A draft: it has its name once it is whole.
+        migrate(database, SCHEMA, path)
         with transaction(database):
-            migrate(database, SCHEMA, path)
             database.execute("INSERT INTO rows VALUES (0, ?, ?)", (encode(first), first.head()))
     finally:
         database.close()
@@ -121,6 +122,7 @@ def read_rows(path: Path, database: sqlite3.Connection) -> Contents:
     if not rows or len(counts) != 1:
         raise damaged(path, f"{len(rows)} rows and {len(counts)} counts of answers")
     (contents.answers,) = counts[0]
+    contents.schema = version
     return contents
 
 

@@ -11,6 +11,8 @@ from umbel_common.canonical import Digest, Value, decode_canonical, digest, enco
 from umbel_common.errors import RemoteProtocolError
 
 GENESIS = bytes(32)
+EVALUATION = "#evaluation"
+"""Ends the name under which a job's counts of held-out records are charged: no job is called so."""
 LOST = digest("lost round", b"")
 """Stands for the delta of a round that was charged in a state of this site that is gone."""
 
@@ -104,6 +106,8 @@ class Stated(Value, frozen=True, tag_field="row", tag="stated"):
     rounds: tuple[StatedRound, ...]
     everything: bool
     """What was spent is not known: epsilon is infinite from then on."""
+    at: Annotated[str, msgspec.Meta(max_length=40)]
+    """When, UTC, ISO 8601, by this machine's clock."""
     by: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
     why: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
 
@@ -149,6 +153,8 @@ class Contents:
     """By job and round, in the order in which they were reserved."""
     answers: int = 0
     """How many the session journal had recorded when this site last let one out."""
+    schema: int = 0
+    """Schema version of the file that they were read from; 0: none."""
     restored: bool = False
     """Whether these rows are an old copy, and nobody has stated yet what was spent since."""
     unknown: bool = False

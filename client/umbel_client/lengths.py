@@ -1,5 +1,6 @@
 """How many tokens a site's records have: counted by the tokenizer of a base model, uncut."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from umbel_client.conversations import Conversation
 from umbel_client.data import Records
 from umbel_client.examples import Examples
 from umbel_client.model_folder import model_config, quietly, require_context
-from umbel_client.tokens import Ints, load_tokenizer
+from umbel_client.tokens import AT_ONCE, Ints, load_tokenizer
 from umbel_common.errors import DataError
 from umbel_common.plan import CausalLm, Task
 
@@ -51,11 +52,7 @@ def count_tokens(examples: Examples, folder: Path, task: Task | None = None) -> 
         DataError: names the row that the template cannot render.
     """
     if isinstance(examples.records, Records):
-        with quietly():
-            encoded = load_tokenizer(folder)(
-                examples.records.texts, return_attention_mask=False, return_token_type_ids=False
-            )
-        whole = np.array([len(ids) for ids in encoded["input_ids"]], dtype=np.int64)
+        whole = _text_lengths(examples.records.texts, folder)
         return Lengths(np.zeros_like(whole), whole)
     rendered_as = task if isinstance(task, CausalLm) else _rendering(examples, folder)
     chat = Chat.load(folder, rendered_as)
@@ -71,6 +68,20 @@ def count_tokens(examples: Examples, folder: Path, task: Task | None = None) -> 
     with quietly():
         both = chat.lengths(rendered)
     return Lengths(both[:, 0], both[:, 1])
+
+
+def _text_lengths(texts: Sequence[str], folder: Path) -> Ints:
+    tokenizer = load_tokenizer(folder)
+    lengths: list[int] = []
+    with quietly():
+        for start in range(0, len(texts), AT_ONCE):
+            encoded = tokenizer(
+                list(texts[start : start + AT_ONCE]),
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )
+            lengths += map(len, encoded["input_ids"])
+    return np.array(lengths, dtype=np.int64)
 
 
 def _rendering(examples: Examples, folder: Path) -> CausalLm:

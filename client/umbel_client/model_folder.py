@@ -7,6 +7,7 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from umbel_common.canonical import digest
 from umbel_common.errors import ModelError
 from umbel_common.plan import CausalLm, Classification, Task
+from umbel_host.process import reason
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -50,8 +52,32 @@ def folder_digest(folder: Path) -> bytes:
     Other files (a card, weights in other formats) do not count, since none of them is read.
 
     Raises:
-        ModelError: the folder, its configuration, weights or tokenizer are missing.
+        ModelError: the folder, its configuration, weights or tokenizer are missing or unreadable.
     """
+    lines = [f"{_file_digest(folder / name)}  {name}\n" for name in _names(folder)]
+    return digest("model-folder", "".join(lines).encode())
+
+
+def require_model(folder: Path) -> None:
+    """Finds out whether a model folder can be read, without reading all of it.
+
+    Raises:
+        ModelError: see `folder_digest`.
+    """
+    for name in _names(folder):
+        with _opened(folder / name):
+            pass
+
+
+def _names(folder: Path) -> list[str]:
+    """The files of a model that count."""
+    try:
+        return _found(folder)
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+
+
+def _found(folder: Path) -> list[str]:
     names = {path.name for path in folder.glob("*.safetensors")}
     accepted = {
         "config.json": (folder / "config.json").is_file(),
@@ -70,13 +96,28 @@ def folder_digest(folder: Path) -> bytes:
             )
     optional = ("config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
     names |= {name for name in optional if (folder / name).is_file()}
-    lines = [f"{_file_digest(folder / name)}  {name}\n" for name in sorted(names)]
-    return digest("model-folder", "".join(lines).encode())
+    return sorted(names)
 
 
 def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with _opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _opened(path: Path) -> BufferedReader:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> ModelError:
+    return ModelError(
+        "a model cannot be read",
+        file=path,
+        found=reason(error),
+        remedy="let the trainer's user read it",
+    )
 
 
 def skeleton(folder: Path, task: Task) -> PreTrainedModel:

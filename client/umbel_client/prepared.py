@@ -14,7 +14,7 @@ from umbel_client.model import AdaptedModel
 from umbel_client.prefix import Prefix, Progress, frozen_prefix, token_inputs
 from umbel_client.tokens import Ints, Tokens, tokenise
 from umbel_client.units import Units
-from umbel_common.plan import CausalLm
+from umbel_common.plan import CausalLm, Task
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def prepare(
     *,
     cache: Path | None,
     progress: Progress,
+    task: Task | None = None,
 ) -> PreparedData:
     """Tokenises the records and runs the frozen layers over them, once.
 
@@ -88,13 +89,14 @@ def prepare(
         model_folder: of the base model, for its tokenizer.
         cache: a folder on the site's disk for the frozen-prefix cache, which is private data; None
             keeps it in memory.
+        task: None: the model's plan's own.
 
     Raises:
         ModelError: the folder holds no tokenizer that the task can use.
         DataError: a record does not fit the plan.
         StorageError: the cache cannot be written.
     """
-    task = model.plan.task
+    task = task or model.plan.task
     if isinstance(records, LmRecords):
         assert isinstance(task, CausalLm)  # load_records reads what the task is about
         tokens, labels = tokenise_answers(records, model_folder, task)

@@ -241,6 +241,14 @@ class Session:
             self._database.execute("UPDATE attempts SET state = NULL WHERE job = ?", (job,))
         self._forget()
 
+    def end_all(self) -> None:
+        """Ends every attempt, as in a copy that must not answer anything a second time: its secrets
+        and answers are deleted, and what was counted and confirmed stays."""
+        with self._database.transaction():
+            self._database.execute("UPDATE attempts SET state = NULL")
+            self._database.execute("DELETE FROM answers")
+        self._forget()
+
     def confirm(self, context: bytes, survivors: tuple[str, ...]) -> None:
         """Records the survivor set that is about to be confirmed."""
         with self._database.transaction():

@@ -16,7 +16,7 @@ from umbel_client.data import LmRecords, Records, columns_of, load_records
 from umbel_client.delta_cache import DeltaCache, State
 from umbel_client.held_out import hold_out, noisy_counts
 from umbel_client.ledger import Ledger
-from umbel_client.ledger_rows import LOST
+from umbel_client.ledger_rows import EVALUATION, LOST
 from umbel_client.model import AdaptedModel
 from umbel_client.noise import NoiseSource
 from umbel_client.observer import Observer
@@ -43,9 +43,6 @@ from umbel_common.statements import RoundHeader
 
 FAILED = digest("failed round", b"")
 """Stands in the ledger for the delta of a round whose training failed."""
-
-EVALUATION = "#evaluation"
-"""Ends the name under which the ledger charges a job's counts: no job can be called so."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +286,8 @@ class SiteJob:
             return
         own = (self.plan.job, self.plan.job + EVALUATION)
         former = [entry.event for entry in self._ledger.history() if entry.job not in own]
-        events = [*former, self._event(self.plan.training.steps)]
+        unknown = [None] if self._ledger.unknown else []
+        events = [*former, *unknown, self._event(self.plan.training.steps)]
         if self.plan.evaluation is not None:
             events.append(evaluation_event(self.plan, rounds=self.plan.training.rounds))
         private = [event for event in events if event is not None]

@@ -8,6 +8,7 @@ copy of private data anywhere, not even for a moment: its folder need not be wri
 import csv
 import hashlib
 import io
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from datasets.exceptions import DatasetsError
 
 from umbel_common.canonical import Digest
 from umbel_common.errors import DataError
+from umbel_host.process import reason
 
 KINDS = (".jsonl", ".csv", ".parquet", "a folder that save_to_disk wrote")
 """What can be read."""
@@ -43,12 +45,36 @@ class Table:
     """Number of the first row, as people count."""
 
 
+def require_file(path: Path) -> None:
+    """Finds out whether data can be read, without reading them.
+
+    Raises:
+        DataError: they are missing or unreadable.
+    """
+    try:
+        if path.is_dir():
+            os.listdir(path)
+        else:
+            path.open("rb").close()
+    except FileNotFoundError:
+        raise DataError("the data file does not exist", file=path) from None
+    except OSError as error:
+        raise DataError(
+            "the data file cannot be read",
+            file=path,
+            found=reason(error),
+            remedy="let the trainer's user read it, and nobody else",
+        ) from None
+
+
 def read_table(path: Path) -> Table:
     """Reads every row of a file.
 
     Raises:
-        DataError: the file is missing, of another kind, malformed, not UTF-8, or empty.
+        DataError: the file is missing, unreadable, of another kind, malformed, not UTF-8, or
+            empty.
     """
+    require_file(path)
     try:
         rows = _rows_of(path)
         if not rows:
@@ -63,8 +89,6 @@ def _rows_of(path: Path) -> list[Row]:
     rows: list[Row]
     if path.is_dir():
         rows = _folder(path)
-    elif not path.is_file():
-        raise DataError("the data file does not exist", file=path)
     elif path.suffix in KINDS and path.stat().st_size == 0:
         rows = []
     elif path.suffix == ".jsonl":
@@ -190,6 +214,7 @@ def _parquet(path: Path) -> list[Row]:
 
 
 def _folder(path: Path) -> list[Row]:
+    datasets.disable_progress_bars()
     try:
         found = datasets.load_from_disk(str(path), keep_in_memory=True)
     except (DatasetsError, ValueError, TypeError, OSError, KeyError) as error:

@@ -15,6 +15,9 @@ from umbel_common.errors import ModelError
 _LOADING = threading.Lock()
 """Transformers' lazy imports are not safe in several threads at once."""
 
+AT_ONCE = 1000
+"""Texts given to a tokenizer at once: what it returns of one takes twenty times its length."""
+
 Ints = npt.NDArray[np.int64]
 
 

@@ -17,13 +17,15 @@ from umbel_client.ipc import (
     watch_method,
 )
 from umbel_client.isolation import Network, network
+from umbel_client.model_folder import require_model
 from umbel_client.pinned_roster import Pinned, load_pinned
 from umbel_client.site_log import SiteLog
 from umbel_client.sockets import control_socket, trainer_socket
+from umbel_client.tables import require_file
 from umbel_client.trainer import Trainer
 from umbel_common.errors import ConfigError
 from umbel_host.keys import read_identity
-from umbel_host.process import locked, told_to_stop, until
+from umbel_host.process import locked, require_state, told_to_stop, until
 from umbel_host.sockets import SocketServer
 
 RELAY_MODE = 0o660
@@ -42,7 +44,7 @@ def run(path: Path, no_isolation: str | None) -> None:
         no_isolation: why the process still has a network; None: it has none.
 
     Raises:
-        UmbelError: the configuration, the roster, the key, the journal or a socket.
+        UmbelError: the configuration, the roster, the key, data, model, the journal or a socket.
     """
     config = load_config(path)
     relay = require_relay(config, path)
@@ -51,7 +53,9 @@ def run(path: Path, no_isolation: str | None) -> None:
         _judge_isolation(config, path, no_isolation, logger)
     torch.set_num_threads(config.threads)
     state = Path(config.state)
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    require_state(state)
+    require_file(Path(config.data.path))
+    require_model(Path(config.model.path))
     log = SiteLog(logger)
     stopping = told_to_stop()
     with ExitStack() as stack:

@@ -1,11 +1,11 @@
 """The closed set of messages between server and site, sealed by the sender's identity.
 
-A sealed message is `"UMB" | wire version (1) | signature (64) | body`. The signature covers a label that names the
-direction and the site, and of a reply also the request: so a message is good for one site and one
-direction only, and a reply for one request, whatever was recorded before. The body is
+A sealed message is `"UMB" | wire version (1) | signature (64) | body`. The signature covers a label
+that names the direction and the site, and of a reply also the request: so a message is good for one
+site and one direction only, and a reply for one request, whatever was recorded before. The body is
 the strict MessagePack encoding of one of the types below. Order of checks on receipt: size, magic,
-version, signature against the pinned key, decoding. Nothing is parsed, and nothing allocated, before
-all but the last passed.
+version, signature against the pinned key, decoding. Nothing is parsed, and nothing allocated,
+before the first four passed.
 
 A side speaks one version and says so in each message: whoever speaks another refuses by name, and
 both sides' people read who has to upgrade.

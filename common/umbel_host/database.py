@@ -57,8 +57,7 @@ class Database:
                 self.execute("PRAGMA synchronous = FULL")
                 if secure_delete:
                     self.execute("PRAGMA secure_delete = ON")
-                with transaction(self._connection):
-                    migrate(self._connection, schema, path)
+                migrate(self._connection, schema, path)
             except BaseException:
                 self._connection.close()
                 raise
@@ -144,17 +143,27 @@ def require_known(version: int, schema: Schema, path: Path) -> None:
 
 
 def migrate(database: sqlite3.Connection, schema: Schema, path: Path) -> None:
-    """Brings a file to today's version; within a transaction.
+    """Brings a file to today's version, or leaves it as it is.
 
     Raises:
         StorageError: it is of a later version.
     """
     version = schema_version(database)
     require_known(version, schema, path)
+    if version != schema.version:
+        with transaction(database):
+            _migrate(database, schema, path)
+
+
+def _migrate(database: sqlite3.Connection, schema: Schema, path: Path) -> None:
+    # Asked again: another process may have been faster.
+    version = schema_version(database)
+    require_known(version, schema, path)
+    if version == schema.version:
+        return
     steps = (schema.tables,) if version == 0 else schema.steps[version - 1 :]
     for step in steps:
         # `executescript` would end the transaction; no statement of ours quotes a semicolon.
         for statement in step.split(";"):
             database.execute(statement)
-    if version != schema.version:
-        database.execute(f"PRAGMA user_version = {schema.version}")
+    database.execute(f"PRAGMA user_version = {schema.version}")

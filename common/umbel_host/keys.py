@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 from umbel_common.errors import IdentityError
 from umbel_common.identity import Identity
 from umbel_host.durable import create
+from umbel_host.process import reason
 
 
 def write_identity(path: Path, identity: Identity) -> None:
@@ -83,8 +84,10 @@ def _private_key(path: Path) -> object:
         raise IdentityError(
             "a key file cannot be read",
             file=path,
-            found=error.strerror,
-            remedy="give the path of this party's own key file",
+            found=reason(error),
+            remedy="run this as the key's owner"
+            if isinstance(error, PermissionError)
+            else "give the path of this party's own key file",
         ) from None
     if mode & 0o077:
         raise IdentityError(

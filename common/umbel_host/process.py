@@ -1,8 +1,10 @@
-"""One process of a kind at a time, which ends when it is told to."""
+"""One process of a kind at a time, in a folder of its own, which ends when it is told to."""
 
 import ctypes
+import errno
 import fcntl
 import os
+import pwd
 import signal
 import threading
 from collections.abc import Iterator
@@ -24,6 +26,45 @@ def give_memory_back() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 18)
 
 
+def this_user() -> str:
+    """Name of the user that this process runs as."""
+    return _name(os.geteuid())
+
+
+def reason(error: OSError) -> str:
+    """Why a file cannot be used, for an error; where its mode forbids it, also to whom."""
+    text = error.strerror or str(error)
+    return f"{text}, for user {this_user()}" if isinstance(error, PermissionError) else text
+
+
+def require_state(folder: Path) -> None:
+    """Makes the folder that a process keeps its state in, or finds out whether it can be used.
+
+    Raises:
+        StorageError: it cannot be made or written to; or it is another user's and this process is
+            root, whose files the other could not write any more.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = folder.stat().st_uid
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise StorageError(
+            "the state folder cannot be used",
+            file=folder,
+            found=reason(error),
+            remedy="give it to the user that this process runs as, or run it as its owner",
+        ) from None
+    if os.geteuid() == 0 != owner:
+        raise StorageError(
+            "the state folder is another user's, who could not use what root writes there",
+            file=folder,
+            found=f"user {this_user()}",
+            accepted=f"the folder's owner, user {_name(owner)}",
+        )
+
+
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Holds a lock that ends with the process, however it ends.
@@ -38,7 +79,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         lock = open(path, "ab", opener=_private)  # noqa: SIM115  # closed below
     except OSError as error:
-        raise StorageError("a lock cannot be opened", file=path, found=error.strerror) from None
+        raise StorageError("a lock cannot be opened", file=path, found=reason(error)) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,3 +108,11 @@ def until(event: threading.Event) -> None:
 
 def _private(name: str, flags: int) -> int:
     return os.open(name, flags, 0o600)
+
+
+def _name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        # A container may know no name for its user.
+        return str(user)

@@ -12,6 +12,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from umbel_common.errors import StorageError, UnreachableError
+from umbel_host.process import reason
 
 _PIECE_BYTES = 1 << 20
 """A message may be larger than what gRPC takes at once: it travels in pieces."""
@@ -140,5 +141,5 @@ def _make_room(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(
-            "a socket's folder cannot be used", file=path.parent, found=error.strerror
+            "a socket's folder cannot be used", file=path.parent, found=reason(error)
         ) from None

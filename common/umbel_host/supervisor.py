@@ -61,7 +61,7 @@ class _Child:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._started, self._died = time.monotonic(), None
-        process = subprocess.Popen(self._command, preexec_fn=_end_with_parent)  # noqa: S603
+        process = subprocess.Popen(self._command, preexec_fn=end_with_parent)  # noqa: S603
         _logger.info("%s is process %d", self.name, process.pid)
         return process
 
@@ -110,8 +110,8 @@ def _end(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
 _libc = ctypes.CDLL(None)
 
 
-def _end_with_parent() -> None:
-    """Between fork and exec: a supervisor that is killed leaves no process behind that would hold
-    the locks which its successor needs."""
+def end_with_parent() -> None:
+    """Between fork and exec: a parent that is killed leaves no process behind that would hold what
+    its successor needs."""
     if hasattr(_libc, "prctl"):
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

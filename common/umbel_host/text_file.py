@@ -4,6 +4,7 @@ from pathlib import Path
 
 from umbel_common.errors import IdentityError, StorageError
 from umbel_host.durable import create
+from umbel_host.process import reason
 
 
 def find_text(path: Path) -> str | None:
@@ -17,7 +18,7 @@ def find_text(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        found = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        found = reason(error) if isinstance(error, OSError) else "not UTF-8 text"
         raise IdentityError("a file cannot be read", file=path, found=found) from None
 
 

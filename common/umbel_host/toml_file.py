@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from umbel_common.config import from_table, read_table
 from umbel_common.errors import ConfigError
+from umbel_host.process import reason
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ def read_toml_table(path: Path, remedy: str) -> dict[str, object]:
         raise ConfigError(
             "a configuration file cannot be read",
             file=path,
-            found=error.strerror if isinstance(error, OSError) else "not UTF-8 text",
+            found=reason(error) if isinstance(error, OSError) else "not UTF-8 text",
             remedy=remedy,
         ) from None
     return read_table(text, path)

@@ -3,8 +3,8 @@
     python deploy/release/advisories.py server relay client
 
 Ends with 0 when nothing is known, 1 when something is (each advisory on a line), and 3 when the
-registry could not be asked: that is not the same as nothing known. With OFFLINE=1 in the environment
-it does not ask, says so, and ends with 0.
+registry could not be asked: that is not the same as nothing known. With OFFLINE=1 in the
+environment it does not ask, says so, and ends with 0.
 """
 
 import json
@@ -27,7 +27,7 @@ def main(roles: list[str]) -> int:
 
 def asked(role: str) -> int:
     """Prints what is known against a role's packages; 0, KNOWN or NOT_CHECKED."""
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603  # our own files
         [
             *(sys.executable, "-m", "pip_audit", "--format", "json", "--progress-spinner", "off"),
             *("--disable-pip", "--require-hashes", "-r", str(LOCKS / f"{role}.txt")),

@@ -9,11 +9,14 @@ import typer
 from umbel_host.console import exit_code
 from umbel_host.log import configure
 from umbel_host.supervisor import Command, supervise
+from umbel_server import backup_cli
 from umbel_server.adapters_cli import adapters
 from umbel_server.config import load_config
 from umbel_server.job_cli import job
 from umbel_server.plan_cli import plan
+from umbel_server.renew_cli import renew
 from umbel_server.sites_cli import register
+from umbel_server.tune_cli import tune
 
 app = typer.Typer(
     name="umbel-server",
@@ -23,9 +26,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 register(app)
+backup_cli.register(app)
+app.command()(renew)
 app.add_typer(plan, name="plan")
 app.add_typer(job, name="job")
 app.add_typer(adapters, name="adapters")
+app.command()(tune)
 
 
 @app.command()

@@ -6,6 +6,7 @@ evaluation.
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from umbel_common.errors import ConfigError, DataError, StorageError, UmbelError
 from umbel_common.evaluation import Evaluation, EvaluationRequest, HoldoutColumns
 from umbel_common.plan import TrainingPlan
 from umbel_common.plan_file import plan_to_json
+from umbel_host.supervisor import end_with_parent
 from umbel_server.config import EvaluationConfig
 from umbel_server.ports import JobStopped
 
@@ -101,6 +103,8 @@ class ProcessEvaluator:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                start_new_session=True,
+                preexec_fn=end_with_parent,  # one call, which takes no lock
             )
         except OSError as error:
             raise _failed(f"{command[0]}: {error.strerror}") from None
@@ -119,7 +123,8 @@ class ProcessEvaluator:
                     raise _failed(f"no answer within {self._config.seconds:g} seconds")
         finally:
             if process.poll() is None:
-                process.kill()
+                # Its own children too: they hold its pipes open.
+                os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
         if process.returncode:
             raise _failed(_reason(process.returncode, complaints))

@@ -18,11 +18,12 @@ import uvicorn
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from umbel_common.errors import ConfigError
 from umbel_common.wire import FLOWER_PIECE_BYTES
+from umbel_host.keys import read_tls_key
 
 PATHS = frozenset(
     f"/v1/fleet/{name}"
@@ -39,10 +40,11 @@ PATHS = frozenset(
 )
 """What a relay needs. Registering nodes, runs and app bundles are not among it."""
 ACTIVATE = "/v1/fleet/activate-node"
-_WITH_PIECES = frozenset({"/v1/fleet/pull-object", "/v1/fleet/push-object"})
 _KEY_HEADER = b"flwr-public-key"
 _LARGEST_BODY = FLOWER_PIECE_BYTES + (1 << 16)
 """Bytes: a piece of a message and what is around it."""
+_LARGE = 1 << 18
+"""Bytes of a request and its answer that are worth to be freed at once."""
 _PEER = "umbel.peer"
 
 
@@ -91,14 +93,24 @@ class Gate:
             return
         status = self._judge(scope)
         if status is None:
-            await self._fleet(scope, receive, send)
-            if scope["path"] in _WITH_PIECES:
-                # The web framework's objects for a request refer to each other in a circle, and to
-                # the megabytes that it brought: Python would find out after hundreds of them.
-                gc.collect()
+            await self._pass(scope, receive, send)
             return
         # What is there and what is not, a stranger need not learn.
         await PlainTextResponse("", status_code=status)(scope, receive, send)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        moved = int(dict(scope["headers"])[b"content-length"])
+
+        async def counted(message: Message) -> None:
+            nonlocal moved
+            moved += len(message.get("body", b""))
+            await send(message)
+
+        await self._fleet(scope, receive, counted)
+        if moved > _LARGE:
+            # The web framework's objects for a request refer to each other in a circle, and to the
+            # megabytes that it moved: Python would find out after hundreds of them.
+            gc.collect()
 
     def _judge(self, scope: Scope) -> int | None:
         """The status of a refusal; None: the request may pass."""
@@ -145,8 +157,10 @@ def tls_context(certificate: Path, key: Path, client_ca: Path) -> ssl.SSLContext
     """TLS 1.3 with a client certificate of our own authority, or no connection.
 
     Raises:
-        ConfigError: a file is missing, unreadable, expired or no such thing.
+        IdentityError: the key is missing, open to others, or none that is used here.
+        ConfigError: a certificate is missing, unreadable, expired or no such thing.
     """
+    read_tls_key(key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED

@@ -34,18 +34,22 @@ def run(path: Path) -> None:
     """Serves until told to stop.
 
     Raises:
-        UmbelError: the configuration, a certificate, the port, or the state folder.
+        UmbelError: the configuration, a key or certificate, the list of sites, the port, or the
+            state folder.
     """
-    from umbel_host.process import locked, told_to_stop
+    from umbel_host.process import locked, require_state, told_to_stop
     from umbel_server.config import load_config
     from umbel_server.listener import tls_context
+    from umbel_server.sites import load_sites
 
     config = load_config(path)
     context = tls_context(
         Path(config.listen.certificate), Path(config.listen.key), Path(config.listen.client_ca)
     )
+    # Later it would go on with those of a moment ago; now there are none.
+    load_sites(Path(config.sites))
     state = Path(config.state)
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    require_state(state)
     os.environ["FLWR_DATABASE"] = str(state / "superlink.sqlite")
     # Where a temporary folder is in memory, what is put there to save memory would save none.
     os.environ["SQLITE_TMPDIR"] = str(state)

@@ -169,12 +169,13 @@ class JobQueue:
             name, round=round_number, attempt=attempt, stage=stage, answered=" ".join(answered)
         )
 
-    def stop_all(self, detail: str) -> int:
-        """Stops whatever waits or runs, with a reason; returns how many that were."""
-        jobs = [job for job in self.jobs() if job.state in (State.RUNNING, State.WAITING)]
-        for job in jobs:
-            self.set_state(job.job, State.STOPPED, detail)
-        return len(jobs)
+    def stop_all(self, detail: str) -> tuple[str, ...]:
+        """Stops whatever waits or runs, with a reason; returns their names."""
+        jobs = self.jobs()
+        names = tuple(job.job for job in jobs if job.state in (State.RUNNING, State.WAITING))
+        for name in names:
+            self.set_state(name, State.STOPPED, detail)
+        return names
 
     def stop_wanted(self, name: str) -> bool:
         """Whether the operator wants a job stopped."""

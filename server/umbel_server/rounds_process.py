@@ -15,7 +15,7 @@ from umbel_common.errors import StorageError
 from umbel_host.console import exit_code
 from umbel_host.keys import read_identity
 from umbel_host.log import configure
-from umbel_host.process import locked, told_to_stop
+from umbel_host.process import locked, require_state, told_to_stop
 from umbel_host.sockets import SocketServer
 from umbel_server.carrier import CarrierLink
 from umbel_server.config import carrier_socket, load_config, load_roster, rounds_socket
@@ -37,13 +37,14 @@ def run(path: Path) -> None:
     """Works off the queue until told to stop; the job under way goes on at the next start.
 
     Raises:
-        UmbelError: the configuration, the key, the roster, the queue, or the socket for probes.
+        UmbelError: the configuration, the key, the roster, the state folder, the queue, or the
+            socket for probes.
     """
     config = load_config(path)
     operator = read_identity(Path(config.identity))
     load_roster(config)
     state = Path(config.state)
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    require_state(state)
     stopping = told_to_stop()
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""`umbel-server init`, `sites`, `roster`, `renew`: who takes part, and how they get in."""
+"""`umbel-server init`, `sites`, `roster`: who takes part, and how they get in."""
 
 import sys
 from datetime import UTC, datetime
@@ -35,8 +35,6 @@ from umbel_server.expiry import good_until, parse, read, to_renew
 from umbel_server.operator_files import (
     changing,
     load_authority,
-    renew_authority,
-    renew_server,
     save_roster,
     set_up,
 )
@@ -375,31 +373,8 @@ def export(out: Out, config: Config = SERVER_TOML) -> None:
     print_lines(Console(highlight=False), lines)
 
 
-def renew_command(
-    config: Config = SERVER_TOML,
-    authority: Annotated[
-        bool, typer.Option("--authority", help="The authority's own certificate instead.")
-    ] = False,
-) -> None:
-    """Give the server itself a new certificate; restart it afterwards."""
-    settings, console = load_config(config), Console(highlight=False)
-    if authority:
-        renewed = renew_authority(settings, load_roster(settings).roster.federation)
-        print_lines(console, [("authority", good_until(renewed, datetime.now(UTC)))])
-        console.print(
-            "\nThe port has it after a restart of umbel-server run; sites get it with their next\n"
-            "kit (umbel-server sites renew), and must have it before the former one ends.",
-            soft_wrap=True,
-        )
-        return
-    renewed = renew_server(settings)
-    print_lines(console, [("certificate", good_until(renewed, datetime.now(UTC)))])
-    typer.echo("\nThe port has it after a restart of umbel-server run; no site has to do anything.")
-
-
 def register(app: typer.Typer) -> None:
     """Adds these commands to `umbel-server`."""
     app.command()(init)
     app.add_typer(sites, name="sites")
     app.add_typer(roster, name="roster")
-    app.command("renew")(renew_command)

@@ -6,6 +6,7 @@ that could be stolen. `docs/adr/0011-flower-as-a-carrier.md` says why;
 `tests/e2e/test_flower_contract.py` holds every name of Flower's that is used here.
 """
 
+import logging
 import os
 import tempfile
 import threading
@@ -32,11 +33,14 @@ from flwr.supercore.state.schema.linkstate_models import MessageIns
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.main import create_app
 from sqlalchemy import update
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp
 
 from umbel_common.wire import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
 from umbel_host.flower import PieceElsewhere, names_of_pieces, packed_file, piece_of
 from umbel_server.reply_filter import ReplyFilter
+
+_logger = logging.getLogger("umbel.port")
 
 _KEEP_ALIVE_SECONDS = 15.0
 _RETURN_SECONDS = 120.0
@@ -64,9 +68,12 @@ class SuperLink:
         # memory, and a copy in memory of every message that is being deleted (to undo it if the
         # statement fails) would be most of this process.
         databases: Any = sql_mixin
-        less = {"cache_size": "-2000", "mmap_size": "4000000", "temp_store": "FILE"}
+        ours = {"cache_size": "-2000", "mmap_size": "4000000", "temp_store": "FILE"}
+        # To delete a large message takes longer than Flower's five seconds on a busy machine, and
+        # meanwhile nobody else can write.
+        ours["busy_timeout"] = "60000"
         databases.SQLITE_PRAGMAS = tuple(
-            (name, less.get(name, value)) for name, value in databases.SQLITE_PRAGMAS
+            (name, ours.get(name, value)) for name, value in databases.SQLITE_PRAGMAS
         )
         self._folder = str(Path(os.environ["FLWR_DATABASE"]).parent)
         fleet = create_app()
@@ -288,6 +295,10 @@ class SuperLink:
     def _keep_alive(self) -> None:
         """Flower ends a run whose app is silent for a minute."""
         while not self._stopped.wait(_KEEP_ALIVE_SECONDS):
-            if not self._state.acknowledge_task_heartbeat(self._task_id):
-                # The machine slept. What was under way is lost; who waits is told so.
-                self._run_id, self._task_id = self._begin()
+            try:
+                if not self._state.acknowledge_task_heartbeat(self._task_id):
+                    # The machine slept. What was under way is lost; who waits is told so.
+                    self._run_id, self._task_id = self._begin()
+            except SQLAlchemyError as error:
+                # A disk that is full or slow: whoever gave up here would end the run for good.
+                _logger.warning("the SuperLink's database: %s", str(error).splitlines()[0])

@@ -66,10 +66,14 @@ class RoundReleased(Event, frozen=True, tag="round-released"):
     round: int
     attempt: int
     survivors: list[str]
-    accuracy: float
-    macro_f1: float
     epsilon: dict[str, float | None]
     """Epsilon spent by each site so far; null without differential privacy."""
+    accuracy: float | None = None
+    macro_f1: float | None = None
+    perplexity: float | None = None
+    perplexity_error: float | None = None
+    general_perplexity: float | None = None
+    """As in `results.Score`."""
 
 
 class AttemptAborted(Event, frozen=True, tag="attempt-aborted"):

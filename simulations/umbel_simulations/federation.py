@@ -191,6 +191,7 @@ class Federation:
         return CLIENT_TOML.format(
             site=json.dumps(site),
             public_size=size,
+            task=json.dumps(self._scenario.task.__struct_config__.tag),
             labels=json.dumps(list(labels)),
             physical_batch_size=json.dumps(self._scenario.compute.site_batch_size),
             model=json.dumps(str(model.resolve())),
@@ -235,6 +236,7 @@ precision = "fastest"
 [policy]
 approval = "none"
 models = [{digest}]
+tasks = [{task}]
 labels = {labels}
 max_rank = {rank}
 max_rounds = {rounds}

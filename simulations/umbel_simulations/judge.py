@@ -1,23 +1,33 @@
-"""Scores adapters on the held-out public set, which no site trains on."""
+"""Scores adapters on the held-out public set, which no site trains on, and lets them answer."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
-from umbel_client.data import load_records
+from umbel_client.chat import Chat
+from umbel_client.conversations import Turn
+from umbel_client.data import LmRecords, Records, load_records
+from umbel_client.inference import Sampling, answers
+from umbel_client.local_training import record_losses
 from umbel_client.model import AdaptedModel
 from umbel_client.precision import fastest_precision
-from umbel_client.prepared import prepare
+from umbel_client.prepared import PreparedData, prepare
 from umbel_client.training import evaluate
 from umbel_common.adapter import Vector
-from umbel_common.plan import Classification, TrainingPlan
+from umbel_common.plan import CausalLm, TrainingPlan
 from umbel_simulations.population import write_site_data
 from umbel_simulations.results import Score
+from umbel_simulations.run_folder import write
 from umbel_simulations.scores import score
-from umbel_simulations.sources import Example
+from umbel_simulations.sources import Example, general_texts
 
-BATCH = 128
+BATCH = {"classification": 128, "causal-lm": 16}
+"""Records at once."""
+ANSWER_TOKENS = 48
+"""Of the longest answer."""
 
 
 class Judge:
@@ -28,17 +38,52 @@ class Judge:
     ) -> None:
         """Writes the test set into `folder`, as public data, and prepares it."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_site_data(folder, test)
-        assert isinstance(plan.task, Classification)  # scenarios have no other task
-        records = load_records(folder / "data.jsonl", plan.task)
-        self._labels = np.array(records.labels)
+        self._folder = folder
+        self._model_folder = model
         self._model = AdaptedModel.load(model, plan, precision=fastest_precision())
-        self._data = prepare(
-            self._model, model, records, cache=folder / "cache", progress=lambda done, total: None
+        write_site_data(folder, test)
+        records = load_records(folder / "data.jsonl", plan.task)
+        self._labels = np.array(records.labels if isinstance(records, Records) else ())
+        self._data = self._prepared(records)
+        self._general: PreparedData | None = None
+        if isinstance(plan.task, CausalLm):
+            rows = [{"text": text} for text in general_texts()]
+            lines = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
+            write(folder / "general.jsonl", lines)
+            whole = msgspec.structs.replace(plan.task, loss_on="all", too_long="truncate")
+            texts = load_records(folder / "general.jsonl", whole)
+            self._general = self._prepared(texts, whole)
+
+    def _prepared(self, records: Records | LmRecords, task: CausalLm | None = None) -> PreparedData:
+        return prepare(
+            self._model,
+            self._model_folder,
+            records,
+            cache=self._folder / "cache",
+            progress=lambda done, total: None,
+            task=task,
         )
 
     def __call__(self, adapter: Vector) -> Score:
         """The score of an adapter, float32[plan.lora.size]."""
         self._model.set_vector(adapter)
-        predicted = evaluate(self._model, self._data, BATCH)
-        return score(self._labels, predicted)
+        if self._general is None:
+            predicted = evaluate(self._model, self._data, BATCH["classification"])
+            return score(self._labels, predicted)
+        losses = record_losses(self._model, self._data, BATCH["causal-lm"])
+        perplexity = math.exp(losses.mean())
+        general = record_losses(self._model, self._general, BATCH["causal-lm"])
+        return Score(
+            perplexity=perplexity,
+            perplexity_error=perplexity * float(losses.std()) / math.sqrt(len(losses)),
+            general_perplexity=math.exp(general.mean()),
+        )
+
+    def answer(self, adapter: Vector, questions: Sequence[str]) -> list[str]:
+        """What a language model says to each question, the likeliest token each time."""
+        task = self._model.plan.task
+        assert isinstance(task, CausalLm)  # classifications are not asked
+        self._model.set_vector(adapter)
+        turns = [[Turn("user", question)] for question in questions]
+        sampling = Sampling(max_new_tokens=ANSWER_TOKENS)
+        return list(answers(self._model, Chat.load(self._model_folder, task), turns, sampling))

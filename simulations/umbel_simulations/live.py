@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from umbel_simulations import events
+from umbel_simulations.measures import measure_of
+from umbel_simulations.results import Score
 
 ANSWERED = {
     "offer": "accepted",
@@ -64,8 +66,8 @@ class RunState:
     round: int = 0
     """The round under way, from 1."""
     sites: dict[str, SiteState] = field(default_factory=dict)
-    scores: list[tuple[int, float, float]] = field(default_factory=list)
-    """Round, accuracy and macro-F1 of each release."""
+    scores: list[tuple[int, Score]] = field(default_factory=list)
+    """Round and score of each release."""
     warnings: list[str] = field(default_factory=list)
     baselines: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Comparisons: done and total."""
@@ -140,7 +142,7 @@ class RunState:
 
     def _released(self, event: events.RoundReleased) -> None:
         self.round = event.round
-        self.scores.append((event.round, event.accuracy, event.macro_f1))
+        self.scores.append((event.round, score_of(event)))
         for name, site in self.sites.items():
             site.epsilon = event.epsilon[name]
             missed = next((stage for stage in STAGES if stage not in site.answered), None)
@@ -312,13 +314,14 @@ def _header(state: RunState, since: float) -> RenderableType:
 def _scores(state: RunState) -> RenderableType:
     if not state.scores:
         return Text("\nnothing released yet", style="dim")
-    number, accuracy, macro_f1 = state.scores[-1]
+    number, score = state.scores[-1]
+    measure = measure_of(score)
     line = Text.assemble(
-        f"\nafter round {number}: accuracy ",
-        (f"{accuracy:.1%}", "bold green"),
-        f", macro-F1 {macro_f1:.1%}",
+        f"\nafter round {number}: {measure.name} ",
+        (_value(score), "bold green"),
+        f", {_other(score)}",
     )
-    earlier = "  ".join(f"{score:.1%}" for _, score, _ in state.scores[-SCORES_SHOWN:-1])
+    earlier = "  ".join(_value(score) for _, score in state.scores[-SCORES_SHOWN:-1])
     if earlier:
         line.append(f"   before: {earlier}", "dim")
     return line
@@ -341,10 +344,33 @@ def _bars(state: RunState) -> list[RenderableType]:
 def _outcome(event: events.RoundReleased) -> str:
     spent = [epsilon for epsilon in event.epsilon.values() if epsilon is not None]
     epsilon = f"epsilon at most {max(spent):.2f}" if spent else "no differential privacy"
+    score = score_of(event)
     return (
-        f"accuracy {event.accuracy:.1%}  macro-F1 {event.macro_f1:.1%}"
+        f"{measure_of(score).name} {_value(score)}  {_other(score)}"
         f"  {len(event.survivors)} of {len(event.epsilon)} sites  {epsilon}"
     )
+
+
+def score_of(event: events.RoundReleased) -> Score:
+    """What an event says of a release."""
+    return Score(
+        accuracy=event.accuracy,
+        macro_f1=event.macro_f1,
+        perplexity=event.perplexity,
+        perplexity_error=event.perplexity_error,
+        general_perplexity=event.general_perplexity,
+    )
+
+
+def _value(score: Score) -> str:
+    measure = measure_of(score)
+    return f"{measure.show(score)}{measure.unit.strip()}"
+
+
+def _other(score: Score) -> str:
+    measure = measure_of(score)
+    name, _, unit = measure.other_name.partition(" %")
+    return f"{name} {measure.show_other(score)}{'%' if measure.unit else unit}"
 
 
 def _style(doing: str) -> str:

@@ -7,8 +7,10 @@ from umbel_common.plan import (
     Adam,
     Aggregation,
     BaseModel,
+    CausalLm,
     Classification,
     Sgd,
+    Task,
     Training,
     TrainingPlan,
     check_plan,
@@ -35,11 +37,15 @@ def make_plan(
         ModelError, PlanError: the model does not have what the scenario targets, the parts of the
             plan do not fit together, or a sum of so many deltas could wrap.
     """
-    task = Classification(
-        labels=labels,
-        max_tokens=scenario.task.max_tokens,
-        head=scenario.task.head,
-        logit_scale=scenario.task.logit_scale,
+    task: Task = (
+        scenario.task
+        if isinstance(scenario.task, CausalLm)
+        else Classification(
+            labels=labels,
+            max_tokens=scenario.task.max_tokens,
+            head=scenario.task.head,
+            logit_scale=scenario.task.logit_scale,
+        )
     )
     lora = plan_lora(
         model,
@@ -50,6 +56,7 @@ def make_plan(
         layers=scenario.lora.layers,
         method=scenario.lora.method,
         seed=scenario.seed,
+        scaling=scenario.lora.scaling,
     )
     plan = TrainingPlan(
         federation=scenario.name,

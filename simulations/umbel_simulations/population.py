@@ -46,8 +46,14 @@ def partition(examples: Sequence[Example], sites: Sites, seed: int) -> dict[str,
 
 
 def write_site_data(folder: Path, examples: Sequence[Example]) -> None:
-    """Writes `data.jsonl` into a folder: one JSON object with `text` and `label` a line."""
-    rows = [{"text": example.text, "label": example.label} for example in examples]
+    """Writes `data.jsonl` into a folder: one JSON object a line, with `text` and `label`, or with
+    `prompt` and `completion` for a language model."""
+    rows = [
+        {"prompt": example.text, "completion": example.answer}
+        if example.answer
+        else {"text": example.text, "label": example.label}
+        for example in examples
+    ]
     write(folder / "data.jsonl", b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
 
 

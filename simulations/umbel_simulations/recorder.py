@@ -206,6 +206,9 @@ class ServerObserver:
                 survivors=list(release.survivors),
                 accuracy=score.accuracy,
                 macro_f1=score.macro_f1,
+                perplexity=score.perplexity,
+                perplexity_error=score.perplexity_error,
+                general_perplexity=score.general_perplexity,
                 epsilon={site: observer.epsilon for site, observer in self._sites.items()},
             )
         )

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from umbel_simulations.live import size
+from umbel_simulations.measures import ACCURACY, Measure, measure_of
 from umbel_simulations.results import Comparison, RunSummary, Score
 from umbel_simulations.run_folder import write
 from umbel_simulations.table import ordered, privacy_of, warnings_of
@@ -55,9 +56,10 @@ def write_report(summary: RunSummary, path: Path) -> None:
         claim=CLAIM,
         headlines=_headlines(summary),
         comparisons=[
-            (row, _standard_error(row.score, summary.test_records))
+            (row, measure_of(row.score).error(row.score, summary.test_records))
             for row in ordered(summary.comparisons)
         ],
+        measure=_measure(summary),
         curve=_learning_curve(summary),
         epsilon=_epsilon_curve(summary) if summary.privacy == "local" else None,
         sites=[(site, *privacy_of(site)) for site in summary.sites],
@@ -66,9 +68,9 @@ def write_report(summary: RunSummary, path: Path) -> None:
     write(path, page.encode())
 
 
-def _standard_error(score: Score, records: int) -> float:
-    """Of an accuracy measured on so many independent records, in units of accuracy."""
-    return math.sqrt(score.accuracy * (1 - score.accuracy) / max(records, 1))
+def _measure(summary: RunSummary) -> Measure:
+    """What all scores of a run are about."""
+    return measure_of(summary.comparisons[0].score) if summary.comparisons else ACCURACY
 
 
 def _headlines(summary: RunSummary) -> list[tuple[str, str, str]]:
@@ -78,14 +80,15 @@ def _headlines(summary: RunSummary) -> list[tuple[str, str, str]]:
     clear = sum(site.sent_clear_bytes for site in summary.sites)
     masked = sum(site.sent_masked_bytes for site in summary.sites)
     headlines = []
+    measure = _measure(summary)
     if federated is not None:
-        error = 100 * summary.standard_error
-        headlines.append(
-            (f"{100 * federated.accuracy:.1f} %", "accuracy together", f"± {error:.1f}")
-        )
+        error = measure.error(federated, summary.test_records)
+        value = f"{measure.show(federated)}{measure.unit}"
+        headlines.append((value, f"{measure.name} together", f"± {error:.1f}"))
     if federated is not None and alone is not None:
-        gain = 100 * (federated.accuracy - alone.accuracy)
-        headlines.append((f"{gain:+.1f}", "points against each site alone", "mean over the sites"))
+        gain = measure.value(federated) - measure.value(alone)
+        what = "points" if measure.unit else measure.name
+        headlines.append((f"{gain:+.1f}", f"{what} against each site alone", "mean over the sites"))
     spent = [site.epsilon for site in summary.sites if site.epsilon is not None]
     deltas = [site.delta for site in summary.sites if site.delta is not None]
     if spent and deltas:
@@ -117,24 +120,23 @@ def _label_rows(summary: RunSummary) -> list[tuple[str, list[tuple[int, float]]]
 
 
 def _learning_curve(summary: RunSummary) -> Markup:
-    figure, axes = _figure("round", "accuracy, %")
+    measure = _measure(summary)
+    figure, axes = _figure("round", ", ".join(filter(None, (measure.name, measure.unit.strip()))))
     rounds = [point.round for point in summary.curve]
-    accuracy = [100 * point.score.accuracy for point in summary.curve]
-    errors = [100 * _standard_error(point.score, summary.test_records) for point in summary.curve]
+    values = [measure.value(point.score) for point in summary.curve]
+    errors = [measure.error(point.score, summary.test_records) for point in summary.curve]
     axes.fill_between(
         rounds,
-        [value - error for value, error in zip(accuracy, errors, strict=True)],
-        [value + error for value, error in zip(accuracy, errors, strict=True)],
+        [value - error for value, error in zip(values, errors, strict=True)],
+        [value + error for value, error in zip(values, errors, strict=True)],
         color=_COLOURS[0],
         alpha=0.2,
         linewidth=0,
     )
-    axes.plot(
-        rounds, accuracy, marker="o", color=_COLOURS[0], label=_with_value("federated", accuracy)
-    )
+    axes.plot(rounds, values, marker="o", color=_COLOURS[0], label=_with_value("federated", values))
     others = [row for row in reversed(ordered(summary.comparisons)) if row.name != "federated"]
     for index, row in enumerate(others, start=1):
-        value = 100 * row.score.accuracy
+        value = measure.value(row.score)
         axes.axhline(
             value,
             color=_COLOURS[index],
@@ -175,15 +177,18 @@ def _epsilon_curve(summary: RunSummary) -> Markup:
 
 def _curve_text(summary: RunSummary) -> str:
     """The learning curve in words."""
+    measure = _measure(summary)
     points = ", ".join(
-        f"{100 * point.score.accuracy:.1f} % after round {point.round}" for point in summary.curve
+        f"{measure.show(point.score)}{measure.unit} after round {point.round}"
+        for point in summary.curve
     )
     others = ", ".join(
-        f"{_name(row)} {100 * row.score.accuracy:.1f} %"
+        f"{_name(row)} {measure.show(row.score)}{measure.unit}"
         for row in ordered(summary.comparisons)
         if row.name != "federated"
     )
-    return f"Accuracy of the federated adapter: {points}. For comparison: {others or 'nothing'}."
+    name = measure.name.capitalize()
+    return f"{name} of the federated adapter: {points}. For comparison: {others or 'nothing'}."
 
 
 def _name(row: Comparison) -> str:

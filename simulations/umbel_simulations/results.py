@@ -3,18 +3,34 @@
 import msgspec
 
 
-class Score(msgspec.Struct, frozen=True):
-    """A classifier on the held-out public set."""
+class Score(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A model on the held-out public set: a classifier, or a language model."""
 
-    accuracy: float
-    macro_f1: float
+    accuracy: float | None = None
+    macro_f1: float | None = None
+    perplexity: float | None = None
+    """exp of the mean over records of their mean loss; None for a classifier, which has the two
+    above."""
+    perplexity_error: float | None = None
+    """Standard error of the perplexity, from the spread of the records' losses."""
+    general_perplexity: float | None = None
+    """On text of no medicine: it rises as a model forgets."""
+
+
+class Answers(msgspec.Struct, frozen=True):
+    """What several models answer to one question of the public set."""
+
+    prompt: str
+    reference: str
+    found: dict[str, str]
+    """By the comparison whose model answered."""
 
 
 class Comparison(msgspec.Struct, frozen=True):
     """One row of the final table."""
 
     name: str
-    """majority, head-only, local-only, federated or pooled."""
+    """base, majority, head-only, local-only, federated or pooled."""
     description: str
     score: Score
     parts: dict[str, Score] = {}
@@ -68,7 +84,8 @@ class RunSummary(msgspec.Struct, frozen=True):
     local_steps: int
     trained_parameters: int
     standard_error: float
-    """Of an accuracy near the federated one on a test set of this size, in units of accuracy."""
+    """Of the federated adapter's accuracy on a test set of this size, in units of accuracy; or of
+    its perplexity."""
     comparisons: list[Comparison]
     curve: list[CurvePoint]
     sites: list[SiteResult]
@@ -79,3 +96,5 @@ class RunSummary(msgspec.Struct, frozen=True):
     """Wall time of each phase."""
     versions: dict[str, str]
     """Of the packages that shape the result."""
+    answers: list[Answers] = []
+    """Of a language model: some questions of the public set, and what each model answers."""

@@ -1,6 +1,5 @@
 """A scenario from its file to its report."""
 
-import math
 import os
 import shutil
 import threading
@@ -15,7 +14,7 @@ import msgspec
 import torch
 
 from umbel_client.site_job import noise_for
-from umbel_common.adapter import size_of
+from umbel_common.adapter import Vector, initial_vector, size_of
 from umbel_common.errors import UmbelError
 from umbel_common.plan import LocalPrivacy, TrainingPlan
 from umbel_common.transcript import VerifiedJob, verify_transcript
@@ -23,13 +22,15 @@ from umbel_simulations import events
 from umbel_simulations.baselines import POOLED, train_alone
 from umbel_simulations.federation import Federation, Outcome, public_size
 from umbel_simulations.judge import Judge
+from umbel_simulations.live import score_of
+from umbel_simulations.measures import ACCURACY, measure_of
 from umbel_simulations.planning import make_plan
 from umbel_simulations.population import partition
 from umbel_simulations.recorder import Recorder, ServerObserver, SiteObserver, read_metrics
 from umbel_simulations.report import write_report
-from umbel_simulations.results import Comparison, CurvePoint, RunSummary, Score, SiteResult
+from umbel_simulations.results import Answers, Comparison, CurvePoint, RunSummary, Score, SiteResult
 from umbel_simulations.run_folder import claim, read_signed, write
-from umbel_simulations.scenario import Scenario, model_folder
+from umbel_simulations.scenario import HpoData, Scenario, model_folder
 from umbel_simulations.scores import majority_score
 from umbel_simulations.sources import Corpus, Example, load_source
 from umbel_simulations.verify import verify_run
@@ -89,6 +90,8 @@ class Run:
     sites: Mapping[str, Sequence[Example]]
     plan: TrainingPlan
     seconds: dict[str, float] = field(default_factory=dict)
+    alone: dict[str, Vector] = field(default_factory=dict)
+    """What was trained without a federation, by name."""
 
     def complete(self) -> RunSummary:
         """From the first key to the report."""
@@ -107,14 +110,16 @@ class Run:
         with self._timed("federation"):
             outcome = self._federate(federation, self.plan, self.recorder, judge)
         with self._timed("comparisons"):
-            comparisons = list(self._comparisons(federation, judge, outcome))
+            self.alone = self._train_alone(federation)
+            comparisons = list(self._comparisons(judge, outcome))
+            answers = self._answers(judge, outcome)
         site = next(iter(self.sites))
         shutil.copytree(
             federation.site_folder(site) / "state" / "adapters" / self.plan.job,
             self.folder / "adapter",
             dirs_exist_ok=True,
         )
-        summary = self._summary(outcome, comparisons, judge)
+        summary = self._summary(outcome, comparisons, answers, judge)
         write_report(summary, self.folder / "report.html")
         # Last: its presence says that the run is finished.
         write(
@@ -139,10 +144,38 @@ class Run:
             stop=stop,
         )
 
-    def _comparisons(
-        self, federation: Federation, judge: Judge, outcome: Outcome
-    ) -> Iterator[Comparison]:
+    def _answers(self, judge: Judge, outcome: Outcome) -> list[Answers]:
+        """Some test questions, answered by each model that there is."""
+        data = self.scenario.data
+        if not isinstance(data, HpoData) or not data.answers:
+            return []
+        asked = self.corpus.test[: data.answers]
+        questions = [example.text for example in asked]
+        models = {"base": initial_vector(self.plan)}
+        first = next(iter(self.sites))
+        if first in self.alone:
+            models[f"{first} alone"] = self.alone[first]
+        models["federated"] = outcome.adapter
+        if POOLED in self.alone:
+            models[POOLED] = self.alone[POOLED]
+        found = {name: judge.answer(adapter, questions) for name, adapter in models.items()}
+        return [
+            Answers(
+                prompt=example.text,
+                reference=example.answer,
+                found={name: texts[index] for name, texts in found.items()},
+            )
+            for index, example in enumerate(asked)
+        ]
+
+    def _comparisons(self, judge: Judge, outcome: Outcome) -> Iterator[Comparison]:
         wanted = self.scenario.baselines
+        if "base" in wanted:
+            yield Comparison(
+                name="base",
+                description="the model as it was, without an adapter",
+                score=judge(initial_vector(self.plan)),
+            )
         if "majority" in wanted:
             yield Comparison(
                 name="majority",
@@ -155,7 +188,7 @@ class Run:
                 description="federated, head only on the frozen model, no adapter",
                 score=self._head_only(),
             )
-        alone = self._alone(federation, judge)
+        alone = {name: judge(adapter) for name, adapter in self.alone.items()}
         if "local-only" in wanted:
             parts = {site: alone[site] for site in self.sites}
             yield Comparison(
@@ -198,7 +231,8 @@ class Run:
         finally:
             recorder.close()
 
-    def _alone(self, federation: Federation, judge: Judge) -> dict[str, Score]:
+    def _train_alone(self, federation: Federation) -> dict[str, Vector]:
+        """Adapters of the sites, and of all records in one place, as far as they are wanted."""
         wanted = self.scenario.baselines
         names = [
             *(self.sites if "local-only" in wanted else ()),
@@ -206,7 +240,7 @@ class Run:
         ]
         if not names:
             return {}
-        adapters = train_alone(
+        return train_alone(
             self.plan,
             self.model,
             {site: federation.site_config(site) for site in self.sites},
@@ -216,7 +250,6 @@ class Run:
             workers=self._workers,
             progress=self._baseline_step,
         )
-        return {name: judge(adapter) for name, adapter in adapters.items()}
 
     def _baseline_step(self, name: str, done: int, total: int) -> None:
         self.recorder.emit(
@@ -233,7 +266,13 @@ class Run:
         yield
         self.seconds[phase] = round(self.recorder.seconds() - began, 1)
 
-    def _summary(self, outcome: Outcome, comparisons: list[Comparison], judge: Judge) -> RunSummary:
+    def _summary(
+        self,
+        outcome: Outcome,
+        comparisons: list[Comparison],
+        answers: list[Answers],
+        judge: Judge,
+    ) -> RunSummary:
         kept = read_metrics(self.folder / "metrics.jsonl")
         federation = Federation(self.folder, self.scenario)
         job = verify_transcript(read_signed(self.folder / "transcript.jsonl"), federation.roster())
@@ -251,7 +290,7 @@ class Run:
             rounds=self.plan.training.rounds,
             local_steps=self.plan.training.local_steps,
             trained_parameters=size_of(self.plan.trained_tensors(1)),
-            standard_error=_standard_error(federated.accuracy, len(self.corpus.test)),
+            standard_error=_standard_error(federated, len(self.corpus.test)),
             comparisons=comparisons,
             curve=self._curve(federation, job, kept, judge),
             sites=[self._site(site, outcome, kept) for site in sorted(self.sites)],
@@ -260,6 +299,7 @@ class Run:
             transcript_head=job.head.hex(),
             seconds={**self.seconds, "total": round(self.recorder.seconds(), 1)},
             versions={name: version(name) for name in VERSIONS_OF},
+            answers=answers,
         )
 
     def _curve(
@@ -272,7 +312,7 @@ class Run:
         for release in job.releases:
             event = known.get(release.round)
             if event is not None:
-                score = Score(accuracy=event.accuracy, macro_f1=event.macro_f1)
+                score = score_of(event)
                 epsilon = event.epsilon
             else:
                 score = judge(federation.registry().load(self.plan, release.adapter))
@@ -302,11 +342,20 @@ class Run:
 
 
 def _mean(scores: Sequence[Score]) -> Score:
+    def mean(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known else None
+
     return Score(
-        accuracy=sum(score.accuracy for score in scores) / len(scores),
-        macro_f1=sum(score.macro_f1 for score in scores) / len(scores),
+        accuracy=mean([score.accuracy for score in scores]),
+        macro_f1=mean([score.macro_f1 for score in scores]),
+        perplexity=mean([score.perplexity for score in scores]),
+        perplexity_error=mean([score.perplexity_error for score in scores]),
+        general_perplexity=mean([score.general_perplexity for score in scores]),
     )
 
 
-def _standard_error(accuracy: float, records: int) -> float:
-    return math.sqrt(accuracy * (1 - accuracy) / records)
+def _standard_error(score: Score, records: int) -> float:
+    """In units of the score: a share, or a perplexity."""
+    measure = measure_of(score)
+    return measure.error(score, records) / (100 if measure is ACCURACY else 1)

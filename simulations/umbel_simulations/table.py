@@ -7,7 +7,11 @@ from rich.table import Table
 from rich.text import Text
 
 from umbel_simulations.live import size
-from umbel_simulations.results import Comparison, RunSummary, SiteResult
+from umbel_simulations.measures import ACCURACY, Measure, measure_of
+from umbel_simulations.results import Answers, Comparison, RunSummary, SiteResult
+
+ANSWERS_SHOWN = 2
+"""On the terminal; the report has them all."""
 
 
 def print_summary(console: Console, summary: RunSummary) -> None:
@@ -17,9 +21,24 @@ def print_summary(console: Console, summary: RunSummary) -> None:
     for table in (_comparisons(summary), _sites(summary)):
         console.print(table)
         console.print()
+    for asked in summary.answers[:ANSWERS_SHOWN]:
+        console.print(_answers(asked))
+        console.print()
     aborted = summary.aborted_attempts
     if aborted:
         console.print(f"{aborted} aborted {'attempt' if aborted == 1 else 'attempts'}")
+
+
+def _answers(asked: Answers) -> Table:
+    table = Table(
+        title=Text(asked.prompt), box=box.SIMPLE_HEAD, title_justify="left", show_header=False
+    )
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_row("reference", Text(asked.reference), style="dim")
+    for name, answer in asked.found.items():
+        table.add_row(name, Text(answer), style="bold green" if name == "federated" else None)
+    return table
 
 
 def warnings_of(summary: RunSummary) -> list[str]:
@@ -40,32 +59,41 @@ def warnings_of(summary: RunSummary) -> list[str]:
 
 def ordered(comparisons: list[Comparison]) -> list[Comparison]:
     """From the least that can be asked for to the most."""
-    order = ("majority", "local-only", "head-only", "federated", "pooled")
+    order = ("base", "majority", "local-only", "head-only", "federated", "pooled")
     return sorted(comparisons, key=lambda row: order.index(row.name))
 
 
 def _comparisons(summary: RunSummary) -> Table:
+    measure = measure_of(summary.comparisons[0].score) if summary.comparisons else ACCURACY
     table = Table(
         title=Text(f"{summary.data}: {summary.test_records:,} test records"),
-        caption=f"standard error of an accuracy: {100 * summary.standard_error:.1f} points;"
-        " smaller differences than twice that are ties",
+        caption=_caption(summary, measure),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("", no_wrap=True)
-    table.add_column("accuracy %", justify="right", no_wrap=True)
-    table.add_column("macro-F1 %", justify="right", no_wrap=True)
+    table.add_column(measure.heading, justify="right", no_wrap=True)
+    table.add_column(measure.other_name, justify="right", no_wrap=True)
     table.add_column("what it is")
     for row in ordered(summary.comparisons):
         table.add_row(
             row.name,
-            f"{100 * row.score.accuracy:.1f}",
-            f"{100 * row.score.macro_f1:.1f}",
+            measure.show(row.score),
+            measure.show_other(row.score),
             Text(row.description),
             style="bold green" if row.name == "federated" else None,
         )
     return table
+
+
+def _caption(summary: RunSummary, measure: Measure) -> str:
+    if measure is ACCURACY:
+        return (
+            f"standard error of an accuracy: {100 * summary.standard_error:.1f} points;"
+            " smaller differences than twice that are ties"
+        )
+    return f"lower is better; standard error of a perplexity: {summary.standard_error:.2f}"
 
 
 def _sites(summary: RunSummary) -> Table:

@@ -72,13 +72,14 @@ def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster) -> None:
     except (OSError, StorageError, RemoteProtocolError) as error:
         found = error.found if isinstance(error, StorageError) else error
         raise VerificationError("an adapter cannot be read", file=folder, found=found) from error
+    last = job.releases[-1 if job.final_round is None else job.final_round]
     _require(
-        _open(signed, Release, roster) == job.releases[-1],
+        _open(signed, Release, roster) == last,
         folder,
         "its release is not the last one of the transcript",
     )
     _require(
-        adapter_digest(job.plan.digest(), vector) == job.releases[-1].adapter,
+        adapter_digest(job.plan.digest(), vector) == last.adapter,
         folder,
         "the adapter is not the one that the last release names",
     )

@@ -298,6 +298,10 @@ class Federation:
             adapter=to_bytes(vector),
         )
 
+    def showing(self, header: RoundHeader, last: Any) -> TrainRequest:
+        """What opens an attempt at a site that is shown what it advertised last."""
+        return msgspec.structs.replace(self.train_request(header), last=last)
+
     def attempt(self, header: RoundHeader | None = None) -> rounds.Attempt:
         """An attempt as the server would run it, waiting for its first replies."""
         header = header or self.header()

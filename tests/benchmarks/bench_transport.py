@@ -32,7 +32,7 @@ from umbel_common.plan import BaseModel, NoPrivacy, TrainingPlan
 from umbel_server.queue import State
 
 MEGABYTES = 200
-MANY_SITES, MANY_MEGABYTES = 9, 50
+MANY_SITES, MANY_MEGABYTES = 9, 20
 ROUNDS = 2
 MOST_SECONDS = 1800.0
 POLICY = 'approval = "none"\nallow_without_privacy = true'
@@ -75,7 +75,7 @@ def federation(sites: Sequence[str], megabytes: int) -> tuple[dict[str, float], 
         clinics.limit(train_seconds=MOST_SECONDS, stage_seconds=MOST_SECONDS)
         for site in clinics.sites.values():
             site.trainer = Daemon.of(site.folder, prepared_site.__file__, str(site.config))
-        plan = large_plan(model, megabytes)
+        plan = large_plan(model, megabytes, len(sites))
         try:
             clinics.port_process.start()
             clinics.rounds_process.start()
@@ -104,10 +104,10 @@ def federation(sites: Sequence[str], megabytes: int) -> tuple[dict[str, float], 
     return {name: (after[name] - before[name]) / delta for name in processes}, seconds
 
 
-def large_plan(model: Path, megabytes: int) -> TrainingPlan:
-    """A plan whose adapter, and delta, is at least so large."""
+def large_plan(model: Path, megabytes: int, sites: int) -> TrainingPlan:
+    """A plan for so many sites whose adapter, and delta, is at least so large."""
     layers = -(-megabytes * 1_000_000 // (4 * 2 * RANK * WIDTH))
-    plan = make_plan(2, 32, layers)
+    plan = make_plan(sites // 2 + 1, 32, layers)
     return msgspec.structs.replace(
         plan,
         model=BaseModel(name="none", digest=folder_digest(model)),

@@ -191,29 +191,6 @@ def test_no_copy_is_ever_made_outside_the_folder_of_the_file(
     assert os.listdir(tmp_path) == ["data"]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_a_folder_that_is_only_read_is_not_written_to(tmp_path: Path, kind: str) -> None:
-    """Data that a container or a service manager mounts read-only; root may write all the same."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "state").mkdir()
-    path = written(tmp_path / "data", kind)
-    # A folder's own time changes with each name in it that comes or goes.
-    times = [(tmp_path / name).stat().st_mtime_ns for name in ("data", "state")]
-    load_records(path, TASK, scratch=tmp_path / "state")
-    after = [(tmp_path / name).stat().st_mtime_ns for name in ("data", "state")]
-    assert after[0] == times[0]
-    assert after[1] != times[1]
-    assert os.listdir(tmp_path / "state") == []
-    load_records(path, TASK)
-    assert (tmp_path / "data").stat().st_mtime_ns != times[0]
-
-
-def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
-    path = written(tmp_path, "jsonl")
-    with pytest.raises(DataError, match="No such file or directory"):
-        load_records(path, TASK, scratch=tmp_path / "nowhere")
-
-
 PATIENTS = [
     {"text": "a", "label": "heart", "patient": "p1"},
     {"text": "b", "label": "lung", "patient": "p2"},

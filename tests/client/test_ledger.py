@@ -251,13 +251,13 @@ def test_the_ledger_of_another_data_set_is_refused(path: Path) -> None:
         Ledger.open(path, bytes(32))
 
 
-def test_another_schema_version_is_refused(path: Path) -> None:
+def test_a_later_schema_version_is_refused(path: Path) -> None:
     filled(path)
-    edit(path, "PRAGMA user_version = 1")
+    edit(path, "PRAGMA user_version = 4")
     with pytest.raises(LedgerError) as caught:
         Ledger.open(path, DATA_SET)
-    assert (caught.value.found, caught.value.accepted) == (1, 2)
-    assert "lower policy.total_epsilon" in caught.value.diagnostics()
+    assert (caught.value.found, caught.value.accepted) == (4, "at most 3")
+    assert "upgrade Umbel" in caught.value.diagnostics()
 
 
 def test_a_failed_opening_does_not_keep_the_lock(path: Path) -> None:

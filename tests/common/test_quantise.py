@@ -15,6 +15,7 @@ from umbel_common.quantise import (
     CHUNK,
     Encoding,
     Rounding,
+    add_mean,
     decode_sum,
     encode,
     encoding_of,
@@ -262,4 +263,16 @@ def test_the_encoding_of_a_plan_takes_its_numbers_from_it():
     plan = Aggregation(threshold=2, clip_range=0.5, step=1e-3, ring_bits=16, max_weight=1)
     assert encoding_of(plan, 12) == Encoding(
         clip_range=0.5, step=1e-3, ring_bits=16, max_weight=1, sites=12
+    )
+
+
+def test_a_mean_is_added_in_place_to_vectors_that_follow_one_another() -> None:
+    code = encoding()
+    total = np.random.default_rng(3).integers(-40, 40, 2 * CHUNK + 8).astype("<i4").view("<u4")
+    total[0] = 2
+    _, mean = decode_sum(total, code)
+    targets = [np.full(shape, 0.5, np.float32) for shape in ((CHUNK + 3,), (2, 2), (CHUNK,))]
+    add_mean(total, code, targets)
+    assert np.array_equal(
+        np.concatenate([one.reshape(-1) for one in targets]), mean + np.float32(0.5)
     )

@@ -131,3 +131,11 @@ def test_the_limit_fits_the_largest_honest_message(make_plan: Callable[..., Trai
     reply = MaskReply(context=bytes(32), vector=bytes(4 * (plan.lora.size + 1)))
     assert len(seal_reply(IDENTITY, "a", reply, ASKED)) <= size_limit(plan)
     assert len(seal_reply(IDENTITY, "a", OfferReply(plan=bytes(32)), ASKED)) <= size_limit(None)
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 65535, 65536, 70000])
+def test_a_vector_is_encoded_without_a_copy_as_messagepack_would_encode_it(size: int) -> None:
+    reply = MaskReply(context=bytes(32), vector=memoryview(os.urandom(size)))
+    sealed = seal_reply(IDENTITY, "a", reply, ASKED)
+    assert sealed[HEADER_BYTES:] == msgspec.msgpack.encode(reply)
+    assert open_reply(IDENTITY.public_key, "a", sealed, ASKED, limit=len(sealed)) == reply

@@ -1,4 +1,4 @@
-"""Reads a Dockerfile, and carries out the steps of its first stage in a folder instead of an image."""
+"""Reads a Dockerfile, and carries out the steps of its first stage in a folder."""
 
 import fnmatch
 import os

@@ -49,6 +49,8 @@ _CLIENT_TOML = (
 class Deployment:
     """One machine with both roles, as docs/deploy/systemd.md sets them up."""
 
+    source = SOURCE_PATH
+
     def __init__(self, folder: Path, model: Path) -> None:
         self.clinics = Clinics(folder, model)
         self.machine = Machine()
@@ -70,6 +72,7 @@ class Deployment:
     def own(self) -> None:
         """Gives every file the owner and mode that the units need."""
         self.machine.run("systemd-tmpfiles", "--create", "umbel-site.conf", "umbel-operator.conf")
+        self.machine.run("chown", "-R", "umbel-trainer:umbel-trainer", "/var/lib/umbel-trainer")
 
     def start(self) -> None:
         """Everything, here and in the machine."""
@@ -87,7 +90,7 @@ class Deployment:
         self.server("job", "start", "/tmp/signed.json")
         return plan.job
 
-    def wait(self, job: str, state: str, seconds: float = 120) -> None:
+    def wait(self, job: str, state: str, seconds: float = 400) -> None:
         """Until a job is in this state."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -111,10 +114,13 @@ class Deployment:
             "-m", "umbel_client.cli", *arguments, config, user="umbel-trainer"
         )
 
+    def show(self, unit: str, value: str) -> str:
+        """What systemd knows of a unit under this name."""
+        return self.machine.run("systemctl", "show", "--value", f"-p{value}", unit).stdout.strip()
+
     def main_process(self, unit: str) -> int:
         """The number of a unit's process, as the machine counts."""
-        shown = self.machine.run("systemctl", "show", "--value", "--property=MainPID", unit)
-        return int(shown.stdout)
+        return int(self.show(unit, "MainPID"))
 
     def logs(self) -> str:
         """What every unit and every process here said."""

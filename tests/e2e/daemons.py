@@ -203,7 +203,7 @@ class Site:
 
     def status(self) -> TrainerStatus:
         """Of its trainer, which may still be starting."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while True:
             stub = ControlStub(self.folder / "state" / "control.sock")
             try:

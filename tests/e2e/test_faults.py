@@ -26,6 +26,8 @@ def clinics(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
     made = Clinics(tmp_path_factory.mktemp("clinics"), tiny_model)
     made.limit(train_seconds=20, stage_seconds=10)
     made.start_all()
+    for site in made.sites.values():
+        site.status()
     yield made
     made.close()
 
@@ -94,6 +96,34 @@ def test_a_process_that_is_killed_and_started_again_does_not_end_the_job(
     assert len(adapters(clinics, job)) == 1, clinics.logs()
     for site in clinics.sites.values():
         assert charged(site, job) == [1, 2, 3]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seconds", [20, 90])
+def test_a_job_waits_for_a_superlink_that_is_away(
+    tmp_path: Path, tiny_model: Path, seconds: int
+) -> None:
+    """Where the operator's patience is longer than that."""
+    clinics = Clinics(tmp_path, tiny_model)
+    clinics.limit(train_seconds=300, stage_seconds=300)
+    try:
+        clinics.start_all()
+        for site in clinics.sites.values():
+            site.status()
+        job = clinics.add()
+        reached(clinics, job, 2)
+        clinics.port_process.kill()
+        time.sleep(seconds)
+        assert clinics.queue.job(job).state is State.RUNNING
+        began = time.monotonic()
+        clinics.port_process.start()
+        finished(clinics, job)
+        print(f"\nfinished {time.monotonic() - began:.0f} s after {seconds} s without a SuperLink")
+        assert len(adapters(clinics, job)) == 1
+        for site in clinics.sites.values():
+            assert charged(site, job) == [1, 2, 3]
+    finally:
+        clinics.close()
 
 
 @pytest.mark.soak

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from umbel_client.accounting import Event
 from umbel_client.ledger_file import read_ledger
-from umbel_client.site_job import EVALUATION
+from umbel_client.ledger_rows import EVALUATION
 from umbel_common.errors import JobFailed
 from umbel_common.plan import FederatedEvaluation
 from umbel_common.site_counts import COORDINATES, SiteCounts

@@ -47,6 +47,7 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 import umbel_client.flower as relay
 import umbel_server.superlink
@@ -149,9 +150,41 @@ def test_the_state_is_told_by_the_environment_where_its_database_is(link: "Link"
     assert link.database.exists()
 
 
-def test_the_cache_of_a_database_connection_is_ours_to_set(link: "Link") -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    # Of temp_store, 1 is a file.
+    [("cache_size", -2000), ("mmap_size", 4_000_000), ("temp_store", 1), ("busy_timeout", 60_000)],
+)
+def test_how_a_database_connection_uses_memory_and_time_is_ours_to_set(
+    link: "Link", name: str, value: int
+) -> None:
     with link.superlink._state.session() as session:
-        assert session.execute(text("PRAGMA cache_size")).scalar() == -2000
+        assert session.execute(text(f"PRAGMA {name}")).scalar() == value
+
+
+def test_a_database_that_is_locked_for_a_while_does_not_end_the_run(
+    link: "Link", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who keeps the run alive tries again: else nothing could be posted a minute later."""
+    superlink, state = link.superlink, link.superlink._state
+    acknowledge, failures = state.acknowledge_task_heartbeat, []
+
+    def locked(task: int) -> bool:
+        if not failures:
+            failures.append(task)
+            raise OperationalError("UPDATE", {}, Exception("database is locked"))
+        failures.append(task)
+        return bool(acknowledge(task))
+
+    monkeypatch.setattr(state, "acknowledge_task_heartbeat", locked)
+    monkeypatch.setattr(umbel_server.superlink, "_KEEP_ALIVE_SECONDS", 0.05)
+    superlink._alive = threading.Thread(target=superlink._keep_alive, daemon=True)
+    superlink._alive.start()
+    deadline = time.monotonic() + 20
+    while len(failures) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert set(failures) == {superlink._task_id}
 
 
 def test_flower_still_listens_to_what_switches_off_its_calls_home() -> None:

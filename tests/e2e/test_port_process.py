@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from e2e.daemons import Clinics
 
-from umbel_common.errors import ConfigError
+from umbel_common.errors import ConfigError, IdentityError, StorageError, UmbelError
 from umbel_server.authority import certificate_pem, key_pem, new_key
 from umbel_server.sites import load_sites, save_sites
 
@@ -95,9 +95,26 @@ def test_a_port_that_is_taken(clinics: Clinics) -> None:
         expect_refusal(clinics, "the port cannot be opened", f"127.0.0.1:{clinics.port}")
 
 
-def expect_refusal(clinics: Clinics, *said: str) -> None:
+def test_a_key_that_others_may_read(clinics: Clinics) -> None:
+    key = clinics.operator_folder / "tls" / "key.pem"
+    key.chmod(0o640)
+    expect_refusal(clinics, "open to other users", str(key), kind=IdentityError)
+
+
+def test_a_list_of_sites_that_is_none(clinics: Clinics) -> None:
+    (clinics.operator_folder / "sites.json").write_text("[]")
+    expect_refusal(clinics, "a list of sites is malformed", kind=IdentityError)
+
+
+def test_a_state_folder_that_is_none(clinics: Clinics) -> None:
+    config = clinics.operator_folder / "server.toml"
+    config.write_text('state = "sites.json/state"\n' + config.read_text())
+    expect_refusal(clinics, "the state folder cannot be used", kind=StorageError)
+
+
+def expect_refusal(clinics: Clinics, *said: str, kind: type[UmbelError] = ConfigError) -> None:
     clinics.port_process.start()
-    assert clinics.port_process.wait() == ConfigError.exit_code
+    assert clinics.port_process.wait() == kind.exit_code
     log = clinics.port_process.log.read_text()
     assert "Traceback" not in log
     assert len(log.splitlines()) < 10, log

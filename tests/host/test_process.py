@@ -1,14 +1,18 @@
 """One process at a time, and nothing that looks like a line of the log and is none."""
 
 import os
+import pwd
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from umbel_common.errors import StorageError
-from umbel_host.process import locked
+from umbel_host.process import locked, require_state, this_user
 
 HOLDER = """
 import sys, pathlib
@@ -40,6 +44,57 @@ def test_a_lock_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         locked(tmp_path / "file" / "lock", "this process"),
     ):
         pass
+
+
+def test_a_state_folder_is_made_for_its_owner_only(tmp_path: Path) -> None:
+    former = os.umask(0)
+    try:
+        require_state(tmp_path / "var" / "state")
+    finally:
+        os.umask(former)
+    assert (tmp_path / "var" / "state").stat().st_mode & 0o077 == 0
+
+
+def test_a_state_folder_below_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file/state"):
+        require_state(tmp_path / "file" / "state")
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+
+
+@contextmanager
+def as_nobody() -> Iterator[str]:
+    """Lets this process be a user who owns nothing; their name."""
+    nobody = pwd.getpwnam("nobody")
+    os.seteuid(nobody.pw_uid)
+    try:
+        yield nobody.pw_name
+    finally:
+        os.seteuid(0)
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["", "new"])
+def test_a_state_folder_that_is_closed_to_this_user_is_refused(name: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        with as_nobody() as user, pytest.raises(StorageError) as refusal:
+            require_state(Path(folder) / name)
+    assert refusal.value.found == f"Permission denied, for user {user}"
+
+
+@needs_root
+def test_root_does_not_write_into_another_users_state(tmp_path: Path) -> None:
+    """It could; but then the user's own process could not go on."""
+    os.chown(tmp_path, pwd.getpwnam("nobody").pw_uid, -1)
+    with pytest.raises(StorageError) as refusal:
+        require_state(tmp_path)
+    assert refusal.value.found == f"user {this_user()}"
+    assert "user nobody" in str(refusal.value.accepted)
+    os.chown(tmp_path, 0, -1)
+    require_state(tmp_path)
 
 
 def test_the_log_has_one_line_for_each_event() -> None:

@@ -23,8 +23,9 @@ other.start()
 refused = only_unix_sockets() if sys.argv[1] == "filter" else 0
 told.set()
 other.join()
-found = {"refused": refused, "thread": late[0], "pair": result(socket.socketpair)}
-found["unix"] = result(lambda: socket.socket(socket.AF_UNIX))
+found = {"refused": refused, "thread": late[0],
+    "unix": result(lambda: socket.socket(socket.AF_UNIX)),
+    "pair": result(socket.socketpair)}
 for name in ("AF_INET", "AF_INET6", "AF_NETLINK"):
     found[name] = result(lambda: socket.socket(getattr(socket, name), socket.SOCK_DGRAM))
 numbers = {"x86_64": (41, 425), "aarch64": (198, 425)}[__import__("platform").machine()]

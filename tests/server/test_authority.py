@@ -119,7 +119,9 @@ class Parties:
         return ssl.create_default_context(cadata=pem)
 
     def _write(self, name: str, data: bytes) -> None:
-        (self.folder / name).write_bytes(data)
+        path = self.folder / name
+        path.write_bytes(data)
+        path.chmod(0o600)
 
 
 @pytest.fixture

@@ -406,7 +406,7 @@ def test_the_authoritys_own_certificate_is_renewed_and_vouches_for_the_same(
     former = aged.certificate
     path.write_bytes(certificate_pem(former))
     assert any("renew --authority" in line for line in to_renew(config, now))
-    assert "the authority's" in clinics.server("renew", "--authority")
+    assert "authority  20" in clinics.server("renew", "--authority")
     renewed = x509.load_pem_x509_certificate(path.read_bytes())
     assert renewed.not_valid_after_utc > former.not_valid_after_utc + timedelta(days=3000)
     assert list(to_renew(config, now)) == []
@@ -420,3 +420,28 @@ def test_the_authoritys_own_certificate_is_renewed_and_vouches_for_the_same(
     clinics.server("sites", "renew", "../east/east.request.json", "--out", "../new.json")
     kit = read_kit(clinics.folder / "new.json").kit
     assert x509.load_pem_x509_certificate(kit.server_ca.encode()) == renewed
+
+
+def test_another_authority_takes_the_place_of_one_whose_key_is_known_to_others(
+    clinics: Enrolling,
+) -> None:
+    """As docs/operator.md says."""
+    clinics.client("east", "join", "../east.kit.json")
+    clinics.server(
+        "init", "--federation", "clinics", "--address", "127.0.0.1:9443", "--folder", "../other"
+    )
+    for name in ("ca", "tls"):
+        (clinics.operator / name).rename(clinics.folder / f"former-{name}")
+        (clinics.folder / "other" / name).rename(clinics.operator / name)
+    clinics.server("sites", "renew", "../east/east.request.json", "--out", "../new.json")
+    clinics.client("east", "join", "../new.json")
+    authority = load_authority(settings(clinics)).certificate
+    for path in (
+        clinics.folder / "east" / "relay" / "certificate.pem",
+        Path(settings(clinics).listen.certificate),
+    ):
+        x509.load_pem_x509_certificate(path.read_bytes()).verify_directly_issued_by(authority)
+    former = x509.load_pem_x509_certificate(
+        (clinics.folder / "former-ca" / "certificate.pem").read_bytes()
+    )
+    assert former.public_key() != authority.public_key()

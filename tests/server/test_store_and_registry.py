@@ -101,10 +101,10 @@ def test_a_corrupt_journal_is_one_clear_error(tmp_path: Path, content: bytes) ->
         Store(path)
 
 
-def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_a_journal_of_a_later_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
     database = sqlite3.connect(path)
     database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(StorageError, match="accepted: 2"):
+    with pytest.raises(StorageError, match="accepted: at most 3"):
         Store(path)

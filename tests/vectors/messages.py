@@ -160,7 +160,9 @@ def _malformed_envelopes() -> list[Case]:
         "nothing": (b"", MALFORMED),
         "magic alone": (MAGIC, MALFORMED),
         "no body": (good[:HEADER_BYTES], MALFORMED),
-        "another version's magic": (b"UMB2" + good[4:], MALFORMED),
+        "the version before": (b"UMB1" + good[4:], "wire-version"),
+        "a later version": (b"UMB9" + good[4:], "wire-version"),
+        "no version": (b"UMBx" + good[4:], MALFORMED),
         "magic in small letters": (b"umb1" + good[4:], MALFORMED),
         "one byte past the limit": (good + bytes(LIMIT + 1 - len(good)), "oversized-message"),
     }

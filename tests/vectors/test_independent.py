@@ -97,7 +97,7 @@ def test_messages_are_magic_signature_and_body(inputs: Any, output: Any) -> None
     if "request" in inputs:
         label += f" to {inputs['request'].hex()}"
     signature = independent.signed(inputs["seed"], label, body)
-    assert output == {"body": body, "sealed": b"UMB1" + signature + body}
+    assert output == {"body": body, "sealed": b"UMB2" + signature + body}
 
 
 @pytest.mark.parametrize(("inputs", "output"), outputs("attempt", "attempt"))

@@ -1,0 +1,106 @@
+"""`umbel-client budget state-spend`: what was spent and is not in the ledger."""
+
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from umbel_client.config import load_config
+from umbel_client.ledger import Ledger
+from umbel_client.ledger_file import read_ledger
+from umbel_client.ledger_rows import Stated
+from umbel_client.session import Session
+from umbel_client.statement import stated_rounds
+from umbel_common.canonical import decode_canonical
+from umbel_common.identity import Signed
+from umbel_common.plan import TrainingPlan
+from umbel_common.plan_file import plan_from_json
+from umbel_host.console import print_lines
+from umbel_host.text_file import read_text
+
+
+def _reached(values: list[str] | None) -> list[str]:
+    for value in values or []:
+        if not re.fullmatch(r"[a-z0-9-]+=[1-9][0-9]{0,4}", value):
+            raise typer.BadParameter("JOB=ROUND, such as icd10=12")
+    return values or []
+
+
+def state_spend(
+    by: Annotated[str, typer.Option(help="Who states it: a person's name.")],
+    why: Annotated[str, typer.Option(help="What happened, and where the figures come from.")],
+    rounds: Annotated[
+        list[str] | None,
+        typer.Option(
+            callback=_reached, help="JOB=ROUND: the last round that this site was asked for."
+        ),
+    ] = None,
+    plan: Annotated[
+        list[Path] | None, typer.Option(help="Plan of a job that the ledger does not know.")
+    ] = None,
+    nothing: Annotated[
+        bool, typer.Option("--nothing", help="Nothing was spent that is not in the ledger.")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="It is not known: nothing is left to spend.")
+    ] = False,
+    config: Annotated[Path, typer.Option(help="This site's client.toml.")] = Path("client.toml"),
+) -> None:
+    """Charge a ledger that is an old copy with what was spent since; for good, and in its chain."""
+    if [bool(rounds), nothing, everything].count(True) != 1:
+        raise typer.BadParameter("one of --rounds, --nothing and --everything")
+    settings = load_config(config)
+    path = Path(settings.state) / "ledger.sqlite"
+    contents = read_ledger(path)
+    reached = {job: int(last) for job, _, last in (text.partition("=") for text in rounds or [])}
+    given = [plan_from_json(read_text(file), file)[0] for file in plan or []]
+    plans = [*given, *_accepted(path.with_name("session.sqlite"))]
+    stated = Stated(
+        rounds=stated_rounds(contents, reached, plans, settings.data.public_size),
+        everything=everything,
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        by=by,
+        why=why,
+    )
+    with Ledger.open(path, contents.data_set, settings.data.unit_column) as ledger:
+        ledger.state_spend(stated)
+        print_lines(
+            Console(highlight=False),
+            [
+                ("ledger", str(path)),
+                ("stated", statement_text(stated)),
+                ("charged", f"{len(stated.rounds)} rounds more, {len(ledger.history())} in all"),
+                ("head", ledger.head().hex()),
+            ],
+        )
+
+
+def statement_text(stated: Stated) -> str:
+    """One line of it, for people."""
+    if stated.everything:
+        what = "nobody knows what was spent: epsilon is infinite"
+    elif stated.rounds:
+        last: dict[str, int] = {}
+        for entry in stated.rounds:
+            last[entry.job] = max(entry.round, last.get(entry.job, 0))
+        what = ", ".join(f"{job} came to round {number}" for job, number in last.items())
+    else:
+        what = "nothing was spent that was not known"
+    return f"{what} ({stated.by}, {stated.at}: {stated.why})"
+
+
+def _accepted(journal: Path) -> list[TrainingPlan]:
+    if not journal.exists():
+        return []
+    session = Session(journal)
+    try:
+        return [_plan(signed) for signed in session.plans()]
+    finally:
+        session.close()
+
+
+def _plan(signed: Signed) -> TrainingPlan:
+    return decode_canonical(signed.statement, TrainingPlan)

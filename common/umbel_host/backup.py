@@ -1,0 +1,281 @@
+"""Backups: one tar file with a manifest in front; written whole or not at all, and read with doubt.
+
+The manifest names every part with its size and digest, who made the backup, and which versions the
+databases in it have. `umbel_host.restore` puts back what is in one.
+"""
+
+import hashlib
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Annotated, BinaryIO, Literal, cast
+
+import msgspec
+
+from umbel_common.canonical import Value, digest
+from umbel_common.errors import StorageError
+from umbel_host.durable import make_folder, sync_folder
+
+Program = Literal["umbel-client", "umbel-server"]
+MANIFEST = "manifest.json"
+_MOST_MANIFEST_BYTES = 1 << 26
+_CHUNK = 1 << 20
+
+
+class Part(Value, frozen=True):
+    """One file of a backup."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*\Z", max_length=1000)]
+    """Where it belongs: a path of the backup's own, not of the machine."""
+    size: Annotated[int, msgspec.Meta(ge=0)]
+    """In bytes."""
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+
+    def __post_init__(self) -> None:
+        if ".." in PurePosixPath(self.name).parts:
+            raise ValueError("a part must not be named outside of the backup")
+
+
+class Manifest(Value, frozen=True):
+    """What a backup holds."""
+
+    program: Program
+    party: str
+    """The site's name, or the operator's fingerprint."""
+    made: str
+    """When, UTC, ISO 8601."""
+    umbel: str
+    """The version that made it."""
+    schemas: dict[str, int]
+    """Schema version of each database in it, by its part's name."""
+    keys: bool
+    """Whether private keys are in it."""
+    parts: tuple[Part, ...]
+    version: Literal[1] = 1
+
+    def digest(self) -> bytes:
+        """Names this very backup, 32 bytes."""
+        return digest("backup", msgspec.json.encode(self))
+
+
+def write_backup(
+    out: Path,
+    program: Program,
+    party: str,
+    sources: Mapping[str, Path],
+    *,
+    schemas: Mapping[str, int],
+    keys: bool,
+) -> Manifest:
+    """Writes a backup of files that do not change meanwhile, for its owner only; on disk when this
+    returns.
+
+    Args:
+        sources: name of each part -> the file.
+
+    Raises:
+        StorageError: the file exists, a source cannot be read, or the disk is full; nothing is left
+            of it.
+    """
+    if out.exists():
+        raise StorageError(
+            "a file exists already and is never overwritten", file=out, remedy="give another --out"
+        )
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        parts = tuple(
+            Part(name, path.stat().st_size, _sha256(path)) for name, path in sources.items()
+        )
+        made = datetime.now(UTC).isoformat(timespec="seconds")
+        manifest = Manifest(program, party, made, version("umbel"), dict(schemas), keys, parts)
+        with open(partial, "xb", opener=_private) as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+                text = msgspec.json.format(msgspec.json.encode(manifest))
+                archive.addfile(_member(MANIFEST, len(text)), BytesIO(text))
+                for part in parts:
+                    with open(sources[part.name], "rb") as source:
+                        archive.addfile(_member(part.name, part.size), source)
+            file.flush()
+            os.fsync(file.fileno())
+        # What changed while it was read is no backup; nor is what the disk does not give back.
+        _each_part(partial, manifest, None, lambda content, _: _sha256_of(content))
+        partial.rename(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise StorageError(
+            "a backup cannot be written", file=error.filename or out, found=error.strerror or error
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return manifest
+
+
+def read_manifest(backup: Path, program: Program, schemas: Mapping[str, int]) -> Manifest:
+    """What a backup says of itself.
+
+    Args:
+        schemas: schema version of each database that this program knows, by its part's name.
+
+    Raises:
+        StorageError: it is none, of the other program, or of a later version of Umbel.
+    """
+    with _opened(backup) as archive:
+        first = archive.next()
+        if first is None or first.name != MANIFEST or first.size > _MOST_MANIFEST_BYTES:
+            raise _broken(backup, "no manifest in front")
+        text = _content(archive, first).read(first.size)
+        try:
+            format_version = msgspec.json.decode(text).get("version")
+            if isinstance(format_version, int) and format_version > 1:
+                raise _too_new(backup, "version", format_version, 1)
+            manifest = msgspec.json.decode(text, type=Manifest)
+        except (msgspec.MsgspecError, AttributeError, UnicodeDecodeError) as error:
+            raise _broken(backup, error) from None
+    if manifest.program != program:
+        raise StorageError(
+            f"a backup was not made by {program}", file=backup, found=manifest.program
+        )
+    for name, number in manifest.schemas.items():
+        if number > schemas.get(name, 0):
+            raise _too_new(backup, name, number, schemas.get(name, 0))
+    return manifest
+
+
+def require_party(backup: Path, manifest: Manifest, party: str) -> None:
+    """Refuses the backup of somebody else.
+
+    Raises:
+        StorageError: it is one.
+    """
+    if manifest.party != party:
+        raise StorageError(
+            "a backup is of another party; nothing was changed",
+            file=backup,
+            found=manifest.party,
+            accepted=party,
+        )
+
+
+def unpack(backup: Path, manifest: Manifest, folder: Path, only: str | None = None) -> None:
+    """Unpacks every part into an empty folder, for its owner only; on disk when this returns.
+
+    Args:
+        only: name of the one part that is wanted.
+
+    Raises:
+        StorageError: a part is missing, or is not what the manifest says; or the disk is full.
+    """
+
+    def take(content: BinaryIO, part: Part) -> str:
+        target = folder / part.name
+        make_folder(target.parent, 0o700)
+        with open(target, "xb", opener=_private) as file:
+            return _copied(content, file)
+
+    _each_part(backup, manifest, only, take)
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+
+
+@contextmanager
+def _opened(backup: Path) -> Iterator[tarfile.TarFile]:
+    try:
+        with tarfile.open(backup, mode="r:") as archive:
+            yield archive
+    except tarfile.TarError as error:
+        raise _broken(backup, error) from None
+    except OSError as error:
+        raise StorageError(
+            "a backup cannot be unpacked; nothing was changed",
+            file=error.filename or backup,
+            found=error.strerror or error,
+        ) from None
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> BinaryIO:
+    content = archive.extractfile(member)
+    if content is None:
+        raise tarfile.ReadError(f"{member.name} is no file")
+    return cast(BinaryIO, content)
+
+
+def _each_part(
+    backup: Path,
+    manifest: Manifest,
+    only: str | None,
+    take: Callable[[BinaryIO, Part], str],
+) -> None:
+    """Hands every part to `take`, which returns its SHA-256, and compares it with the manifest."""
+    expected = {part.name: part for part in manifest.parts if only in (None, part.name)}
+    if only is not None and not expected:
+        raise _broken(backup, f"{only} missing")
+    with _opened(backup) as archive:
+        for member in archive:
+            if member.name == MANIFEST or only not in (None, member.name):
+                continue
+            part = expected.pop(member.name, None)
+            if part is None or not member.isreg() or member.size != part.size:
+                raise _broken(backup, f"{member.name} is not what the manifest says")
+            if take(_content(archive, member), part) != part.sha256:
+                raise _broken(backup, f"{member.name} has another digest")
+    if expected:
+        raise _broken(backup, f"{', '.join(sorted(expected))} missing")
+
+
+def _copied(source: BinaryIO, file: BinaryIO) -> str:
+    """Copies a part to disk; returns its SHA-256."""
+    state = hashlib.sha256()
+    while chunk := source.read(_CHUNK):
+        state.update(chunk)
+        file.write(chunk)
+    file.flush()
+    os.fsync(file.fileno())
+    return state.hexdigest()
+
+
+def _member(name: str, size: int) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o600
+    return member
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return _sha256_of(file)
+
+
+def _sha256_of(file: BinaryIO) -> str:
+    state = hashlib.sha256()
+    while chunk := file.read(_CHUNK):
+        state.update(chunk)
+    return state.hexdigest()
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _broken(backup: Path, found: object) -> StorageError:
+    return StorageError(
+        "a backup is damaged, cut short, or none; nothing was changed",
+        file=backup,
+        found=found,
+        remedy="use another copy of it, or an earlier backup",
+    )
+
+
+def _too_new(backup: Path, field: str, found: int, accepted: int) -> StorageError:
+    return StorageError(
+        "a backup was made by a later version of Umbel; nothing was changed",
+        file=backup,
+        field=field,
+        found=found,
+        accepted=f"at most {accepted}",
+        remedy="upgrade Umbel on this machine, then restore",
+    )

@@ -1,0 +1,65 @@
+"""`umbel-server backup` and `restore`: an operator's state in one file, and back again."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from umbel_host.console import print_lines
+from umbel_server.state_backup import back_up
+from umbel_server.state_backup import restore as put_back
+
+Config = Annotated[Path, typer.Option(help="The operator's server.toml.")]
+SERVER_TOML = Path("server.toml")
+
+
+def backup(
+    out: Annotated[Path, typer.Option(help="The new file, for its owner only.")],
+    config: Config = SERVER_TOML,
+    with_keys: Annotated[
+        bool, typer.Option("--with-keys", help="Also the private keys: a secret from then on.")
+    ] = False,
+) -> None:
+    """Write journal, queue, releases and configuration into one file, also while it serves."""
+    manifest = back_up(config, out, keys=with_keys)
+    print_lines(
+        Console(highlight=False),
+        [
+            ("backup", str(out)),
+            ("operator", manifest.party),
+            ("made", manifest.made),
+            ("keys", "in it: keep it like the keys" if with_keys else "not in it (--with-keys)"),
+        ],
+    )
+
+
+def restore(
+    backup: Annotated[Path, typer.Argument(metavar="BACKUP", help="A file that `backup` wrote.")],
+    config: Config = SERVER_TOML,
+) -> None:
+    """Put a backup back into an empty state folder: all of it or nothing."""
+    done = put_back(backup, config)
+    console = Console(highlight=False)
+    print_lines(
+        console,
+        [
+            ("operator", done.manifest.party),
+            ("made", done.manifest.made),
+            ("state", str(done.state)),
+            *(("put back", str(path)) for path in done.written),
+            *(("kept", f"{path}, which is there") for path in done.kept),
+            *(("missing", f"{path}: bring your own copy") for path in done.missing),
+            ("stopped", ", ".join(done.stopped) or "no job: none was under way"),
+        ],
+    )
+    console.print(
+        "\nA job that released something since the backup cannot go on: sites accept no\n"
+        "second release of a round. Any other does with umbel-server job resume JOB."
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these commands to `umbel-server`."""
+    for command in (backup, restore):
+        app.command()(command)

@@ -1,0 +1,132 @@
+"""The operator's backup: what it holds, and how it comes back."""
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+
+from umbel_common.errors import StorageError
+from umbel_common.identity import fingerprint
+from umbel_host.backup import Manifest, read_manifest, require_party, unpack, write_backup
+from umbel_host.restore import config_of, put_back, vacant, workplace
+from umbel_host.snapshot import copy_database
+from umbel_server.config import ServerConfig, load_config, load_roster
+from umbel_server.queue import SCHEMA as QUEUE_SCHEMA
+from umbel_server.queue import JobQueue
+from umbel_server.store import SCHEMA as STORE_SCHEMA
+from umbel_server.store import Store
+
+CONFIG = "server.toml"
+DATABASES = {
+    "state/journal.sqlite": STORE_SCHEMA,
+    "state/queue.sqlite": QUEUE_SCHEMA,
+}
+"""The SuperLink's database is not among them: it is emptied at each start."""
+_SCHEMAS = {name: schema.version for name, schema in DATABASES.items()}
+
+
+class Restored(msgspec.Struct, frozen=True):
+    """What a restore did."""
+
+    manifest: Manifest
+    state: Path
+    stopped: tuple[str, ...]
+    """Jobs that were waiting or under way."""
+    written: list[Path]
+    kept: list[Path]
+    missing: list[Path]
+    """Keys that are neither here nor in the backup."""
+
+
+def back_up(config: Path, out: Path, *, keys: bool) -> Manifest:
+    """Writes a backup of an operator, whose server may be running.
+
+    Args:
+        config: server.toml.
+        keys: whether the private keys go into it.
+
+    Raises:
+        StorageError: something cannot be read or written; nothing is left of the backup.
+    """
+    settings = load_config(config)
+    state = Path(settings.state)
+    party = fingerprint(load_roster(settings).roster.operator)
+    with workplace(out.absolute().parent, f"{out.name}.copies") as place:
+        sources: dict[str, Path] = {}
+        for name in DATABASES:
+            path = state / Path(name).name
+            try:
+                if path.exists():
+                    copy_database(path, place / path.name)
+            except sqlite3.Error as error:
+                raise StorageError(
+                    "a database cannot be copied; no backup was made", file=path, found=error
+                ) from None
+            sources[name] = place / path.name
+        # Of today's schema; and where an operator never had a job, both are there all the same.
+        Store(place / "journal.sqlite").close()
+        JobQueue(place / "queue.sqlite").close()
+        # After the journal: it names no adapter that is not in the registry before it.
+        for path in sorted((state / "registry").glob("*/*")):
+            if ".partial-" not in path.parent.name:
+                sources[f"state/registry/{path.parent.name}/{path.name}"] = path
+        sources[CONFIG] = config.absolute()
+        places = {**_places(settings), **_key_places(settings)} if keys else _places(settings)
+        sources |= {name: path for name, path in places.items() if path.exists()}
+        return write_backup(out, "umbel-server", party, sources, schemas=_SCHEMAS, keys=keys)
+
+
+def restore(backup: Path, config: Path) -> Restored:
+    """Puts an operator's backup back, all of it or nothing; jobs that were not over are stopped.
+
+    What was released since is not in it: the sites know it, and accept no second release of a
+    round. So a person decides which jobs go on.
+
+    Args:
+        config: server.toml; where there is none, the backup's is put there.
+
+    Raises:
+        ConfigError: the server.toml that is there is not usable.
+        StorageError: the state folder holds something or is in use, the backup is damaged, of
+            another operator or a later version, or the disk is full. Nothing was changed.
+    """
+    manifest = read_manifest(backup, "umbel-server", _SCHEMAS)
+    with config_of(backup, manifest, CONFIG, config) as path:
+        settings = load_config(path)
+    if Path(settings.roster).exists():
+        require_party(backup, manifest, fingerprint(load_roster(settings).roster.operator))
+    state = Path(settings.state)
+    with (
+        vacant(state, "rounds.lock", "the process with the jobs"),
+        workplace(state.parent, f"{state.name}.restoring") as place,
+    ):
+        unpack(backup, manifest, place)
+        with closing(JobQueue(place / "state" / "queue.sqlite")) as queue:
+            stopped = queue.stop_all(f"restored from the backup of {manifest.made}")
+        Store(place / "state" / "journal.sqlite").close()
+        files = {config.absolute(): place / CONFIG}
+        for name, target in {**_places(settings), **_key_places(settings)}.items():
+            if (place / name).exists():
+                files[target] = place / name
+        written, kept = put_back(place / "state", state, files)
+    missing = [path for path in _key_places(settings).values() if not path.exists()]
+    return Restored(manifest, state, stopped, written, kept, missing)
+
+
+def _places(settings: ServerConfig) -> dict[str, Path]:
+    """Where files beside the state folder belong, by the names of their parts."""
+    return {
+        "roster.json": Path(settings.roster),
+        "sites.json": Path(settings.sites),
+        "tls/certificate.pem": Path(settings.listen.certificate),
+        "ca/certificate.pem": Path(settings.listen.client_ca),
+    }
+
+
+def _key_places(settings: ServerConfig) -> dict[str, Path]:
+    return {
+        "keys/identity.pem": Path(settings.identity),
+        "keys/tls.pem": Path(settings.listen.key),
+        "keys/ca.pem": Path(settings.listen.client_ca).with_name("key.pem"),
+    }

@@ -1,0 +1,227 @@
+"""Tuning on public records: real trainings of a tiny model, by the operator's command."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from io import StringIO
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+import numpy as np
+import pytest
+from rich.console import Console
+
+import umbel_client.tuning
+from umbel_client.drafting import read_plan
+from umbel_client.tuning import draft_with, search_space, with_values
+from umbel_client.tuning import tune as run
+from umbel_client.tuning_trial import PublicData, loss_after_training
+from umbel_common.errors import ConfigError, DataError, ModelError, StorageError
+from umbel_common.plan import LocalPrivacy
+from umbel_common.tuning import TuningRequest
+
+DRAFT = """\
+federation = "clinics"
+job = "triage"
+
+[model]
+name = "tiny"
+path = "{model}"
+
+[task]
+task = "classification"
+labels = ["a", "b"]
+
+[lora]
+rank = 2
+alpha = 4.0
+target_modules = ["query"]
+layers = [1]
+method = "ffa"
+
+[training]
+rounds = 2
+local_steps = 3
+expected_batch_size = 8
+# Too low, as a first guess often is.
+optimizer = {{ optimizer = "sgd", adapter_learning_rate = 1e-4, head_learning_rate = 1e-4 }}
+
+[privacy]
+mode = "local"
+epsilon = 8.0
+delta = 1e-4
+clip_norm = 1.0
+
+[aggregation]
+threshold = 3
+clip_range = 10.0
+step = 1e-6
+"""
+
+
+@pytest.fixture
+def draft(tmp_path: Path, tiny_model: Path) -> Path:
+    """Its public records are told apart by one word."""
+    path = tmp_path / "draft.toml"
+    path.write_text(DRAFT.format(model=tiny_model))
+    random = np.random.default_rng(3)
+    rows = [
+        {"text": f"w{words[0] % 30} w3{number % 2}", "label": "ab"[number % 2]}
+        for number, words in enumerate(random.integers(0, 30, (80, 1)))
+    ]
+    (tmp_path / "public.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tune(draft: Path, *more: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "umbel_server.cli",
+            "tune",
+            str(draft),
+            *("--data", str(draft.parent / "public.jsonl")),
+            *more,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def rows(shown: str) -> list[tuple[str, str]]:
+    """Loss and values of each trial."""
+    return re.findall(r"^\d+ +(\d+\.\d+) +([-\d.e]+ +[-\d.e]+ +[-\d.e]+)", shown, re.MULTILINE)
+
+
+def test_the_command_writes_the_draft_with_the_best_values(draft: Path) -> None:
+    out = draft.with_name("tuned.toml")
+    options = ("--out", str(out), "--public-size", "1000", "--sites", "2", "--seed", "4")
+    done = tune(draft, *options, "--trials", "3")
+    assert done.returncode == 0, done.stderr
+    assert len(rows(done.stdout)) == 3
+    assert "the draft as it is" in done.stdout
+    tuned, given = (tomllib.loads(path.read_text()) for path in (out, draft))
+    values = tuned["training"].pop("optimizer")
+    del given["training"]["optimizer"]
+    del tuned["privacy"]["clip_norm"], given["privacy"]["clip_norm"]
+    assert tuned == given
+    (line,) = re.findall(r"^.*best$", done.stdout, re.MULTILINE)
+    assert f" {values['head_learning_rate']:.3g} " in line
+    (best,) = re.findall(r"^\d+ +([\d.]+) .*best$", done.stdout, re.MULTILINE)
+    assert best == min(loss for loss, _ in rows(done.stdout))
+    assert "# Too low" in out.read_text()
+    # Nothing is written over.
+    again = tune(draft, *options, "--trials", "3")
+    assert again.returncode == 50
+    assert tune(draft, *options, "--trials", "0").returncode == 2
+
+
+def search(draft: Path, **parts: object) -> str:
+    """What a search prints; keyword arguments replace parts of its request."""
+    folder = draft.parent
+    request = {
+        "draft": str(draft),
+        "data": str(folder / "public.jsonl"),
+        "out": str(folder / "out.toml"),
+        "study": str(folder / "study.sqlite"),
+        "trials": 3,
+    }
+    console = Console(file=StringIO(), width=120)
+    run(msgspec.convert({**request, **parts}, TuningRequest), console)
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def test_a_search_goes_on_with_the_trials_that_were(draft: Path) -> None:
+    first = rows(search(draft))
+    more = rows(search(draft, trials=5, out=str(draft.with_name("more.toml"))))
+    assert (more[:3], len(more)) == (first, 5)
+    # Each is another one: the sampler does not begin anew.
+    assert len({values for _, values in more}) == 5
+
+
+def test_a_study_belongs_to_one_search(draft: Path) -> None:
+    search(draft, trials=1)
+    for parts in ({"seed": 1}, {"public_size": 70}, {"sites": 2}, {"validation_share": 0.5}):
+        with pytest.raises(ConfigError, match="another draft, other records, or other options"):
+            search(draft, out=str(draft.with_name("other.toml")), **parts)
+    draft.write_text(draft.read_text().replace("rounds = 2", "rounds = 3"))
+    with pytest.raises(ConfigError, match="another draft"):
+        search(draft, out=str(draft.with_name("other.toml")))
+
+
+def test_what_cannot_be_tuned_is_one_clear_error(
+    draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = draft.with_name("few.jsonl")
+    few.write_text('{"text": "w1", "label": "a"}\n')
+    with pytest.raises(DataError, match="too small"):
+        search(draft, data=str(few))
+    broken = draft.with_name("broken.sqlite")
+    broken.write_text("no database")
+    with pytest.raises(StorageError, match=r"broken\.sqlite"):
+        search(draft, study=str(broken))
+
+    def diverge(*_: object, **__: object) -> NoReturn:
+        raise ModelError("training diverged")
+
+    monkeypatch.setattr(umbel_client.tuning, "loss_after_training", diverge)
+    with pytest.raises(ModelError, match="no trial came to an end"):
+        search(draft, trials=2)
+    assert not (draft.parent / "out.toml").exists()
+
+
+@pytest.fixture
+def data(draft: Path, tiny_model: Path) -> PublicData:
+    return PublicData.load(
+        read_plan(draft), tiny_model, draft.parent / "public.jsonl", {}, share=0.25, seed=0
+    )
+
+
+def test_a_trial_trains_under_the_noise_of_the_public_size(draft: Path, data: PublicData) -> None:
+    """The same records, and a site so small that its noise drowns what they say; four of them
+    average some of it away."""
+    text = draft.read_text().replace("epsilon = 8.0", "epsilon = 2.0")
+    draft.write_text(text.replace("local_steps = 3", "local_steps = 10"))
+    plan = with_values(
+        read_plan(draft), {"adapter_learning_rate": 1e-4, "head_learning_rate": 0.02}
+    )
+    assert (len(data.training), len(data.validation)) == (60, 20)
+
+    def loss(size: int, sites: int = 1, seed: int = 1) -> float:
+        return loss_after_training(plan, data, public_size=size, sites=sites, seed=seed)
+
+    seeds = range(4)
+    noisy = np.mean([loss(8, seed=seed) for seed in seeds])
+    clear = np.mean([loss(1_000, seed=seed) for seed in seeds])
+    shared = np.mean([loss(8, sites=4, seed=seed) for seed in seeds])
+    assert clear < noisy - 0.1
+    assert shared < noisy - 0.1
+    assert loss(1_000) == loss(1_000)
+    assert loss(1_000) != loss(1_000, seed=2)
+
+
+def test_a_clip_norm_that_only_scales_rates_is_not_looked_for(draft: Path) -> None:
+    plan = read_plan(draft)
+    assert set(search_space(plan)) == {"adapter_learning_rate", "head_learning_rate", "clip_norm"}
+    draft.write_text(draft.read_text().replace("clip_norm = 1.0", CLIPPING))
+    automatic = read_plan(draft)
+    assert set(search_space(automatic)) == {"adapter_learning_rate", "head_learning_rate"}
+    changed = with_values(plan, {"adapter_learning_rate": 0.5, "clip_norm": 0.25})
+    assert changed.training.optimizer.adapter_learning_rate == 0.5
+    assert isinstance(changed.privacy, LocalPrivacy)
+    assert changed.privacy.clip_norm == 0.25
+
+
+CLIPPING = 'clip_norm = 1.0\nclipping = "automatic"'
+
+
+def test_a_draft_keeps_all_but_the_values() -> None:
+    text = "[training.optimizer]\n# why\nadapter_learning_rate = 1e-3 # first\n"
+    changed = draft_with(text, {"adapter_learning_rate": 0.25})
+    assert changed == text.replace("1e-3", "0.25")

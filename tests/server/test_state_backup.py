@@ -1,0 +1,139 @@
+"""`umbel-server backup` and `restore`: a journal, its adapters, and jobs that wait for people."""
+
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from umbel_common.adapter import initial_vector
+from umbel_common.errors import StorageError
+from umbel_common.identity import Signed, sign
+from umbel_common.plan import TrainingPlan
+from umbel_common.statements import Release
+from umbel_common.transcript import JobStarted
+from umbel_host.keys import read_identity
+from umbel_host.process import locked
+from umbel_server.cli import app
+from umbel_server.queue import JobQueue, State
+from umbel_server.registry import Registry
+from umbel_server.store import Store
+
+
+def run(line: str) -> str:
+    result = CliRunner().invoke(app, line.split(), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refusal(line: str) -> str:
+    with pytest.raises(StorageError) as caught:
+        CliRunner().invoke(app, line.split(), catch_exceptions=False)
+    return caught.value.diagnostics()
+
+
+def texts(folder: Path) -> dict[Path, bytes]:
+    """Keys, certificates, configuration and roster."""
+    found = [path for path in folder.rglob("*") if path.suffix in (".pem", ".toml", ".json")]
+    return {path: path.read_bytes() for path in found if "registry" not in path.parts}
+
+
+@pytest.fixture
+def operator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_plan: Callable[..., TrainingPlan]
+) -> Path:
+    """An operator's folder, with a job under way and one that waits."""
+    monkeypatch.chdir(tmp_path)
+    run("init --federation clinics --address 127.0.0.1:9443")
+    folder = tmp_path / "operator"
+    monkeypatch.chdir(folder)
+    identity, plan = read_identity(folder / "identity.pem"), make_plan()
+    adapter = Registry(folder / "state" / "registry").publish(plan, initial_vector(plan))
+    release = sign(
+        identity,
+        Release(
+            federation="clinics",
+            job="job",
+            plan=plan.digest(),
+            round=0,
+            attempt=0,
+            context=bytes(32),
+            adapter=adapter,
+            survivors=(),
+            total_weight=0,
+        ),
+    )
+    signed = sign(identity, plan)
+    event = JobStarted(plan=signed, roster=bytes(32), release=release)
+    with closing(Store(folder / "state" / "journal.sqlite")) as store:
+        store.start_job(identity, "job", signed, adapter, release, event)
+        store.keep_advert("a", release, Signed(statement=b"advert", signature=bytes(64)))
+    with closing(JobQueue(folder / "state" / "queue.sqlite")) as queue:
+        for name, state in (("done", State.FINISHED), ("job", State.RUNNING)):
+            queue.add(name, signed)
+            queue.set_state(name, state)
+        queue.add("next", signed)
+    return folder
+
+
+def test_an_operator_comes_back_on_an_empty_machine_with_its_jobs_stopped(
+    operator: Path, make_plan: Callable[..., TrainingPlan]
+) -> None:
+    # The server may be serving meanwhile: its lock stands in nobody's way.
+    with locked(operator / "state" / "rounds.lock", "the process with the jobs"):
+        run("backup --out ../b.tar --with-keys")
+    before = texts(operator)
+    for path in list(operator.iterdir()):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert "stopped   job, next\n" in run("restore ../b.tar")
+    assert texts(operator) == before
+    plan = make_plan()
+    with closing(Store(operator / "state" / "journal.sqlite")) as store:
+        number, adapter, _ = store.last_release("job")
+        assert number == 0
+        assert Registry(operator / "state" / "registry").load(plan, adapter).size == plan.lora.size
+        assert store.last_adverts()["a"].advert.statement == b"advert"
+    with closing(JobQueue(operator / "state" / "queue.sqlite")) as queue:
+        assert [job.state for job in queue.jobs()] == [
+            State.FINISHED,
+            State.STOPPED,
+            State.STOPPED,
+        ]
+        assert "restored from the backup of" in queue.job("job").detail
+    assert (operator / "identity.pem").stat().st_mode & 0o777 == 0o600
+    assert run("job resume job") == "job: waiting\n"
+
+
+def test_without_keys_a_backup_holds_none_and_names_those_that_are_missing(operator: Path) -> None:
+    run("backup --out b.tar")
+    secrets = [(operator / name).read_bytes() for name in ("identity.pem", "ca/key.pem")]
+    assert not any(secret in (operator / "b.tar").read_bytes() for secret in secrets)
+    shutil.rmtree(operator / "state")
+    (operator / "identity.pem").unlink()
+    assert f"missing   {operator}/identity.pem: bring your own copy\n" in run("restore b.tar")
+
+
+def test_another_operators_backup_is_refused(operator: Path) -> None:
+    run("backup --out b.tar")
+    run("init --federation clinics --address 127.0.0.1:9443 --folder other")
+    assert "of another party" in refusal("restore b.tar --config other/server.toml")
+    assert not (operator / "other" / "state").exists()
+
+
+def test_nothing_is_restored_over_a_state_or_under_a_server(operator: Path) -> None:
+    run("backup --out b.tar")
+    assert "empty state folder only" in refusal("restore b.tar")
+    shutil.rmtree(operator / "state")
+    with locked(operator / "state" / "rounds.lock", "it"):
+        assert "runs already" in refusal("restore b.tar")
+    run("restore b.tar")
+
+
+def test_an_operator_without_a_job_has_a_backup_too(operator: Path) -> None:
+    shutil.rmtree(operator / "state")
+    run("backup --out b.tar")
+    run("restore b.tar")
+    with closing(Store(operator / "state" / "journal.sqlite")) as store:
+        assert store.jobs() == []
