@@ -92,6 +92,7 @@ EVERYTHING: dict[str, Object] = {
         "trainer": GPU["trainer"],
         "relay": {"image": {"digest": "", "tag": "0.1.0"}},
         "operator": {"cidrs": ["203.0.113.7/32", "2001:db8::7/128"], "namespace": "operator"},
+        "proxy": {"existingSecret": "way-out", "cidrs": ["10.1.2.3/32"], "port": 8080},
         "dns": {"cidrs": ["169.254.20.10/32"]},
     },
     "umbel-operator": {
