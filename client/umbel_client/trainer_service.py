@@ -84,7 +84,7 @@ def _judge_isolation(
             field="isolation",
             found=refused,
             accepted="an empty network namespace: PrivateNetwork=yes in systemd, network_mode: none"
-            " in compose, or a kernel that allows user namespaces",
+            " in compose, a kernel that allows user namespaces; or seccomp, on x86-64 or ARM64",
         )
     logger.warning(
         "THE TRAINER HAS A NETWORK: the kernel allows no empty network namespace (%s). Run it with"

@@ -92,6 +92,7 @@ EVERYTHING: dict[str, Object] = {
         "trainer": GPU["trainer"],
         "relay": {"image": {"digest": "", "tag": "0.1.0"}},
         "operator": {"cidrs": ["203.0.113.7/32", "2001:db8::7/128"], "namespace": "operator"},
+        "proxy": {"existingSecret": "way-out", "cidrs": ["10.1.2.3/32"], "port": 8080},
         "dns": {"cidrs": ["169.254.20.10/32"]},
     },
     "umbel-operator": {
@@ -159,9 +160,11 @@ def run_helm(
     )
 
 
-def render(chart: str, folder: Path, values: Object | None = None) -> list[Object]:
-    """The objects that a chart makes of these values."""
-    done = run_helm(chart, folder, values or {}, "template", "north", "--namespace", "umbel")
+def render(
+    chart: str, folder: Path, values: Object | None = None, *, name: str = "north"
+) -> list[Object]:
+    """The objects that a chart makes of these values, for a release of this name."""
+    done = run_helm(chart, folder, values or {}, "template", name, "--namespace", "umbel")
     assert done.returncode == 0, done.stderr
     return [document for document in yaml.safe_load_all(done.stdout) if document]
 

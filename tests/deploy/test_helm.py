@@ -198,6 +198,26 @@ def test_from_a_site_one_port_is_reached_and_names_are_asked_for(tmp_path: Path)
     }
 
 
+def test_through_a_proxy_nothing_but_the_proxy_is_reached(tmp_path: Path) -> None:
+    values: Object = {
+        "operator": {"cidrs": []},
+        "proxy": {"existingSecret": "way-out", "cidrs": ["10.1.2.3/32"]},
+        "dns": {"enabled": False},
+    }
+    objects = render("umbel-site", tmp_path, values)
+    assert kind(objects, "NetworkPolicy")["spec"]["egress"] == [
+        {
+            "to": [{"ipBlock": {"cidr": "10.1.2.3/32"}}],
+            "ports": [{"protocol": "TCP", "port": 3128}],
+        }
+    ]
+    found = containers(pod_of(objects))
+    (variable,) = found["relay"].spec["env"]
+    assert variable["name"] == "HTTPS_PROXY"
+    assert variable["valueFrom"]["secretKeyRef"] == {"name": "way-out", "key": "HTTPS_PROXY"}
+    assert not [name for name in found if name != "relay" and "env" in found[name].spec]
+
+
 def test_a_site_that_knows_the_address_asks_nobody_for_names(tmp_path: Path) -> None:
     policy = kind(render("umbel-site", tmp_path, {"dns": {"enabled": False}}), "NetworkPolicy")
     assert len(policy["spec"]["egress"]) == 1

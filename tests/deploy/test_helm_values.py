@@ -206,6 +206,11 @@ WRONG: list[tuple[str, Object, str]] = [
     ("umbel-site", {"identity": {"existingSecret": ""}}, "at '/identity/existingSecret'"),
     ("umbel-site", {"state": {"accessMode": "ReadWriteMany"}}, "at '/state/accessMode'"),
     ("umbel-site", {"operator": {"cidrs": []}}, "operator: found neither cidrs nor namespace"),
+    (
+        "umbel-site",
+        {"proxy": {"cidrs": ["10.1.2.3/32"]}},
+        "proxy: found one of existingSecret and cidrs, accepted: both or neither",
+    ),
     ("umbel-site", {"operator": {"cidrs": ["umbel.example"]}}, "at '/operator/cidrs/0'"),
     ("umbel-site", {"dns": {"podLabels": None}}, "at '/dns': missing property 'podLabels'"),
     ("umbel-site", {"clientToml": "site ="}, "clientToml: found toml: line 1"),

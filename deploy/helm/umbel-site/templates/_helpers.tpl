@@ -59,8 +59,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if not (regexMatch "^.+:[0-9]{1,5}$" $server) }}
 {{- include "umbel-site.refuse" (list "clientToml: relay.server" ($server | default "nothing") "host:port" "give umbel-client join KIT, with what the operator sent") }}
 {{- end }}
-{{- if not (or .Values.operator.cidrs .Values.operator.namespace) }}
+{{- if not (or .Values.operator.cidrs .Values.operator.namespace .Values.proxy.cidrs) }}
 {{- include "umbel-site.refuse" (list "operator" "neither cidrs nor namespace" "where the operator is" "operator.cidrs={203.0.113.7/32}, or its namespace in this cluster") }}
+{{- end }}
+{{- if ne (empty .Values.proxy.existingSecret) (empty .Values.proxy.cidrs) }}
+{{- include "umbel-site.refuse" (list "proxy" "one of existingSecret and cidrs" "both or neither" "say which Secret has HTTPS_PROXY, and at which addresses the proxy is") }}
 {{- end }}
 {{- end }}
 
