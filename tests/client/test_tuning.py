@@ -110,9 +110,9 @@ def test_the_command_writes_the_draft_with_the_best_values(draft: Path) -> None:
     del given["training"]["optimizer"]
     del tuned["privacy"]["clip_norm"], given["privacy"]["clip_norm"]
     assert tuned == given
-    (line,) = re.findall(r"^.*best$", done.stdout, re.MULTILINE)
+    (line,) = re.findall(r"^.*best *$", done.stdout, re.MULTILINE)
     assert f" {values['head_learning_rate']:.3g} " in line
-    (best,) = re.findall(r"^\d+ +([\d.]+) .*best$", done.stdout, re.MULTILINE)
+    (best,) = re.findall(r"^\d+ +([\d.]+) .*best *$", done.stdout, re.MULTILINE)
     assert best == min(loss for loss, _ in rows(done.stdout))
     assert "# Too low" in out.read_text()
     # Nothing is written over.
