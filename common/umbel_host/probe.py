@@ -1,15 +1,15 @@
 """Asks a process of ours whether it is well: `python -m umbel_host.probe unix:PATH`.
 
-For a service manager, a container's health check, a script: exit code 0 says that it is well, 1
-that it runs and is not well, any other that it does not answer. What is asked is grpc.health.v1,
-which other probes speak too.
+For a service manager, a container's health check, a script, which keep one line of what is printed:
+exit code 0 says that it is well, 1 that it runs and is not well, any other that it does not answer.
+What is asked is grpc.health.v1, which other probes speak too.
 """
 
 import sys
 from pathlib import Path
 
 from umbel_common.errors import ConfigError, UmbelError
-from umbel_host.console import exit_code
+from umbel_host.console import printable
 from umbel_host.sockets import healthy
 
 SCHEME = "unix:"
@@ -42,8 +42,17 @@ def probe(address: str) -> None:
 
 
 def main() -> int:
-    """Returns the exit code."""
-    return exit_code(lambda: probe(" ".join(sys.argv[1:])))
+    """Prints one line; returns the exit code."""
+    address = " ".join(sys.argv[1:])
+    try:
+        probe(address)
+    except UmbelError as error:
+        print(
+            printable("; ".join(map(str.strip, error.diagnostics().splitlines()))), file=sys.stderr
+        )
+        return error.exit_code
+    print(f"{printable(address)}: well")
+    return 0
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def probe(*arguments: object) -> "subprocess.CompletedProcess[str]":
 
 def test_who_is_well_is_told_from_who_is_not(server: SocketServer, tmp_path: Path) -> None:
     server.serving(True)
-    assert probe(f"unix:{tmp_path}/a.sock").returncode == 0
+    done = probe(f"unix:{tmp_path}/a.sock")
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (0, 1, "")
     server.serving(False)
     done = probe(f"unix:{tmp_path}/a.sock")
     assert done.returncode == 1
@@ -42,12 +43,12 @@ def test_who_is_well_is_told_from_who_is_not(server: SocketServer, tmp_path: Pat
 
 def test_who_does_not_answer_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
     done = probe(f"unix:{tmp_path}/none.sock")
-    assert done.returncode == UnreachableError.exit_code
+    assert (done.returncode, done.stderr.count("\n")) == (UnreachableError.exit_code, 1)
     assert "none.sock" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [(), ("unix:",), ("/run/a.sock",), ("127.0.0.1:9443",)])
 def test_what_is_no_socket_is_one_clear_error(arguments: tuple[str, ...]) -> None:
     done = probe(*arguments)
-    assert done.returncode == ConfigError.exit_code
+    assert (done.returncode, done.stderr.count("\n")) == (ConfigError.exit_code, 1)
     assert "unix:PATH" in done.stderr
