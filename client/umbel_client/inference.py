@@ -93,7 +93,8 @@ def _left_padded(model: AdaptedModel, chat: Chat, texts: list[str], first: int) 
             found=f"{longest} tokens",
             accepted=f"fewer than {positions}",
         )
-    ids = torch.full((len(texts), longest), chat.tokenizer.pad_token_id or 0)
+    padding = chat.tokenizer.pad_token_id
+    ids = torch.full((len(texts), longest), padding if isinstance(padding, int) else 0)
     mask = torch.zeros_like(ids)
     for row, found in enumerate(encoded):
         ids[row, longest - len(found) :] = torch.tensor(found)
