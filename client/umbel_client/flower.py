@@ -128,10 +128,9 @@ def serve(
         ConfigError: the certificate or the authority cannot be used.
     """
     context, key = _credentials(connection)
-    clock = _ServerClock()
+    clock, pause = _ServerClock(), 1.0
     # What is there now stays: the collector, which is called often, need not look at it.
     gc.freeze()
-    pause = 1.0
     while not stopping.is_set():
         client = FleetHttpClient(
             f"https://{connection.server}",
