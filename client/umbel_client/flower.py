@@ -133,10 +133,9 @@ def serve(
     """
     context, key = _credentials(connection)
     way = way_to(connection.server)
-    clock = _ServerClock()
+    clock, pause = _ServerClock(), 1.0
     # What is there now stays: the collector, which is called often, need not look at it.
     gc.freeze()
-    pause = 1.0
     while not stopping.is_set():
         client = FleetHttpClient(
             f"https://{connection.server}",
