@@ -10,6 +10,7 @@ from deploy.machine import missing
 from e2e.tunnel_proxy import TunnelProxy
 
 from umbel_client.isolation import Network
+from umbel_server.authority import key_pem
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no machine of its own: {missing()}")
 
@@ -45,6 +46,7 @@ def test_a_job_runs_and_the_relay_takes_the_proxy_of_its_environment_file(
         assert {machine.inside(f"/var/lib/umbel-trainer/{adapter}").read_bytes()} == theirs
         relay_cannot_read(deployment)
         trainer_has_no_network(deployment)
+        what_root_writes_is_for_the_units_too(deployment)
         stops_cleanly(deployment)
 
 
@@ -81,6 +83,19 @@ def trainer_has_no_network(deployment: Deployment) -> None:
     shown = machine.run(*asked, deployment.source, "/opt/umbel/bin/python", "-c", source)
     assert shown.stdout.strip() == Network.NONE.value
     assert deployment.machine.log("umbel-trainer").count("THE TRAINER HAS A NETWORK") == 0
+
+
+def what_root_writes_is_for_the_units_too(deployment: Deployment) -> None:
+    """Without another systemd-tmpfiles: the folder hands its group on."""
+    machine = deployment.machine
+    key = key_pem(deployment.clinics.authority._key)
+    machine.put("/etc/umbel-server/ca/key.pem", key, 0o600)
+    certificate = "/etc/umbel-server/tls/certificate.pem"
+    before = machine.inside(certificate).read_bytes()
+    config = "--config=/etc/umbel-server/server.toml"
+    machine.python("-m", "umbel_server.cli", "renew", config)
+    assert machine.inside(certificate).read_bytes() != before
+    machine.run("sha256sum", certificate, user="umbel-port")
 
 
 def stops_cleanly(deployment: Deployment) -> None:
