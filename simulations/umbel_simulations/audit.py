@@ -46,7 +46,7 @@ from umbel_simulations.audit_game import (
 from umbel_simulations.federation import public_size
 from umbel_simulations.planning import make_plan
 from umbel_simulations.population import partition
-from umbel_simulations.scenario import Scenario, model_folder
+from umbel_simulations.scenario import Scenario, model_folder, require_classification
 from umbel_simulations.sources import Example, load_source
 
 CONFIDENCE = 0.95
@@ -124,9 +124,10 @@ def audit_scenario(
         One result for each unit: record, patient.
 
     Raises:
-        ConfigError: the scenario claims no privacy.
+        ConfigError: the scenario claims no privacy, or trains a language model.
         DataError, CalibrationError, PolicyRefusal: its privacy cannot be had with so few units.
     """
+    require_classification(scenario, "audit")
     if not isinstance(scenario.privacy, LocalPrivacy):
         raise ConfigError(
             "without differential privacy there is no claim to audit",
@@ -140,7 +141,7 @@ def audit_scenario(
     results = []
     for unit in get_args(Unit):
         task = audited.plan.task
-        assert isinstance(task, Classification)  # scenarios have no other task
+        assert isinstance(task, Classification)  # require_classification
         records = site_records(audited.examples, task, unit)
         known = first_units(records, KNOWN_RECORDS)
         plan = _counting(audited.plan, unit)

@@ -23,7 +23,7 @@ from umbel_common.plan_file import plan_from_json
 from umbel_common.roster_file import roster_from_json
 from umbel_simulations.federation import public_size
 from umbel_simulations.population import partition, write_site_data
-from umbel_simulations.scenario import Scenario, model_folder
+from umbel_simulations.scenario import Scenario, model_folder, require_classification
 from umbel_simulations.sources import load_source
 
 MODULES = {"umbel-server": "umbel_server.cli", "umbel-client": "umbel_client.cli"}
@@ -91,9 +91,11 @@ def run_federation(scenario: Scenario, folder: Path, say: Say) -> Path:
     """Sets up everybody, runs the scenario's job, and returns the folder of the adapter.
 
     Raises:
+        ConfigError: the scenario trains a language model.
         RunExists: the folder holds something.
         UmbelError: what made a command or the job fail.
     """
+    require_classification(scenario, "federation")
     if folder.exists() and any(folder.iterdir()):
         raise RunExists(
             "a federation is set up in a new folder",

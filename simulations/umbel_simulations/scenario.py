@@ -10,7 +10,7 @@ import msgspec
 
 from umbel_client.lora import Scaling
 from umbel_common.canonical import Name, Value
-from umbel_common.config import parse_toml
+from umbel_common.config import from_table, read_table
 from umbel_common.errors import ConfigError, ModelError
 from umbel_common.plan import (
     CausalLm,
@@ -395,6 +395,22 @@ def _check_sources(scenario: Scenario, require: Require) -> None:
     )
 
 
+def require_classification(scenario: Scenario, command: str) -> None:
+    """For what can only be done with a classification.
+
+    Raises:
+        ConfigError: the scenario trains a language model.
+    """
+    if not isinstance(scenario.task, ClassificationSettings):
+        raise ConfigError(
+            f"umbel-simulate {command} takes scenarios of classifications alone",
+            field=f"task, scenario {scenario.name}",
+            found=scenario.task.__struct_config__.tag,
+            accepted="classification",
+            remedy="umbel-simulate run takes both",
+        )
+
+
 def _check_protocol(scenario: Scenario, require: Require) -> None:
     count, policy = scenario.sites.count, scenario.site_policy
     require(
@@ -444,7 +460,12 @@ def _load(path: Path) -> Scenario:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("a scenario cannot be read", file=path, found=error) from error
-    scenario = _anchored(parse_toml(text, Scenario, path), path.resolve().parent)
+    table = read_table(text, path)
+    task = table.get("task")
+    if isinstance(task, dict):
+        # Scenarios need not say what most of them are about.
+        task.setdefault("task", "classification")
+    scenario = _anchored(from_table(table, Scenario, path), path.resolve().parent)
     check_scenario(scenario, path)
     return scenario
 
