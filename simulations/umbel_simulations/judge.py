@@ -1,11 +1,14 @@
 """Scores adapters on the held-out public set, which no site trains on, and lets them answer."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from umbel_client.chat import Chat
 from umbel_client.conversations import Turn
@@ -23,6 +26,8 @@ from umbel_simulations.results import Score
 from umbel_simulations.run_folder import write
 from umbel_simulations.scores import score
 from umbel_simulations.sources import Example, general_texts
+
+Losses: TypeAlias = NDArray[np.float64]
 
 BATCH = {"classification": 128, "causal-lm": 16}
 """Records at once."""
@@ -54,6 +59,9 @@ class Judge:
             texts = load_records(folder / "general.jsonl", whole)
             self._general = self._prepared(texts, whole)
 
+        self._known: dict[bytes, Score] = {}
+        self._losses: dict[bytes, Losses] = {}
+
     def _prepared(self, records: Records | LmRecords, task: CausalLm | None = None) -> PreparedData:
         return prepare(
             self._model,
@@ -66,11 +74,26 @@ class Judge:
 
     def __call__(self, adapter: Vector) -> Score:
         """The score of an adapter, float32[plan.lora.size]."""
+        key = hashlib.sha256(adapter).digest()
+        if key not in self._known:
+            # Releases are scored as they come, and again beside what they are compared with.
+            self._known[key] = self._score(adapter)
+        return self._known[key]
+
+    def losses(self, adapter: Vector) -> Losses:
+        """A language model's loss on each test record, float64[records]."""
+        key = hashlib.sha256(adapter).digest()
+        if key not in self._losses:
+            self._model.set_vector(adapter)
+            self._losses[key] = record_losses(self._model, self._data, BATCH["causal-lm"])
+        return self._losses[key]
+
+    def _score(self, adapter: Vector) -> Score:
         self._model.set_vector(adapter)
         if self._general is None:
             predicted = evaluate(self._model, self._data, BATCH["classification"])
             return score(self._labels, predicted)
-        losses = record_losses(self._model, self._data, BATCH["causal-lm"])
+        losses = self.losses(adapter)
         perplexity = math.exp(losses.mean())
         general = record_losses(self._model, self._general, BATCH["causal-lm"])
         return Score(

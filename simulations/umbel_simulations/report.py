@@ -21,7 +21,7 @@ from umbel_simulations.live import size
 from umbel_simulations.measures import ACCURACY, Measure, measure_of
 from umbel_simulations.results import Comparison, RunSummary, Score
 from umbel_simulations.run_folder import write
-from umbel_simulations.table import ordered, privacy_of, warnings_of
+from umbel_simulations.table import against, ordered, privacy_of, warnings_of
 
 CLAIM = (
     "(epsilon, delta) per record (or per patient), add/remove, for site i, against [server + peers]"
@@ -60,6 +60,7 @@ def write_report(summary: RunSummary, path: Path) -> None:
             for row in ordered(summary.comparisons)
         ],
         measure=_measure(summary),
+        against={row.name: against(summary.differences.get(row.name)) for row in summary.comparisons},
         curve=_learning_curve(summary),
         epsilon=_epsilon_curve(summary) if summary.privacy == "local" else None,
         sites=[(site, *privacy_of(site)) for site in summary.sites],

