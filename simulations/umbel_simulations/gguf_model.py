@@ -7,6 +7,7 @@ folder holds them as bfloat16, and its digest is what a plan names.
 import hashlib
 import os
 import shutil
+import struct
 from pathlib import Path
 
 from umbel_common.errors import ModelError
@@ -32,10 +33,12 @@ def converted(file: Path) -> Path:
         try:
             _convert(file, partial)
             partial.rename(folder)
-        except (OSError, ValueError, ImportError) as error:
-            raise ModelError(
-                "a GGUF file cannot be converted", file=file, found=error, remedy=REMEDY
-            ) from error
+        except (OSError, ValueError, ImportError, struct.error) as error:
+            # Another run may have been faster.
+            if not folder.is_dir():
+                raise ModelError(
+                    "a GGUF file cannot be converted", file=file, found=error, remedy=REMEDY
+                ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -25,7 +25,7 @@ from umbel_simulations.population import write_site_data
 from umbel_simulations.results import Score
 from umbel_simulations.run_folder import write
 from umbel_simulations.scores import score
-from umbel_simulations.sources import Example, general_texts
+from umbel_simulations.sources import Example
 
 Losses: TypeAlias = NDArray[np.float64]
 
@@ -39,9 +39,19 @@ class Judge:
     """One model and one test set; used by one thread at a time."""
 
     def __init__(
-        self, plan: TrainingPlan, model: Path, test: Sequence[Example], folder: Path
+        self,
+        plan: TrainingPlan,
+        model: Path,
+        test: Sequence[Example],
+        folder: Path,
+        *,
+        general: Sequence[str] = (),
     ) -> None:
-        """Writes the test set into `folder`, as public data, and prepares it."""
+        """Writes the test set into `folder`, as public data, and prepares it.
+
+        Args:
+            general: texts about something else, for what a language model forgets.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._model_folder = model
@@ -52,7 +62,7 @@ class Judge:
         self._data = self._prepared(records)
         self._general: PreparedData | None = None
         if isinstance(plan.task, CausalLm):
-            rows = [{"text": text} for text in general_texts()]
+            rows = [{"text": text} for text in general]
             lines = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
             write(folder / "general.jsonl", lines)
             whole = msgspec.structs.replace(plan.task, loss_on="all", too_long="truncate")

@@ -60,7 +60,9 @@ def write_report(summary: RunSummary, path: Path) -> None:
             for row in ordered(summary.comparisons)
         ],
         measure=_measure(summary),
-        against={row.name: against(summary.differences.get(row.name)) for row in summary.comparisons},
+        against={
+            row.name: against(summary.differences.get(row.name)) for row in summary.comparisons
+        },
         curve=_learning_curve(summary),
         epsilon=_epsilon_curve(summary) if summary.privacy == "local" else None,
         sites=[(site, *privacy_of(site)) for site in summary.sites],

