@@ -46,6 +46,14 @@ def test_every_shipped_scenario_is_valid_and_named_as_its_file() -> None:
     )
 
 
+def test_a_task_without_its_name_is_a_classification(tmp_path: Path) -> None:
+    named = '[task]\ntask = "classification"\n'
+    assert named in SMOKE
+    path = tmp_path / "mine.toml"
+    path.write_text(SMOKE.replace(named, "[task]\n"), encoding="utf-8")
+    assert find_scenario(str(path)) == find_scenario("smoke")
+
+
 def test_no_shipped_scenario_is_predictable() -> None:
     assert all(scenario.insecure_test_seed is None for scenario in list_scenarios())
 
