@@ -171,6 +171,16 @@ def test_the_trainer_shares_its_relays_network_and_can_use_none_of_it(
     assert "Address family not supported by protocol" in done.stderr
 
 
+def test_the_process_with_the_operators_key_has_a_filter_of_its_own(
+    federation: Federation,
+) -> None:
+    rounds, port = (
+        int(status(federation.operator.process(name))["Seccomp_filters"])
+        for name in ("rounds", "port")
+    )
+    assert rounds > port
+
+
 def test_the_relay_finds_nothing_of_the_sites(federation: Federation) -> None:
     north = federation.sites["north"]
     for path in ("/data/data.jsonl", "/model/config.json", "/var/lib/umbel/state/ledger.sqlite"):

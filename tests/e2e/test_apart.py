@@ -1,6 +1,7 @@
 """The operator's two processes as containers have them: each with a state folder of its own, and
 one socket between them. And what probes are told of all four kinds of process."""
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,3 +77,16 @@ def test_jobs_that_end_leave_no_socket_behind(clinics: Clinics) -> None:
     assert soon(clinics.operator_folder / "state" / "rounds.sock"), clinics.logs()
     assert clinics.rounds_process.stop() == 0
     assert not (clinics.operator_folder / "state" / "rounds.sock").exists()
+
+
+def test_the_process_with_the_key_can_open_no_socket_to_the_network(clinics: Clinics) -> None:
+    clinics.port_process.start()
+    clinics.rounds_process.start()
+    assert soon(clinics.operator_folder / "state" / "rounds.sock"), clinics.logs()
+
+    def filters(process: int) -> int:
+        found = re.search(r"Seccomp_filters:\s+(\d+)", Path(f"/proc/{process}/status").read_text())
+        assert found is not None
+        return int(found[1])
+
+    assert filters(clinics.rounds_process.pid) == filters(clinics.port_process.pid) + 1
