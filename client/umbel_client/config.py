@@ -23,7 +23,7 @@ fields: then who may change the policy need not be who may change the rest.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -32,15 +32,12 @@ from umbel_common.canonical import Name, Value
 from umbel_common.config import from_table
 from umbel_common.enrolment import Address
 from umbel_common.errors import ConfigError
+from umbel_common.evaluation import Format
 from umbel_common.plan import Count, Fraction
 from umbel_host.toml_file import read_toml, read_toml_table
 
 POLICY_FILE = "policy.toml"
 """What a file with the policy is called."""
-
-Format: TypeAlias = Literal["auto", "messages", "prompt-completion", "instruction", "text"]
-"""In which columns a causal language model's records are (`umbel_client.conversations`); `auto`:
-what the file's columns say."""
 
 
 class DataConfig(Value, frozen=True):

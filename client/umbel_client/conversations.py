@@ -16,10 +16,10 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from umbel_client.config import Format
 from umbel_client.tables import Row, Table
 from umbel_common.canonical import Value
 from umbel_common.errors import DataError
+from umbel_common.evaluation import Format
 from umbel_common.plan import CausalLm
 
 COLUMNS: dict[Format, tuple[str, ...]] = {

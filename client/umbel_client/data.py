@@ -7,11 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
-from umbel_client.config import DataConfig, Format
+from umbel_client.config import DataConfig
 from umbel_client.conversations import LmRecord, read_conversations
 from umbel_client.tables import Table, read_table
 from umbel_common.canonical import Digest, Value, digest
 from umbel_common.errors import DataError
+from umbel_common.evaluation import Format
 from umbel_common.plan import CausalLm, Classification, Task
 
 

@@ -14,8 +14,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -55,6 +54,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from umbel_client.proxy import way_to
+from umbel_client.server_clock import ServerClock
 from umbel_common.errors import ConfigError
 from umbel_common.wire import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
 from umbel_host.flower import packed_pieces, regrouped, unpacked_pieces
@@ -76,8 +76,6 @@ _PATIENCE_SECONDS = 150.0
 _LONGEST_PAUSE = 30.0
 _SLACK_SECONDS = 2.0
 """The server's time is known to a second."""
-_TOLERATED_SKEW = timedelta(seconds=3)
-"""Flower takes no signature that is more than five seconds ahead of its own clock."""
 
 _logger = logging.getLogger("umbel.relay")
 T = TypeVar("T")
@@ -133,7 +131,7 @@ def serve(
     """
     context, key = _credentials(connection)
     way = way_to(connection.server)
-    clock, pause = _ServerClock(), 1.0
+    clock, pause = ServerClock(), 1.0
     # What is there now stays: the collector, which is called often, need not look at it.
     gc.freeze()
     while not stopping.is_set():
@@ -199,30 +197,10 @@ def _credentials(connection: Connection) -> tuple[ssl.SSLContext, ec.EllipticCur
     return context, key
 
 
-class _ServerClock:
-    """The server's time, as its answers tell it: this site's clock may be wrong by minutes, and
-    Flower refuses signatures and replies from another time."""
-
-    def __init__(self) -> None:
-        self.offset = timedelta()
-
-    def now(self) -> datetime:
-        return datetime.now(UTC) + self.offset
-
-    def learn(self, response: httpx.Response) -> None:
-        try:
-            offset = parsedate_to_datetime(response.headers["date"]) - datetime.now(UTC)
-        except (KeyError, ValueError, TypeError):
-            return
-        if abs(offset - self.offset) > _TOLERATED_SKEW:
-            _logger.warning("this machine's clock and the server's differ by %s", offset)
-            self.offset = offset
-
-
 class _Signature:
     """Signs each request as Flower's own node does, by the server's clock."""
 
-    def __init__(self, key: ec.EllipticCurvePrivateKey, clock: _ServerClock) -> None:
+    def __init__(self, key: ec.EllipticCurvePrivateKey, clock: ServerClock) -> None:
         self._key = key
         self._public = b64encode(public_key_to_bytes(key.public_key())).decode("ascii")
         self._clock = clock
@@ -282,7 +260,7 @@ def _activated(
 def _work(
     client: FleetHttpClient,
     node: Node,
-    clock: _ServerClock,
+    clock: ServerClock,
     handle: Callable[[Pieces], Pieces],
     stopping: threading.Event,
 ) -> None:
@@ -352,7 +330,7 @@ def _pull(
 def _push(
     client: FleetHttpClient,
     node: Node,
-    clock: _ServerClock,
+    clock: ServerClock,
     reply: Message,
     expires: float,
     stopping: threading.Event,

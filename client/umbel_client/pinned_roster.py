@@ -15,7 +15,7 @@ import msgspec
 
 from umbel_client.config import ClientConfig
 from umbel_common.errors import IdentityError, StorageError
-from umbel_common.identity import Roster
+from umbel_common.identity import Identity, Roster, fingerprint
 from umbel_common.key_statements import SignedRevocation
 from umbel_common.roster_document import RosterDocument
 from umbel_common.roster_file import document_from_json, document_to_json
@@ -155,3 +155,28 @@ def _locked(path: Path) -> Iterator[None]:
             found=error.strerror,
             remedy="see that the disk has space and the folder is writable",
         ) from error
+
+
+def check_own_key(pinned: Pinned, site: str, identity: Identity) -> None:
+    """Refuses to start a site that the others would not believe.
+
+    Raises:
+        IdentityError: the roster knows the site not at all, or with another key, or the key is
+            revoked.
+    """
+    key = pinned.roster.member(site).public_key
+    if key != identity.public_key:
+        raise IdentityError(
+            "the pinned roster has another key for this site than its key file",
+            field=site,
+            found=fingerprint(identity.public_key),
+            accepted=fingerprint(key),
+            remedy="approve a roster with this site's key, or use the key file that it names",
+        )
+    if key in pinned.revoked:
+        raise IdentityError(
+            "this site's own key is revoked",
+            field=site,
+            found=fingerprint(key),
+            remedy="make a new identity, and have the others approve a roster with it",
+        )

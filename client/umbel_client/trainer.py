@@ -17,7 +17,7 @@ from umbel_client.decisions import Decisions
 from umbel_client.export import write_adapter
 from umbel_client.last_advert import check_last_advert
 from umbel_client.observer import Observer
-from umbel_client.pinned_roster import Pinned
+from umbel_client.pinned_roster import Pinned, check_own_key
 from umbel_client.policy import judge_header, judge_operator, judge_plan, judge_start
 from umbel_client.session import Session
 from umbel_client.site_job import SiteJob, SiteStatus
@@ -26,7 +26,6 @@ from umbel_common.adapter import Vector, adapter_digest, from_bytes, initial_vec
 from umbel_common.canonical import Entropy, V, decode_canonical, encode
 from umbel_common.errors import (
     BudgetError,
-    IdentityError,
     PlanError,
     PolicyRefusal,
     ProtocolError,
@@ -368,31 +367,6 @@ def _accepted(signed: Signed) -> TrainingPlan:
     """A plan from this site's own journal: verified as it was accepted, by the operator of then,
     whose key may have been rotated since."""
     return decode_canonical(signed.statement, TrainingPlan)
-
-
-def check_own_key(pinned: Pinned, site: str, identity: Identity) -> None:
-    """Refuses to start a site that the others would not believe.
-
-    Raises:
-        IdentityError: the roster knows the site not at all, or with another key, or the key is
-            revoked.
-    """
-    key = pinned.roster.member(site).public_key
-    if key != identity.public_key:
-        raise IdentityError(
-            "the pinned roster has another key for this site than its key file",
-            field=site,
-            found=fingerprint(identity.public_key),
-            accepted=fingerprint(key),
-            remedy="approve a roster with this site's key, or use the key file that it names",
-        )
-    if key in pinned.revoked:
-        raise IdentityError(
-            "this site's own key is revoked",
-            field=site,
-            found=fingerprint(key),
-            remedy="make a new identity, and have the others approve a roster with it",
-        )
 
 
 def _code(error: UmbelError) -> str:

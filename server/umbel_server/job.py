@@ -5,11 +5,11 @@ store the adapter, then record release and transcript entry together. Whatever w
 done again with fresh keys, and sites answer it with the delta that they have kept.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 from umbel_common.adapter import adapter_digest, initial_vector, to_bytes
-from umbel_common.errors import JobFailed, PlanError, RemoteProtocolError, RoundAborted
+from umbel_common.errors import JobFailed, PlanError, RoundAborted
 from umbel_common.identity import Identity, Roster, Signed, open_signed, sign
 from umbel_common.plan import TrainingPlan, check_plan
 from umbel_common.site_counts import vector_length
@@ -21,17 +21,13 @@ from umbel_common.wire import (
     OfferReply,
     OfferRequest,
     Refusal,
-    Reply,
-    Request,
     TrainReply,
     TrainRequest,
-    open_reply,
-    request_digest,
-    seal_request,
     size_limit,
 )
 from umbel_server import aggregate
 from umbel_server.assessment import Assessment
+from umbel_server.exchange import Exchange
 from umbel_server.ports import Evaluator, Limits, Link, Observer, Step
 from umbel_server.registry import Registry
 from umbel_server.round import Attempt, Outcome, owners_to_leave_out, start
@@ -39,7 +35,6 @@ from umbel_server.store import Store
 
 UNDECIDED = frozenset({"awaiting-approval", "site-paused"})
 """Refusals of a plan that people at the site may still take back."""
-WRONG_VERSION = "wire-version"
 
 __all__ = ["Job", "Limits", "Link", "Observer", "Step"]
 
@@ -94,10 +89,11 @@ class Job:
         self._operator = operator
         self._store = store
         self._registry = registry
-        self._link = link
         self._observer = observer
         self._limits = limits
-        self._size_limit = size_limit(plan)
+        self._exchange = Exchange(
+            link, operator, roster, observer=observer, limits=limits, largest_reply=size_limit(plan)
+        )
         self._assessment = Assessment(plan, store, evaluator, observer)
 
     def run(self) -> Release:
@@ -176,7 +172,7 @@ class Job:
         assert plan is not None  # recorded by _start_or_resume
         accepted, refused = set(), {}
         requests = dict.fromkeys(self._sites, OfferRequest(plan=plan))
-        for site, reply in self._exchange(Step("offer"), requests):
+        for site, reply in self._exchange.ask(Step("offer"), requests):
             if isinstance(reply, OfferReply) and reply.plan == self.plan.digest():
                 accepted.add(site)
             else:
@@ -257,7 +253,7 @@ class Job:
         while isinstance(state, Attempt):
             current = state
             step = Step(current.stage, current.header.round, current.header.attempt)
-            for site, reply in self._exchange(step, current.requests()):
+            for site, reply in self._exchange.ask(step, current.requests()):
                 awaited = current.waiting
                 current = current.receive(site, reply)
                 if isinstance(reply, TrainReply) and site in awaited - current.waiting:
@@ -349,46 +345,12 @@ class Job:
         requests = dict.fromkeys(self._sites, request)
         delivered = {
             site
-            for site, reply in self._exchange(Step("finish", last.round), requests)
+            for site, reply in self._exchange.ask(Step("finish", last.round), requests)
             if isinstance(reply, FinishReply) and reply.adapter == last.adapter
         }
         event = JobFinished(release=last.adapter, delivered=tuple(sorted(delivered)), early_end=end)
         self._store.finish_job(self._operator, self.plan.job, last.round, event)
         return last
-
-    def _exchange(self, step: Step, requests: Mapping[str, Request]) -> Iterator[tuple[str, Reply]]:
-        """Seals, sends, opens, one message at a time.
-
-        A reply that does not open is no reply: it is of somebody else, or to another request. One
-        of another wire version cannot be opened, and is as good as a refusal: nothing will come.
-        """
-        asked: dict[str, tuple[int, bytes]] = {}
-
-        def sealed() -> Iterator[tuple[str, bytes]]:
-            for site, request in requests.items():
-                data = seal_request(self._operator, site, request)
-                asked[site] = len(data), request_digest(data)
-                yield site, data
-                # No request is kept while the next one is sealed.
-                del data
-
-        for site, data in self._link.exchange(step, sealed(), self._limits.seconds(step.stage)):
-            if site not in asked:
-                continue
-            received, request = asked[site]
-            key = self._roster.member(site).public_key
-            try:
-                reply = open_reply(key, site, data, request, limit=self._size_limit)
-            except RemoteProtocolError as error:
-                self._observer.strayed(step, site, error)
-                if error.check == WRONG_VERSION:
-                    yield site, Refusal(check=error.check)
-                continue
-            self._observer.answered(step, site, reply, received, len(data))
-            # No reply is kept while it is worked on, or while the next one is read.
-            del data
-            yield site, reply
-            del reply
 
 
 class _Aborted(Exception):

@@ -19,7 +19,8 @@ from umbel_common.statements import Release
 from umbel_common.wire import Refusal, Reply
 from umbel_server.config import EvaluationConfig
 from umbel_server.evaluator import ProcessEvaluator
-from umbel_server.job import UNDECIDED, WRONG_VERSION, Job
+from umbel_server.exchange import WRONG_VERSION
+from umbel_server.job import UNDECIDED, Job
 from umbel_server.ports import Evaluator, JobStopped, Limits, Link, Step
 from umbel_server.queue import JobQueue, QueuedJob, State
 from umbel_server.registry import Registry

@@ -51,7 +51,7 @@ def run(
     from umbel_simulations.live import view_for
     from umbel_simulations.run import run_scenario
     from umbel_simulations.run_folder import free_name
-    from umbel_simulations.scenario import find_scenario, override
+    from umbel_simulations.scenario_file import find_scenario, override
     from umbel_simulations.table import print_summary
 
     chosen = override(find_scenario(scenario), sites=sites, rounds=rounds, seed=seed, no_dp=no_dp)
@@ -75,7 +75,7 @@ def federation(
 ) -> None:
     """Run a scenario by real processes: a server and its sites, with certificates and approvals."""
     from umbel_simulations.processes import run_federation
-    from umbel_simulations.scenario import find_scenario
+    from umbel_simulations.scenario_file import find_scenario
 
     console = Console(highlight=False)
     adapter = run_federation(
@@ -89,7 +89,7 @@ def federation(
 @app.command("list")
 def list_command() -> None:
     """List the shipped scenarios."""
-    from umbel_simulations.scenario import list_scenarios
+    from umbel_simulations.scenario_file import list_scenarios
 
     table = Table("scenario", "sites", "rounds", "what it shows")
     for scenario in list_scenarios():
@@ -140,7 +140,7 @@ def audit(
     Once where privacy is per record, and once where it is per patient.
     """
     from umbel_simulations.audit import as_table, audit_scenario, check
-    from umbel_simulations.scenario import find_scenario
+    from umbel_simulations.scenario_file import find_scenario
 
     console = Console(quiet=as_json, highlight=False)
     with console.status("") as status:

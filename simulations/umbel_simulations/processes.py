@@ -23,7 +23,8 @@ from umbel_common.plan_file import plan_from_json
 from umbel_common.roster_file import roster_from_json
 from umbel_simulations.federation import public_size
 from umbel_simulations.population import partition, write_site_data
-from umbel_simulations.scenario import Scenario, model_folder, require_classification
+from umbel_simulations.scenario import Scenario
+from umbel_simulations.scenario_file import model_folder, require_classification
 from umbel_simulations.sources import load_source
 
 MODULES = {"umbel-server": "umbel_server.cli", "umbel-client": "umbel_client.cli"}

@@ -39,7 +39,8 @@ from umbel_simulations.results import (
     SiteResult,
 )
 from umbel_simulations.run_folder import claim, read_signed, write
-from umbel_simulations.scenario import HpoData, Scenario, model_folder
+from umbel_simulations.scenario import HpoData, Scenario
+from umbel_simulations.scenario_file import model_folder
 from umbel_simulations.scores import difference, majority_score
 from umbel_simulations.sources import Corpus, Example, load_source
 from umbel_simulations.verify import verify_run

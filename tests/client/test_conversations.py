@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from umbel_client.config import Format
 from umbel_client.conversations import Conversation, Passage, Turn, format_of, read_conversations
 from umbel_client.tables import read_table
 from umbel_common.errors import DataError
+from umbel_common.evaluation import Format
 from umbel_common.plan import CausalLm
 
 TASK = CausalLm(loss_on="all")

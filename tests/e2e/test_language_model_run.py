@@ -10,7 +10,7 @@ from small_models import save_decoder
 
 from umbel_common.errors import ConfigError
 from umbel_simulations.run import run_scenario
-from umbel_simulations.scenario import find_scenario
+from umbel_simulations.scenario_file import find_scenario
 from umbel_simulations.table import print_summary
 
 SCENARIO = """

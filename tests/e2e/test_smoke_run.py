@@ -24,7 +24,7 @@ from umbel_common.canonical import decode_canonical
 from umbel_common.identity import Signed
 from umbel_common.plan import TrainingPlan
 from umbel_host.adapter_folder import read_vector
-from umbel_simulations.scenario import find_scenario, model_folder
+from umbel_simulations.scenario_file import find_scenario, model_folder
 
 Simulate = Callable[..., Any]
 

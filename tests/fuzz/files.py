@@ -16,7 +16,8 @@ from umbel_common.errors import ConfigError, IdentityError
 from umbel_common.key_statements import revoke, rotate
 from umbel_common.roster_document import RosterDocument
 from umbel_common.roster_file import document_from_json, document_to_json
-from umbel_simulations.scenario import SHIPPED, Scenario, check_scenario
+from umbel_simulations.scenario import Scenario
+from umbel_simulations.scenario_file import SHIPPED, check_scenario
 
 FILE = Path("a-file")
 

@@ -10,7 +10,7 @@ from umbel_simulations.audit import audit_scenario
 from umbel_simulations.gguf_model import converted
 from umbel_simulations.packages import package_folder
 from umbel_simulations.processes import run_federation
-from umbel_simulations.scenario import find_scenario
+from umbel_simulations.scenario_file import find_scenario
 
 
 @pytest.fixture

@@ -9,13 +9,9 @@ import pytest
 from umbel_common.errors import ConfigError, ModelError
 from umbel_common.plan import Adam, LocalPrivacy, NoPrivacy
 from umbel_simulations.planning import make_plan
-from umbel_simulations.scenario import (
+from umbel_simulations.scenario import FileData, Icd10Data, Model, Scenario, Sites
+from umbel_simulations.scenario_file import (
     SHIPPED,
-    FileData,
-    Icd10Data,
-    Model,
-    Scenario,
-    Sites,
     check_scenario,
     find_scenario,
     least_threshold,

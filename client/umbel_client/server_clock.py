@@ -1,0 +1,34 @@
+"""The server's time, at a site whose own clock may be wrong."""
+
+import logging
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+
+import httpx
+
+_TOLERATED_SKEW = timedelta(seconds=3)
+"""Flower takes no signature that is more than five seconds ahead of its own clock."""
+
+_logger = logging.getLogger("umbel.relay")
+
+
+class ServerClock:
+    """The server's time, as its answers tell it: this site's clock may be wrong by minutes, and
+    Flower refuses signatures and replies from another time."""
+
+    def __init__(self) -> None:
+        self.offset = timedelta()
+
+    def now(self) -> datetime:
+        """The server's time, in UTC, to a second or so."""
+        return datetime.now(UTC) + self.offset
+
+    def learn(self, response: httpx.Response) -> None:
+        """From the date that an answer carries; one without it teaches nothing."""
+        try:
+            offset = parsedate_to_datetime(response.headers["date"]) - datetime.now(UTC)
+        except (KeyError, ValueError, TypeError):
+            return
+        if abs(offset - self.offset) > _TOLERATED_SKEW:
+            _logger.warning("this machine's clock and the server's differ by %s", offset)
+            self.offset = offset

@@ -1,0 +1,256 @@
+"""Scenario files: found, read, checked, and with the command line's options put over them."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from umbel_common.config import from_table, read_table
+from umbel_common.errors import ConfigError, ModelError
+from umbel_common.plan import CausalLm, NoPrivacy
+from umbel_simulations.gguf_model import REMEDY, converted
+from umbel_simulations.packages import package_folder
+from umbel_simulations.scenario import (
+    ClassificationSettings,
+    FileData,
+    HpoData,
+    Icd10Data,
+    Model,
+    Scenario,
+)
+
+SHIPPED = Path(__file__).parent / "scenarios"
+
+
+def list_scenarios() -> tuple[Scenario, ...]:
+    """The scenarios that the package ships, by file name."""
+    return tuple(_load(path) for path in sorted(SHIPPED.glob("*.toml")))
+
+
+def find_scenario(name_or_path: str) -> Scenario:
+    """A shipped scenario by its name, or any by the path of its TOML file.
+
+    Raises:
+        ConfigError: there is none, or it contradicts itself.
+    """
+    shipped = SHIPPED / f"{name_or_path}.toml"
+    is_path = name_or_path.endswith(".toml") or len(Path(name_or_path).parts) != 1
+    path = Path(name_or_path) if is_path else shipped
+    if not path.is_file():
+        names = ", ".join(file.stem for file in sorted(SHIPPED.glob("*.toml")))
+        raise ConfigError(
+            "there is no such scenario",
+            found=name_or_path,
+            accepted=f"{names}, or the path of a .toml file",
+            remedy="`umbel-simulate list` shows what ships",
+        )
+    return _load(path)
+
+
+def override(
+    scenario: Scenario,
+    *,
+    sites: int | None = None,
+    rounds: int | None = None,
+    seed: int | None = None,
+    no_dp: bool = False,
+) -> Scenario:
+    """The scenario with command-line options put over it.
+
+    Another number of sites takes made-up names and the least threshold that the site policy allows.
+
+    Raises:
+        ConfigError: the options do not fit the rest of the scenario.
+    """
+    replace = msgspec.structs.replace
+    if sites is not None and sites != scenario.sites.count:
+        threshold = least_threshold(sites, scenario.site_policy.colluding_sites)
+        scenario = replace(
+            scenario,
+            sites=replace(scenario.sites, count=sites, names=None),
+            aggregation=replace(scenario.aggregation, threshold=threshold),
+        )
+    if rounds is not None:
+        scenario = replace(scenario, training=replace(scenario.training, rounds=rounds))
+    if seed is not None:
+        scenario = replace(scenario, seed=seed)
+    if no_dp:
+        # There is then no noise to subtract from Adam's moments.
+        training = replace(scenario.training, unbiased=False)
+        scenario = replace(scenario, privacy=NoPrivacy(), training=training)
+    check_scenario(scenario, f"scenario {scenario.name} with the command line's options")
+    return scenario
+
+
+def least_threshold(sites: int, colluding_sites: int) -> int:
+    """The least t with 2 t > sites + colluding_sites: two survivor sets that both gather t
+    signatures share an honest signer."""
+    return max(2, (sites + colluding_sites) // 2 + 1)
+
+
+def check_scenario(scenario: Scenario, file: object) -> None:
+    """Refuses a scenario whose parts do not fit together; what one field may hold, its type checks.
+
+    Raises:
+        ConfigError: names the field.
+    """
+
+    def require(fits: bool, field: str, found: object, accepted: str) -> None:
+        message = "a scenario contradicts itself"
+        if not fits:
+            raise ConfigError(message, file=file, field=field, found=found, accepted=accepted)
+
+    _check_sources(scenario, require)
+    _check_protocol(scenario, require)
+    for index, dropout in enumerate(scenario.faults.dropouts):
+        names, rounds = scenario.sites.all_names, scenario.training.rounds
+        field = f"faults.dropouts[{index}]"
+        require(dropout.site in names, f"{field}.site", dropout.site, ", ".join(names))
+        require(
+            dropout.round <= rounds,
+            f"{field}.round",
+            dropout.round,
+            f"at most training.rounds = {rounds}",
+        )
+
+
+Require = Callable[[bool, str, object, str], None]
+"""Raises unless its first argument holds; then field, found and accepted."""
+
+
+def _check_sources(scenario: Scenario, require: Require) -> None:
+    model, sites = scenario.model, scenario.sites
+    places = [name for name in ("package", "path") if getattr(model, name) is not None]
+    require(
+        len(places) == 1,
+        "model",
+        " and ".join(places) or "neither package nor path",
+        "exactly one of package and path",
+    )
+    require(
+        len(set(sites.all_names)) == sites.count == len(sites.all_names),
+        "sites.names",
+        ", ".join(sites.all_names),
+        f"sites.count = {sites.count} different names",
+    )
+    require(
+        (sites.partition == "column") == (sites.column is not None),
+        "sites.column",
+        sites.column or "no column",
+        'a column with partition = "column", and only with it',
+    )
+    for kind, source, column in ((Icd10Data, "icd10cm", "category"), (HpoData, "hpo", "system")):
+        require(
+            not isinstance(scenario.data, kind) or sites.column in (None, column),
+            "sites.column",
+            sites.column,
+            f'{column}, with data.source = "{source}"',
+        )
+    answers = isinstance(scenario.task, CausalLm)
+    require(
+        isinstance(scenario.data, HpoData) == answers,
+        "data.source",
+        scenario.data.__struct_config__.tag,
+        'hpo with task = "causal-lm", and only with it',
+    )
+    fitting = {"base", "local-only", "pooled"} if answers else {"majority", "head-only"}
+    others = {"local-only", "pooled"} | fitting
+    require(
+        set(scenario.baselines) <= others,
+        "baselines",
+        ", ".join(scenario.baselines),
+        ", ".join(sorted(others)),
+    )
+    require(
+        model.gguf is None or model.package is not None,
+        "model.gguf",
+        model.gguf,
+        "a file of model.package",
+    )
+
+
+def require_classification(scenario: Scenario, command: str) -> None:
+    """For what can only be done with a classification.
+
+    Raises:
+        ConfigError: the scenario trains a language model.
+    """
+    if not isinstance(scenario.task, ClassificationSettings):
+        raise ConfigError(
+            f"umbel-simulate {command} takes scenarios of classifications alone",
+            field=f"task, scenario {scenario.name}",
+            found=scenario.task.__struct_config__.tag,
+            accepted="classification",
+            remedy="umbel-simulate run takes both",
+        )
+
+
+def _check_protocol(scenario: Scenario, require: Require) -> None:
+    count, policy = scenario.sites.count, scenario.site_policy
+    require(
+        policy.minimum_cohort <= count,
+        "site_policy.minimum_cohort",
+        policy.minimum_cohort,
+        f"at most sites.count = {count}",
+    )
+    least = least_threshold(count, policy.colluding_sites)
+    require(
+        least <= count,
+        "site_policy.colluding_sites",
+        policy.colluding_sites,
+        f"less than sites.count - 1 = {count - 1}",
+    )
+    require(
+        least <= scenario.aggregation.threshold <= count,
+        "aggregation.threshold",
+        scenario.aggregation.threshold,
+        f"{least} to {count}, since 2 x threshold must exceed sites + colluding sites",
+    )
+
+
+def model_folder(model: Model) -> Path:
+    """Where the base model lies; a package that carries one is found, not imported.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    if model.path is not None:
+        folder, remedy = Path(model.path), "correct model.path"
+    elif model.gguf is not None:
+        return converted(package_folder(model.package or "", REMEDY) / model.gguf)
+    else:
+        package = model.package or ""
+        spec = importlib.util.find_spec(package)
+        places = spec.submodule_search_locations if spec is not None else None
+        folder = Path(places[0] if places else package) / "model"
+        remedy = 'install the package; pip install "umbel[demo]" brings the one of the demo'
+    if not folder.is_dir():
+        raise ModelError("the base model is not there", file=folder, field="model", remedy=remedy)
+    return folder
+
+
+def _load(path: Path) -> Scenario:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("a scenario cannot be read", file=path, found=error) from error
+    table = read_table(text, path)
+    task = table.get("task")
+    if isinstance(task, dict):
+        # Scenarios need not say what most of them are about.
+        task.setdefault("task", "classification")
+    scenario = _anchored(from_table(table, Scenario, path), path.resolve().parent)
+    check_scenario(scenario, path)
+    return scenario
+
+
+def _anchored(scenario: Scenario, folder: Path) -> Scenario:
+    """Relative paths of the file made absolute."""
+    replace = msgspec.structs.replace
+    model, data = scenario.model, scenario.data
+    if model.path is not None:
+        model = replace(model, path=str(folder / model.path))
+    if isinstance(data, FileData):
+        data = replace(data, train=str(folder / data.train), test=str(folder / data.test))
+    return replace(scenario, model=model, data=data)
