@@ -1,7 +1,6 @@
 """Where the adapter goes: LoRA (Hu et al. 2021) through PEFT, and the head, by the plan's names."""
 
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from umbel_client import quantised
-from umbel_client.model_folder import skeleton
+from umbel_client.model_folder import peft_quietly, skeleton
 from umbel_client.split import output_layer
 from umbel_common.errors import ModelError
 from umbel_common.plan import CausalLm, Classification, Lora, Method, Task, Tensor
@@ -111,9 +110,7 @@ def _attach_lora(base: PreTrainedModel, task: Task, lora: Lora) -> dict[str, nn.
         fan_in_fan_out=_stores_weights_turned(base, lora),
         modules_to_save=["classifier"] if stock else None,
     )
-    with warnings.catch_warnings():
-        # PEFT asks Transformers for a property by its old name.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+    with peft_quietly():
         adapted = get_peft_model(base, config)
     return {
         _saved_name(name): parameter

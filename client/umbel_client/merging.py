@@ -10,7 +10,13 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from umbel_client.export import read_adapter
-from umbel_client.model_folder import TOKENIZER_FILES, folder_digest, load_base, quietly
+from umbel_client.model_folder import (
+    TOKENIZER_FILES,
+    folder_digest,
+    load_base,
+    peft_quietly,
+    quietly,
+)
 from umbel_common.errors import ModelError, StorageError
 from umbel_common.peft_folder import HEAD_FILE
 
@@ -48,7 +54,8 @@ def merge_adapter(
         raise StorageError("a file or folder is in the way", file=out, remedy="give a new name")
     model = load_base(base, plan.task)
     if plan.lora.target_modules:
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        with peft_quietly():
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         with quietly():

@@ -5,6 +5,7 @@ Only safetensors are read, never pickles; code that a folder brings along is nev
 
 import hashlib
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -227,6 +228,14 @@ def quietly() -> Iterator[None]:
             _REPORTS.set_verbosity(level)
             if bars:
                 _REPORTS.enable_progress_bar()
+
+
+@contextmanager
+def peft_quietly() -> Iterator[None]:
+    """Without the warning that PEFT asks Transformers for a property by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        yield
 
 
 def _without_pooler(base: PreTrainedModel, task: Task) -> PreTrainedModel:
