@@ -7,8 +7,8 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo federation medical-qa test lint bench utility utility-medical-qa audit advisories soak fuzz vectors docs locks dist \
-	sbom clean
+.PHONY: demo federation medical-qa test lint bench utility utility-medical-qa exported audit advisories \
+	soak fuzz vectors docs locks dist sbom clean
 
 $(BIN)/activate-demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +68,9 @@ utility: $(BIN)/activate-dev  ## The quickstart under three seeds; minutes. Comm
 
 utility-medical-qa: $(BIN)/activate-medical-qa  ## medical-qa, three epsilons and seeds; two hours. Commit it.
 	$(BIN)/python tests/benchmarks/medical_qa.py docs/benchmarks/medical_qa.json
+
+exported: $(BIN)/activate-dev $(BIN)/activate-medical-qa  ## After make medical-qa: its adapter elsewhere.
+	$(BIN)/python tests/benchmarks/exported.py runs/medical-qa/adapter docs/benchmarks/exported.json
 
 audit: $(BIN)/activate-dev  ## Attacks on the quickstart, minutes; commit what it writes. Then advisories.
 	$(BIN)/python tests/benchmarks/audit.py docs/benchmarks/audit.json
