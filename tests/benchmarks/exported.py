@@ -1,7 +1,7 @@
 """`make exported`: an adapter of `make medical-qa`, exported, in an environment without Umbel.
 
 A fresh virtual environment gets PyTorch and Transformers, and loads the merged model; then also
-PEFT, and loads base model and adapter. Their logits are compared with Umbel's own, for a few questions.
+PEFT, and loads base model and adapter. Their logits are compared with Umbel's own.
 """
 
 import argparse
