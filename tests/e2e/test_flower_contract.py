@@ -325,7 +325,7 @@ class SiteNode:
     def __init__(self, link: Link, ahead: float = 0) -> None:
         self.key = ec.generate_private_key(ec.SECP384R1())
         self.public = public_key_to_bytes(self.key.public_key())
-        clock = relay._ServerClock()
+        clock = ServerClock()
         clock.offset = timedelta(seconds=ahead)
         clock.learn = lambda response: None  # type: ignore[method-assign]  # stays wrong
         self.client = FleetHttpClient(
@@ -348,7 +348,7 @@ class SiteNode:
     def reply(self, node: Node, request: Message, sealed: bytes) -> None:
         expires = request.metadata.created_at + request.metadata.ttl
         answer = Message(packed(sealed), reply_to=request)
-        relay._push(self.client, node, relay._ServerClock(), answer, expires, self.stopping)
+        relay._push(self.client, node, ServerClock(), answer, expires, self.stopping)
 
 
 def joined(link: Link) -> tuple[SiteNode, Node]:

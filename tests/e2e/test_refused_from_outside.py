@@ -22,7 +22,8 @@ from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpI
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from umbel_client.flower import _ServerClock, _Signature
+from umbel_client.flower import _Signature
+from umbel_client.server_clock import ServerClock
 from umbel_server.authority import Authority, certificate_pem, key_pem, new_authority, new_key
 from umbel_server.listener import PATHS
 from umbel_server.sites import load_sites, save_sites
@@ -82,7 +83,7 @@ def fleet(clinics: Clinics, folder: Path, key: ec.EllipticCurvePrivateKey) -> Fl
         f"https://127.0.0.1:{clinics.port}",
         interceptors=[
             RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-            _Signature(key, _ServerClock()),
+            _Signature(key, ServerClock()),
         ],
         verify=context(folder, authority_of(clinics)),
     )
