@@ -22,7 +22,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from umbel_client.model import folder_digest, plan_lora
+from umbel_client.model import plan_lora
+from umbel_client.model_files import folder_digest
 from umbel_common.plan import (
     Aggregation,
     BaseModel,

@@ -51,8 +51,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from umbel_client.lora import Scaling, all_linear, plan_lora
-from umbel_client.model_folder import folder_digest
+from umbel_client.lora import all_linear, plan_lora
+from umbel_client.model_files import folder_digest
 from umbel_client.tables import read_table
 from umbel_common.canonical import Name, Value
 from umbel_common.errors import DataError, PlanError
@@ -65,6 +65,7 @@ from umbel_common.plan import (
     NoPrivacy,
     ReleaseGate,
     Scale,
+    Scaling,
     Task,
     Training,
     TrainingPlan,

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import msgspec
 from peft import LoraConfig, get_peft_model
@@ -15,11 +14,10 @@ from umbel_client import quantised
 from umbel_client.model_folder import peft_quietly, skeleton
 from umbel_client.split import output_layer
 from umbel_common.errors import ModelError
-from umbel_common.plan import CausalLm, Classification, Lora, Method, Task, Tensor
+from umbel_common.plan import CausalLm, Classification, Lora, Method, Scaling, Task, Tensor
 
 PEFT_PREFIX = "base_model.model."
 """How PEFT begins every name that it saves."""
-Scaling: TypeAlias = Literal["standard", "rank-stabilised"]
 LINEAR = (nn.Linear, Conv1D)
 """Layers that take an adapter; Conv1D is GPT-2's linear layer, its weight stored as [in, out]."""
 

@@ -10,13 +10,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from umbel_client.export import read_adapter
-from umbel_client.model_folder import (
-    TOKENIZER_FILES,
-    folder_digest,
-    load_base,
-    peft_quietly,
-    quietly,
-)
+from umbel_client.model_files import TOKENIZER_FILES, folder_digest
+from umbel_client.model_folder import load_base, peft_quietly, quietly
 from umbel_common.errors import ModelError, StorageError
 from umbel_common.peft_folder import HEAD_FILE
 

@@ -6,7 +6,7 @@ from email.utils import parsedate_to_datetime
 
 import httpx
 
-_TOLERATED_SKEW = timedelta(seconds=3)
+TOLERATED_SKEW = timedelta(seconds=3)
 """Flower takes no signature that is more than five seconds ahead of its own clock."""
 
 _logger = logging.getLogger("umbel.relay")
@@ -29,6 +29,6 @@ class ServerClock:
             offset = parsedate_to_datetime(response.headers["date"]) - datetime.now(UTC)
         except (KeyError, ValueError, TypeError):
             return
-        if abs(offset - self.offset) > _TOLERATED_SKEW:
+        if abs(offset - self.offset) > TOLERATED_SKEW:
             _logger.warning("this machine's clock and the server's differ by %s", offset)
             self.offset = offset

@@ -15,10 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import msgspec
-import pyarrow.parquet
-from datasets.exceptions import DatasetsError
 
 from umbel_common.canonical import Digest
 from umbel_common.errors import DataError
@@ -197,6 +194,9 @@ def _text(path: Path, data: bytes, first_line: int) -> str:
 
 
 def _parquet(path: Path) -> list[Row]:
+    # Imported here, as below: a second for each command that other kinds of file need not wait.
+    import pyarrow.parquet
+
     try:
         table = pyarrow.parquet.ParquetFile(path).read()
     except pyarrow.ArrowException as error:
@@ -214,6 +214,9 @@ def _parquet(path: Path) -> list[Row]:
 
 
 def _folder(path: Path) -> list[Row]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
     datasets.disable_progress_bars()
     try:
         found = datasets.load_from_disk(str(path), keep_in_memory=True)

@@ -17,7 +17,7 @@ from umbel_client.ipc import (
     watch_method,
 )
 from umbel_client.isolation import Network, network
-from umbel_client.model_folder import require_model
+from umbel_client.model_files import require_model
 from umbel_client.pinned_roster import Pinned, load_pinned
 from umbel_client.site_log import SiteLog
 from umbel_client.sockets import control_socket, trainer_socket

@@ -22,6 +22,8 @@ Delta = Annotated[float, msgspec.Meta(ge=1e-15, lt=1)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 
 Method = Literal["both", "ffa", "alternate"]
+Scaling = Literal["standard", "rank-stabilised"]
+"""How a draft names `Lora.scaling`: alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023)."""
 Clipping = Literal["flat", "automatic"]
 
 

@@ -11,6 +11,9 @@ from umbel_common.plan import TrainingPlan
 from umbel_host import tensor_file
 from umbel_host.tensor_file import TensorFile
 
+RELEASE_FILE = "release.msgpack"
+"""The signed release of the adapter beside it."""
+
 
 def write_vector(folder: Path, plan: TrainingPlan, vector: Vector) -> None:
     """Writes the files that `umbel_common.peft_folder.tensor_files` names into a folder.

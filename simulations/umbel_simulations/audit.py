@@ -43,11 +43,12 @@ from umbel_simulations.audit_game import (
     gather_evidence,
     step_by_step,
 )
+from umbel_simulations.base_model import model_folder
 from umbel_simulations.federation import public_size
 from umbel_simulations.planning import make_plan
 from umbel_simulations.population import partition
 from umbel_simulations.scenario import Scenario
-from umbel_simulations.scenario_file import model_folder, require_classification
+from umbel_simulations.scenario_file import require_classification
 from umbel_simulations.sources import Example, load_source
 
 CONFIDENCE = 0.95

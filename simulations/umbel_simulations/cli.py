@@ -47,15 +47,18 @@ def run(
     runs: Runs = Path("runs"),
 ) -> None:
     """Run a scenario: federate, compare, report."""
-    # Imported here: `list` and `--help` need not wait for torch.
-    from umbel_simulations.live import view_for
-    from umbel_simulations.run import run_scenario
-    from umbel_simulations.run_folder import free_name
+    # Imported here: `list`, `--help` and an error in a scenario need not wait for torch.
+    from umbel_simulations.run_folder import check_free, free_name
     from umbel_simulations.scenario_file import find_scenario, override
-    from umbel_simulations.table import print_summary
 
     chosen = override(find_scenario(scenario), sites=sites, rounds=rounds, seed=seed, no_dp=no_dp)
     folder = runs / (name if name is not None else free_name(runs, chosen))
+    check_free(folder, chosen)
+
+    from umbel_simulations.live import view_for
+    from umbel_simulations.run import run_scenario
+    from umbel_simulations.table import print_summary
+
     console = Console(quiet=quiet or as_json)
     with view_for(console) as view:
         summary = run_scenario(chosen, folder, view.handle)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from umbel_client.config import ClientConfig, load_config
 from umbel_client.flower import answer, whole
-from umbel_client.model import folder_digest
+from umbel_client.model_files import folder_digest
 from umbel_client.pinned_roster import load_pinned
 from umbel_client.site_job import SiteStatus
 from umbel_client.trainer import Trainer

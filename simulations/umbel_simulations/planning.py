@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from umbel_client.model import folder_digest, plan_lora
+from umbel_client.model import plan_lora
+from umbel_client.model_files import folder_digest
 from umbel_common.plan import (
     Adam,
     Aggregation,

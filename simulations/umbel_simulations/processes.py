@@ -14,17 +14,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from umbel_client.model import folder_digest
+from umbel_client.model_files import folder_digest
 from umbel_common.enrolment import request_from_json
 from umbel_common.errors import JobFailed, RunExists, UmbelError
 from umbel_common.identity import fingerprint
 from umbel_common.plan import NoPrivacy
 from umbel_common.plan_file import plan_from_json
 from umbel_common.roster_file import roster_from_json
+from umbel_simulations.base_model import model_folder
 from umbel_simulations.federation import public_size
 from umbel_simulations.population import partition, write_site_data
 from umbel_simulations.scenario import Scenario
-from umbel_simulations.scenario_file import model_folder, require_classification
+from umbel_simulations.scenario_file import require_classification
 from umbel_simulations.sources import load_source
 
 MODULES = {"umbel-server": "umbel_server.cli", "umbel-client": "umbel_client.cli"}

@@ -20,6 +20,7 @@ from umbel_common.errors import UmbelError
 from umbel_common.plan import CausalLm, LocalPrivacy, TrainingPlan
 from umbel_common.transcript import VerifiedJob, verify_transcript
 from umbel_simulations import events
+from umbel_simulations.base_model import model_folder
 from umbel_simulations.baselines import POOLED, train_alone
 from umbel_simulations.federation import Federation, Outcome, public_size
 from umbel_simulations.judge import Judge
@@ -40,7 +41,6 @@ from umbel_simulations.results import (
 )
 from umbel_simulations.run_folder import claim, read_signed, write
 from umbel_simulations.scenario import HpoData, Scenario
-from umbel_simulations.scenario_file import model_folder
 from umbel_simulations.scores import difference, majority_score
 from umbel_simulations.sources import Corpus, Example, load_source
 from umbel_simulations.verify import verify_run

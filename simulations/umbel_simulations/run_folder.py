@@ -42,13 +42,28 @@ def claim(folder: Path, scenario: Scenario) -> bool:
     """Takes a folder for a run; returns whether an unfinished run is being resumed.
 
     Raises:
-        RunExists: the name belongs to a finished run, or to a run of another scenario.
+        RunExists: see `check_free`.
         StorageError: the folder cannot be made.
     """
+    if check_free(folder, scenario):
+        return True
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "scenario.json", _encoded(scenario))
+    except OSError as error:
+        raise StorageError("a run folder cannot be made", file=folder, found=error) from error
+    return False
+
+
+def check_free(folder: Path, scenario: Scenario) -> bool:
+    """Whether an unfinished run of the scenario is in a folder; nothing is written.
+
+    Raises:
+        RunExists: the name belongs to a finished run, or to a run of another scenario.
+    """
     path = folder / "scenario.json"
-    ours = msgspec.json.format(msgspec.json.encode(scenario), indent=2)
     if path.exists():
-        if path.read_bytes() != ours:
+        if path.read_bytes() != _encoded(scenario):
             raise RunExists(
                 "a run of this name was made from another scenario",
                 file=folder,
@@ -67,12 +82,11 @@ def claim(folder: Path, scenario: Scenario) -> bool:
             file=folder,
             remedy="give this run another --name",
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write(path, ours)
-    except OSError as error:
-        raise StorageError("a run folder cannot be made", file=folder, found=error) from error
     return False
+
+
+def _encoded(scenario: Scenario) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(scenario), indent=2)
 
 
 def finished(folder: Path) -> bool:
@@ -88,8 +102,7 @@ def free_name(runs: Path, scenario: Scenario) -> str:
         path = runs / name / "scenario.json"
         if not (runs / name).exists():
             return name
-        ours = msgspec.json.format(msgspec.json.encode(scenario), indent=2)
-        if path.exists() and path.read_bytes() == ours and not finished(runs / name):
+        if path.exists() and path.read_bytes() == _encoded(scenario) and not finished(runs / name):
             return name
         number += 1
 

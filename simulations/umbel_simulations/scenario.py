@@ -5,7 +5,6 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-from umbel_client.lora import Scaling
 from umbel_common.canonical import Name, Value
 from umbel_common.plan import (
     CausalLm,
@@ -15,6 +14,7 @@ from umbel_common.plan import (
     Method,
     NoPrivacy,
     Positive,
+    Scaling,
 )
 
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]

@@ -1,22 +1,18 @@
 """Scenario files: found, read, checked, and with the command line's options put over them."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from umbel_common.config import from_table, read_table
-from umbel_common.errors import ConfigError, ModelError
+from umbel_common.errors import ConfigError
 from umbel_common.plan import CausalLm, NoPrivacy
-from umbel_simulations.gguf_model import REMEDY, converted
-from umbel_simulations.packages import package_folder
 from umbel_simulations.scenario import (
     ClassificationSettings,
     FileData,
     HpoData,
     Icd10Data,
-    Model,
     Scenario,
 )
 
@@ -207,27 +203,6 @@ def _check_protocol(scenario: Scenario, require: Require) -> None:
         scenario.aggregation.threshold,
         f"{least} to {count}, since 2 x threshold must exceed sites + colluding sites",
     )
-
-
-def model_folder(model: Model) -> Path:
-    """Where the base model lies; a package that carries one is found, not imported.
-
-    Raises:
-        ModelError: it is not there.
-    """
-    if model.path is not None:
-        folder, remedy = Path(model.path), "correct model.path"
-    elif model.gguf is not None:
-        return converted(package_folder(model.package or "", REMEDY) / model.gguf)
-    else:
-        package = model.package or ""
-        spec = importlib.util.find_spec(package)
-        places = spec.submodule_search_locations if spec is not None else None
-        folder = Path(places[0] if places else package) / "model"
-        remedy = 'install the package; pip install "umbel[demo]" brings the one of the demo'
-    if not folder.is_dir():
-        raise ModelError("the base model is not there", file=folder, field="model", remedy=remedy)
-    return folder
 
 
 def _load(path: Path) -> Scenario:

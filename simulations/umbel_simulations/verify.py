@@ -4,7 +4,6 @@ from pathlib import Path
 
 import msgspec
 
-from umbel_client.export import RELEASE_FILE
 from umbel_common.adapter import adapter_digest
 from umbel_common.canonical import V, decode_canonical
 from umbel_common.errors import (
@@ -17,7 +16,7 @@ from umbel_common.plan import TrainingPlan
 from umbel_common.roster_file import roster_from_json
 from umbel_common.statements import Release, RoundHeader
 from umbel_common.transcript import VerifiedJob, verify_transcript
-from umbel_host.adapter_folder import read_vector
+from umbel_host.adapter_folder import RELEASE_FILE, read_vector
 from umbel_simulations.results import RunSummary
 from umbel_simulations.run_folder import read_plan, read_signed
 

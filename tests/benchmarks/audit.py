@@ -18,9 +18,10 @@ import torch
 
 from umbel_client.data import Record, Records
 from umbel_simulations.audit import audit_scenario
+from umbel_simulations.base_model import model_folder
 from umbel_simulations.inversion import exposed, invert
 from umbel_simulations.planning import make_plan
-from umbel_simulations.scenario_file import find_scenario, model_folder
+from umbel_simulations.scenario_file import find_scenario
 from umbel_simulations.sources import load_source
 
 SCENARIO = "quickstart"

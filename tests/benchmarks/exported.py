@@ -23,7 +23,8 @@ from umbel_client.merging import merge_adapter
 from umbel_client.model import AdaptedModel
 from umbel_common.adapter import initial_vector
 from umbel_common.plan import CausalLm, TrainingPlan
-from umbel_simulations.scenario_file import find_scenario, model_folder
+from umbel_simulations.base_model import model_folder
+from umbel_simulations.scenario_file import find_scenario
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = ("What is Ataxia?", "What is Cleft palate?", "What is Bradycardia?", "Say hello.")

@@ -26,6 +26,13 @@ def test_a_relay_needs_nothing_that_trains(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("module", ["umbel_client.doctor", "umbel_simulations.verify"])
+def test_what_looks_at_files_starts_without_what_trains(module: str) -> None:
+    """PyTorch and Transformers take seconds to load."""
+    source = f"import {module}, sys; sys.exit(bool({{*{HEAVY!r}}} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", source], check=False).returncode == 0
+
+
 def test_a_trainer_needs_it() -> None:
     assert "torch" in blocked("umbel_client.trainer_service").stderr
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from umbel_client.model import AdaptedModel, folder_digest, plan_lora
+from umbel_client.model import AdaptedModel, plan_lora
+from umbel_client.model_files import folder_digest
 from umbel_client.noise import NoiseSource
 from umbel_client.precision import Precision
 from umbel_client.prepared import PreparedData

@@ -140,6 +140,7 @@ def carried_out(name: str, folder: Path, **arguments: str) -> Replay:
     return replay
 
 
+@pytest.mark.soak  # all packages of a role, by hash, into a folder of its own
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("name", "module"),

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from umbel_client.drafting import read_plan
 from umbel_client.ipc import ControlStub, TrainerStatus, TrainerStub
-from umbel_client.model import folder_digest
+from umbel_client.model_files import folder_digest
 from umbel_common.errors import UnreachableError
 from umbel_common.identity import Identity, Member, Roster, sign
 from umbel_common.plan import TrainingPlan

@@ -58,7 +58,7 @@ threshold = 3
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_federated_adapter_beats_the_mean_of_training_alone(
     simulate: Any, tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ from sqlalchemy.exc import OperationalError
 
 import umbel_client.flower as relay
 import umbel_server.superlink
+from umbel_client.server_clock import TOLERATED_SKEW, ServerClock
 from umbel_common.wire import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
 from umbel_host.flower import packed, unpacked
 from umbel_server.listener import PATHS
@@ -379,7 +380,7 @@ def test_a_signature_is_taken_from_five_seconds_ahead_to_five_minutes_ago(
     else:
         with pytest.raises(httpx.HTTPStatusError, match="401"):
             site.activate()
-    assert timedelta(seconds=5) > relay._TOLERATED_SKEW
+    assert timedelta(seconds=5) > TOLERATED_SKEW
 
 
 def test_the_relay_signs_a_time_with_the_key_that_it_names(link: Link) -> None:

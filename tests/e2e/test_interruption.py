@@ -43,8 +43,12 @@ def wait_for(path: Path, text: str, process: "subprocess.Popen[str]") -> None:
 
 @pytest.mark.parametrize(
     ("stop", "moment"),
-    [(signal.SIGKILL, "round-released"), (signal.SIGINT, '"stage":"share"')],
-    ids=["killed after a release", "interrupted in mid-round"],
+    [
+        pytest.param(
+            signal.SIGKILL, "round-released", id="killed after a release", marks=pytest.mark.soak
+        ),
+        pytest.param(signal.SIGINT, '"stage":"share"', id="interrupted in mid-round"),
+    ],
 )
 def test_a_run_that_was_stopped_resumes_and_charges_no_round_twice(
     simulate: Simulate, tmp_path: Path, stop: signal.Signals, moment: str

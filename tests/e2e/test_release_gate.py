@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from e2e.daemons import Clinics, Site
 
-from umbel_client.export import RELEASE_FILE
 from umbel_client.ledger_file import read_ledger
 from umbel_common.adapter import initial_vector
 from umbel_common.canonical import decode_canonical
@@ -25,6 +24,7 @@ from umbel_common.plan import ReleaseGate, Sgd, Training, TrainingPlan
 from umbel_common.plan_file import plan_to_json
 from umbel_common.statements import Release
 from umbel_common.transcript import VerifiedJob, verify_transcript
+from umbel_host.adapter_folder import RELEASE_FILE
 from umbel_server.queue import State
 from umbel_server.registry import read_vector
 from umbel_server.store import Store
@@ -164,6 +164,7 @@ def test_an_update_that_was_made_worse_is_held_back_and_charged_all_the_same(
     assert server(clinics, "adapters", "list").stdout.count("held back") == 2
 
 
+@pytest.mark.soak
 def test_without_the_gate_the_same_update_is_released(clinics: Clinics) -> None:
     """What the gate prevents."""
     started(clinics, "open", training=training(100.0))
@@ -179,6 +180,7 @@ def test_without_the_gate_the_same_update_is_released(clinics: Clinics) -> None:
     assert "drift" in figures
 
 
+@pytest.mark.soak
 def test_an_evaluator_that_crashes_stops_the_job_which_resumes_there(clinics: Clinics) -> None:
     (clinics.operator_folder / "crash-2").touch()
     started(clinics, "crash", training=training(0.01), release_gate=gate_of(clinics, 5.0))

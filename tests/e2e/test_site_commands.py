@@ -58,9 +58,11 @@ def server(clinics: Clinics, *arguments: str) -> "subprocess.CompletedProcess[st
     return command(clinics.operator_folder, "umbel_server.cli", *arguments)
 
 
-def findings(site: Site) -> dict[str, str]:
+def findings(site: Site, *, code: int = 0) -> dict[str, str]:
     """Name of each check of `doctor` -> ok, look or FAIL."""
-    lines = client(site, "doctor").stdout.splitlines()
+    done = client(site, "doctor")
+    assert done.returncode == code
+    lines = done.stdout.splitlines()
     return {line[6:19].strip(): line[:5].strip() for line in lines if line[:5].strip() in STATES}
 
 
@@ -234,8 +236,7 @@ def test_what_is_broken_is_found_and_named(
     assert old in text
     site.config.write_text(text.replace(old, new))
     try:
-        assert findings(site)[check] == "FAIL"
-        assert client(site, "doctor").returncode == 1
+        assert findings(site, code=1)[check] == "FAIL"
     finally:
         site.config.write_text(text)
 

@@ -24,7 +24,8 @@ from umbel_common.canonical import decode_canonical
 from umbel_common.identity import Signed
 from umbel_common.plan import TrainingPlan
 from umbel_host.adapter_folder import read_vector
-from umbel_simulations.scenario_file import find_scenario, model_folder
+from umbel_simulations.base_model import model_folder
+from umbel_simulations.scenario_file import find_scenario
 
 Simulate = Callable[..., Any]
 

@@ -10,7 +10,8 @@ from vectors.cases import Drawn
 from vectors.values import IDENTITIES, OPERATOR, ROSTER, SITES
 
 from umbel_client.config import ClientConfig
-from umbel_client.model import folder_digest, plan_lora
+from umbel_client.model import plan_lora
+from umbel_client.model_files import folder_digest
 from umbel_client.pinned_roster import Pinned
 from umbel_client.trainer import Trainer
 from umbel_common.adapter import adapter_digest, initial_vector, size_of, to_bytes

@@ -8,6 +8,7 @@ import pytest
 
 from umbel_common.errors import ConfigError, ModelError
 from umbel_common.plan import Adam, LocalPrivacy, NoPrivacy
+from umbel_simulations.base_model import model_folder
 from umbel_simulations.planning import make_plan
 from umbel_simulations.scenario import FileData, Icd10Data, Model, Scenario, Sites
 from umbel_simulations.scenario_file import (
@@ -16,7 +17,6 @@ from umbel_simulations.scenario_file import (
     find_scenario,
     least_threshold,
     list_scenarios,
-    model_folder,
     override,
 )
 
