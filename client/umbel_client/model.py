@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -26,6 +27,7 @@ from umbel_client.split import (
     splits,
     upper_part,
 )
+from umbel_client.token_loss import token_losses
 from umbel_common.adapter import Vector, flatten, unflatten
 from umbel_common.errors import ModelError
 from umbel_common.plan import CausalLm, Classification, Tensor, TrainingPlan
@@ -168,12 +170,15 @@ class AdaptedModel(nn.Module):
                 output = self._run(self.base, mask, input_ids=ids)
         return output if self.head is None else self._head(_pool(output, mask))
 
-    def next_token_logits(self, inputs: Inputs, chosen: torch.Tensor) -> torch.Tensor:
-        """What a causal language model expects after the chosen tokens, float32[m, vocabulary].
+    def next_token_losses(
+        self, inputs: Inputs, chosen: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross entropy of what a causal language model expects after the chosen tokens, float32[m].
 
         Args:
             chosen: bool[n, t - 1], of the tokens but the last; m of them are true. The rest cost
                 nothing above the last layer.
+            targets: int64[m], the tokens that follow them.
         """
         assert not isinstance(inputs, PooledInputs)  # they belong to a classification's head
         mask = inputs.mask.to(self.device)
@@ -185,12 +190,11 @@ class AdaptedModel(nn.Module):
             output = self._run(module, mask, input_ids=inputs.ids)
         rows = output[:, :-1][chosen.to(self.device)]
         if not self._plain_output:
-            return rows
+            return cross_entropy(rows, targets, reduction="none")
+        layer = output_layer(self.base)
+        assert layer is not None  # the output is plain
         with computing(self.precision, self.device):
-            layer = output_layer(self.base)
-            assert layer is not None  # the output is plain
-            logits: torch.Tensor = layer(rows)
-        return logits.float()
+            return token_losses(rows, layer, targets)
 
     @torch.no_grad()
     def frozen(self, inputs: TokenInputs) -> torch.Tensor:

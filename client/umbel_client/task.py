@@ -63,8 +63,7 @@ class CausalLmTask:
         """float32[n]: the mean over the tokens of the record that count."""
         targets = batch.labels[:, 1:].to(model.device)
         counts = targets != IGNORED
-        logits = model.next_token_logits(batch.inputs, counts)
-        losses = cross_entropy(logits, targets[counts], reduction="none")
+        losses = model.next_token_losses(batch.inputs, counts, targets[counts])
         records = counts.nonzero()[:, 0]
         sums = torch.zeros(len(counts), device=losses.device).index_add(0, records, losses)
         return sums / counts.sum(1)
