@@ -173,7 +173,7 @@ class AdaptedModel(nn.Module):
     def next_token_losses(
         self, inputs: Inputs, chosen: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        """Cross entropy of what a causal language model expects after the chosen tokens, float32[m].
+        """Cross entropy of what a causal language model expects after chosen tokens, float32[m].
 
         Args:
             chosen: bool[n, t - 1], of the tokens but the last; m of them are true. The rest cost
