@@ -38,6 +38,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, L
 from umbel_client.noise import NoiseSource
 from umbel_client.per_sample import per_record_gradients
 from umbel_client.private_step import PrivateOptimizer
+from umbel_client.token_loss import token_losses
 
 LABELS = 4
 KINDS = ("stock", "fused", "dp", "opacus_hooks", "opacus_ghost")
@@ -99,6 +100,10 @@ class Classifier(nn.Module):
         """float32[n]."""
         return nn.functional.cross_entropy(self(self.ids), self.labels, reduction="none")
 
+    def losses_at_a_site(self) -> torch.Tensor:
+        """The same as a site computes them."""
+        return self.losses()
+
     def adam(self) -> torch.optim.Optimizer:
         """The site's optimiser, over what is trained."""
         return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=1e-4)
@@ -117,6 +122,12 @@ class LanguageModel(Classifier):
         losses = nn.functional.cross_entropy(
             logits.flatten(0, 1), self.ids[:, 1:].flatten(), reduction="none"
         )
+        return losses.view(len(self.ids), -1).mean(1)
+
+    def losses_at_a_site(self) -> torch.Tensor:
+        base: Any = self.base.get_base_model()
+        hidden = base.model(input_ids=self.ids, use_cache=False)[0][:, :-1]
+        losses = token_losses(hidden.flatten(0, 1), base.lm_head, self.ids[:, 1:].flatten())
         return losses.view(len(self.ids), -1).mean(1)
 
 
@@ -157,7 +168,7 @@ def plain_step(model: Classifier, optimizer: torch.optim.Optimizer) -> None:
 
 def fused_step(model: Classifier, optimizer: torch.optim.Optimizer) -> None:
     """Without privacy, where our layers were told that the whole batch is one record."""
-    model.losses().mean().backward()
+    model.losses_at_a_site().mean().backward()
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad, parameter.grad_sample = parameter.grad_sample[0], None
     optimizer.step()
@@ -166,7 +177,7 @@ def fused_step(model: Classifier, optimizer: torch.optim.Optimizer) -> None:
 
 def private_step(model: Classifier, optimizer: PrivateOptimizer) -> None:
     """As a site takes it."""
-    losses = model.losses()
+    losses = model.losses_at_a_site()
     losses.sum().backward()
     optimizer.accumulate(len(losses))
     optimizer.step()
