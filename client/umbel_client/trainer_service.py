@@ -3,8 +3,7 @@
 import logging
 from contextlib import ExitStack
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from umbel_client.config import ClientConfig, load_config, require_relay
 from umbel_client.decisions import Decisions
@@ -22,11 +21,13 @@ from umbel_client.pinned_roster import Pinned, load_pinned
 from umbel_client.site_log import SiteLog
 from umbel_client.sockets import control_socket, trainer_socket
 from umbel_client.tables import require_file
-from umbel_client.trainer import Trainer
 from umbel_common.errors import ConfigError
 from umbel_host.keys import read_identity
 from umbel_host.process import locked, require_state, told_to_stop, until
 from umbel_host.sockets import SocketServer
+
+if TYPE_CHECKING:
+    from umbel_client.trainer import Trainer
 
 RELAY_MODE = 0o660
 """The relay runs as another user of the same group."""
@@ -51,17 +52,23 @@ def run(path: Path, no_isolation: str | None) -> None:
     logger = logging.getLogger(_NAME)
     if no_isolation is not None:
         _judge_isolation(config, path, no_isolation, logger)
-    torch.set_num_threads(config.threads)
     state = Path(config.state)
     require_state(state)
     require_file(Path(config.data.path))
     require_model(Path(config.model.path))
+    identity = read_identity(Path(config.identity))
     log = SiteLog(logger)
     stopping = told_to_stop()
     with ExitStack() as stack:
         stack.enter_context(locked(state / "trainer.lock", "this site's trainer"))
         pinned = load_pinned(config)
-        trainer = Trainer(config, pinned, read_identity(Path(config.identity)), observer=log)
+        # Loaded now: what is wrong so far is said at once, not after the seconds that these take.
+        import torch
+
+        from umbel_client.trainer import Trainer
+
+        torch.set_num_threads(config.threads)
+        trainer = Trainer(config, pinned, identity, observer=log)
         stack.callback(trainer.close)
         service = _Service(config, pinned, trainer, log)
         for server in service.servers(trainer_socket(relay)):
@@ -97,7 +104,7 @@ class _Service:
     """What the sockets answer."""
 
     def __init__(
-        self, config: ClientConfig, pinned: Pinned, trainer: Trainer, log: SiteLog
+        self, config: ClientConfig, pinned: Pinned, trainer: "Trainer", log: SiteLog
     ) -> None:
         self._config = config
         self._pinned = pinned

@@ -180,10 +180,8 @@ def run(site: KillableSite, witness: Witness, honest: bool) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "honest",
-    [pytest.param(True, id="honest", marks=pytest.mark.soak), pytest.param(False, id="dishonest")],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("honest", [True, False], ids=["honest", "dishonest"])
 def test_a_site_that_dies_anywhere_releases_one_delta_for_each_round_that_it_charged(
     federation: Federation, start: Callable[..., KillableSite], honest: bool
 ) -> None:

@@ -12,7 +12,10 @@ from e2e.tunnel_proxy import TunnelProxy
 from umbel_client.isolation import Network
 from umbel_server.authority import key_pem
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no machine of its own: {missing()}")
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(missing() is not None, reason=f"no machine of its own: {missing()}"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ def soon(path: Path) -> bool:
     return False
 
 
+@pytest.mark.soak
 def test_two_state_folders_and_one_socket_make_a_job(clinics: Clinics) -> None:
     clinics.start_all()
     operator, north = clinics.operator_folder, clinics.sites["north"]

@@ -16,6 +16,7 @@ def folder() -> Iterator[Path]:
         yield Path(short) / "federation"
 
 
+@pytest.mark.soak
 def test_it_ends_with_an_adapter_that_every_site_has(tiny: TinyScenario, folder: Path) -> None:
     done = tiny.simulate("federation", tiny.path, "--folder", folder)
     assert done.returncode == 0, (done.stdout, done.stderr)

@@ -47,7 +47,9 @@ def wait_for(path: Path, text: str, process: "subprocess.Popen[str]") -> None:
         pytest.param(
             signal.SIGKILL, "round-released", id="killed after a release", marks=pytest.mark.soak
         ),
-        pytest.param(signal.SIGINT, '"stage":"share"', id="interrupted in mid-round"),
+        pytest.param(
+            signal.SIGINT, '"stage":"share"', id="interrupted in mid-round", marks=pytest.mark.soak
+        ),
     ],
 )
 def test_a_run_that_was_stopped_resumes_and_charges_no_round_twice(

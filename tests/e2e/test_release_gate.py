@@ -136,6 +136,7 @@ def finished(clinics: Clinics, job: str) -> None:
     assert queued.state is State.FINISHED, (queued.detail, clinics.logs())
 
 
+@pytest.mark.soak
 def test_an_update_that_was_made_worse_is_held_back_and_charged_all_the_same(
     clinics: Clinics,
 ) -> None:

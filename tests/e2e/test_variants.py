@@ -26,7 +26,10 @@ def plan_of(tiny: Any) -> TrainingPlan:
     return decode_canonical(signed.statement, TrainingPlan)
 
 
-@pytest.mark.parametrize("method", ["both", "ffa", "alternate"])
+@pytest.mark.parametrize(
+    "method",
+    [*(pytest.param(name, marks=pytest.mark.soak) for name in ("both", "ffa")), "alternate"],
+)
 def test_each_method_changes_what_it_trains_and_nothing_else(
     tiny: Any, tiny_model: Path, method: str
 ) -> None:
@@ -44,6 +47,7 @@ def test_each_method_changes_what_it_trains_and_nothing_else(
     PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model), tiny.run_folder / "adapter")
 
 
+@pytest.mark.soak
 def test_every_choice_of_the_optimiser_step_at_once_gives_a_release(tiny: Any) -> None:
     """AUTO-S clipping, DP-AdamBC, averaged steps, and physical batches that each site finds."""
     tiny.change("clip_norm = 1.0", 'clip_norm = 1.0\nclipping = "automatic"')
@@ -79,6 +83,7 @@ def test_a_stock_head_travels_inside_the_peft_adapter(tiny: Any, tiny_model: Pat
     assert np.array_equal(loaded, model.adapter["base_model.model.classifier.weight"].detach())
 
 
+@pytest.mark.soak
 def test_without_privacy_exact_counts_may_be_the_weights(tiny: Any) -> None:
     tiny.change(
         "threshold = 3", 'threshold = 3\nweights = "examples"\nstep = 1e-5\nclip_range = 0.5'
@@ -98,6 +103,7 @@ def test_without_privacy_exact_counts_may_be_the_weights(tiny: Any) -> None:
     assert '"total_weight":240' in releases
 
 
+@pytest.mark.soak
 def test_an_insecure_seed_repeats_a_run_and_the_report_says_so(tiny: Any) -> None:
     tiny.change("seed = 3", "seed = 3\ninsecure_test_seed = 1")
     digests = []
@@ -110,6 +116,7 @@ def test_an_insecure_seed_repeats_a_run_and_the_report_says_so(tiny: Any) -> Non
     assert digests[0] == digests[1]
 
 
+@pytest.mark.soak
 def test_one_seed_gives_one_partition_and_initial_adapter_and_fresh_noise(tiny: Any) -> None:
     found = []
     for name in ("one", "two"):
