@@ -127,7 +127,10 @@ def losses(clinics: Clinics, job: str) -> list[float | None]:
 
 
 def charged(site: Site, job: str) -> list[int]:
-    ledger = read_ledger(site.folder / "state" / "ledger.sqlite")
+    path = site.folder / "state" / "ledger.sqlite"
+    if not path.exists():
+        return []  # the first plan that a site accepts begins its ledger
+    ledger = read_ledger(path)
     return [entry.round for entry in ledger.rounds.values() if entry.job == job]
 
 
