@@ -7,11 +7,12 @@ that could be stolen. `docs/adr/0011-flower-as-a-carrier.md` says why;
 """
 
 import logging
+import math
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -43,6 +44,9 @@ from umbel_server.reply_filter import ReplyFilter
 _logger = logging.getLogger("umbel.port")
 
 _KEEP_ALIVE_SECONDS = 15.0
+_TIDY_SECONDS = 5.0
+"""Between two looks for runs whose app is silent. Flower would look at nearly every request of a
+relay, by statements that wait for a turn to write: a sixth of what a round costs this process."""
 _RETURN_SECONDS = 120.0
 """How long a node that went away is waited for: a relay may be restarted, or its line be cut."""
 
@@ -82,6 +86,7 @@ class SuperLink:
         self.fleet: ASGIApp = ReplyFilter(fleet)
         """Flower's whole application; who serves it must let nothing but Fleet pass."""
         self._state = fleet.state.linkstate_factory.state()
+        self._state._cleanup_expired_task_tokens = _seldom(self._state._cleanup_expired_task_tokens)
         self._posting = threading.Lock()
         self._posted_lock = threading.Lock()
         self._posted: dict[str, int] = {}
@@ -302,3 +307,16 @@ class SuperLink:
             except SQLAlchemyError as error:
                 # A disk that is full or slow: whoever gave up here would end the run for good.
                 _logger.warning("the SuperLink's database: %s", str(error).splitlines()[0])
+
+
+def _seldom(call: Callable[[], None]) -> Callable[[], None]:
+    """Calls, unless it did so `_TIDY_SECONDS` ago or less."""
+    called = -math.inf
+
+    def sometimes() -> None:
+        nonlocal called
+        if time.monotonic() - called >= _TIDY_SECONDS:
+            called = time.monotonic()
+            call()
+
+    return sometimes

@@ -46,7 +46,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
 import umbel_client.flower as relay
@@ -57,7 +57,7 @@ from umbel_host.flower import packed, unpacked
 from umbel_server.listener import PATHS
 from umbel_server.port_process import FLOWER_ENVIRONMENT
 from umbel_server.reply_filter import MOST_OBJECTS, PUSH, ReplyFilter, acceptable
-from umbel_server.superlink import _KEEP_ALIVE_SECONDS, SuperLink
+from umbel_server.superlink import _KEEP_ALIVE_SECONDS, _TIDY_SECONDS, SuperLink
 
 ROOT = Path(__file__).parent.parent.parent
 ADR = ROOT / "docs" / "adr" / "0011-flower-as-a-carrier.md"
@@ -505,7 +505,24 @@ def test_a_run_whose_app_is_silent_for_a_minute_ends_and_ours_is_not(
         return datetime.now(UTC) + timedelta(seconds=61)
 
     monkeypatch.setattr(flwr.supercore.corestate.sql_corestate, "now", later)
+    monkeypatch.setattr(umbel_server.superlink, "_TIDY_SECONDS", 0)
     assert not link.superlink._state.acknowledge_task_heartbeat(task)
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0.0, 3), (_TIDY_SECONDS, 0)])
+def test_silent_runs_are_looked_for_seldom(
+    link: Link, monkeypatch: pytest.MonkeyPatch, seconds: float, times: int
+) -> None:
+    monkeypatch.setattr(umbel_server.superlink, "_TIDY_SECONDS", seconds)
+    state = link.superlink._state
+    state.get_run_status({link.superlink._run_id})
+    written: list[str] = []
+    event.listen(state._engine, "before_cursor_execute", lambda *did: written.append(did[2]))
+    for _ in range(3):
+        # As Flower does before it answers nearly every request of a relay.
+        state.get_run_status({link.superlink._run_id})
+    # One for runs that are starting, one for those that run.
+    assert len([statement for statement in written if "UPDATE task" in statement]) == 2 * times
 
 
 def test_the_next_start_deletes_what_nobody_fetched(link: Link) -> None:
