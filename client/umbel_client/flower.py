@@ -34,7 +34,6 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import (
-    ConfirmMessageReceivedRequest,
     ObjectTree,
     PullObjectRequest,
     PushObjectRequest,
@@ -279,12 +278,8 @@ def _work(
             TaskIdentity.run_id = metadata.run_id
             expires = metadata.created_at + metadata.ttl
             _push(client, node, clock, answer(request, handle), expires, stopping)
-            # Only now: what is confirmed is deleted, and could not be delivered again to a relay
-            # that died before it had the answer.
-            confirm = ConfirmMessageReceivedRequest(
-                node=node, run_id=metadata.run_id, message_object_id=metadata.message_id
-            )
-            _patiently(partial(client.ConfirmMessageReceived, confirm), stopping)
+            # Not confirmed, as Flower's nodes do: what is confirmed is deleted, and could not be
+            # delivered again; the server deletes a request with its reply.
         except httpx.HTTPStatusError as error:
             if not _is_over(error.response):
                 raise

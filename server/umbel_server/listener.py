@@ -35,7 +35,6 @@ PATHS = frozenset(
         "push-messages",
         "pull-object",
         "push-object",
-        "confirm-message-received",
     )
 )
 """What a relay needs. Registering nodes, runs and app bundles are not among it."""

@@ -30,10 +30,10 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError
-from flwr.supercore.state.schema.linkstate_models import MessageIns
+from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.main import create_app
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp
 
@@ -49,6 +49,15 @@ _TIDY_SECONDS = 5.0
 relay, by statements that wait for a turn to write: a sixth of what a round costs this process."""
 _RETURN_SECONDS = 120.0
 """How long a node that went away is waited for: a relay may be restarted, or its line be cut."""
+_READ_SECONDS = 300.0
+"""How long after its message has expired a reply may still be read."""
+
+
+@dataclass(frozen=True)
+class _Posted:
+    node: int
+    expires: float
+    """Monotonic clock, seconds."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +96,12 @@ class SuperLink:
         """Flower's whole application; who serves it must let nothing but Fleet pass."""
         self._state = fleet.state.linkstate_factory.state()
         self._state._cleanup_expired_task_tokens = _seldom(self._state._cleanup_expired_task_tokens)
+        # A sum that nobody reads, at the price of a turn to write for each piece of a message.
+        self._state.store_traffic = lambda run_id, *, bytes_sent, bytes_recv: None
         self._posting = threading.Lock()
         self._posted_lock = threading.Lock()
-        self._posted: dict[str, int] = {}
-        """Message without a reply -> its node."""
+        self._posted: dict[str, _Posted] = {}
+        """Message that was not collected -> who it is for."""
         self._arriving: dict[str, str | None] = {}
         """Message -> its reply, whose pieces are being pushed; None: an error, which has none."""
         self._arrived: dict[str, set[str]] = {}
@@ -124,7 +135,7 @@ class SuperLink:
             return
         self._state.deactivate_node(node)
         with self._posted_lock:
-            unanswered = [name for name, owner in self._posted.items() if owner == node]
+            unanswered = [name for name, posted in self._posted.items() if posted.node == node]
             for name in unanswered:
                 if name in self._arriving:
                     # The rest of that reply was lost with the connection.
@@ -143,6 +154,7 @@ class SuperLink:
             sealed: its bytes, in parts of any size.
             seconds: after which nobody waits for the reply.
         """
+        self._forget_expired()
         (info,) = self._state.get_node_info(node_ids=[node])
         if info.status not in (NodeStatus.ONLINE, NodeStatus.OFFLINE):
             return None
@@ -172,18 +184,18 @@ class SuperLink:
             for name in missing:
                 self._state.store_object(self._run_id, session, name, objects[name].deflate())
             with self._posted_lock:
-                self._posted[identifier] = node
+                self._posted[identifier] = _Posted(node, time.monotonic() + seconds)
             return identifier
 
     def collect(self, identifier: str) -> Reply | None:
         """The reply to a message, once; None while it may still come."""
         with self._posted_lock:
-            node = self._posted.get(identifier)
-        if node is None:
+            posted = self._posted.get(identifier)
+        if posted is None:
             # Posted to a former run of this process.
             return Reply(None)
         if identifier not in self._arriving:
-            if self._is_away(node):
+            if self._is_away(posted.node):
                 return None
             replies = self._state.get_message_res({identifier}, self._run_id)
             if not replies:
@@ -192,6 +204,7 @@ class SuperLink:
             (reply,) = replies
             name = str(reply.metadata.message_id)
             if reply.has_error():
+                # One that Flower made itself is not in the table of replies.
                 self._state.object_store.delete(name)
             self._arriving[identifier] = None if reply.has_error() else name
         announced = self._arriving[identifier]
@@ -215,17 +228,26 @@ class SuperLink:
             yield piece
         self._forget(identifier)
 
-    def _forget(self, identifier: str) -> None:
-        """Deletes a message and its reply."""
-        self._state.delete_messages({identifier})
-        # A node that died, or never came, has not confirmed it.
-        self._state.object_store.delete(identifier)
+    def _forget_expired(self) -> None:
+        """Deletes what nobody waits for any more: the messages of sites that were too slow."""
+        late = time.monotonic() - _READ_SECONDS
         with self._posted_lock:
-            announced = self._arriving.pop(identifier)
-            del self._posted[identifier]
-        if announced is not None:
-            self._state.object_store.delete(announced)
-            self._arrived.pop(announced, None)
+            expired = [name for name, posted in self._posted.items() if posted.expires < late]
+        for name in expired:
+            self._forget(name)
+
+    def _forget(self, identifier: str) -> None:
+        """Deletes a message and whatever was answered to it."""
+        answers = select(MessageRes.message_id).where(MessageRes.reply_to_message_id == identifier)
+        with self._state.session() as session:
+            replies = session.scalars(answers).all()
+        self._state.delete_messages({identifier})
+        for name in (identifier, *replies):
+            self._state.object_store.delete(name)
+            self._arrived.pop(name, None)
+        with self._posted_lock:
+            self._arriving.pop(identifier, None)
+            self._posted.pop(identifier, None)
 
     def _is_away(self, node: int) -> bool:
         """Whether a node is not there but may come back. Flower gives such a node up at once."""

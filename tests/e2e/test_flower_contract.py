@@ -525,6 +525,37 @@ def test_silent_runs_are_looked_for_seldom(
     assert len([statement for statement in written if "UPDATE task" in statement]) == 2 * times
 
 
+def test_what_flower_sums_of_traffic_is_not_written(link: Link) -> None:
+    inspect.signature(LinkState.store_traffic).bind(None, 1, bytes_sent=1, bytes_recv=1)
+    site, node = joined(link)
+    link.superlink.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
+    assert site.pull(node) is not None
+    (run,) = link.superlink._state.get_run_info()
+    assert run.bytes_sent == run.bytes_recv == 0
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_message_that_nobody_waits_for_any_more_is_deleted(
+    link: Link, monkeypatch: pytest.MonkeyPatch, answered: bool
+) -> None:
+    monkeypatch.setattr(umbel_server.superlink, "_READ_SECONDS", 0)
+    site, node = joined(link)
+    slow = link.superlink.post(node.node_id, "slow", iter([b"sealed"]), 3.0)
+    assert slow is not None
+    request = site.pull(node)
+    assert request is not None
+    if answered:
+        site.reply(node, request, b"reply")
+    time.sleep(3.1)
+    prompt = link.superlink.post(node.node_id, "prompt", iter([b"other"]), LONG_ENOUGH)
+    assert prompt is not None
+    assert link.rows("message_ins") == 1
+    assert link.rows("message_res") == 0
+    site.pull(node)
+    link.superlink._forget(prompt)
+    assert link.rows("objects") == 0
+
+
 def test_the_next_start_deletes_what_nobody_fetched(link: Link) -> None:
     _, node = joined(link)
     link.superlink.post(node.node_id, "x", iter([os.urandom(100)]), LONG_ENOUGH)
