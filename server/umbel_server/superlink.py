@@ -1,6 +1,6 @@
 """Flower's SuperLink as a carrier of sealed bytes: nodes, messages and objects in SQLite.
 
-Of Flower's three interfaces only Fleet is served, to relays. What Control and Runtime are for, to
+Of Flower's three interfaces only Fleet is there, for relays. What Control and Runtime are for, to
 start a run and to speak for it, happens inside this process: no app bundle exists, and no token
 that could be stolen. `docs/adr/0011-flower-as-a-carrier.md` says why;
 `tests/e2e/test_flower_contract.py` holds every name of Flower's that is used here.
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from fastapi import FastAPI
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
@@ -30,11 +31,15 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.main import create_app
+from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
+from flwr.superlink.routers.fleet.router import router
 from sqlalchemy import select, update
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import ASGIApp
 
 from umbel_common.wire import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
@@ -89,12 +94,12 @@ class SuperLink:
             (name, ours.get(name, value)) for name, value in databases.SQLITE_PRAGMAS
         )
         self._folder = str(Path(os.environ["FLWR_DATABASE"]).parent)
-        fleet = create_app()
+        flower = create_app()
         # Nodes are registered here and by nobody else.
-        fleet.state.enable_supernode_auth = True
-        self.fleet: ASGIApp = ReplyFilter(fleet)
-        """Flower's whole application; who serves it must let nothing but Fleet pass."""
-        self._state = fleet.state.linkstate_factory.state()
+        flower.state.enable_supernode_auth = True
+        self.fleet: ASGIApp = ReplyFilter(_fleet_of(flower))
+        """Flower's application for relays."""
+        self._state = flower.state.linkstate_factory.state()
         self._state._cleanup_expired_task_tokens = _seldom(self._state._cleanup_expired_task_tokens)
         # A sum that nobody reads, at the price of a turn to write for each piece of a message.
         self._state.store_traffic = lambda run_id, *, bytes_sent, bytes_recv: None
@@ -329,6 +334,22 @@ class SuperLink:
             except SQLAlchemyError as error:
                 # A disk that is full or slow: whoever gave up here would end the run for good.
                 _logger.warning("the SuperLink's database: %s", str(error).splitlines()[0])
+
+
+def _fleet_of(flower: FastAPI) -> FastAPI:
+    """Of Flower's application what relays speak to: without Control, Runtime and pages of
+    documentation, and without what every request would pass through for Control's sake."""
+    passed: tuple[Any, ...] = (
+        BaseHTTPMiddleware,
+        ProtobufTranslationMiddleware,
+        NodeAuthMiddleware,
+    )
+    fleet = FastAPI(
+        openapi_url=None, middleware=[one for one in flower.user_middleware if one.cls in passed]
+    )
+    fleet.state = flower.state
+    fleet.include_router(router)
+    return fleet
 
 
 def _seldom(call: Callable[[], None]) -> Callable[[], None]:

@@ -45,6 +45,7 @@ from flwr.supercore.object_store import ObjectStore
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.main import create_app
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
@@ -581,6 +582,44 @@ def test_every_path_that_the_gate_lets_through_exists(link: Link) -> None:
     for path in PATHS:
         status = httpx.post(f"http://127.0.0.1:{link.port}{path}", content=b"").status_code
         assert status not in (404, 405), path
+
+
+def test_control_runtime_and_the_pages_of_documentation_are_not_there(link: Link) -> None:
+    whole = create_app()
+    paths = [
+        *("/v1/control/start-run", "/v1/control/list-runs", "/v1/runtime/acquire-task"),
+        *("/v1/runtime/push-messages", "/v1/runtime/responses", "/docs", "/openapi.json"),
+    ]
+
+    def statuses() -> set[int]:
+        address = f"http://127.0.0.1:{link.port}"
+        protobuf = {"content-type": PROTOBUF_MEDIA_TYPE}
+        return {
+            status
+            for path in paths
+            for status in [
+                httpx.get(address + path).status_code,
+                httpx.post(address + path, headers=protobuf, content=b"").status_code,
+            ]
+        }
+
+    assert statuses() == {404}
+    link.serve(whole)
+    assert statuses() - {404}
+
+
+def test_what_requests_pass_through_is_what_was_read() -> None:
+    passed = [one.cls.__name__ for one in create_app().user_middleware]
+    assert passed == [
+        "ControlSensitiveResponseMiddleware",
+        "BaseHTTPMiddleware",  # http_error_translator
+        "ControlAuthenticationMiddleware",
+        "ControlLicenseMiddleware",
+        "ProtobufTranslationMiddleware",
+        "ControlEventLogMiddleware",
+        "NodeAuthMiddleware",
+        "FleetEventLogMiddleware",
+    ]
 
 
 # What Flower does not check, and we do
