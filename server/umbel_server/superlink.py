@@ -20,7 +20,12 @@ from typing import Any, BinaryIO, cast
 from fastapi import FastAPI
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
+from flwr.common.constant import (
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    SUPERLINK_NODE_ID,
+    ErrorCode,
+)
 from flwr.supercore import sql_mixin
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.inflatable.inflatable_object import (
@@ -211,6 +216,10 @@ class SuperLink:
             if reply.has_error():
                 # One that Flower made itself is not in the table of replies.
                 self._state.object_store.delete(name)
+                unavailable = reply.error.code == ErrorCode.NODE_UNAVAILABLE
+                if unavailable and not self._is_gone(posted.node):
+                    # It was cut off, or connected again, in this very moment.
+                    return None
             self._arriving[identifier] = None if reply.has_error() else name
         announced = self._arriving[identifier]
         names = None
@@ -256,9 +265,16 @@ class SuperLink:
 
     def _is_away(self, node: int) -> bool:
         """Whether a node is not there but may come back. Flower gives such a node up at once."""
+        return 0 < self._silence(node) < _RETURN_SECONDS
+
+    def _is_gone(self, node: int) -> bool:
+        """Whether a node is given up."""
+        return self._silence(node) >= _RETURN_SECONDS
+
+    def _silence(self, node: int) -> float:
+        """For how many seconds a node has been away; 0: it is there."""
         (info,) = self._state.get_node_info(node_ids=[node])
-        offline = info.status == NodeStatus.OFFLINE
-        return bool(offline and time.time() < info.online_until + _RETURN_SECONDS)
+        return time.time() - info.online_until if info.status == NodeStatus.OFFLINE else 0.0
 
     def _is_complete(self, reply: str) -> bool:
         """Whether nothing of a reply is still to be pushed. What has come is looked at once: it may

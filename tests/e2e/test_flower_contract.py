@@ -18,6 +18,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import flwr.supercore.corestate.sql_corestate
 import httpx
@@ -25,7 +26,7 @@ import pytest
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Error, Message, RecordDict
-from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.common.constant import TIMESTAMP_HEADER, ErrorCode
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     PullMessagesRequest,
@@ -476,6 +477,35 @@ def test_flower_gives_up_a_node_that_is_away_and_we_wait_for_it(link: Link) -> N
     assert (reply := link.superlink.collect(identifier)) is not None
     assert reply.pieces is not None
     assert b"".join(reply.pieces) == b"reply"
+
+
+def test_a_node_that_is_cut_off_while_its_reply_is_looked_for_is_not_given_up(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the two questions, whether it is there and whether it has answered."""
+    site, node = joined(link)
+    identifier = link.superlink.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
+    assert identifier is not None
+    state = link.superlink._state
+    ask = state.get_message_res
+
+    def cut_off(*arguments: Any) -> Any:
+        link.superlink.make_way(site.public)
+        replies = ask(*arguments)
+        assert [reply.error.code for reply in replies] == [ErrorCode.NODE_UNAVAILABLE]
+        site.activate()
+        return replies
+
+    monkeypatch.setattr(state, "get_message_res", cut_off)
+    assert link.superlink.collect(identifier) is None
+    monkeypatch.undo()
+    request = site.pull(node)
+    assert request is not None
+    site.reply(node, request, b"reply")
+    assert (reply := link.superlink.collect(identifier)) is not None
+    assert reply.pieces is not None
+    assert b"".join(reply.pieces) == b"reply"
+    assert link.rows("objects") == 0
 
 
 def test_a_node_that_stays_away_is_given_up_and_its_message_deleted(
