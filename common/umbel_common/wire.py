@@ -67,16 +67,16 @@ class LastAdvert(Value, frozen=True):
     """Its `KeyAdvert`, with the head that its privacy ledger had."""
 
 
-class TrainRequest(Message, frozen=True, tag="train"):
+class TrainRequest(Message, frozen=True, tag="train", kw_only=True):
     """Stage 1: train from this global adapter, then advertise fresh keys."""
 
     header: Signed
     release: Signed
     """The `Release` whose adapter training starts from."""
-    adapter: Blob
-    """Its flat vector, float32 little-endian."""
     last: LastAdvert | None = None
     """What this site advertised last, in whatever job; None if that is not known."""
+    adapter: Blob
+    """Its flat vector, float32 little-endian."""
 
 
 class TrainReply(Message, frozen=True, tag="trained"):
@@ -141,13 +141,13 @@ class UnmaskReply(Message, frozen=True, tag="unmasked"):
     shares: Annotated[tuple[RevealedShare, ...], msgspec.Meta(max_length=MAX_SITES)]
 
 
-class FinishRequest(Message, frozen=True, tag="finish"):
+class FinishRequest(Message, frozen=True, tag="finish", kw_only=True):
     """The last release of the job, for the site to keep."""
 
     release: Signed
-    adapter: Blob
     early_end: Signed | None = None
     """An `EarlyEnd`, where the job does not go on to the last round of its plan."""
+    adapter: Blob
 
 
 class FinishReply(Message, frozen=True, tag="finished"):

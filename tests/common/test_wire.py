@@ -1,6 +1,7 @@
 import contextlib
 import os
 from collections.abc import Callable
+from typing import get_args
 
 import msgspec
 import pytest
@@ -8,15 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from umbel_common.errors import RemoteProtocolError
-from umbel_common.identity import Identity
+from umbel_common.identity import Identity, sign
 from umbel_common.plan import TrainingPlan
+from umbel_common.statements import EarlyEnd
 from umbel_common.wire import (
     HEADER_BYTES,
     MAGIC,
     WIRE_VERSION,
+    Blob,
     ConfirmRequest,
+    FinishRequest,
     MaskReply,
     OfferReply,
+    Reply,
+    Request,
+    TrainRequest,
+    _encoded,
     open_reply,
     open_request,
     request_digest,
@@ -139,3 +147,20 @@ def test_a_vector_is_encoded_without_a_copy_as_messagepack_would_encode_it(size:
     sealed = seal_reply(IDENTITY, "a", reply, ASKED)
     assert sealed[HEADER_BYTES:] == msgspec.msgpack.encode(reply)
     assert open_reply(IDENTITY.public_key, "a", sealed, ASKED, limit=len(sealed)) == reply
+
+
+@pytest.mark.parametrize("kind", [*get_args(Request), *get_args(Reply)])
+def test_whatever_is_as_large_as_an_adapter_is_the_last_field(kind: type[msgspec.Struct]) -> None:
+    """Or it would be copied once more than a server has room for."""
+    fields = msgspec.structs.fields(kind)
+    assert not any(field.type is Blob for field in fields[:-1])
+
+
+def test_a_request_with_an_adapter_and_more_is_not_copied_either() -> None:
+    signed = sign(IDENTITY, EarlyEnd(federation="f", job="j", plan=bytes(32), round=1))
+    adapter = memoryview(bytes(1000))
+    for message in (
+        TrainRequest(header=signed, release=signed, adapter=adapter),
+        FinishRequest(release=signed, early_end=signed, adapter=adapter),
+    ):
+        assert _encoded(message)[-1].obj is adapter.obj
