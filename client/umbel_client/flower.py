@@ -278,8 +278,8 @@ def _work(
             TaskIdentity.run_id = metadata.run_id
             expires = metadata.created_at + metadata.ttl
             _push(client, node, clock, answer(request, handle), expires, stopping)
-            # Unlike Flower's nodes this one confirms nothing: what is confirmed is deleted, and could
-            # not be delivered again. The server deletes a request with its reply.
+            # Unlike Flower's nodes this one confirms nothing: what is confirmed is deleted, and
+            # could not be delivered again. The server deletes a request with its reply.
         except httpx.HTTPStatusError as error:
             if not _is_over(error.response):
                 raise
