@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from umbel_client.model import plan_lora
+from umbel_client.lora import plan_lora
 from umbel_client.model_files import folder_digest
 from umbel_common.plan import (
     Adam,

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from umbel_client.model import plan_lora
+from umbel_client.lora import plan_lora
 from umbel_client.model_files import folder_digest
 from umbel_common.plan import (
     Aggregation,

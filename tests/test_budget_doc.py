@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from umbel_client.accounting import Event
-from umbel_client.budget import Budget
 from umbel_client.ledger import Ledger
+from umbel_client.policy import Budget
 from umbel_client.session import Session
 from umbel_common.statements import RoundHeader
 

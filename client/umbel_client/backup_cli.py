@@ -6,12 +6,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from umbel_client.options import CLIENT_TOML, Config
 from umbel_client.state_backup import back_up
 from umbel_client.state_backup import restore as put_back
 from umbel_host.console import print_lines
-
-Config = Annotated[Path, typer.Option(help="This site's client.toml.")]
-CLIENT_TOML = Path("client.toml")
 
 
 def backup(

@@ -5,6 +5,8 @@ The others read the ledger at one moment, also while a client is training, and n
 nor data.
 """
 
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,20 +14,16 @@ import msgspec
 import typer
 from rich.console import Console
 from rich.status import Status
+from rich.table import Table
 
 from umbel_client.accounting import largest_delta
-from umbel_client.budget import Budget
-from umbel_client.budget_view import (
-    Verified,
-    print_history,
-    print_spending,
-    release_costs,
-    spending,
-)
+from umbel_client.budget_view import ReleaseCost, Spending, Verified, release_costs, spending
 from umbel_client.config import ClientConfig, load_config
 from umbel_client.ledger import Ledger
 from umbel_client.ledger_file import read_ledger, require_head, require_journal
 from umbel_client.ledger_rows import Contents
+from umbel_client.options import CLIENT_TOML, Config, Json
+from umbel_client.policy import Budget
 from umbel_client.session import Published, read_published
 from umbel_client.state_spend_cli import state_spend
 from umbel_host.console import print_lines
@@ -35,10 +33,6 @@ budget = typer.Typer(
     no_args_is_help=True,
 )
 budget.command()(state_spend)
-
-Config = Annotated[Path, typer.Option(help="This site's client.toml.")]
-CLIENT_TOML = Path("client.toml")
-Json = Annotated[bool, typer.Option("--json", help="One JSON document; null means infinite.")]
 
 
 def _digest(value: str | None) -> str | None:
@@ -178,3 +172,69 @@ def _computing() -> Status:
 
 def _print_json(value: object) -> None:
     typer.echo(msgspec.json.format(msgspec.json.encode(value)).decode())
+
+
+def print_spending(console: Console, ledger: Path, spent: Spending) -> None:
+    """The figures, then each job's part."""
+    print_lines(
+        console,
+        [
+            ("ledger", str(ledger)),
+            ("data set", spent.data_set),
+            ("unit", "record" if spent.unit is None else f"column {spent.unit}"),
+            ("head", spent.head),
+            ("spent", f"epsilon {_number(spent.spent)} at delta {spent.delta:g}"),
+            ("left", f"epsilon {_number(spent.left)} of {_number(spent.total)}"),
+            *(("stated", text) for text in spent.stated),
+            *([("old copy", "state what was spent since")] if spent.old_copy else []),
+        ],
+    )
+    if spent.jobs:
+        console.print()
+        rows = [(job.job, str(job.rounds), _number(job.epsilon)) for job in spent.jobs]
+        _print_table(console, ("job", "rounds", "epsilon alone"), rows)
+
+
+def print_history(console: Console, releases: Sequence[ReleaseCost], delta: float) -> None:
+    """One line for each round."""
+    if not releases:
+        console.print("No round was charged yet.")
+        return
+    rows = [
+        (
+            release.job,
+            str(release.round),
+            release.state.value,
+            *(
+                ("none", "", "")
+                if release.noise_multiplier is None
+                else (
+                    f"{release.noise_multiplier:.4g}",
+                    f"{release.sample_rate:.4g}",
+                    str(release.steps),
+                )
+            ),
+            _number(release.epsilon),
+        )
+        for release in releases
+    ]
+    _print_table(console, ("job", "round", "state", "noise", "rate", "steps", "epsilon"), rows)
+    console.print(f"\nEpsilon is of everything up to that round, at delta {delta:g}.")
+
+
+def _number(epsilon: float) -> str:
+    return "infinite" if epsilon == math.inf else f"{epsilon:.4g}"
+
+
+def _print_table(
+    console: Console, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]
+) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in columns:
+        left = name in ("job", "state")
+        table.add_column(
+            name, no_wrap=name != "job", overflow="fold", justify="left" if left else "right"
+        )
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

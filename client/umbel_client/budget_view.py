@@ -1,18 +1,12 @@
 """What a ledger's rounds have cost, as values and as people read them."""
 
-import math
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Iterable
 
 from umbel_client.accounting import total_epsilon
-from umbel_client.budget import Budget
 from umbel_client.ledger_rows import Contents, Reservation, State
-from umbel_client.state_spend_cli import statement_text
+from umbel_client.policy import Budget
+from umbel_client.statement import statement_text
 from umbel_common.canonical import Value
-from umbel_host.console import print_lines
 
 
 class JobCost(Value, frozen=True):
@@ -113,71 +107,5 @@ def release_costs(contents: Contents, delta: float) -> tuple[ReleaseCost, ...]:
     )
 
 
-def print_spending(console: Console, ledger: Path, spent: Spending) -> None:
-    """The figures, then each job's part."""
-    print_lines(
-        console,
-        [
-            ("ledger", str(ledger)),
-            ("data set", spent.data_set),
-            ("unit", "record" if spent.unit is None else f"column {spent.unit}"),
-            ("head", spent.head),
-            ("spent", f"epsilon {_number(spent.spent)} at delta {spent.delta:g}"),
-            ("left", f"epsilon {_number(spent.left)} of {_number(spent.total)}"),
-            *(("stated", text) for text in spent.stated),
-            *([("old copy", "state what was spent since")] if spent.old_copy else []),
-        ],
-    )
-    if spent.jobs:
-        console.print()
-        rows = [(job.job, str(job.rounds), _number(job.epsilon)) for job in spent.jobs]
-        _print_table(console, ("job", "rounds", "epsilon alone"), rows)
-
-
-def print_history(console: Console, releases: Sequence[ReleaseCost], delta: float) -> None:
-    """One line for each round."""
-    if not releases:
-        console.print("No round was charged yet.")
-        return
-    rows = [
-        (
-            release.job,
-            str(release.round),
-            release.state.value,
-            *(
-                ("none", "", "")
-                if release.noise_multiplier is None
-                else (
-                    f"{release.noise_multiplier:.4g}",
-                    f"{release.sample_rate:.4g}",
-                    str(release.steps),
-                )
-            ),
-            _number(release.epsilon),
-        )
-        for release in releases
-    ]
-    _print_table(console, ("job", "round", "state", "noise", "rate", "steps", "epsilon"), rows)
-    console.print(f"\nEpsilon is of everything up to that round, at delta {delta:g}.")
-
-
 def _cost(rounds: Iterable[Reservation], delta: float) -> float:
     return total_epsilon([entry.event for entry in rounds], delta)
-
-
-def _number(epsilon: float) -> str:
-    return "infinite" if epsilon == math.inf else f"{epsilon:.4g}"
-
-
-def _print_table(
-    console: Console, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]
-) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in columns:
-        left = name in ("job", "state")
-        table.add_column(
-            name, no_wrap=name != "job", overflow="fold", justify="left" if left else "right"
-        )
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)

@@ -34,7 +34,7 @@ from umbel_common.enrolment import Address
 from umbel_common.errors import ConfigError
 from umbel_common.evaluation import Format
 from umbel_common.plan import Count, Fraction
-from umbel_host.toml_file import read_toml, read_toml_table
+from umbel_host.text_file import read_toml, read_toml_table
 
 POLICY_FILE = "policy.toml"
 """What a file with the policy is called."""
@@ -192,3 +192,18 @@ def require_relay(config: ClientConfig, file: Path) -> RelayConfig:
             remedy='add a table [relay] with server = "host:port"',
         )
     return config.relay
+
+
+def control_socket(config: ClientConfig) -> Path:
+    """Where the site's own people reach the trainer: in its state folder, closed to all others."""
+    return Path(config.state) / "control.sock"
+
+
+def trainer_socket(relay: RelayConfig) -> Path:
+    """Where the relay reaches the trainer."""
+    return Path(relay.socket)
+
+
+def relay_socket(relay: RelayConfig) -> Path:
+    """Where probes reach the relay: beside the trainer's."""
+    return Path(relay.socket).with_name("relay.sock")

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from umbel_client.config import ClientConfig, DataConfig, load_config
+from umbel_client.options import CLIENT_TOML
 from umbel_common.errors import DataError
 from umbel_common.plan_file import plan_from_json, task_text
 from umbel_host.console import print_lines
@@ -29,7 +30,6 @@ data = typer.Typer(
     no_args_is_help=True,
 )
 
-CLIENT_TOML = Path("client.toml")
 Config = Annotated[
     Path | None,
     typer.Option(help="This site's client.toml; else the one in this folder, if there is one."),

@@ -18,14 +18,13 @@ from pathlib import Path
 import httpx
 from cryptography import x509
 
-from umbel_client.config import ClientConfig
+from umbel_client.config import ClientConfig, control_socket
 from umbel_client.data import columns_of, load_records
 from umbel_client.ipc import ControlStub
 from umbel_client.ledger_file import read_ledger
 from umbel_client.model_files import folder_digest
 from umbel_client.pinned_roster import check_own_key, load_pinned
 from umbel_client.proxy import way_to
-from umbel_client.sockets import control_socket
 from umbel_common.errors import UmbelError, UnreachableError
 from umbel_common.identity import fingerprint
 from umbel_common.plan import CausalLm, Classification, Task

@@ -14,9 +14,10 @@ from umbel_client.evaluation import evaluate_adapter
 from umbel_client.precision import fastest_precision
 from umbel_common.adapter import Vector, from_bytes
 from umbel_common.errors import ConfigError, StorageError
-from umbel_common.evaluation import Evaluation, EvaluationRequest
+from umbel_common.evaluation import Evaluation
 from umbel_common.plan import TrainingPlan
 from umbel_common.plan_file import plan_from_json
+from umbel_common.tuning import EvaluationRequest
 from umbel_host.console import exit_code
 
 

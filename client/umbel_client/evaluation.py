@@ -27,8 +27,6 @@ from umbel_common.errors import DataError
 from umbel_common.evaluation import CausalFigures, ClassificationFigures, Evaluation
 from umbel_common.plan import CausalLm, Classification, TrainingPlan
 
-__all__ = ["Evaluation", "evaluate_adapter"]
-
 
 def evaluate_adapter(
     plan: TrainingPlan,

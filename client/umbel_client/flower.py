@@ -55,9 +55,9 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from umbel_client.proxy import way_to
 from umbel_client.server_clock import ServerClock
 from umbel_common.errors import ConfigError
-from umbel_common.wire import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
 from umbel_host.flower import packed_pieces, regrouped, unpacked_pieces
 from umbel_host.keys import read_tls_key
+from umbel_host.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
 
 NOT_OURS = 1
 """Code of the error that answers every message that is not Umbel's."""

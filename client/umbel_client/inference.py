@@ -12,7 +12,9 @@ from umbel_client.conversations import Turn
 from umbel_client.model import AdaptedModel
 from umbel_client.precision import computing
 from umbel_client.prefix import token_inputs
-from umbel_client.tokens import Tokens
+from umbel_client.prepared import PreparedData
+from umbel_client.task import ClassificationTask
+from umbel_client.tokens import Ints, Tokens
 from umbel_common.errors import DataError
 
 BATCH = 8
@@ -100,3 +102,12 @@ def _left_padded(model: AdaptedModel, chat: Chat, texts: list[str], first: int) 
         ids[row, longest - len(found) :] = torch.tensor(found)
         mask[row, longest - len(found) :] = 1
     return TokenInputs(ids, mask)
+
+
+def evaluate(model: AdaptedModel, data: PreparedData, batch_size: int) -> Ints:
+    """The label index that the model as it stands predicts for each record, int64[records]."""
+    task = ClassificationTask()
+    predicted = np.empty(len(data), dtype=np.int64)
+    for part in data.physical_batches(np.arange(len(data)), batch_size):
+        predicted[part] = task.predict(model, task.batch(data, part))
+    return predicted

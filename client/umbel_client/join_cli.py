@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
 from rich.console import Console
 
 from umbel_client.config import ClientConfig, RelayConfig, load_config, require_relay
+from umbel_client.options import CLIENT_TOML, Config
 from umbel_client.pinned_roster import find_document
 from umbel_client.relay_certificate import Certificates, check_certificate
 from umbel_common.enrolment import (
@@ -28,14 +29,10 @@ from umbel_common.enrolment import (
 from umbel_common.errors import ConfigError, IdentityError, StorageError
 from umbel_common.identity import Identity, fingerprint
 from umbel_common.roster_file import document_from_json
-from umbel_host.console import print_lines
+from umbel_host.console import name, print_lines, site_name
 from umbel_host.durable import all_or_nothing, create, make_folder, replace
 from umbel_host.keys import read_identity, read_tls_key, write_identity
-from umbel_host.options import name, site_name
 from umbel_host.text_file import find_text, read_text, write_new_text
-
-Config = Annotated[Path, typer.Option(help="This site's client.toml.")]
-CLIENT_TOML = Path("client.toml")
 
 TEMPLATE = """\
 # This site's configuration: `umbel-client run` reads it. Relative paths start here.

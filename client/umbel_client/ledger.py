@@ -33,7 +33,6 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from umbel_client.accounting import Event, total_epsilon
-from umbel_client.budget import Budget
 from umbel_client.ledger_file import (
     SCHEMA,
     create,
@@ -58,6 +57,7 @@ from umbel_client.ledger_rows import (
     State,
     Stated,
 )
+from umbel_client.policy import Budget
 from umbel_common.canonical import Entropy, decode_canonical, encode
 from umbel_common.errors import BudgetError, LedgerError, RemoteProtocolError
 from umbel_host.database import migrate, transaction

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from umbel_client.config import ClientConfig, load_config
+from umbel_client.options import CLIENT_TOML, Config
 from umbel_common.errors import ConfigError, DataError, StorageError
 from umbel_common.plan import (
     Adam,
@@ -28,8 +29,6 @@ from umbel_host.text_file import read_text
 if TYPE_CHECKING:
     from umbel_client.model import AdaptedModel
 
-CLIENT_TOML = Path("client.toml")
-Config = Annotated[Path, typer.Option(help="This site's client.toml.")]
 Adapter = Annotated[
     str, typer.Option(help="Folder of an adapter, or the job of one that this site received.")
 ]

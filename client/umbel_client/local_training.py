@@ -7,15 +7,13 @@ the result is as private as the data.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-
 from umbel_client.accounting import calibrate
 from umbel_client.batch_parts import BatchLimit
+from umbel_client.calibration import sampling_rate
+from umbel_client.losses import mean_loss
 from umbel_client.model import AdaptedModel
 from umbel_client.prepared import PreparedData
-from umbel_client.task import task_of
-from umbel_client.training import StepTaken, sampling_rate, train_round
+from umbel_client.training import StepTaken, train_round
 from umbel_common.adapter import Vector, initial_vector, merge
 from umbel_common.canonical import Entropy
 from umbel_common.plan import LocalPrivacy
@@ -105,21 +103,3 @@ def train_alone(
         elif number - best_round >= early_stop.patience:
             break
     return LocalResult(best, best_round, tuple(losses))
-
-
-@torch.no_grad()
-def record_losses(
-    model: AdaptedModel, data: PreparedData, batch_size: int | BatchLimit
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """The loss of each record under the model as it stands, float64[records]."""
-    size = batch_size.records if isinstance(batch_size, BatchLimit) else batch_size
-    task = task_of(model.plan.task)
-    losses = np.empty(len(data))
-    for part in data.physical_batches(np.arange(len(data)), size):
-        losses[part] = task.losses(model, task.batch(data, part)).cpu().numpy()
-    return losses
-
-
-def mean_loss(model: AdaptedModel, data: PreparedData, batch_size: int | BatchLimit) -> float:
-    """Mean over records."""
-    return float(record_losses(model, data, batch_size).mean())

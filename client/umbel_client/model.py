@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from umbel_client.batch import HiddenInputs, Inputs, PooledInputs, TokenInputs
-from umbel_client.lora import attach, plan_lora, tensors_of
+from umbel_client.lora import attach, tensors_of
 from umbel_client.model_files import folder_digest
 from umbel_client.model_folder import load_base, require_context
 from umbel_client.precision import Precision, computing, lower_precision
@@ -31,8 +31,6 @@ from umbel_client.token_loss import token_losses
 from umbel_common.adapter import Vector, flatten, unflatten
 from umbel_common.errors import ModelError
 from umbel_common.plan import CausalLm, Classification, Tensor, TrainingPlan
-
-__all__ = ["AdaptedModel", "plan_lora"]
 
 Quantisation: TypeAlias = Literal["none", "nf4"]
 

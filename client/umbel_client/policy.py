@@ -19,7 +19,6 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from umbel_client.budget import Budget
 from umbel_common.canonical import Value
 from umbel_common.errors import PolicyRefusal
 from umbel_common.plan import Classification, Count, Fraction, NoPrivacy, Positive, TrainingPlan
@@ -34,6 +33,13 @@ HexDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 """A SHA-256 digest in lower-case hexadecimal."""
 
 TaskName = Literal["classification", "causal-lm"]
+
+
+class Budget(Value, frozen=True):
+    """What all releases from one data set may cost together; infinite where anything may leave."""
+
+    epsilon: float
+    delta: float
 
 
 class Policy(Value, frozen=True):

@@ -13,10 +13,15 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
-from umbel_client.config import ClientConfig, load_config, require_relay
+from umbel_client.config import (
+    ClientConfig,
+    load_config,
+    relay_socket,
+    require_relay,
+    trainer_socket,
+)
 from umbel_client.flower import Connection, Pieces, serve
 from umbel_client.ipc import TrainerStub
-from umbel_client.sockets import relay_socket, trainer_socket
 from umbel_common.errors import UnreachableError
 from umbel_host.console import exit_code
 from umbel_host.flower import regrouped

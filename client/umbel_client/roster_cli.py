@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from umbel_client.config import ClientConfig, load_config
+from umbel_client.options import CLIENT_TOML, Config
 from umbel_client.pinned_roster import (
     find_document,
     pin,
@@ -35,8 +36,6 @@ roster = typer.Typer(
     help="Whom this site believes: show, compare, approve, revoke.", no_args_is_help=True
 )
 
-Config = Annotated[Path, typer.Option(help="This site's client.toml.")]
-CLIENT_TOML = Path("client.toml")
 RosterFile = Annotated[Path, typer.Argument(help="The roster file that is proposed.")]
 
 

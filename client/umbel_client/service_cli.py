@@ -10,11 +10,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from umbel_client.config import ClientConfig, load_config, require_relay
+from umbel_client.config import (
+    ClientConfig,
+    control_socket,
+    load_config,
+    relay_socket,
+    require_relay,
+)
 from umbel_client.decisions import Decisions, Proposal
 from umbel_client.ipc import ControlStub, SiteEvent, TrainerStatus
+from umbel_client.options import CLIENT_TOML, Config
 from umbel_client.policy import judge_plan
-from umbel_client.sockets import control_socket, relay_socket
 from umbel_common.errors import PolicyRefusal, UmbelError, UnreachableError
 from umbel_common.plan_file import plan_lines, privacy_text
 from umbel_host.console import print_lines
@@ -22,8 +28,6 @@ from umbel_host.log import configure
 from umbel_host.sockets import healthy
 from umbel_host.supervisor import Command, supervise
 
-Config = Annotated[Path, typer.Option(help="This site's client.toml.")]
-CLIENT_TOML = Path("client.toml")
 PROBE_SECONDS = 5.0
 
 

@@ -17,8 +17,14 @@ from umbel_common.canonical import Value, decode_canonical, encode
 from umbel_common.errors import RemoteProtocolError, require
 from umbel_common.identity import Signed
 from umbel_common.statements import RoundHeader
-from umbel_host.database import Database, Schema, require_known, schema_version, storage_errors
-from umbel_host.snapshot import read_only
+from umbel_host.database import (
+    Database,
+    Schema,
+    read_only,
+    require_known,
+    schema_version,
+    storage_errors,
+)
 
 KIND = "session journal"
 _PIECE_BYTES = 1 << 20

@@ -8,24 +8,26 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from umbel_client.accounting import Event, calibrate, epsilon, largest_delta, require_delta
+from umbel_client.accounting import Event, epsilon, largest_delta
 from umbel_client.batch_parts import BatchLimit
-from umbel_client.budget import Budget
+from umbel_client.calibration import SiteNoise, evaluation_event, noise_for
 from umbel_client.config import ClientConfig
 from umbel_client.data import LmRecords, Records, columns_of, load_records
 from umbel_client.delta_cache import DeltaCache, State
-from umbel_client.held_out import hold_out, noisy_counts
+from umbel_client.held_out import noisy_counts
+from umbel_client.hold_out import hold_out
 from umbel_client.ledger import Ledger
 from umbel_client.ledger_rows import EVALUATION, LOST
 from umbel_client.model import AdaptedModel
 from umbel_client.noise import NoiseSource
 from umbel_client.observer import Observer
 from umbel_client.physical_batch import find_physical_batch_size
+from umbel_client.policy import Budget
 from umbel_client.precision import chosen_precision
 from umbel_client.prepared import PreparedData, prepare
 from umbel_client.self_test import self_test
 from umbel_client.session import Published
-from umbel_client.training import sampling_rate, train_round
+from umbel_client.training import train_round
 from umbel_common.adapter import Vector
 from umbel_common.canonical import Entropy, digest
 from umbel_common.errors import (
@@ -43,15 +45,6 @@ from umbel_common.statements import RoundHeader
 
 FAILED = digest("failed round", b"")
 """Stands in the ledger for the delta of a round whose training failed."""
-
-
-@dataclass(frozen=True)
-class SiteNoise:
-    """How one site samples and what it adds; both stay at the site."""
-
-    sampling_rate: float
-    noise_multiplier: float | None
-    """None without differential privacy."""
 
 
 @dataclass(frozen=True)
@@ -317,34 +310,6 @@ class SiteJob:
         # As for one plan: with probability delta anything may be revealed, of any record.
         largest = largest_delta(self._config.data.public_size)
         return Budget(budget.epsilon, min(budget.delta, largest))
-
-
-def noise_for(plan: TrainingPlan, public_size: int) -> SiteNoise:
-    """Noise for the plan's epsilon at the sampling rate of a site of this public size (ADR 3).
-
-    Raises:
-        DataError: the plan expects a larger batch.
-        CalibrationError, PolicyRefusal: the plan's epsilon or delta cannot be had with this size.
-    """
-    rate = sampling_rate(plan, public_size)
-    if not isinstance(plan.privacy, LocalPrivacy):
-        return SiteNoise(rate, None)
-    require_delta(plan.privacy.delta, public_size)
-    noise = calibrate(
-        plan.privacy.epsilon,
-        plan.privacy.delta,
-        rate,
-        plan.training.steps,
-        evaluation_event(plan, rounds=plan.training.rounds),
-    )
-    return SiteNoise(rate, noise)
-
-
-def evaluation_event(plan: TrainingPlan, *, rounds: int) -> Event | None:
-    """What the counts of so many rounds cost; None if the plan has no evaluation."""
-    if plan.evaluation is None:
-        return None
-    return Event(plan.evaluation.noise_multiplier, 1.0, rounds)
 
 
 def _weight(plan: TrainingPlan, roster: Roster, site: str, records: int) -> int:

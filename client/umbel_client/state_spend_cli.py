@@ -12,8 +12,9 @@ from umbel_client.config import load_config
 from umbel_client.ledger import Ledger
 from umbel_client.ledger_file import read_ledger
 from umbel_client.ledger_rows import Stated
+from umbel_client.options import CLIENT_TOML, Config
 from umbel_client.session import Session
-from umbel_client.statement import stated_rounds
+from umbel_client.statement import stated_rounds, statement_text
 from umbel_common.canonical import decode_canonical
 from umbel_common.identity import Signed
 from umbel_common.plan import TrainingPlan
@@ -47,7 +48,7 @@ def state_spend(
     everything: Annotated[
         bool, typer.Option("--everything", help="It is not known: nothing is left to spend.")
     ] = False,
-    config: Annotated[Path, typer.Option(help="This site's client.toml.")] = Path("client.toml"),
+    config: Config = CLIENT_TOML,
 ) -> None:
     """Charge a ledger that is an old copy with what was spent since; for good, and in its chain."""
     if [bool(rounds), nothing, everything].count(True) != 1:
@@ -76,20 +77,6 @@ def state_spend(
                 ("head", ledger.head().hex()),
             ],
         )
-
-
-def statement_text(stated: Stated) -> str:
-    """One line of it, for people."""
-    if stated.everything:
-        what = "nobody knows what was spent: epsilon is infinite"
-    elif stated.rounds:
-        last: dict[str, int] = {}
-        for entry in stated.rounds:
-            last[entry.job] = max(entry.round, last.get(entry.job, 0))
-        what = ", ".join(f"{job} came to round {number}" for job, number in last.items())
-    else:
-        what = "nothing was spent that was not known"
-    return f"{what} ({stated.by}, {stated.at}: {stated.why})"
 
 
 def _accepted(journal: Path) -> list[TrainingPlan]:

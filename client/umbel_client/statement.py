@@ -9,7 +9,7 @@ its plan.
 from collections.abc import Mapping, Sequence
 
 from umbel_client.accounting import Event
-from umbel_client.ledger_rows import EVALUATION, Contents, Reservation, StatedRound
+from umbel_client.ledger_rows import EVALUATION, Contents, Reservation, Stated, StatedRound
 from umbel_common.errors import BudgetError
 from umbel_common.plan import TrainingPlan
 
@@ -75,7 +75,7 @@ def _of_job(
             remedy="add its plan, which the operator has: --plan FILE",
         )
     # It brings torch: nobody whose jobs are in the ledger waits for that.
-    from umbel_client.site_job import noise_for
+    from umbel_client.calibration import noise_for
 
     plan = found[0]
     noise = noise_for(plan, public_size)
@@ -87,3 +87,17 @@ def _of_job(
 
 def _noise(entry: Reservation) -> float:
     return 0.0 if entry.event is None else entry.event.noise_multiplier
+
+
+def statement_text(stated: Stated) -> str:
+    """One line of it, for people."""
+    if stated.everything:
+        what = "nobody knows what was spent: epsilon is infinite"
+    elif stated.rounds:
+        last: dict[str, int] = {}
+        for entry in stated.rounds:
+            last[entry.job] = max(entry.round, last.get(entry.job, 0))
+        what = ", ".join(f"{job} came to round {number}" for job, number in last.items())
+    else:
+        what = "nothing was spent that was not known"
+    return f"{what} ({stated.by}, {stated.at}: {stated.why})"

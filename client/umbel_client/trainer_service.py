@@ -5,7 +5,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from umbel_client.config import ClientConfig, load_config, require_relay
+from umbel_client.config import (
+    ClientConfig,
+    control_socket,
+    load_config,
+    require_relay,
+    trainer_socket,
+)
 from umbel_client.decisions import Decisions
 from umbel_client.ipc import (
     CONTROL,
@@ -19,7 +25,6 @@ from umbel_client.isolation import Network, network
 from umbel_client.model_files import require_model
 from umbel_client.pinned_roster import Pinned, load_pinned
 from umbel_client.site_log import SiteLog
-from umbel_client.sockets import control_socket, trainer_socket
 from umbel_client.tables import require_file
 from umbel_common.errors import ConfigError
 from umbel_host.keys import read_identity

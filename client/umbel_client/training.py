@@ -25,11 +25,11 @@ from umbel_client.optimiser import (
 from umbel_client.per_sample import per_record_gradients
 from umbel_client.prepared import PreparedData
 from umbel_client.private_step import CLIPPINGS, PrivateOptimizer, private_step
-from umbel_client.task import ClassificationTask, Task, task_of
+from umbel_client.task import Task, task_of
 from umbel_client.tokens import Ints
 from umbel_common.adapter import Vector, unflatten
 from umbel_common.canonical import Entropy
-from umbel_common.errors import DataError, ModelError, PlanError
+from umbel_common.errors import ModelError, PlanError
 from umbel_common.plan import LocalPrivacy, Tensor, TrainingPlan
 
 StepTaken = Callable[[int, int], None]
@@ -45,24 +45,6 @@ class RoundResult:
     the plan has one, minus the global one."""
     state: OptimizerState
     """Moments of the optimiser, for the next round."""
-
-
-def sampling_rate(plan: TrainingPlan, public_size: int) -> float:
-    """Probability with which each record is in a batch.
-
-    Raises:
-        DataError: the data set is smaller than a batch is expected to be.
-    """
-    expected = plan.training.expected_batch_size
-    if public_size < expected:
-        raise DataError(
-            "the data set is smaller than the batch that the plan expects",
-            field="training.expected_batch_size",
-            found=f"{public_size} records",
-            accepted=f"at least {expected} records",
-            remedy="agree on a smaller expected batch size, or leave this site out",
-        )
-    return expected / public_size
 
 
 def train_round(
@@ -126,15 +108,6 @@ def train_round(
             remedy="lower the learning rates, or look for broken weights of the base model",
         )
     return RoundResult(delta, extract_state(optimizer, parameters, state))
-
-
-def evaluate(model: AdaptedModel, data: PreparedData, batch_size: int) -> Ints:
-    """The label index that the model as it stands predicts for each record, int64[records]."""
-    task = ClassificationTask()
-    predicted = np.empty(len(data), dtype=np.int64)
-    for part in data.physical_batches(np.arange(len(data)), batch_size):
-        predicted[part] = task.predict(model, task.batch(data, part))
-    return predicted
 
 
 TakeStep = Callable[[Ints, BatchLimit], None]

@@ -11,15 +11,15 @@ import msgspec
 import numpy as np
 import torch
 
+from umbel_client.calibration import noise_for, sampling_rate
 from umbel_client.data import Columns, LmRecords, Records, load_records
 from umbel_client.model import AdaptedModel
 from umbel_client.optimiser import OptimizerState
 from umbel_client.precision import fastest_precision
 from umbel_client.prepared import PreparedData, prepare
-from umbel_client.site_job import noise_for
 from umbel_client.task import task_of
 from umbel_client.tokens import Ints
-from umbel_client.training import sampling_rate, train_round
+from umbel_client.training import train_round
 from umbel_common.adapter import Vector, initial_vector, merge
 from umbel_common.errors import DataError
 from umbel_common.plan import TrainingPlan

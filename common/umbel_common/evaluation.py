@@ -89,40 +89,6 @@ class GateResult(Value, frozen=True):
         )
 
 
-class HoldoutColumns(Value, frozen=True):
-    """Where in the holdout's file the records are; as in a site's client.toml."""
-
-    text_column: str = "text"
-    label_column: str = "label"
-    format: Format = "auto"
-
-
-class EvaluationRequest(Value, frozen=True):
-    """What the evaluating process is asked, as JSON. Paths are absolute."""
-
-    plan: str
-    """A plan file's text."""
-    adapter: str
-    """File with the adapter's flat vector, float32 little-endian."""
-    model: str
-    """Folder of the base model."""
-    holdout: str
-    """File with public records that no site trains on."""
-    before: str | None = None
-    """File with the vector of the adapter before, for the drift."""
-    general: str | None = None
-    """File with texts that are not of the domain."""
-    groups: str | None = None
-    """The holdout's column that says which group a record is of."""
-    columns: HoldoutColumns = HoldoutColumns()
-    answers: AnswerCount = 50
-    """Records that a language model is let answer, from the beginning of the holdout."""
-    answer_tokens: AnswerTokens = 64
-    """The longest answer."""
-    batch_size: BatchSize = 32
-    device: str = "cpu"
-
-
 def loss_text(loss: Loss) -> str:
     """A loss, or a perplexity, in a few characters."""
     return "not finite" if loss is None else f"{loss:.4g}"

@@ -4,6 +4,7 @@ A site's policy judges the plan before anything else happens, and every later me
 digest, so a server that shows two sites different plans gets masks that do not cancel.
 """
 
+import math
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -346,3 +347,12 @@ def _has_rank(tensor: Tensor, rank: int) -> bool:
             return True
         case _:
             return False
+
+
+SENSITIVITY = math.sqrt(2)
+"""Euclidean norm of what one unit adds: a score of 0 to 1, and 1."""
+
+
+def deviation(evaluation: FederatedEvaluation, sites: int = 1) -> float:
+    """Standard deviation of the noise on each count of a sum over `sites`."""
+    return evaluation.noise_multiplier * SENSITIVITY * math.sqrt(sites)

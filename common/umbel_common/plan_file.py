@@ -11,8 +11,14 @@ import msgspec
 from umbel_common.canonical import encode
 from umbel_common.errors import PlanError
 from umbel_common.identity import SIGNATURE_BYTES, Signed
-from umbel_common.plan import Classification, LocalPrivacy, Task, TrainingPlan, check_plan
-from umbel_common.site_counts import deviation
+from umbel_common.plan import (
+    Classification,
+    LocalPrivacy,
+    Task,
+    TrainingPlan,
+    check_plan,
+    deviation,
+)
 
 
 class _PlanEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):

@@ -4,8 +4,6 @@ A round's vector is the delta of its tensors, then, if the plan has an evaluatio
 score and records, as shares of `max_records` in units of the clip range.
 """
 
-import math
-
 import numpy as np
 
 from umbel_common.adapter import Vector, size_of
@@ -14,8 +12,6 @@ from umbel_common.plan import Aggregation, FederatedEvaluation, TrainingPlan
 
 COORDINATES = 2
 """Score and records."""
-SENSITIVITY = math.sqrt(2)
-"""Euclidean norm of what one unit adds: a score of 0 to 1, and 1."""
 
 
 class SiteCounts(Value, frozen=True):
@@ -56,11 +52,6 @@ def counts_of(
     """The sum of the counts of so many sites, from the mean of their coordinates, float32[2]."""
     score, records = shares.astype(np.float64) * sites / _unit(aggregation, evaluation)
     return SiteCounts(score=float(score), records=float(records))
-
-
-def deviation(evaluation: FederatedEvaluation, sites: int = 1) -> float:
-    """Standard deviation of the noise on each count of a sum over `sites`."""
-    return evaluation.noise_multiplier * SENSITIVITY * math.sqrt(sites)
 
 
 def _unit(aggregation: Aggregation, evaluation: FederatedEvaluation) -> float:

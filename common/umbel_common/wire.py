@@ -29,12 +29,6 @@ _MARK = b"UMB"
 MAGIC = _MARK + str(WIRE_VERSION).encode()
 HEADER_BYTES = len(MAGIC) + SIGNATURE_BYTES
 
-FLOWER_MESSAGE_TYPE = "train.umbel"
-FLOWER_RECORD = "umbel"
-FLOWER_FIELD = "sealed"
-FLOWER_PIECE_BYTES = 1 << 22
-"""A Flower message carries the sealed bytes in records `umbel-0`, `umbel-1` and so on, each with
-one field: a piece of so many bytes at most, which Flower sends, and sends again, by itself."""
 
 Blob = Annotated[memoryview, msgspec.Meta(max_length=2**31 - 1)]
 """A vector: what is decoded is a view of the message, not a copy."""

@@ -3,9 +3,13 @@
 import re
 from collections.abc import Callable, Iterable
 
+import msgspec
+import typer
 from rich.console import Console
 
+from umbel_common.canonical import Name
 from umbel_common.errors import UmbelError
+from umbel_common.key_statements import OPERATOR
 
 INTERRUPTED = 130
 
@@ -47,3 +51,26 @@ def printable(text: str) -> str:
         lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1],
         text,
     )
+
+
+def name(value: str) -> str:
+    """A name of a federation, job or party.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    try:
+        return msgspec.convert(value, Name)
+    except msgspec.ValidationError:
+        raise typer.BadParameter("lower-case letters, digits and inner hyphens only") from None
+
+
+def site_name(value: str) -> str:
+    """A name of a site.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    if value == OPERATOR:
+        raise typer.BadParameter(f"no site may be called {OPERATOR}")
+    return name(value)

@@ -16,13 +16,11 @@ from umbel_common.plan import TrainingPlan
 from umbel_common.statements import Release
 from umbel_host.keys import read_identity
 from umbel_server.config import ServerConfig, load_config
+from umbel_server.options import SERVER_TOML, Config
 from umbel_server.registry import Registry
 from umbel_server.store import Evaluated, Store
 
 adapters = typer.Typer(help="Released adapters: list, export.", no_args_is_help=True)
-
-Config = Annotated[Path, typer.Option(help="The operator's server.toml.")]
-SERVER_TOML = Path("server.toml")
 
 
 @adapters.command("list")

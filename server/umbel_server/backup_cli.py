@@ -7,11 +7,9 @@ import typer
 from rich.console import Console
 
 from umbel_host.console import print_lines
+from umbel_server.options import SERVER_TOML, Config
 from umbel_server.state_backup import back_up
 from umbel_server.state_backup import restore as put_back
-
-Config = Annotated[Path, typer.Option(help="The operator's server.toml.")]
-SERVER_TOML = Path("server.toml")
 
 
 def backup(

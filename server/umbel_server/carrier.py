@@ -14,7 +14,7 @@ import grpc
 import msgspec
 
 from umbel_host.sockets import channel, joined, pieces
-from umbel_server.ports import JobStopped, Step
+from umbel_server.link import JobStopped, Step
 
 CARRIER = "umbel.v1.Carrier"
 _POLL_SECONDS = 0.05

@@ -1,21 +1,18 @@
 """`umbel-server`: what an operator does."""
 
 import sys
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from umbel_host.console import exit_code
 from umbel_host.log import configure
 from umbel_host.supervisor import Command, supervise
-from umbel_server import backup_cli
+from umbel_server import backup_cli, setup_cli, sites_cli
 from umbel_server.adapters_cli import adapters
 from umbel_server.config import load_config
 from umbel_server.job_cli import job
+from umbel_server.options import SERVER_TOML, Config
 from umbel_server.plan_cli import plan
-from umbel_server.renew_cli import renew
-from umbel_server.sites_cli import register
 from umbel_server.tune_cli import tune
 
 app = typer.Typer(
@@ -25,9 +22,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-register(app)
+setup_cli.register(app)
+sites_cli.register(app)
 backup_cli.register(app)
-app.command()(renew)
 app.add_typer(plan, name="plan")
 app.add_typer(job, name="job")
 app.add_typer(adapters, name="adapters")
@@ -36,7 +33,7 @@ app.command()(tune)
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Option(help="The operator's server.toml.")] = Path("server.toml"),
+    config: Config = SERVER_TOML,
 ) -> None:
     """Serve: start the process with the port and the one with the jobs, and keep them running."""
     load_config(config)

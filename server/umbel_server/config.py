@@ -25,9 +25,7 @@ from umbel_common.evaluation import AnswerCount, AnswerTokens, BatchSize, Format
 from umbel_common.plan import Count
 from umbel_common.roster_document import RosterDocument
 from umbel_common.roster_file import document_from_json
-from umbel_host.text_file import read_text
-from umbel_host.toml_file import read_toml
-from umbel_server.ports import Limits
+from umbel_host.text_file import read_text, read_toml
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=30 * 86400)]
 
@@ -47,7 +45,7 @@ class ListenConfig(Value, frozen=True):
     """What sites are told to connect to; absent: `address`."""
 
 
-class LimitsConfig(Value, frozen=True):
+class Limits(Value, frozen=True):
     """The `[limits]` table: how patient the operator is."""
 
     attempts: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3
@@ -59,13 +57,10 @@ class LimitsConfig(Value, frozen=True):
     stage_seconds: Seconds = 60.0
     """For each stage after training."""
 
-    def limits(self) -> Limits:
-        """As a job takes them."""
-        return Limits(
-            attempts=self.attempts,
-            offer_seconds=self.offer_seconds,
-            train_seconds=self.train_seconds,
-            stage_seconds=self.stage_seconds,
+    def seconds(self, stage: str) -> float:
+        """The deadline of a stage, in seconds."""
+        return {"offer": self.offer_seconds, "train": self.train_seconds}.get(
+            stage, self.stage_seconds
         )
 
 
@@ -121,7 +116,7 @@ class ServerConfig(Value, frozen=True):
     """Where the two processes meet; absent: carrier.sock in `state`. Elsewhere, each may have a
     `state` of its own, and they share no more than this socket."""
     listen: ListenConfig = ListenConfig()
-    limits: LimitsConfig = LimitsConfig()
+    limits: Limits = Limits()
     evaluation: EvaluationConfig | None = None
     """Absent: adapters are released without being scored."""
 

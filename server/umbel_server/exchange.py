@@ -12,7 +12,9 @@ from umbel_common.wire import (
     request_digest,
     seal_request,
 )
-from umbel_server.ports import Limits, Link, Observer, Step
+from umbel_server.config import Limits
+from umbel_server.link import Link, Step
+from umbel_server.ports import Observer
 
 WRONG_VERSION = "wire-version"
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from umbel_common.wire import FLOWER_MESSAGE_TYPE
 from umbel_host.flower import packed, unpacked
-from umbel_server.job import Step
+from umbel_host.pieces import FLOWER_MESSAGE_TYPE
+from umbel_server.link import Step
 
 
 class GridLink:

@@ -27,16 +27,16 @@ from umbel_common.wire import (
 )
 from umbel_server import aggregate
 from umbel_server.assessment import Assessment
+from umbel_server.config import Limits
 from umbel_server.exchange import Exchange
-from umbel_server.ports import Evaluator, Limits, Link, Observer, Step
+from umbel_server.link import Link, Step
+from umbel_server.ports import Evaluator, Observer
 from umbel_server.registry import Registry
 from umbel_server.round import Attempt, Outcome, owners_to_leave_out, start
 from umbel_server.store import Store
 
 UNDECIDED = frozenset({"awaiting-approval", "site-paused"})
 """Refusals of a plan that people at the site may still take back."""
-
-__all__ = ["Job", "Limits", "Link", "Observer", "Step"]
 
 
 class Job:

@@ -26,13 +26,12 @@ from umbel_host.keys import read_identity
 from umbel_host.text_file import read_text
 from umbel_server.config import load_config
 from umbel_server.evaluator import check_evaluation
+from umbel_server.options import SERVER_TOML, Config
 from umbel_server.queue import JobQueue, QueuedJob
 from umbel_server.store import Evaluated, Store
 
 job = typer.Typer(help="Jobs: start, stop, resume, status.", no_args_is_help=True)
 
-Config = Annotated[Path, typer.Option(help="The operator's server.toml.")]
-SERVER_TOML = Path("server.toml")
 _SHOWN = 5
 """Rounds whose figures a person is shown; `--json` has all of them."""
 Name = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job.")]

@@ -18,11 +18,10 @@ from umbel_host.console import print_lines
 from umbel_host.keys import read_identity
 from umbel_host.text_file import read_text, write_new_text
 from umbel_server.config import load_config, load_roster
+from umbel_server.options import SERVER_TOML, Config
 
 plan = typer.Typer(help="Training plans: new, sign, show.", no_args_is_help=True)
 
-Config = Annotated[Path, typer.Option(help="The operator's server.toml.")]
-SERVER_TOML = Path("server.toml")
 PlanFile = Annotated[Path, typer.Argument(help="A plan file.")]
 
 

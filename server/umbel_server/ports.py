@@ -1,7 +1,5 @@
 """What a job is given by whoever runs it: a link to the sites, an observer, and limits."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 from umbel_common.adapter import Vector
@@ -12,39 +10,7 @@ from umbel_common.secagg.unmasking import WrongShare
 from umbel_common.site_counts import SiteCounts
 from umbel_common.statements import Release
 from umbel_common.wire import Reply
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where in a job a message belongs; public, and never trusted."""
-
-    stage: str
-    """offer, train, share, mask, confirm, unmask or finish."""
-    round: int = 0
-    attempt: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.round}.{self.attempt}.{self.stage}"
-
-
-class JobStopped(Exception):
-    """The operator wants the job stopped, or the process ends: what was released stays, and the job
-    can be resumed."""
-
-
-class Link(Protocol):
-    """Carries sealed bytes to sites and back; what it is made of, the job does not know."""
-
-    def exchange(
-        self, step: Step, requests: Iterable[tuple[str, bytes]], seconds: float
-    ) -> Iterator[tuple[str, bytes]]:
-        """Sends each site its request; yields (site, reply) as replies come, until all came or
-        `seconds` passed. A site that cannot be reached yields nothing.
-
-        A message may be as large as an adapter: each of `requests` is made as it is asked for and
-        should be let go once it is sent, and replies are to be read one at a time.
-        """
-        ...
+from umbel_server.link import Step
 
 
 class Observer(Protocol):
@@ -118,21 +84,3 @@ class Evaluator(Protocol):
             JobStopped: the job is to be stopped.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How patient the operator is."""
-
-    attempts: int = 3
-    """Attempts at one round before the job fails."""
-    offer_seconds: float = 600.0
-    train_seconds: float = 3600.0
-    stage_seconds: float = 60.0
-    """For each stage after training."""
-
-    def seconds(self, stage: str) -> float:
-        """The deadline of a stage."""
-        return {"offer": self.offer_seconds, "train": self.train_seconds}.get(
-            stage, self.stage_seconds
-        )

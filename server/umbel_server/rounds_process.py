@@ -21,7 +21,7 @@ from umbel_host.seccomp import only_unix_sockets
 from umbel_host.sockets import SocketServer
 from umbel_server.carrier import CarrierLink
 from umbel_server.config import carrier_socket, load_config, load_roster, rounds_socket
-from umbel_server.ports import Link
+from umbel_server.link import Link
 from umbel_server.queue import JobQueue
 from umbel_server.rounds import Rounds
 
@@ -62,7 +62,7 @@ def run(path: Path) -> None:
             operator=operator,
             queue=queue,
             roster=lambda: load_roster(config),
-            limits=config.limits.limits(),
+            limits=config.limits,
             connect=connect,
             stopping=stopping.is_set,
             evaluation=lambda: load_config(path).evaluation,

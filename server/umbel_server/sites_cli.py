@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from umbel_common.enrolment import (
-    Address,
     SignedRequest,
     SiteKit,
     check_request,
@@ -27,7 +26,6 @@ from umbel_common.roster_file import document_to_json, revocation_to_json
 from umbel_host.console import print_lines
 from umbel_host.durable import all_or_nothing
 from umbel_host.keys import read_identity
-from umbel_host.options import name
 from umbel_host.text_file import read_text, write_new_text
 from umbel_server.authority import certificate_pem
 from umbel_server.config import ServerConfig, load_config, load_roster
@@ -36,51 +34,14 @@ from umbel_server.operator_files import (
     changing,
     load_authority,
     save_roster,
-    set_up,
 )
+from umbel_server.options import SERVER_TOML, Config
 from umbel_server.sites import SiteEntry, load_sites, save_sites
 
 sites = typer.Typer(help="Sites: add, list, revoke, renew.", no_args_is_help=True)
 roster = typer.Typer(help="The operator's roster: export.", no_args_is_help=True)
 
-Config = Annotated[Path, typer.Option(help="The operator's server.toml.")]
-SERVER_TOML = Path("server.toml")
 Out = Annotated[Path, typer.Option(help="The new file.")]
-
-
-def _address(value: str) -> str:
-    try:
-        address = msgspec.convert(value, Address)
-    except msgspec.ValidationError:
-        address = ":0"
-    if not 0 < int(address.rpartition(":")[2]) < 65536:
-        raise typer.BadParameter("host:port, the host a name or an address, IPv6 in [ ]")
-    return address
-
-
-def init(
-    federation: Annotated[str, typer.Option(callback=name, help="Name of the federation.")],
-    address: Annotated[
-        str, typer.Option(callback=_address, help="host:port that sites connect to.")
-    ],
-    folder: Annotated[Path, typer.Option(help="A new folder.")] = Path("operator"),
-) -> None:
-    """Make an operator: identity, certificate authority, server certificate, configuration."""
-    identity = set_up(folder, federation, address)
-    console = Console(highlight=False)
-    print_lines(
-        console,
-        [
-            ("federation", federation),
-            ("fingerprint", fingerprint(identity.public_key)),
-            ("configuration", str(folder / "server.toml")),
-        ],
-    )
-    console.print(
-        "\nRead the fingerprint out to each site: it is how they know this operator.\n"
-        "identity.pem and ca/key.pem stay on this machine; keep a copy of both offline.",
-        soft_wrap=True,
-    )
 
 
 @sites.command()
@@ -375,6 +336,5 @@ def export(out: Out, config: Config = SERVER_TOML) -> None:
 
 def register(app: typer.Typer) -> None:
     """Adds these commands to `umbel-server`."""
-    app.command()(init)
     app.add_typer(sites, name="sites")
     app.add_typer(roster, name="roster")

@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from umbel_client.calibration import SiteNoise
 from umbel_client.model import AdaptedModel
 from umbel_client.noise import NoiseSource
 from umbel_client.per_sample import per_record_gradients
 from umbel_client.prepared import PreparedData
-from umbel_client.site_job import SiteNoise
 from umbel_client.task import task_of
 from umbel_client.tokens import Ints
 from umbel_client.training import train_round

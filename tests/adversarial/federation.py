@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from umbel_client.config import load_config
 from umbel_client.data import load_records
 from umbel_client.ledger import Ledger
-from umbel_client.model import plan_lora
+from umbel_client.lora import plan_lora
 from umbel_client.model_files import folder_digest
 from umbel_client.pinned_roster import Pinned
 from umbel_client.trainer import Trainer

@@ -8,9 +8,9 @@ from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
+from umbel_client.calibration import noise_for
 from umbel_client.config import load_config
 from umbel_client.pinned_roster import load_pinned
-from umbel_client.site_job import noise_for
 from umbel_client.trainer import Trainer
 from umbel_common.errors import UmbelError
 from umbel_common.plan import TrainingPlan

@@ -23,8 +23,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from toy_federation import Federation, Quiet
 
 from umbel_host.flower import packed, unpacked
+from umbel_server.config import Limits
 from umbel_server.flower import GridLink
-from umbel_server.job import Job, Limits
+from umbel_server.job import Job
 from umbel_server.registry import Registry
 from umbel_server.store import Store
 

@@ -22,7 +22,8 @@ from e2e.daemons import Clinics
 from small_models import save_bert
 
 from umbel_server.carrier import CarrierLink
-from umbel_server.ports import Limits, Step
+from umbel_server.config import Limits
+from umbel_server.link import Step
 from umbel_server.queue import State
 
 ROUNDS = 6

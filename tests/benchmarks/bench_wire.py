@@ -15,7 +15,9 @@ from typing import Any
 from bench_masking import entry
 from toy_federation import PARAMETERS, Federation, Quiet
 
-from umbel_server.job import Job, Limits, Step
+from umbel_server.config import Limits
+from umbel_server.job import Job
+from umbel_server.link import Step
 from umbel_server.registry import Registry
 from umbel_server.store import Store
 

@@ -11,12 +11,13 @@ import numpy as np
 
 import umbel_client.trainer
 from umbel_client.accounting import Event
+from umbel_client.calibration import SiteNoise
 from umbel_client.config import ClientConfig
 from umbel_client.delta_cache import DeltaCache
 from umbel_client.ledger import Ledger
 from umbel_client.observer import Observer
 from umbel_client.session import Published
-from umbel_client.site_job import SiteJob, SiteNoise
+from umbel_client.site_job import SiteJob
 from umbel_client.trainer_service import run
 from umbel_common.adapter import Vector, size_of
 from umbel_common.canonical import Entropy

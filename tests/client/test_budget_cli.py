@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from umbel_client.accounting import Event, epsilon
-from umbel_client.budget import Budget
 from umbel_client.cli import app
 from umbel_client.ledger import Ledger
+from umbel_client.policy import Budget
 from umbel_client.session import Session
 from umbel_common.errors import LedgerError
 from umbel_common.statements import RoundHeader

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from small_models import save_decoder
 
-from umbel_client.drafting import read_plan
+from umbel_client.draft import read_plan
 from umbel_client.model_files import folder_digest
 from umbel_common.errors import ConfigError, DataError, ModelError, PlanError
 from umbel_common.plan import CausalLm, ReleaseGate

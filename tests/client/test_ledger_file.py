@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from umbel_client.accounting import Event
-from umbel_client.budget import Budget
 from umbel_client.ledger import Ledger
 from umbel_client.ledger_file import read_ledger
+from umbel_client.policy import Budget
 from umbel_common.errors import LedgerError
 
 DATA_SET = bytes(range(32))

@@ -29,7 +29,8 @@ from transformers import (
 
 from umbel_client.batch import TokenInputs
 from umbel_client.export import write_adapter
-from umbel_client.model import AdaptedModel, plan_lora
+from umbel_client.lora import plan_lora
+from umbel_client.model import AdaptedModel
 from umbel_client.model_files import folder_digest
 from umbel_client.model_folder import load_base
 from umbel_client.per_sample import per_record_gradients

@@ -23,7 +23,8 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from umbel_client.batch import HiddenInputs, PooledInputs
-from umbel_client.model import AdaptedModel, plan_lora
+from umbel_client.lora import plan_lora
+from umbel_client.model import AdaptedModel
 from umbel_client.model_files import folder_digest
 from umbel_client.prefix import frozen_prefix, token_inputs
 from umbel_client.split import splits

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from umbel_client.model import AdaptedModel, plan_lora
+from umbel_client.lora import plan_lora
+from umbel_client.model import AdaptedModel
 from umbel_client.model_files import folder_digest
 from umbel_client.noise import NoiseSource
 from umbel_client.per_sample import per_record_gradients

@@ -13,13 +13,13 @@ from small_models import one_round, plan_for, save_telling_bert
 
 from umbel_client import training
 from umbel_client.accounting import Event
-from umbel_client.budget import Budget
+from umbel_client.calibration import SiteNoise, noise_for
 from umbel_client.ledger import Ledger
 from umbel_client.model import AdaptedModel
 from umbel_client.noise import NoiseSource
+from umbel_client.policy import Budget
 from umbel_client.prepared import PreparedData
 from umbel_client.private_step import PrivateOptimizer
-from umbel_client.site_job import SiteNoise, noise_for
 from umbel_client.tokens import Tokens
 from umbel_client.training import train_round
 from umbel_client.units import Units
@@ -29,7 +29,7 @@ from umbel_common.plan import Classification, LocalPrivacy, TrainingPlan
 from umbel_simulations.audit import AuditResult, judge, play, share_of
 from umbel_simulations.audit_data import Unit, records_of_a_unit, site_records, unit_count
 from umbel_simulations.audit_game import step_by_step
-from umbel_simulations.entropy import seeded
+from umbel_simulations.federation import seeded
 from umbel_simulations.sources import Example
 
 WORDS = [f"w{index}" for index in range(1000)]

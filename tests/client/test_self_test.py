@@ -11,7 +11,8 @@ from torch import nn
 from transformers import RobertaConfig, RobertaModel
 
 from umbel_client import fused, private_step, self_test
-from umbel_client.model import AdaptedModel, plan_lora
+from umbel_client.lora import plan_lora
+from umbel_client.model import AdaptedModel
 from umbel_client.model_files import folder_digest
 from umbel_client.noise import NoiseSource
 from umbel_client.precision import Precision

@@ -15,9 +15,9 @@ import pytest
 from rich.console import Console
 
 import umbel_client.tuning
-from umbel_client.drafting import read_plan
-from umbel_client.tuning import draft_with, search_space, with_values
-from umbel_client.tuning import tune as run
+from umbel_client.draft import read_plan
+from umbel_client.search import draft_with, search_space, with_values
+from umbel_client.search import tune as run
 from umbel_client.tuning_trial import PublicData, loss_after_training
 from umbel_common.errors import ConfigError, DataError, ModelError, StorageError
 from umbel_common.plan import LocalPrivacy

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from umbel_common.errors import PlanError
-from umbel_common.plan import Aggregation, FederatedEvaluation, TrainingPlan, check_plan
+from umbel_common.plan import Aggregation, FederatedEvaluation, TrainingPlan, check_plan, deviation
 from umbel_common.quantise import add_mean, encode, encoding_of
-from umbel_common.site_counts import SiteCounts, counts_of, deviation, vector_length, with_counts
+from umbel_common.site_counts import SiteCounts, counts_of, vector_length, with_counts
 
 MakePlan = Callable[..., TrainingPlan]
 EVALUATION = FederatedEvaluation(noise_multiplier=2.0, max_records=5000)

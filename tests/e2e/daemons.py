@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from umbel_client.drafting import read_plan
+from umbel_client.draft import read_plan
 from umbel_client.ipc import ControlStub, TrainerStatus, TrainerStub
 from umbel_client.model_files import folder_digest
 from umbel_common.errors import UnreachableError
@@ -28,7 +28,8 @@ from umbel_common.roster_document import RosterDocument
 from umbel_common.roster_file import roster_to_json
 from umbel_host.keys import write_identity
 from umbel_server.authority import Authority, certificate_pem, key_pem, new_authority, new_key
-from umbel_server.ports import JobStopped, Limits, Link, Step
+from umbel_server.config import Limits
+from umbel_server.link import JobStopped, Link, Step
 from umbel_server.queue import JobQueue, QueuedJob, State
 from umbel_server.rounds import Rounds
 from umbel_server.sites import SiteEntry, save_sites

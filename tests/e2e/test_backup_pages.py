@@ -11,8 +11,8 @@ from e2e.test_ceremony_pages import by_form, printed, typed
 from enrolling import Enrolling
 
 from umbel_client.accounting import Event
-from umbel_client.budget import Budget
 from umbel_client.ledger import Ledger
+from umbel_client.policy import Budget
 from umbel_client.session import Session
 
 SITE = "hospital-a"

@@ -16,7 +16,9 @@ from umbel_common.errors import JobFailed
 from umbel_common.plan import FederatedEvaluation
 from umbel_common.site_counts import COORDINATES, SiteCounts
 from umbel_common.transcript import verify_transcript
-from umbel_server.job import Job, Limits, Step
+from umbel_server.config import Limits
+from umbel_server.job import Job
+from umbel_server.link import Step
 from umbel_server.registry import Registry
 from umbel_server.store import Store
 

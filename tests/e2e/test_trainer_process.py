@@ -11,7 +11,8 @@ from umbel_client.ipc import TrainerStub
 from umbel_client.isolation import Network, network
 from umbel_common.identity import sign
 from umbel_host.sockets import healthy
-from umbel_server.ports import Limits, Step
+from umbel_server.config import Limits
+from umbel_server.link import Step
 from umbel_server.queue import State
 
 PATIENT = Limits(attempts=3, offer_seconds=60, train_seconds=60, stage_seconds=60)

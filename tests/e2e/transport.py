@@ -11,7 +11,7 @@ from e2e import echo_relay
 from e2e.daemons import SITES, Clinics
 
 from umbel_server.carrier import CarrierLink
-from umbel_server.ports import Step
+from umbel_server.link import Step
 
 STEP = Step("mask", 1, 1)
 

@@ -10,7 +10,7 @@ from vectors.cases import Drawn
 from vectors.values import IDENTITIES, OPERATOR, ROSTER, SITES
 
 from umbel_client.config import ClientConfig
-from umbel_client.model import plan_lora
+from umbel_client.lora import plan_lora
 from umbel_client.model_files import folder_digest
 from umbel_client.pinned_roster import Pinned
 from umbel_client.trainer import Trainer

@@ -40,7 +40,9 @@ from umbel_common.wire import (
     seal_reply,
     size_limit,
 )
-from umbel_server.job import Job, Limits, Step
+from umbel_server.config import Limits
+from umbel_server.job import Job
+from umbel_server.link import Step
 from umbel_server.ports import Evaluator
 from umbel_server.registry import Registry
 from umbel_server.store import Store

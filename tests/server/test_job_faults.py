@@ -31,7 +31,7 @@ from umbel_common.wire import (
     request_digest,
     seal_reply,
 )
-from umbel_server.job import Step
+from umbel_server.link import Step
 
 THREE = Aggregation(threshold=3, clip_range=1.0, step=1e-6)
 

@@ -29,7 +29,7 @@ from umbel_simulations.audit_data import (
 )
 from umbel_simulations.audit_game import flip_coins, log_likelihood_ratios
 from umbel_simulations.cli import app
-from umbel_simulations.entropy import seeded
+from umbel_simulations.federation import seeded
 from umbel_simulations.scenario_file import find_scenario, override
 from umbel_simulations.sources import Example
 

@@ -7,7 +7,7 @@ import pytest
 
 from umbel_common.errors import ConfigError, DataError, ModelError
 from umbel_simulations.audit import audit_scenario
-from umbel_simulations.gguf_model import converted
+from umbel_simulations.base_model import converted
 from umbel_simulations.packages import package_folder
 from umbel_simulations.processes import run_federation
 from umbel_simulations.scenario_file import find_scenario

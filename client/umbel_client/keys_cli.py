@@ -1,0 +1,131 @@
+"""`umbel-client keygen`, `fingerprint`, `rotate` and `revoke`: a site's own keys."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from umbel_common.errors import StorageError
+from umbel_common.identity import Identity, fingerprint
+from umbel_common.key_statements import revoke as sign_revocation
+from umbel_common.key_statements import rotate as sign_rotation
+from umbel_common.roster_file import revocation_to_json, rotation_to_json
+from umbel_host.console import name, print_lines
+from umbel_host.keys import read_identity, write_identity
+from umbel_host.text_file import write_new_text
+
+Federation = Annotated[
+    str, typer.Option(callback=name, help="Name of the federation, as in the roster.")
+]
+
+
+def keygen(
+    out: Annotated[Path, typer.Option(help="The new key file.")] = Path("identity.pem"),
+) -> None:
+    """Make this site's identity: a private key that stays here."""
+    write_identity(out, Identity.generate(os.urandom))
+    console = Console(highlight=False)
+    _print_key(console, out)
+    console.print(
+        "\nThe key file stays on this machine: no command sends it anywhere. Give the\n"
+        "operator the public key. When the roster comes, read the fingerprint out to\n"
+        "the others and compare theirs, before you approve it."
+    )
+
+
+def fingerprint_command(
+    file: Annotated[Path, typer.Argument(help="A key file of this site.")],
+) -> None:
+    """Show the public part of a key file, to be read out."""
+    _print_key(Console(highlight=False), file)
+
+
+def rotate(
+    old: Annotated[Path, typer.Option(help="Key file in use until now.")],
+    new: Annotated[Path, typer.Option(help="The new key file, which this makes.")],
+    federation: Federation,
+    site: Annotated[
+        str, typer.Option(callback=name, help="This site's name in the roster, or `operator`.")
+    ],
+    out: Annotated[Path, typer.Option(help="The rotation, to be sent to everyone.")],
+) -> None:
+    """Pass this site's identity to a new key, signed by the old one."""
+    former, successor = read_identity(old), Identity.generate(os.urandom)
+    signed = sign_rotation(federation, site, former, successor)
+    write_identity(new, successor)
+    try:
+        write_new_text(out, rotation_to_json(signed))
+    except StorageError:
+        # Nobody knows the new key yet: the same command can be given again.
+        new.unlink()
+        raise
+    console = Console(highlight=False)
+    print_lines(
+        console,
+        [
+            ("old key", fingerprint(former.public_key)),
+            ("new key", fingerprint(successor.public_key)),
+            ("key file", str(new)),
+            ("rotation", str(out)),
+        ],
+    )
+    console.print(
+        f"\nSend {out} to the operator and every site.\n"
+        "Keep the old key file until all have approved the roster with the new key.",
+        soft_wrap=True,
+    )
+
+
+def revoke(
+    identity: Annotated[Path, typer.Option(help="Key file that signs.")],
+    federation: Federation,
+    out: Annotated[Path, typer.Option(help="The revocation, to be sent to everyone.")],
+    key: Annotated[
+        str | None,
+        typer.Option(help="As the operator: public key of another party, 64 digits."),
+    ] = None,
+) -> None:
+    """Declare a key dead for good: your own, or as the operator another's."""
+    signer = read_identity(identity)
+    revoked = signer.public_key if key is None else _public_key(key)
+    write_new_text(out, revocation_to_json(sign_revocation(federation, revoked, signer)))
+    console = Console(highlight=False)
+    print_lines(
+        console,
+        [
+            ("revoked", fingerprint(revoked)),
+            ("signed by", fingerprint(signer.public_key)),
+            ("revocation", str(out)),
+        ],
+    )
+    console.print(
+        f"\nSend {out} to the operator and every site.\n"
+        "Once they know it, the key never counts again, nor does a rotation that it signed.",
+        soft_wrap=True,
+    )
+
+
+def _public_key(text: str) -> bytes:
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) != 32:
+        raise typer.BadParameter("a public key has 64 hexadecimal digits", param_hint="--key")
+    return key
+
+
+def _print_key(console: Console, file: Path) -> None:
+    key = read_identity(file).public_key
+    lines = [("key file", str(file)), ("fingerprint", fingerprint(key)), ("public key", key.hex())]
+    print_lines(console, lines)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these commands to `umbel-client`."""
+    app.command()(keygen)
+    app.command("fingerprint")(fingerprint_command)
+    app.command()(rotate)
+    app.command()(revoke)

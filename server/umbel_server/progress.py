@@ -1,0 +1,114 @@
+"""What a job tells of its progress: to the log, and to the queue."""
+
+import logging
+
+from umbel_common.adapter import Vector
+from umbel_common.errors import RemoteProtocolError, UmbelError
+from umbel_common.evaluation import Evaluation, GateResult, figures_text
+from umbel_common.secagg.unmasking import WrongShare
+from umbel_common.site_counts import SiteCounts
+from umbel_common.statements import Release
+from umbel_common.wire import Refusal, Reply
+from umbel_server.exchange import WRONG_VERSION
+from umbel_server.job import UNDECIDED
+from umbel_server.link import Step
+from umbel_server.queue import JobQueue
+
+_logger = logging.getLogger("umbel.rounds")
+
+
+class Progress:
+    """The job's observer: a line in the log, and the queue's row for `umbel-server job status`."""
+
+    def __init__(self, queue: JobQueue, job: str) -> None:
+        self._queue = queue
+        self._job = job
+        self._step: Step | None = None
+        self._answered: list[str] = []
+
+    def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
+        """See `Observer`."""
+        if step != self._step:
+            self._step, self._answered = step, []
+        if isinstance(reply, Refusal):
+            level = logging.INFO if reply.check in UNDECIDED else logging.WARNING
+            _logger.log(level, "%s: %s refuses %s: %s", self._job, site, step, reply.check)
+            return
+        self._answered.append(site)
+        self._queue.set_progress(
+            self._job,
+            round_number=step.round,
+            attempt=step.attempt,
+            stage=step.stage,
+            answered=tuple(self._answered),
+        )
+
+    def strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
+        """See `Observer`."""
+        if error.check == WRONG_VERSION:
+            text = f"{error.message}: {error.remedy}"
+            _logger.error("%s: no work with %s: %s", self._job, site, text)
+            return
+        _logger.warning(
+            "%s: a reply in the name of %s to %s: %s", self._job, site, step, error.check
+        )
+
+    def aborted(self, round_number: int, attempt: int, check: str) -> None:
+        """See `Observer`."""
+        _logger.warning(
+            "%s: round %d, attempt %d is aborted: %s", self._job, round_number, attempt, check
+        )
+
+    def disputed(
+        self, round_number: int, attempt: int, wrong_shares: tuple[WrongShare, ...]
+    ) -> None:
+        """See `Observer`."""
+        _logger.warning(
+            "%s: round %d, attempt %d has its sum in spite of wrong shares: %s",
+            self._job,
+            round_number,
+            attempt,
+            ", ".join(map(str, wrong_shares)),
+        )
+
+    def counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
+        """See `Observer`."""
+        _logger.info(
+            "%s: the adapter of round %d at %d sites: %s",
+            self._job,
+            round_number - 1,
+            sites,
+            counts,
+        )
+
+    def evaluated(self, round_number: int, evaluation: Evaluation, gate: GateResult | None) -> None:
+        """See `Observer`."""
+        found = figures_text(evaluation)
+        _logger.info("%s: round %d is evaluated: %s", self._job, round_number, found)
+        if gate is not None and not gate.passed():
+            _logger.warning("%s: round %d is held back: %s", self._job, round_number, gate)
+
+    def unevaluated(self, round_number: int, error: UmbelError) -> None:
+        """See `Observer`."""
+        _logger.warning(
+            "%s: round %d is not evaluated: %s", self._job, round_number, error.diagnostics()
+        )
+
+    def ends_early(self, round_number: int, final: int) -> None:
+        """See `Observer`."""
+        _logger.info(
+            "%s ends early after round %d: round %d stays the best",
+            self._job,
+            round_number,
+            final,
+        )
+
+    def released(self, release: Release, adapter: Vector) -> None:
+        """See `Observer`."""
+        _logger.info(
+            "%s: round %d is released: %d sites, adapter %s",
+            self._job,
+            release.round,
+            len(release.survivors),
+            release.adapter.hex(),
+        )

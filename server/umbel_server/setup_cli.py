@@ -1,0 +1,86 @@
+"""`umbel-server init` and `renew`: the operator's own files, and the certificates in them."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+
+from umbel_common.enrolment import (
+    Address,
+)
+from umbel_common.identity import fingerprint
+from umbel_host.console import name, print_lines
+from umbel_server.config import load_config, load_roster
+from umbel_server.expiry import good_until
+from umbel_server.operator_files import (
+    renew_authority,
+    renew_server,
+    set_up,
+)
+from umbel_server.options import SERVER_TOML, Config
+
+
+def renew(
+    config: Config = SERVER_TOML,
+    authority: Annotated[
+        bool, typer.Option("--authority", help="The authority's own certificate instead.")
+    ] = False,
+) -> None:
+    """Give the server itself a new certificate; restart it afterwards."""
+    settings, console = load_config(config), Console(highlight=False)
+    if authority:
+        renewed = renew_authority(settings, load_roster(settings).roster.federation)
+        print_lines(console, [("authority", good_until(renewed, datetime.now(UTC)))])
+        console.print(
+            "\nThe port has it after a restart of umbel-server run; sites get it with their next\n"
+            "kit (umbel-server sites renew), and must have it before the former one ends.",
+            soft_wrap=True,
+        )
+        return
+    renewed = renew_server(settings)
+    print_lines(console, [("certificate", good_until(renewed, datetime.now(UTC)))])
+    typer.echo("\nThe port has it after a restart of umbel-server run; no site has to do anything.")
+
+
+def _address(value: str) -> str:
+    try:
+        address = msgspec.convert(value, Address)
+    except msgspec.ValidationError:
+        address = ":0"
+    if not 0 < int(address.rpartition(":")[2]) < 65536:
+        raise typer.BadParameter("host:port, the host a name or an address, IPv6 in [ ]")
+    return address
+
+
+def init(
+    federation: Annotated[str, typer.Option(callback=name, help="Name of the federation.")],
+    address: Annotated[
+        str, typer.Option(callback=_address, help="host:port that sites connect to.")
+    ],
+    folder: Annotated[Path, typer.Option(help="A new folder.")] = Path("operator"),
+) -> None:
+    """Make an operator: identity, certificate authority, server certificate, configuration."""
+    identity = set_up(folder, federation, address)
+    console = Console(highlight=False)
+    print_lines(
+        console,
+        [
+            ("federation", federation),
+            ("fingerprint", fingerprint(identity.public_key)),
+            ("configuration", str(folder / "server.toml")),
+        ],
+    )
+    console.print(
+        "\nRead the fingerprint out to each site: it is how they know this operator.\n"
+        "identity.pem and ca/key.pem stay on this machine; keep a copy of both offline.",
+        soft_wrap=True,
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these commands to `umbel-server`."""
+    app.command()(init)
+    app.command()(renew)
