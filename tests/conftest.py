@@ -14,8 +14,7 @@ import hypothesis
 import pytest
 
 from umbel_common import errors
-from umbel_common.identity import Identity, Member, Roster
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Adam,
     Aggregation,
     BaseModel,
@@ -26,6 +25,7 @@ from umbel_common.plan import (
     Training,
     TrainingPlan,
 )
+from umbel_common.trust.identity import Identity, Member, Roster
 
 hypothesis.settings.register_profile("ci", deadline=None)
 # `make fuzz`: the targets of tests/fuzz then take the numbers of inputs that they name themselves.

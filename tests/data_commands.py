@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from umbel_client.cli import app
 from umbel_common.errors import UmbelError
-from umbel_common.plan import Task
-from umbel_common.plan_file import plan_to_json
+from umbel_common.plans.plan import Task
+from umbel_common.plans.plan_file import plan_to_json
 
 CONFIG = """
 site = "north"

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import umbel_client.cli
 import umbel_server.cli
-from umbel_common.enrolment import (
+from umbel_common.errors import UmbelError
+from umbel_common.trust.enrolment import (
     SignedKit,
     SignedRequest,
     SiteKit,
@@ -21,10 +22,9 @@ from umbel_common.enrolment import (
     kit_to_json,
     request_from_json,
 )
-from umbel_common.errors import UmbelError
-from umbel_common.identity import Identity, fingerprint
-from umbel_common.roster_document import RosterDocument
-from umbel_common.roster_file import document_from_json
+from umbel_common.trust.identity import Identity, fingerprint
+from umbel_common.trust.roster import RosterDocument
+from umbel_common.trust.roster_file import document_from_json
 from umbel_host.keys import read_identity
 
 

@@ -24,7 +24,7 @@ from transformers import (
 
 from umbel_client.lora import plan_lora
 from umbel_client.model_files import folder_digest
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Aggregation,
     BaseModel,
     CausalLm,

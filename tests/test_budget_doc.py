@@ -11,7 +11,7 @@ from umbel_client.accounting import Event
 from umbel_client.ledger import Ledger
 from umbel_client.policy import Budget
 from umbel_client.session import Session
-from umbel_common.statements import RoundHeader
+from umbel_common.plans.statements import RoundHeader
 
 PAGE = Path(__file__).parent.parent / "docs" / "budget.md"
 

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from umbel_common.identity import Identity, Member, Roster
-from umbel_common.roster_file import document_from_json, document_to_json, roster_to_json
+from umbel_common.trust.identity import Identity, Member, Roster
+from umbel_common.trust.roster_file import document_from_json, document_to_json, roster_to_json
 from umbel_host.keys import read_identity, write_identity
 
 PAGE = Path(__file__).parent.parent / "docs" / "keys.md"

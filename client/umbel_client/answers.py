@@ -11,7 +11,7 @@ from umbel_client.chat import Chat
 from umbel_client.conversations import Conversation, LmRecord
 from umbel_client.inference import Sampling, answers
 from umbel_client.model import AdaptedModel
-from umbel_common.plan import CausalLm
+from umbel_common.plans.plan import CausalLm
 
 
 @dataclass(frozen=True)

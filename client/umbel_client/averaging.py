@@ -8,7 +8,7 @@ noisy as it was, so this is post-processing.
 import numpy as np
 import numpy.typing as npt
 
-from umbel_common.adapter import Vector
+from umbel_common.adapters.vector import Vector
 
 
 class MovingAverage:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from umbel_client.accounting import Event, calibrate, require_delta
 from umbel_common.errors import DataError
-from umbel_common.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 
 
 @dataclass(frozen=True)

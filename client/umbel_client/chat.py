@@ -19,7 +19,7 @@ from umbel_client.conversations import Conversation, LmRecord, Turn
 from umbel_client.data import LmRecords
 from umbel_client.tokens import AT_ONCE, Ints, Tokens, load_tokenizer
 from umbel_common.errors import DataError, ModelError
-from umbel_common.plan import CausalLm
+from umbel_common.plans.plan import CausalLm
 
 IGNORED = -100
 """Label of a token that does not count, as Transformers and torch have it."""

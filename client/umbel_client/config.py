@@ -29,11 +29,11 @@ import msgspec
 
 from umbel_client.policy import Policy
 from umbel_common.canonical import Name, Value
-from umbel_common.config import from_table
-from umbel_common.enrolment import Address
 from umbel_common.errors import ConfigError
-from umbel_common.evaluation import Format
-from umbel_common.plan import Count, Fraction
+from umbel_common.plans.figures import Format
+from umbel_common.plans.plan import Count, Fraction
+from umbel_common.toml_values import from_table
+from umbel_common.trust.enrolment import Address
 from umbel_host.text_file import read_toml, read_toml_table
 
 POLICY_FILE = "policy.toml"

@@ -19,8 +19,8 @@ import msgspec
 from umbel_client.tables import Row, Table
 from umbel_common.canonical import Value
 from umbel_common.errors import DataError
-from umbel_common.evaluation import Format
-from umbel_common.plan import CausalLm
+from umbel_common.plans.figures import Format
+from umbel_common.plans.plan import CausalLm
 
 COLUMNS: dict[Format, tuple[str, ...]] = {
     "messages": ("messages",),

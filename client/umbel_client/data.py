@@ -12,8 +12,8 @@ from umbel_client.conversations import LmRecord, read_conversations
 from umbel_client.tables import Table, read_table
 from umbel_common.canonical import Digest, Value, digest
 from umbel_common.errors import DataError
-from umbel_common.evaluation import Format
-from umbel_common.plan import CausalLm, Classification, Task
+from umbel_common.plans.figures import Format
+from umbel_common.plans.plan import CausalLm, Classification, Task
 
 
 class Record(Value, frozen=True):

@@ -11,7 +11,7 @@ import numpy as np
 from umbel_client.examples import Examples, repeated
 from umbel_client.lengths import Lengths
 from umbel_client.tokens import Ints
-from umbel_common.plan import CausalLm
+from umbel_common.plans.plan import CausalLm
 
 _SMALLEST_CUT = 32
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from umbel_common.canonical import decode_canonical, encode
 from umbel_common.errors import PolicyRefusal, RemoteProtocolError, StorageError
-from umbel_common.identity import Signed
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.trust.identity import Signed
 from umbel_host.durable import replace, sync_folder
 
 MOST_WAITING = 20

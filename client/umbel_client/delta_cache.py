@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from umbel_common.adapter import Vector, to_bytes
+from umbel_common.adapters.vector import Vector, to_bytes
 from umbel_common.canonical import digest, digest_of
 from umbel_common.errors import LedgerError, StorageError
 from umbel_host import tensor_file

@@ -26,8 +26,8 @@ from umbel_client.model_files import folder_digest
 from umbel_client.pinned_roster import check_own_key, load_pinned
 from umbel_client.proxy import way_to
 from umbel_common.errors import UmbelError, UnreachableError
-from umbel_common.identity import fingerprint
-from umbel_common.plan import CausalLm, Classification, Task
+from umbel_common.plans.plan import CausalLm, Classification, Task
+from umbel_common.trust.identity import fingerprint
 from umbel_host.keys import read_identity
 
 _SOON = timedelta(days=30)

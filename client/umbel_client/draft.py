@@ -10,7 +10,7 @@ from umbel_client.model_files import folder_digest
 from umbel_client.tables import read_table
 from umbel_common.canonical import Name, Value
 from umbel_common.errors import DataError, PlanError
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Aggregation,
     BaseModel,
     FederatedEvaluation,
@@ -38,7 +38,7 @@ class DraftModel(Value, frozen=True):
 
 
 class DraftLora(Value, frozen=True):
-    """`[lora]`; see `umbel_common.plan.Lora`."""
+    """`[lora]`; see `umbel_common.plans.plan.Lora`."""
 
     rank: Annotated[int, msgspec.Meta(ge=1, le=512)]
     alpha: Scale
@@ -78,7 +78,7 @@ UNSUPPORTED: dict[str, tuple[object, str]] = {
 
 
 class DraftGate(Value, frozen=True):
-    """`[release_gate]`; see `umbel_common.plan.ReleaseGate`."""
+    """`[release_gate]`; see `umbel_common.plans.plan.ReleaseGate`."""
 
     holdout: str
     """The file with the public records; a relative path starts at the draft's folder."""

@@ -49,7 +49,7 @@ import sys
 from pathlib import Path
 
 from umbel_client.draft import read_plan
-from umbel_common.plan_file import plan_to_json
+from umbel_common.plans.plan_file import plan_to_json
 from umbel_host.console import exit_code
 
 

@@ -12,12 +12,12 @@ import msgspec
 from umbel_client.data import Columns
 from umbel_client.evaluation import evaluate_adapter
 from umbel_client.precision import fastest_precision
-from umbel_common.adapter import Vector, from_bytes
+from umbel_common.adapters.vector import Vector, from_bytes
 from umbel_common.errors import ConfigError, StorageError
-from umbel_common.evaluation import Evaluation
-from umbel_common.plan import TrainingPlan
-from umbel_common.plan_file import plan_from_json
-from umbel_common.tuning import EvaluationRequest
+from umbel_common.plans.figures import Evaluation
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan_file import plan_from_json
+from umbel_common.plans.requests import EvaluationRequest
 from umbel_host.console import exit_code
 
 

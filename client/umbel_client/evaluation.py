@@ -22,10 +22,10 @@ from umbel_client.prepared import PreparedData
 from umbel_client.tables import read_table
 from umbel_client.task import CausalLmTask, ClassificationTask
 from umbel_client.tokens import Ints, tokenise
-from umbel_common.adapter import Vector
+from umbel_common.adapters.vector import Vector
 from umbel_common.errors import DataError
-from umbel_common.evaluation import CausalFigures, ClassificationFigures, Evaluation
-from umbel_common.plan import CausalLm, Classification, TrainingPlan
+from umbel_common.plans.figures import CausalFigures, ClassificationFigures, Evaluation
+from umbel_common.plans.plan import CausalLm, Classification, TrainingPlan
 
 
 def evaluate_adapter(

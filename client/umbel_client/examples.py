@@ -15,7 +15,7 @@ from umbel_client.conversations import Conversation, LmRecord, format_of
 from umbel_client.data import Columns, LmRecords, Records, columns_of, label_of, records_of
 from umbel_client.tables import Table, read_table
 from umbel_common.errors import DataError
-from umbel_common.plan import CausalLm, Classification, Task
+from umbel_common.plans.plan import CausalLm, Classification, Task
 
 T = TypeVar("T")
 

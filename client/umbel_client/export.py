@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 
 from umbel_client.model_files import TOKENIZER_FILES
-from umbel_common.adapter import Vector
+from umbel_common.adapters.peft_folder import ADAPTER_FILE, PLAN_FILE, text_files
+from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import encode
 from umbel_common.errors import ModelError, StorageError
-from umbel_common.identity import Signed
-from umbel_common.peft_folder import ADAPTER_FILE, PLAN_FILE, text_files
-from umbel_common.plan import TrainingPlan
-from umbel_common.plan_file import plan_from_json
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan_file import plan_from_json
+from umbel_common.trust.identity import Signed
 from umbel_host.adapter_folder import RELEASE_FILE, read_vector, write_vector
 from umbel_host.text_file import read_text
 

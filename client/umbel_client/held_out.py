@@ -11,8 +11,8 @@ from umbel_client.model import AdaptedModel
 from umbel_client.noise import NoiseSource
 from umbel_client.prepared import PreparedData
 from umbel_client.task import ClassificationTask, task_of
-from umbel_common.plan import FederatedEvaluation, deviation
-from umbel_common.site_counts import SiteCounts
+from umbel_common.adapters.site_counts import SiteCounts
+from umbel_common.plans.plan import FederatedEvaluation, deviation
 
 BATCH = 32
 """Records at once: sets memory and speed, not the result."""
@@ -23,8 +23,8 @@ def noisy_counts(
 ) -> SiteCounts:
     """Score and number of the units of `data` under the model as it stands, each with noise.
 
-    A unit counts once, with the mean score of its records; `umbel_common.site_counts` has the
-    sensitivity.
+    A unit counts once, with the mean score of its records; the sensitivity is
+    `umbel_common.plans.plan.SENSITIVITY`.
     """
     scores = _scores(model, data, evaluation)
     shares = data.unit_shares(np.arange(len(data))).numpy().astype(np.float64)

@@ -18,7 +18,8 @@ from umbel_client.config import ClientConfig, RelayConfig, load_config, require_
 from umbel_client.options import CLIENT_TOML, Config
 from umbel_client.pinned_roster import find_document
 from umbel_client.relay_certificate import Certificates, check_certificate
-from umbel_common.enrolment import (
+from umbel_common.errors import ConfigError, IdentityError, StorageError
+from umbel_common.trust.enrolment import (
     SignedKit,
     ask,
     check_kit,
@@ -26,9 +27,8 @@ from umbel_common.enrolment import (
     request_from_json,
     request_to_json,
 )
-from umbel_common.errors import ConfigError, IdentityError, StorageError
-from umbel_common.identity import Identity, fingerprint
-from umbel_common.roster_file import document_from_json
+from umbel_common.trust.identity import Identity, fingerprint
+from umbel_common.trust.roster_file import document_from_json
 from umbel_host.console import name, print_lines, site_name
 from umbel_host.durable import all_or_nothing, create, make_folder, replace
 from umbel_host.keys import read_identity, read_tls_key, write_identity

@@ -8,10 +8,10 @@ import typer
 from rich.console import Console
 
 from umbel_common.errors import StorageError
-from umbel_common.identity import Identity, fingerprint
-from umbel_common.key_statements import revoke as sign_revocation
-from umbel_common.key_statements import rotate as sign_rotation
-from umbel_common.roster_file import revocation_to_json, rotation_to_json
+from umbel_common.trust.identity import Identity, fingerprint
+from umbel_common.trust.key_statements import revoke as sign_revocation
+from umbel_common.trust.key_statements import rotate as sign_rotation
+from umbel_common.trust.roster_file import revocation_to_json, rotation_to_json
 from umbel_host.console import name, print_lines
 from umbel_host.keys import read_identity, write_identity
 from umbel_host.text_file import write_new_text

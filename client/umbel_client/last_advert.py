@@ -10,10 +10,10 @@ one: then nothing is noticed here.
 from umbel_client.site_job import SiteJob
 from umbel_common.canonical import decode_canonical
 from umbel_common.errors import RemoteProtocolError, require
-from umbel_common.identity import Identity, label_of, verifies
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.protocol.wire import LastAdvert
 from umbel_common.secagg.messages import KeyAdvert
-from umbel_common.statements import RoundHeader
-from umbel_common.wire import LastAdvert
+from umbel_common.trust.identity import Identity, label_of, verifies
 
 
 def check_last_advert(last: LastAdvert, job: SiteJob, identity: Identity) -> None:

@@ -14,7 +14,7 @@ from umbel_client.examples import Examples
 from umbel_client.model_folder import model_config, quietly, require_context
 from umbel_client.tokens import AT_ONCE, Ints, load_tokenizer
 from umbel_common.errors import DataError
-from umbel_common.plan import CausalLm, Task
+from umbel_common.plans.plan import CausalLm, Task
 
 _MANY = 131_072
 """As many tokens as a plan may allow; lengths are counted past them all the same."""

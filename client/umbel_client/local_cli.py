@@ -15,7 +15,7 @@ from rich.console import Console
 from umbel_client.config import ClientConfig, load_config
 from umbel_client.options import CLIENT_TOML, Config
 from umbel_common.errors import ConfigError, DataError, StorageError
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Adam,
     CausalLm,
     Classification,
@@ -23,7 +23,7 @@ from umbel_common.plan import (
     NoPrivacy,
     TrainingPlan,
 )
-from umbel_common.plan_file import plan_from_json
+from umbel_common.plans.plan_file import plan_from_json
 from umbel_host.text_file import read_text
 
 if TYPE_CHECKING:
@@ -174,8 +174,8 @@ def evaluate(
     from umbel_client.evaluation import evaluate_adapter
     from umbel_client.export import read_adapter
     from umbel_client.precision import chosen_precision
-    from umbel_common.adapter import initial_vector
-    from umbel_common.evaluation import figures_text
+    from umbel_common.adapters.vector import initial_vector
+    from umbel_common.plans.figures import figures_text
 
     settings = load_config(config)
     plan, vector = read_adapter(_folder_of(settings, adapter))
@@ -261,7 +261,7 @@ def _folder_of(config: ClientConfig, adapter: str) -> Path:
 
 def _adapted(config: ClientConfig, adapter: str, base: bool) -> "AdaptedModel":
     from umbel_client.export import read_adapter
-    from umbel_common.adapter import initial_vector
+    from umbel_common.adapters.vector import initial_vector
 
     plan, vector = read_adapter(_folder_of(config, adapter))
     model = _load(config, plan)

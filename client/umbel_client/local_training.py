@@ -14,9 +14,9 @@ from umbel_client.losses import mean_loss
 from umbel_client.model import AdaptedModel
 from umbel_client.prepared import PreparedData
 from umbel_client.training import StepTaken, train_round
-from umbel_common.adapter import Vector, initial_vector, merge
+from umbel_common.adapters.vector import Vector, initial_vector, merge
 from umbel_common.canonical import Entropy
-from umbel_common.plan import LocalPrivacy
+from umbel_common.plans.plan import LocalPrivacy
 
 RoundDone = Callable[[int, float | None], None]
 """Told (rounds done, mean loss on the validation records or None)."""

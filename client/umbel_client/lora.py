@@ -14,7 +14,7 @@ from umbel_client import quantised
 from umbel_client.model_folder import peft_quietly, skeleton
 from umbel_client.split import output_layer
 from umbel_common.errors import ModelError
-from umbel_common.plan import CausalLm, Classification, Lora, Method, Scaling, Task, Tensor
+from umbel_common.plans.plan import CausalLm, Classification, Lora, Method, Scaling, Task, Tensor
 
 PEFT_PREFIX = "base_model.model."
 """How PEFT begins every name that it saves."""

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from umbel_client.export import read_adapter
 from umbel_client.model_files import TOKENIZER_FILES, folder_digest
 from umbel_client.model_folder import load_base, peft_quietly, quietly
+from umbel_common.adapters.peft_folder import HEAD_FILE
 from umbel_common.errors import ModelError, StorageError
-from umbel_common.peft_folder import HEAD_FILE
 
 BESIDE = ("task.json", HEAD_FILE)
 """What a merged model does not hold itself: labels, and a mean-pool head."""

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, f1_score
 
-from umbel_common.adapter import Vector
-from umbel_common.evaluation import ClassificationFigures, GroupAccuracy, Loss
+from umbel_common.adapters.vector import Vector
+from umbel_common.plans.figures import ClassificationFigures, GroupAccuracy, Loss
 
 
 def classification_figures(

@@ -28,9 +28,9 @@ from umbel_client.split import (
     upper_part,
 )
 from umbel_client.token_loss import token_losses
-from umbel_common.adapter import Vector, flatten, unflatten
+from umbel_common.adapters.vector import Vector, flatten, unflatten
 from umbel_common.errors import ModelError
-from umbel_common.plan import CausalLm, Classification, Tensor, TrainingPlan
+from umbel_common.plans.plan import CausalLm, Classification, Tensor, TrainingPlan
 
 Quantisation: TypeAlias = Literal["none", "nf4"]
 

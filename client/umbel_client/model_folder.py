@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from umbel_common.errors import ModelError
-from umbel_common.plan import CausalLm, Classification, Task
+from umbel_common.plans.plan import CausalLm, Classification, Task
 
 _REPORTS: Any = transformers_logging
 """Transformers leaves these functions untyped."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from umbel_client.unbiased_adam import UnbiasedAdam
 from umbel_common.errors import PlanError
-from umbel_common.plan import Adam, LocalPrivacy, Tensor, TrainingPlan
+from umbel_common.plans.plan import Adam, LocalPrivacy, Tensor, TrainingPlan
 
 OptimizerState: TypeAlias = dict[str, npt.NDArray[np.float32]]
 """`exp_avg/<tensor>`, `exp_avg_sq/<tensor>` and `step/<tensor>`, or `momentum_buffer/<tensor>`."""

@@ -19,7 +19,7 @@ from umbel_client.prefix import Prefix
 from umbel_client.task import made_up_labels, task_of
 from umbel_client.tokens import Tokens
 from umbel_common.errors import ModelError
-from umbel_common.plan import CausalLm, LocalPrivacy
+from umbel_common.plans.plan import CausalLm, LocalPrivacy
 
 SHARE = 0.5
 """Share of the free memory that a physical batch may take, as it is counted here. The rest is for

@@ -15,11 +15,11 @@ import msgspec
 
 from umbel_client.config import ClientConfig
 from umbel_common.errors import IdentityError, StorageError
-from umbel_common.identity import Identity, Roster, fingerprint
-from umbel_common.key_statements import SignedRevocation
-from umbel_common.roster_document import RosterDocument
-from umbel_common.roster_file import document_from_json, document_to_json
-from umbel_common.trust import check_revocation
+from umbel_common.trust.identity import Identity, Roster, fingerprint
+from umbel_common.trust.key_statements import SignedRevocation
+from umbel_common.trust.pinning import check_revocation
+from umbel_common.trust.roster import RosterDocument
+from umbel_common.trust.roster_file import document_from_json, document_to_json
 from umbel_host.durable import replace
 from umbel_host.text_file import find_text
 

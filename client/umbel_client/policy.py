@@ -21,8 +21,15 @@ import msgspec
 
 from umbel_common.canonical import Value
 from umbel_common.errors import PolicyRefusal
-from umbel_common.plan import Classification, Count, Fraction, NoPrivacy, Positive, TrainingPlan
-from umbel_common.statements import RoundHeader
+from umbel_common.plans.plan import (
+    Classification,
+    Count,
+    Fraction,
+    NoPrivacy,
+    Positive,
+    TrainingPlan,
+)
+from umbel_common.plans.statements import RoundHeader
 
 Hours = Annotated[
     str, msgspec.Meta(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]\Z")

@@ -14,7 +14,7 @@ from umbel_client.model import AdaptedModel
 from umbel_client.prefix import Prefix, Progress, frozen_prefix, token_inputs
 from umbel_client.tokens import Ints, Tokens, tokenise
 from umbel_client.units import Units
-from umbel_common.plan import CausalLm, Task
+from umbel_common.plans.plan import CausalLm, Task
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from umbel_common.enrolment import SiteKit
 from umbel_common.errors import IdentityError
+from umbel_common.trust.enrolment import SiteKit
 
 
 @dataclass(frozen=True)

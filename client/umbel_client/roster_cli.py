@@ -19,15 +19,15 @@ from umbel_client.pinned_roster import (
 )
 from umbel_client.roster_view import print_change, print_roster
 from umbel_common.errors import IdentityError, UmbelError
-from umbel_common.identity import Roster, fingerprint
-from umbel_common.roster_document import RosterChange, RosterDocument, compare
-from umbel_common.roster_file import (
+from umbel_common.trust.identity import Roster, fingerprint
+from umbel_common.trust.pinning import judge, merge, propose
+from umbel_common.trust.roster import RosterChange, RosterDocument, compare
+from umbel_common.trust.roster_file import (
     document_from_json,
     document_to_json,
     revocation_from_json,
     rotation_from_json,
 )
-from umbel_common.trust import judge, merge, propose
 from umbel_host.console import print_lines
 from umbel_host.keys import read_identity
 from umbel_host.text_file import read_text, write_new_text

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from umbel_common.identity import fingerprint
-from umbel_common.key_statements import OPERATOR
-from umbel_common.roster_document import KeyChange, RosterChange, RosterDocument
+from umbel_common.trust.identity import fingerprint
+from umbel_common.trust.key_statements import OPERATOR
+from umbel_common.trust.roster import KeyChange, RosterChange, RosterDocument
 from umbel_host.console import print_lines
 
 

@@ -18,10 +18,10 @@ from umbel_client.data import Columns
 from umbel_client.draft import Draft, make_plan
 from umbel_client.tuning_trial import PublicData, loss_after_training
 from umbel_common.canonical import digest
-from umbel_common.config import parse_toml
 from umbel_common.errors import ConfigError, ModelError, StorageError
-from umbel_common.plan import LocalPrivacy, TrainingPlan
-from umbel_common.tuning import TuningRequest
+from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plans.requests import TuningRequest
+from umbel_common.toml_values import parse_toml
 from umbel_host.text_file import read_text, write_new_text
 
 RATES = 30.0

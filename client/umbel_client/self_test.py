@@ -28,7 +28,7 @@ from umbel_client.task import made_up_labels, task_of
 from umbel_client.tokens import Ints, Tokens
 from umbel_common.canonical import Entropy
 from umbel_common.errors import ModelError
-from umbel_common.plan import Clipping, LocalPrivacy
+from umbel_common.plans.plan import Clipping, LocalPrivacy
 
 LENGTHS = (9, 4, 7)
 """Tokens of the made-up records: unequal, and unlike their number, so that an axis taken for

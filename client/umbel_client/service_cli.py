@@ -22,7 +22,7 @@ from umbel_client.ipc import ControlStub, SiteEvent, TrainerStatus
 from umbel_client.options import CLIENT_TOML, Config
 from umbel_client.policy import judge_plan
 from umbel_common.errors import PolicyRefusal, UmbelError, UnreachableError
-from umbel_common.plan_file import plan_lines, privacy_text
+from umbel_common.plans.plan_file import plan_lines, privacy_text
 from umbel_host.console import print_lines
 from umbel_host.log import configure
 from umbel_host.sockets import healthy

@@ -15,8 +15,8 @@ import msgspec
 
 from umbel_common.canonical import Value, decode_canonical, encode
 from umbel_common.errors import RemoteProtocolError, require
-from umbel_common.identity import Signed
-from umbel_common.statements import RoundHeader
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.trust.identity import Signed
 from umbel_host.database import (
     Database,
     Schema,

@@ -28,7 +28,8 @@ from umbel_client.prepared import PreparedData, prepare
 from umbel_client.self_test import self_test
 from umbel_client.session import Published
 from umbel_client.training import train_round
-from umbel_common.adapter import Vector
+from umbel_common.adapters.site_counts import SiteCounts, with_counts
+from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy, digest
 from umbel_common.errors import (
     BudgetError,
@@ -37,11 +38,10 @@ from umbel_common.errors import (
     ModelError,
     require,
 )
-from umbel_common.identity import Roster
-from umbel_common.plan import LocalPrivacy, TrainingPlan
-from umbel_common.quantise import RingVector, encode, encoding_of
-from umbel_common.site_counts import SiteCounts, with_counts
-from umbel_common.statements import RoundHeader
+from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.secagg.encoding import RingVector, encode, encoding_of
+from umbel_common.trust.identity import Roster
 
 FAILED = digest("failed round", b"")
 """Stands in the ledger for the delta of a round whose training failed."""

@@ -7,10 +7,8 @@ from umbel_client.session import Session
 from umbel_client.site_job import SiteJob
 from umbel_common.canonical import Entropy, decode, encode
 from umbel_common.errors import RemoteProtocolError
-from umbel_common.identity import Identity, Roster
-from umbel_common.secagg import participant as secagg
-from umbel_common.statements import RoundHeader
-from umbel_common.wire import (
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.protocol.wire import (
     ConfirmReply,
     ConfirmRequest,
     MaskReply,
@@ -22,6 +20,8 @@ from umbel_common.wire import (
     UnmaskRequest,
     seal_reply,
 )
+from umbel_common.secagg import participant as secagg
+from umbel_common.trust.identity import Identity, Roster
 
 StageRequest = ShareRequest | MaskRequest | ConfirmRequest | UnmaskRequest
 

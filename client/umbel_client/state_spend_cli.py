@@ -16,9 +16,9 @@ from umbel_client.options import CLIENT_TOML, Config
 from umbel_client.session import Session
 from umbel_client.statement import stated_rounds, statement_text
 from umbel_common.canonical import decode_canonical
-from umbel_common.identity import Signed
-from umbel_common.plan import TrainingPlan
-from umbel_common.plan_file import plan_from_json
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan_file import plan_from_json
+from umbel_common.trust.identity import Signed
 from umbel_host.console import print_lines
 from umbel_host.text_file import read_text
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from umbel_client.accounting import Event
 from umbel_client.ledger_rows import EVALUATION, Contents, Reservation, Stated, StatedRound
 from umbel_common.errors import BudgetError
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
 
 
 def stated_rounds(

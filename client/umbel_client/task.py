@@ -11,8 +11,8 @@ from umbel_client.chat import IGNORED
 from umbel_client.model import AdaptedModel
 from umbel_client.prepared import PreparedData
 from umbel_client.tokens import Ints, Tokens
-from umbel_common.plan import CausalLm
-from umbel_common.plan import Task as PlannedTask
+from umbel_common.plans.plan import CausalLm
+from umbel_common.plans.plan import Task as PlannedTask
 
 
 class Task(Protocol):

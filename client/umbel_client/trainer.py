@@ -22,7 +22,7 @@ from umbel_client.policy import judge_header, judge_operator, judge_plan, judge_
 from umbel_client.session import Session
 from umbel_client.site_job import SiteJob, SiteStatus
 from umbel_client.stages import answer_stage
-from umbel_common.adapter import Vector, adapter_digest, from_bytes, initial_vector
+from umbel_common.adapters.vector import Vector, adapter_digest, from_bytes, initial_vector
 from umbel_common.canonical import Entropy, V, decode_canonical, encode
 from umbel_common.errors import (
     BudgetError,
@@ -33,13 +33,10 @@ from umbel_common.errors import (
     UmbelError,
     require,
 )
-from umbel_common.identity import Identity, Roster, Signed, fingerprint, open_signed
-from umbel_common.plan import TrainingPlan, check_plan
-from umbel_common.quantise import encoding_of
-from umbel_common.secagg import participant as secagg
-from umbel_common.statements import EarlyEnd, Release, RoundHeader
-from umbel_common.transcript import final_round
-from umbel_common.wire import (
+from umbel_common.plans.plan import TrainingPlan, check_plan
+from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.protocol.transcript import final_round
+from umbel_common.protocol.wire import (
     FinishReply,
     FinishRequest,
     OfferReply,
@@ -53,6 +50,9 @@ from umbel_common.wire import (
     seal_reply,
     size_limit,
 )
+from umbel_common.secagg import participant as secagg
+from umbel_common.secagg.encoding import encoding_of
+from umbel_common.trust.identity import Identity, Roster, Signed, fingerprint, open_signed
 
 
 class Trainer:

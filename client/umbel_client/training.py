@@ -27,10 +27,10 @@ from umbel_client.prepared import PreparedData
 from umbel_client.private_step import CLIPPINGS, PrivateOptimizer, private_step
 from umbel_client.task import Task, task_of
 from umbel_client.tokens import Ints
-from umbel_common.adapter import Vector, unflatten
+from umbel_common.adapters.vector import Vector, unflatten
 from umbel_common.canonical import Entropy
 from umbel_common.errors import ModelError, PlanError
-from umbel_common.plan import LocalPrivacy, Tensor, TrainingPlan
+from umbel_common.plans.plan import LocalPrivacy, Tensor, TrainingPlan
 
 StepTaken = Callable[[int, int], None]
 """Told (steps done, steps of the round)."""

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from umbel_client.search import tune
 from umbel_common.errors import ConfigError
-from umbel_common.tuning import TuningRequest
+from umbel_common.plans.requests import TuningRequest
 from umbel_host.console import exit_code
 
 

@@ -20,9 +20,9 @@ from umbel_client.prepared import PreparedData, prepare
 from umbel_client.task import task_of
 from umbel_client.tokens import Ints
 from umbel_client.training import train_round
-from umbel_common.adapter import Vector, initial_vector, merge
+from umbel_common.adapters.vector import Vector, initial_vector, merge
 from umbel_common.errors import DataError
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
 
 BATCH = 32
 """Records computed at once."""

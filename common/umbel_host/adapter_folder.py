@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from umbel_common.adapter import Vector
+from umbel_common.adapters.peft_folder import tensor_files
+from umbel_common.adapters.vector import Vector
 from umbel_common.errors import StorageError
-from umbel_common.peft_folder import tensor_files
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
 from umbel_host import tensor_file
 from umbel_host.tensor_file import TensorFile
 
@@ -16,7 +16,7 @@ RELEASE_FILE = "release.msgpack"
 
 
 def write_vector(folder: Path, plan: TrainingPlan, vector: Vector) -> None:
-    """Writes the files that `umbel_common.peft_folder.tensor_files` names into a folder.
+    """Writes the files that `umbel_common.adapters.peft_folder.tensor_files` names into a folder.
 
     Raises:
         OSError: the disk does not take them.

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from umbel_common.canonical import Name
 from umbel_common.errors import UmbelError
-from umbel_common.key_statements import OPERATOR
+from umbel_common.trust.key_statements import OPERATOR
 
 INTERRUPTED = 130
 

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from umbel_common.errors import IdentityError
-from umbel_common.identity import Identity
+from umbel_common.trust.identity import Identity
 from umbel_host.durable import create
 from umbel_host.process import reason
 

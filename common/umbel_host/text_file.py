@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TypeVar
 
-from umbel_common.config import from_table, read_table
 from umbel_common.errors import ConfigError, IdentityError, StorageError
+from umbel_common.toml_values import from_table, read_table
 from umbel_host.durable import create
 from umbel_host.process import reason
 

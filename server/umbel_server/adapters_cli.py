@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from umbel_common.errors import JobUnknown, StorageError
-from umbel_common.evaluation import ClassificationFigures, loss_text
-from umbel_common.identity import Signed, open_signed
-from umbel_common.plan import TrainingPlan
-from umbel_common.statements import Release
+from umbel_common.plans.figures import ClassificationFigures, loss_text
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.statements import Release
+from umbel_common.trust.identity import Signed, open_signed
 from umbel_host.keys import read_identity
 from umbel_server.config import ServerConfig, load_config
 from umbel_server.options import SERVER_TOML, Config

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from umbel_common.adapter import Vector, unflatten
+from umbel_common.adapters.site_counts import COORDINATES, SiteCounts, counts_of
+from umbel_common.adapters.vector import Vector, unflatten
 from umbel_common.errors import RemoteProtocolError, RoundAborted
-from umbel_common.identity import Roster
-from umbel_common.plan import TrainingPlan
-from umbel_common.quantise import add_mean, encoding_of, total_weight
+from umbel_common.plans.plan import TrainingPlan
 from umbel_common.secagg.coordinator import Aggregate
-from umbel_common.site_counts import COORDINATES, SiteCounts, counts_of
+from umbel_common.secagg.encoding import add_mean, encoding_of, total_weight
+from umbel_common.trust.identity import Roster
 
 
 def expected_weight(plan: TrainingPlan, roster: Roster, survivors: tuple[str, ...]) -> int | None:

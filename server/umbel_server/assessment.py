@@ -7,11 +7,11 @@ unevaluated. Otherwise it is released first, and a failed evaluation costs its f
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from umbel_common.adapter import Vector
+from umbel_common.adapters.vector import Vector
 from umbel_common.errors import JobFailed, UmbelError
-from umbel_common.evaluation import Evaluation, GateResult
-from umbel_common.plan import TrainingPlan
-from umbel_common.statements import Release
+from umbel_common.plans.figures import Evaluation, GateResult
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.statements import Release
 from umbel_server.evaluator import check_evaluation
 from umbel_server.ports import Evaluator, Observer
 from umbel_server.store import Store

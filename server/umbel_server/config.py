@@ -20,11 +20,11 @@ from typing import Annotated
 import msgspec
 
 from umbel_common.canonical import Value
-from umbel_common.enrolment import Address
-from umbel_common.evaluation import AnswerCount, AnswerTokens, BatchSize, Format
-from umbel_common.plan import Count
-from umbel_common.roster_document import RosterDocument
-from umbel_common.roster_file import document_from_json
+from umbel_common.plans.figures import AnswerCount, AnswerTokens, BatchSize, Format
+from umbel_common.plans.plan import Count
+from umbel_common.trust.enrolment import Address
+from umbel_common.trust.roster import RosterDocument
+from umbel_common.trust.roster_file import document_from_json
 from umbel_host.text_file import read_text, read_toml
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=30 * 86400)]

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import msgspec
 
-from umbel_common.adapter import Vector, to_bytes
+from umbel_common.adapters.vector import Vector, to_bytes
 from umbel_common.errors import ConfigError, DataError, StorageError, UmbelError
-from umbel_common.evaluation import Evaluation
-from umbel_common.plan import TrainingPlan
-from umbel_common.plan_file import plan_to_json
-from umbel_common.tuning import EvaluationRequest, HoldoutColumns
+from umbel_common.plans.figures import Evaluation
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan_file import plan_to_json
+from umbel_common.plans.requests import EvaluationRequest, HoldoutColumns
 from umbel_host.supervisor import end_with_parent
 from umbel_server.config import EvaluationConfig
 from umbel_server.link import JobStopped

@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from umbel_common.errors import RemoteProtocolError
-from umbel_common.identity import Identity, Roster
-from umbel_common.wire import (
+from umbel_common.protocol.wire import (
     Refusal,
     Reply,
     Request,
@@ -12,6 +11,7 @@ from umbel_common.wire import (
     request_digest,
     seal_request,
 )
+from umbel_common.trust.identity import Identity, Roster
 from umbel_server.config import Limits
 from umbel_server.link import Link, Step
 from umbel_server.ports import Observer

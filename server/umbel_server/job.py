@@ -8,14 +8,13 @@ done again with fresh keys, and sites answer it with the delta that they have ke
 from collections.abc import Mapping
 from functools import partial
 
-from umbel_common.adapter import adapter_digest, initial_vector, to_bytes
+from umbel_common.adapters.site_counts import vector_length
+from umbel_common.adapters.vector import adapter_digest, initial_vector, to_bytes
 from umbel_common.errors import JobFailed, PlanError, RoundAborted
-from umbel_common.identity import Identity, Roster, Signed, open_signed, sign
-from umbel_common.plan import TrainingPlan, check_plan
-from umbel_common.site_counts import vector_length
-from umbel_common.statements import EarlyEnd, Release, RoundHeader
-from umbel_common.transcript import AttemptAborted, JobFinished, JobStarted, RoundReleased
-from umbel_common.wire import (
+from umbel_common.plans.plan import TrainingPlan, check_plan
+from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.protocol.transcript import AttemptAborted, JobFinished, JobStarted, RoundReleased
+from umbel_common.protocol.wire import (
     FinishReply,
     FinishRequest,
     OfferReply,
@@ -25,6 +24,7 @@ from umbel_common.wire import (
     TrainRequest,
     size_limit,
 )
+from umbel_common.trust.identity import Identity, Roster, Signed, open_signed, sign
 from umbel_server import aggregate
 from umbel_server.assessment import Assessment
 from umbel_server.config import Limits

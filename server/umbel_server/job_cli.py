@@ -12,15 +12,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from umbel_common.adapters.site_counts import SiteCounts
 from umbel_common.canonical import decode_canonical
 from umbel_common.errors import PlanError
-from umbel_common.evaluation import figures_text
-from umbel_common.identity import open_signed
-from umbel_common.plan import TrainingPlan
-from umbel_common.plan_file import plan_from_json
-from umbel_common.site_counts import SiteCounts
-from umbel_common.statements import RoundHeader
-from umbel_common.transcript import Entry, RoundReleased
+from umbel_common.plans.figures import figures_text
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan_file import plan_from_json
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.protocol.transcript import Entry, RoundReleased
+from umbel_common.trust.identity import open_signed
 from umbel_host.console import print_lines
 from umbel_host.keys import read_identity
 from umbel_host.text_file import read_text

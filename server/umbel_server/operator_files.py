@@ -11,9 +11,9 @@ from pathlib import Path
 from cryptography import x509
 
 from umbel_common.errors import IdentityError, StorageError
-from umbel_common.identity import Identity, Roster
-from umbel_common.roster_document import RosterDocument
-from umbel_common.roster_file import document_to_json, roster_to_json
+from umbel_common.trust.identity import Identity, Roster
+from umbel_common.trust.roster import RosterDocument
+from umbel_common.trust.roster_file import document_to_json, roster_to_json
 from umbel_host.durable import create, replace
 from umbel_host.keys import read_tls_key, write_identity
 from umbel_server.authority import Authority, certificate_pem, key_pem, new_authority, new_key

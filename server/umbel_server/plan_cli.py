@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 
 from umbel_common.errors import ConfigError, PlanError
-from umbel_common.identity import fingerprint, open_signed, sign
-from umbel_common.plan import TrainingPlan
-from umbel_common.plan_file import plan_from_json, plan_lines, plan_to_json
-from umbel_common.quantise import encoding_of
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan_file import plan_from_json, plan_lines, plan_to_json
+from umbel_common.secagg.encoding import encoding_of
+from umbel_common.trust.identity import fingerprint, open_signed, sign
 from umbel_host.console import print_lines
 from umbel_host.keys import read_identity
 from umbel_host.text_file import read_text, write_new_text

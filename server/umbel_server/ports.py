@@ -2,14 +2,14 @@
 
 from typing import Protocol
 
-from umbel_common.adapter import Vector
+from umbel_common.adapters.site_counts import SiteCounts
+from umbel_common.adapters.vector import Vector
 from umbel_common.errors import RemoteProtocolError, UmbelError
-from umbel_common.evaluation import Evaluation, GateResult
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.figures import Evaluation, GateResult
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.statements import Release
+from umbel_common.protocol.wire import Reply
 from umbel_common.secagg.unmasking import WrongShare
-from umbel_common.site_counts import SiteCounts
-from umbel_common.statements import Release
-from umbel_common.wire import Reply
 from umbel_server.link import Step
 
 

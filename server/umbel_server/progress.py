@@ -2,13 +2,13 @@
 
 import logging
 
-from umbel_common.adapter import Vector
+from umbel_common.adapters.site_counts import SiteCounts
+from umbel_common.adapters.vector import Vector
 from umbel_common.errors import RemoteProtocolError, UmbelError
-from umbel_common.evaluation import Evaluation, GateResult, figures_text
+from umbel_common.plans.figures import Evaluation, GateResult, figures_text
+from umbel_common.plans.statements import Release
+from umbel_common.protocol.wire import Refusal, Reply
 from umbel_common.secagg.unmasking import WrongShare
-from umbel_common.site_counts import SiteCounts
-from umbel_common.statements import Release
-from umbel_common.wire import Refusal, Reply
 from umbel_server.exchange import WRONG_VERSION
 from umbel_server.job import UNDECIDED
 from umbel_server.link import Step

@@ -8,10 +8,10 @@ import os
 import shutil
 from pathlib import Path
 
-from umbel_common.adapter import Vector, adapter_digest
+from umbel_common.adapters.peft_folder import text_files
+from umbel_common.adapters.vector import Vector, adapter_digest
 from umbel_common.errors import StorageError
-from umbel_common.peft_folder import text_files
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
 from umbel_host.adapter_folder import read_vector, write_vector
 
 

@@ -20,13 +20,9 @@ import msgspec
 
 from umbel_common.canonical import Value
 from umbel_common.errors import LocalProtocolError, RemoteProtocolError, RoundAborted, require
-from umbel_common.identity import Roster, Signed
-from umbel_common.plan import TrainingPlan
-from umbel_common.secagg import coordinator as secagg
-from umbel_common.secagg.messages import SurvivorSignature
-from umbel_common.secagg.unmasking import LostSecrets
-from umbel_common.statements import RoundHeader
-from umbel_common.wire import (
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.protocol.wire import (
     ConfirmReply,
     ConfirmRequest,
     LastAdvert,
@@ -42,6 +38,10 @@ from umbel_common.wire import (
     UnmaskReply,
     UnmaskRequest,
 )
+from umbel_common.secagg import coordinator as secagg
+from umbel_common.secagg.messages import SurvivorSignature
+from umbel_common.secagg.unmasking import LostSecrets
+from umbel_common.trust.identity import Roster, Signed
 
 Machine: TypeAlias = (
     secagg.Advertising | secagg.Sharing | secagg.Masking | secagg.Confirming | secagg.Unmasking

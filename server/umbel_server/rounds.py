@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbel_common.errors import JobFailed, UmbelError
-from umbel_common.identity import Identity, Roster, open_signed
-from umbel_common.plan import TrainingPlan
-from umbel_common.roster_document import RosterDocument
-from umbel_common.roster_file import document_from_json, document_to_json
-from umbel_common.statements import Release
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.statements import Release
+from umbel_common.trust.identity import Identity, Roster, open_signed
+from umbel_common.trust.roster import RosterDocument
+from umbel_common.trust.roster_file import document_from_json, document_to_json
 from umbel_server.config import EvaluationConfig, Limits
 from umbel_server.evaluator import ProcessEvaluator
 from umbel_server.job import Job

@@ -8,10 +8,10 @@ import msgspec
 import typer
 from rich.console import Console
 
-from umbel_common.enrolment import (
+from umbel_common.trust.enrolment import (
     Address,
 )
-from umbel_common.identity import fingerprint
+from umbel_common.trust.identity import fingerprint
 from umbel_host.console import name, print_lines
 from umbel_server.config import load_config, load_roster
 from umbel_server.expiry import good_until

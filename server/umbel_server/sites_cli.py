@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from umbel_common.enrolment import (
+from umbel_common.errors import IdentityError, UmbelError
+from umbel_common.trust.enrolment import (
     SignedRequest,
     SiteKit,
     check_request,
@@ -18,11 +19,10 @@ from umbel_common.enrolment import (
     kit_to_json,
     request_from_json,
 )
-from umbel_common.errors import IdentityError, UmbelError
-from umbel_common.identity import Member, fingerprint
-from umbel_common.key_statements import revoke as sign_revocation
-from umbel_common.roster_document import RosterDocument
-from umbel_common.roster_file import document_to_json, revocation_to_json
+from umbel_common.trust.identity import Member, fingerprint
+from umbel_common.trust.key_statements import revoke as sign_revocation
+from umbel_common.trust.roster import RosterDocument
+from umbel_common.trust.roster_file import document_to_json, revocation_to_json
 from umbel_host.console import print_lines
 from umbel_host.durable import all_or_nothing
 from umbel_host.keys import read_identity

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from umbel_common.errors import StorageError
-from umbel_common.identity import fingerprint
+from umbel_common.trust.identity import fingerprint
 from umbel_host.backup import Manifest, read_manifest, require_party, unpack, write_backup
 from umbel_host.database import copy_database
 from umbel_host.restore import config_of, put_back, vacant, workplace

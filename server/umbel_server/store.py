@@ -11,10 +11,10 @@ import msgspec
 
 from umbel_common.canonical import decode, decode_canonical, encode
 from umbel_common.errors import StorageError
-from umbel_common.evaluation import Evaluation, GateResult
-from umbel_common.identity import Identity, Signed
-from umbel_common.transcript import GENESIS, Event, append
-from umbel_common.wire import LastAdvert
+from umbel_common.plans.figures import Evaluation, GateResult
+from umbel_common.protocol.transcript import GENESIS, Event, append
+from umbel_common.protocol.wire import LastAdvert
+from umbel_common.trust.identity import Identity, Signed
 from umbel_host.database import Database, Schema
 
 _ADVERTS = """

@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from umbel_common.errors import ConfigError
-from umbel_common.tuning import TuningRequest
+from umbel_common.plans.requests import TuningRequest
 
 
 def tune(

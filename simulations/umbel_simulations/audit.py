@@ -25,7 +25,7 @@ from umbel_client.precision import fastest_precision
 from umbel_client.prepared import PreparedData, prepare
 from umbel_common.canonical import Entropy, Value
 from umbel_common.errors import ConfigError, VerificationError
-from umbel_common.plan import Classification, LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import Classification, LocalPrivacy, TrainingPlan
 from umbel_simulations.audit_bound import epsilon_lower_bound
 from umbel_simulations.audit_data import (
     Unit,

@@ -28,9 +28,9 @@ from umbel_client.prepared import PreparedData
 from umbel_client.task import task_of
 from umbel_client.tokens import Ints
 from umbel_client.training import train_round
-from umbel_common.adapter import Vector, initial_vector, merge
+from umbel_common.adapters.vector import Vector, initial_vector, merge
 from umbel_common.canonical import Entropy
-from umbel_common.plan import LocalPrivacy, Sgd, TrainingPlan
+from umbel_common.plans.plan import LocalPrivacy, Sgd, TrainingPlan
 
 _RATE = 0.01
 """Learning rate: large enough that float32 keeps the noise, small enough that nothing diverges."""

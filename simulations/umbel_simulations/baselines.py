@@ -23,9 +23,9 @@ from umbel_client.prefix import Prefix
 from umbel_client.prepared import PreparedData, prepare
 from umbel_client.tokens import Tokens
 from umbel_client.training import train_round
-from umbel_common.adapter import Vector, initial_vector, merge
+from umbel_common.adapters.vector import Vector, initial_vector, merge
 from umbel_common.canonical import Entropy
-from umbel_common.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 from umbel_simulations.recorder import Stopped
 
 Progress = Callable[[str, int, int], None]

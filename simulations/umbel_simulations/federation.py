@@ -20,13 +20,13 @@ from umbel_client.model_files import folder_digest
 from umbel_client.pinned_roster import load_pinned
 from umbel_client.site_job import SiteStatus
 from umbel_client.trainer import Trainer
-from umbel_common.adapter import Vector
+from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy
 from umbel_common.errors import JobFailed
-from umbel_common.identity import Identity, Member, Roster, sign
-from umbel_common.plan import NoPrivacy, TrainingPlan
-from umbel_common.roster_file import roster_from_json, roster_to_json
-from umbel_common.statements import Release
+from umbel_common.plans.plan import NoPrivacy, TrainingPlan
+from umbel_common.plans.statements import Release
+from umbel_common.trust.identity import Identity, Member, Roster, sign
+from umbel_common.trust.roster_file import roster_from_json, roster_to_json
 from umbel_host.keys import read_identity, write_identity
 from umbel_server.config import Limits
 from umbel_server.flower import GridLink

@@ -25,9 +25,9 @@ from umbel_client.model import AdaptedModel
 from umbel_client.prepared import PreparedData, prepare
 from umbel_client.split import body_of
 from umbel_client.training import train_round
-from umbel_common.adapter import Vector, initial_vector, unflatten
+from umbel_common.adapters.vector import Vector, initial_vector, unflatten
 from umbel_common.canonical import Entropy, Value
-from umbel_common.plan import LocalPrivacy, NoPrivacy, Sgd, TrainingPlan
+from umbel_common.plans.plan import LocalPrivacy, NoPrivacy, Sgd, TrainingPlan
 
 _TOKENS_AT_ONCE = 512
 

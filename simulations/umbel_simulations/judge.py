@@ -18,8 +18,8 @@ from umbel_client.losses import record_losses
 from umbel_client.model import AdaptedModel
 from umbel_client.precision import fastest_precision
 from umbel_client.prepared import PreparedData, prepare
-from umbel_common.adapter import Vector
-from umbel_common.plan import CausalLm, TrainingPlan
+from umbel_common.adapters.vector import Vector
+from umbel_common.plans.plan import CausalLm, TrainingPlan
 from umbel_simulations.population import write_site_data
 from umbel_simulations.results import Score
 from umbel_simulations.run_folder import write

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from umbel_client.lora import plan_lora
 from umbel_client.model_files import folder_digest
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Adam,
     Aggregation,
     BaseModel,
@@ -16,7 +16,7 @@ from umbel_common.plan import (
     TrainingPlan,
     check_plan,
 )
-from umbel_common.quantise import encoding_of
+from umbel_common.secagg.encoding import encoding_of
 from umbel_simulations.scenario import Scenario
 
 

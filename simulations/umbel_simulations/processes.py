@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbel_client.model_files import folder_digest
-from umbel_common.enrolment import request_from_json
 from umbel_common.errors import JobFailed, RunExists, UmbelError
-from umbel_common.identity import fingerprint
-from umbel_common.plan import NoPrivacy
-from umbel_common.plan_file import plan_from_json
-from umbel_common.roster_file import roster_from_json
+from umbel_common.plans.plan import NoPrivacy
+from umbel_common.plans.plan_file import plan_from_json
+from umbel_common.trust.enrolment import request_from_json
+from umbel_common.trust.identity import fingerprint
+from umbel_common.trust.roster_file import roster_from_json
 from umbel_simulations.base_model import model_folder
 from umbel_simulations.federation import public_size
 from umbel_simulations.population import partition, write_site_data

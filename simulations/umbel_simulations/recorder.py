@@ -7,13 +7,12 @@ from pathlib import Path
 
 import msgspec
 
-from umbel_common.adapter import Vector
+from umbel_common.adapters.site_counts import SiteCounts
+from umbel_common.adapters.vector import Vector
 from umbel_common.errors import RemoteProtocolError, UmbelError
-from umbel_common.evaluation import Evaluation, GateResult
-from umbel_common.secagg.unmasking import WrongShare
-from umbel_common.site_counts import SiteCounts
-from umbel_common.statements import Release
-from umbel_common.wire import (
+from umbel_common.plans.figures import Evaluation, GateResult
+from umbel_common.plans.statements import Release
+from umbel_common.protocol.wire import (
     ConfirmReply,
     FinishReply,
     MaskReply,
@@ -24,6 +23,7 @@ from umbel_common.wire import (
     TrainReply,
     UnmaskReply,
 )
+from umbel_common.secagg.unmasking import WrongShare
 from umbel_server.link import Step
 from umbel_simulations import events
 from umbel_simulations.results import Score

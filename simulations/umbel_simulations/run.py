@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from umbel_client.calibration import noise_for
-from umbel_common.adapter import Vector, initial_vector, size_of
+from umbel_common.adapters.vector import Vector, initial_vector, size_of
 from umbel_common.errors import UmbelError
-from umbel_common.plan import CausalLm, LocalPrivacy, TrainingPlan
-from umbel_common.transcript import VerifiedJob, verify_transcript
+from umbel_common.plans.plan import CausalLm, LocalPrivacy, TrainingPlan
+from umbel_common.protocol.transcript import VerifiedJob, verify_transcript
 from umbel_simulations import events
 from umbel_simulations.base_model import model_folder
 from umbel_simulations.baselines import POOLED, train_alone

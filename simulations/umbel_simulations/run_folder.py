@@ -24,8 +24,8 @@ import msgspec
 
 from umbel_common.canonical import decode_canonical, encode
 from umbel_common.errors import RemoteProtocolError, RunExists, StorageError, VerificationError
-from umbel_common.identity import Signed
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.trust.identity import Signed
 from umbel_simulations.scenario import Scenario
 
 

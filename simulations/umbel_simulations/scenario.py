@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from umbel_common.canonical import Name, Value
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     CausalLm,
     Count,
     Fraction,
@@ -100,7 +100,7 @@ class Sites(Value, frozen=True):
 
 
 class ClassificationSettings(Value, frozen=True, tag_field="task", tag="classification"):
-    """`[task]`: classification of texts; see `umbel_common.plan.Classification`."""
+    """`[task]`: classification of texts; see `umbel_common.plans.plan.Classification`."""
 
     max_tokens: Annotated[int, msgspec.Meta(ge=4, le=8192)] = 128
     """Texts are cut after so many tokens."""
@@ -116,7 +116,7 @@ Task: TypeAlias = ClassificationSettings | CausalLm
 
 
 class LoraSettings(Value, frozen=True):
-    """`[lora]`: the adapter; see `umbel_common.plan.Lora`."""
+    """`[lora]`: the adapter; see `umbel_common.plans.plan.Lora`."""
 
     rank: Annotated[int, msgspec.Meta(ge=1, le=512)]
     alpha: Positive
@@ -132,7 +132,7 @@ class LoraSettings(Value, frozen=True):
 
 
 class TrainingSettings(Value, frozen=True):
-    """`[training]`: what each site computes; see `umbel_common.plan.Training`."""
+    """`[training]`: what each site computes; see `umbel_common.plans.plan.Training`."""
 
     rounds: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
     local_steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
@@ -160,7 +160,8 @@ class TrainingSettings(Value, frozen=True):
 
 
 class AggregationSettings(Value, frozen=True):
-    """`[aggregation]`: how deltas are encoded and masked; see `umbel_common.plan.Aggregation`."""
+    """`[aggregation]`: how deltas are encoded and masked; see
+    `umbel_common.plans.plan.Aggregation`."""
 
     threshold: Annotated[int, msgspec.Meta(ge=2, le=100)]
     """Shares that recover a secret, and the least number of survivors."""

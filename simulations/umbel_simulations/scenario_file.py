@@ -5,9 +5,9 @@ from pathlib import Path
 
 import msgspec
 
-from umbel_common.config import from_table, read_table
 from umbel_common.errors import ConfigError
-from umbel_common.plan import CausalLm, NoPrivacy
+from umbel_common.plans.plan import CausalLm, NoPrivacy
+from umbel_common.toml_values import from_table, read_table
 from umbel_simulations.scenario import (
     ClassificationSettings,
     FileData,

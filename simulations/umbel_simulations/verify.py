@@ -4,18 +4,18 @@ from pathlib import Path
 
 import msgspec
 
-from umbel_common.adapter import adapter_digest
+from umbel_common.adapters.vector import adapter_digest
 from umbel_common.canonical import V, decode_canonical
 from umbel_common.errors import (
     RemoteProtocolError,
     StorageError,
     VerificationError,
 )
-from umbel_common.identity import Roster, Signed, open_signed
-from umbel_common.plan import TrainingPlan
-from umbel_common.roster_file import roster_from_json
-from umbel_common.statements import Release, RoundHeader
-from umbel_common.transcript import VerifiedJob, verify_transcript
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.statements import Release, RoundHeader
+from umbel_common.protocol.transcript import VerifiedJob, verify_transcript
+from umbel_common.trust.identity import Roster, Signed, open_signed
+from umbel_common.trust.roster_file import roster_from_json
 from umbel_host.adapter_folder import RELEASE_FILE, read_vector
 from umbel_simulations.results import RunSummary
 from umbel_simulations.run_folder import read_plan, read_signed

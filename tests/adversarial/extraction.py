@@ -5,12 +5,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from umbel_common.canonical import decode
-from umbel_common.quantise import RingVector
+from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg import masking
+from umbel_common.secagg.encoding import RingVector
 from umbel_common.secagg.messages import KeyAdvert, RevealedShare
 from umbel_common.secagg.primitives import load
 from umbel_common.secagg.shamir import recover
-from umbel_common.statements import RoundHeader
 from umbel_server.round import Attempt
 
 

@@ -20,10 +20,9 @@ from umbel_client.lora import plan_lora
 from umbel_client.model_files import folder_digest
 from umbel_client.pinned_roster import Pinned
 from umbel_client.trainer import Trainer
-from umbel_common.adapter import Vector, adapter_digest, initial_vector, size_of, to_bytes
+from umbel_common.adapters.vector import Vector, adapter_digest, initial_vector, size_of, to_bytes
 from umbel_common.errors import UmbelError
-from umbel_common.identity import Identity, Member, Roster, Signed, sign
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Aggregation,
     BaseModel,
     Classification,
@@ -32,12 +31,8 @@ from umbel_common.plan import (
     Training,
     TrainingPlan,
 )
-from umbel_common.quantise import RingVector
-from umbel_common.roster_file import roster_to_json
-from umbel_common.secagg import coordinator
-from umbel_common.secagg.messages import RevealedShare
-from umbel_common.statements import Release, RoundHeader
-from umbel_common.wire import (
+from umbel_common.plans.statements import Release, RoundHeader
+from umbel_common.protocol.wire import (
     OfferRequest,
     Refusal,
     Reply,
@@ -48,6 +43,11 @@ from umbel_common.wire import (
     seal_request,
     size_limit,
 )
+from umbel_common.secagg import coordinator
+from umbel_common.secagg.encoding import RingVector
+from umbel_common.secagg.messages import RevealedShare
+from umbel_common.trust.identity import Identity, Member, Roster, Signed, sign
+from umbel_common.trust.roster_file import roster_to_json
 from umbel_host.keys import write_identity
 from umbel_server import round as rounds
 

@@ -11,7 +11,7 @@ from typing import Any
 from adversarial.federation import Federation
 from adversarial.site_process import AT, Prepare, nursery, only_databases_and_answers
 
-from umbel_common.wire import Reply, open_reply, request_digest, seal_request, size_limit
+from umbel_common.protocol.wire import Reply, open_reply, request_digest, seal_request, size_limit
 
 SITE = "site-00"
 PUBLIC_SIZE = 40

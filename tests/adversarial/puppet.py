@@ -4,13 +4,11 @@ import os
 
 import numpy as np
 
-from umbel_common.adapter import size_of
+from umbel_common.adapters.vector import size_of
 from umbel_common.canonical import decode
-from umbel_common.identity import Identity, Roster
-from umbel_common.plan import TrainingPlan
-from umbel_common.secagg import participant as secagg
-from umbel_common.statements import RoundHeader
-from umbel_common.wire import (
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.protocol.wire import (
     ConfirmReply,
     ConfirmRequest,
     MaskReply,
@@ -24,6 +22,8 @@ from umbel_common.wire import (
     UnmaskReply,
     UnmaskRequest,
 )
+from umbel_common.secagg import participant as secagg
+from umbel_common.trust.identity import Identity, Roster
 
 
 class Puppet:

@@ -13,7 +13,7 @@ from umbel_client.config import load_config
 from umbel_client.pinned_roster import load_pinned
 from umbel_client.trainer import Trainer
 from umbel_common.errors import UmbelError
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
 from umbel_host.keys import read_identity
 
 AT = "killed-at"

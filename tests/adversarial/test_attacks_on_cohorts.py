@@ -8,9 +8,9 @@ import pytest
 from adversarial.extraction import keys_of, remove_masks, secret_of
 from adversarial.federation import Federation
 
-from umbel_common.adapter import adapter_digest, initial_vector
-from umbel_common.plan import Aggregation, NoPrivacy
-from umbel_common.wire import MaskRequest
+from umbel_common.adapters.vector import adapter_digest, initial_vector
+from umbel_common.plans.plan import Aggregation, NoPrivacy
+from umbel_common.protocol.wire import MaskRequest
 
 SITE = "site-00"
 ACCOMPLICE = "site-01"

@@ -8,11 +8,11 @@ import pytest
 from adversarial.extraction import keys_of, remove_masks, secret_of
 from adversarial.federation import Federation
 
-from umbel_common.adapter import adapter_digest, initial_vector
-from umbel_common.identity import Identity, sign
+from umbel_common.adapters.vector import adapter_digest, initial_vector
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.protocol.wire import ConfirmRequest, UnmaskRequest
 from umbel_common.secagg.messages import Survivors, SurvivorSignature
-from umbel_common.statements import RoundHeader
-from umbel_common.wire import ConfirmRequest, UnmaskRequest
+from umbel_common.trust.identity import Identity, sign
 from umbel_server.round import Attempt
 
 SITE = "site-00"

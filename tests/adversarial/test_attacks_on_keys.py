@@ -10,9 +10,9 @@ from adversarial.federation import Federation
 from adversarial.weaken import Stopped
 
 from umbel_common.errors import IdentityError
-from umbel_common.identity import Identity
-from umbel_common.plan import LocalPrivacy
-from umbel_common.wire import MaskReply, MaskRequest, ShareReply, TrainReply
+from umbel_common.plans.plan import LocalPrivacy
+from umbel_common.protocol.wire import MaskReply, MaskRequest, ShareReply, TrainReply
+from umbel_common.trust.identity import Identity
 
 SITE = "site-00"
 CHEAP = LocalPrivacy(epsilon=1.0, delta=1e-4, clip_norm=1.0)

@@ -7,7 +7,7 @@ import pytest
 from adversarial.federation import Federation
 from adversarial.weaken import Stopped
 
-from umbel_common.wire import seal_request
+from umbel_common.protocol.wire import seal_request
 
 SITE = "site-00"
 

@@ -8,7 +8,7 @@ from adversarial.extraction import keys_of, remove_masks, secret_of
 from adversarial.federation import Federation
 from adversarial.weaken import Stopped
 
-from umbel_common.wire import ConfirmRequest, UnmaskRequest
+from umbel_common.protocol.wire import ConfirmRequest, UnmaskRequest
 
 SITE = "site-00"
 VICTIM = "site-03"

@@ -19,12 +19,18 @@ from adversarial.site_process import Prepare
 from umbel_client.delta_cache import DeltaCache
 from umbel_client.ledger_file import read_ledger
 from umbel_client.ledger_rows import Contents
-from umbel_common.adapter import adapter_digest, initial_vector
-from umbel_common.identity import sign
-from umbel_common.plan import Sgd, Training
-from umbel_common.quantise import RingVector
-from umbel_common.statements import RoundHeader
-from umbel_common.wire import MaskRequest, OfferRequest, Refusal, ShareRequest, TrainRequest
+from umbel_common.adapters.vector import adapter_digest, initial_vector
+from umbel_common.plans.plan import Sgd, Training
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.protocol.wire import (
+    MaskRequest,
+    OfferRequest,
+    Refusal,
+    ShareRequest,
+    TrainRequest,
+)
+from umbel_common.secagg.encoding import RingVector
+from umbel_common.trust.identity import sign
 
 KILLS = 50
 """Of a site by an honest server, and as many by a dishonest one."""

@@ -11,12 +11,11 @@ import pytest
 from adversarial.federation import Federation
 from adversarial.killable_site import SITE, KillableSite
 
-from umbel_common.adapter import adapter_digest, initial_vector
+from umbel_common.adapters.vector import adapter_digest, initial_vector
 from umbel_common.canonical import encode
-from umbel_common.identity import sign
-from umbel_common.plan import Sgd, Training
-from umbel_common.statements import RoundHeader
-from umbel_common.wire import (
+from umbel_common.plans.plan import Sgd, Training
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.protocol.wire import (
     ConfirmRequest,
     MaskRequest,
     OfferRequest,
@@ -26,6 +25,7 @@ from umbel_common.wire import (
     TrainRequest,
     UnmaskRequest,
 )
+from umbel_common.trust.identity import sign
 from umbel_server.round import Outcome
 
 KILLS = 100

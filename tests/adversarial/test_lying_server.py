@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from umbel_common.adapter import adapter_digest, initial_vector, to_bytes
-from umbel_common.identity import Identity, sign
-from umbel_common.plan import LocalPrivacy, NoPrivacy, Sgd
-from umbel_common.quantise import decode_sum, encoding_of
-from umbel_common.statements import EarlyEnd
-from umbel_common.wire import (
+from umbel_common.adapters.vector import adapter_digest, initial_vector, to_bytes
+from umbel_common.plans.plan import LocalPrivacy, NoPrivacy, Sgd
+from umbel_common.plans.statements import EarlyEnd
+from umbel_common.protocol.wire import (
     ConfirmRequest,
     FinishReply,
     FinishRequest,
@@ -29,6 +27,8 @@ from umbel_common.wire import (
     seal_request,
     size_limit,
 )
+from umbel_common.secagg.encoding import decode_sum, encoding_of
+from umbel_common.trust.identity import Identity, sign
 from umbel_server.round import Attempt, Outcome
 
 SITE = "site-00"

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from umbel_client.cli import app
 from umbel_client.ledger_file import read_ledger
 from umbel_client.session import read_published
-from umbel_common.adapter import adapter_digest
-from umbel_common.identity import Identity, sign
+from umbel_common.adapters.vector import adapter_digest
+from umbel_common.protocol.wire import LastAdvert, OfferReply, OfferRequest, TrainReply
 from umbel_common.secagg.messages import KeyAdvert
-from umbel_common.wire import LastAdvert, OfferReply, OfferRequest, TrainReply
+from umbel_common.trust.identity import Identity, sign
 
 SITE = "site-00"
 

@@ -6,8 +6,8 @@ from datetime import datetime
 from adversarial.federation import Federation
 
 from umbel_client.decisions import Decisions
-from umbel_common.identity import Identity, sign
-from umbel_common.wire import OfferReply, OfferRequest, TrainReply
+from umbel_common.protocol.wire import OfferReply, OfferRequest, TrainReply
+from umbel_common.trust.identity import Identity, sign
 
 SITE = "site-00"
 OpenFederation = Callable[..., Federation]

@@ -13,10 +13,10 @@ import pytest
 from adversarial.federation import Federation
 from adversarial.killable_site import SITE, KillableSite
 
-from umbel_common.adapter import adapter_digest, initial_vector
+from umbel_common.adapters.vector import adapter_digest, initial_vector
 from umbel_common.errors import LedgerError
-from umbel_common.identity import sign
-from umbel_common.wire import OfferReply, OfferRequest, Refusal
+from umbel_common.protocol.wire import OfferReply, OfferRequest, Refusal
+from umbel_common.trust.identity import sign
 
 NEVER = 10**9
 

@@ -4,8 +4,8 @@ import pytest
 from adversarial.federation import Federation
 from adversarial.weaken import Stopped
 
-from umbel_common.identity import sign
-from umbel_common.wire import MAGIC, WIRE_VERSION, OfferReply, OfferRequest, seal_request
+from umbel_common.protocol.wire import MAGIC, WIRE_VERSION, OfferReply, OfferRequest, seal_request
+from umbel_common.trust.identity import sign
 
 SITE = "site-00"
 

@@ -15,7 +15,7 @@ from adversarial.site_process import Quiet, Step
 from umbel_client.delta_cache import DeltaCache, State
 from umbel_client.ledger import Ledger
 from umbel_client.ledger_rows import GENESIS, Computed, Reservation, Reserved, Row, Sent
-from umbel_common.adapter import Vector
+from umbel_common.adapters.vector import Vector
 
 GRADIENTS = "gradients"
 """File beside client.toml: a line with the round for each step of training."""

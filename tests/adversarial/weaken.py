@@ -9,7 +9,8 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
 from umbel_client import policy, session
 from umbel_client.ledger import Ledger
-from umbel_common import errors, statements
+from umbel_common import errors
+from umbel_common.plans import statements
 from umbel_common.secagg import masking, primitives
 
 Replace = Callable[[object, object], None]

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from bench_masking import entry
 
-from umbel_common.identity import Identity, Member, Roster
+from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg import coordinator, participant
-from umbel_common.statements import RoundHeader
+from umbel_common.trust.identity import Identity, Member, Roster
 
 SITES = 100
 THRESHOLD = 67

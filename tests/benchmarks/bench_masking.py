@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from umbel_common.quantise import Encoding, encode
+from umbel_common.secagg.encoding import Encoding, encode
 from umbel_common.secagg.masking import add_masks
 from umbel_common.secagg.primitives import CHUNK_BYTES, Keystream
 

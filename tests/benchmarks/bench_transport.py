@@ -27,8 +27,8 @@ from e2e.daemons import SITES, Clinics, Daemon
 from toy_federation import RANK, WIDTH, make_plan
 
 from umbel_client.model_files import folder_digest
-from umbel_common.identity import sign
-from umbel_common.plan import BaseModel, NoPrivacy, TrainingPlan
+from umbel_common.plans.plan import BaseModel, NoPrivacy, TrainingPlan
+from umbel_common.trust.identity import sign
 from umbel_server.queue import State
 
 MEGABYTES = 200

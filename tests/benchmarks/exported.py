@@ -21,8 +21,8 @@ from umbel_client.conversations import Turn
 from umbel_client.export import read_adapter
 from umbel_client.merging import merge_adapter
 from umbel_client.model import AdaptedModel
-from umbel_common.adapter import initial_vector
-from umbel_common.plan import CausalLm, TrainingPlan
+from umbel_common.adapters.vector import initial_vector
+from umbel_common.plans.plan import CausalLm, TrainingPlan
 from umbel_simulations.base_model import model_folder
 from umbel_simulations.scenario_file import find_scenario
 

@@ -19,10 +19,10 @@ from umbel_client.observer import Observer
 from umbel_client.session import Published
 from umbel_client.site_job import SiteJob
 from umbel_client.trainer_service import run
-from umbel_common.adapter import Vector, size_of
+from umbel_common.adapters.vector import Vector, size_of
 from umbel_common.canonical import Entropy
-from umbel_common.identity import Roster
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.trust.identity import Roster
 from umbel_host.console import exit_code
 from umbel_host.log import configure
 

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from umbel_common.identity import Identity, Member, Roster, open_signed
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Aggregation,
     BaseModel,
     Classification,
@@ -17,10 +16,8 @@ from umbel_common.plan import (
     Training,
     TrainingPlan,
 )
-from umbel_common.quantise import encode, encoding_of
-from umbel_common.secagg import participant
-from umbel_common.statements import Release, RoundHeader
-from umbel_common.wire import (
+from umbel_common.plans.statements import Release, RoundHeader
+from umbel_common.protocol.wire import (
     ConfirmReply,
     ConfirmRequest,
     FinishReply,
@@ -42,6 +39,9 @@ from umbel_common.wire import (
     seal_reply,
     size_limit,
 )
+from umbel_common.secagg import participant
+from umbel_common.secagg.encoding import encode, encoding_of
+from umbel_common.trust.identity import Identity, Member, Roster, open_signed
 
 RANK, WIDTH, LAYERS = 8, 4096, 16
 PARAMETERS = 2 * RANK * WIDTH * LAYERS

@@ -22,7 +22,7 @@ from umbel_client.tokens import Tokens
 from umbel_client.training import train_round
 from umbel_client.units import Units
 from umbel_common.errors import ModelError
-from umbel_common.plan import Classification, LocalPrivacy, NoPrivacy, TrainingPlan
+from umbel_common.plans.plan import Classification, LocalPrivacy, NoPrivacy, TrainingPlan
 
 torch.set_num_threads(1)
 

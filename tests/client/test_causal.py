@@ -25,10 +25,10 @@ from umbel_client.prepared import PreparedData, prepare
 from umbel_client.self_test import self_test
 from umbel_client.task import CausalLmTask
 from umbel_client.training import train_round
-from umbel_common.adapter import initial_vector
+from umbel_common.adapters.peft_folder import tensor_files, text_files
+from umbel_common.adapters.vector import initial_vector
 from umbel_common.errors import ModelError, PlanError
-from umbel_common.peft_folder import tensor_files, text_files
-from umbel_common.plan import CausalLm, NoPrivacy, TrainingPlan, check_plan
+from umbel_common.plans.plan import CausalLm, NoPrivacy, TrainingPlan, check_plan
 
 TASK = CausalLm(max_tokens=96)
 SEAM = CausalLmTask()

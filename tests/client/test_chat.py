@@ -13,7 +13,7 @@ from umbel_client.chat import IGNORED, tokenise_answers
 from umbel_client.data import LmRecords, load_records
 from umbel_client.tokens import load_tokenizer
 from umbel_common.errors import DataError, ModelError
-from umbel_common.plan import CausalLm
+from umbel_common.plans.plan import CausalLm
 
 TASK = CausalLm(max_tokens=128)
 QUESTION, ANSWER = "What is it?\n\nAn ulcer.", "Ulcère, 5 mm."

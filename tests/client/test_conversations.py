@@ -10,8 +10,8 @@ from datasets import Dataset
 from umbel_client.conversations import Conversation, Passage, Turn, format_of, read_conversations
 from umbel_client.tables import read_table
 from umbel_common.errors import DataError
-from umbel_common.evaluation import Format
-from umbel_common.plan import CausalLm
+from umbel_common.plans.figures import Format
+from umbel_common.plans.plan import CausalLm
 
 TASK = CausalLm(loss_on="all")
 USER, ANSWER = Turn("user", "What?"), Turn("assistant", "Ulcer.")

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from umbel_client.data import Record, load_records
 from umbel_common.errors import DataError
-from umbel_common.plan import Classification
+from umbel_common.plans.plan import Classification
 
 TASK = Classification(labels=("heart", "lung"))
 ROWS = [

@@ -22,7 +22,7 @@ from umbel_client.chat import tokenise_answers
 from umbel_client.cli import app
 from umbel_client.data import load_records
 from umbel_common.errors import ConfigError, DataError, ModelError
-from umbel_common.plan import CausalLm, Classification
+from umbel_common.plans.plan import CausalLm, Classification
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import pytest
 
 from umbel_client.decisions import MOST_WAITING, Decisions
 from umbel_common.errors import PolicyRefusal, StorageError
-from umbel_common.identity import Identity, sign
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.trust.identity import Identity, sign
 
 MakePlan = Callable[..., TrainingPlan]
 OPERATOR = Identity.generate(os.urandom)

@@ -18,12 +18,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from umbel_client.answers import Answer, score
 from umbel_client.evaluation import evaluate_adapter
 from umbel_client.metrics import classification_figures, drift, finite, perplexity
-from umbel_common.adapter import initial_vector, to_bytes
+from umbel_common.adapters.vector import initial_vector, to_bytes
 from umbel_common.errors import DataError
-from umbel_common.evaluation import CausalFigures, ClassificationFigures, Evaluation, GroupAccuracy
-from umbel_common.plan import Classification, TrainingPlan
-from umbel_common.plan_file import plan_to_json
-from umbel_common.tuning import EvaluationRequest
+from umbel_common.plans.figures import (
+    CausalFigures,
+    ClassificationFigures,
+    Evaluation,
+    GroupAccuracy,
+)
+from umbel_common.plans.plan import Classification, TrainingPlan
+from umbel_common.plans.plan_file import plan_to_json
+from umbel_common.plans.requests import EvaluationRequest
 
 WriteLines = Callable[..., Path]
 

@@ -18,7 +18,7 @@ from umbel_client.model import AdaptedModel
 from umbel_client.noise import NoiseSource
 from umbel_client.prepared import PreparedData, prepare
 from umbel_common.errors import DataError
-from umbel_common.plan import CausalLm, Classification, FederatedEvaluation, TrainingPlan
+from umbel_common.plans.plan import CausalLm, Classification, FederatedEvaluation, TrainingPlan
 
 TASK = Classification(labels=("a", "b"))
 EXACT = FederatedEvaluation(noise_multiplier=1e-9, max_records=1000)

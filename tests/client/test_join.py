@@ -18,9 +18,9 @@ from umbel_client import join_cli
 from umbel_client.config import load_config
 from umbel_client.pinned_roster import revoke_here
 from umbel_client.relay_certificate import Certificates, check_certificate
-from umbel_common.enrolment import SiteKit
 from umbel_common.errors import ConfigError, IdentityError, SignatureError, StorageError
-from umbel_common.identity import Identity
+from umbel_common.trust.enrolment import SiteKit
+from umbel_common.trust.identity import Identity
 from umbel_host.keys import read_identity
 from umbel_server.authority import Authority, certificate_pem, new_authority, new_key
 

@@ -16,8 +16,15 @@ from typer.testing import CliRunner
 from umbel_client.cli import app
 from umbel_client.export import read_adapter
 from umbel_common.errors import DataError, ModelError, StorageError
-from umbel_common.plan import Adam, CausalLm, Classification, NoPrivacy, Training, TrainingPlan
-from umbel_common.plan_file import plan_to_json
+from umbel_common.plans.plan import (
+    Adam,
+    CausalLm,
+    Classification,
+    NoPrivacy,
+    Training,
+    TrainingPlan,
+)
+from umbel_common.plans.plan_file import plan_to_json
 
 torch.set_num_threads(1)
 

@@ -37,10 +37,9 @@ from umbel_client.per_sample import per_record_gradients
 from umbel_client.prefix import frozen_prefix
 from umbel_client.self_test import self_test
 from umbel_client.tokens import Tokens
-from umbel_common.adapter import initial_vector
+from umbel_common.adapters.vector import initial_vector
 from umbel_common.errors import ModelError, PlanError
-from umbel_common.identity import Signed
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Adam,
     Aggregation,
     BaseModel,
@@ -50,6 +49,7 @@ from umbel_common.plan import (
     Training,
     TrainingPlan,
 )
+from umbel_common.trust.identity import Signed
 
 torch.set_num_threads(1)
 

@@ -18,7 +18,7 @@ from umbel_client.task import ClassificationTask
 from umbel_client.tokens import Tokens
 from umbel_client.training import train_round
 from umbel_client.units import Units
-from umbel_common.plan import Classification, LocalPrivacy
+from umbel_common.plans.plan import Classification, LocalPrivacy
 
 CLIP_NORM = 4.0
 LONG = 200

@@ -23,7 +23,7 @@ from umbel_client.physical_batch import (
 from umbel_client.prefix import Prefix, frozen_prefix
 from umbel_client.tokens import Tokens
 from umbel_common.errors import ModelError
-from umbel_common.plan import Classification, NoPrivacy, TrainingPlan
+from umbel_common.plans.plan import Classification, NoPrivacy, TrainingPlan
 
 torch.set_num_threads(1)
 

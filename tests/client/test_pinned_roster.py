@@ -20,10 +20,10 @@ from umbel_client.pinned_roster import (
 )
 from umbel_client.policy import Policy
 from umbel_common.errors import IdentityError, SignatureError, StorageError
-from umbel_common.identity import Identity, Member, Roster
-from umbel_common.key_statements import revoke
-from umbel_common.roster_document import RosterDocument
-from umbel_common.roster_file import document_to_json
+from umbel_common.trust.identity import Identity, Member, Roster
+from umbel_common.trust.key_statements import revoke
+from umbel_common.trust.roster import RosterDocument
+from umbel_common.trust.roster_file import document_to_json
 
 OPERATOR, NORTH, SOUTH, OTHER = (Identity(bytes([number]) * 32) for number in range(1, 5))
 

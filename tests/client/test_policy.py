@@ -16,7 +16,7 @@ from umbel_client.policy import (
     judge_survivors,
 )
 from umbel_common.errors import PolicyRefusal
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Aggregation,
     CausalLm,
     Classification,
@@ -24,7 +24,7 @@ from umbel_common.plan import (
     NoPrivacy,
     TrainingPlan,
 )
-from umbel_common.statements import RoundHeader
+from umbel_common.plans.statements import RoundHeader
 
 MakePlan = Callable[..., TrainingPlan]
 

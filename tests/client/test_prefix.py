@@ -30,7 +30,7 @@ from umbel_client.prefix import frozen_prefix, token_inputs
 from umbel_client.split import splits
 from umbel_client.tokens import Tokens, tokenise
 from umbel_common.errors import StorageError
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Adam,
     Aggregation,
     BaseModel,

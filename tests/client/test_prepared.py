@@ -13,7 +13,7 @@ from umbel_client.lora import plan_lora
 from umbel_client.model import AdaptedModel
 from umbel_client.model_files import folder_digest
 from umbel_client.prepared import PreparedData, prepare
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Adam,
     Aggregation,
     BaseModel,

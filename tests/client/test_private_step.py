@@ -23,7 +23,7 @@ from umbel_client.private_step import (
 from umbel_client.task import ClassificationTask, Task
 from umbel_client.tokens import Tokens
 from umbel_common.errors import ModelError
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Adam,
     Aggregation,
     BaseModel,

@@ -16,10 +16,10 @@ from typer.testing import CliRunner, Result
 from umbel_client.cli import app
 from umbel_client.pinned_roster import require_document
 from umbel_common.errors import IdentityError, SignatureError, StorageError, UmbelError
-from umbel_common.identity import Identity, Member, Roster, fingerprint
-from umbel_common.key_statements import OPERATOR, revoke, rotate
-from umbel_common.roster_document import RosterDocument
-from umbel_common.roster_file import (
+from umbel_common.trust.identity import Identity, Member, Roster, fingerprint
+from umbel_common.trust.key_statements import OPERATOR, revoke, rotate
+from umbel_common.trust.roster import RosterDocument
+from umbel_common.trust.roster_file import (
     document_from_json,
     document_to_json,
     revocation_to_json,

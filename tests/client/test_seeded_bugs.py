@@ -25,7 +25,7 @@ from umbel_client.training import train_round
 from umbel_client.units import Units
 from umbel_common.canonical import Entropy, digest
 from umbel_common.errors import LedgerError
-from umbel_common.plan import Classification, LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import Classification, LocalPrivacy, TrainingPlan
 from umbel_simulations.audit import AuditResult, judge, play, share_of
 from umbel_simulations.audit_data import Unit, records_of_a_unit, site_records, unit_count
 from umbel_simulations.audit_game import step_by_step

@@ -17,7 +17,7 @@ from umbel_client.model_files import folder_digest
 from umbel_client.noise import NoiseSource
 from umbel_client.precision import Precision
 from umbel_common.errors import ModelError
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Adam,
     Aggregation,
     BaseModel,

@@ -6,8 +6,8 @@ import pytest
 
 from umbel_client.session import Session, read_published
 from umbel_common.errors import RemoteProtocolError, StorageError
-from umbel_common.identity import Signed
-from umbel_common.statements import RoundHeader
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.trust.identity import Signed
 
 ONE, TWO = (
     Signed(statement=b"one", signature=bytes(64)),

@@ -25,7 +25,7 @@ from umbel_client.ledger_rows import State
 from umbel_client.policy import Budget
 from umbel_client.session import Session, read_published
 from umbel_common.errors import BudgetError, LedgerError, RemoteProtocolError, StorageError
-from umbel_common.statements import RoundHeader
+from umbel_common.plans.statements import RoundHeader
 from umbel_host.process import locked
 
 ZEROS = bytes(32)

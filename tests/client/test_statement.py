@@ -7,7 +7,7 @@ import msgspec
 from umbel_client.accounting import Event
 from umbel_client.ledger_rows import EVALUATION, Contents
 from umbel_client.statement import stated_rounds
-from umbel_common.plan import FederatedEvaluation, TrainingPlan
+from umbel_common.plans.plan import FederatedEvaluation, TrainingPlan
 
 MakePlan = Callable[..., TrainingPlan]
 

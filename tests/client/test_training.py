@@ -21,9 +21,9 @@ from umbel_client.task import ClassificationTask
 from umbel_client.tokens import Tokens
 from umbel_client.training import RoundResult, train_round
 from umbel_client.units import Units
-from umbel_common.adapter import size_of, unflatten
+from umbel_common.adapters.vector import size_of, unflatten
 from umbel_common.errors import DataError, ModelError, PlanError
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Adam,
     Aggregation,
     BaseModel,

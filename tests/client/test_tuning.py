@@ -20,8 +20,8 @@ from umbel_client.search import draft_with, search_space, with_values
 from umbel_client.search import tune as run
 from umbel_client.tuning_trial import PublicData, loss_after_training
 from umbel_common.errors import ConfigError, DataError, ModelError, StorageError
-from umbel_common.plan import LocalPrivacy
-from umbel_common.tuning import TuningRequest
+from umbel_common.plans.plan import LocalPrivacy
+from umbel_common.plans.requests import TuningRequest
 
 DRAFT = """\
 federation = "clinics"

@@ -9,7 +9,7 @@ import torch
 from umbel_client.optimiser import build_optimizer, extract_state, restore_state
 from umbel_client.unbiased_adam import UnbiasedAdam
 from umbel_common.errors import PlanError
-from umbel_common.plan import Adam, LocalPrivacy, NoPrivacy, Training, TrainingPlan
+from umbel_common.plans.plan import Adam, LocalPrivacy, NoPrivacy, Training, TrainingPlan
 
 torch.set_num_threads(1)
 

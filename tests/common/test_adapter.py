@@ -3,7 +3,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from umbel_common.adapter import (
+from umbel_common.adapters.vector import (
     adapter_digest,
     flatten,
     from_bytes,
@@ -14,7 +14,7 @@ from umbel_common.adapter import (
     unflatten,
 )
 from umbel_common.errors import PlanError, RemoteProtocolError
-from umbel_common.plan import Lora, Tensor, TrainingPlan
+from umbel_common.plans.plan import Lora, Tensor, TrainingPlan
 
 MakePlan = Callable[..., TrainingPlan]
 

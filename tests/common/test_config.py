@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from umbel_common.canonical import Value
-from umbel_common.config import parse_toml
 from umbel_common.errors import ConfigError
+from umbel_common.toml_values import parse_toml
 
 
 class Local(Value, frozen=True, tag_field="mode", tag="local"):

@@ -6,9 +6,10 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from umbel_common import enrolment
 from umbel_common.canonical import encode
-from umbel_common.enrolment import (
+from umbel_common.errors import IdentityError, SignatureError
+from umbel_common.trust import enrolment
+from umbel_common.trust.enrolment import (
     Address,
     SignedKit,
     SignedRequest,
@@ -23,8 +24,7 @@ from umbel_common.enrolment import (
     request_from_json,
     request_to_json,
 )
-from umbel_common.errors import IdentityError, SignatureError
-from umbel_common.identity import Identity
+from umbel_common.trust.identity import Identity
 
 NORTH, OPERATOR, THIEF = (Identity(bytes([number]) * 32) for number in range(1, 4))
 KEY = ec.generate_private_key(ec.SECP384R1())

@@ -4,7 +4,7 @@ import pytest
 
 from umbel_common.canonical import Value
 from umbel_common.errors import IdentityError, RemoteProtocolError
-from umbel_common.identity import (
+from umbel_common.trust.identity import (
     Identity,
     Member,
     Roster,

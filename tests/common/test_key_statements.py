@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from umbel_common.canonical import decode_canonical, encode
-from umbel_common.identity import Identity, Signed, open_signed, sign
-from umbel_common.key_statements import (
+from umbel_common.trust.identity import Identity, Signed, open_signed, sign
+from umbel_common.trust.key_statements import (
     KeyRotation,
     Revocation,
     SignedRevocation,

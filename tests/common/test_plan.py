@@ -5,7 +5,7 @@ import pytest
 
 from umbel_common.canonical import decode_canonical, encode
 from umbel_common.errors import PlanError
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Adam,
     Aggregation,
     Classification,

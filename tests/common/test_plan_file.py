@@ -7,9 +7,9 @@ import msgspec
 import pytest
 
 from umbel_common.errors import PlanError, RemoteProtocolError
-from umbel_common.identity import Identity, open_signed, sign
-from umbel_common.plan import NoPrivacy, ReleaseGate, Sgd, TrainingPlan
-from umbel_common.plan_file import plan_from_json, plan_lines, plan_to_json
+from umbel_common.plans.plan import NoPrivacy, ReleaseGate, Sgd, TrainingPlan
+from umbel_common.plans.plan_file import plan_from_json, plan_lines, plan_to_json
+from umbel_common.trust.identity import Identity, open_signed, sign
 
 MakePlan = Callable[..., TrainingPlan]
 OPERATOR = Identity.generate(os.urandom)

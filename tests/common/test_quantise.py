@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from umbel_common.errors import LocalProtocolError, PlanError, RemoteProtocolError
-from umbel_common.plan import Aggregation
-from umbel_common.quantise import (
+from umbel_common.plans.plan import Aggregation
+from umbel_common.secagg.encoding import (
     CHUNK,
     Encoding,
     Rounding,

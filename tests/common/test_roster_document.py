@@ -2,9 +2,9 @@
 
 import pytest
 
-from umbel_common.identity import Identity, Member, Roster
-from umbel_common.key_statements import OPERATOR, revoke, rotate
-from umbel_common.roster_document import (
+from umbel_common.trust.identity import Identity, Member, Roster
+from umbel_common.trust.key_statements import OPERATOR, revoke, rotate
+from umbel_common.trust.roster import (
     KeyChange,
     RosterChange,
     RosterDocument,

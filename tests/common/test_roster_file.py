@@ -6,10 +6,10 @@ from collections.abc import Callable
 import pytest
 
 from umbel_common.errors import IdentityError
-from umbel_common.identity import Identity, Member, Roster
-from umbel_common.key_statements import revoke, rotate
-from umbel_common.roster_document import RosterDocument
-from umbel_common.roster_file import (
+from umbel_common.trust.identity import Identity, Member, Roster
+from umbel_common.trust.key_statements import revoke, rotate
+from umbel_common.trust.roster import RosterDocument
+from umbel_common.trust.roster_file import (
     document_from_json,
     document_to_json,
     revocation_from_json,

@@ -6,10 +6,16 @@ import msgspec
 import numpy as np
 import pytest
 
+from umbel_common.adapters.site_counts import SiteCounts, counts_of, vector_length, with_counts
 from umbel_common.errors import PlanError
-from umbel_common.plan import Aggregation, FederatedEvaluation, TrainingPlan, check_plan, deviation
-from umbel_common.quantise import add_mean, encode, encoding_of
-from umbel_common.site_counts import SiteCounts, counts_of, vector_length, with_counts
+from umbel_common.plans.plan import (
+    Aggregation,
+    FederatedEvaluation,
+    TrainingPlan,
+    check_plan,
+    deviation,
+)
+from umbel_common.secagg.encoding import add_mean, encode, encoding_of
 
 MakePlan = Callable[..., TrainingPlan]
 EVALUATION = FederatedEvaluation(noise_multiplier=2.0, max_records=5000)

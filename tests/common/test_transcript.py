@@ -6,12 +6,10 @@ import msgspec
 import pytest
 
 from umbel_common.errors import VerificationError
-from umbel_common.evaluation import GateResult
-from umbel_common.identity import Identity, Roster, Signed, sign
-from umbel_common.plan import Aggregation, ReleaseGate, TrainingPlan
-from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
-from umbel_common.statements import EarlyEnd, Release, RoundHeader
-from umbel_common.transcript import (
+from umbel_common.plans.figures import GateResult
+from umbel_common.plans.plan import Aggregation, ReleaseGate, TrainingPlan
+from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.protocol.transcript import (
     GENESIS,
     AttemptAborted,
     Entry,
@@ -22,6 +20,8 @@ from umbel_common.transcript import (
     append,
     verify_transcript,
 )
+from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
+from umbel_common.trust.identity import Identity, Roster, Signed, sign
 
 
 class Story:

@@ -6,15 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from umbel_common.errors import IdentityError, SignatureError, UmbelError
-from umbel_common.identity import Identity, Member, Roster
-from umbel_common.key_statements import OPERATOR, SignedRotation, revoke, rotate
-from umbel_common.roster_document import (
+from umbel_common.trust.identity import Identity, Member, Roster
+from umbel_common.trust.key_statements import OPERATOR, SignedRotation, revoke, rotate
+from umbel_common.trust.pinning import check_revocation, judge, merge
+from umbel_common.trust.roster import (
     KeyChange,
     RosterChange,
     RosterDocument,
     compare,
 )
-from umbel_common.trust import check_revocation, judge, merge
 
 OPERATOR_KEY, NORTH, SOUTH, WEST, NEW, NEWER, THIEF = (
     Identity(bytes([number]) * 32) for number in range(1, 8)

@@ -4,10 +4,10 @@ import msgspec
 import pytest
 
 from umbel_common.errors import IdentityError, UmbelError
-from umbel_common.identity import Identity, Member, Roster
-from umbel_common.key_statements import OPERATOR, SignedRotation, rotate
-from umbel_common.roster_document import RosterDocument
-from umbel_common.trust import propose
+from umbel_common.trust.identity import Identity, Member, Roster
+from umbel_common.trust.key_statements import OPERATOR, SignedRotation, rotate
+from umbel_common.trust.pinning import propose
+from umbel_common.trust.roster import RosterDocument
 
 FILE = "rotation.json"
 OPERATOR_KEY, NORTH, SOUTH, WEST, NEW, NEWER = (

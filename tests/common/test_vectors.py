@@ -11,7 +11,7 @@ import pytest
 from vectors import operations
 
 from umbel_common.errors import UmbelError
-from umbel_common.wire import Reply, Request
+from umbel_common.protocol.wire import Reply, Request
 
 FOLDER = Path(__file__).parents[1] / "vectors"
 

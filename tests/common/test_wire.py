@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from umbel_common.errors import RemoteProtocolError
-from umbel_common.identity import Identity, sign
-from umbel_common.plan import TrainingPlan
-from umbel_common.statements import EarlyEnd
-from umbel_common.wire import (
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.statements import EarlyEnd
+from umbel_common.protocol.wire import (
     HEADER_BYTES,
     MAGIC,
     WIRE_VERSION,
@@ -32,6 +31,7 @@ from umbel_common.wire import (
     seal_request,
     size_limit,
 )
+from umbel_common.trust.identity import Identity, sign
 
 IDENTITY = Identity(bytes(32))
 REPLY = MaskReply(context=bytes(32), vector=b"\x01" * 64)

@@ -9,8 +9,8 @@ from pathlib import Path
 from deploy.machine import SOURCE_PATH, Machine
 from e2e.daemons import Clinics
 
-from umbel_common.identity import sign
-from umbel_common.plan_file import plan_to_json
+from umbel_common.plans.plan_file import plan_to_json
+from umbel_common.trust.identity import sign
 
 SITE = "north"
 UNITS = ("umbel-trainer", "umbel-relay", "umbel-port", "umbel-rounds")

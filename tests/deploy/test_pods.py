@@ -12,8 +12,8 @@ from deploy.charts import Object, render
 from deploy.pods import Cluster, Pod, missing
 from e2e.daemons import Clinics, Site
 
-from umbel_common.identity import sign
-from umbel_common.plan_file import plan_to_json
+from umbel_common.plans.plan_file import plan_to_json
+from umbel_common.trust.identity import sign
 
 pytestmark = [
     pytest.mark.skipif(missing() is not None, reason=f"this machine runs no pods: {missing()}"),

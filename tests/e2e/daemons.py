@@ -22,10 +22,10 @@ from umbel_client.draft import read_plan
 from umbel_client.ipc import ControlStub, TrainerStatus, TrainerStub
 from umbel_client.model_files import folder_digest
 from umbel_common.errors import UnreachableError
-from umbel_common.identity import Identity, Member, Roster, sign
-from umbel_common.plan import TrainingPlan
-from umbel_common.roster_document import RosterDocument
-from umbel_common.roster_file import roster_to_json
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.trust.identity import Identity, Member, Roster, sign
+from umbel_common.trust.roster import RosterDocument
+from umbel_common.trust.roster_file import roster_to_json
 from umbel_host.keys import write_identity
 from umbel_server.authority import Authority, certificate_pem, key_pem, new_authority, new_key
 from umbel_server.config import Limits

@@ -12,7 +12,7 @@ import pytest
 from cryptography import x509
 
 from umbel_common.canonical import encode
-from umbel_common.enrolment import (
+from umbel_common.trust.enrolment import (
     SignedRequest,
     ask,
     give,
@@ -21,8 +21,8 @@ from umbel_common.enrolment import (
     request_from_json,
     request_to_json,
 )
-from umbel_common.identity import Identity, fingerprint
-from umbel_common.roster_file import document_from_json
+from umbel_common.trust.identity import Identity, fingerprint
+from umbel_common.trust.roster_file import document_from_json
 from umbel_host.keys import read_identity
 from umbel_server.authority import new_key
 from umbel_server.sites import load_sites

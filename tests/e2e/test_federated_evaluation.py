@@ -12,10 +12,10 @@ from safetensors.numpy import load_file
 from umbel_client.accounting import Event
 from umbel_client.ledger_file import read_ledger
 from umbel_client.ledger_rows import EVALUATION
+from umbel_common.adapters.site_counts import COORDINATES, SiteCounts
 from umbel_common.errors import JobFailed
-from umbel_common.plan import FederatedEvaluation
-from umbel_common.site_counts import COORDINATES, SiteCounts
-from umbel_common.transcript import verify_transcript
+from umbel_common.plans.plan import FederatedEvaluation
+from umbel_common.protocol.transcript import verify_transcript
 from umbel_server.config import Limits
 from umbel_server.job import Job
 from umbel_server.link import Step

@@ -16,8 +16,8 @@ from umbel_client.config import load_config
 from umbel_client.data import load_records
 from umbel_client.ledger import Ledger
 from umbel_common.canonical import decode_canonical
-from umbel_common.identity import Signed
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.trust.identity import Signed
 
 Simulate = Callable[..., Any]
 

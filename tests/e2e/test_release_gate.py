@@ -17,13 +17,13 @@ import pytest
 from e2e.daemons import Clinics, Site
 
 from umbel_client.ledger_file import read_ledger
-from umbel_common.adapter import initial_vector
+from umbel_common.adapters.vector import initial_vector
 from umbel_common.canonical import decode_canonical
-from umbel_common.identity import Signed, open_signed
-from umbel_common.plan import ReleaseGate, Sgd, Training, TrainingPlan
-from umbel_common.plan_file import plan_to_json
-from umbel_common.statements import Release
-from umbel_common.transcript import VerifiedJob, verify_transcript
+from umbel_common.plans.plan import ReleaseGate, Sgd, Training, TrainingPlan
+from umbel_common.plans.plan_file import plan_to_json
+from umbel_common.plans.statements import Release
+from umbel_common.protocol.transcript import VerifiedJob, verify_transcript
+from umbel_common.trust.identity import Signed, open_signed
 from umbel_host.adapter_folder import RELEASE_FILE
 from umbel_server.queue import State
 from umbel_server.registry import read_vector

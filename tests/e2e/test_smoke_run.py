@@ -19,10 +19,10 @@ from umbel_client.ledger import Ledger
 from umbel_client.model import AdaptedModel
 from umbel_client.prepared import prepare
 from umbel_client.task import ClassificationTask
-from umbel_common.adapter import flatten
+from umbel_common.adapters.vector import flatten
 from umbel_common.canonical import decode_canonical
-from umbel_common.identity import Signed
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.trust.identity import Signed
 from umbel_host.adapter_folder import read_vector
 from umbel_simulations.base_model import model_folder
 from umbel_simulations.scenario_file import find_scenario

@@ -9,7 +9,7 @@ from e2e.daemons import Clinics, Daemon, Once, SocketLink
 from umbel_client.decisions import Decisions
 from umbel_client.ipc import TrainerStub
 from umbel_client.isolation import Network, network
-from umbel_common.identity import sign
+from umbel_common.trust.identity import sign
 from umbel_host.sockets import healthy
 from umbel_server.config import Limits
 from umbel_server.link import Step

@@ -10,10 +10,10 @@ from peft import PeftModel
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from umbel_client.model import AdaptedModel
-from umbel_common.adapter import initial_vector
+from umbel_common.adapters.vector import initial_vector
 from umbel_common.canonical import decode_canonical
-from umbel_common.identity import Signed
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.trust.identity import Signed
 from umbel_host.adapter_folder import read_vector
 
 

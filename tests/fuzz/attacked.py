@@ -9,8 +9,8 @@ from fuzz.target import Place
 from vectors.values import OPERATOR
 
 from umbel_common.canonical import decode
-from umbel_common.statements import RoundHeader
-from umbel_common.wire import MAGIC, TrainRequest
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.protocol.wire import MAGIC, TrainRequest
 
 MOST_ATTEMPTS = 900
 """Attempt numbers end at 1,000; a new site then takes over."""

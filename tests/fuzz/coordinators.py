@@ -15,8 +15,7 @@ from vectors.values import HEADER, PLAN, REPLIES, REQUESTS, ROSTER
 
 from umbel_common.canonical import decode
 from umbel_common.errors import RemoteProtocolError, RoundAborted
-from umbel_common.secagg import coordinator
-from umbel_common.wire import (
+from umbel_common.protocol.wire import (
     ConfirmReply,
     MaskReply,
     Reply,
@@ -25,6 +24,7 @@ from umbel_common.wire import (
     TrainRequest,
     UnmaskReply,
 )
+from umbel_common.secagg import coordinator
 from umbel_server import round as rounds
 
 SENDERS = ("site-a", "site-b", "site-c", "site-d")

@@ -9,13 +9,11 @@ from fuzz.mutate import damaged, encoded, mutated, trees_of
 from fuzz.target import Place, Property, Target
 from vectors.values import IDENTITIES, OPERATOR, REPLIES, REQUESTS, ROSTER, STATEMENTS
 
-from umbel_common.adapter import from_bytes, initial_vector, size_of, to_bytes
+from umbel_common.adapters.vector import from_bytes, initial_vector, size_of, to_bytes
 from umbel_common.canonical import Value, decode_canonical, encode
 from umbel_common.errors import PlanError, RemoteProtocolError
-from umbel_common.identity import Roster, label_of, open_signed, sign
-from umbel_common.plan import TrainingPlan, check_plan
-from umbel_common.quantise import Encoding, decode_sum, encoding_of
-from umbel_common.wire import (
+from umbel_common.plans.plan import TrainingPlan, check_plan
+from umbel_common.protocol.wire import (
     HEADER_BYTES,
     MAGIC,
     open_reply,
@@ -25,6 +23,8 @@ from umbel_common.wire import (
     seal_request,
     size_limit,
 )
+from umbel_common.secagg.encoding import Encoding, decode_sum, encoding_of
+from umbel_common.trust.identity import Roster, label_of, open_signed, sign
 
 LIMIT = 100_000
 ASKED = request_digest(b"a sealed request")

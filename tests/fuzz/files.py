@@ -11,11 +11,11 @@ from vectors.cases import identity
 from vectors.values import IDENTITIES, OPERATOR, ROSTER
 
 from umbel_client.config import ClientConfig
-from umbel_common.config import parse_toml
 from umbel_common.errors import ConfigError, IdentityError
-from umbel_common.key_statements import revoke, rotate
-from umbel_common.roster_document import RosterDocument
-from umbel_common.roster_file import document_from_json, document_to_json
+from umbel_common.toml_values import parse_toml
+from umbel_common.trust.key_statements import revoke, rotate
+from umbel_common.trust.roster import RosterDocument
+from umbel_common.trust.roster_file import document_from_json, document_to_json
 from umbel_simulations.scenario import Scenario
 from umbel_simulations.scenario_file import SHIPPED, check_scenario
 

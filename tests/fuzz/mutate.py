@@ -13,8 +13,8 @@ from fuzz.choices import Choices
 from vectors.values import IDENTITIES, OPERATOR
 
 from umbel_common.canonical import Value
-from umbel_common.identity import Identity
 from umbel_common.secagg.shamir import PRIME
+from umbel_common.trust.identity import Identity
 
 Tree: TypeAlias = Any
 Place: TypeAlias = tuple[Any, Any]

@@ -14,11 +14,9 @@ from umbel_client.lora import plan_lora
 from umbel_client.model_files import folder_digest
 from umbel_client.pinned_roster import Pinned
 from umbel_client.trainer import Trainer
-from umbel_common.adapter import adapter_digest, initial_vector, size_of, to_bytes
-from umbel_common.config import parse_toml
+from umbel_common.adapters.vector import adapter_digest, initial_vector, size_of, to_bytes
 from umbel_common.errors import UmbelError
-from umbel_common.identity import sign
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Aggregation,
     BaseModel,
     Classification,
@@ -27,9 +25,8 @@ from umbel_common.plan import (
     Training,
     TrainingPlan,
 )
-from umbel_common.secagg import coordinator, participant
-from umbel_common.statements import Release, RoundHeader
-from umbel_common.wire import (
+from umbel_common.plans.statements import Release, RoundHeader
+from umbel_common.protocol.wire import (
     ConfirmRequest,
     FinishRequest,
     MaskRequest,
@@ -45,6 +42,9 @@ from umbel_common.wire import (
     seal_request,
     size_limit,
 )
+from umbel_common.secagg import coordinator, participant
+from umbel_common.toml_values import parse_toml
+from umbel_common.trust.identity import sign
 
 SITE = "site-a"
 PEERS = [site for site in SITES if site != SITE]

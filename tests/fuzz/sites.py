@@ -13,9 +13,9 @@ from vectors.values import ROSTER
 
 from umbel_common.canonical import decode, encode
 from umbel_common.errors import RemoteProtocolError
-from umbel_common.identity import open_signed
 from umbel_common.secagg import participant
 from umbel_common.secagg.messages import Survivors
+from umbel_common.trust.identity import open_signed
 
 SITE = "site-a"
 

@@ -9,10 +9,10 @@ from vectors.cases import identity
 from vectors.values import HEADER, IDENTITIES, PLAN, ROSTER
 
 from umbel_client.config import ClientConfig
-from umbel_common.config import parse_toml
 from umbel_common.errors import ConfigError, PlanError, RemoteProtocolError
-from umbel_common.plan import check_plan
+from umbel_common.plans.plan import check_plan
 from umbel_common.secagg import participant
+from umbel_common.toml_values import parse_toml
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from fuzz.choices import Choices
 from fuzz.target import Place, Property, Target
 
 from umbel_common.errors import RemoteProtocolError
-from umbel_common.wire import Refusal, TrainReply
+from umbel_common.protocol.wire import Refusal, TrainReply
 
 
 def _trainer(place: Place) -> Property:

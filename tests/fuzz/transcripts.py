@@ -20,9 +20,8 @@ from vectors.values import (
 
 from umbel_common.canonical import decode
 from umbel_common.errors import RemoteProtocolError, VerificationError
-from umbel_common.identity import Signed
-from umbel_common.statements import Release
-from umbel_common.transcript import (
+from umbel_common.plans.statements import Release
+from umbel_common.protocol.transcript import (
     GENESIS,
     AttemptAborted,
     Event,
@@ -32,6 +31,7 @@ from umbel_common.transcript import (
     append,
     verify_transcript,
 )
+from umbel_common.trust.identity import Signed
 
 
 def honest_events() -> list[Event]:

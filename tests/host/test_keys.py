@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from umbel_common.errors import IdentityError
-from umbel_common.identity import Identity
+from umbel_common.trust.identity import Identity
 from umbel_host.keys import read_identity, write_identity
 
 

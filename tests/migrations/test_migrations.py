@@ -18,8 +18,8 @@ from umbel_client.policy import Budget
 from umbel_client.session import Session, journal_schema, read_published
 from umbel_common.canonical import decode_canonical
 from umbel_common.errors import LedgerError, StorageError
-from umbel_common.identity import Signed
-from umbel_common.statements import RoundHeader
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.trust.identity import Signed
 from umbel_host.database import Schema
 from umbel_server.queue import SCHEMA as QUEUE
 from umbel_server.queue import JobQueue

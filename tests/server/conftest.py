@@ -7,17 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from umbel_common.adapter import Vector, size_of
+from umbel_common.adapters.site_counts import SiteCounts, with_counts
+from umbel_common.adapters.vector import Vector, size_of
 from umbel_common.errors import RemoteProtocolError, UmbelError
-from umbel_common.evaluation import Evaluation, GateResult
-from umbel_common.identity import Identity, Roster, open_signed
-from umbel_common.plan import TrainingPlan
-from umbel_common.quantise import RingVector, encode, encoding_of
-from umbel_common.secagg import participant as secagg
-from umbel_common.secagg.unmasking import WrongShare
-from umbel_common.site_counts import SiteCounts, with_counts
-from umbel_common.statements import Release, RoundHeader
-from umbel_common.wire import (
+from umbel_common.plans.figures import Evaluation, GateResult
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.statements import Release, RoundHeader
+from umbel_common.protocol.wire import (
     ConfirmReply,
     ConfirmRequest,
     FinishReply,
@@ -40,6 +36,10 @@ from umbel_common.wire import (
     seal_reply,
     size_limit,
 )
+from umbel_common.secagg import participant as secagg
+from umbel_common.secagg.encoding import RingVector, encode, encoding_of
+from umbel_common.secagg.unmasking import WrongShare
+from umbel_common.trust.identity import Identity, Roster, open_signed
 from umbel_server.config import Limits
 from umbel_server.job import Job
 from umbel_server.link import Step

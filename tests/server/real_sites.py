@@ -6,12 +6,9 @@ from typing import Any
 import numpy as np
 
 from umbel_common.errors import RemoteProtocolError
-from umbel_common.identity import Identity, Roster
-from umbel_common.plan import TrainingPlan
-from umbel_common.secagg import participant
-from umbel_common.secagg.masking import add_masks
-from umbel_common.statements import RoundHeader
-from umbel_common.wire import (
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.protocol.wire import (
     ConfirmReply,
     ConfirmRequest,
     MaskReply,
@@ -26,6 +23,9 @@ from umbel_common.wire import (
     UnmaskReply,
     UnmaskRequest,
 )
+from umbel_common.secagg import participant
+from umbel_common.secagg.masking import add_masks
+from umbel_common.trust.identity import Identity, Roster
 
 
 class Sites:

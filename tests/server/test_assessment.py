@@ -7,14 +7,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from umbel_common.adapter import Vector, initial_vector
+from umbel_common.adapters.vector import Vector, initial_vector
 from umbel_common.errors import ConfigError, DataError, JobFailed, UmbelError
-from umbel_common.evaluation import ClassificationFigures, Evaluation, Loss
-from umbel_common.identity import open_signed
-from umbel_common.plan import Adam, Aggregation, ReleaseGate, Training, TrainingPlan
-from umbel_common.statements import EarlyEnd
-from umbel_common.transcript import verify_transcript
-from umbel_common.wire import FinishRequest, TrainRequest
+from umbel_common.plans.figures import ClassificationFigures, Evaluation, Loss
+from umbel_common.plans.plan import Adam, Aggregation, ReleaseGate, Training, TrainingPlan
+from umbel_common.plans.statements import EarlyEnd
+from umbel_common.protocol.transcript import verify_transcript
+from umbel_common.protocol.wire import FinishRequest, TrainRequest
+from umbel_common.trust.identity import open_signed
 
 MakeSetting = Callable[..., Any]
 THREE = Aggregation(threshold=3, clip_range=1.0, step=1e-6)

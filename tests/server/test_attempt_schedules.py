@@ -18,11 +18,9 @@ from server.real_sites import Sites
 
 from umbel_common.canonical import decode
 from umbel_common.errors import RoundAborted
-from umbel_common.identity import Identity, Roster, Signed, sign
-from umbel_common.plan import Aggregation, TrainingPlan
-from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
-from umbel_common.statements import RoundHeader
-from umbel_common.wire import (
+from umbel_common.plans.plan import Aggregation, TrainingPlan
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.protocol.wire import (
     ConfirmReply,
     MaskReply,
     Refusal,
@@ -32,6 +30,8 @@ from umbel_common.wire import (
     TrainRequest,
     UnmaskReply,
 )
+from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
+from umbel_common.trust.identity import Identity, Roster, Signed, sign
 from umbel_server.round import Attempt, Outcome, start
 
 LENGTH = 5

@@ -5,11 +5,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from umbel_common.adapter import Vector, adapter_digest, initial_vector, merge
+from umbel_common.adapters.vector import Vector, adapter_digest, initial_vector, merge
 from umbel_common.errors import JobFailed, PlanError
-from umbel_common.plan import Aggregation, FederatedEvaluation
-from umbel_common.transcript import verify_transcript
-from umbel_common.wire import (
+from umbel_common.plans.plan import Aggregation, FederatedEvaluation
+from umbel_common.protocol.transcript import verify_transcript
+from umbel_common.protocol.wire import (
     FinishRequest,
     MaskRequest,
     OfferReply,

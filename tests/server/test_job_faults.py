@@ -13,16 +13,13 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from umbel_common.adapter import adapter_digest, initial_vector, merge
+from umbel_common.adapters.vector import adapter_digest, initial_vector, merge
 from umbel_common.canonical import decode
 from umbel_common.errors import JobFailed
-from umbel_common.identity import open_signed, sign
-from umbel_common.plan import Aggregation
-from umbel_common.quantise import decode_sum, encoding_of
-from umbel_common.secagg.messages import EncryptedShare, KeyAdvert
-from umbel_common.statements import RoundHeader
-from umbel_common.transcript import AttemptAborted, Entry, verify_transcript
-from umbel_common.wire import (
+from umbel_common.plans.plan import Aggregation
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.protocol.transcript import AttemptAborted, Entry, verify_transcript
+from umbel_common.protocol.wire import (
     MaskRequest,
     ShareReply,
     TrainReply,
@@ -31,6 +28,9 @@ from umbel_common.wire import (
     request_digest,
     seal_reply,
 )
+from umbel_common.secagg.encoding import decode_sum, encoding_of
+from umbel_common.secagg.messages import EncryptedShare, KeyAdvert
+from umbel_common.trust.identity import open_signed, sign
 from umbel_server.link import Step
 
 THREE = Aggregation(threshold=3, clip_range=1.0, step=1e-6)

@@ -8,11 +8,11 @@ import msgspec
 import pytest
 
 from umbel_common.errors import JobFailed
-from umbel_common.identity import open_signed
-from umbel_common.plan import Aggregation
+from umbel_common.plans.plan import Aggregation
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.protocol.wire import TrainRequest
 from umbel_common.secagg.messages import KeyAdvert
-from umbel_common.statements import RoundHeader
-from umbel_common.wire import TrainRequest
+from umbel_common.trust.identity import open_signed
 from umbel_server.store import Store
 
 THREE = Aggregation(threshold=3, clip_range=1.0, step=1e-6)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from umbel_common.errors import JobUnknown, RunExists, StorageError
-from umbel_common.identity import Identity, sign
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.trust.identity import Identity, sign
 from umbel_server.queue import JobQueue, State
 
 MakePlan = Callable[..., TrainingPlan]

@@ -13,9 +13,9 @@ from enrolling import Enrolling, give_command, read_kit
 from typer.testing import CliRunner
 
 import umbel_server.cli
-from umbel_common.enrolment import ask, request_to_json
 from umbel_common.errors import IdentityError, StorageError
-from umbel_common.identity import Identity, fingerprint
+from umbel_common.trust.enrolment import ask, request_to_json
+from umbel_common.trust.identity import Identity, fingerprint
 from umbel_host.supervisor import Command
 from umbel_server import operator_files, sites_cli
 from umbel_server.authority import AUTHORITY_DAYS, certificate_pem, new_key

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from umbel_common.adapter import initial_vector
+from umbel_common.adapters.vector import initial_vector
 from umbel_common.errors import StorageError
-from umbel_common.identity import Signed, sign
-from umbel_common.plan import TrainingPlan
-from umbel_common.statements import Release
-from umbel_common.transcript import JobStarted
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.statements import Release
+from umbel_common.protocol.transcript import JobStarted
+from umbel_common.trust.identity import Signed, sign
 from umbel_host.keys import read_identity
 from umbel_host.process import locked
 from umbel_server.cli import app

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from umbel_common.adapter import initial_vector
+from umbel_common.adapters.vector import initial_vector
 from umbel_common.errors import StorageError
-from umbel_common.identity import Identity, sign
-from umbel_common.plan import TrainingPlan
-from umbel_common.statements import Release
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.statements import Release
+from umbel_common.trust.identity import Identity, sign
 from umbel_server.registry import Registry
 from umbel_server.store import Store
 

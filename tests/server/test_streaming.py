@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from umbel_common.errors import JobFailed
-from umbel_common.plan import Aggregation, Lora, Tensor
+from umbel_common.plans.plan import Aggregation, Lora, Tensor
 from umbel_server.link import Step
 
 SITES = 6

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from umbel_common.errors import JobFailed
-from umbel_common.plan import Aggregation
-from umbel_common.wire import MAGIC, WIRE_VERSION
+from umbel_common.plans.plan import Aggregation
+from umbel_common.protocol.wire import MAGIC, WIRE_VERSION
 from umbel_server.progress import Progress
 from umbel_server.queue import JobQueue
 

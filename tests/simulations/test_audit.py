@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from umbel_client.data import Record, Records
 from umbel_common.errors import ConfigError, VerificationError
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
 from umbel_simulations.audit import AuditResult, as_table, audit_scenario, check
 from umbel_simulations.audit_bound import chance_of, epsilon_lower_bound
 from umbel_simulations.audit_data import (

@@ -8,7 +8,7 @@ import pytest
 from small_models import plan_for, save_bert
 
 from umbel_client.data import Record, Records
-from umbel_common.plan import Classification, LocalPrivacy, Sgd, Training, TrainingPlan
+from umbel_common.plans.plan import Classification, LocalPrivacy, Sgd, Training, TrainingPlan
 from umbel_simulations.inversion import exposed, invert
 
 WORDS = [f"w{index}" for index in range(595)]

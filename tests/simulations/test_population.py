@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from umbel_client.data import load_records
 from umbel_common.errors import DataError
-from umbel_common.plan import Classification
+from umbel_common.plans.plan import Classification
 from umbel_simulations.population import partition, write_site_data
 from umbel_simulations.scenario import Sites
 from umbel_simulations.sources import Example

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from umbel_common.errors import ConfigError, ModelError
-from umbel_common.plan import Adam, LocalPrivacy, NoPrivacy
+from umbel_common.plans.plan import Adam, LocalPrivacy, NoPrivacy
 from umbel_simulations.base_model import model_folder
 from umbel_simulations.planning import make_plan
 from umbel_simulations.scenario import FileData, Icd10Data, Model, Scenario, Sites

@@ -8,7 +8,6 @@ from vectors.cases import Case, Drawn, accepted, identity, refused, sample
 from vectors.run import Run
 from vectors.values import HEADER, IDENTITIES, ROSTER, SITES
 
-from umbel_common.identity import Signed, sign
 from umbel_common.secagg.messages import (
     EncryptedShare,
     KeyAdvert,
@@ -18,6 +17,7 @@ from umbel_common.secagg.messages import (
 )
 from umbel_common.secagg.primitives import agree, derive, load, public_key, seal, share_binding
 from umbel_common.secagg.shamir import PRIME
+from umbel_common.trust.identity import Signed, sign
 
 DROPOUT = "site-c drops out before it sends its vector"
 PAST_PRIME = PRIME.to_bytes(32, "big")

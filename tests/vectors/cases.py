@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from umbel_common.canonical import Value
-from umbel_common.identity import Identity
+from umbel_common.trust.identity import Identity
 
 Case: TypeAlias = dict[str, Any]
 

@@ -7,7 +7,7 @@ from vectors.cases import Case, accepted, identity, refused
 from vectors.messagepack import Pairs, Raw, pack
 from vectors.values import CONTEXT, IDENTITIES, OPERATOR, REPLIES, REQUESTS, SITES
 
-from umbel_common.wire import (
+from umbel_common.protocol.wire import (
     HEADER_BYTES,
     MAGIC,
     Reply,

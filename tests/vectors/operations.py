@@ -8,14 +8,16 @@ import numpy as np
 from vectors.cases import from_json, long_bytes, replayed, sample, to_json
 from vectors.run import Run
 
-from umbel_common import canonical, identity, transcript, wire
-from umbel_common.adapter import from_bytes
+from umbel_common import canonical
+from umbel_common.adapters.vector import from_bytes
 from umbel_common.canonical import Value
-from umbel_common.identity import Identity, Signed
-from umbel_common.plan import TrainingPlan
-from umbel_common.quantise import Encoding, encode
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.protocol import transcript, wire
 from umbel_common.secagg import masking, messages, primitives, shamir
-from umbel_common.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.secagg.encoding import Encoding, encode
+from umbel_common.trust import identity
+from umbel_common.trust.identity import Identity, Signed
 
 KINDS: dict[str, type[Value]] = {
     identity.label_of(kind): kind

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 from vectors.cases import Case, Drawn, accepted, long_bytes, refused, sample
 
-from umbel_common.adapter import from_bytes
+from umbel_common.adapters.vector import from_bytes
 from umbel_common.canonical import digest
-from umbel_common.identity import fingerprint
-from umbel_common.quantise import Encoding, encode
 from umbel_common.secagg import masking, primitives, shamir
+from umbel_common.secagg.encoding import Encoding, encode
+from umbel_common.trust.identity import fingerprint
 
 LOCAL = "LocalProtocolError"
 SMALL_ORDER = (

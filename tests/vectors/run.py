@@ -7,9 +7,9 @@ import msgspec
 import numpy as np
 
 from umbel_common.canonical import Entropy
-from umbel_common.identity import Identity, Roster
+from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg import coordinator, participant
-from umbel_common.statements import RoundHeader
+from umbel_common.trust.identity import Identity, Roster
 
 STAGES = ("advertise", "share", "mask", "confirm", "reveal")
 

@@ -7,7 +7,7 @@ from vectors.messagepack import Pairs, Raw, pack
 from vectors.values import ADVERT, HEADER, RELEASE, ROSTER, STATEMENTS, SURVIVORS
 
 from umbel_common.canonical import Value, digest, encode
-from umbel_common.identity import label_of
+from umbel_common.trust.identity import label_of
 
 MALFORMED = "malformed-message"
 

@@ -4,9 +4,8 @@ import msgspec
 from vectors.cases import identity, sample
 
 from umbel_common.canonical import Value
-from umbel_common.evaluation import GateResult
-from umbel_common.identity import Member, Roster, Signed, sign
-from umbel_common.plan import (
+from umbel_common.plans.figures import GateResult
+from umbel_common.plans.plan import (
     Adam,
     Aggregation,
     BaseModel,
@@ -20,22 +19,15 @@ from umbel_common.plan import (
     Training,
     TrainingPlan,
 )
-from umbel_common.secagg.messages import (
-    EncryptedShare,
-    KeyAdvert,
-    RevealedShare,
-    Survivors,
-    SurvivorSignature,
-)
-from umbel_common.statements import EarlyEnd, Release, RoundHeader
-from umbel_common.transcript import (
+from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.protocol.transcript import (
     AttemptAborted,
     Entry,
     JobFinished,
     JobStarted,
     RoundReleased,
 )
-from umbel_common.wire import (
+from umbel_common.protocol.wire import (
     ConfirmReply,
     ConfirmRequest,
     FinishReply,
@@ -55,6 +47,14 @@ from umbel_common.wire import (
     UnmaskReply,
     UnmaskRequest,
 )
+from umbel_common.secagg.messages import (
+    EncryptedShare,
+    KeyAdvert,
+    RevealedShare,
+    Survivors,
+    SurvivorSignature,
+)
+from umbel_common.trust.identity import Member, Roster, Signed, sign
 
 SITES = ("site-a", "site-b", "site-c")
 OPERATOR = identity("operator")

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from umbel_common.canonical import decode
 from umbel_common.errors import require
-from umbel_common.identity import Roster, Signed, open_signed
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
+from umbel_common.trust.identity import Roster, Signed, open_signed
 
 
 def open_advert(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from umbel_common.errors import LocalProtocolError, RoundAborted, require
-from umbel_common.identity import Roster, Signed
+from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg.checks import check_distinct_keys, open_advert, open_survivors
 from umbel_common.secagg.messages import (
     EncryptedShare,
@@ -29,7 +29,7 @@ from umbel_common.secagg.messages import (
 from umbel_common.secagg.primitives import KEY_BYTES, agree, load
 from umbel_common.secagg.shamir import is_element
 from umbel_common.secagg.unmasking import Aggregate, RunningSum, Secrets, unmask
-from umbel_common.statements import RoundHeader
+from umbel_common.trust.identity import Roster, Signed
 
 __all__ = [
     "Advertising",

@@ -6,7 +6,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from umbel_common.errors import LocalProtocolError
-from umbel_common.quantise import RingVector
+from umbel_common.secagg.encoding import RingVector
 from umbel_common.secagg.primitives import CHUNK_BYTES, Keystream, agree, derive
 
 

@@ -5,8 +5,8 @@ from typing import Annotated
 import msgspec
 
 from umbel_common.canonical import Digest, Name, Value
-from umbel_common.identity import Signed
-from umbel_common.statements import Cohort, check_sorted
+from umbel_common.plans.statements import Cohort, check_sorted
+from umbel_common.trust.identity import Signed
 
 X25519Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 ShareBytes = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]

@@ -16,9 +16,9 @@ import msgspec
 
 from umbel_common.canonical import Digest, Entropy, Name, Value
 from umbel_common.errors import require
-from umbel_common.identity import Identity, Roster, Signed, sign
-from umbel_common.quantise import RingVector
+from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg.checks import check_distinct_keys, open_advert, open_survivors
+from umbel_common.secagg.encoding import RingVector
 from umbel_common.secagg.masking import (
     add_masks,
     check_ring_vector,
@@ -47,7 +47,7 @@ from umbel_common.secagg.primitives import (
 )
 from umbel_common.secagg.rules import Rules, check_distinct, check_nested
 from umbel_common.secagg.shamir import SHARE_BYTES, draw_element, is_element, split
-from umbel_common.statements import RoundHeader
+from umbel_common.trust.identity import Identity, Roster, Signed, sign
 
 __all__ = [
     "Advertised",

@@ -15,7 +15,7 @@ from itertools import islice
 import numpy as np
 
 from umbel_common.errors import LocalProtocolError, RoundAborted, require
-from umbel_common.quantise import RingVector
+from umbel_common.secagg.encoding import RingVector
 from umbel_common.secagg.masking import add_masks, pairwise_key, self_mask_key
 from umbel_common.secagg.messages import KeyAdvert
 from umbel_common.secagg.primitives import commit, load, public_key

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from umbel_common.canonical import decode, encode
-from umbel_common.identity import Identity, Member, Roster
+from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg import coordinator, participant
 from umbel_common.secagg.participant import Rules, State
-from umbel_common.statements import RoundHeader
+from umbel_common.trust.identity import Identity, Member, Roster
 
 STAGES = ("advertise", "share", "mask", "confirm", "reveal")
 

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from umbel_common.errors import RemoteProtocolError, RoundAborted
-from umbel_common.identity import sign
-from umbel_common.quantise import Encoding, decode_sum, encode
+from umbel_common.secagg.encoding import Encoding, decode_sum, encode
 from umbel_common.secagg.messages import KeyAdvert
+from umbel_common.trust.identity import sign
 
 STAGES = ("advertise", "share", "mask", "confirm", "reveal")
 ABORTS = (

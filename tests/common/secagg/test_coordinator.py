@@ -12,11 +12,11 @@ from umbel_common.errors import (
     RemoteProtocolError,
     RoundAborted,
 )
-from umbel_common.identity import Identity, sign
 from umbel_common.secagg import coordinator
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
 from umbel_common.secagg.shamir import PRIME
 from umbel_common.secagg.unmasking import LostSecrets, WrongShare
+from umbel_common.trust.identity import Identity, sign
 
 ME, PEER, OTHER = "site-00", "site-01", "site-02"
 ORDER_8 = bytes.fromhex("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800")

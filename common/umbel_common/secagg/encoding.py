@@ -12,10 +12,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from umbel_common.adapter import Vector
+from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy, Value
 from umbel_common.errors import LocalProtocolError, PlanError, require
-from umbel_common.plan import Aggregation, Positive
+from umbel_common.plans.plan import Aggregation, Positive
 from umbel_common.secagg.primitives import KEY_BYTES, Keystream, draw
 
 RingVector: TypeAlias = np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]

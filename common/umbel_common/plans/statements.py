@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from umbel_common.canonical import Digest, Name, Value, digest, encode
-from umbel_common.identity import label_of
+from umbel_common.trust.identity import label_of
 
 RoundNumber = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 AttemptNumber = Annotated[int, msgspec.Meta(ge=1, le=1_000)]

@@ -5,8 +5,8 @@ says.
 """
 
 from umbel_common.canonical import Value
-from umbel_common.identity import Member, PublicKey, Roster
-from umbel_common.key_statements import OPERATOR, SignedRevocation, SignedRotation
+from umbel_common.trust.identity import Member, PublicKey, Roster
+from umbel_common.trust.key_statements import OPERATOR, SignedRevocation, SignedRotation
 
 
 class RosterDocument(Value, frozen=True):

@@ -19,14 +19,14 @@ from cryptography.hazmat.primitives.serialization import (
 
 from umbel_common.canonical import Name, V, Value, digest, encode
 from umbel_common.errors import IdentityError, SignatureError
-from umbel_common.identity import (
+from umbel_common.trust.identity import (
     SIGNATURE_BYTES,
     Identity,
     PublicKey,
     label_of,
     verifies,
 )
-from umbel_common.key_statements import OPERATOR
+from umbel_common.trust.key_statements import OPERATOR
 
 Pem = Annotated[str, msgspec.Meta(max_length=8192)]
 

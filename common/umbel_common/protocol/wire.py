@@ -15,13 +15,13 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
+from umbel_common.adapters.site_counts import COORDINATES
 from umbel_common.canonical import Digest, Value, decode, digest
 from umbel_common.errors import require
-from umbel_common.identity import SIGNATURE_BYTES, Identity, Signed, verifies
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.statements import Cohort
 from umbel_common.secagg.messages import EncryptedShare, RevealedShare, SurvivorSignature
-from umbel_common.site_counts import COORDINATES
-from umbel_common.statements import Cohort
+from umbel_common.trust.identity import SIGNATURE_BYTES, Identity, Signed, verifies
 
 WIRE_VERSION = 2
 """Of everything in this file, and of `umbel_common.secagg.messages`: any change is another one."""

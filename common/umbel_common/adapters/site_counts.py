@@ -6,9 +6,9 @@ score and records, as shares of `max_records` in units of the clip range.
 
 import numpy as np
 
-from umbel_common.adapter import Vector, size_of
+from umbel_common.adapters.vector import Vector, size_of
 from umbel_common.canonical import Value
-from umbel_common.plan import Aggregation, FederatedEvaluation, TrainingPlan
+from umbel_common.plans.plan import Aggregation, FederatedEvaluation, TrainingPlan
 
 COORDINATES = 2
 """Score and records."""

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from umbel_common.canonical import Name, Value, encode
-from umbel_common.identity import (
+from umbel_common.trust.identity import (
     SIGNATURE_BYTES,
     Identity,
     PublicKey,

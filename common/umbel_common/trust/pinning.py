@@ -16,9 +16,9 @@ from typing import TypeVar
 import msgspec
 
 from umbel_common.errors import IdentityError, SignatureError
-from umbel_common.identity import Member, Roster, fingerprint
-from umbel_common.key_statements import OPERATOR, SignedRevocation, SignedRotation
-from umbel_common.roster_document import RosterChange, RosterDocument
+from umbel_common.trust.identity import Member, Roster, fingerprint
+from umbel_common.trust.key_statements import OPERATOR, SignedRevocation, SignedRotation
+from umbel_common.trust.roster import RosterChange, RosterDocument
 
 
 def merge(pinned: RosterDocument | None, proposed: RosterDocument, file: object) -> RosterDocument:

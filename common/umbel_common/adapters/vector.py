@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from umbel_common.canonical import digest
 from umbel_common.errors import PlanError, require
-from umbel_common.plan import Classification, Tensor, TrainingPlan
+from umbel_common.plans.plan import Classification, Tensor, TrainingPlan
 
 Vector: TypeAlias = npt.NDArray[np.float32]
 

@@ -11,18 +11,18 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
+from umbel_common.adapters.site_counts import SiteCounts
 from umbel_common.canonical import Digest, Name, Value, decode, digest, encode
 from umbel_common.errors import (
     IdentityError,
     RemoteProtocolError,
     VerificationError,
 )
-from umbel_common.evaluation import GateResult
-from umbel_common.identity import Identity, Roster, Signed, open_signed, sign
-from umbel_common.plan import TrainingPlan
+from umbel_common.plans.figures import GateResult
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
-from umbel_common.site_counts import SiteCounts
-from umbel_common.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.trust.identity import Identity, Roster, Signed, open_signed, sign
 
 GENESIS = bytes(32)
 

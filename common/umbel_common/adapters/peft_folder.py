@@ -8,9 +8,9 @@ card shows the few lines of plain torch that apply it.
 import json
 from typing import Any, Literal, TypeAlias
 
-from umbel_common.adapter import Vector, unflatten
-from umbel_common.plan import Classification, TrainingPlan
-from umbel_common.plan_file import plan_to_json
+from umbel_common.adapters.vector import Vector, unflatten
+from umbel_common.plans.plan import Classification, TrainingPlan
+from umbel_common.plans.plan_file import plan_to_json
 
 ADAPTER_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"

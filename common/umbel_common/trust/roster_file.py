@@ -10,9 +10,9 @@ import msgspec
 
 from umbel_common.canonical import Name, V
 from umbel_common.errors import IdentityError
-from umbel_common.identity import SIGNATURE_BYTES, Member, Roster
-from umbel_common.key_statements import SignedRevocation, SignedRotation
-from umbel_common.roster_document import RosterDocument
+from umbel_common.trust.identity import SIGNATURE_BYTES, Member, Roster
+from umbel_common.trust.key_statements import SignedRevocation, SignedRotation
+from umbel_common.trust.roster import RosterDocument
 
 KEY_BYTES = 32
 

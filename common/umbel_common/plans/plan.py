@@ -11,7 +11,7 @@ import msgspec
 
 from umbel_common.canonical import Digest, Name, Value, digest, encode
 from umbel_common.errors import PlanError
-from umbel_common.identity import label_of
+from umbel_common.trust.identity import label_of
 
 # Bounds keep every product of these in float32's range: an overflow in one record's gradient would
 # be a signal that no noise covers, and a denormal clip norm would not clip.

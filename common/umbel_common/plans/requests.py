@@ -5,8 +5,8 @@ from typing import Annotated
 import msgspec
 
 from umbel_common.canonical import Value
-from umbel_common.evaluation import AnswerCount, AnswerTokens, BatchSize, Format
-from umbel_common.plan import Count
+from umbel_common.plans.figures import AnswerCount, AnswerTokens, BatchSize, Format
+from umbel_common.plans.plan import Count
 
 
 class TuningRequest(Value, frozen=True):

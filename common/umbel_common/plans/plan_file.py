@@ -10,8 +10,7 @@ import msgspec
 
 from umbel_common.canonical import encode
 from umbel_common.errors import PlanError
-from umbel_common.identity import SIGNATURE_BYTES, Signed
-from umbel_common.plan import (
+from umbel_common.plans.plan import (
     Classification,
     LocalPrivacy,
     Task,
@@ -19,6 +18,7 @@ from umbel_common.plan import (
     check_plan,
     deviation,
 )
+from umbel_common.trust.identity import SIGNATURE_BYTES, Signed
 
 
 class _PlanEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):

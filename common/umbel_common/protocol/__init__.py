@@ -1,0 +1,1 @@
+"""Messages and transcript: what parties say, and what anybody can verify later."""
