@@ -25,7 +25,7 @@ from umbel_common.trust.enrolment import (
 from umbel_common.trust.identity import Identity, fingerprint
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_from_json
-from umbel_host.keys import read_identity
+from umbel_host.files.keys import read_identity
 
 
 def give_command(app: typer.Typer, folder: Path, *words: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from umbel_common.trust.identity import Identity, Member, Roster
 from umbel_common.trust.roster_file import document_from_json, document_to_json, roster_to_json
-from umbel_host.keys import read_identity, write_identity
+from umbel_host.files.keys import read_identity, write_identity
 
 PAGE = Path(__file__).parent.parent / "docs" / "keys.md"
 SITES = {"north": 1, "south": 2}

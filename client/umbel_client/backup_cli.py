@@ -9,7 +9,7 @@ from rich.console import Console
 from umbel_client.options import CLIENT_TOML, Config
 from umbel_client.state_backup import back_up
 from umbel_client.state_backup import restore as put_back
-from umbel_host.console import print_lines
+from umbel_host.terminal import print_lines
 
 
 def backup(

@@ -26,7 +26,7 @@ from umbel_client.options import CLIENT_TOML, Config, Json
 from umbel_client.policy import Budget
 from umbel_client.session import Published, read_published
 from umbel_client.state_spend_cli import state_spend
-from umbel_host.console import print_lines
+from umbel_host.terminal import print_lines
 
 budget = typer.Typer(
     help="What the data set has cost: show, history, verify, carry, state-spend.",

@@ -8,7 +8,7 @@ from umbel_client import backup_cli, join_cli, keys_cli, local_cli, service_cli
 from umbel_client.budget_cli import budget
 from umbel_client.data_cli import data
 from umbel_client.roster_cli import roster
-from umbel_host.console import exit_code
+from umbel_host.terminal import exit_code
 
 app = typer.Typer(
     name="umbel-client",

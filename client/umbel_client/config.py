@@ -34,7 +34,7 @@ from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import Count, Fraction
 from umbel_common.toml_values import from_table
 from umbel_common.trust.enrolment import Address
-from umbel_host.text_file import read_toml, read_toml_table
+from umbel_host.files.text_file import read_toml, read_toml_table
 
 POLICY_FILE = "policy.toml"
 """What a file with the policy is called."""

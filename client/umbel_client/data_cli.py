@@ -16,8 +16,8 @@ from umbel_client.config import ClientConfig, DataConfig, load_config
 from umbel_client.options import CLIENT_TOML
 from umbel_common.errors import DataError
 from umbel_common.plans.plan_file import plan_from_json, task_text
-from umbel_host.console import print_lines
-from umbel_host.text_file import read_text
+from umbel_host.files.text_file import read_text
+from umbel_host.terminal import print_lines
 
 if TYPE_CHECKING:
     from umbel_client.data_report import Cut, DataReport, Spread

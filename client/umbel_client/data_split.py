@@ -16,7 +16,7 @@ from umbel_client.examples import Examples, Group
 from umbel_client.tables import json_lines
 from umbel_common.canonical import digest
 from umbel_common.errors import DataError, StorageError
-from umbel_host.durable import create, sync_folder
+from umbel_host.files.durable import create, sync_folder
 
 PARTS = ("train", "validation", "test")
 """Names of the files, in the order of the shares."""

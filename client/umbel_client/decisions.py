@@ -11,7 +11,7 @@ from umbel_common.canonical import decode_canonical, encode
 from umbel_common.errors import PolicyRefusal, RemoteProtocolError, StorageError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.trust.identity import Signed
-from umbel_host.durable import replace, sync_folder
+from umbel_host.files.durable import replace, sync_folder
 
 MOST_WAITING = 20
 """Plans that may wait for a decision: a server could fill the disk with proposals."""

@@ -14,9 +14,9 @@ import numpy.typing as npt
 from umbel_common.adapters.vector import Vector, to_bytes
 from umbel_common.canonical import digest, digest_of
 from umbel_common.errors import LedgerError, StorageError
-from umbel_host import tensor_file
-from umbel_host.durable import sync_folder
-from umbel_host.tensor_file import TensorFile
+from umbel_host.files import tensor_file
+from umbel_host.files.durable import sync_folder
+from umbel_host.files.tensor_file import TensorFile
 
 State = dict[str, npt.NDArray[np.float32]]
 """The optimiser's state by name, as `training.train_round` gives and takes it."""

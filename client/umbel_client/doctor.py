@@ -28,7 +28,7 @@ from umbel_client.proxy import way_to
 from umbel_common.errors import UmbelError, UnreachableError
 from umbel_common.plans.plan import CausalLm, Classification, Task
 from umbel_common.trust.identity import fingerprint
-from umbel_host.keys import read_identity
+from umbel_host.files.keys import read_identity
 
 _SOON = timedelta(days=30)
 _ENOUGH_BYTES = 1 << 30

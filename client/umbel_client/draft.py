@@ -25,7 +25,7 @@ from umbel_common.plans.plan import (
     TrainingPlan,
     check_plan,
 )
-from umbel_host.text_file import read_toml
+from umbel_host.files.text_file import read_toml
 
 
 class DraftModel(Value, frozen=True):

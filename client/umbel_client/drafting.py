@@ -50,7 +50,7 @@ from pathlib import Path
 
 from umbel_client.draft import read_plan
 from umbel_common.plans.plan_file import plan_to_json
-from umbel_host.console import exit_code
+from umbel_host.terminal import exit_code
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from umbel_common.plans.figures import Evaluation
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.plans.requests import EvaluationRequest
-from umbel_host.console import exit_code
+from umbel_host.terminal import exit_code
 
 
 def evaluate(request: EvaluationRequest) -> Evaluation:

@@ -12,8 +12,8 @@ from umbel_common.errors import ModelError, StorageError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.trust.identity import Signed
-from umbel_host.adapter_folder import RELEASE_FILE, read_vector, write_vector
-from umbel_host.text_file import read_text
+from umbel_host.files.adapter_folder import RELEASE_FILE, read_vector, write_vector
+from umbel_host.files.text_file import read_text
 
 
 def write_adapter(

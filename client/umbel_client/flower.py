@@ -55,9 +55,9 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from umbel_client.proxy import way_to
 from umbel_client.server_clock import ServerClock
 from umbel_common.errors import ConfigError
-from umbel_host.flower import packed_pieces, regrouped, unpacked_pieces
-from umbel_host.keys import read_tls_key
-from umbel_host.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
+from umbel_host.files.keys import read_tls_key
+from umbel_host.transport.flower import packed_pieces, regrouped, unpacked_pieces
+from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
 
 NOT_OURS = 1
 """Code of the error that answers every message that is not Umbel's."""
@@ -80,7 +80,7 @@ _logger = logging.getLogger("umbel.relay")
 T = TypeVar("T")
 
 Pieces = list[bytes]
-"""A sealed message as `umbel_host.flower.regrouped` makes it: a relay has room for it once."""
+"""A sealed message as `umbel_host.transport.flower.regrouped` makes it: a relay holds it once."""
 
 
 def answer(message: Message, handle: Callable[[Pieces], Pieces]) -> Message:

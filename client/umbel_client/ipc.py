@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import msgspec
 
-from umbel_host.sockets import channel, joined, pieces, unreachable
+from umbel_host.transport.sockets import channel, joined, pieces, unreachable
 
 TRAINER = "umbel.v1.Trainer"
 CONTROL = "umbel.v1.Control"

@@ -11,7 +11,7 @@ import socket
 from enum import Enum
 from pathlib import Path
 
-from umbel_host.seccomp import only_unix_sockets
+from umbel_host.processes.seccomp import only_unix_sockets
 
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWNET = 0x40000000

@@ -29,10 +29,10 @@ from umbel_common.trust.enrolment import (
 )
 from umbel_common.trust.identity import Identity, fingerprint
 from umbel_common.trust.roster_file import document_from_json
-from umbel_host.console import name, print_lines, site_name
-from umbel_host.durable import all_or_nothing, create, make_folder, replace
-from umbel_host.keys import read_identity, read_tls_key, write_identity
-from umbel_host.text_file import find_text, read_text, write_new_text
+from umbel_host.files.durable import all_or_nothing, create, make_folder, replace
+from umbel_host.files.keys import read_identity, read_tls_key, write_identity
+from umbel_host.files.text_file import find_text, read_text, write_new_text
+from umbel_host.terminal import name, print_lines, site_name
 
 TEMPLATE = """\
 # This site's configuration: `umbel-client run` reads it. Relative paths start here.

@@ -12,9 +12,9 @@ from umbel_common.trust.identity import Identity, fingerprint
 from umbel_common.trust.key_statements import revoke as sign_revocation
 from umbel_common.trust.key_statements import rotate as sign_rotation
 from umbel_common.trust.roster_file import revocation_to_json, rotation_to_json
-from umbel_host.console import name, print_lines
-from umbel_host.keys import read_identity, write_identity
-from umbel_host.text_file import write_new_text
+from umbel_host.files.keys import read_identity, write_identity
+from umbel_host.files.text_file import write_new_text
+from umbel_host.terminal import name, print_lines
 
 Federation = Annotated[
     str, typer.Option(callback=name, help="Name of the federation, as in the roster.")

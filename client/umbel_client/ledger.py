@@ -60,7 +60,7 @@ from umbel_client.ledger_rows import (
 from umbel_client.policy import Budget
 from umbel_common.canonical import Entropy, decode_canonical, encode
 from umbel_common.errors import BudgetError, LedgerError, RemoteProtocolError
-from umbel_host.database import migrate, transaction
+from umbel_host.files.database import migrate, transaction
 
 
 class Ledger:

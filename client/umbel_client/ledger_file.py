@@ -11,7 +11,7 @@ from typing import BinaryIO
 from umbel_client.ledger_rows import Contents, Row
 from umbel_common.canonical import encode
 from umbel_common.errors import LedgerError, RemoteProtocolError, StorageError
-from umbel_host.database import Schema, migrate, read_only, schema_version, transaction
+from umbel_host.files.database import Schema, migrate, read_only, schema_version, transaction
 
 _JOURNAL = """
 CREATE TABLE journal (answers INTEGER NOT NULL) STRICT;

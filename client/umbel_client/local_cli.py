@@ -24,7 +24,7 @@ from umbel_common.plans.plan import (
     TrainingPlan,
 )
 from umbel_common.plans.plan_file import plan_from_json
-from umbel_host.text_file import read_text
+from umbel_host.files.text_file import read_text
 
 if TYPE_CHECKING:
     from umbel_client.model import AdaptedModel

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from umbel_common.canonical import digest
 from umbel_common.errors import ModelError
-from umbel_host.process import reason
+from umbel_host.processes.lifecycle import reason
 
 TOKENIZER_FILES = (
     "added_tokens.json",

@@ -20,8 +20,8 @@ from umbel_common.trust.key_statements import SignedRevocation
 from umbel_common.trust.pinning import check_revocation
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_from_json, document_to_json
-from umbel_host.durable import replace
-from umbel_host.text_file import find_text
+from umbel_host.files.durable import replace
+from umbel_host.files.text_file import find_text
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from umbel_client.config import (
 from umbel_client.flower import Connection, Pieces, serve
 from umbel_client.ipc import TrainerStub
 from umbel_common.errors import UnreachableError
-from umbel_host.console import exit_code
-from umbel_host.flower import regrouped
-from umbel_host.log import adopt, configure
-from umbel_host.process import give_memory_back, locked, told_to_stop
-from umbel_host.sockets import SocketServer
+from umbel_host.processes.lifecycle import give_memory_back, locked, told_to_stop
+from umbel_host.processes.log import adopt, configure
+from umbel_host.terminal import exit_code
+from umbel_host.transport.flower import regrouped
+from umbel_host.transport.sockets import SocketServer
 
 PROBE_MODE = 0o660
 _AGAIN_SECONDS = 1.0

@@ -28,9 +28,9 @@ from umbel_common.trust.roster_file import (
     revocation_from_json,
     rotation_from_json,
 )
-from umbel_host.console import print_lines
-from umbel_host.keys import read_identity
-from umbel_host.text_file import read_text, write_new_text
+from umbel_host.files.keys import read_identity
+from umbel_host.files.text_file import read_text, write_new_text
+from umbel_host.terminal import print_lines
 
 roster = typer.Typer(
     help="Whom this site believes: show, compare, approve, revoke.", no_args_is_help=True

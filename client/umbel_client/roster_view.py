@@ -8,7 +8,7 @@ from rich.table import Table
 from umbel_common.trust.identity import fingerprint
 from umbel_common.trust.key_statements import OPERATOR
 from umbel_common.trust.roster import KeyChange, RosterChange, RosterDocument
-from umbel_host.console import print_lines
+from umbel_host.terminal import print_lines
 
 
 def print_roster(console: Console, document: RosterDocument, site: str) -> None:

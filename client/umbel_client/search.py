@@ -22,7 +22,7 @@ from umbel_common.errors import ConfigError, ModelError, StorageError
 from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 from umbel_common.plans.requests import TuningRequest
 from umbel_common.toml_values import parse_toml
-from umbel_host.text_file import read_text, write_new_text
+from umbel_host.files.text_file import read_text, write_new_text
 
 RATES = 30.0
 """Learning rates are looked for between the draft's over so much, and times so much."""

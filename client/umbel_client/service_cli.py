@@ -23,10 +23,10 @@ from umbel_client.options import CLIENT_TOML, Config
 from umbel_client.policy import judge_plan
 from umbel_common.errors import PolicyRefusal, UmbelError, UnreachableError
 from umbel_common.plans.plan_file import plan_lines, privacy_text
-from umbel_host.console import print_lines
-from umbel_host.log import configure
-from umbel_host.sockets import healthy
-from umbel_host.supervisor import Command, supervise
+from umbel_host.processes.log import configure
+from umbel_host.processes.supervisor import Command, supervise
+from umbel_host.terminal import print_lines
+from umbel_host.transport.sockets import healthy
 
 PROBE_SECONDS = 5.0
 

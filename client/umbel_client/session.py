@@ -17,7 +17,7 @@ from umbel_common.canonical import Value, decode_canonical, encode
 from umbel_common.errors import RemoteProtocolError, require
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.trust.identity import Signed
-from umbel_host.database import (
+from umbel_host.files.database import (
     Database,
     Schema,
     read_only,

@@ -12,9 +12,9 @@ from umbel_client.ledger_file import read_ledger, require_head, require_journal
 from umbel_client.ledger_rows import Contents
 from umbel_client.session import Session, journal_schema, read_published
 from umbel_common.errors import StorageError
-from umbel_host.backup import Manifest, read_manifest, require_party, unpack, write_backup
-from umbel_host.database import copy_database
-from umbel_host.restore import config_of, put_back, vacant, workplace
+from umbel_host.files.backup import Manifest, read_manifest, require_party, unpack, write_backup
+from umbel_host.files.database import copy_database
+from umbel_host.files.restore import config_of, put_back, vacant, workplace
 
 CONFIG = "client.toml"
 LEDGER = "state/ledger.sqlite"

@@ -19,8 +19,8 @@ from umbel_common.canonical import decode_canonical
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.trust.identity import Signed
-from umbel_host.console import print_lines
-from umbel_host.text_file import read_text
+from umbel_host.files.text_file import read_text
+from umbel_host.terminal import print_lines
 
 
 def _reached(values: list[str] | None) -> list[str]:

@@ -19,7 +19,7 @@ import msgspec
 
 from umbel_common.canonical import Digest
 from umbel_common.errors import DataError
-from umbel_host.process import reason
+from umbel_host.processes.lifecycle import reason
 
 KINDS = (".jsonl", ".csv", ".parquet", "a folder that save_to_disk wrote")
 """What can be read."""

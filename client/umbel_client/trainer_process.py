@@ -16,8 +16,8 @@ def main() -> int:
     refused = drop_network()
 
     from umbel_client.trainer_service import run
-    from umbel_host.console import exit_code
-    from umbel_host.log import configure
+    from umbel_host.processes.log import configure
+    from umbel_host.terminal import exit_code
 
     configure()
     return exit_code(lambda: run(Path(sys.argv[1]), refused))

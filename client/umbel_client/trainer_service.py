@@ -27,9 +27,9 @@ from umbel_client.pinned_roster import Pinned, load_pinned
 from umbel_client.site_log import SiteLog
 from umbel_client.tables import require_file
 from umbel_common.errors import ConfigError
-from umbel_host.keys import read_identity
-from umbel_host.process import locked, require_state, told_to_stop, until
-from umbel_host.sockets import SocketServer
+from umbel_host.files.keys import read_identity
+from umbel_host.processes.lifecycle import locked, require_state, told_to_stop, until
+from umbel_host.transport.sockets import SocketServer
 
 if TYPE_CHECKING:
     from umbel_client.trainer import Trainer

@@ -13,7 +13,7 @@ from rich.console import Console
 from umbel_client.search import tune
 from umbel_common.errors import ConfigError
 from umbel_common.plans.requests import TuningRequest
-from umbel_host.console import exit_code
+from umbel_host.terminal import exit_code
 
 
 def main() -> int:

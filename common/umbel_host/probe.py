@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from umbel_common.errors import ConfigError, UmbelError
-from umbel_host.console import printable
-from umbel_host.sockets import healthy
+from umbel_host.terminal import printable
+from umbel_host.transport.sockets import healthy
 
 SCHEME = "unix:"
 SECONDS = 5.0

@@ -14,7 +14,7 @@ from umbel_common.plans.figures import ClassificationFigures, loss_text
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Signed, open_signed
-from umbel_host.keys import read_identity
+from umbel_host.files.keys import read_identity
 from umbel_server.config import ServerConfig, load_config
 from umbel_server.options import SERVER_TOML, Config
 from umbel_server.registry import Registry

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from umbel_host.console import print_lines
+from umbel_host.terminal import print_lines
 from umbel_server.options import SERVER_TOML, Config
 from umbel_server.state_backup import back_up
 from umbel_server.state_backup import restore as put_back

@@ -13,7 +13,7 @@ from typing import Protocol
 import grpc
 import msgspec
 
-from umbel_host.sockets import channel, joined, pieces
+from umbel_host.transport.sockets import channel, joined, pieces
 from umbel_server.link import JobStopped, Step
 
 CARRIER = "umbel.v1.Carrier"

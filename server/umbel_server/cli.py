@@ -4,9 +4,9 @@ import sys
 
 import typer
 
-from umbel_host.console import exit_code
-from umbel_host.log import configure
-from umbel_host.supervisor import Command, supervise
+from umbel_host.processes.log import configure
+from umbel_host.processes.supervisor import Command, supervise
+from umbel_host.terminal import exit_code
 from umbel_server import backup_cli, setup_cli, sites_cli
 from umbel_server.adapters_cli import adapters
 from umbel_server.config import load_config

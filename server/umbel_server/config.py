@@ -25,7 +25,7 @@ from umbel_common.plans.plan import Count
 from umbel_common.trust.enrolment import Address
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_from_json
-from umbel_host.text_file import read_text, read_toml
+from umbel_host.files.text_file import read_text, read_toml
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=30 * 86400)]
 

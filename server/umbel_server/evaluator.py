@@ -22,7 +22,7 @@ from umbel_common.plans.figures import Evaluation
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_to_json
 from umbel_common.plans.requests import EvaluationRequest, HoldoutColumns
-from umbel_host.supervisor import end_with_parent
+from umbel_host.processes.supervisor import end_with_parent
 from umbel_server.config import EvaluationConfig
 from umbel_server.link import JobStopped
 

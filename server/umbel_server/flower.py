@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from umbel_host.flower import packed, unpacked
-from umbel_host.pieces import FLOWER_MESSAGE_TYPE
+from umbel_host.transport.flower import packed, unpacked
+from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE
 from umbel_server.link import Step
 
 

@@ -21,9 +21,9 @@ from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.protocol.transcript import Entry, RoundReleased
 from umbel_common.trust.identity import open_signed
-from umbel_host.console import print_lines
-from umbel_host.keys import read_identity
-from umbel_host.text_file import read_text
+from umbel_host.files.keys import read_identity
+from umbel_host.files.text_file import read_text
+from umbel_host.terminal import print_lines
 from umbel_server.config import load_config
 from umbel_server.evaluator import check_evaluation
 from umbel_server.options import SERVER_TOML, Config

@@ -22,8 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from umbel_common.errors import ConfigError
-from umbel_host.keys import read_tls_key
-from umbel_host.pieces import FLOWER_PIECE_BYTES
+from umbel_host.files.keys import read_tls_key
+from umbel_host.transport.pieces import FLOWER_PIECE_BYTES
 
 PATHS = frozenset(
     f"/v1/fleet/{name}"

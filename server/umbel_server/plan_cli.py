@@ -14,9 +14,9 @@ from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json, plan_lines, plan_to_json
 from umbel_common.secagg.encoding import encoding_of
 from umbel_common.trust.identity import fingerprint, open_signed, sign
-from umbel_host.console import print_lines
-from umbel_host.keys import read_identity
-from umbel_host.text_file import read_text, write_new_text
+from umbel_host.files.keys import read_identity
+from umbel_host.files.text_file import read_text, write_new_text
+from umbel_host.terminal import print_lines
 from umbel_server.config import load_config, load_roster
 from umbel_server.options import SERVER_TOML, Config
 

@@ -11,8 +11,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from umbel_common.errors import UmbelError
-from umbel_host.log import adopt
-from umbel_host.sockets import SocketServer
+from umbel_host.processes.log import adopt
+from umbel_host.transport.sockets import SocketServer
 from umbel_server.carrier import CARRIER, methods
 from umbel_server.config import ServerConfig, carrier_socket
 from umbel_server.expiry import to_renew

@@ -21,9 +21,9 @@ def main() -> int:
     """Runs until SIGTERM or SIGINT; returns the exit code."""
     os.environ.update(FLOWER_ENVIRONMENT)
 
-    from umbel_host.console import exit_code
-    from umbel_host.log import configure
-    from umbel_host.process import give_memory_back
+    from umbel_host.processes.lifecycle import give_memory_back
+    from umbel_host.processes.log import configure
+    from umbel_host.terminal import exit_code
 
     give_memory_back()
     configure()
@@ -37,7 +37,7 @@ def run(path: Path) -> None:
         UmbelError: the configuration, a key or certificate, the list of sites, the port, or the
             state folder.
     """
-    from umbel_host.process import locked, require_state, told_to_stop
+    from umbel_host.processes.lifecycle import locked, require_state, told_to_stop
     from umbel_server.config import load_config
     from umbel_server.listener import tls_context
     from umbel_server.sites import load_sites

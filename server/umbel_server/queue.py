@@ -13,7 +13,7 @@ import msgspec
 from umbel_common.canonical import decode_canonical, encode
 from umbel_common.errors import JobUnknown, RunExists
 from umbel_common.trust.identity import Signed
-from umbel_host.database import Database, Schema
+from umbel_host.files.database import Database, Schema
 
 _TABLES = """
 CREATE TABLE jobs (

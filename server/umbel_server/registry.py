@@ -12,7 +12,7 @@ from umbel_common.adapters.peft_folder import text_files
 from umbel_common.adapters.vector import Vector, adapter_digest
 from umbel_common.errors import StorageError
 from umbel_common.plans.plan import TrainingPlan
-from umbel_host.adapter_folder import read_vector, write_vector
+from umbel_host.files.adapter_folder import read_vector, write_vector
 
 
 class Registry:

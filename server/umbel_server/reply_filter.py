@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from umbel_host.pieces import FLOWER_PIECE_BYTES
+from umbel_host.transport.pieces import FLOWER_PIECE_BYTES
 
 PUSH = "/v1/fleet/push-messages"
 MOST_OBJECTS = 2**31 // FLOWER_PIECE_BYTES + 2

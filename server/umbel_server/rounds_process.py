@@ -13,12 +13,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from umbel_common.errors import StorageError
-from umbel_host.console import exit_code
-from umbel_host.keys import read_identity
-from umbel_host.log import configure
-from umbel_host.process import locked, require_state, told_to_stop
-from umbel_host.seccomp import only_unix_sockets
-from umbel_host.sockets import SocketServer
+from umbel_host.files.keys import read_identity
+from umbel_host.processes.lifecycle import locked, require_state, told_to_stop
+from umbel_host.processes.log import configure
+from umbel_host.processes.seccomp import only_unix_sockets
+from umbel_host.terminal import exit_code
+from umbel_host.transport.sockets import SocketServer
 from umbel_server.carrier import CarrierLink
 from umbel_server.config import carrier_socket, load_config, load_roster, rounds_socket
 from umbel_server.link import Link

@@ -12,7 +12,7 @@ from umbel_common.trust.enrolment import (
     Address,
 )
 from umbel_common.trust.identity import fingerprint
-from umbel_host.console import name, print_lines
+from umbel_host.terminal import name, print_lines
 from umbel_server.config import load_config, load_roster
 from umbel_server.expiry import good_until
 from umbel_server.operator_files import (

@@ -10,8 +10,8 @@ import msgspec
 
 from umbel_common.canonical import Name
 from umbel_common.errors import IdentityError, StorageError
-from umbel_host.durable import replace
-from umbel_host.text_file import find_text
+from umbel_host.files.durable import replace
+from umbel_host.files.text_file import find_text
 
 
 class SiteEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

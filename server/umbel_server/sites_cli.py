@@ -23,10 +23,10 @@ from umbel_common.trust.identity import Member, fingerprint
 from umbel_common.trust.key_statements import revoke as sign_revocation
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_to_json, revocation_to_json
-from umbel_host.console import print_lines
-from umbel_host.durable import all_or_nothing
-from umbel_host.keys import read_identity
-from umbel_host.text_file import read_text, write_new_text
+from umbel_host.files.durable import all_or_nothing
+from umbel_host.files.keys import read_identity
+from umbel_host.files.text_file import read_text, write_new_text
+from umbel_host.terminal import print_lines
 from umbel_server.authority import certificate_pem
 from umbel_server.config import ServerConfig, load_config, load_roster
 from umbel_server.expiry import good_until, parse, read, to_renew

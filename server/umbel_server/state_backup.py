@@ -8,9 +8,9 @@ import msgspec
 
 from umbel_common.errors import StorageError
 from umbel_common.trust.identity import fingerprint
-from umbel_host.backup import Manifest, read_manifest, require_party, unpack, write_backup
-from umbel_host.database import copy_database
-from umbel_host.restore import config_of, put_back, vacant, workplace
+from umbel_host.files.backup import Manifest, read_manifest, require_party, unpack, write_backup
+from umbel_host.files.database import copy_database
+from umbel_host.files.restore import config_of, put_back, vacant, workplace
 from umbel_server.config import ServerConfig, load_config, load_roster
 from umbel_server.queue import SCHEMA as QUEUE_SCHEMA
 from umbel_server.queue import JobQueue

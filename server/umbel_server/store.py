@@ -15,7 +15,7 @@ from umbel_common.plans.figures import Evaluation, GateResult
 from umbel_common.protocol.transcript import GENESIS, Event, append
 from umbel_common.protocol.wire import LastAdvert
 from umbel_common.trust.identity import Identity, Signed
-from umbel_host.database import Database, Schema
+from umbel_host.files.database import Database, Schema
 
 _ADVERTS = """
 CREATE TABLE adverts (site TEXT PRIMARY KEY, header BLOB NOT NULL, advert BLOB NOT NULL) STRICT;

@@ -47,8 +47,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import ASGIApp
 
-from umbel_host.flower import PieceElsewhere, names_of_pieces, packed_file, piece_of
-from umbel_host.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
+from umbel_host.transport.flower import PieceElsewhere, names_of_pieces, packed_file, piece_of
+from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
 from umbel_server.reply_filter import ReplyFilter
 
 _logger = logging.getLogger("umbel.port")

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from umbel_host.console import exit_code
+from umbel_host.terminal import exit_code
 
 app = typer.Typer(
     name="umbel-simulate",

@@ -27,7 +27,7 @@ from umbel_common.plans.plan import NoPrivacy, TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Identity, Member, Roster, sign
 from umbel_common.trust.roster_file import roster_from_json, roster_to_json
-from umbel_host.keys import read_identity, write_identity
+from umbel_host.files.keys import read_identity, write_identity
 from umbel_server.config import Limits
 from umbel_server.flower import GridLink
 from umbel_server.job import Job

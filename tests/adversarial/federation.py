@@ -48,7 +48,7 @@ from umbel_common.secagg.encoding import RingVector
 from umbel_common.secagg.messages import RevealedShare
 from umbel_common.trust.identity import Identity, Member, Roster, Signed, sign
 from umbel_common.trust.roster_file import roster_to_json
-from umbel_host.keys import write_identity
+from umbel_host.files.keys import write_identity
 from umbel_server import round as rounds
 
 CLIENT_TOML = """\

@@ -14,7 +14,7 @@ from umbel_client.pinned_roster import load_pinned
 from umbel_client.trainer import Trainer
 from umbel_common.errors import UmbelError
 from umbel_common.plans.plan import TrainingPlan
-from umbel_host.keys import read_identity
+from umbel_host.files.keys import read_identity
 
 AT = "killed-at"
 """The file beside client.toml that says before which step the site was killed."""

@@ -22,7 +22,7 @@ from flwr.app.message import make_message
 from flwr.supercore.task_identity import TaskIdentity
 from toy_federation import Federation, Quiet
 
-from umbel_host.flower import packed, unpacked
+from umbel_host.transport.flower import packed, unpacked
 from umbel_server.config import Limits
 from umbel_server.flower import GridLink
 from umbel_server.job import Job

@@ -16,7 +16,7 @@ from umbel_client.policy import Budget
 from umbel_client.session import Session
 from umbel_common.errors import LedgerError
 from umbel_common.plans.statements import RoundHeader
-from umbel_host.console import exit_code
+from umbel_host.terminal import exit_code
 
 DATA_SET = bytes(range(32))
 PLAN = b"\x01" * 32

@@ -12,7 +12,7 @@ from umbel_common.errors import IdentityError, StorageError, UmbelError
 from umbel_common.trust.identity import Identity, fingerprint
 from umbel_common.trust.key_statements import revoke
 from umbel_common.trust.roster_file import revocation_from_json, rotation_from_json
-from umbel_host.keys import read_identity, write_identity
+from umbel_host.files.keys import read_identity, write_identity
 
 OPERATOR_KEY, NORTH, SOUTH = (Identity(bytes([number]) * 32) for number in range(1, 4))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import umbel_host.sockets
+import umbel_host.transport.sockets
 from umbel_client.ipc import (
     CONTROL,
     TRAINER,
@@ -21,7 +21,7 @@ from umbel_client.ipc import (
     watch_method,
 )
 from umbel_common.errors import StorageError, UnreachableError
-from umbel_host.sockets import SocketServer, healthy
+from umbel_host.transport.sockets import SocketServer, healthy
 
 STATUS = TrainerStatus(
     site="north",
@@ -63,7 +63,7 @@ def test_a_message_of_any_size_comes_back_whole(
 def test_a_message_without_an_end_does_not_fill_the_memory(
     server: SocketServer, socket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(umbel_host.sockets, "_LARGEST_BYTES", 3 * 2**20)
+    monkeypatch.setattr(umbel_host.transport.sockets, "_LARGEST_BYTES", 3 * 2**20)
     stub = TrainerStub(socket)
     with pytest.raises(UnreachableError):
         stub.handle(bytes(4 * 2**20))

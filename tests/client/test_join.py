@@ -21,7 +21,7 @@ from umbel_client.relay_certificate import Certificates, check_certificate
 from umbel_common.errors import ConfigError, IdentityError, SignatureError, StorageError
 from umbel_common.trust.enrolment import SiteKit
 from umbel_common.trust.identity import Identity
-from umbel_host.keys import read_identity
+from umbel_host.files.keys import read_identity
 from umbel_server.authority import Authority, certificate_pem, new_authority, new_key
 
 NOW = datetime.now(UTC)

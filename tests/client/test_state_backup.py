@@ -26,7 +26,7 @@ from umbel_client.policy import Budget
 from umbel_client.session import Session, read_published
 from umbel_common.errors import BudgetError, LedgerError, RemoteProtocolError, StorageError
 from umbel_common.plans.statements import RoundHeader
-from umbel_host.process import locked
+from umbel_host.processes.lifecycle import locked
 
 ZEROS = bytes(32)
 EVENT = Event(1.0, 0.05, 10)

@@ -26,7 +26,7 @@ from umbel_common.plans.plan import TrainingPlan
 from umbel_common.trust.identity import Identity, Member, Roster, sign
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import roster_to_json
-from umbel_host.keys import write_identity
+from umbel_host.files.keys import write_identity
 from umbel_server.authority import Authority, certificate_pem, key_pem, new_authority, new_key
 from umbel_server.config import Limits
 from umbel_server.link import JobStopped, Link, Step

@@ -10,7 +10,7 @@ import pytest
 from e2e.daemons import Clinics, Daemon
 
 from umbel_common.errors import UnreachableError
-from umbel_host.sockets import healthy
+from umbel_host.transport.sockets import healthy
 from umbel_server.queue import State
 
 

@@ -16,7 +16,7 @@ from umbel_client.budget_view import release_costs
 from umbel_client.ipc import TrainerStub
 from umbel_client.ledger_file import read_ledger
 from umbel_client.ledger_rows import Reservation
-from umbel_host.sockets import healthy
+from umbel_host.transport.sockets import healthy
 from umbel_server.queue import State
 
 

@@ -54,8 +54,8 @@ from sqlalchemy.exc import OperationalError
 import umbel_client.flower as relay
 import umbel_server.superlink
 from umbel_client.server_clock import TOLERATED_SKEW, ServerClock
-from umbel_host.flower import packed, unpacked
-from umbel_host.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
+from umbel_host.transport.flower import packed, unpacked
+from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
 from umbel_server.listener import PATHS
 from umbel_server.port_process import FLOWER_ENVIRONMENT
 from umbel_server.reply_filter import MOST_OBJECTS, PUSH, ReplyFilter, acceptable

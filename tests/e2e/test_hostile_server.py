@@ -26,7 +26,7 @@ from flwr.supercore.error import ApiErrorCode, FlowerError
 
 import umbel_client.flower
 from umbel_client.flower import Connection, serve, whole
-from umbel_host.pieces import FLOWER_MESSAGE_TYPE
+from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE
 from umbel_server.authority import Authority, certificate_pem, key_pem, new_authority, new_key
 from umbel_server.listener import ACTIVATE, tls_context
 

@@ -11,7 +11,7 @@ from e2e.daemons import Clinics
 from e2e.slow_link import SlowLink
 from e2e.transport import EchoRelay, Transport
 
-from umbel_host.pieces import FLOWER_PIECE_BYTES
+from umbel_host.transport.pieces import FLOWER_PIECE_BYTES
 
 MEGABYTE = 1_000_000
 SLACK = 1.03

@@ -23,7 +23,7 @@ from umbel_common.adapters.vector import flatten
 from umbel_common.canonical import decode_canonical
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.trust.identity import Signed
-from umbel_host.adapter_folder import read_vector
+from umbel_host.files.adapter_folder import read_vector
 from umbel_simulations.base_model import model_folder
 from umbel_simulations.scenario_file import find_scenario
 

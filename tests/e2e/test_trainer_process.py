@@ -10,7 +10,7 @@ from umbel_client.decisions import Decisions
 from umbel_client.ipc import TrainerStub
 from umbel_client.isolation import Network, network
 from umbel_common.trust.identity import sign
-from umbel_host.sockets import healthy
+from umbel_host.transport.sockets import healthy
 from umbel_server.config import Limits
 from umbel_server.link import Step
 from umbel_server.queue import State

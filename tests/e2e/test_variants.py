@@ -14,7 +14,7 @@ from umbel_common.adapters.vector import initial_vector
 from umbel_common.canonical import decode_canonical
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.trust.identity import Signed
-from umbel_host.adapter_folder import read_vector
+from umbel_host.files.adapter_folder import read_vector
 
 
 def summary_of(tiny: Any) -> Any:

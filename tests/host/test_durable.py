@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from umbel_host.durable import all_or_nothing, create, make_folder, replace
+from umbel_host.files.durable import all_or_nothing, create, make_folder, replace
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from umbel_common.errors import IdentityError
 from umbel_common.trust.identity import Identity
-from umbel_host.keys import read_identity, write_identity
+from umbel_host.files.keys import read_identity, write_identity
 
 
 def test_a_key_file_gives_back_its_identity_and_is_standard_pem(tmp_path: Path) -> None:

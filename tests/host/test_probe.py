@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from umbel_common.errors import ConfigError, UnreachableError
-from umbel_host.sockets import SocketServer
+from umbel_host.transport.sockets import SocketServer
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from umbel_common.errors import StorageError
-from umbel_host.process import locked, require_state, this_user
+from umbel_host.processes.lifecycle import locked, require_state, this_user
 
 HOLDER = """
 import sys, pathlib
-from umbel_host.process import locked
+from umbel_host.processes.lifecycle import locked
 with locked(pathlib.Path(sys.argv[1]), "this process"):
     print("held", flush=True)
     sys.stdin.read()
@@ -99,7 +99,7 @@ def test_root_does_not_write_into_another_users_state(tmp_path: Path) -> None:
 
 def test_the_log_has_one_line_for_each_event() -> None:
     script = (
-        "import logging; from umbel_host.log import configure; configure();"
+        "import logging; from umbel_host.processes.log import configure; configure();"
         " logging.getLogger('umbel.x').info('first\\n2026-01-01T00:00:00Z INFO umbel: forged')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -6,7 +6,7 @@ import sys
 
 ATTACK = """
 import ctypes, errno, json, socket, sys, threading
-from umbel_host.seccomp import only_unix_sockets
+from umbel_host.processes.seccomp import only_unix_sockets
 def result(attempt):
     try:
         attempt()

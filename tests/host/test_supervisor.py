@@ -12,8 +12,8 @@ import pytest
 
 SUPERVISOR = """
 import sys
-from umbel_host.log import configure
-from umbel_host.supervisor import Command, supervise
+from umbel_host.processes.log import configure
+from umbel_host.processes.supervisor import Command, supervise
 configure()
 commands = [Command(name, "child", (name,)) for name in sys.argv[1:]]
 sys.exit(supervise(commands, stopping_seconds=1.0))

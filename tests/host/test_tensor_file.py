@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from umbel_host.tensor_file import TensorFile, write
+from umbel_host.files.tensor_file import TensorFile, write
 
 TENSORS = {
     "b": np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -20,7 +20,7 @@ from umbel_common.canonical import decode_canonical
 from umbel_common.errors import LedgerError, StorageError
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.trust.identity import Signed
-from umbel_host.database import Schema
+from umbel_host.files.database import Schema
 from umbel_server.queue import SCHEMA as QUEUE
 from umbel_server.queue import JobQueue
 from umbel_server.queue import State as JobState

@@ -16,7 +16,7 @@ import umbel_server.cli
 from umbel_common.errors import IdentityError, StorageError
 from umbel_common.trust.enrolment import ask, request_to_json
 from umbel_common.trust.identity import Identity, fingerprint
-from umbel_host.supervisor import Command
+from umbel_host.processes.supervisor import Command
 from umbel_server import operator_files, sites_cli
 from umbel_server.authority import AUTHORITY_DAYS, certificate_pem, new_key
 from umbel_server.config import ServerConfig, load_config

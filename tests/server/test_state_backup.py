@@ -14,8 +14,8 @@ from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_common.protocol.transcript import JobStarted
 from umbel_common.trust.identity import Signed, sign
-from umbel_host.keys import read_identity
-from umbel_host.process import locked
+from umbel_host.files.keys import read_identity
+from umbel_host.processes.lifecycle import locked
 from umbel_server.cli import app
 from umbel_server.queue import JobQueue, State
 from umbel_server.registry import Registry

@@ -8,8 +8,8 @@ from umbel_common.adapters.peft_folder import tensor_files
 from umbel_common.adapters.vector import Vector
 from umbel_common.errors import StorageError
 from umbel_common.plans.plan import TrainingPlan
-from umbel_host import tensor_file
-from umbel_host.tensor_file import TensorFile
+from umbel_host.files import tensor_file
+from umbel_host.files.tensor_file import TensorFile
 
 RELEASE_FILE = "release.msgpack"
 """The signed release of the adapter beside it."""

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.serialization import (
 
 from umbel_common.errors import IdentityError
 from umbel_common.trust.identity import Identity
-from umbel_host.durable import create
-from umbel_host.process import reason
+from umbel_host.files.durable import create
+from umbel_host.processes.lifecycle import reason
 
 
 def write_identity(path: Path, identity: Identity) -> None:

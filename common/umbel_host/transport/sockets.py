@@ -12,7 +12,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from umbel_common.errors import StorageError, UnreachableError
-from umbel_host.process import reason
+from umbel_host.processes.lifecycle import reason
 
 _PIECE_BYTES = 1 << 20
 """A message may be larger than what gRPC takes at once: it travels in pieces."""

@@ -5,8 +5,8 @@ from typing import TypeVar
 
 from umbel_common.errors import ConfigError, IdentityError, StorageError
 from umbel_common.toml_values import from_table, read_table
-from umbel_host.durable import create
-from umbel_host.process import reason
+from umbel_host.files.durable import create
+from umbel_host.processes.lifecycle import reason
 
 
 def find_text(path: Path) -> str | None:

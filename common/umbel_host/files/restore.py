@@ -7,9 +7,9 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from umbel_common.errors import StorageError
-from umbel_host.backup import Manifest, unpack
-from umbel_host.durable import all_or_nothing, create, make_folder, sync_folder
-from umbel_host.process import locked
+from umbel_host.files.backup import Manifest, unpack
+from umbel_host.files.durable import all_or_nothing, create, make_folder, sync_folder
+from umbel_host.processes.lifecycle import locked
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Backups: one tar file with a manifest in front; written whole or not at all, and read with doubt.
 
 The manifest names every part with its size and digest, who made the backup, and which versions the
-databases in it have. `umbel_host.restore` puts back what is in one.
+databases in it have. `umbel_host.files.restore` puts back what is in one.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import msgspec
 
 from umbel_common.canonical import Value, digest
 from umbel_common.errors import StorageError
-from umbel_host.durable import make_folder, sync_folder
+from umbel_host.files.durable import make_folder, sync_folder
 
 Program = Literal["umbel-client", "umbel-server"]
 MANIFEST = "manifest.json"

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from umbel_host.pieces import FLOWER_FIELD, FLOWER_PIECE_BYTES, FLOWER_RECORD
+from umbel_host.transport.pieces import FLOWER_FIELD, FLOWER_PIECE_BYTES, FLOWER_RECORD
 
 
 class PieceInFile(ConfigRecord):

@@ -1,0 +1,1 @@
+"""Unix sockets and Flower messages: sealed bytes pass. Nothing here may open a seal."""
