@@ -38,9 +38,9 @@ def run(path: Path) -> None:
             state folder.
     """
     from umbel_host.processes.lifecycle import locked, require_state, told_to_stop
-    from umbel_server.config import load_config
-    from umbel_server.listener import tls_context
-    from umbel_server.sites import load_sites
+    from umbel_server.operator.admitted_sites import load_sites
+    from umbel_server.operator.config import load_config
+    from umbel_server.port.gate import tls_context
 
     config = load_config(path)
     context = tls_context(
@@ -57,7 +57,7 @@ def run(path: Path) -> None:
     with locked(state / "port.lock", "the process with the port"):
         listener = bound(config.listen.address, path)
         # Flower opens its database as it is imported and made: not before the lock is held.
-        from umbel_server.port import serve
+        from umbel_server.port.server import serve
 
         serve(config, listener, context, stopping)
 

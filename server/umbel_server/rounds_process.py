@@ -19,11 +19,11 @@ from umbel_host.processes.log import configure
 from umbel_host.processes.seccomp import only_unix_sockets
 from umbel_host.terminal import exit_code
 from umbel_host.transport.sockets import SocketServer
-from umbel_server.carrier import CarrierLink
-from umbel_server.config import carrier_socket, load_config, load_roster, rounds_socket
-from umbel_server.link import Link
-from umbel_server.queue import JobQueue
-from umbel_server.rounds import Rounds
+from umbel_server.jobs.runner import Rounds
+from umbel_server.messaging.carrier import CarrierLink
+from umbel_server.messaging.link import Link
+from umbel_server.operator.config import carrier_socket, load_config, load_roster, rounds_socket
+from umbel_server.storage.job_queue import JobQueue
 
 _IDLE_SECONDS = 0.5
 _WAITING_SECONDS = 10.0

@@ -28,11 +28,11 @@ from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Identity, Member, Roster, sign
 from umbel_common.trust.roster_file import roster_from_json, roster_to_json
 from umbel_host.files.keys import read_identity, write_identity
-from umbel_server.config import Limits
-from umbel_server.flower import GridLink
-from umbel_server.job import Job
-from umbel_server.registry import Registry
-from umbel_server.store import Store
+from umbel_server.jobs.job import Job
+from umbel_server.operator.config import Limits
+from umbel_server.storage.journal import Store
+from umbel_server.storage.registry import Registry
+from umbel_simulations.backends.grid_link import GridLink
 from umbel_simulations.faults import losing
 from umbel_simulations.inprocess import InProcessGrid, Node
 from umbel_simulations.population import write_site_data

@@ -24,7 +24,7 @@ from umbel_common.protocol.wire import (
     UnmaskReply,
 )
 from umbel_common.secagg.unmasking import WrongShare
-from umbel_server.link import Step
+from umbel_server.messaging.link import Step
 from umbel_simulations import events
 from umbel_simulations.results import Score
 
@@ -127,7 +127,7 @@ class SiteObserver:
 
 
 class ServerObserver:
-    """`umbel_server.job.Observer` of a simulated server."""
+    """`umbel_server.jobs.job.Observer` of a simulated server."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from umbel_common.secagg.encoding import RingVector
 from umbel_common.secagg.messages import KeyAdvert, RevealedShare
 from umbel_common.secagg.primitives import load
 from umbel_common.secagg.shamir import recover
-from umbel_server.round import Attempt
+from umbel_server.aggregation.attempt import Attempt
 
 
 def keys_of(attempt: Attempt) -> dict[str, KeyAdvert]:

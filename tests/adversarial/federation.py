@@ -49,7 +49,7 @@ from umbel_common.secagg.messages import RevealedShare
 from umbel_common.trust.identity import Identity, Member, Roster, Signed, sign
 from umbel_common.trust.roster_file import roster_to_json
 from umbel_host.files.keys import write_identity
-from umbel_server import round as rounds
+from umbel_server.aggregation import attempt as rounds
 
 CLIENT_TOML = """\
 site = "{site}"

@@ -13,7 +13,7 @@ from umbel_common.plans.statements import RoundHeader
 from umbel_common.protocol.wire import ConfirmRequest, UnmaskRequest
 from umbel_common.secagg.messages import Survivors, SurvivorSignature
 from umbel_common.trust.identity import Identity, sign
-from umbel_server.round import Attempt
+from umbel_server.aggregation.attempt import Attempt
 
 SITE = "site-00"
 PEERS = ("site-01", "site-02")

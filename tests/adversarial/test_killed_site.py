@@ -26,7 +26,7 @@ from umbel_common.protocol.wire import (
     UnmaskRequest,
 )
 from umbel_common.trust.identity import sign
-from umbel_server.round import Outcome
+from umbel_server.aggregation.attempt import Outcome
 
 KILLS = 100
 ROUNDS = 100

@@ -29,7 +29,7 @@ from umbel_common.protocol.wire import (
 )
 from umbel_common.secagg.encoding import decode_sum, encoding_of
 from umbel_common.trust.identity import Identity, sign
-from umbel_server.round import Attempt, Outcome
+from umbel_server.aggregation.attempt import Attempt, Outcome
 
 SITE = "site-00"
 

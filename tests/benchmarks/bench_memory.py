@@ -23,11 +23,11 @@ from flwr.supercore.task_identity import TaskIdentity
 from toy_federation import Federation, Quiet
 
 from umbel_host.transport.flower import packed, unpacked
-from umbel_server.config import Limits
-from umbel_server.flower import GridLink
-from umbel_server.job import Job
-from umbel_server.registry import Registry
-from umbel_server.store import Store
+from umbel_server.jobs.job import Job
+from umbel_server.operator.config import Limits
+from umbel_server.storage.journal import Store
+from umbel_server.storage.registry import Registry
+from umbel_simulations.backends.grid_link import GridLink
 
 FEW, MANY = 3, 30
 RING_BITS = 32

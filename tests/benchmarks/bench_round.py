@@ -21,10 +21,10 @@ from bench_masking import entry
 from e2e.daemons import Clinics
 from small_models import save_bert
 
-from umbel_server.carrier import CarrierLink
-from umbel_server.config import Limits
-from umbel_server.link import Step
-from umbel_server.queue import State
+from umbel_server.messaging.carrier import CarrierLink
+from umbel_server.messaging.link import Step
+from umbel_server.operator.config import Limits
+from umbel_server.storage.job_queue import State
 
 ROUNDS = 6
 TARGET_SECONDS = 3.0

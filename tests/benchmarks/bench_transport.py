@@ -29,7 +29,7 @@ from toy_federation import RANK, WIDTH, make_plan
 from umbel_client.model_files import folder_digest
 from umbel_common.plans.plan import BaseModel, NoPrivacy, TrainingPlan
 from umbel_common.trust.identity import sign
-from umbel_server.queue import State
+from umbel_server.storage.job_queue import State
 
 MEGABYTES = 200
 MANY_SITES, MANY_MEGABYTES = 9, 20

@@ -15,11 +15,11 @@ from typing import Any
 from bench_masking import entry
 from toy_federation import PARAMETERS, Federation, Quiet
 
-from umbel_server.config import Limits
-from umbel_server.job import Job
-from umbel_server.link import Step
-from umbel_server.registry import Registry
-from umbel_server.store import Store
+from umbel_server.jobs.job import Job
+from umbel_server.messaging.link import Step
+from umbel_server.operator.config import Limits
+from umbel_server.storage.journal import Store
+from umbel_server.storage.registry import Registry
 
 SITES = 10
 
@@ -65,7 +65,7 @@ class CountingLink:
     def exchange(
         self, step: Step, requests: Iterable[tuple[str, bytes]], seconds: float
     ) -> Iterator[tuple[str, bytes]]:
-        """See `umbel_server.job.Link`."""
+        """See `umbel_server.jobs.job.Link`."""
         for site, sealed in requests:
             reply = self._sites[site].handle(sealed)
             if step.attempt:

@@ -165,31 +165,31 @@ class Quiet:
     """An observer that nothing is told to."""
 
     def answered(self, *_: object) -> None:
-        """See `umbel_server.job.Observer`."""
+        """See `umbel_server.jobs.job.Observer`."""
 
     def aborted(self, *_: object) -> None:
-        """See `umbel_server.job.Observer`."""
+        """See `umbel_server.jobs.job.Observer`."""
         raise AssertionError("an attempt of honest sites was aborted")
 
     def strayed(self, *_: object) -> None:
-        """See `umbel_server.job.Observer`."""
+        """See `umbel_server.jobs.job.Observer`."""
         raise AssertionError("a reply of an honest site did not open")
 
     def disputed(self, *_: object) -> None:
-        """See `umbel_server.job.Observer`."""
+        """See `umbel_server.jobs.job.Observer`."""
         raise AssertionError("honest sites revealed wrong shares")
 
     def released(self, *_: object) -> None:
-        """See `umbel_server.job.Observer`."""
+        """See `umbel_server.jobs.job.Observer`."""
 
     def counted(self, *_: object) -> None:
-        """See `umbel_server.job.Observer`."""
+        """See `umbel_server.jobs.job.Observer`."""
 
     def evaluated(self, *_: object) -> None:
-        """See `umbel_server.job.Observer`."""
+        """See `umbel_server.jobs.job.Observer`."""
 
     def unevaluated(self, *_: object) -> None:
-        """See `umbel_server.job.Observer`."""
+        """See `umbel_server.jobs.job.Observer`."""
 
     def ends_early(self, *_: object) -> None:
-        """See `umbel_server.job.Observer`."""
+        """See `umbel_server.jobs.job.Observer`."""

@@ -22,7 +22,7 @@ from umbel_common.errors import ConfigError, IdentityError, SignatureError, Stor
 from umbel_common.trust.enrolment import SiteKit
 from umbel_common.trust.identity import Identity
 from umbel_host.files.keys import read_identity
-from umbel_server.authority import Authority, certificate_pem, new_authority, new_key
+from umbel_server.operator.authority import Authority, certificate_pem, new_authority, new_key
 
 NOW = datetime.now(UTC)
 

@@ -105,7 +105,7 @@ def test_the_source_holds_the_wheels_and_nothing_that_lay_there(dist: Path) -> N
     assert not names & set(PRIVATE)
     stored = {name for name in names if name.startswith("tests/migrations/")}
     assert not [name for name in names - stored if name.endswith((".pem", ".sqlite", ".env"))]
-    assert {"server/umbel_server/cli.py", "SECURITY.md", "deploy/compose/check"} <= names
+    assert {"server/umbel_server/cli/command.py", "SECURITY.md", "deploy/compose/check"} <= names
     assert {(member.uid, member.gid, member.uname) for member in members} == {(0, 0, "")}
     top = {name.partition("/")[0] for name in names}
     assert top == {

@@ -26,7 +26,7 @@ from deploy.charts import (
 
 from umbel_client import config as client_config
 from umbel_client.config import relay_socket, trainer_socket
-from umbel_server import config as server_config
+from umbel_server.operator import config as server_config
 
 charts = pytest.mark.parametrize("chart", sorted(VALUES))
 

@@ -10,7 +10,7 @@ from deploy.machine import missing
 from e2e.tunnel_proxy import TunnelProxy
 
 from umbel_client.isolation import Network
-from umbel_server.authority import key_pem
+from umbel_server.operator.authority import key_pem
 
 pytestmark = [
     pytest.mark.soak,

@@ -27,12 +27,18 @@ from umbel_common.trust.identity import Identity, Member, Roster, sign
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import roster_to_json
 from umbel_host.files.keys import write_identity
-from umbel_server.authority import Authority, certificate_pem, key_pem, new_authority, new_key
-from umbel_server.config import Limits
-from umbel_server.link import JobStopped, Link, Step
-from umbel_server.queue import JobQueue, QueuedJob, State
-from umbel_server.rounds import Rounds
-from umbel_server.sites import SiteEntry, save_sites
+from umbel_server.jobs.runner import Rounds
+from umbel_server.messaging.link import JobStopped, Link, Step
+from umbel_server.operator.admitted_sites import SiteEntry, save_sites
+from umbel_server.operator.authority import (
+    Authority,
+    certificate_pem,
+    key_pem,
+    new_authority,
+    new_key,
+)
+from umbel_server.operator.config import Limits
+from umbel_server.storage.job_queue import JobQueue, QueuedJob, State
 
 SITES = ("east", "north", "south")
 

@@ -11,7 +11,7 @@ from e2e.daemons import Clinics, Daemon
 
 from umbel_common.errors import UnreachableError
 from umbel_host.transport.sockets import healthy
-from umbel_server.queue import State
+from umbel_server.storage.job_queue import State
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ from umbel_common.trust.enrolment import (
 from umbel_common.trust.identity import Identity, fingerprint
 from umbel_common.trust.roster_file import document_from_json
 from umbel_host.files.keys import read_identity
-from umbel_server.authority import new_key
-from umbel_server.sites import load_sites
+from umbel_server.operator.admitted_sites import load_sites
+from umbel_server.operator.authority import new_key
 
 SITES = ("east", "north", "south")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from enrolling import Enrolling
 
-from umbel_server.sites import load_sites
+from umbel_server.operator.admitted_sites import load_sites
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 MODULES = {"umbel-server": "umbel_server.cli", "umbel-client": "umbel_client.cli"}

@@ -17,7 +17,7 @@ from umbel_client.ipc import TrainerStub
 from umbel_client.ledger_file import read_ledger
 from umbel_client.ledger_rows import Reservation
 from umbel_host.transport.sockets import healthy
-from umbel_server.queue import State
+from umbel_server.storage.job_queue import State
 
 
 @pytest.fixture(scope="module")

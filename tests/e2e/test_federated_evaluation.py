@@ -16,11 +16,11 @@ from umbel_common.adapters.site_counts import COORDINATES, SiteCounts
 from umbel_common.errors import JobFailed
 from umbel_common.plans.plan import FederatedEvaluation
 from umbel_common.protocol.transcript import verify_transcript
-from umbel_server.config import Limits
-from umbel_server.job import Job
-from umbel_server.link import Step
-from umbel_server.registry import Registry
-from umbel_server.store import Store
+from umbel_server.jobs.job import Job
+from umbel_server.messaging.link import Step
+from umbel_server.operator.config import Limits
+from umbel_server.storage.journal import Store
+from umbel_server.storage.registry import Registry
 
 ALLOWED = {"*": "federated_evaluation = true"}
 # Hardly any noise beside counts this small; the budget below makes room for its price.

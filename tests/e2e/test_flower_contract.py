@@ -52,14 +52,14 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
 import umbel_client.flower as relay
-import umbel_server.superlink
+import umbel_server.port.superlink
 from umbel_client.server_clock import TOLERATED_SKEW, ServerClock
 from umbel_host.transport.flower import packed, unpacked
 from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
-from umbel_server.listener import PATHS
+from umbel_server.port.gate import PATHS
+from umbel_server.port.reply_filter import MOST_OBJECTS, PUSH, ReplyFilter, acceptable
+from umbel_server.port.superlink import _KEEP_ALIVE_SECONDS, _TIDY_SECONDS, SuperLink
 from umbel_server.port_process import FLOWER_ENVIRONMENT
-from umbel_server.reply_filter import MOST_OBJECTS, PUSH, ReplyFilter, acceptable
-from umbel_server.superlink import _KEEP_ALIVE_SECONDS, _TIDY_SECONDS, SuperLink
 
 ROOT = Path(__file__).parent.parent.parent
 ADR = ROOT / "docs" / "adr" / "0011-flower-as-a-carrier.md"
@@ -180,7 +180,7 @@ def test_a_database_that_is_locked_for_a_while_does_not_end_the_run(
         return bool(acknowledge(task))
 
     monkeypatch.setattr(state, "acknowledge_task_heartbeat", locked)
-    monkeypatch.setattr(umbel_server.superlink, "_KEEP_ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(umbel_server.port.superlink, "_KEEP_ALIVE_SECONDS", 0.05)
     superlink._alive = threading.Thread(target=superlink._keep_alive, daemon=True)
     superlink._alive.start()
     deadline = time.monotonic() + 20
@@ -516,7 +516,7 @@ def test_a_node_that_stays_away_is_given_up_and_its_message_deleted(
     assert identifier is not None
     assert site.pull(node) is not None
     link.superlink._state.deactivate_node(node.node_id)
-    monkeypatch.setattr(umbel_server.superlink, "_RETURN_SECONDS", 0.5)
+    monkeypatch.setattr(umbel_server.port.superlink, "_RETURN_SECONDS", 0.5)
     assert link.superlink.collect(identifier) is None
     time.sleep(0.6)
     reply = link.superlink.collect(identifier)
@@ -536,7 +536,7 @@ def test_a_run_whose_app_is_silent_for_a_minute_ends_and_ours_is_not(
         return datetime.now(UTC) + timedelta(seconds=61)
 
     monkeypatch.setattr(flwr.supercore.corestate.sql_corestate, "now", later)
-    monkeypatch.setattr(umbel_server.superlink, "_TIDY_SECONDS", 0)
+    monkeypatch.setattr(umbel_server.port.superlink, "_TIDY_SECONDS", 0)
     assert not link.superlink._state.acknowledge_task_heartbeat(task)
 
 
@@ -544,7 +544,7 @@ def test_a_run_whose_app_is_silent_for_a_minute_ends_and_ours_is_not(
 def test_silent_runs_are_looked_for_seldom(
     link: Link, monkeypatch: pytest.MonkeyPatch, seconds: float, times: int
 ) -> None:
-    monkeypatch.setattr(umbel_server.superlink, "_TIDY_SECONDS", seconds)
+    monkeypatch.setattr(umbel_server.port.superlink, "_TIDY_SECONDS", seconds)
     state = link.superlink._state
     state.get_run_status({link.superlink._run_id})
     written: list[str] = []
@@ -569,7 +569,7 @@ def test_what_flower_sums_of_traffic_is_not_written(link: Link) -> None:
 def test_a_message_that_nobody_waits_for_any_more_is_deleted(
     link: Link, monkeypatch: pytest.MonkeyPatch, answered: bool
 ) -> None:
-    monkeypatch.setattr(umbel_server.superlink, "_READ_SECONDS", 0)
+    monkeypatch.setattr(umbel_server.port.superlink, "_READ_SECONDS", 0)
     site, node = joined(link)
     slow = link.superlink.post(node.node_id, "slow", iter([b"sealed"]), 3.0)
     assert slow is not None

@@ -13,7 +13,7 @@ import pytest
 from e2e.daemons import SITES, Clinics
 from e2e.transport import Transport
 
-from umbel_server.link import Step
+from umbel_server.messaging.link import Step
 
 AWAY_SECONDS = [2.0, *(pytest.param(long, marks=pytest.mark.soak) for long in (20.0, 90.0))]
 """How long a SuperLink that is killed is away."""

@@ -27,8 +27,14 @@ from flwr.supercore.error import ApiErrorCode, FlowerError
 import umbel_client.flower
 from umbel_client.flower import Connection, serve, whole
 from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE
-from umbel_server.authority import Authority, certificate_pem, key_pem, new_authority, new_key
-from umbel_server.listener import ACTIVATE, tls_context
+from umbel_server.operator.authority import (
+    Authority,
+    certificate_pem,
+    key_pem,
+    new_authority,
+    new_key,
+)
+from umbel_server.port.gate import ACTIVATE, tls_context
 
 ANNOUNCED = ProtoMessage(metadata=ProtoMetadata(run_id=1, message_type=FLOWER_MESSAGE_TYPE))
 TREE = ObjectTree(object_id="0" * 64)

@@ -11,8 +11,8 @@ import pytest
 from e2e.daemons import Clinics
 
 from umbel_common.errors import ConfigError, IdentityError, StorageError, UmbelError
-from umbel_server.authority import certificate_pem, key_pem, new_key
-from umbel_server.sites import load_sites, save_sites
+from umbel_server.operator.admitted_sites import load_sites, save_sites
+from umbel_server.operator.authority import certificate_pem, key_pem, new_key
 
 
 @pytest.fixture

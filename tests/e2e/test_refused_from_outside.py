@@ -24,9 +24,15 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from umbel_client.flower import _Signature
 from umbel_client.server_clock import ServerClock
-from umbel_server.authority import Authority, certificate_pem, key_pem, new_authority, new_key
-from umbel_server.listener import PATHS
-from umbel_server.sites import load_sites, save_sites
+from umbel_server.operator.admitted_sites import load_sites, save_sites
+from umbel_server.operator.authority import (
+    Authority,
+    certificate_pem,
+    key_pem,
+    new_authority,
+    new_key,
+)
+from umbel_server.port.gate import PATHS
 
 
 @pytest.fixture(scope="module")

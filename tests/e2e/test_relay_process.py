@@ -9,7 +9,7 @@ import pytest
 from e2e.daemons import Clinics, Daemon, Site
 
 from umbel_common.errors import ConfigError, IdentityError, StorageError, UmbelError
-from umbel_server.authority import Authority, certificate_pem, key_pem, new_key
+from umbel_server.operator.authority import Authority, certificate_pem, key_pem, new_key
 
 
 @pytest.fixture

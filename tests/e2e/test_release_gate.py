@@ -25,9 +25,9 @@ from umbel_common.plans.statements import Release
 from umbel_common.protocol.transcript import VerifiedJob, verify_transcript
 from umbel_common.trust.identity import Signed, open_signed
 from umbel_host.files.adapter_folder import RELEASE_FILE
-from umbel_server.queue import State
-from umbel_server.registry import read_vector
-from umbel_server.store import Store
+from umbel_server.storage.job_queue import State
+from umbel_server.storage.journal import Store
+from umbel_server.storage.registry import read_vector
 
 EVALUATOR = """\
 #!/bin/sh

@@ -21,7 +21,7 @@ from umbel_client.isolation import Network, network
 from umbel_common.errors import UnreachableError
 from umbel_common.protocol.wire import MAGIC
 from umbel_host.terminal import INTERRUPTED
-from umbel_server.queue import State
+from umbel_server.storage.job_queue import State
 
 STATES = ("ok", "look", "FAIL")
 

@@ -11,9 +11,9 @@ from umbel_client.ipc import TrainerStub
 from umbel_client.isolation import Network, network
 from umbel_common.trust.identity import sign
 from umbel_host.transport.sockets import healthy
-from umbel_server.config import Limits
-from umbel_server.link import Step
-from umbel_server.queue import State
+from umbel_server.messaging.link import Step
+from umbel_server.operator.config import Limits
+from umbel_server.storage.job_queue import State
 
 PATIENT = Limits(attempts=3, offer_seconds=60, train_seconds=60, stage_seconds=60)
 

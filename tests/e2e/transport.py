@@ -10,8 +10,8 @@ from pathlib import Path
 from e2e import echo_relay
 from e2e.daemons import SITES, Clinics
 
-from umbel_server.carrier import CarrierLink
-from umbel_server.link import Step
+from umbel_server.messaging.carrier import CarrierLink
+from umbel_server.messaging.link import Step
 
 STEP = Step("mask", 1, 1)
 

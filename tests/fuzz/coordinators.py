@@ -25,7 +25,7 @@ from umbel_common.protocol.wire import (
     UnmaskReply,
 )
 from umbel_common.secagg import coordinator
-from umbel_server import round as rounds
+from umbel_server.aggregation import attempt as rounds
 
 SENDERS = ("site-a", "site-b", "site-c", "site-d")
 REPLY_OF: dict[str, Callable[[Any], Reply]] = {

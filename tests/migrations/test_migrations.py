@@ -21,11 +21,11 @@ from umbel_common.errors import LedgerError, StorageError
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.trust.identity import Signed
 from umbel_host.files.database import Schema
-from umbel_server.queue import SCHEMA as QUEUE
-from umbel_server.queue import JobQueue
-from umbel_server.queue import State as JobState
-from umbel_server.store import SCHEMA as JOURNAL
-from umbel_server.store import Store
+from umbel_server.storage.job_queue import SCHEMA as QUEUE
+from umbel_server.storage.job_queue import JobQueue
+from umbel_server.storage.job_queue import State as JobState
+from umbel_server.storage.journal import SCHEMA as JOURNAL
+from umbel_server.storage.journal import Store
 
 HERE = Path(__file__).parent
 ZEROS = bytes(32)

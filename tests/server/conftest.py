@@ -40,12 +40,12 @@ from umbel_common.secagg import participant as secagg
 from umbel_common.secagg.encoding import RingVector, encode, encoding_of
 from umbel_common.secagg.unmasking import WrongShare
 from umbel_common.trust.identity import Identity, Roster, open_signed
-from umbel_server.config import Limits
-from umbel_server.job import Job
-from umbel_server.link import Step
-from umbel_server.ports import Evaluator
-from umbel_server.registry import Registry
-from umbel_server.store import Store
+from umbel_server.jobs.interfaces import Evaluator
+from umbel_server.jobs.job import Job
+from umbel_server.messaging.link import Step
+from umbel_server.operator.config import Limits
+from umbel_server.storage.journal import Store
+from umbel_server.storage.registry import Registry
 
 
 class ToySite:

@@ -32,7 +32,7 @@ from umbel_common.protocol.wire import (
 )
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
 from umbel_common.trust.identity import Identity, Roster, Signed, sign
-from umbel_server.round import Attempt, Outcome, start
+from umbel_server.aggregation.attempt import Attempt, Outcome, start
 
 LENGTH = 5
 TOO_FEW = {

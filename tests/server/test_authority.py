@@ -11,8 +11,14 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from umbel_server.authority import Authority, certificate_pem, key_pem, new_authority, new_key
-from umbel_server.listener import tls_context
+from umbel_server.operator.authority import (
+    Authority,
+    certificate_pem,
+    key_pem,
+    new_authority,
+    new_key,
+)
+from umbel_server.port.gate import tls_context
 
 NOW = datetime.now(UTC)
 HOST = "umbel.example.org"

@@ -19,7 +19,7 @@ from umbel_common.protocol.wire import (
     request_digest,
     seal_reply,
 )
-from umbel_server.link import Step
+from umbel_server.messaging.link import Step
 
 THREE = Aggregation(threshold=3, clip_range=1.0, step=1e-6)
 

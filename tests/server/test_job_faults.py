@@ -31,7 +31,7 @@ from umbel_common.protocol.wire import (
 from umbel_common.secagg.encoding import decode_sum, encoding_of
 from umbel_common.secagg.messages import EncryptedShare, KeyAdvert
 from umbel_common.trust.identity import open_signed, sign
-from umbel_server.link import Step
+from umbel_server.messaging.link import Step
 
 THREE = Aggregation(threshold=3, clip_range=1.0, step=1e-6)
 

@@ -13,7 +13,7 @@ from umbel_common.plans.statements import RoundHeader
 from umbel_common.protocol.wire import TrainRequest
 from umbel_common.secagg.messages import KeyAdvert
 from umbel_common.trust.identity import open_signed
-from umbel_server.store import Store
+from umbel_server.storage.journal import Store
 
 THREE = Aggregation(threshold=3, clip_range=1.0, step=1e-6)
 MakeSetting = Callable[..., Any]

@@ -9,7 +9,7 @@ import pytest
 from umbel_common.errors import JobUnknown, RunExists, StorageError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.trust.identity import Identity, sign
-from umbel_server.queue import JobQueue, State
+from umbel_server.storage.job_queue import JobQueue, State
 
 MakePlan = Callable[..., TrainingPlan]
 OPERATOR = Identity.generate(os.urandom)

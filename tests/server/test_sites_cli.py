@@ -17,12 +17,13 @@ from umbel_common.errors import IdentityError, StorageError
 from umbel_common.trust.enrolment import ask, request_to_json
 from umbel_common.trust.identity import Identity, fingerprint
 from umbel_host.processes.supervisor import Command
-from umbel_server import operator_files, sites_cli
-from umbel_server.authority import AUTHORITY_DAYS, certificate_pem, new_key
-from umbel_server.config import ServerConfig, load_config
-from umbel_server.expiry import to_renew
-from umbel_server.operator_files import changing, load_authority
-from umbel_server.sites import load_sites, save_sites
+from umbel_server.cli import sites as sites_cli
+from umbel_server.operator import files as operator_files
+from umbel_server.operator.admitted_sites import load_sites, save_sites
+from umbel_server.operator.authority import AUTHORITY_DAYS, certificate_pem, new_key
+from umbel_server.operator.certificates import to_renew
+from umbel_server.operator.config import ServerConfig, load_config
+from umbel_server.operator.files import changing, load_authority
 
 
 @pytest.fixture
@@ -257,8 +258,8 @@ def test_run_starts_both_processes(clinics: Enrolling, monkeypatch: pytest.Monke
         started.extend(command.name for command in commands)
         return 0
 
-    monkeypatch.setattr(umbel_server.cli, "supervise", note)
-    monkeypatch.setattr(umbel_server.cli, "configure", lambda: None)
+    monkeypatch.setattr(umbel_server.cli.command, "supervise", note)
+    monkeypatch.setattr(umbel_server.cli.command, "configure", lambda: None)
     clinics.server("run")
     assert started == ["port", "rounds"]
 

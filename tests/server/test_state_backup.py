@@ -17,9 +17,9 @@ from umbel_common.trust.identity import Signed, sign
 from umbel_host.files.keys import read_identity
 from umbel_host.processes.lifecycle import locked
 from umbel_server.cli import app
-from umbel_server.queue import JobQueue, State
-from umbel_server.registry import Registry
-from umbel_server.store import Store
+from umbel_server.storage.job_queue import JobQueue, State
+from umbel_server.storage.journal import Store
+from umbel_server.storage.registry import Registry
 
 
 def run(line: str) -> str:

@@ -14,8 +14,8 @@ from umbel_common.errors import StorageError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Identity, sign
-from umbel_server.registry import Registry
-from umbel_server.store import Store
+from umbel_server.storage.journal import Store
+from umbel_server.storage.registry import Registry
 
 MakePlan = Callable[..., TrainingPlan]
 

@@ -9,7 +9,7 @@ import pytest
 
 from umbel_common.errors import JobFailed
 from umbel_common.plans.plan import Aggregation, Lora, Tensor
-from umbel_server.link import Step
+from umbel_server.messaging.link import Step
 
 SITES = 6
 TENSORS = (

@@ -10,8 +10,8 @@ import pytest
 from umbel_common.errors import JobFailed
 from umbel_common.plans.plan import Aggregation
 from umbel_common.protocol.wire import MAGIC, WIRE_VERSION
-from umbel_server.progress import Progress
-from umbel_server.queue import JobQueue
+from umbel_server.jobs.progress import Progress
+from umbel_server.storage.job_queue import JobQueue
 
 TWO = Aggregation(threshold=2, clip_range=1.0, step=1e-6)
 THREE = Aggregation(threshold=3, clip_range=1.0, step=1e-6)

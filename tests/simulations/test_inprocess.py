@@ -10,8 +10,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from umbel_client.flower import NOT_OURS, Pieces, answer, whole
 from umbel_host.transport.flower import packed, unpacked
 from umbel_host.transport.pieces import FLOWER_FIELD, FLOWER_MESSAGE_TYPE, FLOWER_RECORD
-from umbel_server.flower import GridLink
-from umbel_server.link import Step
+from umbel_server.messaging.link import Step
+from umbel_simulations.backends.grid_link import GridLink
 from umbel_simulations.inprocess import InProcessGrid, Node
 
 STEP = Step("mask", 1, 1)

@@ -11,11 +11,11 @@ from umbel_common.trust.identity import fingerprint
 from umbel_host.files.backup import Manifest, read_manifest, require_party, unpack, write_backup
 from umbel_host.files.database import copy_database
 from umbel_host.files.restore import config_of, put_back, vacant, workplace
-from umbel_server.config import ServerConfig, load_config, load_roster
-from umbel_server.queue import SCHEMA as QUEUE_SCHEMA
-from umbel_server.queue import JobQueue
-from umbel_server.store import SCHEMA as STORE_SCHEMA
-from umbel_server.store import Store
+from umbel_server.operator.config import ServerConfig, load_config, load_roster
+from umbel_server.storage.job_queue import SCHEMA as QUEUE_SCHEMA
+from umbel_server.storage.job_queue import JobQueue
+from umbel_server.storage.journal import SCHEMA as STORE_SCHEMA
+from umbel_server.storage.journal import Store
 
 CONFIG = "server.toml"
 DATABASES = {

@@ -15,10 +15,10 @@ from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Signed, open_signed
 from umbel_host.files.keys import read_identity
-from umbel_server.config import ServerConfig, load_config
-from umbel_server.options import SERVER_TOML, Config
-from umbel_server.registry import Registry
-from umbel_server.store import Evaluated, Store
+from umbel_server.cli.options import SERVER_TOML, Config
+from umbel_server.operator.config import ServerConfig, load_config
+from umbel_server.storage.journal import Evaluated, Store
+from umbel_server.storage.registry import Registry
 
 adapters = typer.Typer(help="Released adapters: list, export.", no_args_is_help=True)
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from umbel_common.errors import UmbelError
 from umbel_host.processes.log import adopt
 from umbel_host.transport.sockets import SocketServer
-from umbel_server.carrier import CARRIER, methods
-from umbel_server.config import ServerConfig, carrier_socket
-from umbel_server.expiry import to_renew
-from umbel_server.listener import Gate, server
-from umbel_server.sites import SiteEntry, load_sites
-from umbel_server.superlink import SuperLink
+from umbel_server.messaging.carrier import CARRIER, methods
+from umbel_server.operator.admitted_sites import SiteEntry, load_sites
+from umbel_server.operator.certificates import to_renew
+from umbel_server.operator.config import ServerConfig, carrier_socket
+from umbel_server.port.gate import Gate, server
+from umbel_server.port.superlink import SuperLink
 
 _LOOK_SECONDS = 1.0
 _DAY = timedelta(days=1)

@@ -12,9 +12,9 @@ from umbel_common.errors import JobFailed, UmbelError
 from umbel_common.plans.figures import Evaluation, GateResult
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
-from umbel_server.evaluator import check_evaluation
-from umbel_server.ports import Evaluator, Observer
-from umbel_server.store import Store
+from umbel_server.jobs.evaluator import check_evaluation
+from umbel_server.jobs.interfaces import Evaluator, Observer
+from umbel_server.storage.journal import Store
 
 Load = Callable[[], Vector]
 """Gives an adapter, which is read only where it is needed: it may be large."""

@@ -27,16 +27,16 @@ from umbel_host.files.durable import all_or_nothing
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text, write_new_text
 from umbel_host.terminal import print_lines
-from umbel_server.authority import certificate_pem
-from umbel_server.config import ServerConfig, load_config, load_roster
-from umbel_server.expiry import good_until, parse, read, to_renew
-from umbel_server.operator_files import (
+from umbel_server.cli.options import SERVER_TOML, Config
+from umbel_server.operator.admitted_sites import SiteEntry, load_sites, save_sites
+from umbel_server.operator.authority import certificate_pem
+from umbel_server.operator.certificates import good_until, parse, read, to_renew
+from umbel_server.operator.config import ServerConfig, load_config, load_roster
+from umbel_server.operator.files import (
     changing,
     load_authority,
     save_roster,
 )
-from umbel_server.options import SERVER_TOML, Config
-from umbel_server.sites import SiteEntry, load_sites, save_sites
 
 sites = typer.Typer(help="Sites: add, list, revoke, renew.", no_args_is_help=True)
 roster = typer.Typer(help="The operator's roster: export.", no_args_is_help=True)

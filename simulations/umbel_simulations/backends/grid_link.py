@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from umbel_host.transport.flower import packed, unpacked
 from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE
-from umbel_server.link import Step
+from umbel_server.messaging.link import Step
 
 
 class GridLink:

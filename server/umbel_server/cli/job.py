@@ -24,11 +24,11 @@ from umbel_common.trust.identity import open_signed
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text
 from umbel_host.terminal import print_lines
-from umbel_server.config import load_config
-from umbel_server.evaluator import check_evaluation
-from umbel_server.options import SERVER_TOML, Config
-from umbel_server.queue import JobQueue, QueuedJob
-from umbel_server.store import Evaluated, Store
+from umbel_server.cli.options import SERVER_TOML, Config
+from umbel_server.jobs.evaluator import check_evaluation
+from umbel_server.operator.config import load_config
+from umbel_server.storage.job_queue import JobQueue, QueuedJob
+from umbel_server.storage.journal import Evaluated, Store
 
 job = typer.Typer(help="Jobs: start, stop, resume, status.", no_args_is_help=True)
 

@@ -9,10 +9,10 @@ from umbel_common.plans.figures import Evaluation, GateResult, figures_text
 from umbel_common.plans.statements import Release
 from umbel_common.protocol.wire import Refusal, Reply
 from umbel_common.secagg.unmasking import WrongShare
-from umbel_server.exchange import WRONG_VERSION
-from umbel_server.job import UNDECIDED
-from umbel_server.link import Step
-from umbel_server.queue import JobQueue
+from umbel_server.jobs.exchange import WRONG_VERSION
+from umbel_server.jobs.job import UNDECIDED
+from umbel_server.messaging.link import Step
+from umbel_server.storage.job_queue import JobQueue
 
 _logger = logging.getLogger("umbel.rounds")
 

@@ -17,8 +17,8 @@ from umbel_common.trust.identity import fingerprint, open_signed, sign
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text, write_new_text
 from umbel_host.terminal import print_lines
-from umbel_server.config import load_config, load_roster
-from umbel_server.options import SERVER_TOML, Config
+from umbel_server.cli.options import SERVER_TOML, Config
+from umbel_server.operator.config import load_config, load_roster
 
 plan = typer.Typer(help="Training plans: new, sign, show.", no_args_is_help=True)
 

@@ -14,7 +14,7 @@ import grpc
 import msgspec
 
 from umbel_host.transport.sockets import channel, joined, pieces
-from umbel_server.link import JobStopped, Step
+from umbel_server.messaging.link import JobStopped, Step
 
 CARRIER = "umbel.v1.Carrier"
 _POLL_SECONDS = 0.05

@@ -10,7 +10,7 @@ from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_common.protocol.wire import Reply
 from umbel_common.secagg.unmasking import WrongShare
-from umbel_server.link import Step
+from umbel_server.messaging.link import Step
 
 
 class Observer(Protocol):

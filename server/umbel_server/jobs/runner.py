@@ -11,15 +11,15 @@ from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Identity, Roster, open_signed
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_from_json, document_to_json
-from umbel_server.config import EvaluationConfig, Limits
-from umbel_server.evaluator import ProcessEvaluator
-from umbel_server.job import Job
-from umbel_server.link import JobStopped, Link
-from umbel_server.ports import Evaluator
-from umbel_server.progress import Progress, _logger
-from umbel_server.queue import JobQueue, QueuedJob, State
-from umbel_server.registry import Registry
-from umbel_server.store import Store
+from umbel_server.jobs.evaluator import ProcessEvaluator
+from umbel_server.jobs.interfaces import Evaluator
+from umbel_server.jobs.job import Job
+from umbel_server.jobs.progress import Progress, _logger
+from umbel_server.messaging.link import JobStopped, Link
+from umbel_server.operator.config import EvaluationConfig, Limits
+from umbel_server.storage.job_queue import JobQueue, QueuedJob, State
+from umbel_server.storage.journal import Store
+from umbel_server.storage.registry import Registry
 
 Connect = Callable[[Callable[[], bool]], AbstractContextManager[Link]]
 """Opens a link to the sites, which gives up by `JobStopped` as soon as its argument says so."""

@@ -25,15 +25,15 @@ from umbel_common.protocol.wire import (
     size_limit,
 )
 from umbel_common.trust.identity import Identity, Roster, Signed, open_signed, sign
-from umbel_server import aggregate
-from umbel_server.assessment import Assessment
-from umbel_server.config import Limits
-from umbel_server.exchange import Exchange
-from umbel_server.link import Link, Step
-from umbel_server.ports import Evaluator, Observer
-from umbel_server.registry import Registry
-from umbel_server.round import Attempt, Outcome, owners_to_leave_out, start
-from umbel_server.store import Store
+from umbel_server.aggregation import update
+from umbel_server.aggregation.attempt import Attempt, Outcome, owners_to_leave_out, start
+from umbel_server.jobs.assessment import Assessment
+from umbel_server.jobs.exchange import Exchange
+from umbel_server.jobs.interfaces import Evaluator, Observer
+from umbel_server.messaging.link import Link, Step
+from umbel_server.operator.config import Limits
+from umbel_server.storage.journal import Store
+from umbel_server.storage.registry import Registry
 
 UNDECIDED = frozenset({"awaiting-approval", "site-paused"})
 """Refusals of a plan that people at the site may still take back."""
@@ -282,7 +282,7 @@ class Job:
         load = partial(self._registry.load, self.plan, header.adapter)
         vector = load()
         try:
-            weight, counts = aggregate.apply(
+            weight, counts = update.apply(
                 outcome.aggregate,
                 self.plan,
                 self._roster,

@@ -7,13 +7,14 @@ import typer
 from umbel_host.processes.log import configure
 from umbel_host.processes.supervisor import Command, supervise
 from umbel_host.terminal import exit_code
-from umbel_server import backup_cli, setup_cli, sites_cli
-from umbel_server.adapters_cli import adapters
-from umbel_server.config import load_config
-from umbel_server.job_cli import job
-from umbel_server.options import SERVER_TOML, Config
-from umbel_server.plan_cli import plan
-from umbel_server.tune_cli import tune
+from umbel_server.cli import backup, setup
+from umbel_server.cli import sites as sites_cli
+from umbel_server.cli.adapters import adapters
+from umbel_server.cli.job import job
+from umbel_server.cli.options import SERVER_TOML, Config
+from umbel_server.cli.plan import plan
+from umbel_server.cli.tune import tune
+from umbel_server.operator.config import load_config
 
 app = typer.Typer(
     name="umbel-server",
@@ -22,9 +23,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-setup_cli.register(app)
+setup.register(app)
 sites_cli.register(app)
-backup_cli.register(app)
+backup.register(app)
 app.add_typer(plan, name="plan")
 app.add_typer(job, name="job")
 app.add_typer(adapters, name="adapters")
@@ -52,7 +53,3 @@ def run(
 def main() -> None:
     """The console script: every error is text for people, with its own exit code."""
     sys.exit(exit_code(app))
-
-
-if __name__ == "__main__":
-    main()

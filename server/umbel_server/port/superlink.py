@@ -49,7 +49,7 @@ from starlette.types import ASGIApp
 
 from umbel_host.transport.flower import PieceElsewhere, names_of_pieces, packed_file, piece_of
 from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
-from umbel_server.reply_filter import ReplyFilter
+from umbel_server.port.reply_filter import ReplyFilter
 
 _logger = logging.getLogger("umbel.port")
 

@@ -7,9 +7,9 @@ import typer
 from rich.console import Console
 
 from umbel_host.terminal import print_lines
-from umbel_server.options import SERVER_TOML, Config
-from umbel_server.state_backup import back_up
-from umbel_server.state_backup import restore as put_back
+from umbel_server.cli.options import SERVER_TOML, Config
+from umbel_server.storage.backup import back_up
+from umbel_server.storage.backup import restore as put_back
 
 
 def backup(

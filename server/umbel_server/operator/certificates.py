@@ -7,8 +7,8 @@ from pathlib import Path
 from cryptography import x509
 
 from umbel_common.errors import IdentityError
-from umbel_server.config import ServerConfig
-from umbel_server.sites import load_sites
+from umbel_server.operator.admitted_sites import load_sites
+from umbel_server.operator.config import ServerConfig
 
 SOON = timedelta(days=30)
 AUTHORITY_SOON = timedelta(days=180)

@@ -23,8 +23,8 @@ from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_to_json
 from umbel_common.plans.requests import EvaluationRequest, HoldoutColumns
 from umbel_host.processes.supervisor import end_with_parent
-from umbel_server.config import EvaluationConfig
-from umbel_server.link import JobStopped
+from umbel_server.messaging.link import JobStopped
+from umbel_server.operator.config import EvaluationConfig
 
 _POLL_SECONDS = 0.5
 _LONGEST_REASON = 2000

@@ -16,9 +16,15 @@ from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_to_json, roster_to_json
 from umbel_host.files.durable import create, replace
 from umbel_host.files.keys import read_tls_key, write_identity
-from umbel_server.authority import Authority, certificate_pem, key_pem, new_authority, new_key
-from umbel_server.config import ServerConfig
-from umbel_server.expiry import read
+from umbel_server.operator.authority import (
+    Authority,
+    certificate_pem,
+    key_pem,
+    new_authority,
+    new_key,
+)
+from umbel_server.operator.certificates import read
+from umbel_server.operator.config import ServerConfig
 
 SERVER_TOML = """\
 # The operator's configuration: `umbel-server run` reads it. Relative paths start here.

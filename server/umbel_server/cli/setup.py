@@ -13,14 +13,14 @@ from umbel_common.trust.enrolment import (
 )
 from umbel_common.trust.identity import fingerprint
 from umbel_host.terminal import name, print_lines
-from umbel_server.config import load_config, load_roster
-from umbel_server.expiry import good_until
-from umbel_server.operator_files import (
+from umbel_server.cli.options import SERVER_TOML, Config
+from umbel_server.operator.certificates import good_until
+from umbel_server.operator.config import load_config, load_roster
+from umbel_server.operator.files import (
     renew_authority,
     renew_server,
     set_up,
 )
-from umbel_server.options import SERVER_TOML, Config
 
 
 def renew(

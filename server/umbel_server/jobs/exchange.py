@@ -12,9 +12,9 @@ from umbel_common.protocol.wire import (
     seal_request,
 )
 from umbel_common.trust.identity import Identity, Roster
-from umbel_server.config import Limits
-from umbel_server.link import Link, Step
-from umbel_server.ports import Observer
+from umbel_server.jobs.interfaces import Observer
+from umbel_server.messaging.link import Link, Step
+from umbel_server.operator.config import Limits
 
 WRONG_VERSION = "wire-version"
 
