@@ -9,8 +9,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from umbel_client.lora import plan_lora
-from umbel_client.model_files import folder_digest
+from umbel_client.models.adapters.lora import plan_lora
+from umbel_client.models.base.files import folder_digest
 from umbel_common.plans.plan import (
     Adam,
     Aggregation,

@@ -22,8 +22,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from umbel_client.lora import plan_lora
-from umbel_client.model_files import folder_digest
+from umbel_client.models.adapters.lora import plan_lora
+from umbel_client.models.base.files import folder_digest
 from umbel_common.plans.plan import (
     Aggregation,
     BaseModel,

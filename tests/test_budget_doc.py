@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from umbel_client.accounting import Event
-from umbel_client.ledger import Ledger
-from umbel_client.policy import Budget
-from umbel_client.session import Session
+from umbel_client.ledger.ledger import Ledger
+from umbel_client.privacy.accounting import Event
+from umbel_client.site.policy import Budget
+from umbel_client.storage.journal import Session
 from umbel_common.plans.statements import RoundHeader
 
 PAGE = Path(__file__).parent.parent / "docs" / "budget.md"

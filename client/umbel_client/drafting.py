@@ -48,7 +48,7 @@ max_loss_increase = 0.05
 import sys
 from pathlib import Path
 
-from umbel_client.draft import read_plan
+from umbel_client.planning.draft import read_plan
 from umbel_common.plans.plan_file import plan_to_json
 from umbel_host.terminal import exit_code
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import msgspec
 
-from umbel_client.data import Columns
-from umbel_client.evaluation import evaluate_adapter
-from umbel_client.precision import fastest_precision
+from umbel_client.data.records import Columns
+from umbel_client.evaluation.score import evaluate_adapter
+from umbel_client.models.base.precision import fastest_precision
 from umbel_common.adapters.vector import Vector, from_bytes
 from umbel_common.errors import ConfigError, StorageError
 from umbel_common.plans.figures import Evaluation

@@ -7,7 +7,7 @@ client.toml`.
 import sys
 from pathlib import Path
 
-from umbel_client.isolation import drop_network
+from umbel_client.trainer.isolation import drop_network
 
 
 def main() -> int:
@@ -15,7 +15,7 @@ def main() -> int:
     # NumPy, PyTorch and gRPC start threads: see `isolation`.
     refused = drop_network()
 
-    from umbel_client.trainer_service import run
+    from umbel_client.trainer.service import run
     from umbel_host.processes.log import configure
     from umbel_host.terminal import exit_code
 

@@ -10,7 +10,7 @@ import sys
 import msgspec
 from rich.console import Console
 
-from umbel_client.search import tune
+from umbel_client.planning.search import tune
 from umbel_common.errors import ConfigError
 from umbel_common.plans.requests import TuningRequest
 from umbel_host.terminal import exit_code

@@ -17,12 +17,12 @@ import torch
 from rich import box
 from rich.table import Table
 
-from umbel_client.accounting import Event, epsilon
-from umbel_client.calibration import SiteNoise, noise_for
-from umbel_client.data import Records
-from umbel_client.model import AdaptedModel
-from umbel_client.precision import fastest_precision
-from umbel_client.prepared import PreparedData, prepare
+from umbel_client.data.records import Records
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.base.precision import fastest_precision
+from umbel_client.privacy.accounting import Event, epsilon
+from umbel_client.privacy.calibration import SiteNoise, noise_for
+from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_common.canonical import Entropy, Value
 from umbel_common.errors import ConfigError, VerificationError
 from umbel_common.plans.plan import Classification, LocalPrivacy, TrainingPlan

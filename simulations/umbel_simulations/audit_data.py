@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from umbel_client.data import Record, Records, load_records
+from umbel_client.data.records import Record, Records, load_records
 from umbel_common.plans.plan import Classification, TrainingPlan
 from umbel_simulations.run_folder import write
 from umbel_simulations.sources import Example

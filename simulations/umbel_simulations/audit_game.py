@@ -20,14 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from umbel_client.calibration import SiteNoise
-from umbel_client.model import AdaptedModel
-from umbel_client.noise import NoiseSource
-from umbel_client.per_sample import per_record_gradients
-from umbel_client.prepared import PreparedData
-from umbel_client.task import task_of
-from umbel_client.tokens import Ints
-from umbel_client.training import train_round
+from umbel_client.data.tokens import Ints
+from umbel_client.dpsgd.per_record import per_record_gradients
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.privacy.calibration import SiteNoise
+from umbel_client.privacy.noise import NoiseSource
+from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.task import task_of
+from umbel_client.training.round import train_round
 from umbel_common.adapters.vector import Vector, initial_vector, merge
 from umbel_common.canonical import Entropy
 from umbel_common.plans.plan import LocalPrivacy, Sgd, TrainingPlan

@@ -70,7 +70,7 @@ def _convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from umbel_client.model_folder import quietly
+    from umbel_client.models.base.folder import quietly
 
     with quietly():
         source = {"gguf_file": file.name, "local_files_only": True}

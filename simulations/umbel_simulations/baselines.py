@@ -13,16 +13,16 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from umbel_client.accounting import calibrate
-from umbel_client.calibration import sampling_rate
-from umbel_client.config import ClientConfig
-from umbel_client.data import load_records
-from umbel_client.model import AdaptedModel
-from umbel_client.precision import fastest_precision
-from umbel_client.prefix import Prefix
-from umbel_client.prepared import PreparedData, prepare
-from umbel_client.tokens import Tokens
-from umbel_client.training import train_round
+from umbel_client.data.records import load_records
+from umbel_client.data.tokens import Tokens
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.base.precision import fastest_precision
+from umbel_client.privacy.accounting import calibrate
+from umbel_client.privacy.calibration import sampling_rate
+from umbel_client.site.config import ClientConfig
+from umbel_client.tasks.frozen_cache import Prefix
+from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.training.round import train_round
 from umbel_common.adapters.vector import Vector, initial_vector, merge
 from umbel_common.canonical import Entropy
 from umbel_common.plans.plan import LocalPrivacy, TrainingPlan

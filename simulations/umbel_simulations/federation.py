@@ -14,12 +14,12 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from umbel_client.config import ClientConfig, load_config
-from umbel_client.flower import answer, whole
-from umbel_client.model_files import folder_digest
-from umbel_client.pinned_roster import load_pinned
-from umbel_client.site_job import SiteStatus
-from umbel_client.trainer import Trainer
+from umbel_client.models.base.files import folder_digest
+from umbel_client.relay.flower import answer, whole
+from umbel_client.site.config import ClientConfig, load_config
+from umbel_client.site.pinned_roster import load_pinned
+from umbel_client.trainer.handler import Trainer
+from umbel_client.trainer.job import SiteStatus
 from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy
 from umbel_common.errors import JobFailed

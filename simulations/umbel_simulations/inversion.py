@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from umbel_client.calibration import noise_for
-from umbel_client.data import Records
-from umbel_client.lora import plan_lora
-from umbel_client.model import AdaptedModel
-from umbel_client.prepared import PreparedData, prepare
-from umbel_client.split import body_of
-from umbel_client.training import train_round
+from umbel_client.data.records import Records
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.adapters.lora import plan_lora
+from umbel_client.models.base.layers import body_of
+from umbel_client.privacy.calibration import noise_for
+from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.training.round import train_round
 from umbel_common.adapters.vector import Vector, initial_vector, unflatten
 from umbel_common.canonical import Entropy, Value
 from umbel_common.plans.plan import LocalPrivacy, NoPrivacy, Sgd, TrainingPlan

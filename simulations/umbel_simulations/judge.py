@@ -10,14 +10,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from umbel_client.chat import Chat
-from umbel_client.conversations import Turn
-from umbel_client.data import LmRecords, Records, load_records
-from umbel_client.inference import Sampling, answers, evaluate
-from umbel_client.losses import record_losses
-from umbel_client.model import AdaptedModel
-from umbel_client.precision import fastest_precision
-from umbel_client.prepared import PreparedData, prepare
+from umbel_client.data.chat import Chat
+from umbel_client.data.conversations import Turn
+from umbel_client.data.records import LmRecords, Records, load_records
+from umbel_client.evaluation.inference import Sampling, answers, evaluate
+from umbel_client.evaluation.losses import record_losses
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.base.precision import fastest_precision
+from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_common.adapters.vector import Vector
 from umbel_common.plans.plan import CausalLm, TrainingPlan
 from umbel_simulations.population import write_site_data

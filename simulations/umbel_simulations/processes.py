@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from umbel_client.model_files import folder_digest
+from umbel_client.models.base.files import folder_digest
 from umbel_common.errors import JobFailed, RunExists, UmbelError
 from umbel_common.plans.plan import NoPrivacy
 from umbel_common.plans.plan_file import plan_from_json

@@ -78,7 +78,7 @@ class Stopped(BaseException):
 
 
 class SiteObserver:
-    """`umbel_client.observer.Observer` of one simulated site."""
+    """`umbel_client.trainer.observer.Observer` of one simulated site."""
 
     def __init__(self, site: str, recorder: Recorder, stop: threading.Event) -> None:
         self._site = site

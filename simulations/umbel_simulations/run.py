@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import torch
 
-from umbel_client.calibration import noise_for
+from umbel_client.privacy.calibration import noise_for
 from umbel_common.adapters.vector import Vector, initial_vector, size_of
 from umbel_common.errors import UmbelError
 from umbel_common.plans.plan import CausalLm, LocalPrivacy, TrainingPlan

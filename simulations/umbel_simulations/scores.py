@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from umbel_client.metrics import classification_figures
+from umbel_client.evaluation.metrics import classification_figures
 from umbel_simulations.results import Difference, Score
 from umbel_simulations.sources import Corpus
 

@@ -13,13 +13,13 @@ from adversarial.puppet import Puppet
 from adversarial.weaken import Protection, Stopped
 from safetensors.numpy import load_file
 
-from umbel_client.config import load_config
-from umbel_client.data import load_records
-from umbel_client.ledger import Ledger
-from umbel_client.lora import plan_lora
-from umbel_client.model_files import folder_digest
-from umbel_client.pinned_roster import Pinned
-from umbel_client.trainer import Trainer
+from umbel_client.data.records import load_records
+from umbel_client.ledger.ledger import Ledger
+from umbel_client.models.adapters.lora import plan_lora
+from umbel_client.models.base.files import folder_digest
+from umbel_client.site.config import load_config
+from umbel_client.site.pinned_roster import Pinned
+from umbel_client.trainer.handler import Trainer
 from umbel_common.adapters.vector import Vector, adapter_digest, initial_vector, size_of, to_bytes
 from umbel_common.errors import UmbelError
 from umbel_common.plans.plan import (

@@ -8,10 +8,10 @@ from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
-from umbel_client.calibration import noise_for
-from umbel_client.config import load_config
-from umbel_client.pinned_roster import load_pinned
-from umbel_client.trainer import Trainer
+from umbel_client.privacy.calibration import noise_for
+from umbel_client.site.config import load_config
+from umbel_client.site.pinned_roster import load_pinned
+from umbel_client.trainer.handler import Trainer
 from umbel_common.errors import UmbelError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_host.files.keys import read_identity

@@ -16,9 +16,9 @@ from adversarial.federation import Federation
 from adversarial.killable_site import SITE, KillableSite
 from adversarial.site_process import Prepare
 
-from umbel_client.delta_cache import DeltaCache
-from umbel_client.ledger_file import read_ledger
-from umbel_client.ledger_rows import Contents
+from umbel_client.ledger.file import read_ledger
+from umbel_client.ledger.rows import Contents
+from umbel_client.storage.deltas import DeltaCache
 from umbel_common.adapters.vector import adapter_digest, initial_vector
 from umbel_common.plans.plan import Sgd, Training
 from umbel_common.plans.statements import RoundHeader

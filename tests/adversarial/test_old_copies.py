@@ -11,8 +11,8 @@ from adversarial.federation import Federation
 from typer.testing import CliRunner
 
 from umbel_client.cli import app
-from umbel_client.ledger_file import read_ledger
-from umbel_client.session import read_published
+from umbel_client.ledger.file import read_ledger
+from umbel_client.storage.journal import read_published
 from umbel_common.adapters.vector import adapter_digest
 from umbel_common.protocol.wire import LastAdvert, OfferReply, OfferRequest, TrainReply
 from umbel_common.secagg.messages import KeyAdvert

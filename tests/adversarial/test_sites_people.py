@@ -5,7 +5,7 @@ from datetime import datetime
 
 from adversarial.federation import Federation
 
-from umbel_client.decisions import Decisions
+from umbel_client.site.decisions import Decisions
 from umbel_common.protocol.wire import OfferReply, OfferRequest, TrainReply
 from umbel_common.trust.identity import Identity, sign
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from adversarial.site_process import Quiet, Step
 
-from umbel_client.delta_cache import DeltaCache, State
-from umbel_client.ledger import Ledger
-from umbel_client.ledger_rows import GENESIS, Computed, Reservation, Reserved, Row, Sent
+from umbel_client.ledger.ledger import Ledger
+from umbel_client.ledger.rows import GENESIS, Computed, Reservation, Reserved, Row, Sent
+from umbel_client.storage.deltas import DeltaCache, State
 from umbel_common.adapters.vector import Vector
 
 GRADIENTS = "gradients"

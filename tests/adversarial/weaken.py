@@ -7,8 +7,9 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
-from umbel_client import policy, session
-from umbel_client.ledger import Ledger
+from umbel_client.ledger.ledger import Ledger
+from umbel_client.site import policy
+from umbel_client.storage import journal as session
 from umbel_common import errors
 from umbel_common.plans import statements
 from umbel_common.secagg import masking, primitives

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import torch
 
-from umbel_client.data import Record, Records
+from umbel_client.data.records import Record, Records
 from umbel_simulations.audit import audit_scenario
 from umbel_simulations.base_model import model_folder
 from umbel_simulations.inversion import exposed, invert

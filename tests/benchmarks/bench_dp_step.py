@@ -35,10 +35,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from umbel_client.noise import NoiseSource
-from umbel_client.per_sample import per_record_gradients
-from umbel_client.private_step import PrivateOptimizer
-from umbel_client.token_loss import token_losses
+from umbel_client.dpsgd.per_record import per_record_gradients
+from umbel_client.dpsgd.private_step import PrivateOptimizer
+from umbel_client.models.token_loss import token_losses
+from umbel_client.privacy.noise import NoiseSource
 
 LABELS = 4
 KINDS = ("stock", "fused", "dp", "opacus_hooks", "opacus_ghost")

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from umbel_client.chat import Chat
-from umbel_client.conversations import Turn
-from umbel_client.export import read_adapter
-from umbel_client.merging import merge_adapter
-from umbel_client.model import AdaptedModel
+from umbel_client.data.chat import Chat
+from umbel_client.data.conversations import Turn
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.adapters.folder import read_adapter
+from umbel_client.models.adapters.merge import merge_adapter
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.plans.plan import CausalLm, TrainingPlan
 from umbel_simulations.base_model import model_folder

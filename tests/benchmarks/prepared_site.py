@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-import umbel_client.trainer
-from umbel_client.accounting import Event
-from umbel_client.calibration import SiteNoise
-from umbel_client.config import ClientConfig
-from umbel_client.delta_cache import DeltaCache
-from umbel_client.ledger import Ledger
-from umbel_client.observer import Observer
-from umbel_client.session import Published
-from umbel_client.site_job import SiteJob
-from umbel_client.trainer_service import run
+import umbel_client.trainer.handler
+from umbel_client.ledger.ledger import Ledger
+from umbel_client.privacy.accounting import Event
+from umbel_client.privacy.calibration import SiteNoise
+from umbel_client.site.config import ClientConfig
+from umbel_client.storage.deltas import DeltaCache
+from umbel_client.storage.journal import Published
+from umbel_client.trainer.job import SiteJob
+from umbel_client.trainer.observer import Observer
+from umbel_client.trainer.service import run
 from umbel_common.adapters.vector import Vector, size_of
 from umbel_common.canonical import Entropy
 from umbel_common.plans.plan import TrainingPlan
@@ -63,6 +63,6 @@ class PreparedJob(SiteJob):
 
 
 if __name__ == "__main__":
-    umbel_client.trainer.SiteJob = PreparedJob
+    umbel_client.trainer.handler.SiteJob = PreparedJob
     configure()
     sys.exit(exit_code(lambda: run(Path(sys.argv[1]), "a benchmark")))

@@ -12,7 +12,7 @@ from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbel_client.accounting import (
+from umbel_client.privacy.accounting import (
     SMALLEST_NOISE_MULTIPLIER,
     Event,
     calibrate,
@@ -83,7 +83,9 @@ def test_a_release_without_privacy_makes_the_total_infinite() -> None:
 
 
 def test_reading_what_was_charged_waits_for_no_accountant() -> None:
-    program = "import sys, umbel_client.cli, umbel_client.ledger; sys.exit('torch' in sys.modules)"
+    program = (
+        "import sys, umbel_client.cli, umbel_client.ledger.ledger; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from umbel_client.averaging import MovingAverage
+from umbel_client.training.averaging import MovingAverage
 
 
 def reference(values: np.ndarray, decay: float) -> np.ndarray:

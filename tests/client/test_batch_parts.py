@@ -9,18 +9,17 @@ import pytest
 import torch
 from small_models import plan_for
 
-from umbel_client import training
-from umbel_client.batch import Batch
-from umbel_client.batch_parts import BatchLimit, ran_out_of_memory
-from umbel_client.model import AdaptedModel
-from umbel_client.noise import NoiseSource
-from umbel_client.per_sample import per_record_gradients
-from umbel_client.prepared import PreparedData
-from umbel_client.private_step import PrivateOptimizer, private_step
-from umbel_client.task import ClassificationTask
-from umbel_client.tokens import Tokens
-from umbel_client.training import train_round
-from umbel_client.units import Units
+from umbel_client.data.tokens import Tokens
+from umbel_client.data.units import Units
+from umbel_client.dpsgd.per_record import per_record_gradients
+from umbel_client.dpsgd.private_step import PrivateOptimizer, private_step
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.inputs import Batch
+from umbel_client.privacy.noise import NoiseSource
+from umbel_client.tasks.physical_batches import BatchLimit, ran_out_of_memory
+from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.task import ClassificationTask
+from umbel_client.training.round import train_round
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import Classification, LocalPrivacy, NoPrivacy, TrainingPlan
 
@@ -222,7 +221,7 @@ def test_a_round_goes_on_in_smaller_parts(
     options = {"entropy": fixed, "on_step": lambda _step, _steps: None}
     wanted = train_round(*arguments, physical_batch_size=COUNT, **options).delta
     limit = BatchLimit(COUNT)
-    monkeypatch.setattr(training, "task_of", lambda planned: Small(5))
+    monkeypatch.setattr(round, "task_of", lambda planned: Small(5))
     found = train_round(*arguments, physical_batch_size=limit, **options).delta
     assert limit.records == 4
     assert difference(found, wanted) < 1e-5

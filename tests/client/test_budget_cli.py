@@ -9,11 +9,11 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from umbel_client.accounting import Event, epsilon
 from umbel_client.cli import app
-from umbel_client.ledger import Ledger
-from umbel_client.policy import Budget
-from umbel_client.session import Session
+from umbel_client.ledger.ledger import Ledger
+from umbel_client.privacy.accounting import Event, epsilon
+from umbel_client.site.policy import Budget
+from umbel_client.storage.journal import Session
 from umbel_common.errors import LedgerError
 from umbel_common.plans.statements import RoundHeader
 from umbel_host.terminal import exit_code

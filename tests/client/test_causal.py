@@ -15,16 +15,16 @@ from peft import PeftModel
 from small_models import DECODERS, one_round, plan_for, save_decoder
 from transformers import AutoModelForCausalLM
 
-from umbel_client.chat import IGNORED
-from umbel_client.data import load_records
-from umbel_client.lora import all_linear
-from umbel_client.model import AdaptedModel
-from umbel_client.per_sample import per_record_gradients
-from umbel_client.physical_batch import record_bytes
-from umbel_client.prepared import PreparedData, prepare
-from umbel_client.self_test import self_test
-from umbel_client.task import CausalLmTask
-from umbel_client.training import train_round
+from umbel_client.data.chat import IGNORED
+from umbel_client.data.records import load_records
+from umbel_client.dpsgd.batch_size import record_bytes
+from umbel_client.dpsgd.per_record import per_record_gradients
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.adapters.lora import all_linear
+from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.tasks.task import CausalLmTask
+from umbel_client.training.round import train_round
+from umbel_client.training.self_test import self_test
 from umbel_common.adapters.peft_folder import tensor_files, text_files
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.errors import ModelError, PlanError

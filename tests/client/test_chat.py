@@ -9,9 +9,9 @@ import pytest
 from datasets import Dataset
 from small_models import CHATML, save_decoder
 
-from umbel_client.chat import IGNORED, tokenise_answers
-from umbel_client.data import LmRecords, load_records
-from umbel_client.tokens import load_tokenizer
+from umbel_client.data.chat import IGNORED, tokenise_answers
+from umbel_client.data.records import LmRecords, load_records
+from umbel_client.data.tokens import load_tokenizer
 from umbel_common.errors import DataError, ModelError
 from umbel_common.plans.plan import CausalLm
 

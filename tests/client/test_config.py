@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from umbel_client.config import ClientConfig, DataConfig, ModelConfig, load_config
-from umbel_client.policy import Policy
+from umbel_client.site.config import ClientConfig, DataConfig, ModelConfig, load_config
+from umbel_client.site.policy import Policy
 from umbel_common.errors import ConfigError
 
 TEXT = """

@@ -7,8 +7,14 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from umbel_client.conversations import Conversation, Passage, Turn, format_of, read_conversations
-from umbel_client.tables import read_table
+from umbel_client.data.conversations import (
+    Conversation,
+    Passage,
+    Turn,
+    format_of,
+    read_conversations,
+)
+from umbel_client.data.tables import read_table
 from umbel_common.errors import DataError
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import CausalLm

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from umbel_client.data import Record, load_records
+from umbel_client.data.records import Record, load_records
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import Classification
 

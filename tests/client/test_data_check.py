@@ -18,9 +18,9 @@ from data_commands import (
 from small_models import CHATML, save_bert, save_decoder
 from typer.testing import CliRunner
 
-from umbel_client.chat import tokenise_answers
 from umbel_client.cli import app
-from umbel_client.data import load_records
+from umbel_client.data.chat import tokenise_answers
+from umbel_client.data.records import load_records
 from umbel_common.errors import ConfigError, DataError, ModelError
 from umbel_common.plans.plan import CausalLm, Classification
 

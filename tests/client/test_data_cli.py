@@ -10,9 +10,9 @@ from data_commands import KINDS, PAIRS, TEXTS, command, config_file, refused, sh
 from small_models import save_decoder
 from typer.testing import CliRunner
 
-from umbel_client.chat import tokenise_answers
 from umbel_client.cli import app
-from umbel_client.data import load_records
+from umbel_client.data.chat import tokenise_answers
+from umbel_client.data.records import load_records
 from umbel_common.errors import DataError, ModelError
 from umbel_common.plans.plan import CausalLm, Classification
 

@@ -14,8 +14,8 @@ import msgspec
 import pytest
 from hypothesis import given
 
-from umbel_client.config import DataConfig
-from umbel_client.data_split import (
+from umbel_client.curation.examples import Examples, read_examples
+from umbel_client.curation.split import (
     PARTS,
     divide,
     inseparable,
@@ -23,7 +23,7 @@ from umbel_client.data_split import (
     without_earlier,
     write_parts,
 )
-from umbel_client.examples import Examples, read_examples
+from umbel_client.site.config import DataConfig
 from umbel_common.errors import DataError, StorageError
 
 SHARES = (0.8, 0.1, 0.1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from umbel_client.decisions import MOST_WAITING, Decisions
+from umbel_client.site.decisions import MOST_WAITING, Decisions
 from umbel_common.errors import PolicyRefusal, StorageError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.trust.identity import Identity, sign

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from umbel_client.delta_cache import DeltaCache
+from umbel_client.storage.deltas import DeltaCache
 from umbel_common.errors import LedgerError
 
 ADAPTER = b"\x05" * 32

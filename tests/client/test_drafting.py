@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from small_models import save_decoder
 
-from umbel_client.draft import read_plan
-from umbel_client.model_files import folder_digest
+from umbel_client.models.base.files import folder_digest
+from umbel_client.planning.draft import read_plan
 from umbel_common.errors import ConfigError, DataError, ModelError, PlanError
 from umbel_common.plans.plan import CausalLm, ReleaseGate
 from umbel_common.plans.plan_file import plan_from_json

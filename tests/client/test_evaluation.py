@@ -15,9 +15,9 @@ from small_language_model import causal_plan, save_llama
 from small_models import plan_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from umbel_client.answers import Answer, score
-from umbel_client.evaluation import evaluate_adapter
-from umbel_client.metrics import classification_figures, drift, finite, perplexity
+from umbel_client.evaluation.answers import Answer, score
+from umbel_client.evaluation.metrics import classification_figures, drift, finite, perplexity
+from umbel_client.evaluation.score import evaluate_adapter
 from umbel_common.adapters.vector import initial_vector, to_bytes
 from umbel_common.errors import DataError
 from umbel_common.plans.figures import (

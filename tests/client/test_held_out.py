@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from small_models import one_round, plan_for, save_decoder
 
-from umbel_client.accounting import Event, calibrate, epsilon
-from umbel_client.calibration import noise_for
-from umbel_client.data import load_records
-from umbel_client.held_out import noisy_counts
-from umbel_client.hold_out import hold_out
-from umbel_client.inference import evaluate
-from umbel_client.model import AdaptedModel
-from umbel_client.noise import NoiseSource
-from umbel_client.prepared import PreparedData, prepare
+from umbel_client.data.hold_out import hold_out
+from umbel_client.data.records import load_records
+from umbel_client.evaluation.counts import noisy_counts
+from umbel_client.evaluation.inference import evaluate
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.privacy.accounting import Event, calibrate, epsilon
+from umbel_client.privacy.calibration import noise_for
+from umbel_client.privacy.noise import NoiseSource
+from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import CausalLm, Classification, FederatedEvaluation, TrainingPlan
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import umbel_host.transport.sockets
-from umbel_client.ipc import (
+from umbel_client.site.ipc import (
     CONTROL,
     TRAINER,
     ControlStub,

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from container_filter import RUNTIME_FILTER
 
-from umbel_client.isolation import Network, network
+from umbel_client.trainer.isolation import Network, network
 
 PROBE = """
 import json, os, pathlib, socket, sys
-from umbel_client.isolation import drop_network, network
+from umbel_client.trainer.isolation import drop_network, network
 exec(sys.argv[4])
 here = socket.socket(socket.AF_UNIX); here.connect(sys.argv[1])
 namespace = os.readlink("/proc/self/ns/net")
@@ -30,7 +30,7 @@ moved = namespace != os.readlink("/proc/self/ns/net")
 own = os.stat(sys.argv[3]).st_uid == os.geteuid()
 print(json.dumps([refused, network().value, loopback, own, moved]))
 """
-NO_FILTER = "import umbel_client.isolation as i; i.only_unix_sockets = lambda: 38"
+NO_FILTER = "import umbel_client.trainer.isolation as i; i.only_unix_sockets = lambda: 38"
 
 
 def tried(folder: Path, *, before: str = "") -> tuple[str | None, str, str, bool, bool]:
@@ -82,7 +82,7 @@ def test_in_a_container_without_namespaces_and_without_the_filter_there_is_a_net
 
 def test_taking_the_network_away_starts_no_thread_and_loads_no_numbers() -> None:
     script = (
-        "import sys, threading, umbel_client.isolation;"
+        "import sys, threading, umbel_client.trainer.isolation;"
         "assert not {'numpy', 'torch', 'grpc'} & set(sys.modules), sorted(sys.modules);"
         "assert threading.active_count() == 1"
     )

@@ -14,10 +14,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from enrolling import Enrolling, give_command, read_kit
 
 import umbel_client.cli
-from umbel_client import join_cli
-from umbel_client.config import load_config
-from umbel_client.pinned_roster import revoke_here
-from umbel_client.relay_certificate import Certificates, check_certificate
+from umbel_client.cli import join as join_cli
+from umbel_client.site.config import load_config
+from umbel_client.site.kit_certificate import Certificates, check_certificate
+from umbel_client.site.pinned_roster import revoke_here
 from umbel_common.errors import ConfigError, IdentityError, SignatureError, StorageError
 from umbel_common.trust.enrolment import SiteKit
 from umbel_common.trust.identity import Identity

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from umbel_client.accounting import Event, epsilon
-from umbel_client.ledger import Ledger
-from umbel_client.ledger_rows import State
-from umbel_client.policy import Budget
+from umbel_client.ledger.ledger import Ledger
+from umbel_client.ledger.rows import State
+from umbel_client.privacy.accounting import Event, epsilon
+from umbel_client.site.policy import Budget
 from umbel_common.errors import BudgetError, LedgerError, StorageError
 
 DATA_SET = bytes(range(32))

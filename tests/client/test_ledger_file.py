@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from umbel_client.accounting import Event
-from umbel_client.ledger import Ledger
-from umbel_client.ledger_file import read_ledger
-from umbel_client.policy import Budget
+from umbel_client.ledger.file import read_ledger
+from umbel_client.ledger.ledger import Ledger
+from umbel_client.privacy.accounting import Event
+from umbel_client.site.policy import Budget
 from umbel_common.errors import LedgerError
 
 DATA_SET = bytes(range(32))
@@ -99,7 +99,7 @@ def test_a_missing_ledger_is_not_made_by_reading(path: Path) -> None:
 
 def test_a_process_that_is_killed_leaves_the_lock_and_what_it_wrote(path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from umbel_client.ledger import Ledger\n"
+        "import sys; from pathlib import Path; from umbel_client.ledger.ledger import Ledger\n"
         f"ledger = Ledger.open(Path({str(path)!r}), bytes(range(32)))\n"
         "ledger.carry(bytes(32)); print('open', flush=True); sys.stdin.read()"
     )

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from umbel_client.cli import app
-from umbel_client.export import read_adapter
+from umbel_client.models.adapters.folder import read_adapter
 from umbel_common.errors import DataError, ModelError, StorageError
 from umbel_common.plans.plan import (
     Adam,

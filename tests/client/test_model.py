@@ -27,16 +27,16 @@ from transformers import (
     RobertaModel,
 )
 
-from umbel_client.batch import TokenInputs
-from umbel_client.export import write_adapter
-from umbel_client.lora import plan_lora
-from umbel_client.model import AdaptedModel
-from umbel_client.model_files import folder_digest
-from umbel_client.model_folder import load_base
-from umbel_client.per_sample import per_record_gradients
-from umbel_client.prefix import frozen_prefix
-from umbel_client.self_test import self_test
-from umbel_client.tokens import Tokens
+from umbel_client.data.tokens import Tokens
+from umbel_client.dpsgd.per_record import per_record_gradients
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.adapters.folder import write_adapter
+from umbel_client.models.adapters.lora import plan_lora
+from umbel_client.models.base.files import folder_digest
+from umbel_client.models.base.folder import load_base
+from umbel_client.models.inputs import TokenInputs
+from umbel_client.tasks.frozen_cache import frozen_prefix
+from umbel_client.training.self_test import self_test
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.errors import ModelError, PlanError
 from umbel_common.plans.plan import (

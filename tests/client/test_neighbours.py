@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import plan_for
 
-from umbel_client.batch import Batch, TokenInputs
-from umbel_client.model import AdaptedModel
-from umbel_client.prepared import PreparedData
-from umbel_client.private_step import PrivateOptimizer, take_gradients
-from umbel_client.task import ClassificationTask
-from umbel_client.tokens import Tokens
-from umbel_client.training import train_round
-from umbel_client.units import Units
+from umbel_client.data.tokens import Tokens
+from umbel_client.data.units import Units
+from umbel_client.dpsgd.private_step import PrivateOptimizer, take_gradients
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.inputs import Batch, TokenInputs
+from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.task import ClassificationTask
+from umbel_client.training.round import train_round
 from umbel_common.plans.plan import Classification, LocalPrivacy
 
 CLIP_NORM = 4.0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from umbel_client.noise import NoiseSource
+from umbel_client.privacy.noise import NoiseSource
 
 
 def fixed(byte: int):

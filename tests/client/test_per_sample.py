@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from umbel_client.per_sample import per_record_gradients, plain_lora
-from umbel_client.private_step import clipped_sum, flat
+from umbel_client.dpsgd.per_record import per_record_gradients, plain_lora
+from umbel_client.dpsgd.private_step import clipped_sum, flat
 from umbel_common.errors import ModelError
 
 torch.set_num_threads(1)

@@ -9,9 +9,8 @@ import pytest
 import torch
 from small_models import one_round, plan_for
 
-from umbel_client.batch import Batch, PooledInputs, TokenInputs
-from umbel_client.model import AdaptedModel
-from umbel_client.physical_batch import (
+from umbel_client.data.tokens import Tokens
+from umbel_client.dpsgd.batch_size import (
     SHARE,
     TOKENS_AT_ONCE,
     UNKNOWN,
@@ -20,8 +19,9 @@ from umbel_client.physical_batch import (
     record_bytes,
     saved_bytes,
 )
-from umbel_client.prefix import Prefix, frozen_prefix
-from umbel_client.tokens import Tokens
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.inputs import Batch, PooledInputs, TokenInputs
+from umbel_client.tasks.frozen_cache import Prefix, frozen_prefix
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import Classification, NoPrivacy, TrainingPlan
 
@@ -226,7 +226,7 @@ def test_a_system_that_does_not_say_gets_a_cautious_number(
 ) -> None:
     assert free_memory(CPU, tmp_path) is None
     model = loaded(tiny_model, plan_of(tiny_model))
-    monkeypatch.setattr("umbel_client.physical_batch.free_memory", lambda _device: None)
+    monkeypatch.setattr("umbel_client.dpsgd.batch_size.free_memory", lambda _device: None)
     assert find_physical_batch_size(model, None) == UNKNOWN
 
 

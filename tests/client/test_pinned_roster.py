@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from umbel_client.config import ClientConfig, DataConfig, ModelConfig
-from umbel_client.pinned_roster import (
+from umbel_client.site.config import ClientConfig, DataConfig, ModelConfig
+from umbel_client.site.pinned_roster import (
     Pinned,
     find_document,
     load_pinned,
@@ -18,7 +18,7 @@ from umbel_client.pinned_roster import (
     revoke_here,
     revoke_signed,
 )
-from umbel_client.policy import Policy
+from umbel_client.site.policy import Policy
 from umbel_common.errors import IdentityError, SignatureError, StorageError
 from umbel_common.trust.identity import Identity, Member, Roster
 from umbel_common.trust.key_statements import revoke
@@ -103,7 +103,7 @@ def test_a_file_that_appeared_meanwhile_is_not_replaced(path: Path) -> None:
 REVOKES = """
 import sys
 from pathlib import Path
-from umbel_client.pinned_roster import revoke_here
+from umbel_client.site.pinned_roster import revoke_here
 for number in range(20):
     while True:
         try:

@@ -7,7 +7,7 @@ from datetime import time
 import msgspec
 import pytest
 
-from umbel_client.policy import (
+from umbel_client.site.policy import (
     Policy,
     judge_header,
     judge_operator,

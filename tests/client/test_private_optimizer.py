@@ -5,8 +5,8 @@ import pytest
 import torch
 from opacus.optimizers import DPOptimizer
 
-from umbel_client.noise import NoiseSource
-from umbel_client.private_step import PrivateOptimizer, automatic, clipped_sum, flat
+from umbel_client.dpsgd.private_step import PrivateOptimizer, automatic, clipped_sum, flat
+from umbel_client.privacy.noise import NoiseSource
 
 torch.set_num_threads(1)
 

@@ -8,20 +8,20 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from umbel_client.lora import plan_lora
-from umbel_client.model import AdaptedModel
-from umbel_client.model_files import folder_digest
-from umbel_client.noise import NoiseSource
-from umbel_client.per_sample import per_record_gradients
-from umbel_client.precision import Precision
-from umbel_client.prefix import frozen_prefix
-from umbel_client.prepared import PreparedData
-from umbel_client.private_step import (
+from umbel_client.data.tokens import Tokens
+from umbel_client.dpsgd.per_record import per_record_gradients
+from umbel_client.dpsgd.private_step import (
     PrivateOptimizer,
     private_step,
 )
-from umbel_client.task import ClassificationTask, Task
-from umbel_client.tokens import Tokens
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.adapters.lora import plan_lora
+from umbel_client.models.base.files import folder_digest
+from umbel_client.models.base.precision import Precision
+from umbel_client.privacy.noise import NoiseSource
+from umbel_client.tasks.frozen_cache import frozen_prefix
+from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.task import ClassificationTask, Task
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import (
     Adam,

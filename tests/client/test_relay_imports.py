@@ -28,7 +28,7 @@ def test_a_relay_needs_nothing_that_trains(module: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["umbel_client.doctor", "umbel_client.trainer_service", "umbel_simulations.verify"],
+    ["umbel_client.cli.doctor", "umbel_client.trainer.service", "umbel_simulations.verify"],
 )
 def test_what_looks_at_files_starts_without_what_trains(module: str) -> None:
     """PyTorch and Transformers take seconds to load."""
@@ -37,7 +37,7 @@ def test_what_looks_at_files_starts_without_what_trains(module: str) -> None:
 
 
 def test_a_trainer_needs_it() -> None:
-    assert "torch" in blocked("umbel_client.trainer").stderr
+    assert "torch" in blocked("umbel_client.trainer.handler").stderr
 
 
 def test_the_extra_names_nothing_of_it() -> None:

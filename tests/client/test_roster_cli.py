@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from umbel_client.cli import app
-from umbel_client.pinned_roster import require_document
+from umbel_client.site.pinned_roster import require_document
 from umbel_common.errors import IdentityError, SignatureError, StorageError, UmbelError
 from umbel_common.trust.identity import Identity, Member, Roster, fingerprint
 from umbel_common.trust.key_statements import OPERATOR, revoke, rotate

@@ -11,18 +11,18 @@ import pytest
 import torch
 from small_models import one_round, plan_for, save_telling_bert
 
-from umbel_client import training
-from umbel_client.accounting import Event
-from umbel_client.calibration import SiteNoise, noise_for
-from umbel_client.ledger import Ledger
-from umbel_client.model import AdaptedModel
-from umbel_client.noise import NoiseSource
-from umbel_client.policy import Budget
-from umbel_client.prepared import PreparedData
-from umbel_client.private_step import PrivateOptimizer
-from umbel_client.tokens import Tokens
-from umbel_client.training import train_round
-from umbel_client.units import Units
+from umbel_client.data.tokens import Tokens
+from umbel_client.data.units import Units
+from umbel_client.dpsgd.private_step import PrivateOptimizer
+from umbel_client.ledger.ledger import Ledger
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.privacy.accounting import Event
+from umbel_client.privacy.calibration import SiteNoise, noise_for
+from umbel_client.privacy.noise import NoiseSource
+from umbel_client.site.policy import Budget
+from umbel_client.tasks.prepared import PreparedData
+from umbel_client.training import round as training
+from umbel_client.training.round import train_round
 from umbel_common.canonical import Entropy, digest
 from umbel_common.errors import LedgerError
 from umbel_common.plans.plan import Classification, LocalPrivacy, TrainingPlan

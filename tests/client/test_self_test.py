@@ -10,12 +10,13 @@ from scipy.stats import chi2
 from torch import nn
 from transformers import RobertaConfig, RobertaModel
 
-from umbel_client import fused, private_step, self_test
-from umbel_client.lora import plan_lora
-from umbel_client.model import AdaptedModel
-from umbel_client.model_files import folder_digest
-from umbel_client.noise import NoiseSource
-from umbel_client.precision import Precision
+from umbel_client.dpsgd import fused, private_step
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.adapters.lora import plan_lora
+from umbel_client.models.base.files import folder_digest
+from umbel_client.models.base.precision import Precision
+from umbel_client.privacy.noise import NoiseSource
+from umbel_client.training import self_test
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import (
     Adam,

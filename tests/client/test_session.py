@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from umbel_client.session import Session, read_published
+from umbel_client.storage.journal import Session, read_published
 from umbel_common.errors import RemoteProtocolError, StorageError
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.trust.identity import Signed

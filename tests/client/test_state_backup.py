@@ -17,13 +17,13 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from umbel_client.accounting import Event, epsilon
 from umbel_client.cli import app
-from umbel_client.ledger import Ledger
-from umbel_client.ledger_file import read_ledger
-from umbel_client.ledger_rows import State
-from umbel_client.policy import Budget
-from umbel_client.session import Session, read_published
+from umbel_client.ledger.file import read_ledger
+from umbel_client.ledger.ledger import Ledger
+from umbel_client.ledger.rows import State
+from umbel_client.privacy.accounting import Event, epsilon
+from umbel_client.site.policy import Budget
+from umbel_client.storage.journal import Session, read_published
 from umbel_common.errors import BudgetError, LedgerError, RemoteProtocolError, StorageError
 from umbel_common.plans.statements import RoundHeader
 from umbel_host.processes.lifecycle import locked

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from umbel_client.accounting import Event
-from umbel_client.ledger_rows import EVALUATION, Contents
-from umbel_client.statement import stated_rounds
+from umbel_client.ledger.rows import EVALUATION, Contents
+from umbel_client.ledger.statement import stated_rounds
+from umbel_client.privacy.accounting import Event
 from umbel_common.plans.plan import FederatedEvaluation, TrainingPlan
 
 MakePlan = Callable[..., TrainingPlan]

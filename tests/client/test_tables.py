@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
 
-from umbel_client.tables import json_lines, read_table
+from umbel_client.data.tables import json_lines, read_table
 from umbel_common.errors import DataError
 
 ROWS = [{"text": "Ödem", "label": "heart"}, {"text": 'a "quoted",\ncell', "label": "lung"}]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from umbel_client.batch import Batch, PooledInputs
-from umbel_client.task import ClassificationTask
+from umbel_client.models.inputs import Batch, PooledInputs
+from umbel_client.tasks.task import ClassificationTask
 
 
 class Linear:

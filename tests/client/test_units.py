@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from umbel_client.units import Units
+from umbel_client.data.units import Units
 
 #                       0  1  2  3  4  5  6
 UNITS = Units(np.array([0, 1, 0, 2, 1, 0, 3]))

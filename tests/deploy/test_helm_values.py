@@ -24,8 +24,8 @@ from deploy.charts import (
     render,
 )
 
-from umbel_client import config as client_config
-from umbel_client.config import relay_socket, trainer_socket
+from umbel_client.site import config as client_config
+from umbel_client.site.config import relay_socket, trainer_socket
 from umbel_server.operator import config as server_config
 
 charts = pytest.mark.parametrize("chart", sorted(VALUES))

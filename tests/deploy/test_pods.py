@@ -22,9 +22,9 @@ pytestmark = [
 PORT = 9443
 UNFILTERED = """
 import sys
-import umbel_client.isolation
+import umbel_client.trainer.isolation
 import umbel_client.trainer_process
-umbel_client.isolation.only_unix_sockets = lambda: 38
+umbel_client.trainer.isolation.only_unix_sockets = lambda: 38
 sys.argv = ["trainer", "client.toml"]
 sys.exit(umbel_client.trainer_process.main())
 """
@@ -165,7 +165,10 @@ def test_the_trainer_shares_its_relays_network_and_can_use_none_of_it(
     filters = [int(status(north.process(name))["Seccomp_filters"]) for name in ("trainer", "relay")]
     assert filters[0] > filters[1]
     assert north.exec("relay", "python", "-c", REACH).returncode == 0
-    dropped = f"from umbel_client.isolation import drop_network\nassert not drop_network()\n{REACH}"
+    dropping = (
+        "from umbel_client.trainer.isolation import drop_network\nassert not drop_network()\n"
+    )
+    dropped = dropping + REACH
     done = north.exec("trainer", "python", "-c", dropped)
     assert done.returncode == 1
     assert "Address family not supported by protocol" in done.stderr

@@ -9,7 +9,7 @@ from deploy.federation import SECRETS, SITE, UNITS, Deployment
 from deploy.machine import missing
 from e2e.tunnel_proxy import TunnelProxy
 
-from umbel_client.isolation import Network
+from umbel_client.trainer.isolation import Network
 from umbel_server.operator.authority import key_pem
 
 pytestmark = [
@@ -81,7 +81,7 @@ def trainer_has_no_network(deployment: Deployment) -> None:
     machine.python("-c", connect)
     inside = ("nsenter", f"--target={trainer}", "--net", "/opt/umbel/bin/python", "-c", connect)
     assert "refused" in machine.run(*inside, check=False).stderr
-    source = "from umbel_client.isolation import network; print(network().value)"
+    source = "from umbel_client.trainer.isolation import network; print(network().value)"
     asked = ("nsenter", f"--target={trainer}", "--net", "env")
     shown = machine.run(*asked, deployment.source, "/opt/umbel/bin/python", "-c", source)
     assert shown.stdout.strip() == Network.NONE.value

@@ -18,9 +18,9 @@ import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from umbel_client.draft import read_plan
-from umbel_client.ipc import ControlStub, TrainerStatus, TrainerStub
-from umbel_client.model_files import folder_digest
+from umbel_client.models.base.files import folder_digest
+from umbel_client.planning.draft import read_plan
+from umbel_client.site.ipc import ControlStub, TrainerStatus, TrainerStub
 from umbel_common.errors import UnreachableError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.trust.identity import Identity, Member, Roster, sign

@@ -13,8 +13,8 @@ import time
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
-import umbel_client.flower
-from umbel_client.flower import Connection, serve, whole
+import umbel_client.relay.flower
+from umbel_client.relay.flower import Connection, serve, whole
 
 
 class Clock(datetime):
@@ -30,7 +30,7 @@ class Clock(datetime):
 def main(server: str, folder: Path, ahead: float) -> None:
     """Until SIGTERM."""
     Clock.ahead = timedelta(seconds=ahead)
-    umbel_client.flower.datetime = Clock  # type: ignore[attr-defined]  # as seen by it
+    umbel_client.relay.flower.datetime = Clock  # type: ignore[attr-defined]  # as seen by it
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     # The HTTP client has a line for each poll.
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -10,10 +10,10 @@ import pytest
 from e2e.test_ceremony_pages import by_form, printed, typed
 from enrolling import Enrolling
 
-from umbel_client.accounting import Event
-from umbel_client.ledger import Ledger
-from umbel_client.policy import Budget
-from umbel_client.session import Session
+from umbel_client.ledger.ledger import Ledger
+from umbel_client.privacy.accounting import Event
+from umbel_client.site.policy import Budget
+from umbel_client.storage.journal import Session
 
 SITE = "hospital-a"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from e2e.daemons import Clinics, Daemon, Site
 
-import umbel_client.flower
-from umbel_client.budget_view import release_costs
-from umbel_client.ipc import TrainerStub
-from umbel_client.ledger_file import read_ledger
-from umbel_client.ledger_rows import Reservation
+import umbel_client.relay.flower
+from umbel_client.ledger.file import read_ledger
+from umbel_client.ledger.rows import Reservation
+from umbel_client.ledger.spending import release_costs
+from umbel_client.site.ipc import TrainerStub
 from umbel_host.transport.sockets import healthy
 from umbel_server.storage.job_queue import State
 
@@ -190,18 +190,18 @@ def test_a_relay_whose_clock_is_wrong_by_ten_minutes_works_all_the_same(
 
     site = clinics.sites["north"]
     site.relay.stop()
-    monkeypatch.setattr(umbel_client.flower, "datetime", Wrong)
+    monkeypatch.setattr(umbel_client.relay.flower, "datetime", Wrong)
     stopping = threading.Event()
     stub = TrainerStub(site.socket)
-    connection = umbel_client.flower.Connection(
+    connection = umbel_client.relay.flower.Connection(
         server=f"127.0.0.1:{clinics.port}",
         server_ca=site.folder / "relay" / "server-ca.pem",
         certificate=site.folder / "relay" / "certificate.pem",
         key=site.folder / "relay" / "key.pem",
     )
     relay = threading.Thread(
-        target=umbel_client.flower.serve,
-        args=(connection, umbel_client.flower.whole(stub.handle), stopping, lambda _: None),
+        target=umbel_client.relay.flower.serve,
+        args=(connection, umbel_client.relay.flower.whole(stub.handle), stopping, lambda _: None),
     )
     relay.start()
     try:

@@ -9,9 +9,9 @@ from adversarial.federation import Federation
 from adversarial.weaken import Protection
 from safetensors.numpy import load_file
 
-from umbel_client.accounting import Event
-from umbel_client.ledger_file import read_ledger
-from umbel_client.ledger_rows import EVALUATION
+from umbel_client.ledger.file import read_ledger
+from umbel_client.ledger.rows import EVALUATION
+from umbel_client.privacy.accounting import Event
 from umbel_common.adapters.site_counts import COORDINATES, SiteCounts
 from umbel_common.errors import JobFailed
 from umbel_common.plans.plan import FederatedEvaluation

@@ -51,9 +51,9 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
-import umbel_client.flower as relay
+import umbel_client.relay.flower as relay
 import umbel_server.port.superlink
-from umbel_client.server_clock import TOLERATED_SKEW, ServerClock
+from umbel_client.relay.server_clock import TOLERATED_SKEW, ServerClock
 from umbel_host.transport.flower import packed, unpacked
 from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
 from umbel_server.port.gate import PATHS

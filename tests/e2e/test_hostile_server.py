@@ -24,8 +24,8 @@ from flwr.proto.message_pb2 import Metadata as ProtoMetadata
 from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.supercore.error import ApiErrorCode, FlowerError
 
-import umbel_client.flower
-from umbel_client.flower import Connection, serve, whole
+import umbel_client.relay.flower
+from umbel_client.relay.flower import Connection, serve, whole
 from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE
 from umbel_server.operator.authority import (
     Authority,
@@ -189,7 +189,7 @@ def test_a_server_of_another_authority_hears_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked: bool
 ) -> None:
     if not checked:
-        credentials = umbel_client.flower._credentials
+        credentials = umbel_client.relay.flower._credentials
 
         def trusting(connection: Connection) -> tuple[ssl.SSLContext, EllipticCurvePrivateKey]:
             context, key = credentials(connection)
@@ -197,7 +197,7 @@ def test_a_server_of_another_authority_hears_nothing(
             context.verify_mode = ssl.CERT_NONE
             return context, key
 
-        monkeypatch.setattr(umbel_client.flower, "_credentials", trusting)
+        monkeypatch.setattr(umbel_client.relay.flower, "_credentials", trusting)
     ours, other = Kit(tmp_path / "ours"), Kit(tmp_path / "other")
     context = other.context()
     # It would take anybody, so that it is the relay that refuses.

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from umbel_client.config import load_config
-from umbel_client.data import load_records
-from umbel_client.ledger import Ledger
+from umbel_client.data.records import load_records
+from umbel_client.ledger.ledger import Ledger
+from umbel_client.site.config import load_config
 from umbel_common.canonical import decode_canonical
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.trust.identity import Signed

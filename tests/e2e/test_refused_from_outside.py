@@ -22,8 +22,8 @@ from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpI
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from umbel_client.flower import _Signature
-from umbel_client.server_clock import ServerClock
+from umbel_client.relay.flower import _Signature
+from umbel_client.relay.server_clock import ServerClock
 from umbel_server.operator.admitted_sites import load_sites, save_sites
 from umbel_server.operator.authority import (
     Authority,

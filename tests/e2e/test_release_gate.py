@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from e2e.daemons import Clinics, Site
 
-from umbel_client.ledger_file import read_ledger
+from umbel_client.ledger.file import read_ledger
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.canonical import decode_canonical
 from umbel_common.plans.plan import ReleaseGate, Sgd, Training, TrainingPlan

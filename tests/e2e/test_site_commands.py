@@ -16,8 +16,8 @@ import msgspec
 import pytest
 from e2e.daemons import Clinics, Site
 
-from umbel_client.ipc import TrainerStub
-from umbel_client.isolation import Network, network
+from umbel_client.site.ipc import TrainerStub
+from umbel_client.trainer.isolation import Network, network
 from umbel_common.errors import UnreachableError
 from umbel_common.protocol.wire import MAGIC
 from umbel_host.terminal import INTERRUPTED

@@ -13,12 +13,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from umbel_client.config import load_config
-from umbel_client.data import load_records
-from umbel_client.ledger import Ledger
-from umbel_client.model import AdaptedModel
-from umbel_client.prepared import prepare
-from umbel_client.task import ClassificationTask
+from umbel_client.data.records import load_records
+from umbel_client.ledger.ledger import Ledger
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.site.config import load_config
+from umbel_client.tasks.prepared import prepare
+from umbel_client.tasks.task import ClassificationTask
 from umbel_common.adapters.vector import flatten
 from umbel_common.canonical import decode_canonical
 from umbel_common.plans.plan import TrainingPlan

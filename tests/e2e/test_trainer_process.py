@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from e2e.daemons import Clinics, Daemon, Once, SocketLink
 
-from umbel_client.decisions import Decisions
-from umbel_client.ipc import TrainerStub
-from umbel_client.isolation import Network, network
+from umbel_client.site.decisions import Decisions
+from umbel_client.site.ipc import TrainerStub
+from umbel_client.trainer.isolation import Network, network
 from umbel_common.trust.identity import sign
 from umbel_host.transport.sockets import healthy
 from umbel_server.messaging.link import Step

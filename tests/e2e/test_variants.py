@@ -9,7 +9,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from umbel_client.model import AdaptedModel
+from umbel_client.models.adapted_model import AdaptedModel
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.canonical import decode_canonical
 from umbel_common.plans.plan import TrainingPlan

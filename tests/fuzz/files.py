@@ -10,7 +10,7 @@ from fuzz.target import Place, Property, Target
 from vectors.cases import identity
 from vectors.values import IDENTITIES, OPERATOR, ROSTER
 
-from umbel_client.config import ClientConfig
+from umbel_client.site.config import ClientConfig
 from umbel_common.errors import ConfigError, IdentityError
 from umbel_common.toml_values import parse_toml
 from umbel_common.trust.key_statements import revoke, rotate

@@ -9,11 +9,11 @@ import numpy as np
 from vectors.cases import Drawn
 from vectors.values import IDENTITIES, OPERATOR, ROSTER, SITES
 
-from umbel_client.config import ClientConfig
-from umbel_client.lora import plan_lora
-from umbel_client.model_files import folder_digest
-from umbel_client.pinned_roster import Pinned
-from umbel_client.trainer import Trainer
+from umbel_client.models.adapters.lora import plan_lora
+from umbel_client.models.base.files import folder_digest
+from umbel_client.site.config import ClientConfig
+from umbel_client.site.pinned_roster import Pinned
+from umbel_client.trainer.handler import Trainer
 from umbel_common.adapters.vector import adapter_digest, initial_vector, size_of, to_bytes
 from umbel_common.errors import UmbelError
 from umbel_common.plans.plan import (

@@ -8,7 +8,7 @@ import pytest
 from vectors.cases import identity
 from vectors.values import HEADER, IDENTITIES, PLAN, ROSTER
 
-from umbel_client.config import ClientConfig
+from umbel_client.site.config import ClientConfig
 from umbel_common.errors import ConfigError, PlanError, RemoteProtocolError
 from umbel_common.plans.plan import check_plan
 from umbel_common.secagg import participant

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from umbel_client.accounting import Event, epsilon
-from umbel_client.ledger import Ledger
-from umbel_client.ledger_file import SCHEMA as LEDGER
-from umbel_client.ledger_file import read_ledger
-from umbel_client.ledger_rows import State
-from umbel_client.policy import Budget
-from umbel_client.session import Session, journal_schema, read_published
+from umbel_client.ledger.file import SCHEMA as LEDGER
+from umbel_client.ledger.file import read_ledger
+from umbel_client.ledger.ledger import Ledger
+from umbel_client.ledger.rows import State
+from umbel_client.privacy.accounting import Event, epsilon
+from umbel_client.site.policy import Budget
+from umbel_client.storage.journal import Session, journal_schema, read_published
 from umbel_common.canonical import decode_canonical
 from umbel_common.errors import LedgerError, StorageError
 from umbel_common.plans.statements import RoundHeader

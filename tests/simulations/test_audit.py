@@ -14,7 +14,7 @@ from rich.console import Console
 from small_models import save_telling_bert
 from typer.testing import CliRunner
 
-from umbel_client.data import Record, Records
+from umbel_client.data.records import Record, Records
 from umbel_common.errors import ConfigError, VerificationError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_simulations.audit import AuditResult, as_table, audit_scenario, check

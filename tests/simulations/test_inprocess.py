@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from umbel_client.flower import NOT_OURS, Pieces, answer, whole
+from umbel_client.relay.flower import NOT_OURS, Pieces, answer, whole
 from umbel_host.transport.flower import packed, unpacked
 from umbel_host.transport.pieces import FLOWER_FIELD, FLOWER_MESSAGE_TYPE, FLOWER_RECORD
 from umbel_server.messaging.link import Step

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_models import plan_for, save_bert
 
-from umbel_client.data import Record, Records
+from umbel_client.data.records import Record, Records
 from umbel_common.plans.plan import Classification, LocalPrivacy, Sgd, Training, TrainingPlan
 from umbel_simulations.inversion import exposed, invert
 

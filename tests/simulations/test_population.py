@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from umbel_client.data import load_records
+from umbel_client.data.records import load_records
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import Classification
 from umbel_simulations.population import partition, write_site_data

@@ -34,7 +34,8 @@ class BaseModel(Value, frozen=True):
     name: str
     """What people call it; written to `base_model_name_or_path` of the released adapter."""
     digest: Digest
-    """Digest of the folder's weights, configuration and tokenizer (`umbel_client.model`)."""
+    """Digest of the folder's weights, configuration and tokenizer
+    (`umbel_client.models.base.files.folder_digest`)."""
 
 
 class Classification(Value, frozen=True, tag_field="task", tag="classification"):

@@ -1,0 +1,63 @@
+"""`umbel-client backup` and `restore`: a site's state in one file, and back again."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from umbel_client.cli.options import CLIENT_TOML, Config
+from umbel_client.storage.backup import back_up
+from umbel_client.storage.backup import restore as put_back
+from umbel_host.terminal import print_lines
+
+
+def backup(
+    out: Annotated[Path, typer.Option(help="The new file, for its owner only.")],
+    config: Config = CLIENT_TOML,
+    with_keys: Annotated[
+        bool, typer.Option("--with-keys", help="Also this site's private keys: a secret from then.")
+    ] = False,
+) -> None:
+    """Write ledger, journal, decisions and configuration into one file, also while it trains."""
+    manifest, contents = back_up(config, out, keys=with_keys)
+    print_lines(
+        Console(highlight=False),
+        [
+            ("backup", str(out)),
+            ("site", manifest.party),
+            ("made", manifest.made),
+            ("ledger", f"{len(contents.rounds)} rounds charged, head {contents.head().hex()}"),
+            ("keys", "in it: keep it like the keys" if with_keys else "not in it (--with-keys)"),
+        ],
+    )
+
+
+def restore(
+    backup: Annotated[Path, typer.Argument(metavar="BACKUP", help="A file that `backup` wrote.")],
+    config: Config = CLIENT_TOML,
+) -> None:
+    """Put a backup back into an empty state folder: all of it or nothing."""
+    done = put_back(backup, config)
+    console = Console(highlight=False)
+    print_lines(
+        console,
+        [
+            ("site", done.manifest.party),
+            ("made", done.manifest.made),
+            ("state", str(done.state)),
+            *(("put back", str(path)) for path in done.written),
+            *(("kept", f"{path}, which is there") for path in done.kept),
+            *(("missing", f"{path}: bring your own copy") for path in done.missing),
+        ],
+    )
+    console.print(
+        "\nThe ledger is as it was then. Nothing is trained until you state what was spent\n"
+        "since: umbel-client budget state-spend (docs/budget.md)."
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these commands to `umbel-client`."""
+    for command in (backup, restore):
+        app.command()(command)

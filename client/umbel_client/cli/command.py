@@ -1,0 +1,33 @@
+"""`umbel-client`: what a site's administrator does with keys, and with the roster they pinned."""
+
+import sys
+
+import typer
+
+from umbel_client.cli import backup, finetune, join, service
+from umbel_client.cli import keys as keys_cli
+from umbel_client.cli.budget import budget
+from umbel_client.cli.data import data
+from umbel_client.cli.roster import roster
+from umbel_host.terminal import exit_code
+
+app = typer.Typer(
+    name="umbel-client",
+    help="A site's part in a private federated fine-tuning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(roster, name="roster")
+app.add_typer(budget, name="budget")
+app.add_typer(data, name="data")
+keys_cli.register(app)
+join.register(app)
+service.register(app)
+finetune.register(app)
+backup.register(app)
+
+
+def main() -> None:
+    """The console script: every error is text for people, with its own exit code."""
+    sys.exit(exit_code(app))

@@ -1,0 +1,200 @@
+"""`umbel-client doctor`: everything that a site needs, tried one by one.
+
+It proves rather than believes: it takes the network away from a process and looks, it opens a
+connection to the server, it reads the data. It changes nothing.
+"""
+
+import shutil
+import ssl
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from pathlib import Path
+
+import httpx
+from cryptography import x509
+
+from umbel_client.data.records import columns_of, load_records
+from umbel_client.ledger.file import read_ledger
+from umbel_client.models.base.files import folder_digest
+from umbel_client.relay.proxy import way_to
+from umbel_client.site.config import ClientConfig, control_socket
+from umbel_client.site.ipc import ControlStub
+from umbel_client.site.pinned_roster import check_own_key, load_pinned
+from umbel_common.errors import UmbelError, UnreachableError
+from umbel_common.plans.plan import CausalLm, Classification, Task
+from umbel_common.trust.identity import fingerprint
+from umbel_host.files.keys import read_identity
+
+_SOON = timedelta(days=30)
+_ENOUGH_BYTES = 1 << 30
+
+_DROP = """
+import sys
+from umbel_client.trainer.isolation import drop_network
+sys.exit(drop_network())
+"""
+
+
+class State(Enum):
+    """How a check ended."""
+
+    FINE = "ok"
+    CARE = "look"
+    """It works, and a person should know something."""
+    BROKEN = "FAIL"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check."""
+
+    name: str
+    state: State
+    text: str
+    """What was found; where it is broken, what to do."""
+
+
+Check = Callable[[ClientConfig], tuple[State, str]]
+
+
+def examine(config: ClientConfig) -> Iterator[Finding]:
+    """Runs every check, each whatever the others found."""
+    for name, check in CHECKS.items():
+        try:
+            state, text = check(config)
+        except UmbelError as error:
+            state, text = State.BROKEN, error.diagnostics()
+        yield Finding(name, state, text)
+
+
+def _identity(config: ClientConfig) -> tuple[State, str]:
+    return State.FINE, fingerprint(read_identity(Path(config.identity)).public_key)
+
+
+def _roster(config: ClientConfig) -> tuple[State, str]:
+    pinned = load_pinned(config)
+    check_own_key(pinned, config.site, read_identity(Path(config.identity)))
+    operator = fingerprint(pinned.roster.operator)
+    return State.FINE, f"{len(pinned.roster.members)} sites, operator {operator}"
+
+
+def _model(config: ClientConfig) -> tuple[State, str]:
+    found = folder_digest(Path(config.model.path)).hex()
+    if found not in config.policy.models:
+        return State.BROKEN, f"policy.models does not allow the model at hand, {found}"
+    return State.FINE, found
+
+
+def _data(config: ClientConfig) -> tuple[State, str]:
+    data = config.data
+    # A plan for whole texts takes every format.
+    task: Task = CausalLm(loss_on="all")
+    if "causal-lm" not in config.policy.tasks:
+        if len(config.policy.labels) < 2:
+            return State.BROKEN, "policy.labels names no labels, so every plan is refused"
+        task = Classification(labels=config.policy.labels)
+    records = load_records(Path(data.path), task, **columns_of(data))
+    unit = "each its own unit" if data.unit_column is None else f"units by {data.unit_column}"
+    return State.FINE, f"{len(records):,} records, {unit}"
+
+
+def _ledger(config: ClientConfig) -> tuple[State, str]:
+    path = Path(config.state) / "ledger.sqlite"
+    if not path.exists():
+        return State.FINE, "none yet: the first plan begins it"
+    contents = read_ledger(path)
+    if contents.restored:
+        return State.BROKEN, "an old copy: state what was spent since (docs/budget.md)"
+    return State.FINE, f"{len(contents.rounds)} rounds charged, head {contents.head().hex()[:16]}"
+
+
+def _modes(config: ClientConfig) -> tuple[State, str]:
+    for path in (Path(config.data.path), Path(config.state)):
+        if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o007:
+            return State.CARE, f"every user of this machine may read {path}: chmod o= {path}"
+    return State.FINE, "data and state are closed to other users"
+
+
+def _disk(config: ClientConfig) -> tuple[State, str]:
+    folder = Path(config.state)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    state = State.FINE if free >= _ENOUGH_BYTES else State.CARE
+    return state, f"{free / 1e9:.1f} GB free at {folder}"
+
+
+def _isolation(config: ClientConfig) -> tuple[State, str]:
+    tried = subprocess.run(  # noqa: S603  # our own module
+        [sys.executable, "-c", _DROP], capture_output=True, text=True, check=False
+    )
+    if tried.returncode == 0:
+        return State.FINE, "a process here can give its network away"
+    state = State.BROKEN if config.isolation == "required" else State.CARE
+    return state, (
+        f"the kernel gives no empty network namespace ({tried.stderr.strip()}): run the trainer"
+        " with PrivateNetwork=yes (systemd) or network_mode: none (compose)"
+    )
+
+
+def _certificate(config: ClientConfig) -> tuple[State, str]:
+    if config.relay is None:
+        return State.BROKEN, "client.toml has no table [relay]: umbel-client join KIT"
+    path = Path(config.relay.certificate)
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        return State.BROKEN, f"{path}: {error}; umbel-client join KIT"
+    left = certificate.not_valid_after_utc - datetime.now(UTC)
+    if left < timedelta():
+        return State.BROKEN, "expired: ask the operator for a new kit, then umbel-client join KIT"
+    return (State.FINE if left > _SOON else State.CARE), f"good for {left.days} days"
+
+
+def _server(config: ClientConfig) -> tuple[State, str]:
+    relay = config.relay
+    if relay is None:
+        return State.BROKEN, "client.toml has no table [relay]"
+    way = way_to(relay.server)
+    try:
+        context = ssl.create_default_context(cafile=relay.server_ca)
+        context.load_cert_chain(relay.certificate, relay.key)
+        with way.client(context, 10.0) as client:
+            # Behind the port is nothing at this address; to be told so is to be let in.
+            client.get(f"https://{relay.server}/")
+    except (OSError, httpx.HTTPError) as error:
+        return State.BROKEN, f"{way} is not reached: {error}"
+    return State.FINE, f"{way} speaks TLS with this site's certificate"
+
+
+def _trainer(config: ClientConfig) -> tuple[State, str]:
+    stub = ControlStub(control_socket(config))
+    try:
+        status = stub.status(2.0)
+    except UnreachableError:
+        return State.CARE, "not running: umbel-client run"
+    finally:
+        stub.close()
+    if not status.isolated:
+        return State.CARE, "running WITH A NETWORK"
+    return State.FINE, "running without a network"
+
+
+CHECKS: dict[str, Check] = {
+    "identity": _identity,
+    "roster": _roster,
+    "model": _model,
+    "data": _data,
+    "ledger": _ledger,
+    "file modes": _modes,
+    "disk": _disk,
+    "isolation": _isolation,
+    "certificate": _certificate,
+    "server": _server,
+    "trainer": _trainer,
+}

@@ -1,0 +1,321 @@
+"""`umbel-client train|evaluate|classify|generate|export`: fine-tuning without a federation.
+
+Torch and Transformers are imported where they are needed: other commands should not wait for them.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
+import typer
+from rich.console import Console
+
+from umbel_client.cli.options import CLIENT_TOML, Config
+from umbel_client.site.config import ClientConfig, load_config
+from umbel_common.errors import ConfigError, DataError, StorageError
+from umbel_common.plans.plan import (
+    Adam,
+    CausalLm,
+    Classification,
+    LocalPrivacy,
+    NoPrivacy,
+    TrainingPlan,
+)
+from umbel_common.plans.plan_file import plan_from_json
+from umbel_host.files.text_file import read_text
+
+if TYPE_CHECKING:
+    from umbel_client.models.adapted_model import AdaptedModel
+
+Adapter = Annotated[
+    str, typer.Option(help="Folder of an adapter, or the job of one that this site received.")
+]
+Base = Annotated[bool, typer.Option("--base", help="Leave the adapter out, to compare.")]
+
+
+def train(
+    plan: Annotated[Path, typer.Option(help="The plan to follow, as `plan new` writes it.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new adapter.")],
+    local: Annotated[
+        bool, typer.Option("--local", help="Train here alone. There is no other way by hand.")
+    ] = False,
+    data: Annotated[Path | None, typer.Option(help="Records; else data.path.")] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(help="Records that decide when to stop. Public ones, if privacy matters."),
+    ] = None,
+    patience: Annotated[
+        int, typer.Option(min=1, help="Rounds without a smaller validation loss.")
+    ] = 2,
+    without_privacy: Annotated[
+        bool, typer.Option(help="No clipping and no noise, whatever the plan says.")
+    ] = False,
+    config: Config = CLIENT_TOML,
+) -> None:
+    """Train an adapter on this site's data alone: a baseline for what a federation gives.
+
+    Nothing leaves this machine and no privacy budget is charged: the adapter is as private as the
+    data.
+    """
+    from umbel_client.data.records import columns_of, load_records
+    from umbel_client.dpsgd.batch_size import find_physical_batch_size
+    from umbel_client.models.adapters.folder import write_adapter
+    from umbel_client.tasks.prepared import prepare
+    from umbel_client.training.local import EarlyStop, train_alone
+    from umbel_client.training.self_test import self_test
+
+    if not local:
+        raise typer.BadParameter(
+            "training in a federation is `umbel-client run`", param_hint="--local"
+        )
+    settings = load_config(config)
+    if out.exists():
+        raise StorageError("a file or folder is in the way", file=out, remedy="give a new name")
+    followed = _followed(plan, without_privacy)
+    columns = columns_of(settings.data)
+    path = data or Path(settings.data.path)
+    records = load_records(path, followed.task, **columns)
+    checked = None if validation is None else load_records(validation, followed.task, **columns)
+    model = _load(settings, followed)
+    self_test(
+        model, 1.0 if isinstance(followed.privacy, LocalPrivacy) else None, entropy=os.urandom
+    )
+    folder = Path(settings.model.path)
+    console = Console(highlight=False)
+    rounds = followed.training.rounds
+
+    def told(done: int, loss: float | None) -> None:
+        end = "" if loss is None else f", validation loss {loss:.4f}"
+        console.print(f"round {done} of {rounds}{end}")
+
+    prepared = prepare(model, folder, records, cache=None, progress=lambda done, total: None)
+    early_stop = None
+    if checked is not None:
+        held_out = prepare(model, folder, checked, cache=None, progress=lambda done, total: None)
+        early_stop = EarlyStop(held_out, patience)
+    size = settings.physical_batch_size
+    per_unit = settings.data.max_records_per_unit if prepared.units is not None else 1
+    result = train_alone(
+        model,
+        prepared,
+        public_size=settings.data.public_size if data is None else prepared.unit_count,
+        entropy=os.urandom,
+        physical_batch_size=find_physical_batch_size(
+            model, prepared.prefix, records_per_unit=per_unit
+        )
+        if size == "auto"
+        else size,
+        early_stop=early_stop,
+        on_round=told,
+    )
+    write_adapter(out, followed, result.adapter, None, base_model=folder)
+    console.print(f"adapter of round {result.round}  {out}", soft_wrap=True, markup=False)
+    console.print("It is as private as the data: no ledger was charged for it.")
+
+
+def _followed(path: Path, without_privacy: bool) -> TrainingPlan:
+    plan, _ = plan_from_json(read_text(path), path)
+    if not without_privacy:
+        return plan
+    training = plan.training
+    if isinstance(training.optimizer, Adam):
+        # There is then no noise to subtract from Adam's moments.
+        optimizer = msgspec.structs.replace(training.optimizer, unbiased=False)
+        training = msgspec.structs.replace(training, optimizer=optimizer)
+    return msgspec.structs.replace(plan, privacy=NoPrivacy(), training=training)
+
+
+def classify(
+    adapter: Adapter,
+    text: Annotated[list[str] | None, typer.Option(help="A text; may be repeated.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--input", help="Texts, as data.text_column of a data file.")
+    ] = None,
+    base: Base = False,
+    config: Config = CLIENT_TOML,
+) -> None:
+    """Label texts with an adapter: one JSON object a line, with label and probability."""
+    from umbel_client.data.tokens import tokenise
+    from umbel_client.evaluation.inference import classify as predict
+
+    settings = load_config(config)
+    model = _adapted(settings, adapter, base)
+    task = model.plan.task
+    if not isinstance(task, Classification):
+        raise _other_task(adapter, "umbel-client generate")
+    texts = _texts(text, file, settings.data.text_column)
+    tokens = tokenise(texts, Path(settings.model.path), task.max_tokens)
+    for prediction in predict(model, tokens):
+        typer.echo(
+            msgspec.json.encode(
+                {"label": prediction.label, "probability": round(prediction.probability, 4)}
+            ).decode()
+        )
+
+
+def evaluate(
+    adapter: Adapter,
+    data: Annotated[Path | None, typer.Option(help="Held-out records; else data.path.")] = None,
+    general: Annotated[
+        Path | None, typer.Option(help="Texts of no domain, in a column `text`: what is forgotten.")
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Column whose groups get an accuracy each.")
+    ] = None,
+    answers: Annotated[int, typer.Option(min=0, help="Records that are answered in full.")] = 50,
+    base: Base = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    config: Config = CLIENT_TOML,
+) -> None:
+    """Score an adapter on this site's own held-out records: nothing of it leaves this machine."""
+    from umbel_client.data.records import columns_of
+    from umbel_client.evaluation.score import evaluate_adapter
+    from umbel_client.models.adapters.folder import read_adapter
+    from umbel_client.models.base.precision import chosen_precision
+    from umbel_common.adapters.vector import initial_vector
+    from umbel_common.plans.figures import figures_text
+
+    settings = load_config(config)
+    plan, vector = read_adapter(_folder_of(settings, adapter))
+    start = initial_vector(plan)
+    found = evaluate_adapter(
+        plan,
+        start if base else vector,
+        Path(settings.model.path),
+        data or Path(settings.data.path),
+        general,
+        groups,
+        columns=columns_of(settings.data),
+        answers=answers,
+        precision=chosen_precision(settings.model.precision),
+    )
+    if as_json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+    else:
+        typer.echo(f"{found.records:,} records: {figures_text(found)}")
+
+
+def generate(
+    adapter: Adapter,
+    prompt: Annotated[list[str] | None, typer.Option(help="A question; may be repeated.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--input", help="Questions, as `prompt` of a data file.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, max=5.0, help="0: the likeliest token each time.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling, with a temperature.")] = 0,
+    base: Base = False,
+    config: Config = CLIENT_TOML,
+) -> None:
+    """Answer questions with an adapter: one JSON object a line, with prompt and answer."""
+    from umbel_client.data.chat import Chat
+    from umbel_client.data.conversations import Turn
+    from umbel_client.evaluation.inference import Sampling, answers
+
+    settings = load_config(config)
+    model = _adapted(settings, adapter, base)
+    task = model.plan.task
+    if not isinstance(task, CausalLm):
+        raise _other_task(adapter, "umbel-client classify")
+    prompts = _texts(prompt, file, "prompt")
+    chat = Chat.load(Path(settings.model.path), task)
+    sampling = Sampling(max_new_tokens, temperature, seed)
+    turns = [[Turn("user", one)] for one in prompts]
+    for question, answer in zip(prompts, answers(model, chat, turns, sampling), strict=True):
+        typer.echo(msgspec.json.encode({"prompt": question, "answer": answer}).decode())
+
+
+def export(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add the adapter to its base model: one whole model.")
+    ] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of a merged model.")
+    ] = "float32",
+    config: Config = CLIENT_TOML,
+) -> None:
+    """Write an adapter as a PEFT folder, or merged into a model that Transformers and vLLM load."""
+    from umbel_client.models.adapters.folder import copy_adapter
+    from umbel_client.models.adapters.merge import merge_adapter
+
+    settings = load_config(config)
+    folder = _folder_of(settings, adapter)
+    if merge:
+        merge_adapter(folder, Path(settings.model.path), out, dtype=dtype)
+    else:
+        copy_adapter(folder, out)
+    typer.echo(f"{'model' if merge else 'adapter'}  {out}")
+
+
+def _folder_of(config: ClientConfig, adapter: str) -> Path:
+    received = Path(config.state) / "adapters" / adapter
+    is_name = len(Path(adapter).parts) == 1
+    return received if is_name and received.is_dir() else Path(adapter)
+
+
+def _adapted(config: ClientConfig, adapter: str, base: bool) -> "AdaptedModel":
+    from umbel_client.models.adapters.folder import read_adapter
+    from umbel_common.adapters.vector import initial_vector
+
+    plan, vector = read_adapter(_folder_of(config, adapter))
+    model = _load(config, plan)
+    model.set_vector(initial_vector(plan) if base else vector)
+    return model
+
+
+def _load(config: ClientConfig, plan: TrainingPlan) -> "AdaptedModel":
+    import torch
+
+    from umbel_client.models.adapted_model import AdaptedModel
+    from umbel_client.models.base.precision import chosen_precision
+
+    torch.set_num_threads(config.threads)
+    return AdaptedModel.load(
+        Path(config.model.path),
+        plan,
+        precision=chosen_precision(config.model.precision),
+        checkpointing=config.model.gradient_checkpointing,
+        quantisation=config.model.quantisation,
+    )
+
+
+def _texts(given: Sequence[str] | None, file: Path | None, column: str) -> list[str]:
+    """From the command line or a column of a data file, whichever is given."""
+    from umbel_client.data.tables import read_table
+
+    if (file is None) == (not given):
+        raise typer.BadParameter("give texts on the command line, or a file with --input")
+    if file is None:
+        return list(given or ())
+    table = read_table(file)
+    texts = []
+    for number, row in enumerate(table.rows, start=1):
+        value = row.get(column)
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(
+                f"row {number} has no text",
+                file=file,
+                field=f"{column}, row {number}",
+                found="an empty text" if isinstance(value, str) else type(value).__name__,
+                accepted="a text that is not empty",
+            )
+        texts.append(value)
+    return texts
+
+
+def _other_task(adapter: str, command: str) -> ConfigError:
+    return ConfigError(
+        "an adapter is of another task", field="--adapter", found=adapter, remedy=f"use `{command}`"
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these commands to `umbel-client`."""
+    for command in (train, evaluate, classify, generate, export):
+        app.command()(command)

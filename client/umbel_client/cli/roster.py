@@ -1,0 +1,237 @@
+"""`umbel-client roster`: whom this site believes. Only `approve` and `revoke` change it."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from umbel_client.cli.options import CLIENT_TOML, Config
+from umbel_client.cli.roster_view import print_change, print_roster
+from umbel_client.site.config import ClientConfig, load_config
+from umbel_client.site.pinned_roster import (
+    find_document,
+    pin,
+    require_document,
+    revoke_here,
+    revoke_signed,
+)
+from umbel_common.errors import IdentityError, UmbelError
+from umbel_common.trust.identity import Roster, fingerprint
+from umbel_common.trust.pinning import judge, merge, propose
+from umbel_common.trust.roster import RosterChange, RosterDocument, compare
+from umbel_common.trust.roster_file import (
+    document_from_json,
+    document_to_json,
+    revocation_from_json,
+    rotation_from_json,
+)
+from umbel_host.files.keys import read_identity
+from umbel_host.files.text_file import read_text, write_new_text
+from umbel_host.terminal import print_lines
+
+roster = typer.Typer(
+    help="Whom this site believes: show, compare, approve, revoke.", no_args_is_help=True
+)
+
+RosterFile = Annotated[Path, typer.Argument(help="The roster file that is proposed.")]
+
+
+@roster.command()
+def show(
+    file: Annotated[
+        Path | None, typer.Argument(help="A roster file; default: the pinned one.")
+    ] = None,
+    config: Config = CLIENT_TOML,
+) -> None:
+    """Show a roster with everyone's fingerprint."""
+    settings = load_config(config)
+    document = require_document(Path(settings.roster)) if file is None else _read(file)
+    print_roster(Console(highlight=False), document, settings.site)
+
+
+@roster.command()
+def diff(file: RosterFile, config: Config = CLIENT_TOML) -> None:
+    """Show what approving a roster would change, and change nothing."""
+    settings, proposed = load_config(config), _read(file)
+    former = find_document(Path(settings.roster))
+    merged = merge(former, proposed, file)
+    _print_proposal(settings, former, proposed, merged, compare(former, merged))
+
+
+@roster.command()
+def approve(
+    file: RosterFile,
+    config: Config = CLIENT_TOML,
+    digest: Annotated[
+        str | None,
+        typer.Option(help="Approve without asking, and only the roster of this digest."),
+    ] = None,
+    accept_new_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A party that lost its key: you compared its new fingerprint yourself.",
+        ),
+    ] = None,
+) -> None:
+    """Compare a roster with the pinned one, and pin it by your own decision."""
+    settings, proposed = load_config(config), _read(file)
+    path = Path(settings.roster)
+    former = find_document(path)
+    merged = merge(former, proposed, file)
+    change = compare(former, merged)
+    _print_proposal(settings, former, proposed, merged, change)
+    judge(
+        merged,
+        change,
+        site=settings.site,
+        own_key=read_identity(Path(settings.identity)).public_key,
+        accepted_new_keys=accept_new_key or (),
+        file=file,
+    )
+    console = Console(highlight=False)
+    if digest is not None:
+        _require_digest(merged.roster, digest, file)
+    if merged == former:
+        console.print("\nThis roster is pinned already: nothing to change.")
+        return
+    if digest is None:
+        _ask(console, file)
+    kept = pin(path, former, merged)
+    lines = [("pinned", str(path)), ("digest", merged.roster.digest().hex())]
+    print_lines(console, [*lines, *([("before", str(kept))] if kept else [])])
+
+
+@roster.command("propose")
+def propose_command(
+    rotation: Annotated[Path, typer.Argument(help="A party's rotation.")],
+    out: Annotated[Path, typer.Option(help="The roster file to send around.")],
+    config: Config = CLIENT_TOML,
+) -> None:
+    """Write the pinned roster with a rotated key: a proposal; approve it as any other."""
+    former = require_document(Path(load_config(config).roster))
+    signed = rotation_from_json(read_text(rotation), rotation)
+    proposed = propose(former, signed, rotation)
+    write_new_text(out, document_to_json(proposed))
+    lines = [("proposal", str(out)), ("digest", proposed.roster.digest().hex())]
+    print_lines(Console(highlight=False), lines)
+
+
+@roster.command()
+def revoke(
+    file: Annotated[
+        Path | None, typer.Argument(help="A revocation signed by its key or the operator.")
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(help="By your own decision: a fingerprint, or a public key in full."),
+    ] = None,
+    config: Config = CLIENT_TOML,
+) -> None:
+    """Stop believing a key, for good."""
+    path = Path(load_config(config).roster)
+    if file is not None and key is None:
+        signed = revocation_from_json(read_text(file), file)
+        revoked = signed.revocation.key
+        revoke_signed(path, signed, file)
+    elif key is not None and file is None:
+        revoked = _find_key(require_document(path), key, path)
+        revoke_here(path, revoked)
+    else:
+        raise typer.BadParameter("give either a revocation file or --key")
+    document = require_document(path)
+    owners = [name for name, own in document.parties().items() if own == revoked]
+    console = Console(highlight=False)
+    print_lines(
+        console,
+        [
+            ("revoked", fingerprint(revoked)),
+            ("key of", owners[0] if owners else "nobody in the roster"),
+            ("pinned", str(path)),
+        ],
+    )
+    for party, own in document.parties().items():
+        if document.leads(party, revoked, own):
+            console.print(
+                f"\nThe revoked key passed {party} to a key that is still believed:\n"
+                f"{fingerprint(own)}. If the key was stolen, that may be the thief's:\n"
+                f"compare it with {party}, and revoke it too if it is not theirs.",
+                soft_wrap=True,
+            )
+
+
+def _read(file: Path) -> RosterDocument:
+    return document_from_json(read_text(file), file)
+
+
+def _print_proposal(
+    settings: ClientConfig,
+    former: RosterDocument | None,
+    proposed: RosterDocument,
+    merged: RosterDocument,
+    change: RosterChange,
+) -> None:
+    console = Console(highlight=False)
+    if former is None:
+        console.print("No roster is pinned yet: compare each fingerprint with its owner.\n")
+        print_roster(console, merged, settings.site)
+    else:
+        print_change(console, former, merged, change)
+    for key in sorted(set(proposed.revoked_here) - merged.revoked()):
+        console.print(
+            f"The sender of this file revoked {fingerprint(key)} by its own\n"
+            "decision. This site does not, unless you revoke it too: ask the sender why.",
+            soft_wrap=True,
+        )
+
+
+def _require_digest(proposed: Roster, digest: str, file: Path) -> None:
+    if proposed.digest().hex() != digest.lower():
+        raise IdentityError(
+            "a roster is not the one that was to be approved",
+            file=file,
+            field="--digest",
+            found=proposed.digest().hex(),
+            accepted=digest.lower(),
+            remedy="compare the digest with the other parties again; nothing was changed",
+        )
+
+
+def _ask(console: Console, file: Path) -> None:
+    """Only a person who sees the change and types yes approves it."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise IdentityError(
+            "a roster is approved by a person at a terminal, or by its digest",
+            file=file,
+            remedy="run this at a terminal, or add --digest with the digest that you compared;"
+            " nothing was changed",
+        )
+    try:
+        answer = console.input("\nType yes to approve: ")
+    except EOFError:
+        answer = ""
+    if answer != "yes":
+        raise UmbelError("the roster was not approved: nothing was changed", file=file)
+
+
+def _find_key(document: RosterDocument, text: str, path: Path) -> bytes:
+    if re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        return bytes.fromhex(text)
+    rotations = (signed.rotation for signed in document.rotations)
+    known = {
+        *document.parties().values(),
+        *(key for rotation in rotations for key in (rotation.old_key, rotation.new_key)),
+    }
+    for key in known:
+        if fingerprint(key) == text.lower():
+            return key
+    raise IdentityError(
+        "no key of the pinned roster has this fingerprint",
+        file=path,
+        field="--key",
+        found=text,
+        accepted="a fingerprint that `umbel-client roster show` prints, or 64 hexadecimal digits",
+    )

@@ -1,0 +1,93 @@
+"""`umbel-client budget state-spend`: what was spent and is not in the ledger."""
+
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from umbel_client.cli.options import CLIENT_TOML, Config
+from umbel_client.ledger.file import read_ledger
+from umbel_client.ledger.ledger import Ledger
+from umbel_client.ledger.rows import Stated
+from umbel_client.ledger.statement import stated_rounds, statement_text
+from umbel_client.site.config import load_config
+from umbel_client.storage.journal import Session
+from umbel_common.canonical import decode_canonical
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan_file import plan_from_json
+from umbel_common.trust.identity import Signed
+from umbel_host.files.text_file import read_text
+from umbel_host.terminal import print_lines
+
+
+def _reached(values: list[str] | None) -> list[str]:
+    for value in values or []:
+        if not re.fullmatch(r"[a-z0-9-]+=[1-9][0-9]{0,4}", value):
+            raise typer.BadParameter("JOB=ROUND, such as icd10=12")
+    return values or []
+
+
+def state_spend(
+    by: Annotated[str, typer.Option(help="Who states it: a person's name.")],
+    why: Annotated[str, typer.Option(help="What happened, and where the figures come from.")],
+    rounds: Annotated[
+        list[str] | None,
+        typer.Option(
+            callback=_reached, help="JOB=ROUND: the last round that this site was asked for."
+        ),
+    ] = None,
+    plan: Annotated[
+        list[Path] | None, typer.Option(help="Plan of a job that the ledger does not know.")
+    ] = None,
+    nothing: Annotated[
+        bool, typer.Option("--nothing", help="Nothing was spent that is not in the ledger.")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="It is not known: nothing is left to spend.")
+    ] = False,
+    config: Config = CLIENT_TOML,
+) -> None:
+    """Charge a ledger that is an old copy with what was spent since; for good, and in its chain."""
+    if [bool(rounds), nothing, everything].count(True) != 1:
+        raise typer.BadParameter("one of --rounds, --nothing and --everything")
+    settings = load_config(config)
+    path = Path(settings.state) / "ledger.sqlite"
+    contents = read_ledger(path)
+    reached = {job: int(last) for job, _, last in (text.partition("=") for text in rounds or [])}
+    given = [plan_from_json(read_text(file), file)[0] for file in plan or []]
+    plans = [*given, *_accepted(path.with_name("session.sqlite"))]
+    stated = Stated(
+        rounds=stated_rounds(contents, reached, plans, settings.data.public_size),
+        everything=everything,
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        by=by,
+        why=why,
+    )
+    with Ledger.open(path, contents.data_set, settings.data.unit_column) as ledger:
+        ledger.state_spend(stated)
+        print_lines(
+            Console(highlight=False),
+            [
+                ("ledger", str(path)),
+                ("stated", statement_text(stated)),
+                ("charged", f"{len(stated.rounds)} rounds more, {len(ledger.history())} in all"),
+                ("head", ledger.head().hex()),
+            ],
+        )
+
+
+def _accepted(journal: Path) -> list[TrainingPlan]:
+    if not journal.exists():
+        return []
+    session = Session(journal)
+    try:
+        return [_plan(signed) for signed in session.plans()]
+    finally:
+        session.close()
+
+
+def _plan(signed: Signed) -> TrainingPlan:
+    return decode_canonical(signed.statement, TrainingPlan)

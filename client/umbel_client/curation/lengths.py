@@ -1,0 +1,154 @@
+"""How many tokens a site's records have: counted by the tokenizer of a base model, uncut."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from umbel_client.curation.examples import Examples
+from umbel_client.data.chat import Chat
+from umbel_client.data.conversations import Conversation
+from umbel_client.data.records import Records
+from umbel_client.data.tokens import AT_ONCE, Ints, load_tokenizer
+from umbel_client.models.base.folder import model_config, quietly, require_context
+from umbel_common.errors import DataError
+from umbel_common.plans.plan import CausalLm, Task
+
+_MANY = 131_072
+"""As many tokens as a plan may allow; lengths are counted past them all the same."""
+_PAIR = ["user", "assistant"]
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of each record, with those that a template or a tokenizer adds."""
+
+    prompt: Ints
+    """int64[records]: before the answer; 0 where all of a text counts."""
+    whole: Ints
+    """int64[records]: of the record."""
+
+    def unanswered(self, max_tokens: int) -> npt.NDArray[np.bool_]:
+        """bool[records]: nothing of the answer is among the first tokens that a model predicts;
+        it never predicts the first."""
+        left = np.minimum(self.whole, max_tokens)
+        answerless: npt.NDArray[np.bool_] = np.maximum(self.prompt, 1) >= left
+        return answerless
+
+
+def count_tokens(examples: Examples, folder: Path, task: Task | None = None) -> Lengths:
+    """Counts the tokens of every record.
+
+    Args:
+        folder: of the base model, for its tokenizer.
+        task: of a plan; None: a language model's records are rendered by the chat template, or
+            without one if the tokenizer has none and each is a prompt with its answer.
+
+    Raises:
+        ModelError: the folder holds no fast tokenizer, or the chat template that it takes.
+        DataError: names the row that the template cannot render.
+    """
+    if isinstance(examples.records, Records):
+        whole = _text_lengths(examples.records.texts, folder)
+        return Lengths(np.zeros_like(whole), whole)
+    rendered_as = task if isinstance(task, CausalLm) else _rendering(examples, folder)
+    chat = Chat.load(folder, rendered_as)
+    records = examples.records
+    try:
+        rendered = [
+            chat.render(record, row)
+            for record, row in zip(records.records, records.rows, strict=True)
+        ]
+    except DataError as error:
+        error.file = examples.path
+        raise
+    with quietly():
+        both = chat.lengths(rendered)
+    return Lengths(both[:, 0], both[:, 1])
+
+
+def _text_lengths(texts: Sequence[str], folder: Path) -> Ints:
+    tokenizer = load_tokenizer(folder)
+    lengths: list[int] = []
+    with quietly():
+        for start in range(0, len(texts), AT_ONCE):
+            encoded = tokenizer(
+                list(texts[start : start + AT_ONCE]),
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )
+            lengths += map(len, encoded["input_ids"])
+    return np.array(lengths, dtype=np.int64)
+
+
+def _rendering(examples: Examples, folder: Path) -> CausalLm:
+    records = examples.records.records
+    pairs = all(
+        isinstance(record, Conversation) and [turn.role for turn in record.turns] == _PAIR
+        for record in records
+    )
+    passages = not isinstance(records[0], Conversation)
+    plain = (pairs or passages) and load_tokenizer(folder).chat_template is None
+    return CausalLm(
+        max_tokens=_MANY,
+        template="plain" if plain else "chat",
+        loss_on="all" if passages else "answer",
+    )
+
+
+def require_fit(examples: Examples, lengths: Lengths, folder: Path, task: Task) -> int:
+    """Refuses what a plan does not take of these records, or its model of the plan.
+
+    Returns:
+        how many records the plan would cut.
+
+    Raises:
+        ModelError: the model cannot read as many tokens as the plan allows.
+        DataError: names the rows that are too long, or have nothing left of their answer.
+    """
+    require_context(folder, model_config(folder, task), task)
+    longer = lengths.whole > task.max_tokens
+    if isinstance(task, CausalLm):
+        if task.too_long == "refuse":
+            _refuse(
+                examples,
+                lengths,
+                longer,
+                "longer than the plan allows",
+                f"at most task.max_tokens = {task.max_tokens}",
+                'shorten them, or agree on a plan with task.too_long = "truncate"',
+            )
+        _refuse(
+            examples,
+            lengths,
+            lengths.unanswered(task.max_tokens),
+            "left with nothing of an answer",
+            f"prompts of fewer than task.max_tokens = {task.max_tokens} tokens, and an answer",
+            "shorten the prompts, or agree on a plan with more tokens",
+        )
+    return int(longer.sum())
+
+
+def _refuse(
+    examples: Examples,
+    lengths: Lengths,
+    wrong: npt.NDArray[np.bool_],
+    what: str,
+    accepted: str,
+    remedy: str,
+) -> None:
+    if not wrong.any():
+        return
+    rows = [examples.records.rows[index] for index in np.flatnonzero(wrong)]
+    more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    raise DataError(
+        f"{len(rows)} records are {what}" if len(rows) > 1 else f"row {rows[0]} is {what}",
+        file=examples.path,
+        field=f"rows {', '.join(map(str, rows[:_SHOWN]))}{more}",
+        found=f"up to {int(lengths.whole[wrong].max())} tokens",
+        accepted=accepted,
+        remedy=remedy,
+    )

@@ -1,0 +1,107 @@
+"""What a site's people are shown of their own records: counts, lengths, what stands there twice.
+
+All of it is as private as the records. No text is in it; rows have their number in the file.
+"""
+
+from collections import Counter
+
+import msgspec
+import numpy as np
+
+from umbel_client.curation.examples import Examples, repeated
+from umbel_client.curation.lengths import Lengths
+from umbel_client.data.tokens import Ints
+from umbel_common.plans.plan import CausalLm
+
+_SMALLEST_CUT = 32
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """How a count is spread over the records or units."""
+
+    least: int
+    median: int
+    percentile_95: int
+    most: int
+
+
+class Cut(msgspec.Struct, frozen=True):
+    """What a plan with this `max_tokens` would do to the records."""
+
+    max_tokens: int
+    longer: int
+    """Records of more tokens: cut, or refused."""
+    unanswered: int | None
+    """Of those, the ones of whose answer nothing would be left; None: there are no answers."""
+
+
+class DataReport(msgspec.Struct, frozen=True):
+    """A file of records in figures."""
+
+    file: str
+    format: str
+    records: int
+    units: int | None
+    """None: each record is its own."""
+    records_per_unit: Spread | None
+    labels: dict[str, int] | None
+    """Records of each label, the commonest first; None: a language model's have none."""
+    repeated_rows: list[int]
+    """Rows that say what an earlier one says, their words spaced in whatever way."""
+    shared_by_units: int
+    """Units of which a record is another unit's too."""
+    contradictory_rows: list[int]
+    """Rows whose text an earlier one has, with another label."""
+    tokens: Spread | None = None
+    """None: no model was given whose tokenizer could count."""
+    cuts: list[Cut] | None = None
+
+
+def report(examples: Examples, lengths: Lengths | None = None) -> DataReport:
+    """The figures of a file of records."""
+    groups = repeated(examples.keys)
+    rows, units, labels = examples.records.rows, examples.units, examples.labels
+    by_unit = examples.records.unit_column is not None
+    contradictory = (
+        []
+        if labels is None
+        else [row for group in groups for row in group[1:] if labels[row] != labels[group[0]]]
+    )
+    shared = {unit for group in groups for unit in _several({units[row] for row in group})}
+    return DataReport(
+        file=str(examples.path),
+        format=examples.format,
+        records=len(examples),
+        units=len(set(units)) if by_unit else None,
+        records_per_unit=spread(np.unique(units, return_counts=True)[1]) if by_unit else None,
+        labels=None if labels is None else dict(Counter(labels).most_common()),
+        repeated_rows=sorted(rows[row] for group in groups for row in group[1:]),
+        shared_by_units=len(shared) if by_unit else 0,
+        contradictory_rows=sorted(rows[row] for row in contradictory),
+        tokens=None if lengths is None else spread(lengths.whole),
+        cuts=None if lengths is None else _cuts(lengths, isinstance(examples.task, CausalLm)),
+    )
+
+
+def _several(units: set[int]) -> set[int]:
+    return units if len(units) > 1 else set()
+
+
+def spread(counts: Ints) -> Spread:
+    """Of int64[n], n at least 1; quantiles are counts that occur."""
+    found = np.quantile(counts, [0, 0.5, 0.95, 1], method="inverted_cdf")
+    return Spread(*(int(value) for value in found))
+
+
+def _cuts(lengths: Lengths, answers: bool) -> list[Cut]:
+    """At powers of two, up to the first that cuts nothing."""
+    cuts = []
+    most = _SMALLEST_CUT
+    while True:
+        longer = lengths.whole > most
+        cuts.append(
+            Cut(most, int(longer.sum()), int(lengths.unanswered(most).sum()) if answers else None)
+        )
+        if not longer.any():
+            return cuts
+        most *= 2

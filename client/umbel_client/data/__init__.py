@@ -1,0 +1,1 @@
+"""A site's records, from the file to token ids. Nothing here may import a model or the network."""

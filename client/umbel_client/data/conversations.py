@@ -1,0 +1,270 @@
+"""Records of a causal language model in the four formats that people keep them in.
+
+| format | columns | read as |
+|---|---|---|
+| `messages` | `messages`: `role` and `content` of each | a conversation, the answer last |
+| `prompt-completion` | `prompt`, `completion` | the user's turn, and the answer |
+| `instruction` | `instruction`, `output`, perhaps `input` | the user's turn, and the answer |
+| `text` | `text` | a passage |
+
+`prompt` and `completion` may be lists of messages as well; in CSV a cell of `messages` holds JSON.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from umbel_client.data.tables import Row, Table
+from umbel_common.canonical import Value
+from umbel_common.errors import DataError
+from umbel_common.plans.figures import Format
+from umbel_common.plans.plan import CausalLm
+
+COLUMNS: dict[Format, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt-completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "text": ("text",),
+}
+"""What a format needs; `input` may stand beside `instruction`."""
+
+
+class Turn(Value, frozen=True):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Conversation(Value, frozen=True):
+    """Turns, the last of them the assistant's: the answer."""
+
+    turns: tuple[Turn, ...]
+
+
+class Passage(Value, frozen=True):
+    """A text that no template has touched, or that was rendered already."""
+
+    text: str
+
+
+LmRecord: TypeAlias = Conversation | Passage
+
+
+def read_conversations(
+    path: Path, table: Table, task: CausalLm, record_format: Format
+) -> list[LmRecord]:
+    """Every row as a record.
+
+    Raises:
+        DataError: the columns belong to no format or to several; a row is of another format than
+            the file, has an empty answer, or is one that the plan's template cannot render.
+    """
+    chosen = format_of(path, table) if record_format == "auto" else record_format
+    needed = COLUMNS[chosen]
+    missing = [column for column in needed if column not in table.columns]
+    if missing:
+        raise DataError(
+            "a column is missing",
+            file=path,
+            field=missing[0],
+            found=", ".join(table.columns),
+            accepted=f"for data.format {chosen}: {', '.join(needed)}",
+        )
+    records: list[LmRecord] = []
+    for number, row in enumerate(table.rows, start=table.first):
+        place = _Place(path, number)
+        record = _READERS[chosen](place, row)
+        _check_template(place, record, task)
+        records.append(record)
+    return records
+
+
+class _Place:
+    """Where a record is wrong."""
+
+    def __init__(self, path: Path, row: int) -> None:
+        self._path = path
+        self._row = row
+
+    def error(self, what: str, column: str, found: object, accepted: str) -> DataError:
+        return DataError(
+            f"row {self._row} {what}",
+            file=self._path,
+            field=f"{column}, row {self._row}",
+            found=found,
+            accepted=accepted,
+        )
+
+    def text(self, row: Row, column: str, *, what: str = "has no text") -> str:
+        """A column's text, which must not be empty."""
+        value = row.get(column)
+        if not isinstance(value, str) or not value.strip():
+            found = "an empty text" if isinstance(value, str) else type(value).__name__
+            raise self.error(what, column, found, "a text that is not empty")
+        return value
+
+
+def format_of(path: Path, table: Table) -> Format:
+    """The format that a file's columns say.
+
+    Raises:
+        DataError: they belong to no format or to several, or a row is of another than the first.
+    """
+    found: list[Format] = [
+        name for name, needed in COLUMNS.items() if set(needed) <= set(table.columns)
+    ]
+    if len(found) == 1:
+        return found[0]
+    accepted = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
+    if not found:
+        raise DataError(
+            "the columns of a data file are those of no format",
+            file=path,
+            found=", ".join(table.columns),
+            accepted=accepted,
+            remedy="rename columns of the file",
+        )
+    if any(all(_has(row, name) for row in table.rows) for name in found):
+        raise DataError(
+            "the columns of a data file are those of several formats",
+            file=path,
+            field="data.format",
+            found=", ".join(found),
+            accepted="exactly one of them",
+            remedy="set data.format in client.toml",
+        )
+    raise _mixed(path, table, found)
+
+
+def _has(row: Row, name: Format) -> bool:
+    # A column that only other rows have is empty here: nothing in Parquet, an empty cell in CSV.
+    return all(row.get(column) not in (None, "") for column in COLUMNS[name])
+
+
+def _mixed(path: Path, table: Table, known: list[Format]) -> DataError:
+    first: list[Format] = [name for name in known if _has(table.rows[0], name)]
+    number = next(n for n, row in enumerate(table.rows, 1) if not first or not _has(row, first[0]))
+    found = [name for name in known if _has(table.rows[number - 1], name)]
+    what = "is of another format than the rows before it" if first else "is of no format"
+    return DataError(
+        f"row {number} {what}",
+        file=path,
+        field=f"row {number}",
+        found=", ".join(found) or "no format",
+        accepted=first[0] if first else ", ".join(known),
+        remedy="keep one format in a file",
+    )
+
+
+def _messages(place: _Place, row: Row) -> LmRecord:
+    turns = _turns(place, row.get("messages"), "messages")
+    if not turns or turns[-1].role != "assistant":
+        found = turns[-1].role if turns else "no turn"
+        raise place.error("does not end with an answer", "messages", found, "a turn of assistant")
+    return _conversation(place, turns, "messages")
+
+
+def _prompt_completion(place: _Place, row: Row) -> LmRecord:
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, list) or isinstance(completion, list):
+        turns = (
+            *_turns(place, prompt, "prompt"),
+            *_turns(place, completion, "completion"),
+        )
+        if turns[-1].role != "assistant":
+            raise place.error(
+                "does not end with an answer", "completion", turns[-1].role, "a turn of assistant"
+            )
+        return _conversation(place, turns, "completion")
+    question = place.text(row, "prompt", what="has an empty prompt")
+    answer = place.text(row, "completion", what="has an empty completion")
+    return _pair(question, answer)
+
+
+def _instruction(place: _Place, row: Row) -> LmRecord:
+    question = place.text(row, "instruction", what="has no instruction")
+    answer = place.text(row, "output", what="has an empty output")
+    more = row.get("input")
+    if more is not None and not isinstance(more, str):
+        raise place.error("has no text", "input", type(more).__name__, "a text")
+    return _pair(f"{question}\n\n{more}" if more and more.strip() else question, answer)
+
+
+def _passage(place: _Place, row: Row) -> LmRecord:
+    return Passage(text=place.text(row, "text"))
+
+
+_READERS: dict[Format, Callable[[_Place, Row], LmRecord]] = {
+    "messages": _messages,
+    "prompt-completion": _prompt_completion,
+    "instruction": _instruction,
+    "text": _passage,
+}
+
+
+def _turns(place: _Place, value: object, column: str) -> tuple[Turn, ...]:
+    """A list of messages; a text in its place is the one turn of its side, or JSON in a cell of
+    CSV."""
+    if isinstance(value, str) and column == "messages":
+        try:
+            value = msgspec.json.decode(value)
+        except msgspec.DecodeError as error:
+            raise place.error(
+                "has malformed messages", column, error, "a list of role and content"
+            ) from None
+    elif isinstance(value, str):
+        role = "assistant" if column == "completion" else "user"
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise place.error(
+            "has no messages", column, type(value).__name__, "a list of role and content"
+        )
+    # Parquet fills columns that other rows have with nothing.
+    plain = [
+        {key: part for key, part in turn.items() if part is not None}
+        if isinstance(turn, dict)
+        else turn
+        for turn in value
+    ]
+    try:
+        return msgspec.convert(plain, tuple[Turn, ...])
+    except msgspec.ValidationError as error:
+        found = str(error).replace("`$[", "`[")
+        accepted = "role (system, user or assistant) and content, both texts"
+        raise place.error("has a malformed message", column, found, accepted) from None
+
+
+def _conversation(place: _Place, turns: tuple[Turn, ...], column: str) -> Conversation:
+    empty = next((number for number, turn in enumerate(turns) if not turn.content.strip()), None)
+    if empty is not None:
+        what = "has an empty answer" if empty == len(turns) - 1 else "has an empty message"
+        raise place.error(what, column, f"message {empty + 1}", "texts that are not empty")
+    if len(turns) == 1:
+        raise place.error("has nothing to answer", column, "one message", "at least two")
+    return Conversation(turns)
+
+
+def _pair(question: str, answer: str) -> Conversation:
+    return Conversation((Turn("user", question), Turn("assistant", answer)))
+
+
+def _check_template(place: _Place, record: LmRecord, task: CausalLm) -> None:
+    if isinstance(record, Passage):
+        if task.template == "plain" and task.loss_on == "answer":
+            raise place.error(
+                "has no answer of its own",
+                "text",
+                "a text",
+                'with task.loss_on "answer": prompt and completion, or a text rendered by the'
+                " chat template",
+            )
+    elif task.template == "plain" and [turn.role for turn in record.turns] != ["user", "assistant"]:
+        raise place.error(
+            "is a conversation, which takes a template",
+            "messages",
+            ", ".join(turn.role for turn in record.turns),
+            'with task.template "plain": one prompt and its completion',
+        )

@@ -1,0 +1,272 @@
+"""A site's own records, from its own file, checked row by row.
+
+Error texts name the row, not its text; they are for the site's own log and never leave it.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, overload
+
+from umbel_client.data.conversations import LmRecord, read_conversations
+from umbel_client.data.tables import Table, read_table
+from umbel_client.site.config import DataConfig
+from umbel_common.canonical import Digest, Value, digest
+from umbel_common.errors import DataError
+from umbel_common.plans.figures import Format
+from umbel_common.plans.plan import CausalLm, Classification, Task
+
+
+class Record(Value, frozen=True):
+    """One example of a classification."""
+
+    text: str
+    label: int
+    """Index into the plan's labels."""
+
+
+class DataSet(Value, frozen=True, kw_only=True):
+    """What is known of a site's data set whatever its records are."""
+
+    source: Digest
+    """SHA-256 of the file."""
+    path: str = ""
+    """Of the file, for errors."""
+    rows: tuple[int, ...] = ()
+    """Where each record stands in the file, from 1."""
+    units: tuple[int, ...] = ()
+    """The unit (patient) of each record, numbered from 0 in the order of the file; empty: each
+    record is its own."""
+    unit_names: tuple[str, ...] = ()
+    """What the file calls each unit."""
+    unit_column: str | None = None
+    """Where units come from."""
+
+    def digest(self) -> bytes:
+        """Names the data set, and so its privacy ledger.
+
+        It covers the file and nothing of the plan: a plan that renames a column or reorders the
+        labels must not open a fresh ledger on the same records. It covers what a unit is: what was
+        charged by the record says nothing about patients, so the two do not share a ledger.
+        """
+        if self.unit_column is None:
+            return self.source
+        return digest("units", self.source, self.unit_column.encode())
+
+
+class Records(DataSet, frozen=True, kw_only=True):
+    """Texts and their labels."""
+
+    records: tuple[Record, ...]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def texts(self) -> list[str]:
+        """In the order of the file."""
+        return [record.text for record in self.records]
+
+    @property
+    def labels(self) -> list[int]:
+        """In the order of the file."""
+        return [record.label for record in self.records]
+
+
+class LmRecords(DataSet, frozen=True, kw_only=True):
+    """What a language model learns from."""
+
+    records: tuple[LmRecord, ...]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+class Columns(TypedDict, total=False):
+    """Where in a file records are. Columns are the site's own choice: a plan that could name them
+    could ask about any of them."""
+
+    text_column: str
+    label_column: str
+    record_format: Format
+    """Of a causal language model's records; `auto`: what the columns say."""
+    unit_column: str | None
+    """Says whose a record is; None: each record is its own unit."""
+    max_records_per_unit: int
+    """Records of a unit past so many, in the order of the file, are left out. That depends on this
+    unit's records alone, so it costs no privacy."""
+
+
+def columns_of(config: DataConfig) -> Columns:
+    """As client.toml says."""
+    return {
+        "text_column": config.text_column,
+        "label_column": config.label_column,
+        "record_format": config.format,
+        "unit_column": config.unit_column,
+        "max_records_per_unit": config.max_records_per_unit,
+    }
+
+
+@overload
+def load_records(path: Path, task: Classification, **columns: Unpack[Columns]) -> Records: ...
+
+
+@overload
+def load_records(path: Path, task: CausalLm, **columns: Unpack[Columns]) -> LmRecords: ...
+
+
+@overload
+def load_records(path: Path, task: Task, **columns: Unpack[Columns]) -> Records | LmRecords: ...
+
+
+def load_records(path: Path, task: Task, **columns: Unpack[Columns]) -> Records | LmRecords:
+    """Reads every row of a file; columns beside those that are asked for are ignored.
+
+    Raises:
+        DataError: the file is missing, malformed, empty or of another kind; a column is missing; a
+            row has no text or no answer, no unit, or a label that the plan does not have.
+    """
+    return records_of(path, read_table(path), task, **columns)
+
+
+def records_of(
+    path: Path, table: Table, task: Task, **columns: Unpack[Columns]
+) -> Records | LmRecords:
+    """The records of a file's rows; see `load_records`.
+
+    Args:
+        path: of the file, for errors.
+
+    Raises:
+        DataError: as `load_records`.
+    """
+    unit_column = columns.get("unit_column")
+    units = _units(path, table, unit_column)
+    kept = _first_of_each(units, columns.get("max_records_per_unit", 32))
+    numbers = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
+    common = DataSet(
+        source=table.source,
+        path=str(path),
+        rows=tuple(row + table.first for row in kept),
+        units=() if unit_column is None else tuple(numbers[units[row]] for row in kept),
+        unit_names=() if unit_column is None else tuple(numbers),
+        unit_column=unit_column,
+    )
+    if isinstance(task, Classification):
+        labelled = _labelled(
+            path,
+            table,
+            task,
+            columns.get("text_column", "text"),
+            columns.get("label_column", "label"),
+        )
+        return Records(records=tuple(labelled[row] for row in kept), **_fields(common))
+    read = read_conversations(path, table, task, columns.get("record_format", "auto"))
+    return LmRecords(records=tuple(read[row] for row in kept), **_fields(common))
+
+
+def _fields(common: DataSet) -> dict[str, Any]:
+    return {name: getattr(common, name) for name in common.__struct_fields__}
+
+
+def _labelled(
+    path: Path, table: Table, task: Classification, text_column: str, label_column: str
+) -> list[Record]:
+    require_columns(path, table, text_column, label_column)
+    index_of = {label: index for index, label in enumerate(task.labels)}
+    return [
+        Record(
+            text=_text(path, text_column, number, row.get(text_column)),
+            label=_label(path, label_column, number, row.get(label_column), index_of),
+        )
+        for number, row in enumerate(table.rows, start=table.first)
+    ]
+
+
+def require_columns(path: Path, table: Table, *columns: str) -> None:
+    """Refuses a file that lacks a column.
+
+    Raises:
+        DataError: names it beside those there are.
+    """
+    for column in columns:
+        if column not in table.columns:
+            raise DataError(
+                "a column is missing",
+                file=path,
+                field=column,
+                found=", ".join(table.columns),
+                remedy="rename a column of the file, or set data.text_column, data.label_column or "
+                "data.unit_column",
+            )
+
+
+def _units(path: Path, table: Table, column: str | None) -> list[str]:
+    """The unit of each row: by the column, or each row by itself."""
+    if column is None:
+        return [str(number) for number in range(len(table.rows))]
+    require_columns(path, table, column)
+    return [
+        _unit(path, column, number, row.get(column))
+        for number, row in enumerate(table.rows, start=table.first)
+    ]
+
+
+def _first_of_each(units: list[str], most: int) -> list[int]:
+    """Row indices of the first `most` records of each unit."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for row, unit in enumerate(units):
+        seen[unit] += 1
+        if seen[unit] <= most:
+            kept.append(row)
+    return kept
+
+
+def _unit(path: Path, column: str, row: int, unit: object) -> str:
+    known = (isinstance(unit, str) and unit.strip()) or isinstance(unit, int)
+    if not known or isinstance(unit, bool):
+        raise DataError(
+            f"row {row} does not say whose record it is",
+            file=path,
+            field=f"{column}, row {row}",
+            found=type(unit).__name__ if not isinstance(unit, str) else "an empty text",
+            accepted="a text or a whole number",
+        )
+    return str(unit).strip()
+
+
+def _text(path: Path, column: str, row: int, text: object) -> str:
+    if not isinstance(text, str) or not text.strip():
+        found = type(text).__name__ if not isinstance(text, str) else "an empty text"
+        raise DataError(
+            f"row {row} has no text",
+            file=path,
+            field=f"{column}, row {row}",
+            found=found,
+            accepted="a text that is not empty",
+        )
+    return text
+
+
+def label_of(value: object) -> str | None:
+    """A label as a plan writes it; None if it is none.
+
+    Codes such as 0 and 1 are numbers in JSON and Parquet, and texts in a plan.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) else None
+
+
+def _label(path: Path, column: str, row: int, label: object, index_of: dict[str, int]) -> int:
+    name = label_of(label)
+    if name is None or name not in index_of:
+        raise DataError(
+            f"row {row} has a label that the plan does not have",
+            file=path,
+            field=f"{column}, row {row}",
+            found=repr(label),
+            accepted=", ".join(index_of),
+        )
+    return index_of[name]

@@ -1,0 +1,3 @@
+"""One private step: each record's gradient, clipped, summed, noised. Nothing here may know a
+federation.
+"""

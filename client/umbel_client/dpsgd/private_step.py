@@ -1,0 +1,210 @@
+"""One step of DP-SGD (Abadi et al. 2016, algorithm 1): clip each unit's gradient, sum, add noise.
+
+No accounting happens here: the ledger has charged the whole round before its first gradient.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from umbel_client.data.tokens import Ints
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.privacy.noise import NoiseSource
+from umbel_client.tasks.physical_batches import BatchLimit, compute_parts, limit_of
+from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.task import Task
+from umbel_common.errors import ModelError
+
+Clipping = Callable[[torch.Tensor, float], torch.Tensor]
+"""(norms float32[n], clip norm) -> factors float32[n] that bring no norm above the clip norm."""
+
+
+def flat(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
+    """Shortens what is longer than the clip norm (Abadi et al. 2016, section 3.1)."""
+    return clip_norm / norms.clamp(min=clip_norm)
+
+
+def automatic(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
+    """Brings all to nearly the clip norm: AUTO-S (Bu et al. 2023, section 4), its gamma 0.01."""
+    return clip_norm / (norms + 0.01)
+
+
+CLIPPINGS: dict[str, Clipping] = {"flat": flat, "automatic": automatic}
+"""By the plan's names for them."""
+
+
+class PrivateOptimizer:
+    """Clips and sums over the physical batches of a step, then adds noise once and moves."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        noise: NoiseSource,
+        *,
+        noise_multiplier: float,
+        clip_norm: float,
+        expected_batch_size: float,
+        clipping: Clipping = flat,
+    ) -> None:
+        """Trains the parameters of `optimizer`, on one device.
+
+        Args:
+            noise_multiplier: standard deviation of the noise in units of the clip norm.
+            clip_norm: largest contribution of one unit, in the Euclidean norm.
+            expected_batch_size: what the noisy sum is divided by, whatever the batch.
+        """
+        self._optimizer = optimizer
+        self._noise = noise
+        self._deviation = noise_multiplier * clip_norm
+        self._clip_norm = clip_norm
+        self._expected_batch_size = expected_batch_size
+        self._clipping = clipping
+        self.parameters: list[torch.nn.Parameter] = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
+        sizes = [parameter.numel() for parameter in self.parameters]
+        self._sum = torch.zeros(sum(sizes), device=self.parameters[0].device)
+        self._gradient = torch.zeros_like(self._sum)
+        # Parts of one vector, so that a step writes all of them at once.
+        parts = torch.split(self._gradient, sizes)
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def accumulate(self, records: int, units: Ints | None = None) -> None:
+        """Adds one physical batch's clipped gradients to the sum, and clears them.
+
+        Args:
+            records: number of records that the backward pass was over.
+            units: see `clipped_sum`.
+
+        Raises:
+            ModelError: the parameters do not hold one gradient for each record.
+        """
+        gradients = take_gradients(self.parameters, records)
+        self._sum += clipped_sum(gradients, units, self._clip_norm, self._clipping)
+
+    def discard(self) -> None:
+        """Forgets the gradients of a backward pass that did not end; the sum stays as it is."""
+        for parameter in self.parameters:
+            holder: Any = parameter
+            holder.grad_sample = None
+
+    def step(self) -> None:
+        """Moves along the sum with its noise, and begins a new sum.
+
+        Sum and noise are added and divided in float64, and rounded once to float32.
+        """
+        draws = torch.from_numpy(self._noise.normal(len(self._sum)))
+        draws.mul_(self._deviation).add_(self._sum.cpu()).div_(self._expected_batch_size)
+        self._gradient.copy_(draws)
+        self._optimizer.step()
+        self._sum.zero_()
+
+
+def clipped_sum(
+    gradients: list[torch.Tensor], units: Ints | None, clip_norm: float, clipping: Clipping
+) -> torch.Tensor:
+    """The sum of the units' clipped gradients, float32[trained elements].
+
+    A unit's gradient is the mean of its records', so that it is clipped once, whatever their
+    number: adding or removing the unit with all of its records moves the sum by `clip_norm` at
+    most.
+
+    Args:
+        gradients: for each parameter float32[n, elements]; may be changed.
+        units: int64[n], the unit of each record, any numbers; None: each record is a unit.
+    """
+    norms = _finite_norms(gradients)
+    if units is not None:
+        gradients = _unit_means(gradients, units)
+        norms = _finite_norms(gradients)
+    factors = clipping(norms, clip_norm)
+    return torch.cat([factors @ gradient for gradient in gradients])
+
+
+def _finite_norms(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Norm of each row over all parameters, float32[n]; rows without a finite one become zero.
+
+    A record whose gradient overflowed has no direction to clip; without this its NaN would pass
+    through clipping and noise, and say that the record is there.
+    """
+    parts = torch.stack([torch.linalg.vector_norm(rows, dim=1) for rows in gradients])
+    norms: torch.Tensor = torch.linalg.vector_norm(parts, dim=0)
+    # Their sum is finite only if all are.
+    if not math.isfinite(norms.sum()):
+        finite = torch.isfinite(norms)
+        for rows in gradients:
+            rows[~finite] = 0
+        norms[~finite] = 0
+    return norms
+
+
+def _unit_means(gradients: list[torch.Tensor], units: Ints) -> list[torch.Tensor]:
+    """float32[n, elements] -> float32[units, elements]."""
+    _, numbers, counts = np.unique(units, return_inverse=True, return_counts=True)
+    device = gradients[0].device
+    index = torch.from_numpy(numbers).to(device)
+    shares = torch.from_numpy((1.0 / counts).astype(np.float32)).to(device)[index].unsqueeze(1)
+    return [
+        rows.new_zeros(len(counts), rows.shape[1]).index_add_(0, index, rows * shares)
+        for rows in gradients
+    ]
+
+
+def take_gradients(parameters: list[torch.nn.Parameter], records: int) -> list[torch.Tensor]:
+    """For each parameter float32[records, elements]; the parameters then hold none.
+
+    A list would come from two passes that were mixed, another length from tokens that were taken
+    for records. Norms of bfloat16 gradients would be bfloat16 too, and the clipping not exact.
+
+    Raises:
+        ModelError: they do not hold one gradient for each record.
+    """
+    taken = []
+    for parameter in parameters:
+        holder: Any = parameter
+        gradients = getattr(holder, "grad_sample", None)
+        if not isinstance(gradients, torch.Tensor) or len(gradients) != records:
+            shape = tuple(gradients.shape) if isinstance(gradients, torch.Tensor) else None
+            raise ModelError(
+                "the gradients of records are not separate",
+                found=shape,
+                accepted=(records, *parameter.shape),
+            )
+        taken.append(gradients.float().view(records, -1))
+        holder.grad_sample = None
+    return taken
+
+
+def private_step(
+    task: Task,
+    model: AdaptedModel,
+    data: PreparedData,
+    chosen: Ints,
+    optimizer: PrivateOptimizer,
+    physical_batch_size: int | BatchLimit,
+    units: Ints | None = None,
+) -> None:
+    """Takes one noisy step on the chosen records; with none chosen, on noise alone.
+
+    Skipping an empty batch would tell that it was empty, and break the accounting.
+
+    Args:
+        physical_batch_size: records computed at once; a limit is lowered where memory runs out.
+        units: int64[records of the data], the unit of each record; None: each record is a unit.
+
+    Raises:
+        ModelError: a unit's records are in several physical batches, or do not fit into memory.
+    """
+
+    def compute(part: Ints) -> None:
+        with torch.enable_grad():
+            task.losses(model, task.batch(data, part)).sum().backward()  # type: ignore[no-untyped-call]  # torch
+        optimizer.accumulate(len(part), None if units is None else units[part])
+
+    limit = limit_of(physical_batch_size)
+    compute_parts(data, chosen, limit, units, compute=compute, discard=optimizer.discard)
+    optimizer.step()

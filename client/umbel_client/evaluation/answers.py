@@ -1,0 +1,73 @@
+"""What a language model answers, greedily, and how near that is to the reference."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rouge_score.rouge_scorer import RougeScorer
+
+from umbel_client.data.chat import Chat
+from umbel_client.data.conversations import Conversation, LmRecord
+from umbel_client.evaluation.inference import Sampling, answers
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_common.plans.plan import CausalLm
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer beside its reference."""
+
+    found: str
+    wanted: str
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """How near answers are to their references, on average."""
+
+    exact_match: float
+    """Share of those that are the same, but for white space around them."""
+    rouge_l: float
+    """F-measure of ROUGE-L, over words of any script in lower case."""
+
+
+def answer(
+    model: AdaptedModel, folder: Path, records: Sequence[LmRecord], most: int, longest: int
+) -> list[Answer]:
+    """Lets the model answer the first conversations, each for itself.
+
+    Args:
+        folder: of the base model, for its tokenizer.
+        most: conversations that are answered; passages have no question and are passed over, and
+            so are conversations that leave no room for an answer in `task.max_tokens`.
+        longest: tokens of an answer.
+    """
+    task = model.plan.task
+    assert isinstance(task, CausalLm)  # classifications are not answered
+    chat = Chat.load(folder, task)
+    asked = []
+    for record in [one for one in records if isinstance(one, Conversation)][:most]:
+        prompt = chat.prompt(record.turns[:-1])
+        if len(chat.prompt_ids(prompt)) < task.max_tokens:
+            asked.append(record)
+    turns = [record.turns[:-1] for record in asked]
+    found = answers(model, chat, turns, Sampling(max_new_tokens=longest))
+    return [Answer(one, record.turns[-1].content) for one, record in zip(found, asked, strict=True)]
+
+
+def score(given: Sequence[Answer]) -> AnswerScores | None:
+    """The mean scores; None without an answer."""
+    if not given:
+        return None
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    same = [answer.found.strip() == answer.wanted.strip() for answer in given]
+    near = [scorer.score(answer.wanted, answer.found)["rougeL"].fmeasure for answer in given]
+    return AnswerScores(sum(same) / len(given), float(sum(near)) / len(given))
+
+
+class _Words:
+    """The scorer's own tokenizer takes letters outside a to z for spaces."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"\w+", text.lower())

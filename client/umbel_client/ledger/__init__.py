@@ -1,0 +1,1 @@
+"""What was spent on a data set. Nothing here may import a model, a task or the trainer."""

@@ -1,0 +1,386 @@
+"""The site's durable privacy ledger: reserved before it is spent, never refunded.
+
+One ledger for each data set, one process at a time. For each (job, round):
+
+    None --reserve--> RESERVED --computed--> COMPUTED --sent--> SENT
+       |                  |                       |               |
+       +--state_spend-----+-----------------------+---------------+--> LOST
+
+RESERVED is on disk before the first gradient, COMPUTED (with the digest of the noisy delta) before
+the first byte leaves, so a kill at any moment leaves the ledger at or above what was truly spent.
+
+Why a RESERVED round may be computed again, with fresh noise and no second charge, after a crash: no
+digest in the ledger means that no byte left, so of all computations under one reservation exactly
+one is ever released, and a release is all that privacy accounting counts. It holds only if nothing
+derived from a lost computation is kept: whoever finds RESERVED deletes that round's delta file and
+optimiser state and starts from the state before the round. From COMPUTED on only the delta of that
+digest may leave, as often as a retry needs: the same bytes again cost nothing.
+
+Rows form a hash chain, each with a random salt, so that a published head commits to the whole
+history and tells nothing about it. The chain notices damage; whoever may write the file can also
+forge a chain, and is noticed only by a head that was published before (`verify`). Beside the chain
+stands how many answers the site has let out, so that an old copy of the session journal is noticed
+(`keep_pace`).
+"""
+
+import math
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from umbel_client.ledger.file import (
+    SCHEMA,
+    create,
+    lock_file,
+    read_rows,
+    require_head,
+    require_journal,
+    storage_errors,
+)
+from umbel_client.ledger.rows import (
+    GENESIS,
+    Carried,
+    Change,
+    Computed,
+    Contents,
+    Opened,
+    Reservation,
+    Reserved,
+    Restored,
+    Row,
+    Sent,
+    State,
+    Stated,
+)
+from umbel_client.privacy.accounting import Event, total_epsilon
+from umbel_client.site.policy import Budget
+from umbel_common.canonical import Entropy, decode_canonical, encode
+from umbel_common.errors import BudgetError, LedgerError, RemoteProtocolError
+from umbel_host.files.database import migrate, transaction
+
+
+class Ledger:
+    """The ledger of one data set; used by one thread at a time. A context manager."""
+
+    def __init__(
+        self, path: Path, lock: BinaryIO, database: sqlite3.Connection, entropy: Entropy
+    ) -> None:
+        """Use `Ledger.open`."""
+        self._path = path
+        self._lock = lock
+        self._database = database
+        self._entropy = entropy
+        self._contents = Contents()
+
+    @classmethod
+    def open(
+        cls, path: Path, data_set: bytes, unit: str | None = None, *, entropy: Entropy = os.urandom
+    ) -> Self:
+        """Opens the ledger of a data set, or creates it, and verifies the whole chain.
+
+        Args:
+            path: the SQLite file; `path` + `.lock` beside it marks it as used.
+            data_set: digest of the data set, 32 bytes.
+            unit: column that says whose a record is; None: each record is its own unit.
+
+        Raises:
+            LedgerError: used by another process, damaged, of another data set or unit, or of a
+                later schema version.
+            StorageError: it cannot be read or written.
+        """
+        with storage_errors(path):
+            lock = lock_file(path)
+            try:
+                if not path.exists():
+                    create(path, Row(GENESIS, entropy(16), Opened(data_set, unit)))
+                database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            except BaseException:
+                lock.close()
+                raise
+        ledger = cls(path, lock, database, entropy)
+        try:
+            ledger._load()
+            ledger._check_data_set(data_set, unit)
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
+
+    def close(self) -> None:
+        """Closes the file and lets another process use it; again does nothing."""
+        self._database.close()
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def reserve(
+        self, job: str, plan: bytes, round_number: int, event: Event | None, budget: Budget
+    ) -> Reservation:
+        """Charges a whole round, before its first gradient; on disk when this returns.
+
+        Asked again for the same round, plan and event, returns what stands there and charges
+        nothing.
+
+        Args:
+            plan: digest of the plan.
+            event: all local steps of the round; None for a round without differential privacy,
+                which only an infinite budget allows.
+            budget: for everything ever released from this data set, this round included.
+
+        Raises:
+            BudgetError: the budget does not allow it; nothing was written.
+            LedgerError: the round is reserved for another plan or event, or the ledger is an old
+                copy (`require_stated`).
+            StorageError: it could not be written; nothing is reserved.
+        """
+        self.require_stated()
+        known = self.state(job, round_number)
+        if known is not None:
+            if (known.plan, known.event) != (plan, event):
+                raise self._error(
+                    f"round {round_number} of job {job} is reserved for another plan or noise",
+                    field="plan" if known.plan != plan else "event",
+                    found=plan.hex() if known.plan != plan else event,
+                    accepted=known.plan.hex() if known.plan != plan else known.event,
+                    remedy="run another plan under another job name",
+                )
+            return known
+        self._check_budget(event, budget)
+        self._append(Reserved(job, plan, round_number, event))
+        return self._contents.rounds[job, round_number]
+
+    def computed(self, job: str, round_number: int, delta_digest: bytes) -> None:
+        """Fixes the one delta that may leave for this round; call it before any byte leaves.
+
+        The same digest again changes nothing.
+
+        Raises:
+            LedgerError: nothing was reserved, or another delta was fixed: never a second release
+                with other noise.
+            StorageError: it could not be written; the delta may not leave.
+        """
+        known = self._reserved(job, round_number)
+        if known.delta_digest is None:
+            self._append(Computed(job, round_number, delta_digest))
+        elif known.delta_digest != delta_digest:
+            raise self._error(
+                f"round {round_number} of job {job} already has another delta",
+                field="delta digest",
+                found=delta_digest.hex(),
+                accepted=known.delta_digest.hex(),
+                remedy="resend the cached delta; a second one would be a second release",
+            )
+
+    def sent(self, job: str, round_number: int) -> None:
+        """Records that the delta left. Again changes nothing.
+
+        Raises:
+            LedgerError: no delta was fixed.
+            StorageError: it could not be written.
+        """
+        known = self._reserved(job, round_number)
+        if known.delta_digest is None:
+            raise self._error(
+                f"round {round_number} of job {job} was sent before its delta was recorded",
+                remedy="this is a bug: report it",
+            )
+        if known.state is not State.SENT:
+            self._append(Sent(job, round_number))
+
+    def state(self, job: str, round_number: int) -> Reservation | None:
+        """What stands for this round; None if nothing was reserved."""
+        return self._contents.rounds.get((job, round_number))
+
+    def history(self) -> tuple[Reservation, ...]:
+        """Every reservation, in the order in which they were made."""
+        return tuple(self._contents.rounds.values())
+
+    def spent(self, delta: float) -> float:
+        """Epsilon at `delta` of everything ever reserved; infinite without privacy."""
+        return total_epsilon(self._events(), delta)
+
+    def head(self) -> bytes:
+        """Head of the chain, 32 bytes: commits to the history, reveals nothing about it."""
+        return self._contents.head()
+
+    def verify(self, expected_head: bytes) -> None:
+        """Checks that this history continues one that was published under `expected_head`.
+
+        Raises:
+            LedgerError: it does not: rows were removed, or an old copy was put back.
+        """
+        require_head(self._path, self._contents, expected_head)
+
+    def keep_pace(self, answers: int) -> None:
+        """Counts what the session journal holds; on disk before the answer counted last may leave.
+
+        The same number again changes nothing.
+
+        Raises:
+            LedgerError: the journal is an old copy (`require_journal`).
+            StorageError: it could not be written; the answer may not leave.
+        """
+        require_journal(self._path, self._contents, answers)
+        if answers != self._contents.answers:
+            with self._transaction():
+                self._database.execute("UPDATE journal SET answers = ?", (answers,))
+            self._contents.answers = answers
+
+    def carry(self, data_set: bytes) -> None:
+        """Goes on for a changed data set, which stays charged with all that stands here.
+
+        A record that is in both has paid for every release; one that is new pays for some that it
+        was not in, which is more than it owes. The same data set again changes nothing.
+
+        Args:
+            data_set: digest of the changed data set, 32 bytes.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        if data_set != self._contents.data_set:
+            self._append(Carried(data_set))
+
+    def require_stated(self) -> None:
+        """Refuses to go on with an old copy before somebody has stated what was spent since.
+
+        Raises:
+            LedgerError: it is one.
+        """
+        if self._contents.restored:
+            raise self._error(
+                "a privacy ledger is an old copy, and what was spent since is not known",
+                remedy="state it: umbel-client budget state-spend; docs/budget.md says how",
+            )
+
+    @property
+    def unknown(self) -> bool:
+        """Whether it was stated that nobody knows what was spent."""
+        return self._contents.unknown
+
+    def restored(self, evidence: bytes) -> None:
+        """Marks this ledger as an old copy; nothing is charged until `state`.
+
+        Args:
+            evidence: 32 bytes; see `Restored`.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        self._append(Restored(evidence))
+
+    def state_spend(self, stated: Stated) -> None:
+        """Charges what was spent and is not in these rows, and closes every round of before.
+
+        A statement can only add to what is charged. Of each round that stands here a delta may have
+        left that is not here, so nothing of them leaves again; rounds after them can be charged.
+
+        Raises:
+            LedgerError: it names a round that stands here.
+            StorageError: it could not be written.
+        """
+        for added in stated.rounds:
+            if (added.job, added.round) in self._contents.rounds:
+                raise self._error(f"round {added.round} of job {added.job} is charged already")
+        self._append(stated)
+
+    def knows(self, head: bytes, job: str, round_number: int) -> bool:
+        """Whether this history knows of what this site once signed: the head that its ledger had,
+        for an attempt at this round, or a statement that covers the round."""
+        if head in self._contents.heads:
+            return True
+        known = self.state(job, round_number)
+        return known is not None and known.state is State.LOST
+
+    def _check_budget(self, event: Event | None, budget: Budget) -> None:
+        if budget.epsilon == math.inf:
+            return
+        events = self._events()
+        after = total_epsilon([*events, event], budget.delta)
+        if not after <= budget.epsilon:
+            before = total_epsilon(events, budget.delta)
+            raise BudgetError(
+                "the privacy budget of this data set does not allow another round",
+                file=self._path,
+                field="epsilon",
+                found=f"{before:.4g} spent, {after:.4g} with this round",
+                accepted=f"at most {budget.epsilon:g} at delta {budget.delta:g}",
+                remedy="what is spent does not come back: stop, or let whoever answers for the"
+                " data raise the total in the site's policy",
+            )
+
+    def _reserved(self, job: str, round_number: int) -> Reservation:
+        known = self.state(job, round_number)
+        if known is None:
+            raise self._error(
+                f"round {round_number} of job {job} was never reserved",
+                remedy="this is a bug: report it",
+            )
+        return known
+
+    def _events(self) -> list[Event | None]:
+        return self._contents.events()
+
+    def _append(self, change: Change) -> None:
+        row = Row(self.head(), self._entropy(16), change)
+        entry = encode(row)
+        try:
+            decode_canonical(entry, Row)
+        except RemoteProtocolError as error:
+            raise self._error("a ledger row would not read back", found=error.message) from None
+        with self._transaction():
+            self._database.execute(
+                "INSERT INTO rows VALUES (?, ?, ?)",
+                (len(self._contents.heads), entry, row.head()),
+            )
+        self._contents.follow(row)
+
+    def _load(self) -> None:
+        with storage_errors(self._path):
+            # A database of a later schema, or one that is damaged, is left as it is.
+            self._contents = read_rows(self._path, self._database)
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = FULL")
+            if self._contents.schema != SCHEMA.version:
+                migrate(self._database, SCHEMA, self._path)
+
+    def _check_data_set(self, data_set: bytes, unit: str | None) -> None:
+        if self._contents.unit != unit:
+            raise self._error(
+                "a privacy ledger counts by another unit",
+                field="data.unit_column",
+                found=unit or "none: by record",
+                accepted=self._contents.unit or "none: by record",
+                remedy="set it back: what was charged by one unit says nothing about another",
+            )
+        if self._contents.data_set != data_set:
+            raise self._error(
+                "a privacy ledger belongs to another data set",
+                field="data set digest",
+                found=data_set.hex(),
+                accepted=self._contents.data_set.hex(),
+                remedy="if the data changed, run `umbel-client budget carry --data-set"
+                f" {data_set.hex()}`: what was spent stays spent. If it is other data, give it a"
+                " state folder of its own",
+            )
+
+    def _error(self, message: str, **details: object) -> LedgerError:
+        return LedgerError(message, file=self._path, **details)  # type: ignore[arg-type]  # by name
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with storage_errors(self._path), transaction(self._database):
+            yield

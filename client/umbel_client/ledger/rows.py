@@ -1,0 +1,251 @@
+"""The rows of a privacy ledger: what they say, how they are chained, where they lead."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated, Literal
+
+import msgspec
+
+from umbel_client.privacy.accounting import Event
+from umbel_common.canonical import Digest, Value, decode_canonical, digest, encode
+from umbel_common.errors import RemoteProtocolError
+
+GENESIS = bytes(32)
+EVALUATION = "#evaluation"
+"""Ends the name under which a job's counts of held-out records are charged: no job is called so."""
+LOST = digest("lost round", b"")
+"""Stands for the delta of a round that was charged in a state of this site that is gone."""
+
+
+class State(StrEnum):
+    """How far one (job, round) has come."""
+
+    RESERVED = "reserved"
+    COMPUTED = "computed"
+    SENT = "sent"
+    LOST = "lost"
+    """Charged, and nothing of it may leave any more: its delta is not here."""
+
+
+class Reservation(Value, frozen=True):
+    """One (job, round) of the ledger."""
+
+    job: str
+    plan: Digest
+    round: int
+    event: Event | None
+    """None: released without differential privacy; epsilon is infinite from then on."""
+    state: State = State.RESERVED
+    delta_digest: Digest | None = None
+    """Of the noisy delta; None while RESERVED."""
+
+
+class Opened(Value, frozen=True, tag_field="row", tag="opened"):
+    """Row 0: what the ledger is about. Its schema is that of its birth: rows that came later are
+    about the same, and what was hashed cannot be rewritten."""
+
+    data_set: Digest
+    unit: str | None
+    """The column that says whose a record is; None: each record is its own unit. It stays: what was
+    charged by one unit says nothing about another."""
+    schema: Literal[2, 3] = 3
+
+
+class Carried(Value, frozen=True, tag_field="row", tag="carried"):
+    """The data set changed, and stays charged with all that came before."""
+
+    data_set: Digest
+
+
+class Reserved(Value, frozen=True, tag_field="row", tag="reserved"):
+    """A round was charged."""
+
+    job: str
+    plan: Digest
+    round: int
+    event: Event | None
+
+
+class Computed(Value, frozen=True, tag_field="row", tag="computed"):
+    """The one noisy delta that may leave under a reservation."""
+
+    job: str
+    round: int
+    delta_digest: Digest
+
+
+class Sent(Value, frozen=True, tag_field="row", tag="sent"):
+    """The delta left."""
+
+    job: str
+    round: int
+
+
+class Restored(Value, frozen=True, tag_field="row", tag="restored"):
+    """These rows are an old copy: what was spent since is not in them. Nothing is charged until
+    somebody states it."""
+
+    evidence: Digest
+    """The manifest of the backup that was restored, or a head that this site signed and these rows
+    do not contain."""
+
+
+class StatedRound(Value, frozen=True):
+    """A round that somebody knows to have been charged, or fears."""
+
+    job: str
+    plan: Digest
+    round: int
+    event: Event | None
+
+
+class Stated(Value, frozen=True, tag_field="row", tag="stated"):
+    """What was spent besides the rows before, as the site's administrator states it. No round of
+    before goes on: of each, a delta may have left that is not here."""
+
+    rounds: tuple[StatedRound, ...]
+    everything: bool
+    """What was spent is not known: epsilon is infinite from then on."""
+    at: Annotated[str, msgspec.Meta(max_length=40)]
+    """When, UTC, ISO 8601, by this machine's clock."""
+    by: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+    why: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
+
+
+Change = Opened | Carried | Reserved | Computed | Sent | Restored | Stated
+
+
+class Row(Value, frozen=True):
+    """One link of the chain."""
+
+    previous: Digest
+    salt: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    change: Change
+
+    def head(self) -> bytes:
+        """Head of the chain that ends with this row."""
+        return digest("LedgerRow", encode(self))
+
+
+class _OpenedFirst(Value, frozen=True, tag_field="row", tag="opened"):
+    """Row 0 of a ledger that schema version 1 began: it knew records only."""
+
+    data_set: Digest
+    schema: Literal[1] = 1
+
+
+class _FirstRow(Value, frozen=True):
+    previous: Digest
+    salt: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    change: _OpenedFirst
+
+
+@dataclass
+class Contents:
+    """Where the rows of a ledger lead, followed one by one."""
+
+    data_set: bytes = b""
+    """Digest of the data set that the ledger is about now, 32 bytes."""
+    unit: str | None = None
+    heads: list[bytes] = field(default_factory=list)
+    """Head of the chain after each row."""
+    rounds: dict[tuple[str, int], Reservation] = field(default_factory=dict)
+    """By job and round, in the order in which they were reserved."""
+    answers: int = 0
+    """How many the session journal had recorded when this site last let one out."""
+    schema: int = 0
+    """Schema version of the file that they were read from; 0: none."""
+    restored: bool = False
+    """Whether these rows are an old copy, and nobody has stated yet what was spent since."""
+    unknown: bool = False
+    """Whether it was stated that nobody knows what was spent."""
+    statements: list[Stated] = field(default_factory=list)
+
+    def head(self) -> bytes:
+        """Head of the chain, 32 bytes."""
+        return self.heads[-1] if self.heads else GENESIS
+
+    def read(self, position: int, entry: bytes, head: bytes) -> None:
+        """Follows a row that was stored.
+
+        Raises:
+            ValueError: it breaks a law of the chain.
+            RemoteProtocolError: it is no row.
+        """
+        _require(position == len(self.heads), "its position is out of order")
+        _require(digest("LedgerRow", entry) == head, "its head differs")
+        if position == 0 and (data_set := _begun_by_version_1(entry)):
+            self.data_set = data_set
+            self.heads.append(head)
+            return
+        row = decode_canonical(entry, Row)
+        _require(row.previous == self.head(), "it does not follow the row before")
+        self.follow(row)
+
+    def follow(self, row: Row) -> None:
+        """Follows one change; a `ValueError` says which law it breaks."""
+        first = not self.heads
+        _require(isinstance(row.change, Opened) == first, "a ledger is opened once, and first")
+        match row.change:
+            case Opened():
+                self.data_set, self.unit = row.change.data_set, row.change.unit
+            case Carried():
+                self.data_set = row.change.data_set
+            case Restored():
+                self.restored = True
+            case Stated():
+                self._follow_statement(row.change)
+            case _:
+                _require(not self.restored, "an old copy goes on before its spend is stated")
+                _apply(self.rounds, row.change)
+        self.heads.append(row.head())
+
+    def events(self) -> list[Event | None]:
+        """Everything that was charged, for the accountant."""
+        unknown = [None] if self.unknown else []
+        return [*(entry.event for entry in self.rounds.values()), *unknown]
+
+    def _follow_statement(self, stated: Stated) -> None:
+        for added in stated.rounds:
+            _require((added.job, added.round) not in self.rounds, "a round is stated twice")
+            self.rounds[added.job, added.round] = Reservation(
+                added.job, added.plan, added.round, added.event
+            )
+        for key, known in self.rounds.items():
+            self.rounds[key] = msgspec.structs.replace(known, state=State.LOST, delta_digest=LOST)
+        self.restored = False
+        self.unknown |= stated.everything
+        self.statements.append(stated)
+
+
+def _begun_by_version_1(entry: bytes) -> bytes | None:
+    """The data set of such a row 0, 32 bytes; None if it is another row."""
+    try:
+        first = decode_canonical(entry, _FirstRow)
+    except RemoteProtocolError:
+        return None
+    return first.change.data_set if first.previous == GENESIS else None
+
+
+def _apply(rounds: dict[tuple[str, int], Reservation], change: Reserved | Computed | Sent) -> None:
+    """Follows one change of state; a `ValueError` says which law it breaks."""
+    key = (change.job, change.round)
+    known = rounds.get(key)
+    match change:
+        case Reserved():
+            _require(known is None, "a round is reserved twice")
+            rounds[key] = Reservation(change.job, change.plan, change.round, change.event)
+        case Computed() if known is not None and known.state is State.RESERVED:
+            rounds[key] = msgspec.structs.replace(
+                known, state=State.COMPUTED, delta_digest=change.delta_digest
+            )
+        case Sent() if known is not None and known.state is State.COMPUTED:
+            rounds[key] = msgspec.structs.replace(known, state=State.SENT)
+        case _:
+            raise ValueError("a round skips a state")
+
+
+def _require(condition: bool, what: str) -> None:
+    """A law of the chain; a `ValueError` names the one that is broken."""
+    if not condition:
+        raise ValueError(what)

@@ -1,0 +1,111 @@
+"""What a ledger's rounds have cost, as values and as people read them."""
+
+from collections.abc import Iterable
+
+from umbel_client.ledger.rows import Contents, Reservation, State
+from umbel_client.ledger.statement import statement_text
+from umbel_client.privacy.accounting import total_epsilon
+from umbel_client.site.policy import Budget
+from umbel_common.canonical import Value
+
+
+class JobCost(Value, frozen=True):
+    """One job's part."""
+
+    job: str
+    rounds: int
+    """That were charged."""
+    epsilon: float
+    """Of this job alone."""
+
+
+class Spending(Value, frozen=True):
+    """How a data set stands. An infinite epsilon: a round without differential privacy."""
+
+    data_set: str
+    """Its digest, 64 hexadecimal digits."""
+    unit: str | None
+    """The column that says whose a record is; None: each record is its own unit."""
+    head: str
+    """Of the ledger, 64 hexadecimal digits."""
+    delta: float
+    total: float
+    """Epsilon that the policy allows."""
+    spent: float
+    """Epsilon of all jobs together: less than the sum of theirs, by composition."""
+    left: float
+    jobs: tuple[JobCost, ...]
+    old_copy: bool
+    """Whether the ledger is an old copy, and nobody stated yet what was spent since."""
+    stated: tuple[str, ...]
+    """What was stated about spends that the ledger did not know, each with who, when and why."""
+
+
+class ReleaseCost(Value, frozen=True):
+    """One charged round."""
+
+    job: str
+    round: int
+    state: State
+    plan: str
+    """The plan's digest, 64 hexadecimal digits."""
+    noise_multiplier: float | None
+    sample_rate: float | None
+    steps: int | None
+    """None, all three, without differential privacy."""
+    epsilon: float
+    """Of everything on the data set up to this round."""
+
+
+class Verified(Value, frozen=True):
+    """A ledger that is intact and contains these heads, each of 64 hexadecimal digits."""
+
+    head: str
+    rows: int
+    last_signed: str | None
+    """That this site signed last; None before its first attempt."""
+    given: str | None
+    """That was asked about."""
+
+
+def spending(contents: Contents, allowed: Budget) -> Spending:
+    """How a data set stands against what the policy allows."""
+    rounds = list(contents.rounds.values())
+    spent = total_epsilon(contents.events(), allowed.delta)
+    jobs: dict[str, list[Reservation]] = {}
+    for entry in rounds:
+        jobs.setdefault(entry.job, []).append(entry)
+    return Spending(
+        data_set=contents.data_set.hex(),
+        unit=contents.unit,
+        head=contents.head().hex(),
+        delta=allowed.delta,
+        total=allowed.epsilon,
+        spent=spent,
+        left=max(allowed.epsilon - spent, 0.0),
+        jobs=tuple(JobCost(job, len(own), _cost(own, allowed.delta)) for job, own in jobs.items()),
+        old_copy=contents.restored,
+        stated=tuple(statement_text(stated) for stated in contents.statements),
+    )
+
+
+def release_costs(contents: Contents, delta: float) -> tuple[ReleaseCost, ...]:
+    """Every charged round, in the order in which they were charged."""
+    rounds = list(contents.rounds.values())
+    return tuple(
+        ReleaseCost(
+            job=entry.job,
+            round=entry.round,
+            state=entry.state,
+            plan=entry.plan.hex(),
+            noise_multiplier=None if entry.event is None else entry.event.noise_multiplier,
+            sample_rate=None if entry.event is None else entry.event.sample_rate,
+            steps=None if entry.event is None else entry.event.steps,
+            epsilon=_cost(rounds[:number], delta),
+        )
+        for number, entry in enumerate(rounds, start=1)
+    )
+
+
+def _cost(rounds: Iterable[Reservation], delta: float) -> float:
+    return total_epsilon([entry.event for entry in rounds], delta)

@@ -1,0 +1,103 @@
+"""What a site's administrator states about a spend that the ledger does not know.
+
+A statement names the last round of each job that this site was asked to train for, and is charged
+for every round up to it: also for those that the site slept through, which costs too much and never
+too little. The noise of a round is known: a job has the same in all its rounds, in the ledger or by
+its plan.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from umbel_client.ledger.rows import EVALUATION, Contents, Reservation, Stated, StatedRound
+from umbel_client.privacy.accounting import Event
+from umbel_common.errors import BudgetError
+from umbel_common.plans.plan import TrainingPlan
+
+
+def stated_rounds(
+    contents: Contents, reached: Mapping[str, int], plans: Sequence[TrainingPlan], public_size: int
+) -> tuple[StatedRound, ...]:
+    """The rounds that a statement adds to a ledger.
+
+    Args:
+        reached: job -> the last round of it that this site was asked for.
+        plans: for jobs of which the ledger has no round.
+        public_size: `data.public_size` of client.toml, for the noise under those plans.
+
+    Raises:
+        BudgetError: a job is unknown here, and its plan was not given.
+        CalibrationError, DataError, PolicyRefusal: the plan cannot have run here.
+    """
+    rounds: list[StatedRound] = []
+    for job, last in reached.items():
+        missing = _missing(job, last, contents)
+        if missing:
+            plan, event = _of_job(job, contents, plans, public_size)
+            rounds += [StatedRound(job, plan, number, event) for number in missing]
+        counted = _of_counts(job, contents, plans)
+        if counted is not None:
+            name, (plan, event) = job + EVALUATION, counted
+            missing = _missing(name, last, contents)
+            rounds += [StatedRound(name, plan, number, event) for number in missing]
+    return tuple(rounds)
+
+
+def _missing(name: str, last: int, contents: Contents) -> list[int]:
+    return [number for number in range(1, last + 1) if (name, number) not in contents.rounds]
+
+
+def _of_counts(
+    job: str, contents: Contents, plans: Sequence[TrainingPlan]
+) -> tuple[bytes, Event | None] | None:
+    """What a job's counts of held-out records cost in a round; None if it has no evaluation."""
+    for entry in contents.rounds.values():
+        if entry.job == job + EVALUATION:
+            return entry.plan, entry.event
+    for plan in plans:
+        if plan.job == job and plan.evaluation is not None:
+            return plan.digest(), Event(plan.evaluation.noise_multiplier, 1.0, 1)
+    return None
+
+
+def _of_job(
+    job: str, contents: Contents, plans: Sequence[TrainingPlan], public_size: int
+) -> tuple[bytes, Event | None]:
+    known = [entry for entry in contents.rounds.values() if entry.job == job]
+    if known:
+        costliest = min(known, key=_noise)
+        return costliest.plan, costliest.event
+    found = [plan for plan in plans if plan.job == job]
+    if not found:
+        raise BudgetError(
+            "nothing is known here of a job whose rounds are stated",
+            field=job,
+            accepted=tuple(sorted({entry.job for entry in contents.rounds.values()})) or None,
+            remedy="add its plan, which the operator has: --plan FILE",
+        )
+    # It brings torch: nobody whose jobs are in the ledger waits for that.
+    from umbel_client.privacy.calibration import noise_for
+
+    plan = found[0]
+    noise = noise_for(plan, public_size)
+    if noise.noise_multiplier is None:
+        return plan.digest(), None
+    event = Event(noise.noise_multiplier, noise.sampling_rate, plan.training.local_steps)
+    return plan.digest(), event
+
+
+def _noise(entry: Reservation) -> float:
+    return 0.0 if entry.event is None else entry.event.noise_multiplier
+
+
+def statement_text(stated: Stated) -> str:
+    """One line of it, for people."""
+    if stated.everything:
+        what = "nobody knows what was spent: epsilon is infinite"
+    elif stated.rounds:
+        last: dict[str, int] = {}
+        for entry in stated.rounds:
+            last[entry.job] = max(entry.round, last.get(entry.job, 0))
+        what = ", ".join(f"{job} came to round {number}" for job, number in last.items())
+    else:
+        what = "nothing was spent that was not known"
+    return f"{what} ({stated.by}, {stated.at}: {stated.why})"

@@ -1,0 +1,292 @@
+"""The base model with its adapter: what a site trains, from a local folder, exactly as planned."""
+
+import re
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from umbel_client.models.adapters.lora import attach, tensors_of
+from umbel_client.models.base.files import folder_digest
+from umbel_client.models.base.folder import load_base, require_context
+from umbel_client.models.base.layers import (
+    body_of,
+    layers_of,
+    lower_part,
+    made_up_inputs,
+    output_is_plain,
+    output_layer,
+    splits,
+    upper_part,
+)
+from umbel_client.models.base.nf4 import quantise
+from umbel_client.models.base.precision import Precision, computing, lower_precision
+from umbel_client.models.inputs import HiddenInputs, Inputs, PooledInputs, TokenInputs
+from umbel_client.models.token_loss import token_losses
+from umbel_common.adapters.vector import Vector, flatten, unflatten
+from umbel_common.errors import ModelError
+from umbel_common.plans.plan import CausalLm, Classification, Tensor, TrainingPlan
+
+Quantisation: TypeAlias = Literal["none", "nf4"]
+
+
+class AdaptedModel(nn.Module):
+    """A frozen base model, its LoRA layers and its head; always in evaluation mode.
+
+    No dropout ever runs on the private path: a step is then a function of batch and noise alone.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        head: nn.Linear | None,
+        parameters: dict[str, nn.Parameter],
+        plan: TrainingPlan,
+        precision: Precision,
+        *,
+        checkpointing: bool = False,
+    ) -> None:
+        """Use `load`."""
+        super().__init__()
+        self.base = base
+        self.head = head
+        self.adapter = parameters
+        """Trained parameters by the plan's names, in its order."""
+        self.plan = plan
+        self.precision: Precision = precision
+        self.depth = _first_adapted_layer(base, plan)
+        """The layers below this one are frozen."""
+        self.frozen_output: Literal["pooled", "hidden", "nothing"] = self._frozen_output()
+        """What is constant for each record and can be kept: the `pooled` vector, the `hidden`
+        states below `depth`, or `nothing` (an architecture unlike BERT, or its first layer is
+        adapted)."""
+        self._plain_output = isinstance(plan.task, CausalLm) and output_is_plain(base)
+        if precision == "bfloat16":
+            lower_precision(base)
+        self._checkpointed: list[nn.Module] = []
+        self.eval()
+        if checkpointing:
+            self._enable_checkpointing()
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        plan: TrainingPlan,
+        *,
+        device: str = "cpu",
+        precision: Precision = "float32",
+        checkpointing: bool = False,
+        quantisation: Quantisation = "none",
+    ) -> "AdaptedModel":
+        """The plan's model, with an adapter that `set_vector` must fill before use.
+
+        Args:
+            precision: of the frozen layers; `fastest_precision()` where speed counts.
+            checkpointing: compute activations anew in the backward pass, for less memory.
+            quantisation: of the frozen layers' weights.
+
+        Raises:
+            ModelError: the folder is incomplete, has another digest than the plan says, mixes
+                records, or has other tensors than the plan says.
+        """
+        found = folder_digest(folder)
+        if found != plan.model.digest:
+            raise ModelError(
+                "a base model is not the one that the plan names",
+                file=folder,
+                field="model.digest",
+                found=found.hex(),
+                accepted=plan.model.digest.hex(),
+                remedy=f"obtain exactly the revision of {plan.model.name} that was agreed on",
+            )
+        # On its device before PEFT adds to it: tensors that move later are not the ones trained.
+        base = load_base(folder, plan.task).to(device)  # type: ignore[arg-type]  # wrapped by torch
+        require_context(folder, base.config, plan.task)
+        if quantisation == "nf4":
+            quantise(base, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+        parameters, head = attach(folder, base, plan.task, plan.lora)
+        _check_tensors(folder, tensors_of(parameters), plan.lora.tensors)
+        ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}
+        return cls(base, head, ordered, plan, precision, checkpointing=checkpointing)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.base.device
+
+    def train(self, mode: bool = True) -> "AdaptedModel":
+        """Stays in evaluation mode, whatever is asked for."""
+        super().train(False)
+        for layer in self._checkpointed:
+            layer.training = True
+        return self
+
+    @torch.no_grad()
+    def set_vector(self, vector: Vector) -> None:
+        """Takes float32[plan.lora.size] as the whole adapter.
+
+        Raises:
+            PlanError: wrong length.
+        """
+        for name, value in unflatten(vector, self.plan.lora.tensors).items():
+            self.adapter[name].copy_(torch.from_numpy(np.array(value)))
+
+    def vector(self) -> Vector:
+        """The whole adapter, float32[plan.lora.size]."""
+        return self.values(self.plan.lora.tensors)
+
+    def values(self, tensors: tuple[Tensor, ...]) -> Vector:
+        """Some tensors of the adapter, as one vector in the order given."""
+        arrays = {t.name: self.adapter[t.name].detach().cpu().numpy() for t in tensors}
+        return flatten(arrays, tensors)
+
+    def select(self, round_number: int) -> dict[str, nn.Parameter]:
+        """Lets exactly the parameters of a round be trained, and returns them by name."""
+        names = [tensor.name for tensor in self.plan.trained_tensors(round_number)]
+        for name, parameter in self.adapter.items():
+            parameter.requires_grad_(name in names)
+            parameter.grad = None
+        return {name: self.adapter[name] for name in names}
+
+    def logits(self, inputs: Inputs) -> torch.Tensor:
+        """float32[n, labels]."""
+        match inputs:
+            case PooledInputs(pooled):
+                return self._head(pooled.to(self.device))
+            case HiddenInputs(hidden, mask):
+                mask = mask.to(self.device)
+                with upper_part(self.base, self.depth):
+                    output = self._run(self.base, mask, inputs_embeds=hidden)
+            case TokenInputs(ids, mask):
+                mask = mask.to(self.device)
+                output = self._run(self.base, mask, input_ids=ids)
+        return output if self.head is None else self._head(_pool(output, mask))
+
+    def next_token_losses(
+        self, inputs: Inputs, chosen: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross entropy of what a causal language model expects after chosen tokens, float32[m].
+
+        Args:
+            chosen: bool[n, t - 1], of the tokens but the last; m of them are true. The rest cost
+                nothing above the last layer.
+            targets: int64[m], the tokens that follow them.
+        """
+        assert not isinstance(inputs, PooledInputs)  # they belong to a classification's head
+        mask = inputs.mask.to(self.device)
+        module = body_of(self.base) if self._plain_output else self.base
+        if isinstance(inputs, HiddenInputs):
+            with upper_part(self.base, self.depth):
+                output = self._run(module, mask, inputs_embeds=inputs.hidden)
+        else:
+            output = self._run(module, mask, input_ids=inputs.ids)
+        rows = output[:, :-1][chosen.to(self.device)]
+        if not self._plain_output:
+            return cross_entropy(rows, targets, reduction="none")
+        layer = output_layer(self.base)
+        assert layer is not None  # the output is plain
+        with computing(self.precision, self.device):
+            return token_losses(rows, layer, targets)
+
+    @torch.no_grad()
+    def frozen(self, inputs: TokenInputs) -> torch.Tensor:
+        """What `frozen_output` says: float32[n, hidden size], or float32[n, t, hidden size]."""
+        mask = inputs.mask.to(self.device)
+        if self.frozen_output == "pooled":
+            return _pool(self._run(self.base, mask, input_ids=inputs.ids), mask)
+        with lower_part(self.base, self.depth):
+            return self._run(body_of(self.base), mask, input_ids=inputs.ids)
+
+    def _run(self, module: nn.Module, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """Logits or last hidden state, float32."""
+        arguments = {name: value.to(self.device) for name, value in inputs.items()}
+        with computing(self.precision, self.device):
+            output = module(attention_mask=mask, **arguments)
+        first: torch.Tensor = output[0]
+        return first.float()
+
+    def _head(self, pooled: torch.Tensor) -> torch.Tensor:
+        task = self.plan.task
+        assert self.head is not None  # pooled vectors belong to the mean-pool head
+        assert isinstance(task, Classification)
+        logits: torch.Tensor = self.head(pooled * task.logit_scale)
+        return logits
+
+    def _frozen_output(self) -> Literal["pooled", "hidden", "nothing"]:
+        if not self.plan.lora.target_modules and self.head is not None:
+            return "pooled"
+        if self.depth > 0 and splits(self.base, self.depth):
+            return "hidden"
+        return "nothing"
+
+    @torch.no_grad()
+    def _enable_checkpointing(self) -> None:
+        """Layers compute anew only where they believe that they are trained; what is inside them
+        stays in evaluation mode.
+
+        Raises:
+            ModelError: the architecture does not offer it, or something of a layer is random then.
+        """
+        ids, mask = made_up_inputs(self.base)
+        before = self.base(input_ids=ids, attention_mask=mask)[0]
+        if self.base.supports_gradient_checkpointing:
+            self.base.activation_checkpointing_enable({"use_reentrant": False})
+        self._checkpointed = [
+            module
+            for module in self.base.modules()
+            if isinstance(module, GradientCheckpointingLayer)
+        ]
+        self.eval()
+        with torch.enable_grad():
+            after = self.base(input_ids=ids, attention_mask=mask)[0]
+        if not self._checkpointed or not torch.equal(before, after):
+            raise ModelError(
+                "a base model cannot compute its activations anew",
+                field="model.gradient_checkpointing",
+                found=type(self.base).__name__,
+                accepted="false",
+            )
+
+
+def _pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of the token vectors, then unit length (as Sentence-Transformers, Reimers 2019)."""
+    weights = mask.to(hidden.dtype).unsqueeze(-1)
+    mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+    return nn.functional.normalize(mean, dim=-1)
+
+
+def _first_adapted_layer(base: PreTrainedModel, plan: TrainingPlan) -> int:
+    """Index of the lowest layer with an adapter; all layers count as below a head alone."""
+    layers = layers_of(base)
+    if layers is None:
+        return 0
+    lowest = len(layers)
+    for tensor in plan.lora.tensors:
+        if tensor.role != "head" and ".pooler." not in tensor.name:
+            match = re.search(r"\.(?:encoder\.layer|layers)\.(\d+)\.", tensor.name)
+            lowest = min(lowest, int(match.group(1)) if match else 0)
+    return lowest
+
+
+def _check_tensors(folder: Path, found: tuple[Tensor, ...], planned: tuple[Tensor, ...]) -> None:
+    if sorted(planned, key=lambda tensor: tensor.name) == list(found):
+        return
+    here, there = set(found), set(planned)
+    raise ModelError(
+        "the adapter that the plan describes does not fit the base model",
+        file=folder,
+        field="lora.tensors",
+        found=_some(here - there) or "fewer tensors, or one twice",
+        accepted=_some(there - here) or "exactly the tensors of the model, each once",
+    )
+
+
+def _some(tensors: set[Tensor]) -> str:
+    shown = sorted(f"{tensor.name} {tensor.role} {tensor.shape}" for tensor in tensors)
+    return "; ".join(shown[:3])

@@ -1,0 +1,1 @@
+"""PEFT methods and adapter folders. Nothing here may import the adapted model."""

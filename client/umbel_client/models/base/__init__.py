@@ -1,0 +1,1 @@
+"""The frozen model of a local folder. Nothing here may know an adapter."""

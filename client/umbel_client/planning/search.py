@@ -1,0 +1,210 @@
+"""The search for a draft's learning rates and clip norm, on public records."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import optuna
+import tomlkit
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy.exc import SQLAlchemyError
+
+from umbel_client.data.records import Columns
+from umbel_client.planning.draft import Draft, make_plan
+from umbel_client.planning.trial import PublicData, loss_after_training
+from umbel_common.canonical import digest
+from umbel_common.errors import ConfigError, ModelError, StorageError
+from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plans.requests import TuningRequest
+from umbel_common.toml_values import parse_toml
+from umbel_host.files.text_file import read_text, write_new_text
+
+RATES = 30.0
+"""Learning rates are looked for between the draft's over so much, and times so much."""
+
+CLIP_NORMS = 10.0
+"""Clip norms likewise."""
+
+SHORT = {
+    "adapter_learning_rate": "adapter rate",
+    "head_learning_rate": "head rate",
+    "clip_norm": "clip norm",
+}
+"""How the table calls them."""
+
+Range = tuple[float, float, float]
+"""Least, the draft's, most."""
+
+
+def search_space(plan: TrainingPlan) -> dict[str, Range]:
+    """What is looked for: the optimiser's fields, and `clip_norm` where it is not but another
+    factor of the learning rates."""
+    optimizer = plan.training.optimizer
+    rate = optimizer.adapter_learning_rate
+    space = {"adapter_learning_rate": _around(rate, RATES, 1e-12, 100.0)}
+    if any(tensor.role == "head" for tensor in plan.lora.tensors):
+        head = optimizer.head_learning_rate or rate
+        space["head_learning_rate"] = _around(head, RATES, 1e-12, 100.0)
+    if isinstance(plan.privacy, LocalPrivacy) and plan.privacy.clipping == "flat":
+        space["clip_norm"] = _around(plan.privacy.clip_norm, CLIP_NORMS, 1e-4, 1e4)
+    return space
+
+
+def _around(value: float, factor: float, least: float, most: float) -> Range:
+    return max(value / factor, least), value, min(value * factor, most)
+
+
+def with_values(plan: TrainingPlan, values: Mapping[str, float]) -> TrainingPlan:
+    """The plan with what a trial tries."""
+    rates = {name: value for name, value in values.items() if name != "clip_norm"}
+    optimizer = msgspec.structs.replace(plan.training.optimizer, **rates)
+    training = msgspec.structs.replace(plan.training, optimizer=optimizer)
+    privacy = plan.privacy
+    if "clip_norm" in values and isinstance(privacy, LocalPrivacy):
+        privacy = msgspec.structs.replace(privacy, clip_norm=values["clip_norm"])
+    return msgspec.structs.replace(plan, training=training, privacy=privacy)
+
+
+def draft_with(text: str, values: Mapping[str, float]) -> str:
+    """A draft's text with other values, and all else as it was, comments included."""
+    document: Any = tomlkit.parse(text)
+    for name, value in values.items():
+        table = document["privacy"] if name == "clip_norm" else document["training"]["optimizer"]
+        table[name] = value
+    return tomlkit.dumps(document)
+
+
+def tune(request: TuningRequest, console: Console) -> None:
+    """Runs the trials that are missing, prints all of them, and writes the best draft.
+
+    Raises:
+        ConfigError: the draft is malformed, or the study is of something else.
+        DataError, ModelError, PlanError: the public file or the model does not fit the draft.
+        StorageError: the draft to be written exists, or a file cannot be written.
+    """
+    out, draft = Path(request.out), Path(request.draft)
+    if out.exists():
+        raise StorageError(
+            "a file exists already and is never overwritten",
+            file=out,
+            remedy="give another --out, or move the file away",
+        )
+    text = read_text(draft)
+    parsed = parse_toml(text, Draft, draft)
+    plan = make_plan(parsed, draft.parent)
+    columns = Columns(
+        text_column=request.text_column,
+        label_column=request.label_column,
+        record_format=request.format,
+    )
+    data = PublicData.load(
+        plan,
+        draft.parent / Path(parsed.model.path).expanduser(),
+        Path(request.data),
+        columns,
+        share=request.validation_share,
+        seed=request.seed,
+    )
+    study = _study(request, plan)
+    space = search_space(plan)
+    size = request.public_size or len(data.training)
+
+    def objective(trial: optuna.Trial) -> float:
+        values = {
+            name: trial.suggest_float(name, least, most, log=True)
+            for name, (least, _, most) in space.items()
+        }
+        try:
+            loss = loss_after_training(
+                with_values(plan, values),
+                data,
+                public_size=size,
+                sites=request.sites,
+                seed=request.seed,
+            )
+        except ModelError as error:
+            raise optuna.TrialPruned(error.message) from None
+        if not math.isfinite(loss):
+            raise optuna.TrialPruned("the loss is not finite")
+        return loss
+
+    if not study.trials:
+        study.enqueue_trial({name: value for name, (_, value, _) in space.items()})
+    # Of trials that a killed process left nothing is known: they are not counted.
+    missing = request.trials - len(_over(study))
+    if missing > 0:
+        study.optimize(objective, n_trials=missing)
+    _report(study, list(space), console)
+    write_new_text(out, draft_with(text, _best(study).params))
+    console.print(f"\ndraft: {out}", soft_wrap=True)
+
+
+def _study(request: TuningRequest, plan: TrainingPlan) -> optuna.Study:
+    """The study of this search, new or as it was left.
+
+    Raises:
+        ConfigError: the file holds the study of another search.
+        StorageError: it cannot be used.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    options = msgspec.structs.replace(request, draft="", data="", out="", study="", trials=1)
+    with Path(request.data).open("rb") as file:
+        source = hashlib.file_digest(file, "sha256").digest()
+    search = digest("tuning", plan.digest(), source, msgspec.json.encode(options)).hex()
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{request.study}", study_name="tuning", load_if_exists=True
+        )
+        known = study.user_attrs.get("search")
+        if known is None:
+            study.set_user_attr("search", search)
+    except SQLAlchemyError as error:
+        raise StorageError(
+            "a study cannot be used", file=request.study, found=type(error).__name__
+        ) from None
+    if known not in (None, search):
+        raise ConfigError(
+            "a study is of another draft, other records, or other options",
+            file=request.study,
+            remedy="give another --study, or the same draft, records and options",
+        )
+    # A sampler that began anew with the same seed would draw the same values again.
+    study.sampler = optuna.samplers.TPESampler(seed=request.seed + len(study.trials))
+    return study
+
+
+def _over(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return [one for one in study.trials if one.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+
+
+def _best(study: optuna.Study) -> optuna.trial.FrozenTrial:
+    done = [one for one in _over(study) if one.state is TrialState.COMPLETE]
+    if not done:
+        raise ModelError(
+            "no trial came to an end",
+            found="training diverged in each",
+            remedy="begin with a draft of lower learning rates",
+        )
+    return min(done, key=lambda one: one.value or 0.0)
+
+
+def _report(study: optuna.Study, names: list[str], console: Console) -> None:
+    best = _best(study)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in ("trial", "loss", *(SHORT[name] for name in names), ""):
+        table.add_column(column)
+    for one in _over(study):
+        notes = []
+        if one.number == 0:
+            notes.append("the draft as it is")
+        if one.number == best.number:
+            notes.append("best")
+        loss = "diverged" if one.value is None else f"{one.value:.4f}"
+        values = [f"{one.params[name]:.3g}" for name in names]
+        table.add_row(str(one.number), loss, *values, ", ".join(notes))
+    console.print(table, soft_wrap=True)

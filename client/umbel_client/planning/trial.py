@@ -1,0 +1,143 @@
+"""One trial of hyper-parameters on public records: the plan's own training, and its loss after it.
+
+Sites are played by as many trainings on the same records, each under noise of its own, whose deltas
+are clipped and averaged as in a round. Nothing here reads a site's configuration or its data.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+
+from umbel_client.data.records import Columns, LmRecords, Records, load_records
+from umbel_client.data.tokens import Ints
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.base.precision import fastest_precision
+from umbel_client.privacy.calibration import noise_for, sampling_rate
+from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.tasks.task import task_of
+from umbel_client.training.optimiser import OptimizerState
+from umbel_client.training.round import train_round
+from umbel_common.adapters.vector import Vector, initial_vector, merge
+from umbel_common.errors import DataError
+from umbel_common.plans.plan import TrainingPlan
+
+BATCH = 32
+"""Records computed at once."""
+
+
+@dataclass(frozen=True)
+class PublicData:
+    """A model, and public records for it: some to train on, the others to validate on."""
+
+    model: AdaptedModel
+    training: PreparedData
+    validation: PreparedData
+
+    @classmethod
+    def load(
+        cls,
+        plan: TrainingPlan,
+        model_folder: Path,
+        file: Path,
+        columns: Columns,
+        *,
+        share: float,
+        seed: int,
+    ) -> "PublicData":
+        """Loads the model, and computes what is frozen of it once for all trials.
+
+        Args:
+            share: of the records that validate, chosen by the seed.
+
+        Raises:
+            DataError: the file does not fit the plan, or has too few records to divide.
+            ModelError: the model is not the plan's.
+        """
+        records = load_records(file, plan.task, **columns)
+        count = round(share * len(records))
+        if not 0 < count < len(records):
+            raise DataError(
+                "a public data set is too small to train on one part and to validate on another",
+                file=file,
+                found=f"{len(records)} records",
+            )
+        order = np.random.default_rng(seed).permutation(len(records))
+        model = AdaptedModel.load(model_folder, plan, precision=fastest_precision())
+        parts = (
+            prepare(
+                model,
+                model_folder,
+                _chosen(records, np.sort(indices)),
+                cache=None,
+                progress=lambda done, total: None,
+            )
+            for indices in (order[count:], order[:count])
+        )
+        return cls(model, *parts)
+
+
+def _chosen(records: Records | LmRecords, indices: Ints) -> Records | LmRecords:
+    return msgspec.structs.replace(
+        records,
+        records=tuple(records.records[index] for index in indices),
+        rows=tuple(records.rows[index] for index in indices),
+    )
+
+
+def loss_after_training(
+    plan: TrainingPlan, data: PublicData, *, public_size: int, sites: int, seed: int
+) -> float:
+    """Mean loss on the validating records of the adapter that the whole plan gives.
+
+    Args:
+        public_size: of a site: noise is what such a site adds. Batches are of the plan's size.
+        seed: of batches and noise. The same in each trial, so that trials differ by what is tried.
+
+    Raises:
+        DataError: there are fewer records than a batch is expected to hold.
+        CalibrationError, PolicyRefusal: such a site cannot have the plan's privacy.
+        ModelError: training diverged.
+    """
+    noise = noise_for(plan, public_size).noise_multiplier
+    rate = sampling_rate(plan, len(data.training))
+    # Public records have nobody to protect: a seed that can be repeated is what is wanted here.
+    entropy = [np.random.default_rng((seed, site)).bytes for site in range(sites)]
+    states: list[OptimizerState | None] = [None] * sites
+    limit = plan.aggregation.clip_range
+    adapter = initial_vector(plan)
+    for number in range(1, plan.training.rounds + 1):
+        total: Vector | None = None
+        for site in range(sites):
+            result = train_round(
+                data.model,
+                data.training,
+                plan,
+                number,
+                adapter,
+                rate,
+                noise,
+                states[site],
+                entropy=entropy[site],
+                physical_batch_size=BATCH,
+                on_step=lambda step, steps: None,
+            )
+            states[site] = result.state
+            delta = np.clip(result.delta, -limit, limit)
+            total = delta if total is None else total + delta
+        assert total is not None  # there is at least one site
+        adapter = merge(adapter, total / np.float32(sites), plan, number)
+    return _loss(data, adapter)
+
+
+@torch.no_grad()
+def _loss(data: PublicData, adapter: Vector) -> float:
+    data.model.set_vector(adapter)
+    task = task_of(data.model.plan.task)
+    every = np.arange(len(data.validation))
+    total = 0.0
+    for part in data.validation.physical_batches(every, BATCH):
+        total += float(task.losses(data.model, task.batch(data.validation, part)).sum())
+    return total / len(every)

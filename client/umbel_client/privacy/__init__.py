@@ -1,0 +1,1 @@
+"""Mechanism and accountant: noise, epsilon, calibration. Nothing here may import a model."""

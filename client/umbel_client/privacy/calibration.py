@@ -1,0 +1,62 @@
+"""The sampling rate and the noise multiplier of one site under one plan (ADR 3)."""
+
+from dataclasses import dataclass
+
+from umbel_client.privacy.accounting import Event, calibrate, require_delta
+from umbel_common.errors import DataError
+from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
+
+
+@dataclass(frozen=True)
+class SiteNoise:
+    """How one site samples and what it adds; both stay at the site."""
+
+    sampling_rate: float
+    noise_multiplier: float | None
+    """None without differential privacy."""
+
+
+def noise_for(plan: TrainingPlan, public_size: int) -> SiteNoise:
+    """Noise for the plan's epsilon at the sampling rate of a site of this public size (ADR 3).
+
+    Raises:
+        DataError: the plan expects a larger batch.
+        CalibrationError, PolicyRefusal: the plan's epsilon or delta cannot be had with this size.
+    """
+    rate = sampling_rate(plan, public_size)
+    if not isinstance(plan.privacy, LocalPrivacy):
+        return SiteNoise(rate, None)
+    require_delta(plan.privacy.delta, public_size)
+    noise = calibrate(
+        plan.privacy.epsilon,
+        plan.privacy.delta,
+        rate,
+        plan.training.steps,
+        evaluation_event(plan, rounds=plan.training.rounds),
+    )
+    return SiteNoise(rate, noise)
+
+
+def evaluation_event(plan: TrainingPlan, *, rounds: int) -> Event | None:
+    """What the counts of so many rounds cost; None if the plan has no evaluation."""
+    if plan.evaluation is None:
+        return None
+    return Event(plan.evaluation.noise_multiplier, 1.0, rounds)
+
+
+def sampling_rate(plan: TrainingPlan, public_size: int) -> float:
+    """Probability with which each record is in a batch.
+
+    Raises:
+        DataError: the data set is smaller than a batch is expected to be.
+    """
+    expected = plan.training.expected_batch_size
+    if public_size < expected:
+        raise DataError(
+            "the data set is smaller than the batch that the plan expects",
+            field="training.expected_batch_size",
+            found=f"{public_size} records",
+            accepted=f"at least {expected} records",
+            remedy="agree on a smaller expected batch size, or leave this site out",
+        )
+    return expected / public_size

@@ -1,0 +1,381 @@
+"""Flower on the site's side: a Flower message in, a Flower message out, sealed bytes between.
+
+The only module here that imports flwr. Whoever runs it, the relay or a simulation, holds neither
+data nor identity key. Of what a SuperLink can send, one kind of message is handled; app bundles and
+run configurations are never asked for.
+"""
+
+import gc
+import logging
+import ssl
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Error, Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.common.serde import message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import (
+    ObjectTree,
+    PullObjectRequest,
+    PushObjectRequest,
+)
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.fleet_http_client import FleetHttpClient
+
+from umbel_client.relay.proxy import way_to
+from umbel_client.relay.server_clock import ServerClock
+from umbel_common.errors import ConfigError
+from umbel_host.files.keys import read_tls_key
+from umbel_host.transport.flower import packed_pieces, regrouped, unpacked_pieces
+from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
+
+NOT_OURS = 1
+"""Code of the error that answers every message that is not Umbel's."""
+_HEARTBEAT_SECONDS = 20.0
+_HEARTBEAT_INTERVAL = 30.0
+"""What the SuperLink is told to expect; it calls the site gone after twice as long."""
+_BUSY_POLL_SECONDS = 0.1
+_IDLE_POLL_SECONDS = 1.0
+_BUSY_SECONDS = 60.0
+"""Since the last message: a round has several, close together."""
+_REQUEST_SECONDS = 30.0
+"""For each step of a request: to connect, to write, to read."""
+_PATIENCE_SECONDS = 150.0
+"""For one request while the server is away."""
+_LONGEST_PAUSE = 30.0
+_SLACK_SECONDS = 2.0
+"""The server's time is known to a second."""
+
+_logger = logging.getLogger("umbel.relay")
+T = TypeVar("T")
+
+Pieces = list[bytes]
+"""A sealed message as `umbel_host.transport.flower.regrouped` makes it: a relay holds it once."""
+
+
+def answer(message: Message, handle: Callable[[Pieces], Pieces]) -> Message:
+    """Hands the sealed bytes to `handle` and sends back its answer.
+
+    Nothing else is ever acted on: no app bundle, no run configuration, no other message type.
+    """
+    ours = message.metadata.message_type == FLOWER_MESSAGE_TYPE
+    pieces = unpacked_pieces(message) if ours else None
+    if pieces is None:
+        return Message(Error(NOT_OURS, "not a message of this federation"), reply_to=message)
+    return Message(packed_pieces(handle(pieces)), reply_to=message)
+
+
+def whole(handle: Callable[[bytes], bytes]) -> Callable[[Pieces], Pieces]:
+    """What takes a message in pieces, from what takes it whole (`Trainer.handle`)."""
+    return lambda pieces: list(regrouped([handle(b"".join(pieces))]))
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How the server is reached."""
+
+    server: str
+    """Host and port."""
+    server_ca: Path
+    certificate: Path
+    key: Path
+
+
+def serve(
+    connection: Connection,
+    handle: Callable[[Pieces], Pieces],
+    stopping: threading.Event,
+    connected: Callable[[bool], None],
+) -> None:
+    """Carries messages until `stopping`; a server that is away is tried again and again.
+
+    Args:
+        handle: sealed request -> sealed reply.
+        connected: is told whether the server is reached.
+
+    Raises:
+        IdentityError: the key is missing, open to others, or none that is used here.
+        ConfigError: the certificate or the authority cannot be used, or the environment names a
+            proxy that cannot.
+    """
+    context, key = _credentials(connection)
+    way = way_to(connection.server)
+    clock, pause = ServerClock(), 1.0
+    # What is there now stays: the collector, which is called often, need not look at it.
+    gc.freeze()
+    while not stopping.is_set():
+        client = FleetHttpClient(
+            f"https://{connection.server}",
+            # Without Flower's own, by which an answer of the server can end this process.
+            interceptors=[_Signature(key, clock)],
+            verify=context,
+        )
+        client._client.close()
+        client._client = way.client(context, _REQUEST_SECONDS)
+        try:
+            with client, _activated(client, key, stopping) as node:
+                connected(True)
+                pause = 1.0
+                _logger.info("connected to %s", way)
+                _work(client, node, clock, handle, stopping)
+        except (httpx.HTTPError, OSError, ValueError) as error:
+            _logger.warning("%s is not reached: %s", way, _reason(error))
+        connected(False)
+        stopping.wait(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        code = error.response.status_code
+        hints = {
+            401: "it does not know this site's relay key, or the clocks differ by minutes",
+            403: "it does not admit this site (not yet, or not any more)",
+        }
+        return f"status {code}: {hints.get(code, error.response.text[:200])}"
+    if isinstance(error, httpx.ProxyError):
+        wanted = "; HTTPS_PROXY needs its user and password" if str(error)[:3] == "407" else ""
+        return f"the proxy says {error}{wanted}"
+    return str(error) or type(error).__name__
+
+
+def _credentials(connection: Connection) -> tuple[ssl.SSLContext, ec.EllipticCurvePrivateKey]:
+    key = read_tls_key(connection.key)
+    try:
+        context = ssl.create_default_context(cafile=str(connection.server_ca))
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(connection.certificate, connection.key)
+        certificate = x509.load_pem_x509_certificate(connection.certificate.read_bytes())
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            "the relay's certificate, its key or the server's authority cannot be used",
+            file=connection.certificate,
+            field="relay",
+            found=error,
+            accepted=f"PEM files that belong together: {connection.certificate},"
+            f" {connection.key}, {connection.server_ca}",
+            remedy="umbel-client join KIT",
+        ) from None
+    if certificate.not_valid_after_utc < datetime.now(UTC):
+        raise ConfigError(
+            "the relay's certificate has expired",
+            file=connection.certificate,
+            found=certificate.not_valid_after_utc.isoformat(),
+            remedy="ask the operator for a new kit, then: umbel-client join KIT",
+        )
+    return context, key
+
+
+class _Signature:
+    """Signs each request as Flower's own node does, by the server's clock."""
+
+    def __init__(self, key: ec.EllipticCurvePrivateKey, clock: ServerClock) -> None:
+        self._key = key
+        self._public = b64encode(public_key_to_bytes(key.public_key())).decode("ascii")
+        self._clock = clock
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        timestamp = self._clock.now().isoformat()
+        signature = sign_message(self._key, timestamp.encode("ascii"))
+        context.request.headers.update(
+            {
+                FLEET_HTTP_PUBLIC_KEY_HEADER: self._public,
+                TIMESTAMP_HEADER: timestamp,
+                FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode("ascii"),
+            }
+        )
+        response = call_next(context)
+        self._clock.learn(response)
+        return response
+
+
+@contextmanager
+def _activated(
+    client: FleetHttpClient, key: ec.EllipticCurvePrivateKey, stopping: threading.Event
+) -> Iterator[Node]:
+    """Makes this node known as online, and keeps it so."""
+    activated = client.ActivateNode(
+        ActivateNodeRequest(
+            public_key=public_key_to_bytes(key.public_key()),
+            heartbeat_interval=_HEARTBEAT_INTERVAL,
+        )
+    )
+    node = Node(node_id=activated.node_id)
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(_HEARTBEAT_SECONDS):
+            try:
+                client.SendNodeHeartbeat(
+                    SendNodeHeartbeatRequest(node=node, heartbeat_interval=_HEARTBEAT_INTERVAL)
+                )
+            except (httpx.HTTPError, ValueError) as error:
+                _logger.warning("no heartbeat: %s", _reason(error))
+
+    beating = threading.Thread(target=beat, daemon=True)
+    beating.start()
+    try:
+        yield node
+    finally:
+        over.set()
+        beating.join()
+        if stopping.is_set():
+            try:
+                client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
+            except (httpx.HTTPError, ValueError):
+                _logger.info("the server was not told that this site stops")
+
+
+def _work(
+    client: FleetHttpClient,
+    node: Node,
+    clock: ServerClock,
+    handle: Callable[[Pieces], Pieces],
+    stopping: threading.Event,
+) -> None:
+    TaskIdentity.node_id = node.node_id
+    busy = time.monotonic()
+    while not stopping.is_set():
+        pulled = client.PullMessages(PullMessagesRequest(node=node))
+        if not pulled.messages_list:
+            lately = time.monotonic() - busy < _BUSY_SECONDS
+            stopping.wait(_BUSY_POLL_SECONDS if lately else _IDLE_POLL_SECONDS)
+            continue
+        (announced,), (tree,) = pulled.messages_list, pulled.message_object_trees
+        metadata = announced.metadata
+        try:
+            request = _pull(client, node, metadata.run_id, tree, stopping)
+            TaskIdentity.run_id = metadata.run_id
+            expires = metadata.created_at + metadata.ttl
+            _push(client, node, clock, answer(request, handle), expires, stopping)
+            # Unlike Flower's nodes this one confirms nothing: what is confirmed is deleted, and
+            # could not be delivered again. The server deletes a request with its reply.
+        except httpx.HTTPStatusError as error:
+            if not _is_over(error.response):
+                raise
+            # Its run is over: nobody waits for this reply any more.
+            _logger.info("a message is dropped: %s", _reason(error))
+        busy = time.monotonic()
+
+
+def _is_over(response: httpx.Response) -> bool:
+    """Whether Flower, and not the gate before it, refuses a message: the gate says nothing."""
+    code = response.status_code
+    return 400 <= code < 500 and code != 401 and bool(response.content)
+
+
+def _pull(
+    client: FleetHttpClient, node: Node, run_id: int, tree: ObjectTree, stopping: threading.Event
+) -> Message:
+    contents = {}
+    for part in iterate_object_tree(tree):
+        request = PullObjectRequest(node=node, run_id=run_id, object_id=part.object_id)
+        while True:
+            pulled = _patiently(partial(client.PullObject, request), stopping)
+            if pulled.object_available:
+                break
+            if not pulled.object_found or stopping.wait(_BUSY_POLL_SECONDS):
+                raise ValueError("a part of a message is not there any more")
+        contents[part.object_id] = pulled.object_content
+        # The HTTP client's objects refer to each other in a circle, with the megabytes in them.
+        del pulled
+        if len(contents[part.object_id]) >= FLOWER_PIECE_BYTES:
+            gc.collect()
+    try:
+        message = inflate_object_from_contents(tree.object_id, contents)
+    except Exception as error:
+        # Whatever Flower makes of bytes that are none of its own.
+        raise ValueError("a message cannot be put together") from error
+    if not isinstance(message, Message):
+        raise ValueError("what the server calls a message is none")
+    message.metadata.__dict__["_message_id"] = tree.object_id
+    return message
+
+
+def _push(
+    client: FleetHttpClient,
+    node: Node,
+    clock: ServerClock,
+    reply: Message,
+    expires: float,
+    stopping: threading.Event,
+) -> None:
+    """Piece by piece: after a cut, what has arrived is not sent again."""
+    run_id = reply.metadata.run_id
+    # By the server's clock: a reply lives as long as its request.
+    created = clock.now().timestamp()
+    reply.metadata.__dict__["_created_at"] = created
+    reply.metadata.__dict__["_ttl"] = expires - created - _SLACK_SECONDS
+    with no_object_id_recompute():
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        objects = get_all_nested_objects(reply)
+        request = PushMessagesRequest(
+            node=node,
+            messages_list=[message_to_proto(remove_content_from_message(reply))],
+            message_object_trees=[get_object_tree(reply)],
+            clientapp_runtime_list=[0.0],
+        )
+        pushed = _patiently(partial(client.PushMessages, request), stopping)
+        for name in pushed.objects_to_push:
+            part = PushObjectRequest(
+                node=node,
+                run_id=run_id,
+                session_id=pushed.session_id,
+                object_id=name,
+                object_content=objects.pop(name).deflate(),
+            )
+            _patiently(partial(client.PushObject, part), stopping)
+            if len(part.object_content) >= FLOWER_PIECE_BYTES:
+                del part
+                gc.collect()
+
+
+def _patiently(call: Callable[[], T], stopping: threading.Event) -> T:
+    """Repeats a request while the server is away.
+
+    Raises:
+        httpx.HTTPError: it is away for too long, or answers that it does not want the request.
+    """
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    pause = 0.2
+    while True:
+        try:
+            return call()
+        except httpx.HTTPError as error:
+            away = isinstance(error, httpx.TransportError) or (
+                isinstance(error, httpx.HTTPStatusError)
+                and error.response.status_code in (502, 503, 504)
+            )
+            if not away or time.monotonic() > deadline or stopping.wait(pause):
+                raise
+            pause = min(2 * pause, 5.0)

@@ -1,0 +1,94 @@
+"""The relay's process: it has the network, and nothing of the site's.
+
+`umbel-client run` starts it, or a service manager: `python -m umbel_client.relay client.toml`. It
+carries sealed bytes from the server to the trainer's socket and back. It cannot read them, or
+change them unnoticed; and of a machine that it shares with the trainer it must not be able to read
+data, identity key or ledger.
+"""
+
+import logging
+import os
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+from umbel_client.relay.flower import Connection, Pieces, serve
+from umbel_client.site.config import (
+    ClientConfig,
+    load_config,
+    relay_socket,
+    require_relay,
+    trainer_socket,
+)
+from umbel_client.site.ipc import TrainerStub
+from umbel_common.errors import UnreachableError
+from umbel_host.processes.lifecycle import give_memory_back, locked, told_to_stop
+from umbel_host.processes.log import adopt, configure
+from umbel_host.terminal import exit_code
+from umbel_host.transport.flower import regrouped
+from umbel_host.transport.sockets import SocketServer
+
+PROBE_MODE = 0o660
+_AGAIN_SECONDS = 1.0
+_logger = logging.getLogger("umbel.relay")
+
+
+def exposed(config: ClientConfig) -> list[Path]:
+    """What of the site's own this process could read, and must not be able to."""
+    state = Path(config.state)
+    private = (Path(config.identity), Path(config.data.path), state / "ledger.sqlite", state)
+    return [path for path in private if os.access(path, os.R_OK)]
+
+
+def run(path: Path) -> None:
+    """Carries messages until told to stop.
+
+    Raises:
+        UmbelError: the configuration, a certificate, or a socket.
+    """
+    config = load_config(path)
+    relay = require_relay(config, path)
+    for private in exposed(config):
+        _logger.warning(
+            "THE RELAY CAN READ %s: run it as a user of its own, as docs/site.md says", private
+        )
+    stopping = told_to_stop()
+    with ExitStack() as stack:
+        stub = TrainerStub(trainer_socket(relay))
+        stack.callback(stub.close)
+        probes = SocketServer(relay_socket(relay), PROBE_MODE, workers=2)
+        stack.enter_context(locked(relay_socket(relay).with_suffix(".lock"), "this site's relay"))
+        probes.start()
+        stack.callback(probes.stop, 1.0)
+        serve(
+            Connection(
+                server=relay.server,
+                server_ca=Path(relay.server_ca),
+                certificate=Path(relay.certificate),
+                key=Path(relay.key),
+            ),
+            lambda pieces: _asked(stub, pieces, stopping),
+            stopping,
+            probes.serving,
+        )
+
+
+def _asked(stub: TrainerStub, pieces: Pieces, stopping: threading.Event) -> Pieces:
+    """The trainer's answer. A trainer that died is asked again when it is back: it answers from its
+    journal, or refuses."""
+    while True:
+        try:
+            return list(regrouped(stub.stream(pieces)))
+        except UnreachableError:
+            _logger.warning("the trainer ended before it answered: it is asked again")
+            if stopping.wait(_AGAIN_SECONDS):
+                raise
+
+
+def main() -> int:
+    """Runs until SIGTERM or SIGINT; returns the exit code."""
+    give_memory_back()
+    configure()
+    adopt("flwr")
+    return exit_code(lambda: run(Path(sys.argv[1])))

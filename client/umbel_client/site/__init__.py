@@ -1,0 +1,3 @@
+"""The site's own word: configuration, policy, decisions, pinned roster. Nothing here may import any
+other wing.
+"""

@@ -1,0 +1,209 @@
+"""A site's configuration, client.toml.
+
+```toml
+site = "north-hospital"
+state = "state"
+identity = "identity.pem"
+roster = "roster.json"
+
+[data]
+path = "notes.jsonl"
+public_size = 5000
+
+[model]
+path = "models/minilm"
+
+[policy]
+models = ["<digest of the model, 64 hexadecimal digits>"]
+labels = ["benign", "malignant"]
+```
+
+Instead of the table, `policy = "policy.toml"` above the first table names a file with the same
+fields: then who may change the policy need not be who may change the rest.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from umbel_client.site.policy import Policy
+from umbel_common.canonical import Name, Value
+from umbel_common.errors import ConfigError
+from umbel_common.plans.figures import Format
+from umbel_common.plans.plan import Count, Fraction
+from umbel_common.toml_values import from_table
+from umbel_common.trust.enrolment import Address
+from umbel_host.files.text_file import read_toml, read_toml_table
+
+POLICY_FILE = "policy.toml"
+"""What a file with the policy is called."""
+
+
+class DataConfig(Value, frozen=True):
+    """The `[data]` table."""
+
+    path: str
+    """The data set: .jsonl, .csv or .parquet by its ending, or a folder that `save_to_disk` of
+    Hugging Face `datasets` wrote."""
+    public_size: Annotated[int, msgspec.Meta(ge=1, le=10**9)]
+    """About how many records (or units, with `unit_column`) the data set has, as this site is
+    content to let everyone know: a round number that stays when records come and go. Sampling rate
+    and noise follow from it, so that they tell nothing about the exact number; privacy holds
+    whatever the exact number is."""
+    text_column: str = "text"
+    """The column with the texts."""
+    label_column: str = "label"
+    """The column with the labels."""
+    format: Format = "auto"
+    """Of a causal language model's records; `auto`: what the columns say."""
+    unit_column: str | None = None
+    """The column that says whose a record is, such as a patient's number. Where it is set, privacy
+    is promised for all records of a unit together; else for each record alone."""
+    max_records_per_unit: Count = 32
+    """Records of a unit past so many, in the order of the file, are not used."""
+    evaluation_share: Fraction = 0.1
+    """About this share of the records (or units) is not trained on, but scored, under a plan with a
+    federated evaluation."""
+
+
+class ModelConfig(Value, frozen=True):
+    """The `[model]` table."""
+
+    path: str
+    """Folder of the base model, in Hugging Face format."""
+    precision: Literal["float32", "bfloat16", "fastest"] = "float32"
+    """In which floating point the frozen layers compute; `fastest`: bfloat16 where the hardware
+    multiplies it itself. The adapter, clipping and noise are float32 in any case."""
+    gradient_checkpointing: bool = False
+    """Keep of each layer its input alone, and compute the rest anew in the backward pass: about a
+    third more time, and for long records a fraction of the memory."""
+    quantisation: Literal["none", "nf4"] = "none"
+    """`nf4`: keep the weights of the frozen layers in four bits; takes the package bitsandbytes."""
+
+
+class RelayConfig(Value, frozen=True):
+    """The `[relay]` table: what the process with the network works with. `umbel-client init` and
+    `umbel-client join` make the files."""
+
+    server: Address
+    """Host and port of the aggregation server."""
+    server_ca: str = "relay/server-ca.pem"
+    """Certificate of the authority that vouches for the server."""
+    certificate: str = "relay/certificate.pem"
+    """This site's certificate, as the operator issued it."""
+    key: str = "relay/key.pem"
+    """Its private key, which is also this site's key towards Flower; not the site's identity."""
+    socket: str = "run/trainer.sock"
+    """Where the trainer listens for the relay."""
+
+
+class ClientConfig(Value, frozen=True):
+    """client.toml. Relative paths start at the file's folder; after `load_config` all are
+    absolute."""
+
+    site: Name
+    """This site's name in the roster."""
+    state: str
+    """Folder for journal, ledger, deltas and caches: as private as the data itself."""
+    identity: str
+    """Key file of this site, as `umbel-client keygen` makes it."""
+    roster: str
+    """The roster that this site pinned, JSON: only `umbel-client roster` changes it."""
+    data: DataConfig
+    model: ModelConfig
+    policy: Policy
+    """The table, or what is in the file that is named in its place."""
+    relay: RelayConfig | None = None
+    """Absent where no server is reached from here, as in a simulation."""
+    isolation: Literal["required", "preferred"] = "preferred"
+    """Whether the trainer refuses to run (`required`) or warns (`preferred`) where the kernel gives
+    it no network namespace of its own."""
+    threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
+    """CPU threads for training."""
+    physical_batch_size: Annotated[int, msgspec.Meta(ge=1, le=65536)] | Literal["auto"] = "auto"
+    """Records computed at once: sets memory and speed, not the result. `auto`: as many as fit into
+    half of the memory that is free when a job begins, and are worth it. Where memory runs out in a
+    step, its batch is cut smaller, and stays so for the rest of the job."""
+
+
+def load_config(path: Path) -> ClientConfig:
+    """Reads client.toml.
+
+    Raises:
+        ConfigError: the file, or the policy's, cannot be read, is no TOML, or has an unknown,
+            missing or wrong field; or there are two policies.
+    """
+    table = read_toml_table(path, "give the path of this site's client.toml")
+    folder = path.absolute().parent
+    named = table.get("policy")
+    if isinstance(named, str):
+        # Any policy will do until the file with the rest is known to be right.
+        table["policy"] = {}
+    elif "policy" in table and (folder / POLICY_FILE).exists():
+        raise ConfigError(
+            "a site has two policies: a table in its configuration, and a file beside it",
+            file=path,
+            field="policy",
+            found=f"the table [policy], and {folder / POLICY_FILE}",
+            remedy=f'policy = "{POLICY_FILE}" above the first table, or move that file away',
+        )
+    config = from_table(table, ClientConfig, path)
+    if isinstance(named, str):
+        policy = read_toml(
+            folder / Path(named).expanduser(), Policy, f"see that {path} names this site's policy"
+        )
+        config = msgspec.structs.replace(config, policy=policy)
+
+    def resolve(name: str) -> str:
+        return str(folder / Path(name).expanduser())
+
+    relay = config.relay
+    if relay is not None:
+        files = ("server_ca", "certificate", "key", "socket")
+        relay = msgspec.structs.replace(
+            relay, **{name: resolve(getattr(relay, name)) for name in files}
+        )
+    return msgspec.structs.replace(
+        config,
+        relay=relay,
+        state=resolve(config.state),
+        identity=resolve(config.identity),
+        roster=resolve(config.roster),
+        data=msgspec.structs.replace(config.data, path=resolve(config.data.path)),
+        model=msgspec.structs.replace(config.model, path=resolve(config.model.path)),
+    )
+
+
+def require_relay(config: ClientConfig, file: Path) -> RelayConfig:
+    """The `[relay]` table of a site that talks to a server.
+
+    Args:
+        file: where the configuration came from, for the error.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if config.relay is None:
+        raise ConfigError(
+            "a configuration does not say how the server is reached",
+            file=file,
+            field="relay",
+            remedy='add a table [relay] with server = "host:port"',
+        )
+    return config.relay
+
+
+def control_socket(config: ClientConfig) -> Path:
+    """Where the site's own people reach the trainer: in its state folder, closed to all others."""
+    return Path(config.state) / "control.sock"
+
+
+def trainer_socket(relay: RelayConfig) -> Path:
+    """Where the relay reaches the trainer."""
+    return Path(relay.socket)
+
+
+def relay_socket(relay: RelayConfig) -> Path:
+    """Where probes reach the relay: beside the trainer's."""
+    return Path(relay.socket).with_name("relay.sock")

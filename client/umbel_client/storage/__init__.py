@@ -1,0 +1,1 @@
+"""Journal, deltas and backup: on disk before anything is sent. No process, no network."""

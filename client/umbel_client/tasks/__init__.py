@@ -1,0 +1,1 @@
+"""From records to losses, the same for each kind of task."""

@@ -1,0 +1,111 @@
+"""A site's records, ready for training: token ids, labels, and the frozen-prefix cache."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from umbel_client.data.chat import tokenise_answers
+from umbel_client.data.records import LmRecords, Records
+from umbel_client.data.tokens import Ints, Tokens, tokenise
+from umbel_client.data.units import Units
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.inputs import Batch, Inputs
+from umbel_client.tasks.frozen_cache import Prefix, Progress, frozen_prefix, token_inputs
+from umbel_common.plans.plan import CausalLm, Task
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What each step samples from."""
+
+    tokens: Tokens
+    labels: Ints
+    """int64[records], label indices; of a causal language model int64[tokens], the ids of those
+    that count (`umbel_client.data.chat`)."""
+    prefix: Prefix | None
+    """None: the model allows no cache, and every step runs the whole model."""
+    units: Units | None = None
+    """None: each record is its own unit."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def unit_count(self) -> int:
+        """How many units a step samples from."""
+        return len(self) if self.units is None else len(self.units)
+
+    def records_of(self, chosen: Ints) -> Ints:
+        """The records of the chosen units, int64[n]."""
+        return chosen if self.units is None else self.units.records_of(chosen)
+
+    def inputs(self, indices: Ints) -> Inputs:
+        """Of the chosen records, padded to the longest of them."""
+        if self.prefix is None:
+            return token_inputs(self.tokens, indices)
+        return self.prefix.inputs(self.tokens, indices)
+
+    def batch(self, indices: Ints) -> Batch:
+        """The chosen records with a label each."""
+        return Batch(self.inputs(indices), torch.from_numpy(self.labels[indices]))
+
+    def unit_shares(self, part: Ints) -> torch.Tensor:
+        """What each record counts for in the mean of its unit, float32[n]; `part` holds whole
+        units."""
+        if self.units is None:
+            return torch.ones(len(part))
+        numbers = self.units.numbered(part)
+        return torch.from_numpy((1.0 / np.bincount(numbers)[numbers]).astype(np.float32))
+
+    def physical_batches(self, indices: Ints, size: int) -> Iterator[Ints]:
+        """Cuts a batch into parts of at most `size` records that are computed at once.
+
+        Sorted by length, which saves padding: a batch is a set, so its order is free. A unit's
+        records stay in one part, which may then be larger.
+        """
+        order = indices[np.argsort(self.tokens.lengths[indices], kind="stable")]
+        if self.units is not None:
+            yield from self.units.whole(order, size)
+            return
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+
+def prepare(
+    model: AdaptedModel,
+    model_folder: Path,
+    records: Records | LmRecords,
+    *,
+    cache: Path | None,
+    progress: Progress,
+    task: Task | None = None,
+) -> PreparedData:
+    """Tokenises the records and runs the frozen layers over them, once.
+
+    Args:
+        model_folder: of the base model, for its tokenizer.
+        cache: a folder on the site's disk for the frozen-prefix cache, which is private data; None
+            keeps it in memory.
+        task: None: the model's plan's own.
+
+    Raises:
+        ModelError: the folder holds no tokenizer that the task can use.
+        DataError: a record does not fit the plan.
+        StorageError: the cache cannot be written.
+    """
+    task = task or model.plan.task
+    if isinstance(records, LmRecords):
+        assert isinstance(task, CausalLm)  # load_records reads what the task is about
+        tokens, labels = tokenise_answers(records, model_folder, task)
+    else:
+        tokens = tokenise(records.texts, model_folder, task.max_tokens)
+        labels = np.array(records.labels, dtype=np.int64)
+    return PreparedData(
+        tokens=tokens,
+        labels=labels,
+        prefix=frozen_prefix(model, tokens, cache, progress),
+        units=Units(np.array(records.units, dtype=np.int64)) if records.units else None,
+    )

@@ -1,0 +1,50 @@
+"""A site that is shown what it signed last notices that its own state is an old copy.
+
+The ledger and the journal are held against each other, but a copied folder or a virtual machine's
+snapshot puts both back together. What this site signed since is then known elsewhere only: each
+advert of keys carries the head that the ledger had, and the server shows every site its own last
+one with the next request to train. A server cannot forge it. It can withhold it, or show an older
+one: then nothing is noticed here.
+"""
+
+from umbel_client.trainer.job import SiteJob
+from umbel_common.canonical import decode_canonical
+from umbel_common.errors import RemoteProtocolError, require
+from umbel_common.plans.statements import RoundHeader
+from umbel_common.protocol.wire import LastAdvert
+from umbel_common.secagg.messages import KeyAdvert
+from umbel_common.trust.identity import Identity, label_of, verifies
+
+
+def check_last_advert(last: LastAdvert, job: SiteJob, identity: Identity) -> None:
+    """Refuses to go on where the ledger does not know what this site signed, and marks it.
+
+    Args:
+        identity: this site's.
+
+    Raises:
+        RemoteProtocolError: `ledger-rolled-back`; `other-context` or `malformed-message` if the
+            server shows something else than an advert with its header.
+    """
+    label, advert = label_of(KeyAdvert), last.advert
+    if not verifies(identity.public_key, label, advert.statement, advert.signature):
+        # Signed with a key that this site has passed on since; or by nobody.
+        return
+    signed = decode_canonical(advert.statement, KeyAdvert)
+    # The site's own signature over the context binds the header: whoever else signed it.
+    header = decode_canonical(last.header.statement, RoundHeader)
+    require(header.context() == signed.context, "other-context", "an advert is of another attempt")
+    try:
+        require(
+            job.knows(signed.ledger_head, header),
+            "ledger-rolled-back",
+            f"this site signed a head of its privacy ledger, for round {header.round} of job"
+            f" {header.job}, that the ledger does not contain",
+            field="ledger.sqlite",
+            accepted=f"a continuation of {signed.ledger_head.hex()}",
+            remedy="the state folder is an old copy, or a new one: bring back the latest, or state"
+            " what was spent since: umbel-client budget state-spend (docs/budget.md)",
+        )
+    except RemoteProtocolError:
+        job.forgot(signed.ledger_head)
+        raise

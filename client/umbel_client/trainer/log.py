@@ -1,0 +1,93 @@
+"""What happens at the trainer, as lines of its log and as events for who watches."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from umbel_client.site.ipc import SiteEvent
+from umbel_common.errors import UmbelError
+
+_MOST_PENDING = 1000
+"""Events kept for a watcher that does not read; then it loses the oldest."""
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class Stopped(BaseException):
+    """Unwinds a training under way; no `Exception`, which would be answered as a refusal."""
+
+
+class SiteLog:
+    """The trainer's observer in a daemon; its methods may be called from any thread."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._lock = threading.Lock()
+        self._watchers: list[queue.Queue[SiteEvent]] = []
+        self._stopped = threading.Event()
+        self.last: SiteEvent | None = None
+        self.epsilon: float | None = None
+        """Spent on the data set, as last heard."""
+
+    def stop(self) -> None:
+        """Ends all watching, and the training under way at its next step."""
+        self._stopped.set()
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """See `Observer`."""
+        self._tell("preparing", f"{what}: {done} of {total}", logging.DEBUG)
+
+    def charged(self, round_number: int, epsilon: float | None) -> None:
+        """See `Observer`."""
+        self.epsilon = epsilon
+        spent = "without differential privacy" if epsilon is None else f"epsilon {epsilon:.4g}"
+        self._tell("charged", f"round {round_number} is charged: {spent} in all", logging.INFO)
+
+    def step(self, round_number: int, step: int, steps: int) -> None:
+        """See `Observer`.
+
+        Raises:
+            Stopped: the process is to end.
+        """
+        if self._stopped.is_set():
+            raise Stopped
+        self._tell("step", f"round {round_number}: step {step} of {steps}", logging.DEBUG)
+
+    def refused(self, error: UmbelError) -> None:
+        """See `Observer`. What is refused again and again, such as a plan that waits for people, is
+        told once."""
+        text = error.diagnostics()
+        with self._lock:
+            again = self.last is not None and (self.last.kind, self.last.text) == ("refused", text)
+        if not again:
+            self._tell("refused", text, logging.WARNING)
+
+    def note(self, text: str, level: int = logging.INFO) -> None:
+        """Anything else that the site's people should know."""
+        self._tell("note", text, level)
+
+    def events(self, listening: Callable[[], bool]) -> Iterator[SiteEvent]:
+        """What happens from now on, while `listening`."""
+        pending: queue.Queue[SiteEvent] = queue.Queue(_MOST_PENDING)
+        with self._lock:
+            self._watchers.append(pending)
+        try:
+            while listening() and not self._stopped.is_set():
+                try:
+                    yield pending.get(timeout=_SECONDS_BETWEEN_LOOKS)
+                except queue.Empty:
+                    continue
+        finally:
+            with self._lock:
+                self._watchers.remove(pending)
+
+    def _tell(self, kind: str, text: str, level: int) -> None:
+        self._logger.log(level, text)
+        event = SiteEvent(time.time(), kind, text)
+        with self._lock:
+            self.last = event
+            for pending in self._watchers:
+                if pending.full():
+                    pending.get_nowait()
+                pending.put_nowait(event)

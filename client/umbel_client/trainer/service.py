@@ -1,0 +1,141 @@
+"""The trainer behind its two sockets: one for the relay, one for the site's own people."""
+
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from umbel_client.data.tables import require_file
+from umbel_client.models.base.files import require_model
+from umbel_client.site.config import (
+    ClientConfig,
+    control_socket,
+    load_config,
+    require_relay,
+    trainer_socket,
+)
+from umbel_client.site.decisions import Decisions
+from umbel_client.site.ipc import (
+    CONTROL,
+    TRAINER,
+    TrainerStatus,
+    handle_method,
+    status_method,
+    watch_method,
+)
+from umbel_client.site.pinned_roster import Pinned, load_pinned
+from umbel_client.trainer.isolation import Network, network
+from umbel_client.trainer.log import SiteLog
+from umbel_common.errors import ConfigError
+from umbel_host.files.keys import read_identity
+from umbel_host.processes.lifecycle import locked, require_state, told_to_stop, until
+from umbel_host.transport.sockets import SocketServer
+
+if TYPE_CHECKING:
+    from umbel_client.trainer.handler import Trainer
+
+RELAY_MODE = 0o660
+"""The relay runs as another user of the same group."""
+CONTROL_MODE = 0o600
+_STOPPING_SECONDS = 30.0
+_NAME = "umbel.trainer"
+
+
+def run(path: Path, no_isolation: str | None) -> None:
+    """Serves until told to stop. Training under way is given up: its round is charged, and computed
+    anew by the next start.
+
+    Args:
+        path: client.toml.
+        no_isolation: why the process still has a network; None: it has none.
+
+    Raises:
+        UmbelError: the configuration, the roster, the key, data, model, the journal or a socket.
+    """
+    config = load_config(path)
+    relay = require_relay(config, path)
+    logger = logging.getLogger(_NAME)
+    if no_isolation is not None:
+        _judge_isolation(config, path, no_isolation, logger)
+    state = Path(config.state)
+    require_state(state)
+    require_file(Path(config.data.path))
+    require_model(Path(config.model.path))
+    identity = read_identity(Path(config.identity))
+    log = SiteLog(logger)
+    stopping = told_to_stop()
+    with ExitStack() as stack:
+        stack.enter_context(locked(state / "trainer.lock", "this site's trainer"))
+        pinned = load_pinned(config)
+        # Loaded now: what is wrong so far is said at once, not after the seconds that these take.
+        import torch
+
+        from umbel_client.trainer.handler import Trainer
+
+        torch.set_num_threads(config.threads)
+        trainer = Trainer(config, pinned, identity, observer=log)
+        stack.callback(trainer.close)
+        service = _Service(config, pinned, trainer, log)
+        for server in service.servers(trainer_socket(relay)):
+            server.start()
+            server.serving(True)
+            stack.callback(server.stop, _STOPPING_SECONDS)
+        log.note(f"the trainer of {config.site} waits at {trainer_socket(relay)}")
+        until(stopping)
+        log.note("the trainer stops")
+        log.stop()
+
+
+def _judge_isolation(
+    config: ClientConfig, path: Path, refused: str, logger: logging.Logger
+) -> None:
+    if config.isolation == "required":
+        raise ConfigError(
+            "the trainer cannot give its network away, and must not run with one",
+            file=path,
+            field="isolation",
+            found=refused,
+            accepted="an empty network namespace: PrivateNetwork=yes in systemd, network_mode: none"
+            " in compose, a kernel that allows user namespaces; or seccomp, on x86-64 or ARM64",
+        )
+    logger.warning(
+        "THE TRAINER HAS A NETWORK: the kernel allows no empty network namespace (%s). Run it with"
+        " PrivateNetwork=yes (systemd) or network_mode: none (compose)",
+        refused,
+    )
+
+
+class _Service:
+    """What the sockets answer."""
+
+    def __init__(
+        self, config: ClientConfig, pinned: Pinned, trainer: "Trainer", log: SiteLog
+    ) -> None:
+        self._config = config
+        self._pinned = pinned
+        self._trainer = trainer
+        self._log = log
+        self._decisions = Decisions(Path(config.state))
+        self._isolated = network() is Network.NONE
+
+    def servers(self, relay_socket: Path) -> tuple[SocketServer, SocketServer]:
+        """One for the relay, one for the site's people."""
+        relay = SocketServer(relay_socket, RELAY_MODE)
+        relay.add(TRAINER, {"Handle": handle_method(self._trainer.handle)})
+        control = SocketServer(control_socket(self._config), CONTROL_MODE)
+        control.add(
+            CONTROL,
+            {"Status": status_method(self._status), "Watch": watch_method(self._log.events)},
+        )
+        return relay, control
+
+    def _status(self) -> TrainerStatus:
+        return TrainerStatus(
+            site=self._config.site,
+            federation=self._pinned.roster.federation,
+            isolated=self._isolated,
+            paused=self._decisions.paused,
+            waiting=tuple(proposal.plan.job for proposal in self._decisions.proposals()),
+            epsilon=self._log.epsilon,
+            last=self._log.last,
+        )

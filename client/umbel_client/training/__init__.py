@@ -1,0 +1,1 @@
+"""The local training loop of a round. Nothing here charges or sends."""

@@ -1,0 +1,104 @@
+"""The site's own optimiser: Adam or gradient descent, with state that lives across rounds.
+
+The state is a post-processing of noisy gradients. It stays at the site as plain arrays, named by
+what they are and by their tensor, so that a round of `alternate` leaves the other matrix's moments
+as they were.
+"""
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from umbel_client.training.dp_adam_bc import UnbiasedAdam
+from umbel_common.errors import PlanError
+from umbel_common.plans.plan import Adam, LocalPrivacy, Tensor, TrainingPlan
+
+OptimizerState: TypeAlias = dict[str, npt.NDArray[np.float32]]
+"""`exp_avg/<tensor>`, `exp_avg_sq/<tensor>` and `step/<tensor>`, or `momentum_buffer/<tensor>`."""
+
+
+def build_optimizer(
+    plan: TrainingPlan,
+    trained: tuple[Tensor, ...],
+    parameters: Mapping[str, nn.Parameter],
+    noise_multiplier: float | None,
+) -> torch.optim.Optimizer:
+    """The plan's optimiser over a round's parameters: one group for the adapter, one for the head.
+
+    Groups without parameters are left out.
+
+    Args:
+        noise_multiplier: standard deviation of this site's noise in units of the clip norm; None
+            without privacy.
+
+    Raises:
+        PlanError: the plan subtracts the noise's share from Adam's moments, and there is no noise.
+    """
+    settings = plan.training.optimizer
+    adapter_rate = settings.adapter_learning_rate
+    rates = {True: settings.head_learning_rate or adapter_rate, False: adapter_rate}
+    groups = [
+        {"params": members, "lr": rate, "planned_lr": rate}
+        for is_head, rate in rates.items()
+        if (members := [parameters[t.name] for t in trained if (t.role == "head") is is_head])
+    ]
+    if isinstance(settings, Adam):
+        betas = (settings.beta1, settings.beta2)
+        if settings.unbiased:
+            deviation = _noise_deviation(plan, noise_multiplier)
+            return UnbiasedAdam(
+                groups, betas=betas, least_moment=settings.eps, noise_deviation=deviation
+            )
+        return torch.optim.Adam(groups, betas=betas, eps=settings.eps)
+    return torch.optim.SGD(groups, momentum=settings.momentum)
+
+
+def _noise_deviation(plan: TrainingPlan, noise_multiplier: float | None) -> float:
+    """Of one element of the gradient that the optimiser is given: sigma C / B."""
+    if not isinstance(plan.privacy, LocalPrivacy) or noise_multiplier is None:
+        raise PlanError(
+            "without noise there is none to subtract from Adam's second moment",
+            field="training.optimizer.unbiased",
+            found=True,
+            accepted="false while privacy.mode is none",
+        )
+    return noise_multiplier * plan.privacy.clip_norm / plan.training.expected_batch_size
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Each group's rate becomes `factor` times the planned one."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["planned_lr"]
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    state: OptimizerState | None,
+) -> None:
+    """Gives the parameters the moments that `state` has for them; those it lacks start anew."""
+    for key, array in (state or {}).items():
+        kind, _, name = key.partition("/")
+        if name in parameters:
+            # Torch counts Adam's steps on the CPU.
+            device = "cpu" if kind == "step" else parameters[name].device
+            value = torch.from_numpy(array.copy()).to(device)
+            optimizer.state[parameters[name]][kind] = value
+
+
+def extract_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    state: OptimizerState | None,
+) -> OptimizerState:
+    """`state` with the moments of the parameters just trained, as copies."""
+    result = dict(state or {})
+    for name, parameter in parameters.items():
+        for kind, value in optimizer.state[parameter].items():
+            if isinstance(value, torch.Tensor):
+                result[f"{kind}/{name}"] = value.detach().cpu().numpy().copy()
+    return result

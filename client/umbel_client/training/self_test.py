@@ -1,0 +1,275 @@
+"""Shows on the site's own model that a private step does what it promises, before any may be taken.
+
+Made-up records only: no private data, nothing for the ledger to charge. The adapter is as before
+afterwards.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from umbel_client.data.tokens import Ints, Tokens
+from umbel_client.dpsgd.per_record import per_record_gradients
+from umbel_client.dpsgd.private_step import (
+    CLIPPINGS,
+    PrivateOptimizer,
+    private_step,
+    take_gradients,
+)
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.privacy.noise import NoiseSource
+from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.task import made_up_labels, task_of
+from umbel_client.training.optimiser import build_optimizer
+from umbel_common.canonical import Entropy
+from umbel_common.errors import ModelError
+from umbel_common.plans.plan import Clipping, LocalPrivacy
+
+LENGTHS = (9, 4, 7)
+"""Tokens of the made-up records: unequal, and unlike their number, so that an axis taken for
+another shows itself."""
+EVERY = np.arange(len(LENGTHS))
+EXCESS = (10.0, 0.5, 10.0)
+"""Norms of their gradients in clip norms, when clipping is tested: one that needs none is among
+them, since not every rule leaves it alone."""
+
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
+"""Largest relative difference of a gradient from that of its record alone. Rounding gives 1e-5 and
+0.02; records that mix, or a term that is missing, give about 1."""
+
+DRAWS = 20_000
+"""Least number of draws that the noise is judged by: its scale is then known to 3 %."""
+ALARM = 17.0
+"""Sound noise is refused with a probability below 2 exp(-17) = 8.3e-8."""
+
+
+def self_test(model: AdaptedModel, noise_multiplier: float | None, *, entropy: Entropy) -> None:
+    """Tests each kind of round that the model's plan has; a dozen passes over very short records.
+
+    Args:
+        noise_multiplier: of this site; None exactly when the plan has no privacy: then there is
+            nothing to promise, and nothing is tested.
+        entropy: for noise that is looked at; nothing of it goes into a round.
+
+    Raises:
+        ModelError: says which promise does not hold, and by how much.
+    """
+    plan = model.plan
+    if not isinstance(plan.privacy, LocalPrivacy) or noise_multiplier is None:
+        return
+    alternates = plan.lora.method == "alternate" and plan.training.rounds > 1
+    data = _made_up(model)
+    with _borrowed(model):
+        for round_number in (1, 2) if alternates else (1,):
+            trial = _Trial(
+                model=model,
+                data=data,
+                round_number=round_number,
+                parameters=model.select(round_number),
+                clip_norm=plan.privacy.clip_norm,
+                clipping=plan.privacy.clipping,
+                noise_multiplier=noise_multiplier,
+                entropy=entropy,
+            )
+            _set_random(model)
+            alone = _gradients_alone(trial)
+            with per_record_gradients(model):
+                _check_separate(trial, alone)
+                _check_clipped(trial, alone)
+                _check_noise(trial)
+                _check_moves(trial)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    model: AdaptedModel
+    data: PreparedData
+    round_number: int
+    parameters: dict[str, nn.Parameter]
+    clip_norm: float
+    clipping: Clipping
+    noise_multiplier: float
+    entropy: Entropy
+
+    def losses(self, indices: Ints) -> torch.Tensor:
+        """float32[n]."""
+        with torch.enable_grad():
+            task = task_of(self.model.plan.task)
+            return task.losses(self.model, task.batch(self.data, indices))
+
+    def optimizer(
+        self,
+        inner: torch.optim.Optimizer,
+        *,
+        noise_multiplier: float,
+        expected_batch_size: float = 1.0,
+    ) -> PrivateOptimizer:
+        """As a round has it, for batches of one record on average unless the caller says more."""
+        return PrivateOptimizer(
+            inner,
+            NoiseSource(self.entropy),
+            noise_multiplier=noise_multiplier,
+            clip_norm=self.clip_norm,
+            expected_batch_size=expected_batch_size,
+            clipping=CLIPPINGS[self.clipping],
+        )
+
+    def descent(self) -> torch.optim.Optimizer:
+        """Moves by exactly what it is given."""
+        return torch.optim.SGD(list(self.parameters.values()), lr=1.0)
+
+    def step_from_zero(self, optimizer: PrivateOptimizer) -> torch.Tensor:
+        """What a step of `descent` subtracts, float64[elements]; from zero it is not rounded."""
+        self.model.set_vector(np.zeros(self.model.plan.lora.size, dtype=np.float32))
+        optimizer.step()
+        return -torch.cat([p.detach().flatten() for p in self.parameters.values()]).double().cpu()
+
+
+@contextmanager
+def _borrowed(model: AdaptedModel) -> Iterator[None]:
+    vector = model.vector()
+    trained = {name: parameter.requires_grad for name, parameter in model.adapter.items()}
+    try:
+        yield
+    finally:
+        model.set_vector(vector)
+        for name, parameter in model.adapter.items():
+            parameter.requires_grad_(trained[name])
+            parameter.grad = None
+
+
+def _made_up(model: AdaptedModel) -> PreparedData:
+    """Three records of random tokens; padding is not among them."""
+    config = model.base.config
+    pad = getattr(config, "pad_token_id", None) or 0
+    random = np.random.default_rng(0)
+    lengths = [min(length, model.plan.task.max_tokens) for length in LENGTHS]
+    ids = random.integers(0, config.vocab_size - 1, sum(lengths))
+    ids += ids >= pad
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = Tokens(ids.astype(np.int32), starts, pad)
+    return PreparedData(tokens, made_up_labels(model.plan.task, tokens), prefix=None)
+
+
+def _set_random(model: AdaptedModel) -> None:
+    """B = 0 would hide A's part in the output."""
+    random = np.random.default_rng(0)
+    model.set_vector(random.normal(0, 0.05, model.plan.lora.size).astype(np.float32))
+
+
+def _gradients_alone(trial: _Trial) -> torch.Tensor:
+    """The gradient of each record by itself, by torch and PEFT alone, float64[n, elements]."""
+    rows = []
+    for index in EVERY:
+        loss = trial.losses(np.array([index])).sum()
+        found = torch.autograd.grad(loss, list(trial.parameters.values()), allow_unused=True)
+        used = [gradient for gradient in found if gradient is not None]
+        if len(used) < len(found):
+            named = zip(trial.parameters, found, strict=True)
+            raise ModelError(
+                "a trained tensor has no part in the model's output",
+                found=", ".join(name for name, gradient in named if gradient is None),
+                remedy="stop: privacy would be spent for nothing; check the version of PEFT",
+            )
+        rows.append(torch.cat([gradient.flatten() for gradient in used]))
+    alone = torch.stack(rows).double().cpu()
+    norms = alone.norm(dim=1)
+    if not (torch.isfinite(norms) & (norms > 0)).all():
+        raise ModelError("a record's gradient has no direction", found=f"norms {_shown(norms)}")
+    return alone
+
+
+def _check_separate(trial: _Trial, alone: torch.Tensor) -> None:
+    """Alone, a record has neither neighbours nor padding: whatever of them gets into its gradient,
+    by a layer that mixes the batch or by a wrong mask, is a difference.
+    """
+    trial.losses(EVERY).sum().backward()  # type: ignore[no-untyped-call]  # torch
+    gradients = take_gradients(list(trial.parameters.values()), len(EVERY))
+    together = torch.cat(gradients, dim=1).double().cpu()
+    errors = (together - alone).norm(dim=1) / alone.norm(dim=1)
+    tolerance = TOLERANCES[trial.model.precision]
+    if not (errors <= tolerance).all():
+        raise ModelError(
+            "the gradient of a record depends on the records beside it",
+            found=f"relative differences {_shown(errors)}",
+            accepted=f"at most {tolerance}",
+            remedy="use a base model whose layers treat each record by itself",
+        )
+
+
+def _check_clipped(trial: _Trial, alone: torch.Tensor) -> None:
+    """Losses are scaled so that gradients have the norms that `EXCESS` says."""
+    norms = alone.norm(dim=1, keepdim=True)
+    excess = torch.tensor(EXCESS, dtype=torch.float64).unsqueeze(1)
+    losses = trial.losses(EVERY)
+    (losses * (excess * trial.clip_norm / norms).flatten().to(losses)).sum().backward()
+    optimizer = trial.optimizer(trial.descent(), noise_multiplier=0.0)
+    optimizer.accumulate(len(EVERY))
+    found = trial.step_from_zero(optimizer) / trial.clip_norm
+    # By other arithmetic than the step's: a fault in that must not excuse itself.
+    if trial.clipping == "automatic":
+        shares = excess * trial.clip_norm / (excess * trial.clip_norm + 0.01)
+    else:
+        shares = excess.clamp(max=1.0)
+    wanted = (shares * alone / norms).sum(0)
+    if not (found - wanted).norm() <= len(EVERY) * TOLERANCES[trial.model.precision]:
+        raise ModelError(
+            "the gradients of records are not clipped to the clip norm",
+            found=f"{float(found.norm()):.4g} clip norms in sum",
+            accepted=f"{float(wanted.norm()):.4g}, for these records",
+        )
+
+
+def _check_noise(trial: _Trial) -> None:
+    """Steps on no record at all move by noise alone.
+
+    The bounds of a chi-squared sum are those of Laurent and Massart (2000, lemma 1).
+    """
+    optimizer = trial.optimizer(trial.descent(), noise_multiplier=trial.noise_multiplier)
+    draws = trial.step_from_zero(optimizer)
+    while len(draws) < DRAWS:
+        draws = torch.cat([draws, trial.step_from_zero(optimizer)])
+    wanted = trial.noise_multiplier * trial.clip_norm
+    found = float((draws / wanted).square().mean())
+    spread = 2 * math.sqrt(ALARM / len(draws))
+    if not 1 - spread <= found <= 1 + spread + 2 * ALARM / len(draws):
+        raise ModelError(
+            "the noise is not what the privacy was reckoned with",
+            found=f"standard deviation {wanted * math.sqrt(found):.6g}",
+            accepted=f"{wanted:.6g}",
+            remedy="stop: releases would not have the privacy that the ledger says",
+        )
+
+
+def _check_moves(trial: _Trial) -> None:
+    """A step of the plan's own optimiser changes every trained tensor (opacus issue 820)."""
+    _set_random(trial.model)
+    before = {name: parameter.detach().clone() for name, parameter in trial.parameters.items()}
+    plan = trial.model.plan
+    trained, noise = plan.trained_tensors(trial.round_number), trial.noise_multiplier
+    inner = build_optimizer(plan, trained, trial.parameters, noise)
+    optimizer = trial.optimizer(
+        inner,
+        noise_multiplier=noise,
+        expected_batch_size=plan.training.expected_batch_size,
+    )
+    task = task_of(plan.task)
+    private_step(task, trial.model, trial.data, EVERY, optimizer, physical_batch_size=2)
+    still = [name for name, value in before.items() if torch.equal(value, trial.parameters[name])]
+    if still:
+        raise ModelError(
+            "a training step left the adapter as it was",
+            found=", ".join(still),
+            accepted="every trained tensor changes",
+            remedy="stop: privacy would be spent for nothing; check learning rates and device",
+        )
+
+
+def _shown(values: torch.Tensor) -> str:
+    """Of made-up records: nothing private."""
+    return ", ".join(f"{value:.2g}" for value in values.tolist())
