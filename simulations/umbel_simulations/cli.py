@@ -48,16 +48,16 @@ def run(
 ) -> None:
     """Run a scenario: federate, compare, report."""
     # Imported here: `list`, `--help` and an error in a scenario need not wait for torch.
-    from umbel_simulations.run_folder import check_free, free_name
-    from umbel_simulations.scenario_file import find_scenario, override
+    from umbel_simulations.scenario.file import find_scenario, override
+    from umbel_simulations.scenario.run_folder import check_free, free_name
 
     chosen = override(find_scenario(scenario), sites=sites, rounds=rounds, seed=seed, no_dp=no_dp)
     folder = runs / (name if name is not None else free_name(runs, chosen))
     check_free(folder, chosen)
 
-    from umbel_simulations.live import view_for
-    from umbel_simulations.run import run_scenario
-    from umbel_simulations.table import print_summary
+    from umbel_simulations.reporting.live import view_for
+    from umbel_simulations.reporting.table import print_summary
+    from umbel_simulations.runs.run import run_scenario
 
     console = Console(quiet=quiet or as_json)
     with view_for(console) as view:
@@ -77,8 +77,8 @@ def federation(
     folder: Annotated[Path, typer.Option(help="A new folder.")] = Path("federation"),
 ) -> None:
     """Run a scenario by real processes: a server and its sites, with certificates and approvals."""
-    from umbel_simulations.processes import run_federation
-    from umbel_simulations.scenario_file import find_scenario
+    from umbel_simulations.backends.processes import run_federation
+    from umbel_simulations.scenario.file import find_scenario
 
     console = Console(highlight=False)
     adapter = run_federation(
@@ -92,7 +92,7 @@ def federation(
 @app.command("list")
 def list_command() -> None:
     """List the shipped scenarios."""
-    from umbel_simulations.scenario_file import list_scenarios
+    from umbel_simulations.scenario.file import list_scenarios
 
     table = Table("scenario", "sites", "rounds", "what it shows")
     for scenario in list_scenarios():
@@ -110,7 +110,7 @@ def verify(
     folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
 ) -> None:
     """Re-check a run's signatures, transcript and adapter from its files alone."""
-    from umbel_simulations.verify import verify_run
+    from umbel_simulations.runs.verify import verify_run
 
     job = verify_run(folder)
     console = Console(highlight=False)
@@ -142,8 +142,8 @@ def audit(
 
     Once where privacy is per record, and once where it is per patient.
     """
-    from umbel_simulations.audit import as_table, audit_scenario, check
-    from umbel_simulations.scenario_file import find_scenario
+    from umbel_simulations.audit.one_run import as_table, audit_scenario, check
+    from umbel_simulations.scenario.file import find_scenario
 
     console = Console(quiet=as_json, highlight=False)
     with console.status("") as status:

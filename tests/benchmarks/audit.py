@@ -17,12 +17,12 @@ import msgspec
 import torch
 
 from umbel_client.data.records import Record, Records
-from umbel_simulations.audit import audit_scenario
-from umbel_simulations.base_model import model_folder
-from umbel_simulations.inversion import exposed, invert
-from umbel_simulations.planning import make_plan
-from umbel_simulations.scenario_file import find_scenario
-from umbel_simulations.sources import load_source
+from umbel_simulations.audit.inversion import exposed, invert
+from umbel_simulations.audit.one_run import audit_scenario
+from umbel_simulations.inputs.base_model import model_folder
+from umbel_simulations.inputs.sources import load_source
+from umbel_simulations.scenario.file import find_scenario
+from umbel_simulations.scenario.plan import make_plan
 
 SCENARIO = "quickstart"
 CANARIES = 1000

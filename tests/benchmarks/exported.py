@@ -23,8 +23,8 @@ from umbel_client.models.adapters.folder import read_adapter
 from umbel_client.models.adapters.merge import merge_adapter
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.plans.plan import CausalLm, TrainingPlan
-from umbel_simulations.base_model import model_folder
-from umbel_simulations.scenario_file import find_scenario
+from umbel_simulations.inputs.base_model import model_folder
+from umbel_simulations.scenario.file import find_scenario
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = ("What is Ataxia?", "What is Cleft palate?", "What is Bradycardia?", "Say hello.")

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from umbel_simulations.scenario_file import SHIPPED
+from umbel_simulations.scenario.file import SHIPPED
 
 EPSILONS = ("inf", "8", "3")
 SEEDS = (7, 8, 9)

@@ -28,7 +28,7 @@ def test_a_relay_needs_nothing_that_trains(module: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["umbel_client.cli.doctor", "umbel_client.trainer.service", "umbel_simulations.verify"],
+    ["umbel_client.cli.doctor", "umbel_client.trainer.service", "umbel_simulations.runs.verify"],
 )
 def test_what_looks_at_files_starts_without_what_trains(module: str) -> None:
     """PyTorch and Transformers take seconds to load."""

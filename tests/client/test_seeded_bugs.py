@@ -26,11 +26,11 @@ from umbel_client.training.round import train_round
 from umbel_common.canonical import Entropy, digest
 from umbel_common.errors import LedgerError
 from umbel_common.plans.plan import Classification, LocalPrivacy, TrainingPlan
-from umbel_simulations.audit import AuditResult, judge, play, share_of
-from umbel_simulations.audit_data import Unit, records_of_a_unit, site_records, unit_count
-from umbel_simulations.audit_game import step_by_step
-from umbel_simulations.federation import seeded
-from umbel_simulations.sources import Example
+from umbel_simulations.audit.canaries import Unit, records_of_a_unit, site_records, unit_count
+from umbel_simulations.audit.game import step_by_step
+from umbel_simulations.audit.one_run import AuditResult, judge, play, share_of
+from umbel_simulations.backends.in_process import seeded
+from umbel_simulations.inputs.sources import Example
 
 WORDS = [f"w{index}" for index in range(1000)]
 UNITS = 20

@@ -91,7 +91,7 @@ def test_the_wheel_holds_every_file_of_every_package(dist: Path) -> None:
     }
     assert names == expected
     assert {
-        "umbel_simulations/report.html.j2",
+        "umbel_simulations/reporting/report.html.j2",
         "umbel_simulations/scenarios/quickstart.toml",
         *(f"{package}/py.typed" for package in PACKAGES),
     } <= names

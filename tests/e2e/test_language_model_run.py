@@ -9,9 +9,9 @@ from rich.console import Console
 from small_models import save_decoder
 
 from umbel_common.errors import ConfigError
-from umbel_simulations.run import run_scenario
-from umbel_simulations.scenario_file import find_scenario
-from umbel_simulations.table import print_summary
+from umbel_simulations.reporting.table import print_summary
+from umbel_simulations.runs.run import run_scenario
+from umbel_simulations.scenario.file import find_scenario
 
 SCENARIO = """
 name = "tiny-qa"

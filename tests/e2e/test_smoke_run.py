@@ -24,8 +24,8 @@ from umbel_common.canonical import decode_canonical
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.trust.identity import Signed
 from umbel_host.files.adapter_folder import read_vector
-from umbel_simulations.base_model import model_folder
-from umbel_simulations.scenario_file import find_scenario
+from umbel_simulations.inputs.base_model import model_folder
+from umbel_simulations.scenario.file import find_scenario
 
 Simulate = Callable[..., Any]
 

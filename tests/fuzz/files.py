@@ -16,8 +16,8 @@ from umbel_common.toml_values import parse_toml
 from umbel_common.trust.key_statements import revoke, rotate
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_from_json, document_to_json
-from umbel_simulations.scenario import Scenario
-from umbel_simulations.scenario_file import SHIPPED, check_scenario
+from umbel_simulations.scenario.file import SHIPPED, check_scenario
+from umbel_simulations.scenario.scenario import Scenario
 
 FILE = Path("a-file")
 

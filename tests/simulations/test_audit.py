@@ -17,9 +17,8 @@ from typer.testing import CliRunner
 from umbel_client.data.records import Record, Records
 from umbel_common.errors import ConfigError, VerificationError
 from umbel_common.plans.plan import TrainingPlan
-from umbel_simulations.audit import AuditResult, as_table, audit_scenario, check
-from umbel_simulations.audit_bound import chance_of, epsilon_lower_bound
-from umbel_simulations.audit_data import (
+from umbel_simulations.audit.bound import chance_of, epsilon_lower_bound
+from umbel_simulations.audit.canaries import (
     RECORDS_OF_A_PATIENT,
     first_units,
     make_canaries,
@@ -27,11 +26,12 @@ from umbel_simulations.audit_data import (
     unit_count,
     with_included,
 )
-from umbel_simulations.audit_game import flip_coins, log_likelihood_ratios
+from umbel_simulations.audit.game import flip_coins, log_likelihood_ratios
+from umbel_simulations.audit.one_run import AuditResult, as_table, audit_scenario, check
+from umbel_simulations.backends.in_process import seeded
 from umbel_simulations.cli import app
-from umbel_simulations.federation import seeded
-from umbel_simulations.scenario_file import find_scenario, override
-from umbel_simulations.sources import Example
+from umbel_simulations.inputs.sources import Example
+from umbel_simulations.scenario.file import find_scenario, override
 
 SCENARIO = """\
 name = "tiny"

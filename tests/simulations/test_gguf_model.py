@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from umbel_common.errors import ConfigError, DataError, ModelError
-from umbel_simulations.audit import audit_scenario
-from umbel_simulations.base_model import converted
-from umbel_simulations.packages import package_folder
-from umbel_simulations.processes import run_federation
-from umbel_simulations.scenario_file import find_scenario
+from umbel_simulations.audit.one_run import audit_scenario
+from umbel_simulations.backends.processes import run_federation
+from umbel_simulations.inputs.base_model import converted
+from umbel_simulations.inputs.packages import package_folder
+from umbel_simulations.scenario.file import find_scenario
 
 
 @pytest.fixture

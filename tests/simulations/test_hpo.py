@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from umbel_common.errors import DataError
-from umbel_simulations.hpo import Phenotype, is_for_test, phenotypes
+from umbel_simulations.inputs.hpo import Phenotype, is_for_test, phenotypes
 
 OBO = """format-version: 1.2
 

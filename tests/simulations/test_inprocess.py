@@ -11,8 +11,8 @@ from umbel_client.relay.flower import NOT_OURS, Pieces, answer, whole
 from umbel_host.transport.flower import packed, unpacked
 from umbel_host.transport.pieces import FLOWER_FIELD, FLOWER_MESSAGE_TYPE, FLOWER_RECORD
 from umbel_server.messaging.link import Step
+from umbel_simulations.backends.grid import InProcessGrid, Node
 from umbel_simulations.backends.grid_link import GridLink
-from umbel_simulations.inprocess import InProcessGrid, Node
 
 STEP = Step("mask", 1, 1)
 BOTH = [("site-2", b"abc"), ("site-3", b"xyz")]

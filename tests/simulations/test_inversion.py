@@ -9,7 +9,7 @@ from small_models import plan_for, save_bert
 
 from umbel_client.data.records import Record, Records
 from umbel_common.plans.plan import Classification, LocalPrivacy, Sgd, Training, TrainingPlan
-from umbel_simulations.inversion import exposed, invert
+from umbel_simulations.audit.inversion import exposed, invert
 
 WORDS = [f"w{index}" for index in range(595)]
 TEXTS = ("w3 w141 w59 w26", "w535 w89 w79 w32", "w384 w62 w64 w338")

@@ -7,8 +7,16 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from umbel_simulations import events
-from umbel_simulations.live import LiveView, NullView, PlainView, RunState, View, size, view_for
+from umbel_simulations.reporting import events
+from umbel_simulations.reporting.live import (
+    LiveView,
+    NullView,
+    PlainView,
+    RunState,
+    View,
+    size,
+    view_for,
+)
 
 SITES = {"hospital-a": 4973, "hospital-b": 4275, "hospital-c": 5309}
 ROUNDS, STEPS = 3, 5

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from umbel_client.data.records import load_records
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import Classification
-from umbel_simulations.population import partition, write_site_data
-from umbel_simulations.scenario import Sites
-from umbel_simulations.sources import Example
+from umbel_simulations.inputs.partition import partition, write_site_data
+from umbel_simulations.inputs.sources import Example
+from umbel_simulations.scenario.scenario import Sites
 
 LABELS = ("eye", "heart", "lung")
 EXAMPLES = [

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from umbel_simulations.repetitions import nearly_repeated
+from umbel_simulations.inputs.near_duplicates import nearly_repeated
 
 KNOWN = [
     "A cone-shaped end of the bone of the second finger.",

@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from umbel_simulations.report import CLAIM, write_report
-from umbel_simulations.results import Comparison, CurvePoint, RunSummary, Score, SiteResult
+from umbel_simulations.reporting.report import CLAIM, write_report
+from umbel_simulations.reporting.results import (
+    Comparison,
+    CurvePoint,
+    RunSummary,
+    Score,
+    SiteResult,
+)
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 SITES: tuple[str, ...] = ("hospital-a", "hospital-b")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from umbel_simulations.report import write_report
-from umbel_simulations.results import (
+from umbel_simulations.reporting.report import write_report
+from umbel_simulations.reporting.results import (
     Answers,
     Comparison,
     CurvePoint,
@@ -17,8 +17,8 @@ from umbel_simulations.results import (
     Score,
     SiteResult,
 )
-from umbel_simulations.scores import difference
-from umbel_simulations.table import print_summary
+from umbel_simulations.reporting.table import print_summary
+from umbel_simulations.runs.scores import difference
 
 ATTACK = "</td><script>alert(1)</script>"
 

@@ -8,10 +8,8 @@ import pytest
 
 from umbel_common.errors import ConfigError, ModelError
 from umbel_common.plans.plan import Adam, LocalPrivacy, NoPrivacy
-from umbel_simulations.base_model import model_folder
-from umbel_simulations.planning import make_plan
-from umbel_simulations.scenario import FileData, Icd10Data, Model, Scenario, Sites
-from umbel_simulations.scenario_file import (
+from umbel_simulations.inputs.base_model import model_folder
+from umbel_simulations.scenario.file import (
     SHIPPED,
     check_scenario,
     find_scenario,
@@ -19,6 +17,8 @@ from umbel_simulations.scenario_file import (
     list_scenarios,
     override,
 )
+from umbel_simulations.scenario.plan import make_plan
+from umbel_simulations.scenario.scenario import FileData, Icd10Data, Model, Scenario, Sites
 
 SMOKE = (SHIPPED / "smoke.toml").read_text(encoding="utf-8")
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from umbel_simulations.scores import majority_score, score
-from umbel_simulations.sources import Corpus, Example
+from umbel_simulations.inputs.sources import Corpus, Example
+from umbel_simulations.runs.scores import majority_score, score
 
 
 def corpus(train: str, test: str) -> Corpus:

@@ -7,11 +7,11 @@ import msgspec
 import pytest
 
 from umbel_common.errors import DataError
-from umbel_simulations import icd10
-from umbel_simulations.icd10 import CHAPTERS, is_for_test, read_diagnoses
-from umbel_simulations.scenario import FileData, Icd10Data, Scenario, Sites
-from umbel_simulations.scenario_file import find_scenario
-from umbel_simulations.sources import Corpus, Example, load_source
+from umbel_simulations.inputs import icd10
+from umbel_simulations.inputs.icd10 import CHAPTERS, is_for_test, read_diagnoses
+from umbel_simulations.inputs.sources import Corpus, Example, load_source
+from umbel_simulations.scenario.file import find_scenario
+from umbel_simulations.scenario.scenario import FileData, Icd10Data, Scenario, Sites
 
 
 def scenario_on(data: Icd10Data | FileData, **parts: object) -> Scenario:

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from umbel_simulations.results import Comparison, RunSummary, Score, SiteResult
-from umbel_simulations.table import ordered, print_summary, warnings_of
+from umbel_simulations.reporting.results import Comparison, RunSummary, Score, SiteResult
+from umbel_simulations.reporting.table import ordered, print_summary, warnings_of
 
 
 def site(name: str, **parts: object) -> SiteResult:

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from umbel_common.errors import DataError
-from umbel_simulations.run_folder import write
-from umbel_simulations.scenario import Sites
-from umbel_simulations.sources import Example
+from umbel_simulations.inputs.sources import Example
+from umbel_simulations.scenario.run_folder import write
+from umbel_simulations.scenario.scenario import Sites
 
 DRAWS = 1000
 """Dirichlet partitions that are drawn in search of one where every site has enough."""

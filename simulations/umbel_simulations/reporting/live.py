@@ -13,9 +13,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from umbel_simulations import events
-from umbel_simulations.measures import measure_of
-from umbel_simulations.results import Score
+from umbel_simulations.reporting import events
+from umbel_simulations.reporting.measures import measure_of
+from umbel_simulations.reporting.results import Score
 
 ANSWERED = {
     "offer": "accepted",

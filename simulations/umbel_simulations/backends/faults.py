@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from umbel_simulations.inprocess import Lost
-from umbel_simulations.scenario import Dropout
+from umbel_simulations.backends.grid import Lost
+from umbel_simulations.scenario.scenario import Dropout
 
 
 def losing(dropouts: Sequence[Dropout], nodes: Mapping[str, int]) -> Lost:

@@ -17,8 +17,8 @@ from umbel_common.protocol.transcript import VerifiedJob, verify_transcript
 from umbel_common.trust.identity import Roster, Signed, open_signed
 from umbel_common.trust.roster_file import roster_from_json
 from umbel_host.files.adapter_folder import RELEASE_FILE, read_vector
-from umbel_simulations.results import RunSummary
-from umbel_simulations.run_folder import read_plan, read_signed
+from umbel_simulations.reporting.results import RunSummary
+from umbel_simulations.scenario.run_folder import read_plan, read_signed
 
 
 def verify_run(folder: Path) -> VerifiedJob:

@@ -26,8 +26,8 @@ from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_common.canonical import Entropy, Value
 from umbel_common.errors import ConfigError, VerificationError
 from umbel_common.plans.plan import Classification, LocalPrivacy, TrainingPlan
-from umbel_simulations.audit_bound import epsilon_lower_bound
-from umbel_simulations.audit_data import (
+from umbel_simulations.audit.bound import epsilon_lower_bound
+from umbel_simulations.audit.canaries import (
     Unit,
     first_units,
     make_canaries,
@@ -36,20 +36,20 @@ from umbel_simulations.audit_data import (
     unit_count,
     with_included,
 )
-from umbel_simulations.audit_game import (
+from umbel_simulations.audit.game import (
     Outcome,
     Progress,
     flip_coins,
     gather_evidence,
     step_by_step,
 )
-from umbel_simulations.base_model import model_folder
-from umbel_simulations.federation import public_size
-from umbel_simulations.planning import make_plan
-from umbel_simulations.population import partition
-from umbel_simulations.scenario import Scenario
-from umbel_simulations.scenario_file import require_classification
-from umbel_simulations.sources import Example, load_source
+from umbel_simulations.backends.in_process import public_size
+from umbel_simulations.inputs.base_model import model_folder
+from umbel_simulations.inputs.partition import partition
+from umbel_simulations.inputs.sources import Example, load_source
+from umbel_simulations.scenario.file import require_classification
+from umbel_simulations.scenario.plan import make_plan
+from umbel_simulations.scenario.scenario import Scenario
 
 CONFIDENCE = 0.95
 KNOWN_RECORDS = 500

@@ -17,11 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from umbel_simulations.live import size
-from umbel_simulations.measures import ACCURACY, Measure, measure_of
-from umbel_simulations.results import Comparison, RunSummary, Score
-from umbel_simulations.run_folder import write
-from umbel_simulations.table import against, ordered, privacy_of, warnings_of
+from umbel_simulations.reporting.live import size
+from umbel_simulations.reporting.measures import ACCURACY, Measure, measure_of
+from umbel_simulations.reporting.results import Comparison, RunSummary, Score
+from umbel_simulations.reporting.table import against, ordered, privacy_of, warnings_of
+from umbel_simulations.scenario.run_folder import write
 
 CLAIM = (
     "(epsilon, delta) per record (or per patient), add/remove, for site i, against [server + peers]"

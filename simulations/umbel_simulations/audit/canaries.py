@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from umbel_client.data.records import Record, Records, load_records
 from umbel_common.plans.plan import Classification, TrainingPlan
-from umbel_simulations.run_folder import write
-from umbel_simulations.sources import Example
+from umbel_simulations.inputs.sources import Example
+from umbel_simulations.scenario.run_folder import write
 
 Unit = Literal["record", "patient"]
 """What privacy is promised for; `patient` is the site's `data.unit_column` too."""

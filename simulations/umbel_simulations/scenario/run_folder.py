@@ -26,7 +26,7 @@ from umbel_common.canonical import decode_canonical, encode
 from umbel_common.errors import RemoteProtocolError, RunExists, StorageError, VerificationError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.trust.identity import Signed
-from umbel_simulations.scenario import Scenario
+from umbel_simulations.scenario.scenario import Scenario
 
 
 class SignedLine(msgspec.Struct, frozen=True):

@@ -26,7 +26,7 @@ from umbel_client.training.round import train_round
 from umbel_common.adapters.vector import Vector, initial_vector, merge
 from umbel_common.canonical import Entropy
 from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
-from umbel_simulations.recorder import Stopped
+from umbel_simulations.reporting.recorder import Stopped
 
 Progress = Callable[[str, int, int], None]
 """Told (party, rounds done, rounds)."""

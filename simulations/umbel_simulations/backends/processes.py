@@ -21,12 +21,12 @@ from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.trust.enrolment import request_from_json
 from umbel_common.trust.identity import fingerprint
 from umbel_common.trust.roster_file import roster_from_json
-from umbel_simulations.base_model import model_folder
-from umbel_simulations.federation import public_size
-from umbel_simulations.population import partition, write_site_data
-from umbel_simulations.scenario import Scenario
-from umbel_simulations.scenario_file import require_classification
-from umbel_simulations.sources import load_source
+from umbel_simulations.backends.in_process import public_size
+from umbel_simulations.inputs.base_model import model_folder
+from umbel_simulations.inputs.partition import partition, write_site_data
+from umbel_simulations.inputs.sources import load_source
+from umbel_simulations.scenario.file import require_classification
+from umbel_simulations.scenario.scenario import Scenario
 
 MODULES = {"umbel-server": "umbel_server.cli", "umbel-client": "umbel_client.cli"}
 _POLL_SECONDS = 0.5

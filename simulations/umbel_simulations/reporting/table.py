@@ -6,9 +6,15 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from umbel_simulations.live import size
-from umbel_simulations.measures import ACCURACY, Measure, measure_of
-from umbel_simulations.results import Answers, Comparison, Difference, RunSummary, SiteResult
+from umbel_simulations.reporting.live import size
+from umbel_simulations.reporting.measures import ACCURACY, Measure, measure_of
+from umbel_simulations.reporting.results import (
+    Answers,
+    Comparison,
+    Difference,
+    RunSummary,
+    SiteResult,
+)
 
 ANSWERS_SHOWN = 2
 """On the terminal; the report has them all."""

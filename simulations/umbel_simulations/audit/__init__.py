@@ -1,0 +1,1 @@
+"""Attacks on a site's own training, to measure what the promise is worth."""

@@ -1,0 +1,1 @@
+"""Public texts, base models, and their division among sites."""

@@ -1,0 +1,1 @@
+"""A run, its comparisons, and its verification."""

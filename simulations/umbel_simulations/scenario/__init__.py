@@ -1,0 +1,1 @@
+"""The scenario file, its plan, and its folder."""
