@@ -100,7 +100,7 @@ vectors: $(BIN)/activate-dev  ## Rewrites tests/vectors/*.json; a change is one 
 	$(BIN)/python tests/vectors/generate.py
 
 docs: $(BIN)/activate-dev  ## Holds commands, exit codes, checks and outputs against the documentation.
-	$(BIN)/pytest tests/test_docs.py tests/test_keys_doc.py tests/test_budget_doc.py tests/test_protocol_docs.py
+	$(BIN)/pytest tests/docs
 
 clean:
 	rm -rf $(VENV) build dist

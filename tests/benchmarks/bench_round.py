@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench_masking import entry
 from e2e.daemons import Clinics
-from small_models import save_bert
+from support.small_models import save_bert
 
 from umbel_server.messaging.carrier import CarrierLink
 from umbel_server.messaging.link import Step

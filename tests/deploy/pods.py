@@ -17,8 +17,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from container_filter import RUNTIME_FILTER
 from deploy.charts import ROOT, Object, kind, pod_of
+from support.container_filter import RUNTIME_FILTER
 
 _PACKAGES = ("common", "client", "server")
 _TOOLS = ("ip", "nsenter", "setpriv", "unshare")

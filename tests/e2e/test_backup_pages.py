@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from e2e.test_ceremony_pages import by_form, printed, typed
-from enrolling import Enrolling
+from support.enrolling import Enrolling
 
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.privacy.accounting import Event

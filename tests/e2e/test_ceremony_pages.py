@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from enrolling import Enrolling
+from support.enrolling import Enrolling
 
 from umbel_server.operator.admitted_sites import load_sites
 

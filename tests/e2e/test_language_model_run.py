@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from small_models import save_decoder
+from support.small_models import save_decoder
 
 from umbel_common.errors import ConfigError
 from umbel_simulations.reporting.table import print_summary

@@ -1,0 +1,287 @@
+"""Fine-tuning without a federation: train, classify, generate, export, by their commands."""
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from support.small_models import one_round, plan_for, save_decoder
+from transformers import AutoModel, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from umbel_client.cli import app
+from umbel_client.models.adapters.folder import read_adapter
+from umbel_common.errors import DataError, ModelError, StorageError
+from umbel_common.plans.plan import (
+    Adam,
+    CausalLm,
+    Classification,
+    NoPrivacy,
+    Training,
+    TrainingPlan,
+)
+from umbel_common.plans.plan_file import plan_to_json
+
+torch.set_num_threads(1)
+
+CONFIG = """
+site = "north"
+state = "state"
+identity = "identity.pem"
+roster = "roster.json"
+
+[data]
+path = "data.jsonl"
+public_size = {size}
+
+[model]
+path = "{model}"
+
+[policy]
+"""
+PAIRS = [{"prompt": f"say {word}", "completion": word} for word in ("yes", "no", "so")] * 4
+TEXTS = [{"text": f"w{index} w{index + 1}", "label": "ab"[index % 2]} for index in range(12)]
+LM = CausalLm(max_tokens=96)
+LABELLED = Classification(labels=("a", "b"))
+
+
+def command(*arguments: object) -> str:
+    done = CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("llama"))
+
+
+class Site:
+    """A folder with client.toml, plan.json and data."""
+
+    def __init__(self, folder: Path, model: Path, plan: TrainingPlan, rows: list[Any]) -> None:
+        self.folder, self.model, self.plan = folder, model, plan
+        self.config = folder / "client.toml"
+        self.config.write_text(CONFIG.format(model=model, size=len(rows)))
+        (folder / "plan.json").write_text(plan_to_json(plan))
+        (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def train(self, name: str = "alone", *more: object) -> Path:
+        out = self.folder / name
+        command(
+            *("train", "--local", "--plan", self.folder / "plan.json"),
+            *("--out", out, "--config", self.config, *more),
+        )
+        return out
+
+    def run(self, name: str, *more: object) -> list[dict[str, Any]]:
+        text = command(name, "--config", self.config, *more)
+        return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def answering(tmp_path: Path, llama: Path) -> Site:
+    training = Training(
+        rounds=2,
+        local_steps=40,
+        expected_batch_size=len(PAIRS),
+        optimizer=Adam(adapter_learning_rate=0.02),
+    )
+    plan = plan_for(llama, LM, lora={"rank": 8}, training=training, privacy=NoPrivacy())
+    return Site(tmp_path, llama, plan, PAIRS)
+
+
+@pytest.fixture
+def labelling(tmp_path: Path, tiny_model: Path) -> Site:
+    plan = plan_for(tiny_model, LABELLED, training=one_round(6, steps=3))
+    return Site(tmp_path, tiny_model, plan, TEXTS)
+
+
+def test_an_adapter_trained_alone_answers_and_is_private(answering: Site) -> None:
+    folder = answering.train()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert "treat it as the data" in (folder / "README.md").read_text().replace("\n", " ")
+    assert not (answering.folder / "state").exists()  # no ledger, no journal
+    asked = ("generate", "--adapter", folder, "--prompt", "say yes", "--prompt", "say no")
+    found = answering.run(*asked, "--max-new-tokens", 5)
+    assert [row["prompt"] for row in found] == ["say yes", "say no"]
+    assert [row["answer"] for row in found] == ["yes", "no"]
+    base = answering.run(*asked, "--max-new-tokens", 5, "--base")
+    assert [row["answer"] for row in base] != ["yes", "no"]
+
+
+def test_questions_come_from_a_file_too(answering: Site) -> None:
+    folder = answering.train()
+    file = answering.folder / "data.jsonl"
+    found = answering.run("generate", "--adapter", folder, "--input", file, "--max-new-tokens", 3)
+    assert [row["prompt"] for row in found] == [row["prompt"] for row in PAIRS]
+
+
+def test_sampling_follows_its_seed(answering: Site) -> None:
+    folder = answering.train()
+    asked = ("generate", "--adapter", folder, "--prompt", "say", "--temperature", 1.5)
+    seeds = [answering.run(*asked, "--max-new-tokens", 8, "--seed", seed) for seed in (1, 1, 2)]
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_a_classifier_labels_texts(labelling: Site) -> None:
+    folder = labelling.train()
+    found = labelling.run("classify", "--adapter", folder, "--text", "w1 w2", "--text", "w2 w3")
+    assert {row["label"] for row in found} <= {"a", "b"}
+    assert all(0.5 <= row["probability"] <= 1 for row in found)
+    rows = labelling.run(
+        "classify", "--adapter", folder, "--input", labelling.folder / "data.jsonl"
+    )
+    assert len(rows) == len(TEXTS)
+
+
+def test_an_adapter_is_scored_on_held_out_records(answering: Site) -> None:
+    folder, general = answering.train(), answering.folder / "general.jsonl"
+    general.write_text('{"text": "nothing of the kind"}\n')
+    asked = ("evaluate", "--adapter", folder, "--json", "--general", general, "--config")
+    found = json.loads(command(*asked, answering.config))
+    base = json.loads(command(*asked, answering.config, "--base"))
+    assert found["records"] == len(PAIRS)
+    assert found["mean_loss"] < base["mean_loss"] / 2
+    figures = found["figures"]
+    assert (figures["exact_match"], figures["rouge_l"], figures["answers"]) == (1.0, 1.0, 12)
+    assert figures["perplexity"] < base["figures"]["perplexity"]
+    assert figures["general_perplexity"] > 1
+
+
+def test_groups_have_an_accuracy_each(labelling: Site) -> None:
+    rows = [{**row, "ward": "xy"[index % 2]} for index, row in enumerate(TEXTS)]
+    file = labelling.folder / "held-out.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = labelling.train()
+    arguments = ("--data", file, "--groups", "ward", "--config", labelling.config)
+    text = command("evaluate", "--adapter", folder, *arguments)
+    assert text.startswith("12 records: loss ")
+    assert " x " in text
+    assert " y " in text
+
+
+def test_training_stops_where_validation_gets_no_better(labelling: Site) -> None:
+    """Steps this long only make it worse."""
+    training = one_round(12, steps=1)
+    training = type(training)(
+        rounds=9,
+        local_steps=1,
+        expected_batch_size=12,
+        optimizer=type(training.optimizer)(adapter_learning_rate=90.0, head_learning_rate=90.0),
+    )
+    plan = plan_for(labelling.model, LABELLED, training=training)
+    (labelling.folder / "plan.json").write_text(plan_to_json(plan))
+    out = labelling.folder / "stopped"
+    text = command(
+        *("train", "--local", "--plan", labelling.folder / "plan.json", "--out", out),
+        *("--config", labelling.config, "--patience", 2),
+        *("--validation", labelling.folder / "data.jsonl"),
+    )
+    assert "round 9" not in text
+    best = int(text.split("adapter of round ")[1].split()[0])
+    losses = [float(line.split()[-1]) for line in text.splitlines() if "loss" in line]
+    assert len(losses) == best + 2
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rank-stabilised"])
+def test_a_merged_model_has_the_logits_of_the_adapter(answering: Site, scaling: Any) -> None:
+    plan = plan_for(
+        answering.model,
+        LM,
+        lora={"rank": 4, "scaling": scaling},
+        training=one_round(12, steps=20),
+        privacy=NoPrivacy(),
+    )
+    (answering.folder / "plan.json").write_text(plan_to_json(plan))
+    folder, out = answering.train(), answering.folder / "merged"
+    command("export", "--adapter", folder, "--merge", "--out", out, "--config", answering.config)
+    ids = torch.tensor([[1, 40, 41, 42, 2]])
+    base = AutoModelForCausalLM.from_pretrained(answering.model, dtype=torch.float32)
+    untrained = base(input_ids=ids).logits
+    adapted = PeftModel.from_pretrained(base, folder).eval()(input_ids=ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(input_ids=ids).logits
+    assert float((merged - adapted).abs().max()) < 1e-4
+    assert float((adapted - untrained).abs().max()) > 0.1
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_a_merged_encoder_keeps_its_head_beside_it(labelling: Site) -> None:
+    folder, out = labelling.train(), labelling.folder / "merged"
+    command("export", "--adapter", folder, "--merge", "--out", out, "--config", labelling.config)
+    AutoModel.from_pretrained(out)
+    assert load_file(out / "head.safetensors")["weight"].shape == (2, 16)
+
+
+def test_an_exported_adapter_is_the_adapter(labelling: Site) -> None:
+    folder, out = labelling.train(), labelling.folder / "copy"
+    command("export", "--adapter", folder, "--out", out, "--config", labelling.config)
+    assert read_adapter(out)[0] == read_adapter(folder)[0]
+
+
+def refused(kind: type[Exception], *arguments: object) -> Any:
+    with pytest.raises(kind) as caught:
+        CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
+    return caught.value
+
+
+def test_nothing_is_written_over(labelling: Site) -> None:
+    folder = labelling.train()
+    plan = labelling.folder / "plan.json"
+    config = ("--config", labelling.config)
+    for arguments in (
+        ("train", "--local", "--plan", plan, "--out", folder, *config),
+        ("export", "--adapter", folder, "--out", folder, *config),
+        ("export", "--adapter", folder, "--merge", "--out", folder, *config),
+    ):
+        assert refused(StorageError, *arguments).file == folder
+
+
+def test_bad_records_stop_training_before_anything_is_written(labelling: Site) -> None:
+    file = labelling.folder / "data.jsonl"
+    file.write_text(file.read_text() + '{"text": "w1", "label": "c"}\n')
+    error = refused(
+        DataError,
+        "train",
+        "--local",
+        "--plan",
+        labelling.folder / "plan.json",
+        "--out",
+        labelling.folder / "new",
+        "--config",
+        labelling.config,
+    )
+    assert error.field == "label, row 13"
+    assert not (labelling.folder / "new").exists()
+
+
+def test_an_adapter_of_another_model_is_refused(labelling: Site, llama: Path) -> None:
+    folder = labelling.train()
+    labelling.config.write_text(CONFIG.format(model=llama, size=12))
+    config = ("--config", labelling.config)
+    for arguments in (
+        ("classify", "--adapter", folder, "--text", "w1", *config),
+        ("export", "--adapter", folder, "--merge", "--out", labelling.folder / "m", *config),
+    ):
+        assert refused(ModelError, *arguments).field == "model.digest"
+
+
+def test_a_folder_without_an_adapter_is_named(labelling: Site) -> None:
+    config = ("--config", labelling.config)
+    error = refused(ModelError, "classify", "--adapter", labelling.folder, "--text", "x", *config)
+    assert (error.file, error.found) == (labelling.folder, "missing")
+    assert error.field == "adapter_model.safetensors"
+    error = refused(ModelError, "classify", "--adapter", "nowhere", "--text", "x", *config)
+    assert error.found == "no such folder"
+
+
+def test_a_damaged_adapter_is_named(labelling: Site) -> None:
+    folder = labelling.train()
+    (folder / "adapter_model.safetensors").write_bytes(b"torn")
+    config = ("--config", labelling.config)
+    error = refused(ModelError, "classify", "--adapter", folder, "--text", "x", *config)
+    assert "does not fit its plan" in error.message

@@ -1,0 +1,89 @@
+"""A process that gives its network away, tried against the kernel of this machine."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.container_filter import RUNTIME_FILTER
+
+from umbel_client.trainer.isolation import Network, network
+
+PROBE = """
+import json, os, pathlib, socket, sys
+from umbel_client.trainer.isolation import drop_network, network
+exec(sys.argv[4])
+here = socket.socket(socket.AF_UNIX); here.connect(sys.argv[1])
+namespace = os.readlink("/proc/self/ns/net")
+refused = drop_network()
+try:
+    socket.create_connection(("127.0.0.1", int(sys.argv[2])), timeout=2).close()
+    loopback = "reached"
+except OSError as error:
+    loopback = type(error).__name__
+pathlib.Path(sys.argv[3]).write_text("made")
+again = socket.socket(socket.AF_UNIX); again.connect(sys.argv[1])
+moved = namespace != os.readlink("/proc/self/ns/net")
+own = os.stat(sys.argv[3]).st_uid == os.geteuid()
+print(json.dumps([refused, network().value, loopback, own, moved]))
+"""
+NO_FILTER = "import umbel_client.trainer.isolation as i; i.only_unix_sockets = lambda: 38"
+
+
+def tried(folder: Path, *, before: str = "") -> tuple[str | None, str, str, bool, bool]:
+    """What `drop_network` said, what is left, the loopback, own files, another namespace."""
+    with socket.socket(socket.AF_UNIX) as unix, socket.create_server(("127.0.0.1", 0)) as inet:
+        unix.bind(str(folder / "s"))
+        unix.listen()
+        port = str(inet.getsockname()[1])
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE, str(folder / "s"), port, str(folder / "file"), before],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    refused, left, loopback, own, moved = json.loads(done.stdout)
+    return refused, left, loopback, own, moved
+
+
+@pytest.fixture(autouse=True)
+def _a_network_to_take_away() -> None:
+    if network() is Network.NONE:
+        pytest.skip("this machine has no network that could be taken away")
+
+
+def test_without_a_network_only_unix_sockets_and_files_are_left(tmp_path: Path) -> None:
+    refused, left, loopback, own, _ = tried(tmp_path)
+    assert (refused, left, loopback, own) == (None, "none", "OSError", True)
+
+
+def test_an_empty_namespace_alone_is_enough(tmp_path: Path) -> None:
+    refused, left, loopback, own, moved = tried(tmp_path, before=NO_FILTER)
+    if refused is not None:
+        pytest.skip(f"this kernel gives no empty network namespace: {refused}")
+    assert (left, loopback, own, moved) == ("none", "OSError", True, True)
+
+
+def test_in_a_container_without_namespaces_the_filter_is_enough(tmp_path: Path) -> None:
+    refused, left, loopback, own, moved = tried(tmp_path, before=RUNTIME_FILTER)
+    assert (refused, left, loopback, own, moved) == (None, "none", "OSError", True, False)
+
+
+def test_in_a_container_without_namespaces_and_without_the_filter_there_is_a_network(
+    tmp_path: Path,
+) -> None:
+    refused, left, loopback, _, moved = tried(tmp_path, before=f"{RUNTIME_FILTER}\n{NO_FILTER}")
+    assert (left, loopback, moved) == ("reachable", "reached", False)
+    assert refused == os.strerror(1)
+
+
+def test_taking_the_network_away_starts_no_thread_and_loads_no_numbers() -> None:
+    script = (
+        "import sys, threading, umbel_client.trainer.isolation;"
+        "assert not {'numpy', 'torch', 'grpc'} & set(sys.modules), sorted(sys.modules);"
+        "assert threading.active_count() == 1"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
