@@ -2,9 +2,9 @@
 
     python deploy/release/advisories.py server relay client
 
-Exits with 0 if none is known, 1 if any is known (one line for each advisory), and 3 if the registry
-could not be asked, which is not the same as none known. With OFFLINE=1 in the environment it does
-not ask, says so, and exits with 0.
+Exits with 0 if no vulnerability is known, 1 if one is (one line for each advisory), and 3 if the
+registry could not be asked, which does not mean that no vulnerability is known. With OFFLINE=1 in
+the environment it does not ask, says so, and exits with 0.
 """
 
 import json
