@@ -1,8 +1,8 @@
-# A site's process with the network, and umbel-client for enrolment. No PyTorch, and no data.
+# A site's process with the network, and umbel-client for enrolment. It has no PyTorch and no data.
 #
 #   docker build -f deploy/docker/relay.Dockerfile -t umbel-relay .
 #
-# A release takes its base by digest: --build-arg VERSION=0.1.0 --build-arg BASE=python@sha256:...
+# A release names its base by digest: --build-arg VERSION=0.1.0 --build-arg BASE=python@sha256:...
 # Its packages come from deploy/requirements/relay.txt, by hash.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
@@ -22,7 +22,7 @@ RUN python3 -m venv /opt/umbel \
 COPY pyproject.toml README.md LICENSE ./
 COPY common common
 COPY client client
-# The time that is written into the wheel; the commit's.
+# The time that is written into the wheel: that of the commit.
 ARG SOURCE_DATE_EPOCH=315532800
 RUN tools/bin/python -m build --wheel --no-isolation --outdir dist \
     && /opt/umbel/bin/pip install --no-index --no-deps dist/*.whl \
@@ -40,13 +40,13 @@ LABEL org.opencontainers.image.title="umbel-relay" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.base.name="${BASE}"
-# New volumes get the owner and mode of these folders.
+# A new volume takes the owner and mode of its folder here.
 RUN groupadd --gid 10000 umbel \
     && useradd --uid 10001 --gid umbel --no-create-home --home-dir /tmp --shell /usr/sbin/nologin umbel \
     && install -d -o umbel -g umbel -m 0700 /var/lib/umbel \
     && install -d -o umbel -g umbel -m 0770 /run/umbel
 COPY --from=build /opt/umbel /opt/umbel
-# Nothing is written but to /var/lib/umbel, /run/umbel and /tmp: the root may be read-only.
+# Only /var/lib/umbel, /run/umbel and /tmp are written to, so the root may be read-only.
 ENV PATH=/opt/umbel/bin:${PATH} \
     HOME=/tmp \
     PYTHONDONTWRITEBYTECODE=1 \

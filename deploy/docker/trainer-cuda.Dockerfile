@@ -1,11 +1,11 @@
-# A site's process with the data, on an NVIDIA GPU, and umbel-client. It needs no network.
+# A site's process with the data, for an NVIDIA GPU, and umbel-client. It needs no network.
 #
-# CUDA's libraries come with PyTorch; the driver is the machine's, which the NVIDIA container toolkit
-# puts into the container.
+# CUDA's libraries come with PyTorch. The driver is that of the machine; the NVIDIA container toolkit
+# brings it into the container.
 #
 #   docker build -f deploy/docker/trainer-cuda.Dockerfile -t umbel-trainer-cuda .
 #
-# A release takes its base by digest: --build-arg VERSION=0.1.0 --build-arg BASE=python@sha256:...
+# A release names its base by digest: --build-arg VERSION=0.1.0 --build-arg BASE=python@sha256:...
 # Its packages come from deploy/requirements/client.txt, by hash.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
@@ -25,7 +25,7 @@ RUN python3 -m venv /opt/umbel \
 COPY pyproject.toml README.md LICENSE ./
 COPY common common
 COPY client client
-# The time that is written into the wheel; the commit's.
+# The time that is written into the wheel: that of the commit.
 ARG SOURCE_DATE_EPOCH=315532800
 RUN tools/bin/python -m build --wheel --no-isolation --outdir dist \
     && /opt/umbel/bin/pip install --no-index --no-deps dist/*.whl \
@@ -43,13 +43,13 @@ LABEL org.opencontainers.image.title="umbel-trainer-cuda" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.base.name="${BASE}"
-# New volumes get the owner and mode of these folders.
+# A new volume takes the owner and mode of its folder here.
 RUN groupadd --gid 10000 umbel \
     && useradd --uid 10001 --gid umbel --no-create-home --home-dir /tmp --shell /usr/sbin/nologin umbel \
     && install -d -o umbel -g umbel -m 0700 /var/lib/umbel \
     && install -d -o umbel -g umbel -m 0770 /run/umbel
 COPY --from=build /opt/umbel /opt/umbel
-# Nothing is written but to /var/lib/umbel, /run/umbel and /tmp: the root may be read-only.
+# Only /var/lib/umbel, /run/umbel and /tmp are written to, so the root may be read-only.
 # hadolint ignore=DL3064  # TOKENIZERS_PARALLELISM is no secret
 ENV PATH=/opt/umbel/bin:${PATH} \
     HOME=/tmp \

@@ -1,10 +1,10 @@
-"""Whether anything is known against what a release installs: pip-audit over the locked packages.
+"""Asks for known vulnerabilities of what a release installs: pip-audit over the locked packages.
 
     python deploy/release/advisories.py server relay client
 
-Ends with 0 when nothing is known, 1 when something is (each advisory on a line), and 3 when the
-registry could not be asked: that is not the same as nothing known. With OFFLINE=1 in the
-environment it does not ask, says so, and ends with 0.
+Exits with 0 if no vulnerability is known, 1 if one is (one line for each advisory), and 3 if the
+registry could not be asked, which does not mean that no vulnerability is known. With OFFLINE=1 in
+the environment it does not ask, says so, and exits with 0.
 """
 
 import json
@@ -26,7 +26,7 @@ def main(roles: list[str]) -> int:
 
 
 def asked(role: str) -> int:
-    """Prints what is known against a role's packages; 0, KNOWN or NOT_CHECKED."""
+    """Prints the advisories about a role's packages; returns 0, KNOWN or NOT_CHECKED."""
     done = subprocess.run(  # noqa: S603  # our own files
         [
             *(sys.executable, "-m", "pip_audit", "--format", "json", "--progress-spinner", "off"),

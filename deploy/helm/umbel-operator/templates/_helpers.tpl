@@ -19,7 +19,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 
-{{/* A value that is wrong, in one line: list of field, found, accepted, what to do. */}}
+{{/* Refuses a wrong value in one line. Takes a list: field, found, accepted, what to do. */}}
 {{- define "umbel-operator.refuse" -}}
 {{- fail (printf "umbel-operator: %s: found %s, accepted: %s; what to do: %s" (index . 0) (index . 1) (index . 2) (index . 3)) -}}
 {{- end -}}
@@ -35,7 +35,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- end -}}
 
-{{/* Refuses values that no schema can. */}}
+{{/* Refuses wrong values that a schema cannot detect. */}}
 {{- define "umbel-operator.check" }}
 {{- $config := fromToml .Values.serverToml }}
 {{- if hasKey $config "Error" }}
@@ -46,7 +46,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 {{- end }}
 
-{{/* What PodSecurity restricted asks of a container, and more: the user's number is given. */}}
+{{/* What Pod Security restricted requires of a container, and more. Takes the user's number. */}}
 {{- define "umbel-operator.container-security" -}}
 runAsNonRoot: true
 runAsUser: {{ . }}
@@ -58,8 +58,8 @@ capabilities: {drop: [ALL]}
 seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 
-{{/* Probes of the process behind a socket, whose path is given. A process that waits for another
-     answers that it is not well: not ready, and no reason to end it. */}}
+{{/* The probes of the process behind a socket. Takes the socket's path. A process that waits for
+     another one answers that it is not healthy: it is not ready, but need not be ended. */}}
 {{- define "umbel-operator.probes" -}}
 startupProbe:
   exec: {command: [sh, -c, "python -m umbel_host.probe unix:{{ . }}; test $? -le 1"]}
