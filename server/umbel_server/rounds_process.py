@@ -19,7 +19,7 @@ from umbel_host.processes.log import configure
 from umbel_host.processes.seccomp import only_unix_sockets
 from umbel_host.terminal import exit_code
 from umbel_host.transport.sockets import SocketServer
-from umbel_server.jobs.runner import Rounds
+from umbel_server.jobs.runner import JobRunner
 from umbel_server.messaging.carrier import CarrierLink
 from umbel_server.messaging.link import Link
 from umbel_server.operator.config import carrier_socket, load_config, load_roster, rounds_socket
@@ -57,7 +57,7 @@ def run(path: Path) -> None:
         locked(state / "rounds.lock", "the process with the jobs"),
         closing(JobQueue(state / "queue.sqlite")) as queue,
     ):
-        rounds = Rounds(
+        rounds = JobRunner(
             state=state,
             operator=operator,
             queue=queue,
@@ -83,7 +83,7 @@ def _probed(path: Path) -> Iterator[Callable[[bool], None]]:
         probes.stop(1.0)
 
 
-def work(rounds: Rounds, stopping: threading.Event, serving: Callable[[bool], None]) -> None:
+def work(rounds: JobRunner, stopping: threading.Event, serving: Callable[[bool], None]) -> None:
     """Until `stopping`. A full disk ends no process: the job can be resumed.
 
     Args:
@@ -92,7 +92,7 @@ def work(rounds: Rounds, stopping: threading.Event, serving: Callable[[bool], No
     serving(True)
     while not stopping.is_set():
         try:
-            busy = rounds.work()
+            busy = rounds.run_next()
             pause = (
                 0.0 if busy else _IDLE_SECONDS if rounds.queue.next() is None else _WAITING_SECONDS
             )

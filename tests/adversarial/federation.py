@@ -307,7 +307,7 @@ class Federation:
         """An attempt as the server would run it, waiting for its first replies."""
         header = header or self.header()
         length = size_of(self.plan.trained_tensors(header.round)) + 1
-        machine = coordinator.start(
+        machine = coordinator.open_attempt(
             header, self.played_roster, self.plan.aggregation.threshold, 32, length
         )
         return rounds.Attempt(header, self.train_request(header), machine, {}, rounds.Evidence())
@@ -323,7 +323,7 @@ class Federation:
         Raises:
             Stopped: a site refuses.
         """
-        state: rounds.Attempt | rounds.Outcome = attempt
+        state: rounds.Attempt | rounds.AttemptOutcome = attempt
         while isinstance(state, rounds.Attempt) and state.stage != until:
             asked = {site: state.requests()[site] for site in state.requests() if site != silent}
             state = self.take(state, {site: self.ask(site, asked[site]) for site in asked})

@@ -33,7 +33,7 @@ class Puppet:
         self.name = name
         self.identity = identity
         self.plan = plan
-        self.state: secagg.State | None = None
+        self.state: secagg.AttemptState | None = None
         self.length = 0
         self.mask_secret = b""
 

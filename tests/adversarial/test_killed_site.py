@@ -26,7 +26,7 @@ from umbel_common.protocol.wire import (
     UnmaskRequest,
 )
 from umbel_common.trust.identity import sign
-from umbel_server.aggregation.attempt import Outcome
+from umbel_server.aggregation.attempt import AttemptOutcome
 
 KILLS = 100
 ROUNDS = 100
@@ -116,7 +116,7 @@ def test_a_site_that_is_killed_at_any_step_never_gives_two_answers(
         if site.killed_at.total() >= KILLS:
             break
         attempt: Any = attempt_of_round(federation, number)
-        while not isinstance(attempt, Outcome):
+        while not isinstance(attempt, AttemptOutcome):
             stage, requests = attempt.stage, attempt.requests()
             request = requests.pop(SITE)
             other = another(federation, request, attempt.header)

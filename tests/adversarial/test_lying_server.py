@@ -29,7 +29,7 @@ from umbel_common.protocol.wire import (
 )
 from umbel_common.secagg.encoding import decode_sum, encoding_of
 from umbel_common.trust.identity import Identity, sign
-from umbel_server.aggregation.attempt import Attempt, Outcome
+from umbel_server.aggregation.attempt import Attempt, AttemptOutcome
 
 SITE = "site-00"
 
@@ -37,7 +37,7 @@ SITE = "site-00"
 def test_an_honest_attempt_ends_with_the_sum(federation: Any) -> None:
     federation.offer()
     outcome = federation.drive(federation.attempt())
-    assert isinstance(outcome, Outcome)
+    assert isinstance(outcome, AttemptOutcome)
     assert outcome.aggregate.survivors == tuple(sorted(federation.identities))
     assert outcome.aggregate.total[0] == 3
 

@@ -14,7 +14,7 @@ from adversarial.site_process import Quiet, Step
 
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.ledger.rows import GENESIS, Computed, Reservation, Reserved, Row, Sent
-from umbel_client.storage.deltas import DeltaCache, State
+from umbel_client.storage.deltas import DeltaCache, OptimizerState
 from umbel_common.adapters.vector import Vector
 
 GRADIENTS = "gradients"
@@ -109,7 +109,7 @@ def fresh_noise_after_each_start(folder: Path, count: Step) -> Step:
 
     def recomputed(
         self: DeltaCache, number: int, expected: bytes, *, with_state: bool = True
-    ) -> tuple[bytes, Vector, State]:
+    ) -> tuple[bytes, Vector, OptimizerState]:
         adapter, delta, state = load(self, number, expected, with_state=with_state)
         return adapter, delta + noise, state
 

@@ -99,7 +99,7 @@ def _without_unique_attempts(patch: pytest.MonkeyPatch, replace: Replace) -> Non
 
 def _without_recorded_answers(patch: pytest.MonkeyPatch, replace: Replace) -> None:
     """A site that does not know what it has answered."""
-    patch.setattr(session.Session, "answer", lambda *_: None)
+    patch.setattr(session.Journal, "answer", lambda *_: None)
 
 
 def _without_counted_answers(patch: pytest.MonkeyPatch, replace: Replace) -> None:

@@ -62,7 +62,7 @@ def attempt(clock: Clock) -> None:
     )
     rules = participant.Rules(threshold=THRESHOLD, colluding=1, minimum_cohort=3)
     states: dict[str, Any] = {}
-    machine: Any = coordinator.start(header, roster, THRESHOLD, 32, ELEMENTS)
+    machine: Any = coordinator.open_attempt(header, roster, THRESHOLD, 32, ELEMENTS)
     expected = np.zeros(ELEMENTS, dtype="<u4")
 
     def stage(name: str, requests: Any, answer: Callable[[str, Any], Any]) -> None:

@@ -25,7 +25,7 @@ from toy_federation import Federation, Quiet
 from umbel_host.transport.flower import packed, unpacked
 from umbel_server.jobs.job import Job
 from umbel_server.operator.config import Limits
-from umbel_server.storage.journal import Store
+from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
 from umbel_simulations.backends.grid_link import GridLink
 
@@ -66,7 +66,7 @@ def peak(sites: int) -> int:
 
 def run(federation: Federation, link: GridLink, folder: Path) -> None:
     """One job of one round."""
-    store = Store(folder / "journal.sqlite")
+    store = Journal(folder / "journal.sqlite")
     job = Job(
         federation.plan,
         federation.roster,

@@ -24,7 +24,7 @@ from support.small_models import save_bert
 from umbel_server.messaging.carrier import CarrierLink
 from umbel_server.messaging.link import Step
 from umbel_server.operator.config import Limits
-from umbel_server.storage.job_queue import State
+from umbel_server.storage.job_queue import JobState
 
 ROUNDS = 6
 TARGET_SECONDS = 3.0
@@ -82,7 +82,7 @@ def rounds(clinics: Clinics) -> dict[str, dict[str, Any]]:
 
     limits = Limits(offer_seconds=60, train_seconds=60, stage_seconds=60)
     job = clinics.run(clinics.rounds(link, limits))
-    assert job.state is State.FINISHED, job.detail
+    assert job.state is JobState.FINISHED, job.detail
     spans = [times[number][-1] - times[number][0] for number in range(2, ROUNDS)]
     seconds = statistics.median(spans)
     return {"secure_round_3_sites_s": entry(seconds, "s", TARGET_SECONDS)}

@@ -29,7 +29,7 @@ from toy_federation import RANK, WIDTH, make_plan
 from umbel_client.models.base.files import folder_digest
 from umbel_common.plans.plan import BaseModel, NoPrivacy, TrainingPlan
 from umbel_common.trust.identity import sign
-from umbel_server.storage.job_queue import State
+from umbel_server.storage.job_queue import JobState
 
 MEGABYTES = 200
 MANY_SITES, MANY_MEGABYTES = 9, 20
@@ -94,8 +94,8 @@ def federation(sites: Sequence[str], megabytes: int) -> tuple[dict[str, float], 
             before = {name: forget_peak(pid) for name, pid in processes.items()}
             began = time.monotonic()
             clinics.queue.add(plan.job, sign(clinics.operator, plan))
-            job = clinics.wait(plan.job, State.FINISHED, State.FAILED, seconds=MOST_SECONDS)
-            assert job.state is State.FINISHED, (job.detail, clinics.logs())
+            job = clinics.wait(plan.job, JobState.FINISHED, JobState.FAILED, seconds=MOST_SECONDS)
+            assert job.state is JobState.FINISHED, (job.detail, clinics.logs())
             seconds = time.monotonic() - began
             after = {name: memory(pid, "VmHWM") for name, pid in processes.items()}
         finally:

@@ -18,7 +18,7 @@ from toy_federation import PARAMETERS, Federation, Quiet
 from umbel_server.jobs.job import Job
 from umbel_server.messaging.link import Step
 from umbel_server.operator.config import Limits
-from umbel_server.storage.journal import Store
+from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
 
 SITES = 10
@@ -37,7 +37,7 @@ def overhead(ring_bits: int) -> float:
     federation = Federation(SITES, ring_bits)
     link = CountingLink(federation)
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder) / "journal.sqlite")
+        store = Journal(Path(folder) / "journal.sqlite")
         job = Job(
             federation.plan,
             federation.roster,

@@ -11,7 +11,7 @@ import numpy as np
 
 import umbel_client.trainer.handler
 from umbel_client.ledger.ledger import Ledger
-from umbel_client.privacy.accounting import Event
+from umbel_client.privacy.accounting import DpEvent
 from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.site.config import ClientConfig
 from umbel_client.storage.deltas import DeltaCache
@@ -54,7 +54,7 @@ class PreparedJob(SiteJob):
         self._deltas = DeltaCache(state / "deltas" / plan.job)
 
     def _compute(
-        self, number: int, adapter_digest: bytes, adapter: Vector, event: Event | None
+        self, number: int, adapter_digest: bytes, adapter: Vector, event: DpEvent | None
     ) -> bytes:
         size = size_of(self.plan.trained_tensors(number))
         delta = np.random.default_rng(number).standard_normal(size, dtype=np.float32)

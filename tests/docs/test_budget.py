@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from umbel_client.ledger.ledger import Ledger
-from umbel_client.privacy.accounting import Event
+from umbel_client.privacy.accounting import DpEvent
 from umbel_client.site.policy import Budget
-from umbel_client.storage.journal import Session
+from umbel_client.storage.journal import Journal
 from umbel_common.plans.statements import RoundHeader
 
 PAGE = Path(__file__).parents[2] / "docs" / "budget.md"
@@ -30,8 +30,8 @@ total_epsilon = 10
 """
 
 ROUNDS = [
-    *(("icd10", number, Event(0.7306, 0.1, 5)) for number in range(1, 7)),
-    *(("thyroid", number, Event(1.45, 0.05, 10)) for number in range(1, 4)),
+    *(("icd10", number, DpEvent(0.7306, 0.1, 5)) for number in range(1, 7)),
+    *(("thyroid", number, DpEvent(1.45, 0.05, 10)) for number in range(1, 4)),
 ]
 """Of two plans, the second in its last round: that is charged and not sent."""
 
@@ -54,7 +54,7 @@ def make_site(folder: Path) -> None:
             if (job, number) != ("thyroid", 3):
                 ledger.computed(job, number, zeros)
                 ledger.sent(job, number)
-        session = Session(state / "session.sqlite")
+        session = Journal(state / "session.sqlite")
         header = RoundHeader("clinics", "thyroid", 3, 1, zeros, zeros, zeros, ("a", "b", "c"))
         session.open(header, ledger.head(), b"state", b"request", b"reply")
         session.close()

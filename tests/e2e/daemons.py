@@ -27,7 +27,7 @@ from umbel_common.trust.identity import Identity, Member, Roster, sign
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import roster_to_json
 from umbel_host.files.keys import write_identity
-from umbel_server.jobs.runner import Rounds
+from umbel_server.jobs.runner import JobRunner
 from umbel_server.messaging.link import JobStopped, Link, Step
 from umbel_server.operator.admitted_sites import SiteEntry, save_sites
 from umbel_server.operator.authority import (
@@ -38,7 +38,7 @@ from umbel_server.operator.authority import (
     new_key,
 )
 from umbel_server.operator.config import Limits
-from umbel_server.storage.job_queue import JobQueue, QueuedJob, State
+from umbel_server.storage.job_queue import JobQueue, JobState, QueuedJob
 
 SITES = ("east", "north", "south")
 
@@ -310,7 +310,7 @@ class Clinics:
             site.trainer.start()
             site.relay.start()
 
-    def wait(self, job: str, *states: State, seconds: float = 120) -> QueuedJob:
+    def wait(self, job: str, *states: JobState, seconds: float = 120) -> QueuedJob:
         """Until a job is in one of these states."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -345,14 +345,14 @@ class Clinics:
                 daemon.kill()
         self.queue.close()
 
-    def rounds(self, link: Callable[[Callable[[], bool]], Link], limits: Limits) -> Rounds:
+    def rounds(self, link: Callable[[Callable[[], bool]], Link], limits: Limits) -> JobRunner:
         """What works off the operator's queue, over a link of the test's."""
 
         @contextmanager
         def connect(stopped: Callable[[], bool]) -> Iterator[Link]:
             yield link(stopped)
 
-        return Rounds(
+        return JobRunner(
             state=self.operator_folder / "state",
             operator=self.operator,
             queue=self.queue,
@@ -362,11 +362,11 @@ class Clinics:
             stopping=lambda: False,
         )
 
-    def run(self, rounds: Rounds) -> QueuedJob:
+    def run(self, rounds: JobRunner) -> QueuedJob:
         """Queues the plan's job and works until it is over."""
         plan = self.plan()
         self.queue.add(plan.job, sign(self.operator, plan))
-        rounds.work()
+        rounds.run_next()
         return self.queue.job(plan.job)
 
 

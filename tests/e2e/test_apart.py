@@ -11,7 +11,7 @@ from e2e.daemons import Clinics, Daemon
 
 from umbel_common.errors import UnreachableError
 from umbel_host.transport.sockets import healthy
-from umbel_server.storage.job_queue import State
+from umbel_server.storage.job_queue import JobState
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_two_state_folders_and_one_socket_make_a_job(clinics: Clinics) -> None:
     ):
         assert soon(socket), (socket, clinics.logs())
     job = clinics.add(training=clinics.plan().training)
-    assert clinics.wait(job, State.FINISHED).state is State.FINISHED
+    assert clinics.wait(job, JobState.FINISHED).state is JobState.FINISHED
     assert {path.name for path in (operator / "port").iterdir()} >= {"superlink.sqlite"}
     assert not (operator / "state" / "superlink.sqlite").exists()
     assert not (operator / "state" / "carrier.sock").exists()

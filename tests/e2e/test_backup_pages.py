@@ -11,9 +11,9 @@ from e2e.test_ceremony_pages import by_form, printed, typed
 from support.enrolling import Enrolling
 
 from umbel_client.ledger.ledger import Ledger
-from umbel_client.privacy.accounting import Event
+from umbel_client.privacy.accounting import DpEvent
 from umbel_client.site.policy import Budget
-from umbel_client.storage.journal import Session
+from umbel_client.storage.journal import Journal
 
 SITE = "hospital-a"
 
@@ -54,10 +54,10 @@ def test_the_sites_page(clinics: Enrolling) -> None:
     folder = clinics.folder / SITE
     state = folder / "state"
     state.mkdir(exist_ok=True)
-    Session(state / "session.sqlite").close()
+    Journal(state / "session.sqlite").close()
     with Ledger.open(state / "ledger.sqlite", bytes(32)) as ledger:
         for number in (1, 2, 3):
-            event = Event(1.0, 0.01, 10)
+            event = DpEvent(1.0, 0.01, 10)
             ledger.reserve("clinics", bytes(32), number, event, Budget(math.inf, 1e-5))
     replay("site.md", folder, "umbel-client backup")
     emptied(folder)

@@ -17,7 +17,7 @@ from umbel_client.ledger.rows import Reservation
 from umbel_client.ledger.spending import release_costs
 from umbel_client.site.ipc import TrainerStub
 from umbel_host.transport.sockets import healthy
-from umbel_server.storage.job_queue import State
+from umbel_server.storage.job_queue import JobState
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def job(clinics: Clinics) -> str:
 
 def finished(clinics: Clinics, job: str) -> None:
     """Waits until the job is over, and sees that every site has the same adapter."""
-    queued = clinics.wait(job, State.FINISHED, State.FAILED, State.STOPPED)
-    assert queued.state is State.FINISHED, (queued.detail, clinics.logs())
+    queued = clinics.wait(job, JobState.FINISHED, JobState.FAILED, JobState.STOPPED)
+    assert queued.state is JobState.FINISHED, (queued.detail, clinics.logs())
 
 
 def reached(clinics: Clinics, job: str, round_number: int) -> None:
@@ -49,8 +49,8 @@ def reached(clinics: Clinics, job: str, round_number: int) -> None:
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         queued = clinics.queue.job(job)
-        if queued.round >= round_number or queued.state in (State.FINISHED, State.FAILED):
-            assert queued.state is State.RUNNING, (queued.detail, clinics.logs())
+        if queued.round >= round_number or queued.state in (JobState.FINISHED, JobState.FAILED):
+            assert queued.state is JobState.RUNNING, (queued.detail, clinics.logs())
             return
         time.sleep(0.01)
     raise AssertionError(clinics.logs())
@@ -114,7 +114,7 @@ def test_a_job_waits_for_a_superlink_that_is_away(
         reached(clinics, job, 2)
         clinics.port_process.kill()
         time.sleep(seconds)
-        assert clinics.queue.job(job).state is State.RUNNING
+        assert clinics.queue.job(job).state is JobState.RUNNING
         began = time.monotonic()
         clinics.port_process.start()
         finished(clinics, job)
@@ -170,7 +170,7 @@ def test_a_server_whose_disk_is_full_goes_on_when_there_is_room(clinics: Clinics
     with full_disk(clinics.rounds_process):
         time.sleep(12)
         assert clinics.rounds_process.running
-        assert clinics.queue.job(job).state is State.RUNNING
+        assert clinics.queue.job(job).state is JobState.RUNNING
         assert not healthy(clinics.operator_folder / "state" / "rounds.sock", 5.0)
     finished(clinics, job)
     assert healthy(clinics.operator_folder / "state" / "rounds.sock", 5.0)
@@ -220,8 +220,8 @@ def test_a_job_that_failed_goes_on_when_the_operator_resumes_it(clinics: Clinics
     away = [clinics.sites[name].relay for name in ("north", "south")]
     for relay in away:
         relay.kill()
-    queued = clinics.wait(job, State.FAILED, State.FINISHED)
-    assert queued.state is State.FAILED
+    queued = clinics.wait(job, JobState.FAILED, JobState.FINISHED)
+    assert queued.state is JobState.FAILED
     assert "the job resumes" in queued.detail
     for relay in away:
         relay.start()

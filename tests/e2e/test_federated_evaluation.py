@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from umbel_client.ledger.file import read_ledger
 from umbel_client.ledger.rows import EVALUATION
-from umbel_client.privacy.accounting import Event
+from umbel_client.privacy.accounting import DpEvent
 from umbel_common.adapters.site_counts import COORDINATES, SiteCounts
 from umbel_common.errors import JobFailed
 from umbel_common.plans.plan import FederatedEvaluation
@@ -19,7 +19,7 @@ from umbel_common.protocol.transcript import verify_transcript
 from umbel_server.jobs.job import Job
 from umbel_server.messaging.link import Step
 from umbel_server.operator.config import Limits
-from umbel_server.storage.journal import Store
+from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
 
 ALLOWED = {"*": "federated_evaluation = true"}
@@ -69,7 +69,7 @@ def federation(folder: Path, model: Path, policies: dict[str, str]) -> Federatio
 
 
 def run(setting: Federation, folder: Path, link: Loop | None = None) -> Counted:
-    observer, store = Counted(), Store(folder / "journal.sqlite")
+    observer, store = Counted(), Journal(folder / "journal.sqlite")
     job = Job(
         setting.plan,
         setting.roster,
@@ -101,7 +101,7 @@ def test_counts_are_summed_and_charged(tmp_path: Path, tiny_model: Path) -> None
         rounds = read_ledger(tmp_path / site / "state" / "ledger.sqlite").rounds
         assert {job for job, _ in rounds} == {"job", "job" + EVALUATION}
         for number in (1, 2):
-            assert rounds["job" + EVALUATION, number].event == Event(2.0, 1.0, 1)
+            assert rounds["job" + EVALUATION, number].event == DpEvent(2.0, 1.0, 1)
 
 
 def test_another_attempt_sends_the_same_noise(tmp_path: Path, tiny_model: Path) -> None:

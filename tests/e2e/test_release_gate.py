@@ -25,8 +25,8 @@ from umbel_common.plans.statements import Release
 from umbel_common.protocol.transcript import VerifiedJob, verify_transcript
 from umbel_common.trust.identity import Signed, open_signed
 from umbel_host.files.adapter_folder import RELEASE_FILE
-from umbel_server.storage.job_queue import State
-from umbel_server.storage.journal import Store
+from umbel_server.storage.job_queue import JobState
+from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import read_vector
 
 EVALUATOR = """\
@@ -117,7 +117,7 @@ def started(clinics: Clinics, job: str, **changes: object) -> TrainingPlan:
 
 def verified(clinics: Clinics, job: str) -> VerifiedJob:
     path = clinics.operator_folder / "state" / "journal.sqlite"
-    with closing(Store(path)) as store:
+    with closing(Journal(path)) as store:
         return verify_transcript(store.transcript(job), clinics.roster)
 
 
@@ -135,8 +135,8 @@ def charged(site: Site, job: str) -> list[int]:
 
 
 def finished(clinics: Clinics, job: str) -> None:
-    queued = clinics.wait(job, State.FINISHED, State.FAILED, State.STOPPED, seconds=200)
-    assert queued.state is State.FINISHED, (queued.detail, clinics.logs())
+    queued = clinics.wait(job, JobState.FINISHED, JobState.FAILED, JobState.STOPPED, seconds=200)
+    assert queued.state is JobState.FINISHED, (queued.detail, clinics.logs())
 
 
 @pytest.mark.soak
@@ -188,8 +188,8 @@ def test_without_the_gate_the_same_update_is_released(clinics: Clinics) -> None:
 def test_an_evaluator_that_crashes_stops_the_job_which_resumes_there(clinics: Clinics) -> None:
     (clinics.operator_folder / "crash-2").touch()
     started(clinics, "crash", training=training(0.01), release_gate=gate_of(clinics, 5.0))
-    queued = clinics.wait("crash", State.FINISHED, State.FAILED, seconds=200)
-    assert queued.state is State.FAILED, clinics.logs()
+    queued = clinics.wait("crash", JobState.FINISHED, JobState.FAILED, seconds=200)
+    assert queued.state is JobState.FAILED, clinics.logs()
     assert "signal 9" in queued.detail
     assert "resume" in server(clinics, "job", "status", "crash").stdout
     # The sum of round 1 was there, and nobody has it.
@@ -211,7 +211,7 @@ def test_a_job_can_be_stopped_while_an_adapter_is_evaluated(clinics: Clinics) ->
         assert time.monotonic() < deadline, clinics.logs()
         time.sleep(0.1)
     assert server(clinics, "job", "stop", "slow").returncode == 0
-    clinics.wait("slow", State.STOPPED, seconds=30)
+    clinics.wait("slow", JobState.STOPPED, seconds=30)
 
 
 def test_a_job_whose_gate_cannot_be_kept_does_not_start(clinics: Clinics) -> None:
@@ -230,7 +230,7 @@ def test_a_job_whose_gate_cannot_be_kept_does_not_start(clinics: Clinics) -> Non
         assert "evaluation.holdout" in done.stderr
         # One that was queued already, too.
         clinics.add(job="queued", release_gate=plan.release_gate)
-        queued = clinics.wait("queued", State.FAILED, seconds=30)
+        queued = clinics.wait("queued", JobState.FAILED, seconds=30)
         assert "the holdout cannot be read" in queued.detail
     finally:
         (folder / "elsewhere").rename(folder / "public.jsonl")

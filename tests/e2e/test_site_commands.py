@@ -21,7 +21,7 @@ from umbel_client.trainer.isolation import Network, network
 from umbel_common.errors import UnreachableError
 from umbel_common.protocol.wire import MAGIC
 from umbel_host.terminal import INTERRUPTED
-from umbel_server.storage.job_queue import State
+from umbel_server.storage.job_queue import JobState
 
 STATES = ("ok", "look", "FAIL")
 
@@ -95,8 +95,8 @@ def test_a_plan_goes_from_its_draft_to_everybodys_adapter_by_commands_only(
         assert done.returncode == 0, done.stderr
         assert f"approved: {digest}" in done.stdout
         assert "No plan waits" in client(site, "plans").stdout
-    queued = clinics.wait("triage", State.FINISHED, State.FAILED)
-    assert queued.state is State.FINISHED, (queued.detail, clinics.logs())
+    queued = clinics.wait("triage", JobState.FINISHED, JobState.FAILED)
+    assert queued.state is JobState.FINISHED, (queued.detail, clinics.logs())
     assert "triage" in client(clinics.sites["north"], "adapters").stdout
     assert "finished" in server(clinics, "job", "status").stdout
     rows = json.loads(server(clinics, "job", "status", "--json").stdout)
@@ -175,7 +175,7 @@ def test_watch_prints_what_happens_until_it_is_interrupted(clinics: Clinics) -> 
         for one in clinics.sites.values():
             waiting(one, job)
             assert client(one, "approve", job, "--digest", digest).returncode == 0
-        clinics.wait(job, State.FINISHED)
+        clinics.wait(job, JobState.FINISHED)
         watching.send_signal(signal.SIGINT)
         assert watching.wait(20) == INTERRUPTED
         reading.join(10)

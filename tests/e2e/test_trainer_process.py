@@ -13,7 +13,7 @@ from umbel_common.trust.identity import sign
 from umbel_host.transport.sockets import healthy
 from umbel_server.messaging.link import Step
 from umbel_server.operator.config import Limits
-from umbel_server.storage.job_queue import State
+from umbel_server.storage.job_queue import JobState
 
 PATIENT = Limits(attempts=3, offer_seconds=60, train_seconds=60, stage_seconds=60)
 
@@ -40,7 +40,7 @@ def adapters(clinics: Clinics) -> set[bytes]:
 def test_a_job_runs_over_sockets_and_everybody_has_the_same_adapter(clinics: Clinics) -> None:
     clinics.start()
     job = clinics.run(clinics.rounds(link(clinics), PATIENT))
-    assert job.state is State.FINISHED, job.detail
+    assert job.state is JobState.FINISHED, job.detail
     assert len(adapters(clinics)) == 1
     for site in clinics.sites.values():
         status = site.status()
@@ -75,7 +75,7 @@ def test_a_trainer_that_is_killed_before_or_after_its_answer_costs_nothing(
             once(step, name)
 
     job = clinics.run(clinics.rounds(link(clinics, **{moment: kill}), PATIENT))
-    assert job.state is State.FINISHED, job.detail
+    assert job.state is JobState.FINISHED, job.detail
     assert all(once.done for once in kills)
     assert len(adapters(clinics)) == 1
 
@@ -89,15 +89,15 @@ def test_a_job_waits_for_people_and_goes_on_when_they_approved(
         rounds = clinics.rounds(link(clinics), PATIENT)
         plan = clinics.plan()
         clinics.queue.add(plan.job, sign(clinics.operator, plan))
-        assert not rounds.work()
+        assert not rounds.run_next()
         waiting = clinics.queue.job(plan.job)
-        assert waiting.state is State.WAITING
+        assert waiting.state is JobState.WAITING
         assert "awaiting-approval" in waiting.detail
         for site in clinics.sites.values():
             assert site.status().waiting == ("triage",)
             Decisions(site.folder / "state").approve(plan.digest())
-        assert rounds.work()
-        assert clinics.queue.job(plan.job).state is State.FINISHED
+        assert rounds.run_next()
+        assert clinics.queue.job(plan.job).state is JobState.FINISHED
     finally:
         clinics.close()
 
@@ -111,10 +111,10 @@ def test_a_job_that_the_operator_stops_goes_on_later(clinics: Clinics) -> None:
     asked = Once("mask", 2, "north", stop)
     rounds = clinics.rounds(link(clinics, before=asked), PATIENT)
     job = clinics.run(rounds)
-    assert (job.state, job.round) == (State.STOPPED, 2)
-    assert clinics.queue.resume("triage").state is State.WAITING
-    assert rounds.work()
-    assert clinics.queue.job("triage").state is State.FINISHED
+    assert (job.state, job.round) == (JobState.STOPPED, 2)
+    assert clinics.queue.resume("triage").state is JobState.WAITING
+    assert rounds.run_next()
+    assert clinics.queue.job("triage").state is JobState.FINISHED
     assert len(adapters(clinics)) == 1
 
 
@@ -124,7 +124,7 @@ def test_a_job_whose_sites_are_too_few_fails_and_says_who_refused(clinics: Clini
         config.write_text(config.read_text().replace("max_epsilon = 8.0", "max_epsilon = 1.0"))
     clinics.start()
     job = clinics.run(clinics.rounds(link(clinics), PATIENT))
-    assert job.state is State.FAILED
+    assert job.state is JobState.FAILED
     assert "east refused: epsilon-too-large" in job.detail
 
 

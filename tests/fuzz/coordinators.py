@@ -83,7 +83,7 @@ def _round_at(stage: str) -> Callable[[Place], Property]:
         run = at_stage(stage)
         first = next(request for request in REQUESTS if isinstance(request, TrainRequest))
         length = len(run.vector("site-a"))
-        started = rounds.start(HEADER, ROSTER, PLAN, first, length, {})
+        started = rounds.open_attempt(HEADER, ROSTER, PLAN, first, length, {})
         frozen = _frozen(run.machine)
         output = at_stage("end").output
         replies = [REPLY_OF[name](answer) for name in STAGES for answer in output[name].values()]

@@ -156,7 +156,7 @@ class RealSite:
             header=sign(OPERATOR, header), release=self._release(0), adapter=to_bytes(self.adapter)
         )
         length = size_of(self.plan.trained_tensors(1)) + 1
-        machine: Any = coordinator.start(header, ROSTER, 2, 32, length)
+        machine: Any = coordinator.open_attempt(header, ROSTER, 2, 32, length)
         peers = Peers(header, length)
         for stage, part in STAGES[:stages]:
             reply = self.honest(requests[stage])

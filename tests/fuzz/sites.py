@@ -41,7 +41,7 @@ def _site_at(stage: str) -> Callable[[Place], Property]:
                 assert vector.tobytes() == run.inputs["vectors"][SITE]
                 raise
             _CHECKS[stage](state, request, after, answer)
-            assert decode(encode(after), participant.State) == after  # type: ignore[arg-type]  # a union is a decodable type
+            assert decode(encode(after), participant.AttemptState) == after  # type: ignore[arg-type]  # a union is a decodable type
 
         def _receive(state: Any, request: Any, vector: Any) -> Any:
             match state:

@@ -24,17 +24,17 @@ from umbel_common.plans.statements import Release
 from umbel_common.protocol.transcript import (
     GENESIS,
     AttemptAborted,
-    Event,
     JobFinished,
     JobStarted,
     RoundReleased,
+    TranscriptEvent,
     append,
     verify_transcript,
 )
 from umbel_common.trust.identity import Signed
 
 
-def honest_events() -> list[Event]:
+def honest_events() -> list[TranscriptEvent]:
     """A job that ends after one round, with an aborted attempt before it."""
     output = at_stage("end").output
     first = msgspec.structs.replace(
@@ -81,7 +81,7 @@ def _transcripts(_: Place) -> Property:
             entries = decode(encoded(tree), tuple[Signed, ...])
         else:
             # An operator that lies signs whatever it likes, in a chain that fits.
-            lies = decode(encoded(mutated(trees, choices)), list[Event])
+            lies = decode(encoded(mutated(trees, choices)), list[TranscriptEvent])
             entries = tuple(_chained(lies))
         job = verify_transcript(entries, ROSTER)
         assert job.plan == PLAN or job.plan.federation

@@ -12,29 +12,29 @@ import pytest
 from umbel_client.ledger.file import SCHEMA as LEDGER
 from umbel_client.ledger.file import read_ledger
 from umbel_client.ledger.ledger import Ledger
-from umbel_client.ledger.rows import State
-from umbel_client.privacy.accounting import Event, epsilon
+from umbel_client.ledger.rows import RoundState
+from umbel_client.privacy.accounting import DpEvent, epsilon
 from umbel_client.site.policy import Budget
-from umbel_client.storage.journal import Session, journal_schema, read_published
+from umbel_client.storage.journal import Journal as SiteJournal
+from umbel_client.storage.journal import journal_schema, read_published
 from umbel_common.canonical import decode_canonical
 from umbel_common.errors import LedgerError, StorageError
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.trust.identity import Signed
 from umbel_host.files.database import Schema
 from umbel_server.storage.job_queue import SCHEMA as QUEUE
-from umbel_server.storage.job_queue import JobQueue
-from umbel_server.storage.job_queue import State as JobState
+from umbel_server.storage.job_queue import JobQueue, JobState
 from umbel_server.storage.journal import SCHEMA as JOURNAL
-from umbel_server.storage.journal import Store
+from umbel_server.storage.journal import Journal as ServerJournal
 
 HERE = Path(__file__).parent
 ZEROS = bytes(32)
-EVENT = Event(1.0, 0.05, 10)
+EVENT = DpEvent(1.0, 0.05, 10)
 
 KINDS: dict[str, tuple[Schema, Callable[[Path], object]]] = {
     "ledger": (LEDGER, lambda path: Ledger.open(path, ZEROS)),
-    "session": (journal_schema(), Session),
-    "journal": (JOURNAL, Store),
+    "session": (journal_schema(), SiteJournal),
+    "journal": (JOURNAL, ServerJournal),
     "queue": (QUEUE, JobQueue),
 }
 STORED = sorted(path.name for path in HERE.glob("*.sqlite"))
@@ -117,7 +117,7 @@ def test_a_migration_that_fails_leaves_the_former_version(tmp_path: Path) -> Non
         database.execute("CREATE TABLE trained (x)")
     before = rows(path)
     with pytest.raises(StorageError, match="trained already exists"):
-        Session(path)
+        SiteJournal(path)
     assert (version(path), rows(path)) == (1, before)
 
 
@@ -129,8 +129,8 @@ def test_a_former_ledger_is_charged_as_before_and_goes_on(name: str, tmp_path: P
     with Ledger.open(path, ZEROS) as ledger:
         assert tuple(read.rounds.values()) == ledger.history()
         assert [(one.round, one.state) for one in ledger.history()] == [
-            (1, State.SENT),
-            (2, State.COMPUTED),
+            (1, RoundState.SENT),
+            (2, RoundState.COMPUTED),
         ]
         assert ledger.spent(1e-5) == epsilon([EVENT, EVENT], 1e-5)
         head = ledger.head()
@@ -145,7 +145,7 @@ def test_a_former_ledger_is_charged_as_before_and_goes_on(name: str, tmp_path: P
 def test_a_former_session_journal_answers_as_before(number: int, tmp_path: Path) -> None:
     path = stored(f"session-{number}.sqlite", tmp_path)
     published = read_published(path)
-    session = Session(path)
+    session = SiteJournal(path)
     header = RoundHeader("clinics", "job", 2, 1, ZEROS, ZEROS, ZEROS, ("a", "b", "c"))
     assert session.answer(header.context(), "train", b"\x02" * 32) == b"reply"
     assert session.state(header.context()) == b"state 2"
@@ -167,7 +167,7 @@ def test_a_former_ledger_and_journal_belong_together_still(tmp_path: Path) -> No
 
 
 def test_a_former_round_journal_knows_what_it_knew(tmp_path: Path) -> None:
-    with closing(Store(stored("journal-1.sqlite", tmp_path))) as store:
+    with closing(ServerJournal(stored("journal-1.sqlite", tmp_path))) as store:
         assert store.jobs() == ["job"]
         assert store.next_attempt("job", 1) == 2
         assert len(store.transcript("job")) == 2

@@ -44,7 +44,7 @@ from umbel_server.jobs.interfaces import Evaluator
 from umbel_server.jobs.job import Job
 from umbel_server.messaging.link import Step
 from umbel_server.operator.config import Limits
-from umbel_server.storage.journal import Store
+from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
 
 
@@ -57,7 +57,7 @@ class ToySite:
         self.roster = roster
         self.plan = plan
         self.requests: list[Request] = []
-        self.state: secagg.State | None = None
+        self.state: secagg.AttemptState | None = None
         self.header: RoundHeader | None = None
         self.vectors: dict[tuple[int, int], RingVector] = {}
         """(round, attempt) -> the vector before it was masked."""
@@ -196,7 +196,7 @@ class Setting:
         }
         self.link = LoopLink({name: site.handle for name, site in self.sites.items()})
         self.observer = Silent()
-        self.store = Store(folder / "journal.sqlite")
+        self.store = Journal(folder / "journal.sqlite")
         self.registry = Registry(folder / "registry")
 
     def job(

@@ -27,7 +27,7 @@ class Run:
         self.identities = {site: Identity(seed) for site, seed in inputs["seeds"].items()}
         self.dtype = f"<u{inputs['ring_bits'] // 8}"
         length = len(self.vector(self.header.cohort[0]))
-        self.machine: Any = coordinator.start(
+        self.machine: Any = coordinator.open_attempt(
             self.header, self.roster, self.rules.threshold, inputs["ring_bits"], length
         )
         self.states: dict[str, Any] = {}

@@ -40,7 +40,7 @@ sys.exit(drop_network())
 """
 
 
-class State(Enum):
+class Verdict(Enum):
     """How a check ended."""
 
     FINE = "ok"
@@ -54,12 +54,12 @@ class Finding:
     """One check."""
 
     name: str
-    state: State
+    state: Verdict
     text: str
     """What was found; where it is broken, what to do."""
 
 
-Check = Callable[[ClientConfig], tuple[State, str]]
+Check = Callable[[ClientConfig], tuple[Verdict, str]]
 
 
 def examine(config: ClientConfig) -> Iterator[Finding]:
@@ -68,98 +68,98 @@ def examine(config: ClientConfig) -> Iterator[Finding]:
         try:
             state, text = check(config)
         except UmbelError as error:
-            state, text = State.BROKEN, error.diagnostics()
+            state, text = Verdict.BROKEN, error.diagnostics()
         yield Finding(name, state, text)
 
 
-def _identity(config: ClientConfig) -> tuple[State, str]:
-    return State.FINE, fingerprint(read_identity(Path(config.identity)).public_key)
+def _identity(config: ClientConfig) -> tuple[Verdict, str]:
+    return Verdict.FINE, fingerprint(read_identity(Path(config.identity)).public_key)
 
 
-def _roster(config: ClientConfig) -> tuple[State, str]:
+def _roster(config: ClientConfig) -> tuple[Verdict, str]:
     pinned = load_pinned(config)
     check_own_key(pinned, config.site, read_identity(Path(config.identity)))
     operator = fingerprint(pinned.roster.operator)
-    return State.FINE, f"{len(pinned.roster.members)} sites, operator {operator}"
+    return Verdict.FINE, f"{len(pinned.roster.members)} sites, operator {operator}"
 
 
-def _model(config: ClientConfig) -> tuple[State, str]:
+def _model(config: ClientConfig) -> tuple[Verdict, str]:
     found = folder_digest(Path(config.model.path)).hex()
     if found not in config.policy.models:
-        return State.BROKEN, f"policy.models does not allow the model at hand, {found}"
-    return State.FINE, found
+        return Verdict.BROKEN, f"policy.models does not allow the model at hand, {found}"
+    return Verdict.FINE, found
 
 
-def _data(config: ClientConfig) -> tuple[State, str]:
+def _data(config: ClientConfig) -> tuple[Verdict, str]:
     data = config.data
     # A plan for whole texts takes every format.
     task: Task = CausalLm(loss_on="all")
     if "causal-lm" not in config.policy.tasks:
         if len(config.policy.labels) < 2:
-            return State.BROKEN, "policy.labels names no labels, so every plan is refused"
+            return Verdict.BROKEN, "policy.labels names no labels, so every plan is refused"
         task = Classification(labels=config.policy.labels)
     records = load_records(Path(data.path), task, **columns_of(data))
     unit = "each its own unit" if data.unit_column is None else f"units by {data.unit_column}"
-    return State.FINE, f"{len(records):,} records, {unit}"
+    return Verdict.FINE, f"{len(records):,} records, {unit}"
 
 
-def _ledger(config: ClientConfig) -> tuple[State, str]:
+def _ledger(config: ClientConfig) -> tuple[Verdict, str]:
     path = Path(config.state) / "ledger.sqlite"
     if not path.exists():
-        return State.FINE, "none yet: the first plan begins it"
+        return Verdict.FINE, "none yet: the first plan begins it"
     contents = read_ledger(path)
     if contents.restored:
-        return State.BROKEN, "an old copy: state what was spent since (docs/budget.md)"
-    return State.FINE, f"{len(contents.rounds)} rounds charged, head {contents.head().hex()[:16]}"
+        return Verdict.BROKEN, "an old copy: state what was spent since (docs/budget.md)"
+    return Verdict.FINE, f"{len(contents.rounds)} rounds charged, head {contents.head().hex()[:16]}"
 
 
-def _modes(config: ClientConfig) -> tuple[State, str]:
+def _modes(config: ClientConfig) -> tuple[Verdict, str]:
     for path in (Path(config.data.path), Path(config.state)):
         if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o007:
-            return State.CARE, f"every user of this machine may read {path}: chmod o= {path}"
-    return State.FINE, "data and state are closed to other users"
+            return Verdict.CARE, f"every user of this machine may read {path}: chmod o= {path}"
+    return Verdict.FINE, "data and state are closed to other users"
 
 
-def _disk(config: ClientConfig) -> tuple[State, str]:
+def _disk(config: ClientConfig) -> tuple[Verdict, str]:
     folder = Path(config.state)
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    state = State.FINE if free >= _ENOUGH_BYTES else State.CARE
+    state = Verdict.FINE if free >= _ENOUGH_BYTES else Verdict.CARE
     return state, f"{free / 1e9:.1f} GB free at {folder}"
 
 
-def _isolation(config: ClientConfig) -> tuple[State, str]:
+def _isolation(config: ClientConfig) -> tuple[Verdict, str]:
     tried = subprocess.run(  # noqa: S603  # our own module
         [sys.executable, "-c", _DROP], capture_output=True, text=True, check=False
     )
     if tried.returncode == 0:
-        return State.FINE, "a process here can give its network away"
-    state = State.BROKEN if config.isolation == "required" else State.CARE
+        return Verdict.FINE, "a process here can give its network away"
+    state = Verdict.BROKEN if config.isolation == "required" else Verdict.CARE
     return state, (
         f"the kernel gives no empty network namespace ({tried.stderr.strip()}): run the trainer"
         " with PrivateNetwork=yes (systemd) or network_mode: none (compose)"
     )
 
 
-def _certificate(config: ClientConfig) -> tuple[State, str]:
+def _certificate(config: ClientConfig) -> tuple[Verdict, str]:
     if config.relay is None:
-        return State.BROKEN, "client.toml has no table [relay]: umbel-client join KIT"
+        return Verdict.BROKEN, "client.toml has no table [relay]: umbel-client join KIT"
     path = Path(config.relay.certificate)
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
-        return State.BROKEN, f"{path}: {error}; umbel-client join KIT"
+        return Verdict.BROKEN, f"{path}: {error}; umbel-client join KIT"
     left = certificate.not_valid_after_utc - datetime.now(UTC)
     if left < timedelta():
-        return State.BROKEN, "expired: ask the operator for a new kit, then umbel-client join KIT"
-    return (State.FINE if left > _SOON else State.CARE), f"good for {left.days} days"
+        return Verdict.BROKEN, "expired: ask the operator for a new kit, then umbel-client join KIT"
+    return (Verdict.FINE if left > _SOON else Verdict.CARE), f"good for {left.days} days"
 
 
-def _server(config: ClientConfig) -> tuple[State, str]:
+def _server(config: ClientConfig) -> tuple[Verdict, str]:
     relay = config.relay
     if relay is None:
-        return State.BROKEN, "client.toml has no table [relay]"
+        return Verdict.BROKEN, "client.toml has no table [relay]"
     way = way_to(relay.server)
     try:
         context = ssl.create_default_context(cafile=relay.server_ca)
@@ -168,21 +168,21 @@ def _server(config: ClientConfig) -> tuple[State, str]:
             # Behind the port is nothing at this address; to be told so is to be let in.
             client.get(f"https://{relay.server}/")
     except (OSError, httpx.HTTPError) as error:
-        return State.BROKEN, f"{way} is not reached: {error}"
-    return State.FINE, f"{way} speaks TLS with this site's certificate"
+        return Verdict.BROKEN, f"{way} is not reached: {error}"
+    return Verdict.FINE, f"{way} speaks TLS with this site's certificate"
 
 
-def _trainer(config: ClientConfig) -> tuple[State, str]:
+def _trainer(config: ClientConfig) -> tuple[Verdict, str]:
     stub = ControlStub(control_socket(config))
     try:
         status = stub.status(2.0)
     except UnreachableError:
-        return State.CARE, "not running: umbel-client run"
+        return Verdict.CARE, "not running: umbel-client run"
     finally:
         stub.close()
     if not status.isolated:
-        return State.CARE, "running WITH A NETWORK"
-    return State.FINE, "running without a network"
+        return Verdict.CARE, "running WITH A NETWORK"
+    return Verdict.FINE, "running without a network"
 
 
 CHECKS: dict[str, Check] = {

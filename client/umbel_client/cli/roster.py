@@ -20,7 +20,7 @@ from umbel_client.site.pinned_roster import (
 )
 from umbel_common.errors import IdentityError, UmbelError
 from umbel_common.trust.identity import Roster, fingerprint
-from umbel_common.trust.pinning import judge, merge, propose
+from umbel_common.trust.pinning import check_change, merge, propose
 from umbel_common.trust.roster import RosterChange, RosterDocument, compare
 from umbel_common.trust.roster_file import (
     document_from_json,
@@ -84,7 +84,7 @@ def approve(
     merged = merge(former, proposed, file)
     change = compare(former, merged)
     _print_proposal(settings, former, proposed, merged, change)
-    judge(
+    check_change(
         merged,
         change,
         site=settings.site,

@@ -224,12 +224,12 @@ def _ask(console: Console) -> None:
 def doctor(config: Config = CLIENT_TOML) -> None:
     """Try everything that this site needs, one by one; change nothing."""
     # It reads models and data; no other command should wait for what that takes to load.
-    from umbel_client.cli.doctor import State, examine
+    from umbel_client.cli.doctor import Verdict, examine
 
     console = Console(highlight=False)
     broken = 0
     for finding in examine(load_config(config)):
-        broken += finding.state is State.BROKEN
+        broken += finding.state is Verdict.BROKEN
         first, *more = finding.text.splitlines()
         console.print(f"{finding.state.value:<5} {finding.name:<12} {first}", soft_wrap=True)
         for line in more:

@@ -14,7 +14,7 @@ from umbel_client.ledger.ledger import Ledger
 from umbel_client.ledger.rows import Stated
 from umbel_client.ledger.statement import stated_rounds, statement_text
 from umbel_client.site.config import load_config
-from umbel_client.storage.journal import Session
+from umbel_client.storage.journal import Journal
 from umbel_common.canonical import decode_canonical
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json
@@ -82,7 +82,7 @@ def state_spend(
 def _accepted(journal: Path) -> list[TrainingPlan]:
     if not journal.exists():
         return []
-    session = Session(journal)
+    session = Journal(journal)
     try:
         return [_plan(signed) for signed in session.plans()]
     finally:

@@ -15,7 +15,7 @@ from umbel_client.data.tokens import Tokens
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import Batch, HiddenInputs, Inputs, PooledInputs, TokenInputs
-from umbel_client.tasks.frozen_cache import Prefix
+from umbel_client.tasks.frozen_cache import FrozenCache
 from umbel_client.tasks.physical_batches import ran_out_of_memory
 from umbel_client.tasks.task import made_up_labels, task_of
 from umbel_common.errors import ModelError
@@ -34,7 +34,7 @@ UNKNOWN = 32
 
 def find_physical_batch_size(
     model: AdaptedModel,
-    prefix: Prefix | None,
+    prefix: FrozenCache | None,
     *,
     records_per_unit: int = 1,
     free: int | None = None,
@@ -73,7 +73,7 @@ def _largest_useful(model: AdaptedModel, tokens: int, records_per_unit: int) -> 
     return min(whole, max(1, TOKENS_AT_ONCE * torch.get_num_threads() // tokens))
 
 
-def record_bytes(model: AdaptedModel, prefix: Prefix | None) -> tuple[int, int, int]:
+def record_bytes(model: AdaptedModel, prefix: FrozenCache | None) -> tuple[int, int, int]:
     """What a physical batch takes in memory, in the kind of round that takes most.
 
     Returns:
@@ -132,7 +132,7 @@ def saved_bytes(model: AdaptedModel, batch: Batch) -> int:
     return total
 
 
-def _longest(model: AdaptedModel, prefix: Prefix | None, records: int) -> Batch:
+def _longest(model: AdaptedModel, prefix: FrozenCache | None, records: int) -> Batch:
     """Made-up records, as long as the plan allows."""
     tokens, width = model.plan.task.max_tokens, int(model.base.config.hidden_size)
     mask = torch.ones(records, tokens, dtype=torch.int64)

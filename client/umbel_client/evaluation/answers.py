@@ -32,7 +32,7 @@ class AnswerScores:
     """F-measure of ROUGE-L, over words of any script in lower case."""
 
 
-def answer(
+def generate_answers(
     model: AdaptedModel, folder: Path, records: Sequence[LmRecord], most: int, longest: int
 ) -> list[Answer]:
     """Lets the model answer the first conversations, each for itself.
@@ -61,8 +61,14 @@ def score(given: Sequence[Answer]) -> AnswerScores | None:
     if not given:
         return None
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
-    same = [answer.found.strip() == answer.wanted.strip() for answer in given]
-    near = [scorer.score(answer.wanted, answer.found)["rougeL"].fmeasure for answer in given]
+    same = [
+        generate_answers.found.strip() == generate_answers.wanted.strip()
+        for generate_answers in given
+    ]
+    near = [
+        scorer.score(generate_answers.wanted, generate_answers.found)["rougeL"].fmeasure
+        for generate_answers in given
+    ]
     return AnswerScores(sum(same) / len(given), float(sum(near)) / len(given))
 
 

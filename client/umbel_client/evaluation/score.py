@@ -76,7 +76,7 @@ def evaluate_adapter(
     else:
         texts = load_records(holdout, task, **(columns or {}))
         loss = _token_loss(model, model_folder, texts, task, batch_size)
-        found = greedy.answer(model, model_folder, texts.records, answers, answer_tokens)
+        found = greedy.generate_answers(model, model_folder, texts.records, answers, answer_tokens)
         scores = greedy.score(found)
         figures = CausalFigures(
             perplexity=perplexity(finite(loss)),

@@ -51,12 +51,12 @@ from umbel_client.ledger.rows import (
     Reservation,
     Reserved,
     Restored,
+    RoundState,
     Row,
     Sent,
-    State,
     Stated,
 )
-from umbel_client.privacy.accounting import Event, total_epsilon
+from umbel_client.privacy.accounting import DpEvent, total_epsilon
 from umbel_client.site.policy import Budget
 from umbel_common.canonical import Entropy, decode_canonical, encode
 from umbel_common.errors import BudgetError, LedgerError, RemoteProtocolError
@@ -127,7 +127,7 @@ class Ledger:
         self.close()
 
     def reserve(
-        self, job: str, plan: bytes, round_number: int, event: Event | None, budget: Budget
+        self, job: str, plan: bytes, round_number: int, event: DpEvent | None, budget: Budget
     ) -> Reservation:
         """Charges a whole round, before its first gradient; on disk when this returns.
 
@@ -197,7 +197,7 @@ class Ledger:
                 f"round {round_number} of job {job} was sent before its delta was recorded",
                 remedy="this is a bug: report it",
             )
-        if known.state is not State.SENT:
+        if known.state is not RoundState.SENT:
             self._append(Sent(job, round_number))
 
     def state(self, job: str, round_number: int) -> Reservation | None:
@@ -303,9 +303,9 @@ class Ledger:
         if head in self._contents.heads:
             return True
         known = self.state(job, round_number)
-        return known is not None and known.state is State.LOST
+        return known is not None and known.state is RoundState.LOST
 
-    def _check_budget(self, event: Event | None, budget: Budget) -> None:
+    def _check_budget(self, event: DpEvent | None, budget: Budget) -> None:
         if budget.epsilon == math.inf:
             return
         events = self._events()
@@ -331,7 +331,7 @@ class Ledger:
             )
         return known
 
-    def _events(self) -> list[Event | None]:
+    def _events(self) -> list[DpEvent | None]:
         return self._contents.events()
 
     def _append(self, change: Change) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from umbel_client.privacy.accounting import Event
+from umbel_client.privacy.accounting import DpEvent
 from umbel_common.canonical import Digest, Value, decode_canonical, digest, encode
 from umbel_common.errors import RemoteProtocolError
 
@@ -17,7 +17,7 @@ LOST = digest("lost round", b"")
 """Stands for the delta of a round that was charged in a state of this site that is gone."""
 
 
-class State(StrEnum):
+class RoundState(StrEnum):
     """How far one (job, round) has come."""
 
     RESERVED = "reserved"
@@ -33,9 +33,9 @@ class Reservation(Value, frozen=True):
     job: str
     plan: Digest
     round: int
-    event: Event | None
+    event: DpEvent | None
     """None: released without differential privacy; epsilon is infinite from then on."""
-    state: State = State.RESERVED
+    state: RoundState = RoundState.RESERVED
     delta_digest: Digest | None = None
     """Of the noisy delta; None while RESERVED."""
 
@@ -63,7 +63,7 @@ class Reserved(Value, frozen=True, tag_field="row", tag="reserved"):
     job: str
     plan: Digest
     round: int
-    event: Event | None
+    event: DpEvent | None
 
 
 class Computed(Value, frozen=True, tag_field="row", tag="computed"):
@@ -96,7 +96,7 @@ class StatedRound(Value, frozen=True):
     job: str
     plan: Digest
     round: int
-    event: Event | None
+    event: DpEvent | None
 
 
 class Stated(Value, frozen=True, tag_field="row", tag="stated"):
@@ -200,7 +200,7 @@ class Contents:
                 _apply(self.rounds, row.change)
         self.heads.append(row.head())
 
-    def events(self) -> list[Event | None]:
+    def events(self) -> list[DpEvent | None]:
         """Everything that was charged, for the accountant."""
         unknown = [None] if self.unknown else []
         return [*(entry.event for entry in self.rounds.values()), *unknown]
@@ -212,7 +212,9 @@ class Contents:
                 added.job, added.plan, added.round, added.event
             )
         for key, known in self.rounds.items():
-            self.rounds[key] = msgspec.structs.replace(known, state=State.LOST, delta_digest=LOST)
+            self.rounds[key] = msgspec.structs.replace(
+                known, state=RoundState.LOST, delta_digest=LOST
+            )
         self.restored = False
         self.unknown |= stated.everything
         self.statements.append(stated)
@@ -235,12 +237,12 @@ def _apply(rounds: dict[tuple[str, int], Reservation], change: Reserved | Comput
         case Reserved():
             _require(known is None, "a round is reserved twice")
             rounds[key] = Reservation(change.job, change.plan, change.round, change.event)
-        case Computed() if known is not None and known.state is State.RESERVED:
+        case Computed() if known is not None and known.state is RoundState.RESERVED:
             rounds[key] = msgspec.structs.replace(
-                known, state=State.COMPUTED, delta_digest=change.delta_digest
+                known, state=RoundState.COMPUTED, delta_digest=change.delta_digest
             )
-        case Sent() if known is not None and known.state is State.COMPUTED:
-            rounds[key] = msgspec.structs.replace(known, state=State.SENT)
+        case Sent() if known is not None and known.state is RoundState.COMPUTED:
+            rounds[key] = msgspec.structs.replace(known, state=RoundState.SENT)
         case _:
             raise ValueError("a round skips a state")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from umbel_client.ledger.rows import Contents, Reservation, State
+from umbel_client.ledger.rows import Contents, Reservation, RoundState
 from umbel_client.ledger.statement import statement_text
 from umbel_client.privacy.accounting import total_epsilon
 from umbel_client.site.policy import Budget
@@ -46,7 +46,7 @@ class ReleaseCost(Value, frozen=True):
 
     job: str
     round: int
-    state: State
+    state: RoundState
     plan: str
     """The plan's digest, 64 hexadecimal digits."""
     noise_multiplier: float | None

@@ -9,7 +9,7 @@ its plan.
 from collections.abc import Mapping, Sequence
 
 from umbel_client.ledger.rows import EVALUATION, Contents, Reservation, Stated, StatedRound
-from umbel_client.privacy.accounting import Event
+from umbel_client.privacy.accounting import DpEvent
 from umbel_common.errors import BudgetError
 from umbel_common.plans.plan import TrainingPlan
 
@@ -48,20 +48,20 @@ def _missing(name: str, last: int, contents: Contents) -> list[int]:
 
 def _of_counts(
     job: str, contents: Contents, plans: Sequence[TrainingPlan]
-) -> tuple[bytes, Event | None] | None:
+) -> tuple[bytes, DpEvent | None] | None:
     """What a job's counts of held-out records cost in a round; None if it has no evaluation."""
     for entry in contents.rounds.values():
         if entry.job == job + EVALUATION:
             return entry.plan, entry.event
     for plan in plans:
         if plan.job == job and plan.evaluation is not None:
-            return plan.digest(), Event(plan.evaluation.noise_multiplier, 1.0, 1)
+            return plan.digest(), DpEvent(plan.evaluation.noise_multiplier, 1.0, 1)
     return None
 
 
 def _of_job(
     job: str, contents: Contents, plans: Sequence[TrainingPlan], public_size: int
-) -> tuple[bytes, Event | None]:
+) -> tuple[bytes, DpEvent | None]:
     known = [entry for entry in contents.rounds.values() if entry.job == job]
     if known:
         costliest = min(known, key=_noise)
@@ -81,7 +81,7 @@ def _of_job(
     noise = noise_for(plan, public_size)
     if noise.noise_multiplier is None:
         return plan.digest(), None
-    event = Event(noise.noise_multiplier, noise.sampling_rate, plan.training.local_steps)
+    event = DpEvent(noise.noise_multiplier, noise.sampling_rate, plan.training.local_steps)
     return plan.digest(), event
 
 

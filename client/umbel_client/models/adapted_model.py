@@ -195,7 +195,7 @@ class AdaptedModel(nn.Module):
             return token_losses(rows, layer, targets)
 
     @torch.no_grad()
-    def frozen(self, inputs: TokenInputs) -> torch.Tensor:
+    def frozen_forward(self, inputs: TokenInputs) -> torch.Tensor:
         """What `frozen_output` says: float32[n, hidden size], or float32[n, t, hidden size]."""
         mask = inputs.mask.to(self.device)
         if self.frozen_output == "pooled":

@@ -16,9 +16,9 @@ from umbel_client.data.tokens import Ints
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import fastest_precision
 from umbel_client.privacy.calibration import noise_for, sampling_rate
+from umbel_client.storage.deltas import OptimizerState
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.task import task_of
-from umbel_client.training.optimiser import OptimizerState
 from umbel_client.training.round import train_round
 from umbel_common.adapters.vector import Vector, initial_vector, merge
 from umbel_common.errors import DataError

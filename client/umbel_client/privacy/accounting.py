@@ -44,7 +44,7 @@ _LARGEST_PRV_EPSILON = 100.0
 _SLACK = 1e-3
 
 
-class Event(Value, frozen=True):
+class DpEvent(Value, frozen=True):
     """Steps of DP-SGD of one kind: what is necessary and sufficient for accounting.
 
     A wrong value (noise or rate not positive, rate above 1, no step) is a `ValueError` at
@@ -66,7 +66,7 @@ class Event(Value, frozen=True):
             raise ValueError("steps must be at least 1")
 
 
-def epsilon(events: Sequence[Event], delta: float) -> float:
+def epsilon(events: Sequence[DpEvent], delta: float) -> float:
     """An upper bound on the epsilon of all `events` together, in any order, at `delta`.
 
     Within 1 % of the true value wherever epsilon lies between about 0.2 and 60; looser, but still
@@ -77,16 +77,16 @@ def epsilon(events: Sequence[Event], delta: float) -> float:
     return _together(events, delta)
 
 
-def _together(events: Sequence[Event], delta: float) -> float:
+def _together(events: Sequence[DpEvent], delta: float) -> float:
     steps: dict[tuple[float, float], int] = {}
     for event in events:
         key = (event.noise_multiplier, event.sample_rate)
         steps[key] = steps.get(key, 0) + event.steps
-    merged = (Event(noise, rate, count) for (noise, rate), count in sorted(steps.items()))
+    merged = (DpEvent(noise, rate, count) for (noise, rate), count in sorted(steps.items()))
     return _epsilon(tuple(merged), delta)
 
 
-def total_epsilon(events: Sequence[Event | None], delta: float) -> float:
+def total_epsilon(events: Sequence[DpEvent | None], delta: float) -> float:
     """As `epsilon`, where None is a release without differential privacy: infinite."""
     private = [event for event in events if event is not None]
     return epsilon(private, delta) if len(private) == len(events) else math.inf
@@ -94,7 +94,7 @@ def total_epsilon(events: Sequence[Event | None], delta: float) -> float:
 
 @cache
 def calibrate(
-    epsilon: float, delta: float, sample_rate: float, steps: int, beside: Event | None = None
+    epsilon: float, delta: float, sample_rate: float, steps: int, beside: DpEvent | None = None
 ) -> float:
     """The smallest noise multiplier with which `steps` steps cost at most `epsilon` at `delta`.
 
@@ -108,7 +108,7 @@ def calibrate(
     """
 
     def cost(noise: float) -> float:
-        events = [Event(noise, sample_rate, steps)]
+        events = [DpEvent(noise, sample_rate, steps)]
         return _together(events if beside is None else [*events, beside], delta)
 
     high = 1.0
@@ -175,7 +175,7 @@ def require_delta(delta: float, records: int) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(events: tuple[Event, ...], delta: float) -> float:
+def _epsilon(events: tuple[DpEvent, ...], delta: float) -> float:
     """Of distinct events in canonical order."""
     if not events:
         return 0.0
@@ -189,7 +189,7 @@ def _epsilon(events: tuple[Event, ...], delta: float) -> float:
     return min(loose, _prv_epsilon(events, delta, error))
 
 
-def _prv_epsilon(events: tuple[Event, ...], delta: float, error: float) -> float:
+def _prv_epsilon(events: tuple[DpEvent, ...], delta: float, error: float) -> float:
     """PRV's upper bound, at most 2 `error` above the true epsilon; infinite where it fails."""
     from opacus.accountants import PRVAccountant
 
@@ -207,7 +207,7 @@ def _prv_epsilon(events: tuple[Event, ...], delta: float, error: float) -> float
     return max(upper, 0.0) if math.isfinite(upper) else math.inf
 
 
-def _cells(events: tuple[Event, ...], delta: float, error: float) -> float:
+def _cells(events: tuple[DpEvent, ...], delta: float, error: float) -> float:
     """Cells of PRV's grids: events times width over mesh (Gopi et al. 2021, section 5)."""
     steps = sum(event.steps for event in events)
     width = 2 * (_rdp_epsilon(events, delta / 4000) + 3)
@@ -215,7 +215,7 @@ def _cells(events: tuple[Event, ...], delta: float, error: float) -> float:
     return len(events) * width / mesh
 
 
-def _rdp_epsilon(events: tuple[Event, ...], delta: float) -> float:
+def _rdp_epsilon(events: tuple[DpEvent, ...], delta: float) -> float:
     orders = np.array(_ORDERS)
     curve = sum((_rdp_curve(event) for event in events), np.zeros(len(orders)))
     # Balle et al. 2020, theorem 21. An order whose curve overflowed says nothing.
@@ -225,7 +225,7 @@ def _rdp_epsilon(events: tuple[Event, ...], delta: float) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _rdp_curve(event: Event) -> NDArray[np.float64]:
+def _rdp_curve(event: DpEvent) -> NDArray[np.float64]:
     return event.steps * np.array(
         [_rdp(event.noise_multiplier, event.sample_rate, order) for order in _ORDERS]
     )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from umbel_client.privacy.accounting import Event, calibrate, require_delta
+from umbel_client.privacy.accounting import DpEvent, calibrate, require_delta
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 
@@ -37,11 +37,11 @@ def noise_for(plan: TrainingPlan, public_size: int) -> SiteNoise:
     return SiteNoise(rate, noise)
 
 
-def evaluation_event(plan: TrainingPlan, *, rounds: int) -> Event | None:
+def evaluation_event(plan: TrainingPlan, *, rounds: int) -> DpEvent | None:
     """What the counts of so many rounds cost; None if the plan has no evaluation."""
     if plan.evaluation is None:
         return None
-    return Event(plan.evaluation.noise_multiplier, 1.0, rounds)
+    return DpEvent(plan.evaluation.noise_multiplier, 1.0, rounds)
 
 
 def sampling_rate(plan: TrainingPlan, public_size: int) -> float:

@@ -83,7 +83,7 @@ Pieces = list[bytes]
 """A sealed message as `umbel_host.transport.flower.regrouped` makes it: a relay holds it once."""
 
 
-def answer(message: Message, handle: Callable[[Pieces], Pieces]) -> Message:
+def answer_message(message: Message, handle: Callable[[Pieces], Pieces]) -> Message:
     """Hands the sealed bytes to `handle` and sends back its answer.
 
     Nothing else is ever acted on: no app bundle, no run configuration, no other message type.
@@ -277,7 +277,7 @@ def _work(
             request = _pull(client, node, metadata.run_id, tree, stopping)
             TaskIdentity.run_id = metadata.run_id
             expires = metadata.created_at + metadata.ttl
-            _push(client, node, clock, answer(request, handle), expires, stopping)
+            _push(client, node, clock, answer_message(request, handle), expires, stopping)
             # Unlike Flower's nodes this one confirms nothing: what is confirmed is deleted, and
             # could not be delivered again. The server deletes a request with its reply.
         except httpx.HTTPStatusError as error:

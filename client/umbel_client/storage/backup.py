@@ -10,7 +10,7 @@ from umbel_client.ledger.file import read_ledger, require_head, require_journal
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.ledger.rows import Contents
 from umbel_client.site.config import ClientConfig, load_config
-from umbel_client.storage.journal import Session, journal_schema, read_published
+from umbel_client.storage.journal import Journal, journal_schema, read_published
 from umbel_common.errors import StorageError
 from umbel_host.files.backup import Manifest, read_manifest, require_party, unpack, write_backup
 from umbel_host.files.database import copy_database
@@ -123,7 +123,7 @@ def _copy_databases(state: Path, place: Path) -> Contents:
     if published.ledger_head is not None:
         require_head(ledger, contents, published.ledger_head)
     require_journal(ledger, contents, published.answers)
-    journal = Session(place / session.name)
+    journal = Journal(place / session.name)
     journal.end_all()
     journal.close()
     return contents

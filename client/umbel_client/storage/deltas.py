@@ -18,8 +18,9 @@ from umbel_host.files import tensor_file
 from umbel_host.files.durable import sync_folder
 from umbel_host.files.tensor_file import TensorFile
 
-State = dict[str, npt.NDArray[np.float32]]
-"""The optimiser's state by name, as `training.train_round` gives and takes it."""
+OptimizerState = dict[str, npt.NDArray[np.float32]]
+"""Moments of the optimizer, float32 each: `exp_avg/<tensor>`, `exp_avg_sq/<tensor>` and
+`step/<tensor>`, or `momentum_buffer/<tensor>`."""
 
 _DELTA = "delta"
 _STATE_PREFIX = "state."
@@ -33,7 +34,9 @@ class DeltaCache:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder = folder
 
-    def save(self, round_number: int, adapter: bytes, delta: Vector, state: State) -> bytes:
+    def save(
+        self, round_number: int, adapter: bytes, delta: Vector, state: OptimizerState
+    ) -> bytes:
         """Stores a round's delta; returns the digest that the ledger is to record.
 
         Raises:
@@ -55,7 +58,7 @@ class DeltaCache:
 
     def load(
         self, round_number: int, expected: bytes, *, with_state: bool = True
-    ) -> tuple[bytes, Vector, State]:
+    ) -> tuple[bytes, Vector, OptimizerState]:
         """Digest of the starting adapter, delta and optimiser state of a round.
 
         Args:
@@ -71,7 +74,7 @@ class DeltaCache:
             with TensorFile(path) as file:
                 adapter = bytes.fromhex(file.metadata["adapter"])
                 delta = file.read(_DELTA)
-                state: State = {}
+                state: OptimizerState = {}
 
                 def read(name: str) -> npt.NDArray[np.float32]:
                     value = file.read(_STATE_PREFIX + name)

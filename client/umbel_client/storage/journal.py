@@ -73,7 +73,7 @@ class Published(Value, frozen=True):
     """That it ever recorded, those of attempts that are over included."""
 
 
-class Session:
+class Journal:
     """The journal of one site; used by one process and thread at a time."""
 
     def __init__(self, path: Path) -> None:
@@ -338,7 +338,7 @@ class Session:
 
 
 def read_published(path: Path) -> Published:
-    """As `Session.published`, of a journal that another process may be using.
+    """As `Journal.published`, of a journal that another process may be using.
 
     Raises:
         StorageError: it cannot be read, or is of a later schema version.

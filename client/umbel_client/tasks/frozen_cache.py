@@ -23,7 +23,7 @@ from umbel_client.models.inputs import HiddenInputs, PooledInputs, TokenInputs
 from umbel_common.canonical import digest
 from umbel_common.errors import StorageError
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Told (records done, records in all)."""
 
 _SUFFIX = ".prefix.npy"
@@ -32,7 +32,7 @@ _TOKENS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
-class Prefix:
+class FrozenCache:
     """Outputs of the frozen layers for every record of a data set."""
 
     values: npt.NDArray[np.float16]
@@ -57,8 +57,8 @@ def token_inputs(tokens: Tokens, indices: Ints) -> TokenInputs:
 
 
 def frozen_prefix(
-    model: AdaptedModel, tokens: Tokens, folder: Path | None, progress: Progress
-) -> Prefix | None:
+    model: AdaptedModel, tokens: Tokens, folder: Path | None, progress: OnProgress
+) -> FrozenCache | None:
     """Computes the cache, or opens it if this model's outputs for these records are there.
 
     Args:
@@ -77,11 +77,11 @@ def frozen_prefix(
     shape = (len(tokens) if pooled else len(tokens.ids), int(model.base.config.hidden_size))
     if folder is None:
         values = np.empty(shape, dtype=np.float16)
-        return Prefix(values, pooled) if _fill(values, model, tokens, progress) else None
+        return FrozenCache(values, pooled) if _fill(values, model, tokens, progress) else None
     path = folder / (_key(model, tokens) + _SUFFIX)
     if not path.is_file() and not _write(path, shape, model, tokens, progress):
         return None
-    return Prefix(np.load(path, mmap_mode="r", allow_pickle=False), pooled)
+    return FrozenCache(np.load(path, mmap_mode="r", allow_pickle=False), pooled)
 
 
 def _key(model: AdaptedModel, tokens: Tokens) -> str:
@@ -91,7 +91,7 @@ def _key(model: AdaptedModel, tokens: Tokens) -> str:
 
 
 def _write(
-    path: Path, shape: tuple[int, int], model: AdaptedModel, tokens: Tokens, progress: Progress
+    path: Path, shape: tuple[int, int], model: AdaptedModel, tokens: Tokens, progress: OnProgress
 ) -> bool:
     """Fills a file that only its owner can read; it gets its name once it is complete."""
     try:
@@ -114,13 +114,13 @@ def _write(
 
 
 def _fill(
-    values: npt.NDArray[np.float16], model: AdaptedModel, tokens: Tokens, progress: Progress
+    values: npt.NDArray[np.float16], model: AdaptedModel, tokens: Tokens, progress: OnProgress
 ) -> bool:
     """Computes every record's rows; False if a value does not fit float16."""
     done = 0
     for indices in _batches(tokens):
         inputs = token_inputs(tokens, indices)
-        output = model.frozen(inputs).half().cpu()
+        output = model.frozen_forward(inputs).half().cpu()
         if not torch.isfinite(output).all():
             return False
         if model.frozen_output == "pooled":

@@ -13,7 +13,7 @@ from umbel_client.data.tokens import Ints, Tokens, tokenise
 from umbel_client.data.units import Units
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import Batch, Inputs
-from umbel_client.tasks.frozen_cache import Prefix, Progress, frozen_prefix, token_inputs
+from umbel_client.tasks.frozen_cache import FrozenCache, OnProgress, frozen_prefix, token_inputs
 from umbel_common.plans.plan import CausalLm, Task
 
 
@@ -25,7 +25,7 @@ class PreparedData:
     labels: Ints
     """int64[records], label indices; of a causal language model int64[tokens], the ids of those
     that count (`umbel_client.data.chat`)."""
-    prefix: Prefix | None
+    prefix: FrozenCache | None
     """None: the model allows no cache, and every step runs the whole model."""
     units: Units | None = None
     """None: each record is its own unit."""
@@ -80,7 +80,7 @@ def prepare(
     records: Records | LmRecords,
     *,
     cache: Path | None,
-    progress: Progress,
+    progress: OnProgress,
     task: Task | None = None,
 ) -> PreparedData:
     """Tokenises the records and runs the frozen layers over them, once.

@@ -17,7 +17,7 @@ from umbel_client.site.config import ClientConfig
 from umbel_client.site.decisions import Decisions
 from umbel_client.site.pinned_roster import Pinned, check_own_key
 from umbel_client.site.policy import judge_header, judge_operator, judge_plan, judge_start
-from umbel_client.storage.journal import Session
+from umbel_client.storage.journal import Journal
 from umbel_client.trainer.job import SiteJob, SiteStatus
 from umbel_client.trainer.last_advert import check_last_advert
 from umbel_client.trainer.observer import Observer
@@ -94,7 +94,7 @@ class Trainer:
         self._lock = threading.Lock()
         self._state = Path(config.state)
         self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._session = Session(self._state / "session.sqlite")
+        self._session = Journal(self._state / "session.sqlite")
         self._decisions = Decisions(self._state)
         self._job: SiteJob | None = None
 

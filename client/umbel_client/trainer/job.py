@@ -16,12 +16,12 @@ from umbel_client.ledger.ledger import Ledger
 from umbel_client.ledger.rows import EVALUATION, LOST
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import chosen_precision
-from umbel_client.privacy.accounting import Event, epsilon, largest_delta
+from umbel_client.privacy.accounting import DpEvent, epsilon, largest_delta
 from umbel_client.privacy.calibration import SiteNoise, evaluation_event, noise_for
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.policy import Budget
-from umbel_client.storage.deltas import DeltaCache, State
+from umbel_client.storage.deltas import DeltaCache, OptimizerState
 from umbel_client.storage.journal import Published
 from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData, prepare
@@ -194,7 +194,7 @@ class SiteJob:
         """
         self._ledger.keep_pace(answers)
 
-    def _stored(self, number: int, *, with_state: bool) -> tuple[bytes, Vector, State]:
+    def _stored(self, number: int, *, with_state: bool) -> tuple[bytes, Vector, OptimizerState]:
         recorded = self._recorded_digest(number)
         if recorded is None:
             raise LocalProtocolError("not-computed", f"round {number} has no delta to send")
@@ -217,7 +217,7 @@ class SiteJob:
         return None if recorded is None else recorded.delta_digest
 
     def _compute(
-        self, number: int, adapter_digest: bytes, adapter: Vector, event: Event | None
+        self, number: int, adapter_digest: bytes, adapter: Vector, event: DpEvent | None
     ) -> bytes:
         # Drawn once and kept with the delta: fresh noise for each attempt would average out.
         counts = self._counts(adapter)
@@ -264,7 +264,7 @@ class SiteJob:
             records_per_unit=self._config.data.max_records_per_unit if units else 1,
         )
 
-    def _optimizer_state(self, number: int) -> State | None:
+    def _optimizer_state(self, number: int) -> OptimizerState | None:
         """Of the last round that this site computed: it may have slept through some."""
         for former in range(number - 1, 0, -1):
             # Only of a round whose delta the ledger knows: what a killed computation left must not
@@ -299,10 +299,10 @@ class SiteJob:
         privacy = self.plan.privacy
         return self._ledger.spent(privacy.delta) if isinstance(privacy, LocalPrivacy) else None
 
-    def _event(self, steps: int) -> Event | None:
+    def _event(self, steps: int) -> DpEvent | None:
         if self.noise.noise_multiplier is None:
             return None
-        return Event(self.noise.noise_multiplier, self.noise.sampling_rate, steps)
+        return DpEvent(self.noise.noise_multiplier, self.noise.sampling_rate, steps)
 
     @property
     def _budget(self) -> Budget:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from umbel_client.site.policy import Policy, judge_survivors
-from umbel_client.storage.journal import Session
+from umbel_client.storage.journal import Journal
 from umbel_client.trainer.job import SiteJob
 from umbel_common.canonical import Entropy, decode, encode
 from umbel_common.errors import RemoteProtocolError
@@ -30,7 +30,7 @@ def answer_stage(
     request: StageRequest,
     header: RoundHeader,
     *,
-    session: Session,
+    session: Journal,
     job: SiteJob,
     policy: Policy,
     site: str,
@@ -54,8 +54,8 @@ def answer_stage(
     known = session.answer(context, stage, fingerprint)
     if known is not None:
         return known
-    state: secagg.State = decode(session.state(context), secagg.State)  # type: ignore[arg-type]  # a union is a decodable type
-    after: secagg.State | None
+    state: secagg.AttemptState = decode(session.state(context), secagg.AttemptState)  # type: ignore[arg-type]  # a union is a decodable type
+    after: secagg.AttemptState | None
     reply: Reply
     match state, request:
         case secagg.Advertised(), ShareRequest():

@@ -6,19 +6,14 @@ as they were.
 """
 
 from collections.abc import Mapping
-from typing import TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
+from umbel_client.storage.deltas import OptimizerState
 from umbel_client.training.dp_adam_bc import UnbiasedAdam
 from umbel_common.errors import PlanError
 from umbel_common.plans.plan import Adam, LocalPrivacy, Tensor, TrainingPlan
-
-OptimizerState: TypeAlias = dict[str, npt.NDArray[np.float32]]
-"""`exp_avg/<tensor>`, `exp_avg_sq/<tensor>` and `step/<tensor>`, or `momentum_buffer/<tensor>`."""
 
 
 def build_optimizer(

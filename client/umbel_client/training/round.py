@@ -16,12 +16,12 @@ from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.dpsgd.private_step import CLIPPINGS, PrivateOptimizer, private_step
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.noise import NoiseSource
+from umbel_client.storage.deltas import OptimizerState
 from umbel_client.tasks.physical_batches import BatchLimit, compute_parts, limit_of
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.task import Task, task_of
 from umbel_client.training.averaging import MovingAverage
 from umbel_client.training.optimiser import (
-    OptimizerState,
     build_optimizer,
     extract_state,
     restore_state,

@@ -68,7 +68,7 @@ class JobFinished(Value, frozen=True, tag_field="event", tag="job-finished"):
     """An `EarlyEnd`; None: all rounds of the plan were released."""
 
 
-Event: TypeAlias = JobStarted | RoundReleased | AttemptAborted | JobFinished
+TranscriptEvent: TypeAlias = JobStarted | RoundReleased | AttemptAborted | JobFinished
 
 
 class Entry(Value, frozen=True):
@@ -76,7 +76,7 @@ class Entry(Value, frozen=True):
 
     index: Annotated[int, msgspec.Meta(ge=0)]
     previous: Digest
-    event: Event
+    event: TranscriptEvent
     version: Literal[1] = 1
 
     def digest(self) -> bytes:
@@ -84,7 +84,9 @@ class Entry(Value, frozen=True):
         return digest("Entry", encode(self))
 
 
-def append(operator: Identity, index: int, head: bytes, event: Event) -> tuple[bytes, Signed]:
+def append(
+    operator: Identity, index: int, head: bytes, event: TranscriptEvent
+) -> tuple[bytes, Signed]:
     """The new head and the signed entry that follows `head` (`GENESIS` at index 0)."""
     entry = Entry(index=index, previous=head, event=event)
     return entry.digest(), sign(operator, entry)

@@ -38,7 +38,7 @@ __all__ = [
     "Masking",
     "Sharing",
     "Unmasking",
-    "start",
+    "open_attempt",
 ]
 
 Answer = TypeVar("Answer")
@@ -342,7 +342,7 @@ class Unmasking(Stage[tuple[RevealedShare, ...]]):
         )
 
 
-def start(
+def open_attempt(
     header: RoundHeader, roster: Roster, threshold: int, ring_bits: int, length: int
 ) -> Advertising:
     """A new attempt, waiting for the keys of the header's cohort.

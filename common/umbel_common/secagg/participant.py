@@ -51,12 +51,12 @@ from umbel_common.trust.identity import Identity, Roster, Signed, sign
 
 __all__ = [
     "Advertised",
+    "AttemptState",
     "Confirmed",
     "Masked",
     "Revealed",
     "Rules",
     "Shared",
-    "State",
     "advertise",
 ]
 
@@ -364,4 +364,4 @@ class Revealed(Stage, frozen=True, tag="revealed"):
     """The attempt is over for this site; nothing secret is left."""
 
 
-State: TypeAlias = Advertised | Shared | Masked | Confirmed | Revealed
+AttemptState: TypeAlias = Advertised | Shared | Masked | Confirmed | Revealed

@@ -63,7 +63,7 @@ def merge(pinned: RosterDocument | None, proposed: RosterDocument, file: object)
     )
 
 
-def judge(
+def check_change(
     merged: RosterDocument,
     change: RosterChange,
     *,

@@ -59,7 +59,7 @@ class Evidence(Value, frozen=True):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AttemptOutcome:
     """A finished attempt: the sum over `aggregate.survivors`, and what proves it."""
 
     aggregate: secagg.Aggregate
@@ -171,7 +171,7 @@ class Attempt:
                 return machine.receive(site, reply.shares)
         raise RemoteProtocolError("stage-order", f"a reply does not answer the stage {self.stage}")
 
-    def advance(self) -> "Attempt | Outcome":
+    def advance(self) -> "Attempt | AttemptOutcome":
         """Closes the stage with whoever answered.
 
         Raises:
@@ -179,7 +179,7 @@ class Attempt:
         """
         match self.machine:
             case secagg.Unmasking() as machine:
-                return Outcome(aggregate=machine.close(), evidence=self.evidence)
+                return AttemptOutcome(aggregate=machine.close(), evidence=self.evidence)
             case machine:
                 following = replace(self, machine=machine.close(), first_request=None)
         match following.machine:
@@ -194,7 +194,7 @@ class Attempt:
                 return following
 
 
-def start(
+def open_attempt(
     header: RoundHeader,
     roster: Roster,
     plan: TrainingPlan,
@@ -211,7 +211,7 @@ def start(
     """
     if header.plan != plan.digest() or header.roster != roster.digest():
         raise LocalProtocolError("header", "a header names another plan or roster than its job")
-    machine = secagg.start(
+    machine = secagg.open_attempt(
         header, roster, plan.aggregation.threshold, plan.aggregation.ring_bits, vector_length
     )
     return Attempt(

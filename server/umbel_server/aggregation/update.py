@@ -22,7 +22,7 @@ def expected_weight(plan: TrainingPlan, roster: Roster, survivors: tuple[str, ..
             return None
 
 
-def apply(
+def apply_sum(
     aggregate: Aggregate,
     plan: TrainingPlan,
     roster: Roster,

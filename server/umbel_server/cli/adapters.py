@@ -17,7 +17,7 @@ from umbel_common.trust.identity import Signed, open_signed
 from umbel_host.files.keys import read_identity
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.operator.config import ServerConfig, load_config
-from umbel_server.storage.journal import Evaluated, Store
+from umbel_server.storage.journal import Evaluated, Journal
 from umbel_server.storage.registry import Registry
 
 adapters = typer.Typer(help="Released adapters: list, export.", no_args_is_help=True)
@@ -107,11 +107,11 @@ def _score(found: Evaluated | None) -> tuple[str, str]:
     return loss, f"perplexity {loss_text(figures.perplexity)}"
 
 
-def _store(settings: ServerConfig) -> Store:
-    return Store(Path(settings.state) / "journal.sqlite")
+def _store(settings: ServerConfig) -> Journal:
+    return Journal(Path(settings.state) / "journal.sqlite")
 
 
-def _releases(store: Store, settings: ServerConfig, job: str) -> list[Release]:
+def _releases(store: Journal, settings: ServerConfig, job: str) -> list[Release]:
     key = read_identity(Path(settings.identity)).public_key
     signed: list[Signed] = store.releases(job)
     return [open_signed(one, Release, key, "operator") for one in signed]

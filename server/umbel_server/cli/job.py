@@ -28,7 +28,7 @@ from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.jobs.evaluator import check_evaluation
 from umbel_server.operator.config import load_config
 from umbel_server.storage.job_queue import JobQueue, QueuedJob
-from umbel_server.storage.journal import Evaluated, Store
+from umbel_server.storage.journal import Evaluated, Journal
 
 job = typer.Typer(help="Jobs: start, stop, resume, status.", no_args_is_help=True)
 
@@ -114,13 +114,13 @@ def _journal(config: Path, job: str) -> _Journal:
     path = Path(load_config(config).state) / "journal.sqlite"
     if not path.exists():
         return _Journal()
-    with closing(Store(path)) as store:
+    with closing(Journal(path)) as store:
         return _Journal(
             tuple(store.evaluations(job)), store.final_round(job), tuple(_counts(store, job))
         )
 
 
-def _counts(store: Store, job: str) -> Iterator[tuple[int, SiteCounts]]:
+def _counts(store: Journal, job: str) -> Iterator[tuple[int, SiteCounts]]:
     for signed in store.transcript(job):
         event = decode_canonical(signed.statement, Entry).event
         if isinstance(event, RoundReleased) and event.counts is not None:

@@ -14,7 +14,7 @@ from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_server.jobs.evaluator import check_evaluation
 from umbel_server.jobs.interfaces import Evaluator, Observer
-from umbel_server.storage.journal import Store
+from umbel_server.storage.journal import Journal
 
 Load = Callable[[], Vector]
 """Gives an adapter, which is read only where it is needed: it may be large."""
@@ -38,7 +38,7 @@ class Assessment:
     """Of one job; what it finds is in the journal."""
 
     def __init__(
-        self, plan: TrainingPlan, store: Store, evaluator: Evaluator | None, observer: Observer
+        self, plan: TrainingPlan, store: Journal, evaluator: Evaluator | None, observer: Observer
     ) -> None:
         """Args:
         evaluator: None where adapters are not evaluated.

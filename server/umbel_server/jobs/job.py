@@ -26,13 +26,18 @@ from umbel_common.protocol.wire import (
 )
 from umbel_common.trust.identity import Identity, Roster, Signed, open_signed, sign
 from umbel_server.aggregation import update
-from umbel_server.aggregation.attempt import Attempt, Outcome, owners_to_leave_out, start
+from umbel_server.aggregation.attempt import (
+    Attempt,
+    AttemptOutcome,
+    open_attempt,
+    owners_to_leave_out,
+)
 from umbel_server.jobs.assessment import Assessment
 from umbel_server.jobs.exchange import Exchange
 from umbel_server.jobs.interfaces import Evaluator, Observer
 from umbel_server.messaging.link import Link, Step
 from umbel_server.operator.config import Limits
-from umbel_server.storage.journal import Store
+from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
 
 UNDECIDED = frozenset({"awaiting-approval", "site-paused"})
@@ -48,7 +53,7 @@ class Job:
         roster: Roster,
         operator: Identity,
         *,
-        store: Store,
+        store: Journal,
         registry: Registry,
         link: Link,
         observer: Observer,
@@ -247,9 +252,9 @@ class Job:
         )
         length = vector_length(self.plan, header.round) + 1
         last = self._store.last_adverts()
-        return start(header, self._roster, self.plan, request, length, last)
+        return open_attempt(header, self._roster, self.plan, request, length, last)
 
-    def _drive(self, state: Attempt | Outcome) -> Outcome:
+    def _drive(self, state: Attempt | AttemptOutcome) -> AttemptOutcome:
         while isinstance(state, Attempt):
             current = state
             step = Step(current.stage, current.header.round, current.header.attempt)
@@ -277,12 +282,14 @@ class Job:
         if request is not None and site not in attempt.refusals:
             self._store.keep_advert(site, request.header, reply.advert)
 
-    def _release(self, header: RoundHeader, signed_header: Signed, outcome: Outcome) -> Release:
+    def _release(
+        self, header: RoundHeader, signed_header: Signed, outcome: AttemptOutcome
+    ) -> Release:
         # Read again: while masked vectors came in, there was a sum and one of them in memory.
         load = partial(self._registry.load, self.plan, header.adapter)
         vector = load()
         try:
-            weight, counts = update.apply(
+            weight, counts = update.apply_sum(
                 outcome.aggregate,
                 self.plan,
                 self._roster,

@@ -17,7 +17,7 @@ from umbel_server.storage.job_queue import JobQueue
 _logger = logging.getLogger("umbel.rounds")
 
 
-class Progress:
+class ProgressObserver:
     """The job's observer: a line in the log, and the queue's row for `umbel-server job status`."""
 
     def __init__(self, queue: JobQueue, job: str) -> None:

@@ -14,11 +14,11 @@ from umbel_common.trust.roster_file import document_from_json, document_to_json
 from umbel_server.jobs.evaluator import ProcessEvaluator
 from umbel_server.jobs.interfaces import Evaluator
 from umbel_server.jobs.job import Job
-from umbel_server.jobs.progress import Progress, _logger
+from umbel_server.jobs.progress import ProgressObserver, _logger
 from umbel_server.messaging.link import JobStopped, Link
 from umbel_server.operator.config import EvaluationConfig, Limits
-from umbel_server.storage.job_queue import JobQueue, QueuedJob, State
-from umbel_server.storage.journal import Store
+from umbel_server.storage.job_queue import JobQueue, JobState, QueuedJob
+from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
 
 Connect = Callable[[Callable[[], bool]], AbstractContextManager[Link]]
@@ -26,7 +26,7 @@ Connect = Callable[[Callable[[], bool]], AbstractContextManager[Link]]
 
 
 @dataclass(frozen=True)
-class Rounds:
+class JobRunner:
     """What works off the queue."""
 
     state: Path
@@ -42,7 +42,7 @@ class Rounds:
     evaluation: Callable[[], EvaluationConfig | None] = lambda: None
     """Read anew for each job."""
 
-    def work(self) -> bool:
+    def run_next(self) -> bool:
         """Runs the next job until it is over, stopped, or has to wait for people.
 
         Returns:
@@ -52,27 +52,27 @@ class Rounds:
         if queued is None:
             return False
         if queued.stop:
-            self.queue.set_state(queued.job, State.STOPPED)
+            self.queue.set_state(queued.job, JobState.STOPPED)
             return True
-        self.queue.set_state(queued.job, State.RUNNING)
+        self.queue.set_state(queued.job, JobState.RUNNING)
         try:
             release = self._run(queued)
         except JobStopped:
             if self.stopping():
                 return False
-            self.queue.set_state(queued.job, State.STOPPED)
+            self.queue.set_state(queued.job, JobState.STOPPED)
             _logger.info("%s is stopped by the operator", queued.job)
         except UmbelError as error:
             if isinstance(error, JobFailed) and error.may_accept:
                 # People decide about plans in their own time.
                 if error.diagnostics() != queued.detail:
                     _logger.warning("%s waits: %s", queued.job, error.diagnostics())
-                self.queue.set_state(queued.job, State.WAITING, error.diagnostics())
+                self.queue.set_state(queued.job, JobState.WAITING, error.diagnostics())
                 return False
             _logger.error("%s: %s", queued.job, error.diagnostics())
-            self.queue.set_state(queued.job, State.FAILED, error.diagnostics())
+            self.queue.set_state(queued.job, JobState.FAILED, error.diagnostics())
         else:
-            self.queue.set_state(queued.job, State.FINISHED)
+            self.queue.set_state(queued.job, JobState.FINISHED)
             _logger.info("%s is finished, with adapter %s", queued.job, release.adapter.hex())
         return True
 
@@ -84,7 +84,7 @@ class Rounds:
             return self.stopping() or self.queue.stop_wanted(queued.job)
 
         with (
-            closing(Store(self.state / "journal.sqlite")) as store,
+            closing(Journal(self.state / "journal.sqlite")) as store,
             self.connect(stopped) as link,
         ):
             job = Job(
@@ -94,7 +94,7 @@ class Rounds:
                 store=store,
                 registry=Registry(self.state / "registry"),
                 link=link,
-                observer=Progress(self.queue, queued.job),
+                observer=ProgressObserver(self.queue, queued.job),
                 limits=self.limits,
                 revoked=revoked,
                 evaluator=self._evaluator(stopped),

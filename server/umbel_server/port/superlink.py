@@ -71,7 +71,7 @@ class _Posted:
 
 
 @dataclass(frozen=True)
-class Reply:
+class Collected:
     """What became of a message."""
 
     pieces: Iterator[bytes] | None
@@ -197,13 +197,13 @@ class SuperLink:
                 self._posted[identifier] = _Posted(node, time.monotonic() + seconds)
             return identifier
 
-    def collect(self, identifier: str) -> Reply | None:
+    def collect(self, identifier: str) -> Collected | None:
         """The reply to a message, once; None while it may still come."""
         with self._posted_lock:
             posted = self._posted.get(identifier)
         if posted is None:
             # Posted to a former run of this process.
-            return Reply(None)
+            return Collected(None)
         if identifier not in self._arriving:
             if self._is_away(posted.node):
                 return None
@@ -229,8 +229,8 @@ class SuperLink:
             names = self._names(announced)
         if announced is None or names is None:
             self._forget(identifier)
-            return Reply(None)
-        return Reply(self._read(identifier, names))
+            return Collected(None)
+        return Collected(self._read(identifier, names))
 
     def _read(self, identifier: str, names: list[str]) -> Iterator[bytes]:
         """The pieces of a reply. Who does not read to the end may collect it again."""

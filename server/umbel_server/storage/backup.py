@@ -15,7 +15,7 @@ from umbel_server.operator.config import ServerConfig, load_config, load_roster
 from umbel_server.storage.job_queue import SCHEMA as QUEUE_SCHEMA
 from umbel_server.storage.job_queue import JobQueue
 from umbel_server.storage.journal import SCHEMA as STORE_SCHEMA
-from umbel_server.storage.journal import Store
+from umbel_server.storage.journal import Journal
 
 CONFIG = "server.toml"
 DATABASES = {
@@ -65,7 +65,7 @@ def back_up(config: Path, out: Path, *, keys: bool) -> Manifest:
                 ) from None
             sources[name] = place / path.name
         # Of today's schema; and where an operator never had a job, both are there all the same.
-        Store(place / "journal.sqlite").close()
+        Journal(place / "journal.sqlite").close()
         JobQueue(place / "queue.sqlite").close()
         # After the journal: it names no adapter that is not in the registry before it.
         for path in sorted((state / "registry").glob("*/*")):
@@ -104,7 +104,7 @@ def restore(backup: Path, config: Path) -> Restored:
         unpack(backup, manifest, place)
         with closing(JobQueue(place / "state" / "queue.sqlite")) as queue:
             stopped = queue.stop_all(f"restored from the backup of {manifest.made}")
-        Store(place / "state" / "journal.sqlite").close()
+        Journal(place / "state" / "journal.sqlite").close()
         files = {config.absolute(): place / CONFIG}
         for name, target in {**_places(settings), **_key_places(settings)}.items():
             if (place / name).exists():

@@ -27,7 +27,7 @@ CREATE TABLE jobs (
 SCHEMA = Schema("job queue", _TABLES)
 
 
-class State(Enum):
+class JobState(Enum):
     """How a job stands."""
 
     WAITING = "waiting"
@@ -48,7 +48,7 @@ class QueuedJob(msgspec.Struct, frozen=True):
     plan: Signed
     roster: str | None
     """The roster that it began with, as a roster file; None before it began."""
-    state: State
+    state: JobState
     stop: bool
     """Whether the operator wants it stopped."""
     round: int
@@ -93,7 +93,7 @@ class JobQueue:
             self._database.execute(
                 "INSERT INTO jobs (job, position, plan, state, changed)"
                 " SELECT ?, COALESCE(MAX(position), 0) + 1, ?, ?, ? FROM jobs",
-                (job, encode(plan), State.WAITING.value, time.time()),
+                (job, encode(plan), JobState.WAITING.value, time.time()),
             )
 
     def jobs(self) -> list[QueuedJob]:
@@ -123,8 +123,8 @@ class JobQueue:
         Who had to wait for people goes to the end: a plan that nobody approves holds nobody up.
         """
         jobs = self.jobs()
-        running = [job for job in jobs if job.state is State.RUNNING]
-        waiting = [job for job in jobs if job.state is State.WAITING]
+        running = [job for job in jobs if job.state is JobState.RUNNING]
+        waiting = [job for job in jobs if job.state is JobState.WAITING]
         return next(iter(running), None) or min(waiting, key=lambda job: job.changed, default=None)
 
     def ask_to_stop(self, name: str) -> QueuedJob:
@@ -134,10 +134,10 @@ class JobQueue:
             JobUnknown: there is none of this name.
         """
         job = self.job(name)
-        if job.state is State.RUNNING:
+        if job.state is JobState.RUNNING:
             self._update(name, stop=1)
-        elif job.state is State.WAITING:
-            self.set_state(name, State.STOPPED)
+        elif job.state is JobState.WAITING:
+            self.set_state(name, JobState.STOPPED)
         return self.job(name)
 
     def resume(self, name: str) -> QueuedJob:
@@ -147,8 +147,8 @@ class JobQueue:
             JobUnknown: there is none of this name.
         """
         job = self.job(name)
-        if job.state in (State.STOPPED, State.FAILED):
-            self._update(name, stop=0, state=State.WAITING.value, detail="")
+        if job.state in (JobState.STOPPED, JobState.FAILED):
+            self._update(name, stop=0, state=JobState.WAITING.value, detail="")
         elif job.stop:
             self._update(name, stop=0)
         return self.job(name)
@@ -157,7 +157,7 @@ class JobQueue:
         """Ties a job to the roster that it begins with."""
         self._update(name, roster=roster)
 
-    def set_state(self, name: str, state: State, detail: str = "") -> None:
+    def set_state(self, name: str, state: JobState, detail: str = "") -> None:
         """How a job stands from now on."""
         self._update(name, state=state.value, detail=detail, stop=0)
 
@@ -172,9 +172,9 @@ class JobQueue:
     def stop_all(self, detail: str) -> tuple[str, ...]:
         """Stops whatever waits or runs, with a reason; returns their names."""
         jobs = self.jobs()
-        names = tuple(job.job for job in jobs if job.state in (State.RUNNING, State.WAITING))
+        names = tuple(job.job for job in jobs if job.state in (JobState.RUNNING, JobState.WAITING))
         for name in names:
-            self.set_state(name, State.STOPPED, detail)
+            self.set_state(name, JobState.STOPPED, detail)
         return names
 
     def stop_wanted(self, name: str) -> bool:

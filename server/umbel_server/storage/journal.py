@@ -12,7 +12,7 @@ import msgspec
 from umbel_common.canonical import decode, decode_canonical, encode
 from umbel_common.errors import StorageError
 from umbel_common.plans.figures import Evaluation, GateResult
-from umbel_common.protocol.transcript import GENESIS, Event, append
+from umbel_common.protocol.transcript import GENESIS, TranscriptEvent, append
 from umbel_common.protocol.wire import LastAdvert
 from umbel_common.trust.identity import Identity, Signed
 from umbel_host.files.database import Database, Schema
@@ -71,7 +71,7 @@ class Evaluated(msgspec.Struct, frozen=True):
         return self.gate is not None and not self.gate.passed()
 
 
-class Store:
+class Journal:
     """The journal of one aggregation server; used by one process and thread at a time."""
 
     def __init__(self, path: Path) -> None:
@@ -106,7 +106,7 @@ class Store:
         plan: Signed,
         adapter: bytes,
         release: Signed,
-        event: Event,
+        event: TranscriptEvent,
     ) -> None:
         """Records a job, its release 0 and the first entry of its transcript."""
         with self._database.transaction():
@@ -156,7 +156,7 @@ class Store:
                 for site, header, advert in rows
             }
 
-    def record(self, operator: Identity, job: str, event: Event) -> None:
+    def record(self, operator: Identity, job: str, event: TranscriptEvent) -> None:
         """Appends to the job's transcript."""
         with self._database.transaction():
             self._append(operator, job, event)
@@ -168,7 +168,7 @@ class Store:
         round_number: int,
         adapter: bytes,
         release: Signed,
-        event: Event,
+        event: TranscriptEvent,
         *,
         evaluation: Evaluation | None = None,
         gate: GateResult | None = None,
@@ -186,7 +186,9 @@ class Store:
         with self._database.transaction():
             self._insert_evaluation(job, round_number, evaluation, None)
 
-    def finish_job(self, operator: Identity, job: str, final_round: int, event: Event) -> None:
+    def finish_job(
+        self, operator: Identity, job: str, final_round: int, event: TranscriptEvent
+    ) -> None:
         """Marks the job as finished, with the last entry of its transcript."""
         with self._database.transaction():
             self._append(operator, job, event)
@@ -242,7 +244,7 @@ class Store:
         """Every entry of the job's transcript, in order."""
         return self._all("SELECT entry FROM transcript WHERE job = ? ORDER BY position", job)
 
-    def _append(self, operator: Identity, job: str, event: Event) -> None:
+    def _append(self, operator: Identity, job: str, event: TranscriptEvent) -> None:
         row = self._database.execute(
             "SELECT position, head FROM transcript WHERE job = ? ORDER BY position DESC LIMIT 1",
             (job,),

@@ -39,12 +39,12 @@ _NORMAL_QUARTILE = 0.6745
 """Half of a standard normal variable's draws are nearer to zero."""
 
 Floats = npt.NDArray[np.float64]
-Progress = Callable[[int, int], None]
+OnGame = Callable[[int, int], None]
 """Told (steps done, steps)."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class GameOutcome:
     """What the attack is judged by."""
 
     included: npt.NDArray[np.bool_]
@@ -82,7 +82,7 @@ def gather_evidence(
     *,
     entropy: Entropy,
     physical_batch_size: int,
-    progress: Progress,
+    progress: OnGame,
 ) -> Floats:
     """Trains the job of a `step_by_step` plan as a site does, and attacks each of its releases.
 
@@ -92,7 +92,7 @@ def gather_evidence(
         canaries: all of them; the attack does not know which are in `data`.
 
     Returns:
-        float64[canaries], see `Outcome.evidence`.
+        float64[canaries], see `GameOutcome.evidence`.
     """
     adapter, state = initial_vector(plan), None
     evidence = np.zeros(canaries.unit_count)

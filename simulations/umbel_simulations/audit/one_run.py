@@ -20,7 +20,7 @@ from rich.table import Table
 from umbel_client.data.records import Records
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import fastest_precision
-from umbel_client.privacy.accounting import Event, epsilon
+from umbel_client.privacy.accounting import DpEvent, epsilon
 from umbel_client.privacy.calibration import SiteNoise, noise_for
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_common.canonical import Entropy, Value
@@ -37,8 +37,8 @@ from umbel_simulations.audit.canaries import (
     with_included,
 )
 from umbel_simulations.audit.game import (
-    Outcome,
-    Progress,
+    GameOutcome,
+    OnGame,
     flip_coins,
     gather_evidence,
     step_by_step,
@@ -175,8 +175,8 @@ def play(
     seed: int,
     entropy: Entropy,
     physical_batch_size: int,
-    progress: Progress,
-) -> Outcome:
+    progress: OnGame,
+) -> GameOutcome:
     """One game: makes canaries, flips coins, trains a `step_by_step` plan, and attacks it.
 
     Args:
@@ -204,7 +204,7 @@ def play(
         physical_batch_size=physical_batch_size,
         progress=progress,
     )
-    return Outcome(included, evidence)
+    return GameOutcome(included, evidence)
 
 
 def share_of(noise: SiteNoise, share: float) -> SiteNoise:
@@ -214,7 +214,7 @@ def share_of(noise: SiteNoise, share: float) -> SiteNoise:
 
 
 def judge(
-    outcome: Outcome,
+    outcome: GameOutcome,
     plan: TrainingPlan,
     noise: SiteNoise,
     *,
@@ -235,7 +235,7 @@ def judge(
     strongest = np.argsort(-np.abs(outcome.evidence), kind="stable")[:guesses]
     right = (outcome.evidence[strongest] > 0) == outcome.included[strongest]
     correct = int(right.sum())
-    event = Event(noise.noise_multiplier, noise.sampling_rate, plan.training.steps)
+    event = DpEvent(noise.noise_multiplier, noise.sampling_rate, plan.training.steps)
     return AuditResult(
         scenario=scenario,
         site=site,

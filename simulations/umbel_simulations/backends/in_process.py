@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbel_client.models.base.files import folder_digest
-from umbel_client.relay.flower import answer, whole
+from umbel_client.relay.flower import answer_message, whole
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.pinned_roster import load_pinned
 from umbel_client.trainer.handler import Trainer
@@ -30,7 +30,7 @@ from umbel_common.trust.roster_file import roster_from_json, roster_to_json
 from umbel_host.files.keys import read_identity, write_identity
 from umbel_server.jobs.job import Job
 from umbel_server.operator.config import Limits
-from umbel_server.storage.journal import Store
+from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
 from umbel_simulations.backends.faults import losing
 from umbel_simulations.backends.grid import InProcessGrid, Node
@@ -47,7 +47,7 @@ LIMITS = Limits(offer_seconds=600.0)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobOutcome:
     """What a finished job gives to whoever looks at the whole simulation."""
 
     release: Release
@@ -123,7 +123,7 @@ class Federation:
         workers: int,
         dropouts: Sequence[Dropout],
         stop: threading.Event,
-    ) -> Outcome:
+    ) -> JobOutcome:
         """Runs the job, or what is left of it, and writes its evidence into the folder.
 
         Args:
@@ -137,7 +137,7 @@ class Federation:
         operator = read_identity(self.folder / "server" / "identity.pem")
         registry = self.registry()
         with ExitStack() as stack:
-            store = Store(self.folder / "server" / "journal.sqlite")
+            store = Journal(self.folder / "server" / "journal.sqlite")
             stack.callback(store.close)
             trainers = {
                 site: stack.enter_context(closing(self._trainer(site, sites[site])))
@@ -170,7 +170,9 @@ class Federation:
                 write_signed(self.folder / "headers.jsonl", store.headers(plan.job))
                 write_signed(self.folder / "transcript.jsonl", store.transcript(plan.job))
             status = {site: trainer.status(plan.job) for site, trainer in trainers.items()}
-        return Outcome(release=release, adapter=registry.load(plan, release.adapter), status=status)
+        return JobOutcome(
+            release=release, adapter=registry.load(plan, release.adapter), status=status
+        )
 
     def _identity(self, party: str, folder: Path) -> Identity:
         path = folder / "identity.pem"
@@ -258,7 +260,7 @@ def public_size(records: int) -> int:
 
 
 def _node(trainer: Trainer) -> Node:
-    return lambda message: answer(message, whole(trainer.handle))
+    return lambda message: answer_message(message, whole(trainer.handle))
 
 
 def seeded(seed: int, party: str) -> Entropy:

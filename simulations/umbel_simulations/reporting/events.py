@@ -5,13 +5,13 @@ from typing import TypeAlias
 import msgspec
 
 
-class Event(msgspec.Struct, frozen=True, tag_field="event", kw_only=True):
+class RunEvent(msgspec.Struct, frozen=True, tag_field="event", kw_only=True):
     """Base; `seconds` since the run began."""
 
     seconds: float
 
 
-class Started(Event, frozen=True, tag="started"):
+class Started(RunEvent, frozen=True, tag="started"):
     """The federation is set up."""
 
     name: str
@@ -22,7 +22,7 @@ class Started(Event, frozen=True, tag="started"):
     """Optimiser steps of each site over the whole job."""
 
 
-class Preparing(Event, frozen=True, tag="preparing"):
+class Preparing(RunEvent, frozen=True, tag="preparing"):
     """Work before the first round, such as filling the caches of frozen layers."""
 
     what: str
@@ -31,7 +31,7 @@ class Preparing(Event, frozen=True, tag="preparing"):
     total: int
 
 
-class SiteStep(Event, frozen=True, tag="site-step"):
+class SiteStep(RunEvent, frozen=True, tag="site-step"):
     """A site finished a local step."""
 
     site: str
@@ -41,7 +41,7 @@ class SiteStep(Event, frozen=True, tag="site-step"):
     steps: int
 
 
-class SiteStage(Event, frozen=True, tag="site-stage"):
+class SiteStage(RunEvent, frozen=True, tag="site-stage"):
     """A site answered a request, or refused it."""
 
     site: str
@@ -60,7 +60,7 @@ class SiteStage(Event, frozen=True, tag="site-stage"):
     received_bytes: int
 
 
-class RoundReleased(Event, frozen=True, tag="round-released"):
+class RoundReleased(RunEvent, frozen=True, tag="round-released"):
     """A new global adapter."""
 
     round: int
@@ -76,7 +76,7 @@ class RoundReleased(Event, frozen=True, tag="round-released"):
     """As in `results.Score`."""
 
 
-class AttemptAborted(Event, frozen=True, tag="attempt-aborted"):
+class AttemptAborted(RunEvent, frozen=True, tag="attempt-aborted"):
     """Nothing was released; the round is tried again or the job fails."""
 
     round: int
@@ -84,7 +84,7 @@ class AttemptAborted(Event, frozen=True, tag="attempt-aborted"):
     check: str
 
 
-class SharesDisputed(Event, frozen=True, tag="shares-disputed"):
+class SharesDisputed(RunEvent, frozen=True, tag="shares-disputed"):
     """Of these pairs one of the two sites lied about a share; the sum is right all the same."""
 
     round: int
@@ -93,7 +93,7 @@ class SharesDisputed(Event, frozen=True, tag="shares-disputed"):
     """(Whose secret it is a share of, who revealed it.)"""
 
 
-class BaselineStep(Event, frozen=True, tag="baseline-step"):
+class BaselineStep(RunEvent, frozen=True, tag="baseline-step"):
     """Progress of a comparison."""
 
     name: str

@@ -20,7 +20,7 @@ from umbel_client.models.base.precision import fastest_precision
 from umbel_client.privacy.accounting import calibrate
 from umbel_client.privacy.calibration import sampling_rate
 from umbel_client.site.config import ClientConfig
-from umbel_client.tasks.frozen_cache import Prefix
+from umbel_client.tasks.frozen_cache import FrozenCache
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.training.round import train_round
 from umbel_common.adapters.vector import Vector, initial_vector, merge
@@ -28,7 +28,7 @@ from umbel_common.canonical import Entropy
 from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 from umbel_simulations.reporting.recorder import Stopped
 
-Progress = Callable[[str, int, int], None]
+OnBaseline = Callable[[str, int, int], None]
 """Told (party, rounds done, rounds)."""
 
 POOLED = "pooled"
@@ -54,7 +54,7 @@ def train_alone(
     entropy: Callable[[str], Entropy],
     physical_batch_size: int,
     workers: int,
-    progress: Progress,
+    progress: OnBaseline,
 ) -> dict[str, Vector]:
     """Trains each of `names` (sites, and `POOLED`) by itself; adapters by name.
 
@@ -91,7 +91,7 @@ def _train(
     party: Party,
     model: Path,
     physical_batch_size: int,
-    progress: Progress,
+    progress: OnBaseline,
     stop: threading.Event,
 ) -> Vector:
     plan = party.plan
@@ -159,7 +159,7 @@ def _pool(sites: Mapping[str, PreparedData]) -> PreparedData:
             pad_id=parts[0].tokens.pad_id,
         ),
         labels=np.concatenate([part.labels for part in parts]),
-        prefix=Prefix(
+        prefix=FrozenCache(
             values=np.concatenate([prefix.values for prefix in prefixes]),
             pooled=prefixes[0].pooled,
         )

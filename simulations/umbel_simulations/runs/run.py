@@ -19,7 +19,7 @@ from umbel_common.adapters.vector import Vector, initial_vector, size_of
 from umbel_common.errors import UmbelError
 from umbel_common.plans.plan import CausalLm, LocalPrivacy, TrainingPlan
 from umbel_common.protocol.transcript import VerifiedJob, verify_transcript
-from umbel_simulations.backends.in_process import Federation, Outcome, public_size
+from umbel_simulations.backends.in_process import Federation, JobOutcome, public_size
 from umbel_simulations.inputs.base_model import model_folder
 from umbel_simulations.inputs.partition import partition
 from umbel_simulations.inputs.sources import Corpus, Example, load_source
@@ -153,7 +153,7 @@ class Run:
 
     def _federate(
         self, federation: Federation, plan: TrainingPlan, recorder: Recorder, judge: Judge
-    ) -> Outcome:
+    ) -> JobOutcome:
         federation.set_up(self.sites, self.corpus.labels, self.model)
         stop = threading.Event()
         observers = {site: SiteObserver(site, recorder, stop) for site in self.sites}
@@ -166,7 +166,7 @@ class Run:
             stop=stop,
         )
 
-    def _answers(self, judge: Judge, outcome: Outcome) -> list[Answers]:
+    def _answers(self, judge: Judge, outcome: JobOutcome) -> list[Answers]:
         """Some test questions, answered by each model that there is."""
         data = self.scenario.data
         if not isinstance(data, HpoData) or not data.answers:
@@ -190,7 +190,7 @@ class Run:
             for index, example in enumerate(asked)
         ]
 
-    def _differences(self, judge: Judge, outcome: Outcome) -> dict[str, Difference]:
+    def _differences(self, judge: Judge, outcome: JobOutcome) -> dict[str, Difference]:
         """Each comparison of language models against the federated adapter."""
         if not isinstance(self.plan.task, CausalLm):
             return {}
@@ -205,7 +205,7 @@ class Run:
         federated = judge.losses(outcome.adapter)
         return {name: difference(found, federated) for name, found in losses.items()}
 
-    def _comparisons(self, judge: Judge, outcome: Outcome) -> Iterator[Comparison]:
+    def _comparisons(self, judge: Judge, outcome: JobOutcome) -> Iterator[Comparison]:
         wanted = self.scenario.baselines
         if "base" in wanted:
             yield Comparison(
@@ -305,7 +305,7 @@ class Run:
 
     def _summary(
         self,
-        outcome: Outcome,
+        outcome: JobOutcome,
         comparisons: list[Comparison],
         answers: list[Answers],
         differences: dict[str, Difference],
@@ -359,7 +359,7 @@ class Run:
             points.append(CurvePoint(round=release.round, score=score, epsilon=epsilon))
         return points
 
-    def _site(self, site: str, outcome: Outcome, kept: list[events.AnyEvent]) -> SiteResult:
+    def _site(self, site: str, outcome: JobOutcome, kept: list[events.AnyEvent]) -> SiteResult:
         answers = [e for e in kept if isinstance(e, events.SiteStage) and e.site == site]
         privacy = self.plan.privacy if isinstance(self.plan.privacy, LocalPrivacy) else None
         status = outcome.status[site]

@@ -11,16 +11,16 @@ from typer.testing import CliRunner
 
 from umbel_client.cli import app
 from umbel_client.ledger.ledger import Ledger
-from umbel_client.privacy.accounting import Event, epsilon
+from umbel_client.privacy.accounting import DpEvent, epsilon
 from umbel_client.site.policy import Budget
-from umbel_client.storage.journal import Session
+from umbel_client.storage.journal import Journal
 from umbel_common.errors import LedgerError
 from umbel_common.plans.statements import RoundHeader
 from umbel_host.terminal import exit_code
 
 DATA_SET = bytes(range(32))
 PLAN = b"\x01" * 32
-FIRST, SECOND = Event(0.73, 0.1, 5), Event(1.5, 0.05, 10)
+FIRST, SECOND = DpEvent(0.73, 0.1, 5), DpEvent(1.5, 0.05, 10)
 UNLIMITED = Budget(math.inf, 1e-5)
 
 CLIENT_TOML = """
@@ -49,7 +49,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "state"
 
 
-def charge(ledger: Ledger, job: str, number: int, event: Event | None) -> None:
+def charge(ledger: Ledger, job: str, number: int, event: DpEvent | None) -> None:
     ledger.reserve(job, PLAN, number, event, UNLIMITED)
     ledger.computed(job, number, b"\x02" * 32)
     ledger.sent(job, number)
@@ -157,7 +157,7 @@ def test_verify_finds_every_head_that_was_published(ledger: Path) -> None:
 def journal_with(state: Path, head: bytes) -> None:
     """The journal of a site that answered once."""
     header = RoundHeader("f", "first", 3, 1, PLAN, PLAN, PLAN, ("a", "b", "c"))
-    session = Session(state / "session.sqlite")
+    session = Journal(state / "session.sqlite")
     session.open(header, head, b"state", b"request", b"reply")
     session.close()
 

@@ -21,7 +21,7 @@ from umbel_client.dpsgd.batch_size import (
 )
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import Batch, PooledInputs, TokenInputs
-from umbel_client.tasks.frozen_cache import Prefix, frozen_prefix
+from umbel_client.tasks.frozen_cache import FrozenCache, frozen_prefix
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import Classification, NoPrivacy, TrainingPlan
 
@@ -147,7 +147,7 @@ def test_more_than_is_useful_is_not_taken(tiny_model: Path) -> None:
     few = loaded(tiny_model, plan_of(tiny_model, training=one_round(9)))
     assert find_physical_batch_size(few, None, free=plenty) == 21
     head = loaded(tiny_model, plan_of(tiny_model, 64, {"target_modules": ()}))
-    pooled = Prefix(np.zeros((1, 16), dtype=np.float16), pooled=True)
+    pooled = FrozenCache(np.zeros((1, 16), dtype=np.float16), pooled=True)
     assert find_physical_batch_size(head, pooled, free=plenty) == 480
 
 

@@ -16,7 +16,7 @@ from umbel_client.data.units import Units
 from umbel_client.dpsgd.private_step import PrivateOptimizer
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.privacy.accounting import Event
+from umbel_client.privacy.accounting import DpEvent
 from umbel_client.privacy.calibration import SiteNoise, noise_for
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.site.policy import Budget
@@ -327,7 +327,7 @@ def releases_of_two_attempts(
     """The different deltas of one round that the ledger lets a site release."""
     noise = noise_for(plan, UNITS)
     assert noise.noise_multiplier is not None
-    event = Event(noise.noise_multiplier, noise.sampling_rate, 1)
+    event = DpEvent(noise.noise_multiplier, noise.sampling_rate, 1)
     released = []
     with Ledger.open(path, bytes(32)) as ledger:
         ledger.reserve("job", plan.digest(), 1, event, Budget(2.0, 1e-5))

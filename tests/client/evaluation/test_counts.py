@@ -13,7 +13,7 @@ from umbel_client.data.records import load_records
 from umbel_client.evaluation.counts import noisy_counts
 from umbel_client.evaluation.inference import evaluate
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.privacy.accounting import Event, calibrate, epsilon
+from umbel_client.privacy.accounting import DpEvent, calibrate, epsilon
 from umbel_client.privacy.calibration import noise_for
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.prepared import PreparedData, prepare
@@ -138,7 +138,7 @@ def test_the_plans_epsilon_covers_training_and_counts(tiny_model: Path) -> None:
     assert alone.noise_multiplier is not None
     assert beside.noise_multiplier is not None
     assert beside.noise_multiplier > alone.noise_multiplier
-    events = [Event(beside.noise_multiplier, beside.sampling_rate, 10), Event(20.0, 1.0, 1)]
+    events = [DpEvent(beside.noise_multiplier, beside.sampling_rate, 10), DpEvent(20.0, 1.0, 1)]
     spent = epsilon(events, 1e-5)
     assert 7.9 < spent <= 8.0
-    assert calibrate(8.0, 1e-5, 0.1, 30, Event(20.0, 1.0, 6)) > calibrate(8.0, 1e-5, 0.1, 30)
+    assert calibrate(8.0, 1e-5, 0.1, 30, DpEvent(20.0, 1.0, 6)) > calibrate(8.0, 1e-5, 0.1, 30)

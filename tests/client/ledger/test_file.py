@@ -11,14 +11,14 @@ import pytest
 
 from umbel_client.ledger.file import read_ledger
 from umbel_client.ledger.ledger import Ledger
-from umbel_client.privacy.accounting import Event
+from umbel_client.privacy.accounting import DpEvent
 from umbel_client.site.policy import Budget
 from umbel_common.errors import LedgerError
 
 DATA_SET = bytes(range(32))
 PLAN = b"\x01" * 32
 DELTA = b"\x02" * 32
-EVENT = Event(1.0, 0.01, 100)
+EVENT = DpEvent(1.0, 0.01, 100)
 UNLIMITED = Budget(math.inf, 1e-5)
 
 

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 
 from umbel_client.ledger.ledger import Ledger
-from umbel_client.ledger.rows import State
-from umbel_client.privacy.accounting import Event, epsilon
+from umbel_client.ledger.rows import RoundState
+from umbel_client.privacy.accounting import DpEvent, epsilon
 from umbel_client.site.policy import Budget
 from umbel_common.errors import BudgetError, LedgerError, StorageError
 
 DATA_SET = bytes(range(32))
 PLAN = b"\x01" * 32
 DELTA = b"\x02" * 32
-EVENT = Event(1.0, 0.01, 100)
+EVENT = DpEvent(1.0, 0.01, 100)
 UNLIMITED = Budget(math.inf, 1e-5)
 
 FORK = multiprocessing.get_context("fork")
@@ -51,23 +51,23 @@ def filled(path: Path) -> None:
 def test_a_round_goes_from_reserved_to_computed_to_sent(ledger: Ledger) -> None:
     assert ledger.state("job", 1) is None
     reserved = ledger.reserve("job", PLAN, 1, EVENT, UNLIMITED)
-    assert (reserved.state, reserved.delta_digest) == (State.RESERVED, None)
+    assert (reserved.state, reserved.delta_digest) == (RoundState.RESERVED, None)
     ledger.computed("job", 1, DELTA)
     computed = ledger.state("job", 1)
     assert computed is not None
-    assert (computed.state, computed.delta_digest) == (State.COMPUTED, DELTA)
+    assert (computed.state, computed.delta_digest) == (RoundState.COMPUTED, DELTA)
     ledger.sent("job", 1)
     sent = ledger.state("job", 1)
     assert sent is not None
-    assert (sent.state, sent.delta_digest) == (State.SENT, DELTA)
+    assert (sent.state, sent.delta_digest) == (RoundState.SENT, DELTA)
 
 
 def test_everything_is_still_there_after_closing_and_opening(path: Path) -> None:
     filled(path)
     with Ledger.open(path, DATA_SET) as ledger:
         assert [(entry.round, entry.state) for entry in ledger.history()] == [
-            (1, State.SENT),
-            (2, State.SENT),
+            (1, RoundState.SENT),
+            (2, RoundState.SENT),
         ]
         assert ledger.history()[0].event == EVENT
         assert ledger.spent(1e-5) == epsilon([EVENT, EVENT], 1e-5)
@@ -87,10 +87,14 @@ def test_every_step_can_be_repeated_and_costs_nothing_the_second_time(ledger: Le
 
 @pytest.mark.parametrize(
     ("plan", "event", "field"),
-    [(b"\x09" * 32, EVENT, "plan"), (PLAN, Event(1.1, 0.01, 100), "event"), (PLAN, None, "event")],
+    [
+        (b"\x09" * 32, EVENT, "plan"),
+        (PLAN, DpEvent(1.1, 0.01, 100), "event"),
+        (PLAN, None, "event"),
+    ],
 )
 def test_a_reserved_round_cannot_be_reserved_for_anything_else(
-    ledger: Ledger, plan: bytes, event: Event | None, field: str
+    ledger: Ledger, plan: bytes, event: DpEvent | None, field: str
 ) -> None:
     ledger.reserve("job", PLAN, 1, EVENT, UNLIMITED)
     with pytest.raises(LedgerError) as caught:
@@ -341,7 +345,7 @@ def test_a_kill_at_any_moment_leaves_the_ledger_at_or_above_what_was_spent(tmp_p
     path, spent = tmp_path / "ledger.sqlite", tmp_path / "spent"
     chance = random.Random(20)
     used: list[list[str]] = []
-    found: set[State] = set()
+    found: set[RoundState] = set()
     first = 1
     for _ in range(24):
         start = first

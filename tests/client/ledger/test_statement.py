@@ -6,7 +6,7 @@ import msgspec
 
 from umbel_client.ledger.rows import EVALUATION, Contents
 from umbel_client.ledger.statement import stated_rounds
-from umbel_client.privacy.accounting import Event
+from umbel_client.privacy.accounting import DpEvent
 from umbel_common.plans.plan import FederatedEvaluation, TrainingPlan
 
 MakePlan = Callable[..., TrainingPlan]
@@ -20,7 +20,7 @@ def test_a_job_that_counted_is_charged_for_its_counts_too(make_plan: MakePlan) -
         *(("job", 1), ("job", 2)),
         *(("job" + EVALUATION, 1), ("job" + EVALUATION, 2)),
     ]
-    assert {one.event for one in rounds if one.job != "job"} == {Event(9.0, 1.0, 1)}
+    assert {one.event for one in rounds if one.job != "job"} == {DpEvent(9.0, 1.0, 1)}
 
 
 def test_one_that_did_not_is_not(make_plan: MakePlan) -> None:

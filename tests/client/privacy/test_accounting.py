@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from umbel_client.privacy.accounting import (
     SMALLEST_NOISE_MULTIPLIER,
-    Event,
+    DpEvent,
     calibrate,
     epsilon,
     require_delta,
@@ -22,11 +22,11 @@ from umbel_client.privacy.accounting import (
 )
 from umbel_common.errors import CalibrationError, PolicyRefusal
 
-QUICKSTART = Event(0.73, 0.1, 30)
-LONG = Event(1.0, 0.01, 1000)
+QUICKSTART = DpEvent(0.73, 0.1, 30)
+LONG = DpEvent(1.0, 0.01, 1000)
 
 
-def google_epsilon(events: list[Event], delta: float) -> float:
+def google_epsilon(events: list[DpEvent], delta: float) -> float:
     accountant = PLDAccountant()
     for event in events:
         step = PoissonSampledDpEvent(event.sample_rate, GaussianDpEvent(event.noise_multiplier))
@@ -39,15 +39,15 @@ def google_epsilon(events: list[Event], delta: float) -> float:
     [
         ([QUICKSTART], 1e-5),
         ([LONG], 1e-5),
-        ([Event(4.0, 0.05, 200)], 1e-6),
-        ([Event(0.8, 0.01, 5)], 1e-9),
-        ([Event(5.0, 1.0, 30)], 1e-5),
-        ([Event(1.0, 0.1, 30), Event(2.0, 0.05, 50), Event(0.7, 0.2, 10)], 1e-5),
+        ([DpEvent(4.0, 0.05, 200)], 1e-6),
+        ([DpEvent(0.8, 0.01, 5)], 1e-9),
+        ([DpEvent(5.0, 1.0, 30)], 1e-5),
+        ([DpEvent(1.0, 0.1, 30), DpEvent(2.0, 0.05, 50), DpEvent(0.7, 0.2, 10)], 1e-5),
     ],
     ids=str,
 )
 def test_epsilon_is_an_upper_bound_within_one_percent_of_googles(
-    events: list[Event], delta: float
+    events: list[DpEvent], delta: float
 ) -> None:
     assert epsilon(events, delta) == pytest.approx(google_epsilon(events, delta), rel=0.01)
     # Google's own figure is pessimistic by its grid of 1e-4 for each step.
@@ -59,13 +59,13 @@ def test_epsilon_is_an_upper_bound_within_one_percent_of_googles(
     [
         (QUICKSTART, False),
         (LONG, False),
-        (Event(1.0, 1e-6, 10**9), True),
-        (Event(0.25, 1.0, 9), True),
+        (DpEvent(1.0, 1e-6, 10**9), True),
+        (DpEvent(0.25, 1.0, 9), True),
     ],
     ids=str,
 )
 def test_epsilon_never_exceeds_googles_rdp_and_is_that_where_prv_gives_up(
-    event: Event, rdp_alone: bool
+    event: DpEvent, rdp_alone: bool
 ) -> None:
     accountant = RdpAccountant()
     step = PoissonSampledDpEvent(event.sample_rate, GaussianDpEvent(event.noise_multiplier))
@@ -101,7 +101,7 @@ def test_two_jobs_cost_at_least_each_and_at_most_their_sum() -> None:
 
 
 def test_the_order_and_the_slicing_of_steps_do_not_matter() -> None:
-    sliced = [Event(0.73, 0.1, 10), LONG, Event(0.73, 0.1, 20)]
+    sliced = [DpEvent(0.73, 0.1, 10), LONG, DpEvent(0.73, 0.1, 20)]
     assert epsilon(sliced, 1e-5) == epsilon([LONG, QUICKSTART], 1e-5)
 
 
@@ -115,16 +115,16 @@ def test_the_order_and_the_slicing_of_steps_do_not_matter() -> None:
 def test_less_noise_more_records_or_more_steps_never_cost_less(
     noise: float, rate: float, steps: int, delta: float
 ) -> None:
-    here = epsilon([Event(noise, rate, steps)], delta)
-    assert epsilon([Event(noise / 1.2, rate, steps)], delta) >= here * 0.99
-    assert epsilon([Event(noise, min(1.0, rate * 1.2), steps)], delta) >= here * 0.99
-    assert epsilon([Event(noise, rate, steps * 2)], delta) >= here * 0.99
+    here = epsilon([DpEvent(noise, rate, steps)], delta)
+    assert epsilon([DpEvent(noise / 1.2, rate, steps)], delta) >= here * 0.99
+    assert epsilon([DpEvent(noise, min(1.0, rate * 1.2), steps)], delta) >= here * 0.99
+    assert epsilon([DpEvent(noise, rate, steps * 2)], delta) >= here * 0.99
 
 
 @pytest.mark.parametrize(
-    "event", [Event(0.001, 0.5, 1), Event(0.05, 1.0, 1), Event(0.2, 0.5, 100_000)], ids=str
+    "event", [DpEvent(0.001, 0.5, 1), DpEvent(0.05, 1.0, 1), DpEvent(0.2, 0.5, 100_000)], ids=str
 )
-def test_absurdly_little_noise_is_never_accounted_as_privacy(event: Event) -> None:
+def test_absurdly_little_noise_is_never_accounted_as_privacy(event: DpEvent) -> None:
     # About what one step gives away where the record was sampled: 1 / (2 s^2) + log q.
     single = 1 / (2 * event.noise_multiplier**2) + math.log(event.sample_rate)
     assert epsilon([event], 1e-5) > single
@@ -133,9 +133,9 @@ def test_absurdly_little_noise_is_never_accounted_as_privacy(event: Event) -> No
 def test_absurdly_many_steps_are_answered_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert 0.2 < epsilon([Event(1.0, 1e-6, 10**9)], 1e-5) < 1
-        assert epsilon([Event(1.0, 1.0, 1)], 1e-5) == pytest.approx(4.377, rel=0.01)
-        assert epsilon([Event(1e4, 1e-9, 1)], 1e-5) < 0.01
+        assert 0.2 < epsilon([DpEvent(1.0, 1e-6, 10**9)], 1e-5) < 1
+        assert epsilon([DpEvent(1.0, 1.0, 1)], 1e-5) == pytest.approx(4.377, rel=0.01)
+        assert epsilon([DpEvent(1e4, 1e-9, 1)], 1e-5) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_absurdly_many_steps_are_answered_without_a_warning() -> None:
 )
 def test_an_event_that_means_nothing_cannot_be_made(noise: float, rate: float, steps: int) -> None:
     with pytest.raises(ValueError, match="must be"):
-        Event(noise, rate, steps)
+        DpEvent(noise, rate, steps)
 
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, math.nan])
@@ -176,13 +176,13 @@ def test_calibrated_noise_costs_just_below_the_target(
     target: float, delta: float, rate: float, steps: int
 ) -> None:
     noise = calibrate(target, delta, rate, steps)
-    assert 0.998 * target < epsilon([Event(noise, rate, steps)], delta) <= target
+    assert 0.998 * target < epsilon([DpEvent(noise, rate, steps)], delta) <= target
 
 
 def test_no_prefix_of_a_calibrated_job_costs_more_than_the_whole() -> None:
     noise = calibrate(8, 1e-5, 0.1, 30)
     for steps in (1, 5, 15, 25, 28, 29):
-        assert epsilon([Event(noise, 0.1, steps)], 1e-5) <= 8
+        assert epsilon([DpEvent(noise, 0.1, steps)], 1e-5) <= 8
 
 
 def test_where_the_smallest_noise_is_enough_it_is_taken() -> None:

@@ -20,16 +20,16 @@ from typer.testing import CliRunner
 from umbel_client.cli import app
 from umbel_client.ledger.file import read_ledger
 from umbel_client.ledger.ledger import Ledger
-from umbel_client.ledger.rows import State
-from umbel_client.privacy.accounting import Event, epsilon
+from umbel_client.ledger.rows import RoundState
+from umbel_client.privacy.accounting import DpEvent, epsilon
 from umbel_client.site.policy import Budget
-from umbel_client.storage.journal import Session, read_published
+from umbel_client.storage.journal import Journal, read_published
 from umbel_common.errors import BudgetError, LedgerError, RemoteProtocolError, StorageError
 from umbel_common.plans.statements import RoundHeader
 from umbel_host.processes.lifecycle import locked
 
 ZEROS = bytes(32)
-EVENT = Event(1.0, 0.05, 10)
+EVENT = DpEvent(1.0, 0.05, 10)
 UNLIMITED = Budget(math.inf, 1e-5)
 CLIENT_TOML = """
 site = "north"
@@ -52,7 +52,7 @@ def header(number: int, attempt: int = 1) -> RoundHeader:
 
 def charge(state: Path, *numbers: int) -> None:
     """What a trainer writes in these rounds; of the last, an attempt is under way."""
-    session = Session(state / "session.sqlite")
+    session = Journal(state / "session.sqlite")
     with Ledger.open(state / "ledger.sqlite", ZEROS) as ledger:
         for number in numbers:
             ledger.reserve("job", ZEROS, number, EVENT, UNLIMITED)
@@ -175,7 +175,7 @@ def test_a_restored_ledger_charges_nothing_until_the_spend_is_stated(restored: P
     run(f"{STATE}4")
     with Ledger.open(restored, ZEROS) as ledger:
         assert ledger.spent(1e-5) == epsilon([EVENT] * 4, 1e-5)
-        assert {one.state for one in ledger.history()} == {State.LOST}
+        assert {one.state for one in ledger.history()} == {RoundState.LOST}
         ledger.reserve("job", ZEROS, 5, EVENT, UNLIMITED)
         ledger.computed("job", 5, b"\x05" * 32)
         assert ledger.spent(1e-5) == epsilon([EVENT] * 5, 1e-5)
@@ -189,14 +189,14 @@ def test_no_round_of_before_gets_another_delta_or_charge(restored: Path) -> None
     run(f"{STATE}4")
     with Ledger.open(restored, ZEROS) as ledger:
         for number in (1, 2, 3, 4):
-            assert ledger.reserve("job", ZEROS, number, EVENT, UNLIMITED).state is State.LOST
+            assert ledger.reserve("job", ZEROS, number, EVENT, UNLIMITED).state is RoundState.LOST
             with pytest.raises(LedgerError, match="another delta"):
                 ledger.computed("job", number, b"\x09" * 32)
         assert ledger.spent(1e-5) == epsilon([EVENT] * 4, 1e-5)
 
 
 def test_a_restored_journal_answers_no_attempt_of_before(restored: Path) -> None:
-    session = Session(restored.with_name("session.sqlite"))
+    session = Journal(restored.with_name("session.sqlite"))
     for number in (1, 2):
         with pytest.raises(RemoteProtocolError, match="over at this site"):
             session.state(header(number).context())
@@ -429,7 +429,7 @@ def test_backups_of_a_site_that_trains_are_each_of_one_moment(site: Path) -> Non
     done = threading.Event()
 
     def train() -> None:
-        session = Session(site / "state" / "session.sqlite")
+        session = Journal(site / "state" / "session.sqlite")
         with Ledger.open(site / "state" / "ledger.sqlite", ZEROS) as ledger:
             number = 3
             while not done.is_set():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from umbel_client.storage.journal import Session, read_published
+from umbel_client.storage.journal import Journal, read_published
 from umbel_common.errors import RemoteProtocolError, StorageError
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.trust.identity import Signed
@@ -30,18 +30,18 @@ def header(round_number: int = 1, attempt: int = 1) -> RoundHeader:
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    session = Session(tmp_path / "session.sqlite")
+def session(tmp_path: Path) -> Iterator[Journal]:
+    session = Journal(tmp_path / "session.sqlite")
     yield session
     session.close()
 
 
-def test_an_answer_comes_back_for_the_same_request_only(session: Session, tmp_path: Path) -> None:
+def test_an_answer_comes_back_for_the_same_request_only(session: Journal, tmp_path: Path) -> None:
     context = header().context()
     assert session.answer(context, "train", b"request") is None
     session.open(header(), HEAD, b"state", b"request", b"reply")
     session.close()
-    again = Session(tmp_path / "session.sqlite")
+    again = Journal(tmp_path / "session.sqlite")
     assert again.answer(context, "train", b"request") == b"reply"
     with pytest.raises(RemoteProtocolError) as refusal:
         again.answer(context, "train", b"another")
@@ -49,7 +49,7 @@ def test_an_answer_comes_back_for_the_same_request_only(session: Session, tmp_pa
     again.close()
 
 
-def test_burning_replaces_the_state_and_the_last_stage_deletes_it(session: Session) -> None:
+def test_burning_replaces_the_state_and_the_last_stage_deletes_it(session: Journal) -> None:
     context = header().context()
     session.open(header(), HEAD, b"first", b"q", b"r")
     session.burn(context, "share", b"q", b"r", b"second")
@@ -60,7 +60,7 @@ def test_burning_replaces_the_state_and_the_last_stage_deletes_it(session: Sessi
     assert refusal.value.check == "attempt-over"
 
 
-def test_a_stage_is_burned_once(session: Session) -> None:
+def test_a_stage_is_burned_once(session: Journal) -> None:
     context = header().context()
     session.open(header(), HEAD, b"first", b"q", b"r")
     session.burn(context, "share", b"q", b"r", b"second")
@@ -70,7 +70,7 @@ def test_a_stage_is_burned_once(session: Session) -> None:
     assert session.answer(context, "share", b"q") == b"r"
 
 
-def test_a_new_attempt_ends_the_old_ones(session: Session) -> None:
+def test_a_new_attempt_ends_the_old_ones(session: Journal) -> None:
     session.open(header(attempt=1), HEAD, b"secret", b"q", b"r")
     session.open(header(attempt=2), HEAD, b"state", b"q", b"r")
     with pytest.raises(RemoteProtocolError) as refusal:
@@ -85,7 +85,7 @@ def test_a_new_attempt_ends_the_old_ones(session: Session) -> None:
 
 
 def test_secrets_of_a_stage_are_gone_from_all_files_once_the_next_is_answered(
-    session: Session, tmp_path: Path
+    session: Journal, tmp_path: Path
 ) -> None:
     first, second = b"a very recognisable secret" * 4, b"another recognisable secret" * 4
 
@@ -102,7 +102,7 @@ def test_secrets_of_a_stage_are_gone_from_all_files_once_the_next_is_answered(
 
 
 def test_the_end_of_a_job_deletes_what_a_given_up_attempt_held(
-    session: Session, tmp_path: Path
+    session: Journal, tmp_path: Path
 ) -> None:
     secret = b"a very recognisable secret" * 4
     session.open(header(), HEAD, secret, b"q", b"r")
@@ -112,7 +112,7 @@ def test_the_end_of_a_job_deletes_what_a_given_up_attempt_held(
         session.state(header().context())
 
 
-def test_a_job_has_one_plan(session: Session) -> None:
+def test_a_job_has_one_plan(session: Journal) -> None:
     session.accept_plan("job", ONE)
     session.accept_plan("job", ONE)
     assert session.plan("job") == ONE
@@ -122,7 +122,7 @@ def test_a_job_has_one_plan(session: Session) -> None:
     assert refusal.value.check == "job-has-other-plan"
 
 
-def test_a_round_has_one_release(session: Session) -> None:
+def test_a_round_has_one_release(session: Journal) -> None:
     session.keep_release("job", 1, ONE)
     session.keep_release("job", 1, ONE)
     assert session.releases("job") == [ONE]
@@ -131,7 +131,7 @@ def test_a_round_has_one_release(session: Session) -> None:
     assert refusal.value.check == "two-releases"
 
 
-def test_confirmed_survivor_sets_are_kept_over_attempts(session: Session) -> None:
+def test_confirmed_survivor_sets_are_kept_over_attempts(session: Journal) -> None:
     session.open(header(attempt=1), HEAD, b"s", b"q", b"r")
     session.confirm(header(attempt=1).context(), ("a", "b"))
     session.open(header(attempt=2), HEAD, b"s", b"q", b"r")
@@ -141,7 +141,7 @@ def test_confirmed_survivor_sets_are_kept_over_attempts(session: Session) -> Non
     assert len(session.confirmed()) == 2
 
 
-def test_the_ledger_head_that_was_signed_last_is_known(session: Session) -> None:
+def test_the_ledger_head_that_was_signed_last_is_known(session: Journal) -> None:
     assert session.published().ledger_head is None
     session.open(header(attempt=1), HEAD, b"s", b"q", b"r")
     session.open(header(attempt=2), b"\x08" * 32, b"s", b"q", b"r")
@@ -149,7 +149,7 @@ def test_the_ledger_head_that_was_signed_last_is_known(session: Session) -> None
 
 
 def test_answers_are_counted_and_stay_counted_when_their_attempt_is_over(
-    session: Session, tmp_path: Path
+    session: Journal, tmp_path: Path
 ) -> None:
     session.open(header(attempt=1), HEAD, b"s", b"q", b"r")
     session.burn(header(attempt=1).context(), "share", b"q", b"r", b"t")
@@ -158,7 +158,7 @@ def test_answers_are_counted_and_stay_counted_when_their_attempt_is_over(
     assert session.published().answers == 3
 
 
-def test_the_file_is_readable_by_its_owner_only(session: Session, tmp_path: Path) -> None:
+def test_the_file_is_readable_by_its_owner_only(session: Journal, tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         assert path.stat().st_mode & 0o077 == 0, path
 
@@ -167,7 +167,7 @@ def test_a_corrupt_journal_is_one_clear_error(tmp_path: Path) -> None:
     path = tmp_path / "session.sqlite"
     path.write_bytes(b"no database" * 1000)
     with pytest.raises(StorageError, match=r"session\.sqlite"):
-        Session(path)
+        Journal(path)
 
 
 def test_a_journal_of_a_later_version_is_refused(tmp_path: Path) -> None:
@@ -176,4 +176,4 @@ def test_a_journal_of_a_later_version_is_refused(tmp_path: Path) -> None:
     database.execute("PRAGMA user_version = 99")
     database.close()
     with pytest.raises(StorageError, match="accepted: at most 3"):
-        Session(path)
+        Journal(path)

@@ -13,10 +13,10 @@ from umbel_common.protocol.transcript import (
     GENESIS,
     AttemptAborted,
     Entry,
-    Event,
     JobFinished,
     JobStarted,
     RoundReleased,
+    TranscriptEvent,
     append,
     verify_transcript,
 )
@@ -106,14 +106,14 @@ class Story:
     def finished(self) -> JobFinished:
         return JobFinished(release=self.outcome.adapter, delivered=("site-00",))
 
-    def entries(self, *events: Event) -> list[Signed]:
+    def entries(self, *events: TranscriptEvent) -> list[Signed]:
         head, signed = GENESIS, []
         for index, event in enumerate(events):
             head, entry = append(self.operator, index, head, event)
             signed.append(entry)
         return signed
 
-    def refused(self, *events: Event) -> str:
+    def refused(self, *events: TranscriptEvent) -> str:
         with pytest.raises(VerificationError) as refusal:
             verify_transcript(self.entries(*events), self.roster)
         return refusal.value.message

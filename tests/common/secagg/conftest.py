@@ -11,7 +11,7 @@ import pytest
 from umbel_common.canonical import decode, encode
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg import coordinator, participant
-from umbel_common.secagg.participant import Rules, State
+from umbel_common.secagg.participant import AttemptState, Rules
 from umbel_common.trust.identity import Identity, Member, Roster
 
 STAGES = ("advertise", "share", "mask", "confirm", "reveal")
@@ -63,7 +63,7 @@ class Attempt:
             name: generator.integers(0, 2**ring_bits, length).astype(f"<u{ring_bits // 8}")
             for name in names
         }
-        self.machine: Any = coordinator.start(
+        self.machine: Any = coordinator.open_attempt(
             self.header, self.roster, threshold, ring_bits, length
         )
         self.states: dict[str, Any] = {}
@@ -83,7 +83,7 @@ class Attempt:
             )
         else:
             state, payload = self.receive(site, request)
-        self.states[site] = decode(encode(state), State)
+        self.states[site] = decode(encode(state), AttemptState)
         return payload
 
     def receive(self, site: str, request: Any) -> Any:

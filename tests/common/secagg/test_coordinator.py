@@ -343,11 +343,11 @@ def test_an_attempt_is_unmasked_once(make_attempt):
 def test_a_threshold_that_makes_no_sense_is_our_own_mistake(make_attempt, threshold):
     attempt = make_attempt(SIZE, THRESHOLD)
     with pytest.raises(LocalProtocolError):
-        coordinator.start(attempt.header, attempt.roster, threshold, 32, 3)
+        coordinator.open_attempt(attempt.header, attempt.roster, threshold, 32, 3)
 
 
 def test_a_cohort_past_the_roster_is_refused(make_attempt):
     attempt = make_attempt(SIZE, THRESHOLD)
     header = changed(attempt.header, cohort=(*attempt.header.cohort, "site-99"))
     with pytest.raises(IdentityError):
-        coordinator.start(header, attempt.roster, THRESHOLD, 32, 3)
+        coordinator.open_attempt(header, attempt.roster, THRESHOLD, 32, 3)

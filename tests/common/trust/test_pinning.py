@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from umbel_common.errors import IdentityError, SignatureError, UmbelError
 from umbel_common.trust.identity import Identity, Member, Roster
 from umbel_common.trust.key_statements import OPERATOR, SignedRotation, revoke, rotate
-from umbel_common.trust.pinning import check_revocation, judge, merge
+from umbel_common.trust.pinning import check_change, check_revocation, merge
 from umbel_common.trust.roster import (
     KeyChange,
     RosterChange,
@@ -44,7 +44,7 @@ def approve(
     """North's approval: what it has pinned afterwards."""
     merged = merge(pinned, proposed, FILE)
     change = compare(pinned, merged)
-    judge(
+    check_change(
         merged,
         change,
         site="north",

@@ -32,7 +32,7 @@ from umbel_common.protocol.wire import (
 )
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
 from umbel_common.trust.identity import Identity, Roster, Signed, sign
-from umbel_server.aggregation.attempt import Attempt, Outcome, start
+from umbel_server.aggregation.attempt import Attempt, AttemptOutcome, open_attempt
 
 LENGTH = 5
 TOO_FEW = {
@@ -84,7 +84,7 @@ class World:
         )
         nothing = Signed(statement=b"", signature=bytes(64))
         request = TrainRequest(header=nothing, release=nothing, adapter=b"")
-        attempt = start(header, self.roster, self.plan, request, LENGTH, {})
+        attempt = open_attempt(header, self.roster, self.plan, request, LENGTH, {})
         return attempt, Sites(header, self.plan, self.identities, self.roster, LENGTH)
 
 
@@ -102,7 +102,7 @@ class Schedule:
         self.vectors: dict[str, bytes] = {}
         self.lied: set[str] = set()
 
-    def run(self) -> Outcome | RoundAborted:
+    def run(self) -> AttemptOutcome | RoundAborted:
         """To the outcome, or to the abort."""
         while True:
             self._stage()
@@ -110,7 +110,7 @@ class Schedule:
                 state = self.attempt.advance()
             except RoundAborted as abort:
                 return abort
-            if isinstance(state, Outcome):
+            if isinstance(state, AttemptOutcome):
                 return state
             self.attempt = state
 
@@ -351,6 +351,6 @@ def test_what_a_network_does_to_honest_sites_costs_nobody_a_place(
     plan = make_plan(aggregation=Aggregation(threshold=size, clip_range=1.0, step=0.01))
     schedule = Schedule(World(plan, make_federation(size)), data, faulty={})
     end = schedule.run()
-    assert isinstance(end, Outcome)
+    assert isinstance(end, AttemptOutcome)
     assert end.aggregate.survivors == schedule.attempt.header.cohort
     assert schedule.attempt.refusals == {}

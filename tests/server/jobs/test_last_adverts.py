@@ -13,7 +13,7 @@ from umbel_common.plans.statements import RoundHeader
 from umbel_common.protocol.wire import TrainRequest
 from umbel_common.secagg.messages import KeyAdvert
 from umbel_common.trust.identity import open_signed
-from umbel_server.storage.journal import Store
+from umbel_server.storage.journal import Journal
 
 THREE = Aggregation(threshold=3, clip_range=1.0, step=1e-6)
 MakeSetting = Callable[..., Any]
@@ -51,7 +51,7 @@ def test_an_advert_of_an_attempt_that_failed_is_shown_too_also_after_a_restart(
         setting.job(attempts=1).run()
     setting.link.lost = lambda step, site: False
     setting.store.close()
-    setting.store = Store(setting.folder / "journal.sqlite")
+    setting.store = Journal(setting.folder / "journal.sqlite")
     setting.job().run()
     for site in setting.sites:
         assert shown(setting, site) == [None, 1, 1, 2]
@@ -82,7 +82,7 @@ def test_a_reply_that_breaks_a_rule_is_not_kept(make_setting: MakeSetting) -> No
 
     liar.answer = answer
     setting.job().run()
-    with closing(Store(setting.folder / "journal.sqlite")) as store:
+    with closing(Journal(setting.folder / "journal.sqlite")) as store:
         assert set(store.last_adverts()) == {"site-00", "site-02", "site-03"}
 
 

@@ -10,7 +10,7 @@ import pytest
 from umbel_common.errors import JobFailed
 from umbel_common.plans.plan import Aggregation
 from umbel_common.protocol.wire import MAGIC, WIRE_VERSION
-from umbel_server.jobs.progress import Progress
+from umbel_server.jobs.progress import ProgressObserver
 from umbel_server.storage.job_queue import JobQueue
 
 TWO = Aggregation(threshold=2, clip_range=1.0, step=1e-6)
@@ -41,7 +41,7 @@ def test_a_site_of_another_version_is_named_in_the_log_and_sits_the_job_out(
     asked: list[int] = []
     speaks(setting, "site-01", version, asked)
     with closing(JobQueue(setting.folder / "queue.sqlite")) as queue:
-        setting.observer = Progress(queue, "job")
+        setting.observer = ProgressObserver(queue, "job")
         with caplog.at_level(logging.ERROR, logger="umbel.rounds"):
             assert setting.job().run().survivors == ("site-00", "site-02")
     line = f"no work with site-01: site-01 speaks wire version {version}, this side speaks"

@@ -17,8 +17,8 @@ from umbel_common.trust.identity import Signed, sign
 from umbel_host.files.keys import read_identity
 from umbel_host.processes.lifecycle import locked
 from umbel_server.cli import app
-from umbel_server.storage.job_queue import JobQueue, State
-from umbel_server.storage.journal import Store
+from umbel_server.storage.job_queue import JobQueue, JobState
+from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
 
 
@@ -67,11 +67,11 @@ def operator(
     )
     signed = sign(identity, plan)
     event = JobStarted(plan=signed, roster=bytes(32), release=release)
-    with closing(Store(folder / "state" / "journal.sqlite")) as store:
+    with closing(Journal(folder / "state" / "journal.sqlite")) as store:
         store.start_job(identity, "job", signed, adapter, release, event)
         store.keep_advert("a", release, Signed(statement=b"advert", signature=bytes(64)))
     with closing(JobQueue(folder / "state" / "queue.sqlite")) as queue:
-        for name, state in (("done", State.FINISHED), ("job", State.RUNNING)):
+        for name, state in (("done", JobState.FINISHED), ("job", JobState.RUNNING)):
             queue.add(name, signed)
             queue.set_state(name, state)
         queue.add("next", signed)
@@ -90,16 +90,16 @@ def test_an_operator_comes_back_on_an_empty_machine_with_its_jobs_stopped(
     assert "stopped   job, next\n" in run("restore ../b.tar")
     assert texts(operator) == before
     plan = make_plan()
-    with closing(Store(operator / "state" / "journal.sqlite")) as store:
+    with closing(Journal(operator / "state" / "journal.sqlite")) as store:
         number, adapter, _ = store.last_release("job")
         assert number == 0
         assert Registry(operator / "state" / "registry").load(plan, adapter).size == plan.lora.size
         assert store.last_adverts()["a"].advert.statement == b"advert"
     with closing(JobQueue(operator / "state" / "queue.sqlite")) as queue:
         assert [job.state for job in queue.jobs()] == [
-            State.FINISHED,
-            State.STOPPED,
-            State.STOPPED,
+            JobState.FINISHED,
+            JobState.STOPPED,
+            JobState.STOPPED,
         ]
         assert "restored from the backup of" in queue.job("job").detail
     assert (operator / "identity.pem").stat().st_mode & 0o777 == 0o600
@@ -135,5 +135,5 @@ def test_an_operator_without_a_job_has_a_backup_too(operator: Path) -> None:
     shutil.rmtree(operator / "state")
     run("backup --out b.tar")
     run("restore b.tar")
-    with closing(Store(operator / "state" / "journal.sqlite")) as store:
+    with closing(Journal(operator / "state" / "journal.sqlite")) as store:
         assert store.jobs() == []

@@ -9,7 +9,7 @@ import pytest
 from umbel_common.errors import JobUnknown, RunExists, StorageError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.trust.identity import Identity, sign
-from umbel_server.storage.job_queue import JobQueue, State
+from umbel_server.storage.job_queue import JobQueue, JobState
 
 MakePlan = Callable[..., TrainingPlan]
 OPERATOR = Identity.generate(os.urandom)
@@ -32,21 +32,21 @@ def turn(queue: JobQueue) -> str | None:
 
 def test_jobs_take_turns_in_the_order_in_which_they_came(queue: JobQueue) -> None:
     assert turn(queue) == "a"
-    queue.set_state("a", State.FINISHED)
+    queue.set_state("a", JobState.FINISHED)
     assert turn(queue) == "b"
-    queue.set_state("b", State.FAILED, "too few sites")
+    queue.set_state("b", JobState.FAILED, "too few sites")
     assert turn(queue) is None
 
 
 def test_the_job_under_way_goes_on_first(queue: JobQueue) -> None:
-    queue.set_state("b", State.RUNNING)
+    queue.set_state("b", JobState.RUNNING)
     assert turn(queue) == "b"
 
 
 def test_a_plan_that_nobody_approves_holds_nobody_up(queue: JobQueue) -> None:
-    queue.set_state("a", State.WAITING, "awaiting approval")
+    queue.set_state("a", JobState.WAITING, "awaiting approval")
     assert turn(queue) == "b"
-    queue.set_state("b", State.WAITING, "awaiting approval")
+    queue.set_state("b", JobState.WAITING, "awaiting approval")
     assert turn(queue) == "a"
 
 
@@ -63,33 +63,33 @@ def test_a_job_that_nobody_started_is_unknown(queue: JobQueue) -> None:
 
 
 def test_a_running_job_is_asked_to_stop_and_a_waiting_one_is_stopped(queue: JobQueue) -> None:
-    queue.set_state("a", State.RUNNING)
+    queue.set_state("a", JobState.RUNNING)
     assert queue.ask_to_stop("a").stop
     assert queue.stop_wanted("a")
-    assert queue.job("a").state is State.RUNNING
-    assert queue.ask_to_stop("b").state is State.STOPPED
-    queue.set_state("a", State.STOPPED)
+    assert queue.job("a").state is JobState.RUNNING
+    assert queue.ask_to_stop("b").state is JobState.STOPPED
+    queue.set_state("a", JobState.STOPPED)
     assert not queue.stop_wanted("a")
 
 
-@pytest.mark.parametrize("state", [State.STOPPED, State.FAILED])
-def test_what_stopped_or_failed_can_go_on(queue: JobQueue, state: State) -> None:
+@pytest.mark.parametrize("state", [JobState.STOPPED, JobState.FAILED])
+def test_what_stopped_or_failed_can_go_on(queue: JobQueue, state: JobState) -> None:
     queue.set_state("a", state, "reason")
     resumed = queue.resume("a")
-    assert (resumed.state, resumed.detail, resumed.stop) == (State.WAITING, "", False)
+    assert (resumed.state, resumed.detail, resumed.stop) == (JobState.WAITING, "", False)
 
 
 def test_a_finished_job_stays_finished(queue: JobQueue) -> None:
-    queue.set_state("a", State.FINISHED)
-    assert queue.resume("a").state is State.FINISHED
-    assert queue.ask_to_stop("a").state is State.FINISHED
+    queue.set_state("a", JobState.FINISHED)
+    assert queue.resume("a").state is JobState.FINISHED
+    assert queue.ask_to_stop("a").state is JobState.FINISHED
 
 
 def test_a_stop_that_was_not_carried_out_yet_can_be_taken_back(queue: JobQueue) -> None:
-    queue.set_state("a", State.RUNNING)
+    queue.set_state("a", JobState.RUNNING)
     queue.ask_to_stop("a")
     assert not queue.resume("a").stop
-    assert queue.job("a").state is State.RUNNING
+    assert queue.job("a").state is JobState.RUNNING
 
 
 def test_another_process_sees_what_was_written(queue: JobQueue, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_another_process_sees_what_was_written(queue: JobQueue, tmp_path: Path) 
     other.close()
     assert (found.round, found.attempt, found.stage) == (2, 1, "mask")
     assert found.answered == ("north", "south")
-    assert queue.job("a").state is State.STOPPED
+    assert queue.job("a").state is JobState.STOPPED
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from umbel_common.errors import StorageError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Identity, sign
-from umbel_server.storage.journal import Store
+from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
 
 MakePlan = Callable[..., TrainingPlan]
@@ -81,11 +81,11 @@ def test_a_registry_on_a_full_disk_leaves_nothing_behind(
 
 
 def test_an_attempt_number_is_burned_before_it_is_used(tmp_path: Path, release: Any) -> None:
-    store = Store(tmp_path / "journal.sqlite")
+    store = Journal(tmp_path / "journal.sqlite")
     assert store.next_attempt("job", 1) == 1
     store.open_attempt("job", 1, 1, release)
     store.close()
-    store = Store(tmp_path / "journal.sqlite")
+    store = Journal(tmp_path / "journal.sqlite")
     assert store.next_attempt("job", 1) == 2
     assert store.next_attempt("job", 2) == 1
     with pytest.raises(StorageError):
@@ -98,7 +98,7 @@ def test_a_corrupt_journal_is_one_clear_error(tmp_path: Path, content: bytes) ->
     path = tmp_path / "journal.sqlite"
     path.write_bytes(content)
     with pytest.raises(StorageError, match=r"journal\.sqlite"):
-        Store(path)
+        Journal(path)
 
 
 def test_a_journal_of_a_later_version_is_refused(tmp_path: Path) -> None:
@@ -107,4 +107,4 @@ def test_a_journal_of_a_later_version_is_refused(tmp_path: Path) -> None:
     database.execute("PRAGMA user_version = 99")
     database.close()
     with pytest.raises(StorageError, match="accepted: at most 2"):
-        Store(path)
+        Journal(path)

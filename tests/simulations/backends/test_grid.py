@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from umbel_client.relay.flower import NOT_OURS, Pieces, answer, whole
+from umbel_client.relay.flower import NOT_OURS, Pieces, answer_message, whole
 from umbel_host.transport.flower import packed, unpacked
 from umbel_host.transport.pieces import FLOWER_FIELD, FLOWER_MESSAGE_TYPE, FLOWER_RECORD
 from umbel_server.messaging.link import Step
@@ -19,7 +19,7 @@ BOTH = [("site-2", b"abc"), ("site-3", b"xyz")]
 
 
 def echo(message: Message) -> Message:
-    return answer(message, whole(lambda sealed: sealed[::-1]))
+    return answer_message(message, whole(lambda sealed: sealed[::-1]))
 
 
 @pytest.fixture
@@ -119,9 +119,9 @@ def test_messages_are_pushed_and_pulled_one_at_a_time_as_they_are_made(
 class FullGrid(InProcessGrid):
     """Takes no message for node 2, in one of the ways in which Flower says so."""
 
-    def __init__(self, nodes: dict[int, Node], answer: list[str]) -> None:
+    def __init__(self, nodes: dict[int, Node], answer_message: list[str]) -> None:
         super().__init__(nodes, workers=2)
-        self._answer = answer
+        self._answer = answer_message
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         (message,) = messages
@@ -130,11 +130,11 @@ class FullGrid(InProcessGrid):
         )
 
 
-@pytest.mark.parametrize("answer", [[], [""]], ids=["message too large", "node unknown"])
+@pytest.mark.parametrize("answer_message", [[], [""]], ids=["message too large", "node unknown"])
 def test_a_message_that_flower_does_not_take_is_not_waited_for(
-    grids: list[InProcessGrid], answer: list[str]
+    grids: list[InProcessGrid], answer_message: list[str]
 ) -> None:
-    grid = FullGrid({2: echo, 3: echo}, answer)
+    grid = FullGrid({2: echo, 3: echo}, answer_message)
     grids.append(grid)
     over = GridLink(grid, {"site-2": 2, "site-3": 3}, poll_seconds=0.01)
     began = time.monotonic()
@@ -198,7 +198,7 @@ def test_a_message_that_is_not_ours_is_answered_by_an_error_and_touches_nothing(
     def never(pieces: Pieces) -> Pieces:
         raise AssertionError("the trainer was reached")
 
-    grid = InProcessGrid({2: lambda message: answer(message, never)}, workers=1)
+    grid = InProcessGrid({2: lambda message: answer_message(message, never)}, workers=1)
     grids.append(grid)
     message = Message(RecordDict(content), dst_node_id=2, message_type=message_type)
     (identifier,) = grid.push_messages([message])
