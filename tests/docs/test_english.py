@@ -22,7 +22,7 @@ DANGLING_THAT = re.compile(r"^That (?!is |was |means )")
 """A text that starts with a clause instead of its noun."""
 UNIDIOMATIC = re.compile(
     r"\b(?:[Ww]homever|[Ww]hoever|(?:is|are|was|were) none\b(?! of)|of then\b|so many\b"
-    r"|go(?:es|ing)? on\b|went on\b|anew\b)"
+    r"|(?:goes|going|went) on\b|go on (?:with|from|after|until)\b|anew\b)"
 )
 
 

@@ -66,6 +66,78 @@ def test_noise_has_the_scale_of_opacus() -> None:
     assert float(ours.detach().std()) == pytest.approx(float(theirs.detach().std()), rel=0.02)
 
 
+RIGHT = {"noise_multiplier": 1.5, "clip_norm": 3.0, "expected_batch_size": 7.5}
+WRONG = {
+    "a larger clip bound under the same noise": {
+        "clip_norm": 3.3,
+        "noise_multiplier": 1.5 * 3.0 / 3.3,
+    },
+    "another rule of clipping": {"clipping": automatic},
+    "noise of a larger standard deviation": {"noise_multiplier": 1.6},
+    "a sum that is not divided": {"expected_batch_size": 1.0},
+    "a sum divided by the number of records in this batch": {"expected_batch_size": 8.0},
+}
+"""Settings under which our step must not equal that of Opacus under `RIGHT`."""
+
+
+def assert_equal_to_opacus(
+    monkeypatch: pytest.MonkeyPatch, ours: dict[str, object], theirs: dict[str, float]
+) -> None:
+    """Takes one step of gradient descent with each optimiser and compares gradients and parameters.
+
+    The gradients of the eight records are the same, and so is the noise: Opacus' source of noise is
+    replaced by the draws of ours.
+
+    Raises:
+        AssertionError: the two steps differ by more than float32 explains.
+    """
+    shapes, records = [(5,), (1,), (4, 6)], made_up(8)
+    left = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    right = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    mine = PrivateOptimizer(torch.optim.SGD(left, lr=0.1), NoiseSource(fixed(1)), **ours)
+    opacus = DPOptimizer(
+        torch.optim.SGD(right, lr=0.1),
+        noise_multiplier=theirs["noise_multiplier"],
+        max_grad_norm=theirs["clip_norm"],
+        expected_batch_size=theirs["expected_batch_size"],
+    )
+    sizes = [parameter.numel() for parameter in right]
+    draws = iter(torch.from_numpy(NoiseSource(fixed(1)).normal(sum(sizes))).split(sizes))
+
+    def same_noise(*, std: float, reference: torch.Tensor, **_source: object) -> torch.Tensor:
+        return (std * next(draws)).to(reference.dtype).view_as(reference)
+
+    monkeypatch.setattr("opacus.optimizers.optimizer._generate_noise", same_noise)
+    for p, q, rows in zip(left, right, records, strict=True):
+        p.grad_sample = rows.clone().view(8, *p.shape)
+        q.grad_sample = rows.clone().view(8, *q.shape)
+    mine.accumulate(8)
+    mine.step()
+    opacus.step()
+    assert next(draws, None) is None, "Opacus did not draw its noise as it does in 1.6"
+    for p, q in zip(left, right, strict=True):
+        # Opacus adds a millionth to each norm before it divides by it.
+        torch.testing.assert_close(p.grad, q.grad, rtol=2e-5, atol=1e-6 * theirs["clip_norm"])
+        torch.testing.assert_close(p, q, rtol=2e-5, atol=1e-7 * theirs["clip_norm"])
+
+
+@pytest.mark.parametrize("clip_norm", [0.01, 3.0, 1e4])
+def test_a_step_under_the_same_noise_is_that_of_opacus(
+    monkeypatch: pytest.MonkeyPatch, clip_norm: float
+) -> None:
+    settings = {**RIGHT, "clip_norm": clip_norm}
+    assert_equal_to_opacus(monkeypatch, settings, settings)
+
+
+@pytest.mark.parametrize("changed", WRONG.values(), ids=WRONG)
+def test_a_step_with_a_wrong_setting_is_not_that_of_opacus(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, object]
+) -> None:
+    """Without this, the comparison could be blind to what it compares."""
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        assert_equal_to_opacus(monkeypatch, {**RIGHT, **changed}, RIGHT)
+
+
 def test_automatic_clipping_brings_every_gradient_to_nearly_the_clip_norm() -> None:
     for records in (1, 7):
         gradients = made_up(records)
