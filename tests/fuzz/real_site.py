@@ -43,6 +43,7 @@ from umbel_common.protocol.wire import (
     size_limit,
 )
 from umbel_common.secagg import coordinator, participant
+from umbel_common.secagg.rules import Rules
 from umbel_common.toml_values import parse_toml
 from umbel_common.trust.identity import sign
 
@@ -232,7 +233,7 @@ class Peers:
         state = self._states.get(site)
         match state:
             case None:
-                rules = participant.Rules(threshold=2, colluding=0, minimum_cohort=2)
+                rules = Rules(threshold=2, colluding=0, minimum_cohort=2)
                 return participant.advertise(
                     self._header, site, rules, IDENTITIES[site], bytes(32), self._entropy
                 )

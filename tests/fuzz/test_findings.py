@@ -12,6 +12,7 @@ from umbel_client.site.config import ClientConfig
 from umbel_common.errors import ConfigError, PlanError, RemoteProtocolError
 from umbel_common.plans.plan import check_plan
 from umbel_common.secagg import participant
+from umbel_common.secagg.rules import Rules
 from umbel_common.toml_values import parse_toml
 
 
@@ -36,7 +37,7 @@ def test_keys_of_a_site_that_only_the_header_knows_are_a_breach_of_protocol() ->
     """The operator signs a cohort with a site outside the roster, and plays that site."""
     cohort = ("site-a", "site-b", "site-d")
     header = msgspec.structs.replace(HEADER, cohort=cohort)
-    rules = participant.Rules(threshold=2, colluding=0, minimum_cohort=2)
+    rules = Rules(threshold=2, colluding=0, minimum_cohort=2)
     identities = {**IDENTITIES, "site-d": identity("site-d")}
     states, adverts = zip(
         *(

@@ -9,6 +9,7 @@ import numpy as np
 from umbel_common.canonical import Entropy
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg import coordinator, participant
+from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Identity, Roster
 
 STAGES = ("advertise", "share", "mask", "confirm", "reveal")
@@ -23,7 +24,7 @@ class Run:
         self.entropy = entropy
         self.header = msgspec.convert(inputs["header"], RoundHeader)
         self.roster = msgspec.convert(inputs["roster"], Roster)
-        self.rules = msgspec.convert(inputs["rules"], participant.Rules)
+        self.rules = msgspec.convert(inputs["rules"], Rules)
         self.identities = {site: Identity(seed) for site, seed in inputs["seeds"].items()}
         self.dtype = f"<u{inputs['ring_bits'] // 8}"
         length = len(self.vector(self.header.cohort[0]))

@@ -11,7 +11,8 @@ import pytest
 from umbel_common.canonical import decode, encode
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg import coordinator, participant
-from umbel_common.secagg.participant import AttemptState, Rules
+from umbel_common.secagg.participant import AttemptState
+from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Identity, Member, Roster
 
 STAGES = ("advertise", "share", "mask", "confirm", "reveal")

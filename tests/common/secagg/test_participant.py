@@ -15,8 +15,8 @@ from umbel_common.canonical import encode
 from umbel_common.errors import IdentityError, LocalProtocolError, RemoteProtocolError
 from umbel_common.secagg import participant
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
-from umbel_common.secagg.participant import Rules
 from umbel_common.secagg.primitives import seal, share_binding
+from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Identity, sign
 
 ME, PEER, OTHER = "site-00", "site-01", "site-02"
