@@ -30,14 +30,16 @@ def probe(address: str) -> None:
     """
     if not address.startswith(SCHEME) or address == SCHEME:
         raise ConfigError(
-            "a probe is given no socket",
+            "a probe needs the address of a socket",
             found=address or "nothing",
             accepted="unix:PATH, such as unix:/srv/umbel/operator/state/carrier.sock",
         )
     path = Path(address.removeprefix(SCHEME))
     if not healthy(path, SECONDS):
         raise UmbelError(
-            "a process runs and is not well", file=path, remedy="its log says what it waits for"
+            "a process runs and is not well",
+            file=path,
+            remedy="its log says what it is waiting for",
         )
 
 

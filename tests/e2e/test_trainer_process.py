@@ -135,7 +135,7 @@ def test_a_second_trainer_on_one_state_folder_refuses_to_start(clinics: Clinics)
     second = Daemon(site.folder, "umbel_client.trainer_process", str(site.config))
     second.start()
     assert second.wait() == 50
-    assert "runs already" in site.trainer.log.read_text()
+    assert "is already running" in site.trainer.log.read_text()
     # The first one's socket is still its own.
     stub = TrainerStub(site.socket)
     assert stub.handle(b"garbage")

@@ -131,7 +131,7 @@ class Stage(Generic[Answer]):
     def _expect(self, site: str) -> None:
         # C0.1
         require(
-            site in self.sites, "unexpected-site", "a site answers that was not asked", field=site
+            site in self.sites, "unexpected-site", "a site that was not asked answers", field=site
         )
         require(site not in self.answers, "second-answer", "a site answers twice", field=site)
 

@@ -378,7 +378,7 @@ class Masked(SiteState, frozen=True, tag="masked"):
         require(
             self.site in survivors,
             "own-site-missing",
-            "this site sent its vector and is no survivor",
+            "this site sent its vector but is not among the survivors",
             field=self.site,
         )
         # S4.3

@@ -2,7 +2,7 @@
 
 The law: no mask is removed before every secret was checked. A revealed share carries no
 authentication, but each secret has something that was signed: a seed its commitment, a mask key its
-public half. So the sum is right or there is none. `RunningSum` is steps C3.2 and C5.4 of
+public half. So an attempt gives the right sum or no sum. `RunningSum` is steps C3.2 and C5.4 of
 `coordinator`, `Secrets.recover` is C5.5, `unmask` is C5.5 and C5.6.
 
 Wrong shares can only stop an attempt. With m sites that reveal and a threshold of t, this many may

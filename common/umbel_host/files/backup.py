@@ -154,7 +154,7 @@ def require_party(backup: Path, manifest: Manifest, party: str) -> None:
     """
     if manifest.party != party:
         raise StorageError(
-            "a backup is of another party; nothing was changed",
+            "a backup belongs to another party; nothing was changed",
             file=backup,
             found=manifest.party,
             accepted=party,
@@ -263,7 +263,7 @@ def _private(path: str, flags: int) -> int:
 
 def _broken(backup: Path, found: object) -> StorageError:
     return StorageError(
-        "a backup is damaged, cut short, or none; nothing was changed",
+        "a file is not a backup, or a damaged one; nothing was changed",
         file=backup,
         found=found,
         remedy="use another copy of it, or an earlier backup",

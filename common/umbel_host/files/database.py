@@ -102,7 +102,7 @@ def storage_errors(path: Path, kind: str) -> Iterator[None]:
             f"the {kind} cannot be used",
             file=path,
             found=error,
-            remedy="see that the disk has space and the file is writable and intact",
+            remedy="check that the disk has space, and that the file is writable and intact",
         ) from error
 
 

@@ -58,7 +58,7 @@ def require_state(folder: Path) -> None:
         ) from None
     if os.geteuid() == 0 != owner:
         raise StorageError(
-            "the state folder is another user's, who could not use what root writes there",
+            "the state folder belongs to another user, who could not use what root writes there",
             file=folder,
             found=f"user {this_user()}",
             accepted=f"the folder's owner, user {_name(owner)}",
@@ -85,7 +85,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise StorageError(
-                f"{what} runs already",
+                f"{what} is already running",
                 file=path,
                 remedy="stop the other process, or give this one a state folder of its own",
             ) from None

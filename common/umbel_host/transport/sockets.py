@@ -121,7 +121,7 @@ def unreachable(path: Path, error: grpc.RpcError) -> UnreachableError:
         "another process of this machine does not answer",
         file=path,
         found=getattr(error, "details", lambda: str(error))(),
-        remedy="see that it is running, and that you may open its socket",
+        remedy="check that it is running, and that you may open its socket",
     )
 
 

@@ -13,7 +13,7 @@ from umbel_common.plans.plan import (
     FederatedEvaluation,
     TrainingPlan,
     check_plan,
-    deviation,
+    standard_deviation,
 )
 from umbel_common.secagg.encoding import add_mean, encode, encoding_of
 
@@ -55,8 +55,8 @@ def test_more_records_than_the_plan_knows_count_as_so_many(make_plan: MakePlan) 
 
 
 def test_noise_grows_with_the_root_of_the_sites() -> None:
-    assert deviation(EVALUATION) == pytest.approx(2 * 2**0.5)
-    assert deviation(EVALUATION, 9) == pytest.approx(3 * deviation(EVALUATION))
+    assert standard_deviation(EVALUATION) == pytest.approx(2 * 2**0.5)
+    assert standard_deviation(EVALUATION, 9) == pytest.approx(3 * standard_deviation(EVALUATION))
 
 
 def test_no_mean_of_noise_alone() -> None:

@@ -196,7 +196,9 @@ def test_a_header_fits_the_release_before(
 
 def test_a_release_is_of_its_attempt(story: Story) -> None:
     other = sign(story.operator, story.release(attempt=3))
-    assert "not of this attempt" in story.refused(story.started(), story.released(release=other))
+    assert "does not belong to this attempt" in story.refused(
+        story.started(), story.released(release=other)
+    )
 
 
 def test_keys_are_of_this_attempt_and_of_every_survivor(story: Story) -> None:

@@ -30,7 +30,7 @@ def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path: Path) -> None:
     ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(StorageError, match="runs already"), locked(path, "this process"):
+        with pytest.raises(StorageError, match="is already running"), locked(path, "this process"):
             pass
         holder.kill()
     with locked(path, "this process"):
