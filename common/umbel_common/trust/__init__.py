@@ -1,1 +1,1 @@
-"""Who speaks, and who is believed: identities, rosters, enrolment. No IO; people decide elsewhere."""
+"""Who speaks and who is believed: identities, rosters, enrolment. Pure; people decide elsewhere."""

@@ -92,7 +92,7 @@ def public_pem(key: ec.EllipticCurvePublicKey) -> str:
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
-def ask(
+def sign_request(
     federation: str, site: str, identity: Identity, relay_key: ec.EllipticCurvePrivateKey
 ) -> SignedRequest:
     """A request, signed by both keys.
@@ -156,7 +156,7 @@ def check_request(signed: SignedRequest, file: object) -> ec.EllipticCurvePublic
     return key
 
 
-def give(kit: SiteKit, operator: Identity) -> SignedKit:
+def sign_kit(kit: SiteKit, operator: Identity) -> SignedKit:
     """A kit, signed by the operator."""
     return SignedKit(kit, operator.sign(label_of(SiteKit), encode(kit)))
 
