@@ -1,4 +1,4 @@
-"""The server as a site."""
+"""A site that the server plays."""
 
 import os
 
@@ -28,7 +28,7 @@ from umbel_common.trust.identity import Identity, Roster
 
 
 class Puppet:
-    """A site that the server plays, or that colludes with it; its delta is zero, of weight zero."""
+    """A site that the server plays, or that colludes with it. Its delta and its weight are zero."""
 
     def __init__(self, name: str, identity: Identity, plan: TrainingPlan) -> None:
         self.name = name
@@ -39,7 +39,7 @@ class Puppet:
         self.mask_secret = b""
 
     def answer(self, request: Request, roster: Roster) -> Reply:
-        """Follows the protocol, over the roster that the server plays it with."""
+        """The answer by the protocol, under the roster with which the server plays the site."""
         match self.state, request:
             case _, TrainRequest():
                 header = decode(request.header.statement, RoundHeader)

@@ -1,4 +1,4 @@
-"""Inputs that showed a bug. Each stays here, by its own name, once it is mended."""
+"""Inputs that showed a bug. Each stays here under its own name after the bug is mended."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ from umbel_common.toml_values import parse_toml
     "text", ["threads = " + "9" * 5000, "threads = " + "[" * 3000], ids=["digits", "nesting"]
 )
 def test_a_number_too_long_or_lists_too_deep_are_a_configuration_error(text: str) -> None:
-    """tomllib raises a plain ValueError or RecursionError, no TOMLDecodeError."""
+    """tomllib raises a plain ValueError or RecursionError, not a TOMLDecodeError."""
     with pytest.raises(ConfigError):
         parse_toml(text, ClientConfig, Path("client.toml"))
 

@@ -1,4 +1,4 @@
-"""One command asks every process of ours whether it is well."""
+"""One command asks any process of ours whether it is well."""
 
 import os
 import subprocess

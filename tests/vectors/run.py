@@ -1,4 +1,4 @@
-"""One whole attempt, driven by the inputs of a vector through both machines of the product."""
+"""One whole attempt, driven by the inputs of a vector through both state machines."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +16,10 @@ STAGES = ("advertise", "share", "mask", "confirm", "reveal")
 
 
 class Run:
-    """Sites and coordinator in memory; `output` is what each stage sent."""
+    """Sites and coordinator in memory; `output` has what each stage sent."""
 
     def __init__(self, inputs: Mapping[str, Any], entropy: Mapping[str, Entropy]) -> None:
-        """`inputs` as in a vector, its byte strings as bytes."""
+        """Takes the inputs of a vector, with its byte strings as bytes."""
         self.inputs = inputs
         self.entropy = entropy
         self.header = msgspec.convert(inputs["header"], RoundHeader)
@@ -39,7 +39,7 @@ class Run:
         return np.frombuffer(self.inputs["vectors"][site], dtype=self.dtype).copy()
 
     def requests(self, stage: str) -> dict[str, Any]:
-        """What the coordinator asks, by site."""
+        """The coordinator's requests, by site."""
         if stage == "advertise":
             return dict.fromkeys(self.header.cohort, self.header)
         return dict(self.machine.requests())
@@ -70,7 +70,7 @@ class Run:
                 raise AssertionError("the attempt is over for this site")
 
     def to(self, stage: str) -> "Run":
-        """Runs the stages before `stage`; `end` runs all of them."""
+        """Runs the stages before `stage`; for `end`, all of them."""
         for present in STAGES[: (*STAGES, "end").index(stage)]:
             sent: dict[str, Any] = {}
             for site, request in self.requests(present).items():
@@ -83,7 +83,7 @@ class Run:
         return self
 
     def whole(self) -> dict[str, Any]:
-        """What every stage sent, and the sum."""
+        """The messages of every stage, and the sum."""
         self.to("end")
         return {
             **self.output,

@@ -86,7 +86,7 @@ def test_a_process_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnreachableError, match=r"nobody\.sock"):
         is_healthy(tmp_path / "nobody.sock", 0.5)
     control = ControlStub(tmp_path / "nobody.sock")
-    with pytest.raises(UnreachableError, match="see that it is running"):
+    with pytest.raises(UnreachableError, match="check that it is running"):
         control.status(0.5)
     control.close()
 

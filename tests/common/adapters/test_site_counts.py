@@ -37,7 +37,7 @@ def test_the_sum_of_counts_comes_back(make_plan: MakePlan) -> None:
     add_mean(total, encoding, [mean, shares])
     assert mean == pytest.approx(delta, abs=1e-5)
     found = counts_of(shares, plan.aggregation, EVALUATION, len(sites))
-    # A step of 1e-6 of the clip range is 0.005 records, for each site.
+    # A step of 1e-6 of the clip range is 0.005 records at each site.
     assert found.records == pytest.approx(1142.85, abs=0.05)
     assert found.score == pytest.approx(886.9, abs=0.05)
     assert found.mean() == pytest.approx(0.776, abs=1e-3)

@@ -1,4 +1,4 @@
-"""Both machines of an attempt, wired together in memory; tests stop them where they like."""
+"""Both state machines of an attempt, wired together in memory; tests stop them at any stage."""
 
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -24,7 +24,7 @@ def identity_of(name: str) -> Identity:
 
 
 class Attempt:
-    """An honest attempt. Sites journal: each state is encoded and decoded between stages."""
+    """An honest attempt. Each state is encoded and decoded between stages, as by a journal."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Attempt:
         self.stage = "advertise"
 
     def requests(self) -> dict[str, Any]:
-        """What the coordinator asks in this stage."""
+        """The coordinator's requests in this stage."""
         if self.stage == "advertise":
             return dict.fromkeys(self.header.cohort, self.header)
         return self.machine.requests()
@@ -131,5 +131,5 @@ class Attempt:
 
 @pytest.fixture(scope="session")
 def make_attempt() -> Callable[..., Attempt]:
-    """Makes an honest attempt of so many sites and such a threshold."""
+    """Makes an honest attempt with a number of sites and a threshold."""
     return Attempt

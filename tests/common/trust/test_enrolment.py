@@ -1,4 +1,4 @@
-"""Requests and kits: read back as they were written, and refused where anything in them changed."""
+"""Requests and kits are read back as they were written, and refused if anything in them changed."""
 
 import json
 
@@ -45,7 +45,7 @@ def asked() -> SignedRequest:
 
 
 def resigned(signed: SignedRequest, signer: Identity, **changes: object) -> SignedRequest:
-    """A request that was changed and signed again, but for the relay key's proof."""
+    """A request that was changed and signed again, but without a new proof by the relay key."""
     request = msgspec.structs.replace(signed.request, **changes)
     return SignedRequest(request, signer.sign("SiteRequest", encode(request)))
 
@@ -88,12 +88,12 @@ def test_a_kits_signature_is_good_for_no_other_purpose() -> None:
 def test_the_relay_key_vouches_for_everything_that_is_asked(
     field: str, value: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever has an identity signs what they like with it; the relay's key they do not have."""
+    """A thief of an identity can sign anything with it, but does not have the relay's key."""
     signer = THIEF if field == "identity" else NORTH
     forged = resigned(asked(), signer, **{field: value})
     with pytest.raises(SignatureError, match="proof"):
         check_request(forged, "file")
-    # The proof is what stops it: a key that finds every proof good lets it through.
+    # The proof stops the thief: a key that finds every proof good lets the request through.
     monkeypatch.setattr(enrolment, "load_pem_public_key", lambda _: Gullible(forged))
     monkeypatch.setattr(enrolment.ec, "EllipticCurvePublicKey", Gullible)
     check_request(forged, "file")
