@@ -1,9 +1,14 @@
 """One byte string for each value, so that a digest or a signature has one meaning.
 
+The law: a value has one encoding, and only that encoding is ever hashed or signed. The order, the
+names and the types of a signed type's fields are a part of it. So a signed type never gets, loses,
+renames or reorders a field: what was signed before would not verify any more. No option, no second
+format and no lenient decoding is added here.
+
 Values are frozen `msgspec.Struct`s, encoded as MessagePack maps in the order in which their fields
-are declared. Decoding is strict: an unknown field, a missing field or a wrong type is refused, and
-for what is hashed or signed also any encoding other than the one that `encode` gives, so that two
-byte strings never decode to one signed value.
+are declared. Decoding is strict: it refuses an unknown field, a missing field and a wrong type. For
+what is hashed or signed, it also refuses any encoding other than the one that `encode` gives, so
+that two byte strings never decode to one signed value.
 """
 
 import hashlib
@@ -15,13 +20,13 @@ import msgspec
 from umbel_common.errors import RemoteProtocolError, require
 
 Entropy = Callable[[int], bytes]
-"""Returns so many bytes of cryptographic randomness: `os.urandom`, handed in by the caller."""
+"""A function from a number to that many bytes of cryptographic randomness, such as `os.urandom`."""
 
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 """A SHA-256 digest."""
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?\Z")]
-"""Name of a federation, job or site: lower-case letters, digits, inner hyphens; at most 64."""
+"""A name of a federation, job or site: lower-case letters, digits, inner hyphens; at most 64."""
 
 T = TypeVar("T")
 
@@ -39,7 +44,7 @@ def encode(value: Value) -> bytes:
 
 
 def decode(data: bytes | memoryview, kind: type[T]) -> T:
-    """Decodes a message: unknown or missing fields and wrong types are refused.
+    """Decodes a message; refuses unknown fields, missing fields and wrong types.
 
     Raises:
         RemoteProtocolError: `malformed-message`.
@@ -54,7 +59,7 @@ def decode(data: bytes | memoryview, kind: type[T]) -> T:
 
 
 def decode_canonical(data: bytes, kind: type[V]) -> V:
-    """Decodes a value that is hashed or signed: also refuses every encoding but `encode`'s.
+    """Decodes a value that is hashed or signed; also refuses every encoding but that of `encode`.
 
     Raises:
         RemoteProtocolError: `malformed-message`.
@@ -69,15 +74,15 @@ def decode_canonical(data: bytes, kind: type[V]) -> V:
 
 
 def digest(label: str, *parts: bytes | memoryview) -> bytes:
-    """SHA-256 of `parts`, one after the other, under a purpose: it fits no other purpose.
+    """SHA-256 of `parts`, one after the other, under a label for their purpose.
 
-    The label is framed by its length: no (label, data) pair collides with another.
+    The label is framed by its length, so no digest for one purpose fits another.
     """
     return digest_of(label, parts)
 
 
 def digest_of(label: str, parts: Iterable[bytes | memoryview]) -> bytes:
-    """As `digest`, of parts that need not be in memory together."""
+    """Like `digest`, for parts that need not be in memory together."""
     name = label.encode("ascii")
     state = hashlib.sha256(b"umbel/1" + bytes([len(name)]) + name)
     for part in parts:

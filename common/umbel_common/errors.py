@@ -1,8 +1,8 @@
 """One error tree for the whole project.
 
-Every error knows the exit code that a command ends with, and `diagnostics()`: text for the person
-at the keyboard that names the file, the field, what was found, what is accepted, and what to do.
-Nothing secret, no sample and no vector may be put into an error.
+Every error has the exit code that a command ends with, and `diagnostics()`: text for the person at
+the keyboard, which names the file, the field, what was found, what is accepted, and what to do. No
+secret, no sample and no vector may be put into an error.
 
 Exit codes, in ranges (`docs/errors.md` lists them; a test holds the two together):
 
@@ -27,9 +27,9 @@ class UmbelError(Exception):
         message: what is wrong, in one sentence, without the details below.
         file: the file or folder concerned.
         field: the field, column, row or option concerned.
-        found: what was there; several things as a tuple.
+        found: what was there; several values as a tuple.
         accepted: what would have been right.
-        remedy: what the reader can do about it.
+        remedy: what the reader can do about the error.
     """
 
     exit_code: ClassVar[int] = 1
@@ -70,7 +70,7 @@ class UmbelError(Exception):
 
 
 def _text(value: object) -> str:
-    """On one line: what a stranger wrote must not look like a line of ours."""
+    """`value` on one line, so that text from a stranger cannot look like a line of ours."""
     text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return text.replace("\r", "\\r").replace("\n", "\\n")
 
@@ -82,13 +82,13 @@ class ConfigError(UmbelError):
 
 
 class DataError(UmbelError):
-    """A data set is missing, malformed, empty, or does not fit the plan."""
+    """A data set is missing, malformed or empty, or does not fit the plan."""
 
     exit_code = 11
 
 
 class ModelError(UmbelError):
-    """A base model is missing, differs from its digest, or cannot be fine-tuned as planned."""
+    """A base model is missing, does not have its digest, or cannot be fine-tuned as planned."""
 
     exit_code = 12
 
@@ -121,7 +121,7 @@ class PolicyRefusal(UmbelError):
     """The site's own policy forbids what a plan or round asks for.
 
     Args:
-        check: the name of the rule; the only part that is told to the server.
+        check: name of the rule; the only part that the server learns.
     """
 
     exit_code = 30
@@ -138,7 +138,7 @@ class BudgetError(UmbelError):
 
 
 class CalibrationError(UmbelError):
-    """No noise within reason gives the epsilon that was asked for."""
+    """No reasonable noise gives the epsilon that was asked for."""
 
     exit_code = 32
 
@@ -150,11 +150,11 @@ class LedgerError(UmbelError):
 
 
 class ProtocolError(UmbelError):
-    """The protocol was broken: the round is over for whoever sees this.
+    """The protocol was broken. For the party that raises this, the attempt is over.
 
     Args:
-        check: the name of the check that failed, in kebab-case; it is what a test asserts and what
-            the peer is told.
+        check: name of the check that failed, in kebab-case. Tests assert it, and the peer learns
+            it.
     """
 
     exit_code = 40
@@ -171,34 +171,34 @@ class RemoteProtocolError(ProtocolError):
 
 
 def require(holds: bool, check: str, message: str, **details: object) -> None:
-    """A check of what a peer sent. Every refusal of the protocol is one call of this.
+    """Checks what a peer sent. Every refusal of the protocol is one call of this function.
 
-    Details are made whether it holds or not: let them be cheap.
+    The details are built whether the check holds or not, so they must be cheap.
 
     Raises:
-        RemoteProtocolError: `check`, unless it holds.
+        RemoteProtocolError: `check`, unless `holds`.
     """
     if not holds:
         raise RemoteProtocolError(check, message, **details)
 
 
 class LocalProtocolError(ProtocolError):
-    """Our own code called the protocol in a way that it does not allow: a bug here."""
+    """Our own code used the protocol in a way that it does not allow; this is a bug."""
 
     exit_code = 41
 
 
 class RoundAborted(ProtocolError):
-    """Too few sites took part, or a check failed: nothing of this attempt was released."""
+    """Too few sites took part, or a check failed; nothing of this attempt was released."""
 
     exit_code = 42
 
 
 class JobFailed(UmbelError):
-    """A job ended without its last release, after all the attempts that it was allowed.
+    """A job ended without its last release, after all the attempts that were allowed.
 
     Args:
-        may_accept: sites without which it could not begin, and which may still accept its plan.
+        may_accept: sites that the job needed to begin and that may still accept its plan.
     """
 
     exit_code = 43
@@ -223,7 +223,7 @@ class StorageError(UmbelError):
 
 
 class RunExists(UmbelError):
-    """A run of this name exists and was made from other inputs: never overwritten."""
+    """A run of this name exists and was made from other inputs; it is never overwritten."""
 
     exit_code = 51
 

@@ -1,4 +1,4 @@
-"""TOML text into typed values, with errors that name file, field, what was found and accepted."""
+"""Turns TOML text into typed values, with errors that name file, field, and what is accepted."""
 
 import re
 import tomllib
@@ -18,34 +18,34 @@ def parse_toml(text: str, kind: type[T], file: object) -> T:
 
     Args:
         kind: a `msgspec.Struct`; unknown fields are refused where it forbids them.
-        file: where the text came from, for errors; reading it is the caller's.
+        file: where the text came from, for errors; the caller has read it.
 
     Raises:
-        ConfigError: no TOML, or no `kind`: an unknown or missing field, a wrong type or value.
+        ConfigError: the text is not TOML, or has an unknown or missing field or a wrong value.
     """
     return from_table(read_table(text, file), kind, file)
 
 
 def read_table(text: str, file: object) -> dict[str, object]:
-    """What `text` describes, as TOML has it.
+    """The table that `text` describes.
 
     Raises:
-        ConfigError: no TOML.
+        ConfigError: the text is not TOML.
     """
     try:
         return tomllib.loads(text)
-    # tomllib lets out plain errors of numbers too long and of lists too deep.
+    # For numbers too long and lists too deep, tomllib raises plain errors.
     except (ValueError, RecursionError) as error:
         raise ConfigError(
             "a configuration file is not valid TOML",
             file=file,
             found=error,
-            remedy="texts need quotes, and each field stands once; see https://toml.io",
+            remedy="put every text in quotes, and name each field once; see https://toml.io",
         ) from None
 
 
 def from_table(data: dict[str, object], kind: type[T], file: object) -> T:
-    """As `parse_toml`, of what `read_table` gave."""
+    """Like `parse_toml`, from a table of `read_table`."""
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
@@ -53,7 +53,7 @@ def from_table(data: dict[str, object], kind: type[T], file: object) -> T:
 
 
 def _config_error(message: str, data: object, kind: type, file: object) -> ConfigError:
-    """Turns msgspec's words, "what is wrong - at `$.table.field`", into ours."""
+    """Turns msgspec's message, "what is wrong - at `$.table.field`", into an error of ours."""
     what, _, place = message.partition(" - at ")
     path = re.findall(r"[^.\[\]`$]+|\[\d+\]", place)
     if found := re.fullmatch(r"Object contains unknown field `(.*)`", what):
@@ -79,7 +79,7 @@ def _unknown_field(name: str, path: list[str], kind: type, file: object) -> Conf
     known = _fields_at(kind, path)
     close = get_close_matches(name, known, n=1)
     return ConfigError(
-        "an unknown field",
+        "a field is unknown",
         file=file,
         field=_dotted([*path, name]),
         found=name,
@@ -89,7 +89,7 @@ def _unknown_field(name: str, path: list[str], kind: type, file: object) -> Conf
 
 
 def _fields_at(kind: type, path: list[str]) -> list[str]:
-    """Names of the fields that the table at `path` may have, over all alternatives."""
+    """Names of all fields that the table at `path` may have, whichever type it is of."""
     types: list[inspect.Type] = [inspect.type_info(kind)]
     for step in path:
         types = [
@@ -116,7 +116,7 @@ def _alternatives(types: list[inspect.Type]) -> list[inspect.Type]:
 
 
 def _inside(outer: inspect.Type, name: str | None) -> list[inspect.Type]:
-    """Types of the field `name`, or of the elements of an array for None."""
+    """Types of the field `name`; for None, of the elements of an array."""
     match outer:
         case inspect.StructType(fields=fields) if name is not None:
             return [field.type for field in fields if field.encode_name == name]
@@ -137,7 +137,7 @@ def _to_table(path: list[str]) -> str:
 
 
 def _shown(data: object, path: list[str]) -> object:
-    """What stands at `path`; a whole table or list only by its type, None if it is not there."""
+    """The value at `path`, or None; a whole table or list is named by its type only."""
     for step in path:
         if step.startswith("[") and isinstance(data, list):
             data = data[int(step[1:-1])]

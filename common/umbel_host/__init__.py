@@ -1,4 +1,4 @@
-"""What both daemons need of the machine that they run on: durable files, key files, the terminal.
+"""What both parties need from the machine: durable files, sockets, processes, the terminal.
 
-The only shared code that does IO; `umbel_common` does none.
+This is the only shared code with IO; `umbel_common` has none.
 """

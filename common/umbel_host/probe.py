@@ -1,8 +1,8 @@
 """Asks a process of ours whether it is well: `python -m umbel_host.probe unix:PATH`.
 
-For a service manager, a container's health check, a script, which keep one line of what is printed:
-exit code 0 says that it is well, 1 that it runs and is not well, any other that it does not answer.
-What is asked is grpc.health.v1, which other probes speak too.
+A service manager, a container's health check or a script runs it and keeps one line of output. Exit
+code 0 says that the process is well, 1 that it runs and is not well, any other that it does not
+answer. The question is grpc.health.v1, which other probes can ask too.
 """
 
 import sys
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from umbel_common.errors import ConfigError, UmbelError
 from umbel_host.terminal import printable
-from umbel_host.transport.sockets import healthy
+from umbel_host.transport.sockets import is_healthy
 
 SCHEME = "unix:"
 SECONDS = 5.0
-"""To answer."""
+"""Time that the process has to answer."""
 
 
 def probe(address: str) -> None:
@@ -24,25 +24,27 @@ def probe(address: str) -> None:
         address: `unix:` and the socket's path.
 
     Raises:
-        ConfigError: it is no such address.
+        ConfigError: it is not such an address.
         UnreachableError: nothing answers there.
-        UmbelError: what answers says that it is not well.
+        UmbelError: the process that answers is not well.
     """
     if not address.startswith(SCHEME) or address == SCHEME:
         raise ConfigError(
-            "a probe is given no socket",
+            "a probe needs the address of a socket",
             found=address or "nothing",
             accepted="unix:PATH, such as unix:/srv/umbel/operator/state/carrier.sock",
         )
     path = Path(address.removeprefix(SCHEME))
-    if not healthy(path, SECONDS):
+    if not is_healthy(path, SECONDS):
         raise UmbelError(
-            "a process runs and is not well", file=path, remedy="its log says what it waits for"
+            "a process runs and is not well",
+            file=path,
+            remedy="its log says what it is waiting for",
         )
 
 
 def main() -> int:
-    """Prints one line; returns the exit code."""
+    """Prints one line, and returns the exit code."""
     address = " ".join(sys.argv[1:])
     try:
         probe(address)

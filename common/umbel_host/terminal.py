@@ -1,4 +1,4 @@
-"""What a command says to people, and how it ends: with a documented exit code."""
+"""How a command talks to people, and how it ends: with a documented exit code."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") 
     """Runs a command and maps its end to the exit codes of docs/errors.md.
 
     Args:
-        interrupted: what to say after Ctrl-C.
+        interrupted: text to print after Ctrl-C.
     """
     console = Console(stderr=True, highlight=False)
     try:
@@ -28,7 +28,7 @@ def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") 
         console.print(f"error: {text}", markup=False, soft_wrap=True)
         return error.exit_code
     except SystemExit as end:
-        # Typer has turned Ctrl-C into this code.
+        # Typer turned Ctrl-C into this code.
         if end.code == INTERRUPTED:
             console.print(interrupted, markup=False)
         return end.code if isinstance(end.code, int) else 1
@@ -36,7 +36,7 @@ def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") 
 
 
 def print_lines(console: Console, lines: Iterable[tuple[str, str]]) -> None:
-    """Pairs of a name and a value, the values below each other, each on one line."""
+    """Prints pairs of a name and a value, one on a line, with the values in one column."""
     pairs = list(lines)
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
@@ -44,8 +44,11 @@ def print_lines(console: Console, lines: Iterable[tuple[str, str]]) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters written out: an error may quote a file that another party
-    sent, which must not move the reader's cursor or hide what stands there."""
+    """`text` with control characters written out.
+
+    An error may quote a file that another party sent, which must not move the reader's cursor or
+    hide other text.
+    """
     return re.sub(
         r"[^\n]",
         lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1],
@@ -54,10 +57,10 @@ def printable(text: str) -> str:
 
 
 def name(value: str) -> str:
-    """A name of a federation, job or party.
+    """`value`, if it is a name for a federation, job or party.
 
     Raises:
-        typer.BadParameter: it is none.
+        typer.BadParameter: it is not.
     """
     try:
         return msgspec.convert(value, Name)
@@ -66,10 +69,10 @@ def name(value: str) -> str:
 
 
 def site_name(value: str) -> str:
-    """A name of a site.
+    """`value`, if it is a name for a site.
 
     Raises:
-        typer.BadParameter: it is none.
+        typer.BadParameter: it is not.
     """
     if value == OPERATOR:
         raise typer.BadParameter(f"no site may be called {OPERATOR}")

@@ -37,7 +37,7 @@ def run(path: Path) -> None:
         UmbelError: the configuration, a key or certificate, the list of sites, the port, or the
             state folder.
     """
-    from umbel_host.processes.lifecycle import locked, require_state, told_to_stop
+    from umbel_host.processes.lifecycle import locked, require_state, stop_on_signals
     from umbel_server.operator.admitted_sites import load_sites
     from umbel_server.operator.config import load_config
     from umbel_server.port.gate import tls_context
@@ -53,7 +53,7 @@ def run(path: Path) -> None:
     os.environ["FLWR_DATABASE"] = str(state / "superlink.sqlite")
     # Where a temporary folder is in memory, what is put there to save memory would save none.
     os.environ["SQLITE_TMPDIR"] = str(state)
-    stopping = told_to_stop()
+    stopping = stop_on_signals()
     with locked(state / "port.lock", "the process with the port"):
         listener = bound(config.listen.address, path)
         # Flower opens its database as it is imported and made: not before the lock is held.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from umbel_common.errors import StorageError
 from umbel_host.files.keys import read_identity
-from umbel_host.processes.lifecycle import locked, require_state, told_to_stop
+from umbel_host.processes.lifecycle import locked, require_state, stop_on_signals
 from umbel_host.processes.log import configure
 from umbel_host.processes.seccomp import only_unix_sockets
 from umbel_host.terminal import exit_code
@@ -46,7 +46,7 @@ def run(path: Path) -> None:
     load_roster(config)
     state = Path(config.state)
     require_state(state)
-    stopping = told_to_stop()
+    stopping = stop_on_signals()
 
     @contextmanager
     def connect(stopped: Callable[[], bool]) -> Iterator[Link]:

@@ -1,8 +1,8 @@
-"""A server that lies, and real trainers: tiny model, real journals and ledgers on disk.
+"""A lying server and real trainers, with a tiny model and real journals and ledgers on disk.
 
 An attack is written once, as the attacker runs it, and marked with the checks that stop it:
-`@pytest.mark.attack("this-check", "that-check")`. It runs without any of them, and must reach its
-goal; then once for each of them alone, and must be stopped by it.
+`@pytest.mark.attack("this-check", "that-check")`. It runs once without these checks, and must reach
+its goal. Then it runs once with each of them alone, and that check must stop it.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -14,7 +14,7 @@ from adversarial.weaken import STOPPED_AS, Protection, Stopped, weaken
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """An attack runs without its checks, then once with each of them alone."""
+    """Runs an attack without its checks, then once with each of them alone."""
     marker = metafunc.definition.get_closest_marker("attack")
     if marker is not None:
         ids = ["without " + " or ".join(marker.args), *(f"against {name}" for name in marker.args)]
@@ -23,7 +23,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """Holds the outcome of an attack against what it should be."""
+    """Compares the outcome of an attack with the expected one."""
     if pyfuncitem.get_closest_marker("attack") is None:
         return (yield)
     kept = pyfuncitem.callspec.params["kept"]
@@ -32,14 +32,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
         yield
     except Stopped as stopped:
         stopped_by = stopped.check
-    # Without its checks an attack must reach its goal, with one of them that one must stop it.
+    # Without its checks, an attack must reach its goal; with one check, that check must stop it.
     assert stopped_by == (None if kept is None else STOPPED_AS.get(kept, kept))
     return True
 
 
 @pytest.fixture
 def kept() -> str | None:
-    """The one check that an attack runs against; None: it runs without any of those it names."""
+    """The one check that an attack runs against; None: it runs without all checks that it names."""
     return None
 
 
@@ -50,7 +50,7 @@ def protection(
     monkeypatch: pytest.MonkeyPatch,
     replace_everywhere: Callable[[object, object], None],
 ) -> Protection:
-    """All checks, or what an attack leaves of them."""
+    """The checks that hold: all, or those that an attack leaves."""
     marker = request.node.get_closest_marker("attack")
     if marker is None:
         return Protection(frozenset())
@@ -63,7 +63,7 @@ def protection(
 def open_federation(
     tmp_path: Path, tiny_model: Path, protection: Protection
 ) -> Iterator[Callable[..., Federation]]:
-    """Makes a federation of so many sites; `policies`: site, or "*", -> lines of its policy."""
+    """Makes a federation of some sites; `policies`: a site, or "*", -> lines of its policy."""
     made: list[Federation] = []
 
     def make(

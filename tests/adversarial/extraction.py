@@ -1,4 +1,4 @@
-"""What an attacker does with what it was given: recovers secrets, removes masks."""
+"""An attacker's arithmetic: it recovers secrets and removes masks."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ from umbel_server.aggregation.attempt import Attempt
 
 
 def keys_of(attempt: Attempt) -> dict[str, KeyAdvert]:
-    """What each site of U1 advertised."""
+    """The advert of each site of U1."""
     adverts = [decode(signed.statement, KeyAdvert) for signed in attempt.evidence.adverts]
     return {advert.site: advert for advert in adverts}
 
@@ -23,7 +23,7 @@ def keys_of(attempt: Attempt) -> dict[str, KeyAdvert]:
 def secret_of(
     owner: str, kind: str, header: RoundHeader, revealed: Mapping[str, tuple[RevealedShare, ...]]
 ) -> bytes:
-    """The secret of one site, from the shares that others revealed; noise if they are too few."""
+    """The secret of one site, from the shares that others revealed; noise if there are too few."""
     return recover(
         {
             header.cohort.index(site) + 1: share.share
@@ -45,9 +45,9 @@ def remove_masks(
     """The sum of the masked vectors of the sites in `seeds`, without masks.
 
     Args:
-        keys: of the sites between which masks were made.
+        keys: adverts of the sites between which masks were made.
         seeds: the self-mask seed of each site in the sum.
-        secrets: mask keys; at least one of any two sites of which one is in the sum.
+        secrets: mask keys, at least one for each two sites of which one is in the sum.
     """
     total = np.zeros(len(vectors[0]) // 4, dtype="<u4")
     for vector in vectors:

@@ -75,7 +75,7 @@ max_delta = 1e-4
 
 
 class KeptObserver:
-    """Keeps what a site would log."""
+    """Keeps the lines that a site would log."""
 
     def __init__(self) -> None:
         self.errors: list[UmbelError] = []
@@ -95,7 +95,7 @@ class KeptObserver:
 
 
 class Federation:
-    """An operator that can sign anything, and sites that believe only what they should."""
+    """An operator that can sign anything, and real sites that it attacks."""
 
     def __init__(
         self,
@@ -119,9 +119,9 @@ class Federation:
         self.trainers: dict[str, Trainer] = {}
         self.puppets: dict[str, Puppet] = {}
         self.shown: dict[str, RoundHeader] = {}
-        """Sites that are shown another header than the attempt's."""
+        """Headers of sites that are shown another one than the attempt's."""
         self.releases: dict[bytes, tuple[Signed, Vector]] = {}
-        """Adapter digest -> release, beside the initial one."""
+        """Releases by adapter digest, beside the initial one."""
         self.played_roster = self.roster
         for number, site in enumerate(self.identities):
             self._write_site(site, number, policies.get(site, policies.get("*", "")))
@@ -139,7 +139,7 @@ class Federation:
         )
 
     def play(self, *names: str, own_keys: bool = False) -> None:
-        """Has the server play these sites: with their own keys (they collude), or with others."""
+        """Makes the server play these sites, with their own keys (they collude) or with others."""
         for name in names:
             identity = self.identities[name] if own_keys else Identity.generate(os.urandom)
             self.puppets[name] = Puppet(name, identity, self.plan)
@@ -187,7 +187,7 @@ class Federation:
         former: tuple[Roster, ...] = (),
         clock: Callable[[], datetime] = datetime.now,
     ) -> None:
-        """Starts a site's trainer, or starts it again from what is on its disk."""
+        """Starts a site's trainer, or starts it again from the files on its disk."""
         if site in self.trainers:
             self.trainers[site].close()
         self.observers[site] = KeptObserver()
@@ -200,26 +200,26 @@ class Federation:
         )
 
     def revoke(self, site: str, identity: Identity) -> None:
-        """Has a site restart with a key on its list of revoked ones."""
+        """Restarts a site with a key on its list of revoked keys."""
         self.start(site, revoked=frozenset({identity.public_key}))
 
     def send(self, site: str, request: Request, operator: Identity | None = None) -> Reply:
-        """One request, sealed by the operator or by somebody else, and the opened reply."""
+        """Sends a request, sealed by the operator or by somebody else; returns the opened reply."""
         return self._handled(site, seal_request(operator or self.operator, site, request))
 
     def deliver(self, site: str, sealed: bytes) -> Any:
-        """What a site answers to these bytes.
+        """The answer of a site to these bytes.
 
         Raises:
-            Stopped: with the check by which it refuses.
+            Stopped: the site refuses; `check` says by which check.
         """
         return self._unless_refused(self._handled(site, sealed))
 
     def ask(self, site: str, request: Any) -> Any:
-        """What a site, or its puppet, answers.
+        """The answer of a site, or of its puppet.
 
         Raises:
-            Stopped: with the check by which it refuses.
+            Stopped: the site refuses; `check` says by which check.
         """
         if site in self.puppets:
             return self.puppets[site].answer(request, self.played_roster)
@@ -252,7 +252,7 @@ class Federation:
         return reply.check
 
     def offer(self, plan: TrainingPlan | None = None, *sites: str) -> None:
-        """Has every site (or these) accept a plan."""
+        """Makes every site (or these) accept a plan."""
         plan = plan or self.plan
         for site in sites or tuple(self.identities):
             self.ask(site, OfferRequest(plan=sign(self.operator, plan)))
@@ -290,7 +290,7 @@ class Federation:
     def train_request(
         self, header: RoundHeader | None = None, release: tuple[Signed, Vector] | None = None
     ) -> TrainRequest:
-        """What opens an attempt at a site."""
+        """The request that opens an attempt at a site."""
         header = header or self.header()
         signed, vector = release or self.releases.get(header.adapter) or self.release()
         return TrainRequest(
@@ -300,7 +300,7 @@ class Federation:
         )
 
     def showing(self, header: RoundHeader, last: Any) -> TrainRequest:
-        """What opens an attempt at a site that is shown what it advertised last."""
+        """The request that opens an attempt at a site and shows it its last advert."""
         return msgspec.structs.replace(self.train_request(header), last=last)
 
     def attempt(self, header: RoundHeader | None = None) -> rounds.Attempt:
@@ -315,7 +315,7 @@ class Federation:
     def drive(
         self, attempt: rounds.Attempt, until: str | None = None, silent: str | None = None
     ) -> Any:
-        """Goes on until the stage `until` is about to be asked, or to the end.
+        """Drives an attempt until the stage `until` is about to be asked, or to the end.
 
         Args:
             silent: a site that does not answer.
@@ -330,7 +330,7 @@ class Federation:
         return state
 
     def take(self, attempt: rounds.Attempt, replies: Mapping[str, Reply]) -> Any:
-        """Closes a stage with these replies, of whatever context."""
+        """Closes a stage with these replies, of any context."""
         context = attempt.header.context()
         for site, reply in replies.items():
             if hasattr(reply, "context"):
@@ -345,7 +345,7 @@ class Federation:
         return {site: reply.vector for site, reply in replies.items()}, self.take(attempt, replies)
 
     def reveal(self, attempt: rounds.Attempt) -> dict[str, tuple[RevealedShare, ...]]:
-        """What each site reveals in the last stage."""
+        """The shares that each site reveals in the last stage."""
         return {site: self.ask(site, ask).shares for site, ask in attempt.requests().items()}
 
     def delta(self, site: str, round_number: int = 1) -> Vector:
@@ -370,19 +370,19 @@ class Federation:
         )
 
     def believe(self, site: str, roster: Roster) -> None:
-        """What a site that pins no roster does with one that the server sends it."""
+        """Makes a site believe a roster from the server, as if it had pinned none."""
         if "pinned-roster" in self.protection.removed:
             self.trainers[site]._roster = roster
 
     def note_journal(self, site: str) -> None:
-        """Remembers what is in a site's journal now."""
+        """Keeps a copy of a site's journal."""
         self.trainers[site].close()
         noted = self.folder / f"{site}-journal"
         shutil.copytree(self.folder / site / "state", noted, dirs_exist_ok=True)
         self.start(site)
 
     def crash(self, site: str) -> None:
-        """Restarts a site; one without a durable journal knows what was last noted, no more."""
+        """Restarts a site; without a durable journal, it starts from the copy kept last."""
         self.trainers[site].close()
         if "durable-journal" in self.protection.removed:
             shutil.copy(
@@ -403,7 +403,7 @@ class Federation:
             return len(ledger.history())
 
     def data_digest(self, site: str) -> bytes:
-        """What names the site's ledger."""
+        """The digest that names the site's ledger."""
         return load_records(self.folder / site / "data.jsonl", self.plan.task).digest()
 
     def _write_site(self, site: str, number: int, policy: str) -> None:

@@ -18,7 +18,7 @@ PUBLIC_SIZE = 40
 
 
 class KillableSite:
-    """The site's process, started again whenever it has died."""
+    """A site's process, started again whenever it has died."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class KillableSite:
         self.listener.close()
 
     def ask(self, stage: str, request: Any) -> Reply | None:
-        """The answer; None if the site was killed before it was sent."""
+        """The answer; None if the site was killed before it sent one."""
         federation = self.federation
         try:
             sealed = seal_request(federation.operator, SITE, request)

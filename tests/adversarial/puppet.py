@@ -1,4 +1,4 @@
-"""The server as a site."""
+"""A site that the server plays."""
 
 import os
 
@@ -22,46 +22,47 @@ from umbel_common.protocol.wire import (
     UnmaskReply,
     UnmaskRequest,
 )
-from umbel_common.secagg import participant as secagg
+from umbel_common.secagg import participant
+from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Identity, Roster
 
 
 class Puppet:
-    """A site that the server plays, or that colludes with it; its delta is zero, of weight zero."""
+    """A site that the server plays, or that colludes with it. Its delta and its weight are zero."""
 
     def __init__(self, name: str, identity: Identity, plan: TrainingPlan) -> None:
         self.name = name
         self.identity = identity
         self.plan = plan
-        self.state: secagg.AttemptState | None = None
+        self.state: participant.AttemptState | None = None
         self.length = 0
         self.mask_secret = b""
 
     def answer(self, request: Request, roster: Roster) -> Reply:
-        """Follows the protocol, over the roster that the server plays it with."""
+        """The answer by the protocol, under the roster with which the server plays the site."""
         match self.state, request:
             case _, TrainRequest():
                 header = decode(request.header.statement, RoundHeader)
-                rules = secagg.Rules(
+                rules = Rules(
                     threshold=self.plan.aggregation.threshold, colluding=0, minimum_cohort=1
                 )
                 self.length = size_of(self.plan.trained_tensors(header.round)) + 1
-                self.state, advert = secagg.advertise(
+                self.state, advert = participant.advertise(
                     header, self.name, rules, self.identity, bytes(32), os.urandom
                 )
                 self.mask_secret = self.state.mask_secret
                 return TrainReply(advert=advert)
-            case secagg.Advertised() as state, ShareRequest():
+            case participant.Advertised() as state, ShareRequest():
                 self.state, shares = state.receive(request.adverts, roster, os.urandom)
                 return ShareReply(context=request.context, shares=shares)
-            case secagg.Shared() as state, MaskRequest():
+            case participant.Shared() as state, MaskRequest():
                 zeros = np.zeros(self.length, dtype="<u4")
                 self.state, masked = state.receive(request.shares, zeros)
                 return MaskReply(context=request.context, vector=masked.tobytes())
-            case secagg.Masked() as state, ConfirmRequest():
+            case participant.Masked() as state, ConfirmRequest():
                 self.state, signature = state.receive(request.survivors, self.identity)
                 return ConfirmReply(context=request.context, signature=signature)
-            case secagg.Confirmed() as state, UnmaskRequest():
+            case participant.Confirmed() as state, UnmaskRequest():
                 self.state, revealed = state.receive(request.signatures, roster)
                 return UnmaskReply(context=request.context, shares=revealed)
         raise AssertionError(f"{type(request).__name__} in state {type(self.state).__name__}")

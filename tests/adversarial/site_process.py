@@ -17,11 +17,11 @@ from umbel_common.plans.plan import TrainingPlan
 from umbel_host.files.keys import read_identity
 
 AT = "killed-at"
-"""The file beside client.toml that says before which step the site was killed."""
+"""Name of the file beside client.toml that says before which step the site was killed."""
 
 
 class Quiet:
-    """An observer that tells nobody."""
+    """An observer that tells nobody anything."""
 
     def preparing(self, what: str, done: int, total: int) -> None: ...
 
@@ -33,16 +33,16 @@ class Quiet:
 
 
 Step = Callable[[str], None]
-"""Counts a step, and dies instead of taking it where the site has been told to die there."""
+"""A function that counts a step, or ends the site's process if the site is to die there."""
 
 
 Prepare = Callable[[Path, Step], Step]
-"""Called in a site's process before it starts, with the folder of its client.toml: may count
-other steps too, and returns the function that is to be told of all."""
+"""A function that runs in a site's process before the site starts, with the folder of client.toml.
+It may count other steps too, and returns the function that is called at every step."""
 
 
 def only_databases_and_answers(folder: Path, count: Step) -> Step:
-    """Counts what `serve` finds."""
+    """Counts only the steps that `serve` finds."""
     return count
 
 
@@ -54,10 +54,10 @@ def nursery(
     orders: Connection,
     prepare: Prepare = only_databases_and_answers,
 ) -> None:
-    """Starts a site for each number of steps that it is sent, when the one before has died.
+    """Starts a site for each number of steps that it receives, once the site before has died.
 
-    A site is a fork of this process, which has imported everything and calibrated the noise: it
-    starts in a moment.
+    A site is a fork of this process, which has imported everything and calibrated the noise, so it
+    starts at once.
     """
     noise_for(plan, public_size)
     for steps in iter(orders.recv, None):
@@ -68,7 +68,7 @@ def nursery(
 
 
 def serve(folder: Path, address: str, steps: int, prepare: Prepare) -> None:
-    """Answers requests until `steps` steps are done, then dies as by `kill -9`.
+    """Answers requests until `steps` steps are done, then dies as if by `kill -9`.
 
     A step is a statement to one of the site's databases, or the sending of an answer.
     """

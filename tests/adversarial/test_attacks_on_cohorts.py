@@ -1,4 +1,4 @@
-"""A server that makes the crowd small in which a delta hides."""
+"""A server that makes the crowd small among which a delta hides."""
 
 from collections.abc import Callable
 
@@ -50,7 +50,7 @@ def test_a_server_pretends_that_only_an_accomplice_sent_shares(
     requests[SITE] = MaskRequest(context=context, shares=from_accomplice)
     replies = {site: federation.ask(site, request) for site, request in requests.items()}
     attempt = federation.take(attempt, replies)
-    # The victim need not be asked what it thinks of the survivors.
+    # The victim need not be asked about the survivors.
     attempt = federation.drive(attempt, until="unmask", silent=SITE)
     revealed = federation.reveal(attempt)
     keys = keys_of(attempt)
@@ -65,7 +65,7 @@ def test_a_server_pretends_that_only_an_accomplice_sent_shares(
 
 
 def strict(open_federation: Callable[..., Federation]) -> Federation:
-    """Six sites, of which one wants all six in every sum; the plan is content with four."""
+    """Six sites, one of which wants all six in every sum; the plan asks for four."""
     four = Aggregation(threshold=4, clip_range=1.0, step=1e-6)
     federation = open_federation(6, {SITE: "minimum_cohort = 6"}, aggregation=four)
     federation.offer()
@@ -81,7 +81,7 @@ def test_a_server_goes_on_with_fewer_sites_than_one_of_them_allows(
 ) -> None:
     federation = strict(open_federation)
     attempt = federation.drive(federation.attempt(), until="confirm", silent="site-05")
-    # The others are content; the strict site need not be asked what it thinks of the survivors.
+    # Four are enough for the others; the strict site need not be asked about the survivors.
     attempt = federation.drive(attempt, until="unmask", silent=SITE)
     outcome = federation.drive(attempt)
     assert federation.is_sum_of(outcome.aggregate.total, *FIVE)
@@ -117,7 +117,7 @@ def without_privacy(open_federation: Callable[..., Federation], policy: str = ""
 def test_a_server_repeats_a_round_with_one_site_less(
     open_federation: Callable[..., Federation],
 ) -> None:
-    """Without differential privacy the difference of the two sums is the delta of that site."""
+    """Without differential privacy, the difference of the two sums is the delta of that site."""
     federation = without_privacy(open_federation)
     federation.offer()
     whole = federation.drive(federation.attempt())
@@ -126,7 +126,7 @@ def test_a_server_repeats_a_round_with_one_site_less(
     difference = (whole.aggregate.total - less.aggregate.total).view(np.int32)
     error = difference[1:] * federation.plan.aggregation.step - federation.delta("site-03")
     assert difference[0] == 1
-    # All seven roundings together.
+    # The bound of all seven roundings together.
     assert np.abs(error).max() <= 7.01 * federation.plan.aggregation.step
 
 
@@ -148,7 +148,7 @@ def test_a_server_runs_the_next_round_with_one_site_less(
 def test_a_server_has_a_site_confirm_a_sum_that_it_is_not_in(
     open_federation: Callable[..., Federation],
 ) -> None:
-    """Its vector is out: a site that signs its own exclusion helps to open it."""
+    """The site has sent its vector, so by signing its own exclusion it helps to open it."""
     federation = open_federation(4)
     federation.offer()
     attempt = federation.drive(federation.attempt(), until="mask")

@@ -1,4 +1,4 @@
-"""A server that tells one site this and another site that."""
+"""A server that tells different sites different things."""
 
 from collections.abc import Callable, Mapping
 
@@ -44,7 +44,7 @@ def two_plans(federation: Federation) -> tuple[RoundHeader, RoundHeader]:
 
 
 def two_rosters(federation: Federation) -> tuple[RoundHeader, RoundHeader]:
-    """Two sites were each talked into another roster."""
+    """Two sites were each made to believe another roster."""
     federation.offer()
     other = msgspec.structs.replace(
         federation.roster,
@@ -74,7 +74,7 @@ def test_a_server_shows_one_site_another_world(
 def test_a_server_has_a_vector_unmasked_from_both_sides(
     open_federation: Callable[..., Federation],
 ) -> None:
-    """Half of the sites believe that the victim survived, half that it dropped out."""
+    """Half of the sites believe that the victim survived, the other half that it dropped out."""
     federation = open_federation(6)
     federation.offer()
     attempt = federation.drive(federation.attempt(), until="mask")
@@ -98,7 +98,7 @@ Signatures = Mapping[str, SurvivorSignature]
 
 
 def honest_signatures(told: Mapping[str, tuple[str, ...]], signed: Signatures, site: str) -> list:
-    """Those over the set that the site was told."""
+    """The signatures over the set that the site was told."""
     return [signed[peer] for peer in told if told[peer] == told[site]]
 
 
@@ -109,12 +109,12 @@ def no_signatures(told: Mapping[str, tuple[str, ...]], signed: Signatures, site:
 def signatures_over_other_sets(
     told: Mapping[str, tuple[str, ...]], signed: Signatures, site: str
 ) -> list:
-    """Those of the sites in the set, whatever they signed."""
+    """The signatures of the sites in the set, over any set that they signed."""
     return [signed[peer] for peer in told[site]]
 
 
 def forged_signatures(told: Mapping[str, tuple[str, ...]], signed: Signatures, site: str) -> list:
-    """One for each site of the set, by the server."""
+    """One signature for each site of the set, made by the server."""
     context = msgspec.msgpack.decode(signed[site].signed.statement)["context"]
     statement = Survivors(context=context, sites=told[site])
     server = Identity(bytes(32))
@@ -127,7 +127,7 @@ def reveal_after(
     told: Mapping[str, tuple[str, ...]],
     signatures_for: Callable[..., list],
 ) -> dict:
-    """What each site reveals after it was told this survivor set and shown these signatures."""
+    """The shares that each site reveals when it was told this set and shown these signatures."""
     context = attempt.header.context()
     signed = {
         site: federation.ask(site, ConfirmRequest(context=context, survivors=survivors)).signature
@@ -149,12 +149,12 @@ TOLD = {
     "site-03": ("site-00", "site-01", "site-03"),
     "site-04": ("site-00", "site-01", "site-04"),
 }
-"""Five survivor sets in each of which a site finds itself, and enough others: what they have in
-common is the victim and an accomplice, whose sum is the victim's delta."""
+"""Survivor sets by site. Each site finds itself and enough others in its set. All sets have the
+victim and an accomplice in common, whose sum is the victim's delta."""
 
 
 def sum_of_two(federation: Federation, signatures_for: Callable[..., list]) -> None:
-    """Gathers, from sites that were told different sets, what unmasks a set that none was told."""
+    """Gathers shares from sites that were told different sets, for a set that nobody was told."""
     federation.offer()
     federation.play("site-01", own_keys=True)
     attempt = federation.drive(federation.attempt(), until="mask")
@@ -178,7 +178,7 @@ def sum_of_two(federation: Federation, signatures_for: Callable[..., list]) -> N
 
 @pytest.fixture
 def trusting(open_federation: Callable[..., Federation]) -> Federation:
-    """Five sites that assume that no other works with the server."""
+    """Five sites that assume that no other site works with the server."""
     return open_federation(5, {"*": "colluding_sites = 0"})
 
 

@@ -1,4 +1,4 @@
-"""A server that puts itself between the sites: keys of its own, sites of its own."""
+"""A server that puts itself between the sites, with keys or sites of its own."""
 
 import os
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def test_a_server_replaces_the_peers_keys_by_its_own(federation: Federation) -> 
     federation.offer()
     federation.play(*PEERS)
     outcome = federation.drive(federation.attempt())
-    # The peers were puppets: the sum is the victim's delta alone.
+    # The peers were puppets, so the sum is the victim's delta alone.
     assert federation.is_sum_of(outcome.aggregate.total, SITE)
 
 
@@ -45,7 +45,7 @@ def test_a_server_adds_sites_of_its_own_under_the_pinned_roster(federation: Fede
     federation.offer()
     header = federation.header(cohort=(SITE, "sybil-1", "sybil-2"))
     assert isinstance(federation.ask(SITE, federation.train_request(header)), TrainReply)
-    # Nothing more could come of it, and yet the site has paid for a round.
+    # The attempt can lead to nothing, and yet the site has paid for a round.
     assert federation.spent_rounds(SITE) == 1
 
 
@@ -66,7 +66,7 @@ def test_a_server_holds_back_a_sites_own_keys(
     request = federation.drive(federation.attempt(), until="share").requests()[SITE]
     others = tuple(advert for advert in request.adverts if SITE.encode() not in advert.statement)
     assert len(others) == 3
-    # It hands out its secrets although it cannot know which keys its peers were shown for it.
+    # The site shares its secrets although it cannot know which keys its peers were shown for it.
     reply = federation.ask(SITE, msgspec.structs.replace(request, adverts=others))
     assert isinstance(reply, ShareReply)
 
@@ -112,7 +112,7 @@ def test_a_server_claims_that_a_late_site_dropped_out_and_opens_its_vector(
         secrets={late: secret_of(late, "mask-key", attempt.header, revealed)},
     )
     if not federation.is_sum_of(opened, late):
-        # Its own mask is still on it, and nobody reveals the seed of a site that dropped out.
+        # Its self-mask is still on it, and nobody reveals the seed of a site that dropped out.
         raise Stopped("self-mask")
 
 

@@ -19,7 +19,7 @@ def test_a_server_sends_more_than_any_plan_allows(federation: Federation) -> Non
     try:
         federation.ask(SITE, request)
     except Stopped as stopped:
-        # Without the limit it was hashed, parsed and measured against the plan.
+        # Without the limit, the message was hashed, parsed and compared with the plan.
         if stopped.check != "adapter-length":
             raise
 

@@ -1,4 +1,4 @@
-"""A server that asks again."""
+"""A server that asks a site again."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ VICTIM = "site-03"
 
 
 def asked_for_both_shares(federation: Federation, between: Callable[[str], None]) -> None:
-    """Has the victim's peers reveal a share of one kind, and then one of the other."""
+    """Makes the victim's peers reveal a share of one kind, and then one of the other."""
     federation.offer()
     attempt = federation.drive(federation.attempt(), until="mask")
     vectors, attempt = federation.vectors(attempt)
@@ -70,7 +70,7 @@ def test_a_server_replays_the_request_of_an_attempt_for_fresh_keys(federation: F
 
 @pytest.mark.attack("other-context")
 def test_a_server_replays_the_keys_of_an_earlier_attempt(federation: Federation) -> None:
-    """Whoever has learnt an old mask key would know the new mask."""
+    """A party that learnt an old mask key would know the new mask."""
     federation.offer()
     old = federation.drive(federation.attempt(), until="share").requests()[SITE].adverts
     attempt = federation.drive(federation.attempt(federation.header(attempt=2)), until="share")

@@ -1,6 +1,6 @@
-"""A site that dies anywhere between charging a round and sending it, and what its ledger then says.
+"""A site that dies anywhere between charging a round and sending it, and its ledger afterwards.
 
-The server plays all peers, so it can open every masked vector that ever leaves the site.
+The server plays all peers, so it can open every masked vector that leaves the site.
 """
 
 import random
@@ -33,7 +33,7 @@ from umbel_common.secagg.encoding import RingVector
 from umbel_common.trust.identity import sign
 
 KILLS = 50
-"""Of a site by an honest server, and as many by a dishonest one."""
+"""Number of kills of a site under an honest server, and of one under a dishonest server."""
 ATTEMPTS = 2
 ROUNDS = 100
 MOST_STEPS = 30
@@ -41,7 +41,7 @@ MOST_STEPS = 30
 
 @pytest.fixture
 def federation(open_federation: Callable[..., Federation]) -> Federation:
-    """Four sites, of which one is real; the server plays the others with their own keys."""
+    """Four sites, one of them real; the server plays the others with their own keys."""
     training = Training(
         rounds=ROUNDS,
         local_steps=2,
@@ -58,7 +58,7 @@ def federation(open_federation: Callable[..., Federation]) -> Federation:
 
 @pytest.fixture
 def start(federation: Federation) -> Iterator[Callable[..., KillableSite]]:
-    """Starts the site as a process that a certain function prepares."""
+    """Starts the site as a process that a function prepares."""
     started: list[KillableSite] = []
 
     def make(prepare: Prepare) -> KillableSite:
@@ -72,7 +72,7 @@ def start(federation: Federation) -> Iterator[Callable[..., KillableSite]]:
 
 
 class Witness:
-    """Sees all that leaves the site, and looks into its ledger; fails if the two disagree."""
+    """Sees everything that leaves the site, reads its ledger, and fails if the two disagree."""
 
     def __init__(self, federation: Federation) -> None:
         self.federation = federation
@@ -85,7 +85,7 @@ class Witness:
         return read_ledger(path) if path.exists() else Contents()
 
     def look(self) -> None:
-        """Every gradient is charged, and no recorded delta ever becomes another."""
+        """Checks that every gradient is charged and that no recorded delta changes."""
         rounds = {number: entry for (_, number), entry in self.ledger().rounds.items()}
         log = self.folder / training_steps.GRADIENTS
         used = set(map(int, log.read_text().split())) if log.exists() else set()
@@ -99,7 +99,7 @@ class Witness:
         self.recorded = recorded
 
     def release(self, number: int, opened: RingVector) -> None:
-        """Every release of a round is the one delta that the ledger records, up to rounding."""
+        """Checks that a released delta is the one in the ledger for its round, up to rounding."""
         self.look()
         assert number in self.recorded, "a delta left that was not recorded"
         deltas = DeltaCache(self.folder / "state" / "deltas" / self.federation.plan.job)
@@ -116,7 +116,7 @@ class Witness:
 def until_answered(
     site: KillableSite, witness: Witness, stage: str, choices: list[Any]
 ) -> tuple[Any, Any]:
-    """What the site answered and its answer; after each kill the server chooses again."""
+    """The request that the site answered, and its answer; after a kill the server chooses again."""
     while True:
         request = site.chance.choice(choices)
         reply = site.ask(stage, request)
@@ -126,7 +126,7 @@ def until_answered(
 
 
 def others(federation: Federation, request: Any, header: RoundHeader) -> list[Any]:
-    """What a dishonest server asks for in the place of a request."""
+    """The requests that a dishonest server may send in the place of a request."""
     match request:
         case TrainRequest():
             smaller = msgspec.structs.replace(header, cohort=header.cohort[:3])
@@ -143,7 +143,7 @@ def others(federation: Federation, request: Any, header: RoundHeader) -> list[An
 
 
 def header_of(federation: Federation, number: int, attempt: int, shift: float = 0.0) -> RoundHeader:
-    """The header of an attempt at a round that starts from an adapter of its own."""
+    """The header of an attempt at a round, which starts from an adapter of its own."""
     vector = initial_vector(federation.plan) + np.float32(number - 1 + shift)
     digest = adapter_digest(federation.plan.digest(), vector)
     federation.releases[digest] = federation.release(vector, round=number - 1)
@@ -153,7 +153,7 @@ def header_of(federation: Federation, number: int, attempt: int, shift: float = 
 def try_round(
     site: KillableSite, witness: Witness, number: int, attempt_number: int, honest: bool
 ) -> None:
-    """One attempt; if it brings a masked vector, the server opens it."""
+    """Runs one attempt; if it gives a masked vector, the server opens it."""
     federation = witness.federation
     header = header_of(federation, number, attempt_number)
     attempt = federation.attempt(header)
@@ -173,7 +173,7 @@ def try_round(
 
 
 def run(site: KillableSite, witness: Witness, honest: bool) -> None:
-    """Rounds, each in several attempts, until the site was killed often enough."""
+    """Runs rounds, each in several attempts, until the site was killed often enough."""
     federation = witness.federation
     offer = OfferRequest(plan=sign(federation.operator, federation.plan))
     until_answered(site, witness, "offer", [offer])

@@ -1,4 +1,4 @@
-"""A site that is killed again and again, by a server that asks something else each time."""
+"""A site that is killed again and again, under a server that asks something else each time."""
 
 import random
 from collections import defaultdict
@@ -35,7 +35,7 @@ STAGES = {"train", "share", "mask", "confirm", "unmask"}
 
 @pytest.fixture
 def federation(open_federation: Callable[..., Federation]) -> Federation:
-    """Four sites, of which one is real; the server plays the others with their own keys."""
+    """Four sites, one of them real; the server plays the others with their own keys."""
     training = Training(
         rounds=ROUNDS,
         local_steps=1,
@@ -58,7 +58,7 @@ def site(federation: Federation) -> Iterator[KillableSite]:
 
 
 def another(federation: Federation, request: Any, header: RoundHeader) -> Any:
-    """What a server that wants two answers asks for in the same stage."""
+    """Another request of the same stage, from a server that wants two answers."""
     match request:
         case TrainRequest():
             other = msgspec.structs.replace(header, cohort=header.cohort[:3])
@@ -70,13 +70,13 @@ def another(federation: Federation, request: Any, header: RoundHeader) -> Any:
         case ConfirmRequest():
             return msgspec.structs.replace(request, survivors=request.survivors[:3])
         case UnmaskRequest():
-            # Another set of signatures would get the same shares: back to the set itself.
+            # Other signatures would get the same shares, so the server names another set instead.
             return ConfirmRequest(context=request.context, survivors=header.cohort[:3])
     raise AssertionError(request)
 
 
 class Answers:
-    """Everything that the site ever said, by round and stage."""
+    """All answers of the site, by round and stage."""
 
     def __init__(self, site: KillableSite, federation: Federation) -> None:
         self.site = site
@@ -86,7 +86,7 @@ class Answers:
     def get(self, number: int, stage: str, request: Any, other: Any) -> Reply | None:
         """The answer to `request`; None if the site has bound itself to `other`.
 
-        After each kill the server asks for one of the two, as if nothing had been asked before.
+        After each kill, the server sends one of the two, as if it had sent nothing before.
         """
         asked, wanted, done = request, [request, other], []
         while wanted:
@@ -136,7 +136,7 @@ def test_a_site_that_is_killed_at_any_step_never_gives_two_answers(
 
 
 def attempt_of_round(federation: Federation, number: int) -> Any:
-    """An attempt at a round that starts from some adapter, never twice from another."""
+    """An attempt at a round; all attempts at one round start from the same adapter."""
     vector = initial_vector(federation.plan) + np.float32(number - 1)
     digest = adapter_digest(federation.plan.digest(), vector)
     federation.releases[digest] = federation.release(vector, round=number - 1)

@@ -1,7 +1,7 @@
-"""What a malicious server asks a site, and the check by which the site refuses.
+"""Requests of a malicious server to a site, and the check by which the site refuses each.
 
-The refusals inside one attempt of secure aggregation are in tests/common/secagg; these are the ones
-of the trainer, its policy, journal and ledger.
+The refusals within one attempt of secure aggregation are in tests/common/secagg; these are the
+refusals of the trainer, its policy, its journal and its ledger.
 """
 
 import os
@@ -162,7 +162,7 @@ def test_an_older_attempt_number_is_refused(federation: Any) -> None:
 
 
 def requests_of(federation: Any, attempt: Attempt) -> tuple[Any, Any]:
-    """An honest request of the attempt's stage to the site, and another one for the same stage."""
+    """An honest request to the site in the attempt's stage, and another one for the same stage."""
     request = attempt.requests()[SITE]
     match request:
         case ShareRequest():
@@ -225,7 +225,7 @@ def test_a_retry_releases_the_same_delta_and_charges_nothing_more(federation: An
     second = federation.drive(federation.attempt(federation.header(attempt=2)))
     assert federation.observers[SITE].steps == steps
     assert federation.spent_rounds(SITE) == 1
-    # Rounded anew, each site's delta moves by at most one step.
+    # A delta that is rounded again moves by at most one step.
     difference = (first.aggregate.total - second.aggregate.total).view(np.int32)
     assert np.abs(difference).max() <= 3
     assert np.abs(first.aggregate.total[1:].view(np.int32)).max() > 1000
@@ -260,7 +260,7 @@ def test_a_plan_past_what_is_left_of_the_budget_is_refused(federation: Any) -> N
         federation.send(SITE, federation.train_request(header, release))
     assert federation.observers[SITE].errors == []
     assert federation.spent_rounds(SITE) == 10
-    # 8 of 10 are spent; two plans of 8 compose to more than 10.
+    # An epsilon of 8 of 10 is spent; two plans of 8 compose to more than 10.
     second = msgspec.structs.replace(federation.plan, job="second")
     request = OfferRequest(plan=sign(federation.operator, second))
     assert federation.refusal(SITE, request) == "budget"
@@ -350,7 +350,7 @@ def test_a_refusal_tells_the_server_a_code_and_the_site_everything(federation: A
 def test_a_refused_offer_changes_nothing_of_the_attempt_under_way(federation: Any) -> None:
     federation.offer()
     attempt = federation.drive(federation.attempt(), until="mask")
-    # Encoded under this plan, the victim's delta would stand out of the sum a hundredfold.
+    # Encoded under this plan, the victim's delta would be a hundred times larger in the sum.
     finer = msgspec.structs.replace(federation.plan.aggregation, step=1e-8)
     request = OfferRequest(plan=sign(federation.operator, federation.make_plan(aggregation=finer)))
     assert federation.refusal(SITE, request) == "job-has-other-plan"
@@ -367,7 +367,7 @@ def test_a_refused_offer_changes_nothing_of_the_attempt_under_way(federation: An
 
 
 def test_a_plan_with_other_labels_is_refused_without_a_look_at_the_data(federation: Any) -> None:
-    # An accepted offer would say that no other label occurs: a question about the data.
+    # The answer to such an offer would say whether other labels occur in the data.
     (federation.folder / SITE / "data.jsonl").unlink()
     for labels in (("a", "b", "c"), ("b", "a"), ("a", "x")):
         task = msgspec.structs.replace(federation.plan.task, labels=labels)
@@ -401,7 +401,7 @@ def test_a_policy_that_was_tightened_ends_the_job_at_the_next_round(federation: 
 
 
 def test_a_round_whose_training_failed_is_charged_once_and_never_repeated(federation: Any) -> None:
-    # Its last rate is so small that A stays as it is in float32: the site takes that for a fault.
+    # The last learning rate is so small that A does not change in float32: a fault for the site.
     training = msgspec.structs.replace(federation.plan.training, final_learning_rate=1e-12)
     lora = msgspec.structs.replace(federation.plan.lora, method="both")
     federation.plan = federation.make_plan(training=training, lora=lora)
@@ -451,7 +451,7 @@ def test_texts_longer_than_the_model_reads_are_refused_with_the_offer(federation
 def test_an_error_that_nobody_foresaw_is_a_refusal_and_not_the_end_of_the_site(
     federation: Any,
 ) -> None:
-    # A file where a folder should be: no check expects it.
+    # A file is where a folder should be, which no check expects.
     (federation.folder / SITE / "state" / "deltas").write_text("in the way")
     request = OfferRequest(plan=sign(federation.operator, federation.plan))
     assert federation.refusal(SITE, request) == "site-fault"

@@ -1,4 +1,4 @@
-"""A whole state folder that is put back to an earlier time, and trains a second time."""
+"""A whole state folder that is put back to an earlier time and would train a second time."""
 
 import shutil
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def state_of(federation: Federation) -> Path:
 
 
 def put_back(federation: Federation, copy: Path) -> None:
-    """As `cp -a` of an older folder, around every command."""
+    """Puts an older folder back as `cp -a` would, past every command."""
     federation.trainers[SITE].close()
     shutil.rmtree(state_of(federation))
     shutil.copytree(copy, state_of(federation))
@@ -34,7 +34,7 @@ def put_back(federation: Federation, copy: Path) -> None:
 
 
 def train(federation: Federation, last: LastAdvert | None = None, **parts: object) -> LastAdvert:
-    """One round at the site; what an honest server keeps of it."""
+    """Trains one round at the site; returns what an honest server keeps of it."""
     header = federation.header(**parts)
     reply = federation.ask(SITE, federation.showing(header, last))
     assert isinstance(reply, TrainReply)
@@ -57,7 +57,7 @@ def copied(open_federation: Callable[..., Federation]) -> tuple[Federation, Path
 def test_an_older_folder_is_put_back_and_spends_twice(
     copied: tuple[Federation, Path],
 ) -> None:
-    """Two deltas of one round, under other noise, and the ledger knows of one."""
+    """Two deltas of one round, under different noise, and the ledger knows about one."""
     federation, copy = copied
     last = train(federation)
     first = federation.delta(SITE)
@@ -93,11 +93,11 @@ def test_what_was_noticed_stays_noticed_until_the_spend_is_stated(
     assert federation.refusal(SITE, offer) == "site-fault"
     state_spend(federation, "--rounds job=1")
     assert isinstance(federation.ask(SITE, offer), OfferReply)
-    # The round is charged, and nothing of it leaves.
+    # The round is charged, but nothing of it leaves.
     assert federation.refusal(SITE, request) == "site-fault"
     assert "a state of this site that is gone" in federation.observers[SITE].errors[0].message
     assert federation.spent_rounds(SITE) == 1
-    # The next one goes on; a server shows the same advert until it has another.
+    # The next round works; a server shows the same advert until it has another.
     vector = np.zeros_like(federation.release()[1])
     signed, _ = federation.release(vector, round=1)
     header = federation.header(round=2, adapter=adapter_digest(federation.plan.digest(), vector))
@@ -163,7 +163,7 @@ def test_a_backup_that_is_restored_spends_nothing_before_it_is_stated(
         assert federation.refusal(SITE, request) == "site-fault"
     assert federation.observers[SITE].steps == 0
     state_spend(federation, "--rounds job=1")
-    # The noise comes from the plan that the journal had accepted: the ledger had no round.
+    # The noise comes from the plan that the journal had accepted, since the ledger had no round.
     contents = read_ledger(state_of(federation) / "ledger.sqlite")
     (entry,) = contents.rounds.values()
     federation.offer(None, SITE)

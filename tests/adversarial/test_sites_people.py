@@ -1,4 +1,4 @@
-"""What the site's people decided, a server cannot get around."""
+"""A server cannot get around what a site's people decided."""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -24,7 +24,7 @@ def offer(federation: Federation) -> OfferRequest:
 def test_a_plan_runs_only_after_a_person_approved_it(open_federation: OpenFederation) -> None:
     federation = open_federation(policies={SITE: 'approval = "each-plan"'})
     assert federation.refusal(SITE, offer(federation)) == "awaiting-approval"
-    # Neither does it help to begin without asking.
+    # Nor does it help to begin without an offer.
     header = federation.header()
     assert federation.refusal(SITE, federation.train_request(header)) == "unknown-plan"
     assert federation.spent_rounds(SITE) == 0

@@ -1,4 +1,4 @@
-"""One state folder: two clients or two jobs that use it, and old copies that are put back."""
+"""One state folder under two clients or two jobs, and under old copies that are put back."""
 
 import os
 import random
@@ -66,7 +66,7 @@ def test_a_second_client_is_refused_until_the_first_has_died(
         assert federation.refusal(SITE, offer) == "site-fault"
         assert "another process" in federation.observers[SITE].errors[0].diagnostics()
         os.kill(other.process, signal.SIGKILL)
-        # Its end of the connection closes with it, as the lock does.
+        # Its end of the connection closes with the process, as does the lock.
         assert other.connection.poll(10)
         federation.offer()
         other.start()

@@ -20,7 +20,7 @@ def test_a_request_of_another_version_is_refused_and_both_versions_are_named(
     offer = OfferRequest(plan=sign(federation.operator, federation.plan))
     sealed = seal_request(federation.operator, SITE, offer)
     other = f"UMB{version}".encode() + sealed[len(MAGIC) :]
-    # The reply is of this side's version: there is none in which both could speak.
+    # The reply is in this side's version, because no version is common to both.
     with pytest.raises(Stopped) as stopped:
         federation.deliver(SITE, other)
     assert stopped.value.check == "wire-version"

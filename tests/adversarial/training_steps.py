@@ -1,4 +1,4 @@
-"""Where a site can die while it trains, and faults of a site that a test of its death must notice.
+"""The steps at which a training site can die, and faults that a test of its death must notice.
 
 The functions here run in the site's own process, before it starts.
 """
@@ -18,7 +18,7 @@ from umbel_client.storage.deltas import DeltaCache, OptimizerState
 from umbel_common.adapters.vector import Vector
 
 GRADIENTS = "gradients"
-"""File beside client.toml: a line with the round for each step of training."""
+"""Name of the file beside client.toml with a line for each step of training, its round."""
 
 
 class Untraced(sqlite3.Connection):
@@ -30,8 +30,8 @@ class Untraced(sqlite3.Connection):
 def every_step(folder: Path, count: Step) -> Step:
     """Counts each statement to the ledger, step of training, change of a delta's file, and answer.
 
-    Not what comes before the first round that the site charges or finds charged, and not the
-    statements to its journal: `test_killed_site` is about those.
+    It does not count what comes before the first round that the site charges or finds charged, nor
+    statements to the journal, which are those of `test_killed_site`.
     """
     charged = False
     connect, reserve = sqlite3.connect, Ledger.reserve
@@ -59,7 +59,7 @@ def every_step(folder: Path, count: Step) -> Step:
     def synced(descriptor: int) -> None:
         mode, size = os.fstat(descriptor).st_mode, os.fstat(descriptor).st_size
         if stat.S_ISREG(mode):
-            # What was not synced may be lost: a site that dies here leaves half of it.
+            # Data that was not synced may be lost: a site that dies here leaves half of it.
             whole = Path(f"/proc/self/fd/{descriptor}").read_bytes()
             os.ftruncate(descriptor, size // 2)
             step("file fsync")
@@ -81,13 +81,13 @@ def every_step(folder: Path, count: Step) -> Step:
 
 
 def remember(ledger: Ledger, change: Reserved | Computed | Sent) -> None:
-    """Follows a change in memory, and writes nothing."""
+    """Makes a change in memory, and writes nothing."""
     ledger._contents.follow(Row(GENESIS, bytes(16), change))
     ledger._contents.heads.pop()
 
 
 def recorded_in_memory_only(folder: Path, count: Step) -> Step:
-    """A site that sends first, and has not recorded its delta when it dies."""
+    """A site that sends before it records its delta."""
     step = every_step(folder, count)
     append = Ledger._append
 
@@ -102,7 +102,7 @@ def recorded_in_memory_only(folder: Path, count: Step) -> Step:
 
 
 def fresh_noise_after_each_start(folder: Path, count: Step) -> Step:
-    """A site that computes a round again although its delta is recorded."""
+    """A site whose recorded deltas get other noise after each start, as if computed again."""
     step = every_step(folder, count)
     load = DeltaCache.load
     noise = np.float32(int.from_bytes(os.urandom(1)) / 1000)
@@ -118,7 +118,7 @@ def fresh_noise_after_each_start(folder: Path, count: Step) -> Step:
 
 
 def charged_after_training(folder: Path, count: Step) -> Step:
-    """A site that charges a round when its delta is there."""
+    """A site that charges a round only when its delta is there."""
     step = every_step(folder, count)
     append, waiting = Ledger._append, list[Reserved]()
 

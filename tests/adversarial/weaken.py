@@ -1,4 +1,4 @@
-"""The protocol without some of its checks, at the sites; the attacker's own code obeys none."""
+"""The protocol without some of its checks at the sites; the attacker's own code makes no check."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ Replace = Callable[[object, object], None]
 
 
 class Stopped(Exception):
-    """A site refused what an attack needs, or what it got is useless."""
+    """A site refused what an attack needs, or the attacker's gain is useless."""
 
     def __init__(self, check: str) -> None:
         super().__init__(check)
@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 
 class Protection:
-    """Which checks hold, and where: at the sites, never in the attacker's own code."""
+    """The checks that hold, at the sites only, never in the attacker's own code."""
 
     def __init__(self, removed: frozenset[str]) -> None:
         self.removed = removed
@@ -34,7 +34,7 @@ class Protection:
 
     @contextmanager
     def at_a_site(self) -> Iterator[None]:
-        """While a site handles a request."""
+        """Marks the code in which a site handles a request."""
         self._inside = True
         try:
             yield
@@ -47,7 +47,7 @@ class Protection:
 
 
 def weaken(protection: Protection, patch: pytest.MonkeyPatch, replace: Replace) -> None:
-    """Lets every check ask the protection whether it is to be made, and takes barriers away."""
+    """Makes every check ask the protection whether it holds, and takes barriers away."""
     require, judge = errors.require, policy._require
 
     def checked(holds: bool, check: str, message: str, **details: object) -> None:
@@ -65,7 +65,7 @@ def weaken(protection: Protection, patch: pytest.MonkeyPatch, replace: Replace) 
 
 
 def _without_context_binding(patch: pytest.MonkeyPatch, replace: Replace) -> None:
-    """Keys, commitments and associated data as if all attempts had one context."""
+    """Makes keys, commitments and associated data as if all attempts had one context."""
     derive, commit, bind = primitives.derive, primitives.commit, primitives.share_binding
     replace(derive, lambda secret, purpose, _, sites: derive(secret, purpose, bytes(32), sites))
     replace(commit, lambda seed, _, site: commit(seed, bytes(32), site))
@@ -73,7 +73,7 @@ def _without_context_binding(patch: pytest.MonkeyPatch, replace: Replace) -> Non
 
 
 def _without_share_authentication(patch: pytest.MonkeyPatch, replace: Replace) -> None:
-    """ChaCha20 without Poly1305: whatever comes is decrypted (RFC 8439, section 2.8)."""
+    """Decrypts with ChaCha20 without Poly1305, so anything decrypts (RFC 8439, section 2.8)."""
 
     def unseal(key: bytes, sealed: bytes, bound: bytes) -> bytes:
         cipher = Cipher(ChaCha20(key, (1).to_bytes(4, "little") + sealed[:12]), mode=None)
@@ -83,12 +83,12 @@ def _without_share_authentication(patch: pytest.MonkeyPatch, replace: Replace) -
 
 
 def _without_self_mask(patch: pytest.MonkeyPatch, replace: Replace) -> None:
-    """Single masking: everyone knows the key of the self-mask."""
+    """Leaves single masking: everybody knows the key of the self-mask."""
     replace(masking.self_mask_key, lambda seed, site, context: bytes(32))
 
 
 def _without_unique_attempts(patch: pytest.MonkeyPatch, replace: Replace) -> None:
-    """A journal that takes one attempt, and one stage, as often as it is written."""
+    """Makes a journal that takes one attempt, and one stage, any number of times."""
     schema = session._SCHEMA
     for rule in ("context BLOB PRIMARY KEY", ",\n    UNIQUE (job, round, attempt)"):
         assert rule in schema
@@ -98,17 +98,17 @@ def _without_unique_attempts(patch: pytest.MonkeyPatch, replace: Replace) -> Non
 
 
 def _without_recorded_answers(patch: pytest.MonkeyPatch, replace: Replace) -> None:
-    """A site that does not know what it has answered."""
+    """Makes a site forget what it has answered."""
     patch.setattr(session.Journal, "answer", lambda *_: None)
 
 
 def _without_counted_answers(patch: pytest.MonkeyPatch, replace: Replace) -> None:
-    """A ledger that does not know how much the journal has recorded."""
+    """Makes a ledger that does not know how much the journal has recorded."""
     patch.setattr(Ledger, "keep_pace", lambda *_: None)
 
 
 def _without_canonical_sets(patch: pytest.MonkeyPatch, replace: Replace) -> None:
-    """Signed sets in any order."""
+    """Allows signed sets in any order."""
     replace(statements.check_sorted, lambda names: None)
 
 
@@ -121,7 +121,7 @@ BARRIERS: dict[str, Callable[[pytest.MonkeyPatch, Replace], None]] = {
     "unique-attempt": _without_unique_attempts,
     "recorded-answer": _without_recorded_answers,
 }
-"""What stops attacks and is no single check."""
+"""Protections that are more than one check, each with the function that removes it."""
 
 STOPPED_AS = {
     "canonical-set": "site-fault",
@@ -132,4 +132,4 @@ STOPPED_AS = {
     "durable-journal": "second-answer",
     "unique-attempt": "site-fault",
 }
-"""How a site refuses behind a barrier, where it is called otherwise."""
+"""Codes by which a site refuses behind a barrier, where they differ from the barrier's name."""

@@ -18,6 +18,7 @@ from bench_masking import entry
 
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg import coordinator, participant
+from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Identity, Member, Roster
 
 SITES = 100
@@ -60,7 +61,7 @@ def attempt(clock: Clock) -> None:
         adapter=bytes(32),
         cohort=names,
     )
-    rules = participant.Rules(threshold=THRESHOLD, colluding=1, minimum_cohort=3)
+    rules = Rules(threshold=THRESHOLD, colluding=1, minimum_cohort=3)
     states: dict[str, Any] = {}
     machine: Any = coordinator.open_attempt(header, roster, THRESHOLD, 32, ELEMENTS)
     expected = np.zeros(ELEMENTS, dtype="<u4")

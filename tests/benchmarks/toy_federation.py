@@ -41,6 +41,7 @@ from umbel_common.protocol.wire import (
 )
 from umbel_common.secagg import participant
 from umbel_common.secagg.encoding import encode, encoding_of
+from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Identity, Member, Roster, open_signed
 
 RANK, WIDTH, LAYERS = 8, 4096, 16
@@ -136,9 +137,7 @@ class ToySite:
                 return FinishReply(adapter=release.adapter)
             case TrainRequest():
                 header = open_signed(request.header, RoundHeader, roster.operator)
-                rules = participant.Rules(
-                    threshold=plan.aggregation.threshold, colluding=0, minimum_cohort=2
-                )
+                rules = Rules(threshold=plan.aggregation.threshold, colluding=0, minimum_cohort=2)
                 self._cohort = len(header.cohort)
                 self._state, advert = participant.advertise(
                     header, self._name, rules, identity, bytes(32), os.urandom

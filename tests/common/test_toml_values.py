@@ -1,4 +1,4 @@
-"""A wrong configuration is answered with file, field, what was found and what is accepted."""
+"""The error for a wrong configuration has file, field, what was found and what is accepted."""
 
 from typing import Annotated
 

@@ -10,7 +10,7 @@ import pytest
 from e2e.daemons import Clinics, Daemon
 
 from umbel_common.errors import UnreachableError
-from umbel_host.transport.sockets import healthy
+from umbel_host.transport.sockets import is_healthy
 from umbel_server.storage.job_queue import JobState
 
 
@@ -35,7 +35,7 @@ def soon(path: Path) -> bool:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
-            if healthy(path, 5.0):
+            if is_healthy(path, 5.0):
                 return True
         except UnreachableError:
             pass
@@ -70,7 +70,7 @@ def test_a_relay_whose_server_is_away_is_not_well(clinics: Clinics) -> None:
         assert time.monotonic() < deadline, clinics.logs()
         time.sleep(0.1)
     time.sleep(1)
-    assert not healthy(probe, 5.0)
+    assert not is_healthy(probe, 5.0)
 
 
 def test_jobs_that_end_leave_no_socket_behind(clinics: Clinics) -> None:

@@ -14,12 +14,12 @@ from cryptography import x509
 from umbel_common.canonical import encode
 from umbel_common.trust.enrolment import (
     SignedRequest,
-    ask,
-    give,
     kit_from_json,
     kit_to_json,
     request_from_json,
     request_to_json,
+    sign_kit,
+    sign_request,
 )
 from umbel_common.trust.identity import Identity, fingerprint
 from umbel_common.trust.roster_file import document_from_json
@@ -240,7 +240,7 @@ def test_nobody_asks_with_a_relay_key_that_is_anothers(ceremony: Ceremony) -> No
     ceremony.request("north")
     request = request_from_json((ceremony.folder / "north/north.request.json").read_text(), "")
     thief = Identity.generate(os.urandom)
-    own = ask("clinics", "thief", thief, new_key()).request
+    own = sign_request("clinics", "thief", thief, new_key()).request
     claimed = msgspec.structs.replace(own, relay_key=request.request.relay_key)
     signature = thief.sign("SiteRequest", encode(claimed))
     path = ceremony.folder / "thief.json"
@@ -259,7 +259,7 @@ def test_a_name_is_given_once_and_an_identity_too(ceremony: Ceremony, tmp_path: 
     good(run(other, "umbel-client", "init", "--site", "north", "--federation", "clinics"))
     done = ceremony.add("again", other / "north.request.json")
     assert (done.returncode, "there already" in done.stderr) == (20, True)
-    twin = ask("clinics", "twin", ceremony.identity("north"), new_key())
+    twin = sign_request("clinics", "twin", ceremony.identity("north"), new_key())
     path = tmp_path / "twin.json"
     path.write_text(request_to_json(twin))
     done = ceremony.add("twin", path)
@@ -292,7 +292,7 @@ def test_a_kit_of_somebody_else_is_refused(ceremony: Ceremony) -> None:
     kit = ceremony.folder / "north.kit.json"
     thief = Identity.generate(os.urandom)
     forged = ceremony.folder / "forged.json"
-    forged.write_text(kit_to_json(give(kit_from_json(kit.read_text(), kit).kit, thief)))
+    forged.write_text(kit_to_json(sign_kit(kit_from_json(kit.read_text(), kit).kit, thief)))
     done = ceremony.join("north", forged)
     assert done.returncode == 21
     ceremony.request("east")

@@ -16,7 +16,7 @@ from umbel_client.ledger.file import read_ledger
 from umbel_client.ledger.rows import Reservation
 from umbel_client.ledger.spending import release_costs
 from umbel_client.site.ipc import TrainerStub
-from umbel_host.transport.sockets import healthy
+from umbel_host.transport.sockets import is_healthy
 from umbel_server.storage.job_queue import JobState
 
 
@@ -171,9 +171,9 @@ def test_a_server_whose_disk_is_full_goes_on_when_there_is_room(clinics: Clinics
         time.sleep(12)
         assert clinics.rounds_process.running
         assert clinics.queue.job(job).state is JobState.RUNNING
-        assert not healthy(clinics.operator_folder / "state" / "rounds.sock", 5.0)
+        assert not is_healthy(clinics.operator_folder / "state" / "rounds.sock", 5.0)
     finished(clinics, job)
-    assert healthy(clinics.operator_folder / "state" / "rounds.sock", 5.0)
+    assert is_healthy(clinics.operator_folder / "state" / "rounds.sock", 5.0)
     assert len(adapters(clinics, job)) == 1
     for site in clinics.sites.values():
         assert charged(site, job) == [1, 2, 3]

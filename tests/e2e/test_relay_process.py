@@ -75,5 +75,5 @@ def test_a_second_relay_at_one_trainer_refuses_to_start(clinics: Clinics) -> Non
     second = Daemon(site.folder, "umbel_client.relay", str(site.config))
     second.start()
     assert second.wait() == StorageError.exit_code
-    assert "this site's relay runs already" in site.relay.log.read_text()
+    assert "this site's relay is already running" in site.relay.log.read_text()
     assert site.relay.running

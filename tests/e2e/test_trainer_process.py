@@ -10,7 +10,7 @@ from umbel_client.site.decisions import Decisions
 from umbel_client.site.ipc import TrainerStub
 from umbel_client.trainer.isolation import Network, network
 from umbel_common.trust.identity import sign
-from umbel_host.transport.sockets import healthy
+from umbel_host.transport.sockets import is_healthy
 from umbel_server.messaging.link import Step
 from umbel_server.operator.config import Limits
 from umbel_server.storage.job_queue import JobState
@@ -47,7 +47,7 @@ def test_a_job_runs_over_sockets_and_everybody_has_the_same_adapter(clinics: Cli
         assert status.epsilon is not None
         assert 0 < status.epsilon <= 8.0
         assert status.isolated or network() is Network.NONE
-        assert healthy(site.socket, 5)
+        assert is_healthy(site.socket, 5)
         assert site.trainer.stop() == 0
         assert not site.socket.exists()
 
@@ -135,7 +135,7 @@ def test_a_second_trainer_on_one_state_folder_refuses_to_start(clinics: Clinics)
     second = Daemon(site.folder, "umbel_client.trainer_process", str(site.config))
     second.start()
     assert second.wait() == 50
-    assert "runs already" in site.trainer.log.read_text()
+    assert "is already running" in site.trainer.log.read_text()
     # The first one's socket is still its own.
     stub = TrainerStub(site.socket)
     assert stub.handle(b"garbage")

@@ -1,4 +1,4 @@
-"""A real site in the hands of an operator that lies about one thing or another at each stage."""
+"""A real site under an operator that may lie about anything at each stage."""
 
 from itertools import count
 
@@ -17,7 +17,7 @@ MOST_ATTEMPTS = 900
 
 
 class Attacked:
-    """A real site at some stage, and the honest requests that lies are made from."""
+    """A real site at some stage, and the honest requests from which lies are made."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -29,12 +29,12 @@ class Attacked:
         self.site = RealSite(
             self._place.folder / f"site-{next(self._numbers)}", self._place.model()
         )
-        # A whole honest attempt: lies are worth nothing where the truth is refused too.
+        # An honest attempt comes first: a refused lie proves nothing if the truth is refused too.
         self.site.next_attempt(len(STAGES))
         self.go_on()
 
     def go_on(self) -> None:
-        """Another attempt, one stage further than the one before."""
+        """Opens another attempt, one stage further than the one before."""
         self._stages = (self._stages + 1) % (len(STAGES) + 1)
         try:
             self.requests = {
@@ -49,8 +49,8 @@ class Attacked:
             self._renew()
 
     def lie(self, choices: Choices) -> tuple[bytes, bytes]:
-        """The body and the whole of a sealed request; mostly the honest one of the present stage
-        with something wrong."""
+        """A request's body, and the sealed request: mostly that of the present stage with
+        something wrong."""
         names = list(self.requests)
         name = names[-1] if choices.below(2) else names[choices.below(len(names))]
         others = list(self.requests.values())
@@ -65,7 +65,7 @@ class Attacked:
         return body, damaged(sealed, choices) if choices.below(8) == 7 else sealed
 
     def note_attempt(self, body: bytes) -> None:
-        """A train request was accepted: its attempt number, and all below it, are used up."""
+        """Notes an accepted train request, which uses up its attempt number and all below."""
         request = decode(body, TrainRequest)
         header = decode(request.header.statement, RoundHeader)
         self.site.attempt = max(self.site.attempt, header.attempt)

@@ -1,8 +1,8 @@
-"""A string of bytes read as a series of choices: what both engines search through."""
+"""A string of bytes, read as a series of choices; both engines search through such strings."""
 
 
 class Choices:
-    """Reads `data` from front to back; once it is used up, every further choice is the first."""
+    """Reads `data` from front to back. Once it is used up, every further choice is the first."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -10,11 +10,11 @@ class Choices:
 
     @property
     def left(self) -> bool:
-        """Whether any byte has not been read."""
+        """Whether there are bytes that have not been read."""
         return self._position < len(self._data)
 
     def take(self, size: int) -> bytes:
-        """The next bytes, `size` at most."""
+        """The next bytes, at most `size` of them."""
         part = self._data[self._position : self._position + size]
         self._position += size
         return part

@@ -1,4 +1,4 @@
-"""The table of a fuzzing run, and the file that keeps it."""
+"""Prints the table of a fuzzing run, and writes its file."""
 
 import json
 

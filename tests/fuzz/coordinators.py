@@ -1,4 +1,4 @@
-"""Targets: the coordinator and the server's round at each stage, whatever a site may answer."""
+"""Targets: the coordinator and the server's attempt at each stage, under any answer of a site."""
 
 import pickle
 from collections.abc import Callable
@@ -38,7 +38,7 @@ REPLY_OF: dict[str, Callable[[Any], Reply]] = {
 
 
 def _coordinator_at(stage: str) -> Callable[[Place], Property]:
-    """A refused answer changes nothing; after an accepted one the sum is right, or none."""
+    """A refused answer changes nothing; after an accepted one, no sum is wrong."""
 
     def make(_: Place) -> Property:
         frozen = _frozen(at_stage(stage).machine)
@@ -68,7 +68,7 @@ def _coordinator_at(stage: str) -> Callable[[Place], Property]:
 
 
 def _finish(machine: Any, liar: str, answers: Any, total: bytes) -> None:
-    """One liar among those who reveal: the sum over all survivors, or an attempt that aborts."""
+    """With one liar among those that reveal, the sum has all survivors, or the attempt aborts."""
     for site, answer in answers.items():
         if site != liar:
             machine = machine.receive(site, answer)
@@ -77,7 +77,7 @@ def _finish(machine: Any, liar: str, answers: Any, total: bytes) -> None:
 
 
 def _round_at(stage: str) -> Callable[[Place], Property]:
-    """No reply of one site, of whatever type, raises or costs another site its place."""
+    """No reply of one site, of any type, raises an error or costs another site its place."""
 
     def make(_: Place) -> Property:
         run = at_stage(stage)
@@ -96,7 +96,7 @@ def _round_at(stage: str) -> Callable[[Place], Property]:
             reply: Reply = decode(encoded(tree), Reply)  # type: ignore[arg-type]  # a union is a decodable type
             attempt = replace(started, machine=pickle.loads(frozen))
             after = attempt.receive(sender, reply)
-            # A stray reply costs nobody anything, so the sender may still be waited for.
+            # A stray reply costs nobody anything, so its sender may still be awaited.
             assert attempt.waiting - {sender} <= after.waiting <= attempt.waiting
             assert set(after.refusals) <= {sender}
             assert after.stage == attempt.stage
@@ -107,7 +107,7 @@ def _round_at(stage: str) -> Callable[[Place], Property]:
 
 
 def _frozen(value: Any) -> bytes:
-    """A copy that each input can start from; pickling it again gives the same bytes."""
+    """A copy from which each input can start; pickling it again gives the same bytes."""
     data = pickle.dumps(pickle.loads(pickle.dumps(value)))
     assert pickle.dumps(pickle.loads(data)) == data
     return data

@@ -9,7 +9,7 @@ from pathlib import Path
 import atheris  # type: ignore[import-untyped]  # it publishes no types
 
 INSTRUMENTED = ["umbel_common", "umbel_server", "fuzz"]
-"""The targets too: which change is made to an honest message is a branch there."""
+"""Packages to instrument; the targets too, where each change to an honest message is a branch."""
 
 with atheris.instrument_imports(include=INSTRUMENTED):  # pyright: ignore[reportAttributeAccessIssue]  # nor names
     from fuzz.target import Place, Tally
@@ -17,7 +17,7 @@ with atheris.instrument_imports(include=INSTRUMENTED):  # pyright: ignore[report
 
 
 def main(arguments: list[str]) -> None:
-    """Runs until libFuzzer has had enough; a finding ends the process with another status."""
+    """Runs until libFuzzer ends it; a finding ends the process with another status."""
     target = TARGETS[arguments[1]]
     prove = target.make(Place(folder=Path(), model=Path))
     tally = Tally()

@@ -1,4 +1,4 @@
-"""Targets: everything that is decoded from bytes that a stranger sent."""
+"""Targets: all decoders of bytes that a stranger sent."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -33,7 +33,7 @@ KEY = IDENTITIES[SITE].public_key
 
 
 def _body(data: bytes, honest: tuple[Any, ...]) -> bytes:
-    """Plain garbage, or one of the honest trees with a few things wrong."""
+    """Plain garbage, or one of the honest trees with a few changes."""
     choices = Choices(data)
     kind = choices.below(len(honest) + 1)
     if kind == len(honest):
@@ -69,7 +69,7 @@ def _replies(_: Place) -> Property:
 
 
 def _envelopes(_: Place) -> Property:
-    """Whatever is not what was sealed is refused before its body is parsed."""
+    """A message other than the sealed one is refused before its body is parsed."""
     honest = [seal_reply(IDENTITIES[SITE], SITE, reply, ASKED) for reply in REPLIES]
 
     def prove(data: bytes) -> None:
@@ -102,7 +102,7 @@ def _statements(kind: type[Value]) -> Callable[[Place], Property]:
 
 
 def _plans(_: Place) -> Property:
-    """A plan that is accepted can be followed: sizes, encoding, the initial adapter."""
+    """A plan that is accepted can be carried out: sizes, encoding, the initial adapter."""
     honest = trees_of(
         [value for _, value in STATEMENTS.values() if isinstance(value, TrainingPlan)]
     )
@@ -136,7 +136,7 @@ def _adapters(_: Place) -> Property:
 
 
 def _sums(_: Place) -> Property:
-    """What an aggregate decodes to is within what its weight allows."""
+    """A decoded sum is within the range that its weight allows."""
 
     def prove(data: bytes) -> None:
         choices = Choices(data)
@@ -146,7 +146,7 @@ def _sums(_: Place) -> Property:
         )
         total = np.zeros(4, dtype=f"<u{bits // 8}")
         total[0] = choices.below(40)
-        # Near zero from both sides, so that some are within the bound and some beyond.
+        # Values near zero on both sides, so that some are within the bound and some beyond it.
         small = np.frombuffer(choices.take(3).ljust(3, b"\0"), dtype=np.int8).astype(np.int64)
         total[1:] += (20 * small).astype(total.dtype)
         weight, mean = decode_sum(total, encoding)

@@ -1,21 +1,22 @@
-"""Hypothesis as an engine: as many inputs as asked for, in batches of their own seed."""
+"""Hypothesis as an engine: any number of inputs, in batches that each have a seed."""
 
 from fuzz.target import Property, Tally, Target
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 BATCH = 10_000
-"""Hypothesis remembers what it tried: a longer run would fill the memory, and slow down."""
+"""Number of inputs in a batch. Hypothesis remembers what it tried, so a longer run would fill the
+memory and slow down."""
 SHORTEST, LONGEST = 8, 60
-"""Bytes of an input: enough for one change, and for four; Hypothesis itself prefers short ones, of
-which most change nothing. The coverage-guided engine tries those too."""
+"""Numbers of bytes of an input, enough for one change and for four. Hypothesis by itself prefers
+short inputs, most of which change nothing; the coverage-guided engine tries those too."""
 
 
 def search(target: Target, prove: Property, count: int, start: int, tally: Tally) -> None:
     """Feeds `count` inputs to a target; the seeds of the batches follow `start`.
 
     Raises:
-        Exception: the finding, by the smallest input that shows it.
+        Exception: a finding, with the smallest input that shows it.
     """
     for batch in range(0, count, BATCH):
 

@@ -1,4 +1,4 @@
-"""Targets: files that people write or are sent: rosters, configurations, scenarios."""
+"""Targets: files that people write or receive: rosters, configurations, scenarios."""
 
 import json
 from pathlib import Path
@@ -79,7 +79,7 @@ ODD_TOML = (
 
 
 def changed_text(honest: str, choices: Choices) -> str:
-    """Lines with one to four things wrong, and now and then a damaged byte."""
+    """Lines with one to four changes, and now and then a damaged byte."""
     lines = honest.splitlines()
     for _ in range(CHANGES[choices.below(len(CHANGES))]):
         if not choices.left or not lines:
@@ -116,7 +116,7 @@ def _client(_: Place) -> Property:
 
 def _scenario(_: Place) -> Property:
     honest = [path.read_text(encoding="utf-8") for path in sorted(SHIPPED.glob("*.toml"))]
-    # Comments tell nothing to the parser, and would take most of the changes.
+    # The parser skips comments, which would take most of the changes.
     honest = [
         "\n".join(line for line in text.splitlines() if line.strip() and line[0] != "#")
         for text in honest
@@ -133,7 +133,7 @@ def _scenario(_: Place) -> Property:
 
 
 def _roster(_: Place) -> Property:
-    """What is read is a roster, and survives being written."""
+    """What is read is a roster, and is the same after being written and read again."""
     document = RosterDocument(
         roster=ROSTER,
         rotations=(rotate("clinics", "site-a", identity("former"), IDENTITIES["site-a"]),),
@@ -162,7 +162,7 @@ def _roster(_: Place) -> Property:
 
 
 def _hexadecimal(value: Any) -> str:
-    """JSON has no bytes."""
+    """Bytes as hexadecimal text, because JSON has no bytes."""
     return bytes(value).hex()
 
 

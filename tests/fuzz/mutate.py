@@ -1,7 +1,7 @@
-"""Honest messages with a few things wrong: trees of maps, lists and values, changed by choices.
+"""Honest messages with a few changes: trees of maps, lists and values, changed by choices.
 
-A tree is what MessagePack holds: dict, list, str, bytes, numbers. Signed statements inside a tree
-can be changed and signed again, so that what lies behind a signature check is reached too.
+A tree is what MessagePack can encode: dict, list, str, bytes, numbers. Signed statements in a tree
+can be changed and signed again, so that the code behind a signature check is reached too.
 """
 
 import math
@@ -21,7 +21,7 @@ Place: TypeAlias = tuple[Any, Any]
 """A container and the key or index of one of its children."""
 
 CHANGES = (1, 1, 1, 1, 2, 2, 3, 4)
-"""How many things are wrong; mostly one, since two seldom get past the first check."""
+"""Numbers of changes to draw from; mostly one, since two seldom get past the first check."""
 ODD_VALUES: tuple[Tree, ...] = (
     None,
     True,
@@ -72,7 +72,7 @@ LABELS = {
 
 
 def tree_of(value: Any) -> Tree:
-    """What the encoding of a value holds."""
+    """The tree in the encoding of a value."""
     return msgspec.msgpack.decode(msgspec.msgpack.encode(value))
 
 
@@ -82,16 +82,16 @@ def encoded(tree: Tree) -> bytes:
 
 
 def mutated(tree: Tree, choices: Choices, others: Sequence[Tree] = ()) -> Tree:
-    """`tree` with one to four changes; as it was where `choices` are used up.
+    """`tree` with one to four changes, or unchanged if `choices` are used up.
 
     Args:
-        others: trees whose parts may be put in.
+        others: trees from which parts may be taken.
     """
     root = [msgspec.msgpack.decode(msgspec.msgpack.encode(tree))]
     for _ in range(CHANGES[choices.below(len(CHANGES))]):
         if not choices.left:
             break
-        # Half of the changes near the root: whole parts missing, repeated, exchanged.
+        # Half of the changes are near the root: whole parts missing, repeated, exchanged.
         places = _places(root) if choices.below(2) else _shallow(root)
         container, key = places[choices.below(len(places))]
         _CHANGES[choices.below(len(_CHANGES))](container, key, choices, root, others)
@@ -127,7 +127,7 @@ def _places(root: list[Tree]) -> list[Place]:
 
 
 def _shallow(root: list[Tree]) -> list[Place]:
-    """The root's children, or the root where it has none."""
+    """The root's children, or the root if it has no children."""
     if root and isinstance(root[0], dict | list) and root[0]:
         keys = root[0].keys() if isinstance(root[0], dict) else range(len(root[0]))
         return [(root[0], key) for key in keys]
@@ -143,7 +143,7 @@ def _odd(container: Any, key: Any, choices: Choices, root: Any, others: Any) -> 
 
 
 def _splice(container: Any, key: Any, choices: Choices, root: Any, others: Any) -> None:
-    """Puts in another part of this tree, or of one of the others."""
+    """Puts in another part of this tree, or a part of one of the others."""
     sources = [root, *([tree] for tree in others)]
     places = _places(sources[choices.below(len(sources))])
     donor, at = places[choices.below(len(places))]
@@ -168,7 +168,7 @@ def _swap(container: Any, key: Any, choices: Choices, root: Any, others: Any) ->
 
 
 def _reverse(container: Any, key: Any, choices: Choices, root: Any, others: Any) -> None:
-    """Another order: of a list, or of the fields of a map."""
+    """Reverses a list, or the fields of a map."""
     if isinstance(container, list):
         container.reverse()
     else:
@@ -176,7 +176,7 @@ def _reverse(container: Any, key: Any, choices: Choices, root: Any, others: Any)
 
 
 def _nudge(container: Any, key: Any, choices: Choices, root: Any, others: Any) -> None:
-    """A small change of a value: a bit, a letter, one more or less."""
+    """Changes a value a little: a bit, a letter, one more or less."""
     value = container[key]
     match value:
         case bytes():
@@ -199,7 +199,7 @@ def _raw(container: Any, key: Any, choices: Choices, root: Any, others: Any) -> 
 
 
 def _resign(container: Any, key: Any, choices: Choices, root: Any, others: Any) -> None:
-    """Changes what is signed, and has its rightful signer, or another, sign the change."""
+    """Changes a statement, and has its rightful signer, or another party, sign the change."""
     holders = [
         inner[at]
         for inner, at in _places(root)
@@ -243,5 +243,5 @@ _CHANGES = (*_PLAIN, _splice, _repeat, _swap, _resign, _resign, _resign)
 
 
 def trees_of(values: Sequence[Value]) -> tuple[Tree, ...]:
-    """`tree_of` each."""
+    """The tree of each value."""
     return tuple(map(tree_of, values))

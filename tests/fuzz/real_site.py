@@ -1,4 +1,4 @@
-"""A real trainer with journal, ledger and a tiny model on disk, in the hands of its operator."""
+"""A real trainer with journal, ledger and a tiny model on disk, under its operator."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +43,7 @@ from umbel_common.protocol.wire import (
     size_limit,
 )
 from umbel_common.secagg import coordinator, participant
+from umbel_common.secagg.rules import Rules
 from umbel_common.toml_values import parse_toml
 from umbel_common.trust.identity import sign
 
@@ -78,21 +79,21 @@ class KeptErrors:
         self.last: UmbelError | None = None
 
     def preparing(self, what: str, done: int, total: int) -> None:
-        """Nothing to keep."""
+        """Keeps nothing."""
 
     def charged(self, round_number: int, epsilon: float | None) -> None:
-        """Nothing to keep."""
+        """Keeps nothing."""
 
     def step(self, round_number: int, step: int, steps: int) -> None:
-        """Nothing to keep."""
+        """Keeps nothing."""
 
     def refused(self, error: UmbelError) -> None:
-        """Keeps it."""
+        """Keeps the refusal."""
         self.last = error
 
 
 class RealSite:
-    """`site-a`; the other two sites of the vectors' roster are played without training."""
+    """The real site `site-a`; the others of the vectors' roster are played without training."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         folder.mkdir()
@@ -117,7 +118,7 @@ class RealSite:
         self.honest(OfferRequest(plan=sign(OPERATOR, self.plan)))
 
     def send(self, request: Request) -> Reply:
-        """A request and its reply, whose seal holds.
+        """The reply to a request, after a check of its seal.
 
         Raises:
             RemoteProtocolError: the reply is not the site's.
@@ -132,18 +133,18 @@ class RealSite:
         return open_reply(key, SITE, reply, asked, limit=size_limit(self.plan))
 
     def honest(self, request: Request) -> Any:
-        """The answer to a request that nothing is wrong with."""
+        """The answer to an honest request."""
         reply = self.send(request)
         if isinstance(reply, Refusal):
             raise Refused(reply.check)
         return reply
 
     def next_attempt(self, stages: int) -> dict[str, Request]:
-        """Opens an attempt, answers so many stages honestly, and gives the honest requests so far:
-        the last of them has not been sent.
+        """Opens an attempt, plays some stages honestly, and returns the honest requests so far, of
+        which the last has not been sent.
 
         Raises:
-            Refused: by what went before, the site takes part no longer.
+            Refused: after what was sent before, the site takes part no more.
         """
         self.attempt += 1
         requests: dict[str, Request] = {
@@ -206,11 +207,11 @@ STAGES = (
     ("confirm", "signature"),
     ("unmask", "shares"),
 )
-"""Each stage, and the field of its reply that the coordinator takes."""
+"""Stages, each with the field of its reply that the coordinator takes."""
 
 
 class Peers:
-    """The other two sites, which follow the protocol over vectors of zeros."""
+    """The other two sites, which follow the protocol with vectors of zeros."""
 
     def __init__(self, header: RoundHeader, length: int) -> None:
         self._header = header
@@ -219,7 +220,7 @@ class Peers:
         self._entropy = Drawn(f"peers {header.attempt}")
 
     def answers(self, machine: Any) -> dict[str, Any]:
-        """What both answer to the stage at hand."""
+        """The answers of both sites in the present stage."""
         asked: Mapping[str, Any] = {}
         if not isinstance(machine, coordinator.Advertising):
             asked = machine.requests()
@@ -232,7 +233,7 @@ class Peers:
         state = self._states.get(site)
         match state:
             case None:
-                rules = participant.Rules(threshold=2, colluding=0, minimum_cohort=2)
+                rules = Rules(threshold=2, colluding=0, minimum_cohort=2)
                 return participant.advertise(
                     self._header, site, rules, IDENTITIES[site], bytes(32), self._entropy
                 )
@@ -250,7 +251,7 @@ class Peers:
 
 
 def _request(machine: Any, context: bytes) -> tuple[str, Request] | None:
-    """The stage that follows, and what the real site is asked in it."""
+    """The next stage, and what the real site is asked in it."""
     match machine:
         case coordinator.Sharing():
             return "share", ShareRequest(context=context, adverts=machine.requests()[SITE])

@@ -1,4 +1,4 @@
-"""What a fuzzing run did: inputs, seconds and findings of each target, and what it ran with."""
+"""The record of a fuzzing run: inputs, seconds and findings of each target, and the versions."""
 
 import os
 import platform
@@ -17,24 +17,24 @@ PACKAGES = ("umbel", "hypothesis", "atheris", "msgspec", "cryptography", "numpy"
 
 
 def full_run() -> bool:
-    """Whether this is `make fuzz`; else it is the short share of CI."""
+    """Whether this run is `make fuzz`; if not, it is the short share of CI."""
     return os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
 
 
 @dataclass
 class Record:
-    """Rows of one run."""
+    """The rows of one run."""
 
     seed: int = field(default_factory=lambda: int(os.environ.get("FUZZ_SEED", 0)) or default_seed())
     rows: list[dict[str, Any]] = field(default_factory=list)
     sizes: Counter[int] = field(default_factory=Counter)
-    """Attempts whose sum was compared with the plaintext, by number of sites."""
+    """Number of attempts whose sum was compared with the plaintext, by number of sites."""
     inexact: int = 0
     attempt_seconds: float = 0.0
 
     @contextmanager
     def row(self, target: str, engine: str) -> Iterator[Tally]:
-        """Times one target; a finding is noted and goes on to fail the test."""
+        """Times one target; notes a finding and lets it fail the test."""
         tally, start, failures = Tally(), perf_counter(), 1
         try:
             yield tally
@@ -54,7 +54,7 @@ class Record:
 
     @contextmanager
     def attempts(self) -> Iterator[Counter[int]]:
-        """Times attempts whose sums are compared, counted by number of sites."""
+        """Times attempts whose sums are compared, and counts them by number of sites."""
         counted: Counter[int] = Counter()
         start, failures = perf_counter(), 1
         try:
@@ -85,7 +85,7 @@ class Record:
         }
 
     def table(self) -> Iterator[str]:
-        """Lines for a terminal."""
+        """The record as lines for a terminal."""
         yield f"{'target':32} {'engine':10} {'inputs':>9} {'refused':>9} {'found':>5} {'s':>7}"
         for row in self.rows:
             refused = sum(row["refused"].values()) if row["refused"] else "-"
@@ -104,8 +104,8 @@ class Record:
 
 
 def default_seed() -> int:
-    """Another one in each full run, which shows it; in CI always the same: no change is blamed for
-    what chance found."""
+    """A new seed for each full run, which shows it; in CI always the same one, so that no change is
+    blamed for what chance found."""
     return secrets.randbelow(2**31) if full_run() else 1
 
 
@@ -120,4 +120,4 @@ def _versions() -> dict[str, str]:
 
 
 RECORD = Record()
-"""Of this process."""
+"""The record of this process."""

@@ -1,4 +1,4 @@
-"""Targets: a site's state at each stage of an attempt, under whatever a server may ask."""
+"""Targets: a site's state at each stage of an attempt, under any request of a server."""
 
 import os
 from collections.abc import Callable
@@ -60,20 +60,20 @@ def _site_at(stage: str) -> Callable[[Place], Property]:
 
 
 def _shared(state: Any, request: Any, after: Any, answer: Any) -> None:
-    """One share for each peer that advertised, and enough of them."""
+    """There is one share for each peer that advertised, and enough peers."""
     assert len(answer) + 1 == len(request) >= state.rules.threshold
     assert [share.recipient for share in answer] == [peer.peer for peer in after.peers]
     assert state.advert in request
 
 
 def _masked(state: Any, request: Any, after: Any, answer: Any) -> None:
-    """Masked under the keys of those whose shares it holds, at least two sites in all."""
+    """The vector is masked with the peers whose shares it holds, at least two sites in all."""
     assert {share.owner for share in after.held} == {share.sender for share in request}
     assert len(after.held) + 1 >= state.rules.threshold
 
 
 def _confirmed(state: Any, request: Any, after: Any, answer: Any) -> None:
-    """It signed what it was asked, and holds one share of each peer."""
+    """The site signed the set that it was asked about, and holds one share of each peer."""
     key = ROSTER.member(SITE).public_key
     assert open_signed(answer.signed, Survivors, key).sites == request == after.survivors
     owners = [share.owner for share in after.shares]
@@ -83,7 +83,7 @@ def _confirmed(state: Any, request: Any, after: Any, answer: Any) -> None:
 
 
 def _revealed(state: Any, request: Any, after: Any, answer: Any) -> None:
-    """Only to as many signers as the threshold asks for, all of them survivors."""
+    """Shares are revealed only for as many signatures as the threshold, all by survivors."""
     signers = {signature.site for signature in request}
     assert len(signers) >= state.rules.threshold
     assert signers <= set(state.survivors)

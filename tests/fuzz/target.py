@@ -1,4 +1,4 @@
-"""What is fuzzed: a property of any string of bytes, and the errors that it may end with."""
+"""A target of fuzzing: a property of any string of bytes, and the errors that it may raise."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -9,50 +9,52 @@ from typing import TypeAlias
 from umbel_common.errors import UmbelError
 
 Property: TypeAlias = Callable[[bytes], None]
-"""Returns, or raises a documented error. Anything else, a failed assertion too, is a finding."""
+"""A function that returns or raises a documented error; anything else, also a failed assertion, is
+a finding."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a target may need from where it runs."""
+    """What a target may need from its surroundings."""
 
     folder: Path
-    """Empty, and its own."""
+    """A folder of the target's own, empty."""
     model: Callable[[], Path]
-    """The folder of a tiny model."""
+    """A function that returns the folder of a tiny model."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One thing that takes what strangers send."""
+    """A part of the product that takes what strangers send."""
 
     name: str
     make: Callable[[Place], Property]
     accepted: tuple[type[UmbelError], ...]
-    """The errors that are documented; no other may come out, not even one derived from them."""
+    """Documented errors; no other may come out, not even one derived from them."""
     share: int
-    """Inputs in CI."""
+    """Number of inputs in CI."""
     inputs: int
-    """Inputs by Hypothesis in `make fuzz`."""
+    """Number of inputs by Hypothesis in `make fuzz`."""
     guided: int = 0
-    """Inputs by atheris in `make fuzz`; 0: none, since it is no place for a long state."""
+    """Number of inputs by atheris in `make fuzz`; 0 for a target with a long state, which does not
+    suit atheris."""
 
 
 @dataclass
 class Tally:
-    """What became of the inputs of one target."""
+    """The results of the inputs of one target."""
 
     inputs: int = 0
     refusals: Counter[str] = field(default_factory=Counter)
-    """By reason code, or by class where an error has none."""
+    """Number of refusals, by reason code, or by class for an error without one."""
     edges: int | None = None
-    """Branches of the code that a coverage-guided search reached."""
+    """Number of branches that a coverage-guided search reached; None: another engine."""
 
     def feed(self, target: Target, prove: Property, data: bytes) -> None:
-        """One input.
+        """Gives the target one input.
 
         Raises:
-            Exception: whatever is not documented.
+            Exception: any error that is not documented.
         """
         self.inputs += 1
         try:

@@ -1,4 +1,4 @@
-"""The one list of what is fuzzed."""
+"""The list of all targets."""
 
 from fuzz.coordinators import COORDINATORS
 from fuzz.decoders import DECODERS
@@ -12,4 +12,4 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (*DECODERS, *FILES, *TRANSCRIPTS, *SITES, *COORDINATORS, *TRAINERS)
 }
-"""By name."""
+"""Targets by name."""

@@ -1,4 +1,4 @@
-"""Inputs that showed a bug. Each stays here, by its own name, once it is mended."""
+"""Inputs that showed a bug. Each stays here under its own name after the bug is mended."""
 
 import os
 from pathlib import Path
@@ -12,6 +12,7 @@ from umbel_client.site.config import ClientConfig
 from umbel_common.errors import ConfigError, PlanError, RemoteProtocolError
 from umbel_common.plans.plan import check_plan
 from umbel_common.secagg import participant
+from umbel_common.secagg.rules import Rules
 from umbel_common.toml_values import parse_toml
 
 
@@ -19,7 +20,7 @@ from umbel_common.toml_values import parse_toml
     "text", ["threads = " + "9" * 5000, "threads = " + "[" * 3000], ids=["digits", "nesting"]
 )
 def test_a_number_too_long_or_lists_too_deep_are_a_configuration_error(text: str) -> None:
-    """tomllib raises a plain ValueError or RecursionError, no TOMLDecodeError."""
+    """tomllib raises a plain ValueError or RecursionError, not a TOMLDecodeError."""
     with pytest.raises(ConfigError):
         parse_toml(text, ClientConfig, Path("client.toml"))
 
@@ -36,7 +37,7 @@ def test_keys_of_a_site_that_only_the_header_knows_are_a_breach_of_protocol() ->
     """The operator signs a cohort with a site outside the roster, and plays that site."""
     cohort = ("site-a", "site-b", "site-d")
     header = msgspec.structs.replace(HEADER, cohort=cohort)
-    rules = participant.Rules(threshold=2, colluding=0, minimum_cohort=2)
+    rules = Rules(threshold=2, colluding=0, minimum_cohort=2)
     identities = {**IDENTITIES, "site-d": identity("site-d")}
     states, adverts = zip(
         *(

@@ -1,4 +1,4 @@
-"""Whatever bytes come in: a value, or the error that is documented. CI runs a short share."""
+"""Any bytes give a value or a documented error. CI runs a short share of the inputs."""
 
 import os
 import re

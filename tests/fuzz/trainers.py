@@ -1,4 +1,5 @@
-"""Target: the whole trainer of a site, on disk, in every stage, under an operator that lies."""
+"""Target: the whole trainer of a site, with its state on disk, in every stage, under a lying
+operator."""
 
 from fuzz.choices import Choices
 from fuzz.target import Place, Property, Target
@@ -8,7 +9,7 @@ from umbel_common.protocol.wire import Refusal, TrainReply
 
 
 def _trainer(place: Place) -> Property:
-    """Every request gets a sealed reply, and none ends in the fault that no input should cause."""
+    """Every request gets a sealed reply, and none causes an error that asks for a report."""
     # Imported here: it brings torch, which no other target needs.
     from fuzz.attacked import Attacked
 

@@ -1,4 +1,4 @@
-"""Target: the verifier of transcripts, which anyone may be handed."""
+"""Target: the verifier of transcripts, which anybody may send."""
 
 from typing import Any
 
@@ -69,7 +69,7 @@ def honest_events() -> list[TranscriptEvent]:
 
 
 def _transcripts(_: Place) -> Property:
-    """What verifies starts from the plan that was signed, and each release is confirmed."""
+    """What verifies starts from the signed plan, and each release in it is confirmed."""
     events = honest_events()
     trees = [tree_of(event) for event in events]
     assert len(verify_transcript(_chained(events), ROSTER).releases) == 2
@@ -80,7 +80,7 @@ def _transcripts(_: Place) -> Property:
             tree = mutated([tree_of(entry) for entry in _chained(events)], choices)
             entries = decode(encoded(tree), tuple[Signed, ...])
         else:
-            # An operator that lies signs whatever it likes, in a chain that fits.
+            # A lying operator can sign anything, in a chain that fits.
             lies = decode(encoded(mutated(trees, choices)), list[TranscriptEvent])
             entries = tuple(_chained(lies))
         job = verify_transcript(entries, ROSTER)
@@ -100,7 +100,7 @@ def _chained(events: list[Any]) -> list[Signed]:
 
 
 def _confirmed(release: Release) -> None:
-    """Two of the three sites signed one attempt in their lives: no other can have been released."""
+    """Two of the three sites ever signed one attempt, so no other can have been released."""
     assert release.context == HEADER.context()
     assert release.survivors == ("site-a", "site-b")
 

@@ -1,4 +1,4 @@
-"""One command asks every process of ours whether it is well."""
+"""One command asks any process of ours whether it is well."""
 
 import os
 import subprocess
@@ -31,10 +31,10 @@ def probe(*arguments: object) -> "subprocess.CompletedProcess[str]":
 
 
 def test_who_is_well_is_told_from_who_is_not(server: SocketServer, tmp_path: Path) -> None:
-    server.serving(True)
+    server.report_health(True)
     done = probe(f"unix:{tmp_path}/a.sock")
     assert (done.returncode, done.stdout.count("\n"), done.stderr) == (0, 1, "")
-    server.serving(False)
+    server.report_health(False)
     done = probe(f"unix:{tmp_path}/a.sock")
     assert done.returncode == 1
     assert "not well" in done.stderr

@@ -1,4 +1,4 @@
-"""Files of each former schema version: opened by today's code, with every row that they had."""
+"""Today's code opens files of each former schema version, with every row that they had."""
 
 import math
 import shutil
@@ -69,7 +69,7 @@ def test_every_row_is_kept_and_the_version_is_todays(name: str, tmp_path: Path) 
     assert version(path) == int(number)
     before = rows(path)
     if kind == "journal" and number == "1":
-        # `finished` became the round whose release ended the job: none, for one that goes on.
+        # `finished` became the round whose release ended the job, NULL while the job has not ended.
         before["jobs"] = [(*row[:-1], None) for row in before["jobs"] if row[-1] == 0]
     for _ in range(2):
         opened(path).close()  # type: ignore[attr-defined]  # all of them have it

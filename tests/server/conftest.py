@@ -36,8 +36,9 @@ from umbel_common.protocol.wire import (
     seal_reply,
     size_limit,
 )
-from umbel_common.secagg import participant as secagg
+from umbel_common.secagg import participant
 from umbel_common.secagg.encoding import RingVector, encode, encoding_of
+from umbel_common.secagg.rules import Rules
 from umbel_common.secagg.unmasking import WrongShare
 from umbel_common.trust.identity import Identity, Roster, open_signed
 from umbel_server.jobs.interfaces import Evaluator
@@ -57,7 +58,7 @@ class ToySite:
         self.roster = roster
         self.plan = plan
         self.requests: list[Request] = []
-        self.state: secagg.AttemptState | None = None
+        self.state: participant.AttemptState | None = None
         self.header: RoundHeader | None = None
         self.vectors: dict[tuple[int, int], RingVector] = {}
         """(round, attempt) -> the vector before it was masked."""
@@ -86,17 +87,17 @@ class ToySite:
                 return FinishReply(adapter=release.adapter)
             case _, TrainRequest():
                 self.header = open_signed(request.header, RoundHeader, self.roster.operator)
-                rules = secagg.Rules(
+                rules = Rules(
                     threshold=self.plan.aggregation.threshold, colluding=0, minimum_cohort=2
                 )
-                self.state, advert = secagg.advertise(
+                self.state, advert = participant.advertise(
                     self.header, self.name, rules, self.identity, bytes(32), os.urandom
                 )
                 return TrainReply(advert=advert)
-            case secagg.Advertised() as state, ShareRequest():
+            case participant.Advertised() as state, ShareRequest():
                 self.state, shares = state.receive(request.adverts, self.roster, os.urandom)
                 return ShareReply(context=request.context, shares=shares)
-            case secagg.Shared() as state, MaskRequest():
+            case participant.Shared() as state, MaskRequest():
                 header = self.header
                 assert header is not None
                 encoding = encoding_of(self.plan.aggregation, len(header.cohort))
@@ -106,10 +107,10 @@ class ToySite:
                 self.vectors[header.round, header.attempt] = vector.copy()
                 self.state, masked = state.receive(request.shares, vector)
                 return MaskReply(context=request.context, vector=masked.tobytes())
-            case secagg.Masked() as state, ConfirmRequest():
+            case participant.Masked() as state, ConfirmRequest():
                 self.state, signature = state.receive(request.survivors, self.identity)
                 return ConfirmReply(context=request.context, signature=signature)
-            case secagg.Confirmed() as state, UnmaskRequest():
+            case participant.Confirmed() as state, UnmaskRequest():
                 self.state, revealed = state.receive(request.signatures, self.roster)
                 return UnmaskReply(context=request.context, shares=revealed)
         return Refusal(check="stage-order")

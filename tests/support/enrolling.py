@@ -17,10 +17,10 @@ from umbel_common.trust.enrolment import (
     SignedKit,
     SignedRequest,
     SiteKit,
-    give,
     kit_from_json,
     kit_to_json,
     request_from_json,
+    sign_kit,
 )
 from umbel_common.trust.identity import Identity, fingerprint
 from umbel_common.trust.roster import RosterDocument
@@ -110,7 +110,7 @@ class Enrolling:
     def forged(self, kit: SiteKit, signer: Identity | None = None) -> Path:
         """A kit as whoever has a key can make it."""
         path = self.folder / "forged.json"
-        path.write_text(kit_to_json(give(kit, signer or self.key())))
+        path.write_text(kit_to_json(sign_kit(kit, signer or self.key())))
         return path
 
     def files(self, party: str = "operator") -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Vectors of whole attempts of three sites, and of what each side refuses at each stage."""
+"""Vectors of whole attempts of three sites, and of the refusals of each side at each stage."""
 
 from collections.abc import Callable
 from typing import Any
@@ -60,7 +60,7 @@ def _inputs(
 
 
 def at_stage(stage: str) -> Run:
-    """The attempt with the dropout, about to be asked `stage`; at `end` it is over."""
+    """The attempt with the dropout, just before `stage`; at `end` it is over."""
     return _at(stage)[0]
 
 
@@ -124,7 +124,7 @@ def _wrong_shares() -> dict[str, tuple[Any, str]]:
     b, c = msgspec.convert(run.requests("mask")["site-a"], tuple[EncryptedShare, ...])
 
     def sealed(data: bytes, context: bytes) -> EncryptedShare:
-        """From site-b, properly encrypted to site-a."""
+        """A share from site-b, properly encrypted for site-a."""
         ours, theirs = drawn["site-b"].draws[0], public_key(drawn["site-a"].draws[0])
         key = derive(agree(load(ours), theirs, "site-a"), "share", context, ("site-b", "site-a"))
         bound = share_binding(context, "site-b", "site-a")

@@ -1,4 +1,4 @@
-"""What every vector is made of: a case, its bytes in hexadecimal, and fixed inputs."""
+"""The parts of every vector: cases, bytes in hexadecimal, and fixed inputs."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -29,13 +29,13 @@ def refused(
     check: str | None,
     error: str = "RemoteProtocolError",
 ) -> Case:
-    """A case that fails with `error`, and by `check` where that error names one."""
+    """A case that fails with `error`, and with `check` if that error has one."""
     failure = {"error": error} if check is None else {"error": error, "check": check}
     return {"name": name, "operation": operation, "inputs": to_json(inputs), "failure": failure}
 
 
 def sample(label: str, size: int) -> bytes:
-    """So many bytes that look random and are the same everywhere: SHAKE-256 of a label."""
+    """`size` bytes that look random and are the same everywhere: SHAKE-256 of a label."""
     return hashlib.shake_256(f"umbel vector {label}".encode()).digest(size)
 
 
@@ -45,7 +45,7 @@ def identity(name: str) -> Identity:
 
 
 class Drawn:
-    """Entropy that keeps what it gave, so that the vector can list it."""
+    """Entropy that keeps its draws, so that the vector can list them."""
 
     def __init__(self, label: str) -> None:
         self._label = label
@@ -57,7 +57,7 @@ class Drawn:
 
 
 def replayed(draws: list[bytes]) -> Callable[[int], bytes]:
-    """Entropy that gives `draws` one after the other; each must have the size asked for."""
+    """Entropy that gives `draws` one after the other; each must have the size that is asked for."""
     rest: Iterator[bytes] = iter(draws)
 
     def entropy(size: int) -> bytes:
@@ -74,7 +74,7 @@ def to_json(value: Any) -> Any:
         case bytes() | bytearray() | memoryview():
             return "0x" + bytes(value).hex()
         case Value():
-            # A tag stands first, as on the wire.
+            # A tag comes first, as on the wire.
             return to_json(msgspec.to_builtins(value, builtin_types=(bytes, memoryview)))
         case dict():
             return {name: to_json(inner) for name, inner in value.items()}
@@ -85,7 +85,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """The inverse of `to_json`, short of types: byte strings are bytes again."""
+    """The inverse of `to_json` but for types: byte strings are bytes again."""
     match value:
         case str() if value.startswith("0x"):
             return bytes.fromhex(value[2:])
@@ -98,7 +98,7 @@ def from_json(value: Any) -> Any:
 
 
 def long_bytes(data: bytes) -> bytes | dict[str, Any]:
-    """Up to 256 bytes as they are; more by length and SHA-256."""
+    """Up to 256 bytes as they are; longer ones by length and SHA-256."""
     if len(data) <= 256:
         return data
     return {"length": len(data), "sha256": hashlib.sha256(data).digest()}

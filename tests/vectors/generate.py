@@ -1,6 +1,6 @@
 """Writes the vectors: `python tests/vectors/generate.py [folder]`, or `make vectors`.
 
-Everything is derived from labels, so the files change only if the protocol does.
+Everything is derived from labels, so the files change only if the protocol changes.
 """
 
 import json

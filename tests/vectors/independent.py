@@ -1,6 +1,7 @@
-"""The protocol's arithmetic once more, from its description alone: no line of the product runs.
+"""The protocol's arithmetic a second time, from its description alone: no line of the product runs.
 
-Plain integers, hashlib, hmac, and single operations of the cryptography library. Slow and short.
+It uses plain integers, hashlib, hmac, and single operations of the cryptography library, and is
+slow and short.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ PRIME = 2**256 - 189
 
 
 def labelled(label: str, data: bytes) -> bytes:
-    """SHA-256 under a purpose."""
+    """SHA-256 under a label."""
     return hashlib.sha256(b"umbel/1" + framed(label) + data).digest()
 
 
@@ -28,7 +29,7 @@ def framed(name: str) -> bytes:
 
 
 def derived(secret: bytes, purpose: str, context: bytes, *sites: str) -> bytes:
-    """HKDF-SHA256 (RFC 5869) by HMAC: a salt of zeros, and one block of output."""
+    """HKDF-SHA256 (RFC 5869) by HMAC, with a salt of zeros and one block of output."""
     extracted = hmac.digest(bytes(32), secret, "sha256")
     info = b"umbel/1" + framed(purpose) + context + b"".join(map(framed, sites))
     return hmac.digest(extracted, info + b"\x01", "sha256")
@@ -68,7 +69,7 @@ def shares(coefficients: list[bytes], points: list[int]) -> list[bytes]:
 
 
 def interpolated(points: list[int], values: list[bytes]) -> bytes:
-    """Lagrange's formula at zero; inverses by Fermat."""
+    """Lagrange's formula at zero, with inverses by Fermat."""
     total = 0
     for x, value in zip(points, values, strict=True):
         others = [other for other in points if other != x]
@@ -95,7 +96,7 @@ def signed(seed: bytes, label: str, data: bytes) -> bytes:
 
 
 def statement(seed: bytes, label: str, fields: Any) -> dict[str, bytes]:
-    """A signed statement of those fields."""
+    """A signed statement with these fields."""
     data = pack(fields)
     return {"statement": data, "signature": signed(seed, label, data)}
 

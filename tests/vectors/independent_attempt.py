@@ -1,4 +1,4 @@
-"""A whole attempt once more, from what its sites drew; no line of the product runs."""
+"""A whole attempt a second time, from the draws of its sites; no line of the product runs."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from vectors.messagepack import pack
 
 
 class Attempt:
-    """What every site sends and the sum, from the inputs of a vector."""
+    """The messages of every site and the sum, from the inputs of a vector."""
 
     def __init__(self, inputs: Any) -> None:
         self.inputs = inputs
@@ -42,7 +42,7 @@ class Attempt:
         return self.cohort.index(site) + 1
 
     def adverts(self) -> dict[str, Any]:
-        """Stage 1."""
+        """The adverts of stage 1."""
         sent = {}
         for site in self.cohort:
             cipher_secret, mask_secret, seed = self._secrets(site)
@@ -67,7 +67,7 @@ class Attempt:
         return shares([seed, *first], point)[0], shares([mask_secret, *second], point)[0]
 
     def shares(self) -> dict[str, Any]:
-        """Stage 2; the nonces are the draws after the coefficients, in the order of peers."""
+        """The shares of stage 2; the nonces are the draws after the coefficients, by peer."""
         sent: dict[str, Any] = {}
         for site in self.sharing:
             nonces = self.inputs["draws"][site][3 + 2 * (self.threshold - 1) :]
@@ -89,7 +89,7 @@ class Attempt:
         return ChaCha20Poly1305(key).encrypt(nonce, b"".join(self.share_of(site, peer)), bound)
 
     def masked(self) -> dict[str, bytes]:
-        """Stage 3."""
+        """The masked vectors of stage 3."""
         sent = {}
         for site in self.vectors_in:
             added = [derived(self._secrets(site)[2], "self mask", self.context, site)]
@@ -105,7 +105,7 @@ class Attempt:
         return sent
 
     def confirmations(self) -> dict[str, Any]:
-        """Stage 4."""
+        """The signatures of stage 4."""
         fields = {"context": self.context, "sites": self.vectors_in}
         return {
             site: {
@@ -116,7 +116,7 @@ class Attempt:
         }
 
     def revealed(self) -> dict[str, Any]:
-        """Stage 5."""
+        """The revealed shares of stage 5."""
         return {
             site: [
                 {
@@ -130,7 +130,7 @@ class Attempt:
         }
 
     def whole(self) -> dict[str, Any]:
-        """Everything, in the shape of a vector's output."""
+        """The whole attempt, in the form of a vector's output."""
         columns = zip(
             *(elements(self.inputs["vectors"][site], self.bits) for site in self.vectors_in),
             strict=True,

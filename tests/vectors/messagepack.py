@@ -1,7 +1,7 @@
-"""A writer of MessagePack by hand: all that the protocol uses, and what it must refuse.
+"""A writer of MessagePack by hand, for all that the protocol uses and for what it must refuse.
 
-It shares nothing with the encoder of the product, so it both checks that one and makes bytes that
-that one never would.
+It shares nothing with the product's encoder. So it checks that encoder, and it makes bytes that the
+encoder never would.
 """
 
 import struct
@@ -11,14 +11,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Pairs:
-    """A map by its entries: any order, and a key as often as one likes."""
+    """A map by its entries, in any order, and with any key any number of times."""
 
     entries: tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
 class Raw:
-    """Bytes that stand in the encoding as they are."""
+    """Bytes that are put into the encoding as they are."""
 
     data: bytes
 
@@ -66,7 +66,7 @@ def _integer(value: int) -> bytes:
 def _head(
     length: int, short: tuple[int, int] | None, markers: tuple[int | None, int, int]
 ) -> bytes:
-    """The shortest head for `length`: in the marker itself, or in 1, 2 or 4 bytes after it."""
+    """The shortest head for `length`, in the marker itself or in 1, 2 or 4 bytes after it."""
     if short is not None and length <= short[1]:
         return bytes([short[0] | length])
     for marker, code, bits in zip(markers, "BHI", (8, 16, 32), strict=True):

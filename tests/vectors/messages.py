@@ -1,4 +1,4 @@
-"""Vectors of sealed messages: every type in both directions, and what is refused."""
+"""Vectors of sealed messages: every type in both directions, and refusals."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def _sender(direction: str) -> str:
 
 
 def _opening(direction: str, sealed: bytes) -> dict[str, Any]:
-    """What a receiver has: direction, addressee, the pinned key, a limit, and the bytes."""
+    """The inputs of a receiver: direction, addressee, the pinned key, a limit, and the bytes."""
     return {
         "direction": direction,
         "site": "site-a",
@@ -69,7 +69,7 @@ def _sealed(direction: str, body: bytes, label: str | None = None) -> bytes:
 
 
 def _loose() -> list[Case]:
-    """A message may be encoded loosely: only what stands inside as a statement is canonical."""
+    """Messages in other encodings, which are accepted: only statements must be canonical."""
     fields = {"context": CONTEXT, "type": "confirm", "survivors": SITES}
     output = {"type": "confirm", "context": CONTEXT, "survivors": SITES}
     wide = {**output, "survivors": Raw(b"\xdc\x00\x03" + pack(SITES)[1:])}
@@ -85,7 +85,7 @@ def _loose() -> list[Case]:
 
 
 def _malformed_bodies() -> list[Case]:
-    """Validly sealed, and outside the closed set."""
+    """Bodies that are validly sealed but outside the closed set."""
     confirm = {"type": "confirm", "context": CONTEXT, "survivors": SITES}
     good = pack(confirm)
     many = [{"sender": "site-a", "recipient": "site-b", "ciphertext": bytes(92)}] * 101
@@ -154,7 +154,7 @@ def _malformed_bodies() -> list[Case]:
 
 
 def _malformed_envelopes() -> list[Case]:
-    """Refused before the signature is looked at."""
+    """Envelopes that are refused before the signature is checked."""
     good = seal_request(OPERATOR, "site-a", REQUESTS[4])
     wrong = {
         "nothing": (b"", MALFORMED),
@@ -173,7 +173,7 @@ def _malformed_envelopes() -> list[Case]:
 
 
 def _wrongly_sealed() -> list[Case]:
-    """Well-formed, and refused for the signature over the envelope."""
+    """Messages that are well formed but refused for the signature over them."""
     body = msgspec.msgpack.encode(REQUESTS[4])
     good = _opening("request", _sealed("request", body))
     flipped = bytearray(good["sealed"])

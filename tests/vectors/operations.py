@@ -1,4 +1,4 @@
-"""The product's answer to a case: each operation that a vector names, by its own code."""
+"""The product's answer to a case: each operation that a vector names, by the product's own code."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -48,13 +48,13 @@ ANSWERS: dict[str, Any] = {
 
 
 def perform(case: Mapping[str, Any], attempts: Mapping[str, Any]) -> Any:
-    """The output of a case, as JSON holds it.
+    """The output of a case, as it is in JSON.
 
     Args:
-        attempts: inputs of the whole attempts, by name; some cases are about a stage of one.
+        attempts: inputs of the whole attempts, by name; some cases need a stage of one.
 
     Raises:
-        UmbelError: where the product refuses.
+        UmbelError: the product refuses.
     """
     inputs = from_json(case["inputs"])
     if "attempt" in inputs:
@@ -84,7 +84,7 @@ def _quantise(delta: Any, weight: int, encoding: Any, rounding_key: bytes) -> An
 
 
 def delta_of(delta: Any) -> Any:
-    """float32[n] of a vector's `delta`: its bytes, or a sample spread over [-1, 1)."""
+    """A vector's `delta`, float32[n]: its bytes, or a sample spread over [-1, 1)."""
     if isinstance(delta, bytes):
         return np.frombuffer(delta, dtype="<f4")
     words = np.frombuffer(sample(delta["sample"], 4 * delta["length"]), dtype="<u4")

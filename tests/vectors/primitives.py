@@ -186,7 +186,7 @@ LABELS = (
 
 
 def digest_cases() -> list[Case]:
-    """The labelled SHA-256 under each label that is used, and fingerprints."""
+    """The labelled SHA-256 under each label in use, and fingerprints."""
     cases = [
         accepted(
             f"label {label}, {len(data)} bytes",
@@ -276,6 +276,6 @@ def _encoding(**parts: Any) -> Encoding:
 
 
 def _quantised(delta: bytes, weight: int, encoding: Encoding, key: bytes) -> dict[str, Any]:
-    # A long delta is told by its making; see README.
+    # A long delta is given by how it is made; see README.
     shown: Any = delta if len(delta) <= 256 else {"sample": "long delta", "length": len(delta) // 4}
     return {"delta": shown, "weight": weight, "encoding": encoding, "rounding_key": key}

@@ -1,4 +1,4 @@
-"""One whole attempt, driven by the inputs of a vector through both machines of the product."""
+"""One whole attempt, driven by the inputs of a vector through both state machines."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,21 +9,22 @@ import numpy as np
 from umbel_common.canonical import Entropy
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg import coordinator, participant
+from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Identity, Roster
 
 STAGES = ("advertise", "share", "mask", "confirm", "reveal")
 
 
 class Run:
-    """Sites and coordinator in memory; `output` is what each stage sent."""
+    """Sites and coordinator in memory; `output` has what each stage sent."""
 
     def __init__(self, inputs: Mapping[str, Any], entropy: Mapping[str, Entropy]) -> None:
-        """`inputs` as in a vector, its byte strings as bytes."""
+        """Takes the inputs of a vector, with its byte strings as bytes."""
         self.inputs = inputs
         self.entropy = entropy
         self.header = msgspec.convert(inputs["header"], RoundHeader)
         self.roster = msgspec.convert(inputs["roster"], Roster)
-        self.rules = msgspec.convert(inputs["rules"], participant.Rules)
+        self.rules = msgspec.convert(inputs["rules"], Rules)
         self.identities = {site: Identity(seed) for site, seed in inputs["seeds"].items()}
         self.dtype = f"<u{inputs['ring_bits'] // 8}"
         length = len(self.vector(self.header.cohort[0]))
@@ -38,7 +39,7 @@ class Run:
         return np.frombuffer(self.inputs["vectors"][site], dtype=self.dtype).copy()
 
     def requests(self, stage: str) -> dict[str, Any]:
-        """What the coordinator asks, by site."""
+        """The coordinator's requests, by site."""
         if stage == "advertise":
             return dict.fromkeys(self.header.cohort, self.header)
         return dict(self.machine.requests())
@@ -69,7 +70,7 @@ class Run:
                 raise AssertionError("the attempt is over for this site")
 
     def to(self, stage: str) -> "Run":
-        """Runs the stages before `stage`; `end` runs all of them."""
+        """Runs the stages before `stage`; for `end`, all of them."""
         for present in STAGES[: (*STAGES, "end").index(stage)]:
             sent: dict[str, Any] = {}
             for site, request in self.requests(present).items():
@@ -82,7 +83,7 @@ class Run:
         return self
 
     def whole(self) -> dict[str, Any]:
-        """What every stage sent, and the sum."""
+        """The messages of every stage, and the sum."""
         self.to("end")
         return {
             **self.output,

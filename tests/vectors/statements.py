@@ -1,4 +1,4 @@
-"""Vectors of signed statements: one encoding each, and what is refused."""
+"""Vectors of signed statements: the one encoding of each, and refusals."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def statement_cases() -> list[Case]:
 
 
 def _opening(label: str, data: bytes, signer: str, signed_as: str | None = None) -> dict[str, Any]:
-    """What a verifier has: the label that it expects, the pinned key, the bytes, the signature."""
+    """The inputs of a verifier: the expected label, the pinned key, the bytes, the signature."""
     return {
         "label": label,
         "public_key": identity(signer).public_key,
@@ -44,12 +44,12 @@ def _opening(label: str, data: bytes, signer: str, signed_as: str | None = None)
 
 
 def _fields(statement: Value) -> dict[str, Any]:
-    """The fields, byte strings as bytes."""
+    """The fields, with byte strings as bytes."""
     return {name: getattr(statement, name) for name in statement.__struct_fields__}
 
 
 def _malformed() -> list[Case]:
-    """Validly signed, and refused for the bytes that were signed."""
+    """Statements that are validly signed but refused for the bytes that were signed."""
     advert, header, survivors = _fields(ADVERT), _fields(HEADER), _fields(SURVIVORS)
     entries = tuple(advert.items())
     good = pack(advert)
@@ -119,7 +119,7 @@ def _malformed() -> list[Case]:
 
 
 def _wrongly_signed() -> list[Case]:
-    """Well-formed, and refused for the signature."""
+    """Statements that are well formed but refused for the signature."""
     good = _opening("KeyAdvert", encode(ADVERT), "site-a")
     signature = good["signature"]
     wrong: dict[str, dict[str, Any]] = {
@@ -147,6 +147,6 @@ def _wrongly_signed() -> list[Case]:
 
 
 def _past_order(scalar: bytes) -> bytes:
-    """The same scalar plus the order of the group: RFC 8032, section 5.1.7, refuses it."""
+    """The same scalar plus the order of the group, which RFC 8032, section 5.1.7, refuses."""
     order = 2**252 + 27742317777372353535851937790883648493
     return (int.from_bytes(scalar, "little") + order).to_bytes(32, "little")

@@ -106,7 +106,7 @@ def test_a_whole_attempt_follows_from_what_its_sites_drew(inputs: Any, output: A
 
 
 def test_messagepack_by_hand_gives_the_bytes_of_the_specification() -> None:
-    """Formats of https://github.com/msgpack/msgpack/blob/master/spec.md, written out."""
+    """The formats of https://github.com/msgpack/msgpack/blob/master/spec.md, written out."""
     assert pack({"a": 1, "b": [True, None, "x" * 32]}).hex() == (
         "82a16101a16293c3c0d920" + "78" * 32
     )

@@ -252,7 +252,7 @@ STATEMENTS: dict[str, tuple[str, Value]] = {
         ),
     ),
 }
-"""By name: who signs it, and the statement."""
+"""Statements by name, each with its signer."""
 
 REQUESTS: tuple[Request, ...] = (
     OfferRequest(plan=signed_by_operator(PLAN)),

@@ -21,11 +21,11 @@ from umbel_client.site.pinned_roster import find_document
 from umbel_common.errors import ConfigError, IdentityError, StorageError
 from umbel_common.trust.enrolment import (
     SignedKit,
-    ask,
     check_kit,
     kit_from_json,
     request_from_json,
     request_to_json,
+    sign_request,
 )
 from umbel_common.trust.identity import Identity, fingerprint
 from umbel_common.trust.roster_file import document_from_json
@@ -105,7 +105,7 @@ def init(
             raise StorageError(
                 "this site's files cannot be written", file=folder, found=error.strerror
             ) from None
-        write_new_text(out, request_to_json(ask(federation, site, identity, key)))
+        write_new_text(out, request_to_json(sign_request(federation, site, identity, key)))
     console = Console(highlight=False)
     print_lines(
         console,

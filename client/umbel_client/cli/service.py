@@ -26,7 +26,7 @@ from umbel_common.plans.plan_file import plan_lines, privacy_text
 from umbel_host.processes.log import configure
 from umbel_host.processes.supervisor import Command, supervise
 from umbel_host.terminal import print_lines
-from umbel_host.transport.sockets import healthy
+from umbel_host.transport.sockets import is_healthy
 
 PROBE_SECONDS = 5.0
 
@@ -67,7 +67,7 @@ def status(
 
 def _relay_state(settings: ClientConfig, config: Path) -> str:
     try:
-        connected = healthy(relay_socket(require_relay(settings, config)), PROBE_SECONDS)
+        connected = is_healthy(relay_socket(require_relay(settings, config)), PROBE_SECONDS)
     except UnreachableError:
         return "not running"
     return "connected" if connected else "not connected to the server"

@@ -12,7 +12,7 @@ from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.task import ClassificationTask, task_of
 from umbel_common.adapters.site_counts import SiteCounts
-from umbel_common.plans.plan import FederatedEvaluation, deviation
+from umbel_common.plans.plan import FederatedEvaluation, standard_deviation
 
 BATCH = 32
 """Records at once: sets memory and speed, not the result."""
@@ -28,7 +28,7 @@ def noisy_counts(
     """
     scores = _scores(model, data, evaluation)
     shares = data.unit_shares(np.arange(len(data))).numpy().astype(np.float64)
-    draws = noise.normal(2) * deviation(evaluation)
+    draws = noise.normal(2) * standard_deviation(evaluation)
     return SiteCounts(
         score=float((scores * shares).sum() + draws[0]), records=float(data.unit_count + draws[1])
     )

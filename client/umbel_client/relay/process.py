@@ -23,7 +23,7 @@ from umbel_client.site.config import (
 )
 from umbel_client.site.ipc import TrainerStub
 from umbel_common.errors import UnreachableError
-from umbel_host.processes.lifecycle import give_memory_back, locked, told_to_stop
+from umbel_host.processes.lifecycle import give_memory_back, locked, stop_on_signals
 from umbel_host.processes.log import adopt, configure
 from umbel_host.terminal import exit_code
 from umbel_host.transport.flower import regrouped
@@ -53,7 +53,7 @@ def run(path: Path) -> None:
         _logger.warning(
             "THE RELAY CAN READ %s: run it as a user of its own, as docs/site.md says", private
         )
-    stopping = told_to_stop()
+    stopping = stop_on_signals()
     with ExitStack() as stack:
         stub = TrainerStub(trainer_socket(relay))
         stack.callback(stub.close)

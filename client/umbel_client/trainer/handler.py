@@ -50,8 +50,9 @@ from umbel_common.protocol.wire import (
     seal_reply,
     size_limit,
 )
-from umbel_common.secagg import participant as secagg
+from umbel_common.secagg import participant
 from umbel_common.secagg.encoding import encoding_of
+from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Identity, Roster, Signed, fingerprint, open_signed
 
 
@@ -212,10 +213,10 @@ class Trainer:
         finally:
             self._session.add_trained(plan.job, time.monotonic() - began)
         head = job.ledger_head()
-        state, advert = secagg.advertise(
+        state, advert = participant.advertise(
             header,
             self._config.site,
-            secagg.Rules(
+            Rules(
                 threshold=plan.aggregation.threshold,
                 colluding=self._config.policy.colluding_sites,
                 minimum_cohort=self._config.policy.minimum_cohort,

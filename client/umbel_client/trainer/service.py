@@ -28,7 +28,7 @@ from umbel_client.trainer.isolation import Network, network
 from umbel_client.trainer.log import SiteLog
 from umbel_common.errors import ConfigError
 from umbel_host.files.keys import read_identity
-from umbel_host.processes.lifecycle import locked, require_state, told_to_stop, until
+from umbel_host.processes.lifecycle import locked, require_state, stop_on_signals, wait_for
 from umbel_host.transport.sockets import SocketServer
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run(path: Path, no_isolation: str | None) -> None:
     require_model(Path(config.model.path))
     identity = read_identity(Path(config.identity))
     log = SiteLog(logger)
-    stopping = told_to_stop()
+    stopping = stop_on_signals()
     with ExitStack() as stack:
         stack.enter_context(locked(state / "trainer.lock", "this site's trainer"))
         pinned = load_pinned(config)
@@ -78,10 +78,10 @@ def run(path: Path, no_isolation: str | None) -> None:
         service = _Service(config, pinned, trainer, log)
         for server in service.servers(trainer_socket(relay)):
             server.start()
-            server.serving(True)
+            server.report_health(True)
             stack.callback(server.stop, _STOPPING_SECONDS)
         log.note(f"the trainer of {config.site} waits at {trainer_socket(relay)}")
-        until(stopping)
+        wait_for(stopping)
         log.note("the trainer stops")
         log.stop()
 

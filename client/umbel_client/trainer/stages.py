@@ -20,7 +20,7 @@ from umbel_common.protocol.wire import (
     UnmaskRequest,
     seal_reply,
 )
-from umbel_common.secagg import participant as secagg
+from umbel_common.secagg import participant
 from umbel_common.trust.identity import Identity, Roster
 
 StageRequest = ShareRequest | MaskRequest | ConfirmRequest | UnmaskRequest
@@ -54,18 +54,18 @@ def answer_stage(
     known = session.answer(context, stage, fingerprint)
     if known is not None:
         return known
-    state: secagg.AttemptState = decode(session.state(context), secagg.AttemptState)  # type: ignore[arg-type]  # a union is a decodable type
-    after: secagg.AttemptState | None
+    state: participant.AttemptState = decode(session.state(context), participant.AttemptState)  # type: ignore[arg-type]  # a union is a decodable type
+    after: participant.AttemptState | None
     reply: Reply
     match state, request:
-        case secagg.Advertised(), ShareRequest():
+        case participant.Advertised(), ShareRequest():
             after, shares = state.receive(request.adverts, roster, entropy)
             reply = ShareReply(context=context, shares=shares)
-        case secagg.Shared(), MaskRequest():
+        case participant.Shared(), MaskRequest():
             after, vector = state.receive(request.shares, job.ring_vector(header))
             reply = MaskReply(context=context, vector=vector.view(np.uint8).data)
             job.sent(header.round)
-        case secagg.Masked(), ConfirmRequest():
+        case participant.Masked(), ConfirmRequest():
             judge_survivors(
                 policy,
                 job.plan,
@@ -77,7 +77,7 @@ def answer_stage(
             reply = ConfirmReply(context=context, signature=signature)
             # Recorded first: a crash in between leaves a set that binds, and was not signed.
             session.confirm(context, request.survivors)
-        case secagg.Confirmed(), UnmaskRequest():
+        case participant.Confirmed(), UnmaskRequest():
             _, revealed = state.receive(request.signatures, roster)
             reply = UnmaskReply(context=context, shares=revealed)
             after = None

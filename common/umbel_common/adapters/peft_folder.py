@@ -1,8 +1,8 @@
-"""The content of a released adapter's folder in PEFT's format; writing it is the caller's business.
+"""The content of a released adapter's folder in PEFT's format; the caller writes it.
 
-A stock head goes where PEFT puts it (`modules_to_save`). The mean-pool head sits on top of a base
-model that has no place for it, so it travels beside the LoRA tensors in `head.safetensors`, and the
-card shows the few lines of plain torch that apply it.
+A stock head goes where PEFT puts it (`modules_to_save`). The base model has no place for a
+mean-pool head, so it travels beside the LoRA tensors in `head.safetensors`, and the card shows the
+few lines of plain torch that apply it.
 """
 
 import json
@@ -16,18 +16,18 @@ ADAPTER_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
 PLAN_FILE = "plan.json"
 Kind: TypeAlias = Literal["mean-pool", "stock", "causal-lm"]
-"""A classification by its head, or a language model."""
+"""A kind of adapter: a classification, named by its head, or a language model."""
 _TASK_TYPES: dict[Kind, str] = {
     "mean-pool": "FEATURE_EXTRACTION",
     "stock": "SEQ_CLS",
     "causal-lm": "CAUSAL_LM",
 }
 HEAD_PREFIX = "head."
-"""Tensors of a mean-pool head are named so; every other name is PEFT's."""
+"""Prefix of the tensors of a mean-pool head; every other name is PEFT's."""
 
 
 def tensor_files(plan: TrainingPlan, vector: Vector) -> dict[str, dict[str, Vector]]:
-    """Named float32 tensors by safetensors file."""
+    """The float32 tensors by name, by the safetensors file that they go into."""
     files: dict[str, dict[str, Vector]] = {ADAPTER_FILE: {}}
     for name, value in unflatten(vector, plan.lora.tensors).items():
         if name.startswith(HEAD_PREFIX):
@@ -41,7 +41,7 @@ def text_files(plan: TrainingPlan, *, alone: bool = False) -> dict[str, str]:
     """The JSON files and the card, by name.
 
     Args:
-        alone: one site trained it by itself, and nobody released it.
+        alone: whether one site trained it by itself, and nobody released it.
     """
     return {
         "adapter_config.json": _json(_adapter_config(plan)),

@@ -1,7 +1,7 @@
 """A site's noisy counts, at the end of the vector that it masks, and what their sum says.
 
-A round's vector is the delta of its tensors, then, if the plan has an evaluation, two coordinates:
-score and records, as shares of `max_records` in units of the clip range.
+A round's vector is the delta of its tensors. If the plan has an evaluation, two coordinates follow,
+score and records. Each is a share of `max_records`, in units of the clip range.
 """
 
 import numpy as np
@@ -11,19 +11,20 @@ from umbel_common.canonical import Value
 from umbel_common.plans.plan import Aggregation, FederatedEvaluation, TrainingPlan
 
 COORDINATES = 2
-"""Score and records."""
+"""Number of coordinates of the counts: score and records."""
 
 
 class SiteCounts(Value, frozen=True):
-    """What sites counted, noise and all; one site's, or the sum over those of a round."""
+    """Counts with their noise, of one site or summed over the sites of a round."""
 
     score: float
-    """Of a classification the records that were labelled right; of a language model the sum of
-    their losses, each at most `largest_loss`, over `largest_loss`."""
+    """Number of records that a classification labelled right; for a language model, the sum of the
+    records' losses, each clipped at `largest_loss`, divided by `largest_loss`."""
     records: float
+    """Number of records that were held out."""
 
     def mean(self) -> float | None:
-        """Accuracy, or mean loss over `largest_loss`; None if there are no records to speak of."""
+        """Accuracy, or mean loss divided by `largest_loss`; None for less than one record."""
         return self.score / self.records if self.records >= 1 else None
 
     def __str__(self) -> str:
@@ -33,13 +34,13 @@ class SiteCounts(Value, frozen=True):
 
 
 def vector_length(plan: TrainingPlan, round_number: int) -> int:
-    """Coordinates that a site masks in a round, without the weight."""
+    """Number of coordinates that a site masks in a round, without the weight."""
     counts = 0 if plan.evaluation is None else COORDINATES
     return size_of(plan.trained_tensors(round_number)) + counts
 
 
 def with_counts(delta: Vector, counts: SiteCounts | None, plan: TrainingPlan) -> Vector:
-    """The round's whole vector, float32[vector_length]."""
+    """The round's whole vector, delta and counts, float32[vector_length]."""
     if plan.evaluation is None or counts is None:
         return delta
     shares = np.array([counts.score, counts.records]) * _unit(plan.aggregation, plan.evaluation)
@@ -49,11 +50,11 @@ def with_counts(delta: Vector, counts: SiteCounts | None, plan: TrainingPlan) ->
 def counts_of(
     shares: Vector, aggregation: Aggregation, evaluation: FederatedEvaluation, sites: int
 ) -> SiteCounts:
-    """The sum of the counts of so many sites, from the mean of their coordinates, float32[2]."""
+    """The summed counts of `sites` sites, from the mean of their coordinates, float32[2]."""
     score, records = shares.astype(np.float64) * sites / _unit(aggregation, evaluation)
     return SiteCounts(score=float(score), records=float(records))
 
 
 def _unit(aggregation: Aggregation, evaluation: FederatedEvaluation) -> float:
-    """One record, as a coordinate."""
+    """The size of one record in a coordinate."""
     return aggregation.clip_range / evaluation.max_records

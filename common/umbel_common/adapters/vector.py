@@ -1,7 +1,7 @@
 """The adapter as a flat vector, and its public initial value.
 
-The vector holds the plan's tensors one after the other, row-major float32: this is what is hashed,
-summed and released.
+The vector has the plan's tensors one after the other, as row-major float32. This vector is what is
+hashed, summed and released.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from umbel_common.plans.plan import Classification, Tensor, TrainingPlan
 Vector: TypeAlias = npt.NDArray[np.float32]
 
 _CHUNK = 2**16
-"""Elements looked at together: the answer for each is a byte."""
+"""Number of elements that are checked together, since the check makes a byte for each."""
 
 
 def size_of(tensors: Sequence[Tensor]) -> int:
@@ -31,7 +31,7 @@ def flatten(values: Mapping[str, npt.NDArray[Any]], tensors: Sequence[Tensor]) -
     """The float32 vector of `tensors`, in their order.
 
     Raises:
-        PlanError: a tensor is missing or has another shape than the plan says.
+        PlanError: a tensor is missing, or has another shape than in the plan.
     """
     vector = np.empty(size_of(tensors), dtype=np.float32)
     start = 0
@@ -53,7 +53,7 @@ def unflatten(vector: Vector, tensors: Sequence[Tensor]) -> dict[str, Vector]:
     """Views into `vector` by tensor name, each in its shape; the inverse of `flatten`.
 
     Raises:
-        PlanError: the vector has another length than the tensors.
+        PlanError: the vector has another length than the tensors together.
     """
     if vector.shape != (size_of(tensors),):
         raise PlanError(
@@ -70,7 +70,7 @@ def unflatten(vector: Vector, tensors: Sequence[Tensor]) -> dict[str, Vector]:
 
 
 def merge(vector: Vector, delta: Vector, plan: TrainingPlan, round_number: int) -> Vector:
-    """The whole adapter after `delta`, which covers only what the round trains, was added."""
+    """The whole adapter with `delta` added, which covers only the tensors of the round."""
     merged = vector.copy()
     values = unflatten(merged, plan.lora.tensors)
     for name, change in unflatten(delta, plan.trained_tensors(round_number)).items():
@@ -84,7 +84,7 @@ def adapter_digest(plan_digest: bytes, vector: Vector) -> bytes:
 
 
 def to_bytes(vector: Vector) -> memoryview:
-    """How a vector travels: float32, little-endian; not copied where it is that already."""
+    """A vector as it travels, float32 little-endian; copied only if it is not that already."""
     return np.ascontiguousarray(vector, dtype="<f4").view(np.uint8).data
 
 
@@ -92,7 +92,7 @@ def from_bytes(data: bytes | memoryview, length: int) -> Vector:
     """The inverse of `to_bytes`; the result is read-only, and not copied.
 
     Raises:
-        RemoteProtocolError: wrong length, or a value that is not finite.
+        RemoteProtocolError: `adapter-length`, or `adapter-values` for one that is not finite.
     """
     require(
         len(data) == 4 * length,
@@ -108,7 +108,7 @@ def from_bytes(data: bytes | memoryview, length: int) -> Vector:
             np.isfinite(vector[start : start + _CHUNK]).all() for start in range(0, length, _CHUNK)
         ),
         "adapter-values",
-        "an adapter holds values that are not finite",
+        "an adapter has values that are not finite",
     )
     return vector
 
@@ -116,9 +116,9 @@ def from_bytes(data: bytes | memoryview, length: int) -> Vector:
 def initial_vector(plan: TrainingPlan) -> Vector:
     """The adapter that every party computes for itself before the first round.
 
-    A has orthonormal rows (or columns, where the rank exceeds the input), B is zero, so the model
-    starts unchanged; a mean-pool head is zero, a stock head is random with standard deviation 0.02.
-    Values come from SHAKE-256 of the public seed and the tensor's name, not from any library's
+    A has orthonormal rows (or columns, where the rank exceeds the input). B is zero, so the model
+    starts unchanged. A mean-pool head is zero, a stock head random with standard deviation 0.02.
+    The values come from SHAKE-256 of the public seed and the tensor's name, not from a library's
     generator, so the same plan gives the same bytes everywhere.
     """
     stock = isinstance(plan.task, Classification) and plan.task.head == "stock"
@@ -133,9 +133,9 @@ def initial_vector(plan: TrainingPlan) -> Vector:
 
 
 def _normal(seed: int, tensor: Tensor) -> npt.NDArray[np.float64]:
-    """Values of mean 0 and variance 1 in the tensor's shape: sums of twelve uniform ones.
+    """Values of mean 0 and variance 1 in the tensor's shape, as sums of twelve uniform values.
 
-    Integer sums are exact, where a logarithm's last bit differs between builds of one library.
+    Sums of integers are exact; the last bit of a logarithm differs between builds of one library.
     """
     label = f"umbel/1 initial adapter {seed} {tensor.name}".encode()
     stream = hashlib.shake_256(label).digest(48 * tensor.size)
@@ -146,9 +146,9 @@ def _normal(seed: int, tensor: Tensor) -> npt.NDArray[np.float64]:
 
 
 def _orthonormal(matrix: npt.NDArray[np.float64]) -> Vector:
-    """Orthonormal rows by Gram and Schmidt's process, twice for accuracy.
+    """Orthonormal rows by Gram and Schmidt's process, done twice for accuracy.
 
-    Not LAPACK's QR: its signs and last bits differ between builds, and the initial adapter must
+    LAPACK's QR would give other signs and last bits in other builds, but the initial adapter must
     have one digest everywhere. Every operation here is exactly rounded.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T

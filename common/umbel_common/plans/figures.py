@@ -1,5 +1,6 @@
-"""How good an adapter is on public records: what is asked of the process that can run a model, and
-what it answers. The server asks it, without the packages that a model takes.
+"""How good an adapter is on public records: the figures, and the words that ask for them.
+
+The server asks a process that has the packages for running a model; the server itself lacks them.
 """
 
 from typing import Annotated, Literal, TypeAlias
@@ -10,16 +11,16 @@ from umbel_common.canonical import Value
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Format: TypeAlias = Literal["auto", "messages", "prompt-completion", "instruction", "text"]
-"""In which columns a causal language model's records are; `auto`: what the columns say."""
+"""Layout of a causal language model's records; `auto`: recognised from the columns."""
 AnswerCount = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
 AnswerTokens = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 BatchSize = Annotated[int, msgspec.Meta(ge=1, le=65536)]
 Loss: TypeAlias = float | None
-"""In nats; None: not a finite number, as of an adapter that diverged."""
+"""A loss in nats; None: not a finite number, because the adapter diverged."""
 
 
 class GroupAccuracy(Value, frozen=True):
-    """The accuracy on the records of one group, such as those of one age or one ward."""
+    """The accuracy on the records of one group, such as one age or one ward."""
 
     group: str
     records: int
@@ -27,57 +28,57 @@ class GroupAccuracy(Value, frozen=True):
 
 
 class ClassificationFigures(Value, frozen=True, tag_field="task", tag="classification"):
-    """Of a classification."""
+    """The figures of a classification."""
 
     accuracy: Share
     macro_f1: Share
     """F1 averaged over the labels that occur; a label that is never predicted counts as 0."""
     groups: tuple[GroupAccuracy, ...] = ()
-    """In the order of their names; empty: no column says which group a record is of."""
+    """Groups, sorted by name; empty: no column names a record's group."""
 
 
 class CausalFigures(Value, frozen=True, tag_field="task", tag="causal-lm"):
-    """Of a causal language model."""
+    """The figures of a causal language model."""
 
     perplexity: Loss
-    """exp(mean loss): of the tokens that the plan trains on."""
+    """exp(mean loss) over the tokens that the plan trains on."""
     general_perplexity: Loss = None
-    """Of all tokens of a text that is not of the domain: it rises as a model forgets. None: there
-    is no such text, or it is no finite number."""
+    """Perplexity over all tokens of a text outside the domain; it rises as a model forgets. None:
+    there is no such text, or the perplexity is not finite."""
     answers: int = 0
-    """Records that the model was let answer, greedily."""
+    """Number of records that the model answered, by greedy decoding."""
     exact_match: Share | None = None
-    """Share of the answers that are the reference, but for white space around them."""
+    """Share of the answers that equal the reference, apart from white space around them."""
     rouge_l: Share | None = None
     """Mean F-measure of ROUGE-L (Lin 2004) over the answers."""
 
 
 class Evaluation(Value, frozen=True):
-    """One adapter on one public holdout."""
+    """The figures of one adapter on one public holdout."""
 
     records: int
     mean_loss: Loss
-    """Cross entropy: over the records of a classification, over the tokens that count of a language
-    model."""
+    """Mean cross entropy: for a classification over its records, for a language model over the
+    tokens that count."""
     figures: ClassificationFigures | CausalFigures
     drift: float | None = None
-    """Euclidean norm of what the adapter changed by, over the norm of the one before; None: there
-    is none before, or it is zero."""
+    """Euclidean norm of the change since the adapter before, over the norm of that adapter; None:
+    no adapter came before, or its norm is zero."""
 
 
 class GateResult(Value, frozen=True):
-    """What a plan's release gate found of the adapter that a round gave."""
+    """What a plan's release gate found about the adapter of a round."""
 
     before: Loss
-    """Mean loss on the public holdout of the adapter that the round started from."""
+    """Mean loss of the adapter that the round started from, on the public holdout."""
     after: Loss
-    """That of the adapter that the round gave."""
+    """Mean loss of the adapter that the round gave, on the same holdout."""
     bound: float
-    """Largest increase with which the adapter is released."""
+    """Largest increase of the mean loss with which the adapter is released."""
     metric: Literal["mean-loss"] = "mean-loss"
 
     def passed(self) -> bool:
-        """Whether the adapter is released; else its predecessor is, once more."""
+        """Whether the adapter is released; if not, its predecessor is released once more."""
         if self.after is None:
             return False
         return self.before is None or self.after <= self.before + self.bound
@@ -95,7 +96,7 @@ def loss_text(loss: Loss) -> str:
 
 
 def figures_text(evaluation: Evaluation) -> str:
-    """The figures in one line."""
+    """The figures on one line."""
     parts = [f"loss {loss_text(evaluation.mean_loss)}"]
     match evaluation.figures:
         case ClassificationFigures() as figures:

@@ -1,7 +1,7 @@
 """The training plan: everything that a job may do to a site's data, in one signed value.
 
-A site's policy judges the plan before anything else happens, and every later message names its
-digest, so a server that shows two sites different plans gets masks that do not cancel.
+A site's policy judges the plan before anything else happens. Every later message names its digest,
+so a server that shows two sites different plans gets masks that do not cancel.
 """
 
 import math
@@ -13,8 +13,8 @@ from umbel_common.canonical import Digest, Name, Value, digest, encode
 from umbel_common.errors import PlanError
 from umbel_common.trust.identity import label_of
 
-# Bounds keep every product of these in float32's range: an overflow in one record's gradient would
-# be a signal that no noise covers, and a denormal clip norm would not clip.
+# The bounds keep every product of these values in the range of float32. An overflow in one record's
+# gradient would be a signal that no noise covers, and a denormal clip norm would not clip.
 Positive = Annotated[float, msgspec.Meta(ge=1e-12, le=1e6)]
 Scale = Annotated[float, msgspec.Meta(ge=1e-4, le=1e4)]
 LearningRate = Annotated[float, msgspec.Meta(ge=1e-12, le=100)]
@@ -24,7 +24,7 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 
 Method = Literal["both", "ffa", "alternate"]
 Scaling = Literal["standard", "rank-stabilised"]
-"""How a draft names `Lora.scaling`: alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023)."""
+"""Factor of an adapter: alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023)."""
 Clipping = Literal["flat", "automatic"]
 
 
@@ -32,7 +32,7 @@ class BaseModel(Value, frozen=True):
     """The frozen model that every site loads from its own disk."""
 
     name: str
-    """What people call it; written to `base_model_name_or_path` of the released adapter."""
+    """The model's name among people; `base_model_name_or_path` of the released adapter."""
     digest: Digest
     """Digest of the folder's weights, configuration and tokenizer
     (`umbel_client.models.base.files.folder_digest`)."""
@@ -42,42 +42,41 @@ class Classification(Value, frozen=True, tag_field="task", tag="classification")
     """Sequence classification: one label for each text."""
 
     labels: tuple[str, ...]
-    """Every label that may occur, in the order of the logits. Which column of its data holds them,
-    each site decides."""
+    """Every label that may occur, in the order of the logits. Each site decides which column of its
+    data has them."""
     max_tokens: Annotated[int, msgspec.Meta(ge=4, le=8192)] = 128
-    """Texts are cut after so many tokens."""
+    """Number of tokens after which a text is cut."""
     head: Literal["mean-pool", "stock"] = "mean-pool"
-    """`mean-pool`: mean of the token vectors, normalised, times `logit_scale`, then a linear layer
-    that starts at zero. `stock`: the model's own classification head, a linear layer from the
-    public seed on top of the pretrained pooler."""
+    """Kind of head. `mean-pool`: mean of the token vectors, normalised, times `logit_scale`, then a
+    linear layer that starts at zero. `stock`: the model's own classification head, a linear layer
+    from the public seed on top of the pretrained pooler."""
     logit_scale: Scale = 10.0
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
-            raise ValueError("labels must be at least two different ones")
+            raise ValueError("a classification needs at least two labels, all different")
 
 
 class CausalLm(Value, frozen=True, tag_field="task", tag="causal-lm"):
     """Instruction tuning of a language model: the answer's tokens, given what comes before them.
 
-    In which of the accepted formats a site keeps its records, it decides itself.
+    Each site decides itself in which of the accepted formats it keeps its records.
     """
 
     max_tokens: Annotated[int, msgspec.Meta(ge=4, le=131_072)] = 512
-    """The longest record."""
+    """Number of tokens of the longest record."""
     template: Literal["chat", "plain"] = "chat"
-    """`chat`: records are conversations, rendered by the chat template of the base model's
-    tokenizer. `plain`: the answer follows its prompt as it is, and then the token that ends a
-    text."""
+    """Template. `chat`: records are conversations, rendered by the chat template of the base
+    model's tokenizer. `plain`: the prompt as it is, the answer, and the token that ends a text."""
     loss_on: Literal["answer", "all"] = "answer"
-    """Which tokens count: those of the answer, the last turn of a conversation; or all of them."""
+    """Tokens that count: those of the answer (the last turn of a conversation), or all."""
     too_long: Literal["refuse", "truncate"] = "refuse"
-    """`refuse`: a record of more than `max_tokens` stops the site. `truncate`: what is past them is
-    cut off; a record of whose answer nothing would be left stops the site all the same."""
+    """Treatment of a record of more than `max_tokens`. `refuse`: it stops the site. `truncate`: it
+    is cut; if nothing of its answer would be left, it stops the site all the same."""
 
 
 Task: TypeAlias = Classification | CausalLm
-"""The tasks a plan can name."""
+"""The tasks that a plan can name."""
 
 
 class Tensor(Value, frozen=True):
@@ -106,16 +105,17 @@ class Lora(Value, frozen=True):
     layers: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] | None
     """Indices of the transformer layers that get an adapter; None: all of them."""
     method: Method
-    """`both`: A and B in each round. `ffa`: A frozen as initialised (Sun et al. 2024).
-    `alternate`: B in odd rounds, A in even ones (RoLoRA, Chen et al. 2024); B first, because with
-    B = 0 the gradient of A is zero and a round of A would release noise alone."""
+    """Matrices that are trained. `both`: A and B in each round. `ffa`: B alone, A stays as
+    initialised (Sun et al. 2024). `alternate`: B in odd rounds, A in even ones (RoLoRA, Chen et al.
+    2024). B comes first, because with B = 0 the gradient of A is zero, and a round of A would
+    release noise alone."""
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
     """Public seed of the initial adapter: A with orthonormal rows, B zero."""
     tensors: tuple[Tensor, ...]
     """Every tensor of the adapter, in the order in which it is flattened."""
     scaling: Literal["standard", "rank-stabilised"] = "standard"
-    """What B A is multiplied by: `standard` alpha / rank; `rank-stabilised` alpha / sqrt(rank)
-    (rsLoRA, Kalajdzievski 2023)."""
+    """Factor of B A: `standard` is alpha / rank, `rank-stabilised` is alpha / sqrt(rank) (rsLoRA,
+    Kalajdzievski 2023)."""
 
     @property
     def size(self) -> int:
@@ -128,16 +128,17 @@ class Adam(Value, frozen=True, tag_field="optimizer", tag="adam"):
 
     adapter_learning_rate: LearningRate
     head_learning_rate: LearningRate | None = None
-    """Of a classification head; None: the adapter's."""
+    """Learning rate of a classification head; None: that of the adapter."""
     beta1: Fraction = 0.9
     beta2: Fraction = 0.99
     eps: Positive = 1e-8
-    """Added to the root of the second moment. Where `unbiased`: the least second moment itself
-    (gamma' of DP-AdamBC), so that a step is at most the rate times first moment / sqrt(eps)."""
+    """Number added to the root of the second moment. With `unbiased`, instead the least second
+    moment (gamma' of DP-AdamBC), so a step is at most the learning rate times first moment /
+    sqrt(eps)."""
     unbiased: bool = False
-    """DP-AdamBC (Tang, Shpilevskiy and Lecuyer 2024, algorithm 1): what the noise adds to the
-    second moment is subtracted from it. Steps are then longer, so rates and eps must be found
-    anew."""
+    """Whether to use DP-AdamBC (Tang, Shpilevskiy and Lecuyer 2024, algorithm 1), which subtracts
+    from the second moment what the noise adds to it. Steps are then longer, so learning rates and
+    eps have to be searched again."""
 
 
 class Sgd(Value, frozen=True, tag_field="optimizer", tag="sgd"):
@@ -145,7 +146,7 @@ class Sgd(Value, frozen=True, tag_field="optimizer", tag="sgd"):
 
     adapter_learning_rate: LearningRate
     head_learning_rate: LearningRate | None = None
-    """Of a classification head; None: the adapter's."""
+    """Learning rate of a classification head; None: that of the adapter."""
     momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
 
 
@@ -155,19 +156,19 @@ class Training(Value, frozen=True):
     rounds: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
     local_steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
     expected_batch_size: Count
-    """Records that a Poisson batch holds on average; a site of public size N samples each of its
-    records with probability expected_batch_size / N."""
+    """Mean number of records in a Poisson batch. A site of public size N samples each of its
+    records with probability expected_batch_size / N, its sampling rate."""
     optimizer: Adam | Sgd
     final_learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
-    """Learning rates fall linearly to this share of their first value over the whole job."""
+    """Share of their first value to which learning rates fall linearly over the whole job."""
     average_decay: Fraction | None = None
-    """A site releases the exponential moving average of its parameters over the round's local steps
-    (De et al. 2022, section 3), with this decay and without the bias of its start; None: what the
-    last step left."""
+    """Decay of the exponential moving average of the parameters over a round's local steps, without
+    the bias of its start (De et al. 2022, section 3), which a site then releases. None: a site
+    releases the parameters of the last step."""
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole job at one site."""
+        """Number of optimizer steps of the whole job at one site."""
         return self.rounds * self.local_steps
 
     def learning_rate_factor(self, step: int) -> float:
@@ -180,18 +181,18 @@ class Training(Value, frozen=True):
 class LocalPrivacy(Value, frozen=True, tag_field="mode", tag="local"):
     """Each site's own DP-SGD (Abadi et al. 2016) protects its records against everyone.
 
-    (epsilon, delta) holds for the whole job, add/remove adjacency, at each site: it calibrates its
-    noise multiplier to its own sampling rate.
+    (epsilon, delta) holds for the whole job at each site, under add/remove adjacency. A site
+    calibrates its noise multiplier to its own sampling rate.
     """
 
     epsilon: Positive
     delta: Delta
     clip_norm: Scale
-    """Largest contribution of a unit to the sum of a step, in the Euclidean norm."""
+    """Largest contribution of one unit to the sum of a step, in the Euclidean norm."""
     clipping: Clipping = "flat"
-    """`flat`: a gradient longer than the clip norm is shortened to it. `automatic`: each is brought
-    to nearly the clip norm (AUTO-S, Bu et al. 2023), so that the clip norm only scales the learning
-    rate. Both cost the same privacy."""
+    """Kind of clipping. `flat`: a gradient longer than the clip norm is shortened to it.
+    `automatic`: each gradient is brought to nearly the clip norm (AUTO-S, Bu et al. 2023), so the
+    clip norm only scales the learning rate. Both cost the same privacy."""
 
 
 class NoPrivacy(Value, frozen=True, tag_field="mode", tag="none"):
@@ -203,44 +204,46 @@ class Aggregation(Value, frozen=True):
     """How deltas are encoded, masked and summed."""
 
     threshold: Annotated[int, msgspec.Meta(ge=2, le=100)]
-    """Shares that recover a secret; also the least number of survivors."""
+    """Number of shares that recover a secret; also the least number of survivors."""
     clip_range: Positive
-    """Each coordinate of a delta is clipped to [-clip_range, clip_range]."""
+    """Bound of each coordinate of a delta, which is clipped to [-clip_range, clip_range]."""
     step: Positive
     """Quantisation step, in units of the delta."""
     ring_bits: Literal[16, 32] = 32
     weights: Literal["equal", "size-class", "examples"] = "equal"
-    """`equal`, `size-class` (public, from the roster), or `examples`: the number of records,
-    masked; refused with differential privacy, since the exact sum of counts is itself a release."""
+    """Weight of a site: `equal`, `size-class` (public, from the roster), or `examples`, its number
+    of records, masked. `examples` is refused with differential privacy, because the exact sum of
+    the numbers is a release of its own."""
     max_weight: Count = 1
-    """Largest weight that a site may use: 1 for `equal`."""
+    """Largest weight that a site may use; 1 for `equal`."""
 
 
 class FederatedEvaluation(Value, frozen=True):
-    """Sites score the adapter that a round starts from on records that they hold out, and two noisy
-    counts of each, records and their score, travel in the masked sum.
+    """Each site scores the adapter that a round starts from on records that it holds out.
 
-    It is a Gaussian mechanism of its own, on top of the round's steps: the plan's epsilon covers
-    both.
+    Two noisy counts of each site, its records and their score, travel in the masked sum. This is a
+    Gaussian mechanism on top of the round's steps, and the plan's epsilon covers both.
     """
 
     noise_multiplier: Positive
-    """Standard deviation of the noise on a count, over the most that a record (or unit) adds to
-    both: sqrt(2)."""
+    """Standard deviation of the noise on a count, divided by `SENSITIVITY`, sqrt(2)."""
     max_records: Count
-    """A site's counts are clipped to this; also what they are rounded against."""
+    """Bound to which a site's counts are clipped, and the scale on which they are rounded."""
     largest_loss: Scale = 10.0
-    """Of a language model, in nats: a record's score is its loss, at most this, over this."""
+    """Loss in nats at which a language model's loss on a record is clipped; a record's score is the
+    clipped loss divided by this."""
 
 
 class ReleaseGate(Value, frozen=True):
-    """A round's adapter that is worse than its predecessor on public records is not released: the
-    predecessor is, once more, and sites go on from it."""
+    """Holds back a round's adapter that is worse than its predecessor on public records.
+
+    The predecessor is then released once more, and sites train on from it.
+    """
 
     holdout: Digest
     """SHA-256 of the file with the public records."""
     max_loss_increase: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
-    """By so much, in nats, may the mean loss exceed the predecessor's."""
+    """Largest allowed increase of the mean loss over the predecessor's, in nats."""
 
 
 class TrainingPlan(Value, frozen=True):
@@ -255,17 +258,17 @@ class TrainingPlan(Value, frozen=True):
     privacy: LocalPrivacy | NoPrivacy
     aggregation: Aggregation
     evaluation: FederatedEvaluation | None = None
-    """None: nothing but adapters is ever summed."""
+    """Evaluation at the sites; None: nothing but adapters is summed."""
     release_gate: ReleaseGate | None = None
-    """None: each round's adapter is released, however good it is."""
+    """Gate before each release; None: each round's adapter is released, however bad it is."""
     version: Literal[1] = 1
 
     def digest(self) -> bytes:
-        """What all parties compare to know that they follow the same plan."""
+        """The digest by which all parties know that they follow the same plan, 32 bytes."""
         return digest(label_of(TrainingPlan), encode(self))
 
     def trained_tensors(self, round_number: int) -> tuple[Tensor, ...]:
-        """The tensors that change in a round (from 1), in the order in which they are flattened."""
+        """The tensors that a round (from 1) changes, in the order in which they are flattened."""
         frozen: tuple[str, ...] = ()
         if self.lora.method == "ffa":
             frozen = ("lora_A",)
@@ -275,7 +278,7 @@ class TrainingPlan(Value, frozen=True):
 
 
 def check_plan(plan: TrainingPlan) -> None:
-    """Refuses a plan whose parts do not fit together; what one field may hold, its type checks.
+    """Refuses a plan whose parts do not fit together. The type of each field checks its own range.
 
     Raises:
         PlanError: names the field.
@@ -290,21 +293,21 @@ def check_plan(plan: TrainingPlan) -> None:
     optimizer = plan.training.optimizer
     if isinstance(optimizer, Adam) and optimizer.unbiased and isinstance(plan.privacy, NoPrivacy):
         raise PlanError(
-            "without noise there is none to subtract from Adam's second moment",
+            "without differential privacy there is no noise to subtract from Adam's second moment",
             field="training.optimizer.unbiased",
             found=True,
-            accepted="false while privacy.mode is none",
+            accepted="false unless privacy.mode is local",
         )
     if plan.evaluation is not None and plan.aggregation.weights != "equal":
         raise PlanError(
-            "counts are summed, so that no site's may weigh more than another's",
+            "an evaluation sums counts, so all sites must have the same weight",
             field="aggregation.weights",
             found=plan.aggregation.weights,
             accepted="equal with an evaluation",
         )
     if plan.aggregation.weights == "equal" and plan.aggregation.max_weight != 1:
         raise PlanError(
-            "equal weights are all 1",
+            "with equal weights, each weight is 1",
             field="aggregation.max_weight",
             found=plan.aggregation.max_weight,
             accepted=1,
@@ -318,7 +321,7 @@ def check_plan(plan: TrainingPlan) -> None:
             )
         if not plan.lora.target_modules:
             raise PlanError(
-                "without an adapter there is nothing to train of a causal language model",
+                "a causal language model without an adapter has nothing to train",
                 field="lora.target_modules",
                 found="none",
                 accepted="names of linear layers, such as q_proj and v_proj",
@@ -334,7 +337,7 @@ def check_plan(plan: TrainingPlan) -> None:
     names = [tensor.name for tensor in plan.lora.tensors]
     if not names or len(set(names)) != len(names):
         raise PlanError(
-            "the tensors of an adapter must be at least one, each named once",
+            "an adapter needs at least one tensor, and a name of its own for each",
             field="lora.tensors",
             found=f"{len(names)} names, {len(set(names))} different",
         )
@@ -351,9 +354,9 @@ def _has_rank(tensor: Tensor, rank: int) -> bool:
 
 
 SENSITIVITY = math.sqrt(2)
-"""Euclidean norm of what one unit adds: a score of 0 to 1, and 1."""
+"""Largest Euclidean norm that one unit adds to the two counts: a score of at most 1, and 1."""
 
 
-def deviation(evaluation: FederatedEvaluation, sites: int = 1) -> float:
+def standard_deviation(evaluation: FederatedEvaluation, sites: int = 1) -> float:
     """Standard deviation of the noise on each count of a sum over `sites`."""
     return evaluation.noise_multiplier * SENSITIVITY * math.sqrt(sites)

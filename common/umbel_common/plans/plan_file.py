@@ -1,6 +1,6 @@
 """A plan as a JSON file that people read, and that its operator signs.
 
-The signature covers the plan's canonical encoding, which anybody can make again from the text: what
+The signature covers the plan's canonical encoding, which anybody can compute from the text. So what
 is read and what was signed cannot differ.
 """
 
@@ -16,7 +16,7 @@ from umbel_common.plans.plan import (
     Task,
     TrainingPlan,
     check_plan,
-    deviation,
+    standard_deviation,
 )
 from umbel_common.trust.identity import SIGNATURE_BYTES, Signed
 
@@ -37,13 +37,14 @@ def plan_to_json(plan: TrainingPlan, signature: bytes | None = None) -> str:
 
 
 def plan_from_json(text: str, file: object) -> tuple[TrainingPlan, Signed | None]:
-    """Reads what `plan_to_json` wrote; whether a signature holds, and whose it is, is not checked.
+    """Reads what `plan_to_json` wrote, without a check of the signature.
 
     Args:
         file: where the text came from, for errors.
 
     Raises:
-        PlanError: no JSON, an unknown, missing or wrong field, or parts that do not fit together.
+        PlanError: the text is not JSON, a field is unknown, missing or wrong, or parts do not fit
+            together.
     """
     try:
         entry = msgspec.json.decode(text, type=_PlanEntry)
@@ -67,7 +68,7 @@ def plan_from_json(text: str, file: object) -> tuple[TrainingPlan, Signed | None
 
 
 def plan_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
-    """A plan as a person who must decide about it reads it: (what, how much)."""
+    """A plan for the person who decides about it, as pairs of a name and a value."""
     training, lora = plan.training, plan.lora
     targets = ", ".join(lora.target_modules) or "the head only"
     layers = "all layers" if lora.layers is None else f"layers {', '.join(map(str, lora.layers))}"
@@ -92,7 +93,7 @@ def plan_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
 def _evaluation_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
     if plan.evaluation is None:
         return []
-    noise = deviation(plan.evaluation)
+    noise = standard_deviation(plan.evaluation)
     return [("counted", f"held-out records and their score, in each round, noise {noise:.3g}")]
 
 
@@ -107,7 +108,7 @@ def _gate_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
 
 
 def task_text(task: Task) -> str:
-    """What is learned, in a few words."""
+    """The task in a few words."""
     if isinstance(task, Classification):
         return f"classification: {', '.join(task.labels)}"
     what = "answers" if task.loss_on == "answer" else "whole texts"

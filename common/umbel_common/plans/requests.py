@@ -1,4 +1,4 @@
-"""What is asked of the process that looks for hyper-parameters on public records."""
+"""What the server asks of the processes that search hyper-parameters and score adapters."""
 
 from typing import Annotated
 
@@ -10,34 +10,34 @@ from umbel_common.plans.plan import Count
 
 
 class TuningRequest(Value, frozen=True):
-    """As JSON. Paths are absolute."""
+    """A search for hyper-parameters on public records, as JSON. Paths are absolute."""
 
     draft: str
-    """A plan's draft, TOML."""
+    """Path of a plan's draft, TOML."""
     data: str
-    """File with public records of the plan's task."""
+    """Path of a file with public records for the plan's task."""
     out: str
-    """The draft with the best values, which must not exist."""
+    """Path for the draft with the best values; nothing may be there yet."""
     study: str
-    """SQLite file with the trials: another call goes on with them."""
+    """Path of the SQLite file with the trials, which a later call resumes."""
     trials: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
-    """In all, those of earlier calls included."""
+    """Number of trials in all, those of earlier calls included."""
     public_size: Count | None = None
-    """Of a site, which sets the noise; None: as many as the training records."""
+    """Public size of a site, which sets the noise; None: the number of training records."""
     sites: Annotated[int, msgspec.Meta(ge=1, le=100)] = 1
-    """How many are played: their deltas are averaged, and with them their noise."""
+    """Number of simulated sites, whose deltas, and so their noise, are averaged."""
     validation_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.2
-    """Of the records, for the loss that is made small."""
+    """Share of the records on which the search measures the loss."""
     seed: Annotated[int, msgspec.Meta(ge=0, lt=2**32)] = 0
-    """Of the search, the division of the records, and the noise."""
+    """Seed of the search, of the division of the records, and of the noise."""
     text_column: str = "text"
     label_column: str = "label"
     format: Format = "auto"
-    """Where in the file the records are; as in a site's client.toml."""
+    """Layout of the records. The three fields are as in a site's client.toml."""
 
 
 class HoldoutColumns(Value, frozen=True):
-    """Where in the holdout's file the records are; as in a site's client.toml."""
+    """Columns of the holdout's file, as in a site's client.toml."""
 
     text_column: str = "text"
     label_column: str = "label"
@@ -45,26 +45,26 @@ class HoldoutColumns(Value, frozen=True):
 
 
 class EvaluationRequest(Value, frozen=True):
-    """What the evaluating process is asked, as JSON. Paths are absolute."""
+    """A request to score one adapter, as JSON. Paths are absolute."""
 
     plan: str
-    """A plan file's text."""
+    """Text of a plan file."""
     adapter: str
-    """File with the adapter's flat vector, float32 little-endian."""
+    """Path of a file with the adapter's flat vector, float32 little-endian."""
     model: str
     """Folder of the base model."""
     holdout: str
-    """File with public records that no site trains on."""
+    """Path of a file with public records that no site trains on."""
     before: str | None = None
-    """File with the vector of the adapter before, for the drift."""
+    """Path of a file with the vector of the adapter before, for the drift."""
     general: str | None = None
-    """File with texts that are not of the domain."""
+    """Path of a file with texts outside the domain."""
     groups: str | None = None
-    """The holdout's column that says which group a record is of."""
+    """Name of the holdout's column with each record's group."""
     columns: HoldoutColumns = HoldoutColumns()
     answers: AnswerCount = 50
-    """Records that a language model is let answer, from the beginning of the holdout."""
+    """Number of records that a language model answers, from the beginning of the holdout."""
     answer_tokens: AnswerTokens = 64
-    """The longest answer."""
+    """Number of tokens of the longest answer."""
     batch_size: BatchSize = 32
     device: str = "cpu"

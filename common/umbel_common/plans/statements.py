@@ -1,4 +1,9 @@
-"""What the operator signs about a job: the header of an attempt, and the release it leads to."""
+"""What the operator signs about a job: the header of an attempt, and the release it leads to.
+
+The law: these types are signed and hashed. None ever gets, loses or renames a field, and none is
+renamed itself: its label is its name, and every context, mask and signature hangs on it. What else
+a request must say goes into `protocol.wire`. `tests/vectors` holds every byte.
+"""
 
 from typing import Annotated, Literal
 
@@ -14,7 +19,11 @@ Cohort = Annotated[tuple[Name, ...], msgspec.Meta(min_length=2, max_length=100)]
 
 
 def check_sorted(names: tuple[str, ...]) -> None:
-    """For `__post_init__`: a set has one encoding, sorted and without repetition."""
+    """Refuses names that are not sorted or not unique, so that a set has one encoding.
+
+    Raises:
+        ValueError: they are not; `__post_init__` of a value may let it out.
+    """
     if list(names) != sorted(set(names)):
         raise ValueError("site names must be unique and sorted")
 
@@ -39,14 +48,14 @@ class RoundHeader(Value, frozen=True):
     def context(self) -> bytes:
         """The 32-byte `ctx` that goes into every key derivation of the attempt.
 
-        Two sites that were shown different headers derive masks that do not cancel: an inconsistent
-        server gets noise (the answer to Pasquini et al. 2022, arXiv 2111.07380).
+        Two sites that were shown different headers derive masks that do not cancel, so an
+        inconsistent server gets noise (against Pasquini et al. 2022, arXiv 2111.07380).
         """
         return digest(label_of(RoundHeader), encode(self))
 
 
 class Release(Value, frozen=True):
-    """One global adapter: the initial one (round 0) or the outcome of a round."""
+    """One global adapter: the initial one (round 0), or the outcome of a round."""
 
     federation: Name
     job: Name
@@ -54,9 +63,9 @@ class Release(Value, frozen=True):
     round: Annotated[int, msgspec.Meta(ge=0, le=10_000)]
     attempt: Annotated[int, msgspec.Meta(ge=0, le=1_000)]
     context: Digest
-    """`RoundHeader.context` of the attempt that gave it; zeros for round 0."""
+    """`RoundHeader.context` of the attempt that gave the adapter; zeros for round 0."""
     adapter: Digest
-    """That of the release before, where the plan's release gate held the round back."""
+    """Digest of the adapter; where the release gate held the round back, of the one before."""
     survivors: Annotated[tuple[Name, ...], msgspec.Meta(max_length=100)]
     """The sites whose deltas are in the sum."""
     total_weight: Annotated[int, msgspec.Meta(ge=0)]
@@ -73,5 +82,5 @@ class EarlyEnd(Value, frozen=True):
     job: Name
     plan: Digest
     round: Annotated[int, msgspec.Meta(ge=0, le=10_000)]
-    """Whose release is the job's last one: not necessarily that of the last round."""
+    """The round whose release is the job's last one; it need not be the latest round."""
     version: Literal[1] = 1

@@ -1,1 +1,1 @@
-"""Messages and transcript: what parties say, and what anybody can verify later."""
+"""The messages of a federation, and the transcript that anybody can verify later. No IO."""

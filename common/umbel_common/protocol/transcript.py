@@ -1,9 +1,13 @@
 """The audit transcript: a hash chain of what happened in a job, each entry signed by the operator.
 
-An entry commits to all entries before it, so nothing can be removed, reordered or changed without
-the operator's key, and with it only by signing a second history, which any site that kept the head
-of the first (each signed release names its round) can show. Entries hold digests, names and the
-sites' own signed statements; never a sample, a vector or a secret.
+The law: an entry has digests, names, figures of public or noisy counts, and the sites' own signed
+statements; never a sample, a vector or a secret. `Entry` is signed and hashed, and its events are
+within it, so none gets, loses or renames a field or a tag. An event is appended and never changed.
+No clock and no file.
+
+An entry commits to all entries before it. So nothing can be removed, reordered or changed without
+the operator's key, and with it only by signing a second history. Any site that kept a head of the
+first history can show that there are two; each signed release names its round.
 """
 
 from collections.abc import Sequence
@@ -28,7 +32,7 @@ GENESIS = bytes(32)
 
 
 class JobStarted(Value, frozen=True, tag_field="event", tag="job-started"):
-    """The plan and roster that everything later refers to, and release 0."""
+    """The start of a job: plan and roster, to which everything later refers, and release 0."""
 
     plan: Signed
     roster: Digest
@@ -36,36 +40,36 @@ class JobStarted(Value, frozen=True, tag_field="event", tag="job-started"):
 
 
 class RoundReleased(Value, frozen=True, tag_field="event", tag="round-released"):
-    """An attempt that gave its sum, with the sites' own signatures."""
+    """An attempt that gave a sum, with the sites' own signatures."""
 
     header: Signed
     adverts: tuple[Signed, ...]
     confirmations: tuple[SurvivorSignature, ...]
     release: Signed
     counts: SiteCounts | None = None
-    """Of a plan with an evaluation: how the adapter that the round started from does on records
-    that the survivors hold out, summed, with each one's noise."""
+    """Counts of a plan with an evaluation: the survivors' sum, with each one's noise, for the
+    adapter that the round started from on the records that they hold out."""
     gate: GateResult | None = None
-    """What the plan's release gate found; where it was not passed, the release names the adapter
-    of the release before."""
+    """Result of the plan's release gate; for a round that was held back, the release names the
+    adapter of the release before."""
 
 
 class AttemptAborted(Value, frozen=True, tag_field="event", tag="attempt-aborted"):
-    """An attempt that released nothing, and the check that ended it."""
+    """An attempt that released nothing, with the check that ended it."""
 
     header: Signed
     check: str
     refusals: tuple[tuple[Name, str], ...]
-    """Sites that refused, each with its reason code."""
+    """Sites that refused, each with the code of its reason."""
 
 
 class JobFinished(Value, frozen=True, tag_field="event", tag="job-finished"):
-    """The last release reached these sites."""
+    """The end of a job: its last release, and the sites that it reached."""
 
     release: Digest
     delivered: tuple[Name, ...]
     early_end: Signed | None = None
-    """An `EarlyEnd`; None: all rounds of the plan were released."""
+    """The signed `EarlyEnd`; None: all rounds of the plan were released."""
 
 
 TranscriptEvent: TypeAlias = JobStarted | RoundReleased | AttemptAborted | JobFinished
@@ -80,20 +84,20 @@ class Entry(Value, frozen=True):
     version: Literal[1] = 1
 
     def digest(self) -> bytes:
-        """What the next entry names as `previous`."""
+        """The entry's hash, which the next entry names as `previous`."""
         return digest("Entry", encode(self))
 
 
 def append(
     operator: Identity, index: int, head: bytes, event: TranscriptEvent
 ) -> tuple[bytes, Signed]:
-    """The new head and the signed entry that follows `head` (`GENESIS` at index 0)."""
+    """The new head, and the signed entry that follows `head` (`GENESIS` at index 0)."""
     entry = Entry(index=index, previous=head, event=event)
     return entry.digest(), sign(operator, entry)
 
 
 def final_round(plan: TrainingPlan, end: EarlyEnd | None) -> int | None:
-    """The round whose release ends a job; None if the early end is of another plan."""
+    """The round whose release ends a job; None if the early end belongs to another plan."""
     if end is None:
         return plan.training.rounds
     return end.round if end.plan == plan.digest() else None
@@ -108,22 +112,22 @@ class VerifiedJob(Value, frozen=True):
     delivered: tuple[str, ...]
     head: Digest
     held_back: tuple[int, ...] = ()
-    """Rounds whose adapter the plan's release gate did not let through."""
+    """Rounds whose adapter the plan's release gate held back."""
     final_round: int | None = None
-    """Whose release ended the job; None: the job has not ended."""
+    """The round whose release ended the job; None: the job has not ended."""
 
 
 def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
     """Checks the chain, every signature, and that each release follows from what sites signed.
 
     For each released round: the header names the plan, the roster and the adapter of the release
-    before; every advert is by its site over this attempt; at least the plan's threshold of
-    survivors signed one and the same survivor set; the release names that set. Where the plan has
-    a release gate, each round says what it found, and one that was held back releases the adapter
-    before once more. The job ends with its plan's last round, or with a signed early end.
+    before; every advert is signed by its site for this attempt; survivors, at least as many as the
+    plan's threshold, signed one and the same survivor set; the release names that set. Where the
+    plan has a release gate, each round has its result, and a round that was held back releases the
+    adapter before once more. The job ends with its plan's last round, or with a signed early end.
 
     Raises:
-        VerificationError: names the entry and what is wrong with it.
+        VerificationError: an entry does not verify; the message says which and why.
     """
     head = GENESIS
     plan: TrainingPlan | None = None
@@ -178,7 +182,9 @@ def _verify_start(event: JobStarted, roster: Roster) -> tuple[TrainingPlan, Rele
     plan = open_signed(event.plan, TrainingPlan, roster.operator)
     release = open_signed(event.release, Release, roster.operator)
     _require(event.roster == roster.digest(), "it names another roster")
-    _require(release.round == 0 and release.plan == plan.digest(), "release 0 is of another plan")
+    _require(
+        release.round == 0 and release.plan == plan.digest(), "release 0 belongs to another plan"
+    )
     return plan, release
 
 
@@ -199,13 +205,13 @@ def _verify_release(
     _require(
         (release.plan, release.round, release.attempt, release.context)
         == (header.plan, header.round, header.attempt, context),
-        "its release is not of this attempt",
+        "its release does not belong to this attempt",
     )
     advertised = set()
     for advert in event.adverts:
         site = decode(advert.statement, KeyAdvert).site
         statement = open_signed(advert, KeyAdvert, roster.member(site).public_key)
-        _require(statement.context == context, f"the keys of {site} are of another attempt")
+        _require(statement.context == context, f"the keys of {site} belong to another attempt")
         advertised.add(site)
     _require(set(release.survivors) <= advertised, "a survivor never advertised keys")
     confirmed = set()
@@ -217,7 +223,7 @@ def _verify_release(
             f"{confirmation.site} confirmed another survivor set",
         )
         confirmed.add(confirmation.site)
-    _require(confirmed <= set(release.survivors), "a site confirmed that is no survivor")
+    _require(confirmed <= set(release.survivors), "a site that is no survivor confirmed")
     _require(
         len(confirmed) >= plan.aggregation.threshold,
         f"only {len(confirmed)} sites confirmed, the threshold is {plan.aggregation.threshold}",
@@ -226,7 +232,7 @@ def _verify_release(
 
 
 class _Gates:
-    """What the release gate found in one round after the other."""
+    """The results of the release gate, checked round by round."""
 
     def __init__(self) -> None:
         self.held_back: list[int] = []
@@ -261,7 +267,7 @@ def _verify_end(
     end = None if early is None else open_signed(early, EarlyEnd, roster.operator)
     number = final_round(plan, end)
     if number is None:
-        raise VerificationError("its early end is of another plan")
+        raise VerificationError("its early end belongs to another plan")
     _require(number < len(releases), "the job ends before its last release")
     _require(event.release == releases[number].adapter, "the last release differs")
     return number

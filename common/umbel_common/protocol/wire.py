@@ -1,14 +1,24 @@
 """The closed set of messages between server and site, sealed by the sender's identity.
 
-A sealed message is `"UMB" | wire version (1) | signature (64) | body`. The signature covers a label
-that names the direction and the site, and of a reply also the request: so a message is good for one
-site and one direction only, and a reply for one request, whatever was recorded before. The body is
-the strict MessagePack encoding of one of the types below. Order of checks on receipt: size, magic,
-version, signature against the pinned key, decoding. Nothing is parsed, and nothing allocated,
-before the first four passed.
+The law: nothing of a message is parsed, and nothing allocated for it, before its seal is verified.
+The set is closed: a party does what a type here says and nothing else, and no type carries code, a
+file name or an open field. Any change to a type here or in `umbel_common.secagg.messages` is
+another `WIRE_VERSION`. Nothing here knows how sealed bytes travel.
 
-A side speaks one version and says so in each message: whoever speaks another refuses by name, and
-both sides' people read who has to upgrade.
+A sealed message is `"UMB" | wire version (1) | signature (64) | body`. The signature covers a label
+that names the direction and the site; the label of a reply also names the request. So a message is
+good for one site and one direction only, and a reply for one request, whatever was recorded before.
+The body is the strict MessagePack encoding of one of the types below. A receiver checks, in this
+order:
+
+1. the size: `oversized-message`
+2. the mark: `malformed-message`
+3. the version: `wire-version`
+4. the signature, against the pinned key: `pinned-signature`
+5. the body, by decoding it: `malformed-message`
+
+Each side speaks one version, and names it in each message. A side that is spoken to in another
+version refuses and says so, and the people of both sides read who has to upgrade.
 """
 
 from typing import Annotated, TypeAlias
@@ -24,19 +34,19 @@ from umbel_common.secagg.messages import EncryptedShare, RevealedShare, Survivor
 from umbel_common.trust.identity import SIGNATURE_BYTES, Identity, Signed, verifies
 
 WIRE_VERSION = 2
-"""Of everything in this file, and of `umbel_common.secagg.messages`: any change is another one."""
+"""Version of everything in this file and in `umbel_common.secagg.messages`."""
 _MARK = b"UMB"
 MAGIC = _MARK + str(WIRE_VERSION).encode()
 HEADER_BYTES = len(MAGIC) + SIGNATURE_BYTES
 
 
 Blob = Annotated[memoryview, msgspec.Meta(max_length=2**31 - 1)]
-"""A vector: what is decoded is a view of the message, not a copy."""
+"""A vector; it is decoded as a view of the message, not as a copy."""
 MAX_SITES = 100
 
 
 class Message(Value, frozen=True, tag_field="type"):
-    """Base of the messages; the tag is the name of the type."""
+    """Base of the messages; the tag is the type's name on the wire."""
 
 
 class OfferRequest(Message, frozen=True, tag="offer"):
@@ -52,13 +62,13 @@ class OfferReply(Message, frozen=True, tag="offer-accepted"):
 
 
 class LastAdvert(Value, frozen=True):
-    """What a site signed last, shown to it again: a site whose state was put back to an earlier
+    """What a site signed last, shown to it again. A site whose state was put back to an earlier
     time does not know it."""
 
     header: Signed
-    """The `RoundHeader` of the attempt that it advertised keys for."""
+    """The signed `RoundHeader` of the attempt for which the site advertised keys."""
     advert: Signed
-    """Its `KeyAdvert`, with the head that its privacy ledger had."""
+    """The site's signed `KeyAdvert`, with the head of its privacy ledger at that time."""
 
 
 class TrainRequest(Message, frozen=True, tag="train", kw_only=True):
@@ -66,11 +76,11 @@ class TrainRequest(Message, frozen=True, tag="train", kw_only=True):
 
     header: Signed
     release: Signed
-    """The `Release` whose adapter training starts from."""
+    """The signed `Release` of the adapter from which training starts."""
     last: LastAdvert | None = None
-    """What this site advertised last, in whatever job; None if that is not known."""
+    """The site's last advert, in any job; None: the server knows none."""
     adapter: Blob
-    """Its flat vector, float32 little-endian."""
+    """The adapter's flat vector, float32 little-endian."""
 
 
 class TrainReply(Message, frozen=True, tag="trained"):
@@ -140,7 +150,7 @@ class FinishRequest(Message, frozen=True, tag="finish", kw_only=True):
 
     release: Signed
     early_end: Signed | None = None
-    """An `EarlyEnd`, where the job does not go on to the last round of its plan."""
+    """The signed `EarlyEnd` of a job that ends before the last round of its plan; else None."""
     adapter: Blob
 
 
@@ -151,7 +161,7 @@ class FinishReply(Message, frozen=True, tag="finished"):
 
 
 class Refusal(Message, frozen=True, tag="refused"):
-    """The site does not do what was asked; the reason is a code without private detail."""
+    """The site refuses; the reason is a code without private detail."""
 
     check: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}\Z")]
 
@@ -178,9 +188,9 @@ Reply: TypeAlias = (
 
 
 def size_limit(plan: TrainingPlan | None) -> int:
-    """Largest sealed message, in bytes, that is looked at under `plan` (None: before any plan).
+    """Size of the largest sealed message, in bytes, under `plan`; None: before any plan.
 
-    One adapter or masked vector, and generous room for what grows with the number of sites.
+    It has room for one adapter or masked vector, and ample room for what grows with the sites.
     """
     vector = 0 if plan is None else 4 * (plan.lora.size + 1 + COORDINATES)
     return HEADER_BYTES + vector + 4096 + MAX_SITES * 1024 + 2**20
@@ -199,11 +209,12 @@ def open_request(operator_key: bytes, site: str, data: bytes, *, limit: int) -> 
             `pinned-signature`.
     """
     body = _open(operator_key, "the operator", f"request to {site}", data, limit)
+    # 5
     return decode(body, Request)  # type: ignore[arg-type]  # a union is a decodable type
 
 
 def request_digest(sealed: bytes | memoryview) -> bytes:
-    """What a reply is bound to: the digest of the request as it travelled."""
+    """The digest of a request as it travelled, to which its reply is bound, 32 bytes."""
     return digest("request", sealed)
 
 
@@ -211,7 +222,7 @@ def seal_reply(identity: Identity, site: str, reply: Reply, request: bytes) -> b
     """A reply as it travels from `site`.
 
     Args:
-        request: `request_digest` of what it answers.
+        request: `request_digest` of the request that the reply answers.
     """
     return _seal(identity, _reply_label(site, request), reply)
 
@@ -220,13 +231,14 @@ def open_reply(site_key: bytes, site: str, data: bytes, request: bytes, *, limit
     """Opens the reply of `site` to one request.
 
     Args:
-        request: `request_digest` of what it must answer.
+        request: `request_digest` of the request that the reply must answer.
 
     Raises:
         RemoteProtocolError: `oversized-message`, `malformed-message`, `wire-version` or
             `pinned-signature`.
     """
     body = _open(site_key, site, _reply_label(site, request), data, limit)
+    # 5
     return decode(body, Reply)  # type: ignore[arg-type]  # a union is a decodable type
 
 
@@ -241,13 +253,13 @@ def _seal(identity: Identity, label: str, message: Request | Reply) -> bytes:
 
 
 def _encoded(message: Request | Reply) -> tuple[bytes | memoryview, ...]:
-    """The body in parts: a vector is always the last field, and is not copied."""
+    """The body in parts. A vector is always the last field; it is not copied."""
     name = message.__struct_fields__[-1]
     vector = getattr(message, name)
     if not isinstance(vector, memoryview):
         return (msgspec.msgpack.encode(message),)
     vector = vector.cast("B")
-    # What MessagePack puts before bytes depends on how many they are: up to 8, 16 or 32 bits.
+    # MessagePack writes the length of bytes in 8, 16 or 32 bits, and a code that says in how many.
     width = next(width for width in (1, 2, 4) if len(vector) < 256**width)
     start = msgspec.msgpack.encode(msgspec.structs.replace(message, **{name: memoryview(b"")}))
     kind = {1: 0xC4, 2: 0xC5, 4: 0xC6}[width]
@@ -255,6 +267,7 @@ def _encoded(message: Request | Reply) -> tuple[bytes | memoryview, ...]:
 
 
 def _open(key: bytes, sender: str, label: str, data: bytes, limit: int) -> memoryview:
+    # 1
     require(
         len(data) <= limit,
         "oversized-message",
@@ -262,12 +275,13 @@ def _open(key: bytes, sender: str, label: str, data: bytes, limit: int) -> memor
         found=f"{len(data)} bytes",
         accepted=f"at most {limit} bytes",
     )
+    # 2
     require(
         len(data) > HEADER_BYTES and data[: len(_MARK)] == _MARK and data[3:4].isdigit(),
         "malformed-message",
-        "this is no sealed message",
+        "this is not a sealed message",
     )
-    # Not signed yet, or not in a way that this version knows: good for a refusal and no more.
+    # 3: its signature is not verified yet, so the version can cause a refusal and nothing else.
     version = int(data[len(_MARK) : len(MAGIC)])
     behind = f"at {sender}" if version < WIRE_VERSION else "on this side"
     require(
@@ -279,6 +293,7 @@ def _open(key: bytes, sender: str, label: str, data: bytes, limit: int) -> memor
         remedy=f"upgrade Umbel {behind}",
     )
     body = memoryview(data)[HEADER_BYTES:]
+    # 4
     require(
         verifies(key, label, body, data[len(MAGIC) : HEADER_BYTES]),
         "pinned-signature",

@@ -1,8 +1,9 @@
 """Secure aggregation: Bonawitz et al. 2017 with the signed consistency round (section 6).
 
-The server learns the sum of the survivors' vectors and nothing else, provided that fewer than the
-threshold of sites collude with it; a malicious server is stopped by signatures, by binding every
-key to the attempt's context, and by the rules in `participant`. docs/protocol.md has the messages.
+The server learns the sum of the survivors' vectors and nothing else, as long as fewer sites than
+the threshold collude with it. Signatures, the binding of every key to the attempt's context, and
+the rules in `participant` stop a malicious server. docs/protocol.md has the messages.
 
-`messages <- primitives, shamir, masking <- participant, coordinator`.
+The law of every module here: no clock, no file, no network, no log, and randomness from `Entropy`
+alone. `participant` and `coordinator` number the steps of an attempt, in the order that must hold.
 """

@@ -1,4 +1,13 @@
-"""Signed statements of one attempt, opened under the identities that the roster pins."""
+"""Signed statements of one attempt, opened under the identities that the roster pins.
+
+The law: a key is taken from the roster, never from a message, and of an unverified statement one
+thing is read, the name under which its key is looked up. Steps of `participant` (S) and
+`coordinator` (C) that these checks are:
+
+- `open_advert`: S2.1 and C1.1
+- `check_distinct_keys`: S2.2 and C1.2
+- `check_confirmation`: S5.1 and C4.2
+"""
 
 from collections.abc import Iterable
 
@@ -11,7 +20,7 @@ from umbel_common.trust.identity import Roster, Signed, open_signed
 def open_advert(
     signed: Signed, context: bytes, cohort: tuple[str, ...], roster: Roster
 ) -> KeyAdvert:
-    """The advert of the site of `cohort` that signed it, over this attempt.
+    """The advert in a signed statement, if a site of `cohort` signed it for this attempt.
 
     Raises:
         RemoteProtocolError: `malformed-message`, `not-in-cohort`, `not-in-roster`,
@@ -22,13 +31,16 @@ def open_advert(
     require(
         claimed in cohort,
         "not-in-cohort",
-        "keys are of a site outside the cohort",
+        "keys were advertised by a site outside the cohort",
         field="site",
         found=claimed,
     )
     member = roster.find(claimed)
     require(
-        member is not None, "not-in-roster", "keys are of a site outside the roster", field=claimed
+        member is not None,
+        "not-in-roster",
+        "keys were advertised by a site outside the roster",
+        field=claimed,
     )
     assert member is not None  # required above
     advert = open_signed(signed, KeyAdvert, member.public_key, claimed)
@@ -36,10 +48,10 @@ def open_advert(
     return advert
 
 
-def open_survivors(
+def check_confirmation(
     signature: SurvivorSignature, context: bytes, survivors: tuple[str, ...], roster: Roster
 ) -> None:
-    """Checks that a survivor signed the set `survivors` for this attempt.
+    """Refuses what is not a signature by a survivor over the set `survivors` of this attempt.
 
     Raises:
         RemoteProtocolError: `not-a-survivor`, `pinned-signature`, `malformed-message`,
@@ -49,7 +61,7 @@ def open_survivors(
     require(
         site in survivors,
         "not-a-survivor",
-        "a survivor set is signed by a site outside it",
+        "a survivor set is signed by a site that is not in it",
         field="site",
         found=site,
     )
@@ -66,7 +78,7 @@ def open_survivors(
 
 
 def check_distinct_keys(adverts: Iterable[KeyAdvert]) -> None:
-    """Checks that no public key occurs twice, within a site or between sites.
+    """Refuses a public key that occurs twice, within a site or between sites.
 
     Raises:
         RemoteProtocolError: `duplicate-key`.
@@ -84,8 +96,8 @@ def check_distinct_keys(adverts: Iterable[KeyAdvert]) -> None:
 
 
 def _x25519_point(key: bytes) -> int:
-    """What X25519 makes of 32 bytes: it ignores the top bit, and reduces modulo 2^255 - 19 (RFC
-    7748, section 5), so that several byte strings are one key."""
+    """The point that X25519 reads from 32 bytes. It ignores the top bit and reduces modulo
+    2^255 - 19 (RFC 7748, section 5), so several byte strings are one key."""
     return int.from_bytes(key, "little") % 2**255 % (2**255 - 19)
 
 

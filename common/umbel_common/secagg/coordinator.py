@@ -7,10 +7,70 @@
 
 `receive` returns the same stage with one more answer, or raises and leaves the stage as it was;
 `close` returns the next stage, whose `requests` are what each of its sites is to be sent. Sites
-that did not answer are out. All are frozen values but for one thing: the running sum of masked
-vectors, which grows in place in `Masking`, so that no site's vector is kept.
+that did not answer are out. U1 to U4 are the sites that answered each stage, as in Bonawitz et al.
+2017, figure 4.
 
-U1 to U4 are the sites that answered each stage, as in Bonawitz et al. 2017, figure 4.
+The law of this module:
+
+- No stage keeps a site's vector. All stages are frozen values but for one thing: the running sum,
+  which grows in place in `Masking`.
+- The server releases the sum over U3 or nothing: no step takes another set, or a part of it.
+- A wrong answer costs its sender its place and nobody else theirs, so a check that every site
+  would make is made here first.
+- No clock, no file, no network, no randomness.
+
+Steps, by stage, in this order; "round" is the paper's. A code in backquotes refuses an answer, or
+ends the attempt where `close` raises it, and stands before the steps that it guards. Each answer
+begins with C0.
+
+0. Every answer
+
+   - C0.1 It comes from a site of this stage, for the first time: `unexpected-site`,
+     `second-answer`. Guards every count of answers, and C3.2: no vector is added twice.
+
+1. `Advertising` (round 0)
+
+   - C1.1 Open the advert under the identity that the roster pins: `malformed-message`,
+     `not-in-cohort`, `not-in-roster`, `pinned-signature`, `other-context`; see that it is its
+     sender's: `wrong-sender`. Guards C1.3.
+   - C1.2 See that both keys are new to this attempt and not of small order: `duplicate-key`,
+     `weak-key`. Guards C2.1: passed on, such a key would be refused by every peer.
+   - C1.3 Close with at least t sites, U1: `too-few-adverts`.
+
+2. `Sharing` (round 1)
+
+   - C2.1 Send each site of U1 the adverts of U1.
+   - C2.2 See that a site sends its own shares, one to each of its peers: `wrong-sender`,
+     `wrong-recipient`. Guards C3.1: nobody lacks a share, or has two.
+   - C2.3 Close with at least t sites, U2: `too-few-shares`.
+
+3. `Masking` (round 2)
+
+   - C3.1 Send each site of U2 the shares that the others of U2 made for it.
+   - C3.2 Add the masked vector to the running sum: `vector-length`; `stale-stage` where our own
+     code uses a stage twice.
+   - C3.3 Close with at least t sites, U3: `too-few-vectors`. The rest of U2 dropped out.
+
+4. `Confirming` (round 3, the consistency check)
+
+   - C4.1 Send each site of U3 the names of U3.
+   - C4.2 See that the signature is its sender's, by a survivor, over U3: `wrong-sender`,
+     `not-a-survivor`, `pinned-signature`, `malformed-message`, `other-context`,
+     `other-survivors`. Guards C5.1: one wrong signature would make every site refuse.
+   - C4.3 Close with at least t sites, U4: `too-few-confirmations`.
+
+5. `Unmasking` (round 4)
+
+   - C5.1 Send each site of U4 t of the signatures.
+   - C5.2 See that a site reveals one share for each site of U2, of the kind that its fate calls
+     for: `revealed-shares`, `share-range`. Guards C5.5.
+   - C5.3 Close with at least t sites: `too-few-reveals`. Guards C5.5.
+   - C5.4 Take the sum over U3, once: `stale-stage`.
+   - C5.5 Recover every secret and check it: `seed-commitment`, `mask-key`. Guards C5.6: masks are
+     removed with the right secrets or not at all.
+   - C5.6 Remove the masks that are left.
+
+C5.5 and C5.6 are in `unmasking`.
 """
 
 from collections.abc import Mapping
@@ -19,7 +79,7 @@ from typing import Generic, TypeVar
 
 from umbel_common.errors import LocalProtocolError, RoundAborted, require
 from umbel_common.plans.statements import RoundHeader
-from umbel_common.secagg.checks import check_distinct_keys, open_advert, open_survivors
+from umbel_common.secagg.checks import check_confirmation, check_distinct_keys, open_advert
 from umbel_common.secagg.messages import (
     EncryptedShare,
     KeyAdvert,
@@ -31,25 +91,15 @@ from umbel_common.secagg.shamir import is_element
 from umbel_common.secagg.unmasking import Aggregate, RunningSum, Secrets, unmask
 from umbel_common.trust.identity import Roster, Signed
 
-__all__ = [
-    "Advertising",
-    "Aggregate",
-    "Confirming",
-    "Masking",
-    "Sharing",
-    "Unmasking",
-    "open_attempt",
-]
-
 Answer = TypeVar("Answer")
 
 _ANY_KEY = load(bytes(KEY_BYTES))
-"""X25519 makes it a multiple of 8, so a point of small order gives zero with it as with any."""
+"""Any key finds a point of small order: X25519 makes a multiple of 8 of it, so both give zero."""
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """What stays the same through all stages."""
+class Terms:
+    """What stays the same through all stages of an attempt."""
 
     header: RoundHeader
     context: bytes
@@ -63,9 +113,9 @@ class Attempt:
 class Stage(Generic[Answer]):
     """One stage: the sites that it asked, and the answers of some of them."""
 
-    attempt: Attempt
+    terms: Terms
     sites: tuple[str, ...]
-    """Sorted."""
+    """The sites that were asked, sorted."""
     answers: Mapping[str, Answer]
 
     @property
@@ -79,18 +129,19 @@ class Stage(Generic[Answer]):
         return tuple(sorted(self.answers))
 
     def _expect(self, site: str) -> None:
+        # C0.1
         require(
-            site in self.sites, "unexpected-site", "a site answers that was not asked", field=site
+            site in self.sites, "unexpected-site", "a site that was not asked answers", field=site
         )
         require(site not in self.answers, "second-answer", "a site answers twice", field=site)
 
     def _require_threshold(self, check: str) -> None:
-        if len(self.answers) < self.attempt.threshold:
+        if len(self.answers) < self.terms.threshold:
             raise RoundAborted(
                 check,
                 "too few sites answered a stage of this attempt",
                 found=f"{len(self.answers)} of {len(self.sites)}",
-                accepted=f"at least {self.attempt.threshold}",
+                accepted=f"at least {self.terms.threshold}",
                 remedy="retry when more sites are online; the deltas that sites hold are reused",
             )
 
@@ -104,12 +155,13 @@ class Advertising(Stage[tuple[Signed, KeyAdvert]]):
 
         Raises:
             RemoteProtocolError: `unexpected-site`, `second-answer`, `malformed-message`,
-                `not-in-cohort`, `pinned-signature`, `other-context`, `wrong-sender`,
-                `duplicate-key` or `weak-key`.
+                `not-in-cohort`, `not-in-roster`, `pinned-signature`, `other-context`,
+                `wrong-sender`, `duplicate-key` or `weak-key`.
         """
         self._expect(site)
-        attempt = self.attempt
-        advert = open_advert(payload, attempt.context, attempt.header.cohort, attempt.roster)
+        # C1.1
+        terms = self.terms
+        advert = open_advert(payload, terms.context, terms.header.cohort, terms.roster)
         require(
             advert.site == site,
             "wrong-sender",
@@ -117,18 +169,21 @@ class Advertising(Stage[tuple[Signed, KeyAdvert]]):
             found=advert.site,
             accepted=site,
         )
+        # C1.2
         check_distinct_keys([*(known for _, known in self.answers.values()), advert])
-        # Here it costs one site its place; passed on, every peer would refuse it and be out.
         for key in (advert.cipher_key, advert.mask_key):
             agree(_ANY_KEY, key, site)
         return replace(self, answers={**self.answers, site: (payload, advert)})
 
     def close(self) -> "Sharing":
-        """Raises:
-        RoundAborted: `too-few-adverts`.
+        """Ends stage 1, with the sites that answered.
+
+        Raises:
+            RoundAborted: `too-few-adverts`.
         """
+        # C1.3
         self._require_threshold("too-few-adverts")
-        return Sharing(self.attempt, self.answered, {}, adverts=dict(self.answers))
+        return Sharing(self.terms, self.answered, {}, adverts=dict(self.answers))
 
 
 @dataclass(frozen=True)
@@ -139,6 +194,7 @@ class Sharing(Stage[tuple[EncryptedShare, ...]]):
 
     def requests(self) -> dict[str, tuple[Signed, ...]]:
         """To each site of U1: the adverts of U1, in the order of their sites' names."""
+        # C2.1
         adverts = tuple(self.adverts[site][0] for site in self.sites)
         return dict.fromkeys(self.sites, adverts)
 
@@ -150,6 +206,7 @@ class Sharing(Stage[tuple[EncryptedShare, ...]]):
                 `wrong-recipient`.
         """
         self._expect(site)
+        # C2.2
         require(
             all(share.sender == site for share in payload),
             "wrong-sender",
@@ -166,23 +223,26 @@ class Sharing(Stage[tuple[EncryptedShare, ...]]):
         return replace(self, answers={**self.answers, site: payload})
 
     def close(self) -> "Masking":
-        """Raises:
-        RoundAborted: `too-few-shares`.
+        """Ends stage 2, with the sites that answered.
+
+        Raises:
+            RoundAborted: `too-few-shares`.
         """
+        # C2.3
         self._require_threshold("too-few-shares")
         return Masking(
-            self.attempt,
+            self.terms,
             self.answered,
             {},
             adverts={site: self.adverts[site][1] for site in self.answered},
             shares=dict(self.answers),
-            total=RunningSum(self.attempt.ring_bits, self.attempt.length),
+            total=RunningSum(self.terms.ring_bits, self.terms.length),
         )
 
 
 @dataclass(frozen=True)
 class Masking(Stage[None]):
-    """Waits for U2's masked vectors and adds them up as they come."""
+    """Waits for U2's masked vectors, and adds them up as they come."""
 
     adverts: Mapping[str, KeyAdvert]
     shares: Mapping[str, tuple[EncryptedShare, ...]]
@@ -190,6 +250,7 @@ class Masking(Stage[None]):
 
     def requests(self) -> dict[str, tuple[EncryptedShare, ...]]:
         """To each site of U2: the shares that the others of U2 made for it."""
+        # C3.1
         inbox: dict[str, list[EncryptedShare]] = {site: [] for site in self.sites}
         for sender in self.sites:
             for share in self.shares[sender]:
@@ -198,23 +259,27 @@ class Masking(Stage[None]):
         return {site: tuple(shares) for site, shares in inbox.items()}
 
     def receive(self, site: str, payload: bytes | memoryview) -> "Masking":
-        """Adds a masked vector, little-endian, to the running sum. Only the result may be used on.
+        """Adds a masked vector, little-endian, to the running sum; this stage is then stale.
 
         Raises:
             RemoteProtocolError: `unexpected-site`, `second-answer` or `vector-length`.
             LocalProtocolError: `stale-stage`.
         """
         self._expect(site)
+        # C3.2
         self.total.add(payload, count=len(self.answers))
         return replace(self, answers={**self.answers, site: None})
 
     def close(self) -> "Confirming":
-        """Raises:
-        RoundAborted: `too-few-vectors`.
+        """Ends stage 3, with the sites that answered.
+
+        Raises:
+            RoundAborted: `too-few-vectors`.
         """
+        # C3.3
         self._require_threshold("too-few-vectors")
         return Confirming(
-            self.attempt,
+            self.terms,
             self.answered,
             {},
             adverts=self.adverts,
@@ -229,11 +294,12 @@ class Confirming(Stage[SurvivorSignature]):
 
     adverts: Mapping[str, KeyAdvert]
     dropped: tuple[str, ...]
-    """U2 without U3."""
+    """The sites of U2 that are not in U3, sorted."""
     total: RunningSum
 
     def requests(self) -> dict[str, tuple[str, ...]]:
         """To each site of U3: the sorted names of U3."""
+        # C4.1
         return dict.fromkeys(self.sites, self.sites)
 
     def receive(self, site: str, payload: SurvivorSignature) -> "Confirming":
@@ -241,9 +307,11 @@ class Confirming(Stage[SurvivorSignature]):
 
         Raises:
             RemoteProtocolError: `unexpected-site`, `second-answer`, `wrong-sender`,
-                `pinned-signature`, `malformed-message`, `other-context` or `other-survivors`.
+                `not-a-survivor`, `pinned-signature`, `malformed-message`, `other-context` or
+                `other-survivors`.
         """
         self._expect(site)
+        # C4.2
         require(
             payload.site == site,
             "wrong-sender",
@@ -251,23 +319,24 @@ class Confirming(Stage[SurvivorSignature]):
             found=payload.site,
             accepted=site,
         )
-        open_survivors(payload, self.attempt.context, self.sites, self.attempt.roster)
+        check_confirmation(payload, self.terms.context, self.sites, self.terms.roster)
         return replace(self, answers={**self.answers, site: payload})
 
     def close(self) -> "Unmasking":
-        """Raises:
-        RoundAborted: `too-few-confirmations`.
+        """Ends stage 4, with the sites that answered.
+
+        Raises:
+            RoundAborted: `too-few-confirmations`.
         """
+        # C4.3
         self._require_threshold("too-few-confirmations")
         return Unmasking(
-            self.attempt,
+            self.terms,
             self.answered,
             {},
             survivors=self.sites,
-            # No more than prove the set: each costs every site a verification.
-            signatures=tuple(
-                self.answers[site] for site in self.answered[: self.attempt.threshold]
-            ),
+            # No more than prove the set, since each costs every site a verification.
+            signatures=tuple(self.answers[site] for site in self.answered[: self.terms.threshold]),
             adverts=self.adverts,
             dropped=self.dropped,
             total=self.total,
@@ -279,7 +348,7 @@ class Unmasking(Stage[tuple[RevealedShare, ...]]):
     """Waits for U4's shares of U2's secrets."""
 
     survivors: tuple[str, ...]
-    """U3."""
+    """The sites of U3, sorted."""
     signatures: tuple[SurvivorSignature, ...]
     adverts: Mapping[str, KeyAdvert]
     dropped: tuple[str, ...]
@@ -287,6 +356,7 @@ class Unmasking(Stage[tuple[RevealedShare, ...]]):
 
     def requests(self) -> dict[str, tuple[SurvivorSignature, ...]]:
         """To each site of U4: as many signatures over U3 as the threshold, sorted by site."""
+        # C5.1
         return dict.fromkeys(self.sites, self.signatures)
 
     def receive(self, site: str, payload: tuple[RevealedShare, ...]) -> "Unmasking":
@@ -297,6 +367,7 @@ class Unmasking(Stage[tuple[RevealedShare, ...]]):
                 `share-range`.
         """
         self._expect(site)
+        # C5.2
         expected = [(owner, "self-mask") for owner in self.survivors]
         expected += [(owner, "mask-key") for owner in self.dropped]
         require(
@@ -315,27 +386,30 @@ class Unmasking(Stage[tuple[RevealedShare, ...]]):
         return replace(self, answers={**self.answers, site: payload})
 
     def close(self) -> Aggregate:
-        """The sum over U3. The running sum is handed over: a stage closes once.
+        """The sum over U3. The running sum is handed over, so this stage closes once.
 
         Raises:
             RoundAborted: `too-few-reveals`, `seed-commitment` or `mask-key`.
             LocalProtocolError: `stale-stage`.
         """
+        # C5.3
         self._require_threshold("too-few-reveals")
+        # C5.4
         total = self.total.take(count=len(self.survivors))
+        # C5.5, C5.6
         wrong_shares = unmask(total, self._secrets())
         return Aggregate(survivors=self.survivors, total=total, wrong_shares=wrong_shares)
 
     def _secrets(self) -> Secrets:
-        points = {site: self.attempt.header.cohort.index(site) + 1 for site in self.answered}
+        points = {site: self.terms.header.cohort.index(site) + 1 for site in self.answered}
         shares: dict[str, dict[int, bytes]] = {owner: {} for owner in self.adverts}
         for site, point in points.items():
             for share in self.answers[site]:
                 shares[share.owner][point] = share.share
         return Secrets(
-            context=self.attempt.context,
+            context=self.terms.context,
             adverts=self.adverts,
-            threshold=self.attempt.threshold,
+            threshold=self.terms.threshold,
             sites={point: site for site, point in points.items()},
             seed_shares={owner: shares[owner] for owner in self.survivors},
             key_shares={owner: shares[owner] for owner in self.dropped},
@@ -365,5 +439,5 @@ def open_attempt(
             found=threshold,
             accepted=f"2 to {len(header.cohort)}",
         )
-    attempt = Attempt(header, header.context(), roster, threshold, ring_bits, length)
-    return Advertising(attempt, header.cohort, {})
+    terms = Terms(header, header.context(), roster, threshold, ring_bits, length)
+    return Advertising(terms, header.cohort, {})

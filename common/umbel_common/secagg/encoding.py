@@ -1,7 +1,10 @@
 """Deltas as elements of the ring Z_2^16 or Z_2^32: clipped, stochastically rounded, weighted.
 
-A site's vector is `[w, w*q_1, ..., w*q_n]` modulo 2^bits: the sum over sites holds the total weight
-and the weighted sum of deltas, and neither is known of any one site.
+The law: no sum may wrap, and `prove_headroom` proves it before anything is encoded. Each coordinate
+is clipped before it is rounded. Nothing that is not finite is encoded.
+
+A site's vector is `[w, w*q_1, ..., w*q_n]` modulo 2^bits. The sum over sites has the total weight
+and the weighted sum of deltas, and shows neither for any one site.
 """
 
 import math
@@ -19,21 +22,21 @@ from umbel_common.plans.plan import Aggregation, Positive
 from umbel_common.secagg.primitives import KEY_BYTES, Keystream, draw
 
 RingVector: TypeAlias = np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]
-"""uint16[n] or uint32[n], little-endian; all arithmetic is modulo 2^16 or 2^32."""
+"""A vector uint16[n] or uint32[n], little-endian; its arithmetic is modulo 2^16 or 2^32."""
 
 CHUNK = 2**14
-"""Coordinates rounded at a time: their temporaries (float64, int32, keystream) stay in L2."""
+"""Number of coordinates rounded at a time, so that their temporaries stay in the L2 cache."""
 
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Encoding(Value, frozen=True):
-    """How deltas of up to `sites` sites become elements of one ring."""
+    """How the deltas of up to `sites` sites become elements of one ring."""
 
     clip_range: Positive
-    """Each coordinate is clipped to [-clip_range, clip_range]."""
+    """Bound of each coordinate, which is clipped to [-clip_range, clip_range]."""
     step: Positive
-    """The distance of neighbouring levels, in units of the delta."""
+    """Distance of neighbouring levels, in units of the delta."""
     ring_bits: Literal[16, 32]
     max_weight: PositiveInt
     sites: PositiveInt
@@ -48,8 +51,8 @@ class Encoding(Value, frozen=True):
         """Proves that no sum can wrap, whatever the deltas and the random bits are.
 
         A clipped coordinate x has |x / step| <= L with L = `levels`. Stochastic rounding moves it
-        to one of the two integers around it; as -L and L are integers themselves, it stays within
-        them. So a site adds at most max_weight * L in magnitude, and `sites` of them at most
+        to one of the two integers around it; since -L and L are integers, it stays within them. So
+        a site adds at most max_weight * L in magnitude, and `sites` sites add at most
         S = sites * max_weight * L. Two's complement holds every sum if S < 2^(bits - 1). Since
         L >= 1, the total weight, at most sites * max_weight <= S, fits into the unsigned ring too.
 
@@ -58,7 +61,7 @@ class Encoding(Value, frozen=True):
         """
         limit = 2 ** (self.ring_bits - 1)
         per_level = self.sites * self.max_weight
-        # The quotient is looked at as a float first: it may be infinite, or have no ceiling.
+        # The quotient is compared as a float first, because it may be infinite and have no ceiling.
         if not self.clip_range / self.step < limit or per_level * self.levels >= limit:
             raise PlanError(
                 f"a sum of {self.sites} deltas could wrap in a ring of {self.ring_bits} bits",
@@ -86,23 +89,24 @@ def encoding_of(aggregation: Aggregation, sites: int) -> Encoding:
 def encode(delta: Vector, weight: int, encoding: Encoding, entropy: Entropy) -> RingVector:
     """The ring vector `[w, w*q]` of one site, uint[n + 1] of `encoding.ring_bits` bits.
 
-    q is delta / step, clipped, then rounded up with probability equal to its fractional part: its
-    mean is exact up to 2^-32 of a step and its variance f(1 - f) for the fraction f.
+    q is delta / step, clipped, then rounded up with a probability equal to its fractional part f.
+    The mean of q is exact up to 2^-32 of a step, and its variance is f(1 - f).
 
     Args:
         delta: float32[n], finite.
         weight: 1 to `encoding.max_weight`.
-        entropy: read once, for the key of the rounding's keystream.
+        entropy: drawn from once, for the key of the rounding's keystream.
 
     Raises:
-        PlanError: the sum could wrap.
-        LocalProtocolError: `weight`, or `delta-values` where a value is NaN or infinite.
+        PlanError: a sum could wrap.
+        LocalProtocolError: `weight`, `delta-type`, or `delta-values` for a value that is not
+            finite.
     """
     encoding.prove_headroom()
     if not 1 <= weight <= encoding.max_weight:
         raise LocalProtocolError(
             "weight",
-            "a weight is not within the plan",
+            "a weight is not one that the plan allows",
             found=weight,
             accepted=f"1 to {encoding.max_weight}",
         )
@@ -124,12 +128,12 @@ def encode(delta: Vector, weight: int, encoding: Encoding, entropy: Entropy) -> 
 
 
 class Rounding:
-    """Clips and rounds chunk after chunk in buffers that are reused."""
+    """Clips and rounds one chunk after the other, in buffers that are used again."""
 
     def __init__(self, encoding: Encoding, keystream: Keystream) -> None:
         self._encoding = encoding
         self._keystream = keystream
-        # One ulp below L + 1: the float64 sum of a value near L and a uniform one may round up.
+        # One ulp below L + 1: the float64 sum of a value near L and a uniform value may round up.
         self._top = math.nextafter(encoding.levels + 1, 0)
         self._scaled = np.empty(CHUNK, dtype=np.float64)
         self._uniform = np.empty(CHUNK, dtype=np.float64)
@@ -139,7 +143,7 @@ class Rounding:
     def round(self, chunk: Vector) -> npt.NDArray[np.int32]:
         """Integers in [-levels, levels], valid until the next call."""
         if not np.isfinite(chunk).all():
-            raise LocalProtocolError("delta-values", "a delta holds values that are not finite")
+            raise LocalProtocolError("delta-values", "a delta has values that are not finite")
         encoding = self._encoding
         scaled, uniform = self._scaled[: chunk.size], self._uniform[: chunk.size]
         random, rounded = self._random[: chunk.size], self._rounded[: chunk.size]
@@ -158,10 +162,10 @@ class Rounding:
 
 
 def decode_sum(total: RingVector, encoding: Encoding) -> tuple[int, Vector]:
-    """The total weight, and the weighted mean of the deltas, float32[n], from a sum of vectors.
+    """The total weight in a sum of vectors, and the weighted mean of the deltas, float32[n].
 
     Raises:
-        RemoteProtocolError: as `total_weight`.
+        RemoteProtocolError: see `total_weight`.
     """
     weight = total_weight(total, encoding)
     mean = np.zeros(total.size - 1, dtype=np.float32)
@@ -170,12 +174,13 @@ def decode_sum(total: RingVector, encoding: Encoding) -> tuple[int, Vector]:
 
 
 def total_weight(total: RingVector, encoding: Encoding) -> int:
-    """The weight in a sum of vectors, all of which is checked.
+    """The total weight in a sum of vectors, after a check of the whole sum.
+
+    A sum that is refused is not one of honest vectors, or has masks that do not cancel.
 
     Raises:
-        RemoteProtocolError: `total-weight` where the weight is 0 or more than all sites may have,
-            `sum-out-of-range` where a coordinate exceeds weight * levels: no honest vectors, or
-            masks that do not cancel.
+        RemoteProtocolError: `total-weight` if the weight is 0 or more than all sites may have;
+            `sum-out-of-range` if a coordinate exceeds weight * levels.
     """
     weight = int(total[0])
     require(
@@ -197,11 +202,11 @@ def total_weight(total: RingVector, encoding: Encoding) -> int:
 
 
 def add_mean(total: RingVector, encoding: Encoding, targets: Sequence[Vector]) -> None:
-    """Adds the weighted mean of the deltas in a sum to vectors that follow one another, in place.
+    """Adds the weighted mean of the deltas in a sum to vectors, in place.
 
     Args:
-        total: of a `total_weight` that was accepted.
-        targets: float32, contiguous, writeable; together as long as a delta.
+        total: a sum that `total_weight` accepted.
+        targets: consecutive parts of a vector as long as a delta; float32, contiguous, writeable.
     """
     scale = np.float64(encoding.step / int(total[0]))
     signed = total[1:].view(np.dtype(f"<i{total.itemsize}"))

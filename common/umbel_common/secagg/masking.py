@@ -1,4 +1,9 @@
-"""Masks: keys expanded to ring vectors, added in place (Bonawitz et al. 2017, section 4)."""
+"""Masks: keys expanded to ring vectors, added in place (Bonawitz et al. 2017, section 4).
+
+The law: one key makes one mask; a vector gets all its masks in one call, so that no half-masked
+vector exists outside of it; of two sites, the one whose name sorts first adds their mask and the
+other subtracts it. `add_masks` is step S3.5 of `participant` and step C5.6 of `coordinator`.
+"""
 
 from collections.abc import Sequence
 
@@ -11,7 +16,7 @@ from umbel_common.secagg.primitives import CHUNK_BYTES, Keystream, agree, derive
 
 
 def self_mask_key(seed: bytes, site: str, context: bytes) -> bytes:
-    """The key of a site's own mask, from its 32-byte seed."""
+    """The key of a site's own mask, derived from its 32-byte seed."""
     return derive(seed, "self mask", context, (site,))
 
 
@@ -20,7 +25,8 @@ def pairwise_key(
 ) -> bytes:
     """The key of the mask between `site`, whose X25519 key is given, and `peer`.
 
-    The same from both sides. The site whose name sorts first adds the mask, the other subtracts it.
+    Both sites derive the same key. The site whose name sorts first adds the mask, the other
+    subtracts it.
 
     Raises:
         RemoteProtocolError: `weak-key`.
@@ -37,8 +43,8 @@ def add_masks(
 
     Args:
         vector: uint32[n] or uint16[n], little-endian, contiguous, writeable.
-        added: 32-byte keys, each single-use: one key makes one mask.
-        subtracted: the same.
+        added: 32-byte keys, each used once: one key makes one mask.
+        subtracted: likewise.
 
     Raises:
         LocalProtocolError: `ring-vector`.
@@ -48,7 +54,7 @@ def add_masks(
     minus = [Keystream(key) for key in subtracted]
     length = CHUNK_BYTES // vector.itemsize
     buffer = np.empty(length, dtype=vector.dtype)
-    # All masks of one chunk before the next: the chunk stays in the cache while it is masked.
+    # All masks of one chunk come before the next chunk, so a chunk stays in the cache meanwhile.
     for start in range(0, vector.size, length):
         chunk = vector[start : start + length]
         mask = buffer[: chunk.size]
@@ -59,12 +65,12 @@ def add_masks(
         for keystream in minus:
             keystream.fill(stream)
             np.subtract(chunk, mask, out=chunk)
-    # What is left of the last mask: not in memory that somebody else is given next.
+    # The rest of the last mask must not stay in memory that is given to somebody else next.
     buffer.fill(0)
 
 
 def check_ring_vector(vector: RingVector) -> None:
-    """Refuses what cannot be masked in place.
+    """Refuses a vector that cannot be masked in place.
 
     Raises:
         LocalProtocolError: `ring-vector`.

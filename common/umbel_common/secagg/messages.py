@@ -1,4 +1,10 @@
-"""The messages of one attempt, between sites and coordinator. `ctx` is `RoundHeader.context()`."""
+"""The messages of one attempt, between sites and coordinator. `ctx` is `RoundHeader.context()`.
+
+The law: `KeyAdvert` and `Survivors` are signed, and all of these types travel. None ever gets,
+loses or renames a field, and none is renamed, without another `protocol.wire.WIRE_VERSION`. A
+message has no vector, no seed and no secret key, and no share in clear but the one for each site
+that stage 5 reveals.
+"""
 
 from typing import Annotated
 
@@ -10,7 +16,7 @@ from umbel_common.trust.identity import Signed
 
 X25519Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 ShareBytes = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-"""One Shamir share: an integer below 2^256 - 189, big-endian."""
+"""A Shamir share: an integer below 2^256 - 189, big-endian."""
 
 
 class KeyAdvert(Value, frozen=True):
@@ -19,15 +25,15 @@ class KeyAdvert(Value, frozen=True):
     context: Digest
     site: Name
     cipher_key: X25519Key
-    """Encrypts shares between two sites."""
+    """Public key for the encryption of shares between two sites."""
     mask_key: X25519Key
-    """Agrees the pairwise mask; its secret half is what peers hold shares of."""
+    """Public key for the agreement on pairwise masks; peers hold shares of its secret half."""
     seed_commitment: Digest
-    """Of the self-mask seed: Shamir shares are not authenticated, so what the coordinator recovers
-    from them is checked against this."""
+    """Commitment to the self-mask seed. Shamir shares are not authenticated, so the coordinator
+    checks what it recovers from them against this."""
     ledger_head: Digest
-    """Head of the site's ledger chain after the round was reserved: in the signed transcript, a
-    ledger that was rolled back later contradicts it."""
+    """Head of the site's ledger chain after the round was reserved. The signed transcript has it,
+    so a ledger that is rolled back later contradicts the transcript."""
 
 
 class EncryptedShare(Value, frozen=True):
@@ -36,7 +42,7 @@ class EncryptedShare(Value, frozen=True):
     sender: Name
     recipient: Name
     ciphertext: Annotated[bytes, msgspec.Meta(min_length=92, max_length=92)]
-    """12-byte nonce, then ChaCha20-Poly1305 of two 32-byte shares (self-mask seed, mask key)."""
+    """A 12-byte nonce, then ChaCha20-Poly1305 of two 32-byte shares (self-mask seed, mask key)."""
 
 
 class Survivors(Value, frozen=True):
@@ -60,7 +66,7 @@ class RevealedShare(Value, frozen=True):
     """Stage 5: exactly one share for one peer."""
 
     owner: Name
-    """The peer whose secret this is a share of."""
+    """The peer to whose secret the share belongs."""
     kind: Annotated[str, msgspec.Meta(pattern=r"^(self-mask|mask-key)\Z")]
-    """`self-mask` if the owner survived, `mask-key` if it dropped out."""
+    """Kind of secret: `self-mask` if the owner survived, `mask-key` if it dropped out."""
     share: ShareBytes

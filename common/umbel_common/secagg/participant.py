@@ -1,13 +1,76 @@
-"""A site's side of one attempt (Bonawitz et al. 2017, figure 4, with the consistency round).
+"""A site's side of one attempt: Bonawitz et al. 2017, figure 4, with the consistency round.
 
 ::
 
     advertise -> Advertised -> Shared -> Masked -> Confirmed -> Revealed
 
-Each state is a frozen value that the site journals before it sends what came with it. A state holds
-the secrets that later stages need and no others: key pairs are gone once the pairwise keys are
-derived, masks once they are added, and of each pair of shares one is dropped as the survivor set is
-signed. A refused message leaves the state as it was.
+The law of this module:
+
+- No state keeps a secret that no later step needs, and none gets a field for one. From `Confirmed`
+  on, no state holds both shares of a peer.
+- A state never changes. It is journaled before the answer that came with it is sent, and the
+  journal gives each stage one answer. So tags and fields of the states are on disks: none is ever
+  renamed or removed.
+- A refusal leaves the state as it was, and nothing is answered.
+- No clock, no file, no network; randomness comes from `entropy` alone.
+
+Steps, by stage, in this order; "round" is the paper's. A code in backquotes refuses the request,
+and stands in the step that makes the check, before the steps that it guards.
+
+1. `advertise` (round 0)
+
+   - S1.1 Hold the cohort against the site's own rules: `not-in-cohort`, `cohort-too-small`,
+     `threshold-too-high`, `threshold-too-low`. Guards S1.2: no secret is drawn for an
+     attempt that this site does not join.
+   - S1.2 Draw the secrets of the attempt: cipher key, mask key, self-mask seed.
+   - S1.3 Sign the advert: both public keys, a commitment to the seed, the ledger's head.
+
+2. `Advertised.receive` (round 1)
+
+   - S2.1 Open each advert of U1 under the identity that the roster pins: `malformed-message`,
+     `not-in-cohort`, `not-in-roster`, `pinned-signature`, `other-context`. Guards S2.5 and S2.6:
+     shares and masks only for keys that a site of the cohort advertised for this attempt.
+   - S2.2 Refuse what occurs twice: `duplicate-site`, `duplicate-key`. Guards S2.5, one share
+     for a site, and S2.6, one mask for a pair.
+   - S2.3 Find this site's own advert as it signed it: `own-advert`. Guards S2.6: peers that were
+     shown another key derive other masks.
+   - S2.4 Count U1: `too-few-adverts`. Guards S2.5: no share for an attempt that cannot end.
+   - S2.5 Split the seed and the mask key into one share of each for each site of U1.
+   - S2.6 Agree on keys with each peer, and seal its two shares for it: `weak-key`, with which
+     everybody would know the agreed key.
+   - S2.7 Keep the agreed keys; the key pairs and the seed are dropped.
+
+3. `Shared.receive` (round 2)
+
+   - S3.1 See that the vector can be masked in place: `ring-vector`.
+   - S3.2 See for whom the shares are and who sent them, U2: `wrong-recipient`, `duplicate-site`,
+     `not-nested`. Guards S3.4: shares of U1 only, and one of each.
+   - S3.3 Count U2: `too-few-shares`. Guards S3.5: a vector must not hide among too few.
+   - S3.4 Decrypt every share: `share-decrypt`, `share-range`. Guards S3.5: a vector is masked
+     only if its masks can be removed later.
+   - S3.5 Add this site's own mask; add the masks with later peers of U2, subtract those with
+     earlier ones.
+   - S3.6 Keep the peers' shares; the mask keys are dropped.
+
+4. `Masked.receive` (round 3, the consistency check)
+
+   - S4.1 See that the names of U3 are sorted, each once: `duplicate-site`, `survivor-order`.
+     Guards S4.5: a signed set has one encoding.
+   - S4.2 See that U3 lies within U2 and has this site: `not-nested`, `own-site-missing`. Guards
+     S4.4: this site holds shares of U2 alone, and helps no one to open its own vector as that of
+     a site that dropped out.
+   - S4.3 Count U3: `too-few-survivors`. Guards S4.5: no signature under a sum of too few.
+   - S4.4 Keep one share of each peer: of its seed if it survived, of its mask key if it did not.
+     The other is dropped.
+   - S4.5 Sign (context, U3).
+
+5. `Confirmed.receive` (round 4)
+
+   - S5.1 Open each signature as one by a survivor, over the set that this site signed:
+     `duplicate-site`, `not-a-survivor`, `pinned-signature`, `malformed-message`,
+     `other-context`, `other-survivors`. Guards S5.2: only such signatures count.
+   - S5.2 Count them: `too-few-signatures`. Guards S5.3.
+   - S5.3 Reveal the shares kept in S4.4; no secret is left.
 """
 
 from typing import Annotated, TypeAlias
@@ -17,7 +80,7 @@ import msgspec
 from umbel_common.canonical import Digest, Entropy, Name, Value
 from umbel_common.errors import require
 from umbel_common.plans.statements import RoundHeader
-from umbel_common.secagg.checks import check_distinct_keys, open_advert, open_survivors
+from umbel_common.secagg.checks import check_confirmation, check_distinct_keys, open_advert
 from umbel_common.secagg.encoding import RingVector
 from umbel_common.secagg.masking import (
     add_masks,
@@ -49,21 +112,10 @@ from umbel_common.secagg.rules import Rules, check_distinct, check_nested
 from umbel_common.secagg.shamir import SHARE_BYTES, draw_element, is_element, split
 from umbel_common.trust.identity import Identity, Roster, Signed, sign
 
-__all__ = [
-    "Advertised",
-    "AttemptState",
-    "Confirmed",
-    "Masked",
-    "Revealed",
-    "Rules",
-    "Shared",
-    "advertise",
-]
-
 Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 
 
-class Stage(Value, frozen=True, tag_field="state"):
+class SiteState(Value, frozen=True, tag_field="state"):
     """What every state knows of its attempt."""
 
     context: Digest
@@ -107,11 +159,14 @@ def advertise(
         RemoteProtocolError: `not-in-cohort`, `cohort-too-small`, `threshold-too-high` or
             `threshold-too-low`.
     """
+    # S1.1
     rules.check_cohort(header.cohort, site)
+    # S1.2
     context = header.context()
     cipher_secret = draw(entropy, KEY_BYTES)
     # These two are shared, so they must be field elements.
     mask_secret, seed = draw_element(entropy), draw_element(entropy)
+    # S1.3
     advert = sign(
         identity,
         KeyAdvert(
@@ -136,8 +191,8 @@ def advertise(
     return state, advert
 
 
-class Advertised(Stage, frozen=True, tag="advertised"):
-    """Stage 1 is done: keys are advertised."""
+class Advertised(SiteState, frozen=True, tag="advertised"):
+    """Stage 1 is done: the keys are advertised."""
 
     cohort: tuple[Name, ...]
     advert: Signed
@@ -152,15 +207,17 @@ class Advertised(Stage, frozen=True, tag="advertised"):
 
         Raises:
             RemoteProtocolError: `malformed-message`, `not-in-cohort`, `pinned-signature`,
-                `other-context`, `duplicate-site`, `duplicate-key`, `own-advert`,
+                `other-context`, `not-in-roster`, `duplicate-site`, `duplicate-key`, `own-advert`,
                 `too-few-adverts` or `weak-key`.
         """
         peers = self._verify(adverts, roster)
+        # S2.5
         sites = (self.site, *(peer.site for peer in peers))
         points = [self.cohort.index(site) + 1 for site in sites]
         threshold = self.rules.threshold
         seed_shares = split(self.seed, points, threshold, entropy)
         key_shares = split(self.mask_secret, points, threshold, entropy)
+        # S2.6
         cipher_key, mask_key = load(self.cipher_secret), load(self.mask_secret)
         keys, messages = [], []
         for peer, *shares in zip(peers, seed_shares[1:], key_shares[1:], strict=True):
@@ -180,6 +237,7 @@ class Advertised(Stage, frozen=True, tag="advertised"):
                     ),
                 )
             )
+        # S2.7
         after = Shared(
             context=self.context,
             site=self.site,
@@ -192,16 +250,20 @@ class Advertised(Stage, frozen=True, tag="advertised"):
 
     def _verify(self, adverts: tuple[Signed, ...], roster: Roster) -> list[KeyAdvert]:
         """The adverts of U1 without this site's own, sorted by site."""
+        # S2.1
         opened = [open_advert(advert, self.context, self.cohort, roster) for advert in adverts]
         sites = [advert.site for advert in opened]
+        # S2.2
         check_distinct(sites)
         check_distinct_keys(opened)
+        # S2.3
         require(
             self.advert in adverts,
             "own-advert",
             "the keys of this site are missing or altered",
             field=self.site,
         )
+        # S2.4
         self.rules.check_enough("too-few-adverts", sites)
         return sorted(
             (advert for advert in opened if advert.site != self.site),
@@ -209,7 +271,7 @@ class Advertised(Stage, frozen=True, tag="advertised"):
         )
 
 
-class Shared(Stage, frozen=True, tag="shared"):
+class Shared(SiteState, frozen=True, tag="shared"):
     """Stage 2 is done: peers hold shares of this site's secrets."""
 
     peers: tuple[PeerKeys, ...]
@@ -232,7 +294,9 @@ class Shared(Stage, frozen=True, tag="shared"):
                 `too-few-shares`, `share-decrypt` or `share-range`; `vector` is then unmasked.
             LocalProtocolError: `ring-vector`.
         """
+        # S3.1
         check_ring_vector(vector)
+        # S3.2
         keys = {peer.peer: peer for peer in self.peers}
         require(
             all(share.recipient == self.site for share in shares),
@@ -242,8 +306,11 @@ class Shared(Stage, frozen=True, tag="shared"):
         senders = [share.sender for share in shares]
         check_distinct(senders)
         check_nested(senders, keys.keys())
+        # S3.3
         self.rules.check_enough("too-few-shares", [self.site, *senders])
+        # S3.4
         held = [self._open(share, keys[share.sender].opening_key) for share in shares]
+        # S3.5
         add_masks(
             vector,
             added=[
@@ -252,6 +319,7 @@ class Shared(Stage, frozen=True, tag="shared"):
             ],
             subtracted=[keys[name].mask_key for name in senders if name < self.site],
         )
+        # S3.6
         after = Masked(
             context=self.context,
             site=self.site,
@@ -281,37 +349,41 @@ class Shared(Stage, frozen=True, tag="shared"):
         return HeldShares(owner=share.sender, self_mask=self_mask, mask_key=mask_key)
 
 
-class Masked(Stage, frozen=True, tag="masked"):
+class Masked(SiteState, frozen=True, tag="masked"):
     """Stage 3 is done: the masked vector is out."""
 
     held: tuple[HeldShares, ...]
-    """From U2 without this site."""
+    """Shares that the other sites of U2 made for this one."""
     own_share: ShareBytes
 
     def receive(
         self, survivors: tuple[str, ...], identity: Identity
     ) -> tuple["Confirmed", SurvivorSignature]:
-        """Stage 4: signs the survivor set U3, and drops every share that it rules out.
+        """Stage 4: signs the survivor set U3, and drops every share that the set rules out.
 
         Raises:
             RemoteProtocolError: `duplicate-site`, `survivor-order`, `not-nested`,
                 `own-site-missing` or `too-few-survivors`.
         """
+        # S4.1
         check_distinct(survivors)
         require(
             list(survivors) == sorted(survivors),
             "survivor-order",
             "survivors are not sorted by name",
         )
+        # S4.2
         members = {self.site, *(share.owner for share in self.held)}
         check_nested(survivors, members)
         require(
             self.site in survivors,
             "own-site-missing",
-            "this site sent its vector and is no survivor",
+            "this site sent its vector but is not among the survivors",
             field=self.site,
         )
+        # S4.3
         self.rules.check_enough("too-few-survivors", survivors)
+        # S4.4
         own = RevealedShare(owner=self.site, kind="self-mask", share=self.own_share)
         revealed = [
             RevealedShare(owner=share.owner, kind="self-mask", share=share.self_mask)
@@ -326,16 +398,17 @@ class Masked(Stage, frozen=True, tag="masked"):
             survivors=survivors,
             shares=tuple(sorted([own, *revealed], key=lambda share: share.owner)),
         )
+        # S4.5
         statement = Survivors(context=self.context, sites=survivors)
         return after, SurvivorSignature(site=self.site, signed=sign(identity, statement))
 
 
-class Confirmed(Stage, frozen=True, tag="confirmed"):
-    """Stage 4 is done: this site signed a survivor set and will help unmask no other."""
+class Confirmed(SiteState, frozen=True, tag="confirmed"):
+    """Stage 4 is done: this site signed a survivor set, and will help to unmask no other."""
 
     survivors: tuple[Name, ...]
     shares: tuple[RevealedShare, ...]
-    """One for each site of U2: no state holds both shares of a peer from here on."""
+    """One for each site of U2."""
 
     def receive(
         self, signatures: tuple[SurvivorSignature, ...], roster: Roster
@@ -346,9 +419,11 @@ class Confirmed(Stage, frozen=True, tag="confirmed"):
             RemoteProtocolError: `duplicate-site`, `not-a-survivor`, `pinned-signature`,
                 `malformed-message`, `other-context`, `other-survivors` or `too-few-signatures`.
         """
+        # S5.1
         check_distinct([signature.site for signature in signatures])
         for signature in signatures:
-            open_survivors(signature, self.context, self.survivors, roster)
+            check_confirmation(signature, self.context, self.survivors, roster)
+        # S5.2
         require(
             len(signatures) >= self.rules.threshold,
             "too-few-signatures",
@@ -356,11 +431,12 @@ class Confirmed(Stage, frozen=True, tag="confirmed"):
             found=len(signatures),
             accepted=f"at least {self.rules.threshold}",
         )
+        # S5.3
         after = Revealed(context=self.context, site=self.site, rules=self.rules)
         return after, self.shares
 
 
-class Revealed(Stage, frozen=True, tag="revealed"):
+class Revealed(SiteState, frozen=True, tag="revealed"):
     """The attempt is over for this site; nothing secret is left."""
 
 

@@ -1,8 +1,11 @@
-"""The primitives of secure aggregation, each from pyca/cryptography, none with options.
+"""The primitives of secure aggregation, each from pyca/cryptography, without options.
+
+The law: no primitive is written here, none is chosen at run time, and none is added beside these.
+Every derived key is bound to a purpose, to the context of one attempt and to the sites it is for.
+No key is used for two things.
 
 X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), ChaCha20-Poly1305 (RFC 8439) and the keystream of
-AES-256-CTR (SP 800-38A). Every derived key is bound to a purpose, to the context of one attempt and
-to the sites that it belongs to.
+AES-256-CTR (SP 800-38A).
 """
 
 from collections.abc import Sequence
@@ -20,7 +23,7 @@ from umbel_common.errors import LocalProtocolError, RemoteProtocolError
 KEY_BYTES = 32
 NONCE_BYTES = 12
 CHUNK_BYTES = 2**17
-"""How much keystream is made at a time: it and the vector that it masks stay in the L2 cache."""
+"""Size of a piece of keystream: it stays in the L2 cache with the vector that it masks."""
 
 _ZEROS = memoryview(bytes(CHUNK_BYTES))
 
@@ -29,7 +32,7 @@ def draw(entropy: Entropy, size: int) -> bytes:
     """`size` bytes of `entropy`.
 
     Raises:
-        LocalProtocolError: `entropy` returned another number of bytes.
+        LocalProtocolError: `entropy`, if another number of bytes came.
     """
     data = entropy(size)
     if len(data) != size:
@@ -43,8 +46,10 @@ def draw(entropy: Entropy, size: int) -> bytes:
 
 
 def load(secret: bytes) -> X25519PrivateKey:
-    """32 secret bytes as an X25519 key (RFC 7748, section 5). Loading costs as much as agreeing:
-    a key that agrees with many is loaded once."""
+    """32 secret bytes as an X25519 key (RFC 7748, section 5).
+
+    Loading costs as much as agreeing, so a key that agrees with many is loaded once.
+    """
     return X25519PrivateKey.from_private_bytes(secret)
 
 
@@ -57,8 +62,8 @@ def agree(ours: X25519PrivateKey, peer_key: bytes, peer: str) -> bytes:
     """The 32-byte X25519 shared secret with the site `peer`.
 
     Raises:
-        RemoteProtocolError: `weak-key`: the result is all zero, so `peer` sent a point of small
-            order (RFC 7748, section 6.1); OpenSSL reports it.
+        RemoteProtocolError: `weak-key` if `peer` sent a point of small order, with which the result
+            is all zero (RFC 7748, section 6.1); OpenSSL reports it.
     """
     try:
         return ours.exchange(X25519PublicKey.from_public_bytes(peer_key))
@@ -77,7 +82,7 @@ def derive(secret: bytes, purpose: str, context: bytes, sites: Sequence[str]) ->
     """A 32-byte key for one purpose in one attempt, between `sites` in the order given.
 
     Each part of HKDF's info is framed by its length (the context always has 32 bytes), so no two
-    (purpose, context, sites) share a key.
+    triples (purpose, context, sites) give one key.
     """
     return hkdf(secret, b"umbel/1" + _frame(purpose) + context + b"".join(map(_frame, sites)))
 
@@ -97,7 +102,7 @@ def seal(key: bytes, data: bytes, bound: bytes, entropy: Entropy) -> bytes:
 
 
 def unseal(key: bytes, sealed: bytes, bound: bytes) -> bytes | None:
-    """The inverse of `seal`; None if `sealed` was not made with this key and `bound`."""
+    """The inverse of `seal`; None if `sealed` was not made with this key and this `bound`."""
     try:
         return ChaCha20Poly1305(key).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], bound)
     except InvalidTag:
@@ -113,13 +118,13 @@ class Keystream:
     """The keystream of AES-256-CTR under a key that is used for nothing else."""
 
     def __init__(self, key: bytes) -> None:
-        # The initial counter is zero because the key is single-use: it is derived from (or is)
-        # fresh randomness of one attempt and expanded once, so no (key, counter) repeats.
+        # The initial counter may be zero because the key is used once: it is, or is derived from,
+        # fresh randomness of one attempt and is expanded once, so no (key, counter) repeats.
         zero_counter = bytes(16)
         self._encryptor = Cipher(algorithms.AES256(key), modes.CTR(zero_counter)).encryptor()
 
     def fill(self, buffer: memoryview) -> None:
-        """Overwrites `buffer` (bytes, at most CHUNK_BYTES of them) with what comes next."""
+        """Overwrites `buffer`, at most `CHUNK_BYTES` long, with the next bytes of the keystream."""
         self._encryptor.update_into(_ZEROS[: len(buffer)], buffer)
 
 

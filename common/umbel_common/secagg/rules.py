@@ -1,4 +1,13 @@
-"""What a site demands of the sets of sites that a server names to it."""
+"""What a site demands of the sets of sites that a server names to it.
+
+The law: a site counts for itself, at every stage, and never takes the server's word that a set is
+large enough. Steps of `participant` that these checks are:
+
+- `Rules.check_cohort`: S1.1
+- `Rules.check_enough`: S2.4, S3.3 and S4.3
+- `check_distinct`: S2.2, S3.2, S4.1 and S5.1
+- `check_nested`: S3.2 and S4.2
+"""
 
 from collections import Counter
 from collections.abc import Collection
@@ -14,14 +23,14 @@ class Rules(Value, frozen=True):
     """One attempt's rules: the plan's threshold under the site's own policy."""
 
     threshold: Annotated[int, msgspec.Meta(ge=1)]
-    """Shares that recover a secret."""
+    """Number of shares that recover a secret."""
     colluding: Annotated[int, msgspec.Meta(ge=0)]
-    """Sites that are assumed to collude with the server."""
+    """Number of sites that are assumed to collude with the server."""
     minimum_cohort: Annotated[int, msgspec.Meta(ge=1)]
-    """Fewest sites among which this site's delta may hide, at every stage."""
+    """Fewest sites among which this site's delta may hide, in every stage."""
 
     def check_cohort(self, cohort: Collection[str], site: str) -> None:
-        """Refuses an attempt before anything is made for it.
+        """Refuses a cohort that this site does not join, before any secret is drawn.
 
         Raises:
             RemoteProtocolError: `not-in-cohort`, `cohort-too-small`, `threshold-too-high` or
@@ -60,7 +69,7 @@ class Rules(Value, frozen=True):
         )
 
     def check_enough(self, check: str, sites: Collection[str]) -> None:
-        """Refuses a stage that too few sites have reached; `check` names the stage.
+        """Refuses a stage that too few sites have reached; `check` is the code for that stage.
 
         Raises:
             RemoteProtocolError: `check`.

@@ -1,9 +1,12 @@
 """Shamir's secret sharing (Shamir 1979) of 32-byte secrets over the prime field of 2^256 - 189.
 
-Any `threshold` shares recover the secret; fewer are independent of it. Shares carry no
-authentication: whoever recovers a secret checks it against a commitment or a public key. More
-shares than the threshold are a word of a Reed-Solomon code (McEliece and Sarwate 1981): `decode`
-finds the secret, and the wrong shares, where some of them are wrong.
+The law: a share carries no authentication, so a secret that was recovered is believed only after a
+check against a commitment or a public key, which the caller makes. No share is at x = 0, where the
+secret is. Coefficients come from `Entropy` alone, each uniform in the field.
+
+Any `threshold` shares recover the secret; fewer are independent of it. More shares than the
+threshold are a word of a Reed-Solomon code (McEliece and Sarwate 1981): `decode` finds the secret,
+and the wrong shares, where some shares are wrong.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,11 +43,11 @@ def split(
 
     Args:
         secret: 32 bytes, an integer below the prime.
-        points: x-coordinates, different and not zero: a site's index in the sorted cohort, plus 1.
-        threshold: how many shares recover the secret.
+        points: different x-coordinates, none zero: a site's index in the sorted cohort, plus 1.
+        threshold: number of shares that recover the secret.
 
     Raises:
-        LocalProtocolError: the secret is no field element, a point is zero or repeated, or the
+        LocalProtocolError: the secret is not a field element, a point is zero or repeated, or the
             threshold is not in 1 to len(points).
     """
     _check_points(points)
@@ -65,10 +68,11 @@ def split(
 def recover(shares: Mapping[int, bytes]) -> bytes:
     """The 32-byte secret of the polynomial through `shares` (x-coordinate -> share).
 
-    With fewer shares than the threshold, or a wrong one, this is another, random-looking value.
+    With fewer shares than the threshold, or a wrong one, the result is another, random-looking
+    value.
 
     Raises:
-        LocalProtocolError: there is no share, or one at x = 0.
+        LocalProtocolError: there is no share, or there is one at x = 0.
     """
     points = tuple(shares)
     _check_points(points)
@@ -80,7 +84,7 @@ def recover(shares: Mapping[int, bytes]) -> bytes:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A secret, and what is known of its shares."""
+    """A secret, and what is known about its shares."""
 
     secret: bytes
     wrong: tuple[int, ...]
@@ -92,25 +96,25 @@ def decode(shares: Mapping[int, bytes], threshold: int) -> Decoded | None:
 
     Gao 2003, "A new algorithm for decoding Reed-Solomon codes", algorithm 1: O(m^2) operations in
     the field. Two polynomials of degree below the threshold agree at fewer than `threshold` points,
-    so no second one is as near. None if more shares are wrong and no polynomial is that near.
+    so no second polynomial is as near. The result is None if no polynomial is that near.
 
     Raises:
-        LocalProtocolError: there are fewer shares than the threshold, or one is at x = 0.
+        LocalProtocolError: there are fewer shares than the threshold, or there is one at x = 0.
     """
     points = tuple(shares)
     _check_points(points)
     if len(points) < threshold:
         raise LocalProtocolError(
             "threshold",
-            "there are fewer shares than recover a secret",
+            "there are too few shares to recover a secret",
             found=len(points),
             accepted=f"at least {threshold}",
         )
     values = [int.from_bytes(share, "big") for share in shares.values()]
     former, rest = _vanishing(points), _interpolate(points, values)
     former_factor, factor = [], [1]
-    # Euclid's algorithm, stopped half-way: then rest = factor * interpolation modulo `former`'s
-    # first value, and the roots of `factor` are where the shares are wrong.
+    # Euclid's algorithm, stopped half-way. Then rest = factor * interpolation modulo the first
+    # value of `former`, and the roots of `factor` are the points of the wrong shares.
     while 2 * (len(rest) - 1) >= len(points) + threshold:
         quotient, remainder = _divide(former, rest)
         former, rest = rest, remainder
@@ -130,7 +134,9 @@ def decode(shares: Mapping[int, bytes], threshold: int) -> Decoded | None:
 def _check_points(points: Sequence[int]) -> None:
     distinct = {point % PRIME for point in points}
     if not points or 0 in distinct or len(distinct) != len(points):
-        raise LocalProtocolError("points", "x-coordinates must be different and not zero")
+        raise LocalProtocolError(
+            "points", "x-coordinates must differ from each other and from zero"
+        )
 
 
 def _evaluate(polynomial: Sequence[int], point: int) -> int:
@@ -141,7 +147,7 @@ def _evaluate(polynomial: Sequence[int], point: int) -> int:
 
 
 # Every secret of an attempt is recovered from the same sites' shares; if some are wrong, from as
-# many choices of sites as there are sites. The weights are public, and worth keeping.
+# many choices of sites as there are sites. So the weights, which are public, are cached.
 @lru_cache(maxsize=128)
 def _weights_at_zero(points: tuple[int, ...]) -> tuple[int, ...]:
     """Lagrange's basis polynomials at zero: the product of x_j / (x_j - x_i) over all j != i."""
@@ -156,7 +162,7 @@ def _weights_at_zero(points: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(weights)
 
 
-# Polynomials below are coefficients from the constant on, without zeros at the end: zero is [].
+# A polynomial below is its coefficients from the constant on, without zeros at the end; zero is [].
 
 
 def _trimmed(coefficients: Iterable[int]) -> list[int]:

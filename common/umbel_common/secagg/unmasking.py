@@ -1,10 +1,13 @@
-"""The running sum of masked vectors, and the removal of what masks are left in it.
+"""The running sum of masked vectors, and the removal of the masks that are left in it.
 
-Shares carry no authentication, but every secret can be checked: a seed against its commitment, a
-mask key against its public half. So what is unmasked is right or nothing is, and wrong shares are
-only a question of who can stop an attempt. Of m sites that reveal, with a threshold of t, this many
-may lie without stopping it: (m - t) // 2 (Reed-Solomon decoding), or one where m = t + 1. For each
-secret that costs one decoding, O(m^2), and at most m recoveries, O(t) each.
+The law: no mask is removed before every secret was checked. A revealed share carries no
+authentication, but each secret has something that was signed: a seed its commitment, a mask key its
+public half. So an attempt gives the right sum or no sum. `RunningSum` is steps C3.2 and C5.4 of
+`coordinator`, `Secrets.recover` is C5.5, `unmask` is C5.5 and C5.6.
+
+Wrong shares can only stop an attempt. With m sites that reveal and a threshold of t, this many may
+lie without stopping it: (m - t) // 2 (Reed-Solomon decoding), or one where m = t + 1. Each secret
+costs one decoding, O(m^2), and at most m recoveries, O(t) each.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -35,11 +38,11 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class WrongShare:
-    """The share of one site's secret that another revealed is not on the secret's polynomial.
+    """A share that `site` revealed of `owner`'s secret and that is not on the secret's polynomial.
 
-    Certain if at most (m - t) // 2 of the m shares of that secret are wrong. It is known only where
-    decoding was needed, and one of the two lied, which one is not known: an owner can hand out a
-    wrong share to have the honest peer that reveals it suspected.
+    This is certain if at most (m - t) // 2 of the m shares of that secret are wrong, and it is
+    known only where decoding was needed. One of the two sites lied, but not which: an owner can
+    hand out a wrong share so that the honest peer that reveals it is suspected.
     """
 
     owner: str
@@ -56,8 +59,8 @@ class LostSecrets:
 
     @property
     def tolerated(self) -> int:
-        """Wrong shares of one secret that do not stop its recovery. If no more sites than that lied
-        when they revealed, then each of the owners handed out wrong shares."""
+        """Number of wrong shares of one secret that do not stop its recovery. If no more sites than
+        that lied when they revealed, each of the owners handed out wrong shares."""
         spare = self.revealing - self.threshold
         return max(spare // 2, min(spare, 1))
 
@@ -69,7 +72,7 @@ class LostSecrets:
 
 
 class RunningSum:
-    """The sum of the masked vectors so far: the one thing that a coordinator changes in place."""
+    """The sum of the masked vectors so far: all that a coordinator changes in place."""
 
     def __init__(self, ring_bits: int, length: int) -> None:
         self._total: RingVector | None = np.zeros(length, dtype=f"<u{ring_bits // 8}")
@@ -113,7 +116,7 @@ class RunningSum:
 
 @dataclass(frozen=True)
 class Secrets:
-    """What the revealed shares must recover, and what it is checked against."""
+    """What the revealed shares must recover, and what the secrets are checked against."""
 
     context: bytes
     adverts: Mapping[str, KeyAdvert]
@@ -126,8 +129,10 @@ class Secrets:
     """Dropped-out site -> x-coordinate -> share of its mask key."""
 
     def recover(self) -> "Recovered":
-        """Raises:
-        RoundAborted: `seed-commitment` or `mask-key`, with the `LostSecrets` as what was found.
+        """The secrets, each checked.
+
+        Raises:
+            RoundAborted: `seed-commitment` or `mask-key`, with the `LostSecrets` as what was found.
         """
         seeds = self._recover(self.seed_shares, self._fits_seed)
         keys = self._recover(self.key_shares, self._fits_key)
@@ -158,12 +163,12 @@ class Secrets:
         owners: Mapping[str, Mapping[int, bytes]],
         fits: Callable[[str, bytes], bool],
     ) -> dict[str, Decoded | None]:
-        """Owner -> its secret; None where no shares give one that fits."""
+        """Owner -> its secret; None where no choice of shares gives a secret that fits."""
         few = {owner: next(_choices(shares, self.threshold)) for owner, shares in owners.items()}
         secrets = {owner: recover(shares) for owner, shares in few.items()}
         if all(fits(owner, secret) for owner, secret in secrets.items()):
             return {owner: Decoded(secret, wrong=()) for owner, secret in secrets.items()}
-        # Somebody lied: each secret is decoded, so that every wrong share is known and not just
+        # Somebody lied. Every secret is decoded, so that all wrong shares become known and not only
         # those that were in the way.
         return {
             owner: _search(shares, self.threshold, partial(fits, owner))
@@ -182,9 +187,9 @@ class Recovered:
     """The secrets of an attempt, each checked."""
 
     seeds: Mapping[str, bytes]
-    """Of the survivors."""
+    """Self-mask seeds of the survivors."""
     keys: Mapping[str, bytes]
-    """Of the sites that dropped out."""
+    """Mask keys of the sites that dropped out."""
     wrong_shares: tuple[WrongShare, ...]
 
 
@@ -194,13 +199,13 @@ def _search(
     decoded = decode(shares, threshold)
     if decoded is not None and fits(decoded.secret):
         return decoded
-    # Past half of the spare shares nobody is known to lie, but a secret that fits is right.
+    # With more wrong shares than that, the liars stay unknown, but a secret that fits is right.
     secrets = (recover(few) for few in _choices(shares, threshold))
     return next((Decoded(secret, wrong=()) for secret in secrets if fits(secret)), None)
 
 
 def _choices(shares: Mapping[int, bytes], threshold: int) -> Iterator[dict[int, bytes]]:
-    """Each run of `threshold` shares in a ring: with one to spare, each is left out in turn."""
+    """Each run of `threshold` shares in a ring: with one share to spare, each is left out once."""
     ring = [*shares.items(), *shares.items()]
     for start in range(len(shares)):
         yield dict(islice(ring, start, start + threshold))
@@ -209,8 +214,8 @@ def _choices(shares: Mapping[int, bytes], threshold: int) -> Iterator[dict[int, 
 def left_over_masks(secrets: Recovered, attempt: Secrets) -> tuple[list[bytes], list[bytes]]:
     """Keys of the masks to add to the sum and to subtract from it (figure 4, round 4).
 
-    Each survivor's self-mask is subtracted. Between a survivor and a site that dropped out stands
-    the survivor's half of the pairwise mask; pairs of survivors cancelled.
+    Each survivor's self-mask is subtracted. For a survivor and a site that dropped out, the
+    survivor's half of their pairwise mask is left; the masks of two survivors cancelled.
     """
     context = attempt.context
     to_add: list[bytes] = []
@@ -230,7 +235,9 @@ def unmask(total: RingVector, secrets: Secrets) -> tuple[WrongShare, ...]:
     Raises:
         RoundAborted: `seed-commitment` or `mask-key`; `total` is then still masked.
     """
+    # C5.5
     recovered = secrets.recover()
+    # C5.6
     to_add, to_subtract = left_over_masks(recovered, secrets)
     add_masks(total, added=to_add, subtracted=to_subtract)
     return recovered.wrong_shares

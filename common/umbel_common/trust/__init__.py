@@ -1,3 +1,1 @@
-"""Identities, rosters and enrolment: who speaks, and who is believed. Pure; people decide
-elsewhere.
-"""
+"""Who speaks and who is believed: identities, rosters, enrolment. Pure; people decide elsewhere."""

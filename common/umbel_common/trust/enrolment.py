@@ -1,8 +1,8 @@
-"""How a site comes in: it asks with its public keys, and is answered with a certificate.
+"""How a site enrols: it asks with its public keys, and the operator answers with a certificate.
 
 No private key travels. The request is signed by the site's identity and by its relay's key, so
-nobody can ask with a key that they do not have; the kit is signed by the operator. Who the two are,
-people settle by comparing fingerprints: neither file is believed for itself.
+nobody can ask with a key that they do not have. The kit (enrolment bundle) is signed by the
+operator. Neither file proves whose it is: people find that out by comparing fingerprints.
 """
 
 from typing import Annotated
@@ -37,21 +37,21 @@ Address = Annotated[
         pattern=r"^(?:[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}\Z",
     ),
 ]
-"""Host and port. The host is a name, an IPv4 address, or an IPv6 address in brackets; no character
-has a meaning in TOML, so that an address can be written into a configuration as it is."""
+"""A host and a port. The host is a name, an IPv4 address, or an IPv6 address in brackets. No
+character has a meaning in TOML, so an address can be written into a configuration as it is."""
 
 
 class SiteRequest(Value, frozen=True):
-    """A site that wants to take part."""
+    """A site's wish to take part."""
 
     federation: Name
     site: Name
     identity: PublicKey
-    """The public key of its identity, which everything that it says is signed with."""
+    """The public key of the site's identity, which signs everything that the site says."""
     relay_key: Pem
-    """The public key of its relay, PEM: ECDSA P-384."""
+    """The public key of the site's relay, ECDSA P-384, PEM."""
     proof: bytes
-    """The relay key's own signature over all the above."""
+    """The relay key's own signature over all fields above."""
 
     def __post_init__(self) -> None:
         if self.site == OPERATOR:
@@ -59,40 +59,40 @@ class SiteRequest(Value, frozen=True):
 
 
 class SiteKit(Value, frozen=True):
-    """What the operator gives a site that it admits."""
+    """The enrolment bundle: what the operator gives a site that it admits."""
 
     federation: Name
     site: Name
     server: Address
-    """Where sites reach the server."""
+    """Address at which sites reach the server."""
     server_ca: Pem
-    """The authority that vouches for the server."""
+    """Certificate of the authority that vouches for the server."""
     certificate: Pem
     """The relay's certificate."""
     roster: str
-    """The operator's roster file: a proposal, which the site approves or not."""
+    """Text of the operator's roster file, a proposal that the site approves or not."""
 
 
 class SignedRequest(Value, frozen=True):
-    """A request and the signature of its identity."""
+    """A request, with the signature by its identity."""
 
     request: SiteRequest
     signature: bytes
 
 
 class SignedKit(Value, frozen=True):
-    """A kit and the operator's signature."""
+    """A kit, with the operator's signature."""
 
     kit: SiteKit
     signature: bytes
 
 
 def public_pem(key: ec.EllipticCurvePublicKey) -> str:
-    """A relay's public key as requests and sites.json have it: SubjectPublicKeyInfo, PEM."""
+    """A relay's public key as in requests and in sites.json: SubjectPublicKeyInfo, PEM."""
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
-def ask(
+def sign_request(
     federation: str, site: str, identity: Identity, relay_key: ec.EllipticCurvePrivateKey
 ) -> SignedRequest:
     """A request, signed by both keys.
@@ -113,14 +113,14 @@ def ask(
 
 
 def check_request(signed: SignedRequest, file: object) -> ec.EllipticCurvePublicKey:
-    """The relay's public key, of a request that both of its keys signed.
+    """The relay's public key in a request, if both keys of the request signed it.
 
     Args:
         file: where the request came from, for errors.
 
     Raises:
-        IdentityError: the relay's key is none that is accepted.
-        SignatureError: one of the two did not sign it.
+        IdentityError: the relay's key is not an ECDSA P-384 key in its one PEM form.
+        SignatureError: one of the two keys did not sign the request.
     """
     request = signed.request
     try:
@@ -130,7 +130,7 @@ def check_request(signed: SignedRequest, file: object) -> ec.EllipticCurvePublic
     if (
         not isinstance(key, ec.EllipticCurvePublicKey)
         or not isinstance(key.curve, ec.SECP384R1)
-        # The port looks a relay up by this text: one key has one text.
+        # The port looks a relay up by this text, so one key must have one text.
         or public_pem(key) != request.relay_key
     ):
         raise IdentityError(
@@ -156,7 +156,7 @@ def check_request(signed: SignedRequest, file: object) -> ec.EllipticCurvePublic
     return key
 
 
-def give(kit: SiteKit, operator: Identity) -> SignedKit:
+def sign_kit(kit: SiteKit, operator: Identity) -> SignedKit:
     """A kit, signed by the operator."""
     return SignedKit(kit, operator.sign(label_of(SiteKit), encode(kit)))
 
@@ -165,7 +165,7 @@ def check_kit(signed: SignedKit, operator: bytes, file: object) -> None:
     """Refuses a kit that this operator did not sign.
 
     Raises:
-        SignatureError: it did not.
+        SignatureError: the signature is not the operator's.
     """
     if not verifies(operator, label_of(SiteKit), encode(signed.kit), signed.signature):
         raise SignatureError(
@@ -189,7 +189,7 @@ def request_from_json(text: str, file: object) -> SignedRequest:
     """Reads what `request_to_json` wrote; its signatures are not checked.
 
     Raises:
-        IdentityError: no JSON, or an unknown, missing or wrong field.
+        IdentityError: the text is not JSON, or a field is unknown, missing or wrong.
     """
     request, signature = _from_json(text, SiteRequest, file, "a site's request")
     return SignedRequest(request, signature)
@@ -204,7 +204,7 @@ def kit_from_json(text: str, file: object) -> SignedKit:
     """Reads what `kit_to_json` wrote; its signature is not checked.
 
     Raises:
-        IdentityError: no JSON, or an unknown, missing or wrong field.
+        IdentityError: the text is not JSON, or a field is unknown, missing or wrong.
     """
     kit, signature = _from_json(text, SiteKit, file, "a kit")
     return SignedKit(kit, signature)

@@ -1,8 +1,9 @@
 """Who says what: Ed25519 identities, signed statements, and the roster that pins every identity.
 
-A statement is signed over a label that names its type, so that a signature made for one purpose
-fits no other. Verification is against keys from the roster that the verifier itself pinned; no key
-is ever taken from a message.
+The law: a statement is signed over a label that names its type, so a signature made for one purpose
+fits no other, and a type that is signed is never renamed. Nothing is parsed before its signature is
+verified. Signatures are verified against keys from the roster that the verifier itself pinned; no
+key is ever taken from a message. `Signed`, `Member` and `Roster` never get a field.
 """
 
 import base64
@@ -22,7 +23,7 @@ SIGNATURE_BYTES = 64
 
 
 def fingerprint(public_key: bytes) -> str:
-    """A public key as people compare it: eight groups of four base32 letters (160 bits)."""
+    """A public key for people to compare: eight groups of four base32 letters (160 bits)."""
     text = base64.b32encode(digest("fingerprint", public_key)[:20]).decode("ascii").lower()
     return "-".join(text[start : start + 4] for start in range(0, len(text), 4))
 
@@ -31,7 +32,7 @@ class Identity:
     """A private Ed25519 key. It stays in the process that made or loaded it."""
 
     def __init__(self, seed: bytes) -> None:
-        """`seed`: the 32 secret bytes of RFC 8032."""
+        """Takes the 32 secret bytes of RFC 8032."""
         if len(seed) != 32:
             raise IdentityError(
                 "an identity key has the wrong size",
@@ -53,14 +54,13 @@ class Identity:
     def sign(self, label: str, *parts: bytes | memoryview) -> bytes:
         """A 64-byte signature of `parts`, one after the other, under the purpose `label`.
 
-        The labelled SHA-256 digest is what Ed25519 signs, so that a large body is hashed once and
-        never copied.
+        Ed25519 signs the labelled SHA-256 digest, so a large body is hashed once and never copied.
         """
         return self._key.sign(digest(label, *parts))
 
 
 def verifies(public_key: bytes, label: str, data: bytes | memoryview, signature: bytes) -> bool:
-    """Whether a signature is by `public_key` over `label` and `data`."""
+    """Whether `signature` is one by `public_key` over `label` and `data`."""
     try:
         Ed25519PublicKey.from_public_bytes(public_key).verify(signature, digest(label, data))
     except (InvalidSignature, ValueError):
@@ -69,7 +69,7 @@ def verifies(public_key: bytes, label: str, data: bytes | memoryview, signature:
 
 
 class Signed(Value, frozen=True):
-    """A statement and its signature; the statement stays in the bytes that were signed."""
+    """A statement, kept in the bytes that were signed, and its signature."""
 
     statement: bytes
     signature: Annotated[
@@ -84,14 +84,14 @@ def sign(identity: Identity, statement: Value) -> Signed:
 
 
 def open_signed(signed: Signed, kind: type[V], public_key: bytes, signer: str | None = None) -> V:
-    """Verifies, then decodes: nothing unverified is parsed.
+    """Verifies a statement, then decodes it; nothing unverified is parsed.
 
     Args:
-        signer: name of the party whose key it is, for errors.
+        signer: name of the key's party, for errors.
 
     Raises:
-        RemoteProtocolError: `pinned-signature` if it is not signed by `public_key` as a statement
-            of this kind; `malformed-message` if it is, and does not decode.
+        RemoteProtocolError: `pinned-signature` if `public_key` did not sign it as a statement of
+            this kind; `malformed-message` if it did, but the statement does not decode.
     """
     label = label_of(kind)
     require(
@@ -114,11 +114,11 @@ class Member(Value, frozen=True):
     name: Name
     public_key: PublicKey
     weight: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
-    """Public size class: the weight of this site in a weighted mean."""
+    """Public size class, the weight of this site in a weighted mean."""
 
 
 class Roster(Value, frozen=True):
-    """Everyone whose signature counts in one federation, as agreed and pinned by each of them."""
+    """All parties whose signatures count in a federation, as agreed and pinned by each of them."""
 
     federation: Name
     operator: PublicKey
@@ -133,14 +133,14 @@ class Roster(Value, frozen=True):
             raise ValueError("two parties of a roster may not share one key")
 
     def digest(self) -> bytes:
-        """What the parties compare to know that they pinned the same roster."""
+        """The digest by which parties know that they pinned the same roster, 32 bytes."""
         return digest(label_of(Roster), encode(self))
 
     def member(self, name: str) -> Member:
         """The member of that name.
 
         Raises:
-            IdentityError: there is none.
+            IdentityError: no member has that name.
         """
         member = self.find(name)
         if member is None:
@@ -153,5 +153,5 @@ class Roster(Value, frozen=True):
         return member
 
     def find(self, name: str) -> Member | None:
-        """The member of that name, if there is one."""
+        """The member of that name, or None."""
         return next((member for member in self.members if member.name == name), None)

@@ -1,7 +1,7 @@
-"""What the holders of keys say about keys: a rotation to a new one, a revocation of a lost one.
+"""What the holders of keys say about keys: a rotation to a new key, a revocation of a lost one.
 
-Both are judged only against a roster that a site pinned (`trust`): a signature says who speaks, not
-whether the speaker counts.
+Both are judged only against a roster that a site pinned (`pinning`). A signature says who speaks,
+not whether the speaker counts.
 """
 
 from typing import Annotated, Literal
@@ -22,7 +22,7 @@ Signature = Annotated[bytes, msgspec.Meta(min_length=SIGNATURE_BYTES, max_length
 """An Ed25519 signature."""
 
 OPERATOR = "operator"
-"""What the operator is called where parties are named; no site may have this name."""
+"""Name of the operator where parties are named; no site may have it."""
 
 
 class KeyRotation(Value, frozen=True):
@@ -43,8 +43,8 @@ class KeyRotation(Value, frozen=True):
 class SignedRotation(Value, frozen=True):
     """A rotation with both signatures over its canonical encoding.
 
-    The old key's signature is the authority. The new key's is the proof that somebody holds it:
-    without, a party could claim a key that belongs to another.
+    The old key's signature is the authority. The new key's proves that the party has the new key;
+    without it, a party could claim a key that belongs to another.
     """
 
     rotation: KeyRotation
@@ -60,7 +60,7 @@ class SignedRotation(Value, frozen=True):
 
 
 class Revocation(Value, frozen=True):
-    """A key that no longer speaks for anybody, and never will again."""
+    """The end of a key, which never again speaks for anybody."""
 
     federation: Name
     key: PublicKey
@@ -68,15 +68,15 @@ class Revocation(Value, frozen=True):
 
 
 class SignedRevocation(Value, frozen=True):
-    """A revocation, and who signed its canonical encoding."""
+    """A revocation, with a signature over its canonical encoding."""
 
     revocation: Revocation
     signer: PublicKey
-    """The revoked key itself, or the operator's."""
+    """The key that signed: the revoked key itself, or the operator's."""
     signature: Signature
 
     def verifies(self) -> bool:
-        """Whether `signer` signed this revocation; `trust` asks whether that counts."""
+        """Whether `signer` signed this revocation; `pinning` says whether that counts."""
         return verifies(self.signer, label_of(Revocation), encode(self.revocation), self.signature)
 
 

@@ -1,13 +1,15 @@
 """When a site may pin another roster: pure rules, without files and without a person.
 
-A site pins a `RosterDocument`. A proposed one goes through three steps, each of which may refuse:
+The law: a key that was revoked or rotated away never comes back, no matter who lists or signs it.
+So what was pinned once stays known, and no rule here forgets it. A key is believed because an old
+key led to it or a person compared it, never because a message has it. No file, no clock, no
+network, and no question to a person: the caller asks.
 
-    merge     verify what holders of keys said; keep it together with what is pinned already
-    compare   what would change, as a value that people are shown
-    judge     does every change follow from the old keys, or from what the person compared?
+A site pins a `RosterDocument`. A proposed one passes three steps, each of which may refuse:
 
-What is pinned once stays known, so that an old roster cannot bring back a key that was revoked or
-rotated away since: a key that left this way left for good.
+1. `merge`: verify what the holders of keys said, and join it to what is pinned already
+2. `roster.compare`: find what would change, as a value to show to a person
+3. `check_change`: see that each change follows from the old keys or from what the person compared
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -24,7 +26,7 @@ from umbel_common.trust.roster import RosterChange, RosterDocument
 def merge(pinned: RosterDocument | None, proposed: RosterDocument, file: object) -> RosterDocument:
     """The proposed roster with every statement of both documents: what would be pinned.
 
-    The proposed document's `revoked_here` stays out: that is its sender's own decision, not ours.
+    The proposed document's `revoked_here` is left out, since it is its sender's own decision.
 
     Args:
         pinned: None before the first approval.
@@ -32,12 +34,12 @@ def merge(pinned: RosterDocument | None, proposed: RosterDocument, file: object)
 
     Raises:
         SignatureError: a statement of the proposed document is not signed as it must be.
-        IdentityError: another federation, or two rotations that lead away from one key.
+        IdentityError: the federation is another, or two rotations lead away from one key.
     """
     base = RosterDocument(proposed.roster) if pinned is None else pinned
     if base.roster.federation != proposed.roster.federation:
         raise IdentityError(
-            "a roster is of another federation than the pinned one",
+            "a roster belongs to another federation than the pinned one",
             file=file,
             field="federation",
             found=proposed.roster.federation,
@@ -50,7 +52,7 @@ def merge(pinned: RosterDocument | None, proposed: RosterDocument, file: object)
     rotations = [
         signed
         for signed in _each_once((*base.rotations, *proposed.rotations))
-        # Whoever stole a key can sign with it: what it says counts for nothing.
+        # A thief of a key can sign with it, so nothing that a revoked key says counts.
         if signed.rotation.old_key not in revoked
     ]
     _check_forks(rotations, file)
@@ -77,14 +79,14 @@ def check_change(
     Args:
         change: from the pinned document to `merged`.
         own_key: public key of this site's own key file.
-        accepted_new_keys: parties whose new key a person compared out of band, since no rotation
+        accepted_new_keys: parties whose new key a person compared out of band, because no rotation
             vouches for it.
         file: where the proposed document came from, for errors.
 
     Raises:
-        IdentityError: this site is missing or has another key; a key in it was revoked or rotated
-            away; a party's key changed without a rotation, and nobody accepted it; or a new key is
-            accepted where there is none.
+        IdentityError: this site is missing or has another key; a key in the roster was revoked or
+            rotated away; a party's key changed without a rotation, and nobody accepted it; or
+            `accepted_new_keys` names a party without a new key.
     """
     _check_own_key(merged.roster, site, own_key, file)
     _check_dead_keys(merged, file)
@@ -117,12 +119,12 @@ def check_revocation(document: RosterDocument, signed: SignedRevocation, file: o
     """Refuses a revocation that does not count for a site that pinned `document`.
 
     Raises:
-        SignatureError: not signed by the key itself or the operator, or not by anybody.
-        IdentityError: it is of another federation.
+        SignatureError: neither the key itself nor the operator signed it.
+        IdentityError: it belongs to another federation.
     """
     if signed.revocation.federation != document.roster.federation:
         raise IdentityError(
-            "a revocation is of another federation than the pinned roster",
+            "a revocation belongs to another federation than the pinned roster",
             file=file,
             field="federation",
             found=signed.revocation.federation,
@@ -136,8 +138,8 @@ def propose(pinned: RosterDocument, signed: SignedRotation, file: object) -> Ros
     """The pinned roster with the new key of a rotation, to be sent around, compared and approved.
 
     Raises:
-        SignatureError: not signed by both keys.
-        IdentityError: of another federation, or not from a key that the party has now.
+        SignatureError: one of the two keys did not sign the rotation.
+        IdentityError: it belongs to another federation, or does not start from the party's key.
     """
     rotation = signed.rotation
     _check_rotation(signed, file)
@@ -183,18 +185,19 @@ def _with_key(roster: Roster, party: str, key: bytes, file: object) -> Roster:
 
 
 def _departed(base: RosterDocument, roster: Roster) -> tuple[Member, ...]:
-    """Members of earlier rosters that are not in `roster`, as they were last, sorted by name."""
+    """Members of earlier rosters that are not in `roster`, as last known, sorted by name."""
     known = {member.name: member for member in (*base.departed, *base.roster.members)}
     present = {member.name for member in roster.members}
     return tuple(known[name] for name in sorted(known.keys() - present))
 
 
 def _check_statements(base: RosterDocument, proposed: RosterDocument, file: object) -> None:
-    """What is pinned already was checked when it came, by the operator's key of that time."""
+    """Checks what is new: the pinned statements were checked when they came, by the operator's key
+    of that time."""
     for rotation in set(proposed.rotations) - set(base.rotations):
         _check_rotation(rotation, file)
     rotations = (*base.rotations, *proposed.rotations)
-    # A key that this site holds for revoked says nothing more, not even whom else to revoke.
+    # A key that is revoked for this site says nothing more, not even which others are revoked.
     operators = _operators(rotations, base.roster.operator, proposed.roster.operator)
     operators -= base.revoked()
     for revocation in set(proposed.revocations) - set(base.revocations):
@@ -202,7 +205,7 @@ def _check_statements(base: RosterDocument, proposed: RosterDocument, file: obje
 
 
 def _operators(rotations: Sequence[SignedRotation], *keys: bytes) -> set[bytes]:
-    """The operator's `keys`, and those that verified rotations lead away from: its former ones."""
+    """The operator's `keys` and its former ones, from which verified rotations lead away."""
     operators = set(keys)
     steps = [entry.rotation for entry in rotations if entry.rotation.party == OPERATOR]
     for _ in steps:
@@ -225,8 +228,12 @@ def _check_rotation(signed: SignedRotation, file: object) -> None:
 def _check_revocation(
     signed: SignedRevocation, operators: set[bytes], operator: bytes, file: object
 ) -> None:
-    """`operators`: those whose word counts, former keys too; `operator`: the present key, which a
-    former one, perhaps stolen, cannot revoke."""
+    """Refuses a revocation that is not signed by a key whose word counts.
+
+    Args:
+        operators: keys of the operator whose word counts, former ones too.
+        operator: its present key, which a former one, perhaps stolen, cannot revoke.
+    """
     key = signed.revocation.key
     if signed.signer != key and (signed.signer not in operators or key == operator):
         raise SignatureError(
@@ -282,7 +289,7 @@ def _check_own_key(roster: Roster, site: str, own_key: bytes, file: object) -> N
             field=site,
             found=fingerprint(listed[site]),
             accepted=fingerprint(own_key),
-            remedy="if this site's key is new, see that `identity` in client.toml names its file;"
+            remedy="if this site's key is new, check that `identity` in client.toml names its file;"
             " if not, somebody wants to speak in this site's name: call the operator",
         )
 

@@ -1,7 +1,7 @@
-"""What a site pins: a roster, and what is known about the keys that are, were or must not be in it.
+"""What a site pins: a roster, and what is known about keys that are, were or must not be in it.
 
-A document is only read here. Whether its statements hold, and whether a site may pin it, `trust`
-says.
+A document is only read here. `pinning` says whether its statements hold, and whether a site may pin
+it.
 """
 
 from umbel_common.canonical import Value
@@ -10,15 +10,15 @@ from umbel_common.trust.key_statements import OPERATOR, SignedRevocation, Signed
 
 
 class RosterDocument(Value, frozen=True):
-    """A roster, and what is known about keys that are, were or must never be in it."""
+    """A roster, and what is known about keys that are, were or must not be in it."""
 
     roster: Roster
     rotations: tuple[SignedRotation, ...] = ()
     revocations: tuple[SignedRevocation, ...] = ()
     revoked_here: tuple[PublicKey, ...] = ()
-    """Keys that the keeper of this document revoked by its own decision, signed by nobody."""
+    """Keys that the keeper of this document revoked by its own decision, without a signature."""
     departed: tuple[Member, ...] = ()
-    """Former members as they were last: who comes back with another key must account for it."""
+    """Former members as last known: one that comes back with another key must account for it."""
 
     def __post_init__(self) -> None:
         federations = {
@@ -26,30 +26,32 @@ class RosterDocument(Value, frozen=True):
             *(signed.revocation.federation for signed in self.revocations),
         }
         if federations - {self.roster.federation}:
-            raise ValueError("a rotation or revocation is of another federation than the roster")
+            raise ValueError(
+                "a rotation or revocation belongs to another federation than the roster"
+            )
         if any(member.name == OPERATOR for member in self.roster.members):
             raise ValueError(f"no site may be called {OPERATOR}")
 
     def parties(self) -> dict[str, bytes]:
-        """The key of everyone in the roster: `OPERATOR` first, then the sites by name."""
+        """The key of each party in the roster: `OPERATOR` first, then the sites by name."""
         members = {member.name: member.public_key for member in self.roster.members}
         return {OPERATOR: self.roster.operator, **members}
 
     def revoked(self) -> frozenset[bytes]:
-        """Every key that this document revokes; none of them may speak, whoever lists it."""
+        """All keys that this document revokes; none may speak, even if a roster lists it."""
         signed = (entry.revocation.key for entry in self.revocations)
         return frozenset((*signed, *self.revoked_here))
 
     def leads(self, party: str, old_key: bytes, new_key: bytes) -> bool:
-        """Whether this document's rotations of `party` lead from one key to the other, over as many
-        steps as a site may have missed."""
+        """Whether this document's rotations of `party` lead from one key to the other, in any
+        number of steps."""
         successors = {
             signed.rotation.old_key: signed.rotation.new_key
             for signed in self.rotations
             if signed.rotation.party == party
         }
         key: bytes | None = old_key
-        # At most one step a rotation: a circle ends too.
+        # At most one step for each rotation, so a circle ends too.
         for _ in successors:
             key = None if key is None else successors.get(key)
             if key == new_key:
@@ -81,17 +83,17 @@ class RosterChange(Value, frozen=True):
     added: tuple[Member, ...] = ()
     removed: tuple[Member, ...] = ()
     keys: tuple[KeyChange, ...] = ()
-    """New keys of parties that stay or come back, the operator's among them."""
+    """New keys of parties that stay or come back, the operator included."""
     weights: tuple[WeightChange, ...] = ()
     revoked: tuple[PublicKey, ...] = ()
     """Keys that were not revoked before, sorted."""
 
 
 def compare(pinned: RosterDocument | None, merged: RosterDocument) -> RosterChange:
-    """What pinning `merged` changes; before the first approval everyone is added.
+    """What pinning `merged` changes; before the first approval, every member is added.
 
     Args:
-        merged: as `merge` gave it, so that its rotations are verified.
+        merged: a result of `merge`, so its rotations are verified.
     """
     members = {member.name: member for member in merged.roster.members}
     if pinned is None:

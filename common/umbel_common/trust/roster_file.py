@@ -1,7 +1,7 @@
 """Rosters and statements about keys as JSON files that people read, compare, keep and send.
 
-Every key and signature is hexadecimal. Reading checks the form; whether a signature holds, and what
-it is worth to a site, `trust` says.
+Every key and signature is hexadecimal. Reading checks the form only; `pinning` says whether a
+signature holds, and what it is worth to a site.
 """
 
 from typing import TypeVar
@@ -57,7 +57,7 @@ class _RosterEntry(_Entry):
 
 
 def document_to_json(document: RosterDocument) -> str:
-    """A document as indented JSON with a newline at its end; what is empty is left out."""
+    """A document as indented JSON with a newline at its end, without fields that are empty."""
     roster = document.roster
     return _to_json(
         _RosterEntry(
@@ -73,14 +73,15 @@ def document_to_json(document: RosterDocument) -> str:
 
 
 def document_from_json(text: str, file: object) -> RosterDocument:
-    """Reads what `document_to_json` wrote, or what people wrote like it, members in any order.
+    """Reads what `document_to_json` wrote, or people wrote likewise, with members in any order.
 
     Args:
         file: where the text came from, for errors.
 
     Raises:
-        IdentityError: no JSON, an unknown, missing or wrong field, a key or signature that is none,
-            two parties with one name or one key, or a statement of another federation.
+        IdentityError: the text is not JSON; a field is unknown, missing or wrong; a key or a
+            signature is malformed; two parties have one name or one key; or a statement belongs to
+            another federation.
     """
     entry = _from_json(text, _RosterEntry, file, "a roster file")
     parts: dict[str, object] = {
@@ -113,7 +114,7 @@ def _member_parts(entries: list[_MemberEntry], file: object) -> list[dict[str, o
 
 
 def roster_to_json(roster: Roster) -> str:
-    """A roster about whose keys nothing else is known, as `document_to_json` writes it."""
+    """A roster without any statements, as `document_to_json` writes it."""
     return document_to_json(RosterDocument(roster))
 
 
@@ -131,7 +132,8 @@ def rotation_from_json(text: str, file: object) -> SignedRotation:
     """Reads what `rotation_to_json` wrote.
 
     Raises:
-        IdentityError: no JSON, an unknown, missing or wrong field, a key or signature that is none.
+        IdentityError: the text is not JSON; a field is unknown, missing or wrong; or a key or a
+            signature is malformed.
     """
     entry = _from_json(text, _RotationEntry, file, "a rotation file")
     return _convert(_rotation_parts(entry, file), SignedRotation, file, "a rotation file")
@@ -146,7 +148,8 @@ def revocation_from_json(text: str, file: object) -> SignedRevocation:
     """Reads what `revocation_to_json` wrote.
 
     Raises:
-        IdentityError: no JSON, an unknown, missing or wrong field, a key or signature that is none.
+        IdentityError: the text is not JSON; a field is unknown, missing or wrong; or a key or a
+            signature is malformed.
     """
     entry = _from_json(text, _RevocationEntry, file, "a revocation file")
     return _convert(_revocation_parts(entry, file), SignedRevocation, file, "a revocation file")

@@ -1,4 +1,4 @@
-"""The tensors of a PEFT folder: one vector, as several files of safetensors."""
+"""The tensors of a PEFT folder: one vector in several safetensors files."""
 
 from pathlib import Path
 
@@ -12,17 +12,17 @@ from umbel_host.files import tensor_file
 from umbel_host.files.tensor_file import TensorFile
 
 RELEASE_FILE = "release.msgpack"
-"""The signed release of the adapter beside it."""
+"""File with the signed release of the adapter beside it."""
 
 
 def write_vector(folder: Path, plan: TrainingPlan, vector: Vector) -> None:
     """Writes the files that `umbel_common.adapters.peft_folder.tensor_files` names into a folder.
 
     Raises:
-        OSError: the disk does not take them.
+        OSError: they cannot be written.
     """
     for name, tensors in tensor_files(plan, vector).items():
-        # PEFT wants to read which framework wrote the file.
+        # PEFT reads from this field which framework wrote the file.
         tensor_file.write(folder / name, tensors, {"format": "pt"})
 
 
@@ -30,7 +30,7 @@ def read_vector(folder: Path, plan: TrainingPlan) -> Vector:
     """The vector of a PEFT folder of this plan, float32[plan.lora.size].
 
     Raises:
-        StorageError: a file is missing or unreadable, or its tensors are not the plan's.
+        StorageError: a file is missing or unreadable, or does not have the plan's tensors.
     """
     vector = np.empty(plan.lora.size, dtype=np.float32)
     try:

@@ -1,7 +1,8 @@
-"""Backups: one tar file with a manifest in front; written whole or not at all, and read with doubt.
+"""Backups: one tar file with a manifest in front, written whole or not at all.
 
-The manifest names every part with its size and digest, who made the backup, and which versions the
-databases in it have. `umbel_host.files.restore` puts back what is in one.
+The manifest names every part with its size and digest, the party that made the backup, and the
+schema version of each database in it. Reading trusts nothing before it was compared with the
+manifest. `umbel_host.files.restore` puts a backup back.
 """
 
 import hashlib
@@ -31,9 +32,9 @@ class Part(Value, frozen=True):
     """One file of a backup."""
 
     name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*\Z", max_length=1000)]
-    """Where it belongs: a path of the backup's own, not of the machine."""
+    """Path of the part within the backup, which is no path of the machine."""
     size: Annotated[int, msgspec.Meta(ge=0)]
-    """In bytes."""
+    """Size in bytes."""
     sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
     def __post_init__(self) -> None:
@@ -42,24 +43,24 @@ class Part(Value, frozen=True):
 
 
 class Manifest(Value, frozen=True):
-    """What a backup holds."""
+    """The contents of a backup."""
 
     program: Program
     party: str
     """The site's name, or the operator's fingerprint."""
     made: str
-    """When, UTC, ISO 8601."""
+    """Time at which the backup was made, UTC, ISO 8601."""
     umbel: str
-    """The version that made it."""
+    """Version of Umbel that made the backup."""
     schemas: dict[str, int]
-    """Schema version of each database in it, by its part's name."""
+    """Schema version of each database in the backup, by the name of its part."""
     keys: bool
-    """Whether private keys are in it."""
+    """Whether private keys are in the backup."""
     parts: tuple[Part, ...]
     version: Literal[1] = 1
 
     def digest(self) -> bytes:
-        """Names this very backup, 32 bytes."""
+        """The digest that names this backup, 32 bytes."""
         return digest("backup", msgspec.json.encode(self))
 
 
@@ -72,15 +73,14 @@ def write_backup(
     schemas: Mapping[str, int],
     keys: bool,
 ) -> Manifest:
-    """Writes a backup of files that do not change meanwhile, for its owner only; on disk when this
-    returns.
+    """Writes a backup, readable by its owner only, which is on disk when this returns.
 
     Args:
-        sources: name of each part -> the file.
+        sources: name of each part -> its file, which must not change meanwhile.
 
     Raises:
-        StorageError: the file exists, a source cannot be read, or the disk is full; nothing is left
-            of it.
+        StorageError: the file exists, a source cannot be read, or the disk is full; nothing of the
+            backup is left.
     """
     if out.exists():
         raise StorageError(
@@ -102,7 +102,7 @@ def write_backup(
                         archive.addfile(_member(part.name, part.size), source)
             file.flush()
             os.fsync(file.fileno())
-        # What changed while it was read is no backup; nor is what the disk does not give back.
+        # This finds a file that changed while it was read, and one that the disk does not return.
         _each_part(partial, manifest, None, lambda content, _: _sha256_of(content))
         partial.rename(out)
         sync_folder(out.parent)
@@ -116,18 +116,18 @@ def write_backup(
 
 
 def read_manifest(backup: Path, program: Program, schemas: Mapping[str, int]) -> Manifest:
-    """What a backup says of itself.
+    """The manifest of a backup.
 
     Args:
         schemas: schema version of each database that this program knows, by its part's name.
 
     Raises:
-        StorageError: it is none, of the other program, or of a later version of Umbel.
+        StorageError: the file is not a backup, or one of the other program or of a later version.
     """
     with _opened(backup) as archive:
         first = archive.next()
         if first is None or first.name != MANIFEST or first.size > _MOST_MANIFEST_BYTES:
-            raise _broken(backup, "no manifest in front")
+            raise _broken(backup, "no manifest at the beginning")
         text = _content(archive, first).read(first.size)
         try:
             format_version = msgspec.json.decode(text).get("version")
@@ -147,14 +147,14 @@ def read_manifest(backup: Path, program: Program, schemas: Mapping[str, int]) ->
 
 
 def require_party(backup: Path, manifest: Manifest, party: str) -> None:
-    """Refuses the backup of somebody else.
+    """Refuses the backup of another party.
 
     Raises:
-        StorageError: it is one.
+        StorageError: the backup is not of `party`.
     """
     if manifest.party != party:
         raise StorageError(
-            "a backup is of another party; nothing was changed",
+            "a backup belongs to another party; nothing was changed",
             file=backup,
             found=manifest.party,
             accepted=party,
@@ -162,20 +162,20 @@ def require_party(backup: Path, manifest: Manifest, party: str) -> None:
 
 
 def unpack(backup: Path, manifest: Manifest, folder: Path, only: str | None = None) -> None:
-    """Unpacks every part into an empty folder, for its owner only; on disk when this returns.
+    """Unpacks every part into an empty folder, readable by its owner only, and syncs it.
 
     Args:
-        only: name of the one part that is wanted.
+        only: name of the only part to unpack; None: all parts.
 
     Raises:
-        StorageError: a part is missing, or is not what the manifest says; or the disk is full.
+        StorageError: a part is missing or not as in the manifest, or the disk is full.
     """
 
     def take(content: BinaryIO, part: Part) -> str:
         target = folder / part.name
         make_folder(target.parent, 0o700)
         with open(target, "xb", opener=_private) as file:
-            return _copied(content, file)
+            return _copy(content, file)
 
     _each_part(backup, manifest, only, take)
     for path in (folder, *folder.rglob("*")):
@@ -201,7 +201,7 @@ def _opened(backup: Path) -> Iterator[tarfile.TarFile]:
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> BinaryIO:
     content = archive.extractfile(member)
     if content is None:
-        raise tarfile.ReadError(f"{member.name} is no file")
+        raise tarfile.ReadError(f"{member.name} is not a file")
     return cast(BinaryIO, content)
 
 
@@ -228,7 +228,7 @@ def _each_part(
         raise _broken(backup, f"{', '.join(sorted(expected))} missing")
 
 
-def _copied(source: BinaryIO, file: BinaryIO) -> str:
+def _copy(source: BinaryIO, file: BinaryIO) -> str:
     """Copies a part to disk; returns its SHA-256."""
     state = hashlib.sha256()
     while chunk := source.read(_CHUNK):
@@ -263,7 +263,7 @@ def _private(path: str, flags: int) -> int:
 
 def _broken(backup: Path, found: object) -> StorageError:
     return StorageError(
-        "a backup is damaged, cut short, or none; nothing was changed",
+        "a file is not a backup, or a damaged one; nothing was changed",
         file=backup,
         found=found,
         remedy="use another copy of it, or an earlier backup",

@@ -1,8 +1,9 @@
-"""SQLite files that must survive: opened, migrated and written in whole transactions.
+"""SQLite files that must survive: opened, migrated, and written in whole transactions.
 
-`PRAGMA user_version` is the version of a file's schema. A file of a former version is brought to
-today's, step by step, in one transaction as it is opened; one of a later version is refused and
-left as it is. What is common to all such files is here; what they hold, their own modules know.
+`PRAGMA user_version` is the version of a file's schema. When a file of a former version is opened,
+it is migrated step by step to today's version, in one transaction. A file of a later version is
+refused and left as it is. This module has what all such files share; the modules that use it know
+what the files hold.
 """
 
 import os
@@ -17,10 +18,10 @@ from umbel_common.errors import RemoteProtocolError, StorageError
 
 @dataclass(frozen=True)
 class Schema:
-    """What a kind of file looks like now, and how it came to look so."""
+    """The schema of one kind of file, with its history."""
 
     kind: str
-    """Its name in errors, such as `session journal`."""
+    """Name of this kind of file in errors, such as `session journal`."""
     tables: str
     """SQL that makes an empty file of today's version."""
     steps: tuple[str, ...] = ()
@@ -28,7 +29,7 @@ class Schema:
 
     @property
     def version(self) -> int:
-        """Today's."""
+        """Today's version."""
         return len(self.steps) + 1
 
 
@@ -36,13 +37,13 @@ class Database:
     """One file and one connection; used by one thread at a time."""
 
     def __init__(self, path: Path, schema: Schema, *, secure_delete: bool = False) -> None:
-        """Opens the file, makes it where there is none, and migrates it; for its owner only.
+        """Opens the file, or makes it, readable by its owner only, and migrates it.
 
         Args:
-            secure_delete: whether what is deleted is overwritten in the file, not only unlinked.
+            secure_delete: whether deleted rows are overwritten in the file, not only unlinked.
 
         Raises:
-            StorageError: it is corrupt, of a later schema version, or cannot be written.
+            StorageError: the file is corrupt, of a later version, or cannot be written.
         """
         self._path = path
         self._kind = schema.kind
@@ -67,34 +68,34 @@ class Database:
         self._connection.close()
 
     def execute(self, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
-        """One statement; within `errors`, and `transaction` where it writes."""
+        """Runs one statement; call it within `errors`, and within `transaction` if it writes."""
         return self._connection.execute(statement, values)
 
     @property
     def connection(self) -> sqlite3.Connection:
-        """For readers that also read files which others use."""
+        """The connection, for functions that also read files through `read_only`."""
         return self._connection
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All that is written inside, or nothing; on disk when it ends.
+        """Writes everything in the block, on disk when the block ends, or nothing.
 
         Raises:
-            StorageError: it could not be written.
+            StorageError: it cannot be written.
         """
         with self.errors(), transaction(self._connection):
             yield
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """What SQLite and the disk complain about, as a `StorageError`."""
+        """Turns errors of SQLite and of the disk into a `StorageError`."""
         with storage_errors(self._path, self._kind):
             yield
 
 
 @contextmanager
 def storage_errors(path: Path, kind: str) -> Iterator[None]:
-    """What SQLite, the disk or a row that does not decode complains about, as a `StorageError`."""
+    """Turns errors of SQLite, of the disk and of rows that do not decode into a `StorageError`."""
     try:
         yield
     except (sqlite3.Error, OSError, RemoteProtocolError) as error:
@@ -102,13 +103,13 @@ def storage_errors(path: Path, kind: str) -> Iterator[None]:
             f"the {kind} cannot be used",
             file=path,
             found=error,
-            remedy="see that the disk has space and the file is writable and intact",
+            remedy="check that the disk has space, and that the file is writable and intact",
         ) from error
 
 
 @contextmanager
 def transaction(database: sqlite3.Connection) -> Iterator[None]:
-    """All that is written inside, or nothing; of two writers, the second waits."""
+    """Writes everything in the block or nothing; a second writer waits."""
     database.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -120,7 +121,7 @@ def transaction(database: sqlite3.Connection) -> Iterator[None]:
 
 
 def schema_version(database: sqlite3.Connection) -> int:
-    """Version of a file's schema; 0 for an empty one."""
+    """Version of a file's schema; 0 for an empty file."""
     (version,) = database.execute("PRAGMA user_version").fetchone()
     return int(version)
 
@@ -129,7 +130,7 @@ def require_known(version: int, schema: Schema, path: Path) -> None:
     """Refuses a file of a later version than this program knows.
 
     Raises:
-        StorageError: it is one.
+        StorageError: the version is later.
     """
     if version > schema.version:
         raise StorageError(
@@ -143,10 +144,10 @@ def require_known(version: int, schema: Schema, path: Path) -> None:
 
 
 def migrate(database: sqlite3.Connection, schema: Schema, path: Path) -> None:
-    """Brings a file to today's version, or leaves it as it is.
+    """Migrates a file to today's version, or leaves it as it is.
 
     Raises:
-        StorageError: it is of a later version.
+        StorageError: the file is of a later version.
     """
     version = schema_version(database)
     require_known(version, schema, path)
@@ -156,7 +157,7 @@ def migrate(database: sqlite3.Connection, schema: Schema, path: Path) -> None:
 
 
 def _migrate(database: sqlite3.Connection, schema: Schema, path: Path) -> None:
-    # Asked again: another process may have been faster.
+    # Another process may have migrated the file since the first look.
     version = schema_version(database)
     require_known(version, schema, path)
     if version == schema.version:
@@ -171,13 +172,13 @@ def _migrate(database: sqlite3.Connection, schema: Schema, path: Path) -> None:
 
 @contextmanager
 def read_only(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection within one read transaction: all that it sees is of one moment.
+    """Opens a connection with one read transaction, so that all it sees is of one moment.
 
     Raises:
-        sqlite3.Error: the file is missing, cannot be read, or is no database.
+        sqlite3.Error: the file is missing, cannot be read, or is not a database.
     """
     # Without a log, SQLite would leave an empty one behind, or refuse a folder that is read-only.
-    # Whoever begins to write meanwhile writes into a log, not into what is read here.
+    # A writer that begins meanwhile writes into a new log, not into the file that is read here.
     option = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
     address = f"{path.absolute().as_uri()}?{option}"
     database = sqlite3.connect(address, uri=True, isolation_level=None)
@@ -189,17 +190,17 @@ def read_only(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def copy_database(source: Path, target: Path) -> None:
-    """A whole copy of a file as it is at one moment, for its owner only; its writer goes on.
+    """Copies a file as it is at one moment, readable by its owner only, beside a running writer.
 
     Raises:
-        sqlite3.Error: it cannot be read, or the copy is not intact or cannot be written.
+        sqlite3.Error: the file cannot be read, or the copy is not intact or cannot be written.
         OSError: the copy cannot be made.
     """
     os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
     with closing(sqlite3.connect(target)) as copy:
         with read_only(source) as original:
             original.backup(copy)
-        # A log beside the copy would be a part of it.
+        # With a log beside it, the copy would be two files.
         copy.execute("PRAGMA journal_mode = DELETE")
         (found,) = copy.execute("PRAGMA integrity_check(1)").fetchone()
         if found != "ok":

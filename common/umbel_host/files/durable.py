@@ -1,4 +1,4 @@
-"""Small files that are on disk, whole, when a call returns."""
+"""Small files that are whole and on disk when a call returns."""
 
 import os
 import stat
@@ -11,11 +11,11 @@ def create(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Writes a new file, never over another.
 
     Args:
-        mode: permissions at most; the umask takes away from them.
+        mode: largest permissions, from which the umask takes away.
 
     Raises:
-        FileExistsError: there is one.
-        OSError: it cannot be written; nothing is left of it.
+        FileExistsError: the file exists.
+        OSError: it cannot be written; nothing of it is left.
     """
     with open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         try:
@@ -29,8 +29,10 @@ def create(path: Path, data: bytes, mode: int = 0o666) -> None:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Puts `data` in the place of a file, or makes it: readers see the one or the other. Whom the
-    former file was closed to, the new one is closed to as well.
+    """Puts `data` in the place of a file, or makes the file.
+
+    Readers see the former content or the new one. The new file is closed to everybody to whom the
+    former file was closed.
 
     Raises:
         OSError: it cannot be written; the former file stays.
@@ -55,11 +57,11 @@ def _mode(path: Path) -> int:
 
 @contextmanager
 def all_or_nothing() -> Iterator[list[Path]]:
-    """A block that makes several files and folders, or leaves none of them.
+    """Runs a block that makes several files and folders, or leaves none of them.
 
     Yields:
-        a list for the block to add each to that it made, in this order; where the block fails, they
-        are removed again, a folder only if it is empty.
+        a list, to which the block adds each path that it made, in this order. If the block fails,
+        they are removed again, a folder only if it is empty.
     """
     made: list[Path] = []
     try:
@@ -72,10 +74,10 @@ def all_or_nothing() -> Iterator[list[Path]]:
 
 
 def make_folder(folder: Path, mode: int) -> list[Path]:
-    """Makes a folder and those above it that are missing; returns what it made, outermost first.
+    """Makes a folder and the missing ones above it; returns what it made, outermost first.
 
     Args:
-        mode: permissions at most; the umask takes away from them.
+        mode: largest permissions, from which the umask takes away.
 
     Raises:
         OSError: it cannot be made.
@@ -87,7 +89,7 @@ def make_folder(folder: Path, mode: int) -> list[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes names in `folder` as durable as the files behind them."""
+    """Makes the names in `folder` as durable as the files."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

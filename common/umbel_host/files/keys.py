@@ -1,4 +1,4 @@
-"""Key files: private keys, of a party or of TLS, for their owner only, and never written over."""
+"""Files with private keys, of a party or of TLS: for the owner only, never written over."""
 
 import os
 import stat
@@ -46,7 +46,8 @@ def read_identity(path: Path) -> Identity:
     """Reads a key file that only its owner can read.
 
     Raises:
-        IdentityError: missing, readable by others, or no Ed25519 key in unencrypted PKCS#8 PEM.
+        IdentityError: the file is missing, open to others, or without an Ed25519 key in unencrypted
+            PKCS#8 PEM.
     """
     key = _private_key(path)
     if not isinstance(key, Ed25519PrivateKey):
@@ -62,7 +63,8 @@ def read_tls_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """Reads the key of a relay, a server or an authority, which only its owner can read.
 
     Raises:
-        IdentityError: missing, readable by others, or no P-384 key in unencrypted PEM.
+        IdentityError: the file is missing, open to others, or without a P-384 key in unencrypted
+            PEM.
     """
     key = _private_key(path)
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
@@ -75,7 +77,7 @@ def read_tls_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def _private_key(path: Path) -> object:
-    """Whatever key is in a file of mode 0600; None if there is none."""
+    """The key of any kind in a file of mode 0600; None if the file has no key."""
     try:
         with open(path, "rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)

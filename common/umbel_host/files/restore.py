@@ -1,4 +1,4 @@
-"""Putting a backup back: unpacked beside its place, compared, and put there by one rename."""
+"""Puts a backup back: unpacked beside its place, compared, and moved there by one rename."""
 
 import os
 import shutil
@@ -14,15 +14,16 @@ from umbel_host.processes.lifecycle import locked
 
 @contextmanager
 def config_of(backup: Path, manifest: Manifest, name: str, config: Path) -> Iterator[Path]:
-    """The configuration that says where parts belong: the one that is there, else the backup's, as
-    if it were there already.
+    """Yields the configuration file that says where parts belong.
+
+    It is the one that is there, or else that of the backup, as if it were there already.
 
     Args:
-        name: of its part.
-        config: where it is, or would be.
+        name: name of the configuration's part.
+        config: path at which the configuration is, or would be.
 
     Raises:
-        StorageError: it is not in the backup either, or the folder cannot be written.
+        StorageError: the backup has no configuration either, or the folder cannot be written.
     """
     if config.exists():
         yield config
@@ -39,19 +40,19 @@ def config_of(backup: Path, manifest: Manifest, name: str, config: Path) -> Iter
 
 @contextmanager
 def vacant(state: Path, lock: str, what: str) -> Iterator[None]:
-    """Holds a state folder that is missing or empty, while something is put in its place.
+    """Keeps a state folder missing or empty while something is put in its place.
 
     Args:
-        lock: name of the file that the process which uses it locks.
+        lock: name of the file that the folder's process locks.
         what: that process, for the error.
 
     Raises:
-        StorageError: it holds something, or the process runs.
+        StorageError: the folder has something in it, or the process is running.
     """
     if not state.exists():
         yield
         return
-    # A folder that nobody ever locked stays as it is, to the last file name.
+    # A folder that nobody ever locked gets no lock file here either.
     with locked(state / lock, what) if (state / lock).exists() else nullcontext():
         held = sorted(path.name for path in state.iterdir() if path.suffix != ".lock")
         if held:
@@ -59,7 +60,7 @@ def vacant(state: Path, lock: str, what: str) -> Iterator[None]:
                 "a backup is restored into an empty state folder only; nothing was changed",
                 file=state,
                 found=tuple(held[:5]),
-                remedy="move the folder away, and keep it: it may know what the backup does not",
+                remedy="move the folder away, and keep it: it may have more than the backup has",
             )
         yield
 
@@ -72,7 +73,7 @@ def put_back(
     Args:
         staged: the new state folder, on the same file system.
         state: missing, or empty but for lock files.
-        files: where each file belongs -> the file as unpacked. One that is there already is kept:
+        files: place of each file -> the unpacked file. A file that is there already is kept, since
             it is no older than the backup.
 
     Returns:
@@ -96,7 +97,7 @@ def put_back(
             if state.exists():
                 for path in state.glob("*.lock"):
                     path.unlink()
-            # Over an empty folder a rename is one step: the state is there whole, or not.
+            # A rename over an empty folder is one step, so the state is there whole or not at all.
             staged.rename(state)
             sync_folder(state.parent)
     except OSError as error:
@@ -110,7 +111,7 @@ def put_back(
 
 @contextmanager
 def workplace(folder: Path, name: str) -> Iterator[Path]:
-    """A folder for the owner only, beside where its content will belong; gone afterwards.
+    """Makes a folder for the owner only, beside the place of its content, and removes it later.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written.

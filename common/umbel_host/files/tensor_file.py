@@ -1,7 +1,7 @@
 """Safetensors files of float32 tensors, written and read one tensor at a time.
 
-The format's own library makes a copy of all that it writes, and maps all that it reads into memory:
-of an adapter, that is as much memory again.
+The format's own library copies all that it writes, and maps all that it reads into memory. For an
+adapter, that would take as much memory again.
 """
 
 import json
@@ -20,13 +20,13 @@ Tensor = npt.NDArray[np.float32]
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
 _LARGEST_HEADER = 100_000_000
-"""Bytes; the format's own limit."""
+"""Number of bytes that the format itself allows."""
 
 Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a tensor is, in bytes behind the header."""
+    """The place of a tensor, in bytes after the header."""
 
     dtype: Literal["F32"]
     shape: tuple[Size, ...]
@@ -43,10 +43,10 @@ def write(
     """Writes a new file, or over an old one, and syncs it.
 
     Args:
-        mode: permissions at most, of a file that is made; the umask takes away from them.
+        mode: largest permissions of a new file, from which the umask takes away.
 
     Raises:
-        OSError: the disk does not take it; what is there is not whole.
+        OSError: it cannot be written; what is there is not whole.
     """
     header: dict[str, object] = {_METADATA: dict(metadata)}
     end = 0
@@ -54,7 +54,7 @@ def write(
         start, end = end, end + 4 * tensor.size
         header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
-    # The format wants the tensors to begin at a multiple of eight.
+    # In this format, the tensors begin at a multiple of eight.
     text += b" " * (-len(text) % 8)
     with open(path, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
@@ -65,12 +65,14 @@ def write(
 
 
 class TensorFile:
-    """A file that is open for reading; its tensors are read when they are asked for."""
+    """A file that is open for reading. A tensor is read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
-        """Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such file, or not whole.
+        """Opens the file and reads its header.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is not such a file, or not whole.
         """
         self._file = path.open("rb")
         try:
@@ -95,7 +97,7 @@ class TensorFile:
         """One tensor.
 
         Raises:
-            KeyError: there is none of that name.
+            KeyError: no tensor has that name.
             OSError: it cannot be read.
             ValueError: the file became shorter.
         """
@@ -104,10 +106,10 @@ class TensorFile:
         return tensor
 
     def read_into(self, name: str, target: Tensor) -> None:
-        """As `read`, into a contiguous array of the tensor's shape.
+        """Like `read`, into a contiguous array of the tensor's shape.
 
         Raises:
-            ValueError: it has another shape.
+            ValueError: the array has another shape.
         """
         entry = self._entries[name]
         if target.shape != entry.shape:

@@ -10,10 +10,10 @@ from umbel_host.processes.lifecycle import reason
 
 
 def find_text(path: Path) -> str | None:
-    """The text of a file; None if there is none.
+    """The text of a file; None if the file is missing.
 
     Raises:
-        IdentityError: it cannot be read, or is no text.
+        IdentityError: the file cannot be read, or is not text.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ def read_text(path: Path) -> str:
     """The text of a file.
 
     Raises:
-        IdentityError: it is missing, cannot be read, or is no text.
+        IdentityError: the file is missing, cannot be read, or is not text.
     """
     text = find_text(path)
     if text is None:
@@ -37,7 +37,7 @@ def read_text(path: Path) -> str:
 
 
 def write_new_text(path: Path, text: str) -> None:
-    """Writes a new file, never over another; on disk when this returns.
+    """Writes a new file, never over another; it is on disk when this returns.
 
     Raises:
         StorageError: the file exists, or cannot be written.
@@ -62,19 +62,20 @@ def read_toml(path: Path, kind: type[T], remedy: str) -> T:
 
     Args:
         kind: see `parse_toml`.
-        remedy: what to do where the file cannot be read.
+        remedy: advice for a file that cannot be read.
 
     Raises:
-        ConfigError: the file cannot be read, is no TOML, or has an unknown, missing or wrong field.
+        ConfigError: the file cannot be read, is not TOML, or has an unknown, missing or wrong
+            field.
     """
     return from_table(read_toml_table(path, remedy), kind, path)
 
 
 def read_toml_table(path: Path, remedy: str) -> dict[str, object]:
-    """What a TOML file describes, of any fields.
+    """The table that a TOML file describes, with any fields.
 
     Raises:
-        ConfigError: the file cannot be read, or is no TOML.
+        ConfigError: the file cannot be read, or is not TOML.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,1 +1,1 @@
-"""The life of a daemon: one of a kind, supervised, confined. Nothing here may know a protocol."""
+"""The life of a daemon: one of a kind, supervised, confined, logged. No protocol is known here."""

@@ -1,4 +1,4 @@
-"""One process of a kind at a time, in a folder of its own, which ends when it is told to."""
+"""The life of a process: one of a kind, in a folder of its own, ended by a signal."""
 
 import ctypes
 import errno
@@ -14,12 +14,15 @@ from pathlib import Path
 from umbel_common.errors import StorageError
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
-"""Names of glibc's malloc.h."""
+"""Options of mallopt, from glibc's malloc.h."""
 
 
 def give_memory_back() -> None:
-    """For a process that carries large messages, before it has threads: with the defaults each
-    thread would keep what it once needed for one of them."""
+    """Lets this process return memory to the kernel; to be called before it has threads.
+
+    With the defaults, each thread of a process that carries large messages would keep what it once
+    needed for one of them.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_ARENA_MAX, 1)
@@ -32,17 +35,17 @@ def this_user() -> str:
 
 
 def reason(error: OSError) -> str:
-    """Why a file cannot be used, for an error; where its mode forbids it, also to whom."""
+    """Why a file cannot be used, as text for an error; with the user if permissions forbid it."""
     text = error.strerror or str(error)
     return f"{text}, for user {this_user()}" if isinstance(error, PermissionError) else text
 
 
 def require_state(folder: Path) -> None:
-    """Makes the folder that a process keeps its state in, or finds out whether it can be used.
+    """Makes the folder for a process' state, or checks that it can be used.
 
     Raises:
-        StorageError: it cannot be made or written to; or it is another user's and this process is
-            root, whose files the other could not write any more.
+        StorageError: it cannot be made or written to; or this process is root and the folder is
+            another user's, who could not write root's files any more.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -58,7 +61,7 @@ def require_state(folder: Path) -> None:
         ) from None
     if os.geteuid() == 0 != owner:
         raise StorageError(
-            "the state folder is another user's, who could not use what root writes there",
+            "the state folder belongs to another user, who could not use what root writes there",
             file=folder,
             found=f"user {this_user()}",
             accepted=f"the folder's owner, user {_name(owner)}",
@@ -67,7 +70,7 @@ def require_state(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Holds a lock that ends with the process, however it ends.
+    """Holds a lock on a file; the lock ends with the process, however that ends.
 
     Args:
         what: the process, for the error.
@@ -85,22 +88,25 @@ def locked(path: Path, what: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise StorageError(
-                f"{what} runs already",
+                f"{what} is already running",
                 file=path,
                 remedy="stop the other process, or give this one a state folder of its own",
             ) from None
         yield
 
 
-def told_to_stop() -> threading.Event:
-    """An event that the first SIGTERM or SIGINT sets; from the main thread only."""
+def stop_on_signals() -> threading.Event:
+    """Handles SIGTERM and SIGINT from now on; returns an event that the first of them sets.
+
+    Only the main thread can call this.
+    """
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     return stopping
 
 
-def until(event: threading.Event) -> None:
+def wait_for(event: threading.Event) -> None:
     """Waits for an event, and lets Python run its signal handlers meanwhile."""
     while not event.wait(1.0):
         pass
@@ -114,5 +120,5 @@ def _name(user: int) -> str:
     try:
         return pwd.getpwuid(user).pw_name
     except KeyError:
-        # A container may know no name for its user.
+        # A container may have no name for its user.
         return str(user)

@@ -1,11 +1,12 @@
-"""A daemon's log: one line an event, on standard error, where every service manager reads it."""
+"""A daemon's log: one line for each event, on standard error, which service managers read."""
 
 import logging
 import time
 
 
 class _Lines(logging.Formatter):
-    """UTC, level, who, what; further lines are indented, so that none looks like an event."""
+    """Formats time (UTC), level, logger and message; indents further lines of a message, so that
+    none looks like an event."""
 
     converter = staticmethod(time.gmtime)
 
@@ -14,7 +15,7 @@ class _Lines(logging.Formatter):
 
 
 def configure(level: int = logging.INFO) -> None:
-    """Lets Umbel's own loggers speak, and of others what is a warning."""
+    """Lets Umbel's own loggers write from `level` on, and other loggers their warnings."""
     handler = logging.StreamHandler()
     handler.setFormatter(
         _Lines("%(asctime)sZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
@@ -24,7 +25,7 @@ def configure(level: int = logging.INFO) -> None:
 
 
 def adopt(name: str) -> None:
-    """Lets a library that brings a log of its own speak through ours, and of warnings only."""
+    """Lets a library that has a log of its own write its warnings, and only these, into ours."""
     logger = logging.getLogger(name)
     logger.handlers.clear()
     logger.setLevel(logging.WARNING)

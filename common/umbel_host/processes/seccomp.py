@@ -1,8 +1,8 @@
-"""Sockets of a process and of all that it starts: only Unix sockets, for good, by a seccomp filter.
+"""A seccomp filter that leaves a process, and all that it starts, Unix sockets only, for good.
 
-What a container of stock Kubernetes may do, where the kernel refuses it namespaces: it takes no
-privilege, and the filter that a container runtime installs leaves it allowed. Imports nothing that
-starts a thread.
+A container of stock Kubernetes can install it where the kernel refuses it namespaces: the filter
+takes no privilege, and the filter of the container runtime allows it. This module imports nothing
+that starts a thread.
 """
 
 import ctypes
@@ -15,21 +15,21 @@ import sys
 _PR_SET_NO_NEW_PRIVS = 38
 _SET_MODE_FILTER = 1
 _TSYNC = 1
-"""For all threads of the process, or none."""
+"""Flag that installs the filter for all threads of the process, or for none."""
 
-# Offsets in what a filter is given (struct seccomp_data).
+# Offsets in struct seccomp_data, which a filter is given.
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
 
-# Of classic BPF: load a word, compare, return.
+# Instructions of classic BPF: load a word, compare, return.
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW = 0x7FFF0000
 _ERROR = 0x00050000
 _KILL_PROCESS = 0x80000000
 
 _X32 = 0x40000000
-"""System calls of another ABI of x86-64 begin here: the same calls under other numbers."""
+"""First number of x86-64's other ABI, which has the same system calls under other numbers."""
 _IO_URING_SETUP = 425
-"""Rings open sockets with no system call that a filter sees."""
+"""Number of the system call for rings, which open sockets without a call that a filter sees."""
 
 # AUDIT_ARCH_*, and the numbers of seccomp, socket and socketpair.
 _MACHINES = {
@@ -39,12 +39,12 @@ _MACHINES = {
 
 
 def only_unix_sockets() -> int:
-    """From now on, this process and its children can make no socket but Unix sockets.
+    """Forbids this process and its children all new sockets but Unix sockets, for good.
 
-    Nothing takes it back. Sockets that are open already stay open.
+    Sockets that are open already stay open.
 
     Returns:
-        0, or the error number: ENOSYS on a machine for which there is no filter here.
+        0, or the error number; ENOSYS: there is no filter for this machine.
     """
     machine = _MACHINES.get(platform.machine())
     if machine is None or sys.maxsize < 2**32:
@@ -59,16 +59,16 @@ def only_unix_sockets() -> int:
     result = libc.syscall(
         ctypes.c_long(seccomp), _SET_MODE_FILTER, _TSYNC, ctypes.c_char_p(program)
     )
-    # Above 0: a thread that has another filter, and so goes its own way.
+    # A result above 0 is the id of a thread that has another filter and so cannot take this one.
     return 0 if result == 0 else ctypes.get_errno() if result < 0 else errno.EBUSY
 
 
 def _filter(architecture: int, open_one: int, open_pair: int) -> bytes:
-    """The program: eight bytes an instruction.
+    """The filter program, eight bytes for each instruction.
 
     Args:
         open_one: number of the system call `socket`.
-        open_pair: number of `socketpair`; of both the first argument is the family of addresses.
+        open_pair: number of `socketpair`. The first argument of both is the address family.
     """
     refuse = _ERROR | errno.EAFNOSUPPORT
     program = [
@@ -77,16 +77,16 @@ def _filter(architecture: int, open_one: int, open_pair: int) -> bytes:
         (_EQUAL, 1, 0, architecture),
         (_RETURN, 0, 0, _KILL_PROCESS),
         (_LOAD, 0, 0, _NUMBER),
-        # Numbers of aarch64 end far below; so both have one filter.
+        # The numbers of aarch64 end far below this, so both machines have one filter.
         (_AT_LEAST, 0, 1, _X32),
         (_RETURN, 0, 0, _ERROR | errno.ENOSYS),
         (_EQUAL, 0, 1, _IO_URING_SETUP),
         (_RETURN, 0, 0, _ERROR | errno.ENOSYS),
-        # socket or socketpair: on to the family; anything else: allowed.
+        # For socket and socketpair the family is checked; anything else is allowed.
         (_EQUAL, 2, 0, open_one),
         (_EQUAL, 1, 0, open_pair),
         (_RETURN, 0, 0, _ALLOW),
-        # The kernel takes the lower half of the register alone, and so does this.
+        # The kernel reads the lower half of the register only, and so does this.
         (_LOAD, 0, 0, _FIRST_ARGUMENT),
         (_EQUAL, 0, 1, int(socket.AF_UNIX)),
         (_RETURN, 0, 0, _ALLOW),

@@ -1,7 +1,7 @@
 """Processes that belong together, each started again when it dies.
 
-For who runs Umbel without a service manager. Where there is one, it starts the same processes
-itself, each under a user of its own.
+This is for people who run Umbel without a service manager. A service manager starts the same
+processes itself, each under a user of its own.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
 _SETTLED_SECONDS = 60.0
-"""Who ran so long is started again without a pause that grew."""
+"""Run time after which a process is started again with the first, shortest pause."""
 _LOOK_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1
 
@@ -26,7 +26,7 @@ _logger = logging.getLogger("umbel.supervisor")
 
 @dataclass(frozen=True)
 class Command:
-    """A process to keep running: a module of ours, by this Python."""
+    """A process to keep running: a module of ours, in this Python."""
 
     name: str
     module: str
@@ -41,7 +41,7 @@ class _Child:
         self.process = self._start()
 
     def look_after(self) -> int | None:
-        """Starts the process again if it died; its exit code if it must not be."""
+        """Starts the process again if it died; returns its exit code if it must not be started."""
         code = self.process.poll()
         now = time.monotonic()
         if code is None:
@@ -49,7 +49,7 @@ class _Child:
         if self._died is None:
             lived = now - self._started
             if code > 0 and self._pause == 0.0 and lived < _SETTLED_SECONDS:
-                # It said what is wrong with its files, and would say so again.
+                # The process said what is wrong with its files, and would say it again.
                 return code
             again = 0.0 if lived >= _SETTLED_SECONDS else self._pause
             self._pause = min(max(2 * again, _FIRST_PAUSE), _LONGEST_PAUSE)
@@ -73,10 +73,10 @@ def supervise(commands: Sequence[Command], *, stopping_seconds: float = 60.0) ->
     """Keeps the processes running until SIGTERM or SIGINT, then ends them; in the main thread.
 
     A process that a signal killed, or that ended after it had run for a while, is started again,
-    after a pause that grows to half a minute. One that gives up at its first start ends them all.
+    after a pause that grows to half a minute. If a process fails at its first start, all are ended.
 
     Returns:
-        0, or the exit code of the process that gave up.
+        0, or the exit code of the process that failed.
     """
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -111,7 +111,9 @@ _libc = ctypes.CDLL(None)
 
 
 def end_with_parent() -> None:
-    """Between fork and exec: a parent that is killed leaves no process behind that would hold what
-    its successor needs."""
+    """Makes a child end when its parent dies; to be called between fork and exec.
+
+    So a parent that is killed leaves no process behind that holds what its successor needs.
+    """
     if hasattr(_libc, "prctl"):
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

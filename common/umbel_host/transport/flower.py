@@ -1,6 +1,6 @@
-"""How sealed bytes travel inside a Flower message: the same on both sides.
+"""Sealed bytes as the content of a Flower message, the same on both sides.
 
-Flower's own metadata is never believed: who speaks is settled by the seal.
+Flower's own metadata is never believed; the seal settles who speaks.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,21 +12,21 @@ from umbel_host.transport.pieces import FLOWER_FIELD, FLOWER_PIECE_BYTES, FLOWER
 
 
 class PieceInFile(ConfigRecord):
-    """A piece that is read whenever Flower asks for it."""
+    """A piece in a file, which is read whenever Flower asks for it."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         super().__init__()
         self._place = file, start, length
 
     def deflate(self) -> bytes:
-        """See Flower's `InflatableObject`: the bytes of an ordinary record with the piece."""
+        """The bytes of an ordinary record with the piece; see Flower's `InflatableObject`."""
         file, start, length = self._place
         file.seek(start)
         return ConfigRecord({FLOWER_FIELD: file.read(length)}).deflate()
 
 
 class PieceElsewhere(ConfigRecord):
-    """Stands for a piece that only its name among Flower's objects is known of."""
+    """A piece of which only its name among Flower's objects is known."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -34,17 +34,17 @@ class PieceElsewhere(ConfigRecord):
 
 
 def packed(sealed: bytes) -> RecordDict:
-    """Sealed bytes as Flower's content: one record for each piece, which is sent by itself."""
+    """Sealed bytes as Flower's content, with one record for each piece, which is sent by itself."""
     return packed_pieces(regrouped([sealed]))
 
 
 def packed_pieces(pieces: Iterable[bytes]) -> RecordDict:
-    """As `packed`, of pieces as `regrouped` makes them, which are not copied."""
+    """Like `packed`, from pieces as `regrouped` makes them, which are not copied."""
     return _content(ConfigRecord({FLOWER_FIELD: piece}) for piece in pieces)
 
 
 def packed_file(parts: Iterable[bytes], file: BinaryIO) -> RecordDict:
-    """As `packed`, of parts of any size, which are kept in a file; it must stay open."""
+    """Like `packed`, from parts of any size, which are kept in a file that must stay open."""
     records, start = [], 0
     for piece in regrouped(parts):
         file.write(piece)
@@ -76,13 +76,13 @@ def regrouped(parts: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def unpacked(message: Message) -> bytes | None:
-    """The inverse of `packed`; None for an error or anything else."""
+    """The inverse of `packed`; None for an error or any other content."""
     pieces = unpacked_pieces(message)
     return None if pieces is None else b"".join(pieces)
 
 
 def unpacked_pieces(message: Message) -> list[bytes] | None:
-    """As `unpacked`, in the pieces in which it came; None for an error or anything else."""
+    """Like `unpacked`, in the pieces in which the bytes came."""
     pieces = []
     for record in _records(message):
         piece = piece_of(record)
@@ -93,15 +93,14 @@ def unpacked_pieces(message: Message) -> list[bytes] | None:
 
 
 def names_of_pieces(message: Message) -> list[str] | None:
-    """The names of a message's pieces, which are all `PieceElsewhere`, in their order; None for an
-    error or anything else."""
+    """The names of a message's pieces, in their order, if all are `PieceElsewhere`; else None."""
     records = _records(message)
     names = [record.name for record in records if isinstance(record, PieceElsewhere)]
     return names if names and len(names) == len(records) else None
 
 
 def piece_of(record: object) -> bytes | None:
-    """The bytes in one of Flower's records; None if it is no piece of ours."""
+    """The bytes in one of Flower's records; None if the record is not a piece of ours."""
     if not isinstance(record, ConfigRecord) or set(record) != {FLOWER_FIELD}:
         return None
     piece = record[FLOWER_FIELD]
@@ -109,7 +108,7 @@ def piece_of(record: object) -> bytes | None:
 
 
 def _records(message: Message) -> list[object]:
-    """What is where pieces of ours should be, in their order."""
+    """The records in the places of our pieces, in their order, whatever they are."""
     if not message.has_content():
         return []
     content = message.content

@@ -1,11 +1,13 @@
-"""How sealed bytes are cut into Flower records: names and sizes that both sides use."""
+"""How sealed bytes are cut into records of a Flower message: names and sizes for both sides."""
 
 FLOWER_MESSAGE_TYPE = "train.umbel"
+"""Type of every message of ours, for Flower."""
 
 FLOWER_RECORD = "umbel"
+"""Prefix of the names of records: `umbel-0`, `umbel-1` and so on."""
 
 FLOWER_FIELD = "sealed"
+"""Name of the one field of a record."""
 
 FLOWER_PIECE_BYTES = 1 << 22
-"""A Flower message carries the sealed bytes in records `umbel-0`, `umbel-1` and so on, each with
-one field: a piece of so many bytes at most, which Flower sends, and sends again, by itself."""
+"""Size of the largest piece in a record. Flower sends, and sends again, each piece by itself."""

@@ -15,22 +15,21 @@ from umbel_common.errors import StorageError, UnreachableError
 from umbel_host.processes.lifecycle import reason
 
 _PIECE_BYTES = 1 << 20
-"""A message may be larger than what gRPC takes at once: it travels in pieces."""
+"""Size of a piece: a message may be larger than gRPC takes at once."""
 _LARGEST_BYTES = 1 << 31
-"""Of a whole message: no adapter is larger."""
+"""Size of the largest message; no adapter is larger."""
 _LONGEST_PATH = 107
-"""Bytes of a path that fit a socket's address."""
+"""Number of bytes of a path that fit a socket's address."""
 
 
 class SocketServer:
     """A gRPC server on one Unix socket."""
 
     def __init__(self, path: Path, mode: int, *, workers: int = 8) -> None:
-        """Args:
-        mode: of the socket's file: who may connect.
+        """Prepares a server; `start` opens its socket.
 
-        Raises:
-            StorageError: the path is too long, in use, or its folder not writable.
+        Args:
+            mode: permissions of the socket's file, which say who may connect.
         """
         self._path = path
         self._mode = mode
@@ -40,12 +39,18 @@ class SocketServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     def add(self, service: str, methods: dict[str, grpc.RpcMethodHandler]) -> None:
-        """Serves `methods` under the name of a service; before `start`."""
+        """Adds a service of this name with `methods`; to be called before `start`."""
         handlers = grpc.method_handlers_generic_handler(service, methods)
         self._server.add_generic_rpc_handlers((handlers,))
 
     def start(self) -> None:
-        """Begins to answer; nobody but the file's owner and group can connect at any moment."""
+        """Opens the socket and begins to answer.
+
+        At no moment can anybody connect whom `mode` does not allow to.
+
+        Raises:
+            StorageError: the path is too long or in use, or its folder cannot be written.
+        """
         _make_room(self._path)
         former = os.umask(0o777 & ~self._mode)
         try:
@@ -58,20 +63,20 @@ class SocketServer:
             os.umask(former)
         self._server.start()
 
-    def serving(self, healthy: bool) -> None:
-        """What probes are told."""
+    def report_health(self, healthy: bool) -> None:
+        """Sets the answer that probes get."""
         status = health_pb2.HealthCheckResponse.ServingStatus
         self._health.set("", status.SERVING if healthy else status.NOT_SERVING)
 
     def stop(self, seconds: float) -> None:
-        """Takes nothing new, and lets calls under way end within `seconds`."""
-        self.serving(False)
+        """Takes no new call, and gives those under way `seconds` to end."""
+        self.report_health(False)
         self._server.stop(seconds).wait()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._path.unlink(missing_ok=True)
 
 
-def healthy(path: Path, seconds: float) -> bool:
+def is_healthy(path: Path, seconds: float) -> bool:
     """Whether the process behind a socket says that it is well.
 
     Raises:
@@ -88,45 +93,45 @@ def healthy(path: Path, seconds: float) -> bool:
 
 def channel(path: Path) -> grpc.Channel:
     """A connection to the process behind a socket."""
-    # Without this option gRPC would look for a proxy of the machine, also for a file.
+    # Without this option, gRPC would look for a proxy of the machine even for a file.
     return grpc.insecure_channel(f"unix:{path}", options=(("grpc.enable_http_proxy", 0),))
 
 
 def pieces(message: bytes) -> Iterator[bytes]:
-    """A message, piece by piece; at least one."""
+    """The pieces of a message, at least one."""
     view = memoryview(message)
     for start in range(0, max(len(message), 1), _PIECE_BYTES):
         yield bytes(view[start : start + _PIECE_BYTES])
 
 
 def joined(parts: Iterator[bytes]) -> bytes:
-    """The message of these pieces.
+    """The message that these pieces make.
 
     Raises:
-        ValueError: it is larger than any message may be.
+        ValueError: the message is larger than any may be.
     """
-    # Its value is handed out without a copy.
+    # A BytesIO hands its value out without a copy.
     buffer = io.BytesIO()
     for piece in parts:
         buffer.write(piece)
-        # Whoever is at the other end must not fill this process' memory.
+        # The process at the other end must not be able to fill this process' memory.
         if buffer.tell() > _LARGEST_BYTES:
             raise ValueError(f"a message of more than {_LARGEST_BYTES} bytes")
     return buffer.getvalue()
 
 
 def unreachable(path: Path, error: grpc.RpcError) -> UnreachableError:
-    """A process of ours that does not answer."""
+    """The error for a process of ours that does not answer."""
     return UnreachableError(
         "another process of this machine does not answer",
         file=path,
         found=getattr(error, "details", lambda: str(error))(),
-        remedy="see that it is running, and that you may open its socket",
+        remedy="check that it is running, and that you may open its socket",
     )
 
 
 def _make_room(path: Path) -> None:
-    """Removes the socket of a process that was killed; a living one's is not removed."""
+    """Makes the folder of a socket, and removes a socket that an earlier process left there."""
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise StorageError(
             "the path of a socket is too long",

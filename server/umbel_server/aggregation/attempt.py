@@ -38,13 +38,17 @@ from umbel_common.protocol.wire import (
     UnmaskReply,
     UnmaskRequest,
 )
-from umbel_common.secagg import coordinator as secagg
+from umbel_common.secagg import coordinator
 from umbel_common.secagg.messages import SurvivorSignature
-from umbel_common.secagg.unmasking import LostSecrets
+from umbel_common.secagg.unmasking import Aggregate, LostSecrets
 from umbel_common.trust.identity import Roster, Signed
 
 Machine: TypeAlias = (
-    secagg.Advertising | secagg.Sharing | secagg.Masking | secagg.Confirming | secagg.Unmasking
+    coordinator.Advertising
+    | coordinator.Sharing
+    | coordinator.Masking
+    | coordinator.Confirming
+    | coordinator.Unmasking
 )
 
 STRAY = frozenset({"other-attempt", "other-context", "stage-order"})
@@ -62,7 +66,7 @@ class Evidence(Value, frozen=True):
 class AttemptOutcome:
     """A finished attempt: the sum over `aggregate.survivors`, and what proves it."""
 
-    aggregate: secagg.Aggregate
+    aggregate: Aggregate
     evidence: Evidence
 
 
@@ -86,15 +90,15 @@ class Attempt:
     def stage(self) -> str:
         """Name of the stage whose replies are awaited."""
         match self.machine:
-            case secagg.Advertising():
+            case coordinator.Advertising():
                 return "train"
-            case secagg.Sharing():
+            case coordinator.Sharing():
                 return "share"
-            case secagg.Masking():
+            case coordinator.Masking():
                 return "mask"
-            case secagg.Confirming():
+            case coordinator.Confirming():
                 return "confirm"
-            case secagg.Unmasking():
+            case coordinator.Unmasking():
                 return "unmask"
 
     @property
@@ -106,29 +110,29 @@ class Attempt:
         """What each site of this stage is to be sent."""
         context = self.header.context()
         match self.machine:
-            case secagg.Advertising():
+            case coordinator.Advertising():
                 request = self.first_request
                 assert request is not None  # of this stage
                 return {
                     site: msgspec.structs.replace(request, last=self.last.get(site))
                     for site in self.header.cohort
                 }
-            case secagg.Sharing() as machine:
+            case coordinator.Sharing() as machine:
                 return {
                     site: ShareRequest(context=context, adverts=adverts)
                     for site, adverts in machine.requests().items()
                 }
-            case secagg.Masking() as machine:
+            case coordinator.Masking() as machine:
                 return {
                     site: MaskRequest(context=context, shares=shares)
                     for site, shares in machine.requests().items()
                 }
-            case secagg.Confirming() as machine:
+            case coordinator.Confirming() as machine:
                 return {
                     site: ConfirmRequest(context=context, survivors=survivors)
                     for site, survivors in machine.requests().items()
                 }
-            case secagg.Unmasking() as machine:
+            case coordinator.Unmasking() as machine:
                 return {
                     site: UnmaskRequest(context=context, signatures=signatures)
                     for site, signatures in machine.requests().items()
@@ -159,15 +163,15 @@ class Attempt:
             context == self.header.context(), "other-attempt", "a reply belongs to another attempt"
         )
         match self.machine, reply:
-            case secagg.Advertising() as machine, TrainReply():
+            case coordinator.Advertising() as machine, TrainReply():
                 return machine.receive(site, reply.advert)
-            case secagg.Sharing() as machine, ShareReply():
+            case coordinator.Sharing() as machine, ShareReply():
                 return machine.receive(site, reply.shares)
-            case secagg.Masking() as machine, MaskReply():
+            case coordinator.Masking() as machine, MaskReply():
                 return machine.receive(site, reply.vector)
-            case secagg.Confirming() as machine, ConfirmReply():
+            case coordinator.Confirming() as machine, ConfirmReply():
                 return machine.receive(site, reply.signature)
-            case secagg.Unmasking() as machine, UnmaskReply():
+            case coordinator.Unmasking() as machine, UnmaskReply():
                 return machine.receive(site, reply.shares)
         raise RemoteProtocolError("stage-order", f"a reply does not answer the stage {self.stage}")
 
@@ -178,15 +182,15 @@ class Attempt:
             RoundAborted: too few answered, or the revealed shares do not fit.
         """
         match self.machine:
-            case secagg.Unmasking() as machine:
+            case coordinator.Unmasking() as machine:
                 return AttemptOutcome(aggregate=machine.close(), evidence=self.evidence)
             case machine:
                 following = replace(self, machine=machine.close(), first_request=None)
         match following.machine:
-            case secagg.Sharing() as machine:
+            case coordinator.Sharing() as machine:
                 adverts = next(iter(machine.requests().values()))
                 return replace(following, evidence=Evidence(adverts=adverts))
-            case secagg.Unmasking() as machine:
+            case coordinator.Unmasking() as machine:
                 signatures = next(iter(machine.requests().values()))
                 evidence = Evidence(adverts=self.evidence.adverts, confirmations=signatures)
                 return replace(following, evidence=evidence)
@@ -211,7 +215,7 @@ def open_attempt(
     """
     if header.plan != plan.digest() or header.roster != roster.digest():
         raise LocalProtocolError("header", "a header names another plan or roster than its job")
-    machine = secagg.open_attempt(
+    machine = coordinator.open_attempt(
         header, roster, plan.aggregation.threshold, plan.aggregation.ring_bits, vector_length
     )
     return Attempt(

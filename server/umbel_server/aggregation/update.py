@@ -6,8 +6,8 @@ from umbel_common.adapters.site_counts import COORDINATES, SiteCounts, counts_of
 from umbel_common.adapters.vector import Vector, unflatten
 from umbel_common.errors import RemoteProtocolError, RoundAborted
 from umbel_common.plans.plan import TrainingPlan
-from umbel_common.secagg.coordinator import Aggregate
 from umbel_common.secagg.encoding import add_mean, encoding_of, total_weight
+from umbel_common.secagg.unmasking import Aggregate
 from umbel_common.trust.identity import Roster
 
 

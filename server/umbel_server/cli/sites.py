@@ -15,9 +15,9 @@ from umbel_common.trust.enrolment import (
     SignedRequest,
     SiteKit,
     check_request,
-    give,
     kit_to_json,
     request_from_json,
+    sign_kit,
 )
 from umbel_common.trust.identity import Member, fingerprint
 from umbel_common.trust.key_statements import revoke as sign_revocation
@@ -183,7 +183,7 @@ def _admit(
         certificate=pem,
         roster=document_to_json(document),
     )
-    write_new_text(out, kit_to_json(give(kit, read_identity(Path(settings.identity)))))
+    write_new_text(out, kit_to_json(sign_kit(kit, read_identity(Path(settings.identity)))))
     made.append(out)
     entry = SiteEntry(name=request.site, relay_key=request.relay_key, certificate=pem)
     path = Path(settings.sites)

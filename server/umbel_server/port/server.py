@@ -153,7 +153,7 @@ def serve(
     calendar = Calendar(config)
     try:
         while thread.is_alive() and not stopping.wait(1.0):
-            carrier.serving(web.started)
+            carrier.report_health(web.started)
             calendar.look(datetime.now(UTC))
     finally:
         carrier.stop(_STOPPING_SECONDS)

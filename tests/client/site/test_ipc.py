@@ -21,7 +21,7 @@ from umbel_client.site.ipc import (
     watch_method,
 )
 from umbel_common.errors import StorageError, UnreachableError
-from umbel_host.transport.sockets import SocketServer, healthy
+from umbel_host.transport.sockets import SocketServer, is_healthy
 
 STATUS = TrainerStatus(
     site="north",
@@ -45,7 +45,7 @@ def server(socket: Path) -> Iterator[SocketServer]:
     opened = SocketServer(socket, 0o660)
     opened.add(TRAINER, {"Handle": handle_method(lambda sealed: sealed[::-1])})
     opened.start()
-    opened.serving(True)
+    opened.report_health(True)
     yield opened
     opened.stop(0)
 
@@ -77,16 +77,16 @@ def test_nobody_else_on_the_machine_can_connect(server: SocketServer, socket: Pa
 
 
 def test_a_probe_is_told_how_the_process_is(server: SocketServer, socket: Path) -> None:
-    assert healthy(socket, 5.0)
-    server.serving(False)
-    assert not healthy(socket, 5.0)
+    assert is_healthy(socket, 5.0)
+    server.report_health(False)
+    assert not is_healthy(socket, 5.0)
 
 
 def test_a_process_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnreachableError, match=r"nobody\.sock"):
-        healthy(tmp_path / "nobody.sock", 0.5)
+        is_healthy(tmp_path / "nobody.sock", 0.5)
     control = ControlStub(tmp_path / "nobody.sock")
-    with pytest.raises(UnreachableError, match="see that it is running"):
+    with pytest.raises(UnreachableError, match="check that it is running"):
         control.status(0.5)
     control.close()
 

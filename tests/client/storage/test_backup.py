@@ -268,7 +268,7 @@ def test_nothing_is_restored_while_a_trainer_runs(site: Path) -> None:
     run("backup --out b.tar")
     shutil.rmtree(site / "state")
     with locked(site / "state" / "trainer.lock", "a trainer"):
-        assert "this site's trainer runs already" in refusal("restore b.tar")
+        assert "this site's trainer is already running" in refusal("restore b.tar")
     run("restore b.tar")
 
 

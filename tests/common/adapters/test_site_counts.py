@@ -13,7 +13,7 @@ from umbel_common.plans.plan import (
     FederatedEvaluation,
     TrainingPlan,
     check_plan,
-    deviation,
+    standard_deviation,
 )
 from umbel_common.secagg.encoding import add_mean, encode, encoding_of
 
@@ -37,7 +37,7 @@ def test_the_sum_of_counts_comes_back(make_plan: MakePlan) -> None:
     add_mean(total, encoding, [mean, shares])
     assert mean == pytest.approx(delta, abs=1e-5)
     found = counts_of(shares, plan.aggregation, EVALUATION, len(sites))
-    # A step of 1e-6 of the clip range is 0.005 records, for each site.
+    # A step of 1e-6 of the clip range is 0.005 records at each site.
     assert found.records == pytest.approx(1142.85, abs=0.05)
     assert found.score == pytest.approx(886.9, abs=0.05)
     assert found.mean() == pytest.approx(0.776, abs=1e-3)
@@ -55,8 +55,8 @@ def test_more_records_than_the_plan_knows_count_as_so_many(make_plan: MakePlan) 
 
 
 def test_noise_grows_with_the_root_of_the_sites() -> None:
-    assert deviation(EVALUATION) == pytest.approx(2 * 2**0.5)
-    assert deviation(EVALUATION, 9) == pytest.approx(3 * deviation(EVALUATION))
+    assert standard_deviation(EVALUATION) == pytest.approx(2 * 2**0.5)
+    assert standard_deviation(EVALUATION, 9) == pytest.approx(3 * standard_deviation(EVALUATION))
 
 
 def test_no_mean_of_noise_alone() -> None:

@@ -62,7 +62,7 @@ def test_A_starts_orthonormal_in_its_shorter_side(  # LoRA's name
 
 
 def test_the_initial_adapter_is_the_same_everywhere(make_plan: MakePlan) -> None:
-    # Pinned: another digest here means that sites of two versions start from two adapters.
+    # With another digest here, sites of two versions would start from two adapters.
     vector = initial_vector(make_plan())
     assert adapter_digest(bytes(32), vector).hex() == PINNED
     assert not np.array_equal(vector, initial_vector(with_method(make_plan, "both", seed=8)))

@@ -1,4 +1,4 @@
-"""A plan's file: what people read is what is signed."""
+"""A plan's file: people read what is signed."""
 
 import os
 from collections.abc import Callable

@@ -25,7 +25,7 @@ from umbel_common.trust.identity import Identity, Roster, Signed, sign
 
 
 class Story:
-    """A job of one aborted and one released attempt, of which a test may change any part."""
+    """A job of one aborted and one released attempt; a test may change any part."""
 
     def __init__(
         self, plan: TrainingPlan, operator: Identity, sites: dict[str, Identity], roster: Roster
@@ -196,7 +196,9 @@ def test_a_header_fits_the_release_before(
 
 def test_a_release_is_of_its_attempt(story: Story) -> None:
     other = sign(story.operator, story.release(attempt=3))
-    assert "not of this attempt" in story.refused(story.started(), story.released(release=other))
+    assert "does not belong to this attempt" in story.refused(
+        story.started(), story.released(release=other)
+    )
 
 
 def test_keys_are_of_this_attempt_and_of_every_survivor(story: Story) -> None:
@@ -258,7 +260,7 @@ def gated(
 
 
 def round_two(story: Story, gate: GateResult, **parts: Any) -> RoundReleased:
-    """What follows the release of round 1."""
+    """The event after the release of round 1."""
     story.header = story.make_header(round=2, adapter=story.outcome.adapter)
     story.outcome = story.release(round=2, **parts)
     return story.released(gate=gate)
@@ -336,7 +338,7 @@ def test_a_job_ends_before_its_plans_last_round_only_by_a_signed_early_end(gated
     signed = msgspec.structs.replace(end, early_end=early_end(gated, 1))
     job = verify_transcript(gated.entries(*events, signed), gated.roster)
     assert job.final_round == 1
-    # The adapter of an earlier round may be the better one.
+    # The adapter of an earlier round may be better.
     first = JobFinished(release=gated.start.adapter, delivered=(), early_end=early_end(gated, 0))
     assert verify_transcript(gated.entries(*events, first), gated.roster).final_round == 0
     for wrong, message in (

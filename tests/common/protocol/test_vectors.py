@@ -1,4 +1,4 @@
-"""The committed vectors: what the generator writes, and what the product answers."""
+"""The committed vectors are what the generator writes and what the product answers."""
 
 import json
 import subprocess

@@ -151,7 +151,7 @@ def test_a_vector_is_encoded_without_a_copy_as_messagepack_would_encode_it(size:
 
 @pytest.mark.parametrize("kind", [*get_args(Request), *get_args(Reply)])
 def test_whatever_is_as_large_as_an_adapter_is_the_last_field(kind: type[msgspec.Struct]) -> None:
-    """Or it would be copied once more than a server has room for."""
+    """Otherwise it would be copied once more than a server has room for."""
     fields = msgspec.structs.fields(kind)
     assert not any(field.type is Blob for field in fields[:-1])
 

@@ -1,4 +1,4 @@
-"""Both machines of an attempt, wired together in memory; tests stop them where they like."""
+"""Both state machines of an attempt, wired together in memory; tests stop them at any stage."""
 
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -11,7 +11,8 @@ import pytest
 from umbel_common.canonical import decode, encode
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg import coordinator, participant
-from umbel_common.secagg.participant import AttemptState, Rules
+from umbel_common.secagg.participant import AttemptState
+from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Identity, Member, Roster
 
 STAGES = ("advertise", "share", "mask", "confirm", "reveal")
@@ -23,7 +24,7 @@ def identity_of(name: str) -> Identity:
 
 
 class Attempt:
-    """An honest attempt. Sites journal: each state is encoded and decoded between stages."""
+    """An honest attempt. Each state is encoded and decoded between stages, as by a journal."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class Attempt:
         self.stage = "advertise"
 
     def requests(self) -> dict[str, Any]:
-        """What the coordinator asks in this stage."""
+        """The coordinator's requests in this stage."""
         if self.stage == "advertise":
             return dict.fromkeys(self.header.cohort, self.header)
         return self.machine.requests()
@@ -130,5 +131,5 @@ class Attempt:
 
 @pytest.fixture(scope="session")
 def make_attempt() -> Callable[..., Attempt]:
-    """Makes an honest attempt of so many sites and such a threshold."""
+    """Makes an honest attempt with a number of sites and a threshold."""
     return Attempt

@@ -1,4 +1,4 @@
-"""Sites and coordinator together: the secure sum is the plaintext sum, or there is none."""
+"""Sites and coordinator together: the secure sum is the plaintext sum, or there is no sum."""
 
 import os
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ ABORTS = (
     "too-few-reveals",
 )
 NEVER = len(STAGES)
-# In CI a large cohort is any of them; `make fuzz` has its number of attempts for each size.
+# CI takes large cohorts of any size; `make fuzz` makes a number of attempts for each size.
 COHORTS = [(range(size, size + 1), 900 if full_run() else 60) for size in range(3, 13)]
 COHORTS += (
     [(range(size, size + 1), 36) for size in range(13, 41)] if full_run() else [(range(13, 41), 30)]
@@ -164,7 +164,7 @@ def test_masks_and_shares_of_a_site_that_was_shown_another_header_do_not_fit(mak
 
 
 def test_one_masked_vector_tells_nothing_of_its_content(make_attempt):
-    """Two attempts over the same vectors send masked vectors that share no element."""
+    """Two attempts over the same vectors send masked vectors without a common element."""
     zeros = {f"site-{index:02}": np.zeros(64, dtype="<u4") for index in range(4)}
     sent = []
     for _ in range(2):

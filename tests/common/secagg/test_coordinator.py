@@ -1,4 +1,4 @@
-"""Broken or lying sites against the coordinator: their answer is refused, the others go on."""
+"""Broken or lying sites against the coordinator: their answer is refused, the others stay in."""
 
 import os
 
@@ -227,7 +227,7 @@ WRONG = bytes(31) + b"\1"
 
 
 def revealed(attempt, liars, **fields):
-    """The machine after all answered; the liars' shares that have these fields are wrong."""
+    """The machine after all answers; shares of the liars that have these fields are wrong."""
     for name, request in attempt.requests().items():
         shares = attempt.answer(name, request)
         if name in liars:
@@ -254,7 +254,7 @@ def test_a_liar_that_reveals_wrong_shares_does_not_stop_the_sum(make_attempt, li
 def test_the_wrong_shares_that_were_in_the_way_are_named_by_owner_and_site(make_attempt):
     attempt = make_attempt(SIZE, THRESHOLD).run_to("reveal", silent={"mask": {PEER}})
     machine = revealed(attempt, {ME}, owner=OTHER)
-    # Four sites revealed: one share to spare corrects an error and proves none.
+    # Four sites revealed: one share to spare corrects an error but proves no lie.
     assert machine.close().wrong_shares == ()
     machine = revealed(make_attempt(SIZE, THRESHOLD).run_to("reveal"), {ME}, owner=OTHER)
     assert machine.close().wrong_shares == (WrongShare(owner=OTHER, site=ME),)

@@ -1,4 +1,4 @@
-"""Encoded deltas: unbiased, within their levels, and no sum of them wraps."""
+"""Encoded deltas are unbiased and within their levels, and no sum of them wraps."""
 
 import math
 import os
@@ -35,7 +35,7 @@ def signed(vector):
 
 
 def rounded(value: float, code: Encoding):
-    """One coordinate, rounded many times independently; in units of the step."""
+    """One coordinate, rounded many times independently, in units of the step."""
     delta = np.full(SAMPLES, value, dtype=np.float32)
     return signed(encode(delta, 1, code, os.urandom))[1:]
 
@@ -54,7 +54,7 @@ def test_rounding_is_unbiased_with_the_variance_of_one_coin(value, ring_bits):
 
 
 def test_a_value_between_two_levels_goes_up_as_often_as_its_fraction_says_in_fine_steps():
-    """At a million levels the fraction has few bits left in float32; none is lost in between."""
+    """At a million levels, the fraction has few bits left in float32, and none of them is lost."""
     value = np.float32(0.7000001)
     exact = float(value) / 1e-6
     levels = rounded(float(value), encoding(step=1e-6, sites=10)).astype(np.float64)
@@ -110,7 +110,7 @@ def test_no_level_is_passed_whatever_the_values_are(clip_range, step_share, valu
 
 
 class Constant(Keystream):
-    """A keystream whose every element is the same: what AES gives once in 2^32 elements."""
+    """A keystream of one repeated element, as AES gives it once in 2^32 elements."""
 
     def __init__(self, element: int) -> None:
         self.element = element

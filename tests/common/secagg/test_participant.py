@@ -15,8 +15,8 @@ from umbel_common.canonical import encode
 from umbel_common.errors import IdentityError, LocalProtocolError, RemoteProtocolError
 from umbel_common.secagg import participant
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
-from umbel_common.secagg.participant import Rules
 from umbel_common.secagg.primitives import seal, share_binding
+from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Identity, sign
 
 ME, PEER, OTHER = "site-00", "site-01", "site-02"
@@ -268,7 +268,8 @@ BEHIND = {
     "survivors out of order": ValueError,
     "a signature by a site that is no survivor": IdentityError,
 }
-"""Attacks that something else stops too, if only by chance; the others only the check stops."""
+"""Attacks that something else also stops, if only by chance; the others are stopped by the check
+alone."""
 
 ATTACKS = [
     (stage, name, check, attack)
@@ -365,7 +366,7 @@ def test_a_site_outside_the_cohort_does_not_advertise(make_attempt):
 def test_the_minimum_cohort_holds_at_every_stage_though_the_threshold_is_lower(
     make_attempt, stage, check
 ):
-    """Five sites are asked for by the policy; the server's threshold would be content with 4."""
+    """The policy asks for five sites; the server's threshold for four."""
     attempt = make_attempt(6, 4, minimum_cohort=5)
     stages = ("advertise", "share", "mask", "confirm")
     attempt.run_to(stages[stages.index(stage) + 1], silent={stage: {"site-04", "site-05"}})

@@ -76,7 +76,7 @@ def test_a_point_of_small_order_is_refused_by_name(point):
 
 
 def test_the_keystream_gives_the_blocks_published_for_a_zero_key_and_zero_counter():
-    """McGrew and Viega's GCM test cases 13 and 14 hold AES-256 of the counters 0, 1 and 2."""
+    """McGrew and Viega's GCM test cases 13 and 14 have AES-256 of the counters 0, 1 and 2."""
     stream = bytearray(48)
     Keystream(bytes(32)).fill(memoryview(stream))
     assert stream.hex() == (

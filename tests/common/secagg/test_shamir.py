@@ -35,7 +35,7 @@ def lagrange_at_zero(points: dict[int, int]) -> int:
 
 
 def test_the_modulus_is_prime():
-    """Fermat's test to many bases; that 2^256 - 189 is the largest below 2^256 is tabulated."""
+    """Fermat's test to many bases; tables say that 2^256 - 189 is the largest prime below 2^256."""
     assert PRIME == 2**256 - 189
     assert all(pow(base, PRIME - 1, PRIME) == 1 for base in range(2, 60))
 
@@ -72,8 +72,8 @@ def test_one_share_too_few_is_consistent_with_every_secret(secret, claimed, thre
     points = list(range(1, threshold + 1))
     shares = dict(zip(points, split(secret, points, threshold, os.urandom), strict=True))
     few = {point: shares[point] for point in points[:-1]}
-    # The polynomial through the claimed secret and the t - 1 shares: its value at the last point
-    # is a share that makes exactly this secret.
+    # The polynomial through the claimed secret and the t - 1 shares has a value at the last point,
+    # and that value is a share that gives exactly this secret.
     last = points[-1]
     known = {0: int.from_bytes(claimed, "big")} | {
         point: int.from_bytes(share, "big") for point, share in few.items()
@@ -165,7 +165,7 @@ def test_random_words_past_the_radius_are_not_decoded():
 
 
 def test_wrong_shares_that_lie_on_another_polynomial_win_once_they_are_many():
-    """Why a decoded secret is checked: past the radius, liars can agree on another one."""
+    """This is why a decoded secret is checked: past the radius, liars can agree on another one."""
     points = list(range(1, 8))
     honest = split(bytes(32), points, 3, os.urandom)
     lie = split(bytes(31) + b"\1", points, 3, os.urandom)

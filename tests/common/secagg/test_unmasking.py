@@ -1,4 +1,4 @@
-"""Secrets from shares of which some are wrong: what is recovered is right, or nothing is."""
+"""Secrets from shares, some of them wrong: every secret is right, or none is recovered."""
 
 import os
 
@@ -16,7 +16,7 @@ CONTEXT = bytes(32)
 
 
 class Revealed:
-    """Sites whose secrets are shared, some survivors and some not, and what each reveals."""
+    """Sites whose secrets are shared, survivors and others, and the shares that each reveals."""
 
     def __init__(self, size, threshold, revealing, dropped=()):
         self.names = [f"site-{index:02}" for index in range(size)]
@@ -58,7 +58,7 @@ class Revealed:
         )
 
     def check(self, recovered):
-        """All secrets are there, and right: a key as far as X25519 tells keys apart."""
+        """Checks that all secrets are there and right, keys as far as X25519 tells them apart."""
         assert recovered.seeds == {n: s for n, s in self.seeds.items() if n not in self.dropped}
         assert recovered.keys.keys() == self.dropped
         for name in self.dropped:
@@ -88,7 +88,7 @@ def test_liars_up_to_half_of_the_spare_shares_change_nothing_and_are_named(revea
         expected += [WrongShare(owner, revealed.points[point]) for point in sorted(liars)]
     recovered = revealed.secrets().recover()
     revealed.check(recovered)
-    # Where no wrong share of a kind was in the way, nobody looked for one.
+    # If no wrong share of a kind was in the way, none was looked for.
     assert set(recovered.wrong_shares) <= set(expected)
     for is_dropped in (False, True):
         named = [w for w in recovered.wrong_shares if (w.owner in revealed.dropped) == is_dropped]

@@ -1,4 +1,4 @@
-"""Requests and kits: read back as they were written, and refused where anything in them changed."""
+"""Requests and kits are read back as they were written, and refused if anything in them changed."""
 
 import json
 
@@ -14,15 +14,15 @@ from umbel_common.trust.enrolment import (
     SignedKit,
     SignedRequest,
     SiteKit,
-    ask,
     check_kit,
     check_request,
-    give,
     kit_from_json,
     kit_to_json,
     public_pem,
     request_from_json,
     request_to_json,
+    sign_kit,
+    sign_request,
 )
 from umbel_common.trust.identity import Identity
 
@@ -41,11 +41,11 @@ KIT = SiteKit(
 
 
 def asked() -> SignedRequest:
-    return ask("clinics", "north", NORTH, KEY)
+    return sign_request("clinics", "north", NORTH, KEY)
 
 
 def resigned(signed: SignedRequest, signer: Identity, **changes: object) -> SignedRequest:
-    """A request that was changed and signed again, but for the relay key's proof."""
+    """A request that was changed and signed again, but without a new proof by the relay key."""
     request = msgspec.structs.replace(signed.request, **changes)
     return SignedRequest(request, signer.sign("SiteRequest", encode(request)))
 
@@ -57,7 +57,7 @@ def test_a_request_is_read_back_and_names_its_relay_key() -> None:
 
 
 def test_a_kit_is_read_back_and_holds_for_its_operator() -> None:
-    kit = give(KIT, OPERATOR)
+    kit = sign_kit(KIT, OPERATOR)
     assert kit_from_json(kit_to_json(kit), "file") == kit
     check_kit(kit, OPERATOR.public_key, "file")
 
@@ -65,7 +65,7 @@ def test_a_kit_is_read_back_and_holds_for_its_operator() -> None:
 @pytest.mark.parametrize("field", ["federation", "site", "server", "server_ca", "certificate"])
 def test_a_kit_with_anything_changed_is_not_the_operators(field: str) -> None:
     changed = msgspec.structs.replace(KIT, **{field: "changed"})
-    forged = SignedKit(changed, give(KIT, OPERATOR).signature)
+    forged = SignedKit(changed, sign_kit(KIT, OPERATOR).signature)
     with pytest.raises(SignatureError, match="not signed by the operator"):
         check_kit(forged, OPERATOR.public_key, "file")
 
@@ -88,12 +88,12 @@ def test_a_kits_signature_is_good_for_no_other_purpose() -> None:
 def test_the_relay_key_vouches_for_everything_that_is_asked(
     field: str, value: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever has an identity signs what they like with it; the relay's key they do not have."""
+    """A thief of an identity can sign anything with it, but does not have the relay's key."""
     signer = THIEF if field == "identity" else NORTH
     forged = resigned(asked(), signer, **{field: value})
     with pytest.raises(SignatureError, match="proof"):
         check_request(forged, "file")
-    # The proof is what stops it: a key that finds every proof good lets it through.
+    # The proof stops the thief: a key that finds every proof good lets the request through.
     monkeypatch.setattr(enrolment, "load_pem_public_key", lambda _: Gullible(forged))
     monkeypatch.setattr(enrolment.ec, "EllipticCurvePublicKey", Gullible)
     check_request(forged, "file")
@@ -141,7 +141,7 @@ def test_a_relay_key_has_one_curve_and_one_text(kind: str) -> None:
 
 def test_no_site_is_called_like_the_operator() -> None:
     with pytest.raises(ValueError, match="operator"):
-        ask("clinics", "operator", NORTH, KEY)
+        sign_request("clinics", "operator", NORTH, KEY)
     parts = json.loads(request_to_json(asked())) | {"site": "operator"}
     with pytest.raises(IdentityError, match="malformed") as caught:
         request_from_json(json.dumps(parts), "file")
@@ -205,7 +205,7 @@ ADDRESSES = {
 def test_an_address_is_a_host_and_a_port_and_cannot_hold_a_line_of_toml(
     address: str, good: bool
 ) -> None:
-    text = kit_to_json(give(msgspec.structs.replace(KIT, server=address), OPERATOR))
+    text = kit_to_json(sign_kit(msgspec.structs.replace(KIT, server=address), OPERATOR))
     if good:
         assert msgspec.convert(address, Address) == address
         assert kit_from_json(text, "file").kit.server == address

@@ -1,4 +1,4 @@
-"""Whom a site may come to believe, tested by the attacks that the rules stop."""
+"""Which keys a site may come to believe, tested by the attacks that the rules stop."""
 
 import msgspec
 import pytest
@@ -41,7 +41,7 @@ def approve(
     own: Identity = NORTH,
     accept: tuple[str, ...] = (),
 ) -> RosterDocument:
-    """North's approval: what it has pinned afterwards."""
+    """The document that north has pinned after its approval."""
     merged = merge(pinned, proposed, FILE)
     change = compare(pinned, merged)
     check_change(
@@ -183,7 +183,7 @@ def test_a_forged_rotation_is_refused_even_if_the_key_is_accepted() -> None:
 
 
 def test_a_rotation_of_another_site_does_not_count() -> None:
-    # Signed by south's key, but about west: whoever checks only the keys would follow it.
+    # Signed by south's key, but about west: a check of the keys alone would follow it.
     rotation = rotate("clinics", "west", SOUTH, NEW)
     error = refusal(PINNED, RosterDocument(roster(south=NEW), rotations=(rotation,)))
     assert error.field == "south"
@@ -393,7 +393,7 @@ def test_in_whatever_order_rosters_come_no_dead_key_ever_returns(
 
 
 def test_a_key_that_the_site_revoked_revokes_nobody_any_more() -> None:
-    """Whoever stole the operator's key would otherwise end every site, for good."""
+    """A thief of the operator's key could otherwise end every site for good."""
     pinned = msgspec.structs.replace(PINNED, revoked_here=(OPERATOR_KEY.public_key,))
     revocation = revoke("clinics", SOUTH.public_key, OPERATOR_KEY)
     with pytest.raises(SignatureError):
@@ -412,7 +412,7 @@ def test_a_former_operator_key_does_not_revoke_the_present_one() -> None:
 
 
 def test_a_site_that_comes_back_with_another_key_must_account_for_it() -> None:
-    """In two steps, each harmless to the eye: first south leaves, then a thief joins as south."""
+    """Two steps that each look harmless: first south leaves, then a thief joins as south."""
     without = Roster("clinics", OPERATOR_KEY.public_key, roster().members[:1])
     pinned = approve(PINNED, RosterDocument(without))
     assert pinned.departed == (roster().member("south"),)

@@ -1,4 +1,4 @@
-"""A document reads as what is known about keys, and tells what another one would change."""
+"""A document says what is known about keys, and what another document would change."""
 
 import pytest
 

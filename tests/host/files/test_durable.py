@@ -1,4 +1,4 @@
-"""Files are there whole or not at all, also when the disk is full."""
+"""Files are there whole or not at all, even when the disk is full."""
 
 import os
 import resource
@@ -13,7 +13,7 @@ from umbel_host.files.durable import all_or_nothing, create, make_folder, replac
 
 @pytest.fixture
 def full_disk() -> Iterator[None]:
-    """No file may grow past a kilobyte."""
+    """Lets no file grow past a kilobyte."""
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, former[1]))

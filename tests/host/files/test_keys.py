@@ -1,4 +1,4 @@
-"""Key files: what is written is for its owner, what is read is a key that only its owner has."""
+"""Key files are written for their owner only, and read only if no other user can read them."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files that the format's own library reads, and that are read without it."""
+"""Files of this module are read by the format's own library, and files of the library here."""
 
 import json
 from pathlib import Path

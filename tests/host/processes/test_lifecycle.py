@@ -1,4 +1,4 @@
-"""One process at a time, and nothing that looks like a line of the log and is none."""
+"""One process of a kind at a time, and no text in the log that looks like a line of ours."""
 
 import os
 import pwd
@@ -30,7 +30,7 @@ def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path: Path) -> None:
     ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(StorageError, match="runs already"), locked(path, "this process"):
+        with pytest.raises(StorageError, match="is already running"), locked(path, "this process"):
             pass
         holder.kill()
     with locked(path, "this process"):
@@ -66,7 +66,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be anot
 
 @contextmanager
 def as_nobody() -> Iterator[str]:
-    """Lets this process be a user who owns nothing; their name."""
+    """Makes this process a user who owns nothing; yields their name."""
     nobody = pwd.getpwnam("nobody")
     os.seteuid(nobody.pw_uid)
     try:
@@ -87,7 +87,7 @@ def test_a_state_folder_that_is_closed_to_this_user_is_refused(name: str) -> Non
 
 @needs_root
 def test_root_does_not_write_into_another_users_state(tmp_path: Path) -> None:
-    """It could; but then the user's own process could not go on."""
+    """It could, but then the user's own process could not write any more."""
     os.chown(tmp_path, pwd.getpwnam("nobody").pw_uid, -1)
     with pytest.raises(StorageError) as refusal:
         require_state(tmp_path)

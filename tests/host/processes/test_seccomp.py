@@ -1,4 +1,4 @@
-"""The filter that leaves Unix sockets alone, tried against the kernel of this machine."""
+"""The filter that allows Unix sockets only, tried against the kernel of this machine."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Real processes under a supervisor: restarted when they die, ended with it, however it ends."""
+"""Real processes under a supervisor are restarted when they die, and end with it in any case."""
 
 import os
 import signal
@@ -56,7 +56,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def pid_of(folder: Path, name: str, other_than: int = 0) -> int:
-    """Of a child, once it runs."""
+    """The process id of a child, once it runs."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         text = (folder / f"{name}.pid").read_text() if (folder / f"{name}.pid").exists() else ""

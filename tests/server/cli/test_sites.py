@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import umbel_server.cli
 from umbel_common.errors import IdentityError, StorageError
-from umbel_common.trust.enrolment import ask, request_to_json
+from umbel_common.trust.enrolment import request_to_json, sign_request
 from umbel_common.trust.identity import Identity, fingerprint
 from umbel_host.processes.supervisor import Command
 from umbel_server.cli import sites as sites_cli
@@ -168,7 +168,7 @@ def test_a_relay_key_is_one_sites_only(clinics: Enrolling, monkeypatch: pytest.M
     """The port tells sites apart by their relay keys."""
     key, requests = new_key(), []
     for site in ("twin-a", "twin-b"):
-        signed = ask("clinics", site, Identity(os.urandom(32)), key)
+        signed = sign_request("clinics", site, Identity(os.urandom(32)), key)
         requests.append(clinics.folder / f"{site}.json")
         requests[-1].write_text(request_to_json(signed))
     clinics.add("twin-a", requests[0])
@@ -182,7 +182,7 @@ def test_a_relay_key_is_one_sites_only(clinics: Enrolling, monkeypatch: pytest.M
 
 def test_the_operators_own_identity_is_no_sites(clinics: Enrolling) -> None:
     path = clinics.folder / "mirror.json"
-    path.write_text(request_to_json(ask("clinics", "mirror", clinics.key(), new_key())))
+    path.write_text(request_to_json(sign_request("clinics", "mirror", clinics.key(), new_key())))
     with pytest.raises(IdentityError, match="another party's"):
         clinics.add("mirror", path)
 
@@ -190,7 +190,7 @@ def test_the_operators_own_identity_is_no_sites(clinics: Enrolling) -> None:
 def test_a_request_for_another_federation_is_refused(clinics: Enrolling) -> None:
     path = clinics.folder / "other.json"
     identity = Identity(os.urandom(32))
-    path.write_text(request_to_json(ask("others", "west", identity, new_key())))
+    path.write_text(request_to_json(sign_request("others", "west", identity, new_key())))
     with pytest.raises(IdentityError, match="another federation"):
         clinics.add("west", path)
 
@@ -337,7 +337,8 @@ def test_a_renewal_is_for_the_same_identity_only(
 ) -> None:
     """Whoever knows a site's name cannot take its place at the port."""
     thief = clinics.folder / "thief.json"
-    thief.write_text(request_to_json(ask("clinics", "east", Identity(os.urandom(32)), new_key())))
+    forged = sign_request("clinics", "east", Identity(os.urandom(32)), new_key())
+    thief.write_text(request_to_json(forged))
     words = ("sites", "renew", str(thief), "--out", "../renewed.json")
     unchanged(clinics, IdentityError, "of this name and identity", *words)
     former = load_sites(clinics.operator / "sites.json")["east"]

@@ -25,6 +25,7 @@ from umbel_common.protocol.wire import (
 )
 from umbel_common.secagg import participant
 from umbel_common.secagg.masking import add_masks
+from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Identity, Roster
 
 
@@ -42,9 +43,7 @@ class Sites:
         self.header = header
         self.identities = identities
         self.roster = roster
-        self.rules = participant.Rules(
-            threshold=plan.aggregation.threshold, colluding=0, minimum_cohort=2
-        )
+        self.rules = Rules(threshold=plan.aggregation.threshold, colluding=0, minimum_cohort=2)
         self.states: dict[str, Any] = {}
         dtype = f"<u{plan.aggregation.ring_bits // 8}"
         self.vectors = {

@@ -118,7 +118,7 @@ def test_without_keys_a_backup_holds_none_and_names_those_that_are_missing(opera
 def test_another_operators_backup_is_refused(operator: Path) -> None:
     run("backup --out b.tar")
     run("init --federation clinics --address 127.0.0.1:9443 --folder other")
-    assert "of another party" in refusal("restore b.tar --config other/server.toml")
+    assert "to another party" in refusal("restore b.tar --config other/server.toml")
     assert not (operator / "other" / "state").exists()
 
 
@@ -127,7 +127,7 @@ def test_nothing_is_restored_over_a_state_or_under_a_server(operator: Path) -> N
     assert "empty state folder only" in refusal("restore b.tar")
     shutil.rmtree(operator / "state")
     with locked(operator / "state" / "rounds.lock", "it"):
-        assert "runs already" in refusal("restore b.tar")
+        assert "is already running" in refusal("restore b.tar")
     run("restore b.tar")
 
 
