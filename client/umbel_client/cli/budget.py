@@ -125,7 +125,7 @@ def carry(
     path = _ledger(settings)
     former = read_ledger(path).data_set
     with Ledger.open(path, former, settings.data.unit_column) as ledger:
-        ledger.carry(bytes.fromhex(data_set))
+        ledger.continue_on(bytes.fromhex(data_set))
         print_lines(
             Console(highlight=False),
             [

@@ -67,7 +67,7 @@ def state_spend(
         why=why,
     )
     with Ledger.open(path, contents.data_set, settings.data.unit_column) as ledger:
-        ledger.state_spend(stated)
+        ledger.charge_statement(stated)
         print_lines(
             Console(highlight=False),
             [

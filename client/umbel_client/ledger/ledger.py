@@ -2,9 +2,9 @@
 
 One ledger for each data set, one process at a time. For each (job, round):
 
-    None --reserve--> RESERVED --computed--> COMPUTED --sent--> SENT
+    None --reserve--> RESERVED --record_delta--> COMPUTED --record_sent--> SENT
        |                  |                       |               |
-       +--state_spend-----+-----------------------+---------------+--> LOST
+       +-charge_statement-+-----------------------+---------------+--> LOST
 
 RESERVED is on disk before the first gradient, COMPUTED (with the digest of the noisy delta) before
 the first byte leaves, so a kill at any moment leaves the ledger at or above what was truly spent.
@@ -162,7 +162,7 @@ class Ledger:
         self._append(Reserved(job, plan, round_number, event))
         return self._contents.rounds[job, round_number]
 
-    def computed(self, job: str, round_number: int, delta_digest: bytes) -> None:
+    def record_delta(self, job: str, round_number: int, delta_digest: bytes) -> None:
         """Fixes the one delta that may leave for this round; call it before any byte leaves.
 
         The same digest again changes nothing.
@@ -184,7 +184,7 @@ class Ledger:
                 remedy="resend the cached delta; a second one would be a second release",
             )
 
-    def sent(self, job: str, round_number: int) -> None:
+    def record_sent(self, job: str, round_number: int) -> None:
         """Records that the delta left. Again changes nothing.
 
         Raises:
@@ -239,7 +239,7 @@ class Ledger:
                 self._database.execute("UPDATE journal SET answers = ?", (answers,))
             self._contents.answers = answers
 
-    def carry(self, data_set: bytes) -> None:
+    def continue_on(self, data_set: bytes) -> None:
         """Goes on for a changed data set, which stays charged with all that stands here.
 
         A record that is in both has paid for every release; one that is new pays for some that it
@@ -271,8 +271,8 @@ class Ledger:
         """Whether it was stated that nobody knows what was spent."""
         return self._contents.unknown
 
-    def restored(self, evidence: bytes) -> None:
-        """Marks this ledger as an old copy; nothing is charged until `state`.
+    def mark_as_old_copy(self, evidence: bytes) -> None:
+        """Marks this ledger as an old copy; nothing is charged until `charge_statement`.
 
         Args:
             evidence: 32 bytes; see `Restored`.
@@ -282,7 +282,7 @@ class Ledger:
         """
         self._append(Restored(evidence))
 
-    def state_spend(self, stated: Stated) -> None:
+    def charge_statement(self, stated: Stated) -> None:
         """Charges what was spent and is not in these rows, and closes every round of before.
 
         A statement can only add to what is charged. Of each round that stands here a delta may have

@@ -36,7 +36,7 @@ class Decisions:
         self._pause = self._folder / "paused"
 
     @property
-    def paused(self) -> bool:
+    def is_paused(self) -> bool:
         """Whether the trainer is to begin nothing new."""
         return self._pause.exists()
 
@@ -58,7 +58,7 @@ class Decisions:
         Raises:
             PolicyRefusal: `site-paused`.
         """
-        if self.paused:
+        if self.is_paused:
             raise PolicyRefusal(
                 "site-paused",
                 "this site is paused by its own people",

@@ -138,7 +138,7 @@ def _mark(manifest: Manifest, place: Path) -> None:
         )
     contents = read_ledger(path)
     with Ledger.open(path, contents.data_set, contents.unit) as ledger:
-        ledger.restored(manifest.digest())
+        ledger.mark_as_old_copy(manifest.digest())
 
 
 def _schemas() -> dict[str, int]:

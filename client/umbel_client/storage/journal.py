@@ -201,7 +201,7 @@ class Journal:
         with self._database.errors():
             return _published(self._database.connection)
 
-    def open(
+    def open_attempt(
         self, header: RoundHeader, ledger_head: bytes, state: bytes, request: bytes, reply: bytes
     ) -> None:
         """Burns an attempt number together with the answer to its first stage.
@@ -230,7 +230,7 @@ class Journal:
             self._insert_answer(header.context(), "train", request, reply)
         self._forget()
 
-    def burn(
+    def record_answer(
         self, context: bytes, stage: str, request: bytes, reply: bytes, state: bytes | None
     ) -> None:
         """Records an answer and the state that follows it; None ends the attempt here."""
@@ -255,7 +255,7 @@ class Journal:
             self._database.execute("DELETE FROM answers")
         self._forget()
 
-    def confirm(self, context: bytes, survivors: tuple[str, ...]) -> None:
+    def record_survivors(self, context: bytes, survivors: tuple[str, ...]) -> None:
         """Records the survivor set that is about to be confirmed."""
         with self._database.transaction():
             self._database.execute(
@@ -263,7 +263,7 @@ class Journal:
                 (msgspec.msgpack.encode(survivors), context),
             )
 
-    def confirmed(self, header: RoundHeader | None = None) -> list[tuple[str, ...]]:
+    def survivor_sets(self, header: RoundHeader | None = None) -> list[tuple[str, ...]]:
         """The survivor sets that were confirmed, in any attempt of the header's round or ever."""
         query = "SELECT survivors FROM attempts WHERE survivors IS NOT NULL"
         values: tuple[str | int, ...] = ()
@@ -274,7 +274,7 @@ class Journal:
             rows = self._database.execute(query, values).fetchall()
         return [msgspec.msgpack.decode(row[0], type=tuple[str, ...]) for row in rows]
 
-    def trained(self, job: str) -> float:
+    def seconds_trained(self, job: str) -> float:
         """Seconds that this site has trained for a job."""
         with self._database.errors():
             row = self._database.execute(
@@ -282,7 +282,7 @@ class Journal:
             ).fetchone()
         return 0.0 if row is None else float(row[0])
 
-    def add_trained(self, job: str, seconds: float) -> None:
+    def add_seconds_trained(self, job: str, seconds: float) -> None:
         """Counts time that this site has trained for a job."""
         with self._database.transaction():
             self._database.execute(

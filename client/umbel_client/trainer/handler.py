@@ -170,7 +170,7 @@ class Trainer:
                     entropy=self._entropy,
                     fingerprint=asked,
                 )
-                job.answered(self._session.published().answers)
+                job.record_answers(self._session.published().answers)
                 return reply
 
     def _offer(self, request: OfferRequest) -> OfferReply:
@@ -197,11 +197,13 @@ class Trainer:
         plan = self._accepted_plan(header.job)
         known = self._session.answer(header.context(), "train", fingerprint)
         if known is not None:
-            self._loaded_job(plan.job).answered(self._session.published().answers)
+            self._loaded_job(plan.job).record_answers(self._session.published().answers)
             return known
         self._check_header(header, plan)
         self._decisions.require_running()
-        judge_start(self._config.policy, self._clock().time(), self._session.trained(plan.job))
+        judge_start(
+            self._config.policy, self._clock().time(), self._session.seconds_trained(plan.job)
+        )
         adapter = self._check_release(request, header, plan)
         job = self._loaded_job(plan.job)
         if request.last is not None:
@@ -210,7 +212,7 @@ class Trainer:
         try:
             job.train(header, adapter)
         finally:
-            self._session.add_trained(plan.job, time.monotonic() - began)
+            self._session.add_seconds_trained(plan.job, time.monotonic() - began)
         head = job.ledger_head()
         state, advert = secagg.advertise(
             header,
@@ -225,8 +227,8 @@ class Trainer:
             self._entropy,
         )
         reply = self._seal(TrainReply(advert=advert), fingerprint)
-        self._session.open(header, head, encode(state), fingerprint, reply)
-        job.answered(self._session.published().answers)
+        self._session.open_attempt(header, head, encode(state), fingerprint, reply)
+        job.record_answers(self._session.published().answers)
         return reply
 
     def _check_size_class(self, plan: TrainingPlan) -> None:

@@ -46,5 +46,5 @@ def check_last_advert(last: LastAdvert, job: SiteJob, identity: Identity) -> Non
             " what was spent since: umbel-client budget state-spend (docs/budget.md)",
         )
     except RemoteProtocolError:
-        job.forgot(signed.ledger_head)
+        job.mark_as_old_copy(signed.ledger_head)
         raise

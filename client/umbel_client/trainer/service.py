@@ -134,7 +134,7 @@ class _Service:
             site=self._config.site,
             federation=self._pinned.roster.federation,
             isolated=self._isolated,
-            paused=self._decisions.paused,
+            paused=self._decisions.is_paused,
             waiting=tuple(proposal.plan.job for proposal in self._decisions.proposals()),
             epsilon=self._log.epsilon,
             last=self._log.last,

@@ -64,19 +64,19 @@ def answer_stage(
         case secagg.Shared(), MaskRequest():
             after, vector = state.receive(request.shares, job.ring_vector(header))
             reply = MaskReply(context=context, vector=vector.view(np.uint8).data)
-            job.sent(header.round)
+            job.record_sent(header.round)
         case secagg.Masked(), ConfirmRequest():
             judge_survivors(
                 policy,
                 job.plan,
                 request.survivors,
-                same_round=session.confirmed(header),
-                ever=session.confirmed(),
+                same_round=session.survivor_sets(header),
+                ever=session.survivor_sets(),
             )
             after, signature = state.receive(request.survivors, identity)
             reply = ConfirmReply(context=context, signature=signature)
             # Recorded first: a crash in between leaves a set that binds, and was not signed.
-            session.confirm(context, request.survivors)
+            session.record_survivors(context, request.survivors)
         case secagg.Confirmed(), UnmaskRequest():
             _, revealed = state.receive(request.signatures, roster)
             reply = UnmaskReply(context=context, shares=revealed)
@@ -84,5 +84,7 @@ def answer_stage(
         case _:
             raise RemoteProtocolError("stage-order", f"the stage {stage} is out of order here")
     sealed = seal_reply(identity, site, reply, fingerprint)
-    session.burn(context, stage, fingerprint, sealed, None if after is None else encode(after))
+    session.record_answer(
+        context, stage, fingerprint, sealed, None if after is None else encode(after)
+    )
     return sealed
