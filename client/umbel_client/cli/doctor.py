@@ -22,7 +22,7 @@ from umbel_client.data.records import columns_of, load_records
 from umbel_client.ledger.file import read_ledger
 from umbel_client.models.base.files import folder_digest
 from umbel_client.relay.proxy import way_to
-from umbel_client.site.config import ClientConfig, control_socket
+from umbel_client.site.config import ClientConfig
 from umbel_client.site.ipc import ControlStub
 from umbel_client.site.pinned_roster import check_own_key, load_pinned
 from umbel_common.errors import UmbelError, UnreachableError
@@ -104,7 +104,7 @@ def _data(config: ClientConfig) -> tuple[Verdict, str]:
 
 
 def _ledger(config: ClientConfig) -> tuple[Verdict, str]:
-    path = Path(config.state) / "ledger.sqlite"
+    path = config.state_folder.ledger
     if not path.exists():
         return Verdict.FINE, "none yet: the first plan begins it"
     contents = read_ledger(path)
@@ -173,7 +173,7 @@ def _server(config: ClientConfig) -> tuple[Verdict, str]:
 
 
 def _trainer(config: ClientConfig) -> tuple[Verdict, str]:
-    stub = ControlStub(control_socket(config))
+    stub = ControlStub(config.state_folder.control_socket)
     try:
         status = stub.status(2.0)
     except UnreachableError:

@@ -13,7 +13,6 @@ from rich.table import Table
 from umbel_client.cli.options import CLIENT_TOML, Config
 from umbel_client.site.config import (
     ClientConfig,
-    control_socket,
     load_config,
     relay_socket,
     require_relay,
@@ -52,7 +51,7 @@ def status(
 ) -> None:
     """Show how trainer and relay stand."""
     settings = load_config(config)
-    stub = ControlStub(control_socket(settings))
+    stub = ControlStub(settings.state_folder.control_socket)
     try:
         trainer = stub.status()
     finally:
@@ -91,7 +90,7 @@ def _status_lines(trainer: TrainerStatus, relay: str) -> list[tuple[str, str]]:
 
 def watch(config: Config = CLIENT_TOML) -> None:
     """Print what happens at the trainer, until Ctrl-C."""
-    stub = ControlStub(control_socket(load_config(config)))
+    stub = ControlStub(load_config(config).state_folder.control_socket)
     console = Console(highlight=False)
     try:
         for event in stub.watch():
@@ -107,13 +106,13 @@ def _line(event: SiteEvent) -> str:
 
 def pause(config: Config = CLIENT_TOML) -> None:
     """Begin nothing new; a round under way is finished."""
-    Decisions(Path(load_config(config).state)).pause()
+    Decisions(load_config(config).state_folder).pause()
     typer.echo("paused: plans and rounds are refused until `umbel-client resume`")
 
 
 def resume(config: Config = CLIENT_TOML) -> None:
     """Undo `pause`."""
-    Decisions(Path(load_config(config).state)).resume()
+    Decisions(load_config(config).state_folder).resume()
     typer.echo("resumed")
 
 
@@ -122,7 +121,7 @@ def plans(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """List the plans that wait for approval."""
-    proposals = Decisions(Path(load_config(config).state)).proposals()
+    proposals = Decisions(load_config(config).state_folder).proposals()
     if as_json:
         rows = [{"job": one.plan.job, "digest": one.digest.hex()} for one in proposals]
         typer.echo(msgspec.json.encode(rows).decode())
@@ -156,7 +155,7 @@ def approve(
 ) -> None:
     """Show a plan that waits, and allow it by your own decision."""
     settings = load_config(config)
-    decisions = Decisions(Path(settings.state))
+    decisions = Decisions(settings.state_folder)
     proposal = _find(decisions, job)
     console = Console(highlight=False)
     print_lines(console, plan_lines(proposal.plan))
@@ -177,7 +176,7 @@ def reject(
     config: Config = CLIENT_TOML,
 ) -> None:
     """Take a plan off the list of those that wait."""
-    decisions = Decisions(Path(load_config(config).state))
+    decisions = Decisions(load_config(config).state_folder)
     proposal = _find(decisions, job)
     decisions.reject(proposal.digest)
     typer.echo(f"rejected: {proposal.digest.hex()}")
@@ -240,7 +239,7 @@ def doctor(config: Config = CLIENT_TOML) -> None:
 
 def adapters(config: Config = CLIENT_TOML) -> None:
     """List the adapters that this site received."""
-    folder = Path(load_config(config).state) / "adapters"
+    folder = load_config(config).state_folder.adapters
     found = sorted(path for path in folder.glob("*") if not path.name.startswith("."))
     for path in found:
         typer.echo(f"{path.name}  {path}")

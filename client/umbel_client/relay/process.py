@@ -36,8 +36,8 @@ _logger = logging.getLogger("umbel.relay")
 
 def exposed(config: ClientConfig) -> list[Path]:
     """What of the site's own this process could read, and must not be able to."""
-    state = Path(config.state)
-    private = (Path(config.identity), Path(config.data.path), state / "ledger.sqlite", state)
+    state = config.state_folder
+    private = (Path(config.identity), Path(config.data.path), state.ledger, state.root)
     return [path for path in private if os.access(path, os.R_OK)]
 
 

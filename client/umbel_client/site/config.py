@@ -28,6 +28,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from umbel_client.site.policy import Policy
+from umbel_client.site.state_folder import StateFolder
 from umbel_common.canonical import Name, Value
 from umbel_common.errors import ConfigError
 from umbel_common.plans.figures import Format
@@ -126,6 +127,11 @@ class ClientConfig(Value, frozen=True):
     half of the memory that is free when a job begins, and are worth it. Where memory runs out in a
     step, its batch is cut smaller, and stays so for the rest of the job."""
 
+    @property
+    def state_folder(self) -> StateFolder:
+        """Where each part of the state is."""
+        return StateFolder(Path(self.state))
+
 
 def load_config(path: Path) -> ClientConfig:
     """Reads client.toml.
@@ -192,11 +198,6 @@ def require_relay(config: ClientConfig, file: Path) -> RelayConfig:
             remedy='add a table [relay] with server = "host:port"',
         )
     return config.relay
-
-
-def control_socket(config: ClientConfig) -> Path:
-    """Where the site's own people reach the trainer: in its state folder, closed to all others."""
-    return Path(config.state) / "control.sock"
 
 
 def trainer_socket(relay: RelayConfig) -> Path:

@@ -7,6 +7,7 @@ cannot speak to them, and the relay cannot reach them.
 from dataclasses import dataclass
 from pathlib import Path
 
+from umbel_client.site.state_folder import StateFolder
 from umbel_common.canonical import decode_canonical, encode
 from umbel_common.errors import PolicyRefusal, RemoteProtocolError, StorageError
 from umbel_common.plans.plan import TrainingPlan
@@ -28,9 +29,8 @@ class Proposal:
 class Decisions:
     """The decisions of one site, on disk; read anew at each question."""
 
-    def __init__(self, state: Path) -> None:
-        """`state`: the site's state folder."""
-        self._folder = state / "decisions"
+    def __init__(self, state: StateFolder) -> None:
+        self._folder = state.decisions
         self._approved = self._folder / "approved"
         self._waiting = self._folder / "waiting"
         self._pause = self._folder / "paused"

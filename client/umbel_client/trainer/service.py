@@ -9,7 +9,6 @@ from umbel_client.data.tables import require_file
 from umbel_client.models.base.files import require_model
 from umbel_client.site.config import (
     ClientConfig,
-    control_socket,
     load_config,
     require_relay,
     trainer_socket,
@@ -57,15 +56,15 @@ def run(path: Path, no_isolation: str | None) -> None:
     logger = logging.getLogger(_NAME)
     if no_isolation is not None:
         _judge_isolation(config, path, no_isolation, logger)
-    state = Path(config.state)
-    require_state(state)
+    state = config.state_folder
+    require_state(state.root)
     require_file(Path(config.data.path))
     require_model(Path(config.model.path))
     identity = read_identity(Path(config.identity))
     log = SiteLog(logger)
     stopping = told_to_stop()
     with ExitStack() as stack:
-        stack.enter_context(locked(state / "trainer.lock", "this site's trainer"))
+        stack.enter_context(locked(state.lock, "this site's trainer"))
         pinned = load_pinned(config)
         # Loaded now: what is wrong so far is said at once, not after the seconds that these take.
         import torch
@@ -115,14 +114,14 @@ class _Service:
         self._pinned = pinned
         self._trainer = trainer
         self._log = log
-        self._decisions = Decisions(Path(config.state))
+        self._decisions = Decisions(config.state_folder)
         self._isolated = network() is Network.NONE
 
     def servers(self, relay_socket: Path) -> tuple[SocketServer, SocketServer]:
         """One for the relay, one for the site's people."""
         relay = SocketServer(relay_socket, RELAY_MODE)
         relay.add(TRAINER, {"Handle": handle_method(self._trainer.handle)})
-        control = SocketServer(control_socket(self._config), CONTROL_MODE)
+        control = SocketServer(self._config.state_folder.control_socket, CONTROL_MODE)
         control.add(
             CONTROL,
             {"Status": status_method(self._status), "Watch": watch_method(self._log.events)},
