@@ -236,7 +236,7 @@ def test_nothing_has_to_be_stated_too(restored: Path) -> None:
 def test_a_job_of_which_nothing_is_known_needs_its_plan(restored: Path) -> None:
     line = "budget state-spend --by eve --why disk --rounds other=2"
     assert "--plan FILE" in refusal(line, BudgetError)
-    assert read_ledger(restored).restored
+    assert read_ledger(restored).old_copy
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_job_of_which_nothing_is_known_needs_its_plan(restored: Path) -> None:
 def test_half_a_statement_is_a_wrong_command_line(restored: Path, options: str) -> None:
     line = f"budget state-spend --by eve --why disk {options}"
     assert CliRunner().invoke(app, line.split()).exit_code == 2
-    assert read_ledger(restored).restored
+    assert read_ledger(restored).old_copy
 
 
 def test_a_restored_ledger_that_is_backed_up_and_restored_is_still_an_old_copy(
@@ -254,7 +254,7 @@ def test_a_restored_ledger_that_is_backed_up_and_restored_is_still_an_old_copy(
     run("backup --out again.tar")
     shutil.rmtree(restored.parent)
     run("restore again.tar")
-    assert read_ledger(restored).restored
+    assert read_ledger(restored).old_copy
 
 
 def test_nothing_is_restored_over_a_state(site: Path) -> None:
@@ -278,7 +278,7 @@ def test_a_lock_that_nobody_holds_is_no_state(site: Path) -> None:
     with locked(site / "state" / "trainer.lock", "a trainer"):
         pass
     run("restore b.tar")
-    assert read_ledger(site / "state" / "ledger.sqlite").restored
+    assert read_ledger(site / "state" / "ledger.sqlite").old_copy
 
 
 @contextmanager
