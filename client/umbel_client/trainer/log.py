@@ -55,8 +55,8 @@ class SiteLog:
         self._tell("step", f"round {round_number}: step {step} of {steps}", logging.DEBUG)
 
     def refused(self, error: UmbelError) -> None:
-        """See `Observer`. A refusal that repeats, such as that of a plan that waits for approval, is
-        logged once."""
+        """See `Observer`. A refusal that repeats, as of a plan that waits for approval, is logged
+        once."""
         text = error.diagnostics()
         with self._lock:
             again = self.last is not None and (self.last.kind, self.last.text) == ("refused", text)
