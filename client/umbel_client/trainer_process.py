@@ -1,6 +1,6 @@
-"""The trainer's process: first it gives its network away, then it loads what could talk.
+"""The trainer's process: it gives its network away before it loads anything that could use one.
 
-`umbel-client run` starts it, or a service manager: `python -m umbel_client.trainer_process
+`umbel-client run` starts it, or a service manager does: `python -m umbel_client.trainer_process
 client.toml`.
 """
 
@@ -12,7 +12,7 @@ from umbel_client.trainer.isolation import drop_network
 
 def main() -> int:
     """Runs until SIGTERM or SIGINT; returns the exit code."""
-    # NumPy, PyTorch and gRPC start threads: see `isolation`.
+    # Before the imports below: NumPy, PyTorch and gRPC start threads (see `isolation`).
     refused = drop_network()
 
     from umbel_client.trainer.service import run

@@ -1,5 +1,6 @@
 """An operator that can sign anything, sites that it plays, and real sites that it attacks."""
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -50,6 +51,13 @@ from umbel_common.trust.identity import Identity, Member, Roster, Signed, sign
 from umbel_common.trust.roster_file import roster_to_json
 from umbel_host.files.keys import write_identity
 from umbel_server.aggregation import attempt as rounds
+
+
+def believe(trainer: Trainer, roster: Roster) -> None:
+    """Has a site believe a roster that its people did not pin."""
+    pinned = dataclasses.replace(trainer._site.pinned, roster=roster)
+    trainer._site = dataclasses.replace(trainer._site, pinned=pinned)
+
 
 CLIENT_TOML = """\
 site = "{site}"
@@ -372,7 +380,7 @@ class Federation:
     def believe(self, site: str, roster: Roster) -> None:
         """Makes a site believe a roster from the server, as if it had pinned none."""
         if "pinned-roster" in self.protection.removed:
-            self.trainers[site]._roster = roster
+            believe(self.trainers[site], roster)
 
     def note_journal(self, site: str) -> None:
         """Keeps a copy of a site's journal."""

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 from adversarial.extraction import keys_of, remove_masks, secret_of
-from adversarial.federation import Federation
+from adversarial.federation import Federation, believe
 
 from umbel_common.adapters.vector import adapter_digest, initial_vector
 from umbel_common.plans.statements import RoundHeader
@@ -55,7 +55,7 @@ def two_rosters(federation: Federation) -> tuple[RoundHeader, RoundHeader]:
             ),
         ),
     )
-    federation.trainers[SITE]._roster = other
+    believe(federation.trainers[SITE], other)
     return federation.header(), federation.header(roster=other.digest())
 
 

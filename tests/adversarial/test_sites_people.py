@@ -6,6 +6,7 @@ from datetime import datetime
 from adversarial.federation import Federation
 
 from umbel_client.site.decisions import Decisions
+from umbel_client.site.state_folder import StateFolder
 from umbel_common.protocol.wire import OfferReply, OfferRequest, TrainReply
 from umbel_common.trust.identity import Identity, sign
 
@@ -14,7 +15,7 @@ OpenFederation = Callable[..., Federation]
 
 
 def decisions(federation: Federation) -> Decisions:
-    return Decisions(federation.folder / SITE / "state")
+    return Decisions(StateFolder(federation.folder / SITE / "state"))
 
 
 def offer(federation: Federation) -> OfferRequest:

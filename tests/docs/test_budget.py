@@ -52,11 +52,11 @@ def make_site(folder: Path) -> None:
         for job, number, event in ROUNDS:
             ledger.reserve(job, zeros, number, event, Budget(math.inf, 1e-5))
             if (job, number) != ("thyroid", 3):
-                ledger.computed(job, number, zeros)
-                ledger.sent(job, number)
+                ledger.record_delta(job, number, zeros)
+                ledger.record_sent(job, number)
         session = Journal(state / "session.sqlite")
         header = RoundHeader("clinics", "thyroid", 3, 1, zeros, zeros, zeros, ("a", "b", "c"))
-        session.open(header, ledger.head(), b"state", b"request", b"reply")
+        session.open_attempt(header, ledger.head(), b"state", b"request", b"reply")
         session.close()
 
 

@@ -14,6 +14,7 @@ from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
 import umbel_client.relay.flower
+import umbel_client.relay.server_clock
 from umbel_client.relay.flower import Connection, serve, whole
 
 
@@ -30,7 +31,9 @@ class Clock(datetime):
 def main(server: str, folder: Path, ahead: float) -> None:
     """Until SIGTERM."""
     Clock.ahead = timedelta(seconds=ahead)
-    umbel_client.relay.flower.datetime = Clock  # type: ignore[attr-defined]  # as seen by it
+    # As the relay sees the time.
+    for module in (umbel_client.relay.flower, umbel_client.relay.server_clock):
+        vars(module)["datetime"] = Clock
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     # The HTTP client has a line for each poll.
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -12,6 +12,7 @@ import pytest
 from e2e.daemons import Clinics, Daemon, Site
 
 import umbel_client.relay.flower
+import umbel_client.relay.server_clock
 from umbel_client.ledger.file import read_ledger
 from umbel_client.ledger.rows import Reservation
 from umbel_client.ledger.spending import release_costs
@@ -190,7 +191,8 @@ def test_a_relay_whose_clock_is_wrong_by_ten_minutes_works_all_the_same(
 
     site = clinics.sites["north"]
     site.relay.stop()
-    monkeypatch.setattr(umbel_client.relay.flower, "datetime", Wrong)
+    for module in (umbel_client.relay.flower, umbel_client.relay.server_clock):
+        monkeypatch.setattr(module, "datetime", Wrong)
     stopping = threading.Event()
     stub = TrainerStub(site.socket)
     connection = umbel_client.relay.flower.Connection(

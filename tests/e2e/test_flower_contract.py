@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import sqlite3
+import ssl
 import threading
 import time
 from base64 import b64encode
@@ -53,7 +54,10 @@ from sqlalchemy.exc import OperationalError
 
 import umbel_client.relay.flower as relay
 import umbel_server.port.superlink
+from umbel_client.relay.flower_patches import fleet_client, set_lifetime, set_message_id
+from umbel_client.relay.proxy import Way
 from umbel_client.relay.server_clock import TOLERATED_SKEW, ServerClock
+from umbel_client.relay.signature import Signature
 from umbel_host.transport.flower import packed, unpacked
 from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
 from umbel_server.port.gate import PATHS
@@ -223,9 +227,8 @@ def message(sealed: bytes = b"sealed", node: int = 7) -> Message:
 @pytest.mark.usefixtures("identity")
 def test_what_flower_hides_of_a_messages_metadata_can_be_set() -> None:
     made = message()
-    made.metadata.__dict__["_message_id"] = "0" * 64
-    made.metadata.__dict__["_created_at"] = 12.0
-    made.metadata.__dict__["_ttl"] = 3.0
+    set_message_id(made, "0" * 64)
+    set_lifetime(made, 12.0, 3.0)
     assert made.metadata.message_id == "0" * 64
     assert (made.metadata.created_at, made.metadata.ttl) == (12.0, 3.0)
 
@@ -273,7 +276,7 @@ def test_what_is_no_message_of_ours_is_answered_by_an_error() -> None:
     )
     for asked in (foreign, other_record):
         asked.metadata.__dict__["_message_id"] = "2" * 64
-        answer = relay.answer(asked, handle)
+        answer = relay.answer_message(asked, handle)
         assert answer.has_error()
         assert answer.error.code == relay.NOT_OURS
 
@@ -332,7 +335,7 @@ class SiteNode:
         clock.offset = timedelta(seconds=ahead)
         clock.learn = lambda response: None  # type: ignore[method-assign]  # stays wrong
         self.client = FleetHttpClient(
-            f"http://127.0.0.1:{link.port}", interceptors=[relay._Signature(self.key, clock)]
+            f"http://127.0.0.1:{link.port}", interceptors=[Signature(self.key, clock)]
         )
         self.stopping = threading.Event()
 
@@ -603,9 +606,16 @@ def test_the_next_start_deletes_what_nobody_fetched(link: Link) -> None:
 def test_the_client_is_httpx_with_a_switch_for_redirections() -> None:
     with FleetHttpClient("https://127.0.0.1:1") as client:
         assert isinstance(client._client, httpx.Client)
-        # Flower follows them, which `serve` switches off.
+        # Flower follows them, which `fleet_client` switches off.
         assert client._client.follow_redirects is True
         assert client._client.trust_env is True
+    context = ssl.create_default_context()
+    ours = Way("127.0.0.1:1", None).client(context, 1.0)
+    signature = Signature(ec.generate_private_key(ec.SECP384R1()), ServerClock())
+    with fleet_client("127.0.0.1:1", context, ours, signature) as client:
+        assert client._client is ours
+        assert client._interceptors == (signature,)
+        assert (ours.follow_redirects, ours.trust_env) == (False, False)
 
 
 def test_every_path_that_the_gate_lets_through_exists(link: Link) -> None:

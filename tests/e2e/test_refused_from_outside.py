@@ -22,8 +22,8 @@ from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpI
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from umbel_client.relay.flower import _Signature
 from umbel_client.relay.server_clock import ServerClock
+from umbel_client.relay.signature import Signature
 from umbel_server.operator.admitted_sites import load_sites, save_sites
 from umbel_server.operator.authority import (
     Authority,
@@ -89,7 +89,7 @@ def fleet(clinics: Clinics, folder: Path, key: ec.EllipticCurvePrivateKey) -> Fl
         f"https://127.0.0.1:{clinics.port}",
         interceptors=[
             RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-            _Signature(key, ServerClock()),
+            Signature(key, ServerClock()),
         ],
         verify=context(folder, authority_of(clinics)),
     )

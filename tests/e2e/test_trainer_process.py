@@ -8,6 +8,7 @@ from e2e.daemons import Clinics, Daemon, Once, SocketLink
 
 from umbel_client.site.decisions import Decisions
 from umbel_client.site.ipc import TrainerStub
+from umbel_client.site.state_folder import StateFolder
 from umbel_client.trainer.isolation import Network, network
 from umbel_common.trust.identity import sign
 from umbel_host.transport.sockets import is_healthy
@@ -95,7 +96,7 @@ def test_a_job_waits_for_people_and_goes_on_when_they_approved(
         assert "awaiting-approval" in waiting.detail
         for site in clinics.sites.values():
             assert site.status().waiting == ("triage",)
-            Decisions(site.folder / "state").approve(plan.digest())
+            Decisions(StateFolder(site.folder / "state")).approve(plan.digest())
         assert rounds.run_next()
         assert clinics.queue.job(plan.job).state is JobState.FINISHED
     finally:

@@ -149,8 +149,8 @@ def test_a_former_session_journal_answers_as_before(number: int, tmp_path: Path)
     header = RoundHeader("clinics", "job", 2, 1, ZEROS, ZEROS, ZEROS, ("a", "b", "c"))
     assert session.answer(header.context(), "train", b"\x02" * 32) == b"reply"
     assert session.state(header.context()) == b"state 2"
-    assert session.confirmed() == [("a", "b", "c")] * 2
-    assert session.trained("job") == (3.0 if number == 3 else 0.0)
+    assert session.survivor_sets() == [("a", "b", "c")] * 2
+    assert session.seconds_trained("job") == (3.0 if number == 3 else 0.0)
     assert session.published() == published
     # Version 1 did not count the answers that it had deleted; neither did its ledger.
     assert published.answers == (2 if number == 1 else 4)

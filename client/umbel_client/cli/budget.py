@@ -1,32 +1,28 @@
 """`umbel-client budget`: what this site's data set has cost so far. Only `carry` and `state-spend`
 change anything.
 
-The others read the ledger at one moment, also while a client is training, and need neither model
-nor data.
+The other commands read the ledger at one moment, also while a trainer is running, and need neither
+model nor data.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.status import Status
-from rich.table import Table
 
-from umbel_client.cli.options import CLIENT_TOML, Config, Json
+from umbel_client.cli.options import CLIENT_TOML, Config, JsonWithInfinity, print_json
 from umbel_client.cli.state_spend import state_spend
-from umbel_client.ledger.file import read_ledger, require_head, require_journal
+from umbel_client.ledger.file import read_ledger, require_head
 from umbel_client.ledger.ledger import Ledger
-from umbel_client.ledger.rows import Contents
 from umbel_client.ledger.spending import ReleaseCost, Spending, Verified, release_costs, spending
 from umbel_client.privacy.accounting import largest_delta
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.policy import Budget
-from umbel_client.storage.journal import Published, read_published
-from umbel_host.terminal import print_lines
+from umbel_client.storage.site_state import read_site_state
+from umbel_host.terminal import print_lines, table
 
 budget = typer.Typer(
     help="What the data set has cost: show, history, verify, carry, state-spend.",
@@ -46,29 +42,28 @@ def _digest(value: str | None) -> str | None:
 
 
 @budget.command()
-def show(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
+def show(config: Config = CLIENT_TOML, as_json: JsonWithInfinity = False) -> None:
     """Show the epsilon that is spent, what is left, and each job's part."""
     settings = load_config(config)
-    path = _ledger(settings)
-    contents, _ = _read(path)
+    contents, _ = read_site_state(settings.state_folder)
     with _computing():
         spent = spending(contents, _allowed(settings))
     if as_json:
-        _print_json(spent)
+        print_json(spent)
     else:
-        print_spending(Console(highlight=False), path, spent)
+        print_spending(Console(highlight=False), str(settings.state_folder.ledger), spent)
 
 
 @budget.command()
-def history(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
+def history(config: Config = CLIENT_TOML, as_json: JsonWithInfinity = False) -> None:
     """Show every round that was charged, and epsilon after it."""
     settings = load_config(config)
-    contents, _ = _read(_ledger(settings))
+    contents, _ = read_site_state(settings.state_folder)
     allowed = _allowed(settings)
     with _computing():
         releases = release_costs(contents, allowed.delta)
     if as_json:
-        _print_json(releases)
+        print_json(releases)
     else:
         print_history(Console(highlight=False), releases, allowed.delta)
 
@@ -80,13 +75,13 @@ def verify(
         str | None,
         typer.Option(callback=_digest, help="A head of this ledger that was published."),
     ] = None,
-    as_json: Json = False,
+    as_json: JsonWithInfinity = False,
 ) -> None:
     """Check the chain of the ledger, and that it continues what this site signed last."""
-    path = _ledger(load_config(config))
-    contents, published = _read(path)
+    state = load_config(config).state_folder
+    contents, published = read_site_state(state)
     if head is not None:
-        require_head(path, contents, bytes.fromhex(head))
+        require_head(state.ledger, contents, bytes.fromhex(head))
     verified = Verified(
         head=contents.head().hex(),
         rows=len(contents.heads),
@@ -94,13 +89,13 @@ def verify(
         given=None if head is None else head.lower(),
     )
     if as_json:
-        _print_json(verified)
+        print_json(verified)
         return
     console = Console(highlight=False)
     print_lines(
         console,
         [
-            ("ledger", str(path)),
+            ("ledger", str(state.ledger)),
             ("head", verified.head),
             ("rows", f"{verified.rows}, each follows the one before"),
             ("last signed", verified.last_signed or "nothing yet"),
@@ -115,17 +110,17 @@ def carry(
     data_set: Annotated[
         str,
         typer.Option(
-            callback=_digest, help="Digest of the changed data set, as the client names it."
+            callback=_digest, help="Digest of the changed data set, as the trainer names it."
         ),
     ],
     config: Config = CLIENT_TOML,
 ) -> None:
     """Charge a changed data set with all that was spent on the one before."""
     settings = load_config(config)
-    path = _ledger(settings)
+    path = settings.state_folder.ledger
     former = read_ledger(path).data_set
     with Ledger.open(path, former, settings.data.unit_column) as ledger:
-        ledger.carry(bytes.fromhex(data_set))
+        ledger.continue_on(bytes.fromhex(data_set))
         print_lines(
             Console(highlight=False),
             [
@@ -138,27 +133,8 @@ def carry(
         )
 
 
-def _ledger(settings: ClientConfig) -> Path:
-    return Path(settings.state) / "ledger.sqlite"
-
-
-def _read(path: Path) -> tuple[Contents, Published]:
-    """A ledger and what the session journal beside it knows of it, if they do not contradict."""
-    journal = path.with_name("session.sqlite")
-    # A client may answer in between: the two are of one moment if the journal stands still.
-    while True:
-        published = read_published(journal)
-        contents = read_ledger(path)
-        if read_published(journal) == published:
-            break
-    if published.ledger_head is not None:
-        require_head(path, contents, published.ledger_head)
-    require_journal(path, contents, published.answers)
-    return contents, published
-
-
 def _allowed(settings: ClientConfig) -> Budget:
-    """What the ledger holds every plan with differential privacy to."""
+    """The budget that the ledger holds every plan with differential privacy to."""
     policy = settings.policy
     return Budget(
         policy.total_epsilon, min(policy.max_delta, largest_delta(settings.data.public_size))
@@ -166,20 +142,16 @@ def _allowed(settings: ClientConfig) -> Budget:
 
 
 def _computing() -> Status:
-    """Says why it takes seconds, to a person at a terminal: the accountant brings torch with it."""
+    """Shows a person at a terminal that the accountant needs some seconds: it imports torch."""
     return Console(stderr=True).status("computing epsilon")
 
 
-def _print_json(value: object) -> None:
-    typer.echo(msgspec.json.format(msgspec.json.encode(value)).decode())
-
-
-def print_spending(console: Console, ledger: Path, spent: Spending) -> None:
-    """The figures, then each job's part."""
+def print_spending(console: Console, ledger: str, spent: Spending) -> None:
+    """Prints the figures, then each job's part."""
     print_lines(
         console,
         [
-            ("ledger", str(ledger)),
+            ("ledger", ledger),
             ("data set", spent.data_set),
             ("unit", "record" if spent.unit is None else f"column {spent.unit}"),
             ("head", spent.head),
@@ -191,50 +163,38 @@ def print_spending(console: Console, ledger: Path, spent: Spending) -> None:
     )
     if spent.jobs:
         console.print()
-        rows = [(job.job, str(job.rounds), _number(job.epsilon)) for job in spent.jobs]
-        _print_table(console, ("job", "rounds", "epsilon alone"), rows)
+        jobs = table(
+            "job", "rounds", "epsilon alone", folding=("job",), right=("rounds", "epsilon alone")
+        )
+        for job in spent.jobs:
+            jobs.add_row(job.job, str(job.rounds), _number(job.epsilon))
+        console.print(jobs)
 
 
 def print_history(console: Console, releases: Sequence[ReleaseCost], delta: float) -> None:
-    """One line for each round."""
+    """Prints one line for each round."""
     if not releases:
         console.print("No round was charged yet.")
         return
-    rows = [
-        (
+    numbers = ("round", "noise", "sampling rate", "steps", "epsilon")
+    rounds = table("job", "round", "state", *numbers[1:], folding=("job",), right=numbers)
+    for release in releases:
+        rounds.add_row(
             release.job,
             str(release.round),
             release.state.value,
-            *(
-                ("none", "", "")
-                if release.noise_multiplier is None
-                else (
-                    f"{release.noise_multiplier:.4g}",
-                    f"{release.sample_rate:.4g}",
-                    str(release.steps),
-                )
-            ),
+            *_noise(release),
             _number(release.epsilon),
         )
-        for release in releases
-    ]
-    _print_table(console, ("job", "round", "state", "noise", "rate", "steps", "epsilon"), rows)
-    console.print(f"\nEpsilon is of everything up to that round, at delta {delta:g}.")
+    console.print(rounds)
+    console.print(f"\nEach epsilon covers everything up to its round, at delta {delta:g}.")
+
+
+def _noise(release: ReleaseCost) -> tuple[str, str, str]:
+    if release.noise_multiplier is None:
+        return "none", "", ""
+    return f"{release.noise_multiplier:.4g}", f"{release.sample_rate:.4g}", str(release.steps)
 
 
 def _number(epsilon: float) -> str:
     return "infinite" if epsilon == math.inf else f"{epsilon:.4g}"
-
-
-def _print_table(
-    console: Console, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]
-) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in columns:
-        left = name in ("job", "state")
-        table.add_column(
-            name, no_wrap=name != "job", overflow="fold", justify="left" if left else "right"
-        )
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)

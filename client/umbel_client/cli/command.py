@@ -1,10 +1,10 @@
-"""`umbel-client`: what a site's administrator does with keys, and with the roster they pinned."""
+"""`umbel-client`: the commands of a site's administrator, put together."""
 
 import sys
 
 import typer
 
-from umbel_client.cli import backup, finetune, join, service
+from umbel_client.cli import backup, finetune, join, plans, service
 from umbel_client.cli import keys as keys_cli
 from umbel_client.cli.budget import budget
 from umbel_client.cli.data import data
@@ -24,6 +24,7 @@ app.add_typer(data, name="data")
 keys_cli.register(app)
 join.register(app)
 service.register(app)
+plans.register(app)
 finetune.register(app)
 backup.register(app)
 

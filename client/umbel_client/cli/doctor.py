@@ -1,7 +1,7 @@
-"""`umbel-client doctor`: everything that a site needs, tried one by one.
+"""`umbel-client doctor`: tries everything that a site needs, one by one, and changes nothing.
 
 It proves rather than believes: it takes the network away from a process and looks, it opens a
-connection to the server, it reads the data. It changes nothing.
+connection to the server, and it reads the data.
 """
 
 import shutil
@@ -22,7 +22,7 @@ from umbel_client.data.records import columns_of, load_records
 from umbel_client.ledger.file import read_ledger
 from umbel_client.models.base.files import folder_digest
 from umbel_client.relay.proxy import way_to
-from umbel_client.site.config import ClientConfig, control_socket
+from umbel_client.site.config import ClientConfig
 from umbel_client.site.ipc import ControlStub
 from umbel_client.site.pinned_roster import check_own_key, load_pinned
 from umbel_common.errors import UmbelError, UnreachableError
@@ -45,7 +45,7 @@ class Verdict(Enum):
 
     FINE = "ok"
     CARE = "look"
-    """It works, and a person should know something."""
+    """The check passed, and a person should know something about it."""
     BROKEN = "FAIL"
 
 
@@ -54,22 +54,22 @@ class Finding:
     """One check."""
 
     name: str
-    state: Verdict
+    verdict: Verdict
     text: str
-    """What was found; where it is broken, what to do."""
+    """What was found, and what to do where it is broken."""
 
 
 Check = Callable[[ClientConfig], tuple[Verdict, str]]
 
 
 def examine(config: ClientConfig) -> Iterator[Finding]:
-    """Runs every check, each whatever the others found."""
+    """Runs every check, whatever the others found."""
     for name, check in CHECKS.items():
         try:
-            state, text = check(config)
+            verdict, text = check(config)
         except UmbelError as error:
-            state, text = Verdict.BROKEN, error.diagnostics()
-        yield Finding(name, state, text)
+            verdict, text = Verdict.BROKEN, error.diagnostics()
+        yield Finding(name, verdict, text)
 
 
 def _identity(config: ClientConfig) -> tuple[Verdict, str]:
@@ -104,11 +104,11 @@ def _data(config: ClientConfig) -> tuple[Verdict, str]:
 
 
 def _ledger(config: ClientConfig) -> tuple[Verdict, str]:
-    path = Path(config.state) / "ledger.sqlite"
+    path = config.state_folder.ledger
     if not path.exists():
-        return Verdict.FINE, "none yet: the first plan begins it"
+        return Verdict.FINE, "none yet: the first plan creates it"
     contents = read_ledger(path)
-    if contents.restored:
+    if contents.old_copy:
         return Verdict.BROKEN, "an old copy: state what was spent since (docs/budget.md)"
     return Verdict.FINE, f"{len(contents.rounds)} rounds charged, head {contents.head().hex()[:16]}"
 
@@ -125,8 +125,8 @@ def _disk(config: ClientConfig) -> tuple[Verdict, str]:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    state = Verdict.FINE if free >= _ENOUGH_BYTES else Verdict.CARE
-    return state, f"{free / 1e9:.1f} GB free at {folder}"
+    verdict = Verdict.FINE if free >= _ENOUGH_BYTES else Verdict.CARE
+    return verdict, f"{free / 1e9:.1f} GB free at {folder}"
 
 
 def _isolation(config: ClientConfig) -> tuple[Verdict, str]:
@@ -135,8 +135,8 @@ def _isolation(config: ClientConfig) -> tuple[Verdict, str]:
     )
     if tried.returncode == 0:
         return Verdict.FINE, "a process here can give its network away"
-    state = Verdict.BROKEN if config.isolation == "required" else Verdict.CARE
-    return state, (
+    verdict = Verdict.BROKEN if config.isolation == "required" else Verdict.CARE
+    return verdict, (
         f"the kernel gives no empty network namespace ({tried.stderr.strip()}): run the trainer"
         " with PrivateNetwork=yes (systemd) or network_mode: none (compose)"
     )
@@ -165,7 +165,7 @@ def _server(config: ClientConfig) -> tuple[Verdict, str]:
         context = ssl.create_default_context(cafile=relay.server_ca)
         context.load_cert_chain(relay.certificate, relay.key)
         with way.client(context, 10.0) as client:
-            # Behind the port is nothing at this address; to be told so is to be let in.
+            # The server has nothing at this address: any answer proves that it let us in.
             client.get(f"https://{relay.server}/")
     except (OSError, httpx.HTTPError) as error:
         return Verdict.BROKEN, f"{way} is not reached: {error}"
@@ -173,7 +173,7 @@ def _server(config: ClientConfig) -> tuple[Verdict, str]:
 
 
 def _trainer(config: ClientConfig) -> tuple[Verdict, str]:
-    stub = ControlStub(control_socket(config))
+    stub = ControlStub(config.state_folder.control_socket)
     try:
         status = stub.status(2.0)
     except UnreachableError:

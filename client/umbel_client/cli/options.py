@@ -1,12 +1,22 @@
-"""Options that several commands of `umbel-client` take."""
+"""Options that several commands of `umbel-client` take, and the one form of `--json`."""
 
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 Config = Annotated[Path, typer.Option(help="This site's client.toml.")]
 
 CLIENT_TOML = Path("client.toml")
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document; null means infinite.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+JsonWithInfinity = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document; null means infinite.")
+]
+
+
+def print_json(value: object) -> None:
+    """Prints a value for programs, indented."""
+    typer.echo(msgspec.json.format(msgspec.json.encode(value)).decode())

@@ -1,7 +1,6 @@
 """`umbel-client roster`: whom this site believes. Only `approve` and `revoke` change it."""
 
 import re
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +29,7 @@ from umbel_common.trust.roster_file import (
 )
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text, write_new_text
-from umbel_host.terminal import print_lines
+from umbel_host.terminal import confirm, print_lines
 
 roster = typer.Typer(
     help="Whom this site believes: show, compare, approve, revoke.", no_args_is_help=True
@@ -99,7 +98,18 @@ def approve(
         console.print("\nThis roster is pinned already: nothing to change.")
         return
     if digest is None:
-        _ask(console, file)
+        # Only a person who sees the change and types yes approves it.
+        confirm(
+            console,
+            "Type yes to approve: ",
+            unattended=IdentityError(
+                "a roster is approved by a person at a terminal, or by its digest",
+                file=file,
+                remedy="run this at a terminal, or add --digest with the digest that you"
+                " compared; nothing was changed",
+            ),
+            declined=UmbelError("the roster was not approved: nothing was changed", file=file),
+        )
     kept = pin(path, former, merged)
     lines = [("pinned", str(path)), ("digest", merged.roster.digest().hex())]
     print_lines(console, [*lines, *([("before", str(kept))] if kept else [])])
@@ -198,23 +208,6 @@ def _require_digest(proposed: Roster, digest: str, file: Path) -> None:
             accepted=digest.lower(),
             remedy="compare the digest with the other parties again; nothing was changed",
         )
-
-
-def _ask(console: Console, file: Path) -> None:
-    """Only a person who sees the change and types yes approves it."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise IdentityError(
-            "a roster is approved by a person at a terminal, or by its digest",
-            file=file,
-            remedy="run this at a terminal, or add --digest with the digest that you compared;"
-            " nothing was changed",
-        )
-    try:
-        answer = console.input("\nType yes to approve: ")
-    except EOFError:
-        answer = ""
-    if answer != "yes":
-        raise UmbelError("the roster was not approved: nothing was changed", file=file)
 
 
 def _find_key(document: RosterDocument, text: str, path: Path) -> bytes:

@@ -1,28 +1,16 @@
-"""`umbel-client run` and what the site's people do while it runs: status, watch, pause, plans."""
+"""`umbel-client run`, and what the site's people do while it runs: status, watch, pause, doctor."""
 
-import sys
 import time
 from pathlib import Path
-from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from umbel_client.cli.options import CLIENT_TOML, Config
-from umbel_client.site.config import (
-    ClientConfig,
-    control_socket,
-    load_config,
-    relay_socket,
-    require_relay,
-)
-from umbel_client.site.decisions import Decisions, Proposal
+from umbel_client.cli.options import CLIENT_TOML, Config, Json, print_json
+from umbel_client.site.config import ClientConfig, load_config, relay_socket, require_relay
+from umbel_client.site.decisions import Decisions
 from umbel_client.site.ipc import ControlStub, SiteEvent, TrainerStatus
-from umbel_client.site.policy import judge_plan
-from umbel_common.errors import PolicyRefusal, UmbelError, UnreachableError
-from umbel_common.plans.plan_file import plan_lines, privacy_text
+from umbel_common.errors import UnreachableError
 from umbel_host.processes.log import configure
 from umbel_host.processes.supervisor import Command, supervise
 from umbel_host.terminal import print_lines
@@ -46,21 +34,17 @@ def run(config: Config = CLIENT_TOML) -> None:
         raise typer.Exit(code)
 
 
-def status(
-    config: Config = CLIENT_TOML,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
-) -> None:
+def status(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
     """Show how trainer and relay stand."""
     settings = load_config(config)
-    stub = ControlStub(control_socket(settings))
+    stub = ControlStub(settings.state_folder.control_socket)
     try:
         trainer = stub.status()
     finally:
         stub.close()
     relay = _relay_state(settings, config)
     if as_json:
-        document = {"trainer": trainer, "relay": relay}
-        typer.echo(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())
+        print_json({"trainer": trainer, "relay": relay})
         return
     print_lines(Console(highlight=False), _status_lines(trainer, relay))
 
@@ -91,7 +75,7 @@ def _status_lines(trainer: TrainerStatus, relay: str) -> list[tuple[str, str]]:
 
 def watch(config: Config = CLIENT_TOML) -> None:
     """Print what happens at the trainer, until Ctrl-C."""
-    stub = ControlStub(control_socket(load_config(config)))
+    stub = ControlStub(load_config(config).state_folder.control_socket)
     console = Console(highlight=False)
     try:
         for event in stub.watch():
@@ -107,118 +91,14 @@ def _line(event: SiteEvent) -> str:
 
 def pause(config: Config = CLIENT_TOML) -> None:
     """Begin nothing new; a round under way is finished."""
-    Decisions(Path(load_config(config).state)).pause()
+    Decisions(load_config(config).state_folder).pause()
     typer.echo("paused: plans and rounds are refused until `umbel-client resume`")
 
 
 def resume(config: Config = CLIENT_TOML) -> None:
     """Undo `pause`."""
-    Decisions(Path(load_config(config).state)).resume()
+    Decisions(load_config(config).state_folder).resume()
     typer.echo("resumed")
-
-
-def plans(
-    config: Config = CLIENT_TOML,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
-) -> None:
-    """List the plans that wait for approval."""
-    proposals = Decisions(Path(load_config(config).state)).proposals()
-    if as_json:
-        rows = [{"job": one.plan.job, "digest": one.digest.hex()} for one in proposals]
-        typer.echo(msgspec.json.encode(rows).decode())
-        return
-    console = Console(highlight=False)
-    if not proposals:
-        console.print("No plan waits for approval.")
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("job", "model", "rounds", "privacy", "digest"):
-        table.add_column(name, no_wrap=True)
-    for proposal in proposals:
-        plan = proposal.plan
-        table.add_row(
-            plan.job,
-            plan.model.name,
-            str(plan.training.rounds),
-            privacy_text(plan),
-            proposal.digest.hex()[:16],
-        )
-    # Rich would cut a table to the width of a terminal that is none.
-    console.print(table, soft_wrap=True)
-
-
-def approve(
-    job: Annotated[str, typer.Argument(help="The job whose plan waits, or the plan's digest.")],
-    config: Config = CLIENT_TOML,
-    digest: Annotated[
-        str | None, typer.Option(help="Approve without asking, and only the plan of this digest.")
-    ] = None,
-) -> None:
-    """Show a plan that waits, and allow it by your own decision."""
-    settings = load_config(config)
-    decisions = Decisions(Path(settings.state))
-    proposal = _find(decisions, job)
-    console = Console(highlight=False)
-    print_lines(console, plan_lines(proposal.plan))
-    try:
-        judge_plan(settings.policy, proposal.plan)
-    except PolicyRefusal as refusal:
-        console.print(f"\nThis site's policy refuses it all the same: {refusal.check}.")
-    if digest is not None:
-        _require_digest(proposal, digest)
-    else:
-        _ask(console)
-    decisions.approve(proposal.digest)
-    console.print(f"\napproved: {proposal.digest.hex()}", soft_wrap=True)
-
-
-def reject(
-    job: Annotated[str, typer.Argument(help="The job whose plan waits, or the plan's digest.")],
-    config: Config = CLIENT_TOML,
-) -> None:
-    """Take a plan off the list of those that wait."""
-    decisions = Decisions(Path(load_config(config).state))
-    proposal = _find(decisions, job)
-    decisions.reject(proposal.digest)
-    typer.echo(f"rejected: {proposal.digest.hex()}")
-
-
-def _find(decisions: Decisions, text: str) -> Proposal:
-    waiting = decisions.proposals()
-    found = [one for one in waiting if text == one.plan.job or one.digest.hex().startswith(text)]
-    if len(found) != 1:
-        raise UmbelError(
-            "no plan of this name waits for approval" if not found else "several plans match",
-            found=text,
-            accepted=", ".join(f"{one.plan.job} {one.digest.hex()}" for one in waiting) or None,
-            remedy="umbel-client plans lists those that wait",
-        )
-    return found[0]
-
-
-def _require_digest(proposal: Proposal, digest: str) -> None:
-    if proposal.digest.hex() != digest.lower():
-        raise UmbelError(
-            "a plan is not the one that was to be approved: nothing was changed",
-            field="--digest",
-            found=proposal.digest.hex(),
-            accepted=digest.lower(),
-        )
-
-
-def _ask(console: Console) -> None:
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise UmbelError(
-            "a plan is approved by a person at a terminal, or by its digest",
-            remedy="run this at a terminal, or add --digest with the digest that you compared;"
-            " nothing was changed",
-        )
-    try:
-        answer = console.input("\nType yes to approve: ")
-    except EOFError:
-        answer = ""
-    if answer != "yes":
-        raise UmbelError("the plan was not approved: nothing was changed")
 
 
 def doctor(config: Config = CLIENT_TOML) -> None:
@@ -229,9 +109,9 @@ def doctor(config: Config = CLIENT_TOML) -> None:
     console = Console(highlight=False)
     broken = 0
     for finding in examine(load_config(config)):
-        broken += finding.state is Verdict.BROKEN
+        broken += finding.verdict is Verdict.BROKEN
         first, *more = finding.text.splitlines()
-        console.print(f"{finding.state.value:<5} {finding.name:<12} {first}", soft_wrap=True)
+        console.print(f"{finding.verdict.value:<5} {finding.name:<12} {first}", soft_wrap=True)
         for line in more:
             console.print(f"      {'':<12} {line}", soft_wrap=True)
     if broken:
@@ -240,7 +120,7 @@ def doctor(config: Config = CLIENT_TOML) -> None:
 
 def adapters(config: Config = CLIENT_TOML) -> None:
     """List the adapters that this site received."""
-    folder = Path(load_config(config).state) / "adapters"
+    folder = load_config(config).state_folder.adapters
     found = sorted(path for path in folder.glob("*") if not path.name.startswith("."))
     for path in found:
         typer.echo(f"{path.name}  {path}")
@@ -250,5 +130,5 @@ def adapters(config: Config = CLIENT_TOML) -> None:
 
 def register(app: typer.Typer) -> None:
     """Adds these commands to `umbel-client`."""
-    for command in (run, status, watch, pause, resume, plans, approve, reject, adapters, doctor):
+    for command in (run, status, watch, pause, resume, adapters, doctor):
         app.command()(command)

@@ -1,6 +1,7 @@
-"""`umbel-client budget state-spend`: what was spent and is not in the ledger."""
+"""`umbel-client budget state-spend`: charges what was spent and is not in the ledger."""
 
 import re
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -46,19 +47,20 @@ def state_spend(
         bool, typer.Option("--nothing", help="Nothing was spent that is not in the ledger.")
     ] = False,
     everything: Annotated[
-        bool, typer.Option("--everything", help="It is not known: nothing is left to spend.")
+        bool,
+        typer.Option("--everything", help="Nobody knows what was spent: nothing is left to spend."),
     ] = False,
     config: Config = CLIENT_TOML,
 ) -> None:
-    """Charge a ledger that is an old copy with what was spent since; for good, and in its chain."""
+    """Charge a ledger that is an old copy with what was spent since, for good."""
     if [bool(rounds), nothing, everything].count(True) != 1:
         raise typer.BadParameter("one of --rounds, --nothing and --everything")
     settings = load_config(config)
-    path = Path(settings.state) / "ledger.sqlite"
+    path = settings.state_folder.ledger
     contents = read_ledger(path)
     reached = {job: int(last) for job, _, last in (text.partition("=") for text in rounds or [])}
     given = [plan_from_json(read_text(file), file)[0] for file in plan or []]
-    plans = [*given, *_accepted(path.with_name("session.sqlite"))]
+    plans = [*given, *_accepted(settings.state_folder.journal)]
     stated = Stated(
         rounds=stated_rounds(contents, reached, plans, settings.data.public_size),
         everything=everything,
@@ -67,7 +69,7 @@ def state_spend(
         why=why,
     )
     with Ledger.open(path, contents.data_set, settings.data.unit_column) as ledger:
-        ledger.state_spend(stated)
+        ledger.charge_statement(stated)
         print_lines(
             Console(highlight=False),
             [
@@ -79,14 +81,11 @@ def state_spend(
         )
 
 
-def _accepted(journal: Path) -> list[TrainingPlan]:
-    if not journal.exists():
+def _accepted(path: Path) -> list[TrainingPlan]:
+    if not path.exists():
         return []
-    session = Journal(journal)
-    try:
-        return [_plan(signed) for signed in session.plans()]
-    finally:
-        session.close()
+    with closing(Journal(path)) as journal:
+        return [_plan(signed) for signed in journal.plans()]
 
 
 def _plan(signed: Signed) -> TrainingPlan:

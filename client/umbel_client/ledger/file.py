@@ -1,4 +1,4 @@
-"""The file of a privacy ledger: its lock, its birth, how it is read, what SQLite's errors mean."""
+"""The file of a privacy ledger: lock, creation, reading, and what SQLite's errors mean."""
 
 import fcntl
 import os
@@ -27,14 +27,14 @@ SCHEMA = Schema(
     (
         # Rows stay as they are, whatever the version: their heads were published.
         _JOURNAL,
-        # Rows of kinds that version 2 does not know may follow.
+        # Version 3 has kinds of rows that version 2 does not know.
         "",
     ),
 )
 
 
 def lock_file(path: Path) -> BinaryIO:
-    """Takes the lock beside `path`, which ends with the process however it ends.
+    """Takes the lock beside `path`, which is released when the process ends, however it ends.
 
     Raises:
         LedgerError: another process has it.
@@ -53,14 +53,14 @@ def lock_file(path: Path) -> BinaryIO:
 
 
 def create(path: Path, first: Row) -> None:
-    """Makes a ledger of one row under its name at once, so that an empty file is always damage."""
+    """Creates a ledger of one row, complete at once, so that an empty file is always damage."""
     draft = path.with_name(f"{path.name}.new")
     draft.unlink(missing_ok=True)
     open(draft, "xb", opener=_private).close()
     database = sqlite3.connect(draft, isolation_level=None)
     try:
         database.execute("PRAGMA synchronous = FULL")
-        # A draft: it has its name once it is whole.
+        # The draft takes its name once it is complete.
         migrate(database, SCHEMA, path)
         with transaction(database):
             database.execute("INSERT INTO rows VALUES (0, ?, ?)", (encode(first), first.head()))
@@ -75,25 +75,25 @@ def create(path: Path, first: Row) -> None:
 
 
 def read_ledger(path: Path) -> Contents:
-    """What a ledger holds at this moment; a client that uses it is not disturbed.
+    """The contents of a ledger at this moment; a trainer that uses it is not disturbed.
 
     Raises:
-        LedgerError: there is none, or it is damaged or of a later schema version.
+        LedgerError: there is no ledger, or it is damaged or of a later schema version.
         StorageError: it cannot be read.
     """
     if not path.exists():
         raise LedgerError(
             "there is no privacy ledger here",
             file=path,
-            remedy="the first plan that this site accepts begins one; if there was one, bring back"
-            " the latest copy",
+            remedy="the first plan that this site accepts creates one; if there was one, bring"
+            " back the latest copy",
         )
     with storage_errors(path), read_only(path) as database:
         return read_rows(path, database)
 
 
 def read_rows(path: Path, database: sqlite3.Connection) -> Contents:
-    """Follows the whole chain, of a ledger of this or a former schema version.
+    """Follows the whole chain of a ledger of this or a former schema version.
 
     Raises:
         LedgerError: it is damaged, or of a later schema version.
@@ -146,12 +146,12 @@ def require_journal(path: Path, contents: Contents, answers: int) -> None:
     """Checks that the session journal beside a ledger is no older than the ledger.
 
     Both count the site's answers: an answer is written to the journal, then the ledger counts it,
-    then it leaves. So a crash can leave the journal ahead, and nothing but an old copy of it can be
-    behind: a site that went on with one would answer again, with other keys or for another survivor
-    set, what it has answered before.
+    then it leaves. So a crash can leave the journal ahead, and only an old copy of it can be
+    behind. A site that used such a copy would answer a second time what it has answered before,
+    with other keys or for another survivor set.
 
     Args:
-        answers: that the journal ever recorded.
+        answers: how many answers the journal ever recorded.
 
     Raises:
         LedgerError: the journal is an old copy.
@@ -170,7 +170,7 @@ def require_journal(path: Path, contents: Contents, answers: int) -> None:
 
 
 def damaged(path: Path, found: object) -> LedgerError:
-    """The error of a ledger that was changed by anything but a `Ledger`."""
+    """The error for a ledger that something other than a `Ledger` changed."""
     return LedgerError(
         "a privacy ledger is damaged",
         file=path,
@@ -181,7 +181,7 @@ def damaged(path: Path, found: object) -> LedgerError:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """A disk that fails is a `StorageError`; a file that SQLite cannot read, a `LedgerError`."""
+    """Turns a failing disk into a `StorageError`, and an unreadable file into a `LedgerError`."""
     try:
         yield
     except (sqlite3.OperationalError, OSError) as error:

@@ -1,26 +1,41 @@
 """The site's durable privacy ledger: reserved before it is spent, never refunded.
 
-One ledger for each data set, one process at a time. For each (job, round):
+What this module must keep, whatever is changed in it:
 
-    None --reserve--> RESERVED --computed--> COMPUTED --sent--> SENT
-       |                  |                       |               |
-       +--state_spend-----+-----------------------+---------------+--> LOST
+- A round is charged whole, and on disk, before its first gradient.
+- One reservation has one delta: once its digest is recorded, no other may leave.
+- Nothing is taken back. Rows are appended; no method deletes or changes one.
 
-RESERVED is on disk before the first gradient, COMPUTED (with the digest of the noisy delta) before
-the first byte leaves, so a kill at any moment leaves the ledger at or above what was truly spent.
+There is one ledger for each data set, used by one process at a time. A round of a job passes these
+steps; each method says which of them it is, and each refusal guards the step of its method.
 
-Why a RESERVED round may be computed again, with fresh noise and no second charge, after a crash: no
-digest in the ledger means that no byte left, so of all computations under one reservation exactly
-one is ever released, and a release is all that privacy accounting counts. It holds only if nothing
-derived from a lost computation is kept: whoever finds RESERVED deletes that round's delta file and
-optimiser state and starts from the state before the round. From COMPUTED on only the delta of that
-digest may leave, as often as a retry needs: the same bytes again cost nothing.
+1. `reserve`: the whole round is charged against the budget. RESERVED is on disk before the first
+   gradient.
+2. The round is trained, and its delta is stored (`umbel_client.trainer.job`).
+3. `record_delta`: the digest of the noisy delta is recorded. COMPUTED is on disk before the first
+   byte leaves.
+4. `record_sent`: the delta is about to leave. SENT.
+5. `keep_pace`: the answer that carries it is counted. Only then does it leave.
+
+    None --1--> RESERVED --3--> COMPUTED --4--> SENT
+     |              |               |             |
+     +--------------+---------------+-------------+-- charge_statement --> LOST
+
+So a kill at any moment leaves the ledger at or above what was truly spent.
+
+A RESERVED round may be computed again after a crash, with fresh noise and without a second charge:
+where the ledger has no digest, no byte has left. Among all computations under one reservation
+exactly one is ever released, and a release is all that privacy accounting counts. This holds only
+if nothing derived from a lost computation is kept: a site that finds RESERVED replaces that round's
+file of delta and optimizer state, and starts from the state before the round. From COMPUTED on,
+only the delta with the recorded digest may leave, as often as a retry needs: the same bytes again
+cost nothing.
 
 Rows form a hash chain, each with a random salt, so that a published head commits to the whole
-history and tells nothing about it. The chain notices damage; whoever may write the file can also
-forge a chain, and is noticed only by a head that was published before (`verify`). Beside the chain
-stands how many answers the site has let out, so that an old copy of the session journal is noticed
-(`keep_pace`).
+history and reveals nothing about it. The chain notices damage. A process that may write the file
+can also forge a chain, which only a head that was published before reveals (`verify`). Beside the
+chain stands the number of answers that left the site, so that an old copy of the session journal
+is noticed (`keep_pace`).
 """
 
 import math
@@ -111,7 +126,7 @@ class Ledger:
         return ledger
 
     def close(self) -> None:
-        """Closes the file and lets another process use it; again does nothing."""
+        """Closes the file and lets another process use it. A second call does nothing."""
         self._database.close()
         self._lock.close()
 
@@ -129,16 +144,16 @@ class Ledger:
     def reserve(
         self, job: str, plan: bytes, round_number: int, event: DpEvent | None, budget: Budget
     ) -> Reservation:
-        """Charges a whole round, before its first gradient; on disk when this returns.
+        """Step 1: charges a whole round, before its first gradient; on disk when this returns.
 
-        Asked again for the same round, plan and event, returns what stands there and charges
-        nothing.
+        A second call for the same round, plan and event charges nothing, and returns the first
+        reservation.
 
         Args:
             plan: digest of the plan.
             event: all local steps of the round; None for a round without differential privacy,
                 which only an infinite budget allows.
-            budget: for everything ever released from this data set, this round included.
+            budget: the limit of everything ever released from this data set, with this round.
 
         Raises:
             BudgetError: the budget does not allow it; nothing was written.
@@ -162,14 +177,14 @@ class Ledger:
         self._append(Reserved(job, plan, round_number, event))
         return self._contents.rounds[job, round_number]
 
-    def computed(self, job: str, round_number: int, delta_digest: bytes) -> None:
-        """Fixes the one delta that may leave for this round; call it before any byte leaves.
+    def record_delta(self, job: str, round_number: int, delta_digest: bytes) -> None:
+        """Step 3: fixes the one delta that may leave for this round, before any byte leaves.
 
-        The same digest again changes nothing.
+        A second call with the same digest changes nothing.
 
         Raises:
-            LedgerError: nothing was reserved, or another delta was fixed: never a second release
-                with other noise.
+            LedgerError: nothing was reserved, or another delta was fixed: a second release with
+                other noise would be a second charge.
             StorageError: it could not be written; the delta may not leave.
         """
         known = self._reserved(job, round_number)
@@ -184,8 +199,8 @@ class Ledger:
                 remedy="resend the cached delta; a second one would be a second release",
             )
 
-    def sent(self, job: str, round_number: int) -> None:
-        """Records that the delta left. Again changes nothing.
+    def record_sent(self, job: str, round_number: int) -> None:
+        """Step 4: records that the delta is about to leave. A second call changes nothing.
 
         Raises:
             LedgerError: no delta was fixed.
@@ -201,7 +216,7 @@ class Ledger:
             self._append(Sent(job, round_number))
 
     def state(self, job: str, round_number: int) -> Reservation | None:
-        """What stands for this round; None if nothing was reserved."""
+        """The reservation of this round; None before `reserve`."""
         return self._contents.rounds.get((job, round_number))
 
     def history(self) -> tuple[Reservation, ...]:
@@ -225,9 +240,9 @@ class Ledger:
         require_head(self._path, self._contents, expected_head)
 
     def keep_pace(self, answers: int) -> None:
-        """Counts what the session journal holds; on disk before the answer counted last may leave.
+        """Step 5: counts the answers in the session journal; on disk before the last may leave.
 
-        The same number again changes nothing.
+        A second call with the same number changes nothing.
 
         Raises:
             LedgerError: the journal is an old copy (`require_journal`).
@@ -239,11 +254,12 @@ class Ledger:
                 self._database.execute("UPDATE journal SET answers = ?", (answers,))
             self._contents.answers = answers
 
-    def carry(self, data_set: bytes) -> None:
-        """Goes on for a changed data set, which stays charged with all that stands here.
+    def continue_on(self, data_set: bytes) -> None:
+        """Continues this ledger for a changed data set, which stays charged with everything here.
 
-        A record that is in both has paid for every release; one that is new pays for some that it
-        was not in, which is more than it owes. The same data set again changes nothing.
+        A record that is in both data sets has paid for every release. A new record also pays for
+        releases that it was not in, which is more than it owes. A second call with the same data
+        set changes nothing.
 
         Args:
             data_set: digest of the changed data set, 32 bytes.
@@ -255,12 +271,12 @@ class Ledger:
             self._append(Carried(data_set))
 
     def require_stated(self) -> None:
-        """Refuses to go on with an old copy before somebody has stated what was spent since.
+        """Refuses to charge an old copy before somebody has stated what was spent since.
 
         Raises:
-            LedgerError: it is one.
+            LedgerError: this ledger is an old copy, and nobody has.
         """
-        if self._contents.restored:
+        if self._contents.old_copy:
             raise self._error(
                 "a privacy ledger is an old copy, and what was spent since is not known",
                 remedy="state it: umbel-client budget state-spend; docs/budget.md says how",
@@ -271,25 +287,26 @@ class Ledger:
         """Whether it was stated that nobody knows what was spent."""
         return self._contents.unknown
 
-    def restored(self, evidence: bytes) -> None:
-        """Marks this ledger as an old copy; nothing is charged until `state`.
+    def mark_as_old_copy(self, evidence: bytes) -> None:
+        """Marks this ledger as an old copy: nothing is charged before `charge_statement`.
 
         Args:
-            evidence: 32 bytes; see `Restored`.
+            evidence: how that is known, 32 bytes; see `Restored`.
 
         Raises:
             StorageError: it could not be written.
         """
         self._append(Restored(evidence))
 
-    def state_spend(self, stated: Stated) -> None:
-        """Charges what was spent and is not in these rows, and closes every round of before.
+    def charge_statement(self, stated: Stated) -> None:
+        """Charges what was spent and is not in these rows, and closes every round before it.
 
-        A statement can only add to what is charged. Of each round that stands here a delta may have
-        left that is not here, so nothing of them leaves again; rounds after them can be charged.
+        A statement can only add to what is charged. In each round of these rows, a delta may have
+        left that this site no longer has, so nothing of them leaves again. Later rounds can be
+        charged.
 
         Raises:
-            LedgerError: it names a round that stands here.
+            LedgerError: it names a round that is in these rows.
             StorageError: it could not be written.
         """
         for added in stated.rounds:
@@ -298,8 +315,8 @@ class Ledger:
         self._append(stated)
 
     def knows(self, head: bytes, job: str, round_number: int) -> bool:
-        """Whether this history knows of what this site once signed: the head that its ledger had,
-        for an attempt at this round, or a statement that covers the round."""
+        """Whether this history contains a head that this site signed for an attempt at this round,
+        or a statement that covers the round."""
         if head in self._contents.heads:
             return True
         known = self.state(job, round_number)
@@ -318,8 +335,8 @@ class Ledger:
                 field="epsilon",
                 found=f"{before:.4g} spent, {after:.4g} with this round",
                 accepted=f"at most {budget.epsilon:g} at delta {budget.delta:g}",
-                remedy="what is spent does not come back: stop, or let whoever answers for the"
-                " data raise the total in the site's policy",
+                remedy="what is spent does not come back: stop, or let the people who answer for"
+                " the data raise the total in the site's policy",
             )
 
     def _reserved(self, job: str, round_number: int) -> Reservation:

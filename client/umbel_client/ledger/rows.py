@@ -1,4 +1,10 @@
-"""The rows of a privacy ledger: what they say, how they are chained, where they lead."""
+"""The rows of a privacy ledger: what they say, how they are chained, and what follows from them.
+
+What this module must keep, whatever is changed in it: rows that were written are read for ever, and
+their heads were signed and published. So no field of a row is added, renamed or removed, and no tag
+changes; a new kind of row takes a new schema version (`umbel_client.ledger.file`). Each invariant
+of the chain that `Contents` checks stays: a chain that breaks one is damaged.
+"""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,9 +18,9 @@ from umbel_common.errors import RemoteProtocolError
 
 GENESIS = bytes(32)
 EVALUATION = "#evaluation"
-"""Ends the name under which a job's counts of held-out records are charged: no job is called so."""
+"""Suffix of the ledger entry for a job's evaluation counts. `#` cannot occur in a job's name."""
 LOST = digest("lost round", b"")
-"""Stands for the delta of a round that was charged in a state of this site that is gone."""
+"""Digest in the place of a delta that was lost with a former state of this site."""
 
 
 class RoundState(StrEnum):
@@ -24,7 +30,7 @@ class RoundState(StrEnum):
     COMPUTED = "computed"
     SENT = "sent"
     LOST = "lost"
-    """Charged, and nothing of it may leave any more: its delta is not here."""
+    """The round is charged, and nothing of it may leave any more: its delta is not here."""
 
 
 class Reservation(Value, frozen=True):
@@ -34,25 +40,25 @@ class Reservation(Value, frozen=True):
     plan: Digest
     round: int
     event: DpEvent | None
-    """None: released without differential privacy; epsilon is infinite from then on."""
+    """Its DP event; None without differential privacy: epsilon is infinite from then on."""
     state: RoundState = RoundState.RESERVED
     delta_digest: Digest | None = None
-    """Of the noisy delta; None while RESERVED."""
+    """Digest of the noisy delta; None while RESERVED."""
 
 
 class Opened(Value, frozen=True, tag_field="row", tag="opened"):
-    """Row 0: what the ledger is about. Its schema is that of its birth: rows that came later are
-    about the same, and what was hashed cannot be rewritten."""
+    """Row 0: which data set the ledger is about."""
 
     data_set: Digest
     unit: str | None
-    """The column that says whose a record is; None: each record is its own unit. It stays: what was
-    charged by one unit says nothing about another."""
+    """The column that says whose a record is; None: each record is its own unit. It never changes:
+    what was charged by one unit says nothing about another."""
     schema: Literal[2, 3] = 3
+    """The schema version at creation. It is hashed, so it is never updated."""
 
 
 class Carried(Value, frozen=True, tag_field="row", tag="carried"):
-    """The data set changed, and stays charged with all that came before."""
+    """The data set changed, and stays charged with everything before."""
 
     data_set: Digest
 
@@ -75,15 +81,15 @@ class Computed(Value, frozen=True, tag_field="row", tag="computed"):
 
 
 class Sent(Value, frozen=True, tag_field="row", tag="sent"):
-    """The delta left."""
+    """The delta is about to leave, or has left."""
 
     job: str
     round: int
 
 
 class Restored(Value, frozen=True, tag_field="row", tag="restored"):
-    """These rows are an old copy: what was spent since is not in them. Nothing is charged until
-    somebody states it."""
+    """These rows are an old copy, and what was spent since is not in them. Nothing is charged
+    before somebody states it."""
 
     evidence: Digest
     """The manifest of the backup that was restored, or a head that this site signed and these rows
@@ -91,7 +97,7 @@ class Restored(Value, frozen=True, tag_field="row", tag="restored"):
 
 
 class StatedRound(Value, frozen=True):
-    """A round that somebody knows to have been charged, or fears."""
+    """A round that somebody states to have been charged, or that may have been."""
 
     job: str
     plan: Digest
@@ -100,12 +106,12 @@ class StatedRound(Value, frozen=True):
 
 
 class Stated(Value, frozen=True, tag_field="row", tag="stated"):
-    """What was spent besides the rows before, as the site's administrator states it. No round of
-    before goes on: of each, a delta may have left that is not here."""
+    """What was spent besides the rows before, as the site's administrator states it. No earlier
+    round continues: in each, a delta may have left that this site no longer has."""
 
     rounds: tuple[StatedRound, ...]
     everything: bool
-    """What was spent is not known: epsilon is infinite from then on."""
+    """Whether nobody knows what was spent: epsilon is infinite from then on."""
     at: Annotated[str, msgspec.Meta(max_length=40)]
     """When, UTC, ISO 8601, by this machine's clock."""
     by: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
@@ -123,12 +129,12 @@ class Row(Value, frozen=True):
     change: Change
 
     def head(self) -> bytes:
-        """Head of the chain that ends with this row."""
+        """Head of the chain that ends with this row, 32 bytes."""
         return digest("LedgerRow", encode(self))
 
 
 class _OpenedFirst(Value, frozen=True, tag_field="row", tag="opened"):
-    """Row 0 of a ledger that schema version 1 began: it knew records only."""
+    """Row 0 of a ledger that was created under schema version 1, which had no units."""
 
     data_set: Digest
     schema: Literal[1] = 1
@@ -142,7 +148,7 @@ class _FirstRow(Value, frozen=True):
 
 @dataclass
 class Contents:
-    """Where the rows of a ledger lead, followed one by one."""
+    """What follows from the rows of a ledger, taken one by one."""
 
     data_set: bytes = b""
     """Digest of the data set that the ledger is about now, 32 bytes."""
@@ -150,12 +156,12 @@ class Contents:
     heads: list[bytes] = field(default_factory=list)
     """Head of the chain after each row."""
     rounds: dict[tuple[str, int], Reservation] = field(default_factory=dict)
-    """By job and round, in the order in which they were reserved."""
+    """Each round by job and number, in the order of their reservations."""
     answers: int = 0
-    """How many the session journal had recorded when this site last let one out."""
+    """How many answers the session journal had recorded when this site last sent one."""
     schema: int = 0
-    """Schema version of the file that they were read from; 0: none."""
-    restored: bool = False
+    """Schema version of the file that the rows were read from; 0 before any was read."""
+    old_copy: bool = False
     """Whether these rows are an old copy, and nobody has stated yet what was spent since."""
     unknown: bool = False
     """Whether it was stated that nobody knows what was spent."""
@@ -169,8 +175,8 @@ class Contents:
         """Follows a row that was stored.
 
         Raises:
-            ValueError: it breaks a law of the chain.
-            RemoteProtocolError: it is no row.
+            ValueError: it breaks an invariant of the chain.
+            RemoteProtocolError: it is not a row.
         """
         _require(position == len(self.heads), "its position is out of order")
         _require(digest("LedgerRow", entry) == head, "its head differs")
@@ -183,7 +189,7 @@ class Contents:
         self.follow(row)
 
     def follow(self, row: Row) -> None:
-        """Follows one change; a `ValueError` says which law it breaks."""
+        """Follows one change; a `ValueError` says which invariant it breaks."""
         first = not self.heads
         _require(isinstance(row.change, Opened) == first, "a ledger is opened once, and first")
         match row.change:
@@ -192,16 +198,16 @@ class Contents:
             case Carried():
                 self.data_set = row.change.data_set
             case Restored():
-                self.restored = True
+                self.old_copy = True
             case Stated():
                 self._follow_statement(row.change)
             case _:
-                _require(not self.restored, "an old copy goes on before its spend is stated")
+                _require(not self.old_copy, "an old copy is charged before its spend is stated")
                 _apply(self.rounds, row.change)
         self.heads.append(row.head())
 
     def events(self) -> list[DpEvent | None]:
-        """Everything that was charged, for the accountant."""
+        """The DP event of every charge, for the accountant."""
         unknown = [None] if self.unknown else []
         return [*(entry.event for entry in self.rounds.values()), *unknown]
 
@@ -215,7 +221,7 @@ class Contents:
             self.rounds[key] = msgspec.structs.replace(
                 known, state=RoundState.LOST, delta_digest=LOST
             )
-        self.restored = False
+        self.old_copy = False
         self.unknown |= stated.everything
         self.statements.append(stated)
 
@@ -230,7 +236,7 @@ def _begun_by_version_1(entry: bytes) -> bytes | None:
 
 
 def _apply(rounds: dict[tuple[str, int], Reservation], change: Reserved | Computed | Sent) -> None:
-    """Follows one change of state; a `ValueError` says which law it breaks."""
+    """Follows one change of state; a `ValueError` says which invariant it breaks."""
     key = (change.job, change.round)
     known = rounds.get(key)
     match change:
@@ -248,6 +254,6 @@ def _apply(rounds: dict[tuple[str, int], Reservation], change: Reserved | Comput
 
 
 def _require(condition: bool, what: str) -> None:
-    """A law of the chain; a `ValueError` names the one that is broken."""
+    """Checks an invariant of the chain; a `ValueError` names the one that is broken."""
     if not condition:
         raise ValueError(what)

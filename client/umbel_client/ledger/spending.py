@@ -1,4 +1,4 @@
-"""What a ledger's rounds have cost, as values and as people read them."""
+"""What the rounds of a ledger have cost, as values."""
 
 from collections.abc import Iterable
 
@@ -14,31 +14,31 @@ class JobCost(Value, frozen=True):
 
     job: str
     rounds: int
-    """That were charged."""
+    """Number of charged rounds."""
     epsilon: float
-    """Of this job alone."""
+    """Epsilon of this job alone."""
 
 
 class Spending(Value, frozen=True):
-    """How a data set stands. An infinite epsilon: a round without differential privacy."""
+    """What a data set has cost. Epsilon is infinite after a round without differential privacy."""
 
     data_set: str
     """Its digest, 64 hexadecimal digits."""
     unit: str | None
     """The column that says whose a record is; None: each record is its own unit."""
     head: str
-    """Of the ledger, 64 hexadecimal digits."""
+    """Head of the ledger, 64 hexadecimal digits."""
     delta: float
     total: float
     """Epsilon that the policy allows."""
     spent: float
-    """Epsilon of all jobs together: less than the sum of theirs, by composition."""
+    """Epsilon of all jobs together; by composition it is less than the sum of theirs."""
     left: float
     jobs: tuple[JobCost, ...]
     old_copy: bool
-    """Whether the ledger is an old copy, and nobody stated yet what was spent since."""
+    """Whether the ledger is an old copy, and nobody has stated yet what was spent since."""
     stated: tuple[str, ...]
-    """What was stated about spends that the ledger did not know, each with who, when and why."""
+    """Each statement about a spend that the ledger did not know, with who, when and why."""
 
 
 class ReleaseCost(Value, frozen=True):
@@ -52,24 +52,25 @@ class ReleaseCost(Value, frozen=True):
     noise_multiplier: float | None
     sample_rate: float | None
     steps: int | None
-    """None, all three, without differential privacy."""
+    """Steps of the whole round. Noise multiplier, sampling rate and steps are None without
+    differential privacy."""
     epsilon: float
-    """Of everything on the data set up to this round."""
+    """Epsilon of everything on the data set up to this round."""
 
 
 class Verified(Value, frozen=True):
-    """A ledger that is intact and contains these heads, each of 64 hexadecimal digits."""
+    """A ledger that is intact and contains these heads, 64 hexadecimal digits each."""
 
     head: str
     rows: int
     last_signed: str | None
-    """That this site signed last; None before its first attempt."""
+    """Ledger head that this site signed last; None before its first attempt."""
     given: str | None
-    """That was asked about."""
+    """The head given with --head."""
 
 
 def spending(contents: Contents, allowed: Budget) -> Spending:
-    """How a data set stands against what the policy allows."""
+    """What a data set has cost, against what the policy allows."""
     rounds = list(contents.rounds.values())
     spent = total_epsilon(contents.events(), allowed.delta)
     jobs: dict[str, list[Reservation]] = {}
@@ -84,7 +85,7 @@ def spending(contents: Contents, allowed: Budget) -> Spending:
         spent=spent,
         left=max(allowed.epsilon - spent, 0.0),
         jobs=tuple(JobCost(job, len(own), _cost(own, allowed.delta)) for job, own in jobs.items()),
-        old_copy=contents.restored,
+        old_copy=contents.old_copy,
         stated=tuple(statement_text(stated) for stated in contents.statements),
     )
 

@@ -1,15 +1,16 @@
 """What a site's administrator states about a spend that the ledger does not know.
 
-A statement names the last round of each job that this site was asked to train for, and is charged
-for every round up to it: also for those that the site slept through, which costs too much and never
-too little. The noise of a round is known: a job has the same in all its rounds, in the ledger or by
-its plan.
+A statement names the last round of each job that this site was asked to train for. Every round up
+to it is charged, also a round that the site took no part in: that costs too much and never too
+little. The noise of a round is known, because all rounds of a job have the same noise: the ledger
+has it, or the job's plan.
 """
 
 from collections.abc import Mapping, Sequence
 
 from umbel_client.ledger.rows import EVALUATION, Contents, Reservation, Stated, StatedRound
 from umbel_client.privacy.accounting import DpEvent
+from umbel_client.privacy.calibration import noise_for
 from umbel_common.errors import BudgetError
 from umbel_common.plans.plan import TrainingPlan
 
@@ -20,9 +21,9 @@ def stated_rounds(
     """The rounds that a statement adds to a ledger.
 
     Args:
-        reached: job -> the last round of it that this site was asked for.
-        plans: for jobs of which the ledger has no round.
-        public_size: `data.public_size` of client.toml, for the noise under those plans.
+        reached: the last round of each job that this site was asked for.
+        plans: plans of jobs that have no round in the ledger.
+        public_size: `data.public_size` of client.toml, from which the noise of a plan follows.
 
     Raises:
         BudgetError: a job is unknown here, and its plan was not given.
@@ -49,7 +50,7 @@ def _missing(name: str, last: int, contents: Contents) -> list[int]:
 def _of_counts(
     job: str, contents: Contents, plans: Sequence[TrainingPlan]
 ) -> tuple[bytes, DpEvent | None] | None:
-    """What a job's counts of held-out records cost in a round; None if it has no evaluation."""
+    """Plan and DP event of a job's evaluation counts in a round; None if it has no evaluation."""
     for entry in contents.rounds.values():
         if entry.job == job + EVALUATION:
             return entry.plan, entry.event
@@ -69,14 +70,11 @@ def _of_job(
     found = [plan for plan in plans if plan.job == job]
     if not found:
         raise BudgetError(
-            "nothing is known here of a job whose rounds are stated",
+            "the rounds of a job are stated, and nothing is known here about the job",
             field=job,
             accepted=tuple(sorted({entry.job for entry in contents.rounds.values()})) or None,
             remedy="add its plan, which the operator has: --plan FILE",
         )
-    # It brings torch: nobody whose jobs are in the ledger waits for that.
-    from umbel_client.privacy.calibration import noise_for
-
     plan = found[0]
     noise = noise_for(plan, public_size)
     if noise.noise_multiplier is None:
@@ -90,7 +88,7 @@ def _noise(entry: Reservation) -> float:
 
 
 def statement_text(stated: Stated) -> str:
-    """One line of it, for people."""
+    """A statement in one line, for people."""
     if stated.everything:
         what = "nobody knows what was spent: epsilon is infinite"
     elif stated.rounds:

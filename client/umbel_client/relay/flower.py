@@ -1,8 +1,8 @@
 """Flower on the site's side: a Flower message in, a Flower message out, sealed bytes between.
 
-The only module here that imports flwr. Whoever runs it, the relay or a simulation, holds neither
-data nor identity key. Of what a SuperLink can send, one kind of message is handled; app bundles and
-run configurations are never asked for.
+The relay and simulations run this module; neither holds data or an identity key here. A SuperLink
+can send much; only one kind of message is handled, and app bundles and run configurations are never
+requested. `flower_patches` has what is changed in Flower.
 """
 
 import gc
@@ -10,7 +10,6 @@ import logging
 import ssl
 import threading
 import time
-from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Error, Message
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -39,7 +37,6 @@ from flwr.proto.message_pb2 import (
     PushObjectRequest,
 )
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -47,13 +44,18 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from umbel_client.relay.flower_patches import (
+    fleet_client,
+    set_identity,
+    set_lifetime,
+    set_message_id,
+)
 from umbel_client.relay.proxy import way_to
 from umbel_client.relay.server_clock import ServerClock
+from umbel_client.relay.signature import Signature
 from umbel_common.errors import ConfigError
 from umbel_host.files.keys import read_tls_key
 from umbel_host.transport.flower import packed_pieces, regrouped, unpacked_pieces
@@ -63,30 +65,31 @@ NOT_OURS = 1
 """Code of the error that answers every message that is not Umbel's."""
 _HEARTBEAT_SECONDS = 20.0
 _HEARTBEAT_INTERVAL = 30.0
-"""What the SuperLink is told to expect; it calls the site gone after twice as long."""
+"""The interval that the SuperLink expects; after twice as long it counts the site as offline."""
 _BUSY_POLL_SECONDS = 0.1
 _IDLE_POLL_SECONDS = 1.0
 _BUSY_SECONDS = 60.0
-"""Since the last message: a round has several, close together."""
+"""How long to poll often after a message: a round has several, close together."""
 _REQUEST_SECONDS = 30.0
-"""For each step of a request: to connect, to write, to read."""
+"""Limit of each step of a request: to connect, to write, to read."""
 _PATIENCE_SECONDS = 150.0
-"""For one request while the server is away."""
+"""How long one request is repeated while the server is away."""
 _LONGEST_PAUSE = 30.0
 _SLACK_SECONDS = 2.0
-"""The server's time is known to a second."""
+"""Taken off a reply's lifetime: the server's time is known to a second only."""
 
 _logger = logging.getLogger("umbel.relay")
 T = TypeVar("T")
 
 Pieces = list[bytes]
-"""A sealed message as `umbel_host.transport.flower.regrouped` makes it: a relay holds it once."""
+"""A sealed message in pieces, which `umbel_host.transport.flower.regrouped` makes: a relay holds it
+in memory only once."""
 
 
 def answer_message(message: Message, handle: Callable[[Pieces], Pieces]) -> Message:
     """Hands the sealed bytes to `handle` and sends back its answer.
 
-    Nothing else is ever acted on: no app bundle, no run configuration, no other message type.
+    Nothing else has any effect: no app bundle, no run configuration, no other message type.
     """
     ours = message.metadata.message_type == FLOWER_MESSAGE_TYPE
     pieces = unpacked_pieces(message) if ours else None
@@ -96,7 +99,7 @@ def answer_message(message: Message, handle: Callable[[Pieces], Pieces]) -> Mess
 
 
 def whole(handle: Callable[[bytes], bytes]) -> Callable[[Pieces], Pieces]:
-    """What takes a message in pieces, from what takes it whole (`Trainer.handle`)."""
+    """A handler of pieces, made from a handler of whole messages such as `Trainer.handle`."""
     return lambda pieces: list(regrouped([handle(b"".join(pieces))]))
 
 
@@ -115,42 +118,40 @@ def serve(
     connection: Connection,
     handle: Callable[[Pieces], Pieces],
     stopping: threading.Event,
-    connected: Callable[[bool], None],
+    on_connected: Callable[[bool], None],
 ) -> None:
-    """Carries messages until `stopping`; a server that is away is tried again and again.
+    """Carries messages until `stopping` is set; tries again while the server is away.
 
     Args:
-        handle: sealed request -> sealed reply.
-        connected: is told whether the server is reached.
+        handle: returns the sealed reply to a sealed request.
+        on_connected: is called with True when the server is reached, and with False when not.
 
     Raises:
-        IdentityError: the key is missing, open to others, or none that is used here.
+        IdentityError: the key is missing, readable by others, or of another kind.
         ConfigError: the certificate or the authority cannot be used, or the environment names a
             proxy that cannot.
     """
     context, key = _credentials(connection)
     way = way_to(connection.server)
     clock, pause = ServerClock(), 1.0
-    # What is there now stays: the collector, which is called often, need not look at it.
+    # The garbage collector is called often; it need not look at objects that stay.
     gc.freeze()
     while not stopping.is_set():
-        client = FleetHttpClient(
-            f"https://{connection.server}",
-            # Without Flower's own, by which an answer of the server can end this process.
-            interceptors=[_Signature(key, clock)],
-            verify=context,
+        client = fleet_client(
+            connection.server,
+            context,
+            way.client(context, _REQUEST_SECONDS),
+            Signature(key, clock),
         )
-        client._client.close()
-        client._client = way.client(context, _REQUEST_SECONDS)
         try:
             with client, _activated(client, key, stopping) as node:
-                connected(True)
+                on_connected(True)
                 pause = 1.0
                 _logger.info("connected to %s", way)
                 _work(client, node, clock, handle, stopping)
         except (httpx.HTTPError, OSError, ValueError) as error:
             _logger.warning("%s is not reached: %s", way, _reason(error))
-        connected(False)
+        on_connected(False)
         stopping.wait(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -196,34 +197,11 @@ def _credentials(connection: Connection) -> tuple[ssl.SSLContext, ec.EllipticCur
     return context, key
 
 
-class _Signature:
-    """Signs each request as Flower's own node does, by the server's clock."""
-
-    def __init__(self, key: ec.EllipticCurvePrivateKey, clock: ServerClock) -> None:
-        self._key = key
-        self._public = b64encode(public_key_to_bytes(key.public_key())).decode("ascii")
-        self._clock = clock
-
-    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        timestamp = self._clock.now().isoformat()
-        signature = sign_message(self._key, timestamp.encode("ascii"))
-        context.request.headers.update(
-            {
-                FLEET_HTTP_PUBLIC_KEY_HEADER: self._public,
-                TIMESTAMP_HEADER: timestamp,
-                FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode("ascii"),
-            }
-        )
-        response = call_next(context)
-        self._clock.learn(response)
-        return response
-
-
 @contextmanager
 def _activated(
     client: FleetHttpClient, key: ec.EllipticCurvePrivateKey, stopping: threading.Event
 ) -> Iterator[Node]:
-    """Makes this node known as online, and keeps it so."""
+    """Reports this node as online, and keeps it online."""
     activated = client.ActivateNode(
         ActivateNodeRequest(
             public_key=public_key_to_bytes(key.public_key()),
@@ -263,7 +241,6 @@ def _work(
     handle: Callable[[Pieces], Pieces],
     stopping: threading.Event,
 ) -> None:
-    TaskIdentity.node_id = node.node_id
     busy = time.monotonic()
     while not stopping.is_set():
         pulled = client.PullMessages(PullMessagesRequest(node=node))
@@ -273,23 +250,23 @@ def _work(
             continue
         (announced,), (tree,) = pulled.messages_list, pulled.message_object_trees
         metadata = announced.metadata
+        set_identity(node.node_id, metadata.run_id)
         try:
             request = _pull(client, node, metadata.run_id, tree, stopping)
-            TaskIdentity.run_id = metadata.run_id
             expires = metadata.created_at + metadata.ttl
             _push(client, node, clock, answer_message(request, handle), expires, stopping)
-            # Unlike Flower's nodes this one confirms nothing: what is confirmed is deleted, and
-            # could not be delivered again. The server deletes a request with its reply.
+            # Unlike Flower's nodes, a relay confirms nothing: the server would delete a confirmed
+            # message and could not deliver it again. It deletes a request with its reply.
         except httpx.HTTPStatusError as error:
             if not _is_over(error.response):
                 raise
-            # Its run is over: nobody waits for this reply any more.
+            # The message's run is over: nobody waits for this reply any more.
             _logger.info("a message is dropped: %s", _reason(error))
         busy = time.monotonic()
 
 
 def _is_over(response: httpx.Response) -> bool:
-    """Whether Flower, and not the gate before it, refuses a message: the gate says nothing."""
+    """Whether Flower refuses a message, and not the gate before it, whose refusals are empty."""
     code = response.status_code
     return 400 <= code < 500 and code != 401 and bool(response.content)
 
@@ -314,11 +291,11 @@ def _pull(
     try:
         message = inflate_object_from_contents(tree.object_id, contents)
     except Exception as error:
-        # Whatever Flower makes of bytes that are none of its own.
+        # Flower may raise anything for bytes that are not its own.
         raise ValueError("a message cannot be put together") from error
     if not isinstance(message, Message):
-        raise ValueError("what the server calls a message is none")
-    message.metadata.__dict__["_message_id"] = tree.object_id
+        raise ValueError("the server sent something that is not a Flower message")
+    set_message_id(message, tree.object_id)
     return message
 
 
@@ -330,14 +307,13 @@ def _push(
     expires: float,
     stopping: threading.Event,
 ) -> None:
-    """Piece by piece: after a cut, what has arrived is not sent again."""
+    """Sends a reply piece by piece; after a cut, pieces that arrived are not sent again."""
     run_id = reply.metadata.run_id
     # By the server's clock: a reply lives as long as its request.
     created = clock.now().timestamp()
-    reply.metadata.__dict__["_created_at"] = created
-    reply.metadata.__dict__["_ttl"] = expires - created - _SLACK_SECONDS
+    set_lifetime(reply, created, expires - created - _SLACK_SECONDS)
     with no_object_id_recompute():
-        reply.metadata.__dict__["_message_id"] = reply.object_id
+        set_message_id(reply, reply.object_id)
         objects = get_all_nested_objects(reply)
         request = PushMessagesRequest(
             node=node,
@@ -364,7 +340,7 @@ def _patiently(call: Callable[[], T], stopping: threading.Event) -> T:
     """Repeats a request while the server is away.
 
     Raises:
-        httpx.HTTPError: it is away for too long, or answers that it does not want the request.
+        httpx.HTTPError: the server is away for too long, or refuses the request.
     """
     deadline = time.monotonic() + _PATIENCE_SECONDS
     pause = 0.2

@@ -1,8 +1,8 @@
 """The relay's process: it has the network, and nothing of the site's.
 
-`umbel-client run` starts it, or a service manager: `python -m umbel_client.relay client.toml`. It
-carries sealed bytes from the server to the trainer's socket and back. It cannot read them, or
-change them unnoticed; and of a machine that it shares with the trainer it must not be able to read
+`umbel-client run` starts it, or a service manager does: `python -m umbel_client.relay client.toml`.
+It carries sealed bytes from the server to the trainer's socket and back. It cannot read them, or
+change them unnoticed. On a machine that it shares with the trainer, it must not be able to read
 data, identity key or ledger.
 """
 
@@ -35,9 +35,9 @@ _logger = logging.getLogger("umbel.relay")
 
 
 def exposed(config: ClientConfig) -> list[Path]:
-    """What of the site's own this process could read, and must not be able to."""
-    state = Path(config.state)
-    private = (Path(config.identity), Path(config.data.path), state / "ledger.sqlite", state)
+    """Private files of the site that this process can read, and must not be able to."""
+    state = config.state_folder
+    private = (Path(config.identity), Path(config.data.path), state.ledger, state.root)
     return [path for path in private if os.access(path, os.R_OK)]
 
 
@@ -45,7 +45,7 @@ def run(path: Path) -> None:
     """Carries messages until told to stop.
 
     Raises:
-        UmbelError: the configuration, a certificate, or a socket.
+        UmbelError: the configuration, a certificate or a socket cannot be used.
     """
     config = load_config(path)
     relay = require_relay(config, path)
@@ -68,15 +68,15 @@ def run(path: Path) -> None:
                 certificate=Path(relay.certificate),
                 key=Path(relay.key),
             ),
-            lambda pieces: _asked(stub, pieces, stopping),
+            lambda pieces: _ask(stub, pieces, stopping),
             stopping,
-            probes.serving,
+            probes.report_health,
         )
 
 
-def _asked(stub: TrainerStub, pieces: Pieces, stopping: threading.Event) -> Pieces:
-    """The trainer's answer. A trainer that died is asked again when it is back: it answers from its
-    journal, or refuses."""
+def _ask(stub: TrainerStub, pieces: Pieces, stopping: threading.Event) -> Pieces:
+    """Returns the trainer's answer. A trainer that died is asked again when it is back: it answers
+    from its journal, or refuses."""
     while True:
         try:
             return list(regrouped(stub.stream(pieces)))

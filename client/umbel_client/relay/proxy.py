@@ -1,8 +1,8 @@
 """The proxy between a site and the server, where the environment names one.
 
-Decided here once, so that what is used is what errors speak of, and so that no password gets into
-either. Through a proxy goes an HTTP tunnel (CONNECT): it learns the server's name and port, and
-sees TLS that it cannot open.
+It is chosen here, once: so errors name the proxy that is used, and no password gets into them. An
+HTTP tunnel (CONNECT) goes through the proxy, which learns the server's name and port and sees TLS
+that it cannot open.
 """
 
 import ssl
@@ -25,7 +25,7 @@ class Way:
     proxy: httpx.Proxy | None
 
     def __str__(self) -> str:
-        """For people; a proxy's user and password are not in it."""
+        """A text for people, without the proxy's user and password."""
         if self.proxy is None:
             return self.server
         return f"{self.server} through the proxy {self.proxy.url}"
@@ -35,26 +35,26 @@ class Way:
 
         Args:
             context: for TLS with the server.
-            seconds: for each step of a request.
+            seconds: limit of each step of a request.
         """
         return httpx.Client(
             verify=context,
             timeout=seconds,
             proxy=self.proxy,
             trust_env=False,
-            # Or the server could send requests on to any address in the site's own network.
+            # Redirections would let the server reach any address in the site's own network.
             follow_redirects=False,
         )
 
 
 def way_to(server: str) -> Way:
-    """As HTTPS_PROXY, else ALL_PROXY, and NO_PROXY say; lower-case names count first.
+    """The way that HTTPS_PROXY, else ALL_PROXY, and NO_PROXY name; lower-case names come first.
 
     Raises:
         ConfigError: a proxy is named in a way that cannot be used.
     """
     proxies = getproxies_environment()
-    # Flower's client would read all of them as it is made.
+    # All of them are checked, because Flower's client reads all of them when it is made.
     made = {
         name: _proxy(name, proxies[name]) for name in ("http", "https", "all") if name in proxies
     }
@@ -71,7 +71,7 @@ def _proxy(name: str, value: str) -> httpx.Proxy:
     except (ValueError, httpx.InvalidURL):
         proxy = None
     if proxy is None or proxy.url.scheme not in _SCHEMES or not proxy.url.host:
-        # Without what was found: a password may be in it.
+        # The error does not quote the value: a password may be in it.
         raise ConfigError(
             "the environment names a proxy that cannot be used",
             field=f"{name.upper()}_PROXY",

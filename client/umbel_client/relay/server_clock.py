@@ -7,13 +7,13 @@ from email.utils import parsedate_to_datetime
 import httpx
 
 TOLERATED_SKEW = timedelta(seconds=3)
-"""Flower takes no signature that is more than five seconds ahead of its own clock."""
+"""Largest difference that is ignored: Flower accepts a signature up to five seconds ahead."""
 
 _logger = logging.getLogger("umbel.relay")
 
 
 class ServerClock:
-    """The server's time, as its answers tell it: this site's clock may be wrong by minutes, and
+    """The server's time, taken from its answers: this site's clock may be wrong by minutes, and
     Flower refuses signatures and replies from another time."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class ServerClock:
         return datetime.now(UTC) + self.offset
 
     def learn(self, response: httpx.Response) -> None:
-        """From the date that an answer carries; one without it teaches nothing."""
+        """Takes the server's time from the date of an answer, if it has one."""
         try:
             offset = parsedate_to_datetime(response.headers["date"]) - datetime.now(UTC)
         except (KeyError, ValueError, TypeError):

@@ -19,7 +19,7 @@ labels = ["benign", "malignant"]
 ```
 
 Instead of the table, `policy = "policy.toml"` above the first table names a file with the same
-fields: then who may change the policy need not be who may change the rest.
+fields: then the people who may change the policy can be others than those who may change the rest.
 """
 
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from umbel_client.site.policy import Policy
+from umbel_client.site.state_folder import StateFolder
 from umbel_common.canonical import Name, Value
 from umbel_common.errors import ConfigError
 from umbel_common.plans.figures import Format
@@ -37,7 +38,7 @@ from umbel_common.trust.enrolment import Address
 from umbel_host.files.text_file import read_toml, read_toml_table
 
 POLICY_FILE = "policy.toml"
-"""What a file with the policy is called."""
+"""Name of a file with the policy."""
 
 
 class DataConfig(Value, frozen=True):
@@ -47,24 +48,24 @@ class DataConfig(Value, frozen=True):
     """The data set: .jsonl, .csv or .parquet by its ending, or a folder that `save_to_disk` of
     Hugging Face `datasets` wrote."""
     public_size: Annotated[int, msgspec.Meta(ge=1, le=10**9)]
-    """About how many records (or units, with `unit_column`) the data set has, as this site is
-    content to let everyone know: a round number that stays when records come and go. Sampling rate
-    and noise follow from it, so that they tell nothing about the exact number; privacy holds
-    whatever the exact number is."""
+    """About how many records (or units, with `unit_column`) the data set has: a round number that
+    everyone may know, and that stays when records come and go. Sampling rate and noise follow from
+    it, so they reveal nothing about the exact number; privacy holds whatever the exact number
+    is."""
     text_column: str = "text"
     """The column with the texts."""
     label_column: str = "label"
     """The column with the labels."""
     format: Format = "auto"
-    """Of a causal language model's records; `auto`: what the columns say."""
+    """Format of a causal language model's records; `auto`: the format that the columns show."""
     unit_column: str | None = None
-    """The column that says whose a record is, such as a patient's number. Where it is set, privacy
-    is promised for all records of a unit together; else for each record alone."""
+    """The column that says whose a record is, such as a patient's number. Where it is set, the
+    privacy guarantee covers all records of a unit together; else each record alone."""
     max_records_per_unit: Count = 32
-    """Records of a unit past so many, in the order of the file, are not used."""
+    """Most records of a unit that are used, in the order of the file."""
     evaluation_share: Fraction = 0.1
-    """About this share of the records (or units) is not trained on, but scored, under a plan with a
-    federated evaluation."""
+    """Share of the records (or units), approximately, that is held out and scored under a plan with
+    a federated evaluation."""
 
 
 class ModelConfig(Value, frozen=True):
@@ -73,18 +74,18 @@ class ModelConfig(Value, frozen=True):
     path: str
     """Folder of the base model, in Hugging Face format."""
     precision: Literal["float32", "bfloat16", "fastest"] = "float32"
-    """In which floating point the frozen layers compute; `fastest`: bfloat16 where the hardware
-    multiplies it itself. The adapter, clipping and noise are float32 in any case."""
+    """Floating-point type in which the frozen layers compute; `fastest`: bfloat16 where the
+    hardware multiplies it natively. The adapter, clipping and noise are float32 in any case."""
     gradient_checkpointing: bool = False
-    """Keep of each layer its input alone, and compute the rest anew in the backward pass: about a
-    third more time, and for long records a fraction of the memory."""
+    """Whether only the input of each layer is kept, and the rest is computed again in the backward
+    pass: about a third more time, and for long records a fraction of the memory."""
     quantisation: Literal["none", "nf4"] = "none"
-    """`nf4`: keep the weights of the frozen layers in four bits; takes the package bitsandbytes."""
+    """`nf4`: keep the weights of the frozen layers in four bits; needs the package bitsandbytes."""
 
 
 class RelayConfig(Value, frozen=True):
-    """The `[relay]` table: what the process with the network works with. `umbel-client init` and
-    `umbel-client join` make the files."""
+    """The `[relay]` table: the address and the files of the process with the network. `umbel-client
+    init` and `umbel-client join` make the files."""
 
     server: Address
     """Host and port of the aggregation server."""
@@ -122,23 +123,28 @@ class ClientConfig(Value, frozen=True):
     threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
     """CPU threads for training."""
     physical_batch_size: Annotated[int, msgspec.Meta(ge=1, le=65536)] | Literal["auto"] = "auto"
-    """Records computed at once: sets memory and speed, not the result. `auto`: as many as fit into
-    half of the memory that is free when a job begins, and are worth it. Where memory runs out in a
-    step, its batch is cut smaller, and stays so for the rest of the job."""
+    """Records computed at once: it determines memory and speed, not the result. `auto`: as many as
+    fit into half of the memory that is free when a job begins, as long as more are faster. Where
+    memory runs out in a step, the size is reduced for the rest of the job."""
+
+    @property
+    def state_folder(self) -> StateFolder:
+        """Where each part of the state is."""
+        return StateFolder(Path(self.state))
 
 
 def load_config(path: Path) -> ClientConfig:
     """Reads client.toml.
 
     Raises:
-        ConfigError: the file, or the policy's, cannot be read, is no TOML, or has an unknown,
+        ConfigError: the file, or the policy's, cannot be read, is not TOML, or has an unknown,
             missing or wrong field; or there are two policies.
     """
     table = read_toml_table(path, "give the path of this site's client.toml")
     folder = path.absolute().parent
     named = table.get("policy")
     if isinstance(named, str):
-        # Any policy will do until the file with the rest is known to be right.
+        # A placeholder, until the file with the rest is known to be right.
         table["policy"] = {}
     elif "policy" in table and (folder / POLICY_FILE).exists():
         raise ConfigError(
@@ -182,7 +188,7 @@ def require_relay(config: ClientConfig, file: Path) -> RelayConfig:
         file: where the configuration came from, for the error.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the table is missing.
     """
     if config.relay is None:
         raise ConfigError(
@@ -192,11 +198,6 @@ def require_relay(config: ClientConfig, file: Path) -> RelayConfig:
             remedy='add a table [relay] with server = "host:port"',
         )
     return config.relay
-
-
-def control_socket(config: ClientConfig) -> Path:
-    """Where the site's own people reach the trainer: in its state folder, closed to all others."""
-    return Path(config.state) / "control.sock"
 
 
 def trainer_socket(relay: RelayConfig) -> Path:

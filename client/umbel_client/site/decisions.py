@@ -1,12 +1,13 @@
 """What the site's people decide: whether the trainer may begin anything, and which plans may run.
 
-Files in the site's own state folder, which only its own people and its trainer can write. A server
-cannot speak to them, and the relay cannot reach them.
+Decisions are files in the site's own state folder, which only its own people and its trainer can
+write. A server cannot change them, and the relay cannot reach them.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from umbel_client.site.state_folder import StateFolder
 from umbel_common.canonical import decode_canonical, encode
 from umbel_common.errors import PolicyRefusal, RemoteProtocolError, StorageError
 from umbel_common.plans.plan import TrainingPlan
@@ -14,7 +15,7 @@ from umbel_common.trust.identity import Signed
 from umbel_host.files.durable import replace, sync_folder
 
 MOST_WAITING = 20
-"""Plans that may wait for a decision: a server could fill the disk with proposals."""
+"""Most plans that may wait for a decision: a server could fill the disk with proposals."""
 
 
 @dataclass(frozen=True)
@@ -26,22 +27,21 @@ class Proposal:
 
 
 class Decisions:
-    """The decisions of one site, on disk; read anew at each question."""
+    """The decisions of one site, on disk; they are read again at each question."""
 
-    def __init__(self, state: Path) -> None:
-        """`state`: the site's state folder."""
-        self._folder = state / "decisions"
+    def __init__(self, state: StateFolder) -> None:
+        self._folder = state.decisions
         self._approved = self._folder / "approved"
         self._waiting = self._folder / "waiting"
         self._pause = self._folder / "paused"
 
     @property
-    def paused(self) -> bool:
+    def is_paused(self) -> bool:
         """Whether the trainer is to begin nothing new."""
         return self._pause.exists()
 
     def pause(self) -> None:
-        """Nothing new begins from now on; a round under way is finished.
+        """Lets nothing new begin from now on; a round under way is finished.
 
         Raises:
             StorageError: it cannot be written.
@@ -58,7 +58,7 @@ class Decisions:
         Raises:
             PolicyRefusal: `site-paused`.
         """
-        if self.paused:
+        if self.is_paused:
             raise PolicyRefusal(
                 "site-paused",
                 "this site is paused by its own people",
@@ -102,7 +102,7 @@ class Decisions:
         """The plans that wait, by job.
 
         Raises:
-            StorageError: one of them is no plan any more.
+            StorageError: the file of one of them is damaged.
         """
         found = [self._proposal(self._waiting / name) for name in self._names(self._waiting)]
         return sorted(found, key=lambda proposal: proposal.plan.job)

@@ -1,8 +1,8 @@
 """What a site's processes say to each other over Unix sockets.
 
-Two sockets. The relay's carries sealed bytes and nothing else: whoever holds it can say to the
-trainer what a server can say, no more. The control socket is for the site's own people: what they
-see there never leaves the site.
+There are two sockets. The relay's socket carries sealed bytes and nothing else: a process that can
+use it can say to the trainer what a server can say, and no more. The control socket is for the
+site's own people: what they see there never leaves the site.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +23,7 @@ class SiteEvent(msgspec.Struct, frozen=True):
     time: float
     """Seconds since 1970."""
     kind: str
-    """preparing, charged, step, refused or answered."""
+    """One of preparing, charged, step, refused and note."""
     text: str
     """For people."""
 
@@ -39,16 +39,17 @@ class TrainerStatus(msgspec.Struct, frozen=True):
     waiting: tuple[str, ...]
     """Jobs whose plans wait for approval."""
     epsilon: float | None
-    """Spent on the data set, as this process last heard: `umbel-client budget` reads the ledger."""
+    """Epsilon spent on the data set when a round was last charged; `umbel-client budget` reads the
+    ledger itself."""
     last: SiteEvent | None
-    """What happened last."""
+    """The last event."""
 
 
 Handle = Callable[[bytes], bytes]
 
 
 def handle_method(handle: Handle) -> grpc.RpcMethodHandler:
-    """`Handle`: the pieces of a sealed request in, the pieces of a sealed reply out."""
+    """Method `Handle`: the pieces of a sealed request in, the pieces of a sealed reply out."""
 
     def answer(request: Iterator[bytes], _: grpc.ServicerContext) -> Iterator[bytes]:
         yield from pieces(handle(joined(request)))
@@ -77,10 +78,10 @@ class TrainerStub:
         return joined(self.stream([sealed]))
 
     def stream(self, parts: Iterable[bytes]) -> Iterator[bytes]:
-        """As `handle`, of a request in parts of any size, to a reply in others.
+        """As `handle`, with request and reply in parts of any size.
 
         Raises:
-            UnreachableError: as the reply is read.
+            UnreachableError: while the reply is read.
         """
         request = (piece for part in parts for piece in pieces(part))
         try:
@@ -114,7 +115,7 @@ class ControlStub:
         return msgspec.json.decode(answer, type=TrainerStatus)
 
     def watch(self) -> Iterator[SiteEvent]:
-        """What happens from now on, until the trainer ends.
+        """Events from now on, until the trainer ends.
 
         Raises:
             UnreachableError: it does not answer.
@@ -128,14 +129,14 @@ class ControlStub:
 
 
 def status_method(status: Callable[[], TrainerStatus]) -> grpc.RpcMethodHandler:
-    """`Status`."""
+    """Method `Status`."""
     return grpc.unary_unary_rpc_method_handler(lambda _, __: msgspec.json.encode(status()))
 
 
 def watch_method(
     events: Callable[[Callable[[], bool]], Iterator[SiteEvent]],
 ) -> grpc.RpcMethodHandler:
-    """`Watch`: `events` is told how to find out whether the caller is still there."""
+    """Method `Watch`: `events` gets a function that says whether the caller is still there."""
 
     def watch(_: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         for event in events(context.is_active):

@@ -1,4 +1,4 @@
-"""Is a kit's certificate good for this site's relay? Asked before anything of a kit is kept."""
+"""Checks a kit's certificate for this site's relay, before anything of the kit is kept."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +15,7 @@ from umbel_common.trust.enrolment import SiteKit
 
 @dataclass(frozen=True)
 class Certificates:
-    """What the relay connects with, PEM, and nothing else that the kit's texts may contain."""
+    """The certificates that the relay connects with, PEM, and nothing else of the kit's texts."""
 
     relay: bytes
     server_ca: bytes
@@ -27,8 +27,8 @@ def check_certificate(
     """The certificates of a kit.
 
     Args:
-        key: of this site's relay.
-        now: with its time zone.
+        key: public key of this site's relay.
+        now: the time, with its time zone.
         file: where the kit came from, for errors.
 
     Raises:

@@ -32,7 +32,7 @@ class Pinned:
     revoked: frozenset[bytes]
     """Public keys, 32 bytes each, that must not speak even where the roster lists them."""
     former: tuple[Roster, ...] = ()
-    """Rosters that this site pinned before: jobs that began under one go on under it."""
+    """Rosters that this site pinned before: a job that began under one continues under it."""
 
 
 def load_pinned(config: ClientConfig) -> Pinned:
@@ -43,7 +43,7 @@ def load_pinned(config: ClientConfig) -> Pinned:
     """
     path = Path(config.roster)
     document = require_document(path)
-    # A proposal that lies beside it, under whatever name, was pinned only if it has its digest's.
+    # Only files that are named by a digest were pinned: a proposal may lie beside them.
     kept = path.parent.glob(_kept(path, "[0-9a-f]" * 64))
     former = (require_document(file).roster for file in sorted(kept))
     return Pinned(document.roster, document.revoked(), tuple(former))
@@ -53,7 +53,7 @@ def require_document(path: Path) -> RosterDocument:
     """The pinned document.
 
     Raises:
-        IdentityError: there is none, or its file is unreadable or malformed.
+        IdentityError: no roster is pinned, or its file is unreadable or malformed.
     """
     document = find_document(path)
     if document is None:
@@ -79,12 +79,12 @@ def find_document(path: Path) -> RosterDocument | None:
 def pin(path: Path, former: RosterDocument | None, document: RosterDocument) -> Path | None:
     """Pins `document` in the place of `former`; returns where the former roster is kept.
 
-    None if there was none, or if the roster is the same and only what is known about keys grew:
-    that is all in the new file.
+    Returns None before the first approval, and if the roster is the same and only more is known
+    about keys: the new file has all of that.
 
     Raises:
-        IdentityError: the file no longer holds `former`: what was compared is not what would be
-            replaced. Nothing changed.
+        IdentityError: the file no longer holds `former`, so what would be replaced was not
+            compared. Nothing changed.
         StorageError: it could not be written; the former file stays.
     """
     with _locked(path):
@@ -140,7 +140,7 @@ def _kept(path: Path, digest: str) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time changes the file; the lock is on its folder, and leaves no file."""
+    """Lets one process at a time change the file; the lock is on its folder, and leaves no file."""
     try:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -161,7 +161,7 @@ def check_own_key(pinned: Pinned, site: str, identity: Identity) -> None:
     """Refuses to start a site that the others would not believe.
 
     Raises:
-        IdentityError: the roster knows the site not at all, or with another key, or the key is
+        IdentityError: the site is not in the roster, or is there with another key, or its key is
             revoked.
     """
     key = pinned.roster.member(site).public_key

@@ -1,15 +1,19 @@
-"""The site's own law, judged before its data is touched. What it does not allow, it refuses.
+"""The site's own policy, judged before its data is touched. What it does not allow is refused.
 
-Differencing: whoever learns the sum over a set of sites, and the sum over the same set without one
-site, knows that site's delta. With differential privacy in `local` mode that delta is itself what
-the guarantee covers, and nothing more is lost. Without, two rules apply, both to the survivor sets
-that this site itself confirmed. Within a round it confirms one set, and a set needs `threshold` of
-its own sites: by counting, no combination of a round's sums is one site's delta alone, though it
-can be the difference of two (each attempt asks only sites that do not know the other set). Over all
-rounds and jobs, a hurdle: a set is one that was confirmed before, or differs from each by
-`minimum_cohort_difference` sites. Rounds differ, so their sums do not subtract exactly (unless
-every record is in every batch), but they come near, and several sets together get around any such
-number. A site that needs more than a hurdle needs differential privacy.
+Differencing: a server that learns the sum over a set of sites, and the sum over the same set
+without one site, knows that site's delta. With differential privacy in `local` mode the guarantee
+covers the delta itself, and nothing more is lost. Without it, two rules apply, both to the survivor
+sets that this site itself confirmed.
+
+- Within a round, a site confirms one set, and a set needs `threshold` of its own sites. By
+  counting, no combination of a round's sums is one site's delta alone, though it can be the
+  difference of two (if each attempt asks only sites that do not know the other set).
+- Over all rounds and jobs, a set is one that was confirmed before, or differs from each such set by
+  `minimum_cohort_difference` sites. This is a hurdle and not a guarantee: rounds differ, so their
+  sums do not subtract exactly (unless every record is in every batch), but they come close, and
+  several sets together get around any such number.
+
+A site that needs more than a hurdle needs differential privacy.
 """
 
 import math
@@ -34,7 +38,7 @@ from umbel_common.plans.statements import RoundHeader
 Hours = Annotated[
     str, msgspec.Meta(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]\Z")
 ]
-"""A span of the day: its first minute, and the first minute after it; past midnight if it must."""
+"""A span of the day, which may pass midnight: its first minute, and the first minute after it."""
 
 HexDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 """A SHA-256 digest in lower-case hexadecimal."""
@@ -43,7 +47,7 @@ TaskName = Literal["classification", "causal-lm"]
 
 
 class Budget(Value, frozen=True):
-    """What all releases from one data set may cost together; infinite where anything may leave."""
+    """The most that all releases from one data set may cost together; epsilon may be infinite."""
 
     epsilon: float
     delta: float
@@ -56,23 +60,23 @@ class Policy(Value, frozen=True):
     """Digests of the base models that may be fine-tuned here; empty: every plan is refused."""
     labels: tuple[str, ...] = ()
     """The labels of a classification, in the plan's order; a plan must name exactly these. A site
-    that answered other sets by looking at its data would answer questions about its data."""
+    that compared a plan's labels with its data would answer questions about its data."""
     tasks: tuple[TaskName, ...] = ("classification",)
     """Tasks that plans may have; a language model that writes text must be allowed by name."""
     operators: tuple[str, ...] = ()
-    """Fingerprints of the operators whom this site works for; empty: the one of whatever roster its
-    people pinned."""
+    """Fingerprints of the operators that this site works for; empty: the operator of the roster
+    that its people pinned."""
     approval: Literal["each-plan", "none"] = "each-plan"
     """`each-plan`: a plan runs only after a person approved it here (`umbel-client approve`).
-    `none`: whatever else this policy allows may run."""
+    `none`: every plan that the rest of this policy allows may run."""
     max_rank: Count = 16
     """Largest LoRA rank."""
     target_modules: tuple[str, ...] | None = None
-    """Names of the layers that may have an adapter; absent: any linear layer."""
+    """Names of the layers that may have an adapter; absent: every linear layer."""
     max_rounds: Count = 100
     """Most rounds of one plan."""
     max_local_steps: Count = 100
-    """Most optimiser steps of one round."""
+    """Most optimizer steps of one round."""
     max_hours: Annotated[float, msgspec.Meta(gt=0, le=10_000)] = 24.0
     """Most hours that this site trains for one plan, all rounds and attempts together."""
     allowed_hours: Hours | None = None
@@ -83,27 +87,27 @@ class Policy(Value, frozen=True):
     """Largest epsilon of everything ever released from the data set, over all jobs, composed at
     `max_delta`."""
     max_delta: Fraction = 1e-5
-    """Largest delta of one plan; 1 / (10 x records) is a limit besides."""
+    """Largest delta of one plan; 1 / (10 x records) is another limit."""
     allow_without_privacy: bool = False
-    """Whether plans without differential privacy may run. After the first round of one, the data
-    set's ledger stands at infinity, and plans with differential privacy are refused for good."""
+    """Whether plans without differential privacy may run. After the first round of such a plan the
+    data set's epsilon is infinite, and plans with differential privacy are refused for good."""
     minimum_cohort: Annotated[int, msgspec.Meta(ge=2, le=100)] = 3
     """Fewest sites that may be summed, this one included."""
     colluding_sites: Annotated[int, msgspec.Meta(ge=0, le=100)] = 1
-    """Sites that may secretly work with the server: the threshold t of a cohort of n must satisfy
-    2 t > n + this."""
+    """Number of sites that may secretly work with the server: the threshold t of a cohort of n must
+    satisfy 2 t > n + this number."""
     minimum_cohort_difference: Annotated[int, msgspec.Meta(ge=1, le=100)] = 2
-    """Without differential privacy: sites by which a survivor set must differ from every set that
-    this site ever confirmed, unless it is the same; 1 allows any."""
+    """Without differential privacy: number of sites by which a survivor set must differ from every
+    other set that this site ever confirmed; 1 allows any."""
     federated_evaluation: bool = False
-    """Whether noisy counts of records that this site holds out, and of how an adapter does on them,
-    may be in the masked sum; charged to the ledger beside the training."""
+    """Whether the masked sum may contain noisy counts of the records that this site holds out, and
+    of how an adapter does on them; they are charged to the ledger beside the training."""
     examples_as_weights: bool = False
     """Whether the exact number of records may be this site's (masked) weight; never with
     differential privacy."""
 
     def budget(self, plan: TrainingPlan) -> Budget:
-        """What the ledger is to hold `plan` to; infinite for an allowed plan without privacy."""
+        """The budget for `plan` in the ledger; infinite for an allowed plan without privacy."""
         unlimited = self.allow_without_privacy and isinstance(plan.privacy, NoPrivacy)
         return Budget(math.inf if unlimited else self.total_epsilon, self.max_delta)
 
@@ -164,8 +168,8 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
     else:
         _at_most(policy.max_epsilon, privacy.epsilon, "epsilon-too-large", "max_epsilon")
         _at_most(policy.max_delta, privacy.delta, "delta-too-large", "max_delta")
-    # A site that is not asked to confirm the survivors cannot count them: what it can rely on is
-    # that no set is unmasked which fewer than `threshold` of its own sites signed.
+    # A site that is not asked to confirm the survivors cannot count them. It can rely on this: no
+    # set is unmasked that fewer than `threshold` of its own sites signed.
     _require(
         plan.aggregation.threshold >= policy.minimum_cohort,
         "threshold-below-minimum",
@@ -190,7 +194,7 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
 
 
 def judge_operator(policy: Policy, operator: str) -> None:
-    """Refuses to work for an operator whom the policy does not name.
+    """Refuses to work for an operator that the policy does not name.
 
     Args:
         operator: fingerprint of the pinned operator.
@@ -212,8 +216,8 @@ def judge_start(policy: Policy, moment: time, seconds: float) -> None:
     """Refuses to train now, or any longer.
 
     Args:
-        moment: of the day, by this machine's clock.
-        seconds: that this site has trained for the plan.
+        moment: time of day, by this machine's clock.
+        seconds: how long this site has trained for the plan.
 
     Raises:
         PolicyRefusal: `outside-hours` or `too-many-hours`.
@@ -227,7 +231,7 @@ def judge_start(policy: Policy, moment: time, seconds: float) -> None:
             field="policy.allowed_hours",
             found=moment.strftime("%H:%M"),
             accepted=policy.allowed_hours,
-            remedy="none: the server asks again",
+            remedy="nothing: the server asks again",
         )
     _require(
         seconds < policy.max_hours * 3600,
@@ -271,11 +275,11 @@ def judge_survivors(
     same_round: Sequence[tuple[str, ...]],
     ever: Sequence[tuple[str, ...]],
 ) -> None:
-    """Refuses, without differential privacy, a sum that would tell single sites apart.
+    """Refuses, without differential privacy, a sum that would single out a site.
 
     Args:
         same_round: the survivor sets that this site confirmed in earlier attempts of the round.
-        ever: those that it confirmed in any round of any job.
+        ever: the survivor sets that it confirmed in any round of any job.
 
     Raises:
         PolicyRefusal: `survivors-differ` within a round, `cohort-difference` between rounds.
@@ -288,7 +292,7 @@ def judge_survivors(
             "survivors-differ",
             found=", ".join(survivors),
             accepted=f"as confirmed before: {', '.join(earlier)}",
-            remedy="none within this round: another sum would tell single sites apart",
+            remedy="nothing within this round: another sum would single out a site",
         )
     for earlier in ever:
         difference = len(set(survivors) ^ set(earlier))
@@ -302,7 +306,7 @@ def judge_survivors(
 
 
 def _at_most(limit: float, found: float, check: str, field: str) -> None:
-    # Written so that a NaN is refused.
+    # This comparison refuses a NaN too.
     _require(
         found <= limit, check, field=f"policy.{field}", found=found, accepted=f"at most {limit:g}"
     )

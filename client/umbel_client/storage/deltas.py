@@ -1,8 +1,8 @@
 """A round's delta on the site's disk: computed once, released under any number of attempts.
 
-The file holds the (noisy) delta and the optimiser's state behind it, and names the adapter that
-training started from. It appears complete or not at all, before the ledger learns its digest; the
-ledger's digest is what makes it final.
+The file holds the (noisy) delta and the optimizer state after it, and names the adapter that
+training started from. It appears complete or not at all, and before the ledger records its digest;
+that record makes it final.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -46,7 +46,7 @@ class DeltaCache:
         partial = path.with_suffix(".partial")
         tensors = {_DELTA: delta, **{_STATE_PREFIX + name: value for name, value in state.items()}}
         try:
-            # Whatever was there before may have been open to others.
+            # A file that was there before may have been readable by others.
             partial.unlink(missing_ok=True)
             tensor_file.write(partial, tensors, {"adapter": adapter.hex()}, mode=0o600)
             partial.rename(path)
@@ -59,12 +59,12 @@ class DeltaCache:
     def load(
         self, round_number: int, expected: bytes, *, with_state: bool = True
     ) -> tuple[bytes, Vector, OptimizerState]:
-        """Digest of the starting adapter, delta and optimiser state of a round.
+        """Digest of the starting adapter, delta and optimizer state of a round.
 
         Args:
             expected: the digest that the ledger recorded.
-            with_state: otherwise the state is verified, and none of it is kept: it may be twice as
-                large as the delta.
+            with_state: whether the optimizer state is returned. It is verified in either case; it
+                may be twice as large as the delta.
 
         Raises:
             LedgerError: the file is missing, unreadable or not what the ledger recorded.
@@ -109,8 +109,8 @@ def _digest(
     names: Iterable[str],
     state: Callable[[str], npt.NDArray[np.float32]],
 ) -> bytes:
-    """What the ledger records: the delta, the adapter that it started from, and the optimiser's
-    state, which flows into later deltas and is asked for name by name."""
+    """The digest that the ledger records. It covers the delta, the adapter that it started from,
+    and the optimizer state, which flows into later deltas and is read tensor by tensor."""
 
     def parts() -> Iterator[bytes | memoryview]:
         yield adapter

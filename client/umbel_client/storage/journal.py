@@ -1,11 +1,18 @@
-"""The site's protocol journal: what is answered is on disk before it is sent (Bonawitz et al. 2017
-assume that a client answers each stage once; a restart must not break that).
+"""The site's protocol journal: what is answered is on disk before it is sent.
 
-One SQLite file at the site. For each attempt it keeps the header, the current secret state of
-secure aggregation, and each stage's answer with the digest of the request it answers. The same
+Bonawitz et al. (2017) assume that a client answers each stage once; a restart must not break that.
+What this module must keep, whatever is changed in it:
+
+- An answer and the state that follows it are written in one transaction.
+- A stage has one answer and an attempt has one number, for ever: no method replaces an answer, and
+  the count of answers never falls.
+- The secrets of an attempt that is over are deleted, also from the write-ahead log.
+- A file of a former schema version is migrated, and no table or column is renamed.
+
+The journal is one SQLite file at the site. For each attempt it keeps the header, the current secret
+state of secure aggregation, and each stage's answer with the digest of its request. The same
 request again gets the same bytes again; another request for an answered stage is refused, also
-after a restart. Secret state is deleted when the attempt is over; the file lies beside the data
-itself and needs the same protection.
+after a restart. The file lies beside the data and needs the same protection.
 """
 
 import sqlite3
@@ -49,28 +56,28 @@ CREATE TABLE releases (
 """
 
 _STEPS = (
-    # Answers were not counted, nor did the ledger count them: any number that never falls will do.
+    # Version 1 counted no answers, nor did its ledger: any number that never falls will do.
     """
     CREATE TABLE answered (total INTEGER NOT NULL) STRICT;
     INSERT INTO answered SELECT COUNT(*) FROM answers
     """,
-    # What was trained before is not known: the policy's hours begin anew for the jobs under way.
+    # Version 2 did not count training time: the policy's hours start at 0 for jobs under way.
     "CREATE TABLE trained (job TEXT PRIMARY KEY, seconds REAL NOT NULL) STRICT",
 )
 
 
 def journal_schema() -> Schema:
-    """Of every session journal."""
+    """The schema of every session journal."""
     return Schema(KIND, _SCHEMA, _STEPS)
 
 
 class Published(Value, frozen=True):
-    """What this site has said of its ledger and let out, which the ledger must know of."""
+    """What this site has said about its ledger and sent, which the ledger must know."""
 
     ledger_head: bytes | None
-    """That it signed last, 32 bytes; None before its first attempt."""
+    """The ledger head in the last signed advert, 32 bytes; None before the first attempt."""
     answers: int
-    """That it ever recorded, those of attempts that are over included."""
+    """How many answers were ever recorded, including those of finished attempts."""
 
 
 class Journal:
@@ -82,7 +89,7 @@ class Journal:
         Raises:
             StorageError: it is corrupt, of a later schema version, or cannot be written.
         """
-        # Deleted secrets are overwritten in the file, not only unlinked.
+        # SQLite then overwrites deleted secrets in the file, and does not only unlink them.
         self._database = Database(path, journal_schema(), secure_delete=True)
 
     def close(self) -> None:
@@ -90,7 +97,7 @@ class Journal:
         self._database.close()
 
     def check_plan(self, job: str, plan: Signed) -> None:
-        """Refuses a second plan for a job: it has one for ever.
+        """Refuses a second plan for a job, which has one for ever.
 
         Raises:
             RemoteProtocolError: `job-has-other-plan`.
@@ -99,7 +106,7 @@ class Journal:
         require(
             known is None or known.statement == plan.statement,
             "job-has-other-plan",
-            f"job {job} was accepted otherwise",
+            f"job {job} was accepted with another plan",
         )
 
     def accept_plan(self, job: str, plan: Signed) -> None:
@@ -128,7 +135,7 @@ class Journal:
         return self._signed("SELECT release FROM releases WHERE job = ? ORDER BY round", job)
 
     def check_new(self, header: RoundHeader) -> None:
-        """Refuses an attempt number that was used, or lies behind one that was used.
+        """Refuses an attempt number that was used, or that is smaller than one that was used.
 
         Raises:
             RemoteProtocolError: `attempt-reused`.
@@ -197,16 +204,16 @@ class Journal:
                 return blob.read()
 
     def published(self) -> Published:
-        """What the privacy ledger is held against."""
+        """What the privacy ledger is compared with."""
         with self._database.errors():
             return _published(self._database.connection)
 
-    def open(
+    def open_attempt(
         self, header: RoundHeader, ledger_head: bytes, state: bytes, request: bytes, reply: bytes
     ) -> None:
-        """Burns an attempt number together with the answer to its first stage.
+        """Uses up an attempt number, together with the answer to its first stage.
 
-        Whatever earlier attempts of the job still held is deleted: their time is over.
+        Answers and secrets of the job's earlier attempts are deleted: those attempts are over.
         """
         with self._database.transaction():
             self._database.execute(
@@ -230,7 +237,7 @@ class Journal:
             self._insert_answer(header.context(), "train", request, reply)
         self._forget()
 
-    def burn(
+    def record_answer(
         self, context: bytes, stage: str, request: bytes, reply: bytes, state: bytes | None
     ) -> None:
         """Records an answer and the state that follows it; None ends the attempt here."""
@@ -242,20 +249,20 @@ class Journal:
         self._forget()
 
     def end_job(self, job: str) -> None:
-        """Deletes what the attempts of a job still hold: its last release is out."""
+        """Deletes the secrets of a job's attempts, after its last release."""
         with self._database.transaction():
             self._database.execute("UPDATE attempts SET state = NULL WHERE job = ?", (job,))
         self._forget()
 
     def end_all(self) -> None:
-        """Ends every attempt, as in a copy that must not answer anything a second time: its secrets
-        and answers are deleted, and what was counted and confirmed stays."""
+        """Ends every attempt in a copy of a journal, which must not answer anything a second time:
+        secrets and answers are deleted, and what was counted and confirmed stays."""
         with self._database.transaction():
             self._database.execute("UPDATE attempts SET state = NULL")
             self._database.execute("DELETE FROM answers")
         self._forget()
 
-    def confirm(self, context: bytes, survivors: tuple[str, ...]) -> None:
+    def record_survivors(self, context: bytes, survivors: tuple[str, ...]) -> None:
         """Records the survivor set that is about to be confirmed."""
         with self._database.transaction():
             self._database.execute(
@@ -263,8 +270,8 @@ class Journal:
                 (msgspec.msgpack.encode(survivors), context),
             )
 
-    def confirmed(self, header: RoundHeader | None = None) -> list[tuple[str, ...]]:
-        """The survivor sets that were confirmed, in any attempt of the header's round or ever."""
+    def survivor_sets(self, header: RoundHeader | None = None) -> list[tuple[str, ...]]:
+        """The survivor sets that were confirmed, in all attempts of the header's round or ever."""
         query = "SELECT survivors FROM attempts WHERE survivors IS NOT NULL"
         values: tuple[str | int, ...] = ()
         if header is not None:
@@ -274,7 +281,7 @@ class Journal:
             rows = self._database.execute(query, values).fetchall()
         return [msgspec.msgpack.decode(row[0], type=tuple[str, ...]) for row in rows]
 
-    def trained(self, job: str) -> float:
+    def seconds_trained(self, job: str) -> float:
         """Seconds that this site has trained for a job."""
         with self._database.errors():
             row = self._database.execute(
@@ -282,8 +289,8 @@ class Journal:
             ).fetchone()
         return 0.0 if row is None else float(row[0])
 
-    def add_trained(self, job: str, seconds: float) -> None:
-        """Counts time that this site has trained for a job."""
+    def add_seconds_trained(self, job: str, seconds: float) -> None:
+        """Adds to the time that this site has trained for a job."""
         with self._database.transaction():
             self._database.execute(
                 "INSERT INTO trained VALUES (?, ?)"
@@ -319,7 +326,7 @@ class Journal:
             return [decode_canonical(row[0], Signed) for row in rows]
 
     def _insert_answer(self, context: bytes, stage: str, request: bytes, reply: bytes) -> None:
-        # Room first, then the reply piece by piece: SQLite would copy a masked vector twice.
+        # Room first, then the reply piece by piece: else SQLite would copy a masked vector twice.
         row = self._database.execute(
             "INSERT INTO answers VALUES (?, ?, ?, zeroblob(?))",
             (context, stage, request, len(reply)),
@@ -338,7 +345,7 @@ class Journal:
 
 
 def read_published(path: Path) -> Published:
-    """As `Journal.published`, of a journal that another process may be using.
+    """As `Journal.published`, for a journal that another process may be using.
 
     Raises:
         StorageError: it cannot be read, or is of a later schema version.

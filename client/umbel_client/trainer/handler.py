@@ -1,8 +1,40 @@
-"""The trainer: sealed request in, sealed reply out, and nothing else.
+"""The trainer: a sealed request in, a sealed reply out, and nothing else.
 
-It is all that a server can reach at a site. Every request is opened against the pinned operator
-key, judged by the site's policy and journal, and answered at most once. What it refuses, it names
-to the server by a code; the reason in full goes to the site's own observer.
+This module is all that a server can reach at a site. What it must keep, whatever is changed in it:
+
+- No request is acted on before its seal is opened with the pinned operator's key.
+- Nothing of a round leaves before it is charged in the ledger, recorded in the journal, and counted
+  in the ledger (steps 12, 14 and 15): a site that dies at any moment answers the same again.
+- The order of the steps. A check that moves behind training lets a server spend the site's budget.
+- A refusal names a check to the server and no more; the reason in full goes to the site's own
+  observer.
+
+A request to train passes these steps. Their numbers stand in the code where each happens, and each
+check says which step it guards.
+
+ 1. Seal: the operator's key is not revoked, and the operator sealed this request for this site.
+ 2. Header: the operator signed the round header.
+ 3. Plan: this site accepted a plan for the job.
+ 4. Repetition: a request that was answered gets the same bytes again, and another request for the
+    same attempt is refused.
+ 5. Round: federation, plan, cohort and round are ones that this site knows (`checks`).
+ 6. Parties: each site of the cohort is in the pinned roster, with a key that is not revoked
+    (`checks`).
+ 7. Attempt: its number was never used, nor a later one (journal).
+ 8. Policy: plan and cohort are judged again, and the sum of the deltas cannot overflow.
+ 9. People: the site is not paused, and it may train now (decisions, policy).
+10. Start: the operator signed the predecessor's release, and the adapter is the one that release
+    and header name (`checks`); the journal keeps the release.
+11. Ledger: model, data and ledger are loaded (`job`), and the ledger knows what this site signed
+    last (`last_advert`).
+12. Training: the ledger reserves the round, the round is trained, its delta is stored, and the
+    ledger records its digest (`job`). The journal counts the time.
+13. Advert: fresh public keys, signed together with the ledger's head.
+14. Journal: the attempt, its secrets and the sealed reply are on disk.
+15. Count: the ledger counts the answer.
+16. The reply leaves.
+
+The later stages of an attempt pass steps 1 and 6, and then their own (`stages`).
 """
 
 import os
@@ -18,15 +50,21 @@ from umbel_client.site.decisions import Decisions
 from umbel_client.site.pinned_roster import Pinned, check_own_key
 from umbel_client.site.policy import judge_header, judge_operator, judge_plan, judge_start
 from umbel_client.storage.journal import Journal
+from umbel_client.trainer.checks import (
+    check_end,
+    check_parties,
+    check_round,
+    check_size_class,
+    check_start,
+)
 from umbel_client.trainer.job import SiteJob, SiteStatus
 from umbel_client.trainer.last_advert import check_last_advert
 from umbel_client.trainer.observer import Observer
+from umbel_client.trainer.site import Site
 from umbel_client.trainer.stages import answer_stage
-from umbel_common.adapters.vector import Vector, adapter_digest, from_bytes, initial_vector
-from umbel_common.canonical import Entropy, V, decode_canonical, encode
+from umbel_common.canonical import Entropy, decode_canonical, encode
 from umbel_common.errors import (
     BudgetError,
-    PlanError,
     PolicyRefusal,
     ProtocolError,
     RemoteProtocolError,
@@ -34,30 +72,27 @@ from umbel_common.errors import (
     require,
 )
 from umbel_common.plans.plan import TrainingPlan, check_plan
-from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader
-from umbel_common.protocol.transcript import final_round
+from umbel_common.plans.statements import Release, RoundHeader
 from umbel_common.protocol.wire import (
     FinishReply,
     FinishRequest,
     OfferReply,
     OfferRequest,
     Refusal,
-    Reply,
     TrainReply,
     TrainRequest,
     open_request,
     request_digest,
-    seal_reply,
     size_limit,
 )
 from umbel_common.secagg import participant
 from umbel_common.secagg.encoding import encoding_of
 from umbel_common.secagg.rules import Rules
-from umbel_common.trust.identity import Identity, Roster, Signed, fingerprint, open_signed
+from umbel_common.trust.identity import Identity, Signed, fingerprint
 
 
 class Trainer:
-    """One site. A lock sees to it that one request is handled at a time."""
+    """One site, behind a lock: it handles one request at a time."""
 
     def __init__(
         self,
@@ -73,30 +108,32 @@ class Trainer:
 
         Args:
             pinned: the roster that this site pinned, and the keys that it holds for revoked.
-            entropy: replaced only by simulations that say that they are insecure.
+            entropy: replaced only by simulations, which say that they are insecure.
             clock: this machine's local time, for the policy's hours.
 
         Raises:
-            IdentityError: the roster knows this site not at all, or with another key; or this
-                site's key is revoked.
+            IdentityError: this site is not in the roster, or is there with another key; or its key
+                is revoked.
             PolicyRefusal: the site's policy does not name the pinned operator.
             StorageError: the journal cannot be used.
         """
         check_own_key(pinned, config.site, identity)
         judge_operator(config.policy, fingerprint(pinned.roster.operator))
         self._config = config
-        self._roster = pinned.roster
-        self._identity = identity
-        self._former_rosters = pinned.former
-        self._revoked = pinned.revoked
         self._observer = observer
-        self._entropy = entropy
         self._clock = clock
         self._lock = threading.Lock()
-        self._state = Path(config.state)
-        self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._session = Journal(self._state / "session.sqlite")
-        self._decisions = Decisions(self._state)
+        state = config.state_folder
+        state.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._site = Site(
+            name=config.site,
+            pinned=pinned,
+            identity=identity,
+            policy=config.policy,
+            journal=Journal(state.journal),
+            entropy=entropy,
+        )
+        self._decisions = Decisions(state)
         self._job: SiteJob | None = None
 
     def close(self) -> None:
@@ -104,7 +141,7 @@ class Trainer:
         with self._lock:
             if self._job is not None:
                 self._job.close()
-            self._session.close()
+            self._site.journal.close()
 
     def status(self, job: str) -> SiteStatus:
         """How an accepted job stands at this site, for the site's own people.
@@ -122,212 +159,154 @@ class Trainer:
             try:
                 return self._answer(sealed, asked)
             except UmbelError as error:
-                self._observer.refused(error)
-                return self._seal(Refusal(check=_code(error)), asked)
+                return self._refuse(error, asked)
             except Exception as unexpected:
-                # What a server can provoke, however odd, must not end the site's process.
+                # Nothing that a server can provoke, however odd, may end the site's process.
                 fault = UmbelError(
                     f"an unexpected {type(unexpected).__name__} stopped a request",
                     found=unexpected,
                     remedy="please report it: no input should cause this",
                 )
                 fault.__cause__ = unexpected
-                self._observer.refused(fault)
-                return self._seal(Refusal(check=_code(fault)), asked)
+                return self._refuse(fault, asked)
+
+    def _refuse(self, error: UmbelError, asked: bytes) -> bytes:
+        self._observer.refused(error)
+        return self._site.seal(Refusal(check=_code(error)), asked)
 
     def _answer(self, sealed: bytes, asked: bytes) -> bytes:
+        """Step 1, and then what this kind of request needs."""
+        site = self._site
         require(
-            self._roster.operator not in self._revoked,
+            site.roster.operator not in site.pinned.revoked,
             "revoked-key",
             "the operator's key is revoked",
             remedy="approve a roster with the operator's new key",
         )
         request = open_request(
-            self._roster.operator,
-            self._config.site,
+            site.roster.operator,
+            site.name,
             sealed,
             limit=max([size_limit(None), *(size_limit(plan) for plan in self._plans())]),
         )
         match request:
             case OfferRequest():
-                return self._seal(self._offer(request), asked)
+                return site.seal(self._offer(request), asked)
             case FinishRequest():
-                return self._seal(self._finish(request), asked)
+                return site.seal(self._finish(request), asked)
             case TrainRequest():
                 return self._train(request, asked)
             case _:
-                header = self._session.header(request.context)
-                self._check_parties(header)
+                header = site.journal.header(request.context)
+                # Step 6 again: the roster may have changed, and a key been revoked, since training.
+                check_parties(site, header)
                 job = self._loaded_job(header.job)
-                reply = answer_stage(
-                    request,
-                    header,
-                    session=self._session,
-                    job=job,
-                    policy=self._config.policy,
-                    site=self._config.site,
-                    roster=self._roster,
-                    identity=self._identity,
-                    entropy=self._entropy,
-                    fingerprint=asked,
-                )
-                job.answered(self._session.published().answers)
+                reply = answer_stage(site, job, header, request, asked)
+                job.record_answers(site.journal.published().answers)
                 return reply
 
     def _offer(self, request: OfferRequest) -> OfferReply:
-        plan = self._open(request.plan, TrainingPlan)
+        """Accepts a plan, before anything of it takes effect: a job has one plan for ever."""
+        site = self._site
+        plan = site.open(request.plan, TrainingPlan)
         require(
-            plan.federation == self._roster.federation,
+            plan.federation == site.roster.federation,
             "other-federation",
             "a plan is of another federation",
         )
         check_plan(plan)
-        judge_plan(self._config.policy, plan)
-        self._check_size_class(plan)
+        judge_plan(site.policy, plan)
+        check_size_class(site, plan)
         self._decisions.require_running()
-        if self._config.policy.approval == "each-plan":
+        if site.policy.approval == "each-plan":
             self._decisions.require_approval(plan, request.plan)
-        # Before anything of the plan takes effect: a job has one plan for ever.
-        self._session.check_plan(plan.job, request.plan)
+        site.journal.check_plan(plan.job, request.plan)
         self._load(plan)
-        self._session.accept_plan(plan.job, request.plan)
+        site.journal.accept_plan(plan.job, request.plan)
         return OfferReply(plan=plan.digest())
 
-    def _train(self, request: TrainRequest, fingerprint: bytes) -> bytes:
-        header = self._open(request.header, RoundHeader)
+    def _train(self, request: TrainRequest, asked: bytes) -> bytes:
+        """Steps 2 to 16, in the order of the list at the top of this module."""
+        site, journal = self._site, self._site.journal
+        # 2, 3
+        header = site.open(request.header, RoundHeader)
         plan = self._accepted_plan(header.job)
-        known = self._session.answer(header.context(), "train", fingerprint)
+        # 4
+        known = journal.answer(header.context(), "train", asked)
         if known is not None:
-            self._loaded_job(plan.job).answered(self._session.published().answers)
+            self._loaded_job(plan.job).record_answers(journal.published().answers)
             return known
-        self._check_header(header, plan)
+        # 5, 6, 7
+        check_round(site, header, plan)
+        check_parties(site, header)
+        journal.check_new(header)
+        # 8: judged again, because a site may have tightened its policy since it accepted the plan.
+        judge_plan(site.policy, plan)
+        judge_header(site.policy, plan, header)
+        encoding_of(plan.aggregation, len(header.cohort)).prove_headroom()
+        # 9
         self._decisions.require_running()
-        judge_start(self._config.policy, self._clock().time(), self._session.trained(plan.job))
-        adapter = self._check_release(request, header, plan)
+        judge_start(site.policy, self._clock().time(), journal.seconds_trained(plan.job))
+        # 10
+        release, adapter = check_start(site, request, header, plan)
+        journal.keep_release(plan.job, release.round, request.release)
+        # 11
         job = self._loaded_job(plan.job)
         if request.last is not None:
-            check_last_advert(request.last, job, self._identity)
+            check_last_advert(request.last, job, site.identity)
+        # 12
         began = time.monotonic()
         try:
             job.train(header, adapter)
         finally:
-            self._session.add_trained(plan.job, time.monotonic() - began)
+            journal.add_seconds_trained(plan.job, time.monotonic() - began)
+        # 13
         head = job.ledger_head()
         state, advert = participant.advertise(
             header,
-            self._config.site,
+            site.name,
             Rules(
                 threshold=plan.aggregation.threshold,
-                colluding=self._config.policy.colluding_sites,
-                minimum_cohort=self._config.policy.minimum_cohort,
+                colluding=site.policy.colluding_sites,
+                minimum_cohort=site.policy.minimum_cohort,
             ),
-            self._identity,
+            site.identity,
             head,
-            self._entropy,
+            site.entropy,
         )
-        reply = self._seal(TrainReply(advert=advert), fingerprint)
-        self._session.open(header, head, encode(state), fingerprint, reply)
-        job.answered(self._session.published().answers)
+        reply = site.seal(TrainReply(advert=advert), asked)
+        # 14, 15, 16
+        journal.open_attempt(header, head, encode(state), asked, reply)
+        job.record_answers(journal.published().answers)
         return reply
 
-    def _check_size_class(self, plan: TrainingPlan) -> None:
-        weight = self._roster.member(self._config.site).weight
-        if plan.aggregation.weights == "size-class" and weight > plan.aggregation.max_weight:
-            raise PlanError(
-                "this site's size class is larger than the plan allows",
-                field="aggregation.max_weight",
-                found=plan.aggregation.max_weight,
-                accepted=f"at least {weight}",
-            )
-
-    def _check_header(self, header: RoundHeader, plan: TrainingPlan) -> None:
-        checks = {
-            "other-federation": header.federation == self._roster.federation,
-            "plan-digest": header.plan == plan.digest(),
-            "not-in-cohort": self._config.site in header.cohort,
-            "round-past-plan": header.round <= plan.training.rounds,
-        }
-        for check, holds in checks.items():
-            require(holds, check, "a round header does not fit what this site knows")
-        self._check_parties(header)
-        self._session.check_new(header)
-        # Judged again: a site may have tightened its policy since it accepted the plan.
-        judge_plan(self._config.policy, plan)
-        judge_header(self._config.policy, plan, header)
-        encoding_of(plan.aggregation, len(header.cohort)).prove_headroom()
-
-    def _check_parties(self, header: RoundHeader) -> None:
-        """At every stage: the roster may have changed, and a key been revoked, since the last."""
-        members = _keys(self._roster)
-        # A job keeps the roster that it began with. Who has joined since does not disturb it; who
-        # left, or has another key, ends it here.
-        rosters = {roster.digest(): roster for roster in (*self._former_rosters, self._roster)}
-        agreed = _keys(rosters.get(header.roster, self._roster))
-        cohort = {name: members.get(name) for name in header.cohort}
-        checks = {
-            "roster-digest": header.roster in rosters,
-            "not-in-roster": None not in cohort.values() and cohort.items() <= agreed.items(),
-            "revoked-key": self._revoked.isdisjoint(cohort.values()),
-        }
-        for check, holds in checks.items():
-            require(holds, check, "an attempt has other parties than this site believes")
-
-    def _check_release(
-        self, request: TrainRequest, header: RoundHeader, plan: TrainingPlan
-    ) -> Vector:
-        """The adapter to start from: the one that the header, its release and its digest name."""
-        release = self._open(request.release, Release)
-        vector = from_bytes(request.adapter, plan.lora.size)
-        found = adapter_digest(plan.digest(), vector)
-        require(
-            found == release.adapter == header.adapter,
-            "adapter-digest",
-            "an adapter is not what its release says",
-        )
-        require(
-            (release.plan, release.round) == (plan.digest(), header.round - 1),
-            "other-release",
-            "a round does not start from its predecessor",
-        )
-        require(
-            release.round > 0 or found == adapter_digest(plan.digest(), initial_vector(plan)),
-            "initial-adapter",
-            "release 0 is not the plan's public seed's",
-        )
-        self._session.keep_release(plan.job, release.round, request.release)
-        return vector
-
     def _finish(self, request: FinishRequest) -> FinishReply:
-        release = self._open(request.release, Release)
+        """Stores the adapter of a job's last release, and ends the job at this site."""
+        site = self._site
+        release = site.open(request.release, Release)
         plan = self._accepted_plan(release.job)
-        end = None if request.early_end is None else self._open(request.early_end, EarlyEnd)
-        vector = from_bytes(request.adapter, plan.lora.size)
-        require(
-            adapter_digest(plan.digest(), vector) == release.adapter,
-            "adapter-digest",
-            "an adapter is not what its release says",
-        )
-        require(
-            (release.plan, release.round) == (plan.digest(), final_round(plan, end)),
-            "other-release",
-            "this is not the last release of the plan",
-        )
-        self._session.keep_release(plan.job, release.round, request.release)
+        vector = check_end(site, request, release, plan)
+        site.journal.keep_release(plan.job, release.round, request.release)
         write_adapter(
-            self._state / "adapters" / plan.job,
+            self._config.state_folder.adapter(plan.job),
             plan,
             vector,
             request.release,
             base_model=Path(self._config.model.path),
         )
-        self._session.end_job(plan.job)
+        site.journal.end_job(plan.job)
         return FinishReply(adapter=release.adapter)
 
     def _plans(self) -> list[TrainingPlan]:
-        return [_accepted(signed) for signed in self._session.plans()]
+        return [_accepted(signed) for signed in self._site.journal.plans()]
 
     def _accepted_plan(self, job: str) -> TrainingPlan:
-        signed = self._session.plan(job)
+        """Step 3: the plan of a job that this site accepted.
+
+        Raises:
+            RemoteProtocolError: `unknown-plan`.
+        """
+        signed = self._site.journal.plan(job)
         if signed is None:
             raise RemoteProtocolError("unknown-plan", f"no plan of job {job} was accepted here")
         return _accepted(signed)
@@ -347,31 +326,21 @@ class Trainer:
         self._job = SiteJob(
             self._config,
             plan,
-            self._roster,
-            published=self._session.published(),
+            self._site.roster,
+            published=self._site.journal.published(),
             observer=self._observer,
-            entropy=self._entropy,
+            entropy=self._site.entropy,
         )
-
-    def _open(self, signed: Signed, kind: type[V]) -> V:
-        return open_signed(signed, kind, self._roster.operator, "operator")
-
-    def _seal(self, reply: Reply, asked: bytes) -> bytes:
-        return seal_reply(self._identity, self._config.site, reply, asked)
-
-
-def _keys(roster: Roster) -> dict[str, bytes]:
-    return {member.name: member.public_key for member in roster.members}
 
 
 def _accepted(signed: Signed) -> TrainingPlan:
-    """A plan from this site's own journal: verified as it was accepted, by the operator of then,
-    whose key may have been rotated since."""
+    """A plan from this site's own journal. Its signature was verified on acceptance, against the
+    operator's key of that time, which may have been rotated since."""
     return decode_canonical(signed.statement, TrainingPlan)
 
 
 def _code(error: UmbelError) -> str:
-    """What the server is told: the name of a check that it can know of, else a kind of fault."""
+    """The code for the server: a check that it can know of, or else a kind of fault."""
     match error:
         case ProtocolError() | PolicyRefusal():
             return error.check

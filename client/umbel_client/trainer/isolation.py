@@ -16,7 +16,7 @@ from umbel_host.processes.seccomp import only_unix_sockets
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWNET = 0x40000000
 
-# Addresses that are reserved for documentation: nothing is sent, a route is only looked up.
+# Addresses that are reserved for documentation. Nothing is sent: only a route is looked up.
 _NOWHERE = (
     (socket.AF_INET, ("192.0.2.1", 9)),
     (socket.AF_INET6, ("2001:db8::1", 9)),
@@ -33,7 +33,7 @@ class Network(Enum):
 
 
 def network() -> Network:
-    """Found out by trying: the kernel is asked for a route to another machine."""
+    """Asks the kernel for a route to another machine."""
     for family, address in _NOWHERE:
         try:
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -45,12 +45,12 @@ def network() -> Network:
 
 
 def drop_network() -> str | None:
-    """Takes the network away from this process and all that it starts, for good.
+    """Takes the network away from this process and from all processes that it starts, for good.
 
-    Two locks, of which each alone would do: an empty network namespace, unless the process had no
-    network before, and a filter that leaves it Unix sockets alone. A container of stock Kubernetes
-    is given no namespace, and has the filter. Sockets that are open already, and Unix sockets in
-    the file system, go on working.
+    There are two locks, and each alone is enough: an empty network namespace, unless the process
+    had no network before, and a filter that allows Unix sockets only. A container of stock
+    Kubernetes gets no namespace, and has the filter. Open sockets, and Unix sockets in the file
+    system, continue to work.
 
     Returns:
         None when the process has no network now; else why the kernel did not allow it.
@@ -66,10 +66,10 @@ def drop_network() -> str | None:
 
 
 def _empty_namespace() -> int:
-    """Moves this process into one of its own; 0, or the error number.
+    """Moves this process into a network namespace of its own; returns 0 or the error number.
 
     Raises:
-        OSError: it is in one, but without a name, and could make no file.
+        OSError: it is in one, but its user has no name there, and it could make no file.
     """
     refused = _unshare(_CLONE_NEWNET)
     if refused == errno.EPERM:
@@ -81,7 +81,7 @@ def _empty_namespace() -> int:
 
 
 def _unshare(flags: int) -> int:
-    """0, or the error number."""
+    """Returns 0 or the error number."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "unshare"):
         return errno.ENOSYS
@@ -89,7 +89,7 @@ def _unshare(flags: int) -> int:
 
 
 def _keep_own_names(user: int, group: int) -> None:
-    """Without a name in its new user namespace, a process could make no file."""
+    """Names this process's user in its new user namespace: without a name it could make no file."""
     Path("/proc/self/setgroups").write_text("deny", encoding="ascii")
     Path("/proc/self/uid_map").write_text(f"{user} {user} 1", encoding="ascii")
     Path("/proc/self/gid_map").write_text(f"{group} {group} 1", encoding="ascii")

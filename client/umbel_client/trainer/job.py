@@ -134,10 +134,10 @@ class SiteJob:
         """Whether the ledger knows of a head that this site signed for an attempt."""
         return self._ledger.knows(head, signed_for.job, signed_for.round)
 
-    def forgot(self, head: bytes) -> None:
+    def mark_as_old_copy(self, head: bytes) -> None:
         """The ledger is an old copy, by a head that this site signed: nothing is charged until
         somebody states what was spent."""
-        self._ledger.restored(head)
+        self._ledger.mark_as_old_copy(head)
 
     def train(self, header: RoundHeader, adapter: Vector) -> None:
         """Makes sure that the round's delta exists: from the cache, or by training now.
@@ -163,9 +163,9 @@ class SiteJob:
                 computed = self._compute(number, header.adapter, adapter, event)
             except ModelError:
                 # The outcome of this draw of noise, too: another draw would be another release.
-                self._ledger.computed(self.plan.job, number, FAILED)
+                self._ledger.record_delta(self.plan.job, number, FAILED)
                 raise
-            self._ledger.computed(self.plan.job, number, computed)
+            self._ledger.record_delta(self.plan.job, number, computed)
         started_from, _, _ = self._stored(number, with_state=False)
         require(
             started_from == header.adapter,
@@ -182,11 +182,11 @@ class SiteJob:
         encoding = encoding_of(self.plan.aggregation, len(header.cohort))
         return encode(delta, self._weight, encoding, self._entropy)
 
-    def sent(self, round_number: int) -> None:
+    def record_sent(self, round_number: int) -> None:
         """The round's masked delta is about to leave."""
-        self._ledger.sent(self.plan.job, round_number)
+        self._ledger.record_sent(self.plan.job, round_number)
 
-    def answered(self, answers: int) -> None:
+    def record_answers(self, answers: int) -> None:
         """An answer that the session journal has just recorded, or gives again, is about to leave.
 
         Args:

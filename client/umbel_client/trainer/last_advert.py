@@ -1,10 +1,10 @@
 """A site that is shown what it signed last notices that its own state is an old copy.
 
-The ledger and the journal are held against each other, but a copied folder or a virtual machine's
-snapshot puts both back together. What this site signed since is then known elsewhere only: each
-advert of keys carries the head that the ledger had, and the server shows every site its own last
-one with the next request to train. A server cannot forge it. It can withhold it, or show an older
-one: then nothing is noticed here.
+The ledger and the journal are compared with each other, but a copied folder or a virtual machine's
+snapshot puts both back together. Then only others know what this site signed since. Each advert of
+keys carries the head that the ledger had, and the server shows every site its own last advert with
+the next request to train. A server cannot forge it. It can withhold it, or show an older one: then
+nothing is noticed here.
 """
 
 from umbel_client.trainer.job import SiteJob
@@ -17,21 +17,21 @@ from umbel_common.trust.identity import Identity, label_of, verifies
 
 
 def check_last_advert(last: LastAdvert, job: SiteJob, identity: Identity) -> None:
-    """Refuses to go on where the ledger does not know what this site signed, and marks it.
+    """Step 11 of `handler`: marks a ledger that does not know what this site signed, and refuses.
 
     Args:
-        identity: this site's.
+        identity: this site's identity.
 
     Raises:
         RemoteProtocolError: `ledger-rolled-back`; `other-context` or `malformed-message` if the
-            server shows something else than an advert with its header.
+            server shows something other than an advert with its header.
     """
     label, advert = label_of(KeyAdvert), last.advert
     if not verifies(identity.public_key, label, advert.statement, advert.signature):
-        # Signed with a key that this site has passed on since; or by nobody.
+        # It was signed with a former key of this site, or not by this site: it proves nothing.
         return
     signed = decode_canonical(advert.statement, KeyAdvert)
-    # The site's own signature over the context binds the header: whoever else signed it.
+    # The site's own signature over the context binds the header, which others signed too.
     header = decode_canonical(last.header.statement, RoundHeader)
     require(header.context() == signed.context, "other-context", "an advert is of another attempt")
     try:
@@ -46,5 +46,5 @@ def check_last_advert(last: LastAdvert, job: SiteJob, identity: Identity) -> Non
             " what was spent since: umbel-client budget state-spend (docs/budget.md)",
         )
     except RemoteProtocolError:
-        job.forgot(signed.ledger_head)
+        job.mark_as_old_copy(signed.ledger_head)
         raise

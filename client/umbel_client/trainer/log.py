@@ -1,4 +1,4 @@
-"""What happens at the trainer, as lines of its log and as events for who watches."""
+"""What happens at the trainer, as lines of its log and as events for `umbel-client watch`."""
 
 import logging
 import queue
@@ -10,12 +10,12 @@ from umbel_client.site.ipc import SiteEvent
 from umbel_common.errors import UmbelError
 
 _MOST_PENDING = 1000
-"""Events kept for a watcher that does not read; then it loses the oldest."""
+"""Most events kept for a watcher that does not read; beyond them it loses the oldest."""
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Stopped(BaseException):
-    """Unwinds a training under way; no `Exception`, which would be answered as a refusal."""
+    """Unwinds a training under way. It is not an `Exception`, which would be sent as a refusal."""
 
 
 class SiteLog:
@@ -28,7 +28,7 @@ class SiteLog:
         self._stopped = threading.Event()
         self.last: SiteEvent | None = None
         self.epsilon: float | None = None
-        """Spent on the data set, as last heard."""
+        """Epsilon spent on the data set when a round was last charged."""
 
     def stop(self) -> None:
         """Ends all watching, and the training under way at its next step."""
@@ -55,8 +55,8 @@ class SiteLog:
         self._tell("step", f"round {round_number}: step {step} of {steps}", logging.DEBUG)
 
     def refused(self, error: UmbelError) -> None:
-        """See `Observer`. What is refused again and again, such as a plan that waits for people, is
-        told once."""
+        """See `Observer`. A refusal that repeats, as of a plan that waits for approval, is logged
+        once."""
         text = error.diagnostics()
         with self._lock:
             again = self.last is not None and (self.last.kind, self.last.text) == ("refused", text)
@@ -64,11 +64,11 @@ class SiteLog:
             self._tell("refused", text, logging.WARNING)
 
     def note(self, text: str, level: int = logging.INFO) -> None:
-        """Anything else that the site's people should know."""
+        """Logs anything else that the site's people should know."""
         self._tell("note", text, level)
 
     def events(self, listening: Callable[[], bool]) -> Iterator[SiteEvent]:
-        """What happens from now on, while `listening`."""
+        """Events from now on, while `listening`."""
         pending: queue.Queue[SiteEvent] = queue.Queue(_MOST_PENDING)
         with self._lock:
             self._watchers.append(pending)

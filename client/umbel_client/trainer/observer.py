@@ -1,4 +1,4 @@
-"""Who is told what happens at a site: its log, its live view, its tests."""
+"""Receives what happens at a site: its log, its live view and its tests implement this."""
 
 from typing import Protocol
 
@@ -6,15 +6,15 @@ from umbel_common.errors import UmbelError
 
 
 class Observer(Protocol):
-    """Never leaves the site; may be told private detail that a server never is."""
+    """Stays at the site, and so may receive private detail that no server receives."""
 
     def preparing(self, what: str, done: int, total: int) -> None:
         """Work before training, such as filling the cache of the frozen layers."""
         ...
 
     def charged(self, round_number: int, epsilon: float | None) -> None:
-        """The ledger has reserved a round; `epsilon` is spent on this data set by now, all jobs
-        together (None: without differential privacy)."""
+        """The ledger has reserved a round; `epsilon` is what all jobs together have spent on this
+        data set by now (None without differential privacy)."""
         ...
 
     def step(self, round_number: int, step: int, steps: int) -> None:

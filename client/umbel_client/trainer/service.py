@@ -9,7 +9,6 @@ from umbel_client.data.tables import require_file
 from umbel_client.models.base.files import require_model
 from umbel_client.site.config import (
     ClientConfig,
-    control_socket,
     load_config,
     require_relay,
     trainer_socket,
@@ -35,39 +34,40 @@ if TYPE_CHECKING:
     from umbel_client.trainer.handler import Trainer
 
 RELAY_MODE = 0o660
-"""The relay runs as another user of the same group."""
+"""Mode of the relay's socket: the relay runs as another user of the same group."""
 CONTROL_MODE = 0o600
 _STOPPING_SECONDS = 30.0
 _NAME = "umbel.trainer"
 
 
 def run(path: Path, no_isolation: str | None) -> None:
-    """Serves until told to stop. Training under way is given up: its round is charged, and computed
-    anew by the next start.
+    """Serves until told to stop. Training under way is then abandoned: its round is charged, and
+    computed again after the next start.
 
     Args:
         path: client.toml.
-        no_isolation: why the process still has a network; None: it has none.
+        no_isolation: why the process still has a network; None if it has no network.
 
     Raises:
-        UmbelError: the configuration, the roster, the key, data, model, the journal or a socket.
+        UmbelError: the configuration, the roster, the key, data, model, the journal or a socket
+            cannot be used.
     """
     config = load_config(path)
     relay = require_relay(config, path)
     logger = logging.getLogger(_NAME)
     if no_isolation is not None:
         _judge_isolation(config, path, no_isolation, logger)
-    state = Path(config.state)
-    require_state(state)
+    state = config.state_folder
+    require_state(state.root)
     require_file(Path(config.data.path))
     require_model(Path(config.model.path))
     identity = read_identity(Path(config.identity))
     log = SiteLog(logger)
     stopping = stop_on_signals()
     with ExitStack() as stack:
-        stack.enter_context(locked(state / "trainer.lock", "this site's trainer"))
+        stack.enter_context(locked(state.lock, "this site's trainer"))
         pinned = load_pinned(config)
-        # Loaded now: what is wrong so far is said at once, not after the seconds that these take.
+        # Imported only now: errors so far are reported at once, and not after the seconds it takes.
         import torch
 
         from umbel_client.trainer.handler import Trainer
@@ -106,7 +106,7 @@ def _judge_isolation(
 
 
 class _Service:
-    """What the sockets answer."""
+    """Answers the calls on both sockets."""
 
     def __init__(
         self, config: ClientConfig, pinned: Pinned, trainer: "Trainer", log: SiteLog
@@ -115,14 +115,14 @@ class _Service:
         self._pinned = pinned
         self._trainer = trainer
         self._log = log
-        self._decisions = Decisions(Path(config.state))
+        self._decisions = Decisions(config.state_folder)
         self._isolated = network() is Network.NONE
 
     def servers(self, relay_socket: Path) -> tuple[SocketServer, SocketServer]:
-        """One for the relay, one for the site's people."""
+        """A server for the relay, and one for the site's people."""
         relay = SocketServer(relay_socket, RELAY_MODE)
         relay.add(TRAINER, {"Handle": handle_method(self._trainer.handle)})
-        control = SocketServer(control_socket(self._config), CONTROL_MODE)
+        control = SocketServer(self._config.state_folder.control_socket, CONTROL_MODE)
         control.add(
             CONTROL,
             {"Status": status_method(self._status), "Watch": watch_method(self._log.events)},
@@ -134,7 +134,7 @@ class _Service:
             site=self._config.site,
             federation=self._pinned.roster.federation,
             isolated=self._isolated,
-            paused=self._decisions.paused,
+            paused=self._decisions.is_paused,
             waiting=tuple(proposal.plan.job for proposal in self._decisions.proposals()),
             epsilon=self._log.epsilon,
             last=self._log.last,

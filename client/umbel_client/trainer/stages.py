@@ -1,11 +1,28 @@
-"""Stages 2 to 5 of an attempt: journal, then answer. Input, change of state, save, then send."""
+"""Stages 2 to 5 of an attempt: shares, masked delta, survivors, unmasking. First save, then send.
+
+What this module must keep, whatever is changed in it: nothing is signed or returned before what it
+follows from is on disk, no stage is answered twice with different bytes, and no stage reads the
+delta but for masking it. An answer passes these steps; `handler` has opened the request's seal and
+checked the parties of the attempt before.
+
+1. Repetition: a stage that was answered gets the same bytes again, and another request for it is
+   refused (journal).
+2. State: the attempt is open, and its secrets are read from the journal.
+3. Change: secure aggregation checks what it was sent, and gives the next state and the reply. Two
+   stages record something of their own before they reply:
+   3a. masking: the ledger records that the delta leaves;
+   3b. confirming: the policy judges the set of survivors, and the journal keeps it.
+4. Journal: the sealed reply and the next state are on disk. The secrets of an attempt are deleted
+   with its last answer.
+5. The reply leaves, once `handler` has let the ledger count it.
+"""
 
 import numpy as np
 
-from umbel_client.site.policy import Policy, judge_survivors
-from umbel_client.storage.journal import Journal
+from umbel_client.site.policy import judge_survivors
 from umbel_client.trainer.job import SiteJob
-from umbel_common.canonical import Entropy, decode, encode
+from umbel_client.trainer.site import Site
+from umbel_common.canonical import decode, encode
 from umbel_common.errors import RemoteProtocolError
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.protocol.wire import (
@@ -18,71 +35,65 @@ from umbel_common.protocol.wire import (
     ShareRequest,
     UnmaskReply,
     UnmaskRequest,
-    seal_reply,
 )
 from umbel_common.secagg import participant
-from umbel_common.trust.identity import Identity, Roster
 
 StageRequest = ShareRequest | MaskRequest | ConfirmRequest | UnmaskRequest
 
 
 def answer_stage(
-    request: StageRequest,
-    header: RoundHeader,
-    *,
-    session: Journal,
-    job: SiteJob,
-    policy: Policy,
-    site: str,
-    roster: Roster,
-    identity: Identity,
-    entropy: Entropy,
-    fingerprint: bytes,
+    site: Site, job: SiteJob, header: RoundHeader, request: StageRequest, asked: bytes
 ) -> bytes:
-    """The sealed answer to a stage, burned on disk before it is returned.
+    """The sealed answer to a stage, on disk before it is returned.
 
     Args:
-        fingerprint: digest of the sealed request, 32 bytes.
+        asked: digest of the sealed request, 32 bytes.
 
     Raises:
-        PolicyRefusal: `survivors-differ` or `cohort-difference`.
-        RemoteProtocolError: the check of `participant` or `session` that failed; the state on disk
-            is as it was.
+        PolicyRefusal: `survivors-differ` or `cohort-difference` (step 3b).
+        RemoteProtocolError: the check of the journal (steps 1 and 2) or of secure aggregation
+            (step 3) that failed; or `stage-order`. The state on disk is as it was.
     """
-    context = request.context
+    journal, context = site.journal, request.context
     stage = type(request).__name__.removesuffix("Request").lower()
-    known = session.answer(context, stage, fingerprint)
+    # 1
+    known = journal.answer(context, stage, asked)
     if known is not None:
         return known
-    state: participant.AttemptState = decode(session.state(context), participant.AttemptState)  # type: ignore[arg-type]  # a union is a decodable type
+    # 2
+    state: participant.AttemptState = decode(journal.state(context), participant.AttemptState)  # type: ignore[arg-type]  # a union is a decodable type
     after: participant.AttemptState | None
     reply: Reply
+    # 3
     match state, request:
         case participant.Advertised(), ShareRequest():
-            after, shares = state.receive(request.adverts, roster, entropy)
+            after, shares = state.receive(request.adverts, site.roster, site.entropy)
             reply = ShareReply(context=context, shares=shares)
         case participant.Shared(), MaskRequest():
             after, vector = state.receive(request.shares, job.ring_vector(header))
             reply = MaskReply(context=context, vector=vector.view(np.uint8).data)
-            job.sent(header.round)
+            # 3a
+            job.record_sent(header.round)
         case participant.Masked(), ConfirmRequest():
+            # 3b
             judge_survivors(
-                policy,
+                site.policy,
                 job.plan,
                 request.survivors,
-                same_round=session.confirmed(header),
-                ever=session.confirmed(),
+                same_round=journal.survivor_sets(header),
+                ever=journal.survivor_sets(),
             )
-            after, signature = state.receive(request.survivors, identity)
+            after, signature = state.receive(request.survivors, site.identity)
             reply = ConfirmReply(context=context, signature=signature)
-            # Recorded first: a crash in between leaves a set that binds, and was not signed.
-            session.confirm(context, request.survivors)
+            # Before the answer: a crash in between leaves a set that binds this site, unsigned.
+            journal.record_survivors(context, request.survivors)
         case participant.Confirmed(), UnmaskRequest():
-            _, revealed = state.receive(request.signatures, roster)
+            _, revealed = state.receive(request.signatures, site.roster)
             reply = UnmaskReply(context=context, shares=revealed)
             after = None
         case _:
             raise RemoteProtocolError("stage-order", f"the stage {stage} is out of order here")
-    sealed = seal_reply(identity, site, reply, fingerprint)
-    session.burn(context, stage, fingerprint, sealed, None if after is None else encode(after))
+    sealed = site.seal(reply, asked)
+    # 4
+    journal.record_answer(context, stage, asked, sealed, None if after is None else encode(after))
     return sealed

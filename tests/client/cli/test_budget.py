@@ -51,8 +51,8 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def charge(ledger: Ledger, job: str, number: int, event: DpEvent | None) -> None:
     ledger.reserve(job, PLAN, number, event, UNLIMITED)
-    ledger.computed(job, number, b"\x02" * 32)
-    ledger.sent(job, number)
+    ledger.record_delta(job, number, b"\x02" * 32)
+    ledger.record_sent(job, number)
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def journal_with(state: Path, head: bytes) -> None:
     """The journal of a site that answered once."""
     header = RoundHeader("f", "first", 3, 1, PLAN, PLAN, PLAN, ("a", "b", "c"))
     session = Journal(state / "session.sqlite")
-    session.open(header, head, b"state", b"request", b"reply")
+    session.open_attempt(header, head, b"state", b"request", b"reply")
     session.close()
 
 

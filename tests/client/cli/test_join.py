@@ -14,7 +14,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from support.enrolling import Enrolling, give_command, read_kit
 
 import umbel_client.cli
-from umbel_client.cli import join as join_cli
+from umbel_client.site import joining
 from umbel_client.site.config import load_config
 from umbel_client.site.kit_certificate import Certificates, check_certificate
 from umbel_client.site.pinned_roster import revoke_here
@@ -154,7 +154,7 @@ def test_an_operator_who_is_not_the_pinned_one_gives_no_kit(
     thief = Identity(b"t" * 32)
     forged = clinics.forged(msgspec.structs.replace(kit(clinics), server="evil:1"), thief)
     refused(clinics, forged, SignatureError, "not signed by the operator")
-    monkeypatch.setattr(join_cli, "check_kit", lambda *_: None)
+    monkeypatch.setattr(joining, "check_kit", lambda *_: None)
     clinics.client("north", "join", str(forged))
     assert 'server = "evil:1"' in (clinics.folder / "north/client.toml").read_text()
 
@@ -197,8 +197,8 @@ def test_no_address_writes_a_second_line_into_the_configuration(
     lenient = msgspec.structs.replace(
         lenient, kit=msgspec.structs.replace(lenient.kit, server=INJECTED)
     )
-    monkeypatch.setattr(join_cli, "kit_from_json", lambda *_: lenient)
-    monkeypatch.setattr(join_cli, "check_kit", lambda *_: None)
+    monkeypatch.setattr(joining, "kit_from_json", lambda *_: lenient)
+    monkeypatch.setattr(joining, "check_kit", lambda *_: None)
     clinics.client("north", "join", str(forged))
     assert '\nsocket2 = "x"\n' in (clinics.folder / "north/client.toml").read_text()
 
@@ -213,7 +213,7 @@ def test_no_name_of_a_kit_leads_to_the_pinned_roster(
     forged = clinics.forged(kit(clinics))
     refused(clinics, forged, StorageError, "written over a file of this site")
     monkeypatch.setattr(
-        join_cli, "_proposal", lambda *_: clinics.folder / "north" / "forged.roster.json"
+        joining, "_proposal", lambda *_: clinics.folder / "north" / "forged.roster.json"
     )
     clinics.client("north", "join", str(forged))
     assert (clinics.folder / "north" / "forged.roster.json").exists()

@@ -334,7 +334,7 @@ def releases_of_two_attempts(
         for delta in noise_alone(plan, folder, noise, rounds, os.urandom):
             name = digest("delta", delta.tobytes())
             try:
-                ledger.computed("job", 1, name)
+                ledger.record_delta("job", 1, name)
             except LedgerError:
                 continue
             released.append(name)
@@ -345,5 +345,5 @@ def test_the_ledger_refuses_a_second_release_with_other_noise(
     plan: TrainingPlan, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len(releases_of_two_attempts(plan, folder, tmp_path / "ledger.sqlite")) == 1
-    monkeypatch.setattr(Ledger, "computed", lambda self, job, round_number, delta_digest: None)
+    monkeypatch.setattr(Ledger, "record_delta", lambda self, job, round_number, delta_digest: None)
     assert len(releases_of_two_attempts(plan, folder, tmp_path / "other.sqlite")) == 2

@@ -31,7 +31,7 @@ def filled(path: Path) -> None:
     with Ledger.open(path, DATA_SET) as ledger:
         for number in (1, 2):
             ledger.reserve("job", PLAN, number, EVENT, UNLIMITED)
-            ledger.computed("job", number, DELTA)
+            ledger.record_delta("job", number, DELTA)
 
 
 def test_a_file_that_is_no_ledger_is_refused(path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_ledger_in_use_is_read_as_it_stands_and_not_changed_by_a_byte(path: Pa
         assert (contents.head(), contents.data_set) == (ledger.head(), DATA_SET)
         assert tuple(contents.rounds.values()) == ledger.history()
         assert (path.read_bytes(), log.read_bytes()) == before
-        ledger.computed("job", 1, DELTA)
+        ledger.record_delta("job", 1, DELTA)
         assert read_ledger(path).head() == ledger.head()
 
 
@@ -101,7 +101,7 @@ def test_a_process_that_is_killed_leaves_the_lock_and_what_it_wrote(path: Path) 
     program = (
         "import sys; from pathlib import Path; from umbel_client.ledger.ledger import Ledger\n"
         f"ledger = Ledger.open(Path({str(path)!r}), bytes(range(32)))\n"
-        "ledger.carry(bytes(32)); print('open', flush=True); sys.stdin.read()"
+        "ledger.continue_on(bytes(32)); print('open', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

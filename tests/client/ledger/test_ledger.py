@@ -44,19 +44,19 @@ def filled(path: Path) -> None:
     with Ledger.open(path, DATA_SET) as ledger:
         for number in (1, 2):
             ledger.reserve("job", PLAN, number, EVENT, UNLIMITED)
-            ledger.computed("job", number, DELTA)
-            ledger.sent("job", number)
+            ledger.record_delta("job", number, DELTA)
+            ledger.record_sent("job", number)
 
 
 def test_a_round_goes_from_reserved_to_computed_to_sent(ledger: Ledger) -> None:
     assert ledger.state("job", 1) is None
     reserved = ledger.reserve("job", PLAN, 1, EVENT, UNLIMITED)
     assert (reserved.state, reserved.delta_digest) == (RoundState.RESERVED, None)
-    ledger.computed("job", 1, DELTA)
+    ledger.record_delta("job", 1, DELTA)
     computed = ledger.state("job", 1)
     assert computed is not None
     assert (computed.state, computed.delta_digest) == (RoundState.COMPUTED, DELTA)
-    ledger.sent("job", 1)
+    ledger.record_sent("job", 1)
     sent = ledger.state("job", 1)
     assert sent is not None
     assert (sent.state, sent.delta_digest) == (RoundState.SENT, DELTA)
@@ -76,8 +76,8 @@ def test_everything_is_still_there_after_closing_and_opening(path: Path) -> None
 def test_every_step_can_be_repeated_and_costs_nothing_the_second_time(ledger: Ledger) -> None:
     for _ in range(2):
         ledger.reserve("job", PLAN, 1, EVENT, UNLIMITED)
-        ledger.computed("job", 1, DELTA)
-        ledger.sent("job", 1)
+        ledger.record_delta("job", 1, DELTA)
+        ledger.record_sent("job", 1)
     head = ledger.head()
     ledger.reserve("job", PLAN, 1, EVENT, Budget(0.0, 1e-5))
     assert ledger.head() == head
@@ -106,7 +106,7 @@ def test_a_second_release_with_other_noise_is_refused_also_after_a_restart(path:
     filled(path)
     with Ledger.open(path, DATA_SET) as ledger:
         with pytest.raises(LedgerError, match="another delta"):
-            ledger.computed("job", 1, b"\x03" * 32)
+            ledger.record_delta("job", 1, b"\x03" * 32)
         state = ledger.state("job", 1)
         assert state is not None
         assert state.delta_digest == DELTA
@@ -114,12 +114,12 @@ def test_a_second_release_with_other_noise_is_refused_also_after_a_restart(path:
 
 def test_no_step_can_be_skipped(ledger: Ledger) -> None:
     with pytest.raises(LedgerError, match="never reserved"):
-        ledger.computed("job", 1, DELTA)
+        ledger.record_delta("job", 1, DELTA)
     with pytest.raises(LedgerError, match="never reserved"):
-        ledger.sent("job", 1)
+        ledger.record_sent("job", 1)
     ledger.reserve("job", PLAN, 1, EVENT, UNLIMITED)
     with pytest.raises(LedgerError, match="before its delta was recorded"):
-        ledger.sent("job", 1)
+        ledger.record_sent("job", 1)
 
 
 def test_what_could_not_be_read_back_is_never_written(ledger: Ledger) -> None:
@@ -224,7 +224,7 @@ def test_a_published_head_stays_valid_while_the_ledger_grows(ledger: Ledger) -> 
     heads = [ledger.head()]
     ledger.reserve("job", PLAN, 1, EVENT, UNLIMITED)
     heads.append(ledger.head())
-    ledger.computed("job", 1, DELTA)
+    ledger.record_delta("job", 1, DELTA)
     for head in heads:
         ledger.verify(head)
     with pytest.raises(LedgerError):
@@ -280,7 +280,7 @@ def test_a_ledger_goes_on_for_a_changed_data_set_and_forgets_nothing(path: Path)
     with Ledger.open(path, DATA_SET) as ledger:
         published = ledger.head()
         for _ in range(2):
-            ledger.carry(changed)
+            ledger.continue_on(changed)
     with Ledger.open(path, changed) as ledger:
         ledger.verify(published)
         assert ledger.spent(1e-5) == epsilon([EVENT, EVENT], 1e-5)
@@ -336,9 +336,9 @@ def train_on(path: Path, spent: Path, first: int) -> None:
             ledger.reserve("job", PLAN, number, EVENT, UNLIMITED)
             os.write(log, f"gradient {number} -\n".encode())
             digest = os.urandom(32)
-            ledger.computed("job", number, digest)
+            ledger.record_delta("job", number, digest)
             os.write(log, f"release {number} {digest.hex()}\n".encode())
-            ledger.sent("job", number)
+            ledger.record_sent("job", number)
 
 
 def test_a_kill_at_any_moment_leaves_the_ledger_at_or_above_what_was_spent(tmp_path: Path) -> None:

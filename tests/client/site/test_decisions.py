@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from umbel_client.site.decisions import MOST_WAITING, Decisions
+from umbel_client.site.state_folder import StateFolder
 from umbel_common.errors import PolicyRefusal, StorageError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.trust.identity import Identity, sign
@@ -25,16 +26,16 @@ def refusal(decisions: Decisions, plan: TrainingPlan) -> str | None:
 
 def test_a_plan_waits_until_it_is_approved(tmp_path: Path, make_plan: MakePlan) -> None:
     plan = make_plan()
-    assert refusal(Decisions(tmp_path), plan) == "awaiting-approval"
-    (waiting,) = Decisions(tmp_path).proposals()
+    assert refusal(Decisions(StateFolder(tmp_path)), plan) == "awaiting-approval"
+    (waiting,) = Decisions(StateFolder(tmp_path)).proposals()
     assert (waiting.plan, waiting.digest) == (plan, plan.digest())
-    Decisions(tmp_path).approve(waiting.digest)
-    assert refusal(Decisions(tmp_path), plan) is None
-    assert Decisions(tmp_path).proposals() == []
+    Decisions(StateFolder(tmp_path)).approve(waiting.digest)
+    assert refusal(Decisions(StateFolder(tmp_path)), plan) is None
+    assert Decisions(StateFolder(tmp_path)).proposals() == []
 
 
 def test_an_approval_is_of_one_plan(tmp_path: Path, make_plan: MakePlan) -> None:
-    decisions = Decisions(tmp_path)
+    decisions = Decisions(StateFolder(tmp_path))
     decisions.approve(make_plan().digest())
     assert refusal(decisions, make_plan(job="other")) == "awaiting-approval"
 
@@ -42,7 +43,7 @@ def test_an_approval_is_of_one_plan(tmp_path: Path, make_plan: MakePlan) -> None
 def test_a_rejected_plan_waits_again_when_it_is_proposed_again(
     tmp_path: Path, make_plan: MakePlan
 ) -> None:
-    decisions = Decisions(tmp_path)
+    decisions = Decisions(StateFolder(tmp_path))
     assert refusal(decisions, make_plan()) == "awaiting-approval"
     decisions.reject(make_plan().digest())
     assert decisions.proposals() == []
@@ -51,7 +52,7 @@ def test_a_rejected_plan_waits_again_when_it_is_proposed_again(
 
 
 def test_a_server_cannot_fill_the_disk_with_proposals(tmp_path: Path, make_plan: MakePlan) -> None:
-    decisions = Decisions(tmp_path)
+    decisions = Decisions(StateFolder(tmp_path))
     plans = [make_plan(job=f"job-{number}") for number in range(MOST_WAITING + 1)]
     checks = [refusal(decisions, plan) for plan in plans]
     assert checks == ["awaiting-approval"] * MOST_WAITING + ["too-many-waiting"]
@@ -61,16 +62,16 @@ def test_a_server_cannot_fill_the_disk_with_proposals(tmp_path: Path, make_plan:
 
 
 def test_a_pause_holds_until_it_is_undone(tmp_path: Path) -> None:
-    Decisions(tmp_path).pause()
+    Decisions(StateFolder(tmp_path)).pause()
     with pytest.raises(PolicyRefusal) as caught:
-        Decisions(tmp_path).require_running()
+        Decisions(StateFolder(tmp_path)).require_running()
     assert caught.value.check == "site-paused"
-    Decisions(tmp_path).resume()
-    Decisions(tmp_path).require_running()
+    Decisions(StateFolder(tmp_path)).resume()
+    Decisions(StateFolder(tmp_path)).require_running()
 
 
 def test_what_was_damaged_is_named(tmp_path: Path, make_plan: MakePlan) -> None:
-    decisions = Decisions(tmp_path)
+    decisions = Decisions(StateFolder(tmp_path))
     assert refusal(decisions, make_plan()) == "awaiting-approval"
     path = tmp_path / "decisions" / "waiting" / make_plan().digest().hex()
     path.write_bytes(path.read_bytes()[:-1])
@@ -81,6 +82,6 @@ def test_what_was_damaged_is_named(tmp_path: Path, make_plan: MakePlan) -> None:
 def test_only_the_sites_own_user_can_read_its_decisions(
     tmp_path: Path, make_plan: MakePlan
 ) -> None:
-    refusal(Decisions(tmp_path), make_plan())
+    refusal(Decisions(StateFolder(tmp_path)), make_plan())
     for folder in (tmp_path / "decisions", tmp_path / "decisions" / "waiting"):
         assert folder.stat().st_mode & 0o077 == 0

@@ -56,8 +56,8 @@ def charge(state: Path, *numbers: int) -> None:
     with Ledger.open(state / "ledger.sqlite", ZEROS) as ledger:
         for number in numbers:
             ledger.reserve("job", ZEROS, number, EVENT, UNLIMITED)
-            ledger.computed("job", number, bytes([number]) * 32)
-            session.open(header(number), ledger.head(), b"a secret", b"request", b"reply")
+            ledger.record_delta("job", number, bytes([number]) * 32)
+            session.open_attempt(header(number), ledger.head(), b"a secret", b"request", b"reply")
             ledger.keep_pace(session.published().answers)
     session.close()
 
@@ -177,7 +177,7 @@ def test_a_restored_ledger_charges_nothing_until_the_spend_is_stated(restored: P
         assert ledger.spent(1e-5) == epsilon([EVENT] * 4, 1e-5)
         assert {one.state for one in ledger.history()} == {RoundState.LOST}
         ledger.reserve("job", ZEROS, 5, EVENT, UNLIMITED)
-        ledger.computed("job", 5, b"\x05" * 32)
+        ledger.record_delta("job", 5, b"\x05" * 32)
         assert ledger.spent(1e-5) == epsilon([EVENT] * 5, 1e-5)
     printed = " ".join(run("budget show").split())
     assert "stated job came to round 4 (eve," in printed
@@ -191,7 +191,7 @@ def test_no_round_of_before_gets_another_delta_or_charge(restored: Path) -> None
         for number in (1, 2, 3, 4):
             assert ledger.reserve("job", ZEROS, number, EVENT, UNLIMITED).state is RoundState.LOST
             with pytest.raises(LedgerError, match="another delta"):
-                ledger.computed("job", number, b"\x09" * 32)
+                ledger.record_delta("job", number, b"\x09" * 32)
         assert ledger.spent(1e-5) == epsilon([EVENT] * 4, 1e-5)
 
 
@@ -236,7 +236,7 @@ def test_nothing_has_to_be_stated_too(restored: Path) -> None:
 def test_a_job_of_which_nothing_is_known_needs_its_plan(restored: Path) -> None:
     line = "budget state-spend --by eve --why disk --rounds other=2"
     assert "--plan FILE" in refusal(line, BudgetError)
-    assert read_ledger(restored).restored
+    assert read_ledger(restored).old_copy
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_job_of_which_nothing_is_known_needs_its_plan(restored: Path) -> None:
 def test_half_a_statement_is_a_wrong_command_line(restored: Path, options: str) -> None:
     line = f"budget state-spend --by eve --why disk {options}"
     assert CliRunner().invoke(app, line.split()).exit_code == 2
-    assert read_ledger(restored).restored
+    assert read_ledger(restored).old_copy
 
 
 def test_a_restored_ledger_that_is_backed_up_and_restored_is_still_an_old_copy(
@@ -254,7 +254,7 @@ def test_a_restored_ledger_that_is_backed_up_and_restored_is_still_an_old_copy(
     run("backup --out again.tar")
     shutil.rmtree(restored.parent)
     run("restore again.tar")
-    assert read_ledger(restored).restored
+    assert read_ledger(restored).old_copy
 
 
 def test_nothing_is_restored_over_a_state(site: Path) -> None:
@@ -278,7 +278,7 @@ def test_a_lock_that_nobody_holds_is_no_state(site: Path) -> None:
     with locked(site / "state" / "trainer.lock", "a trainer"):
         pass
     run("restore b.tar")
-    assert read_ledger(site / "state" / "ledger.sqlite").restored
+    assert read_ledger(site / "state" / "ledger.sqlite").old_copy
 
 
 @contextmanager
@@ -434,7 +434,7 @@ def test_backups_of_a_site_that_trains_are_each_of_one_moment(site: Path) -> Non
             number = 3
             while not done.is_set():
                 ledger.reserve("job", ZEROS, number, EVENT, UNLIMITED)
-                session.open(header(number), ledger.head(), b"s", b"request", b"reply")
+                session.open_attempt(header(number), ledger.head(), b"s", b"request", b"reply")
                 ledger.keep_pace(session.published().answers)
                 number += 1
                 done.wait(0.05)

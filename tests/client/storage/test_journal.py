@@ -39,7 +39,7 @@ def session(tmp_path: Path) -> Iterator[Journal]:
 def test_an_answer_comes_back_for_the_same_request_only(session: Journal, tmp_path: Path) -> None:
     context = header().context()
     assert session.answer(context, "train", b"request") is None
-    session.open(header(), HEAD, b"state", b"request", b"reply")
+    session.open_attempt(header(), HEAD, b"state", b"request", b"reply")
     session.close()
     again = Journal(tmp_path / "session.sqlite")
     assert again.answer(context, "train", b"request") == b"reply"
@@ -51,10 +51,10 @@ def test_an_answer_comes_back_for_the_same_request_only(session: Journal, tmp_pa
 
 def test_burning_replaces_the_state_and_the_last_stage_deletes_it(session: Journal) -> None:
     context = header().context()
-    session.open(header(), HEAD, b"first", b"q", b"r")
-    session.burn(context, "share", b"q", b"r", b"second")
+    session.open_attempt(header(), HEAD, b"first", b"q", b"r")
+    session.record_answer(context, "share", b"q", b"r", b"second")
     assert session.state(context) == b"second"
-    session.burn(context, "unmask", b"q", b"r", None)
+    session.record_answer(context, "unmask", b"q", b"r", None)
     with pytest.raises(RemoteProtocolError) as refusal:
         session.state(context)
     assert refusal.value.check == "attempt-over"
@@ -62,17 +62,17 @@ def test_burning_replaces_the_state_and_the_last_stage_deletes_it(session: Journ
 
 def test_a_stage_is_burned_once(session: Journal) -> None:
     context = header().context()
-    session.open(header(), HEAD, b"first", b"q", b"r")
-    session.burn(context, "share", b"q", b"r", b"second")
+    session.open_attempt(header(), HEAD, b"first", b"q", b"r")
+    session.record_answer(context, "share", b"q", b"r", b"second")
     with pytest.raises(StorageError):
-        session.burn(context, "share", b"other", b"other", b"third")
+        session.record_answer(context, "share", b"other", b"other", b"third")
     assert session.state(context) == b"second"
     assert session.answer(context, "share", b"q") == b"r"
 
 
 def test_a_new_attempt_ends_the_old_ones(session: Journal) -> None:
-    session.open(header(attempt=1), HEAD, b"secret", b"q", b"r")
-    session.open(header(attempt=2), HEAD, b"state", b"q", b"r")
+    session.open_attempt(header(attempt=1), HEAD, b"secret", b"q", b"r")
+    session.open_attempt(header(attempt=2), HEAD, b"state", b"q", b"r")
     with pytest.raises(RemoteProtocolError) as refusal:
         session.state(header(attempt=1).context())
     assert refusal.value.check == "attempt-over"
@@ -92,12 +92,12 @@ def test_secrets_of_a_stage_are_gone_from_all_files_once_the_next_is_answered(
     def on_disk(secret: bytes) -> bool:
         return any(secret in path.read_bytes() for path in tmp_path.iterdir())
 
-    session.open(header(), HEAD, first, b"q", b"r")
+    session.open_attempt(header(), HEAD, first, b"q", b"r")
     assert on_disk(first)
-    session.burn(header().context(), "share", b"q", b"r", second)
+    session.record_answer(header().context(), "share", b"q", b"r", second)
     assert on_disk(second)
     assert not on_disk(first)
-    session.burn(header().context(), "unmask", b"q", b"r", None)
+    session.record_answer(header().context(), "unmask", b"q", b"r", None)
     assert not on_disk(second)
 
 
@@ -105,7 +105,7 @@ def test_the_end_of_a_job_deletes_what_a_given_up_attempt_held(
     session: Journal, tmp_path: Path
 ) -> None:
     secret = b"a very recognisable secret" * 4
-    session.open(header(), HEAD, secret, b"q", b"r")
+    session.open_attempt(header(), HEAD, secret, b"q", b"r")
     session.end_job("job")
     assert not any(secret in path.read_bytes() for path in tmp_path.iterdir())
     with pytest.raises(RemoteProtocolError, match="over"):
@@ -132,28 +132,28 @@ def test_a_round_has_one_release(session: Journal) -> None:
 
 
 def test_confirmed_survivor_sets_are_kept_over_attempts(session: Journal) -> None:
-    session.open(header(attempt=1), HEAD, b"s", b"q", b"r")
-    session.confirm(header(attempt=1).context(), ("a", "b"))
-    session.open(header(attempt=2), HEAD, b"s", b"q", b"r")
-    session.confirm(header(attempt=2).context(), ("a", "b", "c"))
-    assert sorted(session.confirmed(header())) == [("a", "b"), ("a", "b", "c")]
-    assert session.confirmed(header(round_number=2)) == []
-    assert len(session.confirmed()) == 2
+    session.open_attempt(header(attempt=1), HEAD, b"s", b"q", b"r")
+    session.record_survivors(header(attempt=1).context(), ("a", "b"))
+    session.open_attempt(header(attempt=2), HEAD, b"s", b"q", b"r")
+    session.record_survivors(header(attempt=2).context(), ("a", "b", "c"))
+    assert sorted(session.survivor_sets(header())) == [("a", "b"), ("a", "b", "c")]
+    assert session.survivor_sets(header(round_number=2)) == []
+    assert len(session.survivor_sets()) == 2
 
 
 def test_the_ledger_head_that_was_signed_last_is_known(session: Journal) -> None:
     assert session.published().ledger_head is None
-    session.open(header(attempt=1), HEAD, b"s", b"q", b"r")
-    session.open(header(attempt=2), b"\x08" * 32, b"s", b"q", b"r")
+    session.open_attempt(header(attempt=1), HEAD, b"s", b"q", b"r")
+    session.open_attempt(header(attempt=2), b"\x08" * 32, b"s", b"q", b"r")
     assert session.published().ledger_head == b"\x08" * 32
 
 
 def test_answers_are_counted_and_stay_counted_when_their_attempt_is_over(
     session: Journal, tmp_path: Path
 ) -> None:
-    session.open(header(attempt=1), HEAD, b"s", b"q", b"r")
-    session.burn(header(attempt=1).context(), "share", b"q", b"r", b"t")
-    session.open(header(attempt=2), HEAD, b"s", b"q", b"r")
+    session.open_attempt(header(attempt=1), HEAD, b"s", b"q", b"r")
+    session.record_answer(header(attempt=1).context(), "share", b"q", b"r", b"t")
+    session.open_attempt(header(attempt=2), HEAD, b"s", b"q", b"r")
     assert session.published() == read_published(tmp_path / "session.sqlite")
     assert session.published().answers == 3
 

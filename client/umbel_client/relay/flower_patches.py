@@ -1,0 +1,61 @@
+"""What the relay changes in Flower's objects: one function a change, with its reason and its test.
+
+The tests are in tests/e2e/test_flower_contract.py; after an upgrade of Flower they fail first.
+docs/adr/0011-flower-as-a-carrier.md lists every private name that is used.
+"""
+
+import ssl
+
+import httpx
+from flwr.app import Message
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.fleet_http_client import FleetHttpClient
+
+from umbel_client.relay.signature import Signature
+
+
+def fleet_client(
+    server: str, context: ssl.SSLContext, http: httpx.Client, signature: Signature
+) -> FleetHttpClient:
+    """Makes a client for Flower's Fleet interface that sends its requests through `http`.
+
+    Flower's own HTTP client follows redirections to any address and reads proxies from the
+    environment, and Flower's own interceptors let an answer of the server end this process. Test:
+    `test_the_client_is_httpx_with_a_switch_for_redirections`, and tests/e2e/test_hostile_server.py.
+    """
+    client = FleetHttpClient(f"https://{server}", interceptors=[signature], verify=context)
+    client._client.close()
+    client._client = http
+    return client
+
+
+def set_message_id(message: Message, identifier: str) -> None:
+    """Gives a message its identifier, the digest of its content.
+
+    Flower sets it on a path that our messages do not take. Test:
+    `test_what_flower_hides_of_a_messages_metadata_can_be_set`.
+    """
+    message.metadata.__dict__["_message_id"] = identifier
+
+
+def set_lifetime(message: Message, created: float, seconds: float) -> None:
+    """Sets when a message was created, and how long it lives from then on.
+
+    Flower would take the time from this machine's clock, which may be wrong. Test:
+    `test_what_flower_hides_of_a_messages_metadata_can_be_set`.
+
+    Args:
+        created: seconds since 1970, by the server's clock.
+    """
+    message.metadata.__dict__["_created_at"] = created
+    message.metadata.__dict__["_ttl"] = seconds
+
+
+def set_identity(node_id: int, run_id: int) -> None:
+    """Sets the node and the run that this process creates messages for.
+
+    Flower keeps both for the whole process, and sets them when it starts an app, which a relay
+    never does. Test: `test_a_message_and_its_reply_leave_nothing_behind`.
+    """
+    TaskIdentity.node_id = node_id
+    TaskIdentity.run_id = run_id

@@ -1,0 +1,125 @@
+"""Does an attempt fit what this site knows? The checks of steps 5, 6 and 10 of `handler`.
+
+Each raises a `RemoteProtocolError` with the name of the check that failed.
+"""
+
+from umbel_client.trainer.site import Site
+from umbel_common.adapters.vector import Vector, adapter_digest, from_bytes, initial_vector
+from umbel_common.errors import PlanError, require
+from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.protocol.transcript import final_round
+from umbel_common.protocol.wire import FinishRequest, TrainRequest
+from umbel_common.trust.identity import Roster
+
+
+def check_round(site: Site, header: RoundHeader, plan: TrainingPlan) -> None:
+    """Step 5: the header is for this federation, for the accepted plan, and for this site.
+
+    Raises:
+        RemoteProtocolError: `other-federation`, `plan-digest`, `not-in-cohort` or
+            `round-past-plan`.
+    """
+    checks = {
+        "other-federation": header.federation == site.roster.federation,
+        "plan-digest": header.plan == plan.digest(),
+        "not-in-cohort": site.name in header.cohort,
+        "round-past-plan": header.round <= plan.training.rounds,
+    }
+    for check, holds in checks.items():
+        require(holds, check, "a round header does not fit what this site knows")
+
+
+def check_parties(site: Site, header: RoundHeader) -> None:
+    """Step 6, repeated at every stage: the cohort is one that this site believes.
+
+    A job keeps the roster that it began with. A site that joined later does not disturb it; a site
+    that left, or that has another key by now, ends it here.
+
+    Raises:
+        RemoteProtocolError: `roster-digest`, `not-in-roster` or `revoked-key`.
+    """
+    pinned = site.pinned
+    members = _keys(pinned.roster)
+    rosters = {roster.digest(): roster for roster in (*pinned.former, pinned.roster)}
+    agreed = _keys(rosters.get(header.roster, pinned.roster))
+    cohort = {name: members.get(name) for name in header.cohort}
+    checks = {
+        "roster-digest": header.roster in rosters,
+        "not-in-roster": None not in cohort.values() and cohort.items() <= agreed.items(),
+        "revoked-key": pinned.revoked.isdisjoint(cohort.values()),
+    }
+    for check, holds in checks.items():
+        require(holds, check, "an attempt has other parties than this site believes")
+
+
+def check_start(
+    site: Site, request: TrainRequest, header: RoundHeader, plan: TrainingPlan
+) -> tuple[Release, Vector]:
+    """Step 10: the release to start from and its adapter, which the header names by its digest.
+
+    Raises:
+        RemoteProtocolError: `pinned-signature`, `malformed-message`, `adapter-length`,
+            `adapter-values`, `adapter-digest`, `other-release` or `initial-adapter`.
+    """
+    release = site.open(request.release, Release)
+    vector = from_bytes(request.adapter, plan.lora.size)
+    found = adapter_digest(plan.digest(), vector)
+    require(
+        found == release.adapter == header.adapter,
+        "adapter-digest",
+        "an adapter is not what its release says",
+    )
+    require(
+        (release.plan, release.round) == (plan.digest(), header.round - 1),
+        "other-release",
+        "a round does not start from its predecessor",
+    )
+    require(
+        release.round > 0 or found == adapter_digest(plan.digest(), initial_vector(plan)),
+        "initial-adapter",
+        "release 0 does not follow from the plan's public seed",
+    )
+    return release, vector
+
+
+def check_end(site: Site, request: FinishRequest, release: Release, plan: TrainingPlan) -> Vector:
+    """The adapter of a job's last release, checked against it.
+
+    Raises:
+        RemoteProtocolError: `pinned-signature`, `malformed-message`, `adapter-length`,
+            `adapter-values`, `adapter-digest` or `other-release`.
+    """
+    end = None if request.early_end is None else site.open(request.early_end, EarlyEnd)
+    vector = from_bytes(request.adapter, plan.lora.size)
+    require(
+        adapter_digest(plan.digest(), vector) == release.adapter,
+        "adapter-digest",
+        "an adapter is not what its release says",
+    )
+    require(
+        (release.plan, release.round) == (plan.digest(), final_round(plan, end)),
+        "other-release",
+        "this is not the last release of the plan",
+    )
+    return vector
+
+
+def check_size_class(site: Site, plan: TrainingPlan) -> None:
+    """Refuses a plan whose largest weight is smaller than this site's size class.
+
+    Raises:
+        PlanError: the plan is one.
+    """
+    weight = site.roster.member(site.name).weight
+    if plan.aggregation.weights == "size-class" and weight > plan.aggregation.max_weight:
+        raise PlanError(
+            "this site's size class is larger than the plan allows",
+            field="aggregation.max_weight",
+            found=plan.aggregation.max_weight,
+            accepted=f"at least {weight}",
+        )
+
+
+def _keys(roster: Roster) -> dict[str, bytes]:
+    return {member.name: member.public_key for member in roster.members}
