@@ -4,6 +4,8 @@ from typing import TypeAlias
 
 import msgspec
 
+from umbel_simulations.reporting.results import Score
+
 
 class RunEvent(msgspec.Struct, frozen=True, tag_field="event", kw_only=True):
     """Base; `seconds` since the run began."""
@@ -68,12 +70,8 @@ class RoundReleased(RunEvent, frozen=True, tag="round-released"):
     survivors: list[str]
     epsilon: dict[str, float | None]
     """Epsilon spent by each site so far; null without differential privacy."""
-    accuracy: float | None = None
-    macro_f1: float | None = None
-    perplexity: float | None = None
-    perplexity_error: float | None = None
-    general_perplexity: float | None = None
-    """As in `results.Score`."""
+    score: Score
+    """The adapter on the held-out public set."""
 
 
 class AttemptAborted(RunEvent, frozen=True, tag="attempt-aborted"):

@@ -142,7 +142,7 @@ class RunState:
 
     def _released(self, event: events.RoundReleased) -> None:
         self.round = event.round
-        self.scores.append((event.round, score_of(event)))
+        self.scores.append((event.round, event.score))
         for name, site in self.sites.items():
             site.epsilon = event.epsilon[name]
             missed = next((stage for stage in STAGES if stage not in site.answered), None)
@@ -344,21 +344,9 @@ def _bars(state: RunState) -> list[RenderableType]:
 def _outcome(event: events.RoundReleased) -> str:
     spent = [epsilon for epsilon in event.epsilon.values() if epsilon is not None]
     epsilon = f"epsilon at most {max(spent):.2f}" if spent else "no differential privacy"
-    score = score_of(event)
     return (
-        f"{measure_of(score).name} {_value(score)}  {_other(score)}"
+        f"{measure_of(event.score).name} {_value(event.score)}  {_other(event.score)}"
         f"  {len(event.survivors)} of {len(event.epsilon)} sites  {epsilon}"
-    )
-
-
-def score_of(event: events.RoundReleased) -> Score:
-    """What an event says of a release."""
-    return Score(
-        accuracy=event.accuracy,
-        macro_f1=event.macro_f1,
-        perplexity=event.perplexity,
-        perplexity_error=event.perplexity_error,
-        general_perplexity=event.general_perplexity,
     )
 
 

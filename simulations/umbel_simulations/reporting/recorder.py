@@ -197,25 +197,29 @@ class ServerObserver:
 
     def released(self, release: Release, adapter: Vector) -> None:
         """See `Observer`."""
-        score = self._score(adapter)
         self._recorder.emit(
             events.RoundReleased(
                 seconds=self._recorder.seconds(),
                 round=release.round,
                 attempt=release.attempt,
                 survivors=list(release.survivors),
-                accuracy=score.accuracy,
-                macro_f1=score.macro_f1,
-                perplexity=score.perplexity,
-                perplexity_error=score.perplexity_error,
-                general_perplexity=score.general_perplexity,
                 epsilon={site: observer.epsilon for site, observer in self._sites.items()},
+                score=self._score(adapter),
             )
         )
 
 
 def read_metrics(path: Path) -> list[events.AnyEvent]:
     """Every event that was kept, also of earlier parts of a run that was resumed."""
-    return [
-        msgspec.json.decode(line, type=events.AnyEvent) for line in path.read_bytes().splitlines()
-    ]
+    return [_event(line) for line in path.read_bytes().splitlines()]
+
+
+def _event(line: bytes) -> events.AnyEvent:
+    fields = msgspec.json.decode(line)
+    if fields["event"] == "round-released" and "score" not in fields:
+        # Version 0.1 wrote the fields of the score beside those of the event. A run that it began
+        # can still be resumed.
+        known = [name for name in Score.__struct_fields__ if name in fields]
+        fields["score"] = {name: fields.pop(name) for name in known}
+    event: events.AnyEvent = msgspec.convert(fields, events.AnyEvent)
+    return event

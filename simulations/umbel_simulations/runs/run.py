@@ -24,7 +24,6 @@ from umbel_simulations.inputs.base_model import model_folder
 from umbel_simulations.inputs.partition import partition
 from umbel_simulations.inputs.sources import Corpus, Example, load_source
 from umbel_simulations.reporting import events
-from umbel_simulations.reporting.live import score_of
 from umbel_simulations.reporting.measures import ACCURACY, measure_of
 from umbel_simulations.reporting.recorder import (
     Recorder,
@@ -351,7 +350,7 @@ class Run:
         for release in job.releases:
             event = known.get(release.round)
             if event is not None:
-                score = score_of(event)
+                score = event.score
                 epsilon = event.epsilon
             else:
                 score = judge(federation.registry().load(self.plan, release.adapter))

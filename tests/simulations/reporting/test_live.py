@@ -17,6 +17,7 @@ from umbel_simulations.reporting.live import (
     size,
     view_for,
 )
+from umbel_simulations.reporting.results import Score
 
 SITES = {"hospital-a": 4973, "hospital-b": 4275, "hospital-c": 5309}
 ROUNDS, STEPS = 3, 5
@@ -50,8 +51,7 @@ def released(number: int, **parts: object) -> events.RoundReleased:
         "round": number,
         "attempt": 1,
         "survivors": list(SITES),
-        "accuracy": 0.5 + number / 100,
-        "macro_f1": 0.4 + number / 100,
+        "score": Score(accuracy=0.5 + number / 100, macro_f1=0.4 + number / 100),
         "epsilon": dict.fromkeys(SITES, 2.5 * number),
     }
     return events.RoundReleased(**{**fields, **parts})  # type: ignore[arg-type]  # fields by name
