@@ -6,7 +6,6 @@ hands a value from one party to another; that is what the grid's bytes are for.
 """
 
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,6 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from umbel_client.models.base.files import folder_digest
 from umbel_client.relay.flower import answer_message, whole
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.pinned_roster import load_pinned
@@ -23,7 +21,7 @@ from umbel_client.trainer.job import SiteStatus
 from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy
 from umbel_common.errors import JobFailed
-from umbel_common.plans.plan import NoPrivacy, TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Identity, Member, Roster, sign
 from umbel_common.trust.roster_file import roster_from_json, roster_to_json
@@ -35,6 +33,7 @@ from umbel_server.storage.registry import Registry
 from umbel_simulations.backends.faults import losing
 from umbel_simulations.backends.grid import InProcessGrid, Node
 from umbel_simulations.backends.grid_link import GridLink
+from umbel_simulations.backends.site_config import client_toml
 from umbel_simulations.inputs.partition import write_site_data
 from umbel_simulations.inputs.sources import Example
 from umbel_simulations.reporting.recorder import ServerObserver, SiteObserver
@@ -87,7 +86,15 @@ class Federation:
             members.append(Member(name=site, public_key=identity.public_key))
             if not (folder / "data.jsonl").exists():
                 write_site_data(folder, sites[site])
-            config = self._client_toml(site, public_size(len(sites[site])), labels, model)
+            config = client_toml(
+                self._scenario,
+                site,
+                records=len(sites[site]),
+                labels=labels,
+                model=model,
+                approval="none",
+                physical_batch_size=self._scenario.compute.site_batch_size,
+            )
             write(folder / "client.toml", config.encode())
         roster = Roster(
             federation=self._scenario.name, operator=operator.public_key, members=tuple(members)
@@ -190,73 +197,6 @@ class Federation:
             observer=observer,
             entropy=self.entropy(site),
         )
-
-    def _client_toml(self, site: str, size: int, labels: Sequence[str], model: Path) -> str:
-        """What the site's administrator would write by hand."""
-        return CLIENT_TOML.format(
-            site=json.dumps(site),
-            public_size=size,
-            task=json.dumps(self._scenario.task.__struct_config__.tag),
-            labels=json.dumps(list(labels)),
-            physical_batch_size=json.dumps(self._scenario.compute.site_batch_size),
-            model=json.dumps(str(model.resolve())),
-            digest=json.dumps(folder_digest(model).hex()),
-            privacy=self._privacy_policy(),
-            examples=json.dumps(self._scenario.aggregation.weights == "examples"),
-            rank=self._scenario.lora.rank,
-            rounds=self._scenario.training.rounds,
-            local_steps=self._scenario.training.local_steps,
-            minimum_cohort=self._scenario.site_policy.minimum_cohort,
-            colluding_sites=self._scenario.site_policy.colluding_sites,
-        )
-
-    def _privacy_policy(self) -> str:
-        privacy = self._scenario.privacy
-        if isinstance(privacy, NoPrivacy):
-            return "allow_without_privacy = true"
-        return "\n".join(
-            (
-                f"max_epsilon = {privacy.epsilon}",
-                f"total_epsilon = {privacy.epsilon}",
-                f"max_delta = {privacy.delta}",
-            )
-        )
-
-
-CLIENT_TOML = """\
-site = {site}
-state = "state"
-identity = "identity.pem"
-roster = "roster.json"
-physical_batch_size = {physical_batch_size}
-
-[data]
-path = "data.jsonl"
-public_size = {public_size}
-
-[model]
-path = {model}
-precision = "fastest"
-
-[policy]
-approval = "none"
-models = [{digest}]
-tasks = [{task}]
-labels = {labels}
-max_rank = {rank}
-max_rounds = {rounds}
-max_local_steps = {local_steps}
-{privacy}
-examples_as_weights = {examples}
-minimum_cohort = {minimum_cohort}
-colluding_sites = {colluding_sites}
-"""
-
-
-def public_size(records: int) -> int:
-    """What a simulated site lets everyone know of its size: two digits, the rest zeros."""
-    unit = int(10 ** max(0, len(str(records)) - 2))
-    return records // unit * unit
 
 
 def _node(trainer: Trainer) -> Node:

@@ -14,14 +14,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from umbel_client.models.base.files import folder_digest
 from umbel_common.errors import JobFailed, RunExists, UmbelError
-from umbel_common.plans.plan import NoPrivacy
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.trust.enrolment import request_from_json
 from umbel_common.trust.identity import fingerprint
 from umbel_common.trust.roster_file import roster_from_json
-from umbel_simulations.backends.in_process import public_size
+from umbel_simulations.backends.draft import draft_toml
+from umbel_simulations.backends.site_config import client_toml
 from umbel_simulations.inputs.base_model import model_folder
 from umbel_simulations.inputs.partition import partition, write_site_data
 from umbel_simulations.inputs.sources import load_source
@@ -117,8 +116,17 @@ def run_federation(scenario: Scenario, folder: Path, say: Say) -> Path:
         site.folder.mkdir()
         _enrol(operator, site, name, scenario.name)
         write_site_data(site.folder, data[name])
-        size = public_size(len(data[name]))
-        _configure(site.folder, name, address, scenario, corpus.labels, model, size)
+        config = client_toml(
+            scenario,
+            name,
+            records=len(data[name]),
+            labels=corpus.labels,
+            model=model,
+            approval="each-plan",
+            physical_batch_size="auto",
+            server=address,
+        )
+        (site.folder / "client.toml").write_text(config, encoding="utf-8")
     _agree(operator, list(sites.values()))
     with ExitStack() as stack:
         stack.enter_context(operator.running("umbel-server"))
@@ -169,7 +177,7 @@ def _work(
 ) -> None:
     """From the plan's draft to the last release."""
     draft = operator.folder / "draft.toml"
-    draft.write_text(_draft(scenario, labels, model), encoding="utf-8")
+    draft.write_text(draft_toml(scenario, labels, model), encoding="utf-8")
     operator.run("umbel-server", "plan", "new", draft.name, "--out", "plan.json")
     operator.run("umbel-server", "plan", "sign", "plan.json", "--out", "signed.json")
     operator.run("umbel-server", "job", "start", "signed.json")
@@ -220,137 +228,3 @@ def _follow(operator: Party, job: str) -> None:
 def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
-
-
-def _configure(
-    folder: Path,
-    name: str,
-    address: str,
-    scenario: Scenario,
-    labels: Sequence[str],
-    model: Path,
-    size: int,
-) -> None:
-    """What the site's administrator writes into client.toml."""
-    privacy = scenario.privacy
-    limits = (
-        "allow_without_privacy = true"
-        if isinstance(privacy, NoPrivacy)
-        else f"max_epsilon = {privacy.epsilon}\ntotal_epsilon = {privacy.epsilon}\n"
-        f"max_delta = {privacy.delta}"
-    )
-    text = CLIENT_TOML.format(
-        site=json.dumps(name),
-        size=size,
-        model=json.dumps(str(model)),
-        server=json.dumps(address),
-        digest=json.dumps(folder_digest(model).hex()),
-        labels=json.dumps(list(labels)),
-        rank=scenario.lora.rank,
-        rounds=scenario.training.rounds,
-        steps=scenario.training.local_steps,
-        limits=limits,
-        cohort=scenario.site_policy.minimum_cohort,
-        colluding=scenario.site_policy.colluding_sites,
-    )
-    (folder / "client.toml").write_text(text, encoding="utf-8")
-
-
-def _draft(scenario: Scenario, labels: Sequence[str], model: Path) -> str:
-    training, lora, privacy = scenario.training, scenario.lora, scenario.privacy
-    layers = "" if lora.layers is None else f"layers = {list(lora.layers)}\n"
-    mode = (
-        'mode = "none"'
-        if isinstance(privacy, NoPrivacy)
-        else f'mode = "local"\nepsilon = {privacy.epsilon}\ndelta = {privacy.delta}\n'
-        f"clip_norm = {privacy.clip_norm}"
-    )
-    return DRAFT_TOML.format(
-        name=json.dumps(scenario.name),
-        seed=scenario.seed,
-        model_name=json.dumps(scenario.model.name),
-        model=json.dumps(str(model)),
-        labels=json.dumps(list(labels)),
-        task=scenario.task,
-        lora=lora,
-        targets=json.dumps(list(lora.target_modules)),
-        layers=layers,
-        training=training,
-        privacy=mode,
-        aggregation=scenario.aggregation,
-    )
-
-
-CLIENT_TOML = """\
-site = {site}
-state = "state"
-identity = "identity.pem"
-roster = "roster.json"
-
-[data]
-path = "data.jsonl"
-public_size = {size}
-
-[model]
-path = {model}
-precision = "fastest"
-
-[relay]
-server = {server}
-
-[policy]
-models = [{digest}]
-labels = {labels}
-approval = "each-plan"
-max_rank = {rank}
-max_rounds = {rounds}
-max_local_steps = {steps}
-{limits}
-minimum_cohort = {cohort}
-colluding_sites = {colluding}
-"""
-
-DRAFT_TOML = """\
-federation = {name}
-job = {name}
-seed = {seed}
-
-[model]
-name = {model_name}
-path = {model}
-
-[task]
-task = "classification"
-labels = {labels}
-max_tokens = {task.max_tokens}
-head = "{task.head}"
-logit_scale = {task.logit_scale}
-
-[lora]
-rank = {lora.rank}
-alpha = {lora.alpha}
-target_modules = {targets}
-{layers}method = "{lora.method}"
-
-[training]
-rounds = {training.rounds}
-local_steps = {training.local_steps}
-expected_batch_size = {training.expected_batch_size}
-final_learning_rate = {training.final_learning_rate}
-
-[training.optimizer]
-optimizer = "adam"
-adapter_learning_rate = {training.adapter_learning_rate}
-head_learning_rate = {training.head_learning_rate}
-beta1 = {training.beta1}
-beta2 = {training.beta2}
-
-[privacy]
-{privacy}
-
-[aggregation]
-threshold = {aggregation.threshold}
-clip_range = {aggregation.clip_range}
-step = {aggregation.step}
-ring_bits = {aggregation.ring_bits}
-"""

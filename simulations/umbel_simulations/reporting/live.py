@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -16,144 +15,13 @@ from rich.text import Text
 from umbel_simulations.reporting import events
 from umbel_simulations.reporting.measures import measure_of
 from umbel_simulations.reporting.results import Score
-
-ANSWERED = {
-    "offer": "accepted",
-    "train": "trained",
-    "share": "keys shared",
-    "mask": "masked",
-    "confirm": "confirmed",
-    "unmask": "unmasked",
-    "finish": "has adapter",
-}
-"""What a site has done once it answered a stage."""
-
-STAGES = ("train", "share", "mask", "confirm", "unmask")
-"""What an attempt asks of a site, in this order."""
-
-_UNITS = ((1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB"))
+from umbel_simulations.reporting.run_state import RunState
+from umbel_simulations.reporting.units import clock, size
 
 WARNINGS_SHOWN = 5
 SCORES_SHOWN = 4
 BARS_SHOWN = 4
 LINES_AROUND_THE_SITES = 14
-
-
-@dataclass
-class SiteState:
-    """One row of the table."""
-
-    records: int
-    doing: str = "waiting"
-    steps: int = 0
-    """Optimiser steps done over the whole job."""
-    epsilon: float | None = None
-    masked_bytes: int = 0
-    answered: list[str] = field(default_factory=list)
-    """Stages answered in the current attempt."""
-    refused: bool = False
-    """Whether it refused a stage of the current attempt."""
-
-
-@dataclass
-class RunState:
-    """A run as far as its events tell."""
-
-    name: str = ""
-    rounds: int = 0
-    steps: int = 0
-    """Of each site over the whole job."""
-    round: int = 0
-    """The round under way, from 1."""
-    sites: dict[str, SiteState] = field(default_factory=dict)
-    scores: list[tuple[int, Score]] = field(default_factory=list)
-    """Round and score of each release."""
-    warnings: list[str] = field(default_factory=list)
-    baselines: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Comparisons: done and total."""
-    seconds: float = 0.0
-    """When the last event happened."""
-    first_step: tuple[float, float] | None = None
-    """Seconds and progress when training was first seen: a resumed run starts in the middle."""
-
-    def apply(self, event: events.AnyEvent) -> None:
-        """Takes an event in."""
-        self.seconds = event.seconds
-        match event:
-            case events.Started():
-                self.name, self.rounds, self.steps = event.name, event.rounds, event.steps
-                self.sites = {site: SiteState(records) for site, records in event.sites.items()}
-            case events.Preparing():
-                share = f"{event.done / max(event.total, 1):.0%}"
-                doing = f"preparing {share}" if event.done < event.total else "prepared"
-                for site in self.sites if event.site is None else [event.site]:
-                    self.sites[site].doing = doing
-            case events.SiteStep():
-                self._step(event)
-            case events.SiteStage():
-                self._stage(event)
-            case events.RoundReleased():
-                self._released(event)
-            case events.AttemptAborted():
-                self.warnings.append(
-                    f"round {event.round}, attempt {event.attempt}: aborted, {event.check}"
-                )
-                self._begin_attempt()
-            case events.BaselineStep():
-                self.baselines[event.name] = (event.done, event.total)
-
-    @property
-    def progress(self) -> float:
-        """Share of all sites' steps that are done."""
-        return sum(site.steps for site in self.sites.values()) / max(
-            1, self.steps * len(self.sites)
-        )
-
-    def seconds_left(self) -> float | None:
-        """Until the last round is released, if the rest goes as fast as what was seen."""
-        if self.first_step is None or self.progress <= self.first_step[1]:
-            return None
-        began, progress = self.first_step
-        return (self.seconds - began) / (self.progress - progress) * (1 - self.progress)
-
-    def comparison(self, name: str) -> str:
-        """What a `BaselineStep` is about, for people; a site's name stands for the site alone."""
-        return f"comparison local-only, {name}" if name in self.sites else f"comparison {name}"
-
-    def _step(self, event: events.SiteStep) -> None:
-        site = self.sites[event.site]
-        self.round = event.round
-        site.doing = "training"
-        site.steps = (event.round - 1) * event.steps + event.step
-        if self.first_step is None:
-            self.first_step = (event.seconds, self.progress)
-
-    def _stage(self, event: events.SiteStage) -> None:
-        site = self.sites[event.site]
-        site.masked_bytes += event.masked_bytes
-        site.refused = event.refusal is not None
-        if event.refusal is None:
-            site.doing = ANSWERED[event.stage]
-            site.answered.append(event.stage)
-        else:
-            site.doing = "refused"
-            refused = f"{event.site} refused {event.stage}, {event.refusal}"
-            self.warnings.append(f"round {event.round}: {refused}" if event.round else refused)
-
-    def _released(self, event: events.RoundReleased) -> None:
-        self.round = event.round
-        self.scores.append((event.round, event.score))
-        for name, site in self.sites.items():
-            site.epsilon = event.epsilon[name]
-            missed = next((stage for stage in STAGES if stage not in site.answered), None)
-            if missed is not None and not site.refused:
-                site.doing = "silent"
-                self.warnings.append(f"round {event.round}: {name} fell silent before {missed}")
-        self._begin_attempt()
-
-    def _begin_attempt(self) -> None:
-        for site in self.sites.values():
-            site.answered, site.refused = [], False
 
 
 class View:
@@ -207,7 +75,7 @@ class PlainView(View):
                     pass
 
     def _print(self, line: str) -> None:
-        text = f"[{_clock(self._state.seconds)}] {line}"
+        text = f"[{clock(self._state.seconds)}] {line}"
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -289,25 +157,15 @@ def view_for(console: Console) -> View:
     return LiveView(console) if console.is_terminal else PlainView(console)
 
 
-def size(count: int) -> str:
-    """A number of bytes for people, in decimal units."""
-    if count < 1000:
-        return f"{count} B"
-    factor, unit = next(
-        ((factor, unit) for factor, unit in _UNITS if count < 999.5 * factor), _UNITS[-1]
-    )
-    return f"{count / factor:.3g} {unit}"
-
-
 def _header(state: RunState, since: float) -> RenderableType:
     left = state.seconds_left()
     line = Text.assemble(
         (state.name, "bold"),
         f"   round {state.round}/{state.rounds}",
-        (f"   {_clock(state.seconds + since)} elapsed", "dim"),
+        (f"   {clock(state.seconds + since)} elapsed", "dim"),
     )
     if left is not None and len(state.scores) < state.rounds and state.progress < 1:
-        line.append(f", about {_clock(max(0.0, left - since))} of training left", "dim")
+        line.append(f", about {clock(max(0.0, left - since))} of training left", "dim")
     return Group(line, Text())
 
 
@@ -365,9 +223,3 @@ def _style(doing: str) -> str:
     return {"training": "cyan", "silent": "yellow", "refused": "red"}.get(
         doing.partition(" ")[0], ""
     )
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -17,10 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from umbel_simulations.reporting.live import size
 from umbel_simulations.reporting.measures import ACCURACY, Measure, measure_of
 from umbel_simulations.reporting.results import Comparison, RunSummary, Score
 from umbel_simulations.reporting.table import against, ordered, privacy_of, warnings_of
+from umbel_simulations.reporting.units import size
 from umbel_simulations.scenario.run_folder import write
 
 CLAIM = (

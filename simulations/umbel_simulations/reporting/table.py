@@ -6,7 +6,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from umbel_simulations.reporting.live import size
 from umbel_simulations.reporting.measures import ACCURACY, Measure, measure_of
 from umbel_simulations.reporting.results import (
     Answers,
@@ -15,6 +14,7 @@ from umbel_simulations.reporting.results import (
     RunSummary,
     SiteResult,
 )
+from umbel_simulations.reporting.units import size
 
 ANSWERS_SHOWN = 2
 """On the terminal; the report has them all."""

@@ -283,7 +283,7 @@ def test_the_audit_of_a_scenario_can_refute_both_claims(tmp_path: Path, share: f
         check(results)
     for result in results if share < 1 else ():
         assert result.epsilon_lower_bound > 1.5
-        with pytest.raises(VerificationError, match="an attack refutes the privacy"):
+        with pytest.raises(VerificationError, match="an attack refutes the claimed privacy"):
             check([result])
 
 
@@ -317,7 +317,7 @@ def result_with(bound: float, unit: str = "record") -> AuditResult:
 
 def test_a_bound_above_any_claim_is_an_error() -> None:
     check([result_with(2.0), result_with(1.0, "patient")])
-    with pytest.raises(VerificationError, match="an attack refutes the privacy") as raised:
+    with pytest.raises(VerificationError, match="an attack refutes the claimed privacy") as raised:
         check([result_with(2.0), result_with(2.1, "patient")])
     assert raised.value.exit_code == 52
     assert "epsilon per patient" in str(raised.value)
@@ -328,7 +328,7 @@ def test_people_read_claim_and_bound_side_by_side() -> None:
     Console(width=80, file=shown).print(as_table([result_with(1.25), result_with(0.5, "patient")]))
     lines = [line.split() for line in shown.getvalue().splitlines()]
     heading, rows = lines[2], [line for line in lines if line[:1] in (["record"], ["patient"])]
-    assert " ".join(heading) == "per claim attack confidence right canaries at the most"
+    assert " ".join(heading) == "per claim attack confidence right canaries at most"
     assert rows == [
         [unit, "2.000", bound, "95%", "99", "of", "100", "1,000", "3.000"]
         for unit, bound in (("record", "1.250"), ("patient", "0.500"))

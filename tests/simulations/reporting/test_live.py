@@ -12,12 +12,11 @@ from umbel_simulations.reporting.live import (
     LiveView,
     NullView,
     PlainView,
-    RunState,
     View,
-    size,
     view_for,
 )
 from umbel_simulations.reporting.results import Score
+from umbel_simulations.reporting.run_state import RunState
 
 SITES = {"hospital-a": 4973, "hospital-b": 4275, "hospital-c": 5309}
 ROUNDS, STEPS = 3, 5
@@ -307,20 +306,3 @@ def test_events_may_come_from_many_threads_while_the_picture_is_drawn() -> None:
     picture = Console(file=io.StringIO(), width=80, record=True)
     picture.print(view.render())
     assert picture.export_text().count("400 B") == len(SITES)
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1 kB"),
-        (78_412, "78.4 kB"),
-        (999_499, "999 kB"),
-        (999_500, "1 MB"),
-        (1_250_000_000, "1.25 GB"),
-        (5_000_000_000_000, "5 TB"),
-    ],
-)
-def test_bytes_are_given_in_three_digits(count: int, text: str) -> None:
-    assert size(count) == text
