@@ -40,7 +40,7 @@ _NORMAL_QUARTILE = 0.6745
 
 Floats = npt.NDArray[np.float64]
 OnGame = Callable[[int, int], None]
-"""Told (steps done, steps)."""
+"""Called after each step with (steps done, steps)."""
 
 
 @dataclass(frozen=True)

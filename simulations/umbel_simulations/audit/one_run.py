@@ -60,8 +60,8 @@ GUESSES = 0.1
 """Share of the canaries that the attack guesses. It is fixed before the attack sees anything."""
 
 
-AuditProgress = Callable[[Unit, int, int], None]
-"""Told (unit, its steps done, its steps)."""
+OnAuditStep = Callable[[Unit, int, int], None]
+"""Called after each step with (unit, steps done, steps of that unit's audit)."""
 
 
 class AuditResult(Value, frozen=True):
@@ -108,7 +108,7 @@ def audit_scenario(
     scenario: Scenario,
     canaries: int,
     entropy: Entropy,
-    progress: AuditProgress,
+    on_step: OnAuditStep,
     *,
     noise_share: float = 1.0,
 ) -> tuple[AuditResult, ...]:
@@ -160,7 +160,7 @@ def audit_scenario(
             seed=scenario.seed,
             entropy=entropy,
             physical_batch_size=scenario.compute.physical_batch_size,
-            progress=partial(progress, unit),
+            on_step=partial(on_step, unit),
         )
         results.append(
             judge(outcome, plan, noise, scenario=scenario.name, site=audited.site, records=known)
@@ -178,7 +178,7 @@ def play(
     seed: int,
     entropy: Entropy,
     physical_batch_size: int,
-    progress: OnGame,
+    on_step: OnGame,
 ) -> GameOutcome:
     """One game: makes canaries, flips coins, trains a `step_by_step` plan, and attacks it.
 
@@ -205,7 +205,7 @@ def play(
         noise,
         entropy=entropy,
         physical_batch_size=physical_batch_size,
-        progress=progress,
+        progress=on_step,
     )
     return GameOutcome(included, evidence)
 

@@ -1,8 +1,8 @@
 """One federation on this machine: folders as in a deployment, the real server and the real sites.
 
-The server's files are in `server/`, each site's in `sites/<name>/`: its configuration, its own
-identity, the roster that it pinned, its data, and the state that its trainer keeps. Nothing here
-hands a value from one party to another; that is what the grid's bytes are for.
+The server's files are in `server/`. Each site's files are in `sites/<name>/`: its configuration,
+its own identity, the roster that it pinned, its data, and its trainer's state. Values pass from one
+party to another only as bytes through the grid.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from umbel_server.jobs.job import Job
 from umbel_server.operator.config import Limits
 from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
-from umbel_simulations.backends.faults import losing
+from umbel_simulations.backends.faults import planned_losses
 from umbel_simulations.backends.grid import InProcessGrid, Node
 from umbel_simulations.backends.grid_link import GridLink
 from umbel_simulations.backends.site_config import client_toml
@@ -42,18 +42,18 @@ from umbel_simulations.scenario.scenario import Dropout, Scenario
 
 POLL_SECONDS = 0.02
 LIMITS = Limits(offer_seconds=600.0)
-"""All sites share this machine: each waits while the others read data and load the model."""
+"""All sites share this machine, so each one waits while the others read data and load the model."""
 
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """What a finished job gives to whoever looks at the whole simulation."""
+    """What a finished job leaves, as seen by someone who sees the whole simulation."""
 
     release: Release
     adapter: Vector
     """The last global adapter."""
     status: dict[str, SiteStatus]
-    """What each site's own people may know: in a deployment, nobody else does."""
+    """Status of each site; in a deployment only the site's own people see it."""
 
 
 class Federation:
@@ -61,22 +61,24 @@ class Federation:
 
     def __init__(self, folder: Path, scenario: Scenario) -> None:
         """Args:
-        folder: where the parties' folders are, or will be.
+        folder: folder of the parties' folders; `set_up` makes what is missing.
+        scenario: what the sites' policies allow.
         """
         self.folder = folder
         self._scenario = scenario
 
     def entropy(self, party: str) -> Entropy:
-        """A party's randomness: the operating system's, unless the scenario says insecure."""
+        """A party's randomness: from the operating system, unless there is an insecure seed."""
         seed = self._scenario.insecure_test_seed
         return os.urandom if seed is None else seeded(seed, party)
 
     def set_up(
         self, sites: Mapping[str, Sequence[Example]], labels: Sequence[str], model: Path
     ) -> None:
-        """Makes what is missing of identities, roster, data and configurations.
+        """Makes the identities, the roster, the data and the configurations that are missing.
 
-        Identities are not seeded by the scenario: two runs of one scenario are two federations.
+        Identities do not come from the scenario's seed: two runs of one scenario are two
+        federations.
         """
         operator = self._identity("server", self.folder / "server")
         members = []
@@ -105,19 +107,19 @@ class Federation:
             write(self.site_folder(site) / "roster.json", text)
 
     def site_folder(self, site: str) -> Path:
-        """Where a site's own files are."""
+        """The folder of a site's own files."""
         return self.folder / "sites" / site
 
     def site_config(self, site: str) -> ClientConfig:
-        """A site's configuration, as its own file says."""
+        """A site's configuration, read from its own file."""
         return load_config(self.site_folder(site) / "client.toml")
 
     def registry(self) -> Registry:
-        """The operator's releases."""
+        """The adapters that the operator keeps."""
         return Registry(self.folder / "server" / "registry")
 
     def roster(self) -> Roster:
-        """The roster that everybody pinned."""
+        """The roster that all parties pinned."""
         path = self.folder / "roster.json"
         return roster_from_json(path.read_text(encoding="utf-8"), path)
 
@@ -131,15 +133,15 @@ class Federation:
         dropouts: Sequence[Dropout],
         stop: threading.Event,
     ) -> JobOutcome:
-        """Runs the job, or what is left of it, and writes its evidence into the folder.
+        """Runs the job, or resumes it, and writes its evidence into the folder.
 
         Args:
-            workers: sites that work at once.
-            stop: is set when the job is over, for the sites that are still at work.
+            workers: number of sites that work at the same time.
+            stop: set when the job is over, so that sites still at work stop.
 
         Raises:
-            UmbelError: what made the job fail; where sites refused, the first one's own error,
-                since here the developer is also every site's administrator.
+            UmbelError: what made the job fail. If sites refused, it is the first site's own error,
+                since here the developer is also the administrator of every site.
         """
         operator = read_identity(self.folder / "server" / "identity.pem")
         registry = self.registry()
@@ -154,7 +156,7 @@ class Federation:
             grid = InProcessGrid(
                 {number: _node(trainers[site]) for site, number in nodes.items()},
                 workers=workers,
-                lost=losing(dropouts, nodes),
+                should_lose=planned_losses(dropouts, nodes),
             )
             stack.callback(grid.close)
             stack.callback(stop.set)
@@ -204,9 +206,9 @@ def _node(trainer: Trainer) -> Node:
 
 
 def seeded(seed: int, party: str) -> Entropy:
-    """A stream of bytes that anyone who knows the seed can compute: nothing is private with it.
+    """A stream of bytes that anyone who knows the seed can compute. It makes nothing private.
 
-    Each party has a stream of its own, so that the order in which sites work does not matter.
+    Each party has its own stream, so the order in which sites work does not matter.
     """
     lock = threading.Lock()
     drawn = 0

@@ -1,7 +1,7 @@
-"""A federation of real processes on this machine: the commands that people give, given one by one.
+"""A federation of real processes on this machine, set up by the commands that people would run.
 
-Everything that a deployment has is there: certificates, a server with its port, relays, trainers
-without a network, approvals. Only the machine is one, and nobody reads out fingerprints.
+It has all parts of a deployment: certificates, a server with its port, relays, trainers without a
+network, approvals. But there is only one machine, and nobody compares fingerprints aloud.
 """
 
 import json
@@ -33,20 +33,21 @@ _STOPPING_SECONDS = 90.0
 _DECIDING_SECONDS = 120.0
 
 Say = Callable[[str], None]
+"""Shows a line to the user."""
 
 
 @dataclass(frozen=True)
 class Party:
-    """Somebody with a folder of their own, who gives commands in it."""
+    """Someone who runs commands in a folder of their own."""
 
     folder: Path
     say: Say
 
     def run(self, command: str, *arguments: str, shown: bool = True) -> str:
-        """Gives a command and returns what it printed.
+        """Runs a command and returns its output.
 
         Raises:
-            UmbelError: it failed; what it said is in the error.
+            UmbelError: the command failed; the error has its output.
         """
         if shown:
             self.say(f"{self.folder.name}$ {command} {' '.join(arguments)}")
@@ -67,7 +68,7 @@ class Party:
 
     @contextmanager
     def running(self, command: str) -> Iterator[None]:
-        """Keeps `COMMAND run` running; what it logs is in `run.log`."""
+        """Keeps `COMMAND run` running, with its log in `run.log`."""
         self.say(f"{self.folder.name}$ {command} run &")
         with (self.folder / "run.log").open("ab") as log:
             process = subprocess.Popen(  # noqa: S603  # our own modules
@@ -89,17 +90,17 @@ class Party:
 
 
 def run_federation(scenario: Scenario, folder: Path, say: Say) -> Path:
-    """Sets up everybody, runs the scenario's job, and returns the folder of the adapter.
+    """Sets up all parties, runs the scenario's job, and returns the folder of the adapter.
 
     Raises:
         ConfigError: the scenario trains a language model.
-        RunExists: the folder holds something.
-        UmbelError: what made a command or the job fail.
+        RunExists: the folder is not empty.
+        UmbelError: the reason why a command or the job failed.
     """
     require_classification(scenario, "federation")
     if folder.exists() and any(folder.iterdir()):
         raise RunExists(
-            "a federation is set up in a new folder",
+            "the folder of a federation must be new or empty",
             file=folder,
             remedy="give another --folder, or delete this one",
         )
@@ -142,7 +143,7 @@ def run_federation(scenario: Scenario, folder: Path, say: Say) -> Path:
 
 
 def _enrol(operator: Party, site: Party, name: str, federation: str) -> None:
-    """The site asks, the operator compares, the site takes its certificate."""
+    """The site makes its request, the operator admits it, and the site takes its certificate."""
     site.run("umbel-client", "init", "--site", name, "--federation", federation)
     path = site.folder / f"{name}.request.json"
     asked = request_from_json(path.read_text(encoding="utf-8"), path)
@@ -160,7 +161,7 @@ def _enrol(operator: Party, site: Party, name: str, federation: str) -> None:
 
 
 def _agree(operator: Party, sites: Sequence[Party]) -> None:
-    """Everybody pins the roster with everybody."""
+    """Every site pins the roster of all sites."""
     operator.run("umbel-server", "roster", "export", "--out", "../roster.json")
     path = operator.folder.parent / "roster.json"
     digest = roster_from_json(path.read_text(encoding="utf-8"), path).digest().hex()
@@ -175,7 +176,7 @@ def _work(
     labels: Sequence[str],
     model: Path,
 ) -> None:
-    """From the plan's draft to the last release."""
+    """Takes the job from the plan's draft to its last release."""
     draft = operator.folder / "draft.toml"
     draft.write_text(draft_toml(scenario, labels, model), encoding="utf-8")
     operator.run("umbel-server", "plan", "new", draft.name, "--out", "plan.json")
@@ -196,7 +197,7 @@ def _wait_for_plan(site: Party, job: str) -> None:
             raise JobFailed(
                 "no plan reached a site",
                 file=site.folder / "run.log",
-                remedy="its log, and operator/run.log, say why",
+                remedy="read this log and operator/run.log for the reason",
             )
         time.sleep(_POLL_SECONDS)
 
@@ -207,7 +208,7 @@ def _waiting(site: Party) -> set[str]:
 
 
 def _follow(operator: Party, job: str) -> None:
-    """Says where the job is until it is over."""
+    """Reports the progress of the job until it is over."""
     operator.say(f"{operator.folder.name}$ umbel-server job status {job}")
     said = None
     while True:

@@ -1,4 +1,4 @@
-"""What the developer sees of a run under way: a table that moves, or one line for each round."""
+"""What the developer sees during a run: a table that is updated, or one line for each round."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ LINES_AROUND_THE_SITES = 14
 
 
 class View:
-    """Shows the events of one run; `handle` may be called from any thread."""
+    """Shows the events of one run. Any thread may call `on_event`."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -41,10 +41,10 @@ class View:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Nothing to close."""
+        """Has nothing to close."""
 
-    def handle(self, event: events.AnyEvent) -> None:
-        """Takes an event in."""
+    def on_event(self, event: events.AnyEvent) -> None:
+        """Updates the state by an event."""
         with self._lock:
             self._state.apply(event)
 
@@ -54,10 +54,10 @@ class NullView(View):
 
 
 class PlainView(View):
-    """One line for each round and each mishap: for log files and pipes."""
+    """Prints one line for each round and each warning: for log files and pipes."""
 
-    def handle(self, event: events.AnyEvent) -> None:
-        """Takes an event in and prints what is new."""
+    def on_event(self, event: events.AnyEvent) -> None:
+        """Updates the state by an event, and prints what is new."""
         with self._lock:
             before = len(self._state.warnings)
             self._state.apply(event)
@@ -80,12 +80,12 @@ class PlainView(View):
 
 
 class LiveView(View):
-    """A table that is redrawn in place: for terminals."""
+    """Redraws a table in place: for terminals."""
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, console: Console, read_clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(console)
-        self._clock = clock
-        self._heard = clock()
+        self._read_clock = read_clock
+        self._heard = read_clock()
         self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4)
 
     def __enter__(self) -> Self:
@@ -98,22 +98,23 @@ class LiveView(View):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leaves the last picture on the screen."""
+        """Stops updating, and leaves the last picture on the screen."""
         self._live.stop()
+        self._console.print()
 
-    def handle(self, event: events.AnyEvent) -> None:
-        """Takes an event in; the picture follows within a quarter of a second."""
+    def on_event(self, event: events.AnyEvent) -> None:
+        """Updates the state by an event; the picture follows within a quarter of a second."""
         with self._lock:
             self._state.apply(event)
-            self._heard = self._clock()
+            self._heard = self._read_clock()
 
     def render(self) -> RenderableType:
-        """The whole picture."""
+        """The whole picture, from the state so far."""
         with self._lock:
             state = self._state
             if not state.sites:
                 return Text("setting up the federation …", style="dim")
-            since = self._clock() - self._heard
+            since = self._read_clock() - self._heard
             parts = [_header(state, since), self._table(state), _scores(state)]
             parts += _bars(state)
             hidden = len(state.warnings) - WARNINGS_SHOWN
@@ -151,7 +152,7 @@ class LiveView(View):
 
 
 def view_for(console: Console) -> View:
-    """The view that fits where the output goes."""
+    """The view that suits the console: quiet, a terminal, or a file."""
     if console.quiet:
         return NullView(console)
     return LiveView(console) if console.is_terminal else PlainView(console)
@@ -186,16 +187,16 @@ def _scores(state: RunState) -> RenderableType:
 
 
 def _bars(state: RunState) -> list[RenderableType]:
-    """The comparisons at work; those that are done become a number."""
-    at_work = {name: bar for name, bar in state.baselines.items() if bar[0] < bar[1]}
+    """A bar for each comparison in progress; the finished ones are only counted."""
+    running = {name: bar for name, bar in state.baselines.items() if bar[0] < bar[1]}
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, overflow="ellipsis", max_width=44)
     grid.add_column(width=24)
-    for name, (done, total) in list(at_work.items())[:BARS_SHOWN]:
+    for name, (done, total) in list(running.items())[:BARS_SHOWN]:
         grid.add_row(
             state.comparison(name), ProgressBar(total=total, completed=done), f"{done}/{total}"
         )
-    finished = len(state.baselines) - len(at_work)
+    finished = len(state.baselines) - len(running)
     return [Text(f"comparisons done: {finished}"), grid] if finished else [grid]
 
 

@@ -1,4 +1,4 @@
-"""A run as far as its events tell: what the live view draws."""
+"""The state of a run as its events tell it: what the live view shows."""
 
 from dataclasses import dataclass, field
 
@@ -14,51 +14,51 @@ ANSWERED = {
     "unmask": "unmasked",
     "finish": "has adapter",
 }
-"""What a site has done once it answered a stage."""
+"""What a site has done after it answered a stage, in the words of the live view."""
 
 STAGES = ("train", "share", "mask", "confirm", "unmask")
-"""What an attempt asks of a site, in this order."""
+"""The stages of an attempt, in order."""
 
 
 @dataclass
 class SiteState:
-    """One row of the table."""
+    """The state of one site: a row of the table."""
 
     records: int
     doing: str = "waiting"
     steps: int = 0
-    """Optimiser steps done over the whole job."""
+    """Optimizer steps done so far, over the whole job."""
     epsilon: float | None = None
     masked_bytes: int = 0
     answered: list[str] = field(default_factory=list)
-    """Stages answered in the current attempt."""
+    """Stages that it answered in the current attempt."""
     refused: bool = False
     """Whether it refused a stage of the current attempt."""
 
 
 @dataclass
 class RunState:
-    """A run as far as its events tell."""
+    """The state of a run, changed by each event."""
 
     name: str = ""
     rounds: int = 0
     steps: int = 0
-    """Of each site over the whole job."""
+    """Steps of each site over the whole job."""
     round: int = 0
-    """The round under way, from 1."""
+    """The current round, from 1."""
     sites: dict[str, SiteState] = field(default_factory=dict)
     scores: list[tuple[int, Score]] = field(default_factory=list)
     """Round and score of each release."""
     warnings: list[str] = field(default_factory=list)
     baselines: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Comparisons: done and total."""
+    """Steps done and in total, of each comparison."""
     seconds: float = 0.0
-    """When the last event happened."""
+    """Time of the last event."""
     first_step: tuple[float, float] | None = None
-    """Seconds and progress when training was first seen: a resumed run starts in the middle."""
+    """Time and progress at the first step that was seen; a resumed run does not start at 0."""
 
     def apply(self, event: events.AnyEvent) -> None:
-        """Takes an event in."""
+        """Changes the state by an event."""
         self.seconds = event.seconds
         match event:
             case events.Started():
@@ -85,20 +85,20 @@ class RunState:
 
     @property
     def progress(self) -> float:
-        """Share of all sites' steps that are done."""
+        """Share of the steps of all sites that are done."""
         return sum(site.steps for site in self.sites.values()) / max(
             1, self.steps * len(self.sites)
         )
 
     def seconds_left(self) -> float | None:
-        """Until the last round is released, if the rest goes as fast as what was seen."""
+        """Time until the last release, at the speed so far; None while the speed is unknown."""
         if self.first_step is None or self.progress <= self.first_step[1]:
             return None
         began, progress = self.first_step
         return (self.seconds - began) / (self.progress - progress) * (1 - self.progress)
 
     def comparison(self, name: str) -> str:
-        """What a `BaselineStep` is about, for people; a site's name stands for the site alone."""
+        """The comparison of a `BaselineStep`, for people. A site's name means that site alone."""
         return f"comparison local-only, {name}" if name in self.sites else f"comparison {name}"
 
     def _step(self, event: events.SiteStep) -> None:

@@ -4,7 +4,7 @@ _UNITS = ((1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB"))
 
 
 def size(count: int) -> str:
-    """A number of bytes for people, in decimal units."""
+    """A number of bytes for people, with three digits and a decimal unit."""
     if count < 1000:
         return f"{count} B"
     factor, unit = next(

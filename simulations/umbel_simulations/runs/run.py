@@ -1,9 +1,9 @@
-"""A scenario from its file to its report."""
+"""Runs a scenario, from its records to its report."""
 
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from umbel_common.adapters.vector import Vector, initial_vector
 from umbel_common.plans.plan import CausalLm, TrainingPlan
 from umbel_simulations.backends.in_process import Federation, JobOutcome
 from umbel_simulations.reporting import events
-from umbel_simulations.reporting.recorder import Recorder, ServerObserver, SiteObserver
+from umbel_simulations.reporting.recorder import OnEvent, Recorder, ServerObserver, SiteObserver
 from umbel_simulations.reporting.report import write_report
 from umbel_simulations.reporting.results import Answers, Comparison, Difference, RunSummary, Score
 from umbel_simulations.runs.baselines import POOLED, train_alone
@@ -30,20 +30,18 @@ from umbel_simulations.scenario.run_folder import claim, write
 from umbel_simulations.scenario.scenario import HpoData, Scenario
 
 
-def run_scenario(
-    scenario: Scenario, folder: Path, show: Callable[[events.AnyEvent], None]
-) -> RunSummary:
-    """Runs a scenario, or what is left of it, in `folder`, and writes everything there.
+def run_scenario(scenario: Scenario, folder: Path, on_event: OnEvent) -> RunSummary:
+    """Runs a scenario in `folder`, or resumes it, and writes all files there.
 
     Raises:
         RunExists: the folder belongs to a finished run, or to another scenario.
-        UmbelError: whatever made the run fail; the same call resumes it.
+        UmbelError: the reason why the run failed; the same call resumes it.
     """
-    # One thread for each site: more of them on busy cores slow each other down.
+    # One thread for each site: on busy cores, more threads slow each other down.
     torch.set_num_threads(1)
     setup = load_setup(scenario)
     claim(folder, scenario)
-    recorder = Recorder(folder / "metrics.jsonl", show)
+    recorder = Recorder(folder / "metrics.jsonl", on_event)
     try:
         return Run(setup, folder, recorder).complete()
     finally:
@@ -52,17 +50,17 @@ def run_scenario(
 
 @dataclass
 class Run:
-    """One run and its steps, in their order in `complete`."""
+    """One run. `complete` has its steps in order."""
 
     setup: RunSetup
     folder: Path
     recorder: Recorder
     seconds: dict[str, float] = field(default_factory=dict)
     alone: dict[str, Vector] = field(default_factory=dict)
-    """What was trained without a federation, by name."""
+    """Adapters that were trained without a federation, by name."""
 
     def complete(self) -> RunSummary:
-        """From the first key to the report."""
+        """Takes the run from the first key to the report."""
         self.recorder.emit(
             events.Started(
                 seconds=self.recorder.seconds(),
@@ -99,7 +97,7 @@ class Run:
         seconds = {**self.seconds, "total": round(self.recorder.seconds(), 1)}
         summary = summarise(self.setup, self.folder, outcome, findings, judge, seconds)
         write_report(summary, self.folder / "report.html")
-        # Last: its presence says that the run is finished.
+        # Last, because a run with a summary counts as finished.
         write(
             self.folder / "summary.json",
             msgspec.json.format(msgspec.json.encode(summary), indent=2),
@@ -123,7 +121,7 @@ class Run:
         )
 
     def _answers(self, judge: Judge, outcome: JobOutcome) -> list[Answers]:
-        """Some test questions, answered by each model that there is."""
+        """Some test questions, with the answer of each model."""
         data = self.setup.scenario.data
         if not isinstance(data, HpoData) or not data.answers:
             return []
@@ -166,19 +164,19 @@ class Run:
         if "base" in wanted:
             yield Comparison(
                 name="base",
-                description="the model as it was, without an adapter",
+                description="the base model without an adapter",
                 score=judge(initial_vector(self.setup.plan)),
             )
         if "majority" in wanted:
             yield Comparison(
                 name="majority",
-                description="always the commonest label of the test set",
+                description="always the test set's commonest label",
                 score=majority_score(self.setup.corpus),
             )
         if "head-only" in wanted:
             yield Comparison(
                 name="head-only",
-                description="federated, head only on the frozen model, no adapter",
+                description="federated, only the head is trained",
                 score=self._head_only(),
             )
         alone = {name: judge(adapter) for name, adapter in self.alone.items()}
@@ -186,7 +184,7 @@ class Run:
             parts = {site: alone[site] for site in self.setup.sites}
             yield Comparison(
                 name="local-only",
-                description="mean over sites that each train alone",
+                description="each site trains alone (mean)",
                 score=_mean(list(parts.values())),
                 parts=parts,
             )
@@ -198,12 +196,12 @@ class Run:
         if "pooled" in wanted:
             yield Comparison(
                 name="pooled",
-                description="all records in one place, without federation",
+                description="all records in one place",
                 score=alone[POOLED],
             )
 
     def _head_only(self) -> Score:
-        """The same federation without an adapter: same protocol, same epsilon, its own ledgers."""
+        """Scores the same federation without an adapter: same protocol and epsilon, own ledgers."""
         folder = self.folder / "baselines" / "head-only"
         folder.mkdir(parents=True, exist_ok=True)
         largest = max(len(examples) for examples in self.setup.sites.values())
@@ -216,11 +214,11 @@ class Run:
         )
         rounds = plan.training.rounds
 
-        def show(event: events.AnyEvent) -> None:
+        def on_event(event: events.AnyEvent) -> None:
             if isinstance(event, events.RoundReleased):
                 self._baseline_step("head-only", event.round, rounds)
 
-        recorder = Recorder(folder / "metrics.jsonl", show)
+        recorder = Recorder(folder / "metrics.jsonl", on_event)
         judge = Judge(plan, self.setup.model, self.setup.corpus.test, folder / "public")
         try:
             federation = Federation(folder, self.setup.scenario)
@@ -229,7 +227,7 @@ class Run:
             recorder.close()
 
     def _train_alone(self, federation: Federation) -> dict[str, Vector]:
-        """Adapters of the sites, and of all records in one place, as far as they are wanted."""
+        """Trains the wanted adapters: each site alone, and all records in one place."""
         wanted = self.setup.scenario.baselines
         names = [
             *(self.setup.sites if "local-only" in wanted else ()),

@@ -61,7 +61,7 @@ def test_replies_come_as_they_come_and_a_late_one_misses_the_deadline(
 
 def test_a_lost_message_is_an_error_reply_and_not_a_wait(grids: list[InProcessGrid]) -> None:
     over = link(
-        grids, {2: echo, 3: echo}, lost=lambda node, group: (node, group) == (2, "1.1.mask")
+        grids, {2: echo, 3: echo}, should_lose=lambda node, group: (node, group) == (2, "1.1.mask")
     )
     began = time.monotonic()
     replies = dict(over.exchange(STEP, BOTH, 60.0))

@@ -73,9 +73,9 @@ def screen(width: int, *happened: events.AnyEvent, later: float = 0.0, height: i
     """What a terminal of this width shows, `later` seconds after the last event."""
     now = 100.0
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True)
-    view = LiveView(console, clock=lambda: now)
+    view = LiveView(console, read_clock=lambda: now)
     for event in happened:
-        view.handle(event)
+        view.on_event(event)
     now += later
     picture = Console(file=io.StringIO(), width=width, height=height, record=True)
     picture.print(view.render())
@@ -87,7 +87,7 @@ def printed(*happened: events.AnyEvent) -> list[str]:
     file = io.StringIO()
     with PlainView(Console(file=file, width=80)) as view:
         for event in happened:
-            view.handle(event)
+            view.on_event(event)
     return file.getvalue().splitlines()
 
 
@@ -276,7 +276,7 @@ def test_a_quiet_view_prints_nothing() -> None:
     file = io.StringIO()
     with NullView(Console(file=file)) as view:
         for event in (started(), *one_round(1)):
-            view.handle(event)
+            view.on_event(event)
     assert file.getvalue() == ""
 
 
@@ -284,18 +284,18 @@ def test_the_last_picture_stays_on_the_terminal() -> None:
     file = io.StringIO()
     with LiveView(Console(file=file, width=100, height=30, force_terminal=True)) as view:
         for event in (started(), *one_round(1)):
-            view.handle(event)
+            view.on_event(event)
     assert "accuracy" in file.getvalue()
 
 
 def test_events_may_come_from_many_threads_while_the_picture_is_drawn() -> None:
     console = Console(file=io.StringIO(), width=80, height=30, force_terminal=True)
     view = LiveView(console)
-    view.handle(started())
+    view.on_event(started())
 
     def work(site: str) -> None:
         for _ in range(200):
-            view.handle(stage(site, 1, "mask", masked_bytes=1))
+            view.on_event(stage(site, 1, "mask", masked_bytes=1))
             view.render()
 
     threads = [threading.Thread(target=work, args=(site,)) for site in SITES for _ in range(2)]

@@ -26,7 +26,7 @@ def released(score: Score) -> events.RoundReleased:
 
 def written(path: Path, *happened: events.AnyEvent) -> list[dict[str, object]]:
     """The lines that a recorder keeps of these events."""
-    recorder = Recorder(path, show=lambda event: None)
+    recorder = Recorder(path, on_event=lambda event: None)
     for event in happened:
         recorder.emit(event)
     recorder.close()
