@@ -1,4 +1,4 @@
-"""One finished run of the scenario `smoke`: what it leaves behind, and what that proves."""
+"""A finished run of the scenario `smoke`: the files that it leaves, and what they prove."""
 
 import json
 import shutil

@@ -1,4 +1,5 @@
-"""The cache of converted models: by content, whole or not at all, with a clear way to install."""
+"""The cache of converted models goes by content, is complete or absent, and its errors say what
+to install."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The live view: what a developer can read off it, in both widths, and off a pipe."""
+"""What a developer can read in the live view, in two widths, and in a pipe."""
 
 import io
 import threading
@@ -83,7 +83,7 @@ def screen(width: int, *happened: events.AnyEvent, later: float = 0.0, height: i
 
 
 def printed(*happened: events.AnyEvent) -> list[str]:
-    """The lines that a pipe gets."""
+    """The lines that are written to a pipe."""
     file = io.StringIO()
     with PlainView(Console(file=file, width=80)) as view:
         for event in happened:

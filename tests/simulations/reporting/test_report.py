@@ -1,4 +1,4 @@
-"""The report: whole, readable without a network, and deaf to what data puts into names."""
+"""The report is complete, needs no network, and shows names from data as plain text."""
 
 import re
 from html.parser import HTMLParser
