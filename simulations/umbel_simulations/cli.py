@@ -1,4 +1,4 @@
-"""`umbel-simulate`: many sites on one machine, through the code that deployment runs."""
+"""`umbel-simulate`: many sites on one machine, with the code that a deployment runs."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from umbel_host.terminal import exit_code
 
 app = typer.Typer(
     name="umbel-simulate",
-    help="Simulate a private federated fine-tuning of many sites on this machine.",
+    help="Simulate private federated fine-tuning, with many sites on this machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,7 +30,7 @@ Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs."
 def run(
     scenario: ScenarioName = "quickstart",
     name: Annotated[
-        str | None, typer.Option(help="Name of the run; default: the scenario's, numbered.")
+        str | None, typer.Option(help="Name of the run; default: the scenario's name, numbered.")
     ] = None,
     sites: Annotated[int | None, typer.Option(min=2, help="Number of sites.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Number of rounds.")] = None,
@@ -40,14 +40,14 @@ def run(
     no_dp: Annotated[
         bool, typer.Option("--no-dp", help="Train without differential privacy.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")
+        bool, typer.Option("--json", help="Print only the summary, as JSON.")
     ] = False,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Run a scenario: federate, compare, report."""
-    # Imported here: `list`, `--help` and an error in a scenario need not wait for torch.
+    """Run a scenario, compare its adapter with others, and write a report."""
+    # Imported here, so that `list`, `--help` and errors in a scenario do not wait for torch.
     from umbel_simulations.scenario.file import find_scenario, override
     from umbel_simulations.scenario.run_folder import check_free, free_name
 
@@ -61,22 +61,24 @@ def run(
 
     console = Console(quiet=quiet or as_json)
     with view_for(console) as view:
-        summary = run_scenario(chosen, folder, view.handle)
+        summary = run_scenario(chosen, folder, view.on_event)
     if as_json:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
     else:
         print_summary(console, summary)
         console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
         console.print(f"adapter: {folder / 'adapter'}", soft_wrap=True, highlight=False)
-        console.print(f"check it: umbel-simulate verify {folder}", soft_wrap=True, highlight=False)
+        console.print(f"verify: umbel-simulate verify {folder}", soft_wrap=True, highlight=False)
 
 
 @app.command()
 def federation(
     scenario: ScenarioName = "federation",
-    folder: Annotated[Path, typer.Option(help="A new folder.")] = Path("federation"),
+    folder: Annotated[
+        Path, typer.Option(help="Folder of the federation; it must be new or empty.")
+    ] = Path("federation"),
 ) -> None:
-    """Run a scenario by real processes: a server and its sites, with certificates and approvals."""
+    """Run a scenario as real processes: a server and its sites, with certificates and approvals."""
     from umbel_simulations.backends.processes import run_federation
     from umbel_simulations.scenario.file import find_scenario
 
@@ -94,7 +96,7 @@ def list_command() -> None:
     """List the shipped scenarios."""
     from umbel_simulations.scenario.file import list_scenarios
 
-    table = Table("scenario", "sites", "rounds", "what it shows")
+    table = Table("scenario", "sites", "rounds", "description")
     for scenario in list_scenarios():
         table.add_row(
             scenario.name,
@@ -109,7 +111,7 @@ def list_command() -> None:
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
 ) -> None:
-    """Re-check a run's signatures, transcript and adapter from its files alone."""
+    """Verify the signatures, transcript and adapter of a run from its files alone."""
     from umbel_simulations.runs.verify import verify_run
 
     job = verify_run(folder)
@@ -132,15 +134,15 @@ def audit(
     scenario: ScenarioName = "quickstart",
     canaries: Annotated[
         int,
-        typer.Option(min=10, help="Records, then patients, whose presence an attack guesses."),
+        typer.Option(min=10, help="Number of records, then of patients, that the attack guesses."),
     ] = 1000,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")
+        bool, typer.Option("--json", help="Print only the results, as JSON.")
     ] = False,
 ) -> None:
-    """Attack one site's training, and hold the epsilon that shows against the one claimed.
+    """Attack one site's training, and compare the epsilon that the attack shows with the claim.
 
-    Once where privacy is per record, and once where it is per patient.
+    The audit runs twice: with privacy per record, and with privacy per patient.
     """
     from umbel_simulations.audit.one_run import as_table, audit_scenario, check
     from umbel_simulations.scenario.file import find_scenario
@@ -161,5 +163,5 @@ def audit(
 
 
 def main() -> None:
-    """The console script: every error is text for people, with its own exit code."""
+    """The console script. It shows every error as a text for people, with its own exit code."""
     sys.exit(exit_code(app, interrupted="interrupted: the same command resumes the run"))

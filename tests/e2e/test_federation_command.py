@@ -1,4 +1,4 @@
-"""`umbel-simulate federation`: a whole deployment on one machine, by its commands."""
+"""`umbel-simulate federation` runs a whole deployment on one machine by its commands."""
 
 import json
 import tempfile
@@ -11,7 +11,7 @@ from e2e.conftest import TinyScenario
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """With a short path: a socket's has 107 bytes at most, and a test's own folder lies deep."""
+    """A folder with a short path: a socket's path has at most 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="umbel-") as short:
         yield Path(short) / "federation"
 

@@ -1,4 +1,4 @@
-"""Runs that end before their end: killed, interrupted, run again."""
+"""Runs that are killed or interrupted, and resumed."""
 
 import json
 import os

@@ -63,7 +63,7 @@ threshold = 3
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders in the place of the packages that carry an ontology and news."""
+    """Folders instead of the packages that have an ontology and news."""
     terms = ["format-version: 1.2", "[Term]\nid: HP:0000118\nname: Phenotypic abnormality"]
     for system in "abc":
         terms.append(f"[Term]\nid: HP:{system}\nname: {system}\nis_a: HP:0000118 ! x")

@@ -1,4 +1,4 @@
-"""One finished run of the scenario `smoke`: what it leaves behind, and what that proves."""
+"""A finished run of the scenario `smoke`: the files that it leaves, and what they prove."""
 
 import json
 import shutil
@@ -207,6 +207,27 @@ def test_the_name_of_a_finished_run_is_refused(simulate: Simulate, smoke_run: Pa
     assert other.returncode == 51
     assert "another scenario" in other.stderr
     assert (smoke_run / "summary.json").read_bytes() == before
+
+
+def test_a_run_of_version_0_1_is_verified_known_as_finished_and_resumed(
+    simulate: Simulate, smoke_run: Path, tmp_path: Path
+) -> None:
+    """Its metrics.jsonl has the fields of each score beside those of the release."""
+    run = tmp_path / "smoke"
+    shutil.copytree(smoke_run, run)
+    metrics = run / "metrics.jsonl"
+    kept = [json.loads(line) for line in metrics.read_text().splitlines()]
+    former = [{**event, **event.pop("score", {})} for event in kept]
+    metrics.write_text("".join(json.dumps(event) + "\n" for event in former))
+    assert simulate("verify", run).returncode == 0
+    again = ("run", "smoke", "--runs", tmp_path, "--name", "smoke")
+    assert "finished" in simulate(*again).stderr
+
+    before = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").unlink()
+    result = simulate(*again)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((run / "summary.json").read_text())["curve"] == before["curve"]
 
 
 def test_the_curve_starts_before_training_and_rises(smoke_run: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every kind of plan, from its scenario to an adapter that PEFT loads; and spoilt runs."""
+"""Every kind of plan, from its scenario to an adapter that PEFT loads; and runs that go wrong."""
 
 import json
 from pathlib import Path

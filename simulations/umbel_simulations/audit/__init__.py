@@ -1,1 +1,1 @@
-"""Attacks on a site's own training, to measure what the promise is worth."""
+"""Attacks on a site's own training, which measure what the privacy claim is worth."""

@@ -1,23 +1,27 @@
-"""From guesses to a lower bound on epsilon (Steinke, Nasr and Jagielski 2023, "Privacy Auditing
-with One (1) Training Run", theorem 5.2)."""
+"""A lower bound on epsilon from an attack's guesses.
+
+Steinke, Nasr and Jagielski 2023, "Privacy Auditing with One (1) Training Run", theorem 5.2.
+"""
 
 import numpy as np
 from scipy.stats import binom
 
 _LARGEST = 50.0
-"""Of any epsilon that so few guesses could show."""
+"""The search range ends here: no number of guesses that an audit makes could show more."""
 
 
 def chance_of(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
-    """Upper bound on the probability of so many correct guesses, if (epsilon, delta) holds.
+    """Upper bound on the chance of at least `correct` right guesses, if (epsilon, delta) holds.
 
-    Pure differential privacy makes each guess right with probability e^epsilon / (1 + e^epsilon) at
-    most, as if independently; delta adds the paper's second term.
+    Under pure differential privacy each guess is right with a probability of at most
+    e^epsilon / (1 + e^epsilon), as if the guesses were independent. Delta adds the paper's second
+    term.
 
     Args:
-        canaries: each included by its own fair coin; m in the paper.
-        guesses: canaries on which the attack did not abstain, chosen without sight of the coins.
-        correct: guesses that were right.
+        canaries: how many there are, each included by its own fair coin; m in the paper.
+        guesses: canaries on which the attack did not abstain. It chose them without seeing the
+            coins.
+        correct: how many guesses were right.
     """
     if not 0 <= correct <= guesses <= canaries:
         raise ValueError("correct, guesses and canaries must be in rising order")
@@ -33,11 +37,10 @@ def chance_of(canaries: int, guesses: int, correct: int, epsilon: float, delta: 
 def epsilon_lower_bound(
     canaries: int, guesses: int, correct: int, delta: float, confidence: float
 ) -> float:
-    """The largest epsilon that so many correct guesses refute, at `confidence`; 0 if they refute
-    none.
+    """The largest epsilon that `correct` right guesses refute with `confidence`, or 0.
 
-    A mechanism with a smaller epsilon has every larger one too, so what refutes one epsilon refutes
-    all below it: wherever the bisection ends, its answer is a valid bound.
+    A mechanism that satisfies some epsilon satisfies every larger one. So guesses that refute one
+    epsilon refute all below it, and the bisection's answer is a valid bound wherever it stops.
     """
     refuted, upper = 0.0, _LARGEST
     if chance_of(canaries, guesses, correct, refuted, delta) > 1 - confidence:

@@ -1,6 +1,6 @@
-"""The data of an audit: a site's records, by the record or by the patient, and the canaries.
+"""The data of an audit: a site's records and the canaries, with records or patients as the unit.
 
-Both levels differ in the unit of the records alone; whatever follows takes records with their
+The two kinds of audit differ in the records' units only. All later steps take records with their
 units, as a site's own training does.
 """
 
@@ -19,19 +19,19 @@ from umbel_simulations.inputs.sources import Example
 from umbel_simulations.scenario.run_folder import write
 
 Unit = Literal["record", "patient"]
-"""What privacy is promised for; `patient` is the site's `data.unit_column` too."""
+"""What the privacy claim is about. `patient` is also the name of the site's `data.unit_column`."""
 
 RECORDS_OF_A_PATIENT = 10
-"""The more, the further each patient moves a sum that clips single records."""
+"""The more records, the further one patient moves a sum in which single records are clipped."""
 WORDS = 3
-"""In a canary's text: the fewer, the less alike are two of them."""
+"""Words in a canary's text. The fewer they are, the less two canaries resemble each other."""
 
 
 def site_records(examples: Sequence[Example], task: Classification, unit: Unit) -> Records:
-    """What the site itself reads from its file.
+    """The records as the site itself reads them from its file.
 
-    No scenario says whose a record is, so patients are made: each has `RECORDS_OF_A_PATIENT` in a
-    row, the last one what is left.
+    No scenario names the patient of a record, so this function makes patients up: each has
+    `RECORDS_OF_A_PATIENT` consecutive records, and the last patient has the rest.
     """
     rows = [
         {
@@ -48,24 +48,24 @@ def site_records(examples: Sequence[Example], task: Classification, unit: Unit) 
 
 
 def records_of_a_unit(unit: Unit) -> int:
-    """Of each whole one, canaries too."""
+    """Number of records in a complete unit; a canary is one too."""
     return 1 if unit == "record" else RECORDS_OF_A_PATIENT
 
 
 def unit_of_each(records: Records) -> npt.NDArray[np.int64]:
-    """int64[records], numbered from 0."""
+    """The unit of each record: int64[records], numbered from 0."""
     return np.array(records.units or range(len(records)), dtype=np.int64)
 
 
 def unit_count(records: Records) -> int:
-    """How many units the records are of."""
+    """How many units the records belong to."""
     return int(unit_of_each(records).max()) + 1
 
 
 def first_units(records: Records, most: int) -> Records:
-    """The first units with all of their records, and `most` records at most; at least one unit.
+    """The first units, each with all its records: `most` records at most, but at least one unit.
 
-    A unit that is cut would be another unit, and its gradient another gradient.
+    Without some of its records, a unit would have another gradient.
     """
     units = unit_of_each(records)
     count = max(1, int(np.searchsorted(np.cumsum(np.bincount(units)), most, side="right")))
@@ -78,15 +78,15 @@ def first_units(records: Records, most: int) -> Records:
 
 
 def make_canaries(records: Records, plan: TrainingPlan, count: int, seed: int) -> Records:
-    """`count` units, each of one record in copies: random words of the site's own texts under a
-    random label.
+    """Makes `count` units, each with copies of one record: random words from the site's texts under
+    a random label.
 
-    Nothing fits them, so their gradients are far longer than the clip norm and stay so, and they
-    are nearly orthogonal: close to the worst records that there are. The copies' gradients point
-    one way, so that clipping each of them instead of their mean shows at its full length.
+    No model fits these records. So their gradients stay far longer than the clip norm and are
+    nearly orthogonal: canaries come close to the worst case. The gradients of copies point in one
+    direction, so an error that clips each copy, and not their mean, shows at full length.
     """
     generator = np.random.default_rng(seed)
-    assert isinstance(plan.task, Classification)  # site_records reads no other
+    assert isinstance(plan.task, Classification)  # site_records reads no other task
     labels = len(plan.task.labels)
     words = sorted({word for text in records.texts for word in text.split()})
     copies = RECORDS_OF_A_PATIENT if records.units else 1
@@ -116,7 +116,7 @@ def with_included(records: Records, canaries: Records, included: npt.NDArray[np.
     kept = np.flatnonzero(included[units])
     joined = records.units
     if joined:
-        # Units have every number up to the last one used.
+        # Unit numbers have no gaps.
         numbers = max(joined) + np.cumsum(included)
         joined += tuple(int(numbers[units[index]]) for index in kept)
     return msgspec.structs.replace(

@@ -1,14 +1,14 @@
 """The game of a one-run audit (Steinke et al. 2023, algorithm 1), around a site's own training.
 
-Canaries are units that the auditor makes: a fair coin decides whether each joins the site's data,
-one job is trained, and an attack guesses the coins from what was released.
+Canaries are units that the auditor makes up. A fair coin decides whether each one joins the site's
+data. One job is trained, and an attack guesses the coins from what was released.
 
-The attack is the adversary of the accountant's theorem, and no stronger one. It knows the plan, the
+The attack is the adversary of the accountant's theorem and no stronger. It knows the plan, the
 sampling rate, the noise multiplier, every canary, all other records of the site, and the site's
-noisy delta after *each* step: what the server and all other sites together see if each round has
-one step. It does not see batches, noise, or anything inside the site. Steps are plain gradient
-descent: with Adam, or with several steps to a round, what is released is a function of these
-deltas, so it cannot tell more.
+noisy delta after *each* step. The server and all other sites together see this much if each round
+has one step. The attack sees neither batches nor noise nor anything else inside the site. Steps are
+plain gradient descent: with Adam, or with several steps in a round, the releases are a function of
+these deltas, so they cannot reveal more.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,25 +36,25 @@ _RATE = 0.01
 """Learning rate: large enough that float32 keeps the noise, small enough that nothing diverges."""
 _TINY = 1e-12
 _NORMAL_QUARTILE = 0.6745
-"""Half of a standard normal variable's draws are nearer to zero."""
+"""Half of all draws from a standard normal distribution are closer to zero than this."""
 
 Floats = npt.NDArray[np.float64]
 OnGame = Callable[[int, int], None]
-"""Told (steps done, steps)."""
+"""Called after each step with (steps done, steps)."""
 
 
 @dataclass(frozen=True)
 class GameOutcome:
-    """What the attack is judged by."""
+    """The coins, and what the attack found out about them."""
 
     included: npt.NDArray[np.bool_]
     """bool[canaries]: the coins."""
     evidence: Floats
-    """float64[canaries]: log of how much likelier the releases are with the canary than without."""
+    """float64[canaries]: log-likelihood ratio of the releases, with the canary to without it."""
 
 
 def step_by_step(plan: TrainingPlan) -> TrainingPlan:
-    """The plan with the same noisy steps, each of them released."""
+    """The plan with the same noisy steps, but a release after each of them."""
     training = msgspec.structs.replace(
         plan.training,
         rounds=plan.training.steps,
@@ -126,28 +126,29 @@ def gather_evidence(
 
 
 def log_likelihood_ratios(noisy_sum: Floats, directions: Vector, rate: float) -> Floats:
-    """How much likelier one noisy sum is with each canary in the data than without it.
+    """Log-likelihood ratio of one noisy sum for each canary: in the data, to not in the data.
 
-    A canary that is in the data is in a batch with the sampling rate q, so each is in a batch with
-    probability q / 2. The best linear estimate of all of them at once (ridge regression) takes the
-    canaries out of each other's way; each estimate then is nearly Gaussian.
+    A canary in the data joins a batch with the sampling rate q, so a canary joins it with
+    probability q / 2. The best linear estimate of all canaries at once (ridge regression) separates
+    them from each other; each estimate is then nearly Gaussian.
 
     Args:
-        noisy_sum: float64[D], without what the known records are expected to add.
+        noisy_sum: float64[D], minus the expected contribution of the known records.
         directions: float32[canaries, D], the clipped gradients.
-        rate: with which each record is in a batch.
+        rate: the sampling rate.
     """
     prior = rate / 2
     variance = prior * (1 - prior)
-    # What noise there is, not what is claimed: an attack must profit from too little. Each record
-    # adds little to any one element.
+    # The actual noise, not the claimed noise: an attack must profit where there is too little. Each
+    # record adds little to any one element.
     deviation = float(np.median(np.abs(noisy_sum))) / _NORMAL_QUARTILE
     ridge = deviation**2 / variance
     overlaps = (directions @ directions.T).astype(np.float64)
     surprise = directions @ noisy_sum - prior * overlaps.sum(axis=1)
     inverse = np.linalg.inv(overlaps + ridge * np.eye(len(overlaps)))
-    # An estimate lies `gain` times as far from the prior as the truth does, with an error of
-    # variance `variance` gain (1 - gain); reduced, so that a gain of 0 says and divides nothing.
+    # An estimate lies `gain` times as far from the prior as the truth does, and its error has the
+    # variance `variance` gain (1 - gain). One factor `gain` is cancelled, so that a gain of 0 says
+    # nothing and nothing is divided by 0.
     gain = 1 - ridge * np.diag(inverse)
     inside = (inverse @ surprise + (prior - 0.5) * gain) / (variance * (1 - gain))
     with np.errstate(divide="ignore"):
@@ -162,7 +163,7 @@ def clipped_gradients(
     data: PreparedData,
     physical_batch_size: int,
 ) -> Iterator[tuple[Ints, Floats]]:
-    """Each unit's clipped gradient at the model's adapter, by the attack's own arithmetic.
+    """Each unit's clipped gradient at the model's adapter, computed by the attack itself.
 
     Yields:
         numbers of some units, int64[n], and float64[n, elements trained in round `number`].

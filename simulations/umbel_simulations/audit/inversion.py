@@ -1,11 +1,12 @@
-"""What one site's delta says about its texts: the span check of DAGER (Petrov et al. 2024, "DAGER:
-Exact Gradient Inversion for Large Language Models", section 4.1) against a LoRA matrix.
+"""What one site's delta reveals about its texts: DAGER's span check against a LoRA matrix.
+
+Petrov et al. 2024, "DAGER: Exact Gradient Inversion for Large Language Models", section 4.1.
 
 The gradient of B is a sum of outer products with A x, one for each input vector x of the adapted
 layer. While a batch has fewer inputs than the rank, its rows span only those A x. In the first
 layer x is a known function of token and position, so every token of the vocabulary can be tried:
-those of the batch lie in the span. A is public here (method `ffa`), and the attack sees one site's
-delta of one step in the clear, as nobody does: it lies masked in the sum.
+the tokens of the batch lie in the span. A is public here (method `ffa`), and the attack sees one
+site's delta of one step in the clear. Nobody sees it in a federation: there it is masked.
 """
 
 from collections.abc import Iterator
@@ -33,26 +34,27 @@ _TOKENS_AT_ONCE = 512
 
 
 class InversionResult(Value, frozen=True):
-    """How many of a batch's tokens the attack names."""
+    """How many of a batch's tokens the attack recovers."""
 
     epsilon: float | None
-    """Of the one step; None without differential privacy."""
+    """Cost of the one step; None without differential privacy."""
     records: int
     tokens: int
-    """Different tokens of the batch; the attack is told, and names so many."""
+    """Number of distinct tokens in the batch. The attack knows it, and names as many tokens."""
     vocabulary: int
     recovered: int
-    """Tokens that were named and are in the batch: over `tokens`, both recall and precision."""
+    """Number of named tokens that are in the batch. Divided by `tokens`, it is both recall and
+    precision."""
 
     @property
     def chance(self) -> float:
-        """Of `recovered` over `tokens`, if tokens are named at random."""
+        """Expected value of `recovered` / `tokens` if tokens are named at random."""
         return self.tokens / self.vocabulary
 
 
 def exposed(plan: TrainingPlan, model: Path, rank: int) -> TrainingPlan:
-    """The plan made as easy to invert as plans can be: one step of plain descent, and an adapter of
-    a large rank in the first layer alone."""
+    """The plan in the form that is easiest to invert: one step of plain gradient descent, and an
+    adapter of large rank in the first layer only."""
     lora = plan_lora(
         model,
         plan.task,
@@ -78,8 +80,8 @@ def invert(
     """Trains one step on all `records` as a site does, and names the tokens of the batch.
 
     Args:
-        plan: an `exposed` one.
-        private: with the plan's privacy, its noise calibrated to this one step; else with none.
+        plan: a plan made by `exposed`.
+        private: whether the step has the plan's privacy, with noise calibrated to this one step.
     """
     assert isinstance(plan.privacy, LocalPrivacy)
     training = msgspec.structs.replace(plan.training, expected_batch_size=len(records))
@@ -120,11 +122,11 @@ def distances_from_span(
 
     Args:
         delta: float32[size of the tensors of round 1].
-        inputs: the dimension of the span: how many different (token, position) the batch has.
+        inputs: the dimension of the span: the number of distinct (token, position) in the batch.
         positions: length of the longest record.
 
     Returns:
-        float64[vocabulary]: at the position where it is nearest; 0 in the span.
+        float64[vocabulary]: the distance at the nearest position; 0 inside the span.
     """
     changes = unflatten(delta, plan.trained_tensors(1))
     checks = [
@@ -145,7 +147,7 @@ def distances_from_span(
 
 @dataclass(frozen=True)
 class _Check:
-    """The span that one adapted layer's delta gives away."""
+    """The span that the delta of one adapted layer reveals."""
 
     A: torch.Tensor
     """float32[rank, in]."""
@@ -169,7 +171,7 @@ def _embedded(model: AdaptedModel, positions: int) -> Iterator[torch.Tensor]:
 
 
 def _with_head(plan: TrainingPlan) -> Vector:
-    """The initial adapter under some head: under a head of zeros, B's gradient would be zero."""
+    """The initial adapter with a random head: with a head of zeros, B's gradient would be zero."""
     vector = initial_vector(plan)
     generator = np.random.default_rng(plan.lora.seed)
     for tensor, values in zip(

@@ -1,8 +1,9 @@
 """`umbel-simulate audit`: an attack's lower bound on epsilon beside the accountant's claim.
 
-One training run of one of a scenario's sites for each unit of privacy, record and patient, with
-canaries in its data (Steinke et al. 2023). The bound can refute the claim and never prove it: it
-grows with the number of canaries, and stays far below epsilon even where the claim is tight.
+One site of a scenario is trained twice with canaries in its data (Steinke et al. 2023): once with
+records and once with patients as the unit of privacy. The bound can refute the claim and never
+prove it. It grows with the number of canaries, and stays far below epsilon even where the claim is
+tight.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ from umbel_simulations.audit.game import (
     gather_evidence,
     step_by_step,
 )
-from umbel_simulations.backends.in_process import public_size
+from umbel_simulations.backends.site_config import public_size
 from umbel_simulations.inputs.base_model import model_folder
 from umbel_simulations.inputs.partition import partition
 from umbel_simulations.inputs.sources import Example, load_source
@@ -53,27 +54,27 @@ from umbel_simulations.scenario.scenario import Scenario
 
 CONFIDENCE = 0.95
 KNOWN_RECORDS = 500
-"""Of the site, beside the canaries, at most, and of whole units: the claim holds for every data
-set, so the auditor takes one in which little hides a canary."""
+"""The most records that the site has besides the canaries, in complete units. The claim holds for
+every data set, so the auditor chooses one in which little hides a canary."""
 GUESSES = 0.1
-"""Share of the canaries that the attack guesses, fixed before it sees anything."""
+"""Share of the canaries that the attack guesses. It is fixed before the attack sees anything."""
 
 
-AuditProgress = Callable[[Unit, int, int], None]
-"""Told (unit, its steps done, its steps)."""
+OnAuditStep = Callable[[Unit, int, int], None]
+"""Called after each step with (unit, steps done, steps of that unit's audit)."""
 
 
 class AuditResult(Value, frozen=True):
-    """A claim for one unit of privacy, and what an attack could show against it."""
+    """The claim for one unit of privacy, and what an attack showed against it."""
 
     scenario: str
     site: str
     unit: str
-    """`record`, or the column that says whose record is whose."""
+    """`record`, or the column that names the patient of a record."""
     records: int
-    """Beside the canaries."""
+    """Number of records besides the canaries."""
     units: int
-    """Whose those records are; as many as records where each is its own."""
+    """Number of units that these records belong to; equal to `records` where each is a unit."""
     steps: int
     sampling_rate: float
     noise_multiplier: float
@@ -81,25 +82,25 @@ class AuditResult(Value, frozen=True):
     """The accountant's upper bound at `delta`."""
     delta: float
     canaries: int
-    """Units: whole patients where those are the unit."""
+    """Number of canary units: whole patients where patients are the unit."""
     included: int
     guesses: int
     correct: int
     confidence: float
     epsilon_lower_bound: float
-    """True epsilon is above this with probability `confidence`."""
+    """The true epsilon is above this with probability `confidence`."""
     largest_bound: float
-    """What the lower bound would be if every guess were right: this audit can show no more."""
+    """The lower bound if every guess were right: the most that this audit can show."""
 
 
 @dataclass(frozen=True)
 class Audited:
-    """The site that is audited, before it is said what a unit is."""
+    """The site that is audited, before the unit of privacy is chosen."""
 
     site: str
     examples: Sequence[Example]
     plan: TrainingPlan
-    """Counts records."""
+    """Its expected batch size counts records."""
     model: Path
 
 
@@ -107,27 +108,29 @@ def audit_scenario(
     scenario: Scenario,
     canaries: int,
     entropy: Entropy,
-    progress: AuditProgress,
+    on_step: OnAuditStep,
     *,
     noise_share: float = 1.0,
 ) -> tuple[AuditResult, ...]:
     """Audits the smallest site of a scenario, for each unit.
 
-    The batch that the plan expects counts units. Where those are patients, it is as many patients
-    as have the scenario's number of records, so both audits have nearly one sampling rate.
+    The plan's expected batch size counts units. Where patients are the unit, it is the number of
+    patients that together have the scenario's number of records, so both audits have nearly the
+    same sampling rate.
 
     Args:
-        canaries: units whose presence is guessed, in each audit.
-        entropy: of coins, batches and noise.
-        noise_share: of the noise that is claimed, what is really added. Below 1 the claim is
-            false, and the audit must be able to say so.
+        canaries: number of units whose presence the attack guesses, in each audit.
+        entropy: source of coins, batches and noise.
+        noise_share: share of the claimed noise that is really added. Below 1 the claim is false,
+            and the audit must be able to show it.
 
     Returns:
         One result for each unit: record, patient.
 
     Raises:
         ConfigError: the scenario claims no privacy, or trains a language model.
-        DataError, CalibrationError, PolicyRefusal: its privacy cannot be had with so few units.
+        DataError, CalibrationError, PolicyRefusal: the site has too few units for the privacy of
+            the scenario.
     """
     require_classification(scenario, "audit")
     if not isinstance(scenario.privacy, LocalPrivacy):
@@ -157,7 +160,7 @@ def audit_scenario(
             seed=scenario.seed,
             entropy=entropy,
             physical_batch_size=scenario.compute.physical_batch_size,
-            progress=partial(progress, unit),
+            on_step=partial(on_step, unit),
         )
         results.append(
             judge(outcome, plan, noise, scenario=scenario.name, site=audited.site, records=known)
@@ -175,16 +178,16 @@ def play(
     seed: int,
     entropy: Entropy,
     physical_batch_size: int,
-    progress: OnGame,
+    on_step: OnGame,
 ) -> GameOutcome:
     """One game: makes canaries, flips coins, trains a `step_by_step` plan, and attacks it.
 
     Args:
         model: folder of the base model.
-        records: those that the attack knows; canaries are of the same kind of unit.
-        noise: what the site really samples with and adds.
+        records: records that the attack knows; canaries have the same kind of unit.
+        noise: sampling rate and noise that the site really uses.
         canaries: number of units.
-        seed: public, of the canaries' texts; coins, batches and noise come from `entropy`.
+        seed: public seed of the canaries' texts; coins, batches and noise come from `entropy`.
     """
     adapted = AdaptedModel.load(model, plan, precision=fastest_precision())
     made = make_canaries(records, plan, canaries, seed)
@@ -202,13 +205,13 @@ def play(
         noise,
         entropy=entropy,
         physical_batch_size=physical_batch_size,
-        progress=progress,
+        progress=on_step,
     )
     return GameOutcome(included, evidence)
 
 
 def share_of(noise: SiteNoise, share: float) -> SiteNoise:
-    """The same batches with that share of the noise."""
+    """The same sampling rate with a share of the noise."""
     assert noise.noise_multiplier is not None
     return SiteNoise(noise.sampling_rate, noise.noise_multiplier * share)
 
@@ -222,11 +225,11 @@ def judge(
     site: str,
     records: Records,
 ) -> AuditResult:
-    """Counts right guesses, on the canaries with the strongest evidence, and bounds epsilon.
+    """Counts the right guesses on the canaries with the strongest evidence, and bounds epsilon.
 
     Args:
-        noise: what is claimed.
-        records: those that the attack knew.
+        noise: the claimed noise.
+        records: records that the attack knew.
     """
     assert isinstance(plan.privacy, LocalPrivacy)
     assert noise.noise_multiplier is not None
@@ -258,35 +261,37 @@ def judge(
 
 
 def check(results: Sequence[AuditResult]) -> None:
-    """Raises:
-    VerificationError: an attack did better than the claim allows.
+    """Fails if an attack did better than the claim allows.
+
+    Raises:
+        VerificationError: a lower bound is above the claimed epsilon.
     """
     for result in results:
         if result.epsilon_lower_bound > result.claimed_epsilon:
             shown, confidence = result.epsilon_lower_bound, result.confidence
             raise VerificationError(
-                "an attack refutes the privacy that is claimed",
+                "an attack refutes the claimed privacy",
                 field=f"epsilon per {result.unit} at delta {result.delta:g}",
                 found=f"above {shown:.3f} with probability {confidence:g}",
                 accepted=f"at most {result.claimed_epsilon:.3f}",
-                remedy="release nothing trained by this version; report it",
+                remedy="release nothing that this version trained, and report it (SECURITY.md)",
             )
 
 
 def as_table(results: Sequence[AuditResult]) -> Table:
-    """Claim and attack side by side, a row for each unit of privacy."""
+    """The claim and the attack side by side, with a row for each unit of privacy."""
     first = results[0]
     table = Table(
         title=f"audit of {first.scenario}, {first.site}: {first.steps} steps,"
         f" epsilon at delta {first.delta:g}",
-        caption="attack: epsilon is above this, with that confidence; at the most: had all guesses"
-        " been right",
+        caption="attack: epsilon is above this, with that confidence; at most: what the attack"
+        " would show if all guesses were right",
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("per", no_wrap=True)
-    for heading in ("claim", "attack", "confidence", "right", "canaries", "at the most"):
+    for heading in ("claim", "attack", "confidence", "right", "canaries", "at most"):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
@@ -312,7 +317,7 @@ def _smallest_site(scenario: Scenario) -> Audited:
 
 
 def _counting(plan: TrainingPlan, unit: Unit) -> TrainingPlan:
-    """The plan with its batch counted in units."""
+    """The plan with its expected batch size counted in units."""
     batch = max(1, plan.training.expected_batch_size // records_of_a_unit(unit))
     training = msgspec.structs.replace(plan.training, expected_batch_size=batch)
     return msgspec.structs.replace(plan, training=training)

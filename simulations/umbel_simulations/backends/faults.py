@@ -1,17 +1,19 @@
-"""Sites that fall silent at a planned moment: their messages are lost on the way."""
+"""Makes sites fall silent at a planned moment, by losing the messages to them."""
 
 from collections.abc import Mapping, Sequence
 
-from umbel_simulations.backends.grid import Lost
+from umbel_simulations.backends.grid import ShouldLose
 from umbel_simulations.scenario.scenario import Dropout
 
 
-def losing(dropouts: Sequence[Dropout], nodes: Mapping[str, int]) -> Lost:
-    """The messages that the dropouts of a scenario lose: in attempt 1 of its round, a site hears
-    nothing from its stage on."""
+def planned_losses(dropouts: Sequence[Dropout], nodes: Mapping[str, int]) -> ShouldLose:
+    """Tells which messages the dropouts of a scenario lose.
+
+    In attempt 1 of the round, a site gets no message from its stage on.
+    """
     order = ("train", "share", "mask", "confirm", "unmask")
 
-    def lost(node: int, group: str) -> bool:
+    def should_lose(node: int, group: str) -> bool:
         round_number, attempt, stage = group.split(".")
         return any(
             nodes[dropout.site] == node
@@ -21,4 +23,4 @@ def losing(dropouts: Sequence[Dropout], nodes: Mapping[str, int]) -> Lost:
             for dropout in dropouts
         )
 
-    return lost
+    return should_lose

@@ -1,5 +1,8 @@
-"""A Flower `Grid` inside one process: every message is serialised to the bytes of Flower's protobuf
-and back in both directions, so nothing but bytes passes between server and sites."""
+"""A Flower `Grid` inside one process.
+
+Every message is serialised to the bytes of Flower's protobuf and back, in both directions, so
+nothing but bytes passes between server and sites.
+"""
 
 import math
 import threading
@@ -19,18 +22,18 @@ RUN_ID = 1
 SERVER_NODE = 1
 POLL_SECONDS = 0.01
 NODE_UNAVAILABLE = 3
-"""Flower's code for a node that does not answer any more."""
+"""Flower's code for a node that no longer answers."""
 
 Node = Callable[[Message], Message]
-Lost = Callable[[int, str], bool]
-"""Whether the message to a node (its ID, the group ID) is lost: how dropouts are simulated."""
+ShouldLose = Callable[[int, str], bool]
+"""Whether a message (the node's ID, the group ID) is lost; this simulates dropouts."""
 
 
 class InProcessGrid(Grid):
     """Nodes are functions that run in worker threads.
 
-    A lost message is answered as a SuperLink answers for a node that is gone: by an error. What a
-    node raises is raised to whoever pulls: in a simulation it is a bug, or an interruption.
+    A lost message is answered by an error, as a SuperLink does for a node that is gone. What a node
+    raises is raised again from the next pull: in a simulation it is a bug or an interruption.
     """
 
     def __init__(
@@ -38,29 +41,30 @@ class InProcessGrid(Grid):
         nodes: Mapping[int, Node],
         *,
         workers: int,
-        lost: Lost = lambda node, group: False,
+        should_lose: ShouldLose = lambda node, group: False,
     ) -> None:
         """Args:
-        nodes: what answers each node ID.
-        workers: nodes that work at once.
+        nodes: the function that answers for each node ID.
+        workers: number of nodes that work at the same time.
+        should_lose: tells which messages are lost.
         """
         # A Flower message reads the identity of its process when it is made.
         TaskIdentity.task_id = 1
         TaskIdentity.run_id = RUN_ID
         TaskIdentity.node_id = SERVER_NODE
         self._nodes = dict(nodes)
-        self._lost = lost
+        self._should_lose = should_lose
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="site")
         self._replies: dict[str, bytes] = {}
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Waits for the nodes that are at work; what has not begun never does."""
+        """Waits for the nodes that are at work. What has not begun never begins."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def set_run(self, run: Run) -> None:
-        """One process runs one run."""
+        """Does nothing: one process has one run."""
 
     @property
     def run(self) -> Run:
@@ -87,7 +91,7 @@ class InProcessGrid(Grid):
         return [self._push(message) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to these messages that have come since they were last pulled."""
+        """The replies to these messages that arrived since the last pull."""
         with self._lock:
             if self._failure is not None:
                 raise self._failure
@@ -97,7 +101,7 @@ class InProcessGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Pushes, then pulls until all replies are there or `timeout` seconds passed."""
+        """Pushes, then pulls until all replies have arrived or `timeout` seconds have passed."""
         pending = set(self.push_messages(messages))
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
@@ -113,7 +117,7 @@ class InProcessGrid(Grid):
         message_id = uuid.uuid4().hex
         proto = message_to_proto(message)
         proto.metadata.message_id = message_id
-        lost = self._lost(message.metadata.dst_node_id, message.metadata.group_id)
+        lost = self._should_lose(message.metadata.dst_node_id, message.metadata.group_id)
         self._pool.submit(self._handle, proto.SerializeToString(), lost)
         return message_id
 

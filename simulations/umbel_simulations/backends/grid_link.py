@@ -1,8 +1,4 @@
-"""Flower on the server's side: sealed bytes as Flower messages over a `Grid`.
-
-For simulations, whose grid is in the same process. The only module here, with `superlink`, that
-imports flwr.
-"""
+"""A server's link over a Flower `Grid` in the same process: sealed bytes as Flower messages."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,10 +12,13 @@ from umbel_server.messaging.link import Step
 
 
 class GridLink:
-    """`job.Link` over Flower's Message API."""
+    """`umbel_server.messaging.link.Link` over Flower's Message API."""
 
     def __init__(self, grid: Grid, nodes: Mapping[str, int], poll_seconds: float = 0.2) -> None:
-        """`nodes`: Flower node ID of each site."""
+        """Args:
+        nodes: Flower node ID of each site.
+        poll_seconds: pause between two polls in which nothing arrived.
+        """
         self._grid = grid
         self._nodes = dict(nodes)
         self._poll_seconds = poll_seconds
@@ -27,14 +26,14 @@ class GridLink:
     def exchange(
         self, step: Step, requests: Iterable[tuple[str, bytes]], seconds: float
     ) -> Iterator[tuple[str, bytes]]:
-        """Pushes one message a site and polls for replies: `Grid.send_and_receive` would wait for
-        all of them, and polls every three seconds.
+        """Pushes one message for each site and polls for the replies.
 
-        Messages are pushed, and replies pulled, one at a time: a Grid keeps a second copy of
-        whatever is in one call.
+        `Grid.send_and_receive` would wait for all replies, and polls only every three seconds.
+        Messages are pushed, and replies pulled, one at a time, because a Grid keeps a second copy
+        of everything in one call.
         """
         deadline = time.monotonic() + seconds
-        # Replies are told apart by the message that they answer: an error reply's own source is
+        # The message that a reply answers tells whose reply it is: the source of an error reply is
         # the SuperLink.
         pending: dict[str, str] = {}
         for site, sealed in requests:
@@ -55,7 +54,7 @@ class GridLink:
                 time.sleep(self._poll_seconds)
 
     def _push(self, step: Step, site: str, sealed: bytes, seconds: float) -> str | None:
-        """The ID of the message; nothing if a node or the SuperLink does not take it."""
+        """The ID of the message; None if a node or the SuperLink does not accept it."""
         message = Message(
             packed(sealed),
             dst_node_id=self._nodes[site],
@@ -63,11 +62,12 @@ class GridLink:
             ttl=seconds,
             group_id=str(step),
         )
-        # A list, since a Grid goes through it twice. It is empty where the message is too large.
+        # A list, since a Grid iterates over it twice. The result is empty if the message is too
+        # large.
         return next(iter(self._grid.push_messages([message])), None)
 
     def _pull(self, identifier: str) -> tuple[bool, bytes | None]:
-        """Whether the message was answered, and with which sealed bytes."""
+        """Whether the message was answered, and the sealed bytes of the answer."""
         for message in self._grid.pull_messages([identifier]):
             if message.metadata.reply_to_message_id == identifier:
                 return True, unpacked(message)

@@ -1,12 +1,11 @@
 """One federation on this machine: folders as in a deployment, the real server and the real sites.
 
-The server's files are in `server/`, each site's in `sites/<name>/`: its configuration, its own
-identity, the roster that it pinned, its data, and the state that its trainer keeps. Nothing here
-hands a value from one party to another; that is what the grid's bytes are for.
+The server's files are in `server/`. Each site's files are in `sites/<name>/`: its configuration,
+its own identity, the roster that it pinned, its data, and its trainer's state. Values pass from one
+party to another only as bytes through the grid.
 """
 
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,6 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from umbel_client.models.base.files import folder_digest
 from umbel_client.relay.flower import answer_message, whole
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.pinned_roster import load_pinned
@@ -23,7 +21,7 @@ from umbel_client.trainer.job import SiteStatus
 from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy
 from umbel_common.errors import JobFailed
-from umbel_common.plans.plan import NoPrivacy, TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Identity, Member, Roster, sign
 from umbel_common.trust.roster_file import roster_from_json, roster_to_json
@@ -32,9 +30,10 @@ from umbel_server.jobs.job import Job
 from umbel_server.operator.config import Limits
 from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
-from umbel_simulations.backends.faults import losing
+from umbel_simulations.backends.faults import planned_losses
 from umbel_simulations.backends.grid import InProcessGrid, Node
 from umbel_simulations.backends.grid_link import GridLink
+from umbel_simulations.backends.site_config import client_toml
 from umbel_simulations.inputs.partition import write_site_data
 from umbel_simulations.inputs.sources import Example
 from umbel_simulations.reporting.recorder import ServerObserver, SiteObserver
@@ -43,18 +42,18 @@ from umbel_simulations.scenario.scenario import Dropout, Scenario
 
 POLL_SECONDS = 0.02
 LIMITS = Limits(offer_seconds=600.0)
-"""All sites share this machine: each waits while the others read data and load the model."""
+"""All sites share this machine, so each one waits while the others read data and load the model."""
 
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """What a finished job gives to whoever looks at the whole simulation."""
+    """What a finished job leaves, as seen by someone who sees the whole simulation."""
 
     release: Release
     adapter: Vector
     """The last global adapter."""
     status: dict[str, SiteStatus]
-    """What each site's own people may know: in a deployment, nobody else does."""
+    """Status of each site; in a deployment only the site's own people see it."""
 
 
 class Federation:
@@ -62,22 +61,24 @@ class Federation:
 
     def __init__(self, folder: Path, scenario: Scenario) -> None:
         """Args:
-        folder: where the parties' folders are, or will be.
+        folder: folder of the parties' folders; `set_up` makes what is missing.
+        scenario: what the sites' policies allow.
         """
         self.folder = folder
         self._scenario = scenario
 
     def entropy(self, party: str) -> Entropy:
-        """A party's randomness: the operating system's, unless the scenario says insecure."""
+        """A party's randomness: from the operating system, unless there is an insecure seed."""
         seed = self._scenario.insecure_test_seed
         return os.urandom if seed is None else seeded(seed, party)
 
     def set_up(
         self, sites: Mapping[str, Sequence[Example]], labels: Sequence[str], model: Path
     ) -> None:
-        """Makes what is missing of identities, roster, data and configurations.
+        """Makes the identities, the roster, the data and the configurations that are missing.
 
-        Identities are not seeded by the scenario: two runs of one scenario are two federations.
+        Identities do not come from the scenario's seed: two runs of one scenario are two
+        federations.
         """
         operator = self._identity("server", self.folder / "server")
         members = []
@@ -87,7 +88,15 @@ class Federation:
             members.append(Member(name=site, public_key=identity.public_key))
             if not (folder / "data.jsonl").exists():
                 write_site_data(folder, sites[site])
-            config = self._client_toml(site, public_size(len(sites[site])), labels, model)
+            config = client_toml(
+                self._scenario,
+                site,
+                records=len(sites[site]),
+                labels=labels,
+                model=model,
+                approval="none",
+                physical_batch_size=self._scenario.compute.site_batch_size,
+            )
             write(folder / "client.toml", config.encode())
         roster = Roster(
             federation=self._scenario.name, operator=operator.public_key, members=tuple(members)
@@ -98,19 +107,19 @@ class Federation:
             write(self.site_folder(site) / "roster.json", text)
 
     def site_folder(self, site: str) -> Path:
-        """Where a site's own files are."""
+        """The folder of a site's own files."""
         return self.folder / "sites" / site
 
     def site_config(self, site: str) -> ClientConfig:
-        """A site's configuration, as its own file says."""
+        """A site's configuration, read from its own file."""
         return load_config(self.site_folder(site) / "client.toml")
 
     def registry(self) -> Registry:
-        """The operator's releases."""
+        """The adapters that the operator keeps."""
         return Registry(self.folder / "server" / "registry")
 
     def roster(self) -> Roster:
-        """The roster that everybody pinned."""
+        """The roster that all parties pinned."""
         path = self.folder / "roster.json"
         return roster_from_json(path.read_text(encoding="utf-8"), path)
 
@@ -124,15 +133,15 @@ class Federation:
         dropouts: Sequence[Dropout],
         stop: threading.Event,
     ) -> JobOutcome:
-        """Runs the job, or what is left of it, and writes its evidence into the folder.
+        """Runs the job, or resumes it, and writes its evidence into the folder.
 
         Args:
-            workers: sites that work at once.
-            stop: is set when the job is over, for the sites that are still at work.
+            workers: number of sites that work at the same time.
+            stop: set when the job is over, so that sites still at work stop.
 
         Raises:
-            UmbelError: what made the job fail; where sites refused, the first one's own error,
-                since here the developer is also every site's administrator.
+            UmbelError: what made the job fail. If sites refused, it is the first site's own error,
+                since here the developer is also the administrator of every site.
         """
         operator = read_identity(self.folder / "server" / "identity.pem")
         registry = self.registry()
@@ -147,7 +156,7 @@ class Federation:
             grid = InProcessGrid(
                 {number: _node(trainers[site]) for site, number in nodes.items()},
                 workers=workers,
-                lost=losing(dropouts, nodes),
+                should_lose=planned_losses(dropouts, nodes),
             )
             stack.callback(grid.close)
             stack.callback(stop.set)
@@ -191,82 +200,15 @@ class Federation:
             entropy=self.entropy(site),
         )
 
-    def _client_toml(self, site: str, size: int, labels: Sequence[str], model: Path) -> str:
-        """What the site's administrator would write by hand."""
-        return CLIENT_TOML.format(
-            site=json.dumps(site),
-            public_size=size,
-            task=json.dumps(self._scenario.task.__struct_config__.tag),
-            labels=json.dumps(list(labels)),
-            physical_batch_size=json.dumps(self._scenario.compute.site_batch_size),
-            model=json.dumps(str(model.resolve())),
-            digest=json.dumps(folder_digest(model).hex()),
-            privacy=self._privacy_policy(),
-            examples=json.dumps(self._scenario.aggregation.weights == "examples"),
-            rank=self._scenario.lora.rank,
-            rounds=self._scenario.training.rounds,
-            local_steps=self._scenario.training.local_steps,
-            minimum_cohort=self._scenario.site_policy.minimum_cohort,
-            colluding_sites=self._scenario.site_policy.colluding_sites,
-        )
-
-    def _privacy_policy(self) -> str:
-        privacy = self._scenario.privacy
-        if isinstance(privacy, NoPrivacy):
-            return "allow_without_privacy = true"
-        return "\n".join(
-            (
-                f"max_epsilon = {privacy.epsilon}",
-                f"total_epsilon = {privacy.epsilon}",
-                f"max_delta = {privacy.delta}",
-            )
-        )
-
-
-CLIENT_TOML = """\
-site = {site}
-state = "state"
-identity = "identity.pem"
-roster = "roster.json"
-physical_batch_size = {physical_batch_size}
-
-[data]
-path = "data.jsonl"
-public_size = {public_size}
-
-[model]
-path = {model}
-precision = "fastest"
-
-[policy]
-approval = "none"
-models = [{digest}]
-tasks = [{task}]
-labels = {labels}
-max_rank = {rank}
-max_rounds = {rounds}
-max_local_steps = {local_steps}
-{privacy}
-examples_as_weights = {examples}
-minimum_cohort = {minimum_cohort}
-colluding_sites = {colluding_sites}
-"""
-
-
-def public_size(records: int) -> int:
-    """What a simulated site lets everyone know of its size: two digits, the rest zeros."""
-    unit = int(10 ** max(0, len(str(records)) - 2))
-    return records // unit * unit
-
 
 def _node(trainer: Trainer) -> Node:
     return lambda message: answer_message(message, whole(trainer.handle))
 
 
 def seeded(seed: int, party: str) -> Entropy:
-    """A stream of bytes that anyone who knows the seed can compute: nothing is private with it.
+    """A stream of bytes that anyone who knows the seed can compute. It makes nothing private.
 
-    Each party has a stream of its own, so that the order in which sites work does not matter.
+    Each party has its own stream, so the order in which sites work does not matter.
     """
     lock = threading.Lock()
     drawn = 0

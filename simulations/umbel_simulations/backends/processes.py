@@ -1,7 +1,7 @@
-"""A federation of real processes on this machine: the commands that people give, given one by one.
+"""A federation of real processes on this machine, set up by the commands that people would run.
 
-Everything that a deployment has is there: certificates, a server with its port, relays, trainers
-without a network, approvals. Only the machine is one, and nobody reads out fingerprints.
+It has all parts of a deployment: certificates, a server with its port, relays, trainers without a
+network, approvals. But there is only one machine, and nobody compares fingerprints aloud.
 """
 
 import json
@@ -14,14 +14,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from umbel_client.models.base.files import folder_digest
 from umbel_common.errors import JobFailed, RunExists, UmbelError
-from umbel_common.plans.plan import NoPrivacy
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.trust.enrolment import request_from_json
 from umbel_common.trust.identity import fingerprint
 from umbel_common.trust.roster_file import roster_from_json
-from umbel_simulations.backends.in_process import public_size
+from umbel_simulations.backends.draft import draft_toml
+from umbel_simulations.backends.site_config import client_toml
 from umbel_simulations.inputs.base_model import model_folder
 from umbel_simulations.inputs.partition import partition, write_site_data
 from umbel_simulations.inputs.sources import load_source
@@ -34,20 +33,21 @@ _STOPPING_SECONDS = 90.0
 _DECIDING_SECONDS = 120.0
 
 Say = Callable[[str], None]
+"""Shows a line to the user."""
 
 
 @dataclass(frozen=True)
 class Party:
-    """Somebody with a folder of their own, who gives commands in it."""
+    """Someone who runs commands in a folder of their own."""
 
     folder: Path
     say: Say
 
     def run(self, command: str, *arguments: str, shown: bool = True) -> str:
-        """Gives a command and returns what it printed.
+        """Runs a command and returns its output.
 
         Raises:
-            UmbelError: it failed; what it said is in the error.
+            UmbelError: the command failed; the error has its output.
         """
         if shown:
             self.say(f"{self.folder.name}$ {command} {' '.join(arguments)}")
@@ -68,7 +68,7 @@ class Party:
 
     @contextmanager
     def running(self, command: str) -> Iterator[None]:
-        """Keeps `COMMAND run` running; what it logs is in `run.log`."""
+        """Keeps `COMMAND run` running, with its log in `run.log`."""
         self.say(f"{self.folder.name}$ {command} run &")
         with (self.folder / "run.log").open("ab") as log:
             process = subprocess.Popen(  # noqa: S603  # our own modules
@@ -90,17 +90,17 @@ class Party:
 
 
 def run_federation(scenario: Scenario, folder: Path, say: Say) -> Path:
-    """Sets up everybody, runs the scenario's job, and returns the folder of the adapter.
+    """Sets up all parties, runs the scenario's job, and returns the folder of the adapter.
 
     Raises:
         ConfigError: the scenario trains a language model.
-        RunExists: the folder holds something.
-        UmbelError: what made a command or the job fail.
+        RunExists: the folder is not empty.
+        UmbelError: the reason why a command or the job failed.
     """
     require_classification(scenario, "federation")
     if folder.exists() and any(folder.iterdir()):
         raise RunExists(
-            "a federation is set up in a new folder",
+            "the folder of a federation must be new or empty",
             file=folder,
             remedy="give another --folder, or delete this one",
         )
@@ -117,8 +117,17 @@ def run_federation(scenario: Scenario, folder: Path, say: Say) -> Path:
         site.folder.mkdir()
         _enrol(operator, site, name, scenario.name)
         write_site_data(site.folder, data[name])
-        size = public_size(len(data[name]))
-        _configure(site.folder, name, address, scenario, corpus.labels, model, size)
+        config = client_toml(
+            scenario,
+            name,
+            records=len(data[name]),
+            labels=corpus.labels,
+            model=model,
+            approval="each-plan",
+            physical_batch_size="auto",
+            server=address,
+        )
+        (site.folder / "client.toml").write_text(config, encoding="utf-8")
     _agree(operator, list(sites.values()))
     with ExitStack() as stack:
         stack.enter_context(operator.running("umbel-server"))
@@ -134,7 +143,7 @@ def run_federation(scenario: Scenario, folder: Path, say: Say) -> Path:
 
 
 def _enrol(operator: Party, site: Party, name: str, federation: str) -> None:
-    """The site asks, the operator compares, the site takes its certificate."""
+    """The site makes its request, the operator admits it, and the site takes its certificate."""
     site.run("umbel-client", "init", "--site", name, "--federation", federation)
     path = site.folder / f"{name}.request.json"
     asked = request_from_json(path.read_text(encoding="utf-8"), path)
@@ -152,7 +161,7 @@ def _enrol(operator: Party, site: Party, name: str, federation: str) -> None:
 
 
 def _agree(operator: Party, sites: Sequence[Party]) -> None:
-    """Everybody pins the roster with everybody."""
+    """Every site pins the roster of all sites."""
     operator.run("umbel-server", "roster", "export", "--out", "../roster.json")
     path = operator.folder.parent / "roster.json"
     digest = roster_from_json(path.read_text(encoding="utf-8"), path).digest().hex()
@@ -167,9 +176,9 @@ def _work(
     labels: Sequence[str],
     model: Path,
 ) -> None:
-    """From the plan's draft to the last release."""
+    """Takes the job from the plan's draft to its last release."""
     draft = operator.folder / "draft.toml"
-    draft.write_text(_draft(scenario, labels, model), encoding="utf-8")
+    draft.write_text(draft_toml(scenario, labels, model), encoding="utf-8")
     operator.run("umbel-server", "plan", "new", draft.name, "--out", "plan.json")
     operator.run("umbel-server", "plan", "sign", "plan.json", "--out", "signed.json")
     operator.run("umbel-server", "job", "start", "signed.json")
@@ -188,7 +197,7 @@ def _wait_for_plan(site: Party, job: str) -> None:
             raise JobFailed(
                 "no plan reached a site",
                 file=site.folder / "run.log",
-                remedy="its log, and operator/run.log, say why",
+                remedy="read this log and operator/run.log for the reason",
             )
         time.sleep(_POLL_SECONDS)
 
@@ -199,7 +208,7 @@ def _waiting(site: Party) -> set[str]:
 
 
 def _follow(operator: Party, job: str) -> None:
-    """Says where the job is until it is over."""
+    """Reports the progress of the job until it is over."""
     operator.say(f"{operator.folder.name}$ umbel-server job status {job}")
     said = None
     while True:
@@ -220,137 +229,3 @@ def _follow(operator: Party, job: str) -> None:
 def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
-
-
-def _configure(
-    folder: Path,
-    name: str,
-    address: str,
-    scenario: Scenario,
-    labels: Sequence[str],
-    model: Path,
-    size: int,
-) -> None:
-    """What the site's administrator writes into client.toml."""
-    privacy = scenario.privacy
-    limits = (
-        "allow_without_privacy = true"
-        if isinstance(privacy, NoPrivacy)
-        else f"max_epsilon = {privacy.epsilon}\ntotal_epsilon = {privacy.epsilon}\n"
-        f"max_delta = {privacy.delta}"
-    )
-    text = CLIENT_TOML.format(
-        site=json.dumps(name),
-        size=size,
-        model=json.dumps(str(model)),
-        server=json.dumps(address),
-        digest=json.dumps(folder_digest(model).hex()),
-        labels=json.dumps(list(labels)),
-        rank=scenario.lora.rank,
-        rounds=scenario.training.rounds,
-        steps=scenario.training.local_steps,
-        limits=limits,
-        cohort=scenario.site_policy.minimum_cohort,
-        colluding=scenario.site_policy.colluding_sites,
-    )
-    (folder / "client.toml").write_text(text, encoding="utf-8")
-
-
-def _draft(scenario: Scenario, labels: Sequence[str], model: Path) -> str:
-    training, lora, privacy = scenario.training, scenario.lora, scenario.privacy
-    layers = "" if lora.layers is None else f"layers = {list(lora.layers)}\n"
-    mode = (
-        'mode = "none"'
-        if isinstance(privacy, NoPrivacy)
-        else f'mode = "local"\nepsilon = {privacy.epsilon}\ndelta = {privacy.delta}\n'
-        f"clip_norm = {privacy.clip_norm}"
-    )
-    return DRAFT_TOML.format(
-        name=json.dumps(scenario.name),
-        seed=scenario.seed,
-        model_name=json.dumps(scenario.model.name),
-        model=json.dumps(str(model)),
-        labels=json.dumps(list(labels)),
-        task=scenario.task,
-        lora=lora,
-        targets=json.dumps(list(lora.target_modules)),
-        layers=layers,
-        training=training,
-        privacy=mode,
-        aggregation=scenario.aggregation,
-    )
-
-
-CLIENT_TOML = """\
-site = {site}
-state = "state"
-identity = "identity.pem"
-roster = "roster.json"
-
-[data]
-path = "data.jsonl"
-public_size = {size}
-
-[model]
-path = {model}
-precision = "fastest"
-
-[relay]
-server = {server}
-
-[policy]
-models = [{digest}]
-labels = {labels}
-approval = "each-plan"
-max_rank = {rank}
-max_rounds = {rounds}
-max_local_steps = {steps}
-{limits}
-minimum_cohort = {cohort}
-colluding_sites = {colluding}
-"""
-
-DRAFT_TOML = """\
-federation = {name}
-job = {name}
-seed = {seed}
-
-[model]
-name = {model_name}
-path = {model}
-
-[task]
-task = "classification"
-labels = {labels}
-max_tokens = {task.max_tokens}
-head = "{task.head}"
-logit_scale = {task.logit_scale}
-
-[lora]
-rank = {lora.rank}
-alpha = {lora.alpha}
-target_modules = {targets}
-{layers}method = "{lora.method}"
-
-[training]
-rounds = {training.rounds}
-local_steps = {training.local_steps}
-expected_batch_size = {training.expected_batch_size}
-final_learning_rate = {training.final_learning_rate}
-
-[training.optimizer]
-optimizer = "adam"
-adapter_learning_rate = {training.adapter_learning_rate}
-head_learning_rate = {training.head_learning_rate}
-beta1 = {training.beta1}
-beta2 = {training.beta2}
-
-[privacy]
-{privacy}
-
-[aggregation]
-threshold = {aggregation.threshold}
-clip_range = {aggregation.clip_range}
-step = {aggregation.step}
-ring_bits = {aggregation.ring_bits}
-"""

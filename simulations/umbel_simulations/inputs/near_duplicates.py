@@ -1,8 +1,9 @@
-"""Which texts nearly repeat one of others, so that a test asks for more than memory.
+"""Finds texts that nearly repeat another text, so that a test asks for more than memory.
 
-Two texts are compared as sets of words, by what they share of all their words (Jaccard). Whoever
-shares a part t of two sets' words shares one of the rarest (1 - t) of either (prefix filtering,
-Chaudhuri et al. 2006), so that few pairs need a look.
+Two texts are compared as sets of words, by their Jaccard similarity: the number of shared words
+divided by the number of all their words. Two sets with a similarity of at least t share a word
+among the rarest (1 - t) of either set (prefix filtering, Chaudhuri et al. 2006), so only few pairs
+have to be compared.
 """
 
 import math
@@ -12,10 +13,10 @@ from collections.abc import Sequence
 
 
 def nearly_repeated(texts: Sequence[str], others: Sequence[str], share: float) -> list[bool]:
-    """For each text, whether one of the others has at least `share` of the words of both.
+    """For each text, whether one of the others is at least this similar.
 
     Args:
-        share: above 0, at most 1.
+        share: the similarity that counts as a repetition: above 0, at most 1.
     """
     ours, theirs = [_words(text) for text in texts], [_words(text) for text in others]
     counts = Counter(word for words in theirs for word in words)
@@ -37,7 +38,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 def _rarest(words: frozenset[str], counts: Counter[str], share: float) -> list[str]:
-    """As many that a set with none of them shares less."""
+    """The rarest words: a set without any of them has a similarity below `share`."""
     ordered = sorted(words, key=lambda word: (counts[word], word))
-    # A product that was rounded up must not cost a word.
+    # Subtracted, so that a rounding error cannot cost a word.
     return ordered[: len(ordered) - math.ceil(share * len(ordered) - 1e-9) + 1]

@@ -1,5 +1,5 @@
-"""Files that installed packages carry. The packages are never imported: some bring a runtime of
-their own, and no code is needed to read a file."""
+"""Files inside installed packages. The packages are never imported: some bring a runtime of their
+own, and reading a file needs none of their code."""
 
 import importlib.util
 from pathlib import Path
@@ -8,7 +8,7 @@ from umbel_common.errors import DataError
 
 
 def package_folder(package: str, remedy: str) -> Path:
-    """Where an installed package lies.
+    """The folder of an installed package.
 
     Args:
         remedy: how to install it.

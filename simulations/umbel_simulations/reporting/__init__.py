@@ -1,1 +1,1 @@
-"""What a run shows and keeps."""
+"""What a run shows to people, and what it keeps in files."""

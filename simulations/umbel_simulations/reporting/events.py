@@ -1,14 +1,17 @@
-"""What happens during a run, as values: the live view draws them and `metrics.jsonl` keeps them."""
+"""The events of a run, as values: the live view shows them and `metrics.jsonl` keeps them."""
 
 from typing import TypeAlias
 
 import msgspec
 
+from umbel_simulations.reporting.results import Score
+
 
 class RunEvent(msgspec.Struct, frozen=True, tag_field="event", kw_only=True):
-    """Base; `seconds` since the run began."""
+    """Base of all events."""
 
     seconds: float
+    """Time since the run began."""
 
 
 class Started(RunEvent, frozen=True, tag="started"):
@@ -16,14 +19,14 @@ class Started(RunEvent, frozen=True, tag="started"):
 
     name: str
     sites: dict[str, int]
-    """Records of each site."""
+    """Number of records of each site."""
     rounds: int
     steps: int
-    """Optimiser steps of each site over the whole job."""
+    """Optimizer steps of each site over the whole job."""
 
 
 class Preparing(RunEvent, frozen=True, tag="preparing"):
-    """Work before the first round, such as filling the caches of frozen layers."""
+    """Progress of work before the first round, such as filling the caches of frozen layers."""
 
     what: str
     site: str | None
@@ -37,47 +40,44 @@ class SiteStep(RunEvent, frozen=True, tag="site-step"):
     site: str
     round: int
     step: int
-    """Steps done, from 1, within the round."""
+    """Number of steps done in this round, from 1."""
     steps: int
 
 
 class SiteStage(RunEvent, frozen=True, tag="site-stage"):
-    """A site answered a request, or refused it."""
+    """A site answered or refused a request."""
 
     site: str
     round: int
     attempt: int
     stage: str
-    """train, share, mask, confirm, unmask or finish."""
+    """offer, train, share, mask, confirm, unmask or finish."""
     refusal: str | None
+    """The check that made the site refuse; None if it answered."""
     sent_bytes: int
-    """Left the site, sealed message as a whole."""
+    """Bytes that left the site: the whole sealed message."""
     masked_bytes: int
-    """Of these, masked vector."""
+    """Bytes of the masked vector among them."""
     clear_bytes: int
-    """Of these, in a message that is not known to hold nothing but keys, shares, signatures, codes
-    and masked vectors."""
+    """Bytes among them in messages that may hold something other than keys, shares, signatures,
+    codes and masked vectors."""
     received_bytes: int
 
 
 class RoundReleased(RunEvent, frozen=True, tag="round-released"):
-    """A new global adapter."""
+    """The server released a new global adapter."""
 
     round: int
     attempt: int
     survivors: list[str]
     epsilon: dict[str, float | None]
-    """Epsilon spent by each site so far; null without differential privacy."""
-    accuracy: float | None = None
-    macro_f1: float | None = None
-    perplexity: float | None = None
-    perplexity_error: float | None = None
-    general_perplexity: float | None = None
-    """As in `results.Score`."""
+    """Epsilon that each site has spent so far; null without differential privacy."""
+    score: Score
+    """Score of the adapter on the held-out public set."""
 
 
 class AttemptAborted(RunEvent, frozen=True, tag="attempt-aborted"):
-    """Nothing was released; the round is tried again or the job fails."""
+    """An attempt ended without a release; the round is tried again or the job fails."""
 
     round: int
     attempt: int
@@ -85,16 +85,16 @@ class AttemptAborted(RunEvent, frozen=True, tag="attempt-aborted"):
 
 
 class SharesDisputed(RunEvent, frozen=True, tag="shares-disputed"):
-    """Of these pairs one of the two sites lied about a share; the sum is right all the same."""
+    """One site of each pair lied about a share. The sum is correct in spite of it."""
 
     round: int
     attempt: int
     pairs: list[tuple[str, str]]
-    """(Whose secret it is a share of, who revealed it.)"""
+    """(The site whose secret the share belongs to, the site that revealed the share.)"""
 
 
 class BaselineStep(RunEvent, frozen=True, tag="baseline-step"):
-    """Progress of a comparison."""
+    """Progress of a comparison that is trained."""
 
     name: str
     done: int

@@ -1,9 +1,8 @@
-"""What the developer sees of a run under way: a table that moves, or one line for each round."""
+"""What the developer sees during a run: a table that is updated, or one line for each round."""
 
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -16,22 +15,8 @@ from rich.text import Text
 from umbel_simulations.reporting import events
 from umbel_simulations.reporting.measures import measure_of
 from umbel_simulations.reporting.results import Score
-
-ANSWERED = {
-    "offer": "accepted",
-    "train": "trained",
-    "share": "keys shared",
-    "mask": "masked",
-    "confirm": "confirmed",
-    "unmask": "unmasked",
-    "finish": "has adapter",
-}
-"""What a site has done once it answered a stage."""
-
-STAGES = ("train", "share", "mask", "confirm", "unmask")
-"""What an attempt asks of a site, in this order."""
-
-_UNITS = ((1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB"))
+from umbel_simulations.reporting.run_state import RunState
+from umbel_simulations.reporting.units import clock, size
 
 WARNINGS_SHOWN = 5
 SCORES_SHOWN = 4
@@ -39,125 +24,8 @@ BARS_SHOWN = 4
 LINES_AROUND_THE_SITES = 14
 
 
-@dataclass
-class SiteState:
-    """One row of the table."""
-
-    records: int
-    doing: str = "waiting"
-    steps: int = 0
-    """Optimiser steps done over the whole job."""
-    epsilon: float | None = None
-    masked_bytes: int = 0
-    answered: list[str] = field(default_factory=list)
-    """Stages answered in the current attempt."""
-    refused: bool = False
-    """Whether it refused a stage of the current attempt."""
-
-
-@dataclass
-class RunState:
-    """A run as far as its events tell."""
-
-    name: str = ""
-    rounds: int = 0
-    steps: int = 0
-    """Of each site over the whole job."""
-    round: int = 0
-    """The round under way, from 1."""
-    sites: dict[str, SiteState] = field(default_factory=dict)
-    scores: list[tuple[int, Score]] = field(default_factory=list)
-    """Round and score of each release."""
-    warnings: list[str] = field(default_factory=list)
-    baselines: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Comparisons: done and total."""
-    seconds: float = 0.0
-    """When the last event happened."""
-    first_step: tuple[float, float] | None = None
-    """Seconds and progress when training was first seen: a resumed run starts in the middle."""
-
-    def apply(self, event: events.AnyEvent) -> None:
-        """Takes an event in."""
-        self.seconds = event.seconds
-        match event:
-            case events.Started():
-                self.name, self.rounds, self.steps = event.name, event.rounds, event.steps
-                self.sites = {site: SiteState(records) for site, records in event.sites.items()}
-            case events.Preparing():
-                share = f"{event.done / max(event.total, 1):.0%}"
-                doing = f"preparing {share}" if event.done < event.total else "prepared"
-                for site in self.sites if event.site is None else [event.site]:
-                    self.sites[site].doing = doing
-            case events.SiteStep():
-                self._step(event)
-            case events.SiteStage():
-                self._stage(event)
-            case events.RoundReleased():
-                self._released(event)
-            case events.AttemptAborted():
-                self.warnings.append(
-                    f"round {event.round}, attempt {event.attempt}: aborted, {event.check}"
-                )
-                self._begin_attempt()
-            case events.BaselineStep():
-                self.baselines[event.name] = (event.done, event.total)
-
-    @property
-    def progress(self) -> float:
-        """Share of all sites' steps that are done."""
-        return sum(site.steps for site in self.sites.values()) / max(
-            1, self.steps * len(self.sites)
-        )
-
-    def seconds_left(self) -> float | None:
-        """Until the last round is released, if the rest goes as fast as what was seen."""
-        if self.first_step is None or self.progress <= self.first_step[1]:
-            return None
-        began, progress = self.first_step
-        return (self.seconds - began) / (self.progress - progress) * (1 - self.progress)
-
-    def comparison(self, name: str) -> str:
-        """What a `BaselineStep` is about, for people; a site's name stands for the site alone."""
-        return f"comparison local-only, {name}" if name in self.sites else f"comparison {name}"
-
-    def _step(self, event: events.SiteStep) -> None:
-        site = self.sites[event.site]
-        self.round = event.round
-        site.doing = "training"
-        site.steps = (event.round - 1) * event.steps + event.step
-        if self.first_step is None:
-            self.first_step = (event.seconds, self.progress)
-
-    def _stage(self, event: events.SiteStage) -> None:
-        site = self.sites[event.site]
-        site.masked_bytes += event.masked_bytes
-        site.refused = event.refusal is not None
-        if event.refusal is None:
-            site.doing = ANSWERED[event.stage]
-            site.answered.append(event.stage)
-        else:
-            site.doing = "refused"
-            refused = f"{event.site} refused {event.stage}, {event.refusal}"
-            self.warnings.append(f"round {event.round}: {refused}" if event.round else refused)
-
-    def _released(self, event: events.RoundReleased) -> None:
-        self.round = event.round
-        self.scores.append((event.round, score_of(event)))
-        for name, site in self.sites.items():
-            site.epsilon = event.epsilon[name]
-            missed = next((stage for stage in STAGES if stage not in site.answered), None)
-            if missed is not None and not site.refused:
-                site.doing = "silent"
-                self.warnings.append(f"round {event.round}: {name} fell silent before {missed}")
-        self._begin_attempt()
-
-    def _begin_attempt(self) -> None:
-        for site in self.sites.values():
-            site.answered, site.refused = [], False
-
-
 class View:
-    """Shows the events of one run; `handle` may be called from any thread."""
+    """Shows the events of one run. Any thread may call `on_event`."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -173,10 +41,10 @@ class View:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Nothing to close."""
+        """Has nothing to close."""
 
-    def handle(self, event: events.AnyEvent) -> None:
-        """Takes an event in."""
+    def on_event(self, event: events.AnyEvent) -> None:
+        """Updates the state by an event."""
         with self._lock:
             self._state.apply(event)
 
@@ -186,10 +54,10 @@ class NullView(View):
 
 
 class PlainView(View):
-    """One line for each round and each mishap: for log files and pipes."""
+    """Prints one line for each round and each warning: for log files and pipes."""
 
-    def handle(self, event: events.AnyEvent) -> None:
-        """Takes an event in and prints what is new."""
+    def on_event(self, event: events.AnyEvent) -> None:
+        """Updates the state by an event, and prints what is new."""
         with self._lock:
             before = len(self._state.warnings)
             self._state.apply(event)
@@ -207,17 +75,17 @@ class PlainView(View):
                     pass
 
     def _print(self, line: str) -> None:
-        text = f"[{_clock(self._state.seconds)}] {line}"
+        text = f"[{clock(self._state.seconds)}] {line}"
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class LiveView(View):
-    """A table that is redrawn in place: for terminals."""
+    """Redraws a table in place: for terminals."""
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, console: Console, read_clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(console)
-        self._clock = clock
-        self._heard = clock()
+        self._read_clock = read_clock
+        self._heard = read_clock()
         self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4)
 
     def __enter__(self) -> Self:
@@ -230,22 +98,23 @@ class LiveView(View):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leaves the last picture on the screen."""
+        """Stops updating, and leaves the last picture on the screen."""
         self._live.stop()
+        self._console.print()
 
-    def handle(self, event: events.AnyEvent) -> None:
-        """Takes an event in; the picture follows within a quarter of a second."""
+    def on_event(self, event: events.AnyEvent) -> None:
+        """Updates the state by an event; the picture follows within a quarter of a second."""
         with self._lock:
             self._state.apply(event)
-            self._heard = self._clock()
+            self._heard = self._read_clock()
 
     def render(self) -> RenderableType:
-        """The whole picture."""
+        """The whole picture, from the state so far."""
         with self._lock:
             state = self._state
             if not state.sites:
                 return Text("setting up the federation …", style="dim")
-            since = self._clock() - self._heard
+            since = self._read_clock() - self._heard
             parts = [_header(state, since), self._table(state), _scores(state)]
             parts += _bars(state)
             hidden = len(state.warnings) - WARNINGS_SHOWN
@@ -283,20 +152,10 @@ class LiveView(View):
 
 
 def view_for(console: Console) -> View:
-    """The view that fits where the output goes."""
+    """The view that suits the console: quiet, a terminal, or a file."""
     if console.quiet:
         return NullView(console)
     return LiveView(console) if console.is_terminal else PlainView(console)
-
-
-def size(count: int) -> str:
-    """A number of bytes for people, in decimal units."""
-    if count < 1000:
-        return f"{count} B"
-    factor, unit = next(
-        ((factor, unit) for factor, unit in _UNITS if count < 999.5 * factor), _UNITS[-1]
-    )
-    return f"{count / factor:.3g} {unit}"
 
 
 def _header(state: RunState, since: float) -> RenderableType:
@@ -304,10 +163,10 @@ def _header(state: RunState, since: float) -> RenderableType:
     line = Text.assemble(
         (state.name, "bold"),
         f"   round {state.round}/{state.rounds}",
-        (f"   {_clock(state.seconds + since)} elapsed", "dim"),
+        (f"   {clock(state.seconds + since)} elapsed", "dim"),
     )
     if left is not None and len(state.scores) < state.rounds and state.progress < 1:
-        line.append(f", about {_clock(max(0.0, left - since))} of training left", "dim")
+        line.append(f", about {clock(max(0.0, left - since))} of training left", "dim")
     return Group(line, Text())
 
 
@@ -328,37 +187,25 @@ def _scores(state: RunState) -> RenderableType:
 
 
 def _bars(state: RunState) -> list[RenderableType]:
-    """The comparisons at work; those that are done become a number."""
-    at_work = {name: bar for name, bar in state.baselines.items() if bar[0] < bar[1]}
+    """A bar for each comparison in progress; the finished ones are only counted."""
+    running = {name: bar for name, bar in state.baselines.items() if bar[0] < bar[1]}
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, overflow="ellipsis", max_width=44)
     grid.add_column(width=24)
-    for name, (done, total) in list(at_work.items())[:BARS_SHOWN]:
+    for name, (done, total) in list(running.items())[:BARS_SHOWN]:
         grid.add_row(
             state.comparison(name), ProgressBar(total=total, completed=done), f"{done}/{total}"
         )
-    finished = len(state.baselines) - len(at_work)
+    finished = len(state.baselines) - len(running)
     return [Text(f"comparisons done: {finished}"), grid] if finished else [grid]
 
 
 def _outcome(event: events.RoundReleased) -> str:
     spent = [epsilon for epsilon in event.epsilon.values() if epsilon is not None]
     epsilon = f"epsilon at most {max(spent):.2f}" if spent else "no differential privacy"
-    score = score_of(event)
     return (
-        f"{measure_of(score).name} {_value(score)}  {_other(score)}"
+        f"{measure_of(event.score).name} {_value(event.score)}  {_other(event.score)}"
         f"  {len(event.survivors)} of {len(event.epsilon)} sites  {epsilon}"
-    )
-
-
-def score_of(event: events.RoundReleased) -> Score:
-    """What an event says of a release."""
-    return Score(
-        accuracy=event.accuracy,
-        macro_f1=event.macro_f1,
-        perplexity=event.perplexity,
-        perplexity_error=event.perplexity_error,
-        general_perplexity=event.general_perplexity,
     )
 
 
@@ -377,9 +224,3 @@ def _style(doing: str) -> str:
     return {"training": "cyan", "silent": "yellow", "refused": "red"}.get(
         doing.partition(" ")[0], ""
     )
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

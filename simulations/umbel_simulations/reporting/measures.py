@@ -1,4 +1,4 @@
-"""What a score is about: how it is shown, how sure it is, and which way is better."""
+"""The two kinds of scores, accuracy and perplexity, and how each is shown to people."""
 
 import math
 from collections.abc import Callable
@@ -9,37 +9,37 @@ from umbel_simulations.reporting.results import Score
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure of a score, in the unit in which people read it."""
+    """The main figure of a score and its second figure, in the units that people read."""
 
     name: str
-    """In a sentence."""
+    """Name within a sentence."""
     unit: str
-    """Behind a figure: ` %`, or nothing."""
-    value: Callable[[Score], float]
+    """Text after a figure: ` %`, or nothing."""
+    read_value: Callable[[Score], float]
     other_name: str
-    other: Callable[[Score], float | None]
-    """A second figure that is worth a column; None: this score has none."""
+    read_other: Callable[[Score], float | None]
+    """Reads the second figure, which has a column of its own; None if the score lacks it."""
     higher_is_better: bool
 
     @property
     def heading(self) -> str:
-        """Of a column or an axis."""
+        """Heading of a column or label of an axis."""
         return f"{self.name}{self.unit}"
 
     def error(self, score: Score, records: int) -> float:
-        """Standard error of the value: of a proportion, or as it was found with the score."""
+        """Standard error of the value: that of a proportion, or the one in the score."""
         if score.perplexity is not None:
             return score.perplexity_error or 0.0
         share = score.accuracy or 0.0
         return 100 * math.sqrt(share * (1 - share) / max(records, 1))
 
     def show(self, score: Score) -> str:
-        """The value alone."""
-        return f"{self.value(score):.1f}"
+        """The value without its unit."""
+        return f"{self.read_value(score):.1f}"
 
     def show_other(self, score: Score) -> str:
-        """The second figure alone, or a dash."""
-        found = self.other(score)
+        """The second figure without its unit, or a dash."""
+        found = self.read_other(score)
         return "\N{EN DASH}" if found is None else f"{found:.1f}"
 
 
@@ -50,21 +50,21 @@ def _percent(share: float | None) -> float:
 ACCURACY = Measure(
     name="accuracy",
     unit=" %",
-    value=lambda score: _percent(score.accuracy),
+    read_value=lambda score: _percent(score.accuracy),
     other_name="macro-F1 %",
-    other=lambda score: _percent(score.macro_f1),
+    read_other=lambda score: _percent(score.macro_f1),
     higher_is_better=True,
 )
 PERPLEXITY = Measure(
     name="perplexity",
     unit="",
-    value=lambda score: score.perplexity or 0.0,
+    read_value=lambda score: score.perplexity or 0.0,
     other_name="general text",
-    other=lambda score: score.general_perplexity,
+    read_other=lambda score: score.general_perplexity,
     higher_is_better=False,
 )
 
 
 def measure_of(score: Score) -> Measure:
-    """What this score is about."""
+    """The measure of a score."""
     return ACCURACY if score.perplexity is None else PERPLEXITY

@@ -1,4 +1,4 @@
-"""Turns what server and sites report into events: to the live view, and to `metrics.jsonl`."""
+"""Turns the reports of server and sites into events, for the live view and `metrics.jsonl`."""
 
 import threading
 import time
@@ -38,21 +38,24 @@ WITHOUT_CLEAR_VALUES = (
     FinishReply,
     Refusal,
 )
-"""Replies that were looked through and hold no model or data value in clear; any other counts as
-clear until somebody has looked."""
+"""Kinds of replies that were reviewed and hold no model or data value in clear. Any other kind
+counts as clear until it is reviewed."""
+
+
+OnEvent = Callable[[events.AnyEvent], None]
 
 
 class Recorder:
-    """Collects a run's events; safe to call from any thread."""
+    """Collects a run's events. Any thread may call it."""
 
-    def __init__(self, metrics: Path, show: Callable[[events.AnyEvent], None]) -> None:
+    def __init__(self, metrics: Path, on_event: OnEvent) -> None:
         """Args:
-        metrics: the file that events are appended to, one JSON object a line.
-        show: the live view.
+        metrics: file to which events are appended, one JSON object a line.
+        on_event: called with each event, such as by the live view.
         """
         self._began = time.monotonic()
         self._file = metrics.open("ab")
-        self._show = show
+        self._on_event = on_event
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -60,21 +63,23 @@ class Recorder:
         self._file.close()
 
     def seconds(self) -> float:
-        """Since the run began."""
+        """Seconds since the run began."""
         return time.monotonic() - self._began
 
     def emit(self, event: events.AnyEvent) -> None:
-        """Shows an event; keeps it unless it is mere progress."""
+        """Passes an event on, and keeps it unless it only reports progress."""
         with self._lock:
-            self._show(event)
+            self._on_event(event)
             if not isinstance(event, events.SiteStep | events.Preparing | events.BaselineStep):
                 self._file.write(msgspec.json.encode(event) + b"\n")
                 self._file.flush()
 
 
 class Stopped(BaseException):
-    """Ends the work of a site's thread when the run is interrupted; no error, so nobody handles it
-    as one."""
+    """Ends the work of a site's thread when the run is interrupted.
+
+    It is not an `Exception`, so no code handles it as an error.
+    """
 
 
 class SiteObserver:
@@ -133,14 +138,14 @@ class ServerObserver:
         self,
         recorder: Recorder,
         sites: Mapping[str, SiteObserver],
-        score: Callable[[Vector], Score],
+        score_adapter: Callable[[Vector], Score],
     ) -> None:
         """Args:
-        score: judges an adapter on the held-out public set.
+        score_adapter: scores a released adapter on the held-out public set.
         """
         self._recorder = recorder
         self._sites = sites
-        self._score = score
+        self._score_adapter = score_adapter
 
     def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
         """See `Observer`."""
@@ -160,7 +165,7 @@ class ServerObserver:
         )
 
     def strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
-        """See `Observer`. Nothing strays in one process."""
+        """See `Observer`. No message goes astray in one process."""
 
     def aborted(self, round_number: int, attempt: int, check: str) -> None:
         """See `Observer`."""
@@ -187,7 +192,7 @@ class ServerObserver:
         """See `Observer`. No scenario has a federated evaluation."""
 
     def evaluated(self, round_number: int, evaluation: Evaluation, gate: GateResult | None) -> None:
-        """See `Observer`. Here the judge scores each release, and no plan has a release gate."""
+        """See `Observer`. Here the judge scores each release; no plan has a release gate."""
 
     def unevaluated(self, round_number: int, error: UmbelError) -> None:
         """See `Observer`."""
@@ -197,25 +202,29 @@ class ServerObserver:
 
     def released(self, release: Release, adapter: Vector) -> None:
         """See `Observer`."""
-        score = self._score(adapter)
         self._recorder.emit(
             events.RoundReleased(
                 seconds=self._recorder.seconds(),
                 round=release.round,
                 attempt=release.attempt,
                 survivors=list(release.survivors),
-                accuracy=score.accuracy,
-                macro_f1=score.macro_f1,
-                perplexity=score.perplexity,
-                perplexity_error=score.perplexity_error,
-                general_perplexity=score.general_perplexity,
                 epsilon={site: observer.epsilon for site, observer in self._sites.items()},
+                score=self._score_adapter(adapter),
             )
         )
 
 
 def read_metrics(path: Path) -> list[events.AnyEvent]:
-    """Every event that was kept, also of earlier parts of a run that was resumed."""
-    return [
-        msgspec.json.decode(line, type=events.AnyEvent) for line in path.read_bytes().splitlines()
-    ]
+    """Every event that was kept, including those from before a run was resumed."""
+    return [_event(line) for line in path.read_bytes().splitlines()]
+
+
+def _event(line: bytes) -> events.AnyEvent:
+    fields = msgspec.json.decode(line)
+    if fields["event"] == "round-released" and "score" not in fields:
+        # Version 0.1 wrote the fields of the score beside those of the event. A run that it began
+        # can still be resumed.
+        known = [name for name in Score.__struct_fields__ if name in fields]
+        fields["score"] = {name: fields.pop(name) for name in known}
+    event: events.AnyEvent = msgspec.convert(fields, events.AnyEvent)
+    return event

@@ -1,7 +1,7 @@
-"""`report.html`: one file that tells a run's outcome to someone who was not there.
+"""`report.html`: one file that explains the outcome of a run to someone who did not see it.
 
-It loads nothing from anywhere and needs no script. Whatever comes from data (names, labels) is
-escaped by the template.
+It loads nothing and has no script. The template escapes all text that comes from data, such as
+names and labels.
 """
 
 import io
@@ -17,30 +17,32 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from umbel_simulations.reporting.live import size
 from umbel_simulations.reporting.measures import ACCURACY, Measure, measure_of
 from umbel_simulations.reporting.results import Comparison, RunSummary, Score
 from umbel_simulations.reporting.table import against, ordered, privacy_of, warnings_of
+from umbel_simulations.reporting.units import size
 from umbel_simulations.scenario.run_folder import write
 
 CLAIM = (
-    "(epsilon, delta) per record (or per patient), add/remove, for site i, against [server + peers]"
-    " over all released rounds of all jobs on that data set; not participation, poisoning, endpoint"
-    " compromise or inference-time memorisation beyond epsilon."
+    "For each site, and against the server and the other sites working together: all that is"
+    " released over all rounds of all jobs on one data set is (epsilon, delta)-differentially"
+    " private for each record (or each patient), under add/remove adjacency. The claim does not"
+    " cover participation, poisoning, a compromised endpoint, or memorisation at inference time"
+    " beyond epsilon."
 )
-"""Word for word what Umbel promises, here and in the documentation."""
+"""The privacy claim, in the words of docs/privacy.md."""
 
 SITES_IN_LEGEND = 8
 
 _INK = "#010203"
-"""Stands for the page's text colour, so that charts follow its light or dark scheme."""
+"""Placeholder for the page's text colour, so that charts follow its light or dark scheme."""
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-"""Okabe and Ito's, told apart with any common colour blindness; lines also differ in dashes."""
+"""Okabe and Ito's palette, which is safe for colour-blind people. Lines also differ in dashes."""
 _DASHES = ("solid", "dashed", "dotted", "dashdot")
 
 
 def write_report(summary: RunSummary, path: Path) -> None:
-    """Renders a summary into one HTML file."""
+    """Writes a summary as one HTML file."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -72,12 +74,12 @@ def write_report(summary: RunSummary, path: Path) -> None:
 
 
 def _measure(summary: RunSummary) -> Measure:
-    """What all scores of a run are about."""
+    """The measure of all scores of a run."""
     return measure_of(summary.comparisons[0].score) if summary.comparisons else ACCURACY
 
 
 def _headlines(summary: RunSummary) -> list[tuple[str, str, str]]:
-    """Value, what it is, and a remark."""
+    """(value, name, remark) of each headline figure."""
     federated = _row(summary, "federated")
     alone = _row(summary, "local-only")
     clear = sum(site.sent_clear_bytes for site in summary.sites)
@@ -87,15 +89,16 @@ def _headlines(summary: RunSummary) -> list[tuple[str, str, str]]:
     if federated is not None:
         error = measure.error(federated, summary.test_records)
         value = f"{measure.show(federated)}{measure.unit}"
-        headlines.append((value, f"{measure.name} together", f"± {error:.1f}"))
+        headlines.append((value, f"federated {measure.name}", f"± {error:.1f} (standard error)"))
     if federated is not None and alone is not None:
-        gain = measure.value(federated) - measure.value(alone)
+        gain = measure.read_value(federated) - measure.read_value(alone)
         what = "points" if measure.unit else measure.name
-        headlines.append((f"{gain:+.1f}", f"{what} against each site alone", "mean over the sites"))
+        remark = "mean of the sites"
+        headlines.append((f"{gain:+.1f}", f"{what} compared with each site alone", remark))
     spent = [site.epsilon for site in summary.sites if site.epsilon is not None]
     deltas = [site.delta for site in summary.sites if site.delta is not None]
     if spent and deltas:
-        remark = f"delta {max(deltas):g}, the largest of any site"
+        remark = f"largest of any site, delta {max(deltas):g}"
         headlines.append((f"{max(spent):.2f}", "epsilon, against anyone", remark))
     else:
         headlines.append(("∞", "epsilon", "no differential privacy"))
@@ -108,7 +111,7 @@ def _row(summary: RunSummary, name: str) -> Score | None:
 
 
 def _label_rows(summary: RunSummary) -> list[tuple[str, list[tuple[int, float]]]]:
-    """For each label, the records of each site, and how strongly to tint the cell (0 to 1)."""
+    """For each label, the number of records at each site and the tint of the cell (0 to 1)."""
     labels = sorted({label for site in summary.sites for label in site.labels})
     counts = [[site.labels.get(label, 0) for site in summary.sites] for label in labels]
     shares = [
@@ -126,7 +129,7 @@ def _learning_curve(summary: RunSummary) -> Markup:
     measure = _measure(summary)
     figure, axes = _figure("round", ", ".join(filter(None, (measure.name, measure.unit.strip()))))
     rounds = [point.round for point in summary.curve]
-    values = [measure.value(point.score) for point in summary.curve]
+    values = [measure.read_value(point.score) for point in summary.curve]
     errors = [measure.error(point.score, summary.test_records) for point in summary.curve]
     axes.fill_between(
         rounds,
@@ -139,7 +142,7 @@ def _learning_curve(summary: RunSummary) -> Markup:
     axes.plot(rounds, values, marker="o", color=_COLOURS[0], label=_with_value("federated", values))
     others = [row for row in reversed(ordered(summary.comparisons)) if row.name != "federated"]
     for index, row in enumerate(others, start=1):
-        value = measure.value(row.score)
+        value = measure.read_value(row.score)
         axes.axhline(
             value,
             color=_COLOURS[index],
@@ -179,7 +182,7 @@ def _epsilon_curve(summary: RunSummary) -> Markup:
 
 
 def _curve_text(summary: RunSummary) -> str:
-    """The learning curve in words."""
+    """The learning curve in words, for readers who do not see it."""
     measure = _measure(summary)
     points = ", ".join(
         f"{measure.show(point.score)}{measure.unit} after round {point.round}"
@@ -232,9 +235,10 @@ def _legend_below(axes: Axes) -> None:
 
 
 def _svg(figure: Figure, name: str, description: str) -> Markup:
-    """The figure as an element of the page, read out as `description`."""
+    """The figure as an element of the page; screen readers read `description`."""
     file = io.StringIO()
-    # The salt keeps the identifiers of two charts on one page apart, and the file reproducible.
+    # With a salt, two charts on one page have different identifiers, and the file is
+    # reproducible.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(
             file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
@@ -242,7 +246,7 @@ def _svg(figure: Figure, name: str, description: str) -> Markup:
     text = file.getvalue()
     drawing = text[text.index("<svg") :].replace(_INK, "currentColor")
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
-    # Groups are numbered alike in every chart, and nothing refers to them.
+    # Every chart numbers its groups in the same way, and nothing refers to them.
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)
     drawing = re.sub(r' (width|height|version|xmlns(:xlink)?)="[^"]*"', "", drawing, count=5)
     label = Markup('<svg role="img" aria-label="{}"').format(description)

@@ -1,29 +1,29 @@
-"""The outcome of a run: what the table, the report and `summary.json` show."""
+"""The outcome of a run, as the table, the report and `summary.json` show it."""
 
 import msgspec
 
 
 class Score(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A model on the held-out public set: a classifier, or a language model."""
+    """The score of a classifier or a language model on the held-out public set."""
 
     accuracy: float | None = None
     macro_f1: float | None = None
     perplexity: float | None = None
-    """exp of the mean over records of their mean loss; None for a classifier, which has the two
-    above."""
+    """exp of the mean, over all records, of a record's mean loss. None for a classifier, which has
+    the two figures above."""
     perplexity_error: float | None = None
-    """Standard error of the perplexity, from the spread of the records' losses."""
+    """Standard error of the perplexity, from the standard deviation of the records' losses."""
     general_perplexity: float | None = None
-    """On text of no medicine: it rises as a model forgets."""
+    """Perplexity on text that is not medical: it rises as a model forgets."""
 
 
 class Answers(msgspec.Struct, frozen=True):
-    """What several models answer to one question of the public set."""
+    """The answers of several models to one question of the public set."""
 
     prompt: str
     reference: str
     found: dict[str, str]
-    """By the comparison whose model answered."""
+    """Answers by the name of the model."""
 
 
 class Comparison(msgspec.Struct, frozen=True):
@@ -34,25 +34,25 @@ class Comparison(msgspec.Struct, frozen=True):
     description: str
     score: Score
     parts: dict[str, Score] = {}
-    """What a mean is taken over: one score for each site, in `local-only`."""
+    """The scores that a mean is taken over: in `local-only`, one for each site."""
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """A language model against the federated adapter, record by record of the public set.
+    """A language model compared with the federated adapter, record by record of the public set.
 
-    Records differ far more than models, so that this tells apart what the errors of two
-    perplexities cannot.
+    Records differ far more than models do. So this comparison finds differences that are smaller
+    than the errors of the two perplexities.
     """
 
     share: float
-    """By how much its perplexity is above the federated one, as a share of that; below: negative.
-    Of `local-only`, from the mean of the sites' losses."""
+    """Its perplexity divided by the federated one, minus 1. For `local-only` it comes from the mean
+    of the sites' losses."""
     error: float
     """Standard error of the share."""
 
 
 class CurvePoint(msgspec.Struct, frozen=True):
-    """The federated adapter after a round; round 0 is the initial adapter."""
+    """The federated adapter after a round; round 0 has the initial adapter."""
 
     round: int
     score: Score
@@ -60,34 +60,34 @@ class CurvePoint(msgspec.Struct, frozen=True):
 
 
 class SiteResult(msgspec.Struct, frozen=True):
-    """One site."""
+    """The outcome of one site."""
 
     name: str
     records: int
     labels: dict[str, int]
-    """Records of each label; of a language model, of each source."""
+    """Number of records of each label; for a language model, of each group."""
     epsilon: float | None
-    """Spent over the whole job, against anyone; null without differential privacy."""
+    """Epsilon spent over the whole job, against anyone; null without differential privacy."""
     delta: float | None
     noise_multiplier: float | None
     sampling_rate: float
     sent_clear_bytes: int
-    """Bytes of model or data values that left unmasked: what the wire count found, not a claim."""
+    """Bytes of model or data values that left unmasked, as counted on the wire."""
     sent_masked_bytes: int
     """Bytes of masked vectors that left."""
     sent_protocol_bytes: int
-    """Keys, encrypted shares and signatures."""
+    """Bytes of keys, encrypted shares and signatures that left."""
     received_bytes: int
 
 
 class RunSummary(msgspec.Struct, frozen=True):
-    """Everything that a reader of a run wants to know."""
+    """The whole outcome of a run."""
 
     name: str
     scenario: str
     seed: int
     insecure_test_seed: int | None
-    """Not null: noise and masks were predictable; nothing here is private."""
+    """If not null, noise and masks were predictable and nothing in this run is private."""
     model: str
     data: str
     test_records: int
@@ -98,8 +98,8 @@ class RunSummary(msgspec.Struct, frozen=True):
     local_steps: int
     trained_parameters: int
     standard_error: float
-    """Of the federated adapter's accuracy on a test set of this size, in units of accuracy; or of
-    its perplexity."""
+    """Standard error of the federated adapter's accuracy (a share) on this test set, or of its
+    perplexity."""
     comparisons: list[Comparison]
     curve: list[CurvePoint]
     sites: list[SiteResult]
@@ -109,8 +109,8 @@ class RunSummary(msgspec.Struct, frozen=True):
     seconds: dict[str, float]
     """Wall time of each phase."""
     versions: dict[str, str]
-    """Of the packages that shape the result."""
+    """Versions of the packages that influence the result."""
     answers: list[Answers] = []
-    """Of a language model: some questions of the public set, and what each model answers."""
+    """For a language model: some questions of the public set, and each model's answers."""
     differences: dict[str, Difference] = {}
-    """Of a language model: each comparison against the federated adapter."""
+    """For a language model: each comparison against the federated adapter."""

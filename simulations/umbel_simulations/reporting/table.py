@@ -1,4 +1,4 @@
-"""The outcome of a run on the terminal."""
+"""Prints the outcome of a run on the terminal."""
 
 from rich import box
 from rich.console import Console
@@ -6,7 +6,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from umbel_simulations.reporting.live import size
 from umbel_simulations.reporting.measures import ACCURACY, Measure, measure_of
 from umbel_simulations.reporting.results import (
     Answers,
@@ -15,13 +14,14 @@ from umbel_simulations.reporting.results import (
     RunSummary,
     SiteResult,
 )
+from umbel_simulations.reporting.units import size
 
 ANSWERS_SHOWN = 2
-"""On the terminal; the report has them all."""
+"""Number of questions on the terminal; the report has all of them."""
 
 
 def print_summary(console: Console, summary: RunSummary) -> None:
-    """Prints the comparison and the sites, under a banner if nothing is private."""
+    """Prints the comparisons and the sites, under a red banner if the run is not private."""
     for warning in warnings_of(summary):
         console.print(Panel(warning, style="bold white on red", box=box.SQUARE), highlight=False)
     for table in (_comparisons(summary), _sites(summary)):
@@ -48,7 +48,7 @@ def _answers(asked: Answers) -> Table:
 
 
 def warnings_of(summary: RunSummary) -> list[str]:
-    """Why the figures of a run must not be taken for those of a private one."""
+    """The reasons why a run is not private, as texts of a banner."""
     warnings = []
     if summary.insecure_test_seed is not None:
         warnings.append(
@@ -58,13 +58,13 @@ def warnings_of(summary: RunSummary) -> list[str]:
     if summary.privacy == "none":
         warnings.append(
             "NO DIFFERENTIAL PRIVACY: no noise was added. Masks hide each site's delta from the"
-            " server, but the released adapters may give records away."
+            " server, but the released adapters may reveal records."
         )
     return warnings
 
 
 def ordered(comparisons: list[Comparison]) -> list[Comparison]:
-    """From the least that can be asked for to the most."""
+    """Sorts comparisons from the least that one can expect to the most."""
     order = ("base", "majority", "local-only", "head-only", "federated", "pooled")
     return sorted(comparisons, key=lambda row: order.index(row.name))
 
@@ -97,7 +97,7 @@ def _comparisons(summary: RunSummary) -> Table:
 
 
 def against(difference: Difference | None) -> str:
-    """How far a perplexity is from the federated one, in per cent of it."""
+    """The difference of a perplexity from the federated one, in per cent of the latter."""
     if difference is None:
         return "\N{EN DASH}"
     return f"{100 * difference.share:+.1f} ± {100 * difference.error:.1f}"
@@ -107,20 +107,20 @@ def _caption(summary: RunSummary, measure: Measure) -> str:
     if measure is ACCURACY:
         return (
             f"standard error of an accuracy: {100 * summary.standard_error:.1f} points;"
-            " smaller differences than twice that are ties"
+            f" differences below {200 * summary.standard_error:.1f} are ties"
         )
     return (
-        "lower is better; general text rises as a model forgets; to federated: perplexity against"
-        f" it, record by record. Standard error of a perplexity by itself:"
-        f" {summary.standard_error:.1f}"
+        "lower is better; general text rises as a model forgets; to federated: difference from the"
+        " federated perplexity, compared record by record; standard error of the federated"
+        f" perplexity: {summary.standard_error:.1f}"
     )
 
 
 def _sites(summary: RunSummary) -> Table:
     table = Table(
-        title="what it cost each site, and the bytes that left it",
-        caption="noise: multiple of the clip norm; clear: anything else than masked vectors, keys,"
-        " shares and signatures",
+        title="privacy spent by each site, and bytes that left it",
+        caption="noise: standard deviation / clip norm; protocol: keys, shares and signatures;"
+        " clear: anything else",
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
@@ -141,7 +141,7 @@ def _sites(summary: RunSummary) -> Table:
 
 
 def privacy_of(site: SiteResult) -> tuple[str, str, str]:
-    """Epsilon, delta and noise multiplier of a site, each ∞ or a dash without privacy."""
+    """Epsilon, delta and noise multiplier of a site; ∞ and dashes without differential privacy."""
     if site.epsilon is None or site.delta is None or site.noise_multiplier is None:
         return "∞", "–", "–"
     return f"{site.epsilon:.2f}", f"{site.delta:g}", f"{site.noise_multiplier:.3f}"

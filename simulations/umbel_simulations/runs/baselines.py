@@ -1,7 +1,7 @@
-"""What the federated adapter is compared with, at the same number of steps and the same epsilon.
+"""Trains adapters to compare with the federated one, at the same number of steps and epsilon.
 
-`local-only`: each site alone. `pooled`: all records in one place, as nobody may have them. Both use
-the sites' own training loop; neither is a federation, so no protocol runs.
+`local-only`: each site alone. `pooled`: all records in one place, which nobody is allowed to have.
+Both use the sites' own training loop. Neither is a federation, so no protocol runs.
 """
 
 import threading
@@ -29,7 +29,7 @@ from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 from umbel_simulations.reporting.recorder import Stopped
 
 OnBaseline = Callable[[str, int, int], None]
-"""Told (party, rounds done, rounds)."""
+"""Called after each round with (party, rounds done, rounds)."""
 
 POOLED = "pooled"
 
@@ -56,7 +56,7 @@ def train_alone(
     workers: int,
     progress: OnBaseline,
 ) -> dict[str, Vector]:
-    """Trains each of `names` (sites, and `POOLED`) by itself; adapters by name.
+    """Trains each of `names` (sites and `POOLED`) alone, and returns the adapters by name.
 
     Args:
         configs: each site's configuration, whose data and cache it uses.
@@ -71,7 +71,7 @@ def train_alone(
         else:
             size = configs[name].data.public_size
             parties.append(Party(name, plan, data[name], size, entropy(f"{name} alone")))
-    # The largest first: it bounds the time of all.
+    # The largest first, because it takes longest.
     parties.sort(key=lambda party: len(party.data), reverse=True)
     stop = threading.Event()
     with ThreadPoolExecutor(workers, thread_name_prefix="baseline") as pool:
@@ -99,8 +99,9 @@ def _train(
     rate = sampling_rate(plan, party.public_size)
     noise_multiplier = None
     if isinstance(plan.privacy, LocalPrivacy):
-        # At the plan's own delta, also for the pooled records, where a site would refuse it as too
-        # large for so many: the comparison is at one (epsilon, delta), and nobody releases it.
+        # The pooled records have the plan's delta too, although a site would refuse it as too large
+        # for their number: all parties are compared at one (epsilon, delta), and nobody releases
+        # these adapters.
         noise_multiplier = calibrate(
             plan.privacy.epsilon, plan.privacy.delta, rate, plan.training.steps
         )
@@ -140,7 +141,7 @@ def _site_data(plan: TrainingPlan, model: Path, config: ClientConfig) -> Prepare
 
 
 def _pooled_plan(plan: TrainingPlan, sites: int) -> TrainingPlan:
-    """As many records in a step as all sites together have."""
+    """The plan with as many records in a step as all sites have together."""
     training = msgspec.structs.replace(
         plan.training, expected_batch_size=plan.training.expected_batch_size * sites
     )
@@ -148,7 +149,7 @@ def _pooled_plan(plan: TrainingPlan, sites: int) -> TrainingPlan:
 
 
 def _pool(sites: Mapping[str, PreparedData]) -> PreparedData:
-    """All sites' records as one data set; what the sites computed is not computed again."""
+    """The records of all sites as one data set, with what the sites have already computed."""
     parts = [sites[site] for site in sorted(sites)]
     prefixes = [part.prefix for part in parts if part.prefix is not None]
     lengths = np.concatenate([part.tokens.lengths for part in parts])

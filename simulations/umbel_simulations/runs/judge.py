@@ -1,4 +1,4 @@
-"""Scores adapters on the held-out public set, which no site trains on, and lets them answer."""
+"""Scores adapters on the held-out public set, which no site trains on, and asks them questions."""
 
 import hashlib
 import math
@@ -29,13 +29,13 @@ from umbel_simulations.scenario.run_folder import write
 Losses: TypeAlias = NDArray[np.float64]
 
 BATCH = {"classification": 128, "causal-lm": 16}
-"""Records at once."""
+"""Number of records in a batch, for each task."""
 ANSWER_TOKENS = 48
-"""Of the longest answer."""
+"""Length of the longest answer."""
 
 
 class Judge:
-    """One model and one test set; used by one thread at a time."""
+    """Scores adapters of one model on one test set. Only one thread may use it at a time."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Judge:
         """Writes the test set into `folder`, as public data, and prepares it.
 
         Args:
-            general: texts about something else, for what a language model forgets.
+            general: texts about something else, which show what a language model forgets.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
@@ -85,7 +85,7 @@ class Judge:
         """The score of an adapter, float32[plan.lora.size]."""
         key = _name(adapter)
         if key not in self._known:
-            # Releases are scored as they come, and again beside what they are compared with.
+            # The last release is scored twice: when it comes, and for the comparison.
             self._known[key] = self._score(adapter)
         return self._known[key]
 
@@ -112,9 +112,9 @@ class Judge:
         )
 
     def answer(self, adapter: Vector, questions: Sequence[str]) -> list[str]:
-        """What a language model says to each question, the likeliest token each time."""
+        """A language model's answer to each question; each token is the most likely one."""
         task = self._model.plan.task
-        assert isinstance(task, CausalLm)  # classifications are not asked
+        assert isinstance(task, CausalLm)  # a classifier is asked no questions
         self._model.set_vector(adapter)
         turns = [[Turn("user", question)] for question in questions]
         sampling = Sampling(max_new_tokens=ANSWER_TOKENS)

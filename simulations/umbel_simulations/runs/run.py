@@ -1,149 +1,103 @@
-"""A scenario from its file to its report."""
+"""Runs a scenario, from its records to its report."""
 
 import os
 import shutil
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
 
-from umbel_client.privacy.calibration import noise_for
-from umbel_common.adapters.vector import Vector, initial_vector, size_of
-from umbel_common.errors import UmbelError
-from umbel_common.plans.plan import CausalLm, LocalPrivacy, TrainingPlan
-from umbel_common.protocol.transcript import VerifiedJob, verify_transcript
-from umbel_simulations.backends.in_process import Federation, JobOutcome, public_size
-from umbel_simulations.inputs.base_model import model_folder
-from umbel_simulations.inputs.partition import partition
-from umbel_simulations.inputs.sources import Corpus, Example, load_source
+from umbel_common.adapters.vector import Vector, initial_vector
+from umbel_common.plans.plan import CausalLm, TrainingPlan
+from umbel_simulations.backends.in_process import Federation, JobOutcome
 from umbel_simulations.reporting import events
-from umbel_simulations.reporting.live import score_of
-from umbel_simulations.reporting.measures import ACCURACY, measure_of
-from umbel_simulations.reporting.recorder import (
-    Recorder,
-    ServerObserver,
-    SiteObserver,
-    read_metrics,
-)
+from umbel_simulations.reporting.recorder import OnEvent, Recorder, ServerObserver, SiteObserver
 from umbel_simulations.reporting.report import write_report
-from umbel_simulations.reporting.results import (
-    Answers,
-    Comparison,
-    CurvePoint,
-    Difference,
-    RunSummary,
-    Score,
-    SiteResult,
-)
+from umbel_simulations.reporting.results import Answers, Comparison, Difference, RunSummary, Score
 from umbel_simulations.runs.baselines import POOLED, train_alone
 from umbel_simulations.runs.judge import Judge
 from umbel_simulations.runs.scores import difference, majority_score
+from umbel_simulations.runs.setup import RunSetup, load_setup
+from umbel_simulations.runs.summary import Findings, summarise
 from umbel_simulations.runs.verify import verify_run
 from umbel_simulations.scenario.plan import make_plan
-from umbel_simulations.scenario.run_folder import claim, read_signed, write
+from umbel_simulations.scenario.run_folder import claim, write
 from umbel_simulations.scenario.scenario import HpoData, Scenario
 
-VERSIONS_OF = ("umbel", "torch", "transformers", "peft", "opacus", "flwr", "cryptography")
 
-
-def run_scenario(
-    scenario: Scenario, folder: Path, show: Callable[[events.AnyEvent], None]
-) -> RunSummary:
-    """Runs a scenario, or what is left of it, in `folder`, and writes everything there.
+def run_scenario(scenario: Scenario, folder: Path, on_event: OnEvent) -> RunSummary:
+    """Runs a scenario in `folder`, or resumes it, and writes all files there.
 
     Raises:
         RunExists: the folder belongs to a finished run, or to another scenario.
-        UmbelError: whatever made the run fail; the same call resumes it.
+        UmbelError: the reason why the run failed; the same call resumes it.
     """
-    # One thread for each site: more of them on busy cores slow each other down.
+    # One thread for each site: on busy cores, more threads slow each other down.
     torch.set_num_threads(1)
-    model = model_folder(scenario.model)
-    corpus = load_source(scenario)
-    sites = partition(corpus.train, scenario.sites, scenario.seed)
-    largest = max(len(examples) for examples in sites.values())
-    plan = make_plan(scenario, corpus.labels, model, largest_site=largest)
-    check_sites(plan, sites)
+    setup = load_setup(scenario)
     claim(folder, scenario)
-    recorder = Recorder(folder / "metrics.jsonl", show)
+    recorder = Recorder(folder / "metrics.jsonl", on_event)
     try:
-        return Run(scenario, folder, recorder, model, corpus, sites, plan).complete()
+        return Run(setup, folder, recorder).complete()
     finally:
         recorder.close()
 
 
-def check_sites(plan: TrainingPlan, sites: Mapping[str, Sequence[Example]]) -> None:
-    """Finds out before anything is written what a site would refuse the plan for.
-
-    Raises:
-        DataError: a site has too few records.
-        CalibrationError, PolicyRefusal: a site cannot have the plan's privacy.
-    """
-    for site, examples in sites.items():
-        try:
-            noise_for(plan, public_size(len(examples)))
-        except UmbelError as error:
-            error.field = f"{site}, {error.field}"
-            raise
-
-
 @dataclass
 class Run:
-    """One run and its steps, in their order in `complete`."""
+    """One run. `complete` has its steps in order."""
 
-    scenario: Scenario
+    setup: RunSetup
     folder: Path
     recorder: Recorder
-    model: Path
-    corpus: Corpus
-    sites: Mapping[str, Sequence[Example]]
-    plan: TrainingPlan
     seconds: dict[str, float] = field(default_factory=dict)
     alone: dict[str, Vector] = field(default_factory=dict)
-    """What was trained without a federation, by name."""
+    """Adapters that were trained without a federation, by name."""
 
     def complete(self) -> RunSummary:
-        """From the first key to the report."""
+        """Takes the run from the first key to the report."""
         self.recorder.emit(
             events.Started(
                 seconds=self.recorder.seconds(),
                 name=self.folder.name,
-                sites={site: len(examples) for site, examples in self.sites.items()},
-                rounds=self.plan.training.rounds,
-                steps=self.plan.training.steps,
+                sites={site: len(examples) for site, examples in self.setup.sites.items()},
+                rounds=self.setup.plan.training.rounds,
+                steps=self.setup.plan.training.steps,
             )
         )
         with self._timed("preparation"):
             judge = Judge(
-                self.plan,
-                self.model,
-                self.corpus.test,
+                self.setup.plan,
+                self.setup.model,
+                self.setup.corpus.test,
                 self.folder / "public",
-                general=self.corpus.general,
+                general=self.setup.corpus.general,
             )
-        federation = Federation(self.folder, self.scenario)
+        federation = Federation(self.folder, self.setup.scenario)
         with self._timed("federation"):
-            outcome = self._federate(federation, self.plan, self.recorder, judge)
+            outcome = self._federate(federation, self.setup.plan, self.recorder, judge)
         with self._timed("comparisons"):
             self.alone = self._train_alone(federation)
-            comparisons = list(self._comparisons(judge, outcome))
-            answers = self._answers(judge, outcome)
-            differences = self._differences(judge, outcome)
-        site = next(iter(self.sites))
+            findings = Findings(
+                comparisons=list(self._comparisons(judge, outcome)),
+                answers=self._answers(judge, outcome),
+                differences=self._differences(judge, outcome),
+            )
+        site = next(iter(self.setup.sites))
         shutil.copytree(
-            federation.site_folder(site) / "state" / "adapters" / self.plan.job,
+            federation.site_folder(site) / "state" / "adapters" / self.setup.plan.job,
             self.folder / "adapter",
             dirs_exist_ok=True,
         )
-        summary = self._summary(outcome, comparisons, answers, differences, judge)
+        seconds = {**self.seconds, "total": round(self.recorder.seconds(), 1)}
+        summary = summarise(self.setup, self.folder, outcome, findings, judge, seconds)
         write_report(summary, self.folder / "report.html")
-        # Last: its presence says that the run is finished.
+        # Last, because a run with a summary counts as finished.
         write(
             self.folder / "summary.json",
             msgspec.json.format(msgspec.json.encode(summary), indent=2),
@@ -154,27 +108,27 @@ class Run:
     def _federate(
         self, federation: Federation, plan: TrainingPlan, recorder: Recorder, judge: Judge
     ) -> JobOutcome:
-        federation.set_up(self.sites, self.corpus.labels, self.model)
+        federation.set_up(self.setup.sites, self.setup.corpus.labels, self.setup.model)
         stop = threading.Event()
-        observers = {site: SiteObserver(site, recorder, stop) for site in self.sites}
+        observers = {site: SiteObserver(site, recorder, stop) for site in self.setup.sites}
         return federation.run(
             plan,
             observers,
             ServerObserver(recorder, observers, judge),
             workers=self._workers,
-            dropouts=self.scenario.faults.dropouts,
+            dropouts=self.setup.scenario.faults.dropouts,
             stop=stop,
         )
 
     def _answers(self, judge: Judge, outcome: JobOutcome) -> list[Answers]:
-        """Some test questions, answered by each model that there is."""
-        data = self.scenario.data
+        """Some test questions, with the answer of each model."""
+        data = self.setup.scenario.data
         if not isinstance(data, HpoData) or not data.answers:
             return []
-        asked = self.corpus.test[: data.answers]
+        asked = self.setup.corpus.test[: data.answers]
         questions = [example.text for example in asked]
-        models = {"base": initial_vector(self.plan)}
-        first = next(iter(self.sites))
+        models = {"base": initial_vector(self.setup.plan)}
+        first = next(iter(self.setup.sites))
         if first in self.alone:
             models[f"{first} alone"] = self.alone[first]
         models["federated"] = outcome.adapter
@@ -192,12 +146,12 @@ class Run:
 
     def _differences(self, judge: Judge, outcome: JobOutcome) -> dict[str, Difference]:
         """Each comparison of language models against the federated adapter."""
-        if not isinstance(self.plan.task, CausalLm):
+        if not isinstance(self.setup.plan.task, CausalLm):
             return {}
         losses = {}
-        if "base" in self.scenario.baselines:
-            losses["base"] = judge.losses(initial_vector(self.plan))
-        alone = [judge.losses(self.alone[site]) for site in self.sites if site in self.alone]
+        if "base" in self.setup.scenario.baselines:
+            losses["base"] = judge.losses(initial_vector(self.setup.plan))
+        alone = [judge.losses(self.alone[site]) for site in self.setup.sites if site in self.alone]
         if alone:
             losses["local-only"] = np.mean(alone, axis=0)
         if POOLED in self.alone:
@@ -206,31 +160,31 @@ class Run:
         return {name: difference(found, federated) for name, found in losses.items()}
 
     def _comparisons(self, judge: Judge, outcome: JobOutcome) -> Iterator[Comparison]:
-        wanted = self.scenario.baselines
+        wanted = self.setup.scenario.baselines
         if "base" in wanted:
             yield Comparison(
                 name="base",
-                description="the model as it was, without an adapter",
-                score=judge(initial_vector(self.plan)),
+                description="the base model without an adapter",
+                score=judge(initial_vector(self.setup.plan)),
             )
         if "majority" in wanted:
             yield Comparison(
                 name="majority",
-                description="always the commonest label of the test set",
-                score=majority_score(self.corpus),
+                description="always the test set's commonest label",
+                score=majority_score(self.setup.corpus),
             )
         if "head-only" in wanted:
             yield Comparison(
                 name="head-only",
-                description="federated, head only on the frozen model, no adapter",
+                description="federated, only the head is trained",
                 score=self._head_only(),
             )
         alone = {name: judge(adapter) for name, adapter in self.alone.items()}
         if "local-only" in wanted:
-            parts = {site: alone[site] for site in self.sites}
+            parts = {site: alone[site] for site in self.setup.sites}
             yield Comparison(
                 name="local-only",
-                description="mean over sites that each train alone",
+                description="each site trains alone (mean)",
                 score=_mean(list(parts.values())),
                 parts=parts,
             )
@@ -242,48 +196,52 @@ class Run:
         if "pooled" in wanted:
             yield Comparison(
                 name="pooled",
-                description="all records in one place, without federation",
+                description="all records in one place",
                 score=alone[POOLED],
             )
 
     def _head_only(self) -> Score:
-        """The same federation without an adapter: same protocol, same epsilon, its own ledgers."""
+        """Scores the same federation without an adapter: same protocol and epsilon, own ledgers."""
         folder = self.folder / "baselines" / "head-only"
         folder.mkdir(parents=True, exist_ok=True)
-        largest = max(len(examples) for examples in self.sites.values())
+        largest = max(len(examples) for examples in self.setup.sites.values())
         plan = make_plan(
-            self.scenario, self.corpus.labels, self.model, largest_site=largest, head_only=True
+            self.setup.scenario,
+            self.setup.corpus.labels,
+            self.setup.model,
+            largest_site=largest,
+            head_only=True,
         )
         rounds = plan.training.rounds
 
-        def show(event: events.AnyEvent) -> None:
+        def on_event(event: events.AnyEvent) -> None:
             if isinstance(event, events.RoundReleased):
                 self._baseline_step("head-only", event.round, rounds)
 
-        recorder = Recorder(folder / "metrics.jsonl", show)
-        judge = Judge(plan, self.model, self.corpus.test, folder / "public")
+        recorder = Recorder(folder / "metrics.jsonl", on_event)
+        judge = Judge(plan, self.setup.model, self.setup.corpus.test, folder / "public")
         try:
-            federation = Federation(folder, self.scenario)
+            federation = Federation(folder, self.setup.scenario)
             return judge(self._federate(federation, plan, recorder, judge).adapter)
         finally:
             recorder.close()
 
     def _train_alone(self, federation: Federation) -> dict[str, Vector]:
-        """Adapters of the sites, and of all records in one place, as far as they are wanted."""
-        wanted = self.scenario.baselines
+        """Trains the wanted adapters: each site alone, and all records in one place."""
+        wanted = self.setup.scenario.baselines
         names = [
-            *(self.sites if "local-only" in wanted else ()),
+            *(self.setup.sites if "local-only" in wanted else ()),
             *([POOLED] if "pooled" in wanted else []),
         ]
         if not names:
             return {}
         return train_alone(
-            self.plan,
-            self.model,
-            {site: federation.site_config(site) for site in self.sites},
+            self.setup.plan,
+            self.setup.model,
+            {site: federation.site_config(site) for site in self.setup.sites},
             names=names,
             entropy=federation.entropy,
-            physical_batch_size=self.scenario.compute.physical_batch_size,
+            physical_batch_size=self.setup.scenario.compute.physical_batch_size,
             workers=self._workers,
             progress=self._baseline_step,
         )
@@ -295,89 +253,13 @@ class Run:
 
     @property
     def _workers(self) -> int:
-        return self.scenario.compute.workers or os.cpu_count() or 1
+        return self.setup.scenario.compute.workers or os.cpu_count() or 1
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         began = self.recorder.seconds()
         yield
         self.seconds[phase] = round(self.recorder.seconds() - began, 1)
-
-    def _summary(
-        self,
-        outcome: JobOutcome,
-        comparisons: list[Comparison],
-        answers: list[Answers],
-        differences: dict[str, Difference],
-        judge: Judge,
-    ) -> RunSummary:
-        kept = read_metrics(self.folder / "metrics.jsonl")
-        federation = Federation(self.folder, self.scenario)
-        job = verify_transcript(read_signed(self.folder / "transcript.jsonl"), federation.roster())
-        federated = next(row.score for row in comparisons if row.name == "federated")
-        return RunSummary(
-            name=self.folder.name,
-            scenario=self.scenario.name,
-            seed=self.scenario.seed,
-            insecure_test_seed=self.scenario.insecure_test_seed,
-            model=self.plan.model.name,
-            data=self.corpus.name,
-            test_records=len(self.corpus.test),
-            method=self.plan.lora.method,
-            privacy="local" if isinstance(self.plan.privacy, LocalPrivacy) else "none",
-            rounds=self.plan.training.rounds,
-            local_steps=self.plan.training.local_steps,
-            trained_parameters=size_of(self.plan.trained_tensors(1)),
-            standard_error=_standard_error(federated, len(self.corpus.test)),
-            comparisons=comparisons,
-            curve=self._curve(federation, job, kept, judge),
-            sites=[self._site(site, outcome, kept) for site in sorted(self.sites)],
-            aborted_attempts=job.aborted_attempts,
-            adapter_digest=outcome.release.adapter.hex(),
-            transcript_head=job.head.hex(),
-            seconds={**self.seconds, "total": round(self.recorder.seconds(), 1)},
-            versions={name: version(name) for name in VERSIONS_OF},
-            answers=answers,
-            differences=differences,
-        )
-
-    def _curve(
-        self, federation: Federation, job: VerifiedJob, kept: list[events.AnyEvent], judge: Judge
-    ) -> list[CurvePoint]:
-        """A point for each release; one whose event was lost with a killed run is scored again."""
-        known = {event.round: event for event in kept if isinstance(event, events.RoundReleased)}
-        unspent = 0.0 if isinstance(self.plan.privacy, LocalPrivacy) else None
-        points = []
-        for release in job.releases:
-            event = known.get(release.round)
-            if event is not None:
-                score = score_of(event)
-                epsilon = event.epsilon
-            else:
-                score = judge(federation.registry().load(self.plan, release.adapter))
-                epsilon = dict.fromkeys(self.sites, unspent if release.round == 0 else None)
-            points.append(CurvePoint(round=release.round, score=score, epsilon=epsilon))
-        return points
-
-    def _site(self, site: str, outcome: JobOutcome, kept: list[events.AnyEvent]) -> SiteResult:
-        answers = [e for e in kept if isinstance(e, events.SiteStage) and e.site == site]
-        privacy = self.plan.privacy if isinstance(self.plan.privacy, LocalPrivacy) else None
-        status = outcome.status[site]
-        masked = sum(answer.masked_bytes for answer in answers)
-        clear = sum(answer.clear_bytes for answer in answers)
-        return SiteResult(
-            name=site,
-            records=len(self.sites[site]),
-            labels=dict(Counter(example.label or example.group for example in self.sites[site])),
-            epsilon=status.epsilon,
-            delta=None if privacy is None else privacy.delta,
-            noise_multiplier=status.noise.noise_multiplier,
-            sampling_rate=status.noise.sampling_rate,
-            sent_clear_bytes=clear,
-            sent_masked_bytes=masked,
-            sent_protocol_bytes=sum(answer.sent_bytes for answer in answers) - masked - clear,
-            received_bytes=sum(answer.received_bytes for answer in answers),
-        )
 
 
 def _mean(scores: Sequence[Score]) -> Score:
@@ -392,9 +274,3 @@ def _mean(scores: Sequence[Score]) -> Score:
         perplexity_error=mean([score.perplexity_error for score in scores]),
         general_perplexity=mean([score.general_perplexity for score in scores]),
     )
-
-
-def _standard_error(score: Score, records: int) -> float:
-    """In units of the score: a share, or a perplexity."""
-    measure = measure_of(score)
-    return measure.error(score, records) / (100 if measure is ACCURACY else 1)

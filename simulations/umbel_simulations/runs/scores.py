@@ -1,4 +1,4 @@
-"""What an adapter is worth on the held-out public set."""
+"""How good an adapter is on the held-out public set."""
 
 import math
 from collections import Counter
@@ -12,18 +12,18 @@ from umbel_simulations.reporting.results import Difference, Score
 
 
 def score(labels: NDArray[np.int64], predicted: NDArray[np.int64]) -> Score:
-    """Accuracy, and F1 averaged over the labels that occur; a label never predicted counts as 0.
+    """Accuracy, and F1 averaged over the labels that occur. F1 of a label never predicted is 0.
 
     Args:
-        labels: int64[records], the truth as label indices.
-        predicted: int64[records].
+        labels: int64[records], the true label indices.
+        predicted: int64[records], the predicted label indices.
     """
     figures = classification_figures(labels, predicted)
     return Score(accuracy=figures.accuracy, macro_f1=figures.macro_f1)
 
 
 def majority_score(corpus: Corpus) -> Score:
-    """The best that a constant answer can do: always the commonest label of the test set."""
+    """The score of the best constant answer: the most common label of the test set."""
     counts = Counter(example.label for example in corpus.test)
     commonest = max(corpus.labels, key=lambda label: counts[label])
     index = {label: number for number, label in enumerate(corpus.labels)}
@@ -32,11 +32,11 @@ def majority_score(corpus: Corpus) -> Score:
 
 
 def difference(losses: NDArray[np.float64], federated: NDArray[np.float64]) -> Difference:
-    """How a language model's perplexity differs from the federated one's, paired by record.
+    """How a language model's perplexity differs from the federated one, paired by record.
 
     Args:
-        losses: float64[records].
-        federated: float64[records], of the same records.
+        losses: float64[records], the model's loss of each record.
+        federated: float64[records], the federated adapter's losses of the same records.
     """
     each = losses - federated
     ratio = math.exp(each.mean())

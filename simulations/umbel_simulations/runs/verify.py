@@ -1,4 +1,4 @@
-"""Checks a run folder from its signatures up, without the run's processes or the server's files."""
+"""Checks the signatures and files of a run folder, without the sites' or the server's files."""
 
 from pathlib import Path
 
@@ -22,10 +22,10 @@ from umbel_simulations.scenario.run_folder import read_plan, read_signed
 
 
 def verify_run(folder: Path) -> VerifiedJob:
-    """Re-checks the plan, headers, transcript, adapter and summary of a run.
+    """Checks the plan, headers, transcript, adapter and summary of a run again.
 
     Raises:
-        VerificationError: names the file and what does not fit.
+        VerificationError: a check failed; the error names the file.
     """
     roster = _roster(folder / "roster.json")
     job = verify_transcript(read_signed(folder / "transcript.jsonl"), roster)
@@ -93,7 +93,7 @@ def _verify_summary(path: Path, job: VerifiedJob) -> None:
         summary.adapter_digest == job.releases[-1].adapter.hex()
         and summary.transcript_head == job.head.hex(),
         path,
-        "the summary is of another run",
+        "the summary belongs to another run",
     )
 
 

@@ -1,1 +1,1 @@
-"""The scenario file, its plan, and its folder."""
+"""The scenario file, its plan, and the folder of its run."""

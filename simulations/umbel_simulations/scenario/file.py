@@ -1,4 +1,4 @@
-"""Scenario files: found, read, checked, and with the command line's options put over them."""
+"""Finds, reads and checks scenario files, and applies the command line's options to them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,15 +20,15 @@ SHIPPED = Path(__file__).parents[1] / "scenarios"
 
 
 def list_scenarios() -> tuple[Scenario, ...]:
-    """The scenarios that the package ships, by file name."""
+    """The scenarios that the package ships, in the order of their file names."""
     return tuple(_load(path) for path in sorted(SHIPPED.glob("*.toml")))
 
 
 def find_scenario(name_or_path: str) -> Scenario:
-    """A shipped scenario by its name, or any by the path of its TOML file.
+    """A shipped scenario by its name, or any scenario by the path of its TOML file.
 
     Raises:
-        ConfigError: there is none, or it contradicts itself.
+        ConfigError: there is no such scenario, or its parts do not fit together.
     """
     shipped = SHIPPED / f"{name_or_path}.toml"
     is_path = name_or_path.endswith(".toml") or len(Path(name_or_path).parts) != 1
@@ -52,9 +52,10 @@ def override(
     seed: int | None = None,
     no_dp: bool = False,
 ) -> Scenario:
-    """The scenario with command-line options put over it.
+    """The scenario with the command line's options in place of its own values.
 
-    Another number of sites takes made-up names and the least threshold that the site policy allows.
+    A different number of sites gets generated names and the smallest threshold that the site policy
+    allows.
 
     Raises:
         ConfigError: the options do not fit the rest of the scenario.
@@ -72,7 +73,7 @@ def override(
     if seed is not None:
         scenario = replace(scenario, seed=seed)
     if no_dp:
-        # There is then no noise to subtract from Adam's moments.
+        # Without noise there is nothing to subtract from Adam's moments.
         training = replace(scenario.training, unbiased=False)
         scenario = replace(scenario, privacy=NoPrivacy(), training=training)
     check_scenario(scenario, f"scenario {scenario.name} with the command line's options")
@@ -80,20 +81,22 @@ def override(
 
 
 def least_threshold(sites: int, colluding_sites: int) -> int:
-    """The least t with 2 t > sites + colluding_sites: two survivor sets that both gather t
-    signatures share an honest signer."""
+    """The smallest t with 2 t > sites + colluding_sites.
+
+    With it, two survivor sets that each have t signatures share an honest signer.
+    """
     return max(2, (sites + colluding_sites) // 2 + 1)
 
 
 def check_scenario(scenario: Scenario, file: object) -> None:
-    """Refuses a scenario whose parts do not fit together; what one field may hold, its type checks.
+    """Refuses a scenario whose parts do not fit together. Each field's type checks its own value.
 
     Raises:
         ConfigError: names the field.
     """
 
     def require(fits: bool, field: str, found: object, accepted: str) -> None:
-        message = "a scenario contradicts itself"
+        message = "two values of a scenario do not fit together"
         if not fits:
             raise ConfigError(message, file=file, field=field, found=found, accepted=accepted)
 
@@ -112,7 +115,7 @@ def check_scenario(scenario: Scenario, file: object) -> None:
 
 
 Require = Callable[[bool, str, object, str], None]
-"""Raises unless its first argument holds; then field, found and accepted."""
+"""Takes a condition, then field, found and accepted; raises unless the condition holds."""
 
 
 def _check_sources(scenario: Scenario, require: Require) -> None:
@@ -134,7 +137,7 @@ def _check_sources(scenario: Scenario, require: Require) -> None:
         (sites.partition == "column") == (sites.column is not None),
         "sites.column",
         sites.column or "no column",
-        'a column with partition = "column", and only with it',
+        'a column if partition = "column", otherwise none',
     )
     for kind, source, column in ((Icd10Data, "icd10cm", "category"), (HpoData, "hpo", "system")):
         require(
@@ -148,7 +151,7 @@ def _check_sources(scenario: Scenario, require: Require) -> None:
         isinstance(scenario.data, HpoData) == answers,
         "data.source",
         scenario.data.__struct_config__.tag,
-        'hpo with task = "causal-lm", and only with it',
+        'hpo if task = "causal-lm", otherwise another source',
     )
     fitting = {"base", "local-only", "pooled"} if answers else {"majority", "head-only"}
     others = {"local-only", "pooled"} | fitting
@@ -167,18 +170,18 @@ def _check_sources(scenario: Scenario, require: Require) -> None:
 
 
 def require_classification(scenario: Scenario, command: str) -> None:
-    """For what can only be done with a classification.
+    """Refuses a scenario of a language model for a command that takes classifications only.
 
     Raises:
         ConfigError: the scenario trains a language model.
     """
     if not isinstance(scenario.task, ClassificationSettings):
         raise ConfigError(
-            f"umbel-simulate {command} takes scenarios of classifications alone",
+            f"umbel-simulate {command} takes classification scenarios only",
             field=f"task, scenario {scenario.name}",
             found=scenario.task.__struct_config__.tag,
             accepted="classification",
-            remedy="umbel-simulate run takes both",
+            remedy="umbel-simulate run takes every scenario",
         )
 
 
@@ -213,7 +216,7 @@ def _load(path: Path) -> Scenario:
     table = read_table(text, path)
     task = table.get("task")
     if isinstance(task, dict):
-        # Scenarios need not say what most of them are about.
+        # Most scenarios are classifications, and need not say so.
         task.setdefault("task", "classification")
     scenario = _anchored(from_table(table, Scenario, path), path.resolve().parent)
     check_scenario(scenario, path)
@@ -221,7 +224,7 @@ def _load(path: Path) -> Scenario:
 
 
 def _anchored(scenario: Scenario, folder: Path) -> Scenario:
-    """Relative paths of the file made absolute."""
+    """The scenario with the relative paths of its file made absolute."""
     replace = msgspec.structs.replace
     model, data = scenario.model, scenario.data
     if model.path is not None:

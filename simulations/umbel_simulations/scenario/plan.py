@@ -1,4 +1,4 @@
-"""From a scenario to the training plan that its operator signs."""
+"""Makes the training plan of a scenario, which its operator signs."""
 
 from pathlib import Path
 
@@ -31,12 +31,12 @@ def make_plan(
     """The plan of a scenario.
 
     Args:
-        largest_site: records of the largest site, where example counts are the weights.
-        head_only: leaves the adapter out, for the comparison.
+        largest_site: number of records of the largest site; used if record counts are the weights.
+        head_only: whether to leave the adapter out, for the comparison.
 
     Raises:
-        ModelError, PlanError: the model does not have what the scenario targets, the parts of the
-            plan do not fit together, or a sum of so many deltas could wrap.
+        ModelError, PlanError: the model lacks a layer that the scenario names, the parts of the
+            plan do not fit together, or the sum of all sites' deltas could wrap.
     """
     task: Task = (
         scenario.task

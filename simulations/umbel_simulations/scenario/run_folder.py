@@ -1,18 +1,19 @@
-"""`runs/<name>/`: what a run leaves behind, and whether a name may be used.
+"""`runs/<name>/`: the files of a run, and whether a name is free.
 
 ::
 
-    scenario.json     the scenario as it ran, overrides included
-    roster.json       who signs
-    plan.json         the plan, for people; plan.msgpack is what the operator signed
+    scenario.json     the scenario as it ran, with the command line's options
+    roster.json       the public keys of the parties
+    plan.json         the plan, for people; plan.msgpack holds the bytes that the operator signed
     headers.jsonl     every signed round header
     transcript.jsonl  every signed entry of the audit transcript
     adapter/          the last global adapter as a PEFT folder, as the sites received it
-    metrics.jsonl     what happened, as it happened
-    summary.json      the outcome; its presence says that the run is finished
-    report.html
+    metrics.jsonl     the events of the run, in order
+    summary.json      the outcome; it exists only if the run is finished
+    report.html       the outcome, for people
     server/ sites/    the operator's and each site's own files, as in a deployment
-    baselines/        the comparisons' own federations
+    baselines/        the federations of the comparisons
+    public/           the public test set, prepared
 """
 
 import os
@@ -35,11 +36,11 @@ class SignedLine(msgspec.Struct, frozen=True):
     statement: bytes
     signature: bytes
     readable: Any
-    """The statement decoded, for people; never what is verified."""
+    """The decoded statement, for people. It is never what is verified."""
 
 
 def claim(folder: Path, scenario: Scenario) -> bool:
-    """Takes a folder for a run; returns whether an unfinished run is being resumed.
+    """Takes a folder for a run, and returns whether it resumes an unfinished one.
 
     Raises:
         RunExists: see `check_free`.
@@ -56,7 +57,7 @@ def claim(folder: Path, scenario: Scenario) -> bool:
 
 
 def check_free(folder: Path, scenario: Scenario) -> bool:
-    """Whether an unfinished run of the scenario is in a folder; nothing is written.
+    """Whether a folder holds an unfinished run of the scenario. Nothing is written.
 
     Raises:
         RunExists: the name belongs to a finished run, or to a run of another scenario.
@@ -78,7 +79,7 @@ def check_free(folder: Path, scenario: Scenario) -> bool:
         return True
     if folder.exists() and any(folder.iterdir()):
         raise RunExists(
-            "a folder of this name holds something else than a run",
+            "a folder of this name holds something other than a run",
             file=folder,
             remedy="give this run another --name",
         )
@@ -90,12 +91,15 @@ def _encoded(scenario: Scenario) -> bytes:
 
 
 def finished(folder: Path) -> bool:
-    """Whether the run in `folder` came to its end."""
+    """Whether the run in `folder` is finished."""
     return (folder / "summary.json").exists()
 
 
 def free_name(runs: Path, scenario: Scenario) -> str:
-    """The scenario's name, numbered past finished runs and runs of other scenarios."""
+    """The scenario's name, with the first number that no other run has.
+
+    An unfinished run of the same scenario keeps its name, so it is resumed.
+    """
     number = 1
     while True:
         name = scenario.name if number == 1 else f"{scenario.name}-{number}"
@@ -108,14 +112,14 @@ def free_name(runs: Path, scenario: Scenario) -> str:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file completely or not at all."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.write_bytes(data)
     partial.replace(path)
 
 
 def write_plan(folder: Path, plan: TrainingPlan, signed: Signed) -> None:
-    """The plan for people, and the plan as signed."""
+    """Writes the plan for people, and the plan as signed."""
     readable = msgspec.to_builtins(plan)
     readable["model"]["digest"] = plan.model.digest.hex()
     write(folder / "plan.json", msgspec.json.format(msgspec.json.encode(readable), indent=2))
@@ -136,7 +140,7 @@ def read_plan(folder: Path) -> Signed:
 
 
 def write_signed(path: Path, statements: Sequence[Signed]) -> None:
-    """A JSON-lines file of signed statements."""
+    """Writes signed statements as a JSON-lines file."""
     lines = [
         msgspec.json.encode(
             SignedLine(
@@ -151,7 +155,7 @@ def write_signed(path: Path, statements: Sequence[Signed]) -> None:
 
 
 def read_signed(path: Path) -> list[Signed]:
-    """The inverse of `write_signed`.
+    """Reads what `write_signed` wrote.
 
     Raises:
         VerificationError: the file is missing, or a line is malformed.
@@ -167,7 +171,7 @@ def read_signed(path: Path) -> list[Signed]:
 
 
 def _readable(value: Any) -> Any:
-    """Bytes as hex; nested statements decoded."""
+    """The value with bytes as hexadecimal digits and nested statements decoded."""
     match value:
         case {"statement": bytes() as statement, "signature": bytes()}:
             return _readable(msgspec.msgpack.decode(statement))

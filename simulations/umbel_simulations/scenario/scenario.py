@@ -1,4 +1,4 @@
-"""A scenario: one TOML file that says who trains what on which data, and what goes wrong."""
+"""A scenario: one TOML file that says who trains what on which data, and which faults occur."""
 
 import string
 from typing import Annotated, Literal, TypeAlias
@@ -24,55 +24,55 @@ Stage = Literal["train", "share", "mask", "confirm", "unmask"]
 
 
 class Model(Value, frozen=True):
-    """`[model]`: the base model, from exactly one of `package` and `path`."""
+    """`[model]`: the base model, given by either `package` or `path`."""
 
     name: str
-    """Hub id or display name, as the released adapter names its base model."""
+    """Hub id or display name; the released adapter names its base model by it."""
     package: Package | None = None
-    """An installed package that carries the model in its `model` folder; never imported."""
+    """An installed package that has the model in its `model` folder; it is never imported."""
     gguf: str | None = None
-    """A GGUF file of `package`, in place of its `model` folder; converted once, into the user's
-    cache."""
+    """A GGUF file of `package`, instead of its `model` folder. It is converted once, into the
+    user's cache."""
     path: str | None = None
-    """A local folder; relative paths start at the scenario file."""
+    """A local folder; relative to the scenario file."""
 
 
 class Data(Value, frozen=True):
-    """`[data]`: what every kind of source has."""
+    """`[data]`: fields that every source has."""
 
     train_records: Count | None = None
-    """Train on a random sample of so many records in all; absent: on all of them."""
+    """Size of the random sample to train on, over all sites; absent: all records."""
     test_records: Count | None = None
-    """Score on a random sample of so many test records; absent: on all of them."""
+    """Size of the random sample of test records to score on; absent: all of them."""
     records_per_label: Count | None = None
-    """Keep at most so many records of each label; absent: all of them."""
+    """The most records to keep of each label; absent: all of them."""
 
 
 class Icd10Data(Data, frozen=True, tag_field="source", tag="icd10cm"):
-    """`source = "icd10cm"`: diagnoses, from their ICD-10-CM texts to their chapter."""
+    """`source = "icd10cm"`: classifies the ICD-10-CM text of a diagnosis by its chapter."""
 
 
 class HpoData(Data, frozen=True, tag_field="source", tag="hpo"):
-    """`source = "hpo"`: questions after phenotypes, answered by their definitions in the Human
+    """`source = "hpo"`: asks what a phenotype is; the answer is its definition in the Human
     Phenotype Ontology."""
 
     answers: Annotated[int, msgspec.Meta(ge=0, le=100)] = 6
-    """Test questions that the report has answered by each model."""
+    """Number of test questions that each model answers in the report."""
 
 
 class FileData(Data, frozen=True, tag_field="source", tag="files", kw_only=True):
     """`source = "files"`: a .jsonl or .csv file for training and one for scoring."""
 
     train: str
-    """Path of the training file; relative paths start at the scenario file."""
+    """Path of the training file, relative to the scenario file."""
     test: str
-    """Path of the test file, public by assumption: the server scores on it."""
+    """Path of the test file. It is assumed to be public: the server scores on it."""
     text_column: str = "text"
     label_column: str = "label"
 
 
 class Sites(Value, frozen=True):
-    """`[sites]`: who takes part, and how the training records are dealt out to them."""
+    """`[sites]`: who takes part, and how the training records are divided among them."""
 
     count: Annotated[int, msgspec.Meta(ge=2, le=100)]
     """Number of sites."""
@@ -80,18 +80,18 @@ class Sites(Value, frozen=True):
     """One name for each site; absent: hospital-a, hospital-b and so on."""
     partition: Literal["iid", "dirichlet", "column"] = "dirichlet"
     """`iid`: at random. `dirichlet`: each label in random shares (Hsu et al. 2019, section 2).
-    `column`: all records that share a value of `column` go to one site."""
+    `column`: all records with the same value of `column` go to one site."""
     alpha: Positive = 0.5
-    """Dirichlet concentration: the smaller, the more the sites differ."""
+    """Concentration of the Dirichlet distribution: the smaller, the more the sites differ."""
     column: str | None = None
-    """A column of the data files; `category` (three characters of the code) for icd10cm, `system`
-    (of organs) for hpo."""
+    """A column of the data files. For icd10cm: `category` (the first three characters of the
+    code). For hpo: `system` (the organ system)."""
     minimum_records: Count = 1
-    """A site with fewer records is an error, never a silently small site."""
+    """The fewest records of a site; a partition that gives a site fewer is an error."""
 
     @property
     def all_names(self) -> tuple[str, ...]:
-        """The names of the sites, given or made."""
+        """The names of the sites, as given or generated."""
         if self.names is not None:
             return self.names
         if self.count <= len(string.ascii_lowercase):
@@ -103,7 +103,7 @@ class ClassificationSettings(Value, frozen=True, tag_field="task", tag="classifi
     """`[task]`: classification of texts; see `umbel_common.plans.plan.Classification`."""
 
     max_tokens: Annotated[int, msgspec.Meta(ge=4, le=8192)] = 128
-    """Texts are cut after so many tokens."""
+    """Length in tokens at which texts are cut."""
     head: Literal["mean-pool", "stock"] = "mean-pool"
     """`mean-pool`: a zero-initialised linear layer on the mean token vector. `stock`: the model's
     own classification head."""
@@ -112,7 +112,7 @@ class ClassificationSettings(Value, frozen=True, tag_field="task", tag="classifi
 
 
 Task: TypeAlias = ClassificationSettings | CausalLm
-"""`[task]`: of a language model, the plan's own settings."""
+"""`[task]`; a language model has the same settings as in a plan."""
 
 
 class LoraSettings(Value, frozen=True):
@@ -124,7 +124,7 @@ class LoraSettings(Value, frozen=True):
     target_modules: tuple[str, ...]
     """Names of the linear layers that get an adapter."""
     layers: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] | None = None
-    """Indices of the transformer layers that get one; absent: all."""
+    """Indices of the transformer layers that get an adapter; absent: all."""
     method: Method = "alternate"
     """`both`, `ffa` (A frozen) or `alternate` (B in odd rounds, A in even ones)."""
     scaling: Scaling = "standard"
@@ -136,19 +136,19 @@ class TrainingSettings(Value, frozen=True):
 
     rounds: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
     local_steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
-    """Optimiser steps of a site in each round."""
+    """Optimizer steps of a site in each round."""
     expected_batch_size: Count
-    """Records that a Poisson batch holds on average."""
+    """Average number of records in a Poisson batch."""
     adapter_learning_rate: Positive
     head_learning_rate: Positive | None = None
-    """Of a classification head; absent: the adapter's."""
+    """Learning rate of a classification head; absent: the adapter's."""
     optimizer: Literal["adam", "sgd"] = "adam"
     beta1: Fraction = 0.9
     """Adam only."""
     beta2: Fraction = 0.99
     """Adam only."""
     eps: Positive = 1e-8
-    """Adam only; with `unbiased` the least second moment."""
+    """Adam only. With `unbiased`: the smallest second moment."""
     unbiased: bool = False
     """Adam only: DP-AdamBC, which subtracts the noise from the second moment."""
     momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
@@ -156,7 +156,8 @@ class TrainingSettings(Value, frozen=True):
     final_learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     """Learning rates fall linearly to this share of their first value."""
     average_decay: Fraction | None = None
-    """Release the moving average of a round's local steps, with this decay; absent: the last."""
+    """Decay of the moving average over a round's local steps that is released; absent: the result
+    of the last step is released."""
 
 
 class AggregationSettings(Value, frozen=True):
@@ -164,28 +165,29 @@ class AggregationSettings(Value, frozen=True):
     `umbel_common.plans.plan.Aggregation`."""
 
     threshold: Annotated[int, msgspec.Meta(ge=2, le=100)]
-    """Shares that recover a secret, and the least number of survivors."""
+    """Number of shares that recover a secret, and the smallest number of survivors."""
     clip_range: Positive = 1.0
     """Each coordinate of a delta is clipped to [-clip_range, clip_range]."""
     step: Positive = 1e-6
     """Quantisation step, in units of the delta."""
     ring_bits: Literal[16, 32] = 32
-    """Bits that a masked coordinate takes on the wire."""
+    """Number of bits of a masked coordinate on the wire."""
     weights: Literal["equal", "size-class", "examples"] = "equal"
-    """`examples` (masked record counts) is refused with differential privacy on."""
+    """Weights of the sites in the mean. `examples` (masked record counts) is refused with
+    differential privacy."""
 
 
 class SitePolicy(Value, frozen=True):
-    """`[site_policy]`: what every simulated site insists on."""
+    """`[site_policy]`: what the policy of every simulated site requires."""
 
     colluding_sites: Annotated[int, msgspec.Meta(ge=0, le=99)] = 1
-    """Sites that may conspire with the server: 2 x threshold must exceed sites + this."""
+    """Number of sites that may work with the server; 2 x threshold must exceed sites + this."""
     minimum_cohort: Annotated[int, msgspec.Meta(ge=2, le=100)] = 3
-    """A site takes no part in a smaller round."""
+    """The smallest cohort in which a site takes part."""
 
 
 class Dropout(Value, frozen=True):
-    """One of `[faults] dropouts`: a site falls silent in attempt 1 of a round."""
+    """One entry of `[[faults.dropouts]]`: a site falls silent in attempt 1 of a round."""
 
     round: Annotated[int, msgspec.Meta(ge=1)]
     site: Name
@@ -194,23 +196,23 @@ class Dropout(Value, frozen=True):
 
 
 class Faults(Value, frozen=True):
-    """`[faults]`: what goes wrong on purpose."""
+    """`[faults]`: faults that the simulation causes on purpose."""
 
     dropouts: tuple[Dropout, ...] = ()
 
 
 class Compute(Value, frozen=True):
-    """`[compute]`: how this machine is used; no effect on what is computed."""
+    """`[compute]`: how this machine is used. It has no effect on the result."""
 
     workers: Count | None = None
-    """Sites that work at once, one thread each; absent: one for each core."""
+    """Number of sites that work at the same time, one thread each; absent: one for each core."""
     site_batch_size: Count | Literal["auto"] = msgspec.field(default=96, name="physical_batch_size")
-    """`physical_batch_size`: records that go through the model at once; bounds the memory. `auto`:
-    each site finds it out, as in a deployment."""
+    """`physical_batch_size`: number of records that go through the model at once; it limits the
+    memory. `auto`: each site determines it, as in a deployment."""
 
     @property
     def physical_batch_size(self) -> int:
-        """For what trains outside of a site; with `auto` its default."""
+        """The batch size for training outside a site; with `auto`, the default."""
         return 96 if self.site_batch_size == "auto" else self.site_batch_size
 
 
@@ -221,9 +223,9 @@ class Scenario(Value, frozen=True, kw_only=True):
     description: str
     """One line for `umbel-simulate list`."""
     seed: Seed
-    """Public seed of the partition, the samples and the initial adapter; of no noise or key."""
+    """Public seed of the partition, the samples and the initial adapter; never of noise or keys."""
     insecure_test_seed: Seed | None = None
-    """Makes noise, batches and keys repeatable, and so predictable: only for tests."""
+    """Makes noise, batches and keys repeatable, and therefore predictable: for tests only."""
     baselines: tuple[Baseline, ...] = ("majority", "head-only", "local-only", "pooled")
     """What the federated adapter is compared with."""
     model: Model

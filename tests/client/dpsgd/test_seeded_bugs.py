@@ -76,7 +76,7 @@ def audited(
         seed=2,
         entropy=seeded(3, "audit"),
         physical_batch_size=256,
-        progress=lambda step, steps: None,
+        on_step=lambda step, steps: None,
     )
     return judge(outcome, plan, noise, scenario="test", site="site", records=records)
 

@@ -67,14 +67,14 @@ def test_a_private_delta_names_tokens_no_better_than_chance(
     games = [invert(plan, folder, records, os.urandom, private=True) for _ in range(10)]
     assert games[0].epsilon == 8.0
     assert games[0].chance == pytest.approx(14 / 600)
-    # Of 140 named tokens 3.3 by chance; 15 or more have probability 1e-6.
+    # By chance 3.3 of 140 named tokens are right; 15 or more have probability 1e-6.
     assert sum(game.recovered for game in games) < 15
 
 
 def test_a_batch_of_more_inputs_than_the_rank_hides_its_tokens(
     plan: TrainingPlan, folder: Path
 ) -> None:
-    """What the attack rests on, and why small adapters on large batches escape it."""
+    """The condition of the attack, and the reason why small adapters on large batches escape it."""
     random = np.random.default_rng(1)
     texts = [" ".join(random.choice(WORDS, 6)) for _ in range(20)]
     records = Records(

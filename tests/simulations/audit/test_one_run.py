@@ -1,4 +1,4 @@
-"""The audit: its bound is the theorem's, its game is fair, and its attack wins where it may."""
+"""The audit: its bound is that of the theorem, its game is fair, and its attack wins if it can."""
 
 import io
 import json
@@ -130,7 +130,7 @@ def test_delta_and_abstained_canaries_lower_the_bound() -> None:
 
 
 def test_the_bound_holds_for_randomised_response_which_is_the_worst_case() -> None:
-    """It must be wrong in at most one of twenty games, and near epsilon with many guesses."""
+    """The bound is wrong in at most one of twenty games, and close to epsilon with many guesses."""
     epsilon, games = 2.0, 400
     correct = np.random.default_rng(0).binomial(500, 1 / (1 + math.exp(-epsilon)), games)
     bound_of = {v: epsilon_lower_bound(500, 500, v, 0.0, 0.95) for v in set(correct.tolist())}
@@ -217,7 +217,7 @@ def test_both_levels_audit_the_same_records(make_plan: Callable[..., TrainingPla
 
 @pytest.mark.parametrize("rate", [0.1, 1.0])
 def test_evidence_is_the_likelihood_ratio_of_a_sampled_gaussian(rate: float) -> None:
-    """Two orthogonal canaries beside 10,000 elements that hold nothing but noise."""
+    """Two orthogonal canaries, and 10,000 elements that hold only noise."""
     random = np.random.default_rng(0)
     noisy_sum = random.normal(0, 0.5, 10_002)
     noisy_sum[:2] = (1.4, -0.3)
@@ -283,7 +283,7 @@ def test_the_audit_of_a_scenario_can_refute_both_claims(tmp_path: Path, share: f
         check(results)
     for result in results if share < 1 else ():
         assert result.epsilon_lower_bound > 1.5
-        with pytest.raises(VerificationError, match="an attack refutes the privacy"):
+        with pytest.raises(VerificationError, match="an attack refutes the claimed privacy"):
             check([result])
 
 
@@ -317,7 +317,7 @@ def result_with(bound: float, unit: str = "record") -> AuditResult:
 
 def test_a_bound_above_any_claim_is_an_error() -> None:
     check([result_with(2.0), result_with(1.0, "patient")])
-    with pytest.raises(VerificationError, match="an attack refutes the privacy") as raised:
+    with pytest.raises(VerificationError, match="an attack refutes the claimed privacy") as raised:
         check([result_with(2.0), result_with(2.1, "patient")])
     assert raised.value.exit_code == 52
     assert "epsilon per patient" in str(raised.value)
@@ -328,7 +328,7 @@ def test_people_read_claim_and_bound_side_by_side() -> None:
     Console(width=80, file=shown).print(as_table([result_with(1.25), result_with(0.5, "patient")]))
     lines = [line.split() for line in shown.getvalue().splitlines()]
     heading, rows = lines[2], [line for line in lines if line[:1] in (["record"], ["patient"])]
-    assert " ".join(heading) == "per claim attack confidence right canaries at the most"
+    assert " ".join(heading) == "per claim attack confidence right canaries at most"
     assert rows == [
         [unit, "2.000", bound, "95%", "99", "of", "100", "1,000", "3.000"]
         for unit, bound in (("record", "1.250"), ("patient", "0.500"))

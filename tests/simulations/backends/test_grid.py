@@ -1,4 +1,4 @@
-"""The grid inside one process: bytes between server and nodes, and nothing else."""
+"""In the grid inside one process only bytes pass between server and nodes."""
 
 import threading
 import time
@@ -61,7 +61,7 @@ def test_replies_come_as_they_come_and_a_late_one_misses_the_deadline(
 
 def test_a_lost_message_is_an_error_reply_and_not_a_wait(grids: list[InProcessGrid]) -> None:
     over = link(
-        grids, {2: echo, 3: echo}, lost=lambda node, group: (node, group) == (2, "1.1.mask")
+        grids, {2: echo, 3: echo}, should_lose=lambda node, group: (node, group) == (2, "1.1.mask")
     )
     began = time.monotonic()
     replies = dict(over.exchange(STEP, BOTH, 60.0))
@@ -79,7 +79,7 @@ def test_what_a_node_raises_reaches_the_server(grids: list[InProcessGrid]) -> No
 
 
 class CountingGrid(InProcessGrid):
-    """Keeps how many messages each call is about."""
+    """Records the number of messages in each call."""
 
     def __init__(self, nodes: dict[int, Node]) -> None:
         super().__init__(nodes, workers=2)
@@ -117,7 +117,7 @@ def test_messages_are_pushed_and_pulled_one_at_a_time_as_they_are_made(
 
 
 class FullGrid(InProcessGrid):
-    """Takes no message for node 2, in one of the ways in which Flower says so."""
+    """Accepts no message for node 2, and says so in one of Flower's ways."""
 
     def __init__(self, nodes: dict[int, Node], answer_message: list[str]) -> None:
         super().__init__(nodes, workers=2)

@@ -1,4 +1,5 @@
-"""The cache of converted models: by content, whole or not at all, with a clear way to install."""
+"""The cache of converted models goes by content, is complete or absent, and its errors say what
+to install."""
 
 import hashlib
 from pathlib import Path
@@ -48,8 +49,8 @@ def test_what_is_missing_says_how_it_is_installed(tmp_path: Path) -> None:
 
 def test_commands_for_classifications_refuse_a_language_model_at_once(tmp_path: Path) -> None:
     scenario = find_scenario("medical-qa")
-    with pytest.raises(ConfigError, match="takes scenarios of classifications alone"):
+    with pytest.raises(ConfigError, match="takes classification scenarios only"):
         audit_scenario(scenario, 10, bytes, lambda unit, step, steps: None)
-    with pytest.raises(ConfigError, match="takes scenarios of classifications alone"):
+    with pytest.raises(ConfigError, match="takes classification scenarios only"):
         run_federation(scenario, tmp_path / "federation", print)
     assert not (tmp_path / "federation").exists()

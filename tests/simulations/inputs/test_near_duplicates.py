@@ -1,4 +1,4 @@
-"""Texts that nearly repeat others are found, all of them and no others."""
+"""All texts that nearly repeat another one are found, and no others."""
 
 import numpy as np
 import pytest

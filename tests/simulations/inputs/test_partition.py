@@ -1,4 +1,4 @@
-"""Partitions: whole, repeatable, as skewed as asked for, and never with an empty site."""
+"""Partitions are complete, repeatable, as skewed as requested, and have no empty site."""
 
 import hashlib
 import json
@@ -25,13 +25,13 @@ EXAMPLES = [
 
 
 def digest(parts: dict[str, list[Example]]) -> str:
-    """Of who has what."""
+    """A digest of which site has which records."""
     text = json.dumps({site: [example.text for example in part] for site, part in parts.items()})
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def skew(parts: dict[str, list[Example]]) -> float:
-    """Mean over the sites of the share of their commonest label."""
+    """Share of the most common label at a site, averaged over the sites."""
     return sum(
         max(Counter(example.label for example in part).values()) / len(part)
         for part in parts.values()

@@ -1,4 +1,4 @@
-"""The live view: what a developer can read off it, in both widths, and off a pipe."""
+"""What a developer can read in the live view, in two widths, and in a pipe."""
 
 import io
 import threading
@@ -12,11 +12,11 @@ from umbel_simulations.reporting.live import (
     LiveView,
     NullView,
     PlainView,
-    RunState,
     View,
-    size,
     view_for,
 )
+from umbel_simulations.reporting.results import Score
+from umbel_simulations.reporting.run_state import RunState
 
 SITES = {"hospital-a": 4973, "hospital-b": 4275, "hospital-c": 5309}
 ROUNDS, STEPS = 3, 5
@@ -50,8 +50,7 @@ def released(number: int, **parts: object) -> events.RoundReleased:
         "round": number,
         "attempt": 1,
         "survivors": list(SITES),
-        "accuracy": 0.5 + number / 100,
-        "macro_f1": 0.4 + number / 100,
+        "score": Score(accuracy=0.5 + number / 100, macro_f1=0.4 + number / 100),
         "epsilon": dict.fromkeys(SITES, 2.5 * number),
     }
     return events.RoundReleased(**{**fields, **parts})  # type: ignore[arg-type]  # fields by name
@@ -74,9 +73,9 @@ def screen(width: int, *happened: events.AnyEvent, later: float = 0.0, height: i
     """What a terminal of this width shows, `later` seconds after the last event."""
     now = 100.0
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True)
-    view = LiveView(console, clock=lambda: now)
+    view = LiveView(console, read_clock=lambda: now)
     for event in happened:
-        view.handle(event)
+        view.on_event(event)
     now += later
     picture = Console(file=io.StringIO(), width=width, height=height, record=True)
     picture.print(view.render())
@@ -84,11 +83,11 @@ def screen(width: int, *happened: events.AnyEvent, later: float = 0.0, height: i
 
 
 def printed(*happened: events.AnyEvent) -> list[str]:
-    """The lines that a pipe gets."""
+    """The lines that are written to a pipe."""
     file = io.StringIO()
     with PlainView(Console(file=file, width=80)) as view:
         for event in happened:
-            view.handle(event)
+            view.on_event(event)
     return file.getvalue().splitlines()
 
 
@@ -277,7 +276,7 @@ def test_a_quiet_view_prints_nothing() -> None:
     file = io.StringIO()
     with NullView(Console(file=file)) as view:
         for event in (started(), *one_round(1)):
-            view.handle(event)
+            view.on_event(event)
     assert file.getvalue() == ""
 
 
@@ -285,18 +284,18 @@ def test_the_last_picture_stays_on_the_terminal() -> None:
     file = io.StringIO()
     with LiveView(Console(file=file, width=100, height=30, force_terminal=True)) as view:
         for event in (started(), *one_round(1)):
-            view.handle(event)
+            view.on_event(event)
     assert "accuracy" in file.getvalue()
 
 
 def test_events_may_come_from_many_threads_while_the_picture_is_drawn() -> None:
     console = Console(file=io.StringIO(), width=80, height=30, force_terminal=True)
     view = LiveView(console)
-    view.handle(started())
+    view.on_event(started())
 
     def work(site: str) -> None:
         for _ in range(200):
-            view.handle(stage(site, 1, "mask", masked_bytes=1))
+            view.on_event(stage(site, 1, "mask", masked_bytes=1))
             view.render()
 
     threads = [threading.Thread(target=work, args=(site,)) for site in SITES for _ in range(2)]
@@ -307,20 +306,3 @@ def test_events_may_come_from_many_threads_while_the_picture_is_drawn() -> None:
     picture = Console(file=io.StringIO(), width=80, record=True)
     picture.print(view.render())
     assert picture.export_text().count("400 B") == len(SITES)
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1 kB"),
-        (78_412, "78.4 kB"),
-        (999_499, "999 kB"),
-        (999_500, "1 MB"),
-        (1_250_000_000, "1.25 GB"),
-        (5_000_000_000_000, "5 TB"),
-    ],
-)
-def test_bytes_are_given_in_three_digits(count: int, text: str) -> None:
-    assert size(count) == text

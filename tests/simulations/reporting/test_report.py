@@ -1,4 +1,4 @@
-"""The report: whole, readable without a network, and deaf to what data puts into names."""
+"""The report is complete, needs no network, and shows names from data as plain text."""
 
 import re
 from html.parser import HTMLParser
@@ -15,6 +15,7 @@ from umbel_simulations.reporting.results import (
     SiteResult,
 )
 
+PRIVACY = Path(__file__).parents[3] / "docs" / "privacy.md"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 SITES: tuple[str, ...] = ("hospital-a", "hospital-b")
 
@@ -172,9 +173,9 @@ def test_the_same_summary_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_the_headlines_are_the_runs(tmp_path: Path) -> None:
     text = page_of(tmp_path, summary()).text
-    assert "71.5 % accuracy together ± 1.2" in text
-    assert "+20.3 points against each site alone" in text
-    assert "7.98 epsilon, against anyone delta 1e-05" in text
+    assert "71.5 % federated accuracy ± 1.2 (standard error)" in text
+    assert "+20.3 points compared with each site alone mean of the sites" in text
+    assert "7.98 epsilon, against anyone largest of any site, delta 1e-05" in text
     assert "0 B left the sites in clear 941 kB left masked" in text
 
 
@@ -253,10 +254,13 @@ def test_many_sites_get_one_line_each_and_no_legend(tmp_path: Path) -> None:
     assert len(html.encode()) < 1_500_000
 
 
-def test_the_claim_is_printed_word_for_word(tmp_path: Path) -> None:
+def test_the_claim_is_that_of_the_page_on_privacy_word_for_word(tmp_path: Path) -> None:
     page = page_of(tmp_path, summary())
-    assert CLAIM in page.text
-    assert "does not keep that promise" not in page.text
+    [quote] = re.findall(r"^## The claim\n\n((?:> .*\n)+)", PRIVACY.read_text(), re.MULTILINE)
+    claim = " ".join(line.removeprefix("> ") for line in quote.splitlines())
+    assert claim == CLAIM
+    assert claim in page.text
+    assert "The claim does not hold" not in page.text
     assert not [p for p in page.all("p") if p.get("role") == "alert"]
 
 
@@ -274,7 +278,7 @@ def test_a_run_that_is_not_private_says_so_in_red(
     assert words in page.text
     alerts = [p for p in page.all("p") if p.get("role") == "alert"]
     assert [alert["class"] for alert in alerts] == ["alarm"]
-    assert "This run does not keep that promise" in page.text
+    assert "The claim does not hold for this run" in page.text
 
 
 def test_without_differential_privacy_there_is_no_epsilon_chart(tmp_path: Path) -> None:
@@ -302,7 +306,7 @@ def test_names_and_labels_are_data_and_not_markup(tmp_path: Path) -> None:
 def test_a_run_without_comparisons_still_has_a_report(tmp_path: Path) -> None:
     only = [Comparison(name="federated", description="the sum", score=Score(0.7, 0.6))]
     page = page_of(tmp_path, summary(comparisons=only))
-    assert "points against" not in page.text
+    assert "points compared with" not in page.text
     assert "For comparison: nothing." in (page.all("svg")[0]["aria-label"] or "")
 
 

@@ -109,7 +109,7 @@ def test_the_page_is_about_perplexity_and_forgetting(page: str) -> None:
     assert "<td>13.2 ± 0.8</td>\n<td>30.4</td>" in page
     assert "<td>+6.8 ± 0.4</td>" in page
     assert "Lower is better." in page
-    assert "-0.9</strong> <span>perplexity against each site alone" in page
+    assert "-0.9</strong> <span>perplexity compared with each site alone" in page
     assert "accuracy" not in page.lower()
 
 

@@ -1,4 +1,4 @@
-"""Scores, against counts by hand."""
+"""Scores, compared with counts by hand."""
 
 import numpy as np
 import pytest

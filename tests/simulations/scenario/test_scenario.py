@@ -1,4 +1,4 @@
-"""Scenarios: what ships is valid, what contradicts itself is refused by name."""
+"""Shipped scenarios are valid, and values that do not fit together are refused by name."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ SMOKE = (SHIPPED / "smoke.toml").read_text(encoding="utf-8")
 
 
 def refused(tmp_path: Path, old: str, new: str) -> ConfigError:
-    """The error that the smoke scenario gives once `old` in it is replaced."""
+    """The error of the smoke scenario after `old` in it is replaced."""
     assert old in SMOKE
     path = tmp_path / "mine.toml"
     path.write_text(SMOKE.replace(old, new, 1), encoding="utf-8")
@@ -160,7 +160,7 @@ def test_a_scenarios_choices_reach_its_plan(tmp_path: Path, tiny_model: Path) ->
     assert plan.training.average_decay == 0.8
     assert scenario.compute.site_batch_size == "auto"
     assert scenario.compute.physical_batch_size == 96
-    # Without noise there is none to subtract: the scenario still runs.
+    # Without noise there is nothing to subtract, and the scenario still runs.
     bare = override(scenario, no_dp=True)
     assert not make_plan(bare, ("a", "b"), tiny_model, largest_site=100).training.optimizer.unbiased
 

@@ -1,0 +1,95 @@
+"""`client.toml` of a simulated site: what its administrator would write by hand."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from umbel_client.models.base.files import folder_digest
+from umbel_common.plans.plan import NoPrivacy
+from umbel_simulations.scenario.scenario import Scenario
+
+CLIENT_TOML = """\
+site = {site}
+state = "state"
+identity = "identity.pem"
+roster = "roster.json"
+physical_batch_size = {physical_batch_size}
+
+[data]
+path = "data.jsonl"
+public_size = {public_size}
+
+[model]
+path = {model}
+precision = "fastest"
+{relay}
+[policy]
+approval = {approval}
+models = [{digest}]
+tasks = [{task}]
+labels = {labels}
+max_rank = {rank}
+max_rounds = {rounds}
+max_local_steps = {local_steps}
+{privacy}
+examples_as_weights = {examples}
+minimum_cohort = {minimum_cohort}
+colluding_sites = {colluding_sites}
+"""
+
+
+def client_toml(
+    scenario: Scenario,
+    site: str,
+    *,
+    records: int,
+    labels: Sequence[str],
+    model: Path,
+    approval: Literal["each-plan", "none"],
+    physical_batch_size: int | Literal["auto"],
+    server: str | None = None,
+) -> str:
+    """A configuration that allows what the scenario plans, and nothing more.
+
+    Args:
+        records: how many the site has; the file says their `public_size`.
+        server: the address that the site's relay connects to; absent for a site without a relay.
+    """
+    return CLIENT_TOML.format(
+        site=json.dumps(site),
+        physical_batch_size=json.dumps(physical_batch_size),
+        public_size=public_size(records),
+        model=json.dumps(str(model.resolve())),
+        relay="" if server is None else f"\n[relay]\nserver = {json.dumps(server)}\n",
+        approval=json.dumps(approval),
+        digest=json.dumps(folder_digest(model).hex()),
+        task=json.dumps(scenario.task.__struct_config__.tag),
+        labels=json.dumps(list(labels)),
+        rank=scenario.lora.rank,
+        rounds=scenario.training.rounds,
+        local_steps=scenario.training.local_steps,
+        privacy=_privacy_policy(scenario),
+        examples=json.dumps(scenario.aggregation.weights == "examples"),
+        minimum_cohort=scenario.site_policy.minimum_cohort,
+        colluding_sites=scenario.site_policy.colluding_sites,
+    )
+
+
+def public_size(records: int) -> int:
+    """The size that a simulated site makes public: two digits, the rest zeros."""
+    unit = int(10 ** max(0, len(str(records)) - 2))
+    return records // unit * unit
+
+
+def _privacy_policy(scenario: Scenario) -> str:
+    privacy = scenario.privacy
+    if isinstance(privacy, NoPrivacy):
+        return "allow_without_privacy = true"
+    return "\n".join(
+        (
+            f"max_epsilon = {privacy.epsilon}",
+            f"total_epsilon = {privacy.epsilon}",
+            f"max_delta = {privacy.delta}",
+        )
+    )

@@ -1,0 +1,57 @@
+"""What a run starts from: everything that follows from its scenario without training."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from umbel_client.privacy.calibration import noise_for
+from umbel_common.errors import UmbelError
+from umbel_common.plans.plan import TrainingPlan
+from umbel_simulations.backends.site_config import public_size
+from umbel_simulations.inputs.base_model import model_folder
+from umbel_simulations.inputs.partition import partition
+from umbel_simulations.inputs.sources import Corpus, Example, load_source
+from umbel_simulations.scenario.plan import make_plan
+from umbel_simulations.scenario.scenario import Scenario
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """A scenario with its model, its records and its plan."""
+
+    scenario: Scenario
+    model: Path
+    """Folder of the base model."""
+    corpus: Corpus
+    sites: Mapping[str, Sequence[Example]]
+    """Training records of each site."""
+    plan: TrainingPlan
+
+
+def load_setup(scenario: Scenario) -> RunSetup:
+    """Reads model and records, divides them among the sites, and makes the plan.
+
+    Nothing is written: a scenario that cannot run leaves nothing behind.
+
+    Raises:
+        DataError: the records cannot be read, or a site has too few of them.
+        ModelError, PlanError: the model is missing, or does not fit the scenario.
+        CalibrationError, PolicyRefusal: a site cannot have the plan's privacy.
+    """
+    model = model_folder(scenario.model)
+    corpus = load_source(scenario)
+    sites = partition(corpus.train, scenario.sites, scenario.seed)
+    largest = max(len(examples) for examples in sites.values())
+    plan = make_plan(scenario, corpus.labels, model, largest_site=largest)
+    _check_sites(plan, sites)
+    return RunSetup(scenario, model, corpus, sites, plan)
+
+
+def _check_sites(plan: TrainingPlan, sites: Mapping[str, Sequence[Example]]) -> None:
+    """Finds out early what a site would refuse the plan for."""
+    for site, examples in sites.items():
+        try:
+            noise_for(plan, public_size(len(examples)))
+        except UmbelError as error:
+            error.field = f"{site}, {error.field}"
+            raise
