@@ -1,4 +1,4 @@
-"""`umbel-client backup` and `restore`: a site's state in one file, and back again."""
+"""`umbel-client backup` and `restore`: a site's state into one file, and back again."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,10 +16,13 @@ def backup(
     out: Annotated[Path, typer.Option(help="The new file, for its owner only.")],
     config: Config = CLIENT_TOML,
     with_keys: Annotated[
-        bool, typer.Option("--with-keys", help="Also this site's private keys: a secret from then.")
+        bool,
+        typer.Option(
+            "--with-keys", help="Also write this site's private keys: the file is then a secret."
+        ),
     ] = False,
 ) -> None:
-    """Write ledger, journal, decisions and configuration into one file, also while it trains."""
+    """Write ledger, journal, decisions and configuration into one file, also during training."""
     manifest, contents = back_up(config, out, keys=with_keys)
     print_lines(
         Console(highlight=False),

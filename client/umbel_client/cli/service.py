@@ -35,7 +35,7 @@ def run(config: Config = CLIENT_TOML) -> None:
 
 
 def status(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
-    """Show how trainer and relay stand."""
+    """Show the state of trainer and relay."""
     settings = load_config(config)
     stub = ControlStub(settings.state_folder.control_socket)
     try:

@@ -32,7 +32,7 @@ def _reached(values: list[str] | None) -> list[str]:
 
 
 def state_spend(
-    by: Annotated[str, typer.Option(help="Who states it: a person's name.")],
+    by: Annotated[str, typer.Option(help="Name of the person who states it.")],
     why: Annotated[str, typer.Option(help="What happened, and where the figures come from.")],
     rounds: Annotated[
         list[str] | None,

@@ -25,11 +25,11 @@ class SiteEvent(msgspec.Struct, frozen=True):
     kind: str
     """One of preparing, charged, step, refused and note."""
     text: str
-    """For people."""
+    """A text for people."""
 
 
 class TrainerStatus(msgspec.Struct, frozen=True):
-    """How the trainer stands, for the site's own people."""
+    """The state of the trainer, for the site's own people."""
 
     site: str
     federation: str
@@ -102,7 +102,7 @@ class ControlStub:
         self._channel.close()
 
     def status(self, seconds: float = 5.0) -> TrainerStatus:
-        """How the trainer stands.
+        """The state of the trainer.
 
         Raises:
             UnreachableError: it does not answer.

@@ -9,27 +9,41 @@ This module is all that a server can reach at a site. What it must keep, whateve
 - A refusal names a check to the server and no more; the reason in full goes to the site's own
   observer.
 
-A request to train passes these steps. Their numbers stand in the code where each happens, and each
-check says which step it guards.
+A request to train passes these steps. Their numbers stand in the code where each happens. The codes
+after a step are the checks that guard it; every other fault is `site-fault` to the server.
 
  1. Seal: the operator's key is not revoked, and the operator sealed this request for this site.
+    `revoked-key`, `oversized-message`, `malformed-message`, `wire-version`, `pinned-signature`
  2. Header: the operator signed the round header.
+    `pinned-signature`, `malformed-message`
  3. Plan: this site accepted a plan for the job.
- 4. Repetition: a request that was answered gets the same bytes again, and another request for the
-    same attempt is refused.
+    `unknown-plan`
+ 4. Repetition: a request that was answered gets the same bytes again (they are counted as in step
+    15), and another request for the same attempt is refused.
+    `second-answer`
  5. Round: federation, plan, cohort and round are ones that this site knows (`checks`).
+    `other-federation`, `plan-digest`, `not-in-cohort`, `round-past-plan`
  6. Parties: each site of the cohort is in the pinned roster, with a key that is not revoked
     (`checks`).
- 7. Attempt: its number was never used, nor a later one (journal).
+    `roster-digest`, `not-in-roster`, `revoked-key`
+ 7. Attempt: neither its number nor a later one was used (journal).
+    `attempt-reused`
  8. Policy: plan and cohort are judged again, and the sum of the deltas cannot overflow.
+    the checks of `judge_plan`, `cohort-too-small`, `threshold-too-low`
  9. People: the site is not paused, and it may train now (decisions, policy).
+    `site-paused`, `outside-hours`, `too-many-hours`
 10. Start: the operator signed the predecessor's release, and the adapter is the one that release
-    and header name (`checks`); the journal keeps the release.
+    and header name (`checks`). The journal keeps the release.
+    `pinned-signature`, `malformed-message`, `adapter-length`, `adapter-values`, `adapter-digest`,
+    `other-release`, `initial-adapter`, `two-releases`
 11. Ledger: model, data and ledger are loaded (`job`), and the ledger knows what this site signed
     last (`last_advert`).
+    `budget`, `ledger-rolled-back`, `other-context`
 12. Training: the ledger reserves the round, the round is trained, its delta is stored, and the
     ledger records its digest (`job`). The journal counts the time.
+    `budget`, `other-adapter`
 13. Advert: fresh public keys, signed together with the ledger's head.
+    `not-in-cohort`, `cohort-too-small`, `threshold-too-high`, `threshold-too-low`
 14. Journal: the attempt, its secrets and the sealed reply are on disk.
 15. Count: the ledger counts the answer.
 16. The reply leaves.
@@ -144,7 +158,7 @@ class Trainer:
             self._site.journal.close()
 
     def status(self, job: str) -> SiteStatus:
-        """How an accepted job stands at this site, for the site's own people.
+        """The state of an accepted job at this site, for the site's own people.
 
         Raises:
             RemoteProtocolError: `unknown-plan`.
