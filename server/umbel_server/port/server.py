@@ -18,6 +18,7 @@ from umbel_server.operator.admitted_sites import SiteEntry, load_sites
 from umbel_server.operator.certificates import to_renew
 from umbel_server.operator.config import ServerConfig, carrier_socket
 from umbel_server.port.gate import Gate, server
+from umbel_server.port.mailbox import NodeMailbox
 from umbel_server.port.superlink import SuperLink
 
 _LOOK_SECONDS = 1.0
@@ -28,12 +29,12 @@ _STOPPING_SECONDS = 5.0
 _logger = logging.getLogger("umbel.port")
 
 
-class Admitted:
+class AdmittedSites:
     """The sites of sites.json, read again whenever the file changes."""
 
-    def __init__(self, path: Path, link: SuperLink) -> None:
+    def __init__(self, path: Path, superlink: SuperLink) -> None:
         self._path = path
-        self._link = link
+        self._superlink = superlink
         self._stamp: tuple[int, int] | None = None
         self._looked = 0.0
         self._lock = threading.Lock()
@@ -73,7 +74,7 @@ class Admitted:
 
     def _take(self, sites: dict[str, SiteEntry]) -> None:
         keys = {site.relay_key: site.name for site in sites.values() if not site.revoked}
-        self._nodes = {name: self._link.register(key.encode()) for key, name in keys.items()}
+        self._nodes = {name: self._superlink.register(key.encode()) for key, name in keys.items()}
         self._keys = keys
         _logger.info("admitted: %s", ", ".join(sorted(self._nodes)) or "nobody yet")
 
@@ -105,18 +106,18 @@ class Calendar:
 class SiteMailbox:
     """See `carrier.Mailbox`."""
 
-    def __init__(self, link: SuperLink, admitted: Admitted) -> None:
-        self._link = link
+    def __init__(self, nodes: NodeMailbox, admitted: AdmittedSites) -> None:
+        self._nodes = nodes
         self._admitted = admitted
 
     def post(self, site: str, label: str, sealed: Iterator[bytes], seconds: float) -> str | None:
         """See `Mailbox`."""
         node = self._admitted.node(site)
-        return None if node is None else self._link.post(node, label, sealed, seconds)
+        return None if node is None else self._nodes.post(node, label, sealed, seconds)
 
     def collect(self, identifier: str) -> tuple[bool, Iterator[bytes] | None]:
         """See `Mailbox`."""
-        reply = self._link.collect(identifier)
+        reply = self._nodes.collect(identifier)
         return (False, None) if reply is None else (True, reply.pieces)
 
 
@@ -132,18 +133,19 @@ def serve(
         StorageError: the socket to the jobs cannot be opened.
     """
     adopt("flwr")
-    link = SuperLink()
-    admitted = Admitted(Path(config.sites), link)
+    superlink = SuperLink()
+    nodes = NodeMailbox(superlink)
+    admitted = AdmittedSites(Path(config.sites), superlink)
     admitted.keys()
     gate = Gate(
-        link.fleet,
+        superlink.fleet,
         admitted.keys,
-        lambda key: link.make_way(key.encode()),
+        lambda key: nodes.make_way(key.encode()),
         lambda reason: _logger.warning("turned away: %s", reason),
     )
     web = server(gate, context)
     carrier = SocketServer(carrier_socket(config), _CARRIER_MODE, workers=16)
-    carrier.add(CARRIER, methods(SiteMailbox(link, admitted)))
+    carrier.add(CARRIER, methods(SiteMailbox(nodes, admitted)))
     carrier.start()
     thread = threading.Thread(target=web.run, args=([listener],), name="listener")
     thread.start()
@@ -159,4 +161,4 @@ def serve(
         carrier.stop(_STOPPING_SECONDS)
         web.should_exit = True
         thread.join(_STOPPING_SECONDS)
-        link.close()
+        superlink.close()
