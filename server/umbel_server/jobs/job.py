@@ -1,8 +1,26 @@
 """A job from its plan to its last release: rounds, attempts, journal, transcript.
 
-The order inside a round is what makes a crash harmless: burn the attempt number, send, aggregate,
-store the adapter, then record release and transcript entry together. Whatever was not recorded is
-done again with fresh keys, and sites answer it with the delta that they have kept.
+Two rules may never be broken here. No plan, round header or release is sent before it is in the
+journal. The journal names no adapter that is not in the registry before it.
+
+A round is released in these steps, in this order; a comment marks each where it happens:
+
+1. Open an attempt: take an unused attempt number, sign the round header, journal it.
+2. Send the requests of each stage to the cohort (`aggregation.attempt` has the stages).
+3. Collect the replies; journal each site's advert before the next stage is sent.
+4. Sum: the mean of the deltas changes the adapter that the round started from.
+5. Ask the release gate, if the plan has one: an adapter that it holds back is replaced by the one
+   before.
+6. Sign the release, and write its adapter to the registry.
+7. Journal the release, its transcript entry and what the release gate found, all of it or nothing.
+8. Tell the observer. Without a release gate, the adapter is evaluated now.
+9. Send the release: with the next round's train request, or with the finish request after the last.
+
+An attempt that fails in steps 2 to 4 is journalled as aborted, and step 1 opens the next one. After
+a crash the job resumes at step 1 of the round after the last journalled release: attempt number and
+keys are fresh, and sites answer with the delta that they have kept. The end of a job is journalled
+after its finish request, because it lists the sites that answered; after a crash in between, the
+request is sent again.
 """
 
 from collections.abc import Mapping
@@ -61,12 +79,12 @@ class Job:
         revoked: frozenset[bytes] = frozenset(),
         evaluator: Evaluator | None = None,
     ) -> None:
-        """Everything that the job works with; nothing is sent or written yet.
+        """Takes everything that the job works with; nothing is sent or written yet.
 
         Args:
             evaluator: None where released adapters are not evaluated.
-            revoked: public keys that count for nothing, whoever lists them: their sites are asked
-                for nothing.
+            revoked: public keys that are not trusted although the roster lists them: their sites
+                are sent nothing.
 
         Raises:
             PlanError: the plan contradicts itself or the roster.
@@ -105,10 +123,10 @@ class Job:
         """Runs the job, or what is left of it, and returns its last release.
 
         Raises:
-            ConfigError, DataError: the plan's release gate cannot be kept here.
-            JobFailed: too few sites accepted the plan, a round used up its attempts, or an adapter
-                that the release gate is about could not be evaluated.
-            StorageError: the operator's disk; the job can be resumed.
+            ConfigError, DataError: this server cannot evaluate what the plan's release gate needs.
+            JobFailed: too few sites accepted the plan, a round used up its attempts, or the release
+                gate could not evaluate an adapter.
+            StorageError: the operator's disk failed; the job can be resumed.
         """
         final = self._store.final_round(self.plan.job)
         if final is None:
@@ -124,7 +142,7 @@ class Job:
             if final is not None:
                 self._observer.ends_early(last.round, final)
                 return self._finish(self._store.releases(self.plan.job)[final], early=True)
-            last = self._round(last.round + 1, last, sites)
+            last = self._run_round(last.round + 1, last, sites)
         return self._finish(self._signed_release(), early=False)
 
     def _start_or_resume(self) -> None:
@@ -200,12 +218,12 @@ class Job:
             )
         return tuple(sorted(accepted))
 
-    def _round(self, round_number: int, last: Release, sites: tuple[str, ...]) -> Release:
+    def _run_round(self, round_number: int, last: Release, sites: tuple[str, ...]) -> Release:
         reason = ""
         for _ in range(self._limits.attempts):
             header, signed_header = self._open_attempt(round_number, sites, last)
             try:
-                outcome = self._drive(self._start(header, signed_header))
+                outcome = self._run_stages(self._first_stage(header, signed_header))
                 return self._release(header, signed_header, outcome)
             except _Aborted as abort:
                 reason = f"{abort.check}: {abort.reason}"
@@ -241,10 +259,11 @@ class Job:
             cohort=sites,
         )
         signed = sign(self._operator, header)
+        # Step 1: the attempt number is used up now, whatever happens next.
         self._store.open_attempt(self.plan.job, round_number, number, signed)
         return header, signed
 
-    def _start(self, header: RoundHeader, signed: Signed) -> Attempt:
+    def _first_stage(self, header: RoundHeader, signed: Signed) -> Attempt:
         request = TrainRequest(
             header=signed,
             release=self._signed_release(),
@@ -254,12 +273,14 @@ class Job:
         last = self._store.last_adverts()
         return open_attempt(header, self._roster, self.plan, request, length, last)
 
-    def _drive(self, state: Attempt | AttemptOutcome) -> AttemptOutcome:
+    def _run_stages(self, state: Attempt | AttemptOutcome) -> AttemptOutcome:
         while isinstance(state, Attempt):
             current = state
             step = Step(current.stage, current.header.round, current.header.attempt)
+            # Step 2 happens in `ask`, and so does step 9 for the release of the round before.
             for site, reply in self._exchange.ask(step, current.requests()):
                 awaited = current.waiting
+                # Step 3.
                 current = current.receive(site, reply)
                 if isinstance(reply, TrainReply) and site in awaited - current.waiting:
                     self._keep_advert(current, site, reply)
@@ -270,8 +291,8 @@ class Job:
             try:
                 state = current.advance()
             except RoundAborted as error:
-                # Who refused after training may have been wronged by a peer, and who was late may
-                # be back: both are asked again.
+                # A site that refused after training may have been wronged by a peer, and a site
+                # that was late may be back: both are asked again.
                 lost = owners_to_leave_out(error)
                 refusals = {**current.refusals, **dict.fromkeys(lost, error.check)}
                 raise _Aborted(error, refusals, current.unwilling | lost) from error
@@ -285,9 +306,10 @@ class Job:
     def _release(
         self, header: RoundHeader, signed_header: Signed, outcome: AttemptOutcome
     ) -> Release:
-        # Read again: while masked vectors came in, there was a sum and one of them in memory.
+        # Read only now: while masked vectors came in, the sum and one of them were in memory.
         load = partial(self._registry.load, self.plan, header.adapter)
         vector = load()
+        # Step 4.
         try:
             weight, counts = update.apply_sum(
                 outcome.aggregate,
@@ -299,6 +321,7 @@ class Job:
             )
         except RoundAborted as error:
             raise _Aborted(error, {}, frozenset()) from error
+        # Step 5.
         judged = self._assessment.judge(header.round, vector, load)
         if judged.held_back:
             vector = load()
@@ -313,8 +336,10 @@ class Job:
             survivors=outcome.aggregate.survivors,
             total_weight=weight,
         )
+        # Step 6.
         signed = sign(self._operator, release)
         self._registry.publish(self.plan, vector)
+        # Step 7.
         self._store.record_release(
             self._operator,
             self.plan.job,
@@ -332,6 +357,7 @@ class Job:
             evaluation=judged.evaluation,
             gate=judged.gate,
         )
+        # Step 8.
         if outcome.aggregate.wrong_shares:
             self._observer.disputed(header.round, header.attempt, outcome.aggregate.wrong_shares)
         if counts is not None:
@@ -348,6 +374,7 @@ class Job:
             )
             end = sign(self._operator, statement)
         vector = self._registry.load(self.plan, last.adapter)
+        # Step 9, for the last release.
         request = FinishRequest(release=signed, adapter=to_bytes(vector), early_end=end)
         requests = dict.fromkeys(self._sites, request)
         delivered = {
@@ -361,11 +388,11 @@ class Job:
 
 
 class _Aborted(Exception):
-    """An attempt ended.
+    """An attempt ended without a release.
 
     Args:
         refusals: site -> reason code, for the transcript.
-        left_out: the sites that the next attempt at the round does without.
+        left_out: sites that are not in the cohort of the round's next attempt.
     """
 
     def __init__(

@@ -139,9 +139,9 @@ def serve(
     admitted.keys()
     gate = Gate(
         superlink.fleet,
-        admitted.keys,
-        lambda key: nodes.make_way(key.encode()),
-        lambda reason: _logger.warning("turned away: %s", reason),
+        read_admitted=admitted.keys,
+        on_activate=lambda key: nodes.make_way(key.encode()),
+        on_refused=lambda reason: _logger.warning("turned away: %s", reason),
     )
     web = server(gate, context)
     carrier = SocketServer(carrier_socket(config), _CARRIER_MODE, workers=16)
