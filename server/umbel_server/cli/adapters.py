@@ -28,10 +28,10 @@ def list_command(config: Config = SERVER_TOML) -> None:
     """List every release of every job."""
     settings = load_config(config)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    with closing(_store(settings)) as store:
-        jobs = store.jobs()
-        figures = {job: {one.round: one for one in store.evaluations(job)} for job in jobs}
-        releases = {job: _releases(store, settings, job) for job in jobs}
+    with closing(_open_journal(settings)) as journal:
+        jobs = journal.jobs()
+        figures = {job: {one.round: one for one in journal.evaluations(job)} for job in jobs}
+        releases = {job: _releases(journal, settings, job) for job in jobs}
     scored = any(figures.values())
     for column in ("job", "round", "sites", *(("loss", "score") if scored else ()), "adapter"):
         table.add_column(column, no_wrap=True)
@@ -62,14 +62,14 @@ def export(
     """Copy an adapter out as a PEFT folder, after checking it against its release."""
     settings = load_config(config)
     operator = read_identity(Path(settings.identity)).public_key
-    with closing(_store(settings)) as store:
-        signed = store.plan(job)
+    with closing(_open_journal(settings)) as journal:
+        signed = journal.plan(job)
         if signed is None:
-            known = ", ".join(store.jobs())
+            known = ", ".join(journal.jobs())
             raise JobUnknown("no job of this name", field=job, accepted=known or "none yet")
         plan = open_signed(signed, TrainingPlan, operator, "operator")
-        releases = {release.round: release for release in _releases(store, settings, job)}
-        final = store.final_round(job)
+        releases = {release.round: release for release in _releases(journal, settings, job)}
+        final = journal.final_round(job)
     last = max(releases) if final is None else final
     wanted = last if round_number is None else round_number
     if wanted not in releases:
@@ -107,11 +107,11 @@ def _score(found: Evaluated | None) -> tuple[str, str]:
     return loss, f"perplexity {loss_text(figures.perplexity)}"
 
 
-def _store(settings: ServerConfig) -> Journal:
+def _open_journal(settings: ServerConfig) -> Journal:
     return Journal(Path(settings.state) / "journal.sqlite")
 
 
-def _releases(store: Journal, settings: ServerConfig, job: str) -> list[Release]:
+def _releases(journal: Journal, settings: ServerConfig, job: str) -> list[Release]:
     key = read_identity(Path(settings.identity)).public_key
-    signed: list[Signed] = store.releases(job)
+    signed: list[Signed] = journal.releases(job)
     return [open_signed(one, Release, key, "operator") for one in signed]

@@ -8,8 +8,7 @@ from rich.console import Console
 
 from umbel_host.terminal import print_lines
 from umbel_server.cli.options import SERVER_TOML, Config
-from umbel_server.storage.backup import back_up
-from umbel_server.storage.backup import restore as put_back
+from umbel_server.storage.backup import back_up, restore_backup
 
 
 def backup(
@@ -37,7 +36,7 @@ def restore(
     config: Config = SERVER_TOML,
 ) -> None:
     """Put a backup back into an empty state folder: all of it or nothing."""
-    done = put_back(backup, config)
+    done = restore_backup(backup, config)
     console = Console(highlight=False)
     print_lines(
         console,

@@ -7,8 +7,7 @@ import typer
 from umbel_host.processes.log import configure
 from umbel_host.processes.supervisor import Command, supervise
 from umbel_host.terminal import exit_code
-from umbel_server.cli import backup, setup
-from umbel_server.cli import sites as sites_cli
+from umbel_server.cli import backup, setup, sites
 from umbel_server.cli.adapters import adapters
 from umbel_server.cli.job import job
 from umbel_server.cli.options import SERVER_TOML, Config
@@ -24,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 setup.register(app)
-sites_cli.register(app)
+sites.register(app)
 backup.register(app)
 app.add_typer(plan, name="plan")
 app.add_typer(job, name="job")

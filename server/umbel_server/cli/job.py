@@ -85,7 +85,7 @@ def status(
     """Show all jobs, or one with what it waits for."""
     with _queue(config) as queue:
         jobs = queue.jobs() if name is None else [queue.job(name)]
-    found = {queued.job: _journal(config, queued.job) for queued in jobs}
+    found = {queued.job: _read_quality(config, queued.job) for queued in jobs}
     if as_json:
         rows = [_public(queued, found[queued.job]) for queued in jobs]
         document = msgspec.json.encode(rows if name is None else rows[0])
@@ -101,7 +101,7 @@ def status(
 
 
 @dataclass(frozen=True)
-class _Journal:
+class _Quality:
     """What the journal knows of a job's adapters."""
 
     evaluations: tuple[Evaluated, ...] = ()
@@ -110,33 +110,33 @@ class _Journal:
     """Round whose adapter sites counted on, and what they counted."""
 
 
-def _journal(config: Path, job: str) -> _Journal:
+def _read_quality(config: Path, job: str) -> _Quality:
     path = Path(load_config(config).state) / "journal.sqlite"
     if not path.exists():
-        return _Journal()
-    with closing(Journal(path)) as store:
-        return _Journal(
-            tuple(store.evaluations(job)), store.final_round(job), tuple(_counts(store, job))
+        return _Quality()
+    with closing(Journal(path)) as journal:
+        return _Quality(
+            tuple(journal.evaluations(job)), journal.final_round(job), tuple(_counts(journal, job))
         )
 
 
-def _counts(store: Journal, job: str) -> Iterator[tuple[int, SiteCounts]]:
-    for signed in store.transcript(job):
+def _counts(journal: Journal, job: str) -> Iterator[tuple[int, SiteCounts]]:
+    for signed in journal.transcript(job):
         event = decode_canonical(signed.statement, Entry).event
         if isinstance(event, RoundReleased) and event.counts is not None:
             header = decode_canonical(event.header.statement, RoundHeader)
             yield header.round - 1, event.counts
 
 
-def _public(queued: QueuedJob, journal: _Journal) -> dict[str, object]:
+def _public(queued: QueuedJob, quality: _Quality) -> dict[str, object]:
     parts: dict[str, object] = msgspec.to_builtins(queued)
     del parts["plan"]
     parts["evaluations"] = [
-        {**msgspec.to_builtins(one), "held_back": one.held_back} for one in journal.evaluations
+        {**msgspec.to_builtins(one), "held_back": one.held_back} for one in quality.evaluations
     ]
-    parts["final_round"] = journal.final_round
+    parts["final_round"] = quality.final_round
     parts["counts"] = [
-        {"round": number, **msgspec.to_builtins(counts)} for number, counts in journal.counts
+        {"round": number, **msgspec.to_builtins(counts)} for number, counts in quality.counts
     ]
     return parts
 
@@ -152,7 +152,7 @@ def _table(jobs: list[QueuedJob]) -> Table:
     return table
 
 
-def _details(queued: QueuedJob, journal: _Journal) -> list[tuple[str, str]]:
+def _details(queued: QueuedJob, quality: _Quality) -> list[tuple[str, str]]:
     moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(queued.changed))
     lines = [("job", queued.job), ("state", _state(queued)), ("changed", moment)]
     if queued.stage:
@@ -160,23 +160,23 @@ def _details(queued: QueuedJob, journal: _Journal) -> list[tuple[str, str]]:
         lines.append(("answered", ", ".join(queued.answered) or "nobody yet"))
     if queued.detail:
         lines.append(("why", queued.detail))
-    return [*lines, *_quality(journal)]
+    return [*lines, *_quality_lines(quality)]
 
 
-def _quality(journal: _Journal) -> list[tuple[str, str]]:
+def _quality_lines(quality: _Quality) -> list[tuple[str, str]]:
     """The last adapters on the public holdout, and which were held back."""
     lines = []
-    for one in journal.evaluations[-_SHOWN:]:
+    for one in quality.evaluations[-_SHOWN:]:
         lines.append((f"of round {one.round}", figures_text(one.evaluation)))
         if one.held_back:
             lines.append(("", f"held back: {one.gate}"))
-    for number, counts in journal.counts[-_SHOWN:]:
+    for number, counts in quality.counts[-_SHOWN:]:
         lines.append((f"of round {number}", f"{counts}, at the sites"))
-    held = [str(one.round) for one in journal.evaluations[:-_SHOWN] if one.held_back]
+    held = [str(one.round) for one in quality.evaluations[:-_SHOWN] if one.held_back]
     if held:
         lines.append(("held back", f"rounds {', '.join(held)}"))
-    if journal.final_round is not None:
-        lines.append(("last", f"the adapter of round {journal.final_round}"))
+    if quality.final_round is not None:
+        lines.append(("last", f"the adapter of round {quality.final_round}"))
     return lines
 
 

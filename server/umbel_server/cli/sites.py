@@ -64,13 +64,13 @@ def add(
     console = Console(highlight=False)
     print_lines(console, [("site", asked.request.site), ("fingerprint", own)])
     _confirm(console, own, expected, request)
-    with changing(settings), all_or_nothing() as made:
+    with changing(settings), all_or_nothing() as written:
         # Another command may have added a site while people compared.
         document, known = load_roster(settings), load_sites(Path(settings.sites))
         _check_new(asked, document, known, request)
         member = Member(asked.request.site, asked.request.identity, weight)
         document = _with_member(document, member)
-        _admit(settings, asked, document, out, request, made)
+        _admit(settings, asked, document, out, request, written)
         # Last: until it is written, the same command can be given again.
         save_roster(settings, document)
     print_lines(console, [("kit", str(out)), ("roster", document.roster.digest().hex())])
@@ -164,12 +164,12 @@ def _admit(
     document: RosterDocument,
     out: Path,
     file: Path,
-    made: list[Path],
+    written: list[Path],
 ) -> None:
     """Issues the certificate, writes the kit, and lets the relay in.
 
     Args:
-        made: is told of the kit once it is there.
+        written: files to remove if a later step fails; the kit is added to them.
     """
     request = asked.request
     authority = load_authority(settings)
@@ -184,7 +184,7 @@ def _admit(
         roster=document_to_json(document),
     )
     write_new_text(out, kit_to_json(give(kit, read_identity(Path(settings.identity)))))
-    made.append(out)
+    written.append(out)
     entry = SiteEntry(name=request.site, relay_key=request.relay_key, certificate=pem)
     path = Path(settings.sites)
     save_sites(path, {**load_sites(path), request.site: entry})
@@ -288,10 +288,10 @@ def renew(
     settings = load_config(config)
     asked = request_from_json(read_text(request), request)
     check_request(asked, request)
-    with changing(settings), all_or_nothing() as made:
+    with changing(settings), all_or_nothing() as written:
         document, known = load_roster(settings), load_sites(Path(settings.sites))
         _check_renewal(asked, document, known, request)
-        _admit(settings, asked, document, out, request, made)
+        _admit(settings, asked, document, out, request, written)
     console = Console(highlight=False)
     print_lines(console, [("site", asked.request.site), ("kit", str(out))])
     console.print(

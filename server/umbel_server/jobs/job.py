@@ -71,7 +71,7 @@ class Job:
         roster: Roster,
         operator: Identity,
         *,
-        store: Journal,
+        journal: Journal,
         registry: Registry,
         link: Link,
         observer: Observer,
@@ -110,14 +110,14 @@ class Job:
         self._roster = roster
         self._sites = sites
         self._operator = operator
-        self._store = store
+        self._journal = journal
         self._registry = registry
         self._observer = observer
         self._limits = limits
         self._exchange = Exchange(
             link, operator, roster, observer=observer, limits=limits, largest_reply=size_limit(plan)
         )
-        self._assessment = Assessment(plan, store, evaluator, observer)
+        self._assessment = Assessment(plan, journal, evaluator, observer)
 
     def run(self) -> Release:
         """Runs the job, or what is left of it, and returns its last release.
@@ -128,25 +128,25 @@ class Job:
                 gate could not evaluate an adapter.
             StorageError: the operator's disk failed; the job can be resumed.
         """
-        final = self._store.final_round(self.plan.job)
+        final = self._journal.final_round(self.plan.job)
         if final is None:
             self._assessment.check()
         self._start_or_resume()
         if final is not None:
-            return self._open_release(self._store.releases(self.plan.job)[final])
+            return self._open_release(self._journal.releases(self.plan.job)[final])
         last = self._last_release()
         self._assessment.begin(last, lambda: self._registry.load(self.plan, last.adapter))
         sites = self._offer()
         while last.round < self.plan.training.rounds:
             final = self._assessment.final_round()
             if final is not None:
-                self._observer.ends_early(last.round, final)
-                return self._finish(self._store.releases(self.plan.job)[final], early=True)
+                self._observer.on_early_end(last.round, final)
+                return self._finish(self._journal.releases(self.plan.job)[final], early=True)
             last = self._run_round(last.round + 1, last, sites)
         return self._finish(self._signed_release(), early=False)
 
     def _start_or_resume(self) -> None:
-        known = self._store.plan(self.plan.job)
+        known = self._journal.plan(self.plan.job)
         if known is not None:
             if open_signed(known, TrainingPlan, self._operator.public_key) != self.plan:
                 raise PlanError(
@@ -170,7 +170,7 @@ class Job:
         )
         signed_plan, signed_release = sign(self._operator, self.plan), sign(self._operator, release)
         self._registry.publish(self.plan, vector)
-        self._store.start_job(
+        self._journal.start_job(
             self._operator,
             self.plan.job,
             signed_plan,
@@ -180,7 +180,7 @@ class Job:
         )
 
     def _signed_release(self) -> Signed:
-        _, _, signed = self._store.last_release(self.plan.job)
+        _, _, signed = self._journal.last_release(self.plan.job)
         return signed
 
     def _last_release(self) -> Release:
@@ -191,7 +191,7 @@ class Job:
 
     def _offer(self) -> tuple[str, ...]:
         """The sites that accept the plan."""
-        plan = self._store.plan(self.plan.job)
+        plan = self._journal.plan(self.plan.job)
         assert plan is not None  # recorded by _start_or_resume
         accepted, refused = set(), {}
         requests = dict.fromkeys(self._sites, OfferRequest(plan=plan))
@@ -232,8 +232,8 @@ class Job:
                     check=abort.check,
                     refusals=tuple(sorted(abort.refusals.items())),
                 )
-                self._store.record(self._operator, self.plan.job, event)
-                self._observer.aborted(round_number, header.attempt, abort.check)
+                self._journal.record_event(self._operator, self.plan.job, event)
+                self._observer.on_aborted(round_number, header.attempt, abort.check)
                 sites = tuple(site for site in sites if site not in abort.left_out)
                 if len(sites) < self.plan.aggregation.threshold:
                     break
@@ -247,7 +247,7 @@ class Job:
     def _open_attempt(
         self, round_number: int, sites: tuple[str, ...], last: Release
     ) -> tuple[RoundHeader, Signed]:
-        number = self._store.next_attempt(self.plan.job, round_number)
+        number = self._journal.next_attempt(self.plan.job, round_number)
         header = RoundHeader(
             federation=self.plan.federation,
             job=self.plan.job,
@@ -260,7 +260,7 @@ class Job:
         )
         signed = sign(self._operator, header)
         # Step 1: the attempt number is used up now, whatever happens next.
-        self._store.open_attempt(self.plan.job, round_number, number, signed)
+        self._journal.record_attempt(self.plan.job, round_number, number, signed)
         return header, signed
 
     def _first_stage(self, header: RoundHeader, signed: Signed) -> Attempt:
@@ -270,7 +270,7 @@ class Job:
             adapter=to_bytes(self._registry.load(self.plan, header.adapter)),
         )
         length = vector_length(self.plan, header.round) + 1
-        last = self._store.last_adverts()
+        last = self._journal.last_adverts()
         return open_attempt(header, self._roster, self.plan, request, length, last)
 
     def _run_stages(self, state: Attempt | AttemptOutcome) -> AttemptOutcome:
@@ -301,7 +301,7 @@ class Job:
     def _keep_advert(self, attempt: Attempt, site: str, reply: TrainReply) -> None:
         request = attempt.first_request
         if request is not None and site not in attempt.refusals:
-            self._store.keep_advert(site, request.header, reply.advert)
+            self._journal.keep_advert(site, request.header, reply.advert)
 
     def _release(
         self, header: RoundHeader, signed_header: Signed, outcome: AttemptOutcome
@@ -340,7 +340,7 @@ class Job:
         signed = sign(self._operator, release)
         self._registry.publish(self.plan, vector)
         # Step 7.
-        self._store.record_release(
+        self._journal.record_release(
             self._operator,
             self.plan.job,
             header.round,
@@ -359,11 +359,11 @@ class Job:
         )
         # Step 8.
         if outcome.aggregate.wrong_shares:
-            self._observer.disputed(header.round, header.attempt, outcome.aggregate.wrong_shares)
+            self._observer.on_disputed(header.round, header.attempt, outcome.aggregate.wrong_shares)
         if counts is not None:
-            self._observer.counted(header.round, counts, len(release.survivors))
-        self._observer.released(release, vector)
-        self._assessment.released(header.round, judged, vector, load)
+            self._observer.on_counted(header.round, counts, len(release.survivors))
+        self._observer.on_released(release, vector)
+        self._assessment.assess_released(header.round, judged, vector, load)
         return release
 
     def _finish(self, signed: Signed, *, early: bool) -> Release:
@@ -383,7 +383,7 @@ class Job:
             if isinstance(reply, FinishReply) and reply.adapter == last.adapter
         }
         event = JobFinished(release=last.adapter, delivered=tuple(sorted(delivered)), early_end=end)
-        self._store.finish_job(self._operator, self.plan.job, last.round, event)
+        self._journal.finish_job(self._operator, self.plan.job, last.round, event)
         return last
 
 

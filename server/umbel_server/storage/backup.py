@@ -12,14 +12,12 @@ from umbel_host.files.backup import Manifest, read_manifest, require_party, unpa
 from umbel_host.files.database import copy_database
 from umbel_host.files.restore import config_of, put_back, vacant, workplace
 from umbel_server.operator.config import ServerConfig, load_config, load_roster
-from umbel_server.storage.job_queue import SCHEMA as QUEUE_SCHEMA
-from umbel_server.storage.job_queue import JobQueue
-from umbel_server.storage.journal import SCHEMA as STORE_SCHEMA
-from umbel_server.storage.journal import Journal
+from umbel_server.storage.job_queue import QUEUE_SCHEMA, JobQueue
+from umbel_server.storage.journal import JOURNAL_SCHEMA, Journal
 
 CONFIG = "server.toml"
 DATABASES = {
-    "state/journal.sqlite": STORE_SCHEMA,
+    "state/journal.sqlite": JOURNAL_SCHEMA,
     "state/queue.sqlite": QUEUE_SCHEMA,
 }
 """The SuperLink's database is not among them: it is emptied at each start."""
@@ -77,7 +75,7 @@ def back_up(config: Path, out: Path, *, keys: bool) -> Manifest:
         return write_backup(out, "umbel-server", party, sources, schemas=_SCHEMAS, keys=keys)
 
 
-def restore(backup: Path, config: Path) -> Restored:
+def restore_backup(backup: Path, config: Path) -> Restored:
     """Puts an operator's backup back, all of it or nothing; jobs that were not over are stopped.
 
     What was released since is not in it: the sites know it, and accept no second release of a

@@ -24,7 +24,7 @@ CREATE TABLE jobs (
     detail TEXT NOT NULL DEFAULT '', changed REAL NOT NULL
 ) STRICT;
 """
-SCHEMA = Schema("job queue", _TABLES)
+QUEUE_SCHEMA = Schema("job queue", _TABLES)
 
 
 class JobState(Enum):
@@ -71,7 +71,7 @@ class JobQueue:
         Raises:
             StorageError: it is corrupt, of a later schema version, or cannot be written.
         """
-        self._database = Database(path, SCHEMA)
+        self._database = Database(path, QUEUE_SCHEMA)
 
     def close(self) -> None:
         """Closes the file."""
@@ -117,7 +117,7 @@ class JobQueue:
             )
         return _queued(row)
 
-    def next(self) -> QueuedJob | None:
+    def next_job(self) -> QueuedJob | None:
         """The job to work on: one that was under way, else the one that waits longest.
 
         Who had to wait for people goes to the end: a plan that nobody approves holds nobody up.
@@ -177,7 +177,7 @@ class JobQueue:
             self.set_state(name, JobState.STOPPED, detail)
         return names
 
-    def stop_wanted(self, name: str) -> bool:
+    def is_stop_wanted(self, name: str) -> bool:
         """Whether the operator wants a job stopped."""
         return self.job(name).stop
 

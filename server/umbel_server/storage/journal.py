@@ -52,7 +52,7 @@ CREATE TABLE transcript (
 """
 
 # What sites advertised before is not known: they are shown it from their next attempt on.
-SCHEMA = Schema(
+JOURNAL_SCHEMA = Schema(
     "round journal", _TABLES + _ADVERTS + _EVALUATIONS, (_ADVERTS + _EVALUATIONS + _FINAL_ROUNDS,)
 )
 
@@ -81,7 +81,7 @@ class Journal:
             StorageError: it is corrupt, of a later schema version, or cannot be written.
         """
         self._path = path
-        self._database = Database(path, SCHEMA)
+        self._database = Database(path, JOURNAL_SCHEMA)
 
     def close(self) -> None:
         """Closes the file."""
@@ -123,7 +123,7 @@ class Journal:
             ).fetchone()
         return int(row[0])
 
-    def open_attempt(self, job: str, round_number: int, attempt: int, header: Signed) -> None:
+    def record_attempt(self, job: str, round_number: int, attempt: int, header: Signed) -> None:
         """Burns an attempt number, before its header is sent."""
         with self._database.transaction():
             self._execute(
@@ -156,7 +156,7 @@ class Journal:
                 for site, header, advert in rows
             }
 
-    def record(self, operator: Identity, job: str, event: TranscriptEvent) -> None:
+    def record_event(self, operator: Identity, job: str, event: TranscriptEvent) -> None:
         """Appends to the job's transcript."""
         with self._database.transaction():
             self._append(operator, job, event)

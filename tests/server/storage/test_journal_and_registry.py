@@ -81,16 +81,16 @@ def test_a_registry_on_a_full_disk_leaves_nothing_behind(
 
 
 def test_an_attempt_number_is_burned_before_it_is_used(tmp_path: Path, release: Any) -> None:
-    store = Journal(tmp_path / "journal.sqlite")
-    assert store.next_attempt("job", 1) == 1
-    store.open_attempt("job", 1, 1, release)
-    store.close()
-    store = Journal(tmp_path / "journal.sqlite")
-    assert store.next_attempt("job", 1) == 2
-    assert store.next_attempt("job", 2) == 1
+    journal = Journal(tmp_path / "journal.sqlite")
+    assert journal.next_attempt("job", 1) == 1
+    journal.record_attempt("job", 1, 1, release)
+    journal.close()
+    journal = Journal(tmp_path / "journal.sqlite")
+    assert journal.next_attempt("job", 1) == 2
+    assert journal.next_attempt("job", 2) == 1
     with pytest.raises(StorageError):
-        store.open_attempt("job", 1, 1, release)
-    store.close()
+        journal.record_attempt("job", 1, 1, release)
+    journal.close()
 
 
 @pytest.mark.parametrize("content", [b"not a database at all, but long enough" * 100])
