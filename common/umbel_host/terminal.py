@@ -1,11 +1,13 @@
 """What a command says to people, and how it ends: with a documented exit code."""
 
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Collection, Iterable
 
 import msgspec
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from umbel_common.canonical import Name
 from umbel_common.errors import UmbelError
@@ -41,6 +43,48 @@ def print_lines(console: Console, lines: Iterable[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
         console.print(f"{name:<{width}}  {value}", soft_wrap=True, markup=False)
+
+
+def table(*columns: str, folding: Collection[str] = (), right: Collection[str] = ()) -> Table:
+    """A table without borders, whose cells stay on one line.
+
+    Args:
+        folding: columns whose long cells are broken where the table is too wide, so that the others
+            stay whole: a fingerprint is read out, and must not be cut.
+        right: columns of numbers.
+    """
+    borderless = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in columns:
+        borderless.add_column(
+            column,
+            no_wrap=column not in folding,
+            overflow="fold",
+            justify="right" if column in right else "left",
+        )
+    return borderless
+
+
+def confirm(
+    console: Console, question: str, *, unattended: UmbelError, declined: UmbelError
+) -> None:
+    """Goes ahead only after a person at a terminal has typed yes.
+
+    Args:
+        question: what is asked, ending with "Type yes: " or similar.
+        unattended: the error where input or output is not a terminal.
+        declined: the error after any other answer.
+
+    Raises:
+        UmbelError: one of the two.
+    """
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise unattended
+    try:
+        answer = console.input(f"\n{question}")
+    except EOFError:
+        answer = ""
+    if answer != "yes":
+        raise declined
 
 
 def printable(text: str) -> str:

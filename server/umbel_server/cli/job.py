@@ -1,4 +1,4 @@
-"""`umbel-server job`: start, stop, resume, and how jobs stand. Works with the server down, too."""
+"""`umbel-server job`: start, stop, resume, status. The server need not be running."""
 
 import time
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from umbel_common.protocol.transcript import Entry, RoundReleased
 from umbel_common.trust.identity import open_signed
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text
-from umbel_host.terminal import print_lines
+from umbel_host.terminal import print_lines, table
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.jobs.evaluator import check_evaluation
 from umbel_server.operator.config import load_config
@@ -33,7 +33,7 @@ from umbel_server.storage.journal import Evaluated, Journal
 job = typer.Typer(help="Jobs: start, stop, resume, status.", no_args_is_help=True)
 
 _SHOWN = 5
-"""Rounds whose figures a person is shown; `--json` has all of them."""
+"""Number of rounds whose figures are printed; `--json` has all of them."""
 Name = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job.")]
 
 
@@ -42,14 +42,14 @@ def start(
     plan: Annotated[Path, typer.Argument(help="A signed plan file.")],
     config: Config = SERVER_TOML,
 ) -> None:
-    """Queue the job of a signed plan; the running server takes it up."""
+    """Queue the job of a signed plan; the running server starts it."""
     settings = load_config(config)
     made, signed = plan_from_json(read_text(plan), plan)
     if signed is None:
         raise PlanError(
             "a plan is not signed",
             file=plan,
-            remedy="umbel-server plan sign, after you read what it may do",
+            remedy="umbel-server plan sign, after you have read what it allows",
         )
     key = read_identity(Path(settings.identity)).public_key
     open_signed(signed, TrainingPlan, key, "operator")
@@ -62,7 +62,7 @@ def start(
 
 @job.command()
 def stop(name: Name, config: Config = SERVER_TOML) -> None:
-    """Stop a job: what it released stays, an attempt under way is given up."""
+    """Stop a job: its releases stay, the current attempt is abandoned."""
     with _queue(config) as queue:
         queued = queue.ask_to_stop(name)
     state = "stopping" if queued.stop else queued.state.value
@@ -71,7 +71,7 @@ def stop(name: Name, config: Config = SERVER_TOML) -> None:
 
 @job.command()
 def resume(name: Name, config: Config = SERVER_TOML) -> None:
-    """Let a stopped or failed job go on behind its last release."""
+    """Resume a stopped or failed job after its last release."""
     with _queue(config) as queue:
         typer.echo(f"{name}: {queue.resume(name).state.value}")
 
@@ -82,7 +82,7 @@ def status(
     config: Config = SERVER_TOML,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, for programs.")] = False,
 ) -> None:
-    """Show all jobs, or one with what it waits for."""
+    """Show all jobs, or one job with what it waits for."""
     with _queue(config) as queue:
         jobs = queue.jobs() if name is None else [queue.job(name)]
     found = {queued.job: _read_quality(config, queued.job) for queued in jobs}
@@ -97,17 +97,17 @@ def status(
     elif not jobs:
         console.print("No job was started yet.")
     else:
-        console.print(_table(jobs), soft_wrap=True)
+        console.print(_job_table(jobs), soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class _Quality:
-    """What the journal knows of a job's adapters."""
+    """What the journal says about a job's adapters."""
 
     evaluations: tuple[Evaluated, ...] = ()
     final_round: int | None = None
     counts: tuple[tuple[int, SiteCounts], ...] = ()
-    """Round whose adapter sites counted on, and what they counted."""
+    """Round of an adapter, and the sites' counts on it."""
 
 
 def _read_quality(config: Path, job: str) -> _Quality:
@@ -141,15 +141,13 @@ def _public(queued: QueuedJob, quality: _Quality) -> dict[str, object]:
     return parts
 
 
-def _table(jobs: list[QueuedJob]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in ("job", "state", "round", "stage", "answered"):
-        table.add_column(column)
+def _job_table(jobs: list[QueuedJob]) -> Table:
+    rows = table("job", "state", "round", "stage", "answered")
     for queued in jobs:
-        table.add_row(
+        rows.add_row(
             queued.job, _state(queued), str(queued.round), queued.stage, str(len(queued.answered))
         )
-    return table
+    return rows
 
 
 def _details(queued: QueuedJob, quality: _Quality) -> list[tuple[str, str]]:
@@ -164,7 +162,7 @@ def _details(queued: QueuedJob, quality: _Quality) -> list[tuple[str, str]]:
 
 
 def _quality_lines(quality: _Quality) -> list[tuple[str, str]]:
-    """The last adapters on the public holdout, and which were held back."""
+    """Returns the scores of the last adapters, and which adapters were held back."""
     lines = []
     for one in quality.evaluations[-_SHOWN:]:
         lines.append((f"of round {one.round}", figures_text(one.evaluation)))

@@ -1,4 +1,4 @@
-"""The SuperLink behind its gate, and the mailbox that the jobs post to."""
+"""Runs the port: the SuperLink behind its gate, and the mailbox that the jobs post to."""
 
 import gc
 import logging
@@ -30,7 +30,7 @@ _logger = logging.getLogger("umbel.port")
 
 
 class AdmittedSites:
-    """The sites of sites.json, read again whenever the file changes."""
+    """The sites of sites.json; the file is read again when it changes."""
 
     def __init__(self, path: Path, superlink: SuperLink) -> None:
         self._path = path
@@ -42,12 +42,12 @@ class AdmittedSites:
         self._nodes: dict[str, int] = {}
 
     def keys(self) -> dict[str, str]:
-        """Relay public key (PEM) -> site."""
+        """Returns relay public key (PEM) -> site."""
         self._look()
         return self._keys
 
     def node(self, site: str) -> int | None:
-        """A site's node; None if it is not admitted."""
+        """Returns a site's node; None if the site is not admitted."""
         self._look()
         return self._nodes.get(site)
 
@@ -66,7 +66,7 @@ class AdmittedSites:
             try:
                 sites = load_sites(self._path)
             except UmbelError as error:
-                # Better the sites of a moment ago than none.
+                # The list that was read before stays in force.
                 _logger.error("%s", error.diagnostics())
                 return
             self._stamp = stamp
@@ -80,17 +80,17 @@ class AdmittedSites:
 
 
 class Calendar:
-    """Says in the log, once a day, which certificates end soon."""
+    """Writes to the log, once a day, which certificates expire soon."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self._next: datetime | None = None
 
     def look(self, now: datetime) -> None:
-        """Looks, if a day has passed.
+        """Looks at the certificates if a day has passed.
 
         Args:
-            now: with its time zone.
+            now: the time, with its time zone.
         """
         if self._next is not None and now < self._next:
             return
@@ -99,12 +99,12 @@ class Calendar:
             for sentence in to_renew(self._config, now):
                 _logger.warning("%s", sentence)
         except UmbelError as error:
-            # A certificate that is being replaced, or sites.json: serving goes on as it did.
+            # A certificate or sites.json may just be being replaced: the port keeps serving.
             _logger.error("%s", error.diagnostics())
 
 
 class SiteMailbox:
-    """See `carrier.Mailbox`."""
+    """The `Mailbox` of the port: messages to sites, which it posts to their nodes."""
 
     def __init__(self, nodes: NodeMailbox, admitted: AdmittedSites) -> None:
         self._nodes = nodes
@@ -150,7 +150,7 @@ def serve(
     thread = threading.Thread(target=web.run, args=([listener],), name="listener")
     thread.start()
     _logger.info("sites reach this server at %s", config.listen.address)
-    # What is there now stays: the collector, which the gate calls often, need not look at it.
+    # The objects of now stay: the garbage collector, which the gate calls often, skips them.
     gc.freeze()
     calendar = Calendar(config)
     try:

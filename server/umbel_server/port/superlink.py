@@ -1,6 +1,6 @@
 """Flower's SuperLink without its power to ship code: one run, the nodes of relays, and Fleet.
 
-Of Flower's three interfaces, only Fleet is served, for relays. Starting a run and acting as its
+Only one of Flower's three interfaces is served: Fleet, for relays. Starting a run and acting as its
 app, which Control and Runtime are for, happens inside this process: no app bundle exists, and no
 token that could be stolen. Nothing may be added here that starts a run or registers a node at the
 request of a client. `docs/adr/0011-flower-as-a-carrier.md` says why;

@@ -64,7 +64,7 @@ def test_init_may_use_a_folder_that_is_there_and_empty(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("ours")
     words = ("init", "--federation", "c", "--address", "h:1", "--folder", "full")
-    with pytest.raises(StorageError, match="nothing is written over"):
+    with pytest.raises(StorageError, match="nothing is overwritten"):
         give_command(umbel_server.cli.app, tmp_path, *words)
     assert os.listdir(tmp_path / "full") == ["notes"]
 
@@ -135,14 +135,14 @@ def test_an_addition_that_fails_leaves_no_kit_and_can_be_given_again(
 def test_what_another_command_added_while_people_compared_is_kept(
     clinics: Enrolling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compare = umbel_server.cli.sites._confirm
+    compare = umbel_server.cli.sites._check_fingerprint
 
     def slowly(*arguments: object) -> None:
-        monkeypatch.setattr(umbel_server.cli.sites, "_confirm", compare)
+        monkeypatch.setattr(umbel_server.cli.sites, "_check_fingerprint", compare)
         clinics.add("south")
 
     clinics.ask("west")
-    monkeypatch.setattr(umbel_server.cli.sites, "_confirm", slowly)
+    monkeypatch.setattr(umbel_server.cli.sites, "_check_fingerprint", slowly)
     clinics.add("west")
     names = {member.name for member in clinics.roster().roster.members}
     assert names == set(load_sites(clinics.operator / "sites.json"))
@@ -291,7 +291,7 @@ def test_a_revoked_identity_does_not_come_back_after_it_left(clinics: Enrolling)
 def test_a_site_whose_identity_was_lost_comes_back_under_its_name(clinics: Enrolling) -> None:
     folder = clinics.folder / "east"
     stolen = clinics.request("east").request
-    with pytest.raises(IdentityError, match="there already"):
+    with pytest.raises(IdentityError, match="already in the roster"):
         clinics.add("east", out="again.json")
     clinics.server("sites", "revoke", "east", "--out", "../revocation.json")
     with pytest.raises(IdentityError, match="is revoked"):
