@@ -1,5 +1,4 @@
-"""The aggregation server: learns sums, keeps releases, never imports torch.
+"""The aggregation server: it learns sums, keeps releases, and never imports torch.
 
-`round` and `aggregate` are pure; `job` drives them; `store`, `registry` and `flower` touch disk and
-network.
+`aggregation` is pure; `jobs` drives it; `storage` writes to disk, and `port` has the network.
 """

@@ -1,7 +1,7 @@
 """The process with the port: Flower's SuperLink behind the gate, and a Unix socket to the jobs.
 
 `umbel-server run` starts it, or a service manager: `python -m umbel_server.port_process
-server.toml`. It holds the server's TLS key, and no key of the operator's.
+server.toml`. It has the server's TLS key, and must never have the operator's key.
 """
 
 import os
@@ -14,7 +14,7 @@ FLOWER_ENVIRONMENT = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
-"""Flower reads these as it is imported."""
+"""Variables that Flower reads when it is imported."""
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def run(path: Path) -> None:
 
     Raises:
         UmbelError: the configuration, a key or certificate, the list of sites, the port, or the
-            state folder.
+            state folder cannot be used.
     """
     from umbel_host.processes.lifecycle import locked, require_state, stop_on_signals
     from umbel_server.operator.admitted_sites import load_sites
@@ -46,27 +46,27 @@ def run(path: Path) -> None:
     context = tls_context(
         Path(config.listen.certificate), Path(config.listen.key), Path(config.listen.client_ca)
     )
-    # Later it would go on with those of a moment ago; now there are none.
+    # A list that cannot be read ends the process now; later, the list read before stays in force.
     load_sites(Path(config.sites))
     state = Path(config.state)
     require_state(state)
     os.environ["FLWR_DATABASE"] = str(state / "superlink.sqlite")
-    # Where a temporary folder is in memory, what is put there to save memory would save none.
+    # The system's temporary folder may be in memory, and temporary files are there to save memory.
     os.environ["SQLITE_TMPDIR"] = str(state)
     stopping = stop_on_signals()
     with locked(state / "port.lock", "the process with the port"):
         listener = bound(config.listen.address, path)
-        # Flower opens its database as it is imported and made: not before the lock is held.
+        # Flower opens its database when it is imported and created: only after the lock is held.
         from umbel_server.port.server import serve
 
         serve(config, listener, context, stopping)
 
 
 def bound(address: str, file: Path) -> socket.socket:
-    """A socket that is bound to an address.
+    """Returns a socket that is bound to an address.
 
     Raises:
-        ConfigError: the port is taken, or the address is not one of this machine.
+        ConfigError: the port is taken, or this machine does not have the address.
     """
     from umbel_common.errors import ConfigError
 
@@ -79,7 +79,7 @@ def bound(address: str, file: Path) -> socket.socket:
             file=file,
             field="listen.address",
             found=f"{address}: {getattr(error, 'strerror', None) or error}",
-            remedy="end whatever else uses it, or give another port",
+            remedy="end the process that uses it, or give another port",
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""The process with the jobs: the operator's key, journal and registry, and no port.
+"""The process with the jobs: it has the operator's key, journal and registry, and no network.
 
 `umbel-server run` starts it, or a service manager: `python -m umbel_server.rounds_process
 server.toml`.
@@ -27,7 +27,7 @@ from umbel_server.storage.job_queue import JobQueue
 
 _IDLE_SECONDS = 0.5
 _WAITING_SECONDS = 10.0
-"""Between two offers of a plan that people have not decided about."""
+"""Time between two offers of a plan that people at the sites have not decided about."""
 
 _PROBE_MODE = 0o660
 
@@ -35,7 +35,7 @@ _logger = logging.getLogger("umbel.rounds")
 
 
 def run(path: Path) -> None:
-    """Works off the queue until told to stop; the job under way goes on at the next start.
+    """Runs the jobs of the queue until told to stop; the next start resumes the current job.
 
     Raises:
         UmbelError: the configuration, the key, the roster, the state folder, the queue, or the
@@ -49,32 +49,32 @@ def run(path: Path) -> None:
     stopping = stop_on_signals()
 
     @contextmanager
-    def connect(stopped: Callable[[], bool]) -> Iterator[Link]:
-        with closing(CarrierLink(carrier_socket(config), stopped)) as link:
+    def connect(should_stop: Callable[[], bool]) -> Iterator[Link]:
+        with closing(CarrierLink(carrier_socket(config), should_stop)) as link:
             yield link
 
     with (
         locked(state / "rounds.lock", "the process with the jobs"),
         closing(JobQueue(state / "queue.sqlite")) as queue,
     ):
-        rounds = JobRunner(
+        runner = JobRunner(
             state=state,
             operator=operator,
             queue=queue,
-            roster=lambda: load_roster(config),
+            read_roster=lambda: load_roster(config),
             limits=config.limits,
             connect=connect,
-            stopping=stopping.is_set,
-            evaluation=lambda: load_config(path).evaluation,
+            should_stop=stopping.is_set,
+            read_evaluation=lambda: load_config(path).evaluation,
         )
-        with _probed(rounds_socket(config)) as serving:
+        with _probed(rounds_socket(config)) as report_health:
             _logger.info("waiting for jobs in %s", state)
-            work(rounds, stopping, serving)
+            work(runner, stopping, report_health)
 
 
 @contextmanager
 def _probed(path: Path) -> Iterator[Callable[[bool], None]]:
-    """Answers probes; yields what they are told with."""
+    """Answers probes; yields a function that sets whether the answer is healthy."""
     probes = SocketServer(path, _PROBE_MODE, workers=2)
     probes.start()
     try:
@@ -83,23 +83,29 @@ def _probed(path: Path) -> Iterator[Callable[[bool], None]]:
         probes.stop(1.0)
 
 
-def work(rounds: JobRunner, stopping: threading.Event, serving: Callable[[bool], None]) -> None:
-    """Until `stopping`. A full disk ends no process: the job can be resumed.
+def work(
+    runner: JobRunner, stopping: threading.Event, report_health: Callable[[bool], None]
+) -> None:
+    """Runs jobs until `stopping`. A full disk does not end the process: the job can be resumed.
 
     Args:
-        serving: is told whether the files could be used.
+        report_health: called with whether the files could be used.
     """
-    serving(True)
+    report_health(True)
     while not stopping.is_set():
         try:
-            busy = rounds.run_next()
+            busy = runner.run_next()
             pause = (
-                0.0 if busy else _IDLE_SECONDS if rounds.queue.next() is None else _WAITING_SECONDS
+                0.0
+                if busy
+                else _IDLE_SECONDS
+                if runner.queue.next_job() is None
+                else _WAITING_SECONDS
             )
-            serving(True)
+            report_health(True)
         except StorageError as error:
             _logger.error("%s", error.diagnostics())
-            serving(False)
+            report_health(False)
             pause = _WAITING_SECONDS
         stopping.wait(pause)
 
@@ -107,8 +113,8 @@ def work(rounds: JobRunner, stopping: threading.Event, serving: Callable[[bool],
 def main() -> int:
     """Runs until SIGTERM or SIGINT; returns the exit code."""
     configure()
-    # The operator's key is here: it and what evaluates releases need no network. Where the kernel
-    # knows no such filter, the service's unit, container or pod has the network closed.
+    # This process has the operator's key. It needs no network, and nor do evaluations.
+    # If the kernel has no such filter, the service's unit, container or pod closes the network.
     if refused := only_unix_sockets():
         _logger.warning("this process keeps its network: %s", os.strerror(refused))
     return exit_code(lambda: run(Path(sys.argv[1])))

@@ -50,7 +50,7 @@ from umbel_common.secagg.messages import RevealedShare
 from umbel_common.trust.identity import Identity, Member, Roster, Signed, sign
 from umbel_common.trust.roster_file import roster_to_json
 from umbel_host.files.keys import write_identity
-from umbel_server.aggregation import attempt as rounds
+from umbel_server.aggregation.attempt import Attempt, AttemptOutcome, Evidence
 
 
 def believe(trainer: Trainer, roster: Roster) -> None:
@@ -311,18 +311,16 @@ class Federation:
         """The request that opens an attempt at a site and shows it its last advert."""
         return msgspec.structs.replace(self.train_request(header), last=last)
 
-    def attempt(self, header: RoundHeader | None = None) -> rounds.Attempt:
+    def attempt(self, header: RoundHeader | None = None) -> Attempt:
         """An attempt as the server would run it, waiting for its first replies."""
         header = header or self.header()
         length = size_of(self.plan.trained_tensors(header.round)) + 1
         machine = coordinator.open_attempt(
             header, self.played_roster, self.plan.aggregation.threshold, 32, length
         )
-        return rounds.Attempt(header, self.train_request(header), machine, {}, rounds.Evidence())
+        return Attempt(header, self.train_request(header), machine, {}, Evidence())
 
-    def drive(
-        self, attempt: rounds.Attempt, until: str | None = None, silent: str | None = None
-    ) -> Any:
+    def drive(self, attempt: Attempt, until: str | None = None, silent: str | None = None) -> Any:
         """Drives an attempt until the stage `until` is about to be asked, or to the end.
 
         Args:
@@ -331,13 +329,13 @@ class Federation:
         Raises:
             Stopped: a site refuses.
         """
-        state: rounds.Attempt | rounds.AttemptOutcome = attempt
-        while isinstance(state, rounds.Attempt) and state.stage != until:
+        state: Attempt | AttemptOutcome = attempt
+        while isinstance(state, Attempt) and state.stage != until:
             asked = {site: state.requests()[site] for site in state.requests() if site != silent}
             state = self.take(state, {site: self.ask(site, asked[site]) for site in asked})
         return state
 
-    def take(self, attempt: rounds.Attempt, replies: Mapping[str, Reply]) -> Any:
+    def take(self, attempt: Attempt, replies: Mapping[str, Reply]) -> Any:
         """Closes a stage with these replies, of any context."""
         context = attempt.header.context()
         for site, reply in replies.items():
@@ -347,12 +345,12 @@ class Federation:
         assert not attempt.refusals, attempt.refusals
         return attempt.advance()
 
-    def vectors(self, attempt: rounds.Attempt) -> tuple[dict[str, bytes], rounds.Attempt]:
+    def vectors(self, attempt: Attempt) -> tuple[dict[str, bytes], Attempt]:
         """The masked vector of every site, and the attempt after that stage."""
         replies = {site: self.ask(site, ask) for site, ask in attempt.requests().items()}
         return {site: reply.vector for site, reply in replies.items()}, self.take(attempt, replies)
 
-    def reveal(self, attempt: rounds.Attempt) -> dict[str, tuple[RevealedShare, ...]]:
+    def reveal(self, attempt: Attempt) -> dict[str, tuple[RevealedShare, ...]]:
         """The shares that each site reveals in the last stage."""
         return {site: self.ask(site, ask).shares for site, ask in attempt.requests().items()}
 

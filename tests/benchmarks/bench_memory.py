@@ -71,7 +71,7 @@ def run(federation: Federation, link: GridLink, folder: Path) -> None:
         federation.plan,
         federation.roster,
         federation.operator,
-        store=store,
+        journal=store,
         registry=Registry(folder / "registry"),
         link=link,
         observer=Quiet(),

@@ -42,7 +42,7 @@ def overhead(ring_bits: int) -> float:
             federation.plan,
             federation.roster,
             federation.operator,
-            store=store,
+            journal=store,
             registry=Registry(Path(folder) / "registry"),
             link=link,
             observer=Quiet(),

@@ -163,32 +163,32 @@ class ToySite:
 class Quiet:
     """An observer that nothing is told to."""
 
-    def answered(self, *_: object) -> None:
+    def on_answered(self, *_: object) -> None:
         """See `umbel_server.jobs.job.Observer`."""
 
-    def aborted(self, *_: object) -> None:
+    def on_aborted(self, *_: object) -> None:
         """See `umbel_server.jobs.job.Observer`."""
         raise AssertionError("an attempt of honest sites was aborted")
 
-    def strayed(self, *_: object) -> None:
+    def on_strayed(self, *_: object) -> None:
         """See `umbel_server.jobs.job.Observer`."""
         raise AssertionError("a reply of an honest site did not open")
 
-    def disputed(self, *_: object) -> None:
+    def on_disputed(self, *_: object) -> None:
         """See `umbel_server.jobs.job.Observer`."""
         raise AssertionError("honest sites revealed wrong shares")
 
-    def released(self, *_: object) -> None:
+    def on_released(self, *_: object) -> None:
         """See `umbel_server.jobs.job.Observer`."""
 
-    def counted(self, *_: object) -> None:
+    def on_counted(self, *_: object) -> None:
         """See `umbel_server.jobs.job.Observer`."""
 
-    def evaluated(self, *_: object) -> None:
+    def on_evaluated(self, *_: object) -> None:
         """See `umbel_server.jobs.job.Observer`."""
 
-    def unevaluated(self, *_: object) -> None:
+    def on_unevaluated(self, *_: object) -> None:
         """See `umbel_server.jobs.job.Observer`."""
 
-    def ends_early(self, *_: object) -> None:
+    def on_early_end(self, *_: object) -> None:
         """See `umbel_server.jobs.job.Observer`."""

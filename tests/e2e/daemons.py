@@ -356,10 +356,10 @@ class Clinics:
             state=self.operator_folder / "state",
             operator=self.operator,
             queue=self.queue,
-            roster=lambda: RosterDocument(self.roster),
+            read_roster=lambda: RosterDocument(self.roster),
             limits=limits,
             connect=connect,
-            stopping=lambda: False,
+            should_stop=lambda: False,
         )
 
     def run(self, rounds: JobRunner) -> QueuedJob:

@@ -258,7 +258,7 @@ def test_a_name_is_given_once_and_an_identity_too(ceremony: Ceremony, tmp_path: 
     other.mkdir(parents=True)
     good(run(other, "umbel-client", "init", "--site", "north", "--federation", "clinics"))
     done = ceremony.add("again", other / "north.request.json")
-    assert (done.returncode, "there already" in done.stderr) == (20, True)
+    assert (done.returncode, "already in the roster" in done.stderr) == (20, True)
     twin = sign_request("clinics", "twin", ceremony.identity("north"), new_key())
     path = tmp_path / "twin.json"
     path.write_text(request_to_json(twin))
@@ -324,7 +324,7 @@ def test_nothing_is_written_over_and_nothing_half_written(ceremony: Ceremony) ->
     before = ceremony.state()
     arguments = ("--federation", "clinics", "--address", "127.0.0.1:9443")
     done = run(ceremony.folder, "umbel-server", "init", *arguments)
-    assert (done.returncode, "nothing is written over" in done.stderr) == (50, True)
+    assert (done.returncode, "nothing is overwritten" in done.stderr) == (50, True)
     assert ceremony.state() == before
     ceremony.request("north")
     again = run(

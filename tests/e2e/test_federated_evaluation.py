@@ -57,7 +57,7 @@ class Counted:
     def __init__(self) -> None:
         self.counts: list[tuple[int, SiteCounts, int]] = []
 
-    def counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
+    def on_counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
         self.counts.append((round_number, counts, sites))
 
     def __getattr__(self, name: str) -> object:
@@ -69,12 +69,12 @@ def federation(folder: Path, model: Path, policies: dict[str, str]) -> Federatio
 
 
 def run(setting: Federation, folder: Path, link: Loop | None = None) -> Counted:
-    observer, store = Counted(), Journal(folder / "journal.sqlite")
+    observer, journal = Counted(), Journal(folder / "journal.sqlite")
     job = Job(
         setting.plan,
         setting.roster,
         setting.operator,
-        store=store,
+        journal=journal,
         registry=Registry(folder / "registry"),
         link=link or Loop(setting),
         observer=observer,  # type: ignore[arg-type]  # the rest of it is not looked at
@@ -82,10 +82,10 @@ def run(setting: Federation, folder: Path, link: Loop | None = None) -> Counted:
     )
     try:
         job.run()
-        verified = verify_transcript(store.transcript(setting.plan.job), setting.roster)
+        verified = verify_transcript(journal.transcript(setting.plan.job), setting.roster)
         assert len(verified.releases) == 3
     finally:
-        store.close()
+        journal.close()
     return observer
 
 

@@ -53,6 +53,8 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
 import umbel_client.relay.flower as relay
+import umbel_server.port.flower_patches
+import umbel_server.port.mailbox
 import umbel_server.port.superlink
 from umbel_client.relay.flower_patches import fleet_client, set_lifetime, set_message_id
 from umbel_client.relay.proxy import Way
@@ -60,9 +62,11 @@ from umbel_client.relay.server_clock import TOLERATED_SKEW, ServerClock
 from umbel_client.relay.signature import Signature
 from umbel_host.transport.flower import packed, unpacked
 from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
+from umbel_server.port.flower_patches import _TIDY_SECONDS
 from umbel_server.port.gate import PATHS
+from umbel_server.port.mailbox import NodeMailbox
 from umbel_server.port.reply_filter import MOST_OBJECTS, PUSH, ReplyFilter, acceptable
-from umbel_server.port.superlink import _KEEP_ALIVE_SECONDS, _TIDY_SECONDS, SuperLink
+from umbel_server.port.superlink import _KEEP_ALIVE_SECONDS, SuperLink
 from umbel_server.port_process import FLOWER_ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent.parent
@@ -149,8 +153,24 @@ def test_a_method_takes_what_it_took(owner: type, name: str, arguments: tuple[st
 
 
 def test_no_method_of_the_state_is_called_that_is_not_tested_here() -> None:
-    text = (ROOT / "server" / "umbel_server" / "superlink.py").read_text()
-    assert set(re.findall(r"self\._state\.(\w+)\(", text)) - {"session"} == set(STATE)
+    port = ROOT / "server" / "umbel_server" / "port"
+    text = "".join(path.read_text() for path in port.glob("*.py"))
+    assert set(re.findall(r"\b_?state\.(\w+)\(", text)) - {"session"} == set(STATE)
+
+
+def test_every_patch_names_tests_that_are_here() -> None:
+    patches = [
+        function
+        for name, function in inspect.getmembers(umbel_server.port.flower_patches)
+        if inspect.isfunction(function)
+        and function.__module__ == umbel_server.port.flower_patches.__name__
+        and not name.startswith("_")
+    ]
+    assert patches
+    for patch in patches:
+        tests = re.findall(r"\btest_\w+", inspect.getdoc(patch) or "")
+        assert tests, patch.__name__
+        assert set(tests) <= globals().keys(), patch.__name__
 
 
 def test_the_state_is_told_by_the_environment_where_its_database_is(link: "Link") -> None:
@@ -165,7 +185,7 @@ def test_the_state_is_told_by_the_environment_where_its_database_is(link: "Link"
 def test_how_a_database_connection_uses_memory_and_time_is_ours_to_set(
     link: "Link", name: str, value: int
 ) -> None:
-    with link.superlink._state.session() as session:
+    with link.superlink.state.session() as session:
         assert session.execute(text(f"PRAGMA {name}")).scalar() == value
 
 
@@ -173,7 +193,7 @@ def test_a_database_that_is_locked_for_a_while_does_not_end_the_run(
     link: "Link", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who keeps the run alive tries again: else nothing could be posted a minute later."""
-    superlink, state = link.superlink, link.superlink._state
+    superlink, state = link.superlink, link.superlink.state
     acknowledge, failures = state.acknowledge_task_heartbeat, []
 
     def locked(task: int) -> bool:
@@ -290,6 +310,7 @@ class Link:
     def __init__(self, folder: Path) -> None:
         self.database = folder / "superlink.sqlite"
         self.superlink = SuperLink()
+        self.mailbox = NodeMailbox(self.superlink)
         self.port = 0
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
@@ -413,25 +434,25 @@ def test_the_relay_signs_a_time_with_the_key_that_it_names(link: Link) -> None:
 def test_a_node_that_never_came_gets_no_message(link: Link) -> None:
     site = SiteNode(link)
     node = link.superlink.register(site.public)
-    assert link.superlink.post(node, "x", iter([b"sealed"]), LONG_ENOUGH) is None
+    assert link.mailbox.post(node, "x", iter([b"sealed"]), LONG_ENOUGH) is None
     site.activate()
-    assert link.superlink.post(node, "x", iter([b"sealed"]), LONG_ENOUGH) is not None
+    assert link.mailbox.post(node, "x", iter([b"sealed"]), LONG_ENOUGH) is not None
 
 
 def test_a_connected_node_is_not_connected_again_unless_way_is_made(link: Link) -> None:
     site, node = joined(link)
     with pytest.raises(httpx.HTTPStatusError):
         site.activate()
-    link.superlink.make_way(site.public)
+    link.mailbox.make_way(site.public)
     assert site.activate() == node
 
 
 @pytest.mark.parametrize("size", [6, 3 * FLOWER_PIECE_BYTES])
 def test_a_message_and_its_reply_leave_nothing_behind(link: Link, size: int) -> None:
     site, node = joined(link)
-    identifier = link.superlink.post(node.node_id, "x", iter([os.urandom(size)]), LONG_ENOUGH)
+    identifier = link.mailbox.post(node.node_id, "x", iter([os.urandom(size)]), LONG_ENOUGH)
     assert identifier is not None
-    assert link.superlink.collect(identifier) is None
+    assert link.mailbox.collect(identifier) is None
     request = site.pull(node)
     assert request is not None
     # Flower delivers a message once.
@@ -440,7 +461,7 @@ def test_a_message_and_its_reply_leave_nothing_behind(link: Link, size: int) -> 
     assert sealed is not None
     assert len(sealed) == size
     site.reply(node, request, sealed[::-1])
-    reply = link.superlink.collect(identifier)
+    reply = link.mailbox.collect(identifier)
     assert reply is not None
     assert reply.pieces is not None
     assert b"".join(reply.pieces) == sealed[::-1]
@@ -450,15 +471,15 @@ def test_a_message_and_its_reply_leave_nothing_behind(link: Link, size: int) -> 
 
 def test_what_was_delivered_and_not_answered_is_delivered_again(link: Link) -> None:
     site, node = joined(link)
-    identifier = link.superlink.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
+    identifier = link.mailbox.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
     assert identifier is not None
     assert site.pull(node) is not None
-    link.superlink.make_way(site.public)
+    link.mailbox.make_way(site.public)
     site.activate()
     again = site.pull(node)
     assert again is not None
     site.reply(node, again, b"reply")
-    reply = link.superlink.collect(identifier)
+    reply = link.mailbox.collect(identifier)
     assert reply is not None
     assert reply.pieces is not None
     assert b"".join(reply.pieces) == b"reply"
@@ -466,18 +487,18 @@ def test_what_was_delivered_and_not_answered_is_delivered_again(link: Link) -> N
 
 def test_flower_gives_up_a_node_that_is_away_and_we_wait_for_it(link: Link) -> None:
     site, node = joined(link)
-    identifier = link.superlink.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
+    identifier = link.mailbox.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
     assert identifier is not None
-    state = link.superlink._state
+    state = link.superlink.state
     state.deactivate_node(node.node_id)
-    assert link.superlink.collect(identifier) is None
-    (given_up,) = state.get_message_res({identifier}, link.superlink._run_id)
+    assert link.mailbox.collect(identifier) is None
+    (given_up,) = state.get_message_res({identifier}, link.superlink.run_id)
     assert given_up.has_error()
     site.activate()
     request = site.pull(node)
     assert request is not None
     site.reply(node, request, b"reply")
-    assert (reply := link.superlink.collect(identifier)) is not None
+    assert (reply := link.mailbox.collect(identifier)) is not None
     assert reply.pieces is not None
     assert b"".join(reply.pieces) == b"reply"
 
@@ -487,25 +508,25 @@ def test_a_node_that_is_cut_off_while_its_reply_is_looked_for_is_not_given_up(
 ) -> None:
     """Between the two questions, whether it is there and whether it has answered."""
     site, node = joined(link)
-    identifier = link.superlink.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
+    identifier = link.mailbox.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
     assert identifier is not None
-    state = link.superlink._state
+    state = link.superlink.state
     ask = state.get_message_res
 
     def cut_off(*arguments: Any) -> Any:
-        link.superlink.make_way(site.public)
+        link.mailbox.make_way(site.public)
         replies = ask(*arguments)
         assert [reply.error.code for reply in replies] == [ErrorCode.NODE_UNAVAILABLE]
         site.activate()
         return replies
 
     monkeypatch.setattr(state, "get_message_res", cut_off)
-    assert link.superlink.collect(identifier) is None
+    assert link.mailbox.collect(identifier) is None
     monkeypatch.undo()
     request = site.pull(node)
     assert request is not None
     site.reply(node, request, b"reply")
-    assert (reply := link.superlink.collect(identifier)) is not None
+    assert (reply := link.mailbox.collect(identifier)) is not None
     assert reply.pieces is not None
     assert b"".join(reply.pieces) == b"reply"
     assert link.rows("objects") == 0
@@ -515,14 +536,14 @@ def test_a_node_that_stays_away_is_given_up_and_its_message_deleted(
     link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site, node = joined(link)
-    identifier = link.superlink.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
+    identifier = link.mailbox.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
     assert identifier is not None
     assert site.pull(node) is not None
-    link.superlink._state.deactivate_node(node.node_id)
+    link.superlink.state.deactivate_node(node.node_id)
     monkeypatch.setattr(umbel_server.port.superlink, "_RETURN_SECONDS", 0.5)
-    assert link.superlink.collect(identifier) is None
+    assert link.mailbox.collect(identifier) is None
     time.sleep(0.6)
-    reply = link.superlink.collect(identifier)
+    reply = link.mailbox.collect(identifier)
     assert reply is not None
     assert reply.pieces is None
     assert link.rows("objects") == link.rows("message_ins") == 0
@@ -532,29 +553,29 @@ def test_a_run_whose_app_is_silent_for_a_minute_ends_and_ours_is_not(
     link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = link.superlink._task_id
-    assert link.superlink._state.acknowledge_task_heartbeat(task)
+    assert link.superlink.state.acknowledge_task_heartbeat(task)
     assert _KEEP_ALIVE_SECONDS < 60 / 3
 
     def later() -> datetime:
         return datetime.now(UTC) + timedelta(seconds=61)
 
     monkeypatch.setattr(flwr.supercore.corestate.sql_corestate, "now", later)
-    monkeypatch.setattr(umbel_server.port.superlink, "_TIDY_SECONDS", 0)
-    assert not link.superlink._state.acknowledge_task_heartbeat(task)
+    monkeypatch.setattr(umbel_server.port.flower_patches, "_TIDY_SECONDS", 0)
+    assert not link.superlink.state.acknowledge_task_heartbeat(task)
 
 
 @pytest.mark.parametrize(("seconds", "times"), [(0.0, 3), (_TIDY_SECONDS, 0)])
 def test_silent_runs_are_looked_for_seldom(
     link: Link, monkeypatch: pytest.MonkeyPatch, seconds: float, times: int
 ) -> None:
-    monkeypatch.setattr(umbel_server.port.superlink, "_TIDY_SECONDS", seconds)
-    state = link.superlink._state
-    state.get_run_status({link.superlink._run_id})
+    monkeypatch.setattr(umbel_server.port.flower_patches, "_TIDY_SECONDS", seconds)
+    state = link.superlink.state
+    state.get_run_status({link.superlink.run_id})
     written: list[str] = []
     event.listen(state._engine, "before_cursor_execute", lambda *did: written.append(did[2]))
     for _ in range(3):
         # As Flower does before it answers nearly every request of a relay.
-        state.get_run_status({link.superlink._run_id})
+        state.get_run_status({link.superlink.run_id})
     # One for runs that are starting, one for those that run.
     assert len([statement for statement in written if "UPDATE task" in statement]) == 2 * times
 
@@ -562,9 +583,9 @@ def test_silent_runs_are_looked_for_seldom(
 def test_what_flower_sums_of_traffic_is_not_written(link: Link) -> None:
     inspect.signature(LinkState.store_traffic).bind(None, 1, bytes_sent=1, bytes_recv=1)
     site, node = joined(link)
-    link.superlink.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
+    link.mailbox.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
     assert site.pull(node) is not None
-    (run,) = link.superlink._state.get_run_info()
+    (run,) = link.superlink.state.get_run_info()
     assert run.bytes_sent == run.bytes_recv == 0
 
 
@@ -572,33 +593,33 @@ def test_what_flower_sums_of_traffic_is_not_written(link: Link) -> None:
 def test_a_message_that_nobody_waits_for_any_more_is_deleted(
     link: Link, monkeypatch: pytest.MonkeyPatch, answered: bool
 ) -> None:
-    monkeypatch.setattr(umbel_server.port.superlink, "_READ_SECONDS", 0)
+    monkeypatch.setattr(umbel_server.port.mailbox, "_READ_SECONDS", 0)
     site, node = joined(link)
-    slow = link.superlink.post(node.node_id, "slow", iter([b"sealed"]), 3.0)
+    slow = link.mailbox.post(node.node_id, "slow", iter([b"sealed"]), 3.0)
     assert slow is not None
     request = site.pull(node)
     assert request is not None
     if answered:
         site.reply(node, request, b"reply")
     time.sleep(3.1)
-    prompt = link.superlink.post(node.node_id, "prompt", iter([b"other"]), LONG_ENOUGH)
+    prompt = link.mailbox.post(node.node_id, "prompt", iter([b"other"]), LONG_ENOUGH)
     assert prompt is not None
     assert link.rows("message_ins") == 1
     assert link.rows("message_res") == 0
     site.pull(node)
-    link.superlink._forget(prompt)
+    link.mailbox.forget(prompt)
     assert link.rows("objects") == 0
 
 
 def test_the_next_start_deletes_what_nobody_fetched(link: Link) -> None:
     _, node = joined(link)
-    link.superlink.post(node.node_id, "x", iter([os.urandom(100)]), LONG_ENOUGH)
+    link.mailbox.post(node.node_id, "x", iter([os.urandom(100)]), LONG_ENOUGH)
     assert link.rows("objects") > 0
     following = SuperLink()
     try:
         assert link.rows("objects") == link.rows("message_ins") == 0
         # And the message of the former run is not waited for.
-        assert following.collect("0" * 64) is not None
+        assert NodeMailbox(following).collect("0" * 64) is not None
     finally:
         following.close()
 
@@ -671,7 +692,7 @@ def test_a_site_cannot_answer_for_another(link: Link, checked: bool) -> None:
     if not checked:
         link.serve(link.superlink.fleet._fleet)
     (north, north_node), (east, east_node) = joined(link), joined(link)
-    identifier = link.superlink.post(north_node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
+    identifier = link.mailbox.post(north_node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
     assert identifier is not None
     # East has learned what north was sent; mostly it could not.
     request = north.pull(north_node)
@@ -682,7 +703,7 @@ def test_a_site_cannot_answer_for_another(link: Link, checked: bool) -> None:
         north.reply(north_node, request, b"from north")
     else:
         east.reply(east_node, request, b"from east")
-    reply = link.superlink.collect(identifier)
+    reply = link.mailbox.collect(identifier)
     assert reply is not None
     assert reply.pieces is not None
     assert b"".join(reply.pieces) == (b"from north" if checked else b"from east")
@@ -692,7 +713,7 @@ def test_a_reply_that_does_not_hold_together_is_none(
     link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site, node = joined(link)
-    identifier = link.superlink.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
+    identifier = link.mailbox.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
     assert identifier is not None
     request = site.pull(node)
     assert request is not None
@@ -701,7 +722,7 @@ def test_a_reply_that_does_not_hold_together_is_none(
         relay, "get_object_tree", lambda reply: ObjectTree(object_id=reply.object_id)
     )
     site.reply(node, request, b"reply")
-    reply = link.superlink.collect(identifier)
+    reply = link.mailbox.collect(identifier)
     assert reply is not None
     assert reply.pieces is None
     assert link.rows("objects") == 0

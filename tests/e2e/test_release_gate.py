@@ -117,8 +117,8 @@ def started(clinics: Clinics, job: str, **changes: object) -> TrainingPlan:
 
 def verified(clinics: Clinics, job: str) -> VerifiedJob:
     path = clinics.operator_folder / "state" / "journal.sqlite"
-    with closing(Journal(path)) as store:
-        return verify_transcript(store.transcript(job), clinics.roster)
+    with closing(Journal(path)) as journal:
+        return verify_transcript(journal.transcript(job), clinics.roster)
 
 
 def losses(clinics: Clinics, job: str) -> list[float | None]:

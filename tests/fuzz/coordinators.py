@@ -25,7 +25,7 @@ from umbel_common.protocol.wire import (
     UnmaskReply,
 )
 from umbel_common.secagg import coordinator
-from umbel_server.aggregation import attempt as rounds
+from umbel_server.aggregation.attempt import open_attempt
 
 SENDERS = ("site-a", "site-b", "site-c", "site-d")
 REPLY_OF: dict[str, Callable[[Any], Reply]] = {
@@ -83,7 +83,7 @@ def _round_at(stage: str) -> Callable[[Place], Property]:
         run = at_stage(stage)
         first = next(request for request in REQUESTS if isinstance(request, TrainRequest))
         length = len(run.vector("site-a"))
-        started = rounds.open_attempt(HEADER, ROSTER, PLAN, first, length, {})
+        started = open_attempt(HEADER, ROSTER, PLAN, first, length, {})
         frozen = _frozen(run.machine)
         output = at_stage("end").output
         replies = [REPLY_OF[name](answer) for name in STAGES for answer in output[name].values()]

@@ -22,9 +22,8 @@ from umbel_common.errors import LedgerError, StorageError
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.trust.identity import Signed
 from umbel_host.files.database import Schema
-from umbel_server.storage.job_queue import SCHEMA as QUEUE
-from umbel_server.storage.job_queue import JobQueue, JobState
-from umbel_server.storage.journal import SCHEMA as JOURNAL
+from umbel_server.storage.job_queue import QUEUE_SCHEMA, JobQueue, JobState
+from umbel_server.storage.journal import JOURNAL_SCHEMA
 from umbel_server.storage.journal import Journal as ServerJournal
 
 HERE = Path(__file__).parent
@@ -34,8 +33,8 @@ EVENT = DpEvent(1.0, 0.05, 10)
 KINDS: dict[str, tuple[Schema, Callable[[Path], object]]] = {
     "ledger": (LEDGER, lambda path: Ledger.open(path, ZEROS)),
     "session": (journal_schema(), SiteJournal),
-    "journal": (JOURNAL, ServerJournal),
-    "queue": (QUEUE, JobQueue),
+    "journal": (JOURNAL_SCHEMA, ServerJournal),
+    "queue": (QUEUE_SCHEMA, JobQueue),
 }
 STORED = sorted(path.name for path in HERE.glob("*.sqlite"))
 

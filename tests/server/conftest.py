@@ -146,34 +146,36 @@ class Silent:
         self.unevaluated_rounds: list[tuple[int, UmbelError]] = []
         self.early_ends: list[tuple[int, int]] = []
 
-    def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
+    def on_answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
         assert received > 0
         assert sent > 0 or isinstance(reply, Refusal)
 
-    def strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
+    def on_strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
         self.strays.append((site, error.check))
 
-    def aborted(self, round_number: int, attempt: int, check: str) -> None:
+    def on_aborted(self, round_number: int, attempt: int, check: str) -> None:
         self.aborts.append((round_number, attempt, check))
 
-    def disputed(
+    def on_disputed(
         self, round_number: int, attempt: int, wrong_shares: tuple[WrongShare, ...]
     ) -> None:
         self.disputes.extend(wrong_shares)
 
-    def released(self, release: Release, adapter: Vector) -> None:
+    def on_released(self, release: Release, adapter: Vector) -> None:
         self.releases.append(release)
 
-    def counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
+    def on_counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
         self.counts.append((round_number, counts, sites))
 
-    def evaluated(self, round_number: int, evaluation: Evaluation, gate: GateResult | None) -> None:
+    def on_evaluated(
+        self, round_number: int, evaluation: Evaluation, gate: GateResult | None
+    ) -> None:
         self.evaluations.append((round_number, evaluation, gate))
 
-    def unevaluated(self, round_number: int, error: UmbelError) -> None:
+    def on_unevaluated(self, round_number: int, error: UmbelError) -> None:
         self.unevaluated_rounds.append((round_number, error))
 
-    def ends_early(self, round_number: int, final: int) -> None:
+    def on_early_end(self, round_number: int, final: int) -> None:
         self.early_ends.append((round_number, final))
 
 
@@ -197,7 +199,7 @@ class Setting:
         }
         self.link = LoopLink({name: site.handle for name, site in self.sites.items()})
         self.observer = Silent()
-        self.store = Journal(folder / "journal.sqlite")
+        self.journal = Journal(folder / "journal.sqlite")
         self.registry = Registry(folder / "registry")
 
     def job(
@@ -211,7 +213,7 @@ class Setting:
             self.plan,
             self.roster,
             self.operator,
-            store=self.store,
+            journal=self.journal,
             registry=self.registry,
             link=self.link,
             observer=self.observer,
@@ -238,4 +240,4 @@ def make_setting(
 
     yield make
     for setting in settings:
-        setting.store.close()
+        setting.journal.close()

@@ -1,15 +1,26 @@
-"""One attempt at one round: secure aggregation's stages as requests out and replies in. Pure.
+"""One attempt at one round: secure aggregation's stages as requests out and replies in.
+
+This module is pure, and must stay so: no clock, no disk, no network, no log and no randomness may
+be added. It never keeps a masked vector: the machine adds it to the sum as it arrives.
 
 ::
 
-    train --> share --> mask --> confirm --> unmask --> Outcome
+    train --> share --> mask --> confirm --> unmask --> AttemptOutcome
       |         |         |         |           |
       +---------+---------+---------+-----------+--> RoundAborted (too few, or a check failed)
 
-The caller sends `requests()`, feeds each reply to `receive`, and calls `advance` when `waiting` is
-empty or the stage's deadline passed. A reply that breaks the protocol costs its sender its place in
-the attempt; it never costs the others theirs while enough of them are left. A reply that comes
-twice, late, or from another attempt costs nobody anything: networks do that to honest sites.
+The stages, in their order; `requests` and `_accept` have one case for each:
+
+1. train: the round header, the last release and its adapter go out; signed adverts come in.
+2. share: all adverts go out; encrypted shares of each site's mask secrets come in.
+3. mask: each site gets the shares meant for it; masked vectors come in, and are summed.
+4. confirm: the set of survivors goes out; signatures of it come in.
+5. unmask: the signatures go out; one share for each peer comes in, and the sum is unmasked.
+
+The caller sends `requests()`, passes each reply to `receive`, and calls `advance` when `waiting` is
+empty or the stage's deadline has passed. A site whose reply breaks the protocol is out of the
+attempt; the other sites stay in it while enough of them are left. A reply that comes twice, late or
+from another attempt changes nothing: networks do that to honest sites.
 """
 
 from collections.abc import Mapping
@@ -52,7 +63,7 @@ Machine: TypeAlias = (
 )
 
 STRAY = frozenset({"other-attempt", "other-context", "stage-order"})
-"""Checks that an honest site's reply fails where it was sent twice or came late."""
+"""Checks that an honest site's reply fails if it was sent twice or came late."""
 
 
 class Evidence(Value, frozen=True):
@@ -64,7 +75,7 @@ class Evidence(Value, frozen=True):
 
 @dataclass(frozen=True)
 class AttemptOutcome:
-    """A finished attempt: the sum over `aggregate.survivors`, and what proves it."""
+    """A finished attempt: the sum over `aggregate.survivors`, and the evidence for it."""
 
     aggregate: Aggregate
     evidence: Evidence
@@ -76,19 +87,19 @@ class Attempt:
 
     header: RoundHeader
     first_request: TrainRequest | None
-    """None behind the first stage: an adapter is as large as the sum that the server is to hold."""
+    """None after the first stage: it holds an adapter, which is as large as the sum."""
     machine: Machine
     refusals: Mapping[str, str]
-    """Reason codes of the sites that refused or whose reply was refused: they are out."""
+    """Site -> reason code, for sites that refused or whose reply was refused: they are out."""
     evidence: Evidence
     unwilling: frozenset[str] = frozenset()
-    """Those that refused to train: they would refuse the next attempt too."""
+    """Sites that refused to train: they would refuse the next attempt too."""
     last: Mapping[str, LastAdvert] = field(default_factory=dict)
-    """What sites advertised before this attempt, by their names: each is shown its own."""
+    """Site -> its last advert before this attempt; each site is shown its own."""
 
     @property
     def stage(self) -> str:
-        """Name of the stage whose replies are awaited."""
+        """The name of the stage whose replies are awaited."""
         match self.machine:
             case coordinator.Advertising():
                 return "train"
@@ -103,16 +114,16 @@ class Attempt:
 
     @property
     def waiting(self) -> frozenset[str]:
-        """Sites whose answer may still come."""
+        """The sites whose answers may still come."""
         return self.machine.waiting - self.refusals.keys()
 
     def requests(self) -> dict[str, Request]:
-        """What each site of this stage is to be sent."""
+        """Returns the request of this stage for each site."""
         context = self.header.context()
         match self.machine:
             case coordinator.Advertising():
                 request = self.first_request
-                assert request is not None  # of this stage
+                assert request is not None  # `advance` drops it after this stage
                 return {
                     site: msgspec.structs.replace(request, last=self.last.get(site))
                     for site in self.header.cohort
@@ -141,8 +152,8 @@ class Attempt:
     def receive(self, site: str, reply: Reply) -> "Attempt":
         """Takes one site's reply: the first one that answers this stage counts.
 
-        A refusal, or a reply that breaks a rule, is noted, and its sender is out. A stray one
-        changes nothing.
+        After a refusal, or a reply that breaks a rule, the site is out. A stray reply changes
+        nothing.
         """
         if site not in self.waiting:
             return self
@@ -176,7 +187,7 @@ class Attempt:
         raise RemoteProtocolError("stage-order", f"a reply does not answer the stage {self.stage}")
 
     def advance(self) -> "Attempt | AttemptOutcome":
-        """Closes the stage with whoever answered.
+        """Closes the stage with the sites that have answered.
 
         Raises:
             RoundAborted: too few answered, or the revealed shares do not fit.
@@ -206,12 +217,15 @@ def open_attempt(
     vector_length: int,
     last: Mapping[str, LastAdvert],
 ) -> Attempt:
-    """A new attempt.
+    """Opens an attempt; nothing was sent yet.
 
     Args:
         first_request: the signed header, with the release and adapter to train from.
-        vector_length: elements of each masked vector (trained parameters and the weight).
-        last: what each site advertised last, by its name.
+        vector_length: number of elements in each masked vector (trained parameters and the weight).
+        last: site -> its last advert.
+
+    Raises:
+        LocalProtocolError: the header names another plan or roster.
     """
     if header.plan != plan.digest() or header.roster != roster.digest():
         raise LocalProtocolError("header", "a header names another plan or roster than its job")
@@ -229,10 +243,10 @@ def open_attempt(
 
 
 def owners_to_leave_out(error: RoundAborted) -> frozenset[str]:
-    """The owners of lost secrets, unless a single liar could have made it look so.
+    """Returns the owners of lost secrets, unless a single lying site could have framed them.
 
-    Sites enough to frame an owner that does not lie are enough to abort every attempt, by lying or
-    by silence. An owner that is not left out could do that alone, at no cost.
+    As many lying sites as it takes to frame an honest owner could abort every attempt anyway, by
+    lying or by silence. An owner that is not left out could abort every attempt alone, at no cost.
     """
     lost = error.found
     if isinstance(lost, LostSecrets) and lost.tolerated > 0:

@@ -1,4 +1,7 @@
-"""From the unmasked sum to the new global adapter: FedAvg (McMahan et al. 2017) on deltas."""
+"""From the unmasked sum to the new global adapter: FedAvg (McMahan et al. 2017) on deltas.
+
+This module is pure, and must stay so. It sees the sum, and never the vector of one site.
+"""
 
 import numpy as np
 
@@ -12,7 +15,7 @@ from umbel_common.trust.identity import Roster
 
 
 def expected_weight(plan: TrainingPlan, roster: Roster, survivors: tuple[str, ...]) -> int | None:
-    """The sum of the survivors' weights where it is public; None for masked example counts."""
+    """The sum of the survivors' weights if it is public; None if weights are masked counts."""
     match plan.aggregation.weights:
         case "equal":
             return len(survivors)
@@ -30,18 +33,18 @@ def apply_sum(
     cohort_size: int,
     adapter: Vector,
 ) -> tuple[int, SiteCounts | None]:
-    """Makes the new global adapter from the one that the round began with.
+    """Makes the new global adapter from the one that the round started from.
 
     Args:
-        adapter: float32[plan.lora.size], writeable: changed in place, since a server that holds it
+        adapter: float32[plan.lora.size], writeable. It is changed in place: a server that holds it
             and the sum has no room for a third vector.
 
     Returns:
         the weight behind it, and the sum of the sites' counts if the plan has an evaluation.
 
     Raises:
-        RoundAborted: `weight-mismatch` where the weight in the sum is not the public weight of the
-            survivors: some site's vector is not what its plan says.
+        RoundAborted: `weight-mismatch` if the weight in the sum is not the public weight of the
+            survivors: the vector of some site is not what the plan requires.
     """
     encoding = encoding_of(plan.aggregation, cohort_size)
     try:

@@ -1,4 +1,4 @@
-"""`umbel-server`: commands parse, call and print. Nobody imports them."""
+"""`umbel-server`: commands parse, call and print. Nothing may import them."""
 
 from umbel_server.cli.command import app, main
 

@@ -1,4 +1,4 @@
-"""`umbel-server adapters`: what the jobs released."""
+"""`umbel-server adapters`: the adapters that jobs released."""
 
 import shutil
 from contextlib import closing
@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from umbel_common.errors import JobUnknown, StorageError
 from umbel_common.plans.figures import ClassificationFigures, loss_text
@@ -15,6 +14,7 @@ from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Signed, open_signed
 from umbel_host.files.keys import read_identity
+from umbel_host.terminal import table
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.operator.config import ServerConfig, load_config
 from umbel_server.storage.journal import Evaluated, Journal
@@ -27,18 +27,16 @@ adapters = typer.Typer(help="Released adapters: list, export.", no_args_is_help=
 def list_command(config: Config = SERVER_TOML) -> None:
     """List every release of every job."""
     settings = load_config(config)
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    with closing(_store(settings)) as store:
-        jobs = store.jobs()
-        figures = {job: {one.round: one for one in store.evaluations(job)} for job in jobs}
-        releases = {job: _releases(store, settings, job) for job in jobs}
+    with closing(_open_journal(settings)) as journal:
+        jobs = journal.jobs()
+        figures = {job: {one.round: one for one in journal.evaluations(job)} for job in jobs}
+        releases = {job: _releases(journal, settings, job) for job in jobs}
     scored = any(figures.values())
-    for column in ("job", "round", "sites", *(("loss", "score") if scored else ()), "adapter"):
-        table.add_column(column, no_wrap=True)
+    rows = table("job", "round", "sites", *(("loss", "score") if scored else ()), "adapter")
     for job in jobs:
         for release in releases[job]:
             found = figures[job].get(release.round)
-            table.add_row(
+            rows.add_row(
                 job,
                 str(release.round),
                 str(len(release.survivors)),
@@ -46,7 +44,7 @@ def list_command(config: Config = SERVER_TOML) -> None:
                 release.adapter.hex(),
             )
     console = Console(highlight=False)
-    console.print(table if table.rows else "No adapter was released yet.", soft_wrap=True)
+    console.print(rows if rows.rows else "No adapter was released yet.", soft_wrap=True)
 
 
 @adapters.command()
@@ -55,21 +53,21 @@ def export(
     out: Annotated[Path, typer.Option(help="The new folder.")],
     round_number: Annotated[
         int | None,
-        typer.Option("--round", help="A round; default: the job's last, or the last so far."),
+        typer.Option("--round", help="A round; default: the job's last, or its last so far."),
     ] = None,
     config: Config = SERVER_TOML,
 ) -> None:
     """Copy an adapter out as a PEFT folder, after checking it against its release."""
     settings = load_config(config)
     operator = read_identity(Path(settings.identity)).public_key
-    with closing(_store(settings)) as store:
-        signed = store.plan(job)
+    with closing(_open_journal(settings)) as journal:
+        signed = journal.plan(job)
         if signed is None:
-            known = ", ".join(store.jobs())
+            known = ", ".join(journal.jobs())
             raise JobUnknown("no job of this name", field=job, accepted=known or "none yet")
         plan = open_signed(signed, TrainingPlan, operator, "operator")
-        releases = {release.round: release for release in _releases(store, settings, job)}
-        final = store.final_round(job)
+        releases = {release.round: release for release in _releases(journal, settings, job)}
+        final = journal.final_round(job)
     last = max(releases) if final is None else final
     wanted = last if round_number is None else round_number
     if wanted not in releases:
@@ -80,7 +78,7 @@ def export(
         )
     registry = Registry(Path(settings.state) / "registry")
     digest = releases[wanted].adapter
-    # Reads all of it, and compares.
+    # Reads the adapter, and compares it with its digest.
     registry.load(plan, digest)
     try:
         shutil.copytree(registry.folder(digest), out)
@@ -96,7 +94,7 @@ def export(
 
 
 def _score(found: Evaluated | None) -> tuple[str, str]:
-    """Loss and the figure that people ask for first, of what a round gave."""
+    """Returns the loss of a round's adapter, and the figure that people ask for first."""
     if found is None:
         return "", ""
     loss, figures = loss_text(found.evaluation.mean_loss), found.evaluation.figures
@@ -107,11 +105,11 @@ def _score(found: Evaluated | None) -> tuple[str, str]:
     return loss, f"perplexity {loss_text(figures.perplexity)}"
 
 
-def _store(settings: ServerConfig) -> Journal:
+def _open_journal(settings: ServerConfig) -> Journal:
     return Journal(Path(settings.state) / "journal.sqlite")
 
 
-def _releases(store: Journal, settings: ServerConfig, job: str) -> list[Release]:
+def _releases(journal: Journal, settings: ServerConfig, job: str) -> list[Release]:
     key = read_identity(Path(settings.identity)).public_key
-    signed: list[Signed] = store.releases(job)
+    signed: list[Signed] = journal.releases(job)
     return [open_signed(one, Release, key, "operator") for one in signed]

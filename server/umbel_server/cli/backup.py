@@ -1,4 +1,4 @@
-"""`umbel-server backup` and `restore`: an operator's state in one file, and back again."""
+"""`umbel-server backup` and `restore`: an operator's state in one file."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,18 +8,18 @@ from rich.console import Console
 
 from umbel_host.terminal import print_lines
 from umbel_server.cli.options import SERVER_TOML, Config
-from umbel_server.storage.backup import back_up
-from umbel_server.storage.backup import restore as put_back
+from umbel_server.storage.backup import back_up, restore_backup
 
 
 def backup(
-    out: Annotated[Path, typer.Option(help="The new file, for its owner only.")],
+    out: Annotated[Path, typer.Option(help="The new file; only its owner can read it.")],
     config: Config = SERVER_TOML,
     with_keys: Annotated[
-        bool, typer.Option("--with-keys", help="Also the private keys: a secret from then on.")
+        bool,
+        typer.Option("--with-keys", help="Include the private keys; the file is then a secret."),
     ] = False,
 ) -> None:
-    """Write journal, queue, releases and configuration into one file, also while it serves."""
+    """Write journal, queue, releases and configuration into one file; the server may be running."""
     manifest = back_up(config, out, keys=with_keys)
     print_lines(
         Console(highlight=False),
@@ -27,7 +27,10 @@ def backup(
             ("backup", str(out)),
             ("operator", manifest.party),
             ("made", manifest.made),
-            ("keys", "in it: keep it like the keys" if with_keys else "not in it (--with-keys)"),
+            (
+                "keys",
+                "in it: keep it like the keys" if with_keys else "not in it (--with-keys)",
+            ),
         ],
     )
 
@@ -36,8 +39,8 @@ def restore(
     backup: Annotated[Path, typer.Argument(metavar="BACKUP", help="A file that `backup` wrote.")],
     config: Config = SERVER_TOML,
 ) -> None:
-    """Put a backup back into an empty state folder: all of it or nothing."""
-    done = put_back(backup, config)
+    """Restore a backup into an empty state folder: all of it or nothing."""
+    done = restore_backup(backup, config)
     console = Console(highlight=False)
     print_lines(
         console,
@@ -48,12 +51,12 @@ def restore(
             *(("put back", str(path)) for path in done.written),
             *(("kept", f"{path}, which is there") for path in done.kept),
             *(("missing", f"{path}: bring your own copy") for path in done.missing),
-            ("stopped", ", ".join(done.stopped) or "no job: none was under way"),
+            ("stopped", ", ".join(done.stopped) or "no job: none was running"),
         ],
     )
     console.print(
-        "\nA job that released something since the backup cannot go on: sites accept no\n"
-        "second release of a round. Any other does with umbel-server job resume JOB."
+        "\nA job that released something since the backup cannot be resumed: sites accept no\n"
+        "second release of a round. Resume any other with umbel-server job resume JOB."
     )
 
 

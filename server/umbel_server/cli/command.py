@@ -1,4 +1,4 @@
-"""`umbel-server`: what an operator does."""
+"""`umbel-server`: the commands of an operator."""
 
 import sys
 
@@ -7,8 +7,7 @@ import typer
 from umbel_host.processes.log import configure
 from umbel_host.processes.supervisor import Command, supervise
 from umbel_host.terminal import exit_code
-from umbel_server.cli import backup, setup
-from umbel_server.cli import sites as sites_cli
+from umbel_server.cli import backup, setup, sites
 from umbel_server.cli.adapters import adapters
 from umbel_server.cli.job import job
 from umbel_server.cli.options import SERVER_TOML, Config
@@ -18,13 +17,13 @@ from umbel_server.operator.config import load_config
 
 app = typer.Typer(
     name="umbel-server",
-    help="Aggregates what sites train together, and learns their sum only.",
+    help="Aggregates what sites train together, and learns only the sum.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 setup.register(app)
-sites_cli.register(app)
+sites.register(app)
 backup.register(app)
 app.add_typer(plan, name="plan")
 app.add_typer(job, name="job")
@@ -36,7 +35,7 @@ app.command()(tune)
 def run(
     config: Config = SERVER_TOML,
 ) -> None:
-    """Serve: start the process with the port and the one with the jobs, and keep them running."""
+    """Run the server: start the processes with the port and the jobs, and keep them running."""
     load_config(config)
     configure()
     path = str(config.absolute())
@@ -51,5 +50,5 @@ def run(
 
 
 def main() -> None:
-    """The console script: every error is text for people, with its own exit code."""
+    """The console script: it prints errors as text for people, and exits with their code."""
     sys.exit(exit_code(app))

@@ -1,4 +1,4 @@
-"""`umbel-server job`: start, stop, resume, and how jobs stand. Works with the server down, too."""
+"""`umbel-server job`: start, stop, resume, status. The server need not be running."""
 
 import time
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from umbel_common.protocol.transcript import Entry, RoundReleased
 from umbel_common.trust.identity import open_signed
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text
-from umbel_host.terminal import print_lines
+from umbel_host.terminal import print_lines, table
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.jobs.evaluator import check_evaluation
 from umbel_server.operator.config import load_config
@@ -33,7 +33,7 @@ from umbel_server.storage.journal import Evaluated, Journal
 job = typer.Typer(help="Jobs: start, stop, resume, status.", no_args_is_help=True)
 
 _SHOWN = 5
-"""Rounds whose figures a person is shown; `--json` has all of them."""
+"""Number of rounds whose figures are printed; `--json` has all of them."""
 Name = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job.")]
 
 
@@ -42,14 +42,14 @@ def start(
     plan: Annotated[Path, typer.Argument(help="A signed plan file.")],
     config: Config = SERVER_TOML,
 ) -> None:
-    """Queue the job of a signed plan; the running server takes it up."""
+    """Queue the job of a signed plan; the running server starts it."""
     settings = load_config(config)
     made, signed = plan_from_json(read_text(plan), plan)
     if signed is None:
         raise PlanError(
             "a plan is not signed",
             file=plan,
-            remedy="umbel-server plan sign, after you read what it may do",
+            remedy="umbel-server plan sign, after you have read what it allows",
         )
     key = read_identity(Path(settings.identity)).public_key
     open_signed(signed, TrainingPlan, key, "operator")
@@ -62,7 +62,7 @@ def start(
 
 @job.command()
 def stop(name: Name, config: Config = SERVER_TOML) -> None:
-    """Stop a job: what it released stays, an attempt under way is given up."""
+    """Stop a job: its releases stay, the current attempt is abandoned."""
     with _queue(config) as queue:
         queued = queue.ask_to_stop(name)
     state = "stopping" if queued.stop else queued.state.value
@@ -71,7 +71,7 @@ def stop(name: Name, config: Config = SERVER_TOML) -> None:
 
 @job.command()
 def resume(name: Name, config: Config = SERVER_TOML) -> None:
-    """Let a stopped or failed job go on behind its last release."""
+    """Resume a stopped or failed job after its last release."""
     with _queue(config) as queue:
         typer.echo(f"{name}: {queue.resume(name).state.value}")
 
@@ -82,10 +82,10 @@ def status(
     config: Config = SERVER_TOML,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, for programs.")] = False,
 ) -> None:
-    """Show all jobs, or one with what it waits for."""
+    """Show all jobs, or one job with what it waits for."""
     with _queue(config) as queue:
         jobs = queue.jobs() if name is None else [queue.job(name)]
-    found = {queued.job: _journal(config, queued.job) for queued in jobs}
+    found = {queued.job: _read_quality(config, queued.job) for queued in jobs}
     if as_json:
         rows = [_public(queued, found[queued.job]) for queued in jobs]
         document = msgspec.json.encode(rows if name is None else rows[0])
@@ -97,62 +97,60 @@ def status(
     elif not jobs:
         console.print("No job was started yet.")
     else:
-        console.print(_table(jobs), soft_wrap=True)
+        console.print(_job_table(jobs), soft_wrap=True)
 
 
 @dataclass(frozen=True)
-class _Journal:
-    """What the journal knows of a job's adapters."""
+class _Quality:
+    """What the journal says about a job's adapters."""
 
     evaluations: tuple[Evaluated, ...] = ()
     final_round: int | None = None
     counts: tuple[tuple[int, SiteCounts], ...] = ()
-    """Round whose adapter sites counted on, and what they counted."""
+    """Round of an adapter, and the sites' counts on it."""
 
 
-def _journal(config: Path, job: str) -> _Journal:
+def _read_quality(config: Path, job: str) -> _Quality:
     path = Path(load_config(config).state) / "journal.sqlite"
     if not path.exists():
-        return _Journal()
-    with closing(Journal(path)) as store:
-        return _Journal(
-            tuple(store.evaluations(job)), store.final_round(job), tuple(_counts(store, job))
+        return _Quality()
+    with closing(Journal(path)) as journal:
+        return _Quality(
+            tuple(journal.evaluations(job)), journal.final_round(job), tuple(_counts(journal, job))
         )
 
 
-def _counts(store: Journal, job: str) -> Iterator[tuple[int, SiteCounts]]:
-    for signed in store.transcript(job):
+def _counts(journal: Journal, job: str) -> Iterator[tuple[int, SiteCounts]]:
+    for signed in journal.transcript(job):
         event = decode_canonical(signed.statement, Entry).event
         if isinstance(event, RoundReleased) and event.counts is not None:
             header = decode_canonical(event.header.statement, RoundHeader)
             yield header.round - 1, event.counts
 
 
-def _public(queued: QueuedJob, journal: _Journal) -> dict[str, object]:
+def _public(queued: QueuedJob, quality: _Quality) -> dict[str, object]:
     parts: dict[str, object] = msgspec.to_builtins(queued)
     del parts["plan"]
     parts["evaluations"] = [
-        {**msgspec.to_builtins(one), "held_back": one.held_back} for one in journal.evaluations
+        {**msgspec.to_builtins(one), "held_back": one.held_back} for one in quality.evaluations
     ]
-    parts["final_round"] = journal.final_round
+    parts["final_round"] = quality.final_round
     parts["counts"] = [
-        {"round": number, **msgspec.to_builtins(counts)} for number, counts in journal.counts
+        {"round": number, **msgspec.to_builtins(counts)} for number, counts in quality.counts
     ]
     return parts
 
 
-def _table(jobs: list[QueuedJob]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in ("job", "state", "round", "stage", "answered"):
-        table.add_column(column)
+def _job_table(jobs: list[QueuedJob]) -> Table:
+    rows = table("job", "state", "round", "stage", "answered")
     for queued in jobs:
-        table.add_row(
+        rows.add_row(
             queued.job, _state(queued), str(queued.round), queued.stage, str(len(queued.answered))
         )
-    return table
+    return rows
 
 
-def _details(queued: QueuedJob, journal: _Journal) -> list[tuple[str, str]]:
+def _details(queued: QueuedJob, quality: _Quality) -> list[tuple[str, str]]:
     moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(queued.changed))
     lines = [("job", queued.job), ("state", _state(queued)), ("changed", moment)]
     if queued.stage:
@@ -160,23 +158,23 @@ def _details(queued: QueuedJob, journal: _Journal) -> list[tuple[str, str]]:
         lines.append(("answered", ", ".join(queued.answered) or "nobody yet"))
     if queued.detail:
         lines.append(("why", queued.detail))
-    return [*lines, *_quality(journal)]
+    return [*lines, *_quality_lines(quality)]
 
 
-def _quality(journal: _Journal) -> list[tuple[str, str]]:
-    """The last adapters on the public holdout, and which were held back."""
+def _quality_lines(quality: _Quality) -> list[tuple[str, str]]:
+    """Returns the scores of the last adapters, and which adapters were held back."""
     lines = []
-    for one in journal.evaluations[-_SHOWN:]:
+    for one in quality.evaluations[-_SHOWN:]:
         lines.append((f"of round {one.round}", figures_text(one.evaluation)))
         if one.held_back:
             lines.append(("", f"held back: {one.gate}"))
-    for number, counts in journal.counts[-_SHOWN:]:
+    for number, counts in quality.counts[-_SHOWN:]:
         lines.append((f"of round {number}", f"{counts}, at the sites"))
-    held = [str(one.round) for one in journal.evaluations[:-_SHOWN] if one.held_back]
+    held = [str(one.round) for one in quality.evaluations[:-_SHOWN] if one.held_back]
     if held:
         lines.append(("held back", f"rounds {', '.join(held)}"))
-    if journal.final_round is not None:
-        lines.append(("last", f"the adapter of round {journal.final_round}"))
+    if quality.final_round is not None:
+        lines.append(("last", f"the adapter of round {quality.final_round}"))
     return lines
 
 

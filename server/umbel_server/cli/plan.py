@@ -1,4 +1,4 @@
-"""`umbel-server plan`: what a job may do to a site's data, written, signed and shown."""
+"""`umbel-server plan`: make, sign and show what a job may do with a site's data."""
 
 import subprocess
 import sys
@@ -28,23 +28,23 @@ PlanFile = Annotated[Path, typer.Argument(help="A plan file.")]
 @plan.command()
 def new(
     draft: Annotated[Path, typer.Argument(help="A draft, TOML: docs/operator.md describes it.")],
-    out: Annotated[Path, typer.Option(help="The plan file, which this makes.")],
+    out: Annotated[Path, typer.Option(help="The new plan file.")],
 ) -> None:
     """Make a plan from a draft and the base model's folder.
 
-    The adapter's tensors are those that the model has: finding them takes the client's packages,
-    in a process of its own. The server itself stays without them.
+    The adapter's tensors depend on the model. A separate process with the client's packages finds
+    them; the server itself does not have these packages.
     """
     if find_spec("torch") is None:
         raise ConfigError(
             "a plan is made with the client's packages, which are not installed here",
             remedy="pip install 'umbel[client]' beside the server, or make the plan on another"
-            " machine and bring the file: it is signed here",
+            " machine and copy the file: it is signed here",
         )
     command = [sys.executable, "-m", "umbel_client.drafting", str(draft)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)  # noqa: S603
     if done.returncode:
-        # It said itself what is wrong.
+        # The process has printed its error.
         raise typer.Exit(done.returncode)
     made, _ = plan_from_json(done.stdout, draft)
     write_new_text(out, plan_to_json(made))
@@ -56,22 +56,22 @@ def new(
 @plan.command("sign")
 def sign_command(
     file: PlanFile,
-    out: Annotated[Path, typer.Option(help="The signed plan file, which this makes.")],
+    out: Annotated[Path, typer.Option(help="The new signed plan file.")],
     config: Config = SERVER_TOML,
 ) -> None:
-    """Sign a plan as the operator: every site then judges it by its own law."""
+    """Sign a plan as the operator; each site then checks it against its own policy."""
     settings = load_config(config)
     made, _ = plan_from_json(read_text(file), file)
     document = load_roster(settings)
     if made.federation != document.roster.federation:
         raise PlanError(
-            "a plan is of another federation",
+            "a plan is for another federation",
             file=file,
             field="federation",
             found=made.federation,
             accepted=document.roster.federation,
         )
-    # The sum of everybody's deltas must fit, or the job would fail at its first round.
+    # The sum of all sites' deltas must fit, or the job would fail in its first round.
     encoding_of(made.aggregation, max(len(document.roster.members), 1)).prove_headroom()
     signed = sign(read_identity(Path(settings.identity)), made)
     write_new_text(out, plan_to_json(made, signed.signature))

@@ -8,25 +8,19 @@ import msgspec
 import typer
 from rich.console import Console
 
-from umbel_common.trust.enrolment import (
-    Address,
-)
+from umbel_common.trust.enrolment import Address
 from umbel_common.trust.identity import fingerprint
 from umbel_host.terminal import name, print_lines
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.operator.certificates import good_until
 from umbel_server.operator.config import load_config, load_roster
-from umbel_server.operator.files import (
-    renew_authority,
-    renew_server,
-    set_up,
-)
+from umbel_server.operator.files import renew_authority, renew_server, set_up
 
 
 def renew(
     config: Config = SERVER_TOML,
     authority: Annotated[
-        bool, typer.Option("--authority", help="The authority's own certificate instead.")
+        bool, typer.Option("--authority", help="Renew the authority's own certificate instead.")
     ] = False,
 ) -> None:
     """Give the server itself a new certificate; restart it afterwards."""
@@ -35,14 +29,16 @@ def renew(
         renewed = renew_authority(settings, load_roster(settings).roster.federation)
         print_lines(console, [("authority", good_until(renewed, datetime.now(UTC)))])
         console.print(
-            "\nThe port has it after a restart of umbel-server run; sites get it with their next\n"
-            "kit (umbel-server sites renew), and must have it before the former one ends.",
+            "\nThe port uses it after a restart of umbel-server run; sites get it with their next\n"
+            "kit (umbel-server sites renew), and need it before the former one expires.",
             soft_wrap=True,
         )
         return
     renewed = renew_server(settings)
     print_lines(console, [("certificate", good_until(renewed, datetime.now(UTC)))])
-    typer.echo("\nThe port has it after a restart of umbel-server run; no site has to do anything.")
+    typer.echo(
+        "\nThe port uses it after a restart of umbel-server run; no site has to do anything."
+    )
 
 
 def _address(value: str) -> str:
@@ -51,7 +47,7 @@ def _address(value: str) -> str:
     except msgspec.ValidationError:
         address = ":0"
     if not 0 < int(address.rpartition(":")[2]) < 65536:
-        raise typer.BadParameter("host:port, the host a name or an address, IPv6 in [ ]")
+        raise typer.BadParameter("host:port; the host is a name or an address, IPv6 in [ ]")
     return address
 
 
@@ -62,7 +58,7 @@ def init(
     ],
     folder: Annotated[Path, typer.Option(help="A new folder.")] = Path("operator"),
 ) -> None:
-    """Make an operator: identity, certificate authority, server certificate, configuration."""
+    """Create an operator: identity, certificate authority, server certificate, configuration."""
     identity = set_up(folder, federation, address)
     console = Console(highlight=False)
     print_lines(
@@ -74,7 +70,7 @@ def init(
         ],
     )
     console.print(
-        "\nRead the fingerprint out to each site: it is how they know this operator.\n"
+        "\nRead the fingerprint out to each site: by it they recognise this operator.\n"
         "identity.pem and ca/key.pem stay on this machine; keep a copy of both offline.",
         soft_wrap=True,
     )

@@ -1,6 +1,5 @@
-"""`umbel-server init`, `sites`, `roster`: who takes part, and how they get in."""
+"""`umbel-server sites` and `roster`: admit sites, renew and revoke them."""
 
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,6 @@ from typing import Annotated
 import msgspec
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from umbel_common.errors import IdentityError, UmbelError
 from umbel_common.trust.enrolment import (
@@ -26,17 +24,13 @@ from umbel_common.trust.roster_file import document_to_json, revocation_to_json
 from umbel_host.files.durable import all_or_nothing
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text, write_new_text
-from umbel_host.terminal import print_lines
+from umbel_host.terminal import confirm, print_lines, table
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.operator.admitted_sites import SiteEntry, load_sites, save_sites
 from umbel_server.operator.authority import certificate_pem
 from umbel_server.operator.certificates import good_until, parse, read, to_renew
 from umbel_server.operator.config import ServerConfig, load_config, load_roster
-from umbel_server.operator.files import (
-    changing,
-    load_authority,
-    save_roster,
-)
+from umbel_server.operator.files import changing, load_authority, save_roster
 
 sites = typer.Typer(help="Sites: add, list, revoke, renew.", no_args_is_help=True)
 roster = typer.Typer(help="The operator's roster: export.", no_args_is_help=True)
@@ -47,15 +41,17 @@ Out = Annotated[Path, typer.Option(help="The new file.")]
 @sites.command()
 def add(
     request: Annotated[Path, typer.Argument(help="The site's request file.")],
-    out: Annotated[Path, typer.Option(help="The kit for the site, which this makes.")],
+    out: Annotated[Path, typer.Option(help="The new kit (enrolment bundle) for the site.")],
     config: Config = SERVER_TOML,
-    weight: Annotated[int, typer.Option(min=1, max=64, help="Its public size class.")] = 1,
+    weight: Annotated[int, typer.Option(min=1, max=64, help="The site's public size class.")] = 1,
     expected: Annotated[
         str | None,
-        typer.Option("--fingerprint", help="Add without asking, and only the site with this one."),
+        typer.Option(
+            "--fingerprint", help="Add without asking, but only a site with this fingerprint."
+        ),
     ] = None,
 ) -> None:
-    """Admit a site, after you compared its fingerprint with its people."""
+    """Admit a site after you have compared its fingerprint with its people."""
     settings = load_config(config)
     asked = request_from_json(read_text(request), request)
     check_request(asked, request)
@@ -63,27 +59,27 @@ def add(
     own = fingerprint(asked.request.identity)
     console = Console(highlight=False)
     print_lines(console, [("site", asked.request.site), ("fingerprint", own)])
-    _confirm(console, own, expected, request)
-    with changing(settings), all_or_nothing() as made:
-        # Another command may have added a site while people compared.
+    _check_fingerprint(console, own, expected, request)
+    with changing(settings), all_or_nothing() as written:
+        # Another command may have added a site while people compared fingerprints.
         document, known = load_roster(settings), load_sites(Path(settings.sites))
         _check_new(asked, document, known, request)
         member = Member(asked.request.site, asked.request.identity, weight)
         document = _with_member(document, member)
-        _admit(settings, asked, document, out, request, made)
-        # Last: until it is written, the same command can be given again.
+        _admit(settings, asked, document, out, request, written)
+        # The roster is last: until it is written, the same command can be given again.
         save_roster(settings, document)
     print_lines(console, [("kit", str(out)), ("roster", document.roster.digest().hex())])
     console.print(
         "\nSend the kit to the site, and the new roster (umbel-server roster export) to all:\n"
-        "each site approves it by itself. Jobs under way go on with the roster they began with.",
+        "each site approves it for itself. Running jobs keep the roster they started with.",
         soft_wrap=True,
     )
 
 
 def _with_member(document: RosterDocument, member: Member) -> RosterDocument:
-    """The next roster: with the new site, and without those whose keys are revoked. No site could
-    approve it with a dead key."""
+    """Returns the next roster: with the new site, and without sites whose keys are revoked. No site
+    could approve a roster with a revoked key."""
     roster, dead = document.roster, document.revoked()
     stay = [other for other in roster.members if other.public_key not in dead]
     gone = {other.name: other for other in document.departed}
@@ -110,12 +106,12 @@ def _check_new(
     former, dead = current.find(request.site), document.revoked()
     if former is not None and former.public_key not in dead:
         raise IdentityError(
-            "a site of this name is there already",
+            "a site of this name is already in the roster",
             file=file,
             field="site",
             found=request.site,
-            remedy="umbel-server sites renew, if it is the same one with the same identity;"
-            " umbel-server sites revoke first, if its identity is lost; else another name",
+            remedy="umbel-server sites renew, if it is the same site with the same identity;"
+            " umbel-server sites revoke first, if its identity is lost; otherwise use another name",
         )
     keys = {member.public_key for member in current.members} | {current.operator}
     if request.identity in keys | dead:
@@ -126,36 +122,34 @@ def _check_new(
 
 
 def _check_relay_key(asked: SignedRequest, known: dict[str, SiteEntry], file: Path) -> None:
-    # One of this name that is not in the roster is left over from a command that was cut short.
+    # An entry of this name that is not in the roster is left over from an interrupted command.
     others = (entry for owner, entry in known.items() if owner != asked.request.site)
     if any(asked.request.relay_key == entry.relay_key for entry in others):
         raise IdentityError("a request's relay key is another site's", file=file, field="relay_key")
 
 
-def _confirm(console: Console, own: str, expected: str | None, file: Path) -> None:
+def _check_fingerprint(console: Console, own: str, expected: str | None, file: Path) -> None:
     if expected is not None:
         if expected.strip().lower() != own:
             raise IdentityError(
-                "a request is not from the site that was to be added: nothing was changed",
+                "a request is not from the site that you want to add: nothing was changed",
                 file=file,
                 field="--fingerprint",
                 found=own,
                 accepted=expected,
             )
         return
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise IdentityError(
+    confirm(
+        console,
+        "Did its people read out the same fingerprint? Type yes: ",
+        unattended=IdentityError(
             "a site is added by a person at a terminal, or by its fingerprint",
             file=file,
             remedy="run this at a terminal, or add --fingerprint with what the site read out to"
             " you; nothing was changed",
-        )
-    try:
-        answer = console.input("\nDid its people read out the same fingerprint? Type yes: ")
-    except EOFError:
-        answer = ""
-    if answer != "yes":
-        raise UmbelError("the site was not added: nothing was changed", file=file)
+        ),
+        declined=UmbelError("the site was not added: nothing was changed", file=file),
+    )
 
 
 def _admit(
@@ -164,12 +158,12 @@ def _admit(
     document: RosterDocument,
     out: Path,
     file: Path,
-    made: list[Path],
+    written: list[Path],
 ) -> None:
-    """Issues the certificate, writes the kit, and lets the relay in.
+    """Issues the certificate, writes the kit, and admits the relay.
 
     Args:
-        made: is told of the kit once it is there.
+        written: files to remove if a later step fails; the kit is added to them.
     """
     request = asked.request
     authority = load_authority(settings)
@@ -184,7 +178,7 @@ def _admit(
         roster=document_to_json(document),
     )
     write_new_text(out, kit_to_json(sign_kit(kit, read_identity(Path(settings.identity)))))
-    made.append(out)
+    written.append(out)
     entry = SiteEntry(name=request.site, relay_key=request.relay_key, certificate=pem)
     path = Path(settings.sites)
     save_sites(path, {**load_sites(path), request.site: entry})
@@ -195,7 +189,8 @@ def list_command(config: Config = SERVER_TOML) -> None:
     """List the sites with their fingerprints and certificates."""
     settings, now = load_config(config), datetime.now(UTC)
     document, known = load_roster(settings), load_sites(Path(settings.sites))
-    keys, certificates = _table("site", "fingerprint", ""), _table("site", "certificate", "until")
+    keys = table("site", "fingerprint", "", folding=("site", ""))
+    certificates = table("site", "certificate", "until", folding=("site", "until"))
     for site, entry in known.items():
         member = document.roster.find(site)
         key = "not in the roster" if member is None else fingerprint(member.public_key)
@@ -223,22 +218,15 @@ def list_command(config: Config = SERVER_TOML) -> None:
         console.print(f"RENEW SOON: {sentence}", soft_wrap=True)
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in columns:
-        # Long names and remarks fold, so that fingerprints and serials stay on their line.
-        whole = column in ("fingerprint", "certificate")
-        table.add_column(column, no_wrap=whole, overflow="fold", justify="left")
-    return table
-
-
 @sites.command()
 def revoke(
     site: Annotated[str, typer.Argument(metavar="NAME", help="The site.")],
-    out: Annotated[Path, typer.Option(help="The revocation, to be sent to every site.")],
+    out: Annotated[
+        Path, typer.Option(help="The new file with the revocation, to send to every site.")
+    ],
     config: Config = SERVER_TOML,
 ) -> None:
-    """Turn a site away for good: its relay at once, its key from the next round on."""
+    """Revoke a site for good: its relay at once, its key from the next round on."""
     settings = load_config(config)
     path = Path(settings.sites)
     with changing(settings):
@@ -256,7 +244,7 @@ def revoke(
         operator = read_identity(Path(settings.identity))
         signed = sign_revocation(document.roster.federation, member.public_key, operator)
         write_new_text(out, revocation_to_json(signed))
-        # The port first: whatever happens next, its relay is not let in any more.
+        # The port comes first: whatever fails after this, the relay cannot connect any more.
         save_sites(path, {**known, site: msgspec.structs.replace(known[site], revoked=True)})
         if signed not in document.revocations:
             revocations = (*document.revocations, signed)
@@ -272,31 +260,31 @@ def revoke(
     )
     console.print(
         f"\nIts relay is turned away from now on. Send {out.name} to every other site:\n"
-        f"umbel-client roster revoke {out.name}. Nobody has to approve another roster; the site\n"
-        "leaves the roster when the next one is added.",
+        f"umbel-client roster revoke {out.name}. No site has to approve another roster; the site\n"
+        "leaves the roster when the next site is added.",
         soft_wrap=True,
     )
 
 
 @sites.command()
 def renew(
-    request: Annotated[Path, typer.Argument(help="The site's request, the old or a new one.")],
-    out: Annotated[Path, typer.Option(help="The kit for the site, which this makes.")],
+    request: Annotated[Path, typer.Argument(help="The site's request, its old or a new one.")],
+    out: Annotated[Path, typer.Option(help="The new kit (enrolment bundle) for the site.")],
     config: Config = SERVER_TOML,
 ) -> None:
-    """Give a site a new certificate, for the same or another relay key; its identity stays."""
+    """Issue a new certificate to a site, for the same or another relay key; its identity stays."""
     settings = load_config(config)
     asked = request_from_json(read_text(request), request)
     check_request(asked, request)
-    with changing(settings), all_or_nothing() as made:
+    with changing(settings), all_or_nothing() as written:
         document, known = load_roster(settings), load_sites(Path(settings.sites))
         _check_renewal(asked, document, known, request)
-        _admit(settings, asked, document, out, request, made)
+        _admit(settings, asked, document, out, request, written)
     console = Console(highlight=False)
     print_lines(console, [("site", asked.request.site), ("kit", str(out))])
     console.print(
-        "\nSend the kit to the site: umbel-client join. The former certificate stays good until\n"
-        "its own end if the relay key is the same, and is turned away now if it is another.",
+        "\nSend the kit to the site: umbel-client join. With the same relay key, the former\n"
+        "certificate stays valid until it expires; with another key, it is refused from now on.",
         soft_wrap=True,
     )
 
@@ -311,7 +299,7 @@ def _check_renewal(
             "no site of this name and identity takes part",
             file=file,
             found=who,
-            remedy="umbel-server sites list; a new site is added with `sites add`",
+            remedy="see umbel-server sites list; umbel-server sites add admits a new site",
         )
     if request.federation != document.roster.federation:
         raise IdentityError(
@@ -321,13 +309,13 @@ def _check_renewal(
             accepted=document.roster.federation,
         )
     if known[site].revoked or member.public_key in document.revoked():
-        raise IdentityError("this site is revoked, for good", file=file, found=who)
+        raise IdentityError("this site is revoked for good", file=file, found=who)
     _check_relay_key(asked, known, file)
 
 
 @roster.command()
 def export(out: Out, config: Config = SERVER_TOML) -> None:
-    """Write the roster as a file for the sites, who compare and approve it."""
+    """Write the roster to a file for the sites, which compare and approve it."""
     document = load_roster(load_config(config))
     write_new_text(out, document_to_json(document))
     lines = [("roster", str(out)), ("digest", document.roster.digest().hex())]

@@ -1,4 +1,4 @@
-"""`umbel-server tune`: hyper-parameters on public records."""
+"""`umbel-server tune`: search for hyper-parameters on public records."""
 
 import subprocess
 import sys
@@ -14,36 +14,44 @@ from umbel_common.plans.requests import TuningRequest
 
 
 def tune(
-    draft: Annotated[Path, typer.Argument(help="A plan's draft, TOML.")],
+    draft: Annotated[Path, typer.Argument(help="The draft of a plan, TOML.")],
     data: Annotated[
         Path, typer.Option(help="A file with PUBLIC records of the plan's task: .jsonl, .csv, ...")
     ],
-    out: Annotated[Path, typer.Option(help="The draft with the best values, which this makes.")],
-    trials: Annotated[int, typer.Option(help="Trials in all, earlier ones included.")] = 20,
+    out: Annotated[Path, typer.Option(help="The new draft, with the best values.")],
+    trials: Annotated[
+        int, typer.Option(help="Total number of trials, including earlier ones.")
+    ] = 20,
     public_size: Annotated[
         int | None,
-        typer.Option(help="Public size of a site, for its noise; default: the training records."),
+        typer.Option(
+            help="Public size of a site, which sets its noise; default: number of training records."
+        ),
     ] = None,
-    sites: Annotated[int, typer.Option(help="Sites to play, whose deltas are averaged.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the search, the noise and the division.")] = 0,
+    sites: Annotated[
+        int, typer.Option(help="Number of simulated sites, whose deltas are averaged.")
+    ] = 1,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the search, the noise and the division of records.")
+    ] = 0,
     study: Annotated[
-        Path | None, typer.Option(help="The file with the trials; default: beside --out.")
+        Path | None, typer.Option(help="File with the trials; default: beside --out.")
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column with the texts.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column with the labels.")] = "label",
 ) -> None:
-    """Look for learning rates and clip norm on PUBLIC records, under the plan's own privacy.
+    """Search for learning rates and clip norm on PUBLIC records, with the plan's own privacy.
 
-    Never on private data: to choose by it is a query that no ledger counts. So this takes a file
-    and no site's configuration. A call that was stopped goes on when it is given again.
+    Never use private data: choosing by it is a query that no ledger counts. So this command takes a
+    file, and no site's configuration. If it is interrupted, the same command resumes it.
     """
     missing = [name for name in ("torch", "optuna", "tomlkit") if find_spec(name) is None]
     if missing:
         raise ConfigError(
-            "hyper-parameters are looked for with packages that are not installed here",
+            "the search for hyper-parameters needs packages that are not installed here",
             found=f"no {', '.join(missing)}",
-            remedy="pip install 'umbel[server,tune]', or tune on another machine: a draft is a"
-            " file like any other",
+            remedy="pip install 'umbel[server,tune]', or tune on another machine and copy the"
+            " draft",
         )
     request = {
         "draft": str(draft.absolute()),
@@ -67,5 +75,5 @@ def tune(
         check=False,
     )
     if done.returncode:
-        # It said itself what is wrong.
+        # The process has printed its error.
         raise typer.Exit(done.returncode)

@@ -1,7 +1,8 @@
-"""What the adapters of a job are worth, round after round: figures, release gate, early end.
+"""How good the adapters of a job are, round after round: figures, release gate, early end.
 
-Where the plan has a release gate, an adapter is evaluated before it is released, and never released
-unevaluated. Otherwise it is released first, and a failed evaluation costs its figures only.
+If the plan has a release gate, an adapter is evaluated before it is released: no change may let an
+adapter past the gate unevaluated. Otherwise it is released first, and if its evaluation fails, only
+its figures are missing.
 """
 
 from collections.abc import Callable
@@ -16,13 +17,13 @@ from umbel_server.jobs.evaluator import check_evaluation
 from umbel_server.jobs.interfaces import Evaluator, Observer
 from umbel_server.storage.journal import Journal
 
-Load = Callable[[], Vector]
-"""Gives an adapter, which is read only where it is needed: it may be large."""
+LoadAdapter = Callable[[], Vector]
+"""Reads an adapter. It may be large, so it is read only where it is needed."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What is known of a round's adapter before its release."""
+    """What is known about a round's adapter before its release."""
 
     evaluation: Evaluation | None = None
     """None: the plan has no release gate."""
@@ -35,21 +36,21 @@ class Judged:
 
 
 class Assessment:
-    """Of one job; what it finds is in the journal."""
+    """The evaluations of one job; their results are in the journal."""
 
     def __init__(
-        self, plan: TrainingPlan, store: Journal, evaluator: Evaluator | None, observer: Observer
+        self, plan: TrainingPlan, journal: Journal, evaluator: Evaluator | None, observer: Observer
     ) -> None:
         """Args:
-        evaluator: None where adapters are not evaluated.
+        evaluator: None if adapters are not evaluated.
         """
         self._plan = plan
-        self._store = store
+        self._journal = journal
         self._evaluator = evaluator
         self._observer = observer
 
     def check(self) -> None:
-        """To be called before anything of the job is done.
+        """Refuses a release gate that cannot be asked here; call it before the job starts.
 
         Raises:
             ConfigError, DataError: the plan has a release gate, and its adapters cannot be
@@ -62,30 +63,30 @@ class Assessment:
         else:
             self._evaluator.check(self._plan)
 
-    def begin(self, last: Release, load: Load) -> None:
-        """Evaluates the release that the job goes on from, unless that was done.
+    def begin(self, last: Release, load: LoadAdapter) -> None:
+        """Evaluates the release that the job starts or resumes from, unless that was done.
 
         Args:
-            load: gives that release's adapter.
+            load: reads the adapter of that release.
 
         Raises:
             JobFailed: the plan has a release gate, and the evaluation failed.
         """
-        done = {one.round for one in self._store.evaluations(self._plan.job)}
+        done = {one.round for one in self._journal.evaluations(self._plan.job)}
         if self._evaluator is None or last.round in done:
             return
         if self._plan.release_gate is None:
             self._evaluate_released(last.round, load(), None)
             return
         evaluation = self._evaluate(last.round, load(), None)
-        self._store.record_evaluation(self._plan.job, last.round, evaluation)
-        self._observer.evaluated(last.round, evaluation, None)
+        self._journal.record_evaluation(self._plan.job, last.round, evaluation)
+        self._observer.on_evaluated(last.round, evaluation, None)
 
-    def judge(self, round_number: int, adapter: Vector, before: Load) -> Judged:
-        """Before a release: what the plan's release gate says of it.
+    def judge(self, round_number: int, adapter: Vector, load_before: LoadAdapter) -> Judged:
+        """Asks the plan's release gate about an adapter before its release.
 
         Args:
-            before: gives the adapter that the round started from.
+            load_before: reads the adapter that the round started from.
 
         Raises:
             JobFailed: the evaluation failed; nothing is released.
@@ -93,8 +94,8 @@ class Assessment:
         gate = self._plan.release_gate
         if gate is None:
             return Judged()
-        evaluation = self._evaluate(round_number, adapter, before())
-        kept = [one for one in self._store.evaluations(self._plan.job) if not one.held_back]
+        evaluation = self._evaluate(round_number, adapter, load_before())
+        kept = [one for one in self._journal.evaluations(self._plan.job) if not one.held_back]
         return Judged(
             evaluation,
             GateResult(
@@ -104,20 +105,29 @@ class Assessment:
             ),
         )
 
-    def released(self, round_number: int, judged: Judged, adapter: Vector, before: Load) -> None:
-        """After a release: tells what was found, or finds it now."""
+    def assess_released(
+        self, round_number: int, judged: Judged, adapter: Vector, load_before: LoadAdapter
+    ) -> None:
+        """Tells the observer what the release gate found, or evaluates the released adapter now.
+
+        Args:
+            load_before: reads the adapter that the round started from.
+        """
         if judged.evaluation is not None:
-            self._observer.evaluated(round_number, judged.evaluation, judged.gate)
+            self._observer.on_evaluated(round_number, judged.evaluation, judged.gate)
         elif self._evaluator is not None:
-            self._evaluate_released(round_number, adapter, before())
+            self._evaluate_released(round_number, adapter, load_before())
 
     def final_round(self) -> int | None:
-        """The round with the best adapter, once the rounds after it have brought none better for as
-        long as the operator waits; None: the job goes on."""
+        """The round with the best adapter, if enough rounds after it brought no better one.
+
+        Returns:
+            None if the job has to continue, or never ends early.
+        """
         patience = None if self._evaluator is None else self._evaluator.stop_after
         if patience is None:
             return None
-        done = self._store.evaluations(self._plan.job)
+        done = self._journal.evaluations(self._plan.job)
         losses = {
             one.round: one.evaluation.mean_loss
             for one in done
@@ -134,22 +144,21 @@ class Assessment:
         try:
             evaluation = self._evaluator.evaluate(self._plan, adapter, before)
         except UmbelError as error:
-            self._observer.unevaluated(round_number, error)
+            self._observer.on_unevaluated(round_number, error)
             return
-        self._store.record_evaluation(self._plan.job, round_number, evaluation)
-        self._observer.evaluated(round_number, evaluation, None)
+        self._journal.record_evaluation(self._plan.job, round_number, evaluation)
+        self._observer.on_evaluated(round_number, evaluation, None)
 
     def _evaluate(self, round_number: int, adapter: Vector, before: Vector | None) -> Evaluation:
-        assert self._evaluator is not None  # `check` saw to it
+        assert self._evaluator is not None  # `check` holds this
         try:
             return self._evaluator.evaluate(self._plan, adapter, before)
         except UmbelError as error:
             details = f"{error.message}: {error.found}" if error.found else error.message
             raise JobFailed(
-                "an adapter cannot be evaluated, and the plan's release gate lets none pass"
-                " unevaluated",
+                "an adapter cannot be evaluated, so it cannot pass the plan's release gate",
                 field=f"{self._plan.job}, round {round_number}",
                 found=details,
-                remedy="put it right and resume the job: the round is done again, at no further"
+                remedy="correct the cause and resume the job: the round is repeated, at no further"
                 " privacy cost",
             ) from error

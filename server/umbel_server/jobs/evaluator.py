@@ -1,7 +1,7 @@
-"""Adapters are scored by a process with the client's packages: the server itself has none of them.
+"""Scores adapters in a process with the client's packages; the server must never import them.
 
-It is asked as `umbel_client.evaluating` says. A crash there takes nothing with it but the one
-evaluation.
+`umbel_client.evaluating` describes the request. If that process crashes, only the one evaluation is
+lost.
 """
 
 import hashlib
@@ -31,18 +31,21 @@ _LONGEST_REASON = 2000
 
 
 class ProcessEvaluator:
-    """`Evaluator` of a server: one process for each evaluation."""
+    """The `Evaluator` of a server: it starts one process for each evaluation."""
 
     def __init__(
-        self, config: EvaluationConfig, scratch: Path, stopped: Callable[[], bool] = lambda: False
+        self,
+        config: EvaluationConfig,
+        scratch: Path,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Args:
         scratch: folder for the vectors while they are scored; made if it is missing.
-        stopped: whether the job is to be stopped.
+        should_stop: whether the job is to be stopped; called again and again.
         """
         self._config = config
         self._scratch = scratch
-        self._stopped = stopped
+        self._should_stop = should_stop
         self.stop_after = config.stop_after
 
     def check(self, plan: TrainingPlan) -> None:
@@ -51,7 +54,7 @@ class ProcessEvaluator:
 
     def evaluate(self, plan: TrainingPlan, adapter: Vector, before: Vector | None) -> Evaluation:
         """See `Evaluator`."""
-        # The file may have changed since the job began.
+        # The holdout may have changed since the job began.
         self.check(plan)
         config = self._config
         request = EvaluationRequest(
@@ -88,14 +91,14 @@ class ProcessEvaluator:
             path.write_bytes(to_bytes(vector))
         except OSError as error:
             raise StorageError(
-                "an adapter cannot be written down for its evaluation",
+                "an adapter cannot be written for its evaluation",
                 file=path,
                 found=error.strerror,
             ) from None
         return str(path)
 
     def _ask(self, request: bytes) -> bytes:
-        """What the process writes on standard output."""
+        """Starts the process; returns what it writes on standard output."""
         command = [self._config.python or sys.executable, "-m", "umbel_client.evaluating"]
         try:
             process = subprocess.Popen(  # noqa: S603  # the operator's own Python
@@ -105,7 +108,7 @@ class ProcessEvaluator:
                 stderr=subprocess.PIPE,
                 env={**os.environ, "HF_HUB_OFFLINE": "1"},
                 start_new_session=True,
-                preexec_fn=end_with_parent,  # one call, which takes no lock
+                preexec_fn=end_with_parent,  # one system call, which takes no lock
             )
         except OSError as error:
             raise _failed(f"{command[0]}: {error.strerror}") from None
@@ -118,13 +121,13 @@ class ProcessEvaluator:
                     break
                 except subprocess.TimeoutExpired:
                     rest = None
-                if self._stopped():
+                if self._should_stop():
                     raise JobStopped
                 if time.monotonic() > deadline:
                     raise _failed(f"no answer within {self._config.seconds:g} seconds")
         finally:
             if process.poll() is None:
-                # Its own children too: they hold its pipes open.
+                # Its children too: they hold its pipes open.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
         if process.returncode:
@@ -133,15 +136,15 @@ class ProcessEvaluator:
 
 
 def check_evaluation(config: EvaluationConfig | None, plan: TrainingPlan) -> None:
-    """Refuses what cannot evaluate the adapters of a plan.
+    """Refuses a configuration that cannot evaluate the adapters of a plan.
 
     Args:
-        config: None where the server evaluates nothing.
+        config: None if the server evaluates nothing.
 
     Raises:
-        ConfigError: the plan has a release gate, and the server evaluates nothing; or there are no
-            packages to evaluate with.
-        DataError: the holdout is missing, or not the one that the plan's release gate names.
+        ConfigError: the plan has a release gate, and the server evaluates nothing; or the packages
+            for evaluation are missing.
+        DataError: the holdout is missing, or is not the one that the plan's release gate names.
     """
     if config is None:
         if plan.release_gate is None:
@@ -151,19 +154,19 @@ def check_evaluation(config: EvaluationConfig | None, plan: TrainingPlan) -> Non
             field="evaluation",
             found="none",
             accepted="a table [evaluation] in server.toml with the plan's holdout",
-            remedy="add it, or agree on a plan without release_gate",
+            remedy="add the table, or agree on a plan without release_gate",
         )
     if config.python is None and find_spec("torch") is None:
         raise ConfigError(
             "adapters are evaluated with the client's packages, which are not installed here",
             field="evaluation.python",
             found="none",
-            remedy="pip install 'umbel[client]' into an environment of its own, and name its Python"
-            " in evaluation.python",
+            remedy="pip install 'umbel[client]' into a separate environment, and name its Python in"
+            " evaluation.python",
         )
     if config.python is not None and not Path(config.python).is_file():
         raise ConfigError(
-            "there is no Python to evaluate adapters with",
+            "the Python that evaluates adapters does not exist",
             field="evaluation.python",
             found=config.python,
         )
@@ -175,7 +178,7 @@ def check_evaluation(config: EvaluationConfig | None, plan: TrainingPlan) -> Non
             field="evaluation.holdout",
             found=found.hex(),
             accepted=plan.release_gate.holdout.hex(),
-            remedy="bring the file back that the plan was made with",
+            remedy="restore the file that the plan was made with",
         )
 
 
@@ -193,11 +196,11 @@ def _file_digest(path: Path) -> bytes:
 
 
 def _reason(code: int, complaints: bytes) -> str:
-    """What the process said; its libraries may have warned before."""
+    """Returns the error that the process reported, without the warnings before it."""
     text = complaints.decode("utf-8", "replace").strip()
     _, marker, said = text.rpartition("error: ")
     end = f"signal {-code}" if code < 0 else f"exit code {code}"
-    return f"{end}: {(said if marker else text)[-_LONGEST_REASON:] or 'nothing said'}"
+    return f"{end}: {(said if marker else text)[-_LONGEST_REASON:] or 'no message'}"
 
 
 def _failed(reason: str) -> UmbelError:

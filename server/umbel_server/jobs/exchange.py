@@ -1,4 +1,7 @@
-"""What a job asks its sites, sealed and opened, over whatever carries it."""
+"""A job's requests to its sites: sealed before they are sent; replies opened as they come.
+
+Nothing may be sent to a site that is not sealed here, and no reply counts that does not open here.
+"""
 
 from collections.abc import Iterator, Mapping
 
@@ -33,7 +36,7 @@ class Exchange:
         largest_reply: int,
     ) -> None:
         """Args:
-        largest_reply: in bytes; a longer one is not opened.
+        largest_reply: bytes; a longer reply is not opened.
         """
         self._link = link
         self._operator = operator
@@ -43,10 +46,11 @@ class Exchange:
         self._largest_reply = largest_reply
 
     def ask(self, step: Step, requests: Mapping[str, Request]) -> Iterator[tuple[str, Reply]]:
-        """Seals, sends, opens, one message at a time.
+        """Seals and sends the requests, and opens the replies, one message at a time.
 
-        A reply that does not open is no reply: it is of somebody else, or to another request. One
-        of another wire version cannot be opened, and is as good as a refusal: nothing will come.
+        A reply that does not open is ignored: another party made it, or it answers another request.
+        A reply of another wire version cannot be opened either, but counts as a refusal: no other
+        will come.
         """
         asked: dict[str, tuple[int, bytes]] = {}
 
@@ -55,7 +59,7 @@ class Exchange:
                 data = seal_request(self._operator, site, request)
                 asked[site] = len(data), request_digest(data)
                 yield site, data
-                # No request is kept while the next one is sealed.
+                # Frees the request before the next one is sealed.
                 del data
 
         for site, data in self._link.exchange(step, sealed(), self._limits.seconds(step.stage)):
@@ -66,12 +70,12 @@ class Exchange:
             try:
                 reply = open_reply(key, site, data, request, limit=self._largest_reply)
             except RemoteProtocolError as error:
-                self._observer.strayed(step, site, error)
+                self._observer.on_strayed(step, site, error)
                 if error.check == WRONG_VERSION:
                     yield site, Refusal(check=error.check)
                 continue
-            self._observer.answered(step, site, reply, received, len(data))
-            # No reply is kept while it is worked on, or while the next one is read.
+            self._observer.on_answered(step, site, reply, received, len(data))
+            # Frees the reply while its content is processed, and while the next one is read.
             del data
             yield site, reply
             del reply

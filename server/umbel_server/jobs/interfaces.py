@@ -1,4 +1,4 @@
-"""What a job is given by whoever runs it: a link to the sites, an observer, and limits."""
+"""What a job needs besides a link to its sites: an observer of events, and an evaluator."""
 
 from typing import Protocol
 
@@ -14,47 +14,57 @@ from umbel_server.messaging.link import Step
 
 
 class Observer(Protocol):
-    """Is told what happens, for logs, dashboards and live views."""
+    """Learns what happens in a job, for logs, dashboards and live views."""
 
-    def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
-        """A site's reply was opened; sizes of the sealed request and reply in bytes, as the site
-        counts them."""
+    def on_answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
+        """A site's reply was opened.
+
+        Args:
+            received: bytes of the sealed request, which the site received.
+            sent: bytes of the sealed reply, which the site sent.
+        """
         ...
 
-    def strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
-        """Something came in a site's name that is no reply of this site to what it was asked."""
+    def on_strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
+        """A message came in a site's name that is not its reply to the request."""
         ...
 
-    def aborted(self, round_number: int, attempt: int, check: str) -> None:
+    def on_aborted(self, round_number: int, attempt: int, check: str) -> None:
         """An attempt released nothing."""
         ...
 
-    def disputed(
+    def on_disputed(
         self, round_number: int, attempt: int, wrong_shares: tuple[WrongShare, ...]
     ) -> None:
         """An attempt reached its sum although some site lied about its shares."""
         ...
 
-    def released(self, release: Release, adapter: Vector) -> None:
+    def on_released(self, release: Release, adapter: Vector) -> None:
         """A round's release is on disk and in the transcript."""
         ...
 
-    def counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
-        """So many sites counted, together, how the adapter that a round started from does on
-        records that they hold out."""
+    def on_counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
+        """The sites scored the adapter that a round started from on their held-out records.
+
+        Args:
+            counts: the sum over all sites.
+            sites: how many sites are in the sum.
+        """
         ...
 
-    def evaluated(self, round_number: int, evaluation: Evaluation, gate: GateResult | None) -> None:
-        """A round's adapter was scored, and perhaps held back: then its release names the adapter
-        before."""
+    def on_evaluated(
+        self, round_number: int, evaluation: Evaluation, gate: GateResult | None
+    ) -> None:
+        """A round's adapter was scored. If the gate held it back, the round's release names the
+        adapter before it."""
         ...
 
-    def unevaluated(self, round_number: int, error: UmbelError) -> None:
+    def on_unevaluated(self, round_number: int, error: UmbelError) -> None:
         """An adapter that was released could not be scored."""
         ...
 
-    def ends_early(self, round_number: int, final: int) -> None:
-        """After this round the job ends, with the release of round `final` as its last."""
+    def on_early_end(self, round_number: int, final: int) -> None:
+        """The job ends after this round, with the release of round `final` as its last."""
         ...
 
 
@@ -65,11 +75,11 @@ class Evaluator(Protocol):
     """Rounds without a lower loss after which a job ends early; None: never."""
 
     def check(self, plan: TrainingPlan) -> None:
-        """Refuses what it cannot do, before anything of a job is done.
+        """Refuses a plan whose adapters it cannot score; called before the job starts.
 
         Raises:
-            ConfigError, DataError: what is missing; or the holdout is not the one that the plan's
-                release gate names.
+            ConfigError, DataError: something is missing; or the holdout is not the one that the
+                plan's release gate names.
         """
         ...
 
@@ -77,10 +87,10 @@ class Evaluator(Protocol):
         """Scores an adapter, float32[plan.lora.size].
 
         Args:
-            before: the one that it came from, for the drift.
+            before: the adapter that it came from, for the drift; None for the first one.
 
         Raises:
-            UmbelError: it failed, for whatever reason.
+            UmbelError: the evaluation failed.
             JobStopped: the job is to be stopped.
         """
         ...

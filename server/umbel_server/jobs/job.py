@@ -1,8 +1,26 @@
 """A job from its plan to its last release: rounds, attempts, journal, transcript.
 
-The order inside a round is what makes a crash harmless: burn the attempt number, send, aggregate,
-store the adapter, then record release and transcript entry together. Whatever was not recorded is
-done again with fresh keys, and sites answer it with the delta that they have kept.
+Two rules may never be broken here. No plan, round header or release is sent before it is in the
+journal. The journal names no adapter that is not in the registry before it.
+
+A round is released in these steps, in this order; a comment marks each where it happens:
+
+1. Open an attempt: take an unused attempt number, sign the round header, journal it.
+2. Send the requests of each stage to the cohort (`aggregation.attempt` has the stages).
+3. Collect the replies; journal each site's advert before the next stage is sent.
+4. Sum: the mean of the deltas changes the adapter that the round started from.
+5. Ask the release gate, if the plan has one: an adapter that it holds back is replaced by the one
+   before.
+6. Sign the release, and write its adapter to the registry.
+7. Journal the release, its transcript entry and what the release gate found, all of it or nothing.
+8. Tell the observer. Without a release gate, the adapter is evaluated now.
+9. Send the release: with the next round's train request, or with the finish request after the last.
+
+An attempt that fails in steps 2 to 4 is journalled as aborted, and step 1 opens the next one. After
+a crash the job resumes at step 1 of the round after the last journalled release: attempt number and
+keys are fresh, and sites answer with the delta that they have kept. The end of a job is journalled
+after its finish request, because it lists the sites that answered; after a crash in between, the
+request is sent again.
 """
 
 from collections.abc import Mapping
@@ -53,7 +71,7 @@ class Job:
         roster: Roster,
         operator: Identity,
         *,
-        store: Journal,
+        journal: Journal,
         registry: Registry,
         link: Link,
         observer: Observer,
@@ -61,12 +79,12 @@ class Job:
         revoked: frozenset[bytes] = frozenset(),
         evaluator: Evaluator | None = None,
     ) -> None:
-        """Everything that the job works with; nothing is sent or written yet.
+        """Takes everything that the job works with; nothing is sent or written yet.
 
         Args:
             evaluator: None where released adapters are not evaluated.
-            revoked: public keys that count for nothing, whoever lists them: their sites are asked
-                for nothing.
+            revoked: public keys that are not trusted although the roster lists them: their sites
+                are sent nothing.
 
         Raises:
             PlanError: the plan contradicts itself or the roster.
@@ -92,43 +110,43 @@ class Job:
         self._roster = roster
         self._sites = sites
         self._operator = operator
-        self._store = store
+        self._journal = journal
         self._registry = registry
         self._observer = observer
         self._limits = limits
         self._exchange = Exchange(
             link, operator, roster, observer=observer, limits=limits, largest_reply=size_limit(plan)
         )
-        self._assessment = Assessment(plan, store, evaluator, observer)
+        self._assessment = Assessment(plan, journal, evaluator, observer)
 
     def run(self) -> Release:
         """Runs the job, or what is left of it, and returns its last release.
 
         Raises:
-            ConfigError, DataError: the plan's release gate cannot be kept here.
-            JobFailed: too few sites accepted the plan, a round used up its attempts, or an adapter
-                that the release gate is about could not be evaluated.
-            StorageError: the operator's disk; the job can be resumed.
+            ConfigError, DataError: this server cannot evaluate what the plan's release gate needs.
+            JobFailed: too few sites accepted the plan, a round used up its attempts, or the release
+                gate could not evaluate an adapter.
+            StorageError: the operator's disk failed; the job can be resumed.
         """
-        final = self._store.final_round(self.plan.job)
+        final = self._journal.final_round(self.plan.job)
         if final is None:
             self._assessment.check()
         self._start_or_resume()
         if final is not None:
-            return self._open_release(self._store.releases(self.plan.job)[final])
+            return self._open_release(self._journal.releases(self.plan.job)[final])
         last = self._last_release()
         self._assessment.begin(last, lambda: self._registry.load(self.plan, last.adapter))
         sites = self._offer()
         while last.round < self.plan.training.rounds:
             final = self._assessment.final_round()
             if final is not None:
-                self._observer.ends_early(last.round, final)
-                return self._finish(self._store.releases(self.plan.job)[final], early=True)
-            last = self._round(last.round + 1, last, sites)
+                self._observer.on_early_end(last.round, final)
+                return self._finish(self._journal.releases(self.plan.job)[final], early=True)
+            last = self._run_round(last.round + 1, last, sites)
         return self._finish(self._signed_release(), early=False)
 
     def _start_or_resume(self) -> None:
-        known = self._store.plan(self.plan.job)
+        known = self._journal.plan(self.plan.job)
         if known is not None:
             if open_signed(known, TrainingPlan, self._operator.public_key) != self.plan:
                 raise PlanError(
@@ -152,7 +170,7 @@ class Job:
         )
         signed_plan, signed_release = sign(self._operator, self.plan), sign(self._operator, release)
         self._registry.publish(self.plan, vector)
-        self._store.start_job(
+        self._journal.start_job(
             self._operator,
             self.plan.job,
             signed_plan,
@@ -162,7 +180,7 @@ class Job:
         )
 
     def _signed_release(self) -> Signed:
-        _, _, signed = self._store.last_release(self.plan.job)
+        _, _, signed = self._journal.last_release(self.plan.job)
         return signed
 
     def _last_release(self) -> Release:
@@ -173,7 +191,7 @@ class Job:
 
     def _offer(self) -> tuple[str, ...]:
         """The sites that accept the plan."""
-        plan = self._store.plan(self.plan.job)
+        plan = self._journal.plan(self.plan.job)
         assert plan is not None  # recorded by _start_or_resume
         accepted, refused = set(), {}
         requests = dict.fromkeys(self._sites, OfferRequest(plan=plan))
@@ -200,12 +218,12 @@ class Job:
             )
         return tuple(sorted(accepted))
 
-    def _round(self, round_number: int, last: Release, sites: tuple[str, ...]) -> Release:
+    def _run_round(self, round_number: int, last: Release, sites: tuple[str, ...]) -> Release:
         reason = ""
         for _ in range(self._limits.attempts):
             header, signed_header = self._open_attempt(round_number, sites, last)
             try:
-                outcome = self._drive(self._start(header, signed_header))
+                outcome = self._run_stages(self._first_stage(header, signed_header))
                 return self._release(header, signed_header, outcome)
             except _Aborted as abort:
                 reason = f"{abort.check}: {abort.reason}"
@@ -214,8 +232,8 @@ class Job:
                     check=abort.check,
                     refusals=tuple(sorted(abort.refusals.items())),
                 )
-                self._store.record(self._operator, self.plan.job, event)
-                self._observer.aborted(round_number, header.attempt, abort.check)
+                self._journal.record_event(self._operator, self.plan.job, event)
+                self._observer.on_aborted(round_number, header.attempt, abort.check)
                 sites = tuple(site for site in sites if site not in abort.left_out)
                 if len(sites) < self.plan.aggregation.threshold:
                     break
@@ -229,7 +247,7 @@ class Job:
     def _open_attempt(
         self, round_number: int, sites: tuple[str, ...], last: Release
     ) -> tuple[RoundHeader, Signed]:
-        number = self._store.next_attempt(self.plan.job, round_number)
+        number = self._journal.next_attempt(self.plan.job, round_number)
         header = RoundHeader(
             federation=self.plan.federation,
             job=self.plan.job,
@@ -241,25 +259,28 @@ class Job:
             cohort=sites,
         )
         signed = sign(self._operator, header)
-        self._store.open_attempt(self.plan.job, round_number, number, signed)
+        # Step 1: the attempt number is used up now, whatever happens next.
+        self._journal.record_attempt(self.plan.job, round_number, number, signed)
         return header, signed
 
-    def _start(self, header: RoundHeader, signed: Signed) -> Attempt:
+    def _first_stage(self, header: RoundHeader, signed: Signed) -> Attempt:
         request = TrainRequest(
             header=signed,
             release=self._signed_release(),
             adapter=to_bytes(self._registry.load(self.plan, header.adapter)),
         )
         length = vector_length(self.plan, header.round) + 1
-        last = self._store.last_adverts()
+        last = self._journal.last_adverts()
         return open_attempt(header, self._roster, self.plan, request, length, last)
 
-    def _drive(self, state: Attempt | AttemptOutcome) -> AttemptOutcome:
+    def _run_stages(self, state: Attempt | AttemptOutcome) -> AttemptOutcome:
         while isinstance(state, Attempt):
             current = state
             step = Step(current.stage, current.header.round, current.header.attempt)
+            # Step 2 happens in `ask`, and so does step 9 for the release of the round before.
             for site, reply in self._exchange.ask(step, current.requests()):
                 awaited = current.waiting
+                # Step 3.
                 current = current.receive(site, reply)
                 if isinstance(reply, TrainReply) and site in awaited - current.waiting:
                     self._keep_advert(current, site, reply)
@@ -270,8 +291,8 @@ class Job:
             try:
                 state = current.advance()
             except RoundAborted as error:
-                # Who refused after training may have been wronged by a peer, and who was late may
-                # be back: both are asked again.
+                # A site that refused after training may have been wronged by a peer, and a site
+                # that was late may be back: both are asked again.
                 lost = owners_to_leave_out(error)
                 refusals = {**current.refusals, **dict.fromkeys(lost, error.check)}
                 raise _Aborted(error, refusals, current.unwilling | lost) from error
@@ -280,14 +301,15 @@ class Job:
     def _keep_advert(self, attempt: Attempt, site: str, reply: TrainReply) -> None:
         request = attempt.first_request
         if request is not None and site not in attempt.refusals:
-            self._store.keep_advert(site, request.header, reply.advert)
+            self._journal.keep_advert(site, request.header, reply.advert)
 
     def _release(
         self, header: RoundHeader, signed_header: Signed, outcome: AttemptOutcome
     ) -> Release:
-        # Read again: while masked vectors came in, there was a sum and one of them in memory.
+        # Read only now: while masked vectors came in, the sum and one of them were in memory.
         load = partial(self._registry.load, self.plan, header.adapter)
         vector = load()
+        # Step 4.
         try:
             weight, counts = update.apply_sum(
                 outcome.aggregate,
@@ -299,6 +321,7 @@ class Job:
             )
         except RoundAborted as error:
             raise _Aborted(error, {}, frozenset()) from error
+        # Step 5.
         judged = self._assessment.judge(header.round, vector, load)
         if judged.held_back:
             vector = load()
@@ -313,9 +336,11 @@ class Job:
             survivors=outcome.aggregate.survivors,
             total_weight=weight,
         )
+        # Step 6.
         signed = sign(self._operator, release)
         self._registry.publish(self.plan, vector)
-        self._store.record_release(
+        # Step 7.
+        self._journal.record_release(
             self._operator,
             self.plan.job,
             header.round,
@@ -332,12 +357,13 @@ class Job:
             evaluation=judged.evaluation,
             gate=judged.gate,
         )
+        # Step 8.
         if outcome.aggregate.wrong_shares:
-            self._observer.disputed(header.round, header.attempt, outcome.aggregate.wrong_shares)
+            self._observer.on_disputed(header.round, header.attempt, outcome.aggregate.wrong_shares)
         if counts is not None:
-            self._observer.counted(header.round, counts, len(release.survivors))
-        self._observer.released(release, vector)
-        self._assessment.released(header.round, judged, vector, load)
+            self._observer.on_counted(header.round, counts, len(release.survivors))
+        self._observer.on_released(release, vector)
+        self._assessment.assess_released(header.round, judged, vector, load)
         return release
 
     def _finish(self, signed: Signed, *, early: bool) -> Release:
@@ -348,6 +374,7 @@ class Job:
             )
             end = sign(self._operator, statement)
         vector = self._registry.load(self.plan, last.adapter)
+        # Step 9, for the last release.
         request = FinishRequest(release=signed, adapter=to_bytes(vector), early_end=end)
         requests = dict.fromkeys(self._sites, request)
         delivered = {
@@ -356,16 +383,16 @@ class Job:
             if isinstance(reply, FinishReply) and reply.adapter == last.adapter
         }
         event = JobFinished(release=last.adapter, delivered=tuple(sorted(delivered)), early_end=end)
-        self._store.finish_job(self._operator, self.plan.job, last.round, event)
+        self._journal.finish_job(self._operator, self.plan.job, last.round, event)
         return last
 
 
 class _Aborted(Exception):
-    """An attempt ended.
+    """An attempt ended without a release.
 
     Args:
         refusals: site -> reason code, for the transcript.
-        left_out: the sites that the next attempt at the round does without.
+        left_out: sites that are not in the cohort of the round's next attempt.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a job tells of its progress: to the log, and to the queue."""
+"""The observer of a server's job: it writes progress to the log and to the queue."""
 
 import logging
 
@@ -18,7 +18,7 @@ _logger = logging.getLogger("umbel.rounds")
 
 
 class ProgressObserver:
-    """The job's observer: a line in the log, and the queue's row for `umbel-server job status`."""
+    """Writes a line to the log, and the row of the queue that `umbel-server job status` shows."""
 
     def __init__(self, queue: JobQueue, job: str) -> None:
         self._queue = queue
@@ -26,7 +26,7 @@ class ProgressObserver:
         self._step: Step | None = None
         self._answered: list[str] = []
 
-    def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
+    def on_answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
         """See `Observer`."""
         if step != self._step:
             self._step, self._answered = step, []
@@ -43,35 +43,35 @@ class ProgressObserver:
             answered=tuple(self._answered),
         )
 
-    def strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
+    def on_strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
         """See `Observer`."""
         if error.check == WRONG_VERSION:
             text = f"{error.message}: {error.remedy}"
-            _logger.error("%s: no work with %s: %s", self._job, site, text)
+            _logger.error("%s: %s cannot take part: %s", self._job, site, text)
             return
         _logger.warning(
             "%s: a reply in the name of %s to %s: %s", self._job, site, step, error.check
         )
 
-    def aborted(self, round_number: int, attempt: int, check: str) -> None:
+    def on_aborted(self, round_number: int, attempt: int, check: str) -> None:
         """See `Observer`."""
         _logger.warning(
             "%s: round %d, attempt %d is aborted: %s", self._job, round_number, attempt, check
         )
 
-    def disputed(
+    def on_disputed(
         self, round_number: int, attempt: int, wrong_shares: tuple[WrongShare, ...]
     ) -> None:
         """See `Observer`."""
         _logger.warning(
-            "%s: round %d, attempt %d has its sum in spite of wrong shares: %s",
+            "%s: round %d, attempt %d reached its sum despite wrong shares: %s",
             self._job,
             round_number,
             attempt,
             ", ".join(map(str, wrong_shares)),
         )
 
-    def counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
+    def on_counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
         """See `Observer`."""
         _logger.info(
             "%s: the adapter of round %d at %d sites: %s",
@@ -81,20 +81,22 @@ class ProgressObserver:
             counts,
         )
 
-    def evaluated(self, round_number: int, evaluation: Evaluation, gate: GateResult | None) -> None:
+    def on_evaluated(
+        self, round_number: int, evaluation: Evaluation, gate: GateResult | None
+    ) -> None:
         """See `Observer`."""
         found = figures_text(evaluation)
         _logger.info("%s: round %d is evaluated: %s", self._job, round_number, found)
         if gate is not None and not gate.passed():
             _logger.warning("%s: round %d is held back: %s", self._job, round_number, gate)
 
-    def unevaluated(self, round_number: int, error: UmbelError) -> None:
+    def on_unevaluated(self, round_number: int, error: UmbelError) -> None:
         """See `Observer`."""
         _logger.warning(
             "%s: round %d is not evaluated: %s", self._job, round_number, error.diagnostics()
         )
 
-    def ends_early(self, round_number: int, final: int) -> None:
+    def on_early_end(self, round_number: int, final: int) -> None:
         """See `Observer`."""
         _logger.info(
             "%s ends early after round %d: round %d stays the best",
@@ -103,7 +105,7 @@ class ProgressObserver:
             final,
         )
 
-    def released(self, release: Release, adapter: Vector) -> None:
+    def on_released(self, release: Release, adapter: Vector) -> None:
         """See `Observer`."""
         _logger.info(
             "%s: round %d is released: %d sites, adapter %s",

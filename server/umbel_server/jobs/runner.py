@@ -1,5 +1,6 @@
-"""The jobs of an operator, worked off one after the other."""
+"""Runs the jobs of an operator's queue, one after the other."""
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
@@ -14,41 +15,43 @@ from umbel_common.trust.roster_file import document_from_json, document_to_json
 from umbel_server.jobs.evaluator import ProcessEvaluator
 from umbel_server.jobs.interfaces import Evaluator
 from umbel_server.jobs.job import Job
-from umbel_server.jobs.progress import ProgressObserver, _logger
+from umbel_server.jobs.progress import ProgressObserver
 from umbel_server.messaging.link import JobStopped, Link
 from umbel_server.operator.config import EvaluationConfig, Limits
 from umbel_server.storage.job_queue import JobQueue, JobState, QueuedJob
 from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
 
+_logger = logging.getLogger("umbel.rounds")
+
 Connect = Callable[[Callable[[], bool]], AbstractContextManager[Link]]
-"""Opens a link to the sites, which gives up by `JobStopped` as soon as its argument says so."""
+"""Opens a link to the sites; the link raises `JobStopped` as soon as its argument returns True."""
 
 
 @dataclass(frozen=True)
 class JobRunner:
-    """What works off the queue."""
+    """Takes jobs from the queue and runs them."""
 
     state: Path
     """The operator's state folder."""
     operator: Identity
     queue: JobQueue
-    roster: Callable[[], RosterDocument]
-    """Read anew for each job."""
+    read_roster: Callable[[], RosterDocument]
+    """Reads the operator's roster; called for each job."""
     limits: Limits
     connect: Connect
-    stopping: Callable[[], bool]
-    """Whether the process is to end; the job under way goes on at its next start."""
-    evaluation: Callable[[], EvaluationConfig | None] = lambda: None
-    """Read anew for each job."""
+    should_stop: Callable[[], bool]
+    """Whether the process is to end; it resumes the current job at its next start."""
+    read_evaluation: Callable[[], EvaluationConfig | None] = lambda: None
+    """Reads how adapters are evaluated; called for each job."""
 
     def run_next(self) -> bool:
         """Runs the next job until it is over, stopped, or has to wait for people.
 
         Returns:
-            whether there is more to do at once.
+            whether the next call should follow at once.
         """
-        queued = self.queue.next()
+        queued = self.queue.next_job()
         if queued is None:
             return False
         if queued.stop:
@@ -58,13 +61,13 @@ class JobRunner:
         try:
             release = self._run(queued)
         except JobStopped:
-            if self.stopping():
+            if self.should_stop():
                 return False
             self.queue.set_state(queued.job, JobState.STOPPED)
             _logger.info("%s is stopped by the operator", queued.job)
         except UmbelError as error:
             if isinstance(error, JobFailed) and error.may_accept:
-                # People decide about plans in their own time.
+                # A plan may still be approved: the job waits, and is offered again.
                 if error.diagnostics() != queued.detail:
                     _logger.warning("%s waits: %s", queued.job, error.diagnostics())
                 self.queue.set_state(queued.job, JobState.WAITING, error.diagnostics())
@@ -80,40 +83,40 @@ class JobRunner:
         plan = open_signed(queued.plan, TrainingPlan, self.operator.public_key, "operator")
         roster, revoked = self._parties(queued)
 
-        def stopped() -> bool:
-            return self.stopping() or self.queue.stop_wanted(queued.job)
+        def should_stop() -> bool:
+            return self.should_stop() or self.queue.is_stop_wanted(queued.job)
 
         with (
-            closing(Journal(self.state / "journal.sqlite")) as store,
-            self.connect(stopped) as link,
+            closing(Journal(self.state / "journal.sqlite")) as journal,
+            self.connect(should_stop) as link,
         ):
             job = Job(
                 plan,
                 roster,
                 self.operator,
-                store=store,
+                journal=journal,
                 registry=Registry(self.state / "registry"),
                 link=link,
                 observer=ProgressObserver(self.queue, queued.job),
                 limits=self.limits,
                 revoked=revoked,
-                evaluator=self._evaluator(stopped),
+                evaluator=self._evaluator(should_stop),
             )
             return job.run()
 
-    def _evaluator(self, stopped: Callable[[], bool]) -> Evaluator | None:
-        config = self.evaluation()
+    def _evaluator(self, should_stop: Callable[[], bool]) -> Evaluator | None:
+        config = self.read_evaluation()
         if config is None:
             return None
-        return ProcessEvaluator(config, self.state / "evaluation", stopped)
+        return ProcessEvaluator(config, self.state / "evaluation", should_stop)
 
     def _parties(self, queued: QueuedJob) -> tuple[Roster, frozenset[bytes]]:
-        """The roster that the job began with, and the keys in it that do not count any more.
+        """Returns the roster that the job began with, and the keys that are no longer trusted.
 
-        A site that joins later does not disturb the job; one that left since, or has another key,
-        is asked for nothing more.
+        A site that joins later does not disturb the job. A site that has left since, or has another
+        key, is sent nothing more.
         """
-        today = self.roster()
+        today = self.read_roster()
         if queued.roster is None:
             self.queue.keep_roster(queued.job, document_to_json(today))
             return today.roster, today.revoked()

@@ -1,8 +1,8 @@
 """Between the operator's two processes: the one with jobs and key, and the one with the port.
 
-A Unix socket. `Post` leaves a sealed message for a site, `Collect` asks for its reply, once it is
-there. The process with the port never sees the operator's key, and cannot read or change what it
-carries unnoticed.
+They meet at a Unix socket. `Post` leaves a sealed message for a site; `Collect` asks for its reply.
+The process with the port cannot read what it carries, nor change it unnoticed: no key and nothing
+unsealed may ever pass here.
 """
 
 import time
@@ -20,7 +20,7 @@ CARRIER = "umbel.v1.Carrier"
 _POLL_SECONDS = 0.05
 _AGAIN_SECONDS = 0.5
 _KEPT_BYTES = 1 << 20
-"""A message up to this size is kept until its reply is there, to be posted again if it is lost."""
+"""Largest message that is kept until its reply comes, to be posted again if it is lost."""
 
 
 class _Address(msgspec.Struct, frozen=True):
@@ -35,14 +35,14 @@ class Posted(msgspec.Struct, frozen=True):
     """The answer to a `Post`."""
 
     identifier: str | None
-    """Of the message; None while the site was never connected, or is not admitted."""
+    """The message's ID; None if the site was never connected, or is not admitted."""
 
 
 class _Collected(msgspec.Struct, frozen=True):
     """The first piece of the answer to a `Collect`."""
 
     over: bool
-    """Whether anything will still come."""
+    """Whether the waiting is over: the reply follows, or none will ever come."""
     replied: bool = False
     """Whether the reply follows."""
 
@@ -51,21 +51,21 @@ class Mailbox(Protocol):
     """What the process with the port offers."""
 
     def post(self, site: str, label: str, sealed: Iterator[bytes], seconds: float) -> str | None:
-        """Leaves a message for a site; its ID, or None while that cannot be.
+        """Leaves a message for a site; returns its ID, or None if the site cannot get it yet.
 
         Args:
-            sealed: the message in parts; whatever its size, it is not put together.
+            sealed: the message in parts, which are not joined, however large it is.
         """
         ...
 
     def collect(self, identifier: str) -> tuple[bool, Iterator[bytes] | None]:
-        """Whether the waiting is over, and the sealed reply in pieces if there is one. Who does not
-        read to the end may collect it again."""
+        """Returns whether the waiting is over, and the sealed reply in pieces if there is one. A
+        reply that was not read to its end can be collected again."""
         ...
 
 
 def methods(mailbox: Mailbox) -> dict[str, grpc.RpcMethodHandler]:
-    """The service over a mailbox."""
+    """Returns the handlers of the service over a mailbox."""
 
     def post(request: Iterator[bytes], _: grpc.ServicerContext) -> bytes:
         address = msgspec.json.decode(next(request), type=_Address)
@@ -86,7 +86,7 @@ def methods(mailbox: Mailbox) -> dict[str, grpc.RpcMethodHandler]:
 
 
 class _Waiting:
-    """A site whose reply has not come."""
+    """A site whose reply has not come yet."""
 
     def __init__(self, site: str, sealed: bytes | None, identifier: str | None) -> None:
         self.site = site
@@ -96,12 +96,14 @@ class _Waiting:
 
 
 class CarrierLink:
-    """`ports.Link` over the socket; outlives the other process, which may be restarted."""
+    """A `Link` over the socket; it survives a restart of the other process."""
 
-    def __init__(self, path: Path, stopped: Callable[[], bool] = lambda: False) -> None:
-        """`stopped`: asked again and again whether to give up, by `JobStopped`."""
+    def __init__(self, path: Path, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Args:
+        should_stop: whether to raise `JobStopped`; called again and again.
+        """
         self._path = path
-        self._stopped = stopped
+        self._should_stop = should_stop
         self._channel = channel(path)
         self._post = self._channel.stream_unary(f"/{CARRIER}/Post")
         self._collect = self._channel.unary_stream(f"/{CARRIER}/Collect")
@@ -116,10 +118,10 @@ class CarrierLink:
         """See `Link`.
 
         Small messages are posted again if the other process lost them, or if their site was not
-        connected yet; for an adapter that is lost the attempt does without the site.
+        connected yet. If an adapter is lost, the attempt continues without its site.
 
         Raises:
-            JobStopped: the job is to be given up.
+            JobStopped: the job is to stop.
         """
         deadline = time.monotonic() + seconds
         waiting = []
@@ -141,11 +143,11 @@ class CarrierLink:
             time.sleep(_POLL_SECONDS)
 
     def _check_stopped(self) -> None:
-        if self._stopped():
+        if self._should_stop():
             raise JobStopped
 
     def _look(self, step: Step, one: _Waiting, deadline: float) -> tuple[bool, bytes | None]:
-        """Whether the waiting for a site is over, and its reply."""
+        """Returns whether the waiting for a site is over, and its reply if there is one."""
         if one.identifier is None:
             if one.sealed is None:
                 return True, None
@@ -158,20 +160,20 @@ class CarrierLink:
             collected = msgspec.json.decode(next(answer), type=_Collected)
             reply = joined(answer) if collected.replied else None
         except grpc.RpcError:
-            # The other process is gone. It may come back with the message or without.
+            # The other process has ended. It may come back with the message or without.
             return False, None
         if not collected.over:
             return False, None
         if reply is None and one.sealed is not None:
-            # Lost, or the site went away: what is small is posted again.
+            # The message was lost, or the site went away: a small message is posted again.
             one.identifier, one.next_post = None, time.monotonic() + _AGAIN_SECONDS
             return False, None
         return True, reply
 
     def _leave(self, step: Step, site: str, sealed: bytes, deadline: float) -> str | None:
-        """The ID of the posted message; None while the site was never connected.
+        """Posts a message; returns its ID, or None if the site was never connected.
 
-        Waits for the other process while it is being restarted: every message goes through it.
+        Waits for the other process while it restarts: every message passes through it.
         """
         while True:
             address = _Address(site, str(step), max(deadline - time.monotonic(), 1.0))

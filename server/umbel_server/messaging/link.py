@@ -7,10 +7,10 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Step:
-    """Where in a job a message belongs; public, and never trusted."""
+    """The step of a job that a message belongs to: public, and never trusted."""
 
     stage: str
-    """offer, train, share, mask, confirm, unmask or finish."""
+    """One of offer, train, share, mask, confirm, unmask and finish."""
     round: int = 0
     attempt: int = 0
 
@@ -19,20 +19,20 @@ class Step:
 
 
 class JobStopped(Exception):
-    """The operator wants the job stopped, or the process ends: what was released stays, and the job
-    can be resumed."""
+    """The operator stops the job, or the process ends: the releases stay, and the job can be
+    resumed."""
 
 
 class Link(Protocol):
-    """Carries sealed bytes to sites and back; what it is made of, the job does not know."""
+    """Carries sealed bytes to sites and back; the job does not know how."""
 
     def exchange(
         self, step: Step, requests: Iterable[tuple[str, bytes]], seconds: float
     ) -> Iterator[tuple[str, bytes]]:
-        """Sends each site its request; yields (site, reply) as replies come, until all came or
-        `seconds` passed. A site that cannot be reached yields nothing.
+        """Sends each site its request; yields (site, reply) as replies come, until all have come or
+        `seconds` have passed. A site that cannot be reached yields nothing.
 
-        A message may be as large as an adapter: each of `requests` is made as it is asked for and
-        should be let go once it is sent, and replies are to be read one at a time.
+        A message may be as large as an adapter: each of `requests` is made when it is asked for and
+        should be freed once it is sent, and replies should be read one at a time.
         """
         ...

@@ -1,3 +1,3 @@
-"""The operator's own word: configuration, authority, admitted sites. Nothing here may import any
-other wing.
+"""What the operator decides: configuration, authority, admitted sites. Nothing here may import
+another wing.
 """

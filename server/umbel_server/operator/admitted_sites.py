@@ -1,6 +1,6 @@
-"""The sites' relays, as the operator admitted them: sites.json, which `umbel-server sites` writes.
+"""The relays that the operator admitted: sites.json, which `umbel-server sites` writes.
 
-Who may connect is decided here; whose words count, by the roster. A site that is revoked is in
+This list decides who may connect; the roster decides whose signatures count. A revoked site may do
 neither.
 """
 
@@ -21,9 +21,9 @@ class SiteEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     relay_key: str
     """The relay's public key, PEM."""
     certificate: str
-    """The certificate that was issued to it last, PEM."""
+    """The last certificate that was issued to it, PEM."""
     revoked: bool = False
-    """Whether it may connect no more."""
+    """Whether the site is revoked: its relay may not connect."""
 
 
 class _Sites(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,7 +31,7 @@ class _Sites(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def load_sites(path: Path) -> dict[str, SiteEntry]:
-    """Every site by its name; none before the first was added.
+    """Reads name -> site; empty before the first site was added.
 
     Raises:
         IdentityError: the file is unreadable or malformed, or names a site or a key twice.
@@ -50,7 +50,7 @@ def load_sites(path: Path) -> dict[str, SiteEntry]:
 
 
 def save_sites(path: Path, sites: dict[str, SiteEntry]) -> None:
-    """Writes the list, whole or not at all.
+    """Writes the list, all of it or nothing.
 
     Raises:
         StorageError: it cannot be written; the former list stays.

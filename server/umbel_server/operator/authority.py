@@ -1,7 +1,7 @@
-"""The operator's small certificate authority: it vouches for TLS connections, and for nothing else.
+"""The operator's small certificate authority: it vouches for TLS connections, and nothing else.
 
-Who a site is, its own identity says (ADR 10); a certificate only lets its relay reach the port. The
-keys are ECDSA P-384, and a relay's key is also its key towards Flower.
+A site is identified by its own identity key (ADR 10); a certificate only lets its relay reach the
+port. The keys are ECDSA P-384. A relay uses the same key to sign its requests to Flower.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ AUTHORITY_DAYS = 3650
 SERVER_DAYS = 365
 SITE_DAYS = 90
 _BACKDATED = timedelta(hours=1)
-"""Clocks differ: a certificate is good a little before it was made."""
+"""How long before its issue a certificate is already valid, because clocks differ."""
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
-    """A private key from the operating system's randomness."""
+    """Generates a private key from the operating system's randomness."""
     return ec.generate_private_key(ec.SECP384R1())
 
 
@@ -43,10 +43,10 @@ def certificate_pem(certificate: x509.Certificate) -> bytes:
 def new_authority(
     federation: str, key: ec.EllipticCurvePrivateKey, now: datetime
 ) -> x509.Certificate:
-    """A certificate that signs itself, for an authority that signs no other authority.
+    """Returns a self-signed certificate, for an authority that cannot sign another authority.
 
-    Another one for the same federation and key is good wherever the former one is: what the one
-    vouched for, the other vouches for too.
+    A later certificate for the same federation and key can replace the former one: both verify the
+    same certificates.
     """
     name = _name(f"Umbel authority of {federation}")
     return (
@@ -66,18 +66,18 @@ class Authority:
         self._key = key
 
     def renewed(self, federation: str, now: datetime) -> "Authority":
-        """The same authority for another `AUTHORITY_DAYS`."""
+        """Returns the same authority with a certificate for another `AUTHORITY_DAYS`."""
         return Authority(new_authority(federation, self._key, now), self._key)
 
     def server(
         self, key: ec.EllipticCurvePublicKey, hosts: Sequence[str], now: datetime
     ) -> x509.Certificate:
-        """For the port, under these host names and IP addresses."""
+        """Issues a certificate for the port, under these host names and IP addresses."""
         names = x509.SubjectAlternativeName([_host(host) for host in hosts])
         return self._issue(hosts[0], key, now, SERVER_DAYS, names, ExtendedKeyUsageOID.SERVER_AUTH)
 
     def site(self, name: str, key: ec.EllipticCurvePublicKey, now: datetime) -> x509.Certificate:
-        """For a site's relay."""
+        """Issues a certificate for a site's relay."""
         uri = x509.UniformResourceIdentifier(f"umbel:site:{name}")
         names = x509.SubjectAlternativeName([uri])
         return self._issue(name, key, now, SITE_DAYS, names, ExtendedKeyUsageOID.CLIENT_AUTH)
@@ -126,7 +126,7 @@ def _builder(
 
 
 def _name(common_name: str) -> x509.Name:
-    # The field takes 64 characters; the full name of a site is among the alternative names.
+    # The field takes 64 characters; the alternative names contain the full name of a site.
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:64])])
 
 

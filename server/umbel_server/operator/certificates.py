@@ -1,4 +1,4 @@
-"""How long certificates are still good, and which have to be renewed soon."""
+"""How long certificates are still valid, and which have to be renewed soon."""
 
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -12,17 +12,17 @@ from umbel_server.operator.config import ServerConfig
 
 SOON = timedelta(days=30)
 AUTHORITY_SOON = timedelta(days=180)
-"""A site gets the authority's next certificate with a kit, and gets one every three months."""
+"""Earlier, because a site gets the authority's new certificate with its kit, every three months."""
 
 
 def parse(pem: bytes, file: object) -> x509.Certificate:
-    """A certificate from PEM.
+    """Decodes a certificate from PEM.
 
     Args:
         file: where it came from, for errors.
 
     Raises:
-        IdentityError: it is none.
+        IdentityError: it is malformed.
     """
     try:
         return x509.load_pem_x509_certificate(pem)
@@ -33,7 +33,7 @@ def parse(pem: bytes, file: object) -> x509.Certificate:
 
 
 def read(path: Path) -> x509.Certificate:
-    """A certificate from its file.
+    """Reads a certificate from its file.
 
     Raises:
         IdentityError: it is missing, unreadable or malformed.
@@ -48,7 +48,7 @@ def read(path: Path) -> x509.Certificate:
 
 
 def good_until(certificate: x509.Certificate, now: datetime) -> str:
-    """The last day of a certificate (UTC) and how far it is, for people."""
+    """The last day of a certificate (UTC) and the days until then, for people."""
     end = certificate.not_valid_after_utc
     if end < now:
         return f"{end:%Y-%m-%d}, EXPIRED: renew it"
@@ -58,8 +58,8 @@ def good_until(certificate: x509.Certificate, now: datetime) -> str:
 
 
 def to_renew(config: ServerConfig, now: datetime) -> Iterator[str]:
-    """One sentence for each certificate that is good for less than `SOON` (the authority's:
-    `AUTHORITY_SOON`), with what to do.
+    """Yields one sentence, with what to do, for each certificate that is valid for less than `SOON`
+    (the authority's: `AUTHORITY_SOON`).
 
     Raises:
         IdentityError: a certificate or the list of sites cannot be read.

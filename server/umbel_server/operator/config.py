@@ -34,28 +34,28 @@ class ListenConfig(Value, frozen=True):
     """The `[listen]` table: the one port that sites reach."""
 
     address: Address = "0.0.0.0:9443"
-    """Where the SuperLink listens, with TLS 1.3 and for client certificates of the sites only."""
+    """Where the SuperLink listens, with TLS 1.3 and only for client certificates of sites."""
     certificate: str = "tls/certificate.pem"
     """The server's certificate, issued by its own authority."""
     key: str = "tls/key.pem"
-    """Its private key."""
+    """The private key of the certificate."""
     client_ca: str = "ca/certificate.pem"
     """The authority that issued the sites' certificates."""
     public: Address | None = None
-    """What sites are told to connect to; absent: `address`."""
+    """The address that sites connect to; absent: `address`."""
 
 
 class Limits(Value, frozen=True):
-    """The `[limits]` table: how patient the operator is."""
+    """The `[limits]` table: how long and how often the operator tries."""
 
     attempts: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3
-    """Attempts at one round before the job fails; it can be resumed."""
+    """Number of attempts at one round before the job fails; it can be resumed."""
     offer_seconds: Seconds = 60.0
-    """For the sites' answers to a plan."""
+    """Time for the sites' answers to a plan."""
     train_seconds: Seconds = 3600.0
-    """For a round's training: who takes longer sits the attempt out."""
+    """Time for a round's training; a site that takes longer is not in the attempt."""
     stage_seconds: Seconds = 60.0
-    """For each stage after training."""
+    """Time for each stage after training."""
 
     def seconds(self, stage: str) -> float:
         """The deadline of a stage, in seconds."""
@@ -65,8 +65,8 @@ class Limits(Value, frozen=True):
 
 
 class EvaluationConfig(Value, frozen=True):
-    """The `[evaluation]` table: adapters are scored on public records, in a process of its own that
-    takes the client's packages. Read anew for each job."""
+    """The `[evaluation]` table: adapters are scored on public records, in a separate process with
+    the client's packages. It is read again for each job."""
 
     holdout: str
     """File with public records of the plan's task that no site trains on: .jsonl, .csv or
@@ -74,58 +74,59 @@ class EvaluationConfig(Value, frozen=True):
     model: str
     """Folder of the base model."""
     general: str | None = None
-    """File with texts that are not of the domain, in a column `text`: what a language model
+    """File with texts from outside the domain, in a column `text`: they show what a language model
     forgets."""
     groups: str | None = None
-    """The holdout's column that says which group a record is of: a classification's accuracy on
-    each."""
+    """The holdout's column with the group of each record; a classifier's accuracy is computed for
+    each group."""
     text_column: str = "text"
     label_column: str = "label"
     format: Format = "auto"
-    """Where in the holdout the records are; as in a site's client.toml."""
+    """How the holdout encodes its records; as in a site's client.toml."""
     answers: AnswerCount = 50
-    """Records that a language model is let answer, from the beginning of the holdout."""
+    """Number of records, from the start of the holdout, that a language model answers."""
     answer_tokens: AnswerTokens = 64
-    """The longest answer."""
+    """The longest answer, in tokens."""
     batch_size: BatchSize = 32
-    """Records computed at once."""
+    """Number of records computed at once."""
     device: str = "cpu"
-    """Where the model computes: `cpu`, `cuda`."""
+    """The device that computes: `cpu`, `cuda`."""
     python: str | None = None
     """The Python of an environment with the client's packages; absent: the server's own."""
     seconds: Seconds = 3600.0
-    """For one evaluation."""
+    """Time for one evaluation."""
     stop_after: Count | None = None
-    """Rounds without a lower loss than the best before, after which a job ends early with the best
-    adapter; absent: all rounds of the plan."""
+    """Number of rounds without a lower loss than the best one; after them a job ends early with the
+    best adapter; absent: a job runs all rounds of its plan."""
 
 
 class ServerConfig(Value, frozen=True):
-    """server.toml. Relative paths start at the file's folder; after `load_config` all are
-    absolute."""
+    """The content of server.toml. Relative paths start at the file's folder; `load_config` makes
+    all of them absolute."""
 
     state: str = "state"
     """Folder for journal, queue, releases, and the SuperLink's database."""
     identity: str = "identity.pem"
-    """The operator's key file. The process with the listener does not read it."""
+    """The operator's key file. The process with the port does not read it."""
     roster: str = "roster.json"
-    """Whom the operator believes; `umbel-server sites` changes it."""
+    """The operator's roster; `umbel-server sites` changes it."""
     sites: str = "sites.json"
     """The sites' relay keys and certificates; `umbel-server sites` changes it."""
     socket: str | None = None
-    """Where the two processes meet; absent: carrier.sock in `state`. Elsewhere, each may have a
-    `state` of its own, and they share no more than this socket."""
+    """The socket where the two processes meet; absent: carrier.sock in `state`. If it is elsewhere,
+    each process may have its own `state`, and they share only this socket."""
     listen: ListenConfig = ListenConfig()
     limits: Limits = Limits()
     evaluation: EvaluationConfig | None = None
-    """Absent: adapters are released without being scored."""
+    """How adapters are scored; absent: they are released without being scored."""
 
 
 def load_config(path: Path) -> ServerConfig:
     """Reads server.toml.
 
     Raises:
-        ConfigError: the file cannot be read, is no TOML, or has an unknown, missing or wrong field.
+        ConfigError: the file cannot be read, is not TOML, or has an unknown, missing or wrong
+            field.
     """
     config = read_toml(
         path,
@@ -155,17 +156,17 @@ def load_config(path: Path) -> ServerConfig:
 
 
 def carrier_socket(config: ServerConfig) -> Path:
-    """Where the process with the jobs reaches the one with the port."""
+    """The socket where the process with the jobs reaches the one with the port."""
     return Path(config.state) / "carrier.sock" if config.socket is None else Path(config.socket)
 
 
 def rounds_socket(config: ServerConfig) -> Path:
-    """Where probes reach the process with the jobs."""
+    """The socket where probes reach the process with the jobs."""
     return Path(config.state) / "rounds.sock"
 
 
 def load_roster(config: ServerConfig) -> RosterDocument:
-    """Whom the operator believes.
+    """Reads the operator's roster.
 
     Raises:
         IdentityError: the file is missing or malformed.

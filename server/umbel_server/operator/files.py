@@ -1,4 +1,4 @@
-"""The operator's folder: made once, whole or not at all, and its certificates renewed in place."""
+"""The operator's folder: created once, all of it or nothing; certificates are renewed in place."""
 
 import fcntl
 import os
@@ -31,44 +31,44 @@ SERVER_TOML = """\
 
 # Journal, queue, releases and the SuperLink's database.
 state = "state"
-# The operator's key. It signs plans and rounds; whoever has it is the operator.
+# The operator's key, which signs plans and rounds. Anyone who has it can act as the operator.
 identity = "identity.pem"
-# Whom the operator believes, and whose relays may connect: `umbel-server sites` writes both.
+# The roster, and the relays that may connect: `umbel-server sites` writes both.
 roster = "roster.json"
 sites = "sites.json"
-# Where the process with the port and the one with the jobs meet; absent: in `state`.
+# The socket where the process with the port and the one with the jobs meet; absent: in `state`.
 # socket = "state/carrier.sock"
 
 [listen]
-# Where sites reach this server. TLS 1.3, and only with a certificate of the authority in ca/.
+# Where sites reach this server: with TLS 1.3 and a certificate of the authority in ca/ only.
 address = "{listen}"
 certificate = "tls/certificate.pem"
 key = "tls/key.pem"
 client_ca = "ca/certificate.pem"
-# What sites are told to connect to.
+# The address that sites connect to.
 public = "{public}"
 
 [limits]
-# Attempts at one round before the job fails; `umbel-server job resume` goes on with it.
+# Attempts at one round before the job fails; `umbel-server job resume` resumes it.
 attempts = 3
 # Seconds for the sites' answers to a plan, for a round's training, and for each stage after it.
 offer_seconds = 60
 train_seconds = 3600
 stage_seconds = 60
 
-# Released adapters are scored on public records, if you say which; docs/operator.md has the rest.
-# Takes the client's packages: in this environment, or in the one whose Python is named here.
+# With this table, released adapters are scored on public records; docs/operator.md explains it.
+# It needs the client's packages, in this environment or in the one whose Python is named here.
 # [evaluation]
 # holdout = "public.jsonl"
 # model = "models/minilm"
 # python = "/srv/umbel/client/bin/python"
-# Rounds without a lower loss after which a job ends early, with the best adapter.
+# Number of rounds without a lower loss after which a job ends early, with the best adapter.
 # stop_after = 3
 """
 
 
 def set_up(folder: Path, federation: str, address: str) -> Identity:
-    """Makes an operator's folder, which must not exist or be empty.
+    """Creates an operator's folder, which must not exist or must be empty.
 
     Args:
         address: host and port that sites connect to.
@@ -77,11 +77,11 @@ def set_up(folder: Path, federation: str, address: str) -> Identity:
         the operator's new identity.
 
     Raises:
-        StorageError: the folder holds something, or cannot be written; nothing is left of it.
+        StorageError: the folder is not empty, or cannot be written; nothing is left of it.
     """
     if folder.exists() and any(folder.iterdir()):
         raise StorageError(
-            "an operator is set up in a folder of its own, and nothing is written over",
+            "an operator needs an empty folder: nothing is overwritten",
             file=folder,
             remedy="give another --folder",
         )
@@ -134,11 +134,11 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def load_authority(config: ServerConfig) -> Authority:
-    """The operator's authority, with its private key.
+    """Reads the operator's authority, with its private key.
 
     Raises:
-        IdentityError: its key or certificate is missing or unusable, the key is open to others, or
-            the two do not belong together.
+        IdentityError: its key or certificate is missing or cannot be used, other users can read the
+            key, or the two do not belong together.
     """
     path = Path(config.listen.client_ca)
     key, certificate = read_tls_key(path.with_name("key.pem")), read(path)
@@ -146,13 +146,13 @@ def load_authority(config: ServerConfig) -> Authority:
         raise IdentityError(
             "the authority's key and certificate do not belong together",
             file=path.parent,
-            remedy="bring back key.pem and certificate.pem from a backup",
+            remedy="restore key.pem and certificate.pem from a backup",
         )
     return Authority(certificate, key)
 
 
 def renew_server(config: ServerConfig) -> x509.Certificate:
-    """A new certificate for the port, under the names of the old one and with the same key.
+    """Issues a new certificate for the port, with the names and the key of the old one.
 
     Raises:
         IdentityError: the authority, the old certificate or its key cannot be used.
@@ -173,8 +173,8 @@ def renew_server(config: ServerConfig) -> x509.Certificate:
 
 
 def renew_authority(config: ServerConfig, federation: str) -> x509.Certificate:
-    """A new certificate for the authority itself, with the same key: whatever it issued stays good,
-    and so does the former certificate until its end.
+    """Issues a new certificate for the authority itself, with the same key. The certificates that
+    it issued stay valid, and so does its former certificate until it expires.
 
     Raises:
         IdentityError: the authority cannot be used.
@@ -196,8 +196,8 @@ def _replace_certificate(path: Path, certificate: x509.Certificate) -> None:
 
 @contextmanager
 def changing(config: ServerConfig) -> Iterator[None]:
-    """One command at a time changes roster and sites; the lock is on the roster's folder, and
-    leaves no file.
+    """Locks roster and sites, so that one command at a time changes them. The lock is on the
+    roster's folder, and leaves no file.
 
     Raises:
         StorageError: the folder cannot be opened.
@@ -217,7 +217,7 @@ def changing(config: ServerConfig) -> Iterator[None]:
 
 
 def save_roster(config: ServerConfig, document: RosterDocument) -> None:
-    """Puts another roster in the place of the operator's.
+    """Replaces the operator's roster.
 
     Raises:
         StorageError: it cannot be written; the former one stays.

@@ -1,8 +1,15 @@
-"""The one port that sites reach: TLS 1.3, client certificates, and nothing but what a relay needs.
+"""The one port that sites reach: TLS 1.3, client certificates, and only what a relay needs.
 
-A request passes if its path is one of a few of Flower's Fleet interface, and if the certificate
-that the connection was opened with, the key that Flower's own headers name, and a site that the
-operator admitted are one and the same.
+`Gate` takes these steps before Flower sees a request, in this order; a comment marks each:
+
+1. The method is POST, and the path is one of seven of Flower's Fleet interface.
+2. The request announces its size, and is not larger than a piece of a message.
+3. The connection was opened with a certificate of an admitted relay, which is still valid.
+4. The key that Flower's own headers name is the key of that certificate.
+5. If a relay activates its node, its former connection is ended first.
+
+No step may be dropped or moved below Flower, and no path may be added that registers a node,
+starts a run or delivers code.
 """
 
 import base64
@@ -37,13 +44,13 @@ PATHS = frozenset(
         "push-object",
     )
 )
-"""What a relay needs. Registering nodes, runs and app bundles are not among it."""
+"""The paths that a relay needs. None of them registers a node, starts a run or delivers code."""
 ACTIVATE = "/v1/fleet/activate-node"
 _KEY_HEADER = b"flwr-public-key"
 _LARGEST_BODY = FLOWER_PIECE_BYTES + (1 << 16)
-"""Bytes: a piece of a message and what is around it."""
+"""Bytes: a piece of a message with its envelope."""
 _LARGE = 1 << 18
-"""Bytes of a request and its answer that are worth to be freed at once."""
+"""Bytes of a request and its answer from which memory is freed at once."""
 _PEER = "umbel.peer"
 
 
@@ -70,20 +77,20 @@ class Gate:
     def __init__(
         self,
         fleet: ASGIApp,
-        admitted: Callable[[], Mapping[str, str]],
-        activating: Callable[[str], None],
-        refused: Callable[[str], None],
+        read_admitted: Callable[[], Mapping[str, str]],
+        on_activate: Callable[[str], None],
+        on_refused: Callable[[str], None],
     ) -> None:
         """Args:
         fleet: Flower's application.
-        admitted: relay public key (PEM) -> site, of those that may connect now.
-        activating: is told the key of a relay that is about to connect.
-        refused: is told in a few words who was turned away.
+        read_admitted: returns relay public key (PEM) -> site, for the relays that may connect now.
+        on_activate: called with the key of a relay that is about to connect.
+        on_refused: called with a few words about a relay that was turned away.
         """
         self._fleet = fleet
-        self._admitted = admitted
-        self._activating = activating
-        self._refused = refused
+        self._read_admitted = read_admitted
+        self._on_activate = on_activate
+        self._on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
@@ -94,7 +101,7 @@ class Gate:
         if status is None:
             await self._pass(scope, receive, send)
             return
-        # What is there and what is not, a stranger need not learn.
+        # The answer is empty: a stranger need not learn which paths exist.
         await PlainTextResponse("", status_code=status)(scope, receive, send)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -107,33 +114,39 @@ class Gate:
 
         await self._fleet(scope, receive, counted)
         if moved > _LARGE:
-            # The web framework's objects for a request refer to each other in a circle, and to the
-            # megabytes that it moved: Python would find out after hundreds of them.
+            # The web framework's objects for a request refer to each other in a cycle, and hold the
+            # megabytes that it moved: Python would free them only after hundreds of requests.
             gc.collect()
 
     def _judge(self, scope: Scope) -> int | None:
-        """The status of a refusal; None: the request may pass."""
+        """Returns the HTTP status of a refusal; None if the request may pass."""
+        # Step 1.
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
             return 404
+        # Step 2.
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"")
         if not length.isdigit() or int(length) > _LARGEST_BODY:
             return 413
+        # Step 3.
         key = _certificate_key(scope.get(_PEER))
-        site = self._admitted().get(key) if key is not None else None
+        site = self._read_admitted().get(key) if key is not None else None
         if key is None or site is None:
-            self._refused("a certificate of a relay that is not admitted, or not any more")
+            self._on_refused("a certificate of a relay that is not admitted, or not any more")
             return 403
+        # Step 4.
         if _claimed_key(headers.get(_KEY_HEADER, b"")) != key:
-            self._refused(f"{site} speaks with another key than its certificate's")
+            self._on_refused(f"{site} speaks with another key than its certificate's")
             return 403
+        # Step 5.
         if scope["path"] == ACTIVATE:
-            self._activating(key)
+            self._on_activate(key)
         return None
 
 
 def _certificate_key(certificate: bytes | None) -> str | None:
-    """Public key (PEM) of a peer's certificate, which TLS has verified."""
+    """Returns the public key (PEM) of a peer's certificate, which TLS has verified; None if there
+    is no certificate, or it has expired."""
     if certificate is None:
         return None
     parsed = x509.load_der_x509_certificate(certificate)
@@ -153,11 +166,11 @@ def _claimed_key(header: bytes) -> str | None:
 
 
 def tls_context(certificate: Path, key: Path, client_ca: Path) -> ssl.SSLContext:
-    """TLS 1.3 with a client certificate of our own authority, or no connection.
+    """Returns a context that accepts TLS 1.3 with a client certificate of our own authority only.
 
     Raises:
-        IdentityError: the key is missing, open to others, or none that is used here.
-        ConfigError: a certificate is missing, unreadable, expired or no such thing.
+        IdentityError: the key is missing, open to other users, or of a kind that is not used here.
+        ConfigError: a certificate is missing, unreadable, malformed or expired.
     """
     read_tls_key(key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -186,7 +199,7 @@ def tls_context(certificate: Path, key: Path, client_ca: Path) -> ssl.SSLContext
 
 
 def server(app: ASGIApp, context: ssl.SSLContext) -> uvicorn.Server:
-    """A web server that is not started yet; it is run on a socket that is bound already."""
+    """Returns a web server that is not started yet; it runs on a socket that is already bound."""
     config = uvicorn.Config(
         app,
         http=PeerProtocol,

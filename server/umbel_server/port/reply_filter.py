@@ -1,4 +1,4 @@
-"""What Flower does not ask of a reply before it takes it: in whose name it is, and how large."""
+"""Checks what Flower does not check of a reply: who it claims to be from, and how large it is."""
 
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
@@ -11,15 +11,16 @@ from umbel_host.transport.pieces import FLOWER_PIECE_BYTES
 
 PUSH = "/v1/fleet/push-messages"
 MOST_OBJECTS = 2**31 // FLOWER_PIECE_BYTES + 2
-"""Objects of one reply: the pieces of the largest message that there is, and two around them."""
+"""Most objects of one reply: the pieces of the largest message, its record and its content."""
 
 
 class ReplyFilter:
-    """An ASGI application before Flower's, for what it receives at `PUSH`.
+    """An ASGI application in front of Flower's, for requests to `PUSH`.
 
-    Flower authenticates the node that a request names, and takes the reply in it in the name of the
-    node that the reply names: a site that has learned another's message could answer it, and the
-    other's own reply would come too late. The seal would show it, but the answer would be missing.
+    Flower authenticates the node that a request names, but takes the reply in it as a reply of the
+    node that the reply names. So a site that knows the ID of another site's message could answer
+    it, and the other site's own reply would come too late. The seal would show that the reply is
+    not genuine, but the genuine one would be missing.
     """
 
     def __init__(self, fleet: ASGIApp) -> None:
@@ -43,7 +44,7 @@ class ReplyFilter:
 
 
 def acceptable(body: bytes) -> bool:
-    """Whether every reply is its sender's own and of a size that is possible."""
+    """Whether every reply is its sender's own, and no larger than the largest message."""
     request = PushMessagesRequest()
     try:
         request.ParseFromString(body)

@@ -1,4 +1,4 @@
-"""The SuperLink behind its gate, and the mailbox that the jobs post to."""
+"""Runs the port: the SuperLink behind its gate, and the mailbox that the jobs post to."""
 
 import gc
 import logging
@@ -18,6 +18,7 @@ from umbel_server.operator.admitted_sites import SiteEntry, load_sites
 from umbel_server.operator.certificates import to_renew
 from umbel_server.operator.config import ServerConfig, carrier_socket
 from umbel_server.port.gate import Gate, server
+from umbel_server.port.mailbox import NodeMailbox
 from umbel_server.port.superlink import SuperLink
 
 _LOOK_SECONDS = 1.0
@@ -28,12 +29,12 @@ _STOPPING_SECONDS = 5.0
 _logger = logging.getLogger("umbel.port")
 
 
-class Admitted:
-    """The sites of sites.json, read again whenever the file changes."""
+class AdmittedSites:
+    """The sites of sites.json; the file is read again when it changes."""
 
-    def __init__(self, path: Path, link: SuperLink) -> None:
+    def __init__(self, path: Path, superlink: SuperLink) -> None:
         self._path = path
-        self._link = link
+        self._superlink = superlink
         self._stamp: tuple[int, int] | None = None
         self._looked = 0.0
         self._lock = threading.Lock()
@@ -41,12 +42,12 @@ class Admitted:
         self._nodes: dict[str, int] = {}
 
     def keys(self) -> dict[str, str]:
-        """Relay public key (PEM) -> site."""
+        """Returns relay public key (PEM) -> site."""
         self._look()
         return self._keys
 
     def node(self, site: str) -> int | None:
-        """A site's node; None if it is not admitted."""
+        """Returns a site's node; None if the site is not admitted."""
         self._look()
         return self._nodes.get(site)
 
@@ -65,7 +66,7 @@ class Admitted:
             try:
                 sites = load_sites(self._path)
             except UmbelError as error:
-                # Better the sites of a moment ago than none.
+                # The list that was read before stays in force.
                 _logger.error("%s", error.diagnostics())
                 return
             self._stamp = stamp
@@ -73,23 +74,23 @@ class Admitted:
 
     def _take(self, sites: dict[str, SiteEntry]) -> None:
         keys = {site.relay_key: site.name for site in sites.values() if not site.revoked}
-        self._nodes = {name: self._link.register(key.encode()) for key, name in keys.items()}
+        self._nodes = {name: self._superlink.register(key.encode()) for key, name in keys.items()}
         self._keys = keys
         _logger.info("admitted: %s", ", ".join(sorted(self._nodes)) or "nobody yet")
 
 
 class Calendar:
-    """Says in the log, once a day, which certificates end soon."""
+    """Writes to the log, once a day, which certificates expire soon."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self._next: datetime | None = None
 
     def look(self, now: datetime) -> None:
-        """Looks, if a day has passed.
+        """Looks at the certificates if a day has passed.
 
         Args:
-            now: with its time zone.
+            now: the time, with its time zone.
         """
         if self._next is not None and now < self._next:
             return
@@ -98,25 +99,25 @@ class Calendar:
             for sentence in to_renew(self._config, now):
                 _logger.warning("%s", sentence)
         except UmbelError as error:
-            # A certificate that is being replaced, or sites.json: serving goes on as it did.
+            # A certificate or sites.json may just be being replaced: the port keeps serving.
             _logger.error("%s", error.diagnostics())
 
 
 class SiteMailbox:
-    """See `carrier.Mailbox`."""
+    """The `Mailbox` of the port: messages to sites, which it posts to their nodes."""
 
-    def __init__(self, link: SuperLink, admitted: Admitted) -> None:
-        self._link = link
+    def __init__(self, nodes: NodeMailbox, admitted: AdmittedSites) -> None:
+        self._nodes = nodes
         self._admitted = admitted
 
     def post(self, site: str, label: str, sealed: Iterator[bytes], seconds: float) -> str | None:
         """See `Mailbox`."""
         node = self._admitted.node(site)
-        return None if node is None else self._link.post(node, label, sealed, seconds)
+        return None if node is None else self._nodes.post(node, label, sealed, seconds)
 
     def collect(self, identifier: str) -> tuple[bool, Iterator[bytes] | None]:
         """See `Mailbox`."""
-        reply = self._link.collect(identifier)
+        reply = self._nodes.collect(identifier)
         return (False, None) if reply is None else (True, reply.pieces)
 
 
@@ -132,23 +133,24 @@ def serve(
         StorageError: the socket to the jobs cannot be opened.
     """
     adopt("flwr")
-    link = SuperLink()
-    admitted = Admitted(Path(config.sites), link)
+    superlink = SuperLink()
+    nodes = NodeMailbox(superlink)
+    admitted = AdmittedSites(Path(config.sites), superlink)
     admitted.keys()
     gate = Gate(
-        link.fleet,
-        admitted.keys,
-        lambda key: link.make_way(key.encode()),
-        lambda reason: _logger.warning("turned away: %s", reason),
+        superlink.fleet,
+        read_admitted=admitted.keys,
+        on_activate=lambda key: nodes.make_way(key.encode()),
+        on_refused=lambda reason: _logger.warning("turned away: %s", reason),
     )
     web = server(gate, context)
     carrier = SocketServer(carrier_socket(config), _CARRIER_MODE, workers=16)
-    carrier.add(CARRIER, methods(SiteMailbox(link, admitted)))
+    carrier.add(CARRIER, methods(SiteMailbox(nodes, admitted)))
     carrier.start()
     thread = threading.Thread(target=web.run, args=([listener],), name="listener")
     thread.start()
     _logger.info("sites reach this server at %s", config.listen.address)
-    # What is there now stays: the collector, which the gate calls often, need not look at it.
+    # The objects of now stay: the garbage collector, which the gate calls often, skips them.
     gc.freeze()
     calendar = Calendar(config)
     try:
@@ -159,4 +161,4 @@ def serve(
         carrier.stop(_STOPPING_SECONDS)
         web.should_exit = True
         thread.join(_STOPPING_SECONDS)
-        link.close()
+        superlink.close()

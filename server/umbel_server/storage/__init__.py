@@ -1,1 +1,3 @@
-"""Journal, queue, registry and backup: on disk before anything is sent. No process, no network."""
+"""Journal, queue, registry and backup: on disk before anything is sent. Nothing here may start a
+process or use a network.
+"""

@@ -1,4 +1,4 @@
-"""The operator's backup: what it holds, and how it comes back."""
+"""The operator's backup: what it contains, and how it is restored."""
 
 import sqlite3
 from contextlib import closing
@@ -12,17 +12,15 @@ from umbel_host.files.backup import Manifest, read_manifest, require_party, unpa
 from umbel_host.files.database import copy_database
 from umbel_host.files.restore import config_of, put_back, vacant, workplace
 from umbel_server.operator.config import ServerConfig, load_config, load_roster
-from umbel_server.storage.job_queue import SCHEMA as QUEUE_SCHEMA
-from umbel_server.storage.job_queue import JobQueue
-from umbel_server.storage.journal import SCHEMA as STORE_SCHEMA
-from umbel_server.storage.journal import Journal
+from umbel_server.storage.job_queue import QUEUE_SCHEMA, JobQueue
+from umbel_server.storage.journal import JOURNAL_SCHEMA, Journal
 
 CONFIG = "server.toml"
 DATABASES = {
-    "state/journal.sqlite": STORE_SCHEMA,
+    "state/journal.sqlite": JOURNAL_SCHEMA,
     "state/queue.sqlite": QUEUE_SCHEMA,
 }
-"""The SuperLink's database is not among them: it is emptied at each start."""
+"""Databases in a backup. The SuperLink's is not among them: it is emptied at each start."""
 _SCHEMAS = {name: schema.version for name, schema in DATABASES.items()}
 
 
@@ -32,11 +30,11 @@ class Restored(msgspec.Struct, frozen=True):
     manifest: Manifest
     state: Path
     stopped: tuple[str, ...]
-    """Jobs that were waiting or under way."""
+    """Jobs that were waiting or running."""
     written: list[Path]
     kept: list[Path]
     missing: list[Path]
-    """Keys that are neither here nor in the backup."""
+    """Keys that are neither on this machine nor in the backup."""
 
 
 def back_up(config: Path, out: Path, *, keys: bool) -> Manifest:
@@ -44,10 +42,10 @@ def back_up(config: Path, out: Path, *, keys: bool) -> Manifest:
 
     Args:
         config: server.toml.
-        keys: whether the private keys go into it.
+        keys: whether it contains the private keys.
 
     Raises:
-        StorageError: something cannot be read or written; nothing is left of the backup.
+        StorageError: a file cannot be read or written; nothing is left of the backup.
     """
     settings = load_config(config)
     state = Path(settings.state)
@@ -64,10 +62,10 @@ def back_up(config: Path, out: Path, *, keys: bool) -> Manifest:
                     "a database cannot be copied; no backup was made", file=path, found=error
                 ) from None
             sources[name] = place / path.name
-        # Of today's schema; and where an operator never had a job, both are there all the same.
+        # Brings both to today's schema, and creates them if the operator never had a job.
         Journal(place / "journal.sqlite").close()
         JobQueue(place / "queue.sqlite").close()
-        # After the journal: it names no adapter that is not in the registry before it.
+        # Copied after the journal, which names no adapter that is not in the registry before it.
         for path in sorted((state / "registry").glob("*/*")):
             if ".partial-" not in path.parent.name:
                 sources[f"state/registry/{path.parent.name}/{path.name}"] = path
@@ -77,19 +75,19 @@ def back_up(config: Path, out: Path, *, keys: bool) -> Manifest:
         return write_backup(out, "umbel-server", party, sources, schemas=_SCHEMAS, keys=keys)
 
 
-def restore(backup: Path, config: Path) -> Restored:
-    """Puts an operator's backup back, all of it or nothing; jobs that were not over are stopped.
+def restore_backup(backup: Path, config: Path) -> Restored:
+    """Restores an operator's backup, all of it or nothing; stops the jobs that were not over.
 
-    What was released since is not in it: the sites know it, and accept no second release of a
-    round. So a person decides which jobs go on.
+    The backup does not contain what was released since. The sites know it, and accept no second
+    release of a round: a person has to decide which jobs to resume.
 
     Args:
-        config: server.toml; where there is none, the backup's is put there.
+        config: server.toml; if it does not exist, the backup's is put there.
 
     Raises:
-        ConfigError: the server.toml that is there is not usable.
-        StorageError: the state folder holds something or is in use, the backup is damaged, of
-            another operator or a later version, or the disk is full. Nothing was changed.
+        ConfigError: the existing server.toml cannot be used.
+        StorageError: the state folder is not empty or is in use; the backup is damaged, of another
+            operator or of a later version; or the disk is full. Nothing was changed.
     """
     manifest = read_manifest(backup, "umbel-server", _SCHEMAS)
     with config_of(backup, manifest, CONFIG, config) as path:
@@ -115,7 +113,7 @@ def restore(backup: Path, config: Path) -> Restored:
 
 
 def _places(settings: ServerConfig) -> dict[str, Path]:
-    """Where files beside the state folder belong, by the names of their parts."""
+    """Returns the name in the backup -> path, for the files outside the state folder."""
     return {
         "roster.json": Path(settings.roster),
         "sites.json": Path(settings.sites),

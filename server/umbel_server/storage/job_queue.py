@@ -1,7 +1,7 @@
-"""What the operator wants done, and how far it is: jobs in one SQLite file.
+"""The operator's jobs and their progress, in one SQLite file.
 
-The commands write here what is wanted, and the running server reads it, does it, and writes how far
-it is. Neither needs to reach the other: a command works while the server is down.
+The commands write here what the operator wants; the running server reads it, does it, and writes
+its progress. Neither needs to reach the other: a command works while the server is down.
 """
 
 import time
@@ -24,30 +24,30 @@ CREATE TABLE jobs (
     detail TEXT NOT NULL DEFAULT '', changed REAL NOT NULL
 ) STRICT;
 """
-SCHEMA = Schema("job queue", _TABLES)
+QUEUE_SCHEMA = Schema("job queue", _TABLES)
 
 
 class JobState(Enum):
-    """How a job stands."""
+    """The state of a job."""
 
     WAITING = "waiting"
-    """Its turn comes when the jobs before it are over."""
+    """It starts when the jobs before it are over."""
     RUNNING = "running"
-    """Under way, or about to go on if the server was restarted."""
+    """It runs now, or is about to resume after a restart of the server."""
     STOPPED = "stopped"
-    """By the operator; what it released stays, and it can be resumed."""
+    """The operator stopped it. Its releases stay, and it can be resumed."""
     FAILED = "failed"
-    """Too few sites, or too many failed attempts: it can be resumed."""
+    """Too few sites took part, or too many attempts failed. It can be resumed."""
     FINISHED = "finished"
 
 
 class QueuedJob(msgspec.Struct, frozen=True):
-    """One job."""
+    """One row of the queue."""
 
     job: str
     plan: Signed
     roster: str | None
-    """The roster that it began with, as a roster file; None before it began."""
+    """The roster that the job started with, as a roster file; None before its start."""
     state: JobState
     stop: bool
     """Whether the operator wants it stopped."""
@@ -55,11 +55,11 @@ class QueuedJob(msgspec.Struct, frozen=True):
     attempt: int
     stage: str
     answered: tuple[str, ...]
-    """Sites that answered the stage so far."""
+    """Sites that have answered the current stage."""
     detail: str
-    """Why it failed, for people."""
+    """Why it failed or waits, for people."""
     changed: float
-    """Seconds since 1970."""
+    """Time of the last change, seconds since 1970."""
 
 
 class JobQueue:
@@ -71,14 +71,14 @@ class JobQueue:
         Raises:
             StorageError: it is corrupt, of a later schema version, or cannot be written.
         """
-        self._database = Database(path, SCHEMA)
+        self._database = Database(path, QUEUE_SCHEMA)
 
     def close(self) -> None:
         """Closes the file."""
         self._database.close()
 
     def add(self, job: str, plan: Signed) -> None:
-        """Queues a job behind all others.
+        """Adds a job at the end of the queue.
 
         Raises:
             RunExists: a job of this name exists.
@@ -97,7 +97,7 @@ class JobQueue:
             )
 
     def jobs(self) -> list[QueuedJob]:
-        """Every job, in the order in which they were added."""
+        """All jobs, in the order in which they were added."""
         with self._database.errors():
             rows = self._database.execute(f"{_SELECT} ORDER BY position").fetchall()
             return [_queued(row) for row in rows]
@@ -106,7 +106,7 @@ class JobQueue:
         """One job.
 
         Raises:
-            JobUnknown: there is none of this name.
+            JobUnknown: no job has this name.
         """
         with self._database.errors():
             row = self._row(name)
@@ -117,10 +117,11 @@ class JobQueue:
             )
         return _queued(row)
 
-    def next(self) -> QueuedJob | None:
-        """The job to work on: one that was under way, else the one that waits longest.
+    def next_job(self) -> QueuedJob | None:
+        """The job to run: one that was running, else the one that has waited longest.
 
-        Who had to wait for people goes to the end: a plan that nobody approves holds nobody up.
+        A job that had to wait for people goes to the end of the queue: a plan that nobody approves
+        does not delay the other jobs.
         """
         jobs = self.jobs()
         running = [job for job in jobs if job.state is JobState.RUNNING]
@@ -128,10 +129,10 @@ class JobQueue:
         return next(iter(running), None) or min(waiting, key=lambda job: job.changed, default=None)
 
     def ask_to_stop(self, name: str) -> QueuedJob:
-        """Wants a job stopped; one that only waits is stopped at once.
+        """Asks the server to stop a job; a waiting job is stopped at once.
 
         Raises:
-            JobUnknown: there is none of this name.
+            JobUnknown: no job has this name.
         """
         job = self.job(name)
         if job.state is JobState.RUNNING:
@@ -141,10 +142,10 @@ class JobQueue:
         return self.job(name)
 
     def resume(self, name: str) -> QueuedJob:
-        """Wants a stopped or failed job to go on.
+        """Puts a stopped or failed job back into the queue, to be resumed.
 
         Raises:
-            JobUnknown: there is none of this name.
+            JobUnknown: no job has this name.
         """
         job = self.job(name)
         if job.state in (JobState.STOPPED, JobState.FAILED):
@@ -154,30 +155,34 @@ class JobQueue:
         return self.job(name)
 
     def keep_roster(self, name: str, roster: str) -> None:
-        """Ties a job to the roster that it begins with."""
+        """Records the roster that a job starts with."""
         self._update(name, roster=roster)
 
     def set_state(self, name: str, state: JobState, detail: str = "") -> None:
-        """How a job stands from now on."""
+        """Sets the state of a job."""
         self._update(name, state=state.value, detail=detail, stop=0)
 
     def set_progress(
         self, name: str, *, round_number: int, attempt: int, stage: str, answered: tuple[str, ...]
     ) -> None:
-        """Where a running job is."""
+        """Sets the progress of a running job."""
         self._update(
             name, round=round_number, attempt=attempt, stage=stage, answered=" ".join(answered)
         )
 
     def stop_all(self, detail: str) -> tuple[str, ...]:
-        """Stops whatever waits or runs, with a reason; returns their names."""
+        """Stops all waiting and running jobs; returns their names.
+
+        Args:
+            detail: the reason.
+        """
         jobs = self.jobs()
         names = tuple(job.job for job in jobs if job.state in (JobState.RUNNING, JobState.WAITING))
         for name in names:
             self.set_state(name, JobState.STOPPED, detail)
         return names
 
-    def stop_wanted(self, name: str) -> bool:
+    def is_stop_wanted(self, name: str) -> bool:
         """Whether the operator wants a job stopped."""
         return self.job(name).stop
 

@@ -1,8 +1,9 @@
-"""The operator's round journal in SQLite: what was promised is on disk before it is sent.
+"""The operator's round journal in SQLite: a statement is on disk before it is sent.
 
-An attempt is recorded before its header leaves, so an attempt number is never used twice; a release
-is recorded together with its transcript entry and the figures that it depended on. After a crash
-the job goes on behind the last release that is recorded here.
+An attempt is recorded before its header is sent, so an attempt number is never used twice. A
+release is recorded together with its transcript entry and the figures that it depended on: all of
+it or nothing. After a crash the job resumes after the last release that is recorded here. No
+attempt, release or transcript entry may ever be changed or deleted.
 """
 
 from pathlib import Path
@@ -26,7 +27,7 @@ CREATE TABLE evaluations (
     PRIMARY KEY (job, round)
 ) STRICT;
 """
-# All jobs of before ended with the last round of their plans.
+# Jobs of the former version always ended with the last round of their plans.
 _FINAL_ROUNDS = """
 ALTER TABLE jobs ADD COLUMN final_round INTEGER;
 UPDATE jobs SET final_round = (SELECT MAX(round) FROM releases WHERE releases.job = jobs.job)
@@ -51,14 +52,14 @@ CREATE TABLE transcript (
 ) STRICT;
 """
 
-# What sites advertised before is not known: they are shown it from their next attempt on.
-SCHEMA = Schema(
+# Adverts of the former version are not known: sites are shown theirs from their next attempt on.
+JOURNAL_SCHEMA = Schema(
     "round journal", _TABLES + _ADVERTS + _EVALUATIONS, (_ADVERTS + _EVALUATIONS + _FINAL_ROUNDS,)
 )
 
 
 class Evaluated(msgspec.Struct, frozen=True):
-    """What was found of one round's adapter on public records."""
+    """The evaluation of one round's adapter on public records."""
 
     round: int
     evaluation: Evaluation
@@ -81,7 +82,7 @@ class Journal:
             StorageError: it is corrupt, of a later schema version, or cannot be written.
         """
         self._path = path
-        self._database = Database(path, SCHEMA)
+        self._database = Database(path, JOURNAL_SCHEMA)
 
     def close(self) -> None:
         """Closes the file."""
@@ -123,8 +124,8 @@ class Journal:
             ).fetchone()
         return int(row[0])
 
-    def open_attempt(self, job: str, round_number: int, attempt: int, header: Signed) -> None:
-        """Burns an attempt number, before its header is sent."""
+    def record_attempt(self, job: str, round_number: int, attempt: int, header: Signed) -> None:
+        """Records an attempt before its header is sent; its number is used up."""
         with self._database.transaction():
             self._execute(
                 "INSERT INTO attempts (job, round, attempt, header) VALUES (?, ?, ?, ?)",
@@ -135,7 +136,7 @@ class Journal:
             )
 
     def keep_advert(self, site: str, header: Signed, advert: Signed) -> None:
-        """Keeps what a site signed last, in whatever job, to show it to the site again."""
+        """Records the last advert of a site, of any job, to show it to the site again."""
         with self._database.transaction():
             self._execute(
                 "INSERT INTO adverts VALUES (?, ?, ?) ON CONFLICT (site) DO UPDATE"
@@ -146,7 +147,7 @@ class Journal:
             )
 
     def last_adverts(self) -> dict[str, LastAdvert]:
-        """What each site signed last, by its name."""
+        """Site -> its last advert."""
         with self._database.errors():
             rows = self._database.execute("SELECT site, header, advert FROM adverts").fetchall()
             return {
@@ -156,8 +157,8 @@ class Journal:
                 for site, header, advert in rows
             }
 
-    def record(self, operator: Identity, job: str, event: TranscriptEvent) -> None:
-        """Appends to the job's transcript."""
+    def record_event(self, operator: Identity, job: str, event: TranscriptEvent) -> None:
+        """Appends an event to the job's transcript."""
         with self._database.transaction():
             self._append(operator, job, event)
 
@@ -173,8 +174,8 @@ class Journal:
         evaluation: Evaluation | None = None,
         gate: GateResult | None = None,
     ) -> None:
-        """Records a release with its transcript entry, and with what the release gate found: all
-        of it or nothing."""
+        """Records a release with its transcript entry and the release gate's result: all of it or
+        nothing."""
         with self._database.transaction():
             self._insert_release(job, round_number, adapter, release)
             self._append(operator, job, event)
@@ -182,7 +183,7 @@ class Journal:
                 self._insert_evaluation(job, round_number, evaluation, gate)
 
     def record_evaluation(self, job: str, round_number: int, evaluation: Evaluation) -> None:
-        """Records what was found of an adapter that is released already."""
+        """Records the evaluation of an adapter that is already released."""
         with self._database.transaction():
             self._insert_evaluation(job, round_number, evaluation, None)
 
@@ -198,7 +199,7 @@ class Journal:
         """Round, adapter digest and signed release of the latest release.
 
         Raises:
-            StorageError: the job has none.
+            StorageError: the job has no release.
         """
         with self._database.errors():
             row = self._database.execute(
@@ -211,17 +212,17 @@ class Journal:
             return row[0], row[1], decode_canonical(row[2], Signed)
 
     def jobs(self) -> list[str]:
-        """Every job that was ever started, in the order of their start."""
+        """All jobs that were ever started, in the order of their start."""
         with self._database.errors():
             rows = self._database.execute("SELECT job FROM jobs ORDER BY rowid").fetchall()
             return [row[0] for row in rows]
 
     def releases(self, job: str) -> list[Signed]:
-        """Every signed release of the job, in order."""
+        """All signed releases of the job, in order."""
         return self._all("SELECT release FROM releases WHERE job = ? ORDER BY round", job)
 
     def evaluations(self, job: str) -> list[Evaluated]:
-        """What was found of the job's adapters, in the order of the rounds."""
+        """The evaluations of the job's adapters, in the order of the rounds."""
         with self._database.errors():
             rows = self._database.execute(
                 "SELECT round, evaluation, gate FROM evaluations WHERE job = ? ORDER BY round",
@@ -237,11 +238,11 @@ class Journal:
             ]
 
     def headers(self, job: str) -> list[Signed]:
-        """Every signed header of the job, in order."""
+        """All signed headers of the job, in order."""
         return self._all("SELECT header FROM attempts WHERE job = ? ORDER BY round, attempt", job)
 
     def transcript(self, job: str) -> list[Signed]:
-        """Every entry of the job's transcript, in order."""
+        """All entries of the job's transcript, in order."""
         return self._all("SELECT entry FROM transcript WHERE job = ? ORDER BY position", job)
 
     def _append(self, operator: Identity, job: str, event: TranscriptEvent) -> None:

@@ -1,7 +1,7 @@
 """Global adapters on disk: PEFT folders addressed by content; their releases are in the journal.
 
-A folder appears complete or not at all: it is written under another name, synced, then renamed.
-What is read is checked against the digest that names it.
+A folder appears complete or not at all: it is written under another name, synced, then renamed. An
+adapter that is read is checked against the digest that names it. No folder is ever changed.
 """
 
 import os
@@ -19,21 +19,21 @@ class Registry:
     """The releases of an aggregation server."""
 
     def __init__(self, root: Path) -> None:
-        """`root` is made if it is missing."""
+        """Creates `root` if it is missing."""
         root.mkdir(parents=True, exist_ok=True)
         self._root = root
 
     def folder(self, digest: bytes) -> Path:
-        """Where the adapter of that digest is, or would be."""
+        """The path of the folder with the adapter of a digest; it may not exist."""
         return self._root / digest.hex()
 
     def publish(self, plan: TrainingPlan, vector: Vector) -> bytes:
         """Stores an adapter; returns its digest.
 
-        Publishing again what is there already changes nothing.
+        Storing an adapter again changes nothing.
 
         Raises:
-            StorageError: the disk does not take it; nothing half-written is left.
+            StorageError: it cannot be written; nothing half-written is left.
         """
         digest = adapter_digest(plan.digest(), vector)
         target = self.folder(digest)
@@ -61,16 +61,16 @@ class Registry:
         return digest
 
     def load(self, plan: TrainingPlan, digest: bytes) -> Vector:
-        """The vector of a stored adapter, float32[plan.lora.size], which belongs to the caller.
+        """Reads a stored adapter, float32[plan.lora.size]; the caller may change the vector.
 
         Raises:
-            StorageError: it is missing, or is not what its digest says.
+            StorageError: it is missing, or does not match its digest.
         """
         folder = self.folder(digest)
         vector = read_vector(folder, plan)
         if adapter_digest(plan.digest(), vector) != digest:
             raise StorageError(
-                "a stored adapter is not what its digest says",
+                "a stored adapter does not match its digest",
                 file=folder,
                 remedy="restore the folder from a backup; the digest is its name",
             )

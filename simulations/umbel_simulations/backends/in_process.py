@@ -164,7 +164,7 @@ class Federation:
                 plan,
                 self.roster(),
                 operator,
-                store=store,
+                journal=store,
                 registry=registry,
                 link=GridLink(grid, nodes, poll_seconds=POLL_SECONDS),
                 observer=observer,

@@ -147,7 +147,7 @@ class ServerObserver:
         self._sites = sites
         self._score_adapter = score_adapter
 
-    def answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
+    def on_answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
         """See `Observer`."""
         self._recorder.emit(
             events.SiteStage(
@@ -164,10 +164,10 @@ class ServerObserver:
             )
         )
 
-    def strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
+    def on_strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
         """See `Observer`. No message goes astray in one process."""
 
-    def aborted(self, round_number: int, attempt: int, check: str) -> None:
+    def on_aborted(self, round_number: int, attempt: int, check: str) -> None:
         """See `Observer`."""
         self._recorder.emit(
             events.AttemptAborted(
@@ -175,7 +175,7 @@ class ServerObserver:
             )
         )
 
-    def disputed(
+    def on_disputed(
         self, round_number: int, attempt: int, wrong_shares: tuple[WrongShare, ...]
     ) -> None:
         """See `Observer`."""
@@ -188,19 +188,21 @@ class ServerObserver:
             )
         )
 
-    def counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
+    def on_counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
         """See `Observer`. No scenario has a federated evaluation."""
 
-    def evaluated(self, round_number: int, evaluation: Evaluation, gate: GateResult | None) -> None:
-        """See `Observer`. Here the judge scores each release; no plan has a release gate."""
+    def on_evaluated(
+        self, round_number: int, evaluation: Evaluation, gate: GateResult | None
+    ) -> None:
+        """See `Observer`. Here the judge scores each release, and no plan has a release gate."""
 
-    def unevaluated(self, round_number: int, error: UmbelError) -> None:
+    def on_unevaluated(self, round_number: int, error: UmbelError) -> None:
         """See `Observer`."""
 
-    def ends_early(self, round_number: int, final: int) -> None:
+    def on_early_end(self, round_number: int, final: int) -> None:
         """See `Observer`."""
 
-    def released(self, release: Release, adapter: Vector) -> None:
+    def on_released(self, release: Release, adapter: Vector) -> None:
         """See `Observer`."""
         self._recorder.emit(
             events.RoundReleased(

@@ -13,12 +13,12 @@ from support.enrolling import Enrolling, give_command, read_kit
 from typer.testing import CliRunner
 
 import umbel_server.cli
+import umbel_server.cli.sites
+import umbel_server.operator.files
 from umbel_common.errors import IdentityError, StorageError
-from umbel_common.trust.enrolment import request_to_json, sign_request
+from umbel_common.trust.enrolment import check_request, request_to_json, sign_request
 from umbel_common.trust.identity import Identity, fingerprint
 from umbel_host.processes.supervisor import Command
-from umbel_server.cli import sites as sites_cli
-from umbel_server.operator import files as operator_files
 from umbel_server.operator.admitted_sites import load_sites, save_sites
 from umbel_server.operator.authority import AUTHORITY_DAYS, certificate_pem, new_key
 from umbel_server.operator.certificates import to_renew
@@ -64,7 +64,7 @@ def test_init_may_use_a_folder_that_is_there_and_empty(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("ours")
     words = ("init", "--federation", "c", "--address", "h:1", "--folder", "full")
-    with pytest.raises(StorageError, match="nothing is written over"):
+    with pytest.raises(StorageError, match="nothing is overwritten"):
         give_command(umbel_server.cli.app, tmp_path, *words)
     assert os.listdir(tmp_path / "full") == ["notes"]
 
@@ -123,7 +123,7 @@ def test_an_addition_that_fails_leaves_no_kit_and_can_be_given_again(
         raise StorageError("the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(sites_cli, fails, full)
+        patched.setattr(umbel_server.cli.sites, fails, full)
         with pytest.raises(StorageError, match="full"):
             clinics.add("south")
     assert not (clinics.folder / "south.kit.json").exists()
@@ -135,14 +135,14 @@ def test_an_addition_that_fails_leaves_no_kit_and_can_be_given_again(
 def test_what_another_command_added_while_people_compared_is_kept(
     clinics: Enrolling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compare = sites_cli._confirm
+    compare = umbel_server.cli.sites._check_fingerprint
 
     def slowly(*arguments: object) -> None:
-        monkeypatch.setattr(sites_cli, "_confirm", compare)
+        monkeypatch.setattr(umbel_server.cli.sites, "_check_fingerprint", compare)
         clinics.add("south")
 
     clinics.ask("west")
-    monkeypatch.setattr(sites_cli, "_confirm", slowly)
+    monkeypatch.setattr(umbel_server.cli.sites, "_check_fingerprint", slowly)
     clinics.add("west")
     names = {member.name for member in clinics.roster().roster.members}
     assert names == set(load_sites(clinics.operator / "sites.json"))
@@ -176,7 +176,7 @@ def test_a_relay_key_is_one_sites_only(clinics: Enrolling, monkeypatch: pytest.M
     with pytest.raises(IdentityError, match="relay key is another site's"):
         clinics.add("twin-b", requests[1])
     assert clinics.files() == before
-    monkeypatch.setattr(sites_cli, "_check_relay_key", lambda *_: None)
+    monkeypatch.setattr(umbel_server.cli.sites, "_check_relay_key", lambda *_: None)
     clinics.add("twin-b", requests[1])
 
 
@@ -201,7 +201,7 @@ def aged(clinics: Enrolling, site: str, days: int) -> None:
     known = load_sites(path)
     key = clinics.request(site)
     authority = load_authority(settings(clinics))
-    public = sites_cli.check_request(key, "file")
+    public = check_request(key, "file")
     certificate = authority.site(site, public, datetime.now(UTC) - timedelta(days=days))
     pem = certificate_pem(certificate).decode()
     save_sites(path, {**known, site: msgspec.structs.replace(known[site], certificate=pem)})
@@ -291,7 +291,7 @@ def test_a_revoked_identity_does_not_come_back_after_it_left(clinics: Enrolling)
 def test_a_site_whose_identity_was_lost_comes_back_under_its_name(clinics: Enrolling) -> None:
     folder = clinics.folder / "east"
     stolen = clinics.request("east").request
-    with pytest.raises(IdentityError, match="there already"):
+    with pytest.raises(IdentityError, match="already in the roster"):
         clinics.add("east", out="again.json")
     clinics.server("sites", "revoke", "east", "--out", "../revocation.json")
     with pytest.raises(IdentityError, match="is revoked"):
@@ -322,7 +322,7 @@ def test_a_revocation_that_was_cut_short_is_finished_by_the_same_command(
 
     words = ("sites", "revoke", "east", "--out")
     with monkeypatch.context() as patched:
-        patched.setattr(sites_cli, "save_roster", killed)
+        patched.setattr(umbel_server.cli.sites, "save_roster", killed)
         with pytest.raises(AssertionError):
             clinics.server(*words, "../one.json")
     # The port was told first.
@@ -342,7 +342,7 @@ def test_a_renewal_is_for_the_same_identity_only(
     words = ("sites", "renew", str(thief), "--out", "../renewed.json")
     unchanged(clinics, IdentityError, "of this name and identity", *words)
     former = load_sites(clinics.operator / "sites.json")["east"]
-    monkeypatch.setattr(sites_cli, "_check_renewal", lambda *_: None)
+    monkeypatch.setattr(umbel_server.cli.sites, "_check_renewal", lambda *_: None)
     clinics.server(*words)
     assert load_sites(clinics.operator / "sites.json")["east"].relay_key != former.relay_key
 
@@ -393,7 +393,7 @@ def test_an_operators_folder_is_made_whole_or_not_at_all(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(operator_files, "create", full)
+    monkeypatch.setattr(umbel_server.operator.files, "create", full)
     with pytest.raises(StorageError, match="cannot be written"):
         Enrolling(tmp_path)
     assert list(tmp_path.iterdir()) == []

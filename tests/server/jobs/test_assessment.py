@@ -55,7 +55,7 @@ class Scripted:
 
 
 def adapters(setting: Any) -> list[bytes]:
-    job = verify_transcript(setting.store.transcript("job"), setting.roster)
+    job = verify_transcript(setting.journal.transcript("job"), setting.roster)
     return [release.adapter for release in job.releases]
 
 
@@ -63,7 +63,7 @@ def test_an_adapter_within_the_bound_is_released(make_setting: MakeSetting) -> N
     setting = make_setting(3, **GATED)
     setting.job(evaluator=Scripted(1.0, 1.1, 1.2, 0.5)).run()
     assert len(set(adapters(setting))) == 4
-    assert [one.held_back for one in setting.store.evaluations("job")] == [False] * 4
+    assert [one.held_back for one in setting.journal.evaluations("job")] == [False] * 4
 
 
 def test_a_round_past_the_bound_releases_its_predecessor_and_sites_go_on_from_it(
@@ -77,7 +77,7 @@ def test_a_round_past_the_bound_releases_its_predecessor_and_sites_go_on_from_it
     assert len({first, second, last}) == 3
     assert final.adapter == last
     # The third round is compared with the first one's loss, and starts from its adapter.
-    held = [one for one in setting.store.evaluations("job") if one.held_back]
+    held = [one for one in setting.journal.evaluations("job") if one.held_back]
     assert [(one.round, str(one.gate)) for one in held] == [
         (2, "mean-loss 5 after 0.9, at most 0.1 more")
     ]
@@ -85,7 +85,7 @@ def test_a_round_past_the_bound_releases_its_predecessor_and_sites_go_on_from_it
         started = [bytes(r.adapter) for r in site.requests if isinstance(r, TrainRequest)]
         assert started[1] == started[2] != started[0]
     np.testing.assert_array_equal(evaluator.seen[3][1], evaluator.seen[1][0])
-    job = verify_transcript(setting.store.transcript("job"), setting.roster)
+    job = verify_transcript(setting.journal.transcript("job"), setting.roster)
     assert job.held_back == (2,)
     # Its adapter is in nobody's hands: not in the registry either.
     assert len(list((setting.folder / "registry").iterdir())) == 3
@@ -94,7 +94,12 @@ def test_a_round_past_the_bound_releases_its_predecessor_and_sites_go_on_from_it
 def test_an_adapter_whose_loss_is_no_number_is_held_back(make_setting: MakeSetting) -> None:
     setting = make_setting(3, **GATED)
     setting.job(evaluator=Scripted(1.0, None, None, 1.0)).run()
-    assert [one.held_back for one in setting.store.evaluations("job")] == [False, True, True, False]
+    assert [one.held_back for one in setting.journal.evaluations("job")] == [
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_without_a_gate_the_worst_adapter_is_released(make_setting: MakeSetting) -> None:
@@ -109,7 +114,7 @@ def test_a_gated_plan_does_not_start_without_an_evaluator(make_setting: MakeSett
     with pytest.raises(ConfigError, match="does not evaluate"):
         setting.job().run()
     assert setting.link.steps == []
-    assert setting.store.jobs() == []
+    assert setting.journal.jobs() == []
 
 
 def test_a_gated_plan_does_not_start_if_its_holdout_cannot_be_had(
@@ -124,7 +129,7 @@ def test_a_gated_plan_does_not_start_if_its_holdout_cannot_be_had(
     monkeypatch.setattr(evaluator, "check", check)
     with pytest.raises(DataError):
         setting.job(evaluator=evaluator).run()
-    assert setting.store.jobs() == []
+    assert setting.journal.jobs() == []
 
 
 CRASH = UmbelError("the evaluation of an adapter failed", found="signal 9")
@@ -138,8 +143,8 @@ def test_a_failed_evaluation_stops_a_gated_job_which_resumes_there(
     losses: list[Loss | Exception] = [1.0, 0.9, 0.8, 0.7]
     with pytest.raises(JobFailed, match="signal 9"):
         setting.job(evaluator=Scripted(*losses[:at], CRASH)).run()
-    assert len(setting.store.releases("job")) == max(at, 1)
-    assert len(setting.store.evaluations("job")) == at
+    assert len(setting.journal.releases("job")) == max(at, 1)
+    assert len(setting.journal.evaluations("job")) == at
     setting.link.steps.clear()
     assert setting.job(evaluator=Scripted(*losses[at:])).run().round == 3
     trained = [step.round for step in setting.link.steps if step.stage == "train"]
@@ -152,7 +157,7 @@ def test_a_failed_evaluation_costs_a_job_without_a_gate_its_figures_only(
 ) -> None:
     setting = make_setting(3, aggregation=THREE)
     setting.job(evaluator=Scripted(CRASH, 1.0, CRASH, 1.0)).run()
-    assert [one.round for one in setting.store.evaluations("job")] == [1, 3]
+    assert [one.round for one in setting.journal.evaluations("job")] == [1, 3]
     assert [number for number, _ in setting.observer.unevaluated_rounds] == [0, 2]
 
 
@@ -161,7 +166,7 @@ def test_a_job_ends_early_with_the_best_adapter(make_setting: MakeSetting) -> No
     final = setting.job(evaluator=Scripted(1.0, 0.7, 0.8, 0.6, 0.61, 0.65, stop_after=2)).run()
     assert final.round == 3
     assert setting.observer.early_ends == [(5, 3)]
-    job = verify_transcript(setting.store.transcript("job"), setting.roster)
+    job = verify_transcript(setting.journal.transcript("job"), setting.roster)
     assert (job.final_round, len(job.releases)) == (3, 6)
     assert job.delivered == tuple(sorted(setting.sites))
     for site in setting.sites.values():
@@ -210,13 +215,13 @@ def test_a_job_that_was_stopped_before_its_early_end_ends_when_it_is_resumed(
     np.testing.assert_array_equal(
         setting.registry.load(setting.plan, final.adapter), initial_vector(setting.plan)
     )
-    assert verify_transcript(setting.store.transcript("job"), setting.roster).final_round == 0
+    assert verify_transcript(setting.journal.transcript("job"), setting.roster).final_round == 0
 
 
 def test_the_journal_keeps_what_was_found(make_setting: MakeSetting) -> None:
     setting = make_setting(3, **GATED)
     setting.job(evaluator=Scripted(1.0, 0.9, 5.0, None)).run()
-    found = setting.store.evaluations("job")
+    found = setting.journal.evaluations("job")
     assert [one.evaluation.mean_loss for one in found] == [1.0, 0.9, 5.0, None]
     assert [number for number, _, _ in setting.observer.evaluations] == [0, 1, 2, 3]
     assert msgspec.structs.replace(found[1].gate, before=1.0) == found[1].gate

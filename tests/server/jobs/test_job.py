@@ -50,7 +50,7 @@ def test_a_job_releases_the_mean_of_all_deltas_round_after_round(make_setting: M
 def test_its_transcript_verifies_and_ends_with_the_release(make_setting: MakeSetting) -> None:
     setting = make_setting(3, aggregation=THREE)
     release = setting.job().run()
-    job = verify_transcript(setting.store.transcript("job"), setting.roster)
+    job = verify_transcript(setting.journal.transcript("job"), setting.roster)
     assert job.releases[-1] == release
     assert job.delivered == tuple(sorted(setting.sites))
     assert job.aborted_attempts == 0
@@ -83,7 +83,7 @@ def test_an_attempt_with_too_few_sites_is_aborted_and_tried_again(
     release = setting.job().run()
     assert setting.observer.aborts == [(1, 1, "too-few-vectors")]
     assert release.round == 3
-    job = verify_transcript(setting.store.transcript("job"), setting.roster)
+    job = verify_transcript(setting.journal.transcript("job"), setting.roster)
     assert job.aborted_attempts == 1
     assert job.releases[1].attempt == 2
 
@@ -123,7 +123,7 @@ def test_a_crash_in_mid_round_costs_an_attempt_number_and_nothing_else(
     expected = expected_adapter(setting, [sorted(setting.sites)] * 3)
     assert np.abs(adapter - expected).max() < 1e-5
     assert [r.attempt for r in setting.observer.releases] == [1, 2, 1]
-    verify_transcript(setting.store.transcript("job"), setting.roster)
+    verify_transcript(setting.journal.transcript("job"), setting.roster)
 
 
 def test_a_finished_job_is_not_run_again(make_setting: MakeSetting) -> None:
@@ -277,5 +277,5 @@ def test_counts_of_the_sites_are_summed_beside_the_adapter(make_setting: MakeSet
     adapter = setting.registry.load(setting.plan, release.adapter)
     expected = expected_adapter(setting, [sorted(setting.sites)] * 3)
     assert np.abs(adapter - expected).max() < 1e-5
-    job = verify_transcript(setting.store.transcript("job"), setting.roster)
+    job = verify_transcript(setting.journal.transcript("job"), setting.roster)
     assert job.releases[-1] == release

@@ -92,10 +92,10 @@ def check_releases(setting: Any, job: Any) -> None:
     assert job.releases[0].adapter == adapter_digest(setting.plan.digest(), vector)
     headers = {
         (header.round, header.attempt): header
-        for signed in setting.store.headers("job")
+        for signed in setting.journal.headers("job")
         for header in [open_signed(signed, RoundHeader, setting.roster.operator)]
     }
-    assert len(headers) == len(setting.store.headers("job"))
+    assert len(headers) == len(setting.journal.headers("job"))
     for release in job.releases[1:]:
         key = (release.round, release.attempt)
         vectors = [setting.sites[site].vectors[key] for site in release.survivors]
@@ -120,8 +120,8 @@ def run_until_finished(setting: Any, seed: int, rate: float, crashes: float) -> 
         except (Crash, JobFailed) as error:
             event(type(error).__name__)
             # A new process opens the journal again.
-            setting.store.close()
-            setting.store = type(setting.store)(setting.folder / "journal.sqlite")
+            setting.journal.close()
+            setting.journal = type(setting.journal)(setting.folder / "journal.sqlite")
         else:
             return
     raise AssertionError("a job did not finish although nothing went wrong any more")
@@ -143,11 +143,11 @@ def test_a_job_over_a_bad_network_releases_exact_aggregates_and_finishes(
     with tempfile.TemporaryDirectory() as folder:
         setting = make_setting(size, folder=Path(folder), aggregation=THREE)
         run_until_finished(setting, seed, rate, crashes)
-        job = verify_transcript(setting.store.transcript("job"), setting.roster)
+        job = verify_transcript(setting.journal.transcript("job"), setting.roster)
         assert [release.round for release in job.releases] == [0, 1, 2, 3]
         check_releases(setting, job)
         event(f"{min(job.aborted_attempts, 3)} attempts aborted")
-        setting.store.close()
+        setting.journal.close()
 
 
 def garble(reply: Any) -> Any:
@@ -179,7 +179,7 @@ def test_a_site_that_reveals_wrong_shares_costs_no_attempt(make_setting: MakeSet
     make_liar(setting, "site-00", lie_about_shares)
     setting.job().run()
     assert setting.observer.aborts == []
-    check_releases(setting, verify_transcript(setting.store.transcript("job"), setting.roster))
+    check_releases(setting, verify_transcript(setting.journal.transcript("job"), setting.roster))
 
 
 def test_a_site_whose_secret_is_lost_is_left_out_of_the_rounds_next_attempt(
@@ -233,7 +233,7 @@ def refusals_in(setting: Any) -> list[Any]:
     """What the transcript says of each aborted attempt."""
     entries = [
         open_signed(signed, Entry, setting.roster.operator).event
-        for signed in setting.store.transcript("job")
+        for signed in setting.journal.transcript("job")
     ]
     return [entry.refusals for entry in entries if isinstance(entry, AttemptAborted)]
 
@@ -258,28 +258,28 @@ def test_a_message_in_another_sites_name_takes_no_site_into_the_sum(
     setting.job().run()
     for release in setting.observer.releases:
         assert release.survivors == ("site-00", "site-02", "site-03")
-    check_releases(setting, verify_transcript(setting.store.transcript("job"), setting.roster))
+    check_releases(setting, verify_transcript(setting.journal.transcript("job"), setting.roster))
 
 
-@pytest.mark.parametrize("step", ["open_attempt", "record_release", "finish_job"])
+@pytest.mark.parametrize("step", ["record_attempt", "record_release", "finish_job"])
 @pytest.mark.parametrize("done", [False, True], ids=["before it", "after it"])
 def test_a_crash_at_a_step_of_the_journal_is_made_good_by_the_next_start(
     make_setting: MakeSetting, step: str, done: bool
 ) -> None:
     setting = make_setting(3, aggregation=THREE)
-    kept = getattr(setting.store, step)
+    kept = getattr(setting.journal, step)
 
     def crash(*arguments: object, **named: object) -> None:
         if done:
             kept(*arguments, **named)
         raise Crash
 
-    setattr(setting.store, step, crash)
+    setattr(setting.journal, step, crash)
     with pytest.raises(Crash):
         setting.job().run()
-    delattr(setting.store, step)
+    delattr(setting.journal, step)
     release = setting.job().run()
-    job = verify_transcript(setting.store.transcript("job"), setting.roster)
+    job = verify_transcript(setting.journal.transcript("job"), setting.roster)
     assert job.releases[-1] == release
     assert [r.round for r in job.releases] == [0, 1, 2, 3]
     assert job.delivered == tuple(sorted(setting.sites))

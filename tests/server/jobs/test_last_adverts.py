@@ -50,8 +50,8 @@ def test_an_advert_of_an_attempt_that_failed_is_shown_too_also_after_a_restart(
     with pytest.raises(JobFailed):
         setting.job(attempts=1).run()
     setting.link.lost = lambda step, site: False
-    setting.store.close()
-    setting.store = Journal(setting.folder / "journal.sqlite")
+    setting.journal.close()
+    setting.journal = Journal(setting.folder / "journal.sqlite")
     setting.job().run()
     for site in setting.sites:
         assert shown(setting, site) == [None, 1, 1, 2]
@@ -82,8 +82,8 @@ def test_a_reply_that_breaks_a_rule_is_not_kept(make_setting: MakeSetting) -> No
 
     liar.answer = answer
     setting.job().run()
-    with closing(Journal(setting.folder / "journal.sqlite")) as store:
-        assert set(store.last_adverts()) == {"site-00", "site-02", "site-03"}
+    with closing(Journal(setting.folder / "journal.sqlite")) as journal:
+        assert set(journal.last_adverts()) == {"site-00", "site-02", "site-03"}
 
 
 def _signed_by(identity: Any, advert: Any) -> Any:

@@ -44,7 +44,7 @@ def test_a_site_of_another_version_is_named_in_the_log_and_sits_the_job_out(
         setting.observer = ProgressObserver(queue, "job")
         with caplog.at_level(logging.ERROR, logger="umbel.rounds"):
             assert setting.job().run().survivors == ("site-00", "site-02")
-    line = f"no work with site-01: site-01 speaks wire version {version}, this side speaks"
+    line = f"site-01 cannot take part: site-01 speaks wire version {version}, this side speaks"
     assert caplog.messages[0] == f"job: {line} {WIRE_VERSION}: {caplog.messages[0].split(': ')[-1]}"
     assert behind in caplog.messages[0]
     # The offer, and the adapter at the end: no attempt waits for it.

@@ -67,9 +67,9 @@ def operator(
     )
     signed = sign(identity, plan)
     event = JobStarted(plan=signed, roster=bytes(32), release=release)
-    with closing(Journal(folder / "state" / "journal.sqlite")) as store:
-        store.start_job(identity, "job", signed, adapter, release, event)
-        store.keep_advert("a", release, Signed(statement=b"advert", signature=bytes(64)))
+    with closing(Journal(folder / "state" / "journal.sqlite")) as journal:
+        journal.start_job(identity, "job", signed, adapter, release, event)
+        journal.keep_advert("a", release, Signed(statement=b"advert", signature=bytes(64)))
     with closing(JobQueue(folder / "state" / "queue.sqlite")) as queue:
         for name, state in (("done", JobState.FINISHED), ("job", JobState.RUNNING)):
             queue.add(name, signed)
@@ -90,11 +90,11 @@ def test_an_operator_comes_back_on_an_empty_machine_with_its_jobs_stopped(
     assert "stopped   job, next\n" in run("restore ../b.tar")
     assert texts(operator) == before
     plan = make_plan()
-    with closing(Journal(operator / "state" / "journal.sqlite")) as store:
-        number, adapter, _ = store.last_release("job")
+    with closing(Journal(operator / "state" / "journal.sqlite")) as journal:
+        number, adapter, _ = journal.last_release("job")
         assert number == 0
         assert Registry(operator / "state" / "registry").load(plan, adapter).size == plan.lora.size
-        assert store.last_adverts()["a"].advert.statement == b"advert"
+        assert journal.last_adverts()["a"].advert.statement == b"advert"
     with closing(JobQueue(operator / "state" / "queue.sqlite")) as queue:
         assert [job.state for job in queue.jobs()] == [
             JobState.FINISHED,
@@ -135,5 +135,5 @@ def test_an_operator_without_a_job_has_a_backup_too(operator: Path) -> None:
     shutil.rmtree(operator / "state")
     run("backup --out b.tar")
     run("restore b.tar")
-    with closing(Journal(operator / "state" / "journal.sqlite")) as store:
-        assert store.jobs() == []
+    with closing(Journal(operator / "state" / "journal.sqlite")) as journal:
+        assert journal.jobs() == []

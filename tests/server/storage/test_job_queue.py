@@ -26,7 +26,7 @@ def queue(tmp_path: Path, make_plan: MakePlan) -> Iterator[JobQueue]:
 
 
 def turn(queue: JobQueue) -> str | None:
-    queued = queue.next()
+    queued = queue.next_job()
     return None if queued is None else queued.job
 
 
@@ -65,11 +65,11 @@ def test_a_job_that_nobody_started_is_unknown(queue: JobQueue) -> None:
 def test_a_running_job_is_asked_to_stop_and_a_waiting_one_is_stopped(queue: JobQueue) -> None:
     queue.set_state("a", JobState.RUNNING)
     assert queue.ask_to_stop("a").stop
-    assert queue.stop_wanted("a")
+    assert queue.is_stop_wanted("a")
     assert queue.job("a").state is JobState.RUNNING
     assert queue.ask_to_stop("b").state is JobState.STOPPED
     queue.set_state("a", JobState.STOPPED)
-    assert not queue.stop_wanted("a")
+    assert not queue.is_stop_wanted("a")
 
 
 @pytest.mark.parametrize("state", [JobState.STOPPED, JobState.FAILED])

@@ -56,7 +56,7 @@ def test_an_adapter_that_was_changed_on_disk_is_noticed(
     path = registry.folder(digest) / "head.safetensors"
     tensors = safetensors.numpy.load_file(path)
     safetensors.numpy.save_file({name: value + 1 for name, value in tensors.items()}, path)
-    with pytest.raises(StorageError, match="not what its digest says"):
+    with pytest.raises(StorageError, match="does not match its digest"):
         registry.load(plan, digest)
     path.write_bytes(b"torn")
     with pytest.raises(StorageError, match="cannot be read"):
@@ -81,16 +81,16 @@ def test_a_registry_on_a_full_disk_leaves_nothing_behind(
 
 
 def test_an_attempt_number_is_burned_before_it_is_used(tmp_path: Path, release: Any) -> None:
-    store = Journal(tmp_path / "journal.sqlite")
-    assert store.next_attempt("job", 1) == 1
-    store.open_attempt("job", 1, 1, release)
-    store.close()
-    store = Journal(tmp_path / "journal.sqlite")
-    assert store.next_attempt("job", 1) == 2
-    assert store.next_attempt("job", 2) == 1
+    journal = Journal(tmp_path / "journal.sqlite")
+    assert journal.next_attempt("job", 1) == 1
+    journal.record_attempt("job", 1, 1, release)
+    journal.close()
+    journal = Journal(tmp_path / "journal.sqlite")
+    assert journal.next_attempt("job", 1) == 2
+    assert journal.next_attempt("job", 2) == 1
     with pytest.raises(StorageError):
-        store.open_attempt("job", 1, 1, release)
-    store.close()
+        journal.record_attempt("job", 1, 1, release)
+    journal.close()
 
 
 @pytest.mark.parametrize("content", [b"not a database at all, but long enough" * 100])

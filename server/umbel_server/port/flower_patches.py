@@ -1,0 +1,144 @@
+"""Everywhere that this process changes Flower, or reaches past its methods: one function a patch.
+
+No other module may assign to an attribute of Flower's or touch its tables. Each function says why
+Flower needs the change, and names the tests of `tests/e2e/test_flower_contract.py` that hold it:
+they fail first when Flower changes.
+"""
+
+import math
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+from fastapi import FastAPI
+from flwr.app import Message
+from flwr.supercore import sql_mixin
+from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
+from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
+from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
+from flwr.superlink.routers.fleet.router import router
+from sqlalchemy import select, update
+from starlette.middleware.base import BaseHTTPMiddleware
+
+_PRAGMAS = {
+    "cache_size": "-2000",
+    "mmap_size": "4000000",
+    "temp_store": "FILE",
+    "busy_timeout": "60000",
+}
+_TIDY_SECONDS = 5.0
+
+
+def shrink_databases() -> None:
+    """Sets how much memory and time a connection to one of Flower's databases takes.
+
+    Reason: with Flower's settings, most of this process would be a cache of 64 MB in each of up to
+    thirty connections, 256 MB of the file mapped into memory, and a copy in memory of every message
+    that is being deleted (to undo it if the statement fails). Deleting a large message also takes
+    longer than Flower's five seconds on a busy machine, and meanwhile nobody else can write.
+
+    Call it before `create_app`, which opens the databases.
+
+    Held by: test_how_a_database_connection_uses_memory_and_time_is_ours_to_set.
+    """
+    databases: Any = sql_mixin
+    databases.SQLITE_PRAGMAS = tuple(
+        (name, _PRAGMAS.get(name, value)) for name, value in databases.SQLITE_PRAGMAS
+    )
+
+
+def fleet_only(flower: FastAPI) -> FastAPI:
+    """Returns an application with only the part of Flower's that relays speak to.
+
+    Reason: Control and Runtime share Fleet's port, and anyone who reaches them can start runs and
+    take the place of an app. The pages of documentation, and the middleware that requests pass
+    through for Control's sake, are not needed either.
+
+    Held by: test_control_runtime_and_the_pages_of_documentation_are_not_there,
+    test_what_requests_pass_through_is_what_was_read,
+    test_every_path_that_the_gate_lets_through_exists.
+    """
+    passed: tuple[Any, ...] = (
+        BaseHTTPMiddleware,
+        ProtobufTranslationMiddleware,
+        NodeAuthMiddleware,
+    )
+    fleet = FastAPI(
+        openapi_url=None, middleware=[one for one in flower.user_middleware if one.cls in passed]
+    )
+    fleet.state = flower.state
+    fleet.include_router(router)
+    return fleet
+
+
+def tidy_seldom(state: Any) -> None:
+    """Lets Flower look for runs whose app is silent at most once in `_TIDY_SECONDS`.
+
+    Reason: Flower looks at nearly every request of a relay, by statements that wait for a turn to
+    write: a sixth of what a round costs this process.
+
+    Held by: test_silent_runs_are_looked_for_seldom,
+    test_a_run_whose_app_is_silent_for_a_minute_ends_and_ours_is_not.
+    """
+    state._cleanup_expired_task_tokens = _seldom(state._cleanup_expired_task_tokens)
+
+
+def write_no_traffic(state: Any) -> None:
+    """Stops Flower from adding up how many bytes a run has moved.
+
+    Reason: nobody reads the sum, and each piece of a message has to wait for a turn to write it.
+
+    Held by: test_what_flower_sums_of_traffic_is_not_written.
+    """
+    state.store_traffic = lambda run_id, *, bytes_sent, bytes_recv: None
+
+
+def set_message_id(message: Message, identifier: str) -> None:
+    """Gives a message its ID.
+
+    Reason: Flower gives it to messages that pass through its grid, which ours do not.
+
+    Held by: test_what_flower_hides_of_a_messages_metadata_can_be_set.
+    """
+    message.metadata.__dict__["_message_id"] = identifier
+
+
+def deliver_again(state: Any, identifiers: Collection[str]) -> None:
+    """Marks messages as not delivered.
+
+    Reason: Flower delivers a message once, and has no method to deliver it again.
+
+    Held by: test_what_was_delivered_and_not_answered_is_delivered_again.
+    """
+    delivered = update(MessageIns).where(
+        MessageIns.message_id.in_(identifiers), MessageIns.delivered_at != ""
+    )
+    with state.session() as session:
+        session.execute(delivered.values(delivered_at=""))
+
+
+def replies_to(state: Any, identifier: str) -> list[str]:
+    """Returns the IDs of all replies to a message.
+
+    Reason: Flower tells of a reply once, and deletes its objects only with the run. To delete them
+    earlier, their names are needed again.
+
+    Held by: test_a_message_and_its_reply_leave_nothing_behind,
+    test_a_message_that_nobody_waits_for_any_more_is_deleted.
+    """
+    answers = select(MessageRes.message_id).where(MessageRes.reply_to_message_id == identifier)
+    with state.session() as session:
+        return list(session.scalars(answers).all())
+
+
+def _seldom(call: Callable[[], None]) -> Callable[[], None]:
+    """Wraps a function so that it does nothing for `_TIDY_SECONDS` after each call."""
+    called = -math.inf
+
+    def sometimes() -> None:
+        nonlocal called
+        if time.monotonic() - called >= _TIDY_SECONDS:
+            called = time.monotonic()
+            call()
+
+    return sometimes

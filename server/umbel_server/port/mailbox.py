@@ -1,0 +1,238 @@
+"""Messages to nodes and their replies, in the SuperLink's database: post, collect, forget.
+
+The content is sealed: nothing may be added here that looks into it. Whatever was posted is deleted
+again, with all that came in answer to it, by `forget`.
+"""
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import ErrorCode
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.object_store import NoObjectInStoreError
+
+from umbel_host.transport.flower import PieceElsewhere, names_of_pieces, packed_file, piece_of
+from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
+from umbel_server.port import flower_patches
+from umbel_server.port.superlink import SuperLink
+
+_READ_SECONDS = 300.0
+"""How long a reply may still be read after its message has expired."""
+
+
+@dataclass(frozen=True)
+class _Posted:
+    node: int
+    expires: float
+    """Monotonic clock, seconds."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What became of a message."""
+
+    pieces: Iterator[bytes] | None
+    """The reply, read from the database one piece at a time and deleted when all are read. None:
+    the node is gone, the message expired, or the reply is not an Umbel message."""
+
+
+class NodeMailbox:
+    """The mailbox of one SuperLink; its methods may be called from any thread."""
+
+    def __init__(self, superlink: SuperLink) -> None:
+        self._superlink = superlink
+        self._state = superlink.state
+        self._folder = str(Path(os.environ["FLWR_DATABASE"]).parent)
+        self._posting = threading.Lock()
+        self._posted_lock = threading.Lock()
+        self._posted: dict[str, _Posted] = {}
+        """Message that was not collected -> its receiver."""
+        self._arriving: dict[str, str | None] = {}
+        """Message -> its reply, whose pieces are being pushed; None: an error, which has none."""
+        self._arrived: dict[str, set[str]] = {}
+        """Reply -> the parts of it that have come."""
+
+    def make_way(self, key: bytes) -> None:
+        """Ends the former connection of a relay (public key, PEM) that connects again.
+
+        Whatever the former connection received and did not answer is delivered again. Flower would
+        do neither.
+        """
+        node = self._superlink.disconnect(key)
+        if node is None:
+            return
+        with self._posted_lock:
+            unanswered = [name for name, posted in self._posted.items() if posted.node == node]
+            for name in unanswered:
+                if name in self._arriving:
+                    # The rest of that reply was lost with the connection.
+                    self._arriving[name] = None
+        flower_patches.deliver_again(self._state, unanswered)
+
+    def post(self, node: int, label: str, sealed: Iterator[bytes], seconds: float) -> str | None:
+        """Leaves a message for a node; returns its ID, or None if the node was never connected.
+
+        Args:
+            label: what Flower shows of it.
+            sealed: its bytes, in parts of any size.
+            seconds: how long its sender waits for the reply.
+        """
+        self._forget_expired()
+        if not self._superlink.was_connected(node):
+            return None
+        # Flower wants the digests of all pieces before it takes the first one. A message may be as
+        # large as an adapter, so it waits in a file without a name, one message at a time.
+        with (
+            self._posting,
+            no_object_id_recompute(),
+            tempfile.SpooledTemporaryFile(FLOWER_PIECE_BYTES, dir=self._folder) as spool,
+        ):
+            message = Message(
+                packed_file(sealed, cast(BinaryIO, spool)),
+                dst_node_id=node,
+                message_type=FLOWER_MESSAGE_TYPE,
+                ttl=seconds,
+                group_id=label,
+            )
+            identifier = str(message.object_id)
+            flower_patches.set_message_id(message, identifier)
+            objects = get_all_nested_objects(message)
+            run = self._superlink.run_id
+            session = self._state.start_session(run)
+            stored, missing = self._state.store_message_and_object_tree(
+                remove_content_from_message(message), get_object_tree(message), session
+            )
+            if not stored:
+                return None
+            for name in missing:
+                self._state.store_object(run, session, name, objects[name].deflate())
+            with self._posted_lock:
+                self._posted[identifier] = _Posted(node, time.monotonic() + seconds)
+            return identifier
+
+    def collect(self, identifier: str) -> Collected | None:
+        """Returns the reply to a message, once; None while it may still come."""
+        with self._posted_lock:
+            posted = self._posted.get(identifier)
+        if posted is None:
+            # Posted to a former run of this process.
+            return Collected(None)
+        if identifier not in self._arriving:
+            if self._superlink.is_away(posted.node):
+                return None
+            replies = self._state.get_message_res({identifier}, self._superlink.run_id)
+            if not replies:
+                return None
+            # Flower tells of a reply once, when its node has announced it: parts may be missing.
+            (reply,) = replies
+            name = str(reply.metadata.message_id)
+            if reply.has_error():
+                # An error that Flower made itself is not in the table of replies.
+                self._state.object_store.delete(name)
+                unavailable = reply.error.code == ErrorCode.NODE_UNAVAILABLE
+                if unavailable and not self._superlink.is_gone(posted.node):
+                    # The node was cut off, or connected again, in this very moment.
+                    return None
+            self._arriving[identifier] = None if reply.has_error() else name
+        announced = self._arriving[identifier]
+        names = None
+        if announced is not None:
+            if not self._is_complete(announced):
+                return None
+            names = self._names(announced)
+        if announced is None or names is None:
+            self.forget(identifier)
+            return Collected(None)
+        return Collected(self._read(identifier, names))
+
+    def forget(self, identifier: str) -> None:
+        """Deletes a message and every reply to it."""
+        replies = flower_patches.replies_to(self._state, identifier)
+        self._state.delete_messages({identifier})
+        for name in (identifier, *replies):
+            self._state.object_store.delete(name)
+            self._arrived.pop(name, None)
+        with self._posted_lock:
+            self._arriving.pop(identifier, None)
+            self._posted.pop(identifier, None)
+
+    def _forget_expired(self) -> None:
+        """Deletes the messages of sites that were too slow: nobody waits for them any more."""
+        late = time.monotonic() - _READ_SECONDS
+        with self._posted_lock:
+            expired = [name for name, posted in self._posted.items() if posted.expires < late]
+        for name in expired:
+            self.forget(name)
+
+    def _read(self, identifier: str, names: list[str]) -> Iterator[bytes]:
+        """Yields the pieces of a reply. A reply that is not read to its end is still there."""
+        for name in names:
+            piece = self._piece(name)
+            if piece is None:
+                # The reply is too short now: its seal will show it.
+                break
+            yield piece
+        self.forget(identifier)
+
+    def _is_complete(self, reply: str) -> bool:
+        """Whether all parts of a reply have come. Each part is read only once: a reply may be as
+        large as an adapter."""
+        arrived = self._arrived.setdefault(reply, set())
+        for name in self._parts(reply):
+            if name not in arrived:
+                if self._state.get_object(self._superlink.run_id, name) == b"":
+                    return False
+                arrived.add(name)
+        return True
+
+    def _names(self, reply: str) -> list[str] | None:
+        """Returns the names of a complete reply's pieces, in their order; None if it is not an
+        Umbel message, or if parts are gone."""
+        contents, pieces = {}, {}
+        for name, is_piece in self._parts(reply).items():
+            if is_piece:
+                pieces[name] = PieceElsewhere(name)
+                continue
+            content = self._state.get_object(self._superlink.run_id, name)
+            if not content:
+                return None
+            contents[name] = content
+        try:
+            message = inflate_object_from_contents(reply, contents, objects=dict(pieces))
+        except Exception:
+            # Flower may raise anything on bytes that it did not make.
+            return None
+        return names_of_pieces(message) if isinstance(message, Message) else None
+
+    def _piece(self, name: str) -> bytes | None:
+        content = self._state.get_object(self._superlink.run_id, name)
+        if not content:
+            return None
+        try:
+            return piece_of(inflate_object_from_contents(name, {name: content}))
+        except Exception:
+            # As above.
+            return None
+
+    def _parts(self, reply: str) -> dict[str, bool]:
+        """Returns the parts of a reply as its node announced them, and whether each is a piece: a
+        part without parts of its own."""
+        try:
+            tree = self._state.object_store.get_object_tree(reply)
+        except NoObjectInStoreError:
+            return {}
+        return {part.object_id: not part.children for part in iterate_object_tree(tree)}
