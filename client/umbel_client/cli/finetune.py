@@ -19,7 +19,6 @@ from umbel_common.plans.plan import (
     Adam,
     CausalLm,
     Classification,
-    LocalPrivacy,
     NoPrivacy,
     TrainingPlan,
 )
@@ -60,11 +59,8 @@ def train(
     data.
     """
     from umbel_client.data.records import columns_of, load_records
-    from umbel_client.dpsgd.batch_size import find_physical_batch_size
     from umbel_client.models.adapters.folder import write_adapter
-    from umbel_client.tasks.prepared import prepare
-    from umbel_client.training.local import EarlyStop, train_alone
-    from umbel_client.training.self_test import self_test
+    from umbel_client.training.local import Validation, fine_tune
 
     if not local:
         raise typer.BadParameter(
@@ -75,42 +71,26 @@ def train(
         raise StorageError("a file or folder is in the way", file=out, remedy="give a new name")
     followed = _followed(plan, without_privacy)
     columns = columns_of(settings.data)
-    path = data or Path(settings.data.path)
-    records = load_records(path, followed.task, **columns)
-    checked = None if validation is None else load_records(validation, followed.task, **columns)
-    model = _load(settings, followed)
-    self_test(
-        model, 1.0 if isinstance(followed.privacy, LocalPrivacy) else None, entropy=os.urandom
-    )
-    folder = Path(settings.model.path)
+    records = load_records(data or Path(settings.data.path), followed.task, **columns)
+    held_out = None
+    if validation is not None:
+        held_out = Validation(load_records(validation, followed.task, **columns), patience)
     console = Console(highlight=False)
-    rounds = followed.training.rounds
 
-    def told(done: int, loss: float | None) -> None:
+    def on_round(done: int, loss: float | None) -> None:
         end = "" if loss is None else f", validation loss {loss:.4f}"
-        console.print(f"round {done} of {rounds}{end}")
+        console.print(f"round {done} of {followed.training.rounds}{end}")
 
-    prepared = prepare(model, folder, records, cache=None, progress=lambda done, total: None)
-    early_stop = None
-    if checked is not None:
-        held_out = prepare(model, folder, checked, cache=None, progress=lambda done, total: None)
-        early_stop = EarlyStop(held_out, patience)
-    size = settings.physical_batch_size
-    per_unit = settings.data.max_records_per_unit if prepared.units is not None else 1
-    result = train_alone(
-        model,
-        prepared,
-        public_size=settings.data.public_size if data is None else prepared.unit_count,
+    result = fine_tune(
+        settings,
+        followed,
+        records,
+        held_out,
+        on_round,
+        public_size=settings.data.public_size if data is None else None,
         entropy=os.urandom,
-        physical_batch_size=find_physical_batch_size(
-            model, prepared.prefix, records_per_unit=per_unit
-        )
-        if size == "auto"
-        else size,
-        early_stop=early_stop,
-        on_round=told,
     )
-    write_adapter(out, followed, result.adapter, None, base_model=folder)
+    write_adapter(out, followed, result.adapter, None, base_model=Path(settings.model.path))
     console.print(f"adapter of round {result.round}  {out}", soft_wrap=True, markup=False)
     console.print("It is as private as the data: no ledger was charged for it.")
 
@@ -260,29 +240,17 @@ def _folder_of(config: ClientConfig, adapter: str) -> Path:
 
 
 def _adapted(config: ClientConfig, adapter: str, base: bool) -> "AdaptedModel":
+    import torch
+
     from umbel_client.models.adapters.folder import read_adapter
+    from umbel_client.models.site_model import load_site_model
     from umbel_common.adapters.vector import initial_vector
 
     plan, vector = read_adapter(_folder_of(config, adapter))
-    model = _load(config, plan)
+    torch.set_num_threads(config.threads)
+    model = load_site_model(config.model, plan)
     model.set_vector(initial_vector(plan) if base else vector)
     return model
-
-
-def _load(config: ClientConfig, plan: TrainingPlan) -> "AdaptedModel":
-    import torch
-
-    from umbel_client.models.adapted_model import AdaptedModel
-    from umbel_client.models.base.precision import chosen_precision
-
-    torch.set_num_threads(config.threads)
-    return AdaptedModel.load(
-        Path(config.model.path),
-        plan,
-        precision=chosen_precision(config.model.precision),
-        checkpointing=config.model.gradient_checkpointing,
-        quantisation=config.model.quantisation,
-    )
 
 
 def _texts(given: Sequence[str] | None, file: Path | None, column: str) -> list[str]:

@@ -7,6 +7,7 @@ alone, so that not even the time that a step takes says how long this site's tex
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import Batch, HiddenInputs, Inputs, PooledInputs, TokenInputs
 from umbel_client.tasks.frozen_cache import FrozenCache
-from umbel_client.tasks.physical_batches import ran_out_of_memory
+from umbel_client.tasks.physical_batches import BatchLimit, ran_out_of_memory
+from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.task import made_up_labels, task_of
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, LocalPrivacy
@@ -30,6 +32,30 @@ TOKENS_AT_ONCE = 2048
 of its least from 1,500 to 4,500 tokens, and 8 to 17 % above it from 8,000 on: out of the cache."""
 UNKNOWN = 32
 """Records at once where the system does not say how much memory is free."""
+
+
+def choose_batch_limit(
+    chosen: int | Literal["auto"],
+    model: AdaptedModel,
+    data: PreparedData,
+    max_records_per_unit: int,
+) -> BatchLimit:
+    """The limit of a job's physical batches.
+
+    Args:
+        chosen: records computed at once, as client.toml says; `auto`: as many as
+            `find_physical_batch_size` finds.
+        max_records_per_unit: as client.toml says; it counts only where the data has units.
+
+    Raises:
+        ModelError: two records do not fit into memory.
+    """
+    if chosen != "auto":
+        return BatchLimit(chosen)
+    records_per_unit = 1 if data.units is None else max_records_per_unit
+    return BatchLimit(
+        find_physical_batch_size(model, data.prefix, records_per_unit=records_per_unit)
+    )
 
 
 def find_physical_batch_size(

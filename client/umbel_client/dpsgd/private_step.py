@@ -13,7 +13,7 @@ import torch
 from umbel_client.data.tokens import Ints
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.noise import NoiseSource
-from umbel_client.tasks.physical_batches import BatchLimit, compute_parts, limit_of
+from umbel_client.tasks.physical_batches import BatchLimit, compute_parts
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.task import Task
 from umbel_common.errors import ModelError
@@ -185,7 +185,7 @@ def private_step(
     data: PreparedData,
     chosen: Ints,
     optimizer: PrivateOptimizer,
-    physical_batch_size: int | BatchLimit,
+    limit: BatchLimit,
     units: Ints | None = None,
 ) -> None:
     """Takes one noisy step on the chosen records; with none chosen, on noise alone.
@@ -193,7 +193,7 @@ def private_step(
     Skipping an empty batch would tell that it was empty, and break the accounting.
 
     Args:
-        physical_batch_size: records computed at once; a limit is lowered where memory runs out.
+        limit: the number of records computed at once; lowered where memory runs out.
         units: int64[records of the data], the unit of each record; None: each record is a unit.
 
     Raises:
@@ -205,6 +205,5 @@ def private_step(
             task.losses(model, task.batch(data, part)).sum().backward()  # type: ignore[no-untyped-call]  # torch
         optimizer.accumulate(len(part), None if units is None else units[part])
 
-    limit = limit_of(physical_batch_size)
     compute_parts(data, chosen, limit, units, compute=compute, discard=optimizer.discard)
     optimizer.step()

@@ -115,6 +115,21 @@ class AdaptedModel(nn.Module):
         ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}
         return cls(base, head, ordered, plan, precision, checkpointing=checkpointing)
 
+    def follow(self, plan: TrainingPlan) -> None:
+        """Takes another plan for the same adapter: other training or other privacy.
+
+        Raises:
+            ModelError: the plan is for another base model, task or adapter.
+        """
+        here, there = ((p.model.digest, p.task, p.lora) for p in (self.plan, plan))
+        if here != there:
+            raise ModelError(
+                "a loaded model cannot follow a plan for another model, task or adapter",
+                found=plan.job,
+                accepted=f"a plan that differs from {self.plan.job} in training or privacy alone",
+            )
+        self.plan = plan
+
     @property
     def device(self) -> torch.device:
         """Where the model computes."""

@@ -15,11 +15,12 @@ from umbel_client.data.records import Columns, LmRecords, Records, load_records
 from umbel_client.data.tokens import Ints
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import fastest_precision
-from umbel_client.privacy.calibration import noise_for, sampling_rate
+from umbel_client.privacy.calibration import SiteNoise, noise_for, sampling_rate
 from umbel_client.storage.deltas import OptimizerState
+from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.task import task_of
-from umbel_client.training.round import train_round
+from umbel_client.training.round import LocalTrainer
 from umbel_common.adapters.vector import Vector, initial_vector, merge
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import TrainingPlan
@@ -72,7 +73,6 @@ class PublicData:
                 model_folder,
                 _chosen(records, np.sort(indices)),
                 cache=None,
-                progress=lambda done, total: None,
             )
             for indices in (order[count:], order[:count])
         )
@@ -101,29 +101,22 @@ def loss_after_training(
         CalibrationError, PolicyRefusal: such a site cannot have the plan's privacy.
         ModelError: training diverged.
     """
-    noise = noise_for(plan, public_size).noise_multiplier
-    rate = sampling_rate(plan, len(data.training))
+    noise_multiplier = noise_for(plan, public_size).noise_multiplier
+    noise = SiteNoise(sampling_rate(plan, len(data.training)), noise_multiplier)
     # Public records have nobody to protect: a seed that can be repeated is what is wanted here.
     entropy = [np.random.default_rng((seed, site)).bytes for site in range(sites)]
+    data.model.follow(plan)
+    trainers = [
+        LocalTrainer(data.model, data.training, noise, source, BatchLimit(BATCH))
+        for source in entropy
+    ]
     states: list[OptimizerState | None] = [None] * sites
     limit = plan.aggregation.clip_range
     adapter = initial_vector(plan)
     for number in range(1, plan.training.rounds + 1):
         total: Vector | None = None
-        for site in range(sites):
-            result = train_round(
-                data.model,
-                data.training,
-                plan,
-                number,
-                adapter,
-                rate,
-                noise,
-                states[site],
-                entropy=entropy[site],
-                physical_batch_size=BATCH,
-                on_step=lambda step, steps: None,
-            )
+        for site, trainer in enumerate(trainers):
+            result = trainer.round(number, adapter, states[site])
             states[site] = result.state
             delta = np.clip(result.delta, -limit, limit)
             total = delta if total is None else total + delta

@@ -37,6 +37,23 @@ def noise_for(plan: TrainingPlan, public_size: int) -> SiteNoise:
     return SiteNoise(rate, noise)
 
 
+def noise_alone(plan: TrainingPlan, public_size: int) -> SiteNoise:
+    """Noise for the plan's epsilon and delta, for one who trains alone and releases nothing.
+
+    Unlike `noise_for`, it leaves nothing for counts of held-out records, and takes the plan's delta
+    however many records there are.
+
+    Raises:
+        DataError: the plan expects a larger batch.
+        CalibrationError: the plan's epsilon cannot be had with this size.
+    """
+    rate = sampling_rate(plan, public_size)
+    if not isinstance(plan.privacy, LocalPrivacy):
+        return SiteNoise(rate, None)
+    noise = calibrate(plan.privacy.epsilon, plan.privacy.delta, rate, plan.training.steps)
+    return SiteNoise(rate, noise)
+
+
 def evaluation_event(plan: TrainingPlan, *, rounds: int) -> DpEvent | None:
     """What the counts of so many rounds cost; None if the plan has no evaluation."""
     if plan.evaluation is None:

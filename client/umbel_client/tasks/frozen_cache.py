@@ -24,7 +24,12 @@ from umbel_common.canonical import digest
 from umbel_common.errors import StorageError
 
 OnProgress = Callable[[int, int], None]
-"""Told (records done, records in all)."""
+"""Called after each batch with (records done, records in all)."""
+
+
+def ignore_progress(done: int, total: int) -> None:
+    """The `OnProgress` of a caller that does not follow the work."""
+
 
 _SUFFIX = ".prefix.npy"
 _TOKENS_AT_ONCE = 2048
@@ -57,7 +62,7 @@ def token_inputs(tokens: Tokens, indices: Ints) -> TokenInputs:
 
 
 def frozen_prefix(
-    model: AdaptedModel, tokens: Tokens, folder: Path | None, progress: OnProgress
+    model: AdaptedModel, tokens: Tokens, folder: Path | None, on_progress: OnProgress
 ) -> FrozenCache | None:
     """Computes the cache, or opens it if this model's outputs for these records are there.
 
@@ -77,9 +82,9 @@ def frozen_prefix(
     shape = (len(tokens) if pooled else len(tokens.ids), int(model.base.config.hidden_size))
     if folder is None:
         values = np.empty(shape, dtype=np.float16)
-        return FrozenCache(values, pooled) if _fill(values, model, tokens, progress) else None
+        return FrozenCache(values, pooled) if _fill(values, model, tokens, on_progress) else None
     path = folder / (_key(model, tokens) + _SUFFIX)
-    if not path.is_file() and not _write(path, shape, model, tokens, progress):
+    if not path.is_file() and not _write(path, shape, model, tokens, on_progress):
         return None
     return FrozenCache(np.load(path, mmap_mode="r", allow_pickle=False), pooled)
 
@@ -91,7 +96,7 @@ def _key(model: AdaptedModel, tokens: Tokens) -> str:
 
 
 def _write(
-    path: Path, shape: tuple[int, int], model: AdaptedModel, tokens: Tokens, progress: OnProgress
+    path: Path, shape: tuple[int, int], model: AdaptedModel, tokens: Tokens, on_progress: OnProgress
 ) -> bool:
     """Fills a file that only its owner can read; it gets its name once it is complete."""
     try:
@@ -100,7 +105,7 @@ def _write(
             partial = Path(file.name)
         try:
             values: Any = np.lib.format.open_memmap(partial, "w+", dtype=np.float16, shape=shape)
-            complete = _fill(values, model, tokens, progress)
+            complete = _fill(values, model, tokens, on_progress)
             values.flush()
             if complete:
                 partial.rename(path)
@@ -114,7 +119,7 @@ def _write(
 
 
 def _fill(
-    values: npt.NDArray[np.float16], model: AdaptedModel, tokens: Tokens, progress: OnProgress
+    values: npt.NDArray[np.float16], model: AdaptedModel, tokens: Tokens, on_progress: OnProgress
 ) -> bool:
     """Computes every record's rows; False if a value does not fit float16."""
     done = 0
@@ -129,7 +134,7 @@ def _fill(
             rows, mask = tokens.rows(indices)
             values[rows[mask == 1]] = output[inputs.mask == 1].numpy()
         done += len(indices)
-        progress(done, len(tokens))
+        on_progress(done, len(tokens))
     return True
 
 

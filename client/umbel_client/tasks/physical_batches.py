@@ -38,13 +38,6 @@ class BatchLimit:
         self._was_lowered = True
 
 
-def limit_of(physical_batch_size: int | BatchLimit) -> BatchLimit:
-    """A number as a limit of its own."""
-    if isinstance(physical_batch_size, BatchLimit):
-        return physical_batch_size
-    return BatchLimit(physical_batch_size)
-
-
 def compute_parts(
     data: PreparedData,
     chosen: Ints,

@@ -13,7 +13,13 @@ from umbel_client.data.tokens import Ints, Tokens, tokenise
 from umbel_client.data.units import Units
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import Batch, Inputs
-from umbel_client.tasks.frozen_cache import FrozenCache, OnProgress, frozen_prefix, token_inputs
+from umbel_client.tasks.frozen_cache import (
+    FrozenCache,
+    OnProgress,
+    frozen_prefix,
+    ignore_progress,
+    token_inputs,
+)
 from umbel_common.plans.plan import CausalLm, Task
 
 
@@ -80,7 +86,7 @@ def prepare(
     records: Records | LmRecords,
     *,
     cache: Path | None,
-    progress: OnProgress,
+    on_progress: OnProgress = ignore_progress,
     task: Task | None = None,
 ) -> PreparedData:
     """Tokenises the records and runs the frozen layers over them, once.
@@ -106,6 +112,6 @@ def prepare(
     return PreparedData(
         tokens=tokens,
         labels=labels,
-        prefix=frozen_prefix(model, tokens, cache, progress),
+        prefix=frozen_prefix(model, tokens, cache, on_progress),
         units=Units(np.array(records.units, dtype=np.int64)) if records.units else None,
     )

@@ -18,7 +18,7 @@ from umbel_client.site.decisions import Decisions
 from umbel_client.site.pinned_roster import Pinned, check_own_key
 from umbel_client.site.policy import judge_header, judge_operator, judge_plan, judge_start
 from umbel_client.storage.journal import Journal
-from umbel_client.trainer.job import SiteJob, SiteStatus
+from umbel_client.trainer.job import SiteJob, SiteStatus, open_job
 from umbel_client.trainer.last_advert import check_last_advert
 from umbel_client.trainer.observer import Observer
 from umbel_client.trainer.stages import answer_stage
@@ -208,7 +208,7 @@ class Trainer:
             check_last_advert(request.last, job, self._identity)
         began = time.monotonic()
         try:
-            job.train(header, adapter)
+            job.compute(header, adapter)
         finally:
             self._session.add_trained(plan.job, time.monotonic() - began)
         head = job.ledger_head()
@@ -343,7 +343,7 @@ class Trainer:
         if self._job is not None:
             self._job.close()
             self._job = None
-        self._job = SiteJob(
+        self._job = open_job(
             self._config,
             plan,
             self._roster,

@@ -23,6 +23,7 @@ from umbel_client.dpsgd.private_step import (
 )
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.noise import NoiseSource
+from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.task import made_up_labels, task_of
 from umbel_client.training.optimiser import build_optimizer
@@ -259,7 +260,7 @@ def _check_moves(trial: _Trial) -> None:
         expected_batch_size=plan.training.expected_batch_size,
     )
     task = task_of(plan.task)
-    private_step(task, trial.model, trial.data, EVERY, optimizer, physical_batch_size=2)
+    private_step(task, trial.model, trial.data, EVERY, optimizer, BatchLimit(2))
     still = [name for name, value in before.items() if torch.equal(value, trial.parameters[name])]
     if still:
         raise ModelError(

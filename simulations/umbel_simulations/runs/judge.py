@@ -77,7 +77,6 @@ class Judge:
             self._model_folder,
             records,
             cache=self._folder / "cache",
-            progress=lambda done, total: None,
             task=task,
         )
 

@@ -42,7 +42,7 @@ from umbel_simulations.reporting.results import (
     Score,
     SiteResult,
 )
-from umbel_simulations.runs.baselines import POOLED, train_alone
+from umbel_simulations.runs.baselines import POOLED, train_baselines
 from umbel_simulations.runs.judge import Judge
 from umbel_simulations.runs.scores import difference, majority_score
 from umbel_simulations.runs.verify import verify_run
@@ -131,7 +131,7 @@ class Run:
         with self._timed("federation"):
             outcome = self._federate(federation, self.plan, self.recorder, judge)
         with self._timed("comparisons"):
-            self.alone = self._train_alone(federation)
+            self.alone = self._train_baselines(federation)
             comparisons = list(self._comparisons(judge, outcome))
             answers = self._answers(judge, outcome)
             differences = self._differences(judge, outcome)
@@ -268,7 +268,7 @@ class Run:
         finally:
             recorder.close()
 
-    def _train_alone(self, federation: Federation) -> dict[str, Vector]:
+    def _train_baselines(self, federation: Federation) -> dict[str, Vector]:
         """Adapters of the sites, and of all records in one place, as far as they are wanted."""
         wanted = self.scenario.baselines
         names = [
@@ -277,7 +277,7 @@ class Run:
         ]
         if not names:
             return {}
-        return train_alone(
+        return train_baselines(
             self.plan,
             self.model,
             {site: federation.site_config(site) for site in self.sites},
@@ -285,7 +285,7 @@ class Run:
             entropy=federation.entropy,
             physical_batch_size=self.scenario.compute.physical_batch_size,
             workers=self._workers,
-            progress=self._baseline_step,
+            on_round=self._baseline_step,
         )
 
     def _baseline_step(self, name: str, done: int, total: int) -> None:

@@ -80,7 +80,7 @@ def prepared(
     random = np.random.default_rng(0)
     model.set_vector(random.normal(0, 0.5, plan.lora.size).astype(np.float32))
     records = load_records(file, plan.task, **columns)
-    data = prepare(model, folder, records, cache=None, progress=lambda done, total: None)
+    data = prepare(model, folder, records, cache=None)
     return model, data
 
 

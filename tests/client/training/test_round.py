@@ -4,6 +4,7 @@ import math
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,12 @@ from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.precision import Precision
-from umbel_client.privacy.calibration import sampling_rate
+from umbel_client.privacy.calibration import SiteNoise, sampling_rate
 from umbel_client.privacy.noise import NoiseSource
+from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.task import ClassificationTask
-from umbel_client.training.round import RoundResult, train_round
+from umbel_client.training.round import LocalTrainer, RoundResult
 from umbel_common.adapters.vector import size_of, unflatten
 from umbel_common.errors import DataError, ModelError, PlanError
 from umbel_common.plans.plan import (
@@ -108,7 +110,7 @@ def fixed(byte: int):
 def train(
     model: AdaptedModel, data: PreparedData, plan: TrainingPlan, **changes: object
 ) -> RoundResult:
-    arguments = {
+    arguments: dict[str, Any] = {
         "round_number": 1,
         "global_vector": some_vector(plan),
         "sample_rate": plan.training.expected_batch_size / max(len(data), 1),
@@ -117,8 +119,22 @@ def train(
         "entropy": fixed(1),
         "physical_batch_size": 4,
         "on_step": lambda _step, _steps: None,
+        **changes,
     }
-    return train_round(model, data, plan, **{**arguments, **changes})
+    model.follow(plan)
+    trainer = LocalTrainer(
+        model,
+        data,
+        SiteNoise(arguments["sample_rate"], arguments["noise_multiplier"]),
+        arguments["entropy"],
+        BatchLimit(arguments["physical_batch_size"]),
+    )
+    return trainer.round(
+        arguments["round_number"],
+        arguments["global_vector"],
+        arguments["state"],
+        arguments["on_step"],
+    )
 
 
 def true_gradients(model: AdaptedModel, data: PreparedData, indices: np.ndarray) -> np.ndarray:
