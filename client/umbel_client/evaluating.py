@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 
 from umbel_client.data.records import Columns
-from umbel_client.evaluation.score import evaluate_adapter
+from umbel_client.evaluation.score import options_for, score
+from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import fastest_precision
 from umbel_common.adapters.vector import Vector, from_bytes
 from umbel_common.errors import ConfigError, StorageError
@@ -25,7 +26,8 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
     """Answers a request.
 
     Raises:
-        DataError, ModelError, PlanError: see `evaluate_adapter` and `plan_from_json`.
+        DataError, ModelError, PlanError: see `options_for`, `score`, `AdaptedModel.load` and
+            `plan_from_json`.
         RemoteProtocolError: a vector has another length than the plan's adapter.
         StorageError: a vector's file cannot be read.
     """
@@ -35,21 +37,23 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
         label_column=request.columns.label_column,
         record_format=request.columns.format,
     )
-    return evaluate_adapter(
-        plan,
-        _vector(plan, request.adapter),
-        Path(request.model),
-        Path(request.holdout),
-        None if request.general is None else Path(request.general),
-        request.groups,
+    options = options_for(
+        plan.task,
         columns=columns,
-        before=None if request.before is None else _vector(plan, request.before),
+        general=None if request.general is None else Path(request.general),
+        groups=request.groups,
         answers=request.answers,
         answer_tokens=request.answer_tokens,
         batch_size=request.batch_size,
-        device=request.device,
-        precision=fastest_precision(request.device),
     )
+    vector = _vector(plan, request.adapter)
+    before = None if request.before is None else _vector(plan, request.before)
+    folder = Path(request.model)
+    model = AdaptedModel.load(
+        folder, plan, device=request.device, precision=fastest_precision(request.device)
+    )
+    model.set_vector(vector)
+    return score(model, folder, Path(request.holdout), options, before=before)
 
 
 def _vector(plan: TrainingPlan, file: str) -> Vector:

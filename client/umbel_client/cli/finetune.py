@@ -118,7 +118,7 @@ def classify(
 ) -> None:
     """Label texts with an adapter: one JSON object a line, with label and probability."""
     from umbel_client.data.tokens import tokenise
-    from umbel_client.evaluation.inference import classify as predict
+    from umbel_client.evaluation.inference import classify_texts
 
     settings = load_config(config)
     model = _adapted(settings, adapter, base)
@@ -127,7 +127,7 @@ def classify(
         raise _other_task(adapter, "umbel-client generate")
     texts = _texts(text, file, settings.data.text_column)
     tokens = tokenise(texts, Path(settings.model.path), task.max_tokens)
-    for prediction in predict(model, tokens):
+    for prediction in classify_texts(model, tokens):
         typer.echo(
             msgspec.json.encode(
                 {"label": prediction.label, "probability": round(prediction.probability, 4)}
@@ -151,7 +151,8 @@ def evaluate(
 ) -> None:
     """Score an adapter on this site's own held-out records: nothing of it leaves this machine."""
     from umbel_client.data.records import columns_of
-    from umbel_client.evaluation.score import evaluate_adapter
+    from umbel_client.evaluation.score import options_for, score
+    from umbel_client.models.adapted_model import AdaptedModel
     from umbel_client.models.adapters.folder import read_adapter
     from umbel_client.models.base.precision import chosen_precision
     from umbel_common.adapters.vector import initial_vector
@@ -159,18 +160,18 @@ def evaluate(
 
     settings = load_config(config)
     plan, vector = read_adapter(_folder_of(settings, adapter))
-    start = initial_vector(plan)
-    found = evaluate_adapter(
-        plan,
-        start if base else vector,
-        Path(settings.model.path),
-        data or Path(settings.data.path),
-        general,
-        groups,
+    options = options_for(
+        plan.task,
         columns=columns_of(settings.data),
+        general=general,
+        groups=groups,
         answers=answers,
-        precision=chosen_precision(settings.model.precision),
     )
+    model_folder = Path(settings.model.path)
+    precision = chosen_precision(settings.model.precision)
+    model = AdaptedModel.load(model_folder, plan, precision=precision)
+    model.set_vector(initial_vector(plan) if base else vector)
+    found = score(model, model_folder, data or Path(settings.data.path), options)
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
     else:
@@ -194,7 +195,7 @@ def generate(
     """Answer questions with an adapter: one JSON object a line, with prompt and answer."""
     from umbel_client.data.chat import Chat
     from umbel_client.data.conversations import Turn
-    from umbel_client.evaluation.inference import Sampling, answers
+    from umbel_client.evaluation.inference import Sampling, answer_prompts
 
     settings = load_config(config)
     model = _adapted(settings, adapter, base)
@@ -205,7 +206,8 @@ def generate(
     chat = Chat.load(Path(settings.model.path), task)
     sampling = Sampling(max_new_tokens, temperature, seed)
     turns = [[Turn("user", one)] for one in prompts]
-    for question, answer in zip(prompts, answers(model, chat, turns, sampling), strict=True):
+    said = answer_prompts(model, chat, turns, sampling)
+    for question, answer in zip(prompts, said, strict=True):
         typer.echo(msgspec.json.encode({"prompt": question, "answer": answer}).decode())
 
 

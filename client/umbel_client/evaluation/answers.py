@@ -9,7 +9,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from umbel_client.data.chat import Chat
 from umbel_client.data.conversations import Conversation, LmRecord
-from umbel_client.evaluation.inference import Sampling, answers
+from umbel_client.evaluation.inference import Sampling, answer_prompts
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_common.plans.plan import CausalLm
 
@@ -52,23 +52,17 @@ def generate_answers(
         if len(chat.prompt_ids(prompt)) < task.max_tokens:
             asked.append(record)
     turns = [record.turns[:-1] for record in asked]
-    found = answers(model, chat, turns, Sampling(max_new_tokens=longest))
+    found = answer_prompts(model, chat, turns, Sampling(max_new_tokens=longest))
     return [Answer(one, record.turns[-1].content) for one, record in zip(found, asked, strict=True)]
 
 
-def score(given: Sequence[Answer]) -> AnswerScores | None:
+def score_answers(given: Sequence[Answer]) -> AnswerScores | None:
     """The mean scores; None without an answer."""
     if not given:
         return None
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
-    same = [
-        generate_answers.found.strip() == generate_answers.wanted.strip()
-        for generate_answers in given
-    ]
-    near = [
-        scorer.score(generate_answers.wanted, generate_answers.found)["rougeL"].fmeasure
-        for generate_answers in given
-    ]
+    same = [answer.found.strip() == answer.wanted.strip() for answer in given]
+    near = [scorer.score(answer.wanted, answer.found)["rougeL"].fmeasure for answer in given]
     return AnswerScores(sum(same) / len(given), float(sum(near)) / len(given))
 
 

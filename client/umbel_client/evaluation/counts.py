@@ -5,14 +5,13 @@ removing another unit moves none from one side to the other.
 """
 
 import numpy as np
-import torch
 
+from umbel_client.evaluation.losses import Floats, predicted_labels, record_losses
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.prepared import PreparedData
-from umbel_client.tasks.task import ClassificationTask, task_of
 from umbel_common.adapters.site_counts import SiteCounts
-from umbel_common.plans.plan import FederatedEvaluation, deviation
+from umbel_common.plans.plan import Classification, FederatedEvaluation, deviation
 
 BATCH = 32
 """Records at once: sets memory and speed, not the result."""
@@ -34,19 +33,9 @@ def noisy_counts(
     )
 
 
-@torch.no_grad()
-def _scores(
-    model: AdaptedModel, data: PreparedData, evaluation: FederatedEvaluation
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Of each record, from 0 to 1; NaN counts as the worst, so that nothing of it shows."""
-    task = task_of(model.plan.task)
-    scores = np.empty(len(data))
-    for part in data.physical_batches(np.arange(len(data)), BATCH):
-        batch = task.batch(data, part)
-        if isinstance(task, ClassificationTask):
-            scores[part] = task.predict(model, batch) == batch.labels.numpy()
-        else:
-            losses = task.losses(model, batch).double().cpu().numpy()
-            worst = np.nan_to_num(losses, nan=np.inf)
-            scores[part] = np.clip(worst / evaluation.largest_loss, 0, 1)
-    return scores
+def _scores(model: AdaptedModel, data: PreparedData, evaluation: FederatedEvaluation) -> Floats:
+    """The score of each record, from 0 to 1; NaN counts as the worst, so that it does not show."""
+    if isinstance(model.plan.task, Classification):
+        return (predicted_labels(model, data, BATCH) == data.labels).astype(np.float64)
+    losses = np.nan_to_num(record_losses(model, data, BATCH), nan=np.inf)
+    return np.clip(losses / evaluation.largest_loss, 0, 1)

@@ -8,13 +8,11 @@ import torch
 
 from umbel_client.data.chat import Chat
 from umbel_client.data.conversations import Turn
-from umbel_client.data.tokens import Ints, Tokens
+from umbel_client.data.tokens import Tokens
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import computing
 from umbel_client.models.inputs import TokenInputs
 from umbel_client.tasks.frozen_cache import token_inputs
-from umbel_client.tasks.prepared import PreparedData
-from umbel_client.tasks.task import ClassificationTask
 from umbel_common.errors import DataError
 
 BATCH = 8
@@ -30,7 +28,7 @@ class Prediction:
 
 
 @torch.no_grad()
-def classify(model: AdaptedModel, tokens: Tokens) -> Iterator[Prediction]:
+def classify_texts(model: AdaptedModel, tokens: Tokens) -> Iterator[Prediction]:
     """The most likely label of each text; `tokens` are those of the plan's tokenizer."""
     labels = model.plan.task.labels  # type: ignore[union-attr]  # a classification's model
     for start in range(0, len(tokens), BATCH):
@@ -52,7 +50,7 @@ class Sampling:
 
 
 @torch.no_grad()
-def answers(
+def answer_prompts(
     model: AdaptedModel, chat: Chat, prompts: Sequence[Sequence[Turn]], sampling: Sampling
 ) -> Iterator[str]:
     """What the model answers to each conversation, without the tokens that end it.
@@ -102,12 +100,3 @@ def _left_padded(model: AdaptedModel, chat: Chat, texts: list[str], first: int) 
         ids[row, longest - len(found) :] = torch.tensor(found)
         mask[row, longest - len(found) :] = 1
     return TokenInputs(ids, mask)
-
-
-def evaluate(model: AdaptedModel, data: PreparedData, batch_size: int) -> Ints:
-    """The label index that the model as it stands predicts for each record, int64[records]."""
-    task = ClassificationTask()
-    predicted = np.empty(len(data), dtype=np.int64)
-    for part in data.physical_batches(np.arange(len(data)), batch_size):
-        predicted[part] = task.predict(model, task.batch(data, part))
-    return predicted

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import torch
 
 from umbel_client.data.records import Columns, LmRecords, Records, load_records
 from umbel_client.data.tokens import Ints
+from umbel_client.evaluation.losses import mean_loss
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import fastest_precision
 from umbel_client.privacy.calibration import SiteNoise, noise_for, sampling_rate
 from umbel_client.storage.deltas import OptimizerState
 from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData, prepare
-from umbel_client.tasks.task import task_of
 from umbel_client.training.round import LocalTrainer
 from umbel_common.adapters.vector import Vector, initial_vector, merge
 from umbel_common.errors import DataError
@@ -122,15 +121,5 @@ def loss_after_training(
             total = delta if total is None else total + delta
         assert total is not None  # there is at least one site
         adapter = merge(adapter, total / np.float32(sites), plan, number)
-    return _loss(data, adapter)
-
-
-@torch.no_grad()
-def _loss(data: PublicData, adapter: Vector) -> float:
     data.model.set_vector(adapter)
-    task = task_of(data.model.plan.task)
-    every = np.arange(len(data.validation))
-    total = 0.0
-    for part in data.validation.physical_batches(every, BATCH):
-        total += float(task.losses(data.model, task.batch(data.validation, part)).sum())
-    return total / len(every)
+    return mean_loss(data.model, data.validation, BATCH)

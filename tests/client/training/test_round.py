@@ -12,7 +12,7 @@ import torch
 
 from umbel_client.data.tokens import Tokens
 from umbel_client.data.units import Units
-from umbel_client.evaluation.inference import evaluate
+from umbel_client.evaluation.losses import predicted_labels
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.base.files import folder_digest
@@ -500,7 +500,7 @@ def test_sites_in_threads_train_as_if_alone(folder: Path) -> None:
 def test_evaluation_answers_in_the_order_of_the_records(folder: Path) -> None:
     plan, data = plan_of(folder), ragged(23)
     model = model_of(folder, plan)
-    predicted = evaluate(model, data, 4)
+    predicted = predicted_labels(model, data, 4)
     for index in range(23):
         logits = model.logits(data.batch(np.array([index])).inputs)
         assert predicted[index] == int(logits.argmax())
@@ -519,9 +519,9 @@ def test_training_learns(folder: Path) -> None:
     model = AdaptedModel.load(folder, plan)
     vector = some_vector(plan, 0.1)
     model.set_vector(vector)
-    before = (evaluate(model, data, 100) == labels).mean()
+    before = (predicted_labels(model, data, 100) == labels).mean()
     train(model, data, plan, global_vector=vector, noise_multiplier=0.5, physical_batch_size=50)
-    after = (evaluate(model, data, 100) == labels).mean()
+    after = (predicted_labels(model, data, 100) == labels).mean()
     assert before < 0.6
     assert after > 0.8
 
