@@ -1,7 +1,7 @@
 """One evaluation as a process: a request as JSON on standard input, the figures on standard output.
 
-The server runs `python -m umbel_client.evaluating`: it stays without the packages that a model
-takes, and a crash here takes no job with it.
+The server runs `python -m umbel_client.evaluating`: so the server needs none of a model's packages,
+and a crash here ends no job.
 """
 
 import sys
@@ -23,7 +23,7 @@ from umbel_host.terminal import exit_code
 
 
 def evaluate(request: EvaluationRequest) -> Evaluation:
-    """Answers a request.
+    """Evaluates the adapter that a request names.
 
     Raises:
         DataError, ModelError, PlanError: see `options_for`, `score`, `AdaptedModel.load` and

@@ -1,6 +1,6 @@
 """`umbel-client train|evaluate|classify|generate|export`: fine-tuning without a federation.
 
-Torch and Transformers are imported where they are needed: other commands should not wait for them.
+Torch and Transformers are imported inside the commands: other commands should not wait for them.
 """
 
 import os
@@ -101,7 +101,7 @@ def _followed(path: Path, without_privacy: bool) -> TrainingPlan:
         return plan
     training = plan.training
     if isinstance(training.optimizer, Adam):
-        # There is then no noise to subtract from Adam's moments.
+        # Without noise there is nothing to subtract from Adam's second moment.
         optimizer = msgspec.structs.replace(training.optimizer, unbiased=False)
         training = msgspec.structs.replace(training, optimizer=optimizer)
     return msgspec.structs.replace(plan, privacy=NoPrivacy(), training=training)
@@ -188,7 +188,7 @@ def generate(
     temperature: Annotated[
         float, typer.Option(min=0.0, max=5.0, help="0: the likeliest token each time.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling, with a temperature.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling, with a temperature.")] = 0,
     base: Base = False,
     config: Config = CLIENT_TOML,
 ) -> None:
@@ -218,7 +218,7 @@ def export(
         bool, typer.Option("--merge", help="Add the adapter to its base model: one whole model.")
     ] = False,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of a merged model.")
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of a merged model.")
     ] = "float32",
     config: Config = CLIENT_TOML,
 ) -> None:
@@ -256,7 +256,7 @@ def _adapted(config: ClientConfig, adapter: str, base: bool) -> "AdaptedModel":
 
 
 def _texts(given: Sequence[str] | None, file: Path | None, column: str) -> list[str]:
-    """From the command line or a column of a data file, whichever is given."""
+    """The texts of the command line, or of a column of a data file."""
     from umbel_client.data.tables import read_table
 
     if (file is None) == (not given):
@@ -281,7 +281,10 @@ def _texts(given: Sequence[str] | None, file: Path | None, column: str) -> list[
 
 def _other_task(adapter: str, command: str) -> ConfigError:
     return ConfigError(
-        "an adapter is of another task", field="--adapter", found=adapter, remedy=f"use `{command}`"
+        "an adapter is for another task",
+        field="--adapter",
+        found=adapter,
+        remedy=f"use `{command}`",
     )
 
 

@@ -1,7 +1,6 @@
-"""Records that a site holds out, and the noisy counts of how an adapter does on them.
+"""The noisy counts of how an adapter does on the records that a site holds out.
 
-Which records are held out depends on each unit alone: its own content is hashed, so that adding or
-removing another unit moves none from one side to the other.
+Which records are held out depends on each unit alone (`umbel_client.data.hold_out`).
 """
 
 import numpy as np
@@ -14,15 +13,15 @@ from umbel_common.adapters.site_counts import SiteCounts
 from umbel_common.plans.plan import Classification, FederatedEvaluation, deviation
 
 BATCH = 32
-"""Records at once: sets memory and speed, not the result."""
+"""Records computed at once: sets memory and speed, not the result."""
 
 
 def noisy_counts(
     model: AdaptedModel, data: PreparedData, evaluation: FederatedEvaluation, noise: NoiseSource
 ) -> SiteCounts:
-    """Score and number of the units of `data` under the model as it stands, each with noise.
+    """Counts the units of `data` and their score under the model as it stands, both with noise.
 
-    A unit counts once, with the mean score of its records; the sensitivity is
+    A unit counts once, with the mean score of its records. The sensitivity is
     `umbel_common.plans.plan.SENSITIVITY`.
     """
     scores = _scores(model, data, evaluation)
@@ -38,4 +37,5 @@ def _scores(model: AdaptedModel, data: PreparedData, evaluation: FederatedEvalua
     if isinstance(model.plan.task, Classification):
         return (predicted_labels(model, data, BATCH) == data.labels).astype(np.float64)
     losses = np.nan_to_num(record_losses(model, data, BATCH), nan=np.inf)
-    return np.clip(losses / evaluation.largest_loss, 0, 1)
+    scores: Floats = np.clip(losses / evaluation.largest_loss, 0, 1)
+    return scores

@@ -1,4 +1,4 @@
-"""What an adapter answers: labels of texts, or texts."""
+"""An adapter's answers: labels of texts, or texts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from umbel_client.tasks.frozen_cache import token_inputs
 from umbel_common.errors import DataError
 
 BATCH = 8
-"""Texts at once."""
+"""Texts computed at once."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,11 @@ class Prediction:
 
 @torch.no_grad()
 def classify_texts(model: AdaptedModel, tokens: Tokens) -> Iterator[Prediction]:
-    """The most likely label of each text; `tokens` are those of the plan's tokenizer."""
+    """Yields the most likely label of each text.
+
+    Args:
+        tokens: of all texts, by the tokenizer of the base model.
+    """
     labels = model.plan.task.labels  # type: ignore[union-attr]  # a classification's model
     for start in range(0, len(tokens), BATCH):
         indices = np.arange(start, min(start + BATCH, len(tokens)))
@@ -45,7 +49,7 @@ class Sampling:
 
     max_new_tokens: int = 128
     temperature: float = 0.0
-    """0: always the most likely one; else the softmax of logits / temperature is sampled."""
+    """0: always the most likely token; else the softmax of logits / temperature is sampled."""
     seed: int = 0
 
 
@@ -53,10 +57,13 @@ class Sampling:
 def answer_prompts(
     model: AdaptedModel, chat: Chat, prompts: Sequence[Sequence[Turn]], sampling: Sampling
 ) -> Iterator[str]:
-    """What the model answers to each conversation, without the tokens that end it.
+    """Yields the model's answer to each conversation, without the tokens that end it.
+
+    Args:
+        prompts: the turns of each conversation up to the answer.
 
     Raises:
-        DataError: the template cannot render a prompt, or it leaves no room for an answer.
+        DataError: the template cannot render a prompt, or a prompt leaves no room for an answer.
     """
     for start in range(0, len(prompts), BATCH):
         texts = [chat.prompt(turns) for turns in prompts[start : start + BATCH]]
@@ -81,7 +88,7 @@ def answer_prompts(
 
 
 def _left_padded(model: AdaptedModel, chat: Chat, texts: list[str], first: int) -> TokenInputs:
-    """Prompts that end at one place: a model goes on from the last token."""
+    """Prompts padded on the left: a model continues from the last token."""
     encoded = [chat.prompt_ids(text) for text in texts]
     longest = max(map(len, encoded))
     positions = getattr(model.base.config, "max_position_embeddings", longest + 1)

@@ -45,7 +45,7 @@ class CausalOptions:
     columns: Columns = field(default_factory=Columns)
     """The format of the holdout's records."""
     general: Path | None = None
-    """File of texts from outside the domain, in a column `text`; None: there are none."""
+    """File of texts from outside the domain, in a column `text`; None: there are no such texts."""
     answers: int = 50
     """Number of records that the model answers, from the beginning of the holdout."""
     answer_tokens: int = 64

@@ -1,7 +1,7 @@
-"""One trial of hyper-parameters on public records: the plan's own training, and its loss after it.
+"""One trial of hyper-parameters on public records: the plan's own training, and the loss after it.
 
-Sites are played by as many trainings on the same records, each under noise of its own, whose deltas
-are clipped and averaged as in a round. Nothing here reads a site's configuration or its data.
+Each site is simulated by one training on the same records with its own noise. Their deltas are
+clipped and averaged as in a round. Nothing here reads a site's configuration or its data.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class PublicData:
-    """A model, and public records for it: some to train on, the others to validate on."""
+    """A model, and public records for it: one part to train on, the other to validate on."""
 
     model: AdaptedModel
     training: PreparedData
@@ -47,10 +47,10 @@ class PublicData:
         share: float,
         seed: int,
     ) -> "PublicData":
-        """Loads the model, and computes what is frozen of it once for all trials.
+        """Loads the model, and computes its frozen layers once for all trials.
 
         Args:
-            share: of the records that validate, chosen by the seed.
+            share: the share of the records that validate; the seed chooses them.
 
         Raises:
             DataError: the file does not fit the plan, or has too few records to divide.
@@ -89,11 +89,15 @@ def _chosen(records: Records | LmRecords, indices: Ints) -> Records | LmRecords:
 def loss_after_training(
     plan: TrainingPlan, data: PublicData, *, public_size: int, sites: int, seed: int
 ) -> float:
-    """Mean loss on the validating records of the adapter that the whole plan gives.
+    """Trains the whole plan, and returns the adapter's mean loss on the validation records.
 
     Args:
-        public_size: of a site: noise is what such a site adds. Batches are of the plan's size.
-        seed: of batches and noise. The same in each trial, so that trials differ by what is tried.
+        plan: with the values that are tried; for the data's model, task and adapter.
+        public_size: a site's number of records: the noise is what such a site adds. Batches have
+            the plan's size.
+        sites: number of sites that are simulated.
+        seed: of batches and noise. It is the same in each trial, so that trials differ by their
+            hyper-parameters only.
 
     Raises:
         DataError: there are fewer records than a batch is expected to hold.
@@ -102,7 +106,7 @@ def loss_after_training(
     """
     noise_multiplier = noise_for(plan, public_size).noise_multiplier
     noise = SiteNoise(sampling_rate(plan, len(data.training)), noise_multiplier)
-    # Public records have nobody to protect: a seed that can be repeated is what is wanted here.
+    # Public records protect nobody, so a repeatable seed is right here.
     entropy = [np.random.default_rng((seed, site)).bytes for site in range(sites)]
     data.model.follow(plan)
     trainers = [

@@ -1,10 +1,10 @@
-"""The frozen-prefix cache: what lies below the first adapted layer, computed once per record.
+"""The frozen-prefix cache: the output below the first adapted layer, computed once per record.
 
 **It is private data.** Hidden states can be turned back into text. The file stays on the site's
 disk, readable by its owner alone, and must be deleted with the data set.
 
-Values are kept as float16: logits differ from a whole forward pass by about a thousandth of their
-range, and gradients are those of the rounded records, so the guarantee for them is the same.
+Values are kept as float16. Logits differ from those of a whole forward pass by about a thousandth
+of their range. Gradients are those of the rounded records, so the guarantee is the same.
 """
 
 import tempfile
@@ -33,7 +33,7 @@ def ignore_progress(done: int, total: int) -> None:
 
 _SUFFIX = ".prefix.npy"
 _TOKENS_AT_ONCE = 2048
-"""Enough for one thread's matrix products, few enough for its cache."""
+"""Tokens computed at once: enough for one thread's matrix products, few enough for its cache."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class FrozenCache:
 
 
 def token_inputs(tokens: Tokens, indices: Ints) -> TokenInputs:
-    """The chosen records' ids, padded to the longest of them."""
+    """Token ids of the chosen records, padded to the longest of them."""
     rows, mask = tokens.rows(indices)
     ids = np.where(mask == 1, tokens.ids[rows], tokens.pad_id).astype(np.int64)
     return TokenInputs(torch.from_numpy(ids), torch.from_numpy(mask))
@@ -64,14 +64,15 @@ def token_inputs(tokens: Tokens, indices: Ints) -> TokenInputs:
 def frozen_prefix(
     model: AdaptedModel, tokens: Tokens, folder: Path | None, on_progress: OnProgress
 ) -> FrozenCache | None:
-    """Computes the cache, or opens it if this model's outputs for these records are there.
+    """Computes the cache, or opens it if this model's outputs for these records are stored.
 
     Args:
         folder: where the file goes, named by the digests of model and tokens; None: memory only.
+        on_progress: called after each batch.
 
     Returns:
         None if the model allows no cache (`AdaptedModel.frozen_output` is `nothing`), or if its
-        hidden states exceed float16: training then does whole forward passes, to the same end.
+        hidden states exceed float16. Training then does whole forward passes, with the same result.
 
     Raises:
         StorageError: the file cannot be written.
@@ -90,7 +91,7 @@ def frozen_prefix(
 
 
 def _key(model: AdaptedModel, tokens: Tokens) -> str:
-    """Also kind, depth and precision, since one model may serve several plans."""
+    """The file's name; kind, depth and precision are in it, as a model may serve several plans."""
     kind = f"{model.frozen_output} {model.depth} {model.precision} ".encode()
     return digest("prefix", kind + model.plan.model.digest + tokens.digest()).hex()
 
@@ -98,7 +99,7 @@ def _key(model: AdaptedModel, tokens: Tokens) -> str:
 def _write(
     path: Path, shape: tuple[int, int], model: AdaptedModel, tokens: Tokens, on_progress: OnProgress
 ) -> bool:
-    """Fills a file that only its owner can read; it gets its name once it is complete."""
+    """Fills a file that only its owner can read. It gets its name when it is complete."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=_SUFFIX, delete=False) as file:
@@ -121,7 +122,7 @@ def _write(
 def _fill(
     values: npt.NDArray[np.float16], model: AdaptedModel, tokens: Tokens, on_progress: OnProgress
 ) -> bool:
-    """Computes every record's rows; False if a value does not fit float16."""
+    """Computes the rows of every record; returns False if a value does not fit float16."""
     done = 0
     for indices in _batches(tokens):
         inputs = token_inputs(tokens, indices)
@@ -139,7 +140,7 @@ def _fill(
 
 
 def _batches(tokens: Tokens) -> Iterator[Ints]:
-    """Records of like length together, so that little is spent on padding."""
+    """Batches of records of similar length, so that there is little padding."""
     order = np.argsort(tokens.lengths, kind="stable")
     start = 0
     while start < len(order):
