@@ -1,7 +1,7 @@
-"""From a plan's draft, a TOML file, and the base model's folder to the plan.
+"""Makes a plan from its draft, a TOML file, and the base model's folder.
 
-`umbel-server plan new` runs this in a process of its own: it takes the model's classes to know
-which tensors an adapter has.
+`umbel-server plan new` runs this in a process of its own: the model's classes are needed to know
+the tensors of an adapter.
 
 ```toml
 federation = "north"
@@ -54,7 +54,7 @@ from umbel_host.terminal import exit_code
 
 
 def main() -> int:
-    """Writes the plan of the draft that is named on the command line to standard output."""
+    """Writes the plan of the draft named on the command line to standard output."""
     return exit_code(lambda: print(plan_to_json(read_plan(Path(sys.argv[1]))), end=""))
 
 

@@ -1,7 +1,7 @@
 """One evaluation as a process: a request as JSON on standard input, the figures on standard output.
 
-The server runs `python -m umbel_client.evaluating`: it stays without the packages that a model
-takes, and a crash here takes no job with it.
+The server runs `python -m umbel_client.evaluating`: so the server needs none of a model's packages,
+and a crash here ends no job.
 """
 
 import sys
@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 
 from umbel_client.data.records import Columns
-from umbel_client.evaluation.score import evaluate_adapter
+from umbel_client.evaluation.score import options_for, score
+from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import fastest_precision
 from umbel_common.adapters.vector import Vector, from_bytes
 from umbel_common.errors import ConfigError, StorageError
@@ -22,10 +23,11 @@ from umbel_host.terminal import exit_code
 
 
 def evaluate(request: EvaluationRequest) -> Evaluation:
-    """Answers a request.
+    """Evaluates the adapter that a request names.
 
     Raises:
-        DataError, ModelError, PlanError: see `evaluate_adapter` and `plan_from_json`.
+        DataError, ModelError, PlanError: see `options_for`, `score`, `AdaptedModel.load` and
+            `plan_from_json`.
         RemoteProtocolError: a vector has another length than the plan's adapter.
         StorageError: a vector's file cannot be read.
     """
@@ -35,21 +37,23 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
         label_column=request.columns.label_column,
         record_format=request.columns.format,
     )
-    return evaluate_adapter(
-        plan,
-        _vector(plan, request.adapter),
-        Path(request.model),
-        Path(request.holdout),
-        None if request.general is None else Path(request.general),
-        request.groups,
+    options = options_for(
+        plan.task,
         columns=columns,
-        before=None if request.before is None else _vector(plan, request.before),
+        general=None if request.general is None else Path(request.general),
+        groups=request.groups,
         answers=request.answers,
         answer_tokens=request.answer_tokens,
         batch_size=request.batch_size,
-        device=request.device,
-        precision=fastest_precision(request.device),
     )
+    vector = _vector(plan, request.adapter)
+    before = None if request.before is None else _vector(plan, request.before)
+    folder = Path(request.model)
+    model = AdaptedModel.load(
+        folder, plan, device=request.device, precision=fastest_precision(request.device)
+    )
+    model.set_vector(vector)
+    return score(model, folder, Path(request.holdout), options, before=before)
 
 
 def _vector(plan: TrainingPlan, file: str) -> Vector:

@@ -1,8 +1,8 @@
-"""Learning rates and clip norm of a draft, looked for on public records, never on private ones.
+"""The search for a draft's learning rates and clip norm, on public records, never on private ones.
 
 `umbel-server tune` runs this in a process of its own, with a request as JSON on standard input.
-Trials go into an SQLite file: another call goes on where one was stopped. The search is TPE
-(Bergstra et al. 2011); its first trial is the draft as it is.
+Trials go into an SQLite file, so that another call resumes a search that was stopped. The search is
+TPE (Bergstra et al. 2011); its first trial is the draft as it is.
 """
 
 import sys

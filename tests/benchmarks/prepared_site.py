@@ -6,6 +6,7 @@ adapter's checks, quantisation, masks and seal. A round's delta is random number
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from umbel_client.ledger.ledger import Ledger
 from umbel_client.privacy.accounting import DpEvent
 from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.site.config import ClientConfig
-from umbel_client.storage.deltas import DeltaCache
+from umbel_client.storage.deltas import DeltaCache, OptimizerState
 from umbel_client.storage.journal import Published
 from umbel_client.trainer.job import SiteJob
 from umbel_client.trainer.observer import Observer
@@ -32,37 +33,45 @@ SPREAD = np.float32(1e-3)
 class PreparedJob(SiteJob):
     """A job whose deltas are there at once."""
 
-    def __init__(
-        self,
-        config: ClientConfig,
-        plan: TrainingPlan,
-        roster: Roster,
-        *,
-        published: Published,
-        observer: Observer,
-        entropy: Entropy,
-    ) -> None:
-        self.plan = plan
-        self.noise = SiteNoise(1.0, None)
-        self._config = config
-        self._observer = observer
-        self._entropy = entropy
-        self._weight = 1
-        state = Path(config.state)
-        self._ledger = Ledger.open(state / "ledger.sqlite", bytes(32))
-        self._ledger.keep_pace(published.answers)
-        self._deltas = DeltaCache(state / "deltas" / plan.job)
-
-    def _compute(
-        self, number: int, adapter_digest: bytes, adapter: Vector, event: DpEvent | None
-    ) -> bytes:
+    def train(
+        self, number: int, adapter: Vector, event: DpEvent | None
+    ) -> tuple[Vector, OptimizerState]:
         size = size_of(self.plan.trained_tensors(number))
         delta = np.random.default_rng(number).standard_normal(size, dtype=np.float32)
         delta *= SPREAD
-        return self._deltas.save(number, adapter_digest, delta, {})
+        return delta, {}
+
+
+def open_prepared_job(
+    config: ClientConfig,
+    plan: TrainingPlan,
+    roster: Roster,
+    *,
+    published: Published,
+    observer: Observer,
+    entropy: Entropy,
+) -> PreparedJob:
+    """As `open_job`, without data and model."""
+    state = Path(config.state)
+    ledger = Ledger.open(state / "ledger.sqlite", bytes(32))
+    ledger.keep_pace(published.answers)
+    nothing: Any = None
+    return PreparedJob(
+        plan=plan,
+        noise=SiteNoise(1.0, None),
+        _trainer=nothing,
+        _held_out=None,
+        _weight=1,
+        _budget=config.policy.budget(plan),
+        _ledger=ledger,
+        _deltas=DeltaCache(state / "deltas" / plan.job),
+        _state=state,
+        _observer=observer,
+        _entropy=entropy,
+    )
 
 
 if __name__ == "__main__":
-    umbel_client.trainer.handler.SiteJob = PreparedJob
+    umbel_client.trainer.handler.open_job = open_prepared_job
     configure()
     sys.exit(exit_code(lambda: run(Path(sys.argv[1]), "a benchmark")))

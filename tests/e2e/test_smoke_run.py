@@ -77,7 +77,7 @@ def test_plain_peft_loads_the_adapter_and_gives_the_logits_of_umbel(smoke_run: P
     ours = AdaptedModel.load(base, plan)
     ours.set_vector(read_vector(adapter, plan))
     records = load_records(write_records(smoke_run.parent / "texts.jsonl", plan), plan.task)
-    data = prepare(ours, base, records, cache=None, progress=lambda done, total: None)
+    data = prepare(ours, base, records, cache=None)
     with torch.no_grad():
         logits = ours.logits(ClassificationTask().batch(data, np.arange(len(TEXTS))).inputs)
     # The frozen layers' outputs are kept as float16.

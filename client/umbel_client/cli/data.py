@@ -1,6 +1,6 @@
 """`umbel-client data check|split|stats`: a site's own records, without a federation.
 
-Torch and Transformers are imported where they are needed: other commands should not wait for them.
+Torch and Transformers are imported inside the commands: other commands should not wait for them.
 """
 
 from collections import Counter
@@ -118,7 +118,7 @@ def split(
     ],
     file: File = None,
     shares: Annotated[
-        str, typer.Option(help="Of train, validation and test, with sum 1; 0: no such part.")
+        str, typer.Option(help="Shares of train, validation and test, with sum 1; 0: no such part.")
     ] = "0.8,0.1,0.1",
     repeated: Annotated[
         Literal["together", "leave-out"],
@@ -165,7 +165,7 @@ class _Site:
 
     def __init__(self, config: Path | None, file: Path | None, unit: str | None) -> None:
         settings: ClientConfig | None = None
-        # With neither, the error names the file that would say where the records are.
+        # Without both, the error names the file that would say where the records are.
         if config is not None or CLIENT_TOML.exists() or file is None:
             settings = load_config(config or CLIENT_TOML)
         found = settings.data if settings else DataConfig(path=str(file), public_size=1)

@@ -1,6 +1,6 @@
 """`umbel-client train|evaluate|classify|generate|export`: fine-tuning without a federation.
 
-Torch and Transformers are imported where they are needed: other commands should not wait for them.
+Torch and Transformers are imported inside the commands: other commands should not wait for them.
 """
 
 import os
@@ -19,7 +19,6 @@ from umbel_common.plans.plan import (
     Adam,
     CausalLm,
     Classification,
-    LocalPrivacy,
     NoPrivacy,
     TrainingPlan,
 )
@@ -60,11 +59,8 @@ def train(
     data.
     """
     from umbel_client.data.records import columns_of, load_records
-    from umbel_client.dpsgd.batch_size import find_physical_batch_size
     from umbel_client.models.adapters.folder import write_adapter
-    from umbel_client.tasks.prepared import prepare
-    from umbel_client.training.local import EarlyStop, train_alone
-    from umbel_client.training.self_test import self_test
+    from umbel_client.training.local import Validation, fine_tune
 
     if not local:
         raise typer.BadParameter(
@@ -75,42 +71,26 @@ def train(
         raise StorageError("a file or folder is in the way", file=out, remedy="give a new name")
     followed = _followed(plan, without_privacy)
     columns = columns_of(settings.data)
-    path = data or Path(settings.data.path)
-    records = load_records(path, followed.task, **columns)
-    checked = None if validation is None else load_records(validation, followed.task, **columns)
-    model = _load(settings, followed)
-    self_test(
-        model, 1.0 if isinstance(followed.privacy, LocalPrivacy) else None, entropy=os.urandom
-    )
-    folder = Path(settings.model.path)
+    records = load_records(data or Path(settings.data.path), followed.task, **columns)
+    held_out = None
+    if validation is not None:
+        held_out = Validation(load_records(validation, followed.task, **columns), patience)
     console = Console(highlight=False)
-    rounds = followed.training.rounds
 
-    def told(done: int, loss: float | None) -> None:
+    def on_round(done: int, loss: float | None) -> None:
         end = "" if loss is None else f", validation loss {loss:.4f}"
-        console.print(f"round {done} of {rounds}{end}")
+        console.print(f"round {done} of {followed.training.rounds}{end}")
 
-    prepared = prepare(model, folder, records, cache=None, progress=lambda done, total: None)
-    early_stop = None
-    if checked is not None:
-        held_out = prepare(model, folder, checked, cache=None, progress=lambda done, total: None)
-        early_stop = EarlyStop(held_out, patience)
-    size = settings.physical_batch_size
-    per_unit = settings.data.max_records_per_unit if prepared.units is not None else 1
-    result = train_alone(
-        model,
-        prepared,
-        public_size=settings.data.public_size if data is None else prepared.unit_count,
+    result = fine_tune(
+        settings,
+        followed,
+        records,
+        held_out,
+        on_round,
+        public_size=settings.data.public_size if data is None else None,
         entropy=os.urandom,
-        physical_batch_size=find_physical_batch_size(
-            model, prepared.prefix, records_per_unit=per_unit
-        )
-        if size == "auto"
-        else size,
-        early_stop=early_stop,
-        on_round=told,
     )
-    write_adapter(out, followed, result.adapter, None, base_model=folder)
+    write_adapter(out, followed, result.adapter, None, base_model=Path(settings.model.path))
     console.print(f"adapter of round {result.round}  {out}", soft_wrap=True, markup=False)
     console.print("It is as private as the data: no ledger was charged for it.")
 
@@ -121,7 +101,7 @@ def _followed(path: Path, without_privacy: bool) -> TrainingPlan:
         return plan
     training = plan.training
     if isinstance(training.optimizer, Adam):
-        # There is then no noise to subtract from Adam's moments.
+        # Without noise there is nothing to subtract from Adam's second moment.
         optimizer = msgspec.structs.replace(training.optimizer, unbiased=False)
         training = msgspec.structs.replace(training, optimizer=optimizer)
     return msgspec.structs.replace(plan, privacy=NoPrivacy(), training=training)
@@ -138,7 +118,7 @@ def classify(
 ) -> None:
     """Label texts with an adapter: one JSON object a line, with label and probability."""
     from umbel_client.data.tokens import tokenise
-    from umbel_client.evaluation.inference import classify as predict
+    from umbel_client.evaluation.inference import classify_texts
 
     settings = load_config(config)
     model = _adapted(settings, adapter, base)
@@ -147,7 +127,7 @@ def classify(
         raise _other_task(adapter, "umbel-client generate")
     texts = _texts(text, file, settings.data.text_column)
     tokens = tokenise(texts, Path(settings.model.path), task.max_tokens)
-    for prediction in predict(model, tokens):
+    for prediction in classify_texts(model, tokens):
         typer.echo(
             msgspec.json.encode(
                 {"label": prediction.label, "probability": round(prediction.probability, 4)}
@@ -171,7 +151,8 @@ def evaluate(
 ) -> None:
     """Score an adapter on this site's own held-out records: nothing of it leaves this machine."""
     from umbel_client.data.records import columns_of
-    from umbel_client.evaluation.score import evaluate_adapter
+    from umbel_client.evaluation.score import options_for, score
+    from umbel_client.models.adapted_model import AdaptedModel
     from umbel_client.models.adapters.folder import read_adapter
     from umbel_client.models.base.precision import chosen_precision
     from umbel_common.adapters.vector import initial_vector
@@ -179,18 +160,18 @@ def evaluate(
 
     settings = load_config(config)
     plan, vector = read_adapter(_folder_of(settings, adapter))
-    start = initial_vector(plan)
-    found = evaluate_adapter(
-        plan,
-        start if base else vector,
-        Path(settings.model.path),
-        data or Path(settings.data.path),
-        general,
-        groups,
+    options = options_for(
+        plan.task,
         columns=columns_of(settings.data),
+        general=general,
+        groups=groups,
         answers=answers,
-        precision=chosen_precision(settings.model.precision),
     )
+    model_folder = Path(settings.model.path)
+    precision = chosen_precision(settings.model.precision)
+    model = AdaptedModel.load(model_folder, plan, precision=precision)
+    model.set_vector(initial_vector(plan) if base else vector)
+    found = score(model, model_folder, data or Path(settings.data.path), options)
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
     else:
@@ -207,14 +188,14 @@ def generate(
     temperature: Annotated[
         float, typer.Option(min=0.0, max=5.0, help="0: the likeliest token each time.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling, with a temperature.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling, with a temperature.")] = 0,
     base: Base = False,
     config: Config = CLIENT_TOML,
 ) -> None:
     """Answer questions with an adapter: one JSON object a line, with prompt and answer."""
     from umbel_client.data.chat import Chat
     from umbel_client.data.conversations import Turn
-    from umbel_client.evaluation.inference import Sampling, answers
+    from umbel_client.evaluation.inference import Sampling, answer_prompts
 
     settings = load_config(config)
     model = _adapted(settings, adapter, base)
@@ -225,7 +206,8 @@ def generate(
     chat = Chat.load(Path(settings.model.path), task)
     sampling = Sampling(max_new_tokens, temperature, seed)
     turns = [[Turn("user", one)] for one in prompts]
-    for question, answer in zip(prompts, answers(model, chat, turns, sampling), strict=True):
+    said = answer_prompts(model, chat, turns, sampling)
+    for question, answer in zip(prompts, said, strict=True):
         typer.echo(msgspec.json.encode({"prompt": question, "answer": answer}).decode())
 
 
@@ -236,7 +218,7 @@ def export(
         bool, typer.Option("--merge", help="Add the adapter to its base model: one whole model.")
     ] = False,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of a merged model.")
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of a merged model.")
     ] = "float32",
     config: Config = CLIENT_TOML,
 ) -> None:
@@ -260,33 +242,21 @@ def _folder_of(config: ClientConfig, adapter: str) -> Path:
 
 
 def _adapted(config: ClientConfig, adapter: str, base: bool) -> "AdaptedModel":
+    import torch
+
     from umbel_client.models.adapters.folder import read_adapter
+    from umbel_client.models.site_model import load_site_model
     from umbel_common.adapters.vector import initial_vector
 
     plan, vector = read_adapter(_folder_of(config, adapter))
-    model = _load(config, plan)
+    torch.set_num_threads(config.threads)
+    model = load_site_model(config.model, plan)
     model.set_vector(initial_vector(plan) if base else vector)
     return model
 
 
-def _load(config: ClientConfig, plan: TrainingPlan) -> "AdaptedModel":
-    import torch
-
-    from umbel_client.models.adapted_model import AdaptedModel
-    from umbel_client.models.base.precision import chosen_precision
-
-    torch.set_num_threads(config.threads)
-    return AdaptedModel.load(
-        Path(config.model.path),
-        plan,
-        precision=chosen_precision(config.model.precision),
-        checkpointing=config.model.gradient_checkpointing,
-        quantisation=config.model.quantisation,
-    )
-
-
 def _texts(given: Sequence[str] | None, file: Path | None, column: str) -> list[str]:
-    """From the command line or a column of a data file, whichever is given."""
+    """The texts of the command line, or of a column of a data file."""
     from umbel_client.data.tables import read_table
 
     if (file is None) == (not given):
@@ -311,7 +281,10 @@ def _texts(given: Sequence[str] | None, file: Path | None, column: str) -> list[
 
 def _other_task(adapter: str, command: str) -> ConfigError:
     return ConfigError(
-        "an adapter is of another task", field="--adapter", found=adapter, remedy=f"use `{command}`"
+        "an adapter is for another task",
+        field="--adapter",
+        found=adapter,
+        remedy=f"use `{command}`",
     )
 
 

@@ -1,8 +1,7 @@
-"""A file of records as its owner looks at it, before any plan: what it teaches, and what stands in
-it twice.
+"""A file of records as its owner looks at it, before any plan: its task, and its repeated records.
 
-Where no plan says what the task is, the file does: with a column of texts and one of labels it is a
-classification, else its columns are those of a format of `umbel_client.data.conversations`.
+Where no plan names the task, the file's columns do. With a column of texts and one of labels it is
+a classification. Else its columns are those of a format of `umbel_client.data.conversations`.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -20,12 +19,12 @@ from umbel_common.plans.plan import CausalLm, Classification, Task
 T = TypeVar("T")
 
 Key: TypeAlias = tuple[str, ...]
-"""What makes two records the same: equal keys."""
+"""Two records are the same if their keys are equal."""
 
 _EVERY_RECORD = 1_000_000
-"""More than a unit may have: none is left out."""
+"""A number of records that no unit reaches, so that none is left out."""
 _LONGEST_LABEL = 200
-"""Of characters. A label is shown, and a longer one is a text from the wrong column."""
+"""Characters of the longest label. Labels are shown; a longer one is a text from a wrong column."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Examples:
     path: Path
     table: Table
     task: Task
-    """The plan's; without one, what takes every record that the file may hold."""
+    """The plan's task; without a plan, one that takes every record that the file may hold."""
     format: str
     """`classification`, or one of `Format`."""
     records: Records | LmRecords
@@ -57,10 +56,10 @@ class Examples:
 
     @property
     def keys(self) -> list[Key]:
-        """What makes each record the same as another, however its words are spaced.
+        """The key of each record; the spaces between its words do not count.
 
-        Of a classification the text alone: with a label each in two parts of a split, it would be
-        asked in the one what was told in the other.
+        In a classification the text alone is the key, without the label. Else a text with two
+        labels could be in two parts of a split, and a test would ask what training has shown.
         """
         if isinstance(self.records, Records):
             return [(_plain(text),) for text in self.records.texts]
@@ -80,12 +79,12 @@ def _plain(text: str) -> str:
 def read_examples(
     path: Path, data: DataConfig, task: Task | None, labels: Sequence[str] = ()
 ) -> Examples:
-    """Reads every record of a file, those past `data.max_records_per_unit` too.
+    """Reads every record of a file, also those beyond `data.max_records_per_unit`.
 
     Args:
-        data: where in the file records are; its own `path` is not used.
-        task: of a plan; None: what the file's columns say.
-        labels: those that may occur where no plan names them; none: any.
+        data: where in the file the records are; its own `path` is not used.
+        task: a plan's; None: the task that the file's columns say.
+        labels: the labels that may occur where no plan names them; empty: any.
 
     Raises:
         DataError: the file cannot be read, or a row has no record that the task can use.
@@ -104,7 +103,7 @@ def read_examples(
 def row_errors(
     path: Path, data: DataConfig, task: Task | None, labels: Sequence[str] = ()
 ) -> Iterator[DataError]:
-    """What is wrong with each row; arguments as of `read_examples`.
+    """Yields what is wrong with each row; for the arguments see `read_examples`.
 
     Raises:
         DataError: the file cannot be read at all, or lacks a column, or it is not clear what its
@@ -112,7 +111,7 @@ def row_errors(
     """
     table = read_table(path)
     task, _, columns = _understood(path, table, data, task, labels)
-    # Of no row at all: what is wrong then is no row's fault.
+    # First without any row: an error here is not one of a row.
     records_of(path, Table(table.columns, [], table.source), task, **columns)
     for number, row in enumerate(table.rows, start=1):
         try:
@@ -124,7 +123,7 @@ def row_errors(
 def _understood(
     path: Path, table: Table, data: DataConfig, task: Task | None, labels: Sequence[str]
 ) -> tuple[Task, str, Columns]:
-    """What a file is read as: the task, the name of its format, and where records are."""
+    """How a file is read: the task, the name of its format, and where the records are."""
     columns = columns_of(data)
     columns["max_records_per_unit"] = _EVERY_RECORD
     if task is None:
@@ -141,7 +140,7 @@ def _understood(
 
 
 def _labels_of(path: Path, table: Table, column: str) -> tuple[str, ...]:
-    """Every label that a file has, in the order of the alphabet."""
+    """All labels of a file, in alphabetical order."""
     found = set()
     for number, row in enumerate(table.rows, start=1):
         label = label_of(row.get(column))
@@ -168,14 +167,14 @@ def _labels_of(path: Path, table: Table, column: str) -> tuple[str, ...]:
 
 
 Group: TypeAlias = list[int]
-"""Indices of records, rising."""
+"""Indices of records in rising order."""
 
 
 def repeated(keys: Sequence[Hashable]) -> list[Group]:
-    """The records that stand in a file more than once: a group for each, in the order of the file.
+    """The records that occur more than once: a group for each key, in the order of the file.
 
     Args:
-        keys: of each record.
+        keys: the key of each record.
     """
     groups: dict[Hashable, Group] = {}
     for index, key in enumerate(keys):

@@ -1,4 +1,4 @@
-"""How many tokens a site's records have: counted by the tokenizer of a base model, uncut."""
+"""The number of tokens of a site's records, counted by the tokenizer of a base model, uncut."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from umbel_common.errors import DataError
 from umbel_common.plans.plan import CausalLm, Task
 
 _MANY = 131_072
-"""As many tokens as a plan may allow; lengths are counted past them all the same."""
+"""The largest number of tokens that a plan may allow; longer records are counted in full too."""
 _PAIR = ["user", "assistant"]
 _SHOWN = 10
 
@@ -27,13 +27,15 @@ class Lengths:
     """Tokens of each record, with those that a template or a tokenizer adds."""
 
     prompt: Ints
-    """int64[records]: before the answer; 0 where all of a text counts."""
+    """int64[records]: tokens before the answer; 0 where all of a text counts."""
     whole: Ints
-    """int64[records]: of the record."""
+    """int64[records]: tokens of the whole record."""
 
     def unanswered(self, max_tokens: int) -> npt.NDArray[np.bool_]:
-        """bool[records]: nothing of the answer is among the first tokens that a model predicts;
-        it never predicts the first."""
+        """bool[records]: whether a cut at `max_tokens` leaves nothing of the answer to predict.
+
+        A model never predicts the first token.
+        """
         left = np.minimum(self.whole, max_tokens)
         answerless: npt.NDArray[np.bool_] = np.maximum(self.prompt, 1) >= left
         return answerless
@@ -43,12 +45,13 @@ def count_tokens(examples: Examples, folder: Path, task: Task | None = None) -> 
     """Counts the tokens of every record.
 
     Args:
-        folder: of the base model, for its tokenizer.
-        task: of a plan; None: a language model's records are rendered by the chat template, or
-            without one if the tokenizer has none and each is a prompt with its answer.
+        folder: the base model's, for its tokenizer.
+        task: a plan's; None: a language model's records are rendered by the chat template. If the
+            tokenizer has no template and each record is a prompt with its answer, they are rendered
+            without one.
 
     Raises:
-        ModelError: the folder holds no fast tokenizer, or the chat template that it takes.
+        ModelError: the folder has no fast tokenizer, or lacks the chat template that is needed.
         DataError: names the row that the template cannot render.
     """
     if isinstance(examples.records, Records):
@@ -100,10 +103,10 @@ def _rendering(examples: Examples, folder: Path) -> CausalLm:
 
 
 def require_fit(examples: Examples, lengths: Lengths, folder: Path, task: Task) -> int:
-    """Refuses what a plan does not take of these records, or its model of the plan.
+    """Refuses records that a plan does not take, and a plan that the model does not take.
 
     Returns:
-        how many records the plan would cut.
+        Number of records that the plan would cut.
 
     Raises:
         ModelError: the model cannot read as many tokens as the plan allows.

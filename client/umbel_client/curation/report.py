@@ -1,6 +1,6 @@
-"""What a site's people are shown of their own records: counts, lengths, what stands there twice.
+"""What a site's people are shown of their own records: counts, lengths, repeated records.
 
-All of it is as private as the records. No text is in it; rows have their number in the file.
+All of it is as private as the records. It holds no text; rows have their number in the file.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ _SMALLEST_CUT = 32
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """How a count is spread over the records or units."""
+    """The distribution of a count over records or units."""
 
     least: int
     median: int
@@ -30,9 +30,9 @@ class Cut(msgspec.Struct, frozen=True):
 
     max_tokens: int
     longer: int
-    """Records of more tokens: cut, or refused."""
+    """Number of records with more tokens; they are cut, or refused."""
     unanswered: int | None
-    """Of those, the ones of whose answer nothing would be left; None: there are no answers."""
+    """How many of them would lose their whole answer; None: there are no answers."""
 
 
 class DataReport(msgspec.Struct, frozen=True):
@@ -42,18 +42,18 @@ class DataReport(msgspec.Struct, frozen=True):
     format: str
     records: int
     units: int | None
-    """None: each record is its own."""
+    """Number of units; None: each record is its own unit."""
     records_per_unit: Spread | None
     labels: dict[str, int] | None
-    """Records of each label, the commonest first; None: a language model's have none."""
+    """Number of records of each label, the commonest first; None for a language model."""
     repeated_rows: list[int]
-    """Rows that say what an earlier one says, their words spaced in whatever way."""
+    """Rows whose record repeats an earlier one; the spaces between words do not count."""
     shared_by_units: int
-    """Units of which a record is another unit's too."""
+    """Number of units with a record that another unit has too."""
     contradictory_rows: list[int]
-    """Rows whose text an earlier one has, with another label."""
+    """Rows whose text an earlier row has with another label."""
     tokens: Spread | None = None
-    """None: no model was given whose tokenizer could count."""
+    """Tokens of a record; None: no model was given whose tokenizer could count."""
     cuts: list[Cut] | None = None
 
 
@@ -88,13 +88,13 @@ def _several(units: set[int]) -> set[int]:
 
 
 def spread(counts: Ints) -> Spread:
-    """Of int64[n], n at least 1; quantiles are counts that occur."""
+    """The distribution of int64[n], n at least 1; its quantiles are counts that occur."""
     found = np.quantile(counts, [0, 0.5, 0.95, 1], method="inverted_cdf")
     return Spread(*(int(value) for value in found))
 
 
 def _cuts(lengths: Lengths, answers: bool) -> list[Cut]:
-    """At powers of two, up to the first that cuts nothing."""
+    """The cuts at powers of two, up to the first that cuts nothing."""
     cuts = []
     most = _SMALLEST_CUT
     while True:

@@ -1,9 +1,9 @@
-"""Training, validation and test records of one file, with nothing in two of them.
+"""Training, validation and test records of one file, with no record in two of them.
 
-What must stay together is a group: the records of a unit, and records that are the same. A patient
-whose record is also another's brings both into one part, and so on: groups are the connected
-components of "of one unit, or the same". Where short phrases repeat, that can be nearly everybody:
-then units alone may decide, and what an earlier part has is left out of the later ones.
+Records that must stay together form a group: those of one unit, and those that are the same. If two
+patients have the same record, both are in one group, and so on: groups are the connected components
+of "of one unit, or the same". Where short phrases repeat, one group can hold nearly all patients.
+Then units alone may decide, and records that an earlier part has are left out of later parts.
 """
 
 import os
@@ -26,8 +26,8 @@ def inseparable(units: Sequence[int], keys: Sequence[Hashable]) -> list[Group]:
     """The records that must stay together, in the order of the file.
 
     Args:
-        units: of each record.
-        keys: of each record; equal ones say the same.
+        units: the unit of each record.
+        keys: the key of each record; records with equal keys are the same.
     """
     parent = list(range(len(units)))
 
@@ -50,23 +50,23 @@ def inseparable(units: Sequence[int], keys: Sequence[Hashable]) -> list[Group]:
 def divide(
     groups: Sequence[Group], labels: Sequence[str] | None, shares: Sequence[float], seed: int
 ) -> list[Group]:
-    """Deals groups out by their shares of the records, in an order that the seed decides.
+    """Deals groups out to parts by their shares of the records, in an order that the seed decides.
 
-    The groups of one label come after each other, each to the part that is furthest behind its
-    share so far: every label is then spread like the whole. A group of several labels counts as one
-    of its first record's.
+    The groups of one label follow each other. Each goes to the part that is furthest behind its
+    share so far, so that every label is spread like the whole. A group of several labels counts for
+    the label of its first record.
 
     Args:
-        labels: of each record; None: there are none.
-        shares: of each part, not negative, with sum 1.
+        labels: the label of each record; None: there are no labels.
+        shares: the share of each part, not negative, with sum 1.
 
     Returns:
-        the records of each part, rising.
+        The records of each part in rising order.
     """
 
     def place(group: Group) -> tuple[str, bytes]:
         label = "" if labels is None else labels[group[0]]
-        # A digest orders alike under every version of Python and NumPy.
+        # A digest gives the same order under every version of Python and NumPy.
         return label, digest("data-split", f"{seed} {group[0]}".encode())
 
     parts: list[Group] = [[] for _ in shares]
@@ -85,20 +85,20 @@ class Split:
     parts: list[Group]
     """Indices of the records of each part."""
     groups: list[Group]
-    """What was kept together."""
+    """The records that were kept together."""
     left_out: int
-    """Records in no part, since an earlier part has the same."""
+    """Number of records in no part, because an earlier part has the same."""
 
 
 def split_examples(
     examples: Examples, shares: Sequence[float], seed: int, *, leave_out: bool = False
 ) -> Split:
-    """Deals the records of a file out.
+    """Deals the records of a file out to parts.
 
     Args:
-        shares: of train, validation and test, with sum 1.
-        leave_out: records that are the same do not keep their units together; those that an earlier
-            part has are left out of the later ones.
+        shares: the shares of train, validation and test, with sum 1.
+        leave_out: equal records do not keep their units together; those that an earlier part has
+            are left out of later parts.
 
     Raises:
         DataError: a part that has a share would get no record.
@@ -119,7 +119,7 @@ def split_examples(
 
 
 def without_earlier(parts: Sequence[Group], keys: Sequence[Hashable]) -> list[Group]:
-    """Each part without the records that say what one of an earlier part says."""
+    """Each part without the records that an earlier part has."""
     seen: set[Hashable] = set()
     kept = []
     for part in parts:
@@ -129,12 +129,12 @@ def without_earlier(parts: Sequence[Group], keys: Sequence[Hashable]) -> list[Gr
 
 
 def write_parts(folder: Path, examples: Examples, parts: Sequence[Group]) -> None:
-    """Writes a file of JSON lines for each part that has records, for their owner only.
+    """Writes a file of JSON lines for each part that has records, readable by its owner only.
 
     The folder appears on disk complete, or not at all.
 
     Raises:
-        DataError: a row holds what JSON cannot.
+        DataError: a row holds a value that JSON cannot.
         StorageError: the folder exists, or cannot be written.
     """
     if folder.exists() or folder.is_symlink():
@@ -150,7 +150,7 @@ def write_parts(folder: Path, examples: Examples, parts: Sequence[Group]) -> Non
         for name, part in zip(PARTS, parts, strict=True):
             if part:
                 create(partial / f"{name}.jsonl", b"".join(lines[row] for row in part), 0o600)
-        # Fails where a folder that is not empty, or a file, came into the way meanwhile.
+        # This fails if meanwhile a file, or a folder that is not empty, has this name.
         partial.rename(folder)
         sync_folder(folder.parent)
     except OSError as error:

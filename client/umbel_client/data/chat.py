@@ -1,8 +1,8 @@
-"""Conversations as token ids, and which of them count: the answer's.
+"""Conversations as token ids, and which of them count: those of the answer.
 
-A conversation is rendered twice by the chat template of the model's tokenizer: whole, and without
-its answer but with the header under which a model answers. What the first has past the second is
-the answer. Templates are Jinja programs of the model folder, which the site pinned by its digest;
+The chat template of the model's tokenizer renders a conversation twice: whole, and without its
+answer but with the header under which a model answers. The text by which the first is longer is the
+answer. Templates are Jinja programs of the model folder, which the site pinned by its digest;
 Transformers runs them in a sandbox.
 """
 
@@ -22,17 +22,17 @@ from umbel_common.errors import DataError, ModelError
 from umbel_common.plans.plan import CausalLm
 
 IGNORED = -100
-"""Label of a token that does not count, as Transformers and torch have it."""
+"""Label of a token that does not count, as in Transformers and torch."""
 
 
 def tokenise_answers(records: LmRecords, folder: Path, task: CausalLm) -> tuple[Tokens, Ints]:
-    """Token ids of all records, and what counts of them.
+    """Token ids of all records, and which of them count.
 
     Args:
-        folder: of the base model, for its tokenizer.
+        folder: the base model's, for its tokenizer.
 
     Returns:
-        the tokens; and labels int64[tokens]: the id of a token that counts, else `IGNORED`.
+        The tokens, and labels int64[tokens]: the id of a token that counts, else `IGNORED`.
 
     Raises:
         ModelError: the folder holds no fast tokenizer, or its chat template is missing or marks no
@@ -73,10 +73,11 @@ class Chat:
 
     @classmethod
     def load(cls, folder: Path, task: CausalLm) -> "Chat":
-        """With the fast tokenizer of a model folder.
+        """Uses the fast tokenizer of a model folder.
 
         Raises:
-            ModelError: there is none, or it has no chat template and the plan asks for one.
+            ModelError: the folder has no fast tokenizer, or the plan asks for a chat template and
+                the tokenizer has none.
         """
         tokenizer = load_tokenizer(folder)
         if task.template == "chat" and tokenizer.chat_template is None:
@@ -97,7 +98,7 @@ class Chat:
         return cls(tokenizer, task, folder)
 
     def prompt(self, turns: Sequence[Turn]) -> str:
-        """What a model is given to answer.
+        """The text that a model is given to answer.
 
         Raises:
             DataError: the template cannot render the turns.
@@ -107,7 +108,7 @@ class Chat:
         return self._apply(turns, True)
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Token ids of a prompt; a chat template has written those that begin a text itself."""
+        """Token ids of a prompt; a chat template itself writes those that begin a text."""
         encoded = self.tokenizer(text, add_special_tokens=self._task.template == "plain")
         ids: list[int] = encoded["input_ids"]
         return ids
@@ -116,7 +117,7 @@ class Chat:
         """A record's text, and where its answer begins.
 
         Args:
-            row: of the file, for errors.
+            row: the record's row in the file, for errors.
 
         Raises:
             DataError: the template cannot render the record, or its answer has no beginning.
@@ -172,7 +173,7 @@ class Chat:
         return tokens, np.concatenate(labels)
 
     def lengths(self, rendered: Sequence[Rendered]) -> Ints:
-        """Tokens before the answer, and of all, whatever the plan allows: int64[records, 2]."""
+        """Tokens before the answer and of the whole record, uncut: int64[records, 2]."""
         return np.array(
             [
                 (sum(end <= len(text.prompt) for end in ends), len(ids))
@@ -182,11 +183,11 @@ class Chat:
         )
 
     def _encoded(self, rendered: Sequence[Rendered]) -> Iterator[tuple[list[int], list[int]]]:
-        """The token ids of each text, uncut, and where in it each token ends."""
+        """The token ids of each text, uncut, and the position in it where each token ends."""
         plain = self._task.template == "plain"
         for start in range(0, len(rendered), AT_ONCE):
             part = rendered[start : start + AT_ONCE]
-            # A chat template writes the tokens that begin and end a text itself.
+            # A chat template itself writes the tokens that begin and end a text.
             encoded = self.tokenizer(
                 [text.whole for text in part],
                 add_special_tokens=plain,
@@ -214,7 +215,7 @@ class Chat:
         return ids[:most]
 
     def _up_to_answer(self, text: str, row: int) -> str:
-        """What a text that was rendered before has up to its last answer."""
+        """The part of an already rendered text before its last answer."""
         start = text.rfind(self._header) if self._header else -1
         if start < 0:
             raise _row_error(
@@ -226,7 +227,7 @@ class Chat:
         return text[: start + len(self._header)]
 
     def _answer_header(self) -> str:
-        """What the template puts before an answer; empty if it marks none."""
+        """The text that the template puts before an answer; empty if it marks no answers."""
         turns = [Turn("user", "x")]
         try:
             without, with_header = self._apply(turns, False), self._apply(turns, True)

@@ -1,4 +1,4 @@
-"""Records of a causal language model in the four formats that people keep them in.
+"""Records of a causal language model, in the four usual formats.
 
 | format | columns | read as |
 |---|---|---|
@@ -28,7 +28,7 @@ COLUMNS: dict[Format, tuple[str, ...]] = {
     "instruction": ("instruction", "output"),
     "text": ("text",),
 }
-"""What a format needs; `input` may stand beside `instruction`."""
+"""The columns that a format needs; `input` may be beside `instruction`."""
 
 
 class Turn(Value, frozen=True):
@@ -39,13 +39,13 @@ class Turn(Value, frozen=True):
 
 
 class Conversation(Value, frozen=True):
-    """Turns, the last of them the assistant's: the answer."""
+    """Turns; the last one is the assistant's, the answer."""
 
     turns: tuple[Turn, ...]
 
 
 class Passage(Value, frozen=True):
-    """A text that no template has touched, or that was rendered already."""
+    """A text that no template renders, or that is already rendered."""
 
     text: str
 
@@ -56,7 +56,7 @@ LmRecord: TypeAlias = Conversation | Passage
 def read_conversations(
     path: Path, table: Table, task: CausalLm, record_format: Format
 ) -> list[LmRecord]:
-    """Every row as a record.
+    """Reads every row as a record.
 
     Raises:
         DataError: the columns belong to no format or to several; a row is of another format than
@@ -83,7 +83,7 @@ def read_conversations(
 
 
 class _Place:
-    """Where a record is wrong."""
+    """A row of a file, for errors."""
 
     def __init__(self, path: Path, row: int) -> None:
         self._path = path
@@ -99,7 +99,7 @@ class _Place:
         )
 
     def text(self, row: Row, column: str, *, what: str = "has no text") -> str:
-        """A column's text, which must not be empty."""
+        """Returns a column's text, which must not be empty."""
         value = row.get(column)
         if not isinstance(value, str) or not value.strip():
             found = "an empty text" if isinstance(value, str) else type(value).__name__
@@ -111,7 +111,8 @@ def format_of(path: Path, table: Table) -> Format:
     """The format that a file's columns say.
 
     Raises:
-        DataError: they belong to no format or to several, or a row is of another than the first.
+        DataError: the columns belong to no format or to several, or a row has another format than
+            the first.
     """
     found: list[Format] = [
         name for name, needed in COLUMNS.items() if set(needed) <= set(table.columns)
@@ -140,7 +141,7 @@ def format_of(path: Path, table: Table) -> Format:
 
 
 def _has(row: Row, name: Format) -> bool:
-    # A column that only other rows have is empty here: nothing in Parquet, an empty cell in CSV.
+    # A column that only other rows have is empty here: null in Parquet, an empty cell in CSV.
     return all(row.get(column) not in (None, "") for column in COLUMNS[name])
 
 
@@ -206,8 +207,7 @@ _READERS: dict[Format, Callable[[_Place, Row], LmRecord]] = {
 
 
 def _turns(place: _Place, value: object, column: str) -> tuple[Turn, ...]:
-    """A list of messages; a text in its place is the one turn of its side, or JSON in a cell of
-    CSV."""
+    """A list of messages; a text in its place is the one turn of its side, or JSON in CSV."""
     if isinstance(value, str) and column == "messages":
         try:
             value = msgspec.json.decode(value)
@@ -222,7 +222,7 @@ def _turns(place: _Place, value: object, column: str) -> tuple[Turn, ...]:
         raise place.error(
             "has no messages", column, type(value).__name__, "a list of role and content"
         )
-    # Parquet fills columns that other rows have with nothing.
+    # Parquet fills columns that only other rows have with null.
     plain = [
         {key: part for key, part in turn.items() if part is not None}
         if isinstance(turn, dict)

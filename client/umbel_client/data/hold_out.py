@@ -1,7 +1,7 @@
 """Which of a site's records are held out from training.
 
-It depends on each unit alone: its own content is hashed, so that adding or removing another unit
-moves none from one side to the other.
+For each unit it depends on this unit alone: its own content is hashed. So adding or removing
+another unit moves no unit from one side to the other.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from umbel_common.errors import DataError
 def hold_out(
     records: Records | LmRecords, share: float
 ) -> tuple[Records | LmRecords, Records | LmRecords]:
-    """Records to train on, and about `share` of all units to score on.
+    """Divides records: most to train on, and about `share` of all units to score on.
 
     Raises:
         DataError: one of the two would be empty.
@@ -36,14 +36,14 @@ def hold_out(
 
 
 def _keys(records: Records | LmRecords) -> Sequence[bytes]:
-    """What decides for each record: the name of its unit, or what it says."""
+    """What decides for each record: the name of its unit, or its content."""
     if records.units:
         return [records.unit_names[unit].encode() for unit in records.units]
     return [msgspec.json.encode(record) for record in records.records]
 
 
 def _position(key: bytes) -> float:
-    """Between 0 and 1, as good as random."""
+    """A number between 0 and 1 that looks random."""
     return int.from_bytes(hashlib.sha256(b"umbel held out" + key).digest()[:8], "big") / 2**64
 
 

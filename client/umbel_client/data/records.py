@@ -25,28 +25,28 @@ class Record(Value, frozen=True):
 
 
 class DataSet(Value, frozen=True, kw_only=True):
-    """What is known of a site's data set whatever its records are."""
+    """What is known of a site's data set, whatever kind its records are."""
 
     source: Digest
     """SHA-256 of the file."""
     path: str = ""
-    """Of the file, for errors."""
+    """The file's path, for errors."""
     rows: tuple[int, ...] = ()
-    """Where each record stands in the file, from 1."""
+    """The row of each record in the file, from 1."""
     units: tuple[int, ...] = ()
     """The unit (patient) of each record, numbered from 0 in the order of the file; empty: each
-    record is its own."""
+    record is its own unit."""
     unit_names: tuple[str, ...] = ()
-    """What the file calls each unit."""
+    """The name of each unit in the file."""
     unit_column: str | None = None
-    """Where units come from."""
+    """The column that names the units; None: each record is its own unit."""
 
     def digest(self) -> bytes:
-        """Names the data set, and so its privacy ledger.
+        """The name of the data set, and so of its privacy ledger, 32 bytes.
 
         It covers the file and nothing of the plan: a plan that renames a column or reorders the
-        labels must not open a fresh ledger on the same records. It covers what a unit is: what was
-        charged by the record says nothing about patients, so the two do not share a ledger.
+        labels must not open a fresh ledger on the same records. It covers what a unit is: a cost
+        that was charged by the record says nothing about patients, so the two share no ledger.
         """
         if self.unit_column is None:
             return self.source
@@ -63,17 +63,17 @@ class Records(DataSet, frozen=True, kw_only=True):
 
     @property
     def texts(self) -> list[str]:
-        """In the order of the file."""
+        """The texts, in the order of the file."""
         return [record.text for record in self.records]
 
     @property
     def labels(self) -> list[int]:
-        """In the order of the file."""
+        """The label indices, in the order of the file."""
         return [record.label for record in self.records]
 
 
 class LmRecords(DataSet, frozen=True, kw_only=True):
-    """What a language model learns from."""
+    """Conversations or passages that a language model learns from."""
 
     records: tuple[LmRecord, ...]
 
@@ -82,22 +82,24 @@ class LmRecords(DataSet, frozen=True, kw_only=True):
 
 
 class Columns(TypedDict, total=False):
-    """Where in a file records are. Columns are the site's own choice: a plan that could name them
-    could ask about any of them."""
+    """Where in a file the records are.
+
+    Columns are the site's own choice: a plan that could name them could ask about any of them.
+    """
 
     text_column: str
     label_column: str
     record_format: Format
-    """Of a causal language model's records; `auto`: what the columns say."""
+    """The format of a causal language model's records; `auto`: what the columns say."""
     unit_column: str | None
-    """Says whose a record is; None: each record is its own unit."""
+    """The column that names each record's unit; None: each record is its own unit."""
     max_records_per_unit: int
-    """Records of a unit past so many, in the order of the file, are left out. That depends on this
-    unit's records alone, so it costs no privacy."""
+    """Number of records of a unit that are used, in the order of the file; the others are left out.
+    This depends on the unit's own records alone, so it costs no privacy."""
 
 
 def columns_of(config: DataConfig) -> Columns:
-    """As client.toml says."""
+    """The columns that client.toml names."""
     return {
         "text_column": config.text_column,
         "label_column": config.label_column,
@@ -120,7 +122,7 @@ def load_records(path: Path, task: Task, **columns: Unpack[Columns]) -> Records 
 
 
 def load_records(path: Path, task: Task, **columns: Unpack[Columns]) -> Records | LmRecords:
-    """Reads every row of a file; columns beside those that are asked for are ignored.
+    """Reads every row of a file; other columns than those needed are ignored.
 
     Raises:
         DataError: the file is missing, malformed, empty or of another kind; a column is missing; a
@@ -135,7 +137,7 @@ def records_of(
     """The records of a file's rows; see `load_records`.
 
     Args:
-        path: of the file, for errors.
+        path: the file's, for errors.
 
     Raises:
         DataError: as `load_records`.
@@ -187,7 +189,7 @@ def require_columns(path: Path, table: Table, *columns: str) -> None:
     """Refuses a file that lacks a column.
 
     Raises:
-        DataError: names it beside those there are.
+        DataError: names it, and the columns of the file.
     """
     for column in columns:
         if column not in table.columns:
@@ -202,7 +204,7 @@ def require_columns(path: Path, table: Table, *columns: str) -> None:
 
 
 def _units(path: Path, table: Table, column: str | None) -> list[str]:
-    """The unit of each row: by the column, or each row by itself."""
+    """The unit of each row, from the column; without one each row is its own unit."""
     if column is None:
         return [str(number) for number in range(len(table.rows))]
     require_columns(path, table, column)
@@ -250,7 +252,7 @@ def _text(path: Path, column: str, row: int, text: object) -> str:
 
 
 def label_of(value: object) -> str | None:
-    """A label as a plan writes it; None if it is none.
+    """A label as a plan writes it; None if the value cannot be a label.
 
     Codes such as 0 and 1 are numbers in JSON and Parquet, and texts in a plan.
     """

@@ -1,8 +1,8 @@
 """Rows of a file of records, whatever its kind: JSON lines, CSV, Parquet, or a data set's folder.
 
-Every kind is held to the same strictness, and what is wrong is named by its row. Reading leaves no
-copy of private data anywhere, not even for a moment: its folder need not be writable. Folders that
-`save_to_disk` of Hugging Face `datasets` wrote go through that library, with no network.
+Every kind is checked equally strictly, and errors name the row. Reading leaves no copy of private
+data anywhere, not even for a moment: its folder need not be writable. Folders that `save_to_disk`
+of Hugging Face `datasets` wrote go through that library, without network.
 """
 
 import csv
@@ -22,7 +22,7 @@ from umbel_common.errors import DataError
 from umbel_host.processes.lifecycle import reason
 
 KINDS = (".jsonl", ".csv", ".parquet", "a folder that save_to_disk wrote")
-"""What can be read."""
+"""The kinds that can be read."""
 
 Row = Mapping[str, object]
 """A row's values by column; in a CSV file all are texts. JSON lines may leave columns out."""
@@ -33,20 +33,20 @@ class Table:
     """All rows of a file."""
 
     columns: tuple[str, ...]
-    """Those that occur, in the order of their first appearance."""
+    """The columns that occur, in the order of their first appearance."""
     rows: Sequence[Row]
-    """In the order of the file; people count them from 1, without a header."""
+    """The rows in the order of the file; people count them from 1, without a header."""
     source: Digest
-    """SHA-256 of the file; of a folder, over its Arrow files in their order."""
+    """SHA-256 of the file; for a folder, over its Arrow files in their order."""
     first: int = 1
     """Number of the first row, as people count."""
 
 
 def require_file(path: Path) -> None:
-    """Finds out whether data can be read, without reading them.
+    """Checks that a file of data can be read, without reading all of it.
 
     Raises:
-        DataError: they are missing or unreadable.
+        DataError: it is missing or unreadable.
     """
     try:
         if path.is_dir():
@@ -126,7 +126,7 @@ def _json_lines(path: Path) -> list[Row]:
 
 
 def _csv(path: Path) -> list[Row]:
-    """Every value is a text: a reader that guesses makes numbers of codes, and nothing of NA."""
+    """Every value is a text: a reader that guesses would make numbers of codes, and drop NA."""
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     # Clinical notes are longer than the 128 KiB that a field may have by default.
     csv.field_size_limit(sys.maxsize)
@@ -147,13 +147,13 @@ def _csv(path: Path) -> list[Row]:
 
 
 def json_lines(path: Path, table: Table) -> list[bytes]:
-    """Each row as a line of JSON with its newline: of a file of JSON lines the very bytes.
+    """Each row as a line of JSON with its newline; a file of JSON lines gives its own bytes.
 
     Args:
-        path: of the file that the table was read from.
+        path: the file that the table was read from.
 
     Raises:
-        DataError: a row holds what JSON cannot, such as an image.
+        DataError: a row holds a value that JSON cannot, such as an image.
     """
     if path.suffix != ".jsonl" or path.is_dir():
         return [_json_line(path, number, row) for number, row in enumerate(table.rows, start=1)]
@@ -194,7 +194,7 @@ def _text(path: Path, data: bytes, first_line: int) -> str:
 
 
 def _parquet(path: Path) -> list[Row]:
-    # Imported here, as below: a second for each command that other kinds of file need not wait.
+    # Imported here, as below: it takes a second, which other kinds of file need not wait.
     import pyarrow.parquet
 
     try:
@@ -205,7 +205,7 @@ def _parquet(path: Path) -> list[Row]:
     try:
         rows: list[Row] = table.to_pylist()
     except UnicodeDecodeError:
-        # Row by row it takes ten times as long, but tells which.
+        # Row by row it takes ten times as long, but tells which row it is.
         rows = []
         for number in range(1, table.num_rows + 1):
             with _decoding(path, number):
@@ -238,7 +238,7 @@ def _folder(path: Path) -> list[Row]:
 
 @contextmanager
 def _decoding(path: Path, row: int) -> Iterator[None]:
-    """Names the row whose bytes are no text: Arrow keeps them as they came."""
+    """Names the row whose bytes are not text: Arrow does not check them."""
     try:
         yield
     except UnicodeDecodeError as error:

@@ -16,7 +16,7 @@ _LOADING = threading.Lock()
 """Transformers' lazy imports are not safe in several threads at once."""
 
 AT_ONCE = 1000
-"""Texts given to a tokenizer at once: what it returns of one takes twenty times its length."""
+"""Texts given to a tokenizer at once: its result takes twenty times the length of the text."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -40,14 +40,14 @@ class Tokens:
         return np.diff(self.starts)
 
     def digest(self) -> bytes:
-        """Names exactly these records in this order."""
+        """The name of exactly these records in this order, 32 bytes."""
         return digest("tokens", self.starts.tobytes() + self.ids.tobytes())
 
     def rows(self, indices: Ints) -> tuple[Ints, Ints]:
         """Positions in `ids` of the chosen records' tokens, padded to the longest record.
 
         Returns:
-            rows int64[n, t], 0 in the padding; mask int64[n, t].
+            Rows int64[n, t], 0 in the padding, and mask int64[n, t], 1 where there is a token.
         """
         lengths = self.lengths[indices]
         columns = np.arange(lengths.max(initial=1))
@@ -83,7 +83,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a model folder.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the folder has no fast tokenizer.
     """
     try:
         with _LOADING:

@@ -1,8 +1,8 @@
-"""Whose record is whose: the unit that differential privacy protects as a whole, such as a patient.
+"""The unit that differential privacy protects as a whole, such as all records of a patient.
 
-Where units are known, a step samples units, averages the gradients of each one's records, clips the
-average, and the accountant counts units: adding or removing everything of one patient moves the sum
-by the clip norm at most. Without units each record is its own.
+Where units are known, a step samples units. It averages the gradients of each unit's records and
+clips the average, and the accountant counts units. Adding or removing all records of one patient
+moves the sum by the clip norm at most. Without units each record is its own unit.
 """
 
 from collections.abc import Iterator
@@ -18,19 +18,19 @@ class Units:
     """The unit of each record."""
 
     of_record: Ints
-    """int64[records]: from 0, every number up to the last one used."""
+    """int64[records]: numbers from 0, without a gap."""
 
     def __len__(self) -> int:
         return int(self.of_record.max()) + 1
 
     def records_of(self, chosen: Ints) -> Ints:
-        """All records of the chosen units, int64[n], rising."""
+        """All records of the chosen units, int64[n], in rising order."""
         return np.flatnonzero(np.isin(self.of_record, chosen))
 
     def whole(self, records: Ints, size: int) -> Iterator[Ints]:
         """Cuts records into parts of about `size` that hold all or none of a unit's records.
 
-        A part is larger where a single unit is. Units come in the order of their first record in
+        A part is larger if a single unit is. Units come in the order of their first record in
         `records`.
         """
         units, first = np.unique(self.of_record[records], return_index=True)

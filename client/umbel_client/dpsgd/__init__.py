@@ -1,3 +1,3 @@
-"""One private step: each record's gradient, clipped, summed, noised. Nothing here may know a
+"""One private step: each record's gradient, clipped, summed, noised. Nothing here may know of a
 federation.
 """

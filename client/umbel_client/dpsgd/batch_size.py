@@ -1,12 +1,13 @@
-"""How many records to compute at once, from what one record takes and what memory is free.
+"""How many records to compute at once: from the memory of one record, and the free memory.
 
-Measured on made-up records of the plan's greatest length: the answer depends on plan and machine
-alone, so that not even the time that a step takes says how long this site's texts are.
+It is measured on made-up records of the plan's greatest length. The answer depends on plan and
+machine alone, so that not even the time of a step tells how long this site's texts are.
 """
 
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,20 +17,46 @@ from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import Batch, HiddenInputs, Inputs, PooledInputs, TokenInputs
 from umbel_client.tasks.frozen_cache import FrozenCache
-from umbel_client.tasks.physical_batches import ran_out_of_memory
+from umbel_client.tasks.physical_batches import BatchLimit, ran_out_of_memory
+from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.task import made_up_labels, task_of
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, LocalPrivacy
 
 SHARE = 0.5
-"""Share of the free memory that a physical batch may take, as it is counted here. The rest is for
-other processes and for what is not counted: values that live for one layer only, the allocator's
+"""Share of the free memory that a physical batch may take, as counted here. The rest is for other
+processes and for what is not counted: values that live for one layer only, and the allocator's
 waste. On MiniLM the resident set rose by 0.9 to 1.4 times what was counted."""
 TOKENS_AT_ONCE = 2048
-"""Largest useful physical batch on a CPU, for each thread. On MiniLM a record's time is within 3 %
-of its least from 1,500 to 4,500 tokens, and 8 to 17 % above it from 8,000 on: out of the cache."""
+"""Tokens of the largest useful physical batch on a CPU, for each thread. On MiniLM a record's time
+is within 3 % of its minimum from 1,500 to 4,500 tokens, and 8 to 17 % above it from 8,000 on, where
+the values no longer fit into the cache."""
 UNKNOWN = 32
-"""Records at once where the system does not say how much memory is free."""
+"""Records computed at once where the system does not say how much memory is free."""
+
+
+def choose_batch_limit(
+    chosen: int | Literal["auto"],
+    model: AdaptedModel,
+    data: PreparedData,
+    max_records_per_unit: int,
+) -> BatchLimit:
+    """The limit of a job's physical batches.
+
+    Args:
+        chosen: records computed at once, as client.toml says; `auto`: as many as
+            `find_physical_batch_size` finds.
+        max_records_per_unit: as client.toml says; it counts only where the data has units.
+
+    Raises:
+        ModelError: two records do not fit into memory.
+    """
+    if chosen != "auto":
+        return BatchLimit(chosen)
+    records_per_unit = 1 if data.units is None else max_records_per_unit
+    return BatchLimit(
+        find_physical_batch_size(model, data.prefix, records_per_unit=records_per_unit)
+    )
 
 
 def find_physical_batch_size(
@@ -39,15 +66,15 @@ def find_physical_batch_size(
     records_per_unit: int = 1,
     free: int | None = None,
 ) -> int:
-    """The number of records that fit into memory, and are worth computing, at once.
+    """The number of records that fit into memory at once, and are worth computing at once.
 
-    Per-record gradients may take half of the memory at most, so that where a record's gradient is
-    larger than its activations it is not the gradients that decide how much memory training takes.
+    Gradients of records may take half of that memory at most. Where a record's gradient is larger
+    than its activations, the gradients would otherwise decide how much memory training takes.
 
     Args:
         prefix: the cache of the frozen layers that training reads, if there is one.
-        records_per_unit: largest number of records of a unit; they are computed at once anyway.
-        free: bytes of free memory; None: as the system says.
+        records_per_unit: largest number of records of a unit; they are always computed at once.
+        free: bytes of free memory; None: what the system says.
 
     Raises:
         ModelError: two records do not fit into memory.
@@ -64,7 +91,7 @@ def find_physical_batch_size(
 
 
 def _largest_useful(model: AdaptedModel, tokens: int, records_per_unit: int) -> int:
-    """A batch is hardly ever larger than its mean and four standard deviations."""
+    """A batch is hardly ever larger than its mean plus four standard deviations."""
     plan = model.plan
     mean = plan.training.expected_batch_size
     whole = math.ceil(mean + 4 * math.sqrt(mean)) * records_per_unit
@@ -74,11 +101,11 @@ def _largest_useful(model: AdaptedModel, tokens: int, records_per_unit: int) -> 
 
 
 def record_bytes(model: AdaptedModel, prefix: FrozenCache | None) -> tuple[int, int, int]:
-    """What a physical batch takes in memory, in the kind of round that takes most.
+    """The memory of a physical batch, in the kind of round that needs most.
 
     Returns:
-        bytes whatever the number of records; bytes of activations for each record, kept for the
-        backward pass; and bytes of its gradient, zero without privacy.
+        Bytes that do not depend on the number of records; bytes of each record's activations, kept
+        for the backward pass; and bytes of its gradient, zero without privacy.
 
     Raises:
         ModelError: two records do not fit into memory.
@@ -107,8 +134,10 @@ def record_bytes(model: AdaptedModel, prefix: FrozenCache | None) -> tuple[int, 
 
 
 def saved_bytes(model: AdaptedModel, batch: Batch) -> int:
-    """Bytes that the forward pass over a batch keeps for its backward pass: each storage once, and
-    none of those that the model holds anyway."""
+    """Bytes that the forward pass over a batch keeps for its backward pass.
+
+    Each storage counts once; those that the model holds anyway do not count.
+    """
     constant = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
     kept: dict[int, int] = {}
 
@@ -125,7 +154,7 @@ def saved_bytes(model: AdaptedModel, batch: Batch) -> int:
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        # Alive until all are counted: no address counts twice, and none for another.
+        # They live until all are counted, so that no address is used twice.
         losses = task_of(model.plan.task).losses(model, batch)
     total = sum(kept.values())
     del losses
@@ -133,7 +162,7 @@ def saved_bytes(model: AdaptedModel, batch: Batch) -> int:
 
 
 def _longest(model: AdaptedModel, prefix: FrozenCache | None, records: int) -> Batch:
-    """Made-up records, as long as the plan allows."""
+    """A batch of made-up records, as long as the plan allows."""
     tokens, width = model.plan.task.max_tokens, int(model.base.config.hidden_size)
     mask = torch.ones(records, tokens, dtype=torch.int64)
     inputs: Inputs
@@ -158,11 +187,11 @@ def _labels(model: AdaptedModel, records: int) -> torch.Tensor:
 def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
     """Bytes that this process may still take on a device; None if the system does not say.
 
-    On a CPU: what Linux calls available, or what the process's control groups leave if that is
-    less.
+    On a CPU this is what Linux calls available, or what the process's control groups leave if that
+    is less.
 
     Args:
-        root: of the file system in which `proc` and `sys` are read.
+        root: the folder in which `proc` and `sys` are read.
     """
     if device.type == "cuda":
         free, _total = torch.cuda.mem_get_info(device)
@@ -178,7 +207,7 @@ def _available(root: Path) -> int | None:
 
 
 def _left_by_groups(root: Path) -> list[int | None]:
-    """For each control group around this process, in version 2 or 1 of their interface."""
+    """What each control group around this process leaves, in version 2 or 1 of their interface."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -193,14 +222,14 @@ def _left_by_groups(root: Path) -> list[int | None]:
             usage = "memory.usage_in_bytes"
         else:
             continue
-        # In a container the name may be one outside of what is mounted; its top is then the group.
+        # In a container the name may be outside of what is mounted; the top is then the group.
         inner = Path(name.lstrip("/"))
         left += [_left(root / top / group, limit, usage) for group in (inner, *inner.parents)]
     return left
 
 
 def _left(group: Path, limit: str, usage: str) -> int | None:
-    """The kernel gives up cached files before it refuses memory, so they count as free."""
+    """What a group leaves; cached files are free, as the kernel drops them before it refuses."""
     most, used = _number(group / limit), _number(group / usage)
     if most is None or used is None:
         return None
@@ -216,7 +245,7 @@ def _number(path: Path) -> int | None:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+    """Reads a file of lines with a name and a number each."""
     try:
         rows = [line.split() for line in path.read_text().splitlines()]
     except OSError:

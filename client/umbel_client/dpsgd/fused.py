@@ -1,8 +1,8 @@
 """Fused layers whose one backward pass keeps the gradients of records apart.
 
-Backward, the gradient of the input is computed as always. That of a weight is a batched matrix
-product in place of a product over all records (Goodfellow 2015, for sequences): the same work,
-without its last sum.
+The gradient of the input is computed as usual. The gradient of a weight is a batched matrix product
+in place of a product over all records (Goodfellow 2015, for sequences): the same work without the
+last sum.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from umbel_common.errors import ModelError
 
 @dataclass(frozen=True)
 class FusedLora:
-    """y = x W^T + b + scaling (x A^T) B^T, as tensors of the model's own layer."""
+    """y = x W^T + b + scaling (x A^T) B^T, over the tensors of the model's own layer."""
 
     weight: torch.Tensor
     """[out, in], frozen."""
@@ -35,7 +35,7 @@ class FusedLora:
 
 
 class _LoraFunction(torch.autograd.Function):
-    """Gives no gradient for A and B but leaves those of the records in their `grad_sample`."""
+    """Leaves the gradients of records in `grad_sample` of A and B, and gives autograd none."""
 
     @staticmethod
     def forward(
@@ -77,7 +77,7 @@ class _LoraFunction(torch.autograd.Function):
 
 
 class _LinearFunction(torch.autograd.Function):
-    """y = x W^T + b; as above, for W and b."""
+    """y = x W^T + b; as `_LoraFunction`, for W and b."""
 
     @staticmethod
     def forward(
@@ -112,20 +112,20 @@ def _by_record(gradient: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _tokens(values: torch.Tensor) -> torch.Tensor:
-    """[n, ..., features] -> [n, tokens, features]; without a middle, each record has one token."""
+    """[n, ..., features] -> [n, tokens, features]; [n, features] is one token for each record."""
     return values.reshape(len(values), -1, values.shape[-1])
 
 
 def _keep(parameter: torch.Tensor, rows: torch.Tensor) -> None:
     """Adds the gradients of a layer's call to the parameter's `grad_sample`, float32[n, *shape].
 
-    A layer may be called several times for the same records, but within one backward pass.
+    A layer may be called several times for the same records, if this is in one backward pass.
 
     Raises:
-        ModelError: gradients of an earlier pass are still there, or of another number of records.
+        ModelError: gradients of an earlier pass, or of another number of records, are there.
     """
-    # Torch has no public name for the backward pass under way. Forward passes cannot be counted
-    # instead: gradient checkpointing runs them anew within the backward pass.
+    # Torch has no public name for the current backward pass. Forward passes cannot be counted
+    # instead: gradient checkpointing repeats them within the backward pass.
     this_pass = torch._C._current_graph_task_id()
     target: Any = parameter
     held = getattr(target, "grad_sample", None)

@@ -1,9 +1,9 @@
-"""The gradient of each record, at the price of the batch's gradient.
+"""The gradient of each record, at the cost of the batch's gradient.
 
-For the time of a `with`, every LoRA layer (Hu et al. 2021) computes base and adapter in one fused
-function. Trained linear layers without an adapter are fused too, and so are A and B, one by one, of
+Within the context, every LoRA layer (Hu et al. 2021) computes base and adapter in one fused
+function. Trained linear layers without an adapter are fused too. So are A and B, one by one, of
 LoRA layers that are not plain: with dropout, a bias, a quantised base, or several adapters. Opacus'
-hooks take what else is trained.
+hooks compute everything else that is trained.
 """
 
 import warnings
@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from umbel_client.dpsgd.fused import FusedLora, fused_linear
 from umbel_common.errors import ModelError
 
-# The lowest layers see constants, so torch warns that their hooks have no input gradient to give.
+# The lowest layers see constants, so torch warns that their hooks get no gradient of the input.
 warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 
@@ -48,10 +48,11 @@ def plain_lora(layer: nn.Module) -> FusedLora | None:
 
 @contextmanager
 def per_record_gradients(model: nn.Module) -> Iterator[None]:
-    """Backward passes within fill `grad_sample`, float32[n, *shape], of each trained parameter.
+    """Within the context, backward passes fill each trained parameter's `grad_sample`.
 
-    The loss is a sum over records. The caller takes the gradients after each pass and sets
-    `grad_sample` to None; a second pass before that is refused.
+    Its shape is float32[n, *shape of the parameter] for n records. The loss must be a sum over
+    records. The caller takes the gradients after each pass and sets `grad_sample` to None; a second
+    pass before that is refused.
 
     Raises:
         ModelError: a trained module has no gradient for each record.
@@ -81,7 +82,7 @@ def per_record_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def _check_lora(name: str, module: nn.Module) -> None:
-    """DoRA and its like send the weights themselves, not records, through A and B."""
+    """Refuses DoRA and its like: they send the weights, not the records, through A and B."""
     if isinstance(module, LoraLayer) and module.lora_variant:
         raise ModelError(
             "a variant of LoRA has no gradient for each record",
@@ -117,7 +118,7 @@ def _hooked(name: str, module: nn.Module) -> Iterator[None]:
         f"{name} ({type(module).__name__}) is trained through Opacus' slower hooks", stacklevel=2
     )
     hooks = GradSampleHooks(module, loss_reduction="sum", strict=True)
-    # Opacus' hooks sleep in evaluation mode; layers that have a rule there behave alike in both.
+    # Opacus' hooks do nothing in evaluation mode; the layers that it knows behave alike in both.
     module.training = True
     try:
         yield

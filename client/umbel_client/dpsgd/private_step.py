@@ -1,6 +1,21 @@
-"""One step of DP-SGD (Abadi et al. 2016, algorithm 1): clip each unit's gradient, sum, add noise.
+"""One step of DP-SGD (Abadi et al. 2016, algorithm 1).
 
-No accounting happens here: the ledger has charged the whole round before its first gradient.
+1. Compute the gradient of each record, one physical batch after the other.
+2. Average the gradients of each unit's records, and clip each unit's gradient to the clip norm.
+3. Sum the clipped gradients over all physical batches.
+4. Add Gaussian noise once, with the standard deviation noise multiplier times clip norm.
+5. Divide by the expected batch size, whatever the size of the batch.
+6. Let the optimizer take the step.
+
+This module is part of the core of the privacy guarantee. Never add or change here:
+
+- A step that is skipped, or noise that is left out, because a batch is empty or small.
+- Noise for each physical batch, or none for some of them: it is added once a step.
+- A division by the realised size of the batch: it would tell that size.
+- A gradient, norm or count that is returned, logged or shown before the noise is added.
+- Noise from another source than `NoiseSource`.
+
+Nothing here charges: the ledger has reserved the whole round before its first gradient.
 """
 
 import math
@@ -13,7 +28,7 @@ import torch
 from umbel_client.data.tokens import Ints
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.noise import NoiseSource
-from umbel_client.tasks.physical_batches import BatchLimit, compute_parts, limit_of
+from umbel_client.tasks.physical_batches import BatchLimit, compute_parts
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.task import Task
 from umbel_common.errors import ModelError
@@ -23,21 +38,21 @@ Clipping = Callable[[torch.Tensor, float], torch.Tensor]
 
 
 def flat(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
-    """Shortens what is longer than the clip norm (Abadi et al. 2016, section 3.1)."""
+    """Scales longer gradients to the clip norm (Abadi et al. 2016, section 3.1)."""
     return clip_norm / norms.clamp(min=clip_norm)
 
 
 def automatic(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
-    """Brings all to nearly the clip norm: AUTO-S (Bu et al. 2023, section 4), its gamma 0.01."""
+    """Scales all to nearly the clip norm: AUTO-S (Bu et al. 2023, section 4) with gamma = 0.01."""
     return clip_norm / (norms + 0.01)
 
 
 CLIPPINGS: dict[str, Clipping] = {"flat": flat, "automatic": automatic}
-"""By the plan's names for them."""
+"""The rules of clipping by their names in a plan."""
 
 
 class PrivateOptimizer:
-    """Clips and sums over the physical batches of a step, then adds noise once and moves."""
+    """Steps 2 to 6: clips and sums over physical batches, then adds noise once and moves."""
 
     def __init__(
         self,
@@ -87,19 +102,21 @@ class PrivateOptimizer:
         self._sum += clipped_sum(gradients, units, self._clip_norm, self._clipping)
 
     def discard(self) -> None:
-        """Forgets the gradients of a backward pass that did not end; the sum stays as it is."""
+        """Drops the gradients of a backward pass that did not end; the sum stays as it is."""
         for parameter in self.parameters:
             holder: Any = parameter
             holder.grad_sample = None
 
     def step(self) -> None:
-        """Moves along the sum with its noise, and begins a new sum.
+        """Takes the step with the noisy sum, and starts a new sum.
 
         Sum and noise are added and divided in float64, and rounded once to float32.
         """
+        # 4. and 5. The noise, and the division.
         draws = torch.from_numpy(self._noise.normal(len(self._sum)))
         draws.mul_(self._deviation).add_(self._sum.cpu()).div_(self._expected_batch_size)
         self._gradient.copy_(draws)
+        # 6. The step.
         self._optimizer.step()
         self._sum.zero_()
 
@@ -109,14 +126,16 @@ def clipped_sum(
 ) -> torch.Tensor:
     """The sum of the units' clipped gradients, float32[trained elements].
 
-    A unit's gradient is the mean of its records', so that it is clipped once, whatever their
-    number: adding or removing the unit with all of its records moves the sum by `clip_norm` at
-    most.
+    A unit's gradient is the mean over its records, and is clipped once, whatever their number.
+    Adding or removing the unit with all of its records moves the sum by `clip_norm` at most.
 
     Args:
         gradients: for each parameter float32[n, elements]; may be changed.
         units: int64[n], the unit of each record, any numbers; None: each record is a unit.
+        clip_norm: largest contribution of one unit, in the Euclidean norm.
+        clipping: the rule of clipping.
     """
+    # 2. The mean of each unit, clipped.
     norms = _finite_norms(gradients)
     if units is not None:
         gradients = _unit_means(gradients, units)
@@ -126,14 +145,14 @@ def clipped_sum(
 
 
 def _finite_norms(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Norm of each row over all parameters, float32[n]; rows without a finite one become zero.
+    """Norm of each row over all parameters, float32[n]; rows without a finite norm become zero.
 
-    A record whose gradient overflowed has no direction to clip; without this its NaN would pass
-    through clipping and noise, and say that the record is there.
+    A gradient that overflowed has no direction to clip. Its NaN would pass through clipping and
+    noise, and tell that the record is there.
     """
     parts = torch.stack([torch.linalg.vector_norm(rows, dim=1) for rows in gradients])
     norms: torch.Tensor = torch.linalg.vector_norm(parts, dim=0)
-    # Their sum is finite only if all are.
+    # The sum is finite only if all norms are.
     if not math.isfinite(norms.sum()):
         finite = torch.isfinite(norms)
         for rows in gradients:
@@ -155,13 +174,14 @@ def _unit_means(gradients: list[torch.Tensor], units: Ints) -> list[torch.Tensor
 
 
 def take_gradients(parameters: list[torch.nn.Parameter], records: int) -> list[torch.Tensor]:
-    """For each parameter float32[records, elements]; the parameters then hold none.
+    """Takes the gradients off the parameters: for each parameter float32[records, elements].
 
-    A list would come from two passes that were mixed, another length from tokens that were taken
-    for records. Norms of bfloat16 gradients would be bfloat16 too, and the clipping not exact.
+    A list of gradients would come from two passes that were mixed, and another length from tokens
+    that were taken for records. The gradients become float32: norms of bfloat16 gradients would be
+    bfloat16 too, and the clipping not exact.
 
     Raises:
-        ModelError: they do not hold one gradient for each record.
+        ModelError: the parameters do not hold one gradient for each record.
     """
     taken = []
     for parameter in parameters:
@@ -185,15 +205,16 @@ def private_step(
     data: PreparedData,
     chosen: Ints,
     optimizer: PrivateOptimizer,
-    physical_batch_size: int | BatchLimit,
+    limit: BatchLimit,
     units: Ints | None = None,
 ) -> None:
-    """Takes one noisy step on the chosen records; with none chosen, on noise alone.
+    """Takes one noisy step on the chosen records; an empty batch is a step of noise alone.
 
-    Skipping an empty batch would tell that it was empty, and break the accounting.
+    A step that is skipped would tell that its batch was empty, and break the accounting.
 
     Args:
-        physical_batch_size: records computed at once; a limit is lowered where memory runs out.
+        chosen: indices of the batch's records, int64[n].
+        limit: the number of records computed at once; lowered where memory runs out.
         units: int64[records of the data], the unit of each record; None: each record is a unit.
 
     Raises:
@@ -201,10 +222,11 @@ def private_step(
     """
 
     def compute(part: Ints) -> None:
+        # 1. to 3. Each record's gradient, clipped and added to the sum.
         with torch.enable_grad():
             task.losses(model, task.batch(data, part)).sum().backward()  # type: ignore[no-untyped-call]  # torch
         optimizer.accumulate(len(part), None if units is None else units[part])
 
-    limit = limit_of(physical_batch_size)
     compute_parts(data, chosen, limit, units, compute=compute, discard=optimizer.discard)
+    # 4. to 6. Noise, division, step.
     optimizer.step()

@@ -1,4 +1,4 @@
-"""What a language model answers, greedily, and how near that is to the reference."""
+"""A language model's greedy answers, and how near they are to the references."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from umbel_client.data.chat import Chat
 from umbel_client.data.conversations import Conversation, LmRecord
-from umbel_client.evaluation.inference import Sampling, answers
+from umbel_client.evaluation.inference import Sampling, answer_prompts
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_common.plans.plan import CausalLm
 
@@ -27,21 +27,23 @@ class AnswerScores:
     """How near answers are to their references, on average."""
 
     exact_match: float
-    """Share of those that are the same, but for white space around them."""
+    """Share of the answers that are the same as the reference, but for white space around them."""
     rouge_l: float
-    """F-measure of ROUGE-L, over words of any script in lower case."""
+    """Mean F-measure of ROUGE-L (Lin 2004), over words of any script in lower case."""
 
 
 def generate_answers(
     model: AdaptedModel, folder: Path, records: Sequence[LmRecord], most: int, longest: int
 ) -> list[Answer]:
-    """Lets the model answer the first conversations, each for itself.
+    """Lets the model answer the first conversations, one by one.
+
+    Passages have no question and are left out. So are those of the first conversations that leave
+    no room for an answer in `task.max_tokens`.
 
     Args:
-        folder: of the base model, for its tokenizer.
-        most: conversations that are answered; passages have no question and are passed over, and
-            so are conversations that leave no room for an answer in `task.max_tokens`.
-        longest: tokens of an answer.
+        folder: the base model's, for its tokenizer.
+        most: number of conversations, from the beginning.
+        longest: number of tokens of the longest answer.
     """
     task = model.plan.task
     assert isinstance(task, CausalLm)  # classifications are not answered
@@ -52,28 +54,22 @@ def generate_answers(
         if len(chat.prompt_ids(prompt)) < task.max_tokens:
             asked.append(record)
     turns = [record.turns[:-1] for record in asked]
-    found = answers(model, chat, turns, Sampling(max_new_tokens=longest))
+    found = answer_prompts(model, chat, turns, Sampling(max_new_tokens=longest))
     return [Answer(one, record.turns[-1].content) for one, record in zip(found, asked, strict=True)]
 
 
-def score(given: Sequence[Answer]) -> AnswerScores | None:
-    """The mean scores; None without an answer."""
+def score_answers(given: Sequence[Answer]) -> AnswerScores | None:
+    """The mean scores; None if there are no answers."""
     if not given:
         return None
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
-    same = [
-        generate_answers.found.strip() == generate_answers.wanted.strip()
-        for generate_answers in given
-    ]
-    near = [
-        scorer.score(generate_answers.wanted, generate_answers.found)["rougeL"].fmeasure
-        for generate_answers in given
-    ]
+    same = [answer.found.strip() == answer.wanted.strip() for answer in given]
+    near = [scorer.score(answer.wanted, answer.found)["rougeL"].fmeasure for answer in given]
     return AnswerScores(sum(same) / len(given), float(sum(near)) / len(given))
 
 
 class _Words:
-    """The scorer's own tokenizer takes letters outside a to z for spaces."""
+    """A tokenizer for any script: the scorer's own takes letters outside a to z for spaces."""
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"\w+", text.lower())

@@ -1,4 +1,4 @@
-"""What an adapter answers: labels of texts, or texts."""
+"""An adapter's answers: labels of texts, or texts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,17 +8,15 @@ import torch
 
 from umbel_client.data.chat import Chat
 from umbel_client.data.conversations import Turn
-from umbel_client.data.tokens import Ints, Tokens
+from umbel_client.data.tokens import Tokens
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import computing
 from umbel_client.models.inputs import TokenInputs
 from umbel_client.tasks.frozen_cache import token_inputs
-from umbel_client.tasks.prepared import PreparedData
-from umbel_client.tasks.task import ClassificationTask
 from umbel_common.errors import DataError
 
 BATCH = 8
-"""Texts at once."""
+"""Texts computed at once."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,12 @@ class Prediction:
 
 
 @torch.no_grad()
-def classify(model: AdaptedModel, tokens: Tokens) -> Iterator[Prediction]:
-    """The most likely label of each text; `tokens` are those of the plan's tokenizer."""
+def classify_texts(model: AdaptedModel, tokens: Tokens) -> Iterator[Prediction]:
+    """Yields the most likely label of each text.
+
+    Args:
+        tokens: of all texts, by the tokenizer of the base model.
+    """
     labels = model.plan.task.labels  # type: ignore[union-attr]  # a classification's model
     for start in range(0, len(tokens), BATCH):
         indices = np.arange(start, min(start + BATCH, len(tokens)))
@@ -47,18 +49,21 @@ class Sampling:
 
     max_new_tokens: int = 128
     temperature: float = 0.0
-    """0: always the most likely one; else the softmax of logits / temperature is sampled."""
+    """0: always the most likely token; else the softmax of logits / temperature is sampled."""
     seed: int = 0
 
 
 @torch.no_grad()
-def answers(
+def answer_prompts(
     model: AdaptedModel, chat: Chat, prompts: Sequence[Sequence[Turn]], sampling: Sampling
 ) -> Iterator[str]:
-    """What the model answers to each conversation, without the tokens that end it.
+    """Yields the model's answer to each conversation, without the tokens that end it.
+
+    Args:
+        prompts: the turns of each conversation up to the answer.
 
     Raises:
-        DataError: the template cannot render a prompt, or it leaves no room for an answer.
+        DataError: the template cannot render a prompt, or a prompt leaves no room for an answer.
     """
     for start in range(0, len(prompts), BATCH):
         texts = [chat.prompt(turns) for turns in prompts[start : start + BATCH]]
@@ -83,7 +88,7 @@ def answers(
 
 
 def _left_padded(model: AdaptedModel, chat: Chat, texts: list[str], first: int) -> TokenInputs:
-    """Prompts that end at one place: a model goes on from the last token."""
+    """Prompts padded on the left: a model continues from the last token."""
     encoded = [chat.prompt_ids(text) for text in texts]
     longest = max(map(len, encoded))
     positions = getattr(model.base.config, "max_position_embeddings", longest + 1)
@@ -102,12 +107,3 @@ def _left_padded(model: AdaptedModel, chat: Chat, texts: list[str], first: int) 
         ids[row, longest - len(found) :] = torch.tensor(found)
         mask[row, longest - len(found) :] = 1
     return TokenInputs(ids, mask)
-
-
-def evaluate(model: AdaptedModel, data: PreparedData, batch_size: int) -> Ints:
-    """The label index that the model as it stands predicts for each record, int64[records]."""
-    task = ClassificationTask()
-    predicted = np.empty(len(data), dtype=np.int64)
-    for part in data.physical_batches(np.arange(len(data)), batch_size):
-        predicted[part] = task.predict(model, task.batch(data, part))
-    return predicted

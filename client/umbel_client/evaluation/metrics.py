@@ -1,4 +1,4 @@
-"""Figures of merit from what a model predicted."""
+"""Figures of merit, from a model's predictions."""
 
 import math
 from collections import defaultdict
@@ -20,7 +20,7 @@ def classification_figures(
     Args:
         labels: int64[records], the truth as label indices.
         predicted: int64[records].
-        groups: of each record; empty: there are none.
+        groups: the group of each record; empty: there are no groups.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for index, group in enumerate(groups):
@@ -40,12 +40,12 @@ def classification_figures(
 
 
 def finite(value: float) -> Loss:
-    """`value`; None if it is no finite number."""
+    """Returns `value`; None if it is not finite."""
     return value if math.isfinite(value) else None
 
 
 def perplexity(mean_loss: Loss) -> Loss:
-    """exp of a mean loss in nats."""
+    """exp of a mean loss in nats; None if it is not finite."""
     try:
         return None if mean_loss is None else math.exp(mean_loss)
     except OverflowError:
@@ -53,7 +53,7 @@ def perplexity(mean_loss: Loss) -> Loss:
 
 
 def drift(before: Vector, after: Vector) -> float | None:
-    """Relative change of an adapter; see `Evaluation.drift`."""
+    """Relative change of an adapter, float32[n] each; see `Evaluation.drift`."""
     norm = float(np.linalg.norm(before.astype(np.float64)))
     if norm == 0:
         return None

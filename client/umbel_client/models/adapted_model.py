@@ -1,4 +1,4 @@
-"""The base model with its adapter: what a site trains, from a local folder, exactly as planned."""
+"""The base model with its adapter, from a local folder: the model that a site trains."""
 
 import re
 from pathlib import Path
@@ -38,7 +38,7 @@ Quantisation: TypeAlias = Literal["none", "nf4"]
 class AdaptedModel(nn.Module):
     """A frozen base model, its LoRA layers and its head; always in evaluation mode.
 
-    No dropout ever runs on the private path: a step is then a function of batch and noise alone.
+    Dropout never runs in training, so that a step is a function of batch and noise alone.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class AdaptedModel(nn.Module):
         self.depth = _first_adapted_layer(base, plan)
         """The layers below this one are frozen."""
         self.frozen_output: Literal["pooled", "hidden", "nothing"] = self._frozen_output()
-        """What is constant for each record and can be kept: the `pooled` vector, the `hidden`
-        states below `depth`, or `nothing` (an architecture unlike BERT, or its first layer is
-        adapted)."""
+        """The output that is constant for each record and can be cached: the `pooled` vector, the
+        `hidden` states below `depth`, or `nothing` (the model cannot be split, or its first layer
+        is adapted)."""
         self._plain_output = isinstance(plan.task, CausalLm) and output_is_plain(base)
         if precision == "bfloat16":
             lower_precision(base)
@@ -88,12 +88,13 @@ class AdaptedModel(nn.Module):
 
         Args:
             precision: of the frozen layers; `fastest_precision()` where speed counts.
-            checkpointing: compute activations anew in the backward pass, for less memory.
+            checkpointing: whether activations are computed again in the backward pass, which saves
+                memory.
             quantisation: of the frozen layers' weights.
 
         Raises:
-            ModelError: the folder is incomplete, has another digest than the plan says, mixes
-                records, or has other tensors than the plan says.
+            ModelError: the folder is incomplete, or has another digest or other tensors than the
+                plan says; or the model mixes records.
         """
         found = folder_digest(folder)
         if found != plan.model.digest:
@@ -105,7 +106,7 @@ class AdaptedModel(nn.Module):
                 accepted=plan.model.digest.hex(),
                 remedy=f"obtain exactly the revision of {plan.model.name} that was agreed on",
             )
-        # On its device before PEFT adds to it: tensors that move later are not the ones trained.
+        # Moved to its device before PEFT adds layers: tensors that move later are not trained.
         base = load_base(folder, plan.task).to(device)  # type: ignore[arg-type]  # wrapped by torch
         require_context(folder, base.config, plan.task)
         if quantisation == "nf4":
@@ -115,13 +116,28 @@ class AdaptedModel(nn.Module):
         ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}
         return cls(base, head, ordered, plan, precision, checkpointing=checkpointing)
 
+    def follow(self, plan: TrainingPlan) -> None:
+        """Takes another plan for the same adapter: other training or other privacy.
+
+        Raises:
+            ModelError: the plan is for another base model, task or adapter.
+        """
+        here, there = ((p.model.digest, p.task, p.lora) for p in (self.plan, plan))
+        if here != there:
+            raise ModelError(
+                "a loaded model cannot follow a plan for another model, task or adapter",
+                found=plan.job,
+                accepted=f"a plan that differs from {self.plan.job} in training or privacy alone",
+            )
+        self.plan = plan
+
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The device where the model computes."""
         return self.base.device
 
     def train(self, mode: bool = True) -> "AdaptedModel":
-        """Stays in evaluation mode, whatever is asked for."""
+        """Keeps the model in evaluation mode, whatever `mode` is."""
         super().train(False)
         for layer in self._checkpointed:
             layer.training = True
@@ -132,7 +148,7 @@ class AdaptedModel(nn.Module):
         """Takes float32[plan.lora.size] as the whole adapter.
 
         Raises:
-            PlanError: wrong length.
+            PlanError: the vector has another length.
         """
         for name, value in unflatten(vector, self.plan.lora.tensors).items():
             self.adapter[name].copy_(torch.from_numpy(np.array(value)))
@@ -142,12 +158,12 @@ class AdaptedModel(nn.Module):
         return self.values(self.plan.lora.tensors)
 
     def values(self, tensors: tuple[Tensor, ...]) -> Vector:
-        """Some tensors of the adapter, as one vector in the order given."""
+        """Some tensors of the adapter as one vector, float32[n], in the given order."""
         arrays = {t.name: self.adapter[t.name].detach().cpu().numpy() for t in tensors}
         return flatten(arrays, tensors)
 
     def select(self, round_number: int) -> dict[str, nn.Parameter]:
-        """Lets exactly the parameters of a round be trained, and returns them by name."""
+        """Selects exactly the parameters of a round for training, and returns them by name."""
         names = [tensor.name for tensor in self.plan.trained_tensors(round_number)]
         for name, parameter in self.adapter.items():
             parameter.requires_grad_(name in names)
@@ -155,7 +171,7 @@ class AdaptedModel(nn.Module):
         return {name: self.adapter[name] for name in names}
 
     def logits(self, inputs: Inputs) -> torch.Tensor:
-        """float32[n, labels]."""
+        """The logits of n records, float32[n, labels]."""
         match inputs:
             case PooledInputs(pooled):
                 return self._head(pooled.to(self.device))
@@ -171,11 +187,11 @@ class AdaptedModel(nn.Module):
     def next_token_losses(
         self, inputs: Inputs, chosen: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        """Cross entropy of what a causal language model expects after chosen tokens, float32[m].
+        """Cross entropy of a causal language model's next tokens in nats, float32[m].
 
         Args:
-            chosen: bool[n, t - 1], of the tokens but the last; m of them are true. The rest cost
-                nothing above the last layer.
+            chosen: bool[n, t - 1], which tokens but the last are predicted from; m of them. The
+                others cost nothing above the last layer.
             targets: int64[m], the tokens that follow them.
         """
         assert not isinstance(inputs, PooledInputs)  # they belong to a classification's head
@@ -196,7 +212,7 @@ class AdaptedModel(nn.Module):
 
     @torch.no_grad()
     def frozen_forward(self, inputs: TokenInputs) -> torch.Tensor:
-        """What `frozen_output` says: float32[n, hidden size], or float32[n, t, hidden size]."""
+        """The frozen output: float32[n, hidden size] if pooled, else float32[n, t, hidden size]."""
         mask = inputs.mask.to(self.device)
         if self.frozen_output == "pooled":
             return _pool(self._run(self.base, mask, input_ids=inputs.ids), mask)
@@ -227,11 +243,12 @@ class AdaptedModel(nn.Module):
 
     @torch.no_grad()
     def _enable_checkpointing(self) -> None:
-        """Layers compute anew only where they believe that they are trained; what is inside them
-        stays in evaluation mode.
+        """Lets each layer compute its activations again in the backward pass.
+
+        A layer does so only in training mode; the modules inside it stay in evaluation mode.
 
         Raises:
-            ModelError: the architecture does not offer it, or something of a layer is random then.
+            ModelError: the architecture does not offer it, or a layer is random in that mode.
         """
         ids, mask = made_up_inputs(self.base)
         before = self.base(input_ids=ids, attention_mask=mask)[0]
@@ -247,7 +264,7 @@ class AdaptedModel(nn.Module):
             after = self.base(input_ids=ids, attention_mask=mask)[0]
         if not self._checkpointed or not torch.equal(before, after):
             raise ModelError(
-                "a base model cannot compute its activations anew",
+                "a base model cannot compute its activations again in the backward pass",
                 field="model.gradient_checkpointing",
                 found=type(self.base).__name__,
                 accepted="false",
@@ -255,14 +272,14 @@ class AdaptedModel(nn.Module):
 
 
 def _pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of the token vectors, then unit length (as Sentence-Transformers, Reimers 2019)."""
+    """Mean of the token vectors at unit length, as in Sentence-Transformers (Reimers 2019)."""
     weights = mask.to(hidden.dtype).unsqueeze(-1)
     mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
     return nn.functional.normalize(mean, dim=-1)
 
 
 def _first_adapted_layer(base: PreTrainedModel, plan: TrainingPlan) -> int:
-    """Index of the lowest layer with an adapter; all layers count as below a head alone."""
+    """Index of the lowest layer with an adapter; the number of layers if only a head is trained."""
     layers = layers_of(base)
     if layers is None:
         return 0

@@ -1,4 +1,4 @@
-"""What a model is given for a few records at once, padded to the longest of them."""
+"""A model's inputs for a few records at once, padded to the longest of them."""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -43,5 +43,5 @@ class Batch:
 
     inputs: Inputs
     labels: torch.Tensor
-    """int64[n], label indices; of a causal language model int64[n, t], ids of the tokens that
+    """int64[n], label indices; for a causal language model int64[n, t], ids of the tokens that
     count."""

@@ -1,10 +1,9 @@
-"""Cross entropy of a language model's next tokens, without a vocabulary's memory for each.
+"""Cross entropy of a language model's next tokens, without keeping logits over the vocabulary.
 
-The output layer is frozen, so what its logits are needed for is known while they are there: the
-loss, and its gradient by the hidden state. Both are computed a few tokens at a time (Hsu et al.
-2024, "Liger Kernel", FusedLinearCrossEntropy), and no logits are kept for the backward pass.
-PyTorch's own `linear_cross_entropy` (2.13) rounds losses to bfloat16, and takes five times as
-long on a CPU.
+The output layer is frozen, so logits are needed for two things only: the loss, and its gradient by
+the hidden state. Both are computed a few tokens at a time (Hsu et al. 2024, "Liger Kernel",
+FusedLinearCrossEntropy), and no logits are kept for the backward pass. PyTorch's own
+`linear_cross_entropy` (2.13) rounds losses to bfloat16, and takes five times as long on a CPU.
 """
 
 from typing import Any
@@ -15,8 +14,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 _BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
-"""Of the logits that are there at once. On a CPU below the size of which the C library gives every
-block back to the kernel, which then clears its pages anew at each step."""
+"""Bytes of the logits that exist at once. On a CPU it is below malloc's mmap threshold: larger
+blocks are returned to the kernel, and cleared again at each step."""
 
 
 def token_losses(hidden: torch.Tensor, layer: nn.Module, targets: torch.Tensor) -> torch.Tensor:
@@ -36,7 +35,7 @@ def token_losses(hidden: torch.Tensor, layer: nn.Module, targets: torch.Tensor) 
 
 
 class _Losses(torch.autograd.Function):
-    """The gradient is computed with the loss, while the logits are there."""
+    """Computes the gradient together with the loss, while the logits exist."""
 
     @staticmethod
     def forward(

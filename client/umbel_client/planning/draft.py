@@ -1,4 +1,4 @@
-"""A plan's draft, and the plan that it becomes with the base model's folder."""
+"""A plan's draft, and the plan that is made of it with the base model's folder."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,9 +32,9 @@ class DraftModel(Value, frozen=True):
     """`[model]`."""
 
     name: str
-    """What people call it, as the released adapter names its base model."""
+    """The base model's usual name; the released adapter names it so."""
     path: str
-    """Its folder; a relative path starts at the draft's folder."""
+    """The base model's folder; a relative path starts at the draft's folder."""
 
 
 class DraftLora(Value, frozen=True):
@@ -43,7 +43,7 @@ class DraftLora(Value, frozen=True):
     rank: Annotated[int, msgspec.Meta(ge=1, le=512)]
     alpha: Scale
     target_modules: tuple[str, ...] | Literal["all-linear"]
-    """Names of linear layers, or all but the output layer."""
+    """Names of linear layers; `all-linear`: all but the output layer."""
     layers: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] | None = None
     method: Method = "alternate"
     scaling: Scaling = "standard"
@@ -51,7 +51,8 @@ class DraftLora(Value, frozen=True):
     lora_dropout: float = 0.0
     bias: str = "none"
     modules_to_save: tuple[str, ...] = ()
-    """These four are known to be refused: see `UNSUPPORTED`."""
+    """`use_dora`, `lora_dropout`, `bias` and `modules_to_save` are fields so that they can be
+    refused with a reason: see `UNSUPPORTED`."""
 
 
 UNSUPPORTED: dict[str, tuple[object, str]] = {
@@ -70,23 +71,23 @@ UNSUPPORTED: dict[str, tuple[object, str]] = {
     ),
     "modules_to_save": (
         (),
-        "embeddings, norms and whole layers are large, and a record's gradient of each would be as"
+        "embeddings, norms and whole layers are large, and each record's gradient would be as"
         " large: adapt linear layers instead",
     ),
 }
-"""Settings of PEFT that a plan cannot have: what each must be, and why."""
+"""Settings of PEFT that a plan cannot have: the accepted value of each, and the reason."""
 
 
 class DraftGate(Value, frozen=True):
     """`[release_gate]`; see `umbel_common.plans.plan.ReleaseGate`."""
 
     holdout: str
-    """The file with the public records; a relative path starts at the draft's folder."""
+    """The file of public records; a relative path starts at the draft's folder."""
     max_loss_increase: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
 
 class Draft(Value, frozen=True):
-    """A plan without what the model's folder says."""
+    """A plan without what is read from the model's folder."""
 
     federation: Name
     job: Name
@@ -114,15 +115,15 @@ def _check_supported(lora: DraftLora) -> None:
 
 
 def make_plan(draft: Draft, folder: Path) -> TrainingPlan:
-    """The plan of a draft.
+    """Makes the plan of a draft.
 
     Args:
         folder: where relative paths start.
 
     Raises:
         DataError: the release gate's holdout cannot be read.
-        ModelError, PlanError: the model does not have what the draft targets, or the parts of the
-            plan do not fit together.
+        ModelError, PlanError: the model lacks a target of the draft, or the parts of the plan do
+            not fit together.
     """
     _check_supported(draft.lora)
     model = folder / Path(draft.model.path).expanduser()
@@ -173,10 +174,11 @@ def _gate(gate: DraftGate | None, folder: Path) -> ReleaseGate | None:
 
 
 def read_plan(path: Path) -> TrainingPlan:
-    """The plan of a draft's file.
+    """Makes the plan of a draft's file.
 
     Raises:
-        ConfigError: the file cannot be read, is no TOML, or has an unknown, missing or wrong field.
+        ConfigError: the file cannot be read, is not TOML, or has an unknown, missing or wrong
+            field.
         DataError, ModelError, PlanError: see `make_plan`.
     """
     draft = read_toml(path, Draft, "give the path of a draft; docs/operator.md describes it")

@@ -25,25 +25,28 @@ from umbel_common.toml_values import parse_toml
 from umbel_host.files.text_file import read_text, write_new_text
 
 RATES = 30.0
-"""Learning rates are looked for between the draft's over so much, and times so much."""
+"""The search range of a learning rate is the draft's value divided and multiplied by this."""
 
 CLIP_NORMS = 10.0
-"""Clip norms likewise."""
+"""The search range of the clip norm is the draft's value divided and multiplied by this."""
 
 SHORT = {
     "adapter_learning_rate": "adapter rate",
     "head_learning_rate": "head rate",
     "clip_norm": "clip norm",
 }
-"""How the table calls them."""
+"""Names of the hyper-parameters in the table."""
 
 Range = tuple[float, float, float]
-"""Least, the draft's, most."""
+"""(smallest value, the draft's value, largest value)."""
 
 
 def search_space(plan: TrainingPlan) -> dict[str, Range]:
-    """What is looked for: the optimiser's fields, and `clip_norm` where it is not but another
-    factor of the learning rates."""
+    """The search range of each hyper-parameter: learning rates, and `clip_norm`.
+
+    `clip_norm` is searched with flat clipping only: else it is one more factor of the learning
+    rates.
+    """
     optimizer = plan.training.optimizer
     rate = optimizer.adapter_learning_rate
     space = {"adapter_learning_rate": _around(rate, RATES, 1e-12, 100.0)}
@@ -60,7 +63,7 @@ def _around(value: float, factor: float, least: float, most: float) -> Range:
 
 
 def with_values(plan: TrainingPlan, values: Mapping[str, float]) -> TrainingPlan:
-    """The plan with what a trial tries."""
+    """The plan with the values of a trial."""
     rates = {name: value for name, value in values.items() if name != "clip_norm"}
     optimizer = msgspec.structs.replace(plan.training.optimizer, **rates)
     training = msgspec.structs.replace(plan.training, optimizer=optimizer)
@@ -71,7 +74,7 @@ def with_values(plan: TrainingPlan, values: Mapping[str, float]) -> TrainingPlan
 
 
 def draft_with(text: str, values: Mapping[str, float]) -> str:
-    """A draft's text with other values, and all else as it was, comments included."""
+    """A draft's text with other values; the rest stays as it was, comments included."""
     document: Any = tomlkit.parse(text)
     for name, value in values.items():
         table = document["privacy"] if name == "clip_norm" else document["training"]["optimizer"]
@@ -80,10 +83,10 @@ def draft_with(text: str, values: Mapping[str, float]) -> str:
 
 
 def tune(request: TuningRequest, console: Console) -> None:
-    """Runs the trials that are missing, prints all of them, and writes the best draft.
+    """Runs the missing trials, prints all trials, and writes the best draft.
 
     Raises:
-        ConfigError: the draft is malformed, or the study is of something else.
+        ConfigError: the draft is malformed, or the study belongs to another search.
         DataError, ModelError, PlanError: the public file or the model does not fit the draft.
         StorageError: the draft to be written exists, or a file cannot be written.
     """
@@ -135,7 +138,7 @@ def tune(request: TuningRequest, console: Console) -> None:
 
     if not study.trials:
         study.enqueue_trial({name: value for name, (_, value, _) in space.items()})
-    # Of trials that a killed process left nothing is known: they are not counted.
+    # The loss of a trial that a killed process left is not known: such trials do not count.
     missing = request.trials - len(_over(study))
     if missing > 0:
         study.optimize(objective, n_trials=missing)
@@ -145,11 +148,11 @@ def tune(request: TuningRequest, console: Console) -> None:
 
 
 def _study(request: TuningRequest, plan: TrainingPlan) -> optuna.Study:
-    """The study of this search, new or as it was left.
+    """The study of this search: a new one, or the one to resume.
 
     Raises:
         ConfigError: the file holds the study of another search.
-        StorageError: it cannot be used.
+        StorageError: the file cannot be used.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     options = msgspec.structs.replace(request, draft="", data="", out="", study="", trials=1)
@@ -173,7 +176,7 @@ def _study(request: TuningRequest, plan: TrainingPlan) -> optuna.Study:
             file=request.study,
             remedy="give another --study, or the same draft, records and options",
         )
-    # A sampler that began anew with the same seed would draw the same values again.
+    # A sampler with the seed of an earlier call would draw the same values again.
     study.sampler = optuna.samplers.TPESampler(seed=request.seed + len(study.trials))
     return study
 

@@ -1,7 +1,7 @@
-"""One trial of hyper-parameters on public records: the plan's own training, and its loss after it.
+"""One trial of hyper-parameters on public records: the plan's own training, and the loss after it.
 
-Sites are played by as many trainings on the same records, each under noise of its own, whose deltas
-are clipped and averaged as in a round. Nothing here reads a site's configuration or its data.
+Each site is simulated by one training on the same records with its own noise. Their deltas are
+clipped and averaged as in a round. Nothing here reads a site's configuration or its data.
 """
 
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import torch
 
 from umbel_client.data.records import Columns, LmRecords, Records, load_records
 from umbel_client.data.tokens import Ints
+from umbel_client.evaluation.losses import mean_loss
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import fastest_precision
-from umbel_client.privacy.calibration import noise_for, sampling_rate
+from umbel_client.privacy.calibration import SiteNoise, noise_for, sampling_rate
 from umbel_client.storage.deltas import OptimizerState
+from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData, prepare
-from umbel_client.tasks.task import task_of
-from umbel_client.training.round import train_round
+from umbel_client.training.round import LocalTrainer
 from umbel_common.adapters.vector import Vector, initial_vector, merge
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import TrainingPlan
@@ -30,7 +30,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class PublicData:
-    """A model, and public records for it: some to train on, the others to validate on."""
+    """A model, and public records for it: one part to train on, the other to validate on."""
 
     model: AdaptedModel
     training: PreparedData
@@ -47,10 +47,10 @@ class PublicData:
         share: float,
         seed: int,
     ) -> "PublicData":
-        """Loads the model, and computes what is frozen of it once for all trials.
+        """Loads the model, and computes its frozen layers once for all trials.
 
         Args:
-            share: of the records that validate, chosen by the seed.
+            share: the share of the records that validate; the seed chooses them.
 
         Raises:
             DataError: the file does not fit the plan, or has too few records to divide.
@@ -72,7 +72,6 @@ class PublicData:
                 model_folder,
                 _chosen(records, np.sort(indices)),
                 cache=None,
-                progress=lambda done, total: None,
             )
             for indices in (order[count:], order[:count])
         )
@@ -90,54 +89,41 @@ def _chosen(records: Records | LmRecords, indices: Ints) -> Records | LmRecords:
 def loss_after_training(
     plan: TrainingPlan, data: PublicData, *, public_size: int, sites: int, seed: int
 ) -> float:
-    """Mean loss on the validating records of the adapter that the whole plan gives.
+    """Trains the whole plan, and returns the adapter's mean loss on the validation records.
 
     Args:
-        public_size: of a site: noise is what such a site adds. Batches are of the plan's size.
-        seed: of batches and noise. The same in each trial, so that trials differ by what is tried.
+        plan: with the values that are tried; for the data's model, task and adapter.
+        public_size: a site's number of records: the noise is what such a site adds. Batches have
+            the plan's size.
+        sites: number of sites that are simulated.
+        seed: of batches and noise. It is the same in each trial, so that trials differ by their
+            hyper-parameters only.
 
     Raises:
         DataError: there are fewer records than a batch is expected to hold.
         CalibrationError, PolicyRefusal: such a site cannot have the plan's privacy.
         ModelError: training diverged.
     """
-    noise = noise_for(plan, public_size).noise_multiplier
-    rate = sampling_rate(plan, len(data.training))
-    # Public records have nobody to protect: a seed that can be repeated is what is wanted here.
+    noise_multiplier = noise_for(plan, public_size).noise_multiplier
+    noise = SiteNoise(sampling_rate(plan, len(data.training)), noise_multiplier)
+    # Public records protect nobody, so a repeatable seed is right here.
     entropy = [np.random.default_rng((seed, site)).bytes for site in range(sites)]
+    data.model.follow(plan)
+    trainers = [
+        LocalTrainer(data.model, data.training, noise, source, BatchLimit(BATCH))
+        for source in entropy
+    ]
     states: list[OptimizerState | None] = [None] * sites
     limit = plan.aggregation.clip_range
     adapter = initial_vector(plan)
     for number in range(1, plan.training.rounds + 1):
         total: Vector | None = None
-        for site in range(sites):
-            result = train_round(
-                data.model,
-                data.training,
-                plan,
-                number,
-                adapter,
-                rate,
-                noise,
-                states[site],
-                entropy=entropy[site],
-                physical_batch_size=BATCH,
-                on_step=lambda step, steps: None,
-            )
+        for site, trainer in enumerate(trainers):
+            result = trainer.round(number, adapter, states[site])
             states[site] = result.state
             delta = np.clip(result.delta, -limit, limit)
             total = delta if total is None else total + delta
         assert total is not None  # there is at least one site
         adapter = merge(adapter, total / np.float32(sites), plan, number)
-    return _loss(data, adapter)
-
-
-@torch.no_grad()
-def _loss(data: PublicData, adapter: Vector) -> float:
     data.model.set_vector(adapter)
-    task = task_of(data.model.plan.task)
-    every = np.arange(len(data.validation))
-    total = 0.0
-    for part in data.validation.physical_batches(every, BATCH):
-        total += float(task.losses(data.model, task.batch(data.validation, part)).sum())
-    return total / len(every)
+    return mean_loss(data.model, data.validation, BATCH)

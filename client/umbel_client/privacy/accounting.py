@@ -1,14 +1,20 @@
 """Epsilon of DP-SGD: Poisson-subsampled Gaussian steps, composed numerically.
 
-Two accountants, both upper bounds on the true epsilon under add/remove adjacency. PRV (Gopi, Lee
-and Wutschitz 2021, "Numerical Composition of Differential Privacy") is tight and is what normally
-answers. RDP (Mironov, Talwar and Zhang 2019, section 3.3; converted by Balle et al. 2020, theorem
-21) is looser, never fails, and stands in where PRV's grid would take minutes or its floating point
-gives up. The smaller of two upper bounds is an upper bound, so `epsilon` returns the smaller one.
-The central-limit accountant (GDP) is no upper bound and is not used.
+There are two accountants, both upper bounds on the true epsilon under add/remove adjacency. PRV
+(Gopi, Lee and Wutschitz 2021, "Numerical Composition of Differential Privacy") is tight and gives
+the answer in most cases. RDP (Mironov, Talwar and Zhang 2019, section 3.3; converted by Balle et
+al. 2020, theorem 21) is looser and never fails. It is used where PRV's grid would take minutes or
+its floating point overflows. The smaller of two upper bounds is an upper bound, so `epsilon`
+returns the smaller one.
 
-Both are Opacus', which brings torch: they are imported where they are asked, so that a ledger can
-be read and verified without waiting for that.
+This module is part of the core of the privacy guarantee. Never add or change here:
+
+- An accountant that is not an upper bound, such as the central-limit one (GDP).
+- An event of another mechanism or another adjacency than Poisson-subsampled Gaussian steps.
+- A rounding of epsilon or of a noise multiplier downwards.
+
+Both accountants are Opacus', which imports torch. They are imported where they are used, so that a
+ledger can be read and verified without waiting for torch.
 """
 
 import math
@@ -31,30 +37,31 @@ _ORDERS = (
     *(80.0, 96.0, 128.0, 192.0, 256.0, 384.0, 512.0, 768.0, 1024.0),
 )
 
-# Cells of PRV's grids, over all distinct events: about 2 s on one core. A coarser grid, and at last
-# RDP alone, keeps absurd settings (tiny noise, a million steps) from taking minutes.
+# Cells of PRV's grids, over all distinct events: about 2 s on one core. A coarser grid, and in the
+# end RDP alone, keeps absurd settings (tiny noise, a million steps) from taking minutes.
 _MOST_CELLS = 2**22
 
-# Beyond, PRV's exponentials overflow and it answers far too little (710 instead of 500,000 for a
-# noise multiplier of 0.001); long before, a tight figure has lost its use.
+# Above this, PRV's exponentials overflow, and its answer is far too small (710 instead of 500,000
+# for a noise multiplier of 0.001). A tight figure has no use there anyway.
 _LARGEST_PRV_EPSILON = 100.0
 
-# Tolerance of calibration, as a share of epsilon. It also is the room that keeps the composition of
-# the first rounds, computed on another grid, below the target.
+# Tolerance of calibration, as a share of epsilon. It also keeps the composition of the first
+# rounds, which is computed on another grid, below the target.
 _SLACK = 1e-3
 
 
 class DpEvent(Value, frozen=True):
     """Steps of DP-SGD of one kind: what is necessary and sufficient for accounting.
 
-    A wrong value (noise or rate not positive, rate above 1, no step) is a `ValueError` at
-    construction.
+    Raises:
+        ValueError: noise multiplier or sampling rate is not positive, the sampling rate is above 1,
+            or there is no step.
     """
 
     noise_multiplier: float
-    """Standard deviation of the noise over the clip norm."""
+    """Standard deviation of the noise in units of the clip norm."""
     sample_rate: float
-    """Probability with which each record is in a batch."""
+    """Probability with which each unit (record, or patient) is in a batch."""
     steps: int
 
     def __post_init__(self) -> None:
@@ -69,8 +76,11 @@ class DpEvent(Value, frozen=True):
 def epsilon(events: Sequence[DpEvent], delta: float) -> float:
     """An upper bound on the epsilon of all `events` together, in any order, at `delta`.
 
-    Within 1 % of the true value wherever epsilon lies between about 0.2 and 60; looser, but still
-    an upper bound, outside. 0 without events.
+    It is within 1 % of the true value where epsilon is between about 0.2 and 60. Outside it is
+    looser, but still an upper bound. Without events it is 0.
+
+    Raises:
+        ValueError: delta is not between 0 and 1.
     """
     if not 0 < delta < 1:
         raise ValueError("delta must be above 0 and below 1")
@@ -87,7 +97,7 @@ def _together(events: Sequence[DpEvent], delta: float) -> float:
 
 
 def total_epsilon(events: Sequence[DpEvent | None], delta: float) -> float:
-    """As `epsilon`, where None is a release without differential privacy: infinite."""
+    """As `epsilon`; infinite with a None, which is a release without differential privacy."""
     private = [event for event in events if event is not None]
     return epsilon(private, delta) if len(private) == len(events) else math.inf
 
@@ -98,10 +108,12 @@ def calibrate(
 ) -> float:
     """The smallest noise multiplier with which `steps` steps cost at most `epsilon` at `delta`.
 
-    With `beside`, the two together cost at most that.
+    It is rounded up: the steps never cost more than `epsilon`. They cost more than 0.999 of it
+    unless `SMALLEST_NOISE_MULTIPLIER` is enough, or epsilon is so large that RDP alone answers.
 
-    Rounded up: never above `epsilon`, and above 0.999 of it unless `SMALLEST_NOISE_MULTIPLIER`
-    already suffices or epsilon is so large that RDP alone answers.
+    Args:
+        sample_rate: probability with which each unit is in a batch.
+        beside: another event; the two together cost at most `epsilon`.
 
     Raises:
         CalibrationError: no noise multiplier up to `LARGEST_NOISE_MULTIPLIER` is enough.
@@ -125,9 +137,9 @@ def calibrate(
 
 
 def _narrow(cost: Callable[[float], float], epsilon: float, low: float, high: float) -> float:
-    """Closes in on the root, by the Illinois variant of false position on logarithms.
+    """Finds the root by the Illinois variant of false position, on logarithms.
 
-    `cost` falls, `cost(low) > epsilon >= cost(high)`: what is returned costs at most `epsilon`.
+    `cost` falls, and `cost(low) > epsilon >= cost(high)`. The result costs at most `epsilon`.
     """
     target = epsilon * (1 - _SLACK / 2)
 
@@ -152,12 +164,13 @@ def _narrow(cost: Callable[[float], float], epsilon: float, low: float, high: fl
 
 
 def largest_delta(records: int) -> float:
-    """1 / (10 n): with probability delta, anything may be revealed of any one record."""
+    """The largest delta for n records, 1 / (10 n): with probability delta, anything about any one
+    record may be revealed."""
     return 1 / (10 * records)
 
 
 def require_delta(delta: float, records: int) -> None:
-    """Refuses a delta above 1 / (10 n): with probability delta, anything may be revealed.
+    """Refuses a delta above `largest_delta`.
 
     Raises:
         PolicyRefusal: `delta-for-records`.
@@ -176,7 +189,7 @@ def require_delta(delta: float, records: int) -> None:
 
 @lru_cache(maxsize=4096)
 def _epsilon(events: tuple[DpEvent, ...], delta: float) -> float:
-    """Of distinct events in canonical order."""
+    """As `epsilon`, for distinct events in canonical order."""
     if not events:
         return 0.0
     loose = _rdp_epsilon(events, delta)
@@ -190,7 +203,7 @@ def _epsilon(events: tuple[DpEvent, ...], delta: float) -> float:
 
 
 def _prv_epsilon(events: tuple[DpEvent, ...], delta: float, error: float) -> float:
-    """PRV's upper bound, at most 2 `error` above the true epsilon; infinite where it fails."""
+    """PRV's upper bound, at most 2 `error` above the true epsilon; infinite where PRV fails."""
     from opacus.accountants import PRVAccountant
 
     accountant = PRVAccountant()
@@ -198,7 +211,7 @@ def _prv_epsilon(events: tuple[DpEvent, ...], delta: float, error: float) -> flo
         (event.noise_multiplier, event.sample_rate, event.steps) for event in events
     ]
     with warnings.catch_warnings(), np.errstate(divide="ignore", over="raise"):
-        # It asks RDP, over few orders, how wide a grid is needed: wider than best is harmless.
+        # It asks RDP, over few orders, how wide its grid must be; a wider one is harmless.
         warnings.filterwarnings("ignore", message="Optimal order is the")
         try:
             upper = float(accountant.get_epsilon(delta, eps_error=error))
@@ -218,7 +231,7 @@ def _cells(events: tuple[DpEvent, ...], delta: float, error: float) -> float:
 def _rdp_epsilon(events: tuple[DpEvent, ...], delta: float) -> float:
     orders = np.array(_ORDERS)
     curve = sum((_rdp_curve(event) for event in events), np.zeros(len(orders)))
-    # Balle et al. 2020, theorem 21. An order whose curve overflowed says nothing.
+    # Balle et al. 2020, theorem 21. An order whose curve overflowed gives no bound.
     bounds = curve - (math.log(delta) + np.log(orders)) / (orders - 1) + np.log1p(-1 / orders)
     usable = bounds[np.isfinite(bounds)]
     return max(float(usable.min()), 0.0) if usable.size else math.inf
@@ -233,7 +246,7 @@ def _rdp_curve(event: DpEvent) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=65536)
 def _rdp(noise_multiplier: float, sample_rate: float, order: float) -> float:
-    """Of one step at one order; infinite where floating point gives up."""
+    """RDP of one step at one order; infinite where floating point overflows."""
     from opacus.accountants.analysis.rdp import compute_rdp
 
     with np.errstate(all="ignore"):

@@ -9,15 +9,16 @@ from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 
 @dataclass(frozen=True)
 class SiteNoise:
-    """How one site samples and what it adds; both stay at the site."""
+    """The sampling rate and the noise multiplier of one site; both stay at the site."""
 
     sampling_rate: float
+    """Probability with which each unit (record, or patient) is in a batch."""
     noise_multiplier: float | None
-    """None without differential privacy."""
+    """Standard deviation of the noise in units of the clip norm; None without privacy."""
 
 
 def noise_for(plan: TrainingPlan, public_size: int) -> SiteNoise:
-    """Noise for the plan's epsilon at the sampling rate of a site of this public size (ADR 3).
+    """Noise for the plan's epsilon at the sampling rate of a site with this public size (ADR 3).
 
     Raises:
         DataError: the plan expects a larger batch.
@@ -37,15 +38,36 @@ def noise_for(plan: TrainingPlan, public_size: int) -> SiteNoise:
     return SiteNoise(rate, noise)
 
 
+def noise_alone(plan: TrainingPlan, public_size: int) -> SiteNoise:
+    """Noise for the plan's epsilon and delta, for one who trains alone and releases nothing.
+
+    Unlike `noise_for`, it leaves nothing for counts of held-out records, and takes the plan's delta
+    however many records there are.
+
+    Raises:
+        DataError: the plan expects a larger batch.
+        CalibrationError: the plan's epsilon cannot be had with this size.
+    """
+    rate = sampling_rate(plan, public_size)
+    if not isinstance(plan.privacy, LocalPrivacy):
+        return SiteNoise(rate, None)
+    noise = calibrate(plan.privacy.epsilon, plan.privacy.delta, rate, plan.training.steps)
+    return SiteNoise(rate, noise)
+
+
 def evaluation_event(plan: TrainingPlan, *, rounds: int) -> DpEvent | None:
-    """What the counts of so many rounds cost; None if the plan has no evaluation."""
+    """The DP event of the counts of some rounds; None if the plan has no evaluation.
+
+    Args:
+        rounds: how many of the plan's rounds are counted.
+    """
     if plan.evaluation is None:
         return None
     return DpEvent(plan.evaluation.noise_multiplier, 1.0, rounds)
 
 
 def sampling_rate(plan: TrainingPlan, public_size: int) -> float:
-    """Probability with which each record is in a batch.
+    """Probability with which each unit (record, or patient) is in a batch.
 
     Raises:
         DataError: the data set is smaller than a batch is expected to be.

@@ -1,8 +1,14 @@
 """Randomness of differential privacy: Gaussian noise and Poisson batches from AES-256-CTR.
 
 The key is 32 bytes of injected entropy, fresh for each source, so that a restart never repeats a
-draw. Nothing comes from torch's or NumPy's generators: torch's holds 32 bits of seed on a CPU, and
-both are shared with every library of the process, which may seed them anew.
+draw.
+
+This module is part of the core of the privacy guarantee. Never add or change here:
+
+- A seed, a stored key, or a draw that can be repeated.
+- Draws from torch's or NumPy's generators. Torch's holds 32 bits of seed on a CPU, and both are
+  shared with every library of the process, which may set the seed again.
+- Another distribution, or fewer bits: the accountant's theorems are about these.
 """
 
 import numpy as np
@@ -14,11 +20,11 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 from umbel_common.canonical import Entropy
 
 _BLOCK = 1 << 16
-"""Numbers drawn at once: half a megabyte of words stays in the cache."""
+"""Numbers drawn at once: half a megabyte of words fits into the cache."""
 
 
 class NoiseSource:
-    """One keystream; not thread-safe."""
+    """One key stream; not thread-safe."""
 
     def __init__(self, entropy: Entropy) -> None:
         """Takes 32 bytes of `entropy` as its key."""
@@ -28,7 +34,7 @@ class NoiseSource:
     def normal(self, size: int) -> npt.NDArray[np.float64]:
         """Independent standard normal draws, float64[size], by Box and Muller's method (1958).
 
-        Uniform values carry 52 bits, so no draw lies further than 8.6 from zero: a Gaussian does so
+        Uniform values have 52 bits, so no draw is further than 8.6 from zero. A Gaussian draw is
         with probability 1e-17.
         """
         draws = np.empty(size + size % 2)
@@ -36,8 +42,8 @@ class NoiseSource:
             block = draws[start : start + _BLOCK]
             half = len(block) // 2
             radius = np.sqrt(-2.0 * np.log(self._uniform(half)))
-            # Sine and cosine of twice an angle from its tangent: NumPy's own take three times as
-            # long. At its largest, 1.6e16, the square is still far from overflow.
+            # Sine and cosine of twice an angle come from its tangent: NumPy's own take three times
+            # as long. The largest tangent is 1.6e16, and its square is far from overflow.
             tangent = np.tan(np.pi * self._uniform(half))
             square = tangent * tangent
             radius /= 1.0 + square
@@ -46,8 +52,16 @@ class NoiseSource:
         return draws[:size]
 
     def poisson_batch(self, records: int, rate: float) -> npt.NDArray[np.int64]:
-        """Indices of a batch that holds each of `records` records independently with probability
-        `rate`, in rising order; each decision compares 64 bits, so its bias is below 2**-64.
+        """Draws a batch that holds each record (or unit) independently with probability `rate`.
+
+        Each decision compares 64 bits, so its bias is below 2**-64.
+
+        Args:
+            records: how many there are.
+            rate: the sampling rate.
+
+        Returns:
+            The indices of the batch in rising order, int64[n].
         """
         words = self._words(records)
         if rate >= 1.0:
@@ -55,7 +69,7 @@ class NoiseSource:
         return np.flatnonzero(words < np.uint64(int(rate * 2.0**64))).astype(np.int64)
 
     def _uniform(self, size: int) -> npt.NDArray[np.float64]:
-        """Values in the open interval (0, 1), all multiples of 2**-53 and exact."""
+        """Uniform values in the open interval (0, 1), exact multiples of 2**-53."""
         return ((self._words(size) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def _words(self, size: int) -> npt.NDArray[np.uint64]:

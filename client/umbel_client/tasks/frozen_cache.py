@@ -1,10 +1,10 @@
-"""The frozen-prefix cache: what lies below the first adapted layer, computed once per record.
+"""The frozen-prefix cache: the output below the first adapted layer, computed once per record.
 
 **It is private data.** Hidden states can be turned back into text. The file stays on the site's
 disk, readable by its owner alone, and must be deleted with the data set.
 
-Values are kept as float16: logits differ from a whole forward pass by about a thousandth of their
-range, and gradients are those of the rounded records, so the guarantee for them is the same.
+Values are kept as float16. Logits differ from those of a whole forward pass by about a thousandth
+of their range. Gradients are those of the rounded records, so the guarantee is the same.
 """
 
 import tempfile
@@ -24,11 +24,16 @@ from umbel_common.canonical import digest
 from umbel_common.errors import StorageError
 
 OnProgress = Callable[[int, int], None]
-"""Told (records done, records in all)."""
+"""Called after each batch with (records done, records in all)."""
+
+
+def ignore_progress(done: int, total: int) -> None:
+    """The `OnProgress` of a caller that does not follow the work."""
+
 
 _SUFFIX = ".prefix.npy"
 _TOKENS_AT_ONCE = 2048
-"""Enough for one thread's matrix products, few enough for its cache."""
+"""Tokens computed at once: enough for one thread's matrix products, few enough for its cache."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +55,24 @@ class FrozenCache:
 
 
 def token_inputs(tokens: Tokens, indices: Ints) -> TokenInputs:
-    """The chosen records' ids, padded to the longest of them."""
+    """Token ids of the chosen records, padded to the longest of them."""
     rows, mask = tokens.rows(indices)
     ids = np.where(mask == 1, tokens.ids[rows], tokens.pad_id).astype(np.int64)
     return TokenInputs(torch.from_numpy(ids), torch.from_numpy(mask))
 
 
 def frozen_prefix(
-    model: AdaptedModel, tokens: Tokens, folder: Path | None, progress: OnProgress
+    model: AdaptedModel, tokens: Tokens, folder: Path | None, on_progress: OnProgress
 ) -> FrozenCache | None:
-    """Computes the cache, or opens it if this model's outputs for these records are there.
+    """Computes the cache, or opens it if this model's outputs for these records are stored.
 
     Args:
         folder: where the file goes, named by the digests of model and tokens; None: memory only.
+        on_progress: called after each batch.
 
     Returns:
         None if the model allows no cache (`AdaptedModel.frozen_output` is `nothing`), or if its
-        hidden states exceed float16: training then does whole forward passes, to the same end.
+        hidden states exceed float16. Training then does whole forward passes, with the same result.
 
     Raises:
         StorageError: the file cannot be written.
@@ -77,30 +83,30 @@ def frozen_prefix(
     shape = (len(tokens) if pooled else len(tokens.ids), int(model.base.config.hidden_size))
     if folder is None:
         values = np.empty(shape, dtype=np.float16)
-        return FrozenCache(values, pooled) if _fill(values, model, tokens, progress) else None
+        return FrozenCache(values, pooled) if _fill(values, model, tokens, on_progress) else None
     path = folder / (_key(model, tokens) + _SUFFIX)
-    if not path.is_file() and not _write(path, shape, model, tokens, progress):
+    if not path.is_file() and not _write(path, shape, model, tokens, on_progress):
         return None
     return FrozenCache(np.load(path, mmap_mode="r", allow_pickle=False), pooled)
 
 
 def _key(model: AdaptedModel, tokens: Tokens) -> str:
-    """Also kind, depth and precision, since one model may serve several plans."""
+    """The file's name; kind, depth and precision are in it, as a model may serve several plans."""
     kind = f"{model.frozen_output} {model.depth} {model.precision} ".encode()
     return digest("prefix", kind + model.plan.model.digest + tokens.digest()).hex()
 
 
 def _write(
-    path: Path, shape: tuple[int, int], model: AdaptedModel, tokens: Tokens, progress: OnProgress
+    path: Path, shape: tuple[int, int], model: AdaptedModel, tokens: Tokens, on_progress: OnProgress
 ) -> bool:
-    """Fills a file that only its owner can read; it gets its name once it is complete."""
+    """Fills a file that only its owner can read. It gets its name when it is complete."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=_SUFFIX, delete=False) as file:
             partial = Path(file.name)
         try:
             values: Any = np.lib.format.open_memmap(partial, "w+", dtype=np.float16, shape=shape)
-            complete = _fill(values, model, tokens, progress)
+            complete = _fill(values, model, tokens, on_progress)
             values.flush()
             if complete:
                 partial.rename(path)
@@ -114,9 +120,9 @@ def _write(
 
 
 def _fill(
-    values: npt.NDArray[np.float16], model: AdaptedModel, tokens: Tokens, progress: OnProgress
+    values: npt.NDArray[np.float16], model: AdaptedModel, tokens: Tokens, on_progress: OnProgress
 ) -> bool:
-    """Computes every record's rows; False if a value does not fit float16."""
+    """Computes the rows of every record; returns False if a value does not fit float16."""
     done = 0
     for indices in _batches(tokens):
         inputs = token_inputs(tokens, indices)
@@ -129,12 +135,12 @@ def _fill(
             rows, mask = tokens.rows(indices)
             values[rows[mask == 1]] = output[inputs.mask == 1].numpy()
         done += len(indices)
-        progress(done, len(tokens))
+        on_progress(done, len(tokens))
     return True
 
 
 def _batches(tokens: Tokens) -> Iterator[Ints]:
-    """Records of like length together, so that little is spent on padding."""
+    """Batches of records of similar length, so that there is little padding."""
     order = np.argsort(tokens.lengths, kind="stable")
     start = 0
     while start < len(order):

@@ -1,7 +1,7 @@
 """Cuts a batch into physical batches, and into smaller ones where memory runs out.
 
-Where the cuts are changes nothing but memory and time: the batch, its noise and what the ledger was
-charged stay as they are.
+The cuts change memory and time only. The batch, its noise and its cost in the ledger stay as they
+are.
 """
 
 import logging
@@ -18,14 +18,14 @@ _logger = logging.getLogger("umbel.trainer")
 
 
 class BatchLimit:
-    """How many records are computed at once; once lowered, it stays so for the rest of the job."""
+    """The number of records computed at once; once lowered, it stays so for the rest of the job."""
 
     def __init__(self, records: int) -> None:
         self.records = records
         self._was_lowered = False
 
     def lower(self, records: int) -> None:
-        """Says it loudly the first time only: a batch may need several cuts."""
+        """Lowers the limit. It warns the first time only: a batch may need several cuts."""
         level = logging.DEBUG if self._was_lowered else logging.WARNING
         _logger.log(
             level,
@@ -36,13 +36,6 @@ class BatchLimit:
         )
         self.records = records
         self._was_lowered = True
-
-
-def limit_of(physical_batch_size: int | BatchLimit) -> BatchLimit:
-    """A number as a limit of its own."""
-    if isinstance(physical_batch_size, BatchLimit):
-        return physical_batch_size
-    return BatchLimit(physical_batch_size)
 
 
 def compute_parts(
@@ -56,13 +49,14 @@ def compute_parts(
 ) -> None:
     """Calls `compute` on physical batches that together hold each chosen record once.
 
-    Where one runs out of memory it is cut in two, and all that are left become as small.
+    A physical batch that runs out of memory is cut in two, and the remaining ones become as small.
 
     Args:
-        limit: lowered where memory runs out.
+        chosen: indices of the batch's records, int64[n].
+        limit: the number of records computed at once; lowered where memory runs out.
         units: int64[records of the data], the unit of each record; None: each record is a unit.
-        compute: adds what a part contributes, as its last act.
-        discard: forgets whatever a `compute` that failed has left.
+        compute: adds what a part contributes, as its last action.
+        discard: drops what a `compute` that failed has left behind.
 
     Raises:
         ModelError: a unit's records are in several parts, or do not fit into memory together.
@@ -89,7 +83,7 @@ def compute_parts(
 
 
 def _fits(compute: Callable[[Ints], None], part: Ints) -> bool:
-    """False if memory ran out; the error, and all tensors that it holds, are gone by then."""
+    """Returns False if memory ran out; the error and all tensors that it held are freed by then."""
     try:
         compute(part)
     except (RuntimeError, MemoryError) as error:
@@ -100,13 +94,16 @@ def _fits(compute: Callable[[Ints], None], part: Ints) -> bool:
 
 
 def ran_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Of a device or of the host, where torch has no error class of its own for it."""
+    """Whether an error means that the memory of a device or of the host ran out.
+
+    Torch has no error class for the host's.
+    """
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _cut(data: PreparedData, records: Ints, size: int, units: Ints | None) -> list[Ints]:
-    """A unit in two physical batches would be clipped in each, and count twice."""
+    """Cuts records into parts. A unit in two of them would be clipped in each, and count twice."""
     parts = list(data.physical_batches(records, size))
     if units is not None and parts:
         members = np.concatenate([np.unique(units[part]) for part in parts])

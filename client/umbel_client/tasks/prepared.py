@@ -13,7 +13,13 @@ from umbel_client.data.tokens import Ints, Tokens, tokenise
 from umbel_client.data.units import Units
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import Batch, Inputs
-from umbel_client.tasks.frozen_cache import FrozenCache, OnProgress, frozen_prefix, token_inputs
+from umbel_client.tasks.frozen_cache import (
+    FrozenCache,
+    OnProgress,
+    frozen_prefix,
+    ignore_progress,
+    token_inputs,
+)
 from umbel_common.plans.plan import CausalLm, Task
 
 
@@ -23,10 +29,10 @@ class PreparedData:
 
     tokens: Tokens
     labels: Ints
-    """int64[records], label indices; of a causal language model int64[tokens], the ids of those
-    that count (`umbel_client.data.chat`)."""
+    """int64[records], label indices. For a causal language model int64[tokens]: the ids of the
+    tokens that count (`umbel_client.data.chat`)."""
     prefix: FrozenCache | None
-    """None: the model allows no cache, and every step runs the whole model."""
+    """The cache of the frozen layers; None: the model allows none, and each step runs all of it."""
     units: Units | None = None
     """None: each record is its own unit."""
 
@@ -35,7 +41,7 @@ class PreparedData:
 
     @property
     def unit_count(self) -> int:
-        """How many units a step samples from."""
+        """Number of units that a step samples from."""
         return len(self) if self.units is None else len(self.units)
 
     def records_of(self, chosen: Ints) -> Ints:
@@ -43,7 +49,7 @@ class PreparedData:
         return chosen if self.units is None else self.units.records_of(chosen)
 
     def inputs(self, indices: Ints) -> Inputs:
-        """Of the chosen records, padded to the longest of them."""
+        """The inputs of the chosen records, padded to the longest of them."""
         if self.prefix is None:
             return token_inputs(self.tokens, indices)
         return self.prefix.inputs(self.tokens, indices)
@@ -53,8 +59,11 @@ class PreparedData:
         return Batch(self.inputs(indices), torch.from_numpy(self.labels[indices]))
 
     def unit_shares(self, part: Ints) -> torch.Tensor:
-        """What each record counts for in the mean of its unit, float32[n]; `part` holds whole
-        units."""
+        """The weight of each record in the mean of its unit, float32[n].
+
+        Args:
+            part: indices of the records of whole units, int64[n].
+        """
         if self.units is None:
             return torch.ones(len(part))
         numbers = self.units.numbered(part)
@@ -63,8 +72,8 @@ class PreparedData:
     def physical_batches(self, indices: Ints, size: int) -> Iterator[Ints]:
         """Cuts a batch into parts of at most `size` records that are computed at once.
 
-        Sorted by length, which saves padding: a batch is a set, so its order is free. A unit's
-        records stay in one part, which may then be larger.
+        The records are sorted by length, which saves padding: a batch is a set, so its order is
+        free. A unit's records stay in one part, which may then be larger than `size`.
         """
         order = indices[np.argsort(self.tokens.lengths[indices], kind="stable")]
         if self.units is not None:
@@ -80,16 +89,17 @@ def prepare(
     records: Records | LmRecords,
     *,
     cache: Path | None,
-    progress: OnProgress,
+    on_progress: OnProgress = ignore_progress,
     task: Task | None = None,
 ) -> PreparedData:
     """Tokenises the records and runs the frozen layers over them, once.
 
     Args:
-        model_folder: of the base model, for its tokenizer.
+        model_folder: the base model's, for its tokenizer.
         cache: a folder on the site's disk for the frozen-prefix cache, which is private data; None
             keeps it in memory.
-        task: None: the model's plan's own.
+        on_progress: called as the frozen layers are computed.
+        task: how the records are read; None: the task of the model's plan.
 
     Raises:
         ModelError: the folder holds no tokenizer that the task can use.
@@ -106,6 +116,6 @@ def prepare(
     return PreparedData(
         tokens=tokens,
         labels=labels,
-        prefix=frozen_prefix(model, tokens, cache, progress),
+        prefix=frozen_prefix(model, tokens, cache, on_progress),
         units=Units(np.array(records.units, dtype=np.int64)) if records.units else None,
     )

@@ -1,4 +1,4 @@
-"""What a task asks of a model: the seam for whatever a plan may train."""
+"""What a task asks of a model: where a new kind of task is added."""
 
 from typing import Protocol
 
@@ -19,14 +19,14 @@ class Task(Protocol):
     """How records become batches, and batches become losses."""
 
     def batch(self, data: PreparedData, indices: Ints) -> Batch:
-        """The chosen records."""
+        """The batch of the chosen records; `indices` is int64[n]."""
         ...
 
     def losses(self, model: AdaptedModel, batch: Batch) -> torch.Tensor:
-        """float32[n]: one loss for each record, from this record alone.
+        """float32[n]: one loss for each record in nats, from this record alone.
 
-        A task over tokens takes the mean over the record's own tokens: a mean over the batch's
-        tokens, as Transformers' `.loss` does, lets one record change the gradient of the others.
+        A task over tokens takes the mean over the record's own tokens. A mean over the batch's
+        tokens, as in Transformers' `.loss`, would let one record change the gradients of others.
         """
         ...
 
@@ -70,14 +70,14 @@ class CausalLmTask:
 
 
 def task_of(planned: PlannedTask) -> Task:
-    """What a plan's task asks."""
+    """The task that a plan names."""
     return CausalLmTask() if isinstance(planned, CausalLm) else ClassificationTask()
 
 
 def made_up_labels(planned: PlannedTask, tokens: Tokens) -> Ints:
-    """What `PreparedData.labels` could be for records that nobody wrote.
+    """Labels as in `PreparedData.labels`, for made-up records.
 
-    Each label of a classification in turn; of a language model every token.
+    A classification's records take each label in turn; of a language model every token counts.
     """
     if isinstance(planned, CausalLm):
         return tokens.ids.astype(np.int64)

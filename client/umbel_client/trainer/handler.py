@@ -71,7 +71,7 @@ from umbel_client.trainer.checks import (
     check_size_class,
     check_start,
 )
-from umbel_client.trainer.job import SiteJob, SiteStatus
+from umbel_client.trainer.job import SiteJob, SiteStatus, open_job
 from umbel_client.trainer.last_advert import check_last_advert
 from umbel_client.trainer.observer import Observer
 from umbel_client.trainer.site import Site
@@ -271,7 +271,7 @@ class Trainer:
         # 12
         began = time.monotonic()
         try:
-            job.train(header, adapter)
+            job.compute(header, adapter)
         finally:
             journal.add_seconds_trained(plan.job, time.monotonic() - began)
         # 13
@@ -337,7 +337,7 @@ class Trainer:
         if self._job is not None:
             self._job.close()
             self._job = None
-        self._job = SiteJob(
+        self._job = open_job(
             self._config,
             plan,
             self._site.roster,

@@ -1,32 +1,46 @@
-"""One job at one site: model, data, ledger, and the delta of each round.
+"""One job at one site: what it needs of the site, and the law of its rounds.
 
-The order is the law: reserve in the ledger, train, store the delta, record its digest in the
-ledger, and only then may anything derived from it leave.
+The law of a round is its order:
+
+1. Reserve: the ledger takes the round's DP events, on disk, or refuses (`SiteJob.reserve`).
+2. Train: only then does anything compute on the records (`SiteJob.train`).
+3. Store: the delta and the optimizer state are written to the site's disk (`SiteJob.store`).
+4. Record: the ledger takes the digest of what is stored (`SiteJob.record`).
+5. Only then may anything that is derived from the records leave (`SiteJob.ring_vector`).
+
+This module is part of the core of the privacy guarantee. Never add or change here:
+
+- Another order, or a step that is skipped. A site that dies between two steps charges the round
+  once at most and releases one delta at most; this holds in this order only.
+- A second computation of a recorded round. A round has one delta; another draw of noise would be
+  another release, which nobody has paid for.
+- A look at the records before the noise is calibrated, or a refusal that depends on them.
+- Anything else that leaves: a loss, a norm, a count without noise, the time of a step.
 """
 
 import math
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from umbel_client.data.hold_out import hold_out
 from umbel_client.data.records import LmRecords, Records, columns_of, load_records
-from umbel_client.dpsgd.batch_size import find_physical_batch_size
+from umbel_client.dpsgd.batch_size import choose_batch_limit
 from umbel_client.evaluation.counts import noisy_counts
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.ledger.rows import EVALUATION, LOST
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.models.base.precision import chosen_precision
-from umbel_client.privacy.accounting import DpEvent, epsilon, largest_delta
+from umbel_client.models.site_model import load_site_model
+from umbel_client.privacy.accounting import DpEvent, largest_delta, total_epsilon
 from umbel_client.privacy.calibration import SiteNoise, evaluation_event, noise_for
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.policy import Budget
 from umbel_client.storage.deltas import DeltaCache, OptimizerState
 from umbel_client.storage.journal import Published
-from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.trainer.observer import Observer
-from umbel_client.training.round import train_round
+from umbel_client.training.round import LocalTrainer
 from umbel_client.training.self_test import self_test
 from umbel_common.adapters.site_counts import SiteCounts, with_counts
 from umbel_common.adapters.vector import Vector
@@ -56,78 +70,107 @@ class SiteStatus:
     """Spent on the data set by now, all jobs together; None without differential privacy."""
 
 
-class SiteJob:
-    """Everything of a plan that needs the site's data."""
+def open_job(
+    config: ClientConfig,
+    plan: TrainingPlan,
+    roster: Roster,
+    *,
+    published: Published,
+    observer: Observer,
+    entropy: Entropy,
+) -> "SiteJob":
+    """Prepares a job: what comes before its first round, step by step.
 
-    def __init__(
-        self,
-        config: ClientConfig,
-        plan: TrainingPlan,
-        roster: Roster,
-        *,
-        published: Published,
-        observer: Observer,
-        entropy: Entropy,
-    ) -> None:
-        """Loads data and model, calibrates the noise, and opens the data set's ledger.
+    A step that fails closes the ledger.
 
-        Args:
-            published: from the session journal; the ledger must know of it.
+    Args:
+        published: what this site has published, from its journal; the ledger must know of it.
+        observer: is told of the work, and of each charged round.
+        entropy: the source of batches, noise and rounding.
 
-        Raises:
-            DataError, ModelError: what is on the site's disk does not fit the plan, or the model
-                fails the self-test of a private step.
-            CalibrationError, PolicyRefusal: the plan's privacy cannot be had with this data set.
-            BudgetError: the whole plan would go past the data set's budget.
-            LedgerError: the ledger is corrupt, in use, or rolled back, or the journal is; or it is
-                an old copy, and what was spent since was not stated.
-        """
-        self.plan = plan
-        self._config = config
-        self._observer = observer
-        self._entropy = entropy
-        # Before the data is touched: what a server can make this site refuse here depends on
-        # public figures only.
-        self.noise = noise_for(plan, config.data.public_size)
-        records = load_records(Path(config.data.path), plan.task, **columns_of(config.data))
-        self._weight = _weight(plan, roster, config.site, len(records))
+    Raises:
+        DataError, ModelError: what is on the site's disk does not fit the plan, or the model fails
+            the self-test of a private step.
+        CalibrationError, PolicyRefusal: the plan's privacy cannot be had with this data set.
+        BudgetError: the whole plan would exceed the data set's budget.
+        LedgerError: the ledger is corrupt, in use, or rolled back, or the journal is rolled back;
+            or the ledger is an old copy, and nobody stated what was spent since.
+    """
+    # 1. Calibrate the noise. The data is not touched yet: what a server can make this site refuse
+    #    here depends on public figures only.
+    noise = noise_for(plan, config.data.public_size)
+    # 2. Read the records: their digest names the data set that the ledger is about.
+    records = load_records(Path(config.data.path), plan.task, **columns_of(config.data))
+    weight = _weight(plan, roster, config.site, len(records))
+    with ExitStack() as opened:
+        # 3. Open the ledger, verify it against what this site published, and check the budget.
         state = Path(config.state)
-        self._ledger = Ledger.open(state / "ledger.sqlite", records.digest(), records.unit_column)
-        try:
-            if published.ledger_head is not None:
-                self._ledger.verify(published.ledger_head)
-            self._ledger.require_stated()
-            self._ledger.keep_pace(published.answers)
-            self._check_budget()
-            self._model = AdaptedModel.load(
-                Path(config.model.path),
-                plan,
-                precision=chosen_precision(config.model.precision),
-                checkpointing=config.model.gradient_checkpointing,
-                quantisation=config.model.quantisation,
-            )
-            self_test(self._model, self.noise.noise_multiplier, entropy=entropy)
-            self._held_out = None
-            if plan.evaluation is not None:
-                records, held_out = hold_out(records, config.data.evaluation_share)
-                self._held_out = self._prepare(held_out)
-            self._data = self._prepare(records)
-            self._batch_limit = BatchLimit(self._physical_batch_size())
-            self._deltas = DeltaCache(state / "deltas" / plan.job)
-        except BaseException:
-            self._ledger.close()
-            raise
+        ledger = Ledger.open(state / "ledger.sqlite", records.digest(), records.unit_column)
+        opened.callback(ledger.close)
+        if published.ledger_head is not None:
+            ledger.verify(published.ledger_head)
+        ledger.require_stated()
+        ledger.keep_pace(published.answers)
+        budget = _budget(config, plan)
+        _check_budget(config, plan, noise, ledger, budget)
+        # 4. Load the model, and test it on made-up records.
+        model = load_site_model(config.model, plan)
+        self_test(model, noise.noise_multiplier, entropy=entropy)
+        # 5. Hold records out, and prepare both parts.
+        held_out = None
+        if plan.evaluation is not None:
+            records, chosen = hold_out(records, config.data.evaluation_share)
+            held_out = _prepare(config, model, chosen, observer)
+        data = _prepare(config, model, records, observer)
+        # 6. Find the number of records computed at once.
+        limit = choose_batch_limit(
+            config.physical_batch_size, model, data, config.data.max_records_per_unit
+        )
+        job = SiteJob(
+            plan=plan,
+            noise=noise,
+            _trainer=LocalTrainer(model, data, noise, entropy, limit),
+            _held_out=held_out,
+            _weight=weight,
+            _budget=budget,
+            _ledger=ledger,
+            _deltas=DeltaCache(state / "deltas" / plan.job),
+            _state=state,
+            _observer=observer,
+            _entropy=entropy,
+        )
+        opened.pop_all()
+        return job
+
+
+@dataclass(kw_only=True)
+class SiteJob:
+    """A job that is open: what `open_job` prepared, and the law of its rounds."""
+
+    plan: TrainingPlan
+    noise: SiteNoise
+    _trainer: LocalTrainer
+    _held_out: PreparedData | None
+    """None: the plan has no evaluation at the sites."""
+    _weight: int
+    _budget: Budget
+    _ledger: Ledger
+    _deltas: DeltaCache
+    _state: Path
+    """Folder of the site's state, named in errors."""
+    _observer: Observer
+    _entropy: Entropy
 
     def close(self) -> None:
         """Releases the ledger."""
         self._ledger.close()
 
     def status(self) -> SiteStatus:
-        """For the site's own status."""
+        """Returns what the site's own people may know."""
         return SiteStatus(self.noise, self._spent())
 
     def ledger_head(self) -> bytes:
-        """What the site's next signed statement says about its ledger."""
+        """Returns what the site's next signed statement says about its ledger, 32 bytes."""
         return self._ledger.head()
 
     def knows(self, head: bytes, signed_for: RoundHeader) -> bool:
@@ -135,37 +178,41 @@ class SiteJob:
         return self._ledger.knows(head, signed_for.job, signed_for.round)
 
     def mark_as_old_copy(self, head: bytes) -> None:
-        """The ledger is an old copy, by a head that this site signed: nothing is charged until
-        somebody states what was spent."""
+        """Marks the ledger as an old copy: it does not know a head that this site signed.
+
+        Nothing is charged until somebody states what was spent.
+        """
         self._ledger.mark_as_old_copy(head)
 
-    def train(self, header: RoundHeader, adapter: Vector) -> None:
-        """Makes sure that the round's delta exists: from the cache, or by training now.
+    def compute(self, header: RoundHeader, adapter: Vector) -> None:
+        """Makes sure that the round's delta exists: steps 1 to 4 of the law.
+
+        A delta that is recorded is not computed again.
+
+        Args:
+            header: of the attempt.
+            adapter: the global adapter that the header names, float32[plan.lora.size].
 
         Raises:
-            BudgetError: before any gradient.
+            BudgetError: the data set's budget does not allow the round; before any gradient.
+            ModelError: training failed, which the ledger records: the round is not repeated.
+            StorageError: the delta cannot be stored.
             RemoteProtocolError: `other-adapter` if the round was computed from another adapter:
                 one round has one delta.
         """
         number = header.round
-        reserved = self._ledger.state(self.plan.job, number)
-        # A round that was reserved keeps its noise, even if a new version would calibrate another.
-        event = self._event(self.plan.training.local_steps) if reserved is None else reserved.event
-        evaluation = evaluation_event(self.plan, rounds=1)
-        if evaluation is not None:
-            name = self.plan.job + EVALUATION
-            self._ledger.reserve(name, self.plan.digest(), number, evaluation, self._budget)
-        self._ledger.reserve(self.plan.job, self.plan.digest(), number, event, self._budget)
-        self._observer.charged(number, self._spent())
+        event = self.reserve(number)
         if self._recorded_digest(number) is None:
-            # Whatever a killed computation left is replaced, never released.
+            # What a killed computation left on disk is replaced, never released.
             try:
-                computed = self._compute(number, header.adapter, adapter, event)
+                vector, state = self.train(number, adapter, event)
+                stored = self.store(number, header.adapter, vector, state)
             except ModelError:
-                # The outcome of this draw of noise, too: another draw would be another release.
-                self._ledger.record_delta(self.plan.job, number, FAILED)
+                # The failure too is an outcome of this draw of noise: another draw would be another
+                # release.
+                self.record(number, FAILED)
                 raise
-            self._ledger.record_delta(self.plan.job, number, computed)
+            self.record(number, stored)
         started_from, _, _ = self._stored(number, with_state=False)
         require(
             started_from == header.adapter,
@@ -173,24 +220,101 @@ class SiteJob:
             f"round {number} was computed from another global adapter",
         )
 
+    def reserve(self, number: int) -> DpEvent | None:
+        """Step 1: the ledger takes what the round costs, on disk, before any gradient.
+
+        Returns:
+            The DP event of the round's training; None without differential privacy. A round that
+            was reserved keeps its noise, even if a new version would calibrate another.
+
+        Raises:
+            BudgetError: the data set's budget does not allow it.
+        """
+        reserved = self._ledger.state(self.plan.job, number)
+        steps = self.plan.training.local_steps
+        event = _event(self.noise, steps) if reserved is None else reserved.event
+        evaluation = evaluation_event(self.plan, rounds=1)
+        if evaluation is not None:
+            name = self.plan.job + EVALUATION
+            self._ledger.reserve(name, self.plan.digest(), number, evaluation, self._budget)
+        self._ledger.reserve(self.plan.job, self.plan.digest(), number, event, self._budget)
+        self._observer.charged(number, self._spent())
+        return event
+
+    def train(
+        self, number: int, adapter: Vector, event: DpEvent | None
+    ) -> tuple[Vector, OptimizerState]:
+        """Step 2: trains the round with the noise that was reserved.
+
+        Args:
+            adapter: the global adapter, float32[plan.lora.size].
+            event: what `reserve` returned.
+
+        Returns:
+            The delta with the noisy counts behind it, float32[n], and the optimizer state.
+
+        Raises:
+            ModelError: see `LocalTrainer.round`.
+        """
+        # The counts are drawn once and kept with the delta: fresh noise for each attempt would
+        # average out.
+        counts = self._counts(adapter)
+        trainer = self._trainer
+        if event is not None:
+            noise = SiteNoise(event.sample_rate, event.noise_multiplier)
+            trainer = replace(trainer, noise=noise)
+        result = trainer.round(
+            number,
+            adapter,
+            self._optimizer_state(number),
+            on_step=lambda step, steps: self._observer.step(number, step, steps),
+        )
+        return with_counts(result.delta, counts, self.plan), result.state
+
+    def store(
+        self, number: int, adapter_digest: bytes, vector: Vector, state: OptimizerState
+    ) -> bytes:
+        """Step 3: writes the delta, and returns the digest that the ledger is to record.
+
+        Args:
+            adapter_digest: of the adapter that the round started from, 32 bytes.
+            vector: what `train` returned.
+
+        Raises:
+            StorageError: the disk does not take it.
+        """
+        return self._deltas.save(number, adapter_digest, vector, state)
+
+    def record(self, number: int, digest: bytes) -> None:
+        """Step 4: the ledger takes the digest; what it names is final.
+
+        Args:
+            digest: what `store` returned, or `FAILED`.
+        """
+        self._ledger.record_delta(self.plan.job, number, digest)
+
     def ring_vector(self, header: RoundHeader) -> RingVector:
-        """The round's delta, clipped, rounded and weighted, as elements of the ring.
+        """Step 5: returns the recorded delta, clipped, rounded and weighted, in the ring.
 
         Rounding again for another attempt is post-processing of the same noisy delta.
+
+        Raises:
+            LocalProtocolError: the round has no recorded delta.
+            LedgerError: its training failed, or its delta is lost or not what was recorded.
         """
         _, delta, _ = self._stored(header.round, with_state=False)
         encoding = encoding_of(self.plan.aggregation, len(header.cohort))
         return encode(delta, self._weight, encoding, self._entropy)
 
     def record_sent(self, round_number: int) -> None:
-        """The round's masked delta is about to leave."""
+        """Records that the round's masked delta is about to leave."""
         self._ledger.record_sent(self.plan.job, round_number)
 
     def record_answers(self, answers: int) -> None:
-        """An answer that the session journal has just recorded, or gives again, is about to leave.
+        """Records that an answer, which the journal has just recorded or gives again, will leave.
 
         Args:
-            answers: that the journal ever recorded.
+            answers: the number of answers that the journal ever recorded.
         """
         self._ledger.keep_pace(answers)
 
@@ -201,13 +325,13 @@ class SiteJob:
         if recorded == FAILED:
             raise LedgerError(
                 f"training failed in round {number} and is not repeated",
-                file=self._config.state,
+                file=self._state,
                 remedy="this site sits the round out; its log says why training failed",
             )
         if recorded == LOST:
             raise LedgerError(
                 f"round {number} was charged in a state of this site that is gone",
-                file=self._config.state,
+                file=self._state,
                 remedy="this site sits the round out, and takes part in later ones",
             )
         return self._deltas.load(number, recorded, with_state=with_state)
@@ -216,56 +340,17 @@ class SiteJob:
         recorded = self._ledger.state(self.plan.job, number)
         return None if recorded is None else recorded.delta_digest
 
-    def _compute(
-        self, number: int, adapter_digest: bytes, adapter: Vector, event: DpEvent | None
-    ) -> bytes:
-        # Drawn once and kept with the delta: fresh noise for each attempt would average out.
-        counts = self._counts(adapter)
-        result = train_round(
-            self._model,
-            self._data,
-            self.plan,
-            number,
-            adapter,
-            self.noise.sampling_rate if event is None else event.sample_rate,
-            None if event is None else event.noise_multiplier,
-            self._optimizer_state(number),
-            entropy=self._entropy,
-            physical_batch_size=self._batch_limit,
-            on_step=lambda step, steps: self._observer.step(number, step, steps),
-        )
-        vector = with_counts(result.delta, counts, self.plan)
-        return self._deltas.save(number, adapter_digest, vector, result.state)
-
-    def _prepare(self, records: Records | LmRecords) -> PreparedData:
-        return prepare(
-            self._model,
-            Path(self._config.model.path),
-            records,
-            cache=Path(self._config.state) / "cache",
-            progress=lambda done, total: self._observer.preparing("frozen layers", done, total),
-        )
-
     def _counts(self, adapter: Vector) -> SiteCounts | None:
         """How the adapter that the round starts from does on the held-out records."""
         if self.plan.evaluation is None or self._held_out is None:
             return None
-        self._model.set_vector(adapter)
+        model = self._trainer.model
+        model.set_vector(adapter)
         noise = NoiseSource(self._entropy)
-        return noisy_counts(self._model, self._held_out, self.plan.evaluation, noise)
-
-    def _physical_batch_size(self) -> int:
-        if self._config.physical_batch_size != "auto":
-            return self._config.physical_batch_size
-        units = self._data.units is not None
-        return find_physical_batch_size(
-            self._model,
-            self._data.prefix,
-            records_per_unit=self._config.data.max_records_per_unit if units else 1,
-        )
+        return noisy_counts(model, self._held_out, self.plan.evaluation, noise)
 
     def _optimizer_state(self, number: int) -> OptimizerState | None:
-        """Of the last round that this site computed: it may have slept through some."""
+        """The state after the last round that this site computed; it may have missed some."""
         for former in range(number - 1, 0, -1):
             # Only of a round whose delta the ledger knows: what a killed computation left must not
             # flow into a later release.
@@ -273,47 +358,62 @@ class SiteJob:
                 return self._stored(former, with_state=True)[2]
         return None
 
-    def _check_budget(self) -> None:
-        """Refuses with the offer what the ledger would refuse in some later round."""
-        if self._budget.epsilon == math.inf:
-            return
-        own = (self.plan.job, self.plan.job + EVALUATION)
-        former = [entry.event for entry in self._ledger.history() if entry.job not in own]
-        unknown = [None] if self._ledger.unknown else []
-        events = [*former, *unknown, self._event(self.plan.training.steps)]
-        if self.plan.evaluation is not None:
-            events.append(evaluation_event(self.plan, rounds=self.plan.training.rounds))
-        private = [event for event in events if event is not None]
-        cost = epsilon(private, self._budget.delta) if len(private) == len(events) else math.inf
-        if cost > self._budget.epsilon:
-            raise BudgetError(
-                "the privacy budget of this data set does not allow the whole plan",
-                file=self._config.data.path,
-                field="policy.total_epsilon",
-                found=f"{cost:.4g} with the plan {self.plan.job}",
-                accepted=f"at most {self._budget.epsilon:g} at delta {self._budget.delta:g}",
-                remedy="agree on a plan with a smaller epsilon; what is spent does not come back",
-            )
-
     def _spent(self) -> float | None:
         privacy = self.plan.privacy
         return self._ledger.spent(privacy.delta) if isinstance(privacy, LocalPrivacy) else None
 
-    def _event(self, steps: int) -> DpEvent | None:
-        if self.noise.noise_multiplier is None:
-            return None
-        return DpEvent(self.noise.noise_multiplier, self.noise.sampling_rate, steps)
 
-    @property
-    def _budget(self) -> Budget:
-        budget = self._config.policy.budget(self.plan)
-        # As for one plan: with probability delta anything may be revealed, of any record.
-        largest = largest_delta(self._config.data.public_size)
-        return Budget(budget.epsilon, min(budget.delta, largest))
+def _prepare(
+    config: ClientConfig, model: AdaptedModel, records: Records | LmRecords, observer: Observer
+) -> PreparedData:
+    return prepare(
+        model,
+        Path(config.model.path),
+        records,
+        cache=Path(config.state) / "cache",
+        on_progress=lambda done, total: observer.preparing("frozen layers", done, total),
+    )
+
+
+def _event(noise: SiteNoise, steps: int) -> DpEvent | None:
+    if noise.noise_multiplier is None:
+        return None
+    return DpEvent(noise.noise_multiplier, noise.sampling_rate, steps)
+
+
+def _budget(config: ClientConfig, plan: TrainingPlan) -> Budget:
+    budget = config.policy.budget(plan)
+    # The bound on one plan's delta holds for the budget too: with probability delta anything may be
+    # revealed, of any record.
+    return Budget(budget.epsilon, min(budget.delta, largest_delta(config.data.public_size)))
+
+
+def _check_budget(
+    config: ClientConfig, plan: TrainingPlan, noise: SiteNoise, ledger: Ledger, budget: Budget
+) -> None:
+    """Refuses, before the first round, what the ledger would refuse in some later round."""
+    if budget.epsilon == math.inf:
+        return
+    own = (plan.job, plan.job + EVALUATION)
+    former = [entry.event for entry in ledger.history() if entry.job not in own]
+    unknown = [None] if ledger.unknown else []
+    events = [*former, *unknown, _event(noise, plan.training.steps)]
+    if plan.evaluation is not None:
+        events.append(evaluation_event(plan, rounds=plan.training.rounds))
+    cost = total_epsilon(events, budget.delta)
+    if cost > budget.epsilon:
+        raise BudgetError(
+            "the privacy budget of this data set does not allow the whole plan",
+            file=config.data.path,
+            field="policy.total_epsilon",
+            found=f"{cost:.4g} with the plan {plan.job}",
+            accepted=f"at most {budget.epsilon:g} at delta {budget.delta:g}",
+            remedy="agree on a plan with a smaller epsilon; what is spent does not come back",
+        )
 
 
 def _weight(plan: TrainingPlan, roster: Roster, site: str, records: int) -> int:
-    """The site's weight in the mean; a data set above the plan's largest weight counts as that."""
+    """The site's weight in the mean; a larger data set counts as the plan's largest weight."""
     match plan.aggregation.weights:
         case "equal":
             return 1

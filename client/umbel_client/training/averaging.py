@@ -1,8 +1,8 @@
-"""Average of the parameters over a round's steps, to be released in place of the last step's.
+"""Average of the parameters over a round's steps, released in place of the last step's parameters.
 
 De et al. (2022), "Unlocking High-Accuracy Differentially Private Image Classification through
-Scale", section 3: noise averages out over the steps, what is learned does not. Each step is as
-noisy as it was, so this is post-processing.
+Scale", section 3: noise averages out over the steps, and what is learned does not. The noise of
+each step stays as it is, so averaging is post-processing.
 """
 
 import numpy as np
@@ -12,10 +12,10 @@ from umbel_common.adapters.vector import Vector
 
 
 class MovingAverage:
-    """Exponential moving average that begins without a value, and without the bias of one.
+    """Exponential moving average without the bias of an initial value.
 
     a_t = (1 - d) sum_i d^(t - i) x_i / (1 - d^t), as Adam corrects its moments (Kingma and Ba 2015,
-    section 3): weights sum to one from the first value on.
+    section 3): the weights sum to one from the first value on.
     """
 
     def __init__(self, decay: float) -> None:
@@ -24,10 +24,10 @@ class MovingAverage:
         self._weight = 0.0
 
     def add(self, values: Vector) -> None:
-        """Takes the next float32[n]."""
+        """Takes the next value, float32[n]."""
         self._sum = self._decay * self._sum + (1 - self._decay) * values.astype(np.float64)
         self._weight = self._decay * self._weight + (1 - self._decay)
 
     def value(self) -> Vector:
-        """float32[n]; at least one must have been added."""
+        """Returns the average, float32[n]; at least one value must have been added."""
         return np.asarray(self._sum / self._weight, dtype=np.float32)

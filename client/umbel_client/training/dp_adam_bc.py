@@ -1,9 +1,9 @@
-"""DP-AdamBC: Adam without what the noise of DP-SGD adds to its second moment.
+"""DP-AdamBC: Adam without the share of its second moment that comes from DP-SGD's noise.
 
 Tang, Shpilevskiy and Lecuyer (2024), "DP-AdamBC: Your DP-Adam Is Actually DP-SGD (Unless You Apply
 Bias Correction)", algorithm 1. Adam divides by the root of the mean squared gradient. Under DP-SGD
-the noise's variance is most of that mean and the same for every parameter, so that Adam scales
-nothing. That variance is known, and subtracting a known number is post-processing.
+the noise's variance is most of that mean, and it is the same for every parameter, so Adam hardly
+scales anything. The variance is known, and subtracting a known number is post-processing.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,12 @@ import torch
 
 
 class UnbiasedAdam(torch.optim.Optimizer):
-    """theta -= lr m_hat / sqrt(max(v_hat - deviation^2, least moment)).
+    """theta -= lr m_hat / sqrt(max(v_hat - noise variance, least moment)).
 
-    The state has the names and shapes of `torch.optim.Adam`'s. Its `exp_avg_sq` is the mean of
-    squared gradients less the noise's variance at each step: the same as the paper's subtraction in
-    the end, and right also where a later round has other noise. It may be negative.
+    The state has the names and shapes of `torch.optim.Adam`'s. Its `exp_avg_sq` is the mean of the
+    squared gradients, each less the noise's variance at its step. The paper subtracts once at the
+    end, which is the same while the noise is; this is right too where a later round has other
+    noise. The mean may be negative.
     """
 
     def __init__(
@@ -28,10 +29,10 @@ class UnbiasedAdam(torch.optim.Optimizer):
         least_moment: float,
         noise_deviation: float,
     ) -> None:
-        """Takes parameter groups that have their own `lr`, as `torch.optim.Adam` does.
+        """Takes parameter groups with their own `lr`, as `torch.optim.Adam` does.
 
         Args:
-            least_moment: gamma' of the paper, in squared units of the gradient.
+            least_moment: the paper's gamma', in squared units of the gradient.
             noise_deviation: standard deviation of the noise in each element of the gradient.
         """
         super().__init__(groups, {})

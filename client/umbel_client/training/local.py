@@ -1,25 +1,31 @@
 """An adapter that one site trains by itself: a baseline for what a federation gives.
 
-The same loop, batches and noise as in a federation, but nothing leaves and no ledger is charged:
+The loop, batches and noise are those of a federation, but nothing leaves and no ledger is charged:
 the result is as private as the data.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+
+from umbel_client.data.records import LmRecords, Records
+from umbel_client.dpsgd.batch_size import choose_batch_limit
 from umbel_client.evaluation.losses import mean_loss
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.privacy.accounting import calibrate
-from umbel_client.privacy.calibration import sampling_rate
-from umbel_client.tasks.physical_batches import BatchLimit
-from umbel_client.tasks.prepared import PreparedData
-from umbel_client.training.round import StepTaken, train_round
-from umbel_common.adapters.vector import Vector, initial_vector, merge
+from umbel_client.models.site_model import load_site_model
+from umbel_client.privacy.calibration import noise_alone
+from umbel_client.site.config import ClientConfig
+from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.training.round import LocalTrainer
+from umbel_client.training.self_test import self_test
+from umbel_common.adapters.vector import Vector, initial_vector
 from umbel_common.canonical import Entropy
-from umbel_common.plans.plan import LocalPrivacy
+from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 
-RoundDone = Callable[[int, float | None], None]
-"""Told (rounds done, mean loss on the validation records or None)."""
+OnRound = Callable[[int, float | None], None]
+"""Called after each round with (rounds done, mean loss on the validation records or None)."""
 
 
 @dataclass(frozen=True)
@@ -29,77 +35,84 @@ class LocalResult:
     adapter: Vector
     """float32[plan.lora.size]: of the round with the least validation loss, else of the last."""
     round: int
-    """Whose adapter it is; 0 is the initial one."""
-    losses: tuple[float, ...]
-    """Mean loss on the validation records before the first round and after each; empty without."""
+    """The round that this adapter is from; 0 is the initial adapter."""
 
 
 @dataclass(frozen=True)
-class EarlyStop:
-    """When to give up."""
+class Validation:
+    """Records that choose among the rounds, and decide when to stop.
 
-    validation: PreparedData
+    The adapters that they choose among are private. The choice is too if the records are public;
+    if they are the site's own, it is one more look at them.
+    """
+
+    records: Records | LmRecords
     patience: int
     """Rounds in a row without a smaller validation loss."""
 
 
-def train_alone(
-    model: AdaptedModel,
-    data: PreparedData,
+def fine_tune(
+    settings: ClientConfig,
+    plan: TrainingPlan,
+    records: Records | LmRecords,
+    validation: Validation | None,
+    on_round: OnRound,
     *,
-    public_size: int,
+    public_size: int | None,
     entropy: Entropy,
-    physical_batch_size: int | BatchLimit,
-    early_stop: EarlyStop | None = None,
-    on_step: StepTaken = lambda step, steps: None,
-    on_round: RoundDone = lambda number, loss: None,
 ) -> LocalResult:
-    """Trains the rounds of the model's plan one after the other, at one site.
+    """Trains the rounds of a plan one after the other, at one site.
 
-    Noise is calibrated to the plan's epsilon at its own delta. Validation chooses among adapters
-    that are private, if it is on public records; on the site's own it is one more look at them.
+    The model is loaded and tested before the records are prepared. Noise is calibrated to the
+    plan's epsilon at its own delta.
 
     Args:
-        public_size: records (or units) that the sampling rate is reckoned with.
+        settings: the site's configuration: model, threads, and records computed at once.
+        on_round: called after each round.
+        public_size: records (or units) that the sampling rate is calculated from; None: as many as
+            there are.
+        entropy: the source of batches and noise.
 
     Raises:
         DataError, CalibrationError: the plan does not fit so few records.
-        ModelError: see `train_round`.
+        ModelError: the model cannot be used, fails its self-test, or does not train.
     """
-    plan = model.plan
-    rate = sampling_rate(plan, public_size)
-    noise = None
-    if isinstance(plan.privacy, LocalPrivacy):
-        noise = calibrate(plan.privacy.epsilon, plan.privacy.delta, rate, plan.training.steps)
-    adapter, state = initial_vector(plan), None
-    best, best_round, losses = adapter, 0, []
-    if early_stop is not None:
-        model.set_vector(adapter)
-        losses.append(mean_loss(model, early_stop.validation, physical_batch_size))
-    for number in range(1, plan.training.rounds + 1):
-        result = train_round(
-            model,
-            data,
-            plan,
-            number,
-            adapter,
-            rate,
-            noise,
-            state,
-            entropy=entropy,
-            physical_batch_size=physical_batch_size,
-            on_step=on_step,
-        )
-        adapter, state = merge(adapter, result.delta, plan, number), result.state
-        if early_stop is None:
-            best, best_round = adapter, number
+    torch.set_num_threads(settings.threads)
+    model = load_site_model(settings.model, plan)
+    # The test asks whether a private step keeps its promises; they do not depend on this number.
+    private = isinstance(plan.privacy, LocalPrivacy)
+    self_test(model, 1.0 if private else None, entropy=entropy)
+    data = _prepare(settings, model, records)
+    held_out = None if validation is None else _prepare(settings, model, validation.records)
+    limit = choose_batch_limit(
+        settings.physical_batch_size, model, data, settings.data.max_records_per_unit
+    )
+    noise = noise_alone(plan, data.unit_count if public_size is None else public_size)
+    trainer = LocalTrainer(model, data, noise, entropy, limit)
+    best = LocalResult(initial_vector(plan), 0)
+    losses = []
+    if held_out is not None:
+        losses.append(_loss(trainer, held_out, best.adapter))
+    for number, adapter, _ in trainer.rounds(best.adapter):
+        if validation is None or held_out is None:
+            best = LocalResult(adapter, number)
             on_round(number, None)
             continue
-        model.set_vector(adapter)
-        losses.append(mean_loss(model, early_stop.validation, physical_batch_size))
+        losses.append(_loss(trainer, held_out, adapter))
         on_round(number, losses[-1])
         if losses[-1] < min(losses[:-1]):
-            best, best_round = adapter, number
-        elif number - best_round >= early_stop.patience:
+            best = LocalResult(adapter, number)
+        elif number - best.round >= validation.patience:
             break
-    return LocalResult(best, best_round, tuple(losses))
+    return best
+
+
+def _prepare(
+    settings: ClientConfig, model: AdaptedModel, records: Records | LmRecords
+) -> PreparedData:
+    return prepare(model, Path(settings.model.path), records, cache=None)
+
+
+def _loss(trainer: LocalTrainer, held_out: PreparedData, adapter: Vector) -> float:
+    trainer.model.set_vector(adapter)
+    return mean_loss(trainer.model, held_out, trainer.limit.records)

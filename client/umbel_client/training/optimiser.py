@@ -1,8 +1,8 @@
-"""The site's own optimiser: Adam or gradient descent, with state that lives across rounds.
+"""The site's own optimizer: Adam or gradient descent, with state that lasts across rounds.
 
-The state is a post-processing of noisy gradients. It stays at the site as plain arrays, named by
-what they are and by their tensor, so that a round of `alternate` leaves the other matrix's moments
-as they were.
+The state is post-processing of noisy gradients. It stays at the site as plain arrays. Each is named
+by its kind and its tensor, so that a round of `alternate` leaves the moments of the other matrix as
+they were.
 """
 
 from collections.abc import Mapping
@@ -22,16 +22,19 @@ def build_optimizer(
     parameters: Mapping[str, nn.Parameter],
     noise_multiplier: float | None,
 ) -> torch.optim.Optimizer:
-    """The plan's optimiser over a round's parameters: one group for the adapter, one for the head.
+    """The plan's optimizer over a round's parameters: one group for the adapter, one for the head.
 
     Groups without parameters are left out.
 
     Args:
+        trained: the tensors of the round.
+        parameters: the model's parameters by the names of these tensors.
         noise_multiplier: standard deviation of this site's noise in units of the clip norm; None
             without privacy.
 
     Raises:
-        PlanError: the plan subtracts the noise's share from Adam's moments, and there is no noise.
+        PlanError: the plan subtracts the noise's variance from Adam's second moment, and there is
+            no noise.
     """
     settings = plan.training.optimizer
     adapter_rate = settings.adapter_learning_rate
@@ -53,19 +56,19 @@ def build_optimizer(
 
 
 def _noise_deviation(plan: TrainingPlan, noise_multiplier: float | None) -> float:
-    """Of one element of the gradient that the optimiser is given: sigma C / B."""
+    """Standard deviation of the noise in one element of the optimizer's gradient: sigma C / B."""
     if not isinstance(plan.privacy, LocalPrivacy) or noise_multiplier is None:
         raise PlanError(
-            "without noise there is none to subtract from Adam's second moment",
+            "without noise there is nothing to subtract from Adam's second moment",
             field="training.optimizer.unbiased",
             found=True,
-            accepted="false while privacy.mode is none",
+            accepted="false with privacy.mode none",
         )
     return noise_multiplier * plan.privacy.clip_norm / plan.training.expected_batch_size
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Each group's rate becomes `factor` times the planned one."""
+    """Sets the learning rate of each group to `factor` times the planned one."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group["planned_lr"]
 
@@ -75,7 +78,7 @@ def restore_state(
     parameters: Mapping[str, nn.Parameter],
     state: OptimizerState | None,
 ) -> None:
-    """Gives the parameters the moments that `state` has for them; those it lacks start anew."""
+    """Gives the parameters the moments that `state` has for them; the others start at zero."""
     for key, array in (state or {}).items():
         kind, _, name = key.partition("/")
         if name in parameters:
@@ -90,7 +93,7 @@ def extract_state(
     parameters: Mapping[str, nn.Parameter],
     state: OptimizerState | None,
 ) -> OptimizerState:
-    """`state` with the moments of the parameters just trained, as copies."""
+    """Returns `state` with copies of the moments of the parameters just trained."""
     result = dict(state or {})
     for name, parameter in parameters.items():
         for kind, value in optimizer.state[parameter].items():

@@ -1,7 +1,14 @@
-"""The local loop of one round, top to bottom.
+"""A round's training at one site: from the global adapter to this site's noisy delta.
 
-Nothing but the delta leaves it: losses, gradient norms and realised batch sizes are queries that
-nobody has paid for. The caller has reserved the whole round in the ledger before it calls.
+This module is part of the core of the privacy guarantee. Never add or change here:
+
+- What leaves. Only the delta and the optimizer state are returned. A loss, a gradient norm or the
+  realised size of a batch is a query on the data that nobody has paid for: it is not returned, not
+  logged and not shown.
+- The randomness. Batches and noise come from `NoiseSource` alone. They are drawn in the order
+  below, once for each step, also for a step whose batch is empty.
+- The accounting. Nothing here charges: the caller has reserved the whole round in the ledger
+  before (`umbel_client.trainer.job`).
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +22,10 @@ from umbel_client.data.tokens import Ints
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.dpsgd.private_step import CLIPPINGS, PrivateOptimizer, private_step
 from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.storage.deltas import OptimizerState
-from umbel_client.tasks.physical_batches import BatchLimit, compute_parts, limit_of
+from umbel_client.tasks.physical_batches import BatchLimit, compute_parts
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.task import Task, task_of
 from umbel_client.training.averaging import MovingAverage
@@ -27,13 +35,17 @@ from umbel_client.training.optimiser import (
     restore_state,
     set_learning_rates,
 )
-from umbel_common.adapters.vector import Vector, unflatten
+from umbel_common.adapters.vector import Vector, merge, unflatten
 from umbel_common.canonical import Entropy
 from umbel_common.errors import ModelError, PlanError
 from umbel_common.plans.plan import LocalPrivacy, Tensor, TrainingPlan
 
-StepTaken = Callable[[int, int], None]
-"""Told (steps done, steps of the round)."""
+OnStep = Callable[[int, int], None]
+"""Called after each step with (steps done, steps of the round)."""
+
+
+def ignore_step(step: int, steps: int) -> None:
+    """The `OnStep` of a caller that does not follow the steps."""
 
 
 @dataclass(frozen=True)
@@ -41,107 +53,142 @@ class RoundResult:
     """What a round leaves at the site."""
 
     delta: Vector
-    """float32[size of the round's tensors]: the local adapter, or its average over the steps where
-    the plan has one, minus the global one."""
+    """float32[size of the round's tensors]: the local adapter minus the global one, or the average
+    of this difference over the steps where the plan has one."""
     state: OptimizerState
-    """Moments of the optimiser, for the next round."""
+    """Moments of the optimizer, for the next round."""
 
 
-def train_round(
-    model: AdaptedModel,
-    data: PreparedData,
-    plan: TrainingPlan,
-    round_number: int,
-    global_vector: Vector,
-    sample_rate: float,
-    noise_multiplier: float | None,
-    state: OptimizerState | None,
-    *,
-    entropy: Entropy,
-    physical_batch_size: int | BatchLimit,
-    on_step: StepTaken,
-) -> RoundResult:
-    """Trains the adapter for one round, from `global_vector`, float32[plan.lora.size].
+@dataclass(frozen=True)
+class LocalTrainer:
+    """Trains one site's adapter under the model's plan."""
 
-    Args:
-        round_number: from 1.
-        sample_rate: probability with which each unit (record, or patient) is in a batch.
-        noise_multiplier: standard deviation of the noise in units of the clip norm; None exactly
-            when the plan has no privacy.
-        state: from the round before, or None.
-        entropy: for this round's batches and noise.
-        physical_batch_size: records computed at once; sets memory and speed, not the result. A
-            limit is lowered where memory runs out.
+    model: AdaptedModel
+    data: PreparedData
+    noise: SiteNoise
+    """The sampling rate of the batches; the noise multiplier is None exactly when the plan has no
+    privacy."""
+    entropy: Entropy
+    """The source of each round's batches and noise."""
+    limit: BatchLimit
+    """The number of records computed at once: sets memory and speed, not the result. It is lowered
+    where memory runs out."""
 
-    Raises:
-        PlanError: the noise multiplier does not fit the plan's privacy.
-        ModelError: the adapter did not move in the first step, or is not finite in the end, or the
-            records of one unit do not fit into memory.
-    """
-    _check_noise(plan, noise_multiplier)
-    noise = NoiseSource(entropy)
-    trained = plan.trained_tensors(round_number)
-    model.set_vector(global_vector)
-    parameters = model.select(round_number)
-    start = model.values(trained)
-    optimizer = build_optimizer(plan, trained, parameters, noise_multiplier)
-    restore_state(optimizer, parameters, state)
-    steps = plan.training.local_steps
-    limit = limit_of(physical_batch_size)
-    decay = plan.training.average_decay
-    average = None if decay is None else MovingAverage(decay)
-    with _stepping(plan, model, data, optimizer, noise, noise_multiplier) as take_step:
-        for step in range(steps):
-            job_step = (round_number - 1) * steps + step
-            set_learning_rates(optimizer, plan.training.learning_rate_factor(job_step))
-            chosen = data.records_of(noise.poisson_batch(data.unit_count, sample_rate))
-            take_step(chosen, limit)
-            if step == 0 and (noise_multiplier is not None or len(chosen)):
-                _check_moved(model, start, trained, every=noise_multiplier is not None)
-            if average is not None:
-                average.add(model.values(trained) - start)
-            on_step(step + 1, steps)
-    delta = model.values(trained) - start if average is None else average.value()
-    if not np.isfinite(delta).all():
-        raise ModelError(
-            "training diverged: the adapter is not finite",
-            remedy="lower the learning rates, or look for broken weights of the base model",
+    def round(
+        self,
+        number: int,
+        start: Vector,
+        state: OptimizerState | None = None,
+        on_step: OnStep = ignore_step,
+    ) -> RoundResult:
+        """Trains one round.
+
+        1. The model takes the adapter that the round starts from, and the round's tensors are
+           selected for training.
+        2. The optimizer takes the moments of earlier rounds.
+        3. For each step: set the learning rates, draw a Poisson batch of units, take one step
+           (`private_step`, or `plain_step` without privacy), and add the change so far to the
+           average. After the first step, check that it moved the adapter.
+        4. The delta is the change after the last step, or the average. It must be finite.
+
+        Args:
+            number: the round, from 1.
+            start: the global adapter, float32[plan.lora.size].
+            state: what the round before left, or None.
+            on_step: called after each step.
+
+        Raises:
+            PlanError: the noise does not fit the plan's privacy.
+            ModelError: the first step left the adapter as it was, the adapter is not finite in the
+                end, or the records of one unit do not fit into memory.
+        """
+        plan = self.model.plan
+        noise_multiplier = self.noise.noise_multiplier
+        _check_noise(plan, noise_multiplier)
+        source = NoiseSource(self.entropy)
+        # 1. The adapter.
+        trained = plan.trained_tensors(number)
+        self.model.set_vector(start)
+        parameters = self.model.select(number)
+        before = self.model.values(trained)
+        # 2. The optimizer.
+        optimizer = build_optimizer(plan, trained, parameters, noise_multiplier)
+        restore_state(optimizer, parameters, state)
+        decay = plan.training.average_decay
+        average = None if decay is None else MovingAverage(decay)
+        # 3. The steps.
+        steps = plan.training.local_steps
+        with self._stepping(optimizer, source) as take_step:
+            for step in range(steps):
+                job_step = (number - 1) * steps + step
+                set_learning_rates(optimizer, plan.training.learning_rate_factor(job_step))
+                units = source.poisson_batch(self.data.unit_count, self.noise.sampling_rate)
+                chosen = self.data.records_of(units)
+                take_step(chosen)
+                if step == 0 and (noise_multiplier is not None or len(chosen)):
+                    _check_moved(self.model, before, trained, every=noise_multiplier is not None)
+                if average is not None:
+                    average.add(self.model.values(trained) - before)
+                on_step(step + 1, steps)
+        # 4. The delta.
+        delta = self.model.values(trained) - before if average is None else average.value()
+        if not np.isfinite(delta).all():
+            raise ModelError(
+                "training diverged: the adapter is not finite",
+                remedy="lower the learning rates, or look for broken weights of the base model",
+            )
+        return RoundResult(delta, extract_state(optimizer, parameters, state))
+
+    def rounds(
+        self, start: Vector, on_step: OnStep = ignore_step
+    ) -> Iterator[tuple[int, Vector, RoundResult]]:
+        """Trains all rounds of the plan at this site alone, each from the adapter of the last.
+
+        Args:
+            start: the adapter before the first round, float32[plan.lora.size].
+            on_step: called after each step of each round.
+
+        Yields:
+            The round's number, the adapter after it, float32[plan.lora.size], and what it left.
+
+        Raises:
+            PlanError, ModelError: see `round`.
+        """
+        plan = self.model.plan
+        adapter, state = start, None
+        for number in range(1, plan.training.rounds + 1):
+            result = self.round(number, adapter, state, on_step)
+            adapter, state = merge(adapter, result.delta, plan, number), result.state
+            yield number, adapter, result
+
+    @contextmanager
+    def _stepping(
+        self, optimizer: torch.optim.Optimizer, source: NoiseSource
+    ) -> Iterator[Callable[[Ints], None]]:
+        """The kind of step that the plan's privacy asks for, as a function of the chosen records.
+
+        Each record's gradient is kept apart only within this context.
+        """
+        plan, model, data = self.model.plan, self.model, self.data
+        task = task_of(plan.task)
+        expected = plan.training.expected_batch_size
+        noise_multiplier = self.noise.noise_multiplier
+        if not isinstance(plan.privacy, LocalPrivacy) or noise_multiplier is None:
+            yield lambda chosen: plain_step(
+                task, model, data, chosen, optimizer, self.limit, expected
+            )
+            return
+        private = PrivateOptimizer(
+            optimizer,
+            source,
+            noise_multiplier=noise_multiplier,
+            clip_norm=plan.privacy.clip_norm,
+            expected_batch_size=expected,
+            clipping=CLIPPINGS[plan.privacy.clipping],
         )
-    return RoundResult(delta, extract_state(optimizer, parameters, state))
-
-
-TakeStep = Callable[[Ints, BatchLimit], None]
-"""Takes one step on (chosen records, limit of physical batches)."""
-
-
-@contextmanager
-def _stepping(
-    plan: TrainingPlan,
-    model: AdaptedModel,
-    data: PreparedData,
-    optimizer: torch.optim.Optimizer,
-    noise: NoiseSource,
-    noise_multiplier: float | None,
-) -> Iterator[TakeStep]:
-    """The kind of step that the plan's privacy asks for."""
-    task = task_of(plan.task)
-    expected = plan.training.expected_batch_size
-    if not isinstance(plan.privacy, LocalPrivacy) or noise_multiplier is None:
-        yield lambda chosen, limit: plain_step(
-            task, model, data, chosen, optimizer, limit, expected
-        )
-        return
-    private = PrivateOptimizer(
-        optimizer,
-        noise,
-        noise_multiplier=noise_multiplier,
-        clip_norm=plan.privacy.clip_norm,
-        expected_batch_size=expected,
-        clipping=CLIPPINGS[plan.privacy.clipping],
-    )
-    units = None if data.units is None else data.units.of_record
-    with per_record_gradients(model):
-        yield lambda chosen, limit: private_step(task, model, data, chosen, private, limit, units)
+        units = None if data.units is None else data.units.of_record
+        with per_record_gradients(model):
+            yield lambda chosen: private_step(task, model, data, chosen, private, self.limit, units)
 
 
 def plain_step(
@@ -150,10 +197,16 @@ def plain_step(
     data: PreparedData,
     chosen: Ints,
     optimizer: torch.optim.Optimizer,
-    physical_batch_size: int | BatchLimit,
+    limit: BatchLimit,
     expected_batch_size: float,
 ) -> None:
-    """One step without privacy, with the batches and denominators of the private one."""
+    """Takes one step without privacy, with the batches and denominators of the private one.
+
+    Args:
+        chosen: indices of the batch's records, int64[n].
+        limit: the number of records computed at once; lowered where memory runs out.
+        expected_batch_size: what the sum of the gradients is divided by, whatever the batch.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -163,14 +216,13 @@ def plain_step(
             losses = task.losses(model, task.batch(data, part))
             losses = losses * data.unit_shares(part).to(losses.device)
             total = losses.sum() / expected_batch_size
-        # A backward pass that fails midway would have added some of its gradients already.
+        # A backward pass that fails midway would already have added some of its gradients.
         found = torch.autograd.grad(total, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, found, strict=True):
             if gradient is not None:
                 parameter.grad += gradient
 
     units = None if data.units is None else data.units.of_record
-    limit = limit_of(physical_batch_size)
     compute_parts(data, chosen, limit, units, compute=compute, discard=lambda: None)
     optimizer.step()
 
@@ -187,16 +239,16 @@ def _check_noise(plan: TrainingPlan, noise_multiplier: float | None) -> None:
 
 
 def _check_moved(
-    model: AdaptedModel, start: Vector, trained: tuple[Tensor, ...], *, every: bool
+    model: AdaptedModel, before: Vector, trained: tuple[Tensor, ...], *, every: bool
 ) -> None:
     """A step that changes nothing spends privacy for nothing (opacus issue 820).
 
-    Noise moves every tensor. Without it some rest in the first step: B's gradient is zero while the
-    head is, and A's while B is.
+    Noise moves every tensor. Without noise some tensors do not move in the first step: B's gradient
+    is zero while the head is, and A's while B is.
     """
-    before = unflatten(start, trained)
-    after = unflatten(model.values(trained), trained)
-    moved = {name: not np.array_equal(before[name], after[name]) for name in before}
+    old = unflatten(before, trained)
+    new = unflatten(model.values(trained), trained)
+    moved = {name: not np.array_equal(old[name], new[name]) for name in old}
     if not (all if every else any)(moved.values()):
         raise ModelError(
             "a training step left the adapter as it was",

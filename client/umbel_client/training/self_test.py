@@ -1,7 +1,7 @@
-"""Shows on the site's own model that a private step does what it promises, before any may be taken.
+"""Tests on the site's own model that a private step keeps its promises, before the first is taken.
 
-Made-up records only: no private data, nothing for the ledger to charge. The adapter is as before
-afterwards.
+It uses made-up records only: there is no private data, and nothing for the ledger to charge.
+Afterwards the adapter is as before.
 """
 
 import math
@@ -23,6 +23,7 @@ from umbel_client.dpsgd.private_step import (
 )
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.noise import NoiseSource
+from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.task import made_up_labels, task_of
 from umbel_client.training.optimiser import build_optimizer
@@ -31,30 +32,32 @@ from umbel_common.errors import ModelError
 from umbel_common.plans.plan import Clipping, LocalPrivacy
 
 LENGTHS = (9, 4, 7)
-"""Tokens of the made-up records: unequal, and unlike their number, so that an axis taken for
-another shows itself."""
+"""Tokens of each made-up record. They differ from each other and from the number of records, so
+that a mistaken axis shows."""
 EVERY = np.arange(len(LENGTHS))
 EXCESS = (10.0, 0.5, 10.0)
-"""Norms of their gradients in clip norms, when clipping is tested: one that needs none is among
-them, since not every rule leaves it alone."""
+"""Norms of their gradients in clip norms, when clipping is tested. One is below 1: some rules of
+clipping scale it too."""
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
 """Largest relative difference of a gradient from that of its record alone. Rounding gives 1e-5 and
-0.02; records that mix, or a term that is missing, give about 1."""
+0.02; records that mix, or a missing term, give about 1."""
 
 DRAWS = 20_000
-"""Least number of draws that the noise is judged by: its scale is then known to 3 %."""
+"""Smallest number of draws that the noise is judged by: its standard deviation is then known to
+3 %."""
 ALARM = 17.0
-"""Sound noise is refused with a probability below 2 exp(-17) = 8.3e-8."""
+"""Exponent of the test of the noise: sound noise is refused with a probability below
+2 exp(-17) = 8.3e-8."""
 
 
 def self_test(model: AdaptedModel, noise_multiplier: float | None, *, entropy: Entropy) -> None:
     """Tests each kind of round that the model's plan has; a dozen passes over very short records.
 
     Args:
-        noise_multiplier: of this site; None exactly when the plan has no privacy: then there is
-            nothing to promise, and nothing is tested.
-        entropy: for noise that is looked at; nothing of it goes into a round.
+        noise_multiplier: this site's; None exactly when the plan has no privacy. Then nothing is
+            promised, and nothing is tested.
+        entropy: the source of the noise that is tested; no round uses it.
 
     Raises:
         ModelError: says which promise does not hold, and by how much.
@@ -109,7 +112,7 @@ class _Trial:
         noise_multiplier: float,
         expected_batch_size: float = 1.0,
     ) -> PrivateOptimizer:
-        """As a round has it, for batches of one record on average unless the caller says more."""
+        """A round's optimizer, for an expected batch of one record unless the caller says more."""
         return PrivateOptimizer(
             inner,
             NoiseSource(self.entropy),
@@ -120,11 +123,14 @@ class _Trial:
         )
 
     def descent(self) -> torch.optim.Optimizer:
-        """Moves by exactly what it is given."""
+        """An optimizer that subtracts exactly the gradient that it is given."""
         return torch.optim.SGD(list(self.parameters.values()), lr=1.0)
 
     def step_from_zero(self, optimizer: PrivateOptimizer) -> torch.Tensor:
-        """What a step of `descent` subtracts, float64[elements]; from zero it is not rounded."""
+        """What a step of `descent` subtracts, float64[elements].
+
+        The step starts from zero, so that the result is not rounded.
+        """
         self.model.set_vector(np.zeros(self.model.plan.lora.size, dtype=np.float32))
         optimizer.step()
         return -torch.cat([p.detach().flatten() for p in self.parameters.values()]).double().cpu()
@@ -144,7 +150,7 @@ def _borrowed(model: AdaptedModel) -> Iterator[None]:
 
 
 def _made_up(model: AdaptedModel) -> PreparedData:
-    """Three records of random tokens; padding is not among them."""
+    """Three records of random tokens, none of them the padding token."""
     config = model.base.config
     pad = getattr(config, "pad_token_id", None) or 0
     random = np.random.default_rng(0)
@@ -157,13 +163,13 @@ def _made_up(model: AdaptedModel) -> PreparedData:
 
 
 def _set_random(model: AdaptedModel) -> None:
-    """B = 0 would hide A's part in the output."""
+    """Fills the adapter with random values: B = 0 would hide A's part in the output."""
     random = np.random.default_rng(0)
     model.set_vector(random.normal(0, 0.05, model.plan.lora.size).astype(np.float32))
 
 
 def _gradients_alone(trial: _Trial) -> torch.Tensor:
-    """The gradient of each record by itself, by torch and PEFT alone, float64[n, elements]."""
+    """The gradient of each record by itself, float64[n, elements], with torch and PEFT alone."""
     rows = []
     for index in EVERY:
         loss = trial.losses(np.array([index])).sum()
@@ -185,8 +191,10 @@ def _gradients_alone(trial: _Trial) -> torch.Tensor:
 
 
 def _check_separate(trial: _Trial, alone: torch.Tensor) -> None:
-    """Alone, a record has neither neighbours nor padding: whatever of them gets into its gradient,
-    by a layer that mixes the batch or by a wrong mask, is a difference.
+    """Checks that a record's gradient in a batch is the one that it has alone.
+
+    Alone, a record has neither neighbours nor padding. What a layer that mixes the batch, or a
+    wrong mask, takes from them is a difference.
     """
     trial.losses(EVERY).sum().backward()  # type: ignore[no-untyped-call]  # torch
     gradients = take_gradients(list(trial.parameters.values()), len(EVERY))
@@ -203,7 +211,7 @@ def _check_separate(trial: _Trial, alone: torch.Tensor) -> None:
 
 
 def _check_clipped(trial: _Trial, alone: torch.Tensor) -> None:
-    """Losses are scaled so that gradients have the norms that `EXCESS` says."""
+    """Checks the clipped sum, with losses scaled so that gradients have the norms of `EXCESS`."""
     norms = alone.norm(dim=1, keepdim=True)
     excess = torch.tensor(EXCESS, dtype=torch.float64).unsqueeze(1)
     losses = trial.losses(EVERY)
@@ -211,7 +219,7 @@ def _check_clipped(trial: _Trial, alone: torch.Tensor) -> None:
     optimizer = trial.optimizer(trial.descent(), noise_multiplier=0.0)
     optimizer.accumulate(len(EVERY))
     found = trial.step_from_zero(optimizer) / trial.clip_norm
-    # By other arithmetic than the step's: a fault in that must not excuse itself.
+    # Other arithmetic than the step's: a fault there must not hide itself here.
     if trial.clipping == "automatic":
         shares = excess * trial.clip_norm / (excess * trial.clip_norm + 0.01)
     else:
@@ -226,7 +234,7 @@ def _check_clipped(trial: _Trial, alone: torch.Tensor) -> None:
 
 
 def _check_noise(trial: _Trial) -> None:
-    """Steps on no record at all move by noise alone.
+    """Checks the standard deviation of the noise, with steps on no record at all.
 
     The bounds of a chi-squared sum are those of Laurent and Massart (2000, lemma 1).
     """
@@ -239,7 +247,7 @@ def _check_noise(trial: _Trial) -> None:
     spread = 2 * math.sqrt(ALARM / len(draws))
     if not 1 - spread <= found <= 1 + spread + 2 * ALARM / len(draws):
         raise ModelError(
-            "the noise is not what the privacy was reckoned with",
+            "the noise is not the one that the privacy was calculated from",
             found=f"standard deviation {wanted * math.sqrt(found):.6g}",
             accepted=f"{wanted:.6g}",
             remedy="stop: releases would not have the privacy that the ledger says",
@@ -247,7 +255,7 @@ def _check_noise(trial: _Trial) -> None:
 
 
 def _check_moves(trial: _Trial) -> None:
-    """A step of the plan's own optimiser changes every trained tensor (opacus issue 820)."""
+    """Checks that the plan's own optimizer changes every trained tensor (opacus issue 820)."""
     _set_random(trial.model)
     before = {name: parameter.detach().clone() for name, parameter in trial.parameters.items()}
     plan = trial.model.plan
@@ -259,7 +267,7 @@ def _check_moves(trial: _Trial) -> None:
         expected_batch_size=plan.training.expected_batch_size,
     )
     task = task_of(plan.task)
-    private_step(task, trial.model, trial.data, EVERY, optimizer, physical_batch_size=2)
+    private_step(task, trial.model, trial.data, EVERY, optimizer, BatchLimit(2))
     still = [name for name, value in before.items() if torch.equal(value, trial.parameters[name])]
     if still:
         raise ModelError(
@@ -271,5 +279,5 @@ def _check_moves(trial: _Trial) -> None:
 
 
 def _shown(values: torch.Tensor) -> str:
-    """Of made-up records: nothing private."""
+    """Values of made-up records, for a message: nothing private."""
     return ", ".join(f"{value:.2g}" for value in values.tolist())

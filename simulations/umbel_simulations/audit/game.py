@@ -23,12 +23,11 @@ import torch
 from umbel_client.data.tokens import Ints
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.task import task_of
-from umbel_client.training.round import train_round
-from umbel_common.adapters.vector import Vector, initial_vector, merge
+from umbel_client.training.round import LocalTrainer
+from umbel_common.adapters.vector import Vector, initial_vector
 from umbel_common.canonical import Entropy
 from umbel_common.plans.plan import LocalPrivacy, Sgd, TrainingPlan
 
@@ -39,8 +38,8 @@ _NORMAL_QUARTILE = 0.6745
 """Half of all draws from a standard normal distribution are closer to zero than this."""
 
 Floats = npt.NDArray[np.float64]
-OnGame = Callable[[int, int], None]
-"""Called after each step with (steps done, steps)."""
+OnRound = Callable[[int, int], None]
+"""Called after each round, which is one step, with (rounds done, rounds)."""
 
 
 @dataclass(frozen=True)
@@ -73,55 +72,35 @@ def flip_coins(count: int, entropy: Entropy) -> npt.NDArray[np.bool_]:
 
 
 def gather_evidence(
-    model: AdaptedModel,
-    plan: TrainingPlan,
-    data: PreparedData,
-    known: PreparedData,
-    canaries: PreparedData,
-    noise: SiteNoise,
-    *,
-    entropy: Entropy,
-    physical_batch_size: int,
-    progress: OnGame,
+    trainer: LocalTrainer, known: PreparedData, canaries: PreparedData, on_round: OnRound
 ) -> Floats:
     """Trains the job of a `step_by_step` plan as a site does, and attacks each of its releases.
 
     Args:
-        data: what the site trains on: `known` and the included canaries.
-        known: what the attack knows to be in `data`.
-        canaries: all of them; the attack does not know which are in `data`.
+        trainer: trains on `known` and the included canaries.
+        known: what the attack knows to be in the trainer's data.
+        canaries: all of them; the attack does not know which of them the trainer has.
+        on_round: called after each round.
 
     Returns:
         float64[canaries], see `GameOutcome.evidence`.
     """
-    adapter, state = initial_vector(plan), None
+    model, noise, size = trainer.model, trainer.noise, trainer.limit.records
+    training = model.plan.training
     evidence = np.zeros(canaries.unit_count)
-    for number in range(1, plan.training.rounds + 1):
-        result = train_round(
-            model,
-            data,
-            plan,
-            number,
-            adapter,
-            noise.sampling_rate,
-            noise.noise_multiplier,
-            state,
-            entropy=entropy,
-            physical_batch_size=physical_batch_size,
-            on_step=lambda step, steps: None,
-        )
-        model.set_vector(adapter)
-        noisy_sum = -result.delta.astype(np.float64) / _RATE * plan.training.expected_batch_size
-        for _, gradients in clipped_gradients(model, plan, number, known, physical_batch_size):
+    before = initial_vector(model.plan)
+    for number, after, result in trainer.rounds(before):
+        # The attack takes gradients at the adapter that the round started from.
+        model.set_vector(before)
+        noisy_sum = -result.delta.astype(np.float64) / _RATE * training.expected_batch_size
+        for _, gradients in clipped_gradients(model, number, known, size):
             noisy_sum -= noise.sampling_rate * gradients.sum(axis=0)
         directions = np.empty((canaries.unit_count, len(noisy_sum)), dtype=np.float32)
-        for units, gradients in clipped_gradients(
-            model, plan, number, canaries, physical_batch_size
-        ):
+        for units, gradients in clipped_gradients(model, number, canaries, size):
             directions[units] = gradients
         evidence += log_likelihood_ratios(noisy_sum, directions, noise.sampling_rate)
-        adapter, state = merge(adapter, result.delta, plan, number), result.state
-        progress(number, plan.training.rounds)
+        before = after
+        on_round(number, training.rounds)
     return evidence
 
 
@@ -157,17 +136,14 @@ def log_likelihood_ratios(noisy_sum: Floats, directions: Vector, rate: float) ->
 
 
 def clipped_gradients(
-    model: AdaptedModel,
-    plan: TrainingPlan,
-    number: int,
-    data: PreparedData,
-    physical_batch_size: int,
+    model: AdaptedModel, number: int, data: PreparedData, physical_batch_size: int
 ) -> Iterator[tuple[Ints, Floats]]:
     """Each unit's clipped gradient at the model's adapter, computed by the attack itself.
 
     Yields:
         numbers of some units, int64[n], and float64[n, elements trained in round `number`].
     """
+    plan = model.plan
     assert isinstance(plan.privacy, LocalPrivacy)
     trained = [model.select(number)[tensor.name] for tensor in plan.trained_tensors(number)]
     task = task_of(plan.task)

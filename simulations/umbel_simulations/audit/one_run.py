@@ -23,7 +23,9 @@ from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import fastest_precision
 from umbel_client.privacy.accounting import DpEvent, epsilon
 from umbel_client.privacy.calibration import SiteNoise, noise_for
+from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.training.round import LocalTrainer
 from umbel_common.canonical import Entropy, Value
 from umbel_common.errors import ConfigError, VerificationError
 from umbel_common.plans.plan import Classification, LocalPrivacy, TrainingPlan
@@ -39,7 +41,7 @@ from umbel_simulations.audit.canaries import (
 )
 from umbel_simulations.audit.game import (
     GameOutcome,
-    OnGame,
+    OnRound,
     flip_coins,
     gather_evidence,
     step_by_step,
@@ -60,8 +62,8 @@ GUESSES = 0.1
 """Share of the canaries that the attack guesses. It is fixed before the attack sees anything."""
 
 
-OnAuditStep = Callable[[Unit, int, int], None]
-"""Called after each step with (unit, steps done, steps of that unit's audit)."""
+OnAuditRound = Callable[[Unit, int, int], None]
+"""Called after each round with (unit, its rounds done, its rounds); a round has one step."""
 
 
 class AuditResult(Value, frozen=True):
@@ -108,7 +110,7 @@ def audit_scenario(
     scenario: Scenario,
     canaries: int,
     entropy: Entropy,
-    on_step: OnAuditStep,
+    on_round: OnAuditRound,
     *,
     noise_share: float = 1.0,
 ) -> tuple[AuditResult, ...]:
@@ -160,7 +162,7 @@ def audit_scenario(
             seed=scenario.seed,
             entropy=entropy,
             physical_batch_size=scenario.compute.physical_batch_size,
-            on_step=partial(on_step, unit),
+            on_round=partial(on_round, unit),
         )
         results.append(
             judge(outcome, plan, noise, scenario=scenario.name, site=audited.site, records=known)
@@ -178,7 +180,7 @@ def play(
     seed: int,
     entropy: Entropy,
     physical_batch_size: int,
-    on_step: OnGame,
+    on_round: OnRound,
 ) -> GameOutcome:
     """One game: makes canaries, flips coins, trains a `step_by_step` plan, and attacks it.
 
@@ -194,19 +196,11 @@ def play(
     included = flip_coins(canaries, entropy)
 
     def prepared(chosen: Records) -> PreparedData:
-        return prepare(adapted, model, chosen, cache=None, progress=lambda done, total: None)
+        return prepare(adapted, model, chosen, cache=None)
 
-    evidence = gather_evidence(
-        adapted,
-        plan,
-        prepared(with_included(records, made, included)),
-        prepared(records),
-        prepared(made),
-        noise,
-        entropy=entropy,
-        physical_batch_size=physical_batch_size,
-        progress=on_step,
-    )
+    data = prepared(with_included(records, made, included))
+    trainer = LocalTrainer(adapted, data, noise, entropy, BatchLimit(physical_batch_size))
+    evidence = gather_evidence(trainer, prepared(records), prepared(made), on_round)
     return GameOutcome(included, evidence)
 
 

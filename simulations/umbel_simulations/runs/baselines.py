@@ -17,18 +17,18 @@ from umbel_client.data.records import load_records
 from umbel_client.data.tokens import Tokens
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import fastest_precision
-from umbel_client.privacy.accounting import calibrate
-from umbel_client.privacy.calibration import sampling_rate
+from umbel_client.privacy.calibration import noise_alone
 from umbel_client.site.config import ClientConfig
 from umbel_client.tasks.frozen_cache import FrozenCache
+from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData, prepare
-from umbel_client.training.round import train_round
-from umbel_common.adapters.vector import Vector, initial_vector, merge
+from umbel_client.training.round import LocalTrainer
+from umbel_common.adapters.vector import Vector, initial_vector
 from umbel_common.canonical import Entropy
-from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import TrainingPlan
 from umbel_simulations.reporting.recorder import Stopped
 
-OnBaseline = Callable[[str, int, int], None]
+OnBaselineRound = Callable[[str, int, int], None]
 """Called after each round with (party, rounds done, rounds)."""
 
 POOLED = "pooled"
@@ -45,7 +45,7 @@ class Party:
     entropy: Entropy
 
 
-def train_alone(
+def train_baselines(
     plan: TrainingPlan,
     model: Path,
     configs: Mapping[str, ClientConfig],
@@ -54,7 +54,7 @@ def train_alone(
     entropy: Callable[[str], Entropy],
     physical_batch_size: int,
     workers: int,
-    progress: OnBaseline,
+    on_round: OnBaselineRound,
 ) -> dict[str, Vector]:
     """Trains each of `names` (sites and `POOLED`) alone, and returns the adapters by name.
 
@@ -76,7 +76,7 @@ def train_alone(
     stop = threading.Event()
     with ThreadPoolExecutor(workers, thread_name_prefix="baseline") as pool:
         futures = {
-            party.name: pool.submit(_train, party, model, physical_batch_size, progress, stop)
+            party.name: pool.submit(_train, party, model, physical_batch_size, on_round, stop)
             for party in parties
         }
         try:
@@ -91,42 +91,26 @@ def _train(
     party: Party,
     model: Path,
     physical_batch_size: int,
-    progress: OnBaseline,
+    on_round: OnBaselineRound,
     stop: threading.Event,
 ) -> Vector:
     plan = party.plan
     adapted = AdaptedModel.load(model, plan, precision=fastest_precision())
-    rate = sampling_rate(plan, party.public_size)
-    noise_multiplier = None
-    if isinstance(plan.privacy, LocalPrivacy):
-        # The pooled records have the plan's delta too, although a site would refuse it as too large
-        # for their number: all parties are compared at one (epsilon, delta), and nobody releases
-        # these adapters.
-        noise_multiplier = calibrate(
-            plan.privacy.epsilon, plan.privacy.delta, rate, plan.training.steps
-        )
+    # The comparison is at one (epsilon, delta), also for the pooled records, where a site would
+    # refuse this delta as too large for their number: nobody releases what is trained here.
+    noise = noise_alone(plan, party.public_size)
 
     def on_step(step: int, steps: int) -> None:
         if stop.is_set():
             raise Stopped
 
-    adapter, state = initial_vector(plan), None
-    for number in range(1, plan.training.rounds + 1):
-        result = train_round(
-            adapted,
-            party.data,
-            plan,
-            number,
-            adapter,
-            rate,
-            noise_multiplier,
-            state,
-            entropy=party.entropy,
-            physical_batch_size=physical_batch_size,
-            on_step=on_step,
-        )
-        adapter, state = merge(adapter, result.delta, plan, number), result.state
-        progress(party.name, number, plan.training.rounds)
+    adapter = initial_vector(plan)
+    trainer = LocalTrainer(
+        adapted, party.data, noise, party.entropy, BatchLimit(physical_batch_size)
+    )
+    for number, after, _ in trainer.rounds(adapter, on_step):
+        adapter = after
+        on_round(party.name, number, plan.training.rounds)
     return adapter
 
 
@@ -136,7 +120,6 @@ def _site_data(plan: TrainingPlan, model: Path, config: ClientConfig) -> Prepare
         model,
         load_records(Path(config.data.path), plan.task),
         cache=Path(config.state) / "cache",
-        progress=lambda done, total: None,
     )
 
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from umbel_client.data.chat import Chat
 from umbel_client.data.conversations import Turn
 from umbel_client.data.records import LmRecords, Records, load_records
-from umbel_client.evaluation.inference import Sampling, answers, evaluate
-from umbel_client.evaluation.losses import record_losses
+from umbel_client.evaluation.inference import Sampling, answer_prompts
+from umbel_client.evaluation.losses import predicted_labels, record_losses
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import fastest_precision
 from umbel_client.tasks.prepared import PreparedData, prepare
@@ -77,7 +77,6 @@ class Judge:
             self._model_folder,
             records,
             cache=self._folder / "cache",
-            progress=lambda done, total: None,
             task=task,
         )
 
@@ -100,7 +99,7 @@ class Judge:
     def _score(self, adapter: Vector) -> Score:
         self._model.set_vector(adapter)
         if self._general is None:
-            predicted = evaluate(self._model, self._data, BATCH["classification"])
+            predicted = predicted_labels(self._model, self._data, BATCH["classification"])
             return score(self._labels, predicted)
         losses = self.losses(adapter)
         perplexity = math.exp(losses.mean())
@@ -118,7 +117,8 @@ class Judge:
         self._model.set_vector(adapter)
         turns = [[Turn("user", question)] for question in questions]
         sampling = Sampling(max_new_tokens=ANSWER_TOKENS)
-        return list(answers(self._model, Chat.load(self._model_folder, task), turns, sampling))
+        chat = Chat.load(self._model_folder, task)
+        return list(answer_prompts(self._model, chat, turns, sampling))
 
 
 def _name(adapter: Vector) -> bytes:

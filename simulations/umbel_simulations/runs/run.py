@@ -19,7 +19,7 @@ from umbel_simulations.reporting import events
 from umbel_simulations.reporting.recorder import OnEvent, Recorder, ServerObserver, SiteObserver
 from umbel_simulations.reporting.report import write_report
 from umbel_simulations.reporting.results import Answers, Comparison, Difference, RunSummary, Score
-from umbel_simulations.runs.baselines import POOLED, train_alone
+from umbel_simulations.runs.baselines import POOLED, train_baselines
 from umbel_simulations.runs.judge import Judge
 from umbel_simulations.runs.scores import difference, majority_score
 from umbel_simulations.runs.setup import RunSetup, load_setup
@@ -82,7 +82,7 @@ class Run:
         with self._timed("federation"):
             outcome = self._federate(federation, self.setup.plan, self.recorder, judge)
         with self._timed("comparisons"):
-            self.alone = self._train_alone(federation)
+            self.alone = self._train_baselines(federation)
             findings = Findings(
                 comparisons=list(self._comparisons(judge, outcome)),
                 answers=self._answers(judge, outcome),
@@ -226,7 +226,7 @@ class Run:
         finally:
             recorder.close()
 
-    def _train_alone(self, federation: Federation) -> dict[str, Vector]:
+    def _train_baselines(self, federation: Federation) -> dict[str, Vector]:
         """Trains the wanted adapters: each site alone, and all records in one place."""
         wanted = self.setup.scenario.baselines
         names = [
@@ -235,7 +235,7 @@ class Run:
         ]
         if not names:
             return {}
-        return train_alone(
+        return train_baselines(
             self.setup.plan,
             self.setup.model,
             {site: federation.site_config(site) for site in self.setup.sites},
@@ -243,7 +243,7 @@ class Run:
             entropy=federation.entropy,
             physical_batch_size=self.setup.scenario.compute.physical_batch_size,
             workers=self._workers,
-            progress=self._baseline_step,
+            on_round=self._baseline_step,
         )
 
     def _baseline_step(self, name: str, done: int, total: int) -> None:

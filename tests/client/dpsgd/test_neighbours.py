@@ -15,9 +15,11 @@ from umbel_client.data.units import Units
 from umbel_client.dpsgd.private_step import PrivateOptimizer, take_gradients
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import Batch, TokenInputs
+from umbel_client.privacy.calibration import SiteNoise
+from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.task import ClassificationTask
-from umbel_client.training.round import train_round
+from umbel_client.training.round import LocalTrainer
 from umbel_common.plans.plan import Classification, LocalPrivacy
 
 CLIP_NORM = 4.0
@@ -80,19 +82,9 @@ def without(data: PreparedData, unit: int) -> PreparedData:
 def clipped_sum(model: AdaptedModel, data: PreparedData, adapter_seed: int = 0) -> np.ndarray:
     """What one step of rate 1 on every unit subtracts from the adapter."""
     vector = np.random.default_rng(adapter_seed).normal(0, 0.3, model.plan.lora.size)
-    return -train_round(
-        model,
-        data,
-        model.plan,
-        1,
-        vector.astype(np.float32),
-        1.0,
-        NEXT_TO_NOTHING,
-        None,
-        entropy=lambda size: bytes(size),
-        physical_batch_size=64,
-        on_step=lambda step, steps: None,
-    ).delta
+    noise = SiteNoise(1.0, NEXT_TO_NOTHING)
+    trainer = LocalTrainer(model, data, noise, lambda size: bytes(size), BatchLimit(64))
+    return -trainer.round(1, vector.astype(np.float32)).delta
 
 
 def largest_move(model: AdaptedModel, data: PreparedData) -> float:

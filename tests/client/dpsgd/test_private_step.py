@@ -20,6 +20,7 @@ from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.precision import Precision
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.frozen_cache import frozen_prefix
+from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.task import ClassificationTask, Task
 from umbel_common.errors import ModelError
@@ -169,7 +170,7 @@ def step_of(
         expected_batch_size=expected,
     )
     with per_record_gradients(model):
-        private_step(task, model, data, chosen, optimizer, physical, units)
+        private_step(task, model, data, chosen, optimizer, BatchLimit(physical), units)
     after = torch.cat([p.detach().flatten().clone() for p in parameters])
     with torch.no_grad():
         for parameter, old in zip(
@@ -339,7 +340,7 @@ def test_two_passes_without_a_step_are_refused(folder: Path) -> None:
     with per_record_gradients(model):
         TASK.losses(model, data.batch(np.arange(4))).sum().backward()
         with pytest.raises(ModelError, match="not separate"):
-            private_step(TASK, model, data, np.arange(4), optimizer, 4)
+            private_step(TASK, model, data, np.arange(4), optimizer, BatchLimit(4))
 
 
 def test_tokens_taken_for_records_are_refused(folder: Path) -> None:
@@ -358,7 +359,7 @@ def test_tokens_taken_for_records_are_refused(folder: Path) -> None:
         expected_batch_size=4,
     )
     with per_record_gradients(model), pytest.raises(ModelError, match="not separate"):
-        private_step(Flattening(), model, data, np.arange(4), optimizer, 4)
+        private_step(Flattening(), model, data, np.arange(4), optimizer, BatchLimit(4))
 
 
 def test_units_of_one_record_each_are_records(folder: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.small_models import one_round, plan_for, save_telling_bert
 
+import umbel_client.training.round
 from umbel_client.data.tokens import Tokens
 from umbel_client.data.units import Units
 from umbel_client.dpsgd.private_step import PrivateOptimizer
@@ -20,9 +21,9 @@ from umbel_client.privacy.accounting import DpEvent
 from umbel_client.privacy.calibration import SiteNoise, noise_for
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.site.policy import Budget
+from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData
-from umbel_client.training import round as training
-from umbel_client.training.round import train_round
+from umbel_client.training.round import LocalTrainer
 from umbel_common.canonical import Entropy, digest
 from umbel_common.errors import LedgerError
 from umbel_common.plans.plan import Classification, LocalPrivacy, TrainingPlan
@@ -76,7 +77,7 @@ def audited(
         seed=2,
         entropy=seeded(3, "audit"),
         physical_batch_size=256,
-        on_step=lambda step, steps: None,
+        on_round=lambda done, rounds: None,
     )
     return judge(outcome, plan, noise, scenario="test", site="site", records=records)
 
@@ -152,7 +153,7 @@ def test_the_audit_sees_that_there_is_no_noise(
 def test_the_audit_sees_that_nothing_is_clipped(
     plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch, unit: Unit
 ) -> None:
-    monkeypatch.setattr(training, "PrivateOptimizer", WithoutClipping)
+    monkeypatch.setattr(umbel_client.training.round, "PrivateOptimizer", WithoutClipping)
     result = audited(plan, folder, unit)
     assert result.epsilon_lower_bound > 1.5 * result.claimed_epsilon
 
@@ -160,7 +161,7 @@ def test_the_audit_sees_that_nothing_is_clipped(
 def test_the_audit_sees_clipping_by_the_record_where_the_claim_is_per_patient(
     plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "PrivateOptimizer", ClippingRecords)
+    monkeypatch.setattr(umbel_client.training.round, "PrivateOptimizer", ClippingRecords)
     result = audited(plan, folder, "patient")
     assert result.epsilon_lower_bound > 1.5 * result.claimed_epsilon
     # What is clipped is sound where records are the unit: only the claim was wrong.
@@ -172,7 +173,7 @@ def test_the_audit_sees_clipping_by_the_record_where_the_claim_is_per_patient(
 def test_the_audit_sees_noise_that_is_shared_by_a_hundred_sites(
     plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch, unit: Unit
 ) -> None:
-    monkeypatch.setattr(training, "PrivateOptimizer", noise_shared_by(100))
+    monkeypatch.setattr(umbel_client.training.round, "PrivateOptimizer", noise_shared_by(100))
     result = audited(plan, folder, unit)
     assert result.epsilon_lower_bound > 1.5 * result.claimed_epsilon
 
@@ -188,22 +189,8 @@ def noise_alone(
     """What rounds without any record release, in units of the sum: float64[rounds, elements]."""
     model = AdaptedModel.load(folder, plan)
     start = np.zeros(plan.lora.size, dtype=np.float32)
-    deltas = [
-        train_round(
-            model,
-            no_records(),
-            plan,
-            1,
-            start,
-            noise.sampling_rate,
-            noise.noise_multiplier,
-            None,
-            entropy=entropy,
-            physical_batch_size=8,
-            on_step=lambda step, steps: None,
-        ).delta
-        for _ in range(rounds)
-    ]
+    trainer = LocalTrainer(model, no_records(), noise, entropy, BatchLimit(8))
+    deltas = [trainer.round(1, start).delta for _ in range(rounds)]
     return np.stack(deltas).astype(np.float64) * plan.training.expected_batch_size
 
 
@@ -213,7 +200,7 @@ def test_noise_that_is_shared_by_four_sites_has_half_the_deviation_that_is_charg
     noise = noise_for(plan, UNITS)
     sound = noise_alone(plan, folder, noise, 5, os.urandom)
     assert sound.std() == pytest.approx(noise.noise_multiplier, rel=0.05)
-    monkeypatch.setattr(training, "PrivateOptimizer", noise_shared_by(4))
+    monkeypatch.setattr(umbel_client.training.round, "PrivateOptimizer", noise_shared_by(4))
     shared = noise_alone(plan, folder, noise, 5, os.urandom)
     assert shared.std() == pytest.approx(noise.noise_multiplier / 2, rel=0.05)
 
@@ -224,7 +211,9 @@ def test_the_same_noise_twice_is_correlated_and_cancels(
     noise = noise_for(plan, UNITS)
     first, second = noise_alone(plan, folder, noise, 2, os.urandom)
     assert abs(np.corrcoef(first, second)[0, 1]) < 6 / math.sqrt(len(first))
-    monkeypatch.setattr(training, "NoiseSource", lambda entropy: NoiseSource(bytes))
+    monkeypatch.setattr(
+        umbel_client.training.round, "NoiseSource", lambda entropy: NoiseSource(bytes)
+    )
     first, second = noise_alone(plan, folder, noise, 2, os.urandom)
     assert np.array_equal(first, second)
 
@@ -262,17 +251,15 @@ def batches_of(
 
     with monkeypatch.context() as patch:
         patch.setattr(PreparedData, "batch", noting)
-        train_round(
+        LocalTrainer(
             AdaptedModel.load(folder, plan),
             PreparedData(tokens, np.arange(UNITS), prefix=None, units=owners),
-            plan,
+            SiteNoise(0.25, 1000.0),
+            seeded(1, "batches"),
+            BatchLimit(3),
+        ).round(
             1,
             np.zeros(plan.lora.size, dtype=np.float32),
-            0.25,
-            1000.0,
-            None,
-            entropy=seeded(1, "batches"),
-            physical_batch_size=3,
             on_step=lambda step, total: batches.append(set()),
         )
     return batches[:-1]
@@ -284,7 +271,7 @@ def test_shuffled_batches_are_all_of_one_size_and_poisson_batches_are_not(
     poisson = np.array([len(batch) for batch in batches_of(plan, folder, monkeypatch)])
     assert poisson.mean() == pytest.approx(UNITS / 4, abs=1.0)
     assert poisson.var() == pytest.approx(UNITS / 4 * (1 - 1 / 4), rel=0.5)
-    monkeypatch.setattr(training, "NoiseSource", Shuffled)
+    monkeypatch.setattr(umbel_client.training.round, "NoiseSource", Shuffled)
     shuffled = np.array([len(batch) for batch in batches_of(plan, folder, monkeypatch)])
     assert shuffled.mean() == UNITS / 4
     assert shuffled.var() == 0
@@ -299,7 +286,7 @@ def test_a_record_may_be_in_two_poisson_batches_in_a_row_and_never_in_two_of_an_
     poisson = together(batches_of(plan, folder, monkeypatch))
     # Each of 20 records in both of 40 pairs of steps with probability 1/16.
     assert poisson == pytest.approx(50, abs=30)
-    monkeypatch.setattr(training, "NoiseSource", Shuffled)
+    monkeypatch.setattr(umbel_client.training.round, "NoiseSource", Shuffled)
     assert together(batches_of(plan, folder, monkeypatch)) == 0
 
 

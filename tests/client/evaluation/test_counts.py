@@ -11,7 +11,7 @@ from support.small_models import one_round, plan_for, save_decoder
 from umbel_client.data.hold_out import hold_out
 from umbel_client.data.records import load_records
 from umbel_client.evaluation.counts import noisy_counts
-from umbel_client.evaluation.inference import evaluate
+from umbel_client.evaluation.losses import predicted_labels
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.accounting import DpEvent, calibrate, epsilon
 from umbel_client.privacy.calibration import noise_for
@@ -80,7 +80,7 @@ def prepared(
     random = np.random.default_rng(0)
     model.set_vector(random.normal(0, 0.5, plan.lora.size).astype(np.float32))
     records = load_records(file, plan.task, **columns)
-    data = prepare(model, folder, records, cache=None, progress=lambda done, total: None)
+    data = prepare(model, folder, records, cache=None)
     return model, data
 
 
@@ -88,7 +88,7 @@ def test_counts_are_those_of_the_model(tmp_path: Path, tiny_model: Path) -> None
     plan = plan_for(tiny_model, TASK)
     model, data = prepared(tiny_model, plan, file_of(tmp_path, ROWS))
     counts = noisy_counts(model, data, EXACT, NoiseSource(np.random.default_rng(1).bytes))
-    right = int((evaluate(model, data, 32) == data.labels).sum())
+    right = int((predicted_labels(model, data, 32) == data.labels).sum())
     assert (counts.score, counts.records) == pytest.approx((right, 300), abs=1e-6)
 
 
@@ -97,7 +97,7 @@ def test_a_unit_counts_once(tmp_path: Path, tiny_model: Path) -> None:
     path = file_of(tmp_path, ROWS)
     model, data = prepared(tiny_model, plan, path, unit_column="patient")
     counts = noisy_counts(model, data, EXACT, NoiseSource(np.random.default_rng(1).bytes))
-    right = evaluate(model, data, 32) == data.labels
+    right = predicted_labels(model, data, 32) == data.labels
     wanted = right.reshape(100, 3).mean(1).sum()
     assert (counts.score, counts.records) == pytest.approx((wanted, 100), abs=1e-4)
 

@@ -15,9 +15,15 @@ from support.small_language_model import causal_plan, save_llama
 from support.small_models import plan_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from umbel_client.evaluation.answers import Answer, score
+from umbel_client.evaluation.answers import Answer, score_answers
 from umbel_client.evaluation.metrics import classification_figures, drift, finite, perplexity
-from umbel_client.evaluation.score import evaluate_adapter
+from umbel_client.evaluation.score import (
+    CausalOptions,
+    ClassificationOptions,
+    options_for,
+    score,
+)
+from umbel_client.models.adapted_model import AdaptedModel
 from umbel_common.adapters.vector import initial_vector, to_bytes
 from umbel_common.errors import DataError
 from umbel_common.plans.figures import (
@@ -64,6 +70,18 @@ def always_b(plan: TrainingPlan) -> np.ndarray:
     return vector
 
 
+def scored(
+    plan: TrainingPlan,
+    vector: np.ndarray,
+    folder: Path,
+    holdout: Path,
+    options: ClassificationOptions | CausalOptions,
+) -> Evaluation:
+    model = AdaptedModel.load(folder, plan)
+    model.set_vector(vector)
+    return score(model, folder, holdout, options)
+
+
 def test_a_classifications_figures_are_those_of_the_definition(
     plan: TrainingPlan, tiny_model: Path, write_lines: WriteLines
 ) -> None:
@@ -72,9 +90,8 @@ def test_a_classifications_figures_are_those_of_the_definition(
         {"text": f"w{number}", "label": label} | ({} if ward is None else {"ward": ward})
         for number, (label, ward) in enumerate(zip(labels, wards, strict=True))
     ]
-    found = evaluate_adapter(
-        plan, always_b(plan), tiny_model, write_lines("h.jsonl", *rows), groups="ward", batch_size=2
-    )
+    options = ClassificationOptions(groups="ward", batch_size=2)
+    found = scored(plan, always_b(plan), tiny_model, write_lines("h.jsonl", *rows), options)
     right, wrong = math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))
     assert found.mean_loss == pytest.approx((3 * right + 2 * wrong) / 5)
     assert found.records == 5
@@ -102,9 +119,8 @@ def test_a_language_models_loss_is_the_one_of_transformers(
     holdout = write_lines("h.jsonl", *({"prompt": p, "completion": c} for p, c in rows))
     general = write_lines("g.jsonl", {"text": "w9 w8 w7"}, {"text": "w1 w1 w1 w2 w3"})
     plan = causal_plan(llama)
-    found = evaluate_adapter(
-        plan, initial_vector(plan), llama, holdout, general, answers=0, batch_size=2
-    )
+    options = CausalOptions(general=general, answers=0, batch_size=2)
+    found = scored(plan, initial_vector(plan), llama, holdout, options)
     model, tokenizer = (kind.from_pretrained(llama) for kind in _BOTH)
 
     def losses(text: str, after: str) -> list[float]:
@@ -149,9 +165,8 @@ def test_what_the_model_answers_itself_matches_exactly(
         {"prompt": "w3 w4", "completion": said + " w19"},
         {"prompt": "w3 w4", "completion": "w0"},
     )
-    found = evaluate_adapter(
-        plan, initial_vector(plan), llama, holdout, answers=2, answer_tokens=5
-    ).figures
+    options = CausalOptions(answers=2, answer_tokens=5)
+    found = scored(plan, initial_vector(plan), llama, holdout, options).figures
     assert isinstance(found, CausalFigures)
     assert (found.answers, found.exact_match) == (2, 0.5)
     words = len(said.split())
@@ -159,7 +174,7 @@ def test_what_the_model_answers_itself_matches_exactly(
 
 
 def test_rouge_reads_words_of_any_script() -> None:
-    scores = score([Answer("Süßer Käse", "süßer käse"), Answer("лёд и снег", "лёд снег")])
+    scores = score_answers([Answer("Süßer Käse", "süßer käse"), Answer("лёд и снег", "лёд снег")])
     assert scores is not None
     assert (scores.exact_match, scores.rouge_l) == (0.0, pytest.approx((1 + 4 / 5) / 2))
 
@@ -182,12 +197,13 @@ def test_an_option_that_does_not_fit_the_task_is_refused(
 ) -> None:
     holdout = write_lines("h.jsonl", {"text": "w1", "label": "a"})
     with pytest.raises(DataError, match="general"):
-        evaluate_adapter(plan, always_b(plan), tiny_model, holdout, holdout)
+        options_for(plan.task, columns={}, general=holdout)
     causal = causal_plan(llama)
     with pytest.raises(DataError, match="groups"):
-        evaluate_adapter(causal, initial_vector(causal), llama, holdout, groups="ward")
+        options_for(causal.task, columns={}, groups="ward")
+    options = options_for(plan.task, columns={}, groups="ward")
     with pytest.raises(DataError, match="ward"):
-        evaluate_adapter(plan, always_b(plan), tiny_model, holdout, groups="ward")
+        scored(plan, always_b(plan), tiny_model, holdout, options)
 
 
 def ask(request: bytes) -> subprocess.CompletedProcess[bytes]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-import umbel_client.tuning
+import umbel_client.planning.search
 from umbel_client.planning.draft import read_plan
 from umbel_client.planning.search import draft_with, search_space, with_values
 from umbel_client.planning.search import tune as run
@@ -170,7 +170,7 @@ def test_what_cannot_be_tuned_is_one_clear_error(
     def diverge(*_: object, **__: object) -> NoReturn:
         raise ModelError("training diverged")
 
-    monkeypatch.setattr(umbel_client.tuning, "loss_after_training", diverge)
+    monkeypatch.setattr(umbel_client.planning.search, "loss_after_training", diverge)
     with pytest.raises(ModelError, match="no trial came to an end"):
         search(draft, trials=2)
     assert not (draft.parent / "out.toml").exists()

@@ -15,11 +15,12 @@ from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.dpsgd.private_step import PrivateOptimizer, private_step
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import Batch
+from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.physical_batches import BatchLimit, ran_out_of_memory
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.task import ClassificationTask
-from umbel_client.training.round import train_round
+from umbel_client.training.round import LocalTrainer
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import Classification, LocalPrivacy, NoPrivacy, TrainingPlan
 
@@ -97,7 +98,7 @@ def step_of(
     model: AdaptedModel,
     data: PreparedData,
     task: ClassificationTask,
-    limit: int | BatchLimit,
+    limit: BatchLimit,
     *,
     noise_multiplier: float = 0.8,
     steps: int = 1,
@@ -135,8 +136,8 @@ def test_physical_batches_give_the_same_sum_and_noise(
 ) -> None:
     data = data_of(OWNERS if units else None)
     task = ClassificationTask()
-    wanted = step_of(model, data, task, COUNT, noise_multiplier=noise_multiplier)
-    found = step_of(model, data, task, size, noise_multiplier=noise_multiplier)
+    wanted = step_of(model, data, task, BatchLimit(COUNT), noise_multiplier=noise_multiplier)
+    found = step_of(model, data, task, BatchLimit(size), noise_multiplier=noise_multiplier)
     assert difference(found, wanted) < 1e-6
 
 
@@ -147,8 +148,8 @@ def test_a_batch_that_does_not_fit_gives_the_same_sum_and_noise_in_smaller_parts
     model: AdaptedModel, most: int, units: bool, backward: bool
 ) -> None:
     data, small = data_of(OWNERS if units else None), Small(most, backward=backward)
-    wanted = step_of(model, data, ClassificationTask(), COUNT)
-    found = step_of(model, data, small, COUNT)
+    wanted = step_of(model, data, ClassificationTask(), BatchLimit(COUNT))
+    found = step_of(model, data, small, BatchLimit(COUNT))
     assert difference(found, wanted) < 1e-6
     assert small.tried[0] == COUNT
     assert sum(size for size in small.tried if size <= most) == COUNT
@@ -160,7 +161,7 @@ def test_what_a_failed_part_left_would_count_if_it_were_kept(
     """The test above could not fail otherwise: the head's gradients are there when memory ends."""
     monkeypatch.setattr(PrivateOptimizer, "discard", lambda self: None)
     with pytest.raises(ModelError, match="not separate"):
-        step_of(model, data_of(), Small(8), COUNT)
+        step_of(model, data_of(), Small(8), BatchLimit(COUNT))
 
 
 def test_the_smaller_size_stays_and_is_said_once(
@@ -178,12 +179,12 @@ def test_the_smaller_size_stays_and_is_said_once(
 def test_a_unit_that_does_not_fit_is_an_error_that_says_what_to_do(model: AdaptedModel) -> None:
     small = Small(3)
     with pytest.raises(ModelError, match="records of one unit do not fit") as caught:
-        step_of(model, data_of(OWNERS), small, COUNT)
+        step_of(model, data_of(OWNERS), small, BatchLimit(COUNT))
     assert caught.value.exit_code == 12
     assert caught.value.found == "4 at once"
     assert "max_records_per_unit" in str(caught.value.remedy)
     with pytest.raises(ModelError, match="records of one unit do not fit") as caught:
-        step_of(model, data_of(), Small(0), COUNT)
+        step_of(model, data_of(), Small(0), BatchLimit(COUNT))
     assert caught.value.found == "1 at once"
 
 
@@ -197,7 +198,7 @@ def test_an_error_that_is_not_about_memory_is_not_retried(model: AdaptedModel) -
 
     broken = Broken()
     with pytest.raises((IndexError, RuntimeError)):
-        step_of(model, data_of(), broken, COUNT)
+        step_of(model, data_of(), broken, BatchLimit(COUNT))
     assert broken.tried == 1
 
 
@@ -217,11 +218,10 @@ def test_a_round_goes_on_in_smaller_parts(
 ) -> None:
     plan = plan_of(tiny_model, private=private)
     model, data = loaded(tiny_model, plan), data_of(OWNERS if units else None)
-    arguments = (model, data, plan, 1, model.vector(), 1.0, 0.8 if private else None, None)
-    options = {"entropy": fixed, "on_step": lambda _step, _steps: None}
-    wanted = train_round(*arguments, physical_batch_size=COUNT, **options).delta
+    start, noise = model.vector(), SiteNoise(1.0, 0.8 if private else None)
+    wanted = LocalTrainer(model, data, noise, fixed, BatchLimit(COUNT)).round(1, start).delta
     limit = BatchLimit(COUNT)
-    monkeypatch.setattr(round, "task_of", lambda planned: Small(5))
-    found = train_round(*arguments, physical_batch_size=limit, **options).delta
+    monkeypatch.setattr("umbel_client.training.round.task_of", lambda planned: Small(5))
+    found = LocalTrainer(model, data, noise, fixed, limit).round(1, start).delta
     assert limit.records == 4
     assert difference(found, wanted) < 1e-5

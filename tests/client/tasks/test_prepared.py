@@ -66,7 +66,6 @@ def data() -> PreparedData:
         MINILM,
         records,
         cache=None,
-        progress=lambda _done, _total: None,
     )
 
 

@@ -21,9 +21,11 @@ from umbel_client.dpsgd.batch_size import record_bytes
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import all_linear
+from umbel_client.privacy.calibration import SiteNoise
+from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.task import CausalLmTask
-from umbel_client.training.round import train_round
+from umbel_client.training.round import LocalTrainer
 from umbel_client.training.self_test import self_test
 from umbel_common.adapters.peft_folder import tensor_files, text_files
 from umbel_common.adapters.vector import initial_vector
@@ -56,7 +58,7 @@ def loaded(
     random = np.random.default_rng(0)
     model.set_vector(random.normal(0, 0.1, plan.lora.size).astype(np.float32))
     records = load_records(file, plan.task)
-    data = prepare(model, folder, records, cache=None, progress=lambda done, total: None)
+    data = prepare(model, folder, records, cache=None)
     return model, data
 
 
@@ -183,19 +185,8 @@ def test_a_round_without_privacy_learns_the_answers(llama: Path, file: Path) -> 
     start = initial_vector(plan)
     model.set_vector(start)
     before = float(losses(model, data).mean())
-    result = train_round(
-        model,
-        data,
-        plan,
-        1,
-        start,
-        1.0,
-        None,
-        None,
-        entropy=np.random.default_rng(1).bytes,
-        physical_batch_size=2,
-        on_step=lambda *_: None,
-    )
+    entropy = np.random.default_rng(1).bytes
+    result = LocalTrainer(model, data, SiteNoise(1.0, None), entropy, BatchLimit(2)).round(1, start)
     model.set_vector(start + result.delta)
     assert float(losses(model, data).mean()) < 0.7 * before
 

@@ -4,6 +4,7 @@ import math
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,16 +12,17 @@ import torch
 
 from umbel_client.data.tokens import Tokens
 from umbel_client.data.units import Units
-from umbel_client.evaluation.inference import evaluate
+from umbel_client.evaluation.losses import predicted_labels
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.precision import Precision
-from umbel_client.privacy.calibration import sampling_rate
+from umbel_client.privacy.calibration import SiteNoise, sampling_rate
 from umbel_client.privacy.noise import NoiseSource
+from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.task import ClassificationTask
-from umbel_client.training.round import RoundResult, train_round
+from umbel_client.training.round import LocalTrainer, RoundResult
 from umbel_common.adapters.vector import size_of, unflatten
 from umbel_common.errors import DataError, ModelError, PlanError
 from umbel_common.plans.plan import (
@@ -108,7 +110,7 @@ def fixed(byte: int):
 def train(
     model: AdaptedModel, data: PreparedData, plan: TrainingPlan, **changes: object
 ) -> RoundResult:
-    arguments = {
+    arguments: dict[str, Any] = {
         "round_number": 1,
         "global_vector": some_vector(plan),
         "sample_rate": plan.training.expected_batch_size / max(len(data), 1),
@@ -117,8 +119,22 @@ def train(
         "entropy": fixed(1),
         "physical_batch_size": 4,
         "on_step": lambda _step, _steps: None,
+        **changes,
     }
-    return train_round(model, data, plan, **{**arguments, **changes})
+    model.follow(plan)
+    trainer = LocalTrainer(
+        model,
+        data,
+        SiteNoise(arguments["sample_rate"], arguments["noise_multiplier"]),
+        arguments["entropy"],
+        BatchLimit(arguments["physical_batch_size"]),
+    )
+    return trainer.round(
+        arguments["round_number"],
+        arguments["global_vector"],
+        arguments["state"],
+        arguments["on_step"],
+    )
 
 
 def true_gradients(model: AdaptedModel, data: PreparedData, indices: np.ndarray) -> np.ndarray:
@@ -484,7 +500,7 @@ def test_sites_in_threads_train_as_if_alone(folder: Path) -> None:
 def test_evaluation_answers_in_the_order_of_the_records(folder: Path) -> None:
     plan, data = plan_of(folder), ragged(23)
     model = model_of(folder, plan)
-    predicted = evaluate(model, data, 4)
+    predicted = predicted_labels(model, data, 4)
     for index in range(23):
         logits = model.logits(data.batch(np.array([index])).inputs)
         assert predicted[index] == int(logits.argmax())
@@ -503,9 +519,9 @@ def test_training_learns(folder: Path) -> None:
     model = AdaptedModel.load(folder, plan)
     vector = some_vector(plan, 0.1)
     model.set_vector(vector)
-    before = (evaluate(model, data, 100) == labels).mean()
+    before = (predicted_labels(model, data, 100) == labels).mean()
     train(model, data, plan, global_vector=vector, noise_multiplier=0.5, physical_batch_size=50)
-    after = (evaluate(model, data, 100) == labels).mean()
+    after = (predicted_labels(model, data, 100) == labels).mean()
     assert before < 0.6
     assert after > 0.8
 

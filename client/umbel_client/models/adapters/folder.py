@@ -21,10 +21,12 @@ def write_adapter(
 ) -> None:
     """Writes the adapter, its card, its signed release and the base model's tokenizer files.
 
-    The folder appears complete or not at all; one that is there already is replaced.
+    The folder appears complete or not at all. An existing folder is replaced.
 
     Args:
-        release: None: this site trained the adapter alone, and the folder is its owner's only.
+        vector: the adapter, float32[plan.lora.size].
+        release: None: this site trained the adapter alone, and only the owner can read the folder.
+        base_model: the base model's folder, with the tokenizer files.
 
     Raises:
         StorageError: the disk does not take it.
@@ -50,13 +52,13 @@ def write_adapter(
 
 
 def read_adapter(folder: Path) -> tuple[TrainingPlan, Vector]:
-    """The plan of an adapter that `write_adapter` wrote, and its values.
+    """Reads an adapter that `write_adapter` wrote.
 
     Returns:
-        the plan, and float32[plan.lora.size].
+        The plan, and the adapter, float32[plan.lora.size].
 
     Raises:
-        ModelError: the folder is not there, was not written by Umbel, or does not fit its plan.
+        ModelError: the folder is missing, was not written by Umbel, or does not fit its plan.
         PlanError: its plan is malformed.
     """
     for name in (PLAN_FILE, ADAPTER_FILE):
@@ -78,11 +80,11 @@ def read_adapter(folder: Path) -> tuple[TrainingPlan, Vector]:
 
 
 def copy_adapter(folder: Path, out: Path) -> None:
-    """Copies the folder of an adapter as it is; the copy is complete or not there.
+    """Copies the folder of an adapter as it is; the copy appears complete or not at all.
 
     Raises:
-        ModelError, PlanError: it is no adapter of Umbel.
-        StorageError: `out` is there already, or the disk does not take it.
+        ModelError, PlanError: the folder holds no adapter of Umbel.
+        StorageError: `out` exists, or the disk does not take it.
     """
     read_adapter(folder)
     if out.exists():

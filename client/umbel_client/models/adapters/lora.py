@@ -1,4 +1,4 @@
-"""Where the adapter goes: LoRA (Hu et al. 2021) through PEFT, and the head, by the plan's names."""
+"""LoRA layers (Hu et al. 2021) through PEFT, and the head, by the plan's names."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Lora, Method, Scaling, Task, Tensor
 
 PEFT_PREFIX = "base_model.model."
-"""How PEFT begins every name that it saves."""
+"""Prefix of every name that PEFT saves."""
 LINEAR = (nn.Linear, Conv1D)
 """Layers that take an adapter; Conv1D is GPT-2's linear layer, its weight stored as [in, out]."""
 
@@ -34,9 +34,9 @@ def plan_lora(
     seed: int,
     scaling: Scaling = "standard",
 ) -> Lora:
-    """The adapter of a plan, with every tensor that it trains or freezes, sorted by name.
+    """The adapter of a plan, with all tensors that are trained or frozen, sorted by name.
 
-    Needs the folder's configuration, not its weights.
+    It needs the folder's configuration, not its weights.
 
     Raises:
         ModelError: a target or the head is not in the model, or is not a linear layer.
@@ -61,7 +61,7 @@ def attach(
     """Puts LoRA layers into `base`, and the head on top of it.
 
     Returns:
-        the adapter's parameters by the plan's names, sorted; and the mean-pool head, on the base
+        The adapter's parameters by the plan's names, sorted, and the mean-pool head on the base
         model's device (None with a stock head, which is part of `base`).
 
     Raises:
@@ -118,13 +118,13 @@ def _attach_lora(base: PreTrainedModel, task: Task, lora: Lora) -> dict[str, nn.
 
 
 def _stores_weights_turned(base: PreTrainedModel, lora: Lora) -> bool:
-    """Whether the targets are Conv1D; PEFT would find out, and warn."""
+    """Whether the targets are Conv1D; PEFT would notice by itself, but warn."""
     found = (_modules_named(base, target) for target in lora.target_modules)
     return any(type(module) is Conv1D for modules in found for module in modules.values())
 
 
 def _saved_name(live: str) -> str:
-    """PEFT saves a parameter without the name of its adapter, which is `default`."""
+    """The name that PEFT saves a parameter by: without its adapter's name, `default`."""
     return live.replace(".modules_to_save.default.", ".").replace(".default.", ".")
 
 
@@ -142,10 +142,10 @@ def tensors_of(parameters: Mapping[str, nn.Parameter]) -> tuple[Tensor, ...]:
 
 
 def check_targets(folder: Path, base: PreTrainedModel, lora: Lora) -> None:
-    """Each target in each layer that the plan names must be a linear layer outside the head.
+    """Requires each target, in each layer of the plan, to be a linear layer outside the head.
 
     Raises:
-        ModelError: it is not; names it and the linear layers that there are.
+        ModelError: one is not; the error names it, and the linear layers of the model.
     """
     linear = {name for name, module in base.named_modules() if _is_linear(module)}
     for target in lora.target_modules:
@@ -171,8 +171,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_output(base: PreTrainedModel, module: nn.Module) -> bool:
-    """A language model's output layer sees tokens of all records in one list, and often shares its
-    weight with the embeddings: a record has no gradient of its own there."""
+    """Whether a module is a language model's output layer.
+
+    It sees the tokens of all records in one list, and often shares its weight with the embeddings:
+    a record has no gradient of its own there.
+    """
     return module is output_layer(base)
 
 
@@ -192,7 +195,7 @@ def all_linear(folder: Path, task: Task) -> tuple[str, ...]:
 
 
 def _modules_named(base: PreTrainedModel, target: str) -> dict[str, nn.Module]:
-    """As PEFT matches a target."""
+    """The modules that PEFT would match with a target."""
     return {
         name: module
         for name, module in base.named_modules()

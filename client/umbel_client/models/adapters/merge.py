@@ -1,4 +1,4 @@
-"""An adapter and its base model as one model, for tools that know nothing of adapters."""
+"""Merges an adapter into its base model, for tools that cannot use adapters."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from umbel_common.adapters.peft_folder import HEAD_FILE
 from umbel_common.errors import ModelError, StorageError
 
 BESIDE = ("task.json", HEAD_FILE)
-"""What a merged model does not hold itself: labels, and a mean-pool head."""
+"""Files that a merged model needs beside it: its labels, and a mean-pool head."""
 
 
 def merge_adapter(
@@ -27,13 +27,13 @@ def merge_adapter(
     The sum is float32, and rounded once to `dtype`.
 
     Args:
-        adapter: folder that `write_adapter` wrote.
-        base: folder of exactly the base model that the adapter's plan names.
-        out: new folder; complete or not there.
+        adapter: the folder that `write_adapter` wrote.
+        base: the folder of exactly the base model that the adapter's plan names.
+        out: the new folder; it appears complete or not at all.
 
     Raises:
-        ModelError: adapter or base model are not what they should be.
-        StorageError: `out` is there already, or the disk does not take it.
+        ModelError: the adapter is not Umbel's, or the base model is another one.
+        StorageError: `out` exists, or the disk does not take it.
     """
     plan, _ = read_adapter(adapter)
     found = folder_digest(base)

@@ -1,6 +1,6 @@
 """The files of a base model: which of them count, and the digest that names them all.
 
-Without the packages that can load a model.
+Nothing here needs the packages that load a model.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
 def folder_digest(folder: Path) -> bytes:
     """32 bytes that name a model: configuration, weights and tokenizer, file by file.
 
-    Other files (a card, weights in other formats) do not count, since none of them is read.
+    Other files (a card, weights in other formats) do not count: they are never read.
 
     Raises:
         ModelError: the folder, its configuration, weights or tokenizer are missing or unreadable.
@@ -37,7 +37,7 @@ def folder_digest(folder: Path) -> bytes:
 
 
 def require_model(folder: Path) -> None:
-    """Finds out whether a model folder can be read, without reading all of it.
+    """Checks that a model folder can be read, without reading all of it.
 
     Raises:
         ModelError: see `folder_digest`.

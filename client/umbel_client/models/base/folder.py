@@ -1,6 +1,6 @@
-"""A base model of a local folder: its empty skeleton, and its weights.
+"""A base model from a local folder: its empty skeleton, or with its weights.
 
-Only safetensors are read, never pickles; code that a folder brings along is never run.
+Only safetensors are read, never pickles. Code in the folder is never run.
 """
 
 import threading
@@ -28,7 +28,7 @@ _REPORTS: Any = transformers_logging
 """Transformers leaves these functions untyped."""
 
 _LOADING = threading.Lock()
-"""Transformers switches global state while it builds a model: one at a time."""
+"""Transformers changes global state while it builds a model, so only one is built at a time."""
 
 
 def skeleton(folder: Path, task: Task) -> PreTrainedModel:
@@ -56,7 +56,7 @@ def require_context(folder: Path, config: PretrainedConfig, task: Task) -> None:
     """Refuses a task with longer texts than the model can read.
 
     Raises:
-        ModelError: says how many tokens it can.
+        ModelError: says how many tokens the model can read.
     """
     positions = getattr(config, "max_position_embeddings", task.max_tokens)
     if task.max_tokens > positions:
@@ -73,8 +73,8 @@ def load_base(folder: Path, task: Task) -> PreTrainedModel:
     """The model with its weights: float32, frozen, in evaluation mode, on the CPU.
 
     Raises:
-        ModelError: the weights do not load, or lack a tensor that is not the head's: it would be
-            random, and other at each site.
+        ModelError: the weights do not load, or lack a tensor outside the head: it would be random,
+            and different at each site.
     """
     with _building(folder):
         base: PreTrainedModel
@@ -106,7 +106,7 @@ def _config(folder: Path, task: Task) -> PretrainedConfig:
     config: PretrainedConfig
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if isinstance(task, CausalLm):
-        # Training reads each record once, whole: nothing would be read back.
+        # Training reads each record once, whole, so that a cache would never be read.
         config.use_cache = False
     elif task.head == "stock":
         config.num_labels = len(task.labels)
@@ -115,7 +115,7 @@ def _config(folder: Path, task: Task) -> PretrainedConfig:
 
 @contextmanager
 def _building(folder: Path) -> Iterator[None]:
-    """One model at a time, quietly, with our errors."""
+    """Builds one model at a time, quietly, and turns errors into `ModelError`."""
     with quietly():
         try:
             yield
@@ -125,8 +125,10 @@ def _building(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without Transformers' bars and reports, which are switched for the whole process: one caller
-    at a time."""
+    """Switches off Transformers' progress bars and reports.
+
+    This is global to the process, so there is one caller at a time.
+    """
     with _LOADING:
         level = _REPORTS.get_verbosity()
         bars = _REPORTS.is_progress_bar_enabled()
@@ -142,14 +144,14 @@ def quietly() -> Iterator[None]:
 
 @contextmanager
 def peft_quietly() -> Iterator[None]:
-    """Without the warning that PEFT asks Transformers for a property by its old name."""
+    """Hides the warning that PEFT uses the old name of a Transformers property."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
         yield
 
 
 def _without_pooler(base: PreTrainedModel, task: Task) -> PreTrainedModel:
-    """Mean pooling does not use it; without one, weights that lack it are no loss."""
+    """Removes the pooler where mean pooling does not use it; the weights may then lack it."""
     mean_pool = isinstance(task, Classification) and task.head == "mean-pool"
     if mean_pool and getattr(base, "pooler", None) is not None:
         base.pooler = None  # type: ignore[assignment]  # as add_pooling_layer=False leaves it
@@ -173,7 +175,7 @@ def _check_complete(folder: Path, task: Task, report: dict[str, Any]) -> None:
 
 
 def _check_separable(folder: Path, base: PreTrainedModel) -> None:
-    """Batch norm mixes records, frozen or not: no record has a gradient of its own then."""
+    """Refuses batch norm: frozen or not, it mixes records, which then share a gradient."""
     for name, module in base.named_modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             raise ModelError(

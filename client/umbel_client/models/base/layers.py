@@ -1,10 +1,10 @@
 """Runs the lower or the upper layers of a model alone, through the model's own code.
 
 Two families are known: encoders built like BERT (`embeddings`, `encoder.layer`) and decoders built
-like Llama (`embed_tokens`, `layers`, `norm`). For the time of a call the list of layers is replaced
-by a part of it; the upper part of an encoder gets embeddings that pass on what they are given, and
-the lower part of a decoder a last norm that does nothing. So attention masks, poolers and heads
-stay those of Transformers.
+like Llama (`embed_tokens`, `layers`, `norm`). During a call, the list of layers is replaced by a
+part of it. The upper part of an encoder gets embeddings that return their input, and the lower part
+of a decoder gets a last norm that does nothing. So attention masks, poolers and heads stay those of
+Transformers.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def body_of(base: PreTrainedModel) -> Any:
 
 
 def output_layer(base: PreTrainedModel) -> nn.Module | None:
-    """What makes logits of a language model's hidden states."""
+    """The layer that makes logits of a language model's hidden states; None without one."""
     layer: nn.Module | None = base.get_output_embeddings()  # type: ignore[no-untyped-call]
     return layer
 
@@ -41,7 +41,7 @@ def layers_of(base: PreTrainedModel) -> nn.ModuleList | None:
     """The model's layers, or None if it is built like neither family."""
     body = body_of(base)
     if _is_decoder(body):
-        # Layers that see other windows are chosen by their number, which a part of them changes.
+        # Layers with other attention windows are chosen by their number, which a part would change.
         kinds = getattr(base.config, "layer_types", None) or ["one"]
         return body.layers if len(set(kinds)) == 1 else None
     layers = getattr(getattr(body, "encoder", None), "layer", None)
@@ -56,7 +56,7 @@ def _is_decoder(body: Any) -> bool:
 
 @contextmanager
 def lower_part(base: PreTrainedModel, depth: int) -> Iterator[None]:
-    """The body ends below layer `depth`."""
+    """Within the context, the body ends below layer `depth`."""
     body = body_of(base)
     if _is_decoder(body):
         with _replaced(body, layers=body.layers[:depth], norm=nn.Identity()):
@@ -68,7 +68,7 @@ def lower_part(base: PreTrainedModel, depth: int) -> Iterator[None]:
 
 @contextmanager
 def upper_part(base: PreTrainedModel, depth: int) -> Iterator[None]:
-    """The body starts with layer `depth` and is given `inputs_embeds`, the output below it."""
+    """Within the context, the body starts at layer `depth`, with `inputs_embeds` from below it."""
     body = body_of(base)
     if _is_decoder(body):
         with _replaced(body, layers=body.layers[depth:]):
@@ -93,10 +93,10 @@ def _replaced(owner: Any, **modules: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def splits(base: PreTrainedModel, depth: int) -> bool:
-    """Whether the two parts, one after the other, give what the whole model gives.
+    """Whether the two parts, one after the other, give the output of the whole model.
 
-    Tried on two made-up records, one of them padded: an architecture whose layers pass more than
-    hidden states to each other is found out here, not in training.
+    It is tried on two made-up records, one of them padded. An architecture whose layers pass more
+    than hidden states to each other fails here, not in training.
     """
     if layers_of(base) is None:
         return False
@@ -116,8 +116,10 @@ def splits(base: PreTrainedModel, depth: int) -> bool:
 
 @torch.no_grad()
 def output_is_plain(base: PreTrainedModel) -> bool:
-    """Whether a language model's logits are its output layer on the body's last hidden state, and
-    nothing more: then logits can be computed for the tokens that count alone."""
+    """Whether a language model's logits are its output layer of the last hidden state, no more.
+
+    Then logits can be computed for the tokens that count alone.
+    """
     ids, mask = made_up_inputs(base)
     whole = base(input_ids=ids, attention_mask=mask)[0]
     hidden = body_of(base)(input_ids=ids, attention_mask=mask)[0]
@@ -129,7 +131,7 @@ def output_is_plain(base: PreTrainedModel) -> bool:
 
 
 def made_up_inputs(base: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask int64[2, 7] of two made-up records, one of them padded."""
+    """Ids and mask, int64[2, 7] each, of two made-up records, one of them padded."""
     ids = torch.arange(5, 19, device=base.device).reshape(2, 7) % base.config.vocab_size
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0

@@ -1,7 +1,8 @@
 """A frozen base model in four bits: NF4 with double quantisation (QLoRA, Dettmers et al. 2023).
 
 Each site decides for itself. The adapter, its per-record gradients, clipping and noise are float32
-as ever, so the guarantee does not depend on it; gradients are those at a slightly different base.
+as always, so the guarantee does not depend on it. Gradients are those of a slightly different base
+model.
 """
 
 from typing import Any
@@ -14,16 +15,17 @@ from umbel_client.models.base.layers import output_layer
 from umbel_common.errors import ModelError
 
 KIND = "Linear4bit"
-"""Name of the class that replaces linear layers; the package need not be there to compare it."""
+"""Name of the class that replaces linear layers; comparing it does not need the package."""
 
 
 def quantise(base: PreTrainedModel, compute: torch.dtype) -> None:
-    """Replaces the weight of every linear layer, but for the output layer and a task's head, which
-    precision would be lost in.
+    """Replaces the weights of all linear layers but the output layer and a task's head.
+
+    These two would lose too much precision.
 
     Args:
-        base: on the device where it is to compute.
-        compute: what weights are turned back into for each product.
+        base: the base model, on the device where it is to compute.
+        compute: the precision that weights are turned back into for each product.
 
     Raises:
         ModelError: bitsandbytes is not installed.
@@ -58,9 +60,9 @@ def quantise(base: PreTrainedModel, compute: torch.dtype) -> None:
                 values.to("cpu"), requires_grad=False, quant_type="nf4", module=replacement
             ).to(values.device)
             replacement.bias = layer.bias
-            # After a pass without gradients its CPU kernel would give none ever again.
+            # After a pass without gradients its CPU kernel would never give gradients again.
             replacement.support_avx512bf16_for_cpu = False
             setattr(parent, name, replacement)
-    # PEFT chooses its layer by this.
+    # PEFT chooses its kind of layer by this flag.
     base.is_loaded_in_4bit = True  # type: ignore[assignment]
     base.requires_grad_(False)

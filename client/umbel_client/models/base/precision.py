@@ -1,7 +1,7 @@
-"""In which floating point the frozen base model computes.
+"""The floating-point precision of the frozen base model.
 
 The adapter, its per-record gradients, norms, clipping and noise are float32 in either case, so the
-guarantee does not depend on the choice; gradients differ by about half a per cent.
+guarantee does not depend on the choice. Gradients differ by about half a per cent.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 
 def fastest_precision(device: str = "cpu") -> Precision:
-    """`bfloat16` where the hardware multiplies it itself; elsewhere it is emulated, and slow."""
+    """`bfloat16` where the hardware multiplies it; elsewhere it would be emulated, and slow."""
     if device != "cpu":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     capabilities: Callable[[], dict[str, object]] = getattr(torch.cpu, "get_capabilities", dict)
@@ -26,18 +26,18 @@ def fastest_precision(device: str = "cpu") -> Precision:
 
 
 def chosen_precision(choice: Literal["float32", "bfloat16", "fastest"]) -> Precision:
-    """What a configuration's `model.precision` means on this machine."""
+    """The precision that a configuration's `model.precision` means on this machine."""
     return fastest_precision() if choice == "fastest" else choice
 
 
 def lower_precision(base: PreTrainedModel) -> None:
-    """Stores the weights of frozen linear layers as bfloat16, to be run under `computing`.
+    """Stores the weights of frozen linear layers as bfloat16, for forward passes in `computing`.
 
-    Norms and embeddings stay float32: they cost little, and precision is lost there.
+    Norms and embeddings stay float32: they cost little, and would lose precision.
     """
     embedding, output = base.get_input_embeddings(), output_layer(base)
     if output is not None and output.weight is embedding.weight:
-        # They share one tensor, which the output layer makes bfloat16: sums start at float32.
+        # Both share one tensor, which becomes bfloat16 here; the sums above it stay float32.
         embedding.register_forward_hook(lambda _module, _inputs, vectors: vectors.float())
     for module in base.modules():
         if type(module) is nn.Linear and not module.weight.requires_grad:
