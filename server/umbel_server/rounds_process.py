@@ -78,7 +78,7 @@ def _probed(path: Path) -> Iterator[Callable[[bool], None]]:
     probes = SocketServer(path, _PROBE_MODE, workers=2)
     probes.start()
     try:
-        yield probes.serving
+        yield probes.report_health
     finally:
         probes.stop(1.0)
 

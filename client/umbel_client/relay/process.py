@@ -70,7 +70,7 @@ def run(path: Path) -> None:
             ),
             lambda pieces: _asked(stub, pieces, stopping),
             stopping,
-            probes.serving,
+            probes.report_health,
         )
 
 
