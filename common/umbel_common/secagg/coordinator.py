@@ -193,7 +193,7 @@ class Sharing(Stage[tuple[EncryptedShare, ...]]):
     adverts: Mapping[str, tuple[Signed, KeyAdvert]]
 
     def requests(self) -> dict[str, tuple[Signed, ...]]:
-        """To each site of U1: the adverts of U1, in the order of their sites' names."""
+        """For each site of U1: the adverts of U1, in the order of their sites' names."""
         # C2.1
         adverts = tuple(self.adverts[site][0] for site in self.sites)
         return dict.fromkeys(self.sites, adverts)
@@ -249,7 +249,7 @@ class Masking(Stage[None]):
     total: RunningSum
 
     def requests(self) -> dict[str, tuple[EncryptedShare, ...]]:
-        """To each site of U2: the shares that the others of U2 made for it."""
+        """For each site of U2: the shares that the others of U2 made for it."""
         # C3.1
         inbox: dict[str, list[EncryptedShare]] = {site: [] for site in self.sites}
         for sender in self.sites:
@@ -298,7 +298,7 @@ class Confirming(Stage[SurvivorSignature]):
     total: RunningSum
 
     def requests(self) -> dict[str, tuple[str, ...]]:
-        """To each site of U3: the sorted names of U3."""
+        """For each site of U3: the sorted names of U3."""
         # C4.1
         return dict.fromkeys(self.sites, self.sites)
 
@@ -355,7 +355,7 @@ class Unmasking(Stage[tuple[RevealedShare, ...]]):
     total: RunningSum
 
     def requests(self) -> dict[str, tuple[SurvivorSignature, ...]]:
-        """To each site of U4: as many signatures over U3 as the threshold, sorted by site."""
+        """For each site of U4: as many signatures over U3 as the threshold, sorted by site."""
         # C5.1
         return dict.fromkeys(self.sites, self.signatures)
 
