@@ -9,8 +9,7 @@ checked the parties of the attempt before.
    refused (journal: `second-answer`).
 2. State: the attempt is open, and its secrets are read from the journal (`attempt-over`).
 3. Change: the stage is the next one (`stage-order`). Secure aggregation checks what it was sent,
-   and gives the next state and the reply. Two stages record something of their own before they
-   reply:
+   and gives the next state and the reply. Two stages record something of their own before that:
    3a. masking: the ledger records that the delta leaves;
    3b. confirming: the policy judges the set of survivors (`survivors-differ`, `cohort-difference`),
        and the journal keeps it.
