@@ -215,7 +215,7 @@ def test_a_revoked_site_is_turned_away_by_operator_and_sites(assembled: Ceremony
         assembled.operator, "umbel-server", "sites", "renew", request, "--out", "../again.json"
     )
     assert again.returncode == 20
-    assert "revoked, for good" in again.stderr
+    assert "revoked for good" in again.stderr
 
 
 def changed(request: Path, **changes: str) -> Path:

@@ -55,8 +55,8 @@ def restore(
         ],
     )
     console.print(
-        "\nA job that released something since the backup cannot be resumed: sites accept no\n"
-        "second release of a round. Resume any other with umbel-server job resume JOB."
+        "\nA job that released something since the backup cannot be resumed: sites accept\n"
+        "no second release of a round. Resume others with umbel-server job resume JOB."
     )
 
 

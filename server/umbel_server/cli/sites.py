@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from umbel_common.errors import IdentityError, UmbelError
+from umbel_common.trust import key_statements
 from umbel_common.trust.enrolment import (
     SignedRequest,
     SiteKit,
@@ -18,7 +19,6 @@ from umbel_common.trust.enrolment import (
     sign_kit,
 )
 from umbel_common.trust.identity import Member, fingerprint
-from umbel_common.trust.key_statements import revoke as sign_revocation
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_to_json, revocation_to_json
 from umbel_host.files.durable import all_or_nothing
@@ -242,7 +242,7 @@ def revoke(
         if known[site].revoked and member.public_key in document.revoked():
             raise IdentityError("this site is revoked already", field="NAME", found=site)
         operator = read_identity(Path(settings.identity))
-        signed = sign_revocation(document.roster.federation, member.public_key, operator)
+        signed = key_statements.revoke(document.roster.federation, member.public_key, operator)
         write_new_text(out, revocation_to_json(signed))
         # The port comes first: whatever fails after this, the relay cannot connect any more.
         save_sites(path, {**known, site: msgspec.structs.replace(known[site], revoked=True)})
