@@ -34,8 +34,10 @@ def noisy_counts(
 
 def _scores(model: AdaptedModel, data: PreparedData, evaluation: FederatedEvaluation) -> Floats:
     """The score of each record, from 0 to 1; NaN counts as the worst, so that it does not show."""
+    scores: Floats
     if isinstance(model.plan.task, Classification):
-        return (predicted_labels(model, data, BATCH) == data.labels).astype(np.float64)
-    losses = np.nan_to_num(record_losses(model, data, BATCH), nan=np.inf)
-    scores: Floats = np.clip(losses / evaluation.largest_loss, 0, 1)
+        scores = (predicted_labels(model, data, BATCH) == data.labels).astype(np.float64)
+    else:
+        losses = np.nan_to_num(record_losses(model, data, BATCH), nan=np.inf)
+        scores = np.clip(losses / evaluation.largest_loss, 0, 1)
     return scores
