@@ -85,7 +85,7 @@ def open_job(
 
     Args:
         published: what this site has published, from its journal; the ledger must know of it.
-        observer: is told of the work, and of each charged round.
+        observer: what follows the work at this site.
         entropy: the source of batches, noise and rounding.
 
     Raises:

@@ -325,6 +325,20 @@ def test_a_plan_with_other_tensors_is_refused(tmp_path: Path) -> None:
             AdaptedModel.load(folder, changed)
 
 
+def test_a_model_follows_another_plan_for_the_same_adapter_only(tmp_path: Path) -> None:
+    folder = bert(tmp_path / "m")
+    plan = plan_of(folder)
+    model = AdaptedModel.load(folder, plan)
+    training = msgspec.structs.replace(plan.training, rounds=plan.training.rounds + 1)
+    longer = msgspec.structs.replace(plan, training=training)
+    model.follow(longer)
+    assert model.plan == longer
+    other = msgspec.structs.replace(plan, lora=lora_of(folder, plan.task, rank=3))
+    with pytest.raises(ModelError, match="cannot follow"):
+        model.follow(other)
+    assert model.plan == longer
+
+
 def test_the_adapter_goes_in_and_comes_out_unchanged(tmp_path: Path) -> None:
     folder = bert(tmp_path / "m")
     plan = plan_of(folder)

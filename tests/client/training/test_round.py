@@ -23,7 +23,7 @@ from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.task import ClassificationTask
 from umbel_client.training.round import LocalTrainer, RoundResult
-from umbel_common.adapters.vector import size_of, unflatten
+from umbel_common.adapters.vector import initial_vector, merge, size_of, unflatten
 from umbel_common.errors import DataError, ModelError, PlanError
 from umbel_common.plans.plan import (
     Adam,
@@ -558,3 +558,20 @@ def test_a_unit_with_many_records_counts_as_one(folder: Path, private: bool) -> 
     separate = PreparedData(repeated.tokens, repeated.labels, prefix=None)
     third = train(model, separate, plan, **options).delta
     assert np.abs(first - third).max() > 1e-2 * np.abs(first).max()
+
+
+def test_rounds_are_rounds_one_after_the_other(folder: Path) -> None:
+    plan, data = plan_of(folder, method="alternate", optimizer=ADAM, rounds=3), ragged()
+    model = AdaptedModel.load(folder, plan)
+    trainer = LocalTrainer(model, data, SiteNoise(0.5, 1.0), fixed(1), BatchLimit(4))
+    adapter, state = some_vector(plan), None
+    numbers = []
+    for number, found, result in trainer.rounds(adapter):
+        # What is done with the model between two rounds does not matter.
+        model.set_vector(initial_vector(plan))
+        wanted = trainer.round(number, adapter, state)
+        adapter, state = merge(adapter, wanted.delta, plan, number), wanted.state
+        assert np.array_equal(result.delta, wanted.delta)
+        assert np.array_equal(found, adapter)
+        numbers.append(number)
+    assert numbers == [1, 2, 3]

@@ -1,0 +1,108 @@
+"""Opening a job: the order of its steps, and a ledger that a failure leaves free."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adversarial.site_process import Quiet
+from support.small_models import one_round, plan_for
+
+from umbel_client.ledger.ledger import Ledger
+from umbel_client.site.config import ClientConfig, DataConfig, ModelConfig
+from umbel_client.site.policy import Policy
+from umbel_client.storage.journal import Published
+from umbel_client.trainer import job
+from umbel_client.trainer.job import SiteJob, open_job
+from umbel_common.errors import LedgerError, ModelError
+from umbel_common.plans.plan import Classification
+
+Open = Callable[[], SiteJob]
+STEPS = (
+    "noise_for",
+    "load_records",
+    "Ledger.open",
+    "load_site_model",
+    "self_test",
+    "prepare",
+    "choose_batch_limit",
+)
+
+
+@pytest.fixture
+def opened(tmp_path: Path, tiny_model: Path) -> Open:
+    rows = [{"text": f"w{number}", "label": "ab"[number % 2]} for number in range(12)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "state").mkdir()
+    config = ClientConfig(
+        site="north",
+        state=str(tmp_path / "state"),
+        identity="identity.pem",
+        roster="roster.json",
+        data=DataConfig(path=str(data), public_size=12),
+        model=ModelConfig(path=str(tiny_model)),
+        policy=Policy(total_epsilon=100.0),
+    )
+    plan = plan_for(tiny_model, Classification(labels=("a", "b")), training=one_round(6))
+    # The roster is asked for size classes only, which this plan does not weigh by.
+    roster: Any = None
+    return lambda: open_job(
+        config,
+        plan,
+        roster,
+        published=Published(ledger_head=None, answers=0),
+        observer=Quiet(),
+        entropy=lambda size: bytes(size),
+    )
+
+
+def target(name: str) -> tuple[object, str]:
+    """The owner of a name in the module, and the attribute there."""
+    owner: object = job
+    *path, attribute = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    return owner, attribute
+
+
+def test_the_noise_is_calibrated_before_the_data_and_the_ledger_opened_before_the_model(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+
+    def noting(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def noted(*arguments: object, **options: object) -> object:
+            taken.append(name)
+            return function(*arguments, **options)
+
+        return noted
+
+    for name in STEPS:
+        owner, attribute = target(name)
+        monkeypatch.setattr(owner, attribute, noting(name, getattr(owner, attribute)))
+    opened().close()
+    assert tuple(taken) == STEPS
+
+
+@pytest.mark.parametrize("name", [*STEPS[3:], "DeltaCache", "Ledger.require_stated"])
+def test_a_step_that_fails_leaves_the_ledger_free(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ModelError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*target(name), fail)
+        with pytest.raises(ModelError, match="no"):
+            opened()
+    opened().close()
+
+
+def test_an_open_job_holds_its_ledger(opened: Open, tmp_path: Path) -> None:
+    first = opened()
+    with pytest.raises(LedgerError, match="use"):
+        Ledger.open(tmp_path / "state" / "ledger.sqlite", bytes(32))
+    first.close()
+    opened().close()
