@@ -120,3 +120,26 @@ def test_architecture_names_every_wing_and_no_other() -> None:
         rows = re.findall(r"^\| `(\w+)/` \|", text.split("\n## ")[0], re.MULTILINE)
         folders = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
         assert sorted(rows) == sorted(folders), package
+
+
+def arguments(command: click.Command, path: str) -> list[tuple[str, str]]:
+    """(command, help text) of every argument of a command and those within it."""
+    own = [
+        (path, parameter.help)
+        for parameter in command.params
+        if isinstance(parameter, typer.core.TyperArgument) and parameter.help
+    ]
+    inner = getattr(command, "commands", {}).items()
+    return own + [one for name, child in inner for one in arguments(child, f"{path} {name}")]
+
+
+@pytest.mark.parametrize("script", APPS)
+def test_help_explains_every_argument(script: str) -> None:
+    """Click 8.5 drops these texts under the Typer that Flower allows."""
+    found = arguments(typer.main.get_command(APPS[script]), "")
+    assert found
+    for path, text in found:
+        shown = CliRunner().invoke(
+            APPS[script], [*path.split(), "--help"], env={"COLUMNS": "300", "TERM": "dumb"}
+        )
+        assert text in shown.stdout, (path, text)
