@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import warm_python
 
 Simulate = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -18,15 +19,8 @@ def simulate() -> Simulate:
     """Runs `umbel-simulate` with these arguments and returns what it printed and its exit code."""
     script = Path(sys.executable).with_name("umbel-simulate")
 
-    def run(*arguments: object, timeout: float = 280) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [script, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env={**os.environ, "COLUMNS": "120"},
-            check=False,
-        )
+    def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
+        return warm_python.run(script, *arguments, env={**os.environ, "COLUMNS": "120"})
 
     return run
 

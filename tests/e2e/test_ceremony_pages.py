@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import warm_python
 from support.enrolling import Enrolling
 
 from umbel_server.operator.admitted_sites import load_sites
@@ -33,8 +34,8 @@ def typed(folder: Path, command: str) -> str:
     """What a person sees who types a command, and yes where it asks."""
     ours, theirs = pty.openpty()
     name, *words = command.split()
-    child = subprocess.Popen(
-        [sys.executable, "-m", MODULES[name], *words],
+    child = warm_python.start(
+        *("-m", MODULES[name], *words),
         cwd=folder,
         stdin=theirs,
         stdout=theirs,
@@ -51,7 +52,7 @@ def typed(folder: Path, command: str) -> str:
         if screen.endswith(b"Type yes: "):
             os.write(ours, b"yes\n")
     os.close(ours)
-    assert child.wait(30) == 0, screen.decode()
+    assert child.wait() == 0, screen.decode()
     return "".join(f"{line.rstrip()}\n" for line in screen.decode().splitlines())
 
 

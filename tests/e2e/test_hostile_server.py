@@ -1,9 +1,8 @@
 """What an operator that means harm can make a site's relay do in the site's own network."""
 
 import json
+import signal
 import ssl
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import Metadata as ProtoMetadata
 from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.supercore.error import ApiErrorCode, FlowerError
+from support import warm_python
 
 import umbel_client.relay.flower
 from umbel_client.relay.flower import Connection, serve, whole
@@ -239,9 +239,7 @@ def test_no_answer_ends_a_relay(
 ) -> None:
     kit = Kit(tmp_path)
     with web_server(kit.context(), status, bodies=bodies) as (port, asked):
-        process = subprocess.Popen(
-            [sys.executable, echo_relay.__file__, f"127.0.0.1:{port}", str(tmp_path), "0"]
-        )
+        process = warm_python.start(echo_relay.__file__, f"127.0.0.1:{port}", tmp_path, 0)
         try:
             # It has its answer, and connects again.
             deadline = time.monotonic() + 20
@@ -250,6 +248,6 @@ def test_no_answer_ends_a_relay(
             assert asked.count(ACTIVATE) >= 2
             assert process.poll() is None
         finally:
-            process.terminate()
-            code = process.wait(10)
+            process.send_signal(signal.SIGTERM)
+            code = process.wait()
     assert code == 0

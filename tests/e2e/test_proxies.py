@@ -6,7 +6,6 @@ And what a site's firewall has to let out: one connection, to one port.
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import pytest
 from e2e.daemons import Clinics, free_port
 from e2e.transport import EchoRelay, Transport
 from e2e.tunnel_proxy import TunnelProxy
+from support import warm_python
 
 from umbel_common.errors import ConfigError
 
@@ -212,12 +212,8 @@ def test_a_proxy_that_cannot_be_used_ends_the_relay_with_one_error(
     transport: Transport, address: str
 ) -> None:
     site = transport.clinics.sites["east"]
-    done = subprocess.run(
-        [sys.executable, "-m", "umbel_client.relay", str(site.config)],
-        env={**os.environ, "HTTPS_PROXY": address},
-        capture_output=True,
-        text=True,
-        check=False,
+    done = warm_python.run(
+        *("-m", "umbel_client.relay", site.config), env={**os.environ, "HTTPS_PROXY": address}
     )
     assert done.returncode == ConfigError.exit_code
     assert "field: HTTPS_PROXY" in done.stderr

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 from e2e.daemons import Clinics, Site
+from support import warm_python
 
 from umbel_client.ledger.file import read_ledger
 from umbel_common.adapters.vector import initial_vector
@@ -89,13 +90,11 @@ def training(rate: float, rounds: int = 1) -> Training:
 
 
 def server(clinics: Clinics, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "umbel_server.cli", *arguments],
+    return warm_python.run(
+        *("-m", "umbel_server.cli"),
+        *arguments,
         cwd=clinics.operator_folder,
         env={**os.environ, "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        check=False,
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from e2e.daemons import Clinics, Site
+from support import warm_python
 
 from umbel_client.site.ipc import TrainerStub
 from umbel_client.trainer.isolation import Network, network
@@ -38,13 +39,8 @@ def clinics(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
 
 
 def command(folder: Path, module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=folder,
-        env={**os.environ, "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        check=False,
+    return warm_python.run(
+        "-m", module, *arguments, cwd=folder, env={**os.environ, "COLUMNS": "120"}
     )
 
 
