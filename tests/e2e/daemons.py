@@ -64,7 +64,7 @@ method = "ffa"
 [training]
 rounds = 3
 local_steps = 2
-expected_batch_size = 40
+expected_batch_size = 40  # every record: the accountant answers that at once
 optimizer = {{ optimizer = "sgd", adapter_learning_rate = 0.1, head_learning_rate = 0.1 }}
 
 [privacy]
