@@ -62,7 +62,7 @@ method = "both"
 [training]
 rounds = 2
 local_steps = 1
-expected_batch_size = 16
+expected_batch_size = 80
 adapter_learning_rate = 1e-2
 head_learning_rate = 1e-1
 
@@ -78,7 +78,10 @@ threshold = 3
 
 
 class TinyScenario:
-    """A scenario file over generated data that a test may spoil, and runs of it."""
+    """A scenario file over generated data that a test may spoil, and runs of it.
+
+    Each batch has all 80 records of a site: the accountant answers that at once.
+    """
 
     def __init__(self, folder: Path, model: Path, simulate: Simulate) -> None:
         self.folder = folder
