@@ -11,6 +11,7 @@ import pytest
 from adversarial.federation import Federation
 from adversarial.killable_site import SITE, KillableSite
 from support import warm_python
+from support.waiting import HANGING
 
 from umbel_common.adapters.vector import adapter_digest, initial_vector
 from umbel_common.errors import LedgerError
@@ -66,7 +67,7 @@ def test_a_second_client_is_refused_until_the_first_has_died(
         assert "another process" in federation.observers[SITE].errors[0].diagnostics()
         os.kill(other.process, signal.SIGKILL)
         # Its end of the connection closes with it, as the lock does.
-        assert other.connection.poll(10)
+        assert other.connection.poll(HANGING)
         federation.offer()
         other.start()
     finally:

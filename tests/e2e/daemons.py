@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from support import warm_python
+from support.waiting import HANGING
 
 from umbel_client.models.base.files import folder_digest
 from umbel_client.planning.draft import read_plan
@@ -85,9 +86,10 @@ address = "127.0.0.1:{port}"
 
 [limits]
 attempts = 3
-offer_seconds = 60
-train_seconds = 60
-stage_seconds = 30
+# A busy machine takes its time; a test whose sites stay away has less patience.
+offer_seconds = 300
+train_seconds = 300
+stage_seconds = 300
 """
 
 CLIENT_TOML = """\
@@ -210,7 +212,7 @@ class Site:
 
     def status(self) -> TrainerStatus:
         """Of its trainer, which may still be starting."""
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + HANGING
         while True:
             stub = ControlStub(self.folder / "state" / "control.sock")
             try:
@@ -310,9 +312,9 @@ class Clinics:
             site.trainer.start()
             site.relay.start()
 
-    def wait(self, job: str, *states: JobState, seconds: float = 120) -> QueuedJob:
+    def wait(self, job: str, *states: JobState) -> QueuedJob:
         """Until a job is in one of these states."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + HANGING
         while time.monotonic() < deadline:
             queued = self.queue.job(job)
             if queued.state in states:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support import warm_python
 from support.enrolling import Enrolling
+from support.waiting import HANGING
 
 from umbel_server.operator.admitted_sites import load_sites
 
@@ -131,7 +132,7 @@ def test_only_a_typed_yes_adds_a_site(tmp_path: Path, answer: bytes) -> None:
     while b"Type yes: " not in screen:
         screen += os.read(ours, 65536)
     os.write(ours, answer)
-    _, said = child.communicate(timeout=30)
+    _, said = child.communicate(timeout=HANGING)
     os.close(ours)
     assert (child.returncode, b"nothing was changed" in said) == (1, True)
     assert clinics.files() == before

@@ -9,6 +9,7 @@ from pathlib import Path
 from e2e import echo_relay
 from e2e.daemons import SITES, Clinics
 from support import warm_python
+from support.waiting import HANGING
 
 from umbel_server.messaging.carrier import CarrierLink
 from umbel_server.messaging.link import Step
@@ -97,7 +98,7 @@ class Transport:
 
     def expect_asked(self, site: str, count: int) -> None:
         """Waits until so many messages have reached a site."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + HANGING
         while self.relays[site].asked() < count:
             assert time.monotonic() < deadline, self.logs()
             time.sleep(0.02)

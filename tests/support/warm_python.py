@@ -32,8 +32,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-HANGING = 600.0
-"""Seconds after which a process that should have ended is taken to hang."""
+from support.waiting import HANGING
 
 LIBRARIES = (
     "numpy",
@@ -54,6 +53,8 @@ LIBRARIES = (
     "rich.console",
 )
 """What is imported in advance: nothing of Umbel, nor what starts a thread, as pyarrow does."""
+
+TESTS = Path(__file__).parents[1]
 
 _MOST = 1 << 17
 """Bytes of a request, at most: the length of an environment."""
@@ -181,7 +182,8 @@ class _Client:
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._server = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [sys.executable, "-m", "support.warm_python", str(theirs.fileno())],
+                cwd=TESTS,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -289,8 +291,7 @@ def _open_standard_streams() -> None:
 
 def main(descriptor: int) -> None:
     """Imports the libraries and serves; in a child it goes on as the program that was asked for."""
-    folder = str(Path(__file__).parent)
-    sys.path[:] = [path for path in sys.path if path != folder]
+    sys.path.remove(str(TESTS))
     for name in LIBRARIES:
         # An extra that is not installed is not imported by the program either.
         with contextlib.suppress(ImportError):
