@@ -1,20 +1,22 @@
 """A real site in a process of its own, among sites that the server plays."""
 
-import multiprocessing
 import os
 import random
 import signal
 from collections import Counter
 from multiprocessing.connection import Listener
+from pathlib import Path
 from typing import Any
 
 from adversarial.federation import Federation
-from adversarial.site_process import AT, Prepare, nursery, only_databases_and_answers
+from adversarial.site_process import AT, Prepare, only_databases_and_answers
+from support import warm_python
 
 from umbel_common.protocol.wire import Reply, open_reply, request_digest, seal_request, size_limit
 
 SITE = "site-00"
 PUBLIC_SIZE = 40
+TESTS = Path(__file__).parent.parent
 
 
 class KillableSite:
@@ -34,20 +36,10 @@ class KillableSite:
         self.most_steps = most_steps
         self.killed_at: Counter[tuple[str, str]] = Counter()
         self.listener = Listener(str(federation.folder / "listener"))
-        context = multiprocessing.get_context("forkserver")
-        self.orders, theirs = context.Pipe()
-        self.nursery = context.Process(
-            target=nursery,
-            args=(
-                self.folder,
-                self.listener.address,
-                federation.plan,
-                PUBLIC_SIZE,
-                theirs,
-                prepare,
-            ),
-        )
-        self.nursery.start()
+        address = str(self.listener.address)
+        self.nursery = warm_python.start("-m", "adversarial.nursery", address, cwd=TESTS)
+        self.orders = self.listener.accept()
+        self.orders.send((self.folder, federation.plan, PUBLIC_SIZE, prepare))
         self.start()
 
     def start(self) -> None:
@@ -58,7 +50,7 @@ class KillableSite:
     def stop(self) -> None:
         os.kill(self.process, signal.SIGKILL)
         self.orders.send(None)
-        self.nursery.join()
+        self.nursery.wait()
         self.listener.close()
 
     def ask(self, stage: str, request: Any) -> Reply | None:

@@ -51,8 +51,8 @@ def nursery(
     address: str,
     plan: TrainingPlan,
     public_size: int,
+    prepare: Prepare,
     orders: Connection,
-    prepare: Prepare = only_databases_and_answers,
 ) -> None:
     """Starts a site for each number of steps that it receives, once the site before has died.
 

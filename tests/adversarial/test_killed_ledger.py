@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from adversarial import training_steps
 from adversarial.federation import Federation
-from adversarial.killable_site import SITE, KillableSite
+from adversarial.killable_site import PUBLIC_SIZE, SITE, KillableSite
 from adversarial.site_process import Prepare
 
 from umbel_client.ledger.file import read_ledger
@@ -45,7 +45,7 @@ def federation(open_federation: Callable[..., Federation]) -> Federation:
     training = Training(
         rounds=ROUNDS,
         local_steps=2,
-        expected_batch_size=8,
+        expected_batch_size=PUBLIC_SIZE,
         optimizer=Sgd(adapter_learning_rate=0.1, head_learning_rate=0.1),
     )
     federation = open_federation(4, training=training)

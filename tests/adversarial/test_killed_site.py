@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 from adversarial.federation import Federation
-from adversarial.killable_site import SITE, KillableSite
+from adversarial.killable_site import PUBLIC_SIZE, SITE, KillableSite
 
 from umbel_common.adapters.vector import adapter_digest, initial_vector
 from umbel_common.canonical import encode
@@ -39,7 +39,7 @@ def federation(open_federation: Callable[..., Federation]) -> Federation:
     training = Training(
         rounds=ROUNDS,
         local_steps=1,
-        expected_batch_size=8,
+        expected_batch_size=PUBLIC_SIZE,
         optimizer=Sgd(adapter_learning_rate=0.1, head_learning_rate=0.1),
     )
     federation = open_federation(4, training=training)

@@ -4,14 +4,14 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 from adversarial.federation import Federation
 from adversarial.killable_site import SITE, KillableSite
+from support import warm_python
+from support.waiting import HANGING
 
 from umbel_common.adapters.vector import adapter_digest, initial_vector
 from umbel_common.errors import LedgerError
@@ -67,7 +67,7 @@ def test_a_second_client_is_refused_until_the_first_has_died(
         assert "another process" in federation.observers[SITE].errors[0].diagnostics()
         os.kill(other.process, signal.SIGKILL)
         # Its end of the connection closes with the process, as does the lock.
-        assert other.connection.poll(10)
+        assert other.connection.poll(HANGING)
         federation.offer()
         other.start()
     finally:
@@ -100,13 +100,10 @@ def test_the_budget_can_be_read_while_a_client_trains(federation: Federation, co
     state = federation.folder / SITE / "state"
     before = {path.name: path.read_bytes() for path in state.iterdir() if path.suffix == ".sqlite"}
     log = (state / "ledger.sqlite-wal").read_bytes()
-    done = subprocess.run(
-        [sys.executable, "-m", "umbel_client.cli", "budget", command],
-        cwd=federation.folder / SITE,
-        capture_output=True,
-        text=True,
-        check=True,
+    done = warm_python.run(
+        *("-m", "umbel_client.cli", "budget", command), cwd=federation.folder / SITE
     )
+    assert done.returncode == 0, done.stderr
     assert "job" in done.stdout or "intact" in done.stdout
     assert {name: (state / name).read_bytes() for name in before} == before
     assert (state / "ledger.sqlite-wal").read_bytes() == log

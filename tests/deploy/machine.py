@@ -15,6 +15,8 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from support.waiting import HANGING
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("common", "client", "server")
 _SYSTEMD = Path("/lib/systemd/systemd")
@@ -105,7 +107,7 @@ class Machine:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=HANGING,
         )
         if check and done.returncode != 0:
             raise AssertionError((command, done.returncode, done.stdout, done.stderr))
@@ -137,8 +139,8 @@ class Machine:
     def close(self) -> None:
         """Ends every process in it, and leaves nothing behind."""
         os.kill(self.first, signal.SIGKILL)
-        self._outer.wait(30)
-        deadline = time.monotonic() + 10
+        self._outer.wait(HANGING)
+        deadline = time.monotonic() + HANGING
         for group in self._groups:
             folders = sorted(group.rglob("*"), key=lambda path: -len(path.parts))
             for folder in (*(path for path in folders if path.is_dir()), group):
@@ -168,7 +170,7 @@ class Machine:
         )
 
     def _first_process(self) -> int:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + HANGING
         children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children")
         while time.monotonic() < deadline:
             for child in children.read_text().split():
@@ -179,7 +181,7 @@ class Machine:
         raise AssertionError("the machine did not start")
 
     def _prepare(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANGING
         while True:
             state = self.run("systemctl", "is-system-running", check=False).stdout.strip()
             if state in ("running", "degraded"):

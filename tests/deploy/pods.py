@@ -19,6 +19,7 @@ from pathlib import Path
 
 from deploy.charts import ROOT, Object, kind, pod_of
 from support.container_filter import RUNTIME_FILTER
+from support.waiting import HANGING
 
 _PACKAGES = ("common", "client", "server")
 _TOOLS = ("ip", "nsenter", "setpriv", "unshare")
@@ -90,7 +91,7 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="umbel-pods-"))
         self._network = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
         self.pods: list[Pod] = []
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + HANGING
         here = os.readlink("/proc/self/ns/net")
         while os.readlink(f"/proc/{self._network.pid}/ns/net") == here:
             assert time.monotonic() < deadline
@@ -181,7 +182,7 @@ class Pod:
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=HANGING,
         )
 
     def exec(
@@ -197,7 +198,7 @@ class Pod:
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=HANGING,
         )
 
     def probe(self, name: str, which: str) -> int:
@@ -207,7 +208,7 @@ class Pod:
     def process(self, name: str) -> int:
         """The number of a container's own process, as seen from here."""
         outer = self._running[name].pid
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANGING
         while time.monotonic() < deadline:
             assert self._running[name].poll() is None, self.logs()
             for child in _children(outer):

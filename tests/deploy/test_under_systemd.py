@@ -8,6 +8,7 @@ import pytest
 from deploy.federation import SECRETS, SITE, UNITS, Deployment
 from deploy.machine import missing
 from e2e.tunnel_proxy import TunnelProxy
+from support.waiting import HANGING
 
 from umbel_client.trainer.isolation import Network
 from umbel_server.operator.authority import key_pem
@@ -198,7 +199,7 @@ def test_what_a_unit_cannot_use_is_one_error_before_anything_starts(
     since = machine.run("date", "+%s.%N").stdout.strip()
     try:
         machine.run("systemctl", "start", unit)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + HANGING
         while deployment.show(unit, "ExecMainStatus") == "0":
             assert time.monotonic() < deadline, machine.log(unit)
             time.sleep(0.2)

@@ -3,9 +3,9 @@
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from support import warm_python
 
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.privacy.accounting import DpEvent
@@ -62,17 +62,14 @@ def make_site(folder: Path) -> None:
 
 def output(folder: Path, command: str) -> str:
     """What a person sees who types a command."""
-    done = subprocess.run(
-        [sys.executable, "-m", "umbel_client.cli", *command.split()[1:]],
+    done = warm_python.run(
+        *("-m", "umbel_client.cli", *command.split()[1:]),
         cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
         env={**os.environ, "COLUMNS": "80", "TERM": "dumb"},
-        check=False,
     )
-    assert done.returncode == (33 if "--head" in command else 0), done.stdout
-    lines = done.stdout.replace(str(folder), "/srv/umbel").splitlines()
+    printed = done.stdout + done.stderr
+    assert done.returncode == (33 if "--head" in command else 0), printed
+    lines = printed.replace(str(folder), "/srv/umbel").splitlines()
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 

@@ -4,9 +4,9 @@ import os
 import pty
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+
+from support import warm_python
 
 from umbel_common.trust.identity import Identity, Member, Roster
 from umbel_common.trust.roster_file import document_from_json, document_to_json, roster_to_json
@@ -39,8 +39,8 @@ def sessions(page: str) -> list[tuple[str, str, str]]:
 def at_terminal(folder: Path, command: str) -> str:
     """What a person sees who types a command, and yes where it asks."""
     ours, theirs = pty.openpty()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "umbel_client.cli", *command.split()[1:]],
+    child = warm_python.start(
+        *("-m", "umbel_client.cli", *command.split()[1:]),
         cwd=folder,
         stdin=theirs,
         stdout=theirs,
@@ -57,7 +57,7 @@ def at_terminal(folder: Path, command: str) -> str:
         if screen.endswith(b"Type yes to approve: "):
             os.write(ours, b"yes\n")
     os.close(ours)
-    assert child.wait(30) == 0, screen.decode()
+    assert child.wait() == 0, screen.decode()
     lines = screen.decode().replace(str(folder), "/srv/umbel").splitlines()
     return "".join(f"{line.rstrip()}\n" for line in lines)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import warm_python
 
 Simulate = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -18,15 +19,8 @@ def simulate() -> Simulate:
     """Runs `umbel-simulate` with these arguments and returns what it printed and its exit code."""
     script = Path(sys.executable).with_name("umbel-simulate")
 
-    def run(*arguments: object, timeout: float = 280) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [script, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env={**os.environ, "COLUMNS": "120"},
-            check=False,
-        )
+    def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
+        return warm_python.run(script, *arguments, env={**os.environ, "COLUMNS": "120"})
 
     return run
 
@@ -68,7 +62,7 @@ method = "both"
 [training]
 rounds = 2
 local_steps = 1
-expected_batch_size = 16
+expected_batch_size = 80
 adapter_learning_rate = 1e-2
 head_learning_rate = 1e-1
 
@@ -84,7 +78,10 @@ threshold = 3
 
 
 class TinyScenario:
-    """A scenario file over generated data that a test may spoil, and runs of it."""
+    """A scenario file over generated data that a test may spoil, and runs of it.
+
+    Each batch has all 80 records of a site: the accountant answers that at once.
+    """
 
     def __init__(self, folder: Path, model: Path, simulate: Simulate) -> None:
         self.folder = folder

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +16,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from support import warm_python
+from support.waiting import HANGING
 
 from umbel_client.models.base.files import folder_digest
 from umbel_client.planning.draft import read_plan
@@ -64,7 +65,7 @@ method = "ffa"
 [training]
 rounds = 3
 local_steps = 2
-expected_batch_size = 8
+expected_batch_size = 40  # every record: the accountant answers that at once
 optimizer = {{ optimizer = "sgd", adapter_learning_rate = 0.1, head_learning_rate = 0.1 }}
 
 [privacy]
@@ -85,9 +86,10 @@ address = "127.0.0.1:{port}"
 
 [limits]
 attempts = 3
-offer_seconds = 60
-train_seconds = 60
-stage_seconds = 30
+# A busy machine takes its time; a test whose sites stay away has less patience.
+offer_seconds = 300
+train_seconds = 300
+stage_seconds = 300
 """
 
 CLIENT_TOML = """\
@@ -124,21 +126,21 @@ class Daemon:
 
     def __init__(self, folder: Path, module: str, *arguments: str) -> None:
         self.log = folder / f"{module.rpartition('.')[2]}.log"
-        self._command = [sys.executable, "-m", module, *arguments]
+        self._command = ["-m", module, *arguments]
         self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: warm_python.Process | None = None
 
     @classmethod
     def of(cls, folder: Path, script: str, *arguments: str) -> "Daemon":
         """A script of a test's own in a daemon's place."""
         daemon = cls(folder, Path(script).stem, *arguments)
-        daemon._command = [sys.executable, script, *arguments]
+        daemon._command = [script, *arguments]
         return daemon
 
     def start(self) -> None:
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command, cwd=self._folder, stdout=log, stderr=log
+            self._process = warm_python.start(
+                *self._command, cwd=self._folder, stdout=log.fileno(), stderr=log.fileno()
             )
 
     @property
@@ -159,17 +161,17 @@ class Daemon:
         """As a service manager does; its exit code."""
         return self._end(signal.SIGTERM)
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self) -> int:
         """The exit code of a process that ends by itself."""
         assert self._process is not None
-        return self._process.wait(seconds)
+        return self._process.wait()
 
     def _end(self, how: signal.Signals) -> int:
         assert self._process is not None
         if self._process.poll() is None:
             self._process.send_signal(how)
         try:
-            return self._process.wait(60)
+            return self._process.wait()
         except subprocess.TimeoutExpired:
             self._process.kill()
             raise
@@ -210,7 +212,7 @@ class Site:
 
     def status(self) -> TrainerStatus:
         """Of its trainer, which may still be starting."""
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + HANGING
         while True:
             stub = ControlStub(self.folder / "state" / "control.sock")
             try:
@@ -310,9 +312,9 @@ class Clinics:
             site.trainer.start()
             site.relay.start()
 
-    def wait(self, job: str, *states: JobState, seconds: float = 120) -> QueuedJob:
+    def wait(self, job: str, *states: JobState) -> QueuedJob:
         """Until a job is in one of these states."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + HANGING
         while time.monotonic() < deadline:
             queued = self.queue.job(job)
             if queued.state in states:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from support.waiting import HANGING
+
 _AT_ONCE = 1 << 16
 
 
@@ -39,7 +41,7 @@ class SlowLink:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.cut()
-        self._thread.join(10)
+        self._thread.join(HANGING)
 
     def _accept(self) -> None:
         while True:

@@ -55,7 +55,7 @@ CASES: dict[str, tuple[Callable[[Any], None], int, list[str]]] = {
         ["hospital-", "records"],
     ),
     "a site with fewer records than the expected batch": (
-        lambda tiny: tiny.change("expected_batch_size = 16", "expected_batch_size = 100"),
+        lambda tiny: tiny.change("expected_batch_size = 80", "expected_batch_size = 100"),
         11,
         ["hospital-a", "80 records", "at least 100"],
     ),

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from cryptography import x509
+from support import warm_python
 
 from umbel_common.canonical import encode
 from umbel_common.trust.enrolment import (
@@ -32,13 +33,8 @@ SITES = ("east", "north", "south")
 
 def run(folder: Path, command: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     module = {"umbel-server": "umbel_server.cli", "umbel-client": "umbel_client.cli"}[command]
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=folder,
-        env={**os.environ, "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        check=False,
+    return warm_python.run(
+        "-m", module, *arguments, cwd=folder, env={**os.environ, "COLUMNS": "120"}
     )
 
 

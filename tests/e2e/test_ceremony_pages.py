@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import warm_python
 from support.enrolling import Enrolling
+from support.waiting import HANGING
 
 from umbel_server.operator.admitted_sites import load_sites
 
@@ -33,8 +35,8 @@ def typed(folder: Path, command: str) -> str:
     """What a person sees who types a command, and yes where it asks."""
     ours, theirs = pty.openpty()
     name, *words = command.split()
-    child = subprocess.Popen(
-        [sys.executable, "-m", MODULES[name], *words],
+    child = warm_python.start(
+        *("-m", MODULES[name], *words),
         cwd=folder,
         stdin=theirs,
         stdout=theirs,
@@ -51,7 +53,7 @@ def typed(folder: Path, command: str) -> str:
         if screen.endswith(b"Type yes: "):
             os.write(ours, b"yes\n")
     os.close(ours)
-    assert child.wait(30) == 0, screen.decode()
+    assert child.wait() == 0, screen.decode()
     return "".join(f"{line.rstrip()}\n" for line in screen.decode().splitlines())
 
 
@@ -130,7 +132,7 @@ def test_only_a_typed_yes_adds_a_site(tmp_path: Path, answer: bytes) -> None:
     while b"Type yes: " not in screen:
         screen += os.read(ours, 65536)
     os.write(ours, answer)
-    _, said = child.communicate(timeout=30)
+    _, said = child.communicate(timeout=HANGING)
     os.close(ours)
     assert (child.returncode, b"nothing was changed" in said) == (1, True)
     assert clinics.files() == before

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from e2e.daemons import Clinics, Daemon, Site
+from support.waiting import HANGING
 
 import umbel_client.relay.flower
 import umbel_client.relay.server_clock
@@ -25,12 +26,26 @@ from umbel_server.storage.job_queue import JobState
 def clinics(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Clinics]:
     """A federation that runs through all the tests of this file, and every fault in them."""
     made = Clinics(tmp_path_factory.mktemp("clinics"), tiny_model)
-    made.limit(train_seconds=20, stage_seconds=10)
     made.start_all()
     for site in made.sites.values():
         site.status()
     yield made
     made.close()
+
+
+@pytest.fixture
+def impatient(clinics: Clinics) -> Iterator[None]:
+    """The operator waits seconds for a site, because one stays away."""
+    limits = (
+        {"train_seconds": 20, "stage_seconds": 10},
+        {"train_seconds": 300, "stage_seconds": 300},
+    )
+    for number, seconds in enumerate(limits):
+        if number:
+            yield
+        clinics.rounds_process.stop()
+        clinics.limit(**seconds)
+        clinics.rounds_process.start()
 
 
 @pytest.fixture
@@ -47,7 +62,7 @@ def finished(clinics: Clinics, job: str) -> None:
 
 def reached(clinics: Clinics, job: str, round_number: int) -> None:
     """Waits until a round is under way."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + HANGING
     while time.monotonic() < deadline:
         queued = clinics.queue.job(job)
         if queued.round >= round_number or queued.state in (JobState.FINISHED, JobState.FAILED):
@@ -128,6 +143,7 @@ def test_a_job_waits_for_a_superlink_that_is_away(
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("impatient")
 def test_without_a_site_that_vanished_the_others_go_on(clinics: Clinics, job: str) -> None:
     reached(clinics, job, 2)
     gone = clinics.sites["north"]
@@ -172,9 +188,9 @@ def test_a_server_whose_disk_is_full_goes_on_when_there_is_room(clinics: Clinics
         time.sleep(12)
         assert clinics.rounds_process.running
         assert clinics.queue.job(job).state is JobState.RUNNING
-        assert not is_healthy(clinics.operator_folder / "state" / "rounds.sock", 5.0)
+        assert not is_healthy(clinics.operator_folder / "state" / "rounds.sock", HANGING)
     finished(clinics, job)
-    assert is_healthy(clinics.operator_folder / "state" / "rounds.sock", 5.0)
+    assert is_healthy(clinics.operator_folder / "state" / "rounds.sock", HANGING)
     assert len(adapters(clinics, job)) == 1
     for site in clinics.sites.values():
         assert charged(site, job) == [1, 2, 3]
@@ -211,12 +227,13 @@ def test_a_relay_whose_clock_is_wrong_by_ten_minutes_works_all_the_same(
         assert charged(site, job) == [1, 2, 3]
     finally:
         stopping.set()
-        relay.join(60)
+        relay.join(HANGING)
         stub.close()
         site.relay.start()
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("impatient")
 def test_a_job_that_failed_goes_on_when_the_operator_resumes_it(clinics: Clinics, job: str) -> None:
     reached(clinics, job, 2)
     away = [clinics.sites[name].relay for name in ("north", "south")]

@@ -51,6 +51,7 @@ from flwr.superlink.main import create_app
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
+from support.waiting import HANGING
 
 import umbel_client.relay.flower as relay
 import umbel_server.port.flower_patches
@@ -207,7 +208,7 @@ def test_a_database_that_is_locked_for_a_while_does_not_end_the_run(
     monkeypatch.setattr(umbel_server.port.superlink, "_KEEP_ALIVE_SECONDS", 0.05)
     superlink._alive = threading.Thread(target=superlink._keep_alive, daemon=True)
     superlink._alive.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANGING
     while len(failures) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -328,7 +329,7 @@ class Link:
     def stop(self) -> None:
         if self._server is not None and self._thread is not None:
             self._server.should_exit = True
-            self._thread.join(20)
+            self._thread.join(HANGING)
 
     def rows(self, table: str) -> int:
         with sqlite3.connect(self.database) as database:

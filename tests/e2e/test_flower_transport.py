@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from e2e.daemons import SITES, Clinics
 from e2e.transport import Transport
+from support.waiting import HANGING
 
 from umbel_server.messaging.link import Step
 
@@ -37,23 +38,32 @@ def mirrored(requests: dict[str, bytes]) -> dict[str, bytes]:
 )
 def test_a_rounds_messages_wait_for_no_slow_poll(transport: Transport, most: float) -> None:
     """Five stages: train, share, mask, confirm, unmask. With Flower's own poll they take 16 s; what
-    they take where nothing else runs is measured by `make soak` and `make bench`."""
+    they take where nothing else runs is measured by `make soak` and `make bench`. A busy machine
+    gets ten tries: only the poll makes all of them slow."""
+    for _ in range(10):
+        if (seconds := round_trip(transport)) < most:
+            return
+    raise AssertionError(seconds)
+
+
+def round_trip(transport: Transport) -> float:
+    """Seconds of a round's messages."""
     took = []
     for stage in ("train", "share", "mask", "confirm", "unmask"):
         requests = {site: f"{stage} {site}".encode() + os.urandom(5000) for site in SITES}
         began = time.monotonic()
-        assert transport.exchange(requests, 30, Step(stage, 1, 1)) == mirrored(requests)
+        assert transport.exchange(requests, HANGING, Step(stage, 1, 1)) == mirrored(requests)
         took.append(time.monotonic() - began)
     print(f"\nstages of three sites: {', '.join(f'{seconds:.2f} s' for seconds in took)}")
     print(f"a round beyond training: {sum(took):.2f} s")
-    assert sum(took) < most
+    return sum(took)
 
 
 def test_twenty_megabytes_come_back_whole(transport: Transport) -> None:
     # Zeros, as in an adapter that is not trained yet: pieces that are the same.
     requests = {site: os.urandom(5_000_000) + bytes(15_000_000) for site in SITES}
     began = time.monotonic()
-    replies = transport.exchange(requests, 60)
+    replies = transport.exchange(requests, HANGING)
     print(f"\n3 x 20 MB there and back: {time.monotonic() - began:.1f} s")
     assert replies == mirrored(requests)
 
@@ -76,7 +86,7 @@ def test_a_superlink_that_is_killed_loses_no_small_message(
     interruption.start()
     try:
         began = time.monotonic()
-        replies = transport.exchange(requests, away + 60)
+        replies = transport.exchange(requests, HANGING)
         print(f"\nanswered {time.monotonic() - began:.1f} s after it was asked")
     finally:
         interruption.join()
@@ -102,7 +112,7 @@ def test_a_relay_that_is_started_again_gets_its_message_again(
     interruption.start()
     try:
         began = time.monotonic()
-        replies = transport.exchange(requests, 40)
+        replies = transport.exchange(requests, HANGING)
         print(f"\nanswered {time.monotonic() - began:.1f} s after it was asked")
     finally:
         interruption.join()
@@ -114,7 +124,7 @@ def test_an_answer_that_comes_too_late_is_dropped_and_the_next_is_not(
 ) -> None:
     assert transport.exchange({"north": b"wait 3 too late"}, 1.5) == {}
     requests = {"north": b"in time"}
-    assert transport.exchange(requests, 20) == mirrored(requests), transport.logs()
+    assert transport.exchange(requests, HANGING) == mirrored(requests), transport.logs()
 
 
 @pytest.mark.parametrize("seconds", [-20, 4, 20, 600])
@@ -125,7 +135,7 @@ def test_a_relay_whose_clock_is_wrong_gets_in(transport: Transport, seconds: flo
     relay.start(clock_ahead=seconds)
     try:
         requests = {"north": b"what is the time?"}
-        assert transport.exchange(requests, 20) == mirrored(requests), transport.logs()
+        assert transport.exchange(requests, HANGING) == mirrored(requests), transport.logs()
     finally:
         relay.kill()
         relay.start()

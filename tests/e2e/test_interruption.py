@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.waiting import HANGING
 
 from umbel_client.data.records import load_records
 from umbel_client.ledger.ledger import Ledger
@@ -34,7 +35,7 @@ def start(runs: Path) -> "subprocess.Popen[str]":
 
 
 def wait_for(path: Path, text: str, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + HANGING
     while not (path.exists() and text in path.read_text()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -59,7 +60,7 @@ def test_a_run_that_was_stopped_resumes_and_charges_no_round_twice(
     folder = tmp_path / "run"
     wait_for(folder / "metrics.jsonl", moment, process)
     process.send_signal(stop)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=HANGING)
     if stop is signal.SIGINT:
         assert process.returncode == 130
         assert "the same command resumes" in stderr

@@ -6,7 +6,6 @@ And what a site's firewall has to let out: one connection, to one port.
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ import pytest
 from e2e.daemons import Clinics, free_port
 from e2e.transport import EchoRelay, Transport
 from e2e.tunnel_proxy import TunnelProxy
+from support import warm_python
+from support.waiting import HANGING
 
 from umbel_common.errors import ConfigError
 
@@ -49,12 +50,14 @@ def restarted(transport: Transport, **environment: str) -> Iterator[EchoRelay]:
 
 def expect_mirrored(transport: Transport) -> None:
     sealed = b"round the corner" + os.urandom(100_000)
-    assert transport.exchange({"north": sealed}, 30) == {"north": sealed[::-1]}, transport.logs()
+    assert transport.exchange({"north": sealed}, HANGING) == {"north": sealed[::-1]}, (
+        transport.logs()
+    )
 
 
 def expect_line(relay: EchoRelay, text: str) -> str:
     """Waits until a relay says something; everything that it said."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANGING
     while text not in relay.log.read_text():
         assert time.monotonic() < deadline, relay.log.read_text()
         time.sleep(0.1)
@@ -180,7 +183,7 @@ def nginx(folder: Path, port: int, to: int) -> Iterator[None]:
         yield
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(HANGING)
 
 
 @pytest.mark.skipif(
@@ -212,12 +215,8 @@ def test_a_proxy_that_cannot_be_used_ends_the_relay_with_one_error(
     transport: Transport, address: str
 ) -> None:
     site = transport.clinics.sites["east"]
-    done = subprocess.run(
-        [sys.executable, "-m", "umbel_client.relay", str(site.config)],
-        env={**os.environ, "HTTPS_PROXY": address},
-        capture_output=True,
-        text=True,
-        check=False,
+    done = warm_python.run(
+        *("-m", "umbel_client.relay", site.config), env={**os.environ, "HTTPS_PROXY": address}
     )
     assert done.returncode == ConfigError.exit_code
     assert "field: HTTPS_PROXY" in done.stderr

@@ -21,6 +21,7 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
+from support.waiting import HANGING
 
 from umbel_client.relay.server_clock import ServerClock
 from umbel_client.relay.signature import Signature
@@ -40,7 +41,7 @@ def clinics(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
     """An operator whose port is open; no site runs."""
     made = Clinics(tmp_path_factory.mktemp("clinics"), tiny_model)
     made.port_process.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANGING
     while time.monotonic() < deadline:
         try:
             socket.create_connection(("127.0.0.1", made.port), timeout=1).close()
@@ -251,7 +252,7 @@ def test_a_stock_supernode_does_not_get_in(clinics: Clinics, tmp_path: Path) -> 
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + HANGING
         while time.monotonic() < deadline and log.read_text().count(failed) < 3:
             time.sleep(0.2)
     finally:
@@ -296,7 +297,7 @@ def test_a_stock_flwr_run_does_not_get_in(clinics: Clinics, tmp_path: Path) -> N
         },
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=HANGING,
     )
     assert done.returncode != 0
     said = done.stdout + done.stderr

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from e2e.daemons import Clinics, Daemon, Site
+from support.waiting import HANGING
 
 from umbel_common.errors import ConfigError, IdentityError, StorageError, UmbelError
 from umbel_server.operator.authority import Authority, certificate_pem, key_pem, new_key
@@ -68,7 +69,7 @@ def test_a_second_relay_at_one_trainer_refuses_to_start(clinics: Clinics) -> Non
     site = clinics.sites["north"]
     clinics.port_process.start()
     site.relay.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGING
     while not (site.folder / "run" / "relay.sock").exists():
         assert time.monotonic() < deadline, site.relay.log.read_text()
         time.sleep(0.1)

@@ -15,6 +15,8 @@ import msgspec
 import numpy as np
 import pytest
 from e2e.daemons import Clinics, Site
+from support import warm_python
+from support.waiting import HANGING
 
 from umbel_client.ledger.file import read_ledger
 from umbel_common.adapters.vector import initial_vector
@@ -89,13 +91,11 @@ def training(rate: float, rounds: int = 1) -> Training:
 
 
 def server(clinics: Clinics, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "umbel_server.cli", *arguments],
+    return warm_python.run(
+        *("-m", "umbel_server.cli"),
+        *arguments,
         cwd=clinics.operator_folder,
         env={**os.environ, "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        check=False,
     )
 
 
@@ -135,7 +135,7 @@ def charged(site: Site, job: str) -> list[int]:
 
 
 def finished(clinics: Clinics, job: str) -> None:
-    queued = clinics.wait(job, JobState.FINISHED, JobState.FAILED, JobState.STOPPED, seconds=200)
+    queued = clinics.wait(job, JobState.FINISHED, JobState.FAILED, JobState.STOPPED)
     assert queued.state is JobState.FINISHED, (queued.detail, clinics.logs())
 
 
@@ -188,7 +188,7 @@ def test_without_the_gate_the_same_update_is_released(clinics: Clinics) -> None:
 def test_an_evaluator_that_crashes_stops_the_job_which_resumes_there(clinics: Clinics) -> None:
     (clinics.operator_folder / "crash-2").touch()
     started(clinics, "crash", training=training(0.01), release_gate=gate_of(clinics, 5.0))
-    queued = clinics.wait("crash", JobState.FINISHED, JobState.FAILED, seconds=200)
+    queued = clinics.wait("crash", JobState.FINISHED, JobState.FAILED)
     assert queued.state is JobState.FAILED, clinics.logs()
     assert "signal 9" in queued.detail
     assert "resume" in server(clinics, "job", "status", "crash").stdout
@@ -206,12 +206,12 @@ def test_an_evaluator_that_crashes_stops_the_job_which_resumes_there(clinics: Cl
 def test_a_job_can_be_stopped_while_an_adapter_is_evaluated(clinics: Clinics) -> None:
     (clinics.operator_folder / "wait-1").touch()
     started(clinics, "slow", training=training(0.01), release_gate=gate_of(clinics, 5.0))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGING
     while not (clinics.operator_folder / "starts").exists():
         assert time.monotonic() < deadline, clinics.logs()
         time.sleep(0.1)
     assert server(clinics, "job", "stop", "slow").returncode == 0
-    clinics.wait("slow", JobState.STOPPED, seconds=30)
+    clinics.wait("slow", JobState.STOPPED)
 
 
 def test_a_job_whose_gate_cannot_be_kept_does_not_start(clinics: Clinics) -> None:
@@ -230,7 +230,7 @@ def test_a_job_whose_gate_cannot_be_kept_does_not_start(clinics: Clinics) -> Non
         assert "evaluation.holdout" in done.stderr
         # One that was queued already, too.
         clinics.add(job="queued", release_gate=plan.release_gate)
-        queued = clinics.wait("queued", JobState.FAILED, seconds=30)
+        queued = clinics.wait("queued", JobState.FAILED)
         assert "the holdout cannot be read" in queued.detail
     finally:
         (folder / "elsewhere").rename(folder / "public.jsonl")

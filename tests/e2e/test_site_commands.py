@@ -15,6 +15,8 @@ from pathlib import Path
 import msgspec
 import pytest
 from e2e.daemons import Clinics, Site
+from support import warm_python
+from support.waiting import HANGING
 
 from umbel_client.site.ipc import TrainerStub
 from umbel_client.trainer.isolation import Network, network
@@ -38,13 +40,8 @@ def clinics(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
 
 
 def command(folder: Path, module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=folder,
-        env={**os.environ, "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        check=False,
+    return warm_python.run(
+        "-m", module, *arguments, cwd=folder, env={**os.environ, "COLUMNS": "120"}
     )
 
 
@@ -68,7 +65,7 @@ def findings(site: Site, *, code: int = 0) -> dict[str, str]:
 
 def waiting(site: Site, job: str = "triage") -> str:
     """What `umbel-client plans` prints once the job's plan is there."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGING
     while time.monotonic() < deadline:
         listed = client(site, "plans").stdout
         if job in listed:
@@ -140,7 +137,7 @@ def test_one_command_asks_all_four_processes_whether_they_are_well(clinics: Clin
     try:
         done = command(site.folder, "umbel_host.probe", f"unix:{state / 'carrier.sock'}")
         assert done.returncode == UnreachableError.exit_code
-        relay, deadline = f"unix:{site.folder / 'run' / 'relay.sock'}", time.monotonic() + 200
+        relay, deadline = f"unix:{site.folder / 'run' / 'relay.sock'}", time.monotonic() + HANGING
         while (done := command(site.folder, "umbel_host.probe", relay)).returncode == 0:
             assert time.monotonic() < deadline
         assert done.returncode == 1, done.stderr
@@ -164,7 +161,7 @@ def test_watch_prints_what_happens_until_it_is_interrupted(clinics: Clinics) -> 
         # It prints from now on, whenever now is: two kinds of nonsense in turn, until one is seen.
         printed = select.poll()
         printed.register(watching.stdout or 0, select.POLLIN)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANGING
         while not printed.poll(100):
             assert time.monotonic() < deadline
             for nonsense in (b"nonsense", MAGIC + bytes(100)):
@@ -177,11 +174,11 @@ def test_watch_prints_what_happens_until_it_is_interrupted(clinics: Clinics) -> 
             assert client(one, "approve", job, "--digest", digest).returncode == 0
         clinics.wait(job, JobState.FINISHED)
         watching.send_signal(signal.SIGINT)
-        assert watching.wait(20) == INTERRUPTED
-        reading.join(10)
+        assert watching.wait(HANGING) == INTERRUPTED
+        reading.join(HANGING)
     finally:
         watching.kill()
-        watching.wait(10)
+        watching.wait(HANGING)
         stub.close()
     moment = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
     assert all(re.match(moment + r"\S", line) for line in lines), lines

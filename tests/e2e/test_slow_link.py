@@ -10,6 +10,7 @@ import pytest
 from e2e.daemons import Clinics
 from e2e.slow_link import SlowLink
 from e2e.transport import EchoRelay, Transport
+from support.waiting import HANGING
 
 from umbel_host.transport.pieces import FLOWER_PIECE_BYTES
 
@@ -36,7 +37,7 @@ def line(transport: Transport) -> Iterator[SlowLink]:
     transport.relays["north"] = relay
     relay.start()
     # It is there.
-    assert transport.exchange({"north": b"north"}, 30) == {"north": b"htron"}
+    assert transport.exchange({"north": b"north"}, HANGING) == {"north": b"htron"}
     made.up = made.down = 0
     yield made
     relay.kill()
@@ -51,7 +52,7 @@ def test_a_large_adapter_goes_down_and_up_a_slow_line(transport: Transport, line
     size = 100 * MEGABYTE
     request = os.urandom(size)
     began = time.monotonic()
-    replies = transport.exchange({"north": request}, 240)
+    replies = transport.exchange({"north": request}, HANGING)
     seconds = time.monotonic() - began
     print(f"\n100 MB down and up at 15 MB/s: {seconds:.0f} s")
     assert replies == {"north": request[::-1]}, transport.logs()
@@ -68,7 +69,7 @@ def test_an_upload_that_is_cut_goes_on_where_it_was(
     size = megabytes * MEGABYTE
     request = os.urandom(size)
     line.cut_after(size // 2)
-    replies = transport.exchange({"north": request}, 240)
+    replies = transport.exchange({"north": request}, HANGING)
     assert replies == {"north": request[::-1]}, transport.logs()
     assert line.cuts == 1
     again = line.up - size
@@ -82,7 +83,7 @@ def test_a_download_that_is_cut_goes_on_where_it_was(transport: Transport, line:
     request = os.urandom(size)
 
     def cut_when_half_is_there() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANGING
         while line.down < size // 2:
             assert time.monotonic() < deadline, transport.logs()
             time.sleep(0.005)
@@ -90,8 +91,8 @@ def test_a_download_that_is_cut_goes_on_where_it_was(transport: Transport, line:
 
     cutting = threading.Thread(target=cut_when_half_is_there)
     cutting.start()
-    replies = transport.exchange({"north": request}, 120)
-    cutting.join(60)
+    replies = transport.exchange({"north": request}, HANGING)
+    cutting.join(HANGING)
     assert replies == {"north": request[::-1]}, transport.logs()
     assert line.cuts == 1
     again = line.down - size

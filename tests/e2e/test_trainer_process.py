@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from e2e.daemons import Clinics, Daemon, Once, SocketLink
+from support.waiting import HANGING
 
 from umbel_client.site.decisions import Decisions
 from umbel_client.site.ipc import TrainerStub
@@ -16,7 +17,7 @@ from umbel_server.messaging.link import Step
 from umbel_server.operator.config import Limits
 from umbel_server.storage.job_queue import JobState
 
-PATIENT = Limits(attempts=3, offer_seconds=60, train_seconds=60, stage_seconds=60)
+PATIENT = Limits(attempts=3, offer_seconds=300, train_seconds=300, stage_seconds=300)
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_a_job_runs_over_sockets_and_everybody_has_the_same_adapter(clinics: Cli
         assert status.epsilon is not None
         assert 0 < status.epsilon <= 8.0
         assert status.isolated or network() is Network.NONE
-        assert is_healthy(site.socket, 5)
+        assert is_healthy(site.socket, HANGING)
         assert site.trainer.stop() == 0
         assert not site.socket.exists()
 

@@ -138,6 +138,7 @@ def test_one_seed_gives_one_partition_and_initial_adapter_and_fresh_noise(tiny: 
 
 def test_sites_that_fall_silent_are_recovered_and_said(tiny: Any) -> None:
     tiny.change("count = 3", "count = 5")
+    tiny.change("expected_batch_size = 80", "expected_batch_size = 48")
     tiny.change(
         "threshold = 3",
         "threshold = 4\n"
@@ -181,6 +182,7 @@ def test_json_prints_the_summary_and_quiet_prints_nothing(tiny: Any) -> None:
 
 
 def test_options_replace_what_the_scenario_says(tiny: Any) -> None:
+    tiny.change("expected_batch_size = 80", "expected_batch_size = 60")
     result = tiny.run("--sites", 4, "--rounds", 1, "--seed", 9)
     assert result.returncode == 0, result.stderr
     summary = summary_of(tiny)

@@ -1,14 +1,15 @@
 """What carries sealed bytes: the real port, and three relays whose trainers are echoes."""
 
 import os
-import subprocess
-import sys
+import signal
 import time
 from contextlib import closing
 from pathlib import Path
 
 from e2e import echo_relay
 from e2e.daemons import SITES, Clinics
+from support import warm_python
+from support.waiting import HANGING
 
 from umbel_server.messaging.carrier import CarrierLink
 from umbel_server.messaging.link import Step
@@ -22,15 +23,16 @@ class EchoRelay:
     def __init__(self, folder: Path, port: int) -> None:
         self.log = folder / "echo.log"
         self.asked_log = folder / "asked.log"
-        self._command = [sys.executable, echo_relay.__file__, f"127.0.0.1:{port}", str(folder)]
-        self._process: subprocess.Popen[bytes] | None = None
+        self._command = [echo_relay.__file__, f"127.0.0.1:{port}", str(folder)]
+        self._process: warm_python.Process | None = None
 
     def start(self, clock_ahead: float = 0, **environment: str) -> None:
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*self._command, str(clock_ahead)],
-                stdout=log,
-                stderr=log,
+            self._process = warm_python.start(
+                *self._command,
+                clock_ahead,
+                stdout=log.fileno(),
+                stderr=log.fileno(),
                 env={**os.environ, **environment},
             )
 
@@ -42,12 +44,12 @@ class EchoRelay:
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait()
 
     def stop(self) -> None:
         assert self._process is not None
-        self._process.terminate()
-        self._process.wait(10)
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait()
 
     def asked(self) -> int:
         """How many messages have reached the echo."""
@@ -68,9 +70,7 @@ class Transport:
 
     @property
     def port_pid(self) -> int:
-        process = self.port._process
-        assert process is not None
-        return int(process.pid)
+        return self.port.pid
 
     def start(self) -> None:
         """Until every relay is connected."""
@@ -98,7 +98,7 @@ class Transport:
 
     def expect_asked(self, site: str, count: int) -> None:
         """Waits until so many messages have reached a site."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + HANGING
         while self.relays[site].asked() < count:
             assert time.monotonic() < deadline, self.logs()
             time.sleep(0.02)

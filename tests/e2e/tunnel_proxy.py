@@ -6,6 +6,8 @@ import threading
 from base64 import b64encode
 from contextlib import suppress
 
+from support.waiting import HANGING
+
 
 class TunnelProxy:
     """It sees a name, and TLS."""
@@ -26,7 +28,7 @@ class TunnelProxy:
     def __exit__(self, *_: object) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self._thread.join(10)
+        self._thread.join(HANGING)
 
     def _accept(self) -> None:
         while True:

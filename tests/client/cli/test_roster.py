@@ -4,13 +4,12 @@ import os
 import pty
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support import warm_python
 from typer.testing import CliRunner, Result
 
 from umbel_client.cli import app
@@ -89,24 +88,22 @@ def refused(line: str, kind: type[UmbelError]) -> UmbelError:
 
 
 @contextmanager
-def terminal(line: str) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
+def terminal(line: str) -> Iterator[tuple[warm_python.Process, int]]:
     """A command at a terminal of its own, and the descriptor of screen and keyboard."""
     ours, theirs = pty.openpty()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "umbel_client.cli", *line.split()],
+    child = warm_python.start(
+        *("-m", "umbel_client.cli", *line.split()),
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         env={**os.environ, "COLUMNS": "80", "TERM": "dumb"},
-        # A shell starts its background jobs deaf to Ctrl-C, and these tests may be one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(theirs)
     try:
         yield child, ours
     finally:
         os.close(ours)
-        child.wait(30)
+        child.wait()
 
 
 def read_until(descriptor: int, end: str) -> str:
@@ -207,11 +204,8 @@ def test_who_interrupts_the_question_changes_nothing(site: Path) -> None:
 
 @pytest.mark.parametrize("stdin", ["yes\n", ""])
 def test_without_a_terminal_and_a_digest_nothing_is_approved(site: Path, stdin: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "umbel_client.cli", "roster", "approve", "proposed.json"],
-        input=stdin,
-        capture_output=True,
-        text=True,
+    done = warm_python.run(
+        *("-m", "umbel_client.cli", "roster", "approve", "proposed.json"), input=stdin
     )
     assert done.returncode == IdentityError.exit_code
     assert "nothing was changed" in done.stderr

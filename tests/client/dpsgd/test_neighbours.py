@@ -134,23 +134,31 @@ def test_a_mean_over_the_batchs_tokens_moves_it_several_times_as_far(
     assert largest_move(model, data_of([3] * 15 + [LONG], [0] * 16, seed=0)) > 3 * CLIP_NORM
 
 
-@settings(max_examples=40)
-@given(
-    lengths=st.lists(st.sampled_from([1, 2, 3, 5, 8, 40, LONG]), min_size=1, max_size=16),
-    data=st.data(),
-    patients=st.booleans(),
-)
+@pytest.mark.parametrize("examples", [12, pytest.param(40, marks=pytest.mark.full)])
 def test_any_unit_of_any_data_moves_it_by_the_clip_norm_at_most(
-    model: AdaptedModel, lengths: list[int], data: st.DataObject, patients: bool
+    model: AdaptedModel, examples: int
 ) -> None:
-    labels = data.draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths)))
-    owners = data.draw(st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths)))
-    units = np.unique(owners, return_inverse=True)[1].tolist() if patients else None
-    seed = data.draw(st.integers(0, 1000))
-    whole = data_of(lengths, labels, seed, units)
-    unit = data.draw(st.integers(0, whole.unit_count - 1))
-    move = clipped_sum(model, whole, seed) - clipped_sum(model, without(whole, unit), seed)
-    assert np.linalg.norm(move) <= CLIP_NORM + ROUNDING
+    @settings(max_examples=examples)
+    @given(
+        lengths=st.lists(st.sampled_from([1, 2, 3, 5, 8, 40, LONG]), min_size=1, max_size=16),
+        data=st.data(),
+        patients=st.booleans(),
+    )
+    def holds(lengths: list[int], data: st.DataObject, patients: bool) -> None:
+        labels = data.draw(
+            st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths))
+        )
+        owners = data.draw(
+            st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths))
+        )
+        units = np.unique(owners, return_inverse=True)[1].tolist() if patients else None
+        seed = data.draw(st.integers(0, 1000))
+        whole = data_of(lengths, labels, seed, units)
+        unit = data.draw(st.integers(0, whole.unit_count - 1))
+        move = clipped_sum(model, whole, seed) - clipped_sum(model, without(whole, unit), seed)
+        assert np.linalg.norm(move) <= CLIP_NORM + ROUNDING
+
+    holds()
 
 
 PATIENTS = [0, 1, 1, 2, *[3] * 9]

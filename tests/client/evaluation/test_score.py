@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from support import warm_python
 from support.small_language_model import causal_plan, save_llama
 from support.small_models import plan_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -206,13 +206,8 @@ def test_an_option_that_does_not_fit_the_task_is_refused(
         scored(plan, always_b(plan), tiny_model, holdout, options)
 
 
-def ask(request: bytes) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, "-m", "umbel_client.evaluating"],
-        input=request,
-        capture_output=True,
-        check=False,
-    )
+def ask(request: bytes) -> "subprocess.CompletedProcess[str]":
+    return warm_python.run("-m", "umbel_client.evaluating", input=request.decode())
 
 
 def test_the_process_prints_the_figures_and_nothing_else(
@@ -237,6 +232,6 @@ def test_the_process_prints_the_figures_and_nothing_else(
     assert found.drift == pytest.approx(1 / np.linalg.norm(initial_vector(plan)))
 
     gone = ask(msgspec.json.encode(request | {"holdout": "/nowhere.jsonl"}))
-    assert (gone.returncode, gone.stdout) == (11, b"")
-    assert b"error: the data file does not exist" in gone.stderr
+    assert (gone.returncode, gone.stdout) == (11, "")
+    assert "error: the data file does not exist" in gone.stderr
     assert ask(b"{}").returncode == 10

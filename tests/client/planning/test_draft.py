@@ -1,11 +1,10 @@
 """A plan is made from a draft and a model's folder, in a process of its own."""
 
 import hashlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import warm_python
 from support.small_models import save_decoder
 
 from umbel_client.models.base.files import folder_digest
@@ -69,12 +68,8 @@ def test_a_draft_becomes_a_plan_with_what_the_model_has(draft: Path, tiny_model:
 
 
 def test_the_process_prints_the_plans_file_and_nothing_else(draft: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "umbel_client.drafting", str(draft)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = warm_python.run("-m", "umbel_client.drafting", draft)
+    assert done.returncode == 0, done.stderr
     assert plan_from_json(done.stdout, draft) == (read_plan(draft), None)
 
 
@@ -108,9 +103,7 @@ def test_a_bad_draft_is_one_clear_error(
     draft.write_text(text.replace(old, new, 1))
     with pytest.raises(kind):
         read_plan(draft)
-    done = subprocess.run(
-        [sys.executable, "-m", "umbel_client.drafting", str(draft)], capture_output=True, text=True
-    )
+    done = warm_python.run("-m", "umbel_client.drafting", draft)
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith("error: ")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.waiting import HANGING
 
 import umbel_host.transport.sockets
 from umbel_client.site.ipc import (
@@ -77,9 +78,9 @@ def test_nobody_else_on_the_machine_can_connect(server: SocketServer, socket: Pa
 
 
 def test_a_probe_is_told_how_the_process_is(server: SocketServer, socket: Path) -> None:
-    assert is_healthy(socket, 5.0)
+    assert is_healthy(socket, HANGING)
     server.report_health(False)
-    assert not is_healthy(socket, 5.0)
+    assert not is_healthy(socket, HANGING)
 
 
 def test_a_process_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_a_relay_waits_for_a_trainer_that_starts_later(socket: Path) -> None:
     late = SocketServer(socket, 0o660)
     late.add(TRAINER, {"Handle": handle_method(lambda sealed: sealed[::-1])})
     late.start()
-    waiting.join(30)
+    waiting.join(HANGING)
     late.stop(0)
     stub.close()
     assert answers == [b"ba"]
@@ -112,7 +113,7 @@ def test_a_trainer_that_ends_in_the_middle_is_an_error_and_no_empty_answer(socke
 
     def slow(sealed: bytes) -> bytes:
         started.set()
-        release.wait(30)
+        release.wait(HANGING)
         return sealed
 
     server = SocketServer(socket, 0o660)
@@ -129,9 +130,9 @@ def test_a_trainer_that_ends_in_the_middle_is_an_error_and_no_empty_answer(socke
 
     asking = threading.Thread(target=ask)
     asking.start()
-    assert started.wait(20)
+    assert started.wait(HANGING)
     server.stop(0)
-    asking.join(20)
+    asking.join(HANGING)
     release.set()
     stub.close()
     assert len(failures) == 1
@@ -169,7 +170,7 @@ def test_the_sites_people_see_status_and_events(tmp_path: Path) -> None:
     def events(listening: object) -> Iterator[SiteEvent]:
         yield SiteEvent(1.0, "charged", "one")
         yield SiteEvent(2.0, "refused", "two")
-        over.wait(20)
+        over.wait(HANGING)
 
     server = SocketServer(path, 0o600)
     server.add(CONTROL, {"Status": status_method(lambda: STATUS), "Watch": watch_method(events)})

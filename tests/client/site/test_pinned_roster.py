@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from support.waiting import HANGING
 
 from umbel_client.site.config import ClientConfig, DataConfig, ModelConfig
 from umbel_client.site.pinned_roster import (
@@ -120,7 +121,7 @@ def test_of_two_processes_that_revoke_at_once_neither_loses_a_key(path: Path) ->
         subprocess.Popen([sys.executable, "-c", REVOKES, str(path), str(number)])
         for number in (1, 2)
     ]
-    assert [child.wait(60) for child in children] == [0, 0]
+    assert [child.wait(HANGING) for child in children] == [0, 0]
     assert len(require_document(path).revoked_here) == 40
 
 

@@ -25,10 +25,18 @@ ABORTS = (
     "too-few-reveals",
 )
 NEVER = len(STAGES)
-# CI takes large cohorts of any size; `make fuzz` makes a number of attempts for each size.
-COHORTS = [(range(size, size + 1), 900 if full_run() else 60) for size in range(3, 13)]
-COHORTS += (
-    [(range(size, size + 1), 36) for size in range(13, 41)] if full_run() else [(range(13, 41), 30)]
+SMALL, LARGE = [range(size, size + 1) for size in range(3, 13)], range(13, 41)
+# A large cohort is any of them; `make fuzz` has its number of attempts for each size.
+COHORTS = (
+    [*((sizes, 900) for sizes in SMALL), *((range(size, size + 1), 36) for size in LARGE)]
+    if full_run()
+    else [
+        *((sizes, 12) for sizes in SMALL),
+        (LARGE, 6),
+        # The long search.
+        *(pytest.param(sizes, 60, marks=pytest.mark.full) for sizes in SMALL),
+        pytest.param(LARGE, 30, marks=pytest.mark.full),
+    ]
 )
 LENGTH = 3
 

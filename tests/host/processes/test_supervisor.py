@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.waiting import HANGING
 
 SUPERVISOR = """
 import sys
+
 from umbel_host.processes.log import configure
 from umbel_host.processes.supervisor import Command, supervise
 configure()
@@ -57,7 +59,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def pid_of(folder: Path, name: str, other_than: int = 0) -> int:
     """The process id of a child, once it runs."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANGING
     while time.monotonic() < deadline:
         text = (folder / f"{name}.pid").read_text() if (folder / f"{name}.pid").exists() else ""
         if text and int(text) != other_than:
@@ -66,8 +68,8 @@ def pid_of(folder: Path, name: str, other_than: int = 0) -> int:
     raise AssertionError(f"{name} does not run")
 
 
-def ended(pid: int, seconds: float = 10) -> bool:
-    deadline = time.monotonic() + seconds
+def ended(pid: int) -> bool:
+    deadline = time.monotonic() + HANGING
     while time.monotonic() < deadline:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -93,7 +95,7 @@ def test_a_supervisor_that_is_told_to_stop_ends_them_all(
     process = start("one", "two")
     pids = [pid_of(tmp_path, name) for name in ("one", "two")]
     process.send_signal(how)
-    assert process.wait(20) == 0
+    assert process.wait(HANGING) == 0
     assert all(ended(pid) for pid in pids)
 
 
@@ -102,7 +104,7 @@ def test_who_does_not_listen_is_killed(start: Start, tmp_path: Path) -> None:
     pid = pid_of(tmp_path, "stubborn")
     time.sleep(0.3)
     process.terminate()
-    assert process.wait(20) == 0
+    assert process.wait(HANGING) == 0
     assert ended(pid)
 
 
@@ -117,5 +119,5 @@ def test_who_gives_up_at_its_first_start_ends_all_with_its_exit_code(
     start: Start, tmp_path: Path
 ) -> None:
     process = start("one", "broken")
-    assert process.wait(20) == 10
+    assert process.wait(HANGING) == 10
     assert ended(pid_of(tmp_path, "one"))

@@ -278,79 +278,84 @@ def worlds() -> dict[tuple[int, int, int], World]:
     return {}
 
 
-@settings(
-    max_examples=400,
-    # The fixtures are pure functions.
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-@given(size=st.integers(3, 6), ring_bits=st.sampled_from([16, 32]), data=st.data())
+@pytest.mark.parametrize("examples", [100, pytest.param(400, marks=pytest.mark.full)])
 def test_a_schedule_ends_with_the_exact_sum_of_what_was_accepted_or_with_an_abort(
     make_plan: MakePlan,
     make_federation: MakeFederation,
     worlds: dict[tuple[int, int, int], World],
-    size: int,
-    ring_bits: int,
-    data: st.DataObject,
+    examples: int,
 ) -> None:
-    threshold = data.draw(st.integers(size // 2 + 1, size))
-    if (size, threshold, ring_bits) not in worlds:
-        plan = make_plan(
-            aggregation=Aggregation(
-                threshold=threshold, clip_range=1.0, step=0.01, ring_bits=ring_bits
+    @settings(max_examples=examples, suppress_health_check=[HealthCheck.too_slow])
+    @given(size=st.integers(3, 6), ring_bits=st.sampled_from([16, 32]), data=st.data())
+    def holds(size: int, ring_bits: int, data: st.DataObject) -> None:
+        threshold = data.draw(st.integers(size // 2 + 1, size))
+        if (size, threshold, ring_bits) not in worlds:
+            plan = make_plan(
+                aggregation=Aggregation(
+                    threshold=threshold, clip_range=1.0, step=0.01, ring_bits=ring_bits
+                )
+            )
+            worlds[size, threshold, ring_bits] = World(plan, make_federation(size))
+        world = worlds[size, threshold, ring_bits]
+        spare = size - threshold
+        faulty = data.draw(
+            st.dictionaries(
+                st.sampled_from(sorted(world.identities)),
+                st.sampled_from(list(ANSWERED)),
+                max_size=spare + 1,
             )
         )
-        worlds[size, threshold, ring_bits] = World(plan, make_federation(size))
-    world = worlds[size, threshold, ring_bits]
-    spare = size - threshold
-    faulty = data.draw(
-        st.dictionaries(
-            st.sampled_from(sorted(world.identities)),
-            st.sampled_from(list(ANSWERED)),
-            max_size=spare + 1,
+        schedule = Schedule(world, data, faulty)
+        end = schedule.run()
+        accepted = schedule.accepted
+        if isinstance(end, RoundAborted):
+            event(end.check)
+            stage = schedule.attempt.stage
+            # A garbled share costs the peer that cannot open it its place; a wrong one hides a key.
+            assert len(faulty) > spare or schedule.lied & {"train", "share", "unmask"}
+            if end.check == TOO_FEW[stage]:
+                assert len(accepted[stage]) < threshold
+            else:
+                assert end.check in ("seed-commitment", "mask-key")
+                assert stage == "unmask"
+                # Only a lie about a secret, as it was shared or as it was revealed, makes it so.
+                assert schedule.lied & {"train", "share", "unmask"}
+            return
+        event("sum")
+        aggregate = end.aggregate
+        assert (
+            aggregate.survivors
+            == tuple(sorted(accepted["mask"]))
+            == tuple(sorted(schedule.vectors))
         )
-    )
-    schedule = Schedule(world, data, faulty)
-    end = schedule.run()
-    accepted = schedule.accepted
-    if isinstance(end, RoundAborted):
-        event(end.check)
-        stage = schedule.attempt.stage
-        # A garbled share costs the peer that cannot open it its place, and a wrong one hides a key.
-        assert len(faulty) > spare or schedule.lied & {"train", "share", "unmask"}
-        if end.check == TOO_FEW[stage]:
-            assert len(accepted[stage]) < threshold
-        else:
-            assert end.check in ("seed-commitment", "mask-key")
-            assert stage == "unmask"
-            # Only a lie about a secret, as it was shared or as it was revealed, makes it so.
-            assert schedule.lied & {"train", "share", "unmask"}
-        return
-    event("sum")
-    aggregate = end.aggregate
-    assert aggregate.survivors == tuple(sorted(accepted["mask"])) == tuple(sorted(schedule.vectors))
-    assert all(len(sites) >= threshold for sites in accepted.values())
-    sites = schedule.sites
-    expected = np.zeros(LENGTH, aggregate.total.dtype)
-    for site in aggregate.survivors:
-        sent = np.frombuffer(schedule.vectors[site], expected.dtype)
-        if "mask" not in schedule.lied:
-            assert (sent - sites.masks[site] == sites.vectors[site]).all()
-        expected += sent - sites.masks[site]
-    assert aggregate.total.tobytes() == expected.tobytes()
-    assert [c.site for c in end.evidence.confirmations] == sorted(accepted["confirm"])[:threshold]
+        assert all(len(sites) >= threshold for sites in accepted.values())
+        sites = schedule.sites
+        expected = np.zeros(LENGTH, aggregate.total.dtype)
+        for site in aggregate.survivors:
+            sent = np.frombuffer(schedule.vectors[site], expected.dtype)
+            if "mask" not in schedule.lied:
+                assert (sent - sites.masks[site] == sites.vectors[site]).all()
+            expected += sent - sites.masks[site]
+        assert aggregate.total.tobytes() == expected.tobytes()
+        assert [c.site for c in end.evidence.confirmations] == sorted(accepted["confirm"])[
+            :threshold
+        ]
+
+    holds()
 
 
-@settings(
-    max_examples=60,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-@given(size=st.integers(3, 6), data=st.data())
+@pytest.mark.parametrize("examples", [20, pytest.param(60, marks=pytest.mark.full)])
 def test_what_a_network_does_to_honest_sites_costs_nobody_a_place(
-    make_plan: MakePlan, make_federation: MakeFederation, size: int, data: st.DataObject
+    make_plan: MakePlan, make_federation: MakeFederation, examples: int
 ) -> None:
-    plan = make_plan(aggregation=Aggregation(threshold=size, clip_range=1.0, step=0.01))
-    schedule = Schedule(World(plan, make_federation(size)), data, faulty={})
-    end = schedule.run()
-    assert isinstance(end, AttemptOutcome)
-    assert end.aggregate.survivors == schedule.attempt.header.cohort
-    assert schedule.attempt.refusals == {}
+    @settings(max_examples=examples, suppress_health_check=[HealthCheck.too_slow])
+    @given(size=st.integers(3, 6), data=st.data())
+    def holds(size: int, data: st.DataObject) -> None:
+        plan = make_plan(aggregation=Aggregation(threshold=size, clip_range=1.0, step=0.01))
+        schedule = Schedule(World(plan, make_federation(size)), data, faulty={})
+        end = schedule.run()
+        assert isinstance(end, AttemptOutcome)
+        assert end.aggregate.survivors == schedule.attempt.header.cohort
+        assert schedule.attempt.refusals == {}
+
+    holds()

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from cryptography import x509
 from support.enrolling import Enrolling, give_command, read_kit
+from support.waiting import HANGING
 from typer.testing import CliRunner
 
 import umbel_server.cli
@@ -160,7 +161,7 @@ def test_two_commands_change_the_files_one_after_the_other(clinics: Enrolling) -
         thread = threading.Thread(target=other)
         thread.start()
         assert not entered.wait(0.2)
-    thread.join(10)
+    thread.join(HANGING)
     assert entered.is_set()
 
 

@@ -127,27 +127,28 @@ def run_until_finished(setting: Any, seed: int, rate: float, crashes: float) -> 
     raise AssertionError("a job did not finish although nothing went wrong any more")
 
 
-@settings(
-    max_examples=60,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-@given(
-    seed=st.integers(0, 2**32),
-    size=st.integers(3, 5),
-    rate=st.sampled_from([0.02, 0.1, 0.3]),
-    crashes=st.sampled_from([0.0, 0.02]),
-)
+@pytest.mark.parametrize("examples", [10, pytest.param(60, marks=pytest.mark.full)])
 def test_a_job_over_a_bad_network_releases_exact_aggregates_and_finishes(
-    make_setting: MakeSetting, seed: int, size: int, rate: float, crashes: float
+    make_setting: MakeSetting, examples: int
 ) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        setting = make_setting(size, folder=Path(folder), aggregation=THREE)
-        run_until_finished(setting, seed, rate, crashes)
-        job = verify_transcript(setting.journal.transcript("job"), setting.roster)
-        assert [release.round for release in job.releases] == [0, 1, 2, 3]
-        check_releases(setting, job)
-        event(f"{min(job.aborted_attempts, 3)} attempts aborted")
-        setting.journal.close()
+    @settings(max_examples=examples, suppress_health_check=[HealthCheck.too_slow])
+    @given(
+        seed=st.integers(0, 2**32),
+        size=st.integers(3, 5),
+        rate=st.sampled_from([0.02, 0.1, 0.3]),
+        crashes=st.sampled_from([0.0, 0.02]),
+    )
+    def holds(seed: int, size: int, rate: float, crashes: float) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            setting = make_setting(size, folder=Path(folder), aggregation=THREE)
+            run_until_finished(setting, seed, rate, crashes)
+            job = verify_transcript(setting.journal.transcript("job"), setting.roster)
+            assert [release.round for release in job.releases] == [0, 1, 2, 3]
+            check_releases(setting, job)
+            event(f"{min(job.aborted_attempts, 3)} attempts aborted")
+            setting.journal.close()
+
+    holds()
 
 
 def garble(reply: Any) -> Any:
