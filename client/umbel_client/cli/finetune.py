@@ -236,7 +236,7 @@ def export(
 
 
 def _folder_of(config: ClientConfig, adapter: str) -> Path:
-    received = Path(config.state) / "adapters" / adapter
+    received = config.state_folder.adapter(adapter)
     is_name = len(Path(adapter).parts) == 1
     return received if is_name and received.is_dir() else Path(adapter)
 

@@ -104,8 +104,8 @@ def open_job(
     weight = _weight(plan, roster, config.site, len(records))
     with ExitStack() as opened:
         # 3. Open the ledger, verify it against what this site published, and check the budget.
-        state = Path(config.state)
-        ledger = Ledger.open(state / "ledger.sqlite", records.digest(), records.unit_column)
+        state = config.state_folder
+        ledger = Ledger.open(state.ledger, records.digest(), records.unit_column)
         opened.callback(ledger.close)
         if published.ledger_head is not None:
             ledger.verify(published.ledger_head)
@@ -134,8 +134,8 @@ def open_job(
             _weight=weight,
             _budget=budget,
             _ledger=ledger,
-            _deltas=DeltaCache(state / "deltas" / plan.job),
-            _state=state,
+            _deltas=DeltaCache(state.deltas(plan.job)),
+            _state=state.root,
             _observer=observer,
             _entropy=entropy,
         )
@@ -370,7 +370,7 @@ def _prepare(
         model,
         Path(config.model.path),
         records,
-        cache=Path(config.state) / "cache",
+        cache=config.state_folder.cache,
         on_progress=lambda done, total: observer.preparing("frozen layers", done, total),
     )
 

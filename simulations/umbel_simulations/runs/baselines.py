@@ -119,7 +119,7 @@ def _site_data(plan: TrainingPlan, model: Path, config: ClientConfig) -> Prepare
         AdaptedModel.load(model, plan, precision=fastest_precision()),
         model,
         load_records(Path(config.data.path), plan.task),
-        cache=Path(config.state) / "cache",
+        cache=config.state_folder.cache,
     )
 
 
