@@ -48,7 +48,7 @@ def join(
             ("server", joined.server),
             ("certificate", str(joined.certificate)),
             ("operator", fingerprint(joined.operator)),
-            ("roster", f"{joined.proposal}, which nobody here approved yet"),
+            ("roster", f"{joined.proposal}, which nobody here has approved yet"),
         ],
     )
     console.print(
