@@ -57,9 +57,7 @@ def train(
     ] = 2,
     without_privacy: Annotated[
         bool,
-        typer.Option(
-            "--without-privacy", help="Neither clip nor add noise, whatever the plan says."
-        ),
+        typer.Option(help="Neither clip nor add noise, whatever the plan says."),
     ] = False,
     config: Config = CLIENT_TOML,
 ) -> None:
