@@ -30,12 +30,24 @@ Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs."
 def run(
     scenario: ScenarioName = "quickstart",
     name: Annotated[
-        str | None, typer.Option(help="Name of the run; default: the scenario's name, numbered.")
+        str | None,
+        typer.Option(
+            help="Name of the run; default: the scenario's name, with a number if need be."
+        ),
     ] = None,
-    sites: Annotated[int | None, typer.Option(min=2, help="Number of sites.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Number of rounds.")] = None,
+    sites: Annotated[
+        int | None, typer.Option(min=2, help="Number of sites; default: the scenario's.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Number of rounds; default: the scenario's.")
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Public seed of the partition and initial adapter.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Public seed of the division of records and of the initial adapter; default: the"
+            " scenario's.",
+        ),
     ] = None,
     no_dp: Annotated[
         bool, typer.Option("--no-dp", help="Train without differential privacy.")

@@ -13,16 +13,14 @@ from umbel_host.terminal import print_lines
 
 
 def backup(
-    out: Annotated[Path, typer.Option(help="The new file, for its owner only.")],
+    out: Annotated[Path, typer.Option(help="The new file; only its owner can read it.")],
     config: Config = CLIENT_TOML,
     with_keys: Annotated[
         bool,
-        typer.Option(
-            "--with-keys", help="Also write this site's private keys: the file is then a secret."
-        ),
+        typer.Option("--with-keys", help="Include the private keys; the file is then a secret."),
     ] = False,
 ) -> None:
-    """Write ledger, journal, decisions and configuration into one file, also during training."""
+    """Write ledger, journal, decisions and configuration into one file; the site may be running."""
     manifest, contents = back_up(config, out, keys=with_keys)
     print_lines(
         Console(highlight=False),
@@ -40,7 +38,7 @@ def restore(
     backup: Annotated[Path, typer.Argument(metavar="BACKUP", help="A file that `backup` wrote.")],
     config: Config = CLIENT_TOML,
 ) -> None:
-    """Put a backup back into an empty state folder: all of it or nothing."""
+    """Restore a backup into an empty state folder: all of it or nothing."""
     done = put_back(backup, config)
     console = Console(highlight=False)
     print_lines(

@@ -25,7 +25,7 @@ from umbel_client.storage.site_state import read_site_state
 from umbel_host.terminal import print_lines, table
 
 budget = typer.Typer(
-    help="What the data set has cost: show, history, verify, carry, state-spend.",
+    help="The privacy spent on the data set: show, history, verify, carry, state-spend.",
     no_args_is_help=True,
 )
 budget.command()(state_spend)
@@ -56,7 +56,7 @@ def show(config: Config = CLIENT_TOML, as_json: JsonWithInfinity = False) -> Non
 
 @budget.command()
 def history(config: Config = CLIENT_TOML, as_json: JsonWithInfinity = False) -> None:
-    """Show every round that was charged, and epsilon after it."""
+    """Show every round that was charged, and the epsilon spent up to it."""
     settings = load_config(config)
     contents, _ = read_site_state(settings.state_folder)
     allowed = _allowed(settings)
@@ -73,7 +73,11 @@ def verify(
     config: Config = CLIENT_TOML,
     head: Annotated[
         str | None,
-        typer.Option(callback=_digest, help="A head of this ledger that was published."),
+        typer.Option(
+            callback=_digest,
+            help="A head that the ledger must contain, such as one in the operator's transcript: 64"
+            " hexadecimal digits.",
+        ),
     ] = None,
     as_json: JsonWithInfinity = False,
 ) -> None:
@@ -110,7 +114,7 @@ def carry(
     data_set: Annotated[
         str,
         typer.Option(
-            callback=_digest, help="Digest of the changed data set, as the trainer names it."
+            callback=_digest, help="Digest of the changed data set, as the trainer prints it."
         ),
     ],
     config: Config = CLIENT_TOML,

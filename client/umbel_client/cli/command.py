@@ -13,7 +13,7 @@ from umbel_host.terminal import exit_code
 
 app = typer.Typer(
     name="umbel-client",
-    help="A site's part in a private federated fine-tuning.",
+    help="Runs a site: its keys, its decisions, its training and its privacy budget.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -12,7 +12,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from umbel_client.cli.options import CLIENT_TOML
+from umbel_client.cli.options import CLIENT_TOML, Json
 from umbel_client.site.config import ClientConfig, DataConfig, load_config
 from umbel_common.errors import DataError
 from umbel_common.plans.plan_file import plan_from_json, task_text
@@ -24,22 +24,29 @@ if TYPE_CHECKING:
 
 
 data = typer.Typer(
-    help="Look at this site's own records: check, split, stats. What they print is as private as"
-    " the records; no text is printed, rows have their number. They do not look for names or"
-    " numbers of persons.",
+    help="Look at this site's own records: check, split, stats. These commands print counts, labels"
+    " and row numbers, never a text; all of it is as private as the records. They do not look for"
+    " names or numbers of persons.",
     no_args_is_help=True,
 )
 
 Config = Annotated[
     Path | None,
-    typer.Option(help="This site's client.toml; else the one in this folder, if there is one."),
+    typer.Option(help="This site's client.toml; default: the one in this folder, if there is one."),
 ]
-File = Annotated[Path | None, typer.Argument(help="Records; else data.path of client.toml.")]
+File = Annotated[Path | None, typer.Argument(help="Records; default: data.path of client.toml.")]
 Model = Annotated[
-    Path | None, typer.Option(help="Folder of the base model, whose tokenizer counts.")
+    Path | None,
+    typer.Option(
+        help="Folder of the base model, whose tokenizer counts tokens; default: model.path of"
+        " client.toml."
+    ),
 ]
 Unit = Annotated[
-    str | None, typer.Option("--unit", help="Column that says whose a record is, as a patient's.")
+    str | None,
+    typer.Option(
+        "--unit", help="Column that says to which unit, such as a patient, a record belongs."
+    ),
 ]
 _MOST_ERRORS = 100
 _SHOWN = 10
@@ -56,7 +63,7 @@ def check(
     ] = False,
     config: Config = None,
 ) -> None:
-    """Check that every row is a record, and with a plan that none is too long for it."""
+    """Check that every row is a record and, if you give a plan, that none is too long for it."""
     from umbel_client.curation.examples import read_examples, row_errors
     from umbel_client.curation.lengths import count_tokens, require_fit
     from umbel_client.curation.report import report
@@ -90,10 +97,10 @@ def stats(
     file: File = None,
     model: Model = None,
     unit: Unit = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    as_json: Json = False,
     config: Config = None,
 ) -> None:
-    """Count records, units, labels and tokens, and what each length of a plan would cut."""
+    """Count records, units, labels, tokens, and the records that a plan's max_tokens would cut."""
     from umbel_client.curation.examples import read_examples
     from umbel_client.curation.lengths import count_tokens
     from umbel_client.curation.report import report
@@ -111,20 +118,26 @@ def stats(
 
 @data.command()
 def split(
-    out: Annotated[Path, typer.Option(help="The new folder, for its owner only.")],
+    out: Annotated[Path, typer.Option(help="The new folder; only its owner can read it.")],
     by: Annotated[
         str,
-        typer.Option(help="`record`, or the column of units: no unit is in two parts."),
+        typer.Option(
+            help="`record`, or the column that names the units: then no unit is in two parts."
+        ),
     ],
     file: File = None,
     shares: Annotated[
-        str, typer.Option(help="Shares of train, validation and test, with sum 1; 0: no such part.")
+        str,
+        typer.Option(
+            help="Shares of train, validation and test, with sum 1; 0 makes no such file."
+        ),
     ] = "0.8,0.1,0.1",
     repeated: Annotated[
         Literal["together", "leave-out"],
         typer.Option(
-            help="Records that are the same: all in one part, with all of their units; or left out"
-            " of validation and test where an earlier part has them."
+            help="What to do with records that are the same: put them all into one part, with"
+            " all of their units; or leave them out of validation and test if an earlier part has"
+            " them."
         ),
     ] = "together",
     seed: Annotated[int, typer.Option(help="Decides which record is where.")] = 0,

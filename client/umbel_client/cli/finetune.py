@@ -12,7 +12,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from umbel_client.cli.options import CLIENT_TOML, Config
+from umbel_client.cli.options import CLIENT_TOML, Config, Json
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_common.errors import ConfigError, DataError, StorageError
 from umbel_common.plans.plan import (
@@ -29,34 +29,42 @@ if TYPE_CHECKING:
     from umbel_client.models.adapted_model import AdaptedModel
 
 Adapter = Annotated[
-    str, typer.Option(help="Folder of an adapter, or the job of one that this site received.")
+    str, typer.Option(help="An adapter's folder, or a job whose adapter this site received.")
 ]
-Base = Annotated[bool, typer.Option("--base", help="Leave the adapter out, to compare.")]
+Base = Annotated[
+    bool, typer.Option("--base", help="Leave the adapter out, to compare with the base model.")
+]
 
 
 def train(
-    plan: Annotated[Path, typer.Option(help="The plan to follow, as `plan new` writes it.")],
-    out: Annotated[Path, typer.Option(help="Folder of the new adapter.")],
+    plan: Annotated[
+        Path, typer.Option(help="The plan file to follow, as `umbel-server plan new` writes it.")
+    ],
+    out: Annotated[Path, typer.Option(help="The new folder for the adapter.")],
     local: Annotated[
-        bool, typer.Option("--local", help="Train here alone. There is no other way by hand.")
+        bool, typer.Option("--local", help="Train on this machine alone. Always give this option.")
     ] = False,
-    data: Annotated[Path | None, typer.Option(help="Records; else data.path.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Records; default: data.path of client.toml.")
+    ] = None,
     validation: Annotated[
         Path | None,
-        typer.Option(help="Records that decide when to stop. Public ones, if privacy matters."),
+        typer.Option(help="Records that decide when to stop; use public ones if privacy matters."),
     ] = None,
     patience: Annotated[
-        int, typer.Option(min=1, help="Rounds without a smaller validation loss.")
+        int,
+        typer.Option(min=1, help="Rounds without a smaller validation loss after which to stop."),
     ] = 2,
     without_privacy: Annotated[
-        bool, typer.Option(help="No clipping and no noise, whatever the plan says.")
+        bool,
+        typer.Option(help="Neither clip nor add noise, whatever the plan says."),
     ] = False,
     config: Config = CLIENT_TOML,
 ) -> None:
     """Train an adapter on this site's data alone: a baseline for what a federation gives.
 
-    Nothing leaves this machine and no privacy budget is charged: the adapter is as private as the
-    data.
+    Nothing leaves this machine and no privacy budget is charged, so the adapter is as private as
+    the data.
     """
     from umbel_client.data.records import columns_of, load_records
     from umbel_client.models.adapters.folder import write_adapter
@@ -111,12 +119,13 @@ def classify(
     adapter: Adapter,
     text: Annotated[list[str] | None, typer.Option(help="A text; may be repeated.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--input", help="Texts, as data.text_column of a data file.")
+        Path | None,
+        typer.Option("--input", help="A data file with texts, in the column data.text_column."),
     ] = None,
     base: Base = False,
     config: Config = CLIENT_TOML,
 ) -> None:
-    """Label texts with an adapter: one JSON object a line, with label and probability."""
+    """Label texts with an adapter. Prints one JSON object a line, with label and probability."""
     from umbel_client.data.tokens import tokenise
     from umbel_client.evaluation.inference import classify_texts
 
@@ -137,19 +146,28 @@ def classify(
 
 def evaluate(
     adapter: Adapter,
-    data: Annotated[Path | None, typer.Option(help="Held-out records; else data.path.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Held-out records; default: data.path of client.toml.")
+    ] = None,
     general: Annotated[
-        Path | None, typer.Option(help="Texts of no domain, in a column `text`: what is forgotten.")
+        Path | None,
+        typer.Option(
+            help="For a language model: texts outside the domain, in a column `text`; their"
+            " perplexity rises as the model forgets."
+        ),
     ] = None,
     groups: Annotated[
-        str | None, typer.Option(help="Column whose groups get an accuracy each.")
+        str | None,
+        typer.Option(help="Column that names a record's group; each group gets an accuracy."),
     ] = None,
-    answers: Annotated[int, typer.Option(min=0, help="Records that are answered in full.")] = 50,
+    answers: Annotated[
+        int, typer.Option(min=0, help="For a language model: number of records that it answers.")
+    ] = 50,
     base: Base = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    as_json: Json = False,
     config: Config = CLIENT_TOML,
 ) -> None:
-    """Score an adapter on this site's own held-out records: nothing of it leaves this machine."""
+    """Score an adapter on this site's own held-out records. The scores stay on this machine."""
     from umbel_client.data.records import columns_of
     from umbel_client.evaluation.score import options_for, score
     from umbel_client.models.adapted_model import AdaptedModel
@@ -182,17 +200,23 @@ def generate(
     adapter: Adapter,
     prompt: Annotated[list[str] | None, typer.Option(help="A question; may be repeated.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--input", help="Questions, as `prompt` of a data file.")
+        Path | None,
+        typer.Option("--input", help="A data file with questions, in a column `prompt`."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0.0, max=5.0, help="0: the likeliest token each time.")
+        float,
+        typer.Option(
+            min=0.0, max=5.0, help="How random answers are; 0: the likeliest token each time."
+        ),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling, with a temperature.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of random answers; without a temperature it has no effect.")
+    ] = 0,
     base: Base = False,
     config: Config = CLIENT_TOML,
 ) -> None:
-    """Answer questions with an adapter: one JSON object a line, with prompt and answer."""
+    """Answer questions with an adapter. Prints one JSON object a line, with prompt and answer."""
     from umbel_client.data.chat import Chat
     from umbel_client.data.conversations import Turn
     from umbel_client.evaluation.inference import Sampling, answer_prompts
@@ -215,7 +239,10 @@ def export(
     adapter: Adapter,
     out: Annotated[Path, typer.Option(help="The new folder.")],
     merge: Annotated[
-        bool, typer.Option("--merge", help="Add the adapter to its base model: one whole model.")
+        bool,
+        typer.Option(
+            "--merge", help="Add the adapter to its base model, and write the whole model."
+        ),
     ] = False,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of a merged model.")

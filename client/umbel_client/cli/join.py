@@ -15,7 +15,9 @@ from umbel_host.terminal import name, print_lines, site_name
 def init(
     site: Annotated[str, typer.Option(callback=site_name, help="This site's name.")],
     federation: Annotated[str, typer.Option(callback=name, help="Name of the federation.")],
-    folder: Annotated[Path, typer.Option(help="This site's folder.")] = Path(),
+    folder: Annotated[
+        Path, typer.Option(help="This site's folder; it is made if it does not exist.")
+    ] = Path(),
 ) -> None:
     """Make this site's keys, and the request that the operator needs."""
     identity, request = set_up(folder, site, federation)
@@ -39,7 +41,7 @@ def join(
     kit: Annotated[Path, typer.Argument(help="The enrolment kit that the operator sent.")],
     config: Config = CLIENT_TOML,
 ) -> None:
-    """Take the certificate of a kit; whom to believe stays your own decision."""
+    """Take the certificate from a kit. Which parties to believe stays your own decision."""
     joined = take_kit(config, kit)
     console = Console(highlight=False)
     print_lines(
@@ -48,7 +50,7 @@ def join(
             ("server", joined.server),
             ("certificate", str(joined.certificate)),
             ("operator", fingerprint(joined.operator)),
-            ("roster", f"{joined.proposal}, which nobody here approved yet"),
+            ("roster", f"{joined.proposal}, which nobody here has approved yet"),
         ],
     )
     console.print(

@@ -38,20 +38,20 @@ def keygen(
 def fingerprint_command(
     file: Annotated[Path, typer.Argument(help="A key file of this site.")],
 ) -> None:
-    """Show the public part of a key file, to be read out."""
+    """Show the fingerprint and the public key of a key file, to read out to others."""
     _print_key(Console(highlight=False), file)
 
 
 def rotate(
-    old: Annotated[Path, typer.Option(help="Key file in use until now.")],
-    new: Annotated[Path, typer.Option(help="The new key file, which this makes.")],
+    old: Annotated[Path, typer.Option(help="The key file that was in use until now.")],
+    new: Annotated[Path, typer.Option(help="The new key file, which this command makes.")],
     federation: Federation,
     site: Annotated[
         str, typer.Option(callback=name, help="This site's name in the roster, or `operator`.")
     ],
-    out: Annotated[Path, typer.Option(help="The rotation, to be sent to everyone.")],
+    out: Annotated[Path, typer.Option(help="The new file with the rotation, to send to everyone.")],
 ) -> None:
-    """Pass this site's identity to a new key, signed by the old one."""
+    """Replace your key by a new one, with a statement that the old key signs."""
     former, successor = read_identity(old), Identity.generate(os.urandom)
     signed = sign_rotation(federation, site, former, successor)
     write_identity(new, successor)
@@ -79,15 +79,20 @@ def rotate(
 
 
 def revoke(
-    identity: Annotated[Path, typer.Option(help="Key file that signs.")],
+    identity: Annotated[Path, typer.Option(help="The key file that signs the revocation.")],
     federation: Federation,
-    out: Annotated[Path, typer.Option(help="The revocation, to be sent to everyone.")],
+    out: Annotated[
+        Path, typer.Option(help="The new file with the revocation, to send to everyone.")
+    ],
     key: Annotated[
         str | None,
-        typer.Option(help="As the operator: public key of another party, 64 digits."),
+        typer.Option(
+            help="As the operator: another party's public key, 64 hexadecimal digits; default: your"
+            " own key."
+        ),
     ] = None,
 ) -> None:
-    """Declare a key dead for good: your own, or as the operator another's."""
+    """Revoke a key for good: your own or, as the operator, another party's."""
     signer = read_identity(identity)
     revoked = signer.public_key if key is None else _public_key(key)
     write_new_text(out, revocation_to_json(sign_revocation(federation, revoked, signer)))

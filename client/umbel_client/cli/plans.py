@@ -13,7 +13,9 @@ from umbel_common.errors import PolicyRefusal, UmbelError
 from umbel_common.plans.plan_file import plan_lines, privacy_text
 from umbel_host.terminal import confirm, print_lines, table
 
-Job = Annotated[str, typer.Argument(help="The job whose plan waits, or the plan's digest.")]
+Job = Annotated[
+    str, typer.Argument(help="The job whose plan waits, or the plan's digest or its first digits.")
+]
 
 
 def plans(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
@@ -43,10 +45,13 @@ def approve(
     job: Job,
     config: Config = CLIENT_TOML,
     digest: Annotated[
-        str | None, typer.Option(help="Approve without asking, and only the plan of this digest.")
+        str | None,
+        typer.Option(
+            help="Approve without asking, but only a plan with this digest, 64 hexadecimal digits."
+        ),
     ] = None,
 ) -> None:
-    """Show a plan that waits, and allow it by your own decision."""
+    """Show a plan that waits for approval, and approve it if you type yes."""
     settings = load_config(config)
     decisions = Decisions(settings.state_folder)
     proposal = _find(decisions, job)
@@ -74,7 +79,7 @@ def approve(
 
 
 def reject(job: Job, config: Config = CLIENT_TOML) -> None:
-    """Take a plan off the list of those that wait."""
+    """Take a plan off the list of those that wait; the server may propose it again."""
     decisions = Decisions(load_config(config).state_folder)
     proposal = _find(decisions, job)
     decisions.reject(proposal.digest)

@@ -32,10 +32,11 @@ from umbel_host.files.text_file import read_text, write_new_text
 from umbel_host.terminal import confirm, print_lines
 
 roster = typer.Typer(
-    help="Whom this site believes: show, compare, approve, revoke.", no_args_is_help=True
+    help="The parties that this site believes: show, diff, approve, propose, revoke.",
+    no_args_is_help=True,
 )
 
-RosterFile = Annotated[Path, typer.Argument(help="The roster file that is proposed.")]
+RosterFile = Annotated[Path, typer.Argument(help="The proposed roster file.")]
 
 
 @roster.command()
@@ -66,17 +67,21 @@ def approve(
     config: Config = CLIENT_TOML,
     digest: Annotated[
         str | None,
-        typer.Option(help="Approve without asking, and only the roster of this digest."),
+        typer.Option(
+            help="Approve without asking, but only a roster with this digest, 64 hexadecimal"
+            " digits."
+        ),
     ] = None,
     accept_new_key: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="A party that lost its key: you compared its new fingerprint yourself.",
+            help="Name of a party that lost its key, after you compared its new fingerprint; may be"
+            " repeated.",
         ),
     ] = None,
 ) -> None:
-    """Compare a roster with the pinned one, and pin it by your own decision."""
+    """Show how a roster differs from the pinned one, and pin it if you type yes."""
     settings, proposed = load_config(config), _read(file)
     path = Path(settings.roster)
     former = find_document(path)
@@ -117,11 +122,11 @@ def approve(
 
 @roster.command("propose")
 def propose_command(
-    rotation: Annotated[Path, typer.Argument(help="A party's rotation.")],
-    out: Annotated[Path, typer.Option(help="The roster file to send around.")],
+    rotation: Annotated[Path, typer.Argument(help="The rotation file of a party.")],
+    out: Annotated[Path, typer.Option(help="The new roster file.")],
     config: Config = CLIENT_TOML,
 ) -> None:
-    """Write the pinned roster with a rotated key: a proposal; approve it as any other."""
+    """Make a roster from the pinned one and a rotation; approve it like any other."""
     former = require_document(Path(load_config(config).roster))
     signed = rotation_from_json(read_text(rotation), rotation)
     proposed = propose(former, signed, rotation)
@@ -132,12 +137,13 @@ def propose_command(
 
 @roster.command()
 def revoke(
-    file: Annotated[
-        Path | None, typer.Argument(help="A revocation signed by its key or the operator.")
-    ] = None,
+    file: Annotated[Path | None, typer.Argument(help="A revocation file; or give --key.")] = None,
     key: Annotated[
         str | None,
-        typer.Option(help="By your own decision: a fingerprint, or a public key in full."),
+        typer.Option(
+            help="Instead of a file, by your own decision: a fingerprint, or a public key of 64"
+            " hexadecimal digits."
+        ),
     ] = None,
     config: Config = CLIENT_TOML,
 ) -> None:

@@ -90,7 +90,7 @@ def _line(event: SiteEvent) -> str:
 
 
 def pause(config: Config = CLIENT_TOML) -> None:
-    """Begin nothing new; a round under way is finished."""
+    """Finish a round that is under way, and begin nothing new."""
     Decisions(load_config(config).state_folder).pause()
     typer.echo("paused: plans and rounds are refused until `umbel-client resume`")
 

@@ -37,22 +37,27 @@ def state_spend(
     rounds: Annotated[
         list[str] | None,
         typer.Option(
-            callback=_reached, help="JOB=ROUND: the last round that this site was asked for."
+            callback=_reached,
+            help="JOB=ROUND: the last round of a job that this site was asked for; may be"
+            " repeated.",
         ),
     ] = None,
     plan: Annotated[
-        list[Path] | None, typer.Option(help="Plan of a job that the ledger does not know.")
+        list[Path] | None,
+        typer.Option(help="Plan file of a job that the ledger does not know; may be repeated."),
     ] = None,
     nothing: Annotated[
         bool, typer.Option("--nothing", help="Nothing was spent that is not in the ledger.")
     ] = False,
     everything: Annotated[
         bool,
-        typer.Option("--everything", help="Nobody knows what was spent: nothing is left to spend."),
+        typer.Option(
+            "--everything", help="Nobody knows what was spent: from now on epsilon is infinite."
+        ),
     ] = False,
     config: Config = CLIENT_TOML,
 ) -> None:
-    """Charge a ledger that is an old copy with what was spent since, for good."""
+    """Charge the ledger with what was spent and is not in it. This cannot be undone."""
     if [bool(rounds), nothing, everything].count(True) != 1:
         raise typer.BadParameter("one of --rounds, --nothing and --everything")
     settings = load_config(config)

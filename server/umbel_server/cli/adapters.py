@@ -53,11 +53,13 @@ def export(
     out: Annotated[Path, typer.Option(help="The new folder.")],
     round_number: Annotated[
         int | None,
-        typer.Option("--round", help="A round; default: the job's last, or its last so far."),
+        typer.Option(
+            "--round", help="Number of a round; default: the job's final one, or its latest so far."
+        ),
     ] = None,
     config: Config = SERVER_TOML,
 ) -> None:
-    """Copy an adapter out as a PEFT folder, after checking it against its release."""
+    """Copy a released adapter into a PEFT folder, after checking it against its release."""
     settings = load_config(config)
     operator = read_identity(Path(settings.identity)).public_key
     with closing(_open_journal(settings)) as journal:

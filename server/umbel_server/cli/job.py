@@ -78,11 +78,13 @@ def resume(name: Name, config: Config = SERVER_TOML) -> None:
 
 @job.command()
 def status(
-    name: Annotated[str | None, typer.Argument(metavar="JOB", help="One job.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="JOB", help="Name of a job; default: all.")
+    ] = None,
     config: Config = SERVER_TOML,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show all jobs, or one job with what it waits for."""
+    """Show all jobs, or one job with the sites that it waits for and its figures."""
     with _queue(config) as queue:
         jobs = queue.jobs() if name is None else [queue.job(name)]
     found = {queued.job: _read_quality(config, queued.job) for queued in jobs}

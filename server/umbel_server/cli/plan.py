@@ -27,7 +27,10 @@ PlanFile = Annotated[Path, typer.Argument(help="A plan file.")]
 
 @plan.command()
 def new(
-    draft: Annotated[Path, typer.Argument(help="A draft, TOML: docs/operator.md describes it.")],
+    draft: Annotated[
+        Path,
+        typer.Argument(help="The draft of a plan, a TOML file; docs/operator.md describes it."),
+    ],
     out: Annotated[Path, typer.Option(help="The new plan file.")],
 ) -> None:
     """Make a plan from a draft and the base model's folder.

@@ -70,7 +70,7 @@ def init(
         ],
     )
     console.print(
-        "\nRead the fingerprint out to each site: by it they recognise this operator.\n"
+        "\nRead the fingerprint out to each site: its people recognise this operator by it.\n"
         "identity.pem and ca/key.pem stay on this machine; keep a copy of both offline.",
         soft_wrap=True,
     )

@@ -35,7 +35,7 @@ from umbel_server.operator.files import changing, load_authority, save_roster
 sites = typer.Typer(help="Sites: add, list, revoke, renew.", no_args_is_help=True)
 roster = typer.Typer(help="The operator's roster: export.", no_args_is_help=True)
 
-Out = Annotated[Path, typer.Option(help="The new file.")]
+Out = Annotated[Path, typer.Option(help="The new roster file.")]
 
 
 @sites.command()
@@ -43,7 +43,12 @@ def add(
     request: Annotated[Path, typer.Argument(help="The site's request file.")],
     out: Annotated[Path, typer.Option(help="The new kit (enrolment bundle) for the site.")],
     config: Config = SERVER_TOML,
-    weight: Annotated[int, typer.Option(min=1, max=64, help="The site's public size class.")] = 1,
+    weight: Annotated[
+        int,
+        typer.Option(
+            min=1, max=64, help="The site's public size class; by it a plan may weight the sites."
+        ),
+    ] = 1,
     expected: Annotated[
         str | None,
         typer.Option(
@@ -220,7 +225,7 @@ def list_command(config: Config = SERVER_TOML) -> None:
 
 @sites.command()
 def revoke(
-    site: Annotated[str, typer.Argument(metavar="NAME", help="The site.")],
+    site: Annotated[str, typer.Argument(metavar="NAME", help="Name of the site.")],
     out: Annotated[
         Path, typer.Option(help="The new file with the revocation, to send to every site.")
     ],
@@ -268,7 +273,7 @@ def revoke(
 
 @sites.command()
 def renew(
-    request: Annotated[Path, typer.Argument(help="The site's request, its old or a new one.")],
+    request: Annotated[Path, typer.Argument(help="The site's request file, the old or a new one.")],
     out: Annotated[Path, typer.Option(help="The new kit (enrolment bundle) for the site.")],
     config: Config = SERVER_TOML,
 ) -> None:

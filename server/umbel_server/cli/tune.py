@@ -14,7 +14,7 @@ from umbel_common.plans.requests import TuningRequest
 
 
 def tune(
-    draft: Annotated[Path, typer.Argument(help="The draft of a plan, TOML.")],
+    draft: Annotated[Path, typer.Argument(help="The draft of a plan, a TOML file.")],
     data: Annotated[
         Path, typer.Option(help="A file with PUBLIC records of the plan's task: .jsonl, .csv, ...")
     ],
@@ -42,8 +42,9 @@ def tune(
 ) -> None:
     """Search for learning rates and clip norm on PUBLIC records, with the plan's own privacy.
 
-    Never use private data: choosing by it is a query that no ledger counts. So this command takes a
-    file, and no site's configuration. If it is interrupted, the same command resumes it.
+    Never use private data: a choice that looks at it reveals something that no ledger counts. So
+    this command takes a file, and no site's configuration. If it is interrupted, the same command
+    resumes it.
     """
     missing = [name for name in ("torch", "optuna", "tomlkit") if find_spec(name) is None]
     if missing:
