@@ -80,7 +80,6 @@ from umbel_common.canonical import Entropy, decode_canonical, encode
 from umbel_common.errors import (
     BudgetError,
     PolicyRefusal,
-    ProtocolError,
     RemoteProtocolError,
     UmbelError,
     require,
@@ -312,7 +311,7 @@ class Trainer:
         return FinishReply(adapter=release.adapter)
 
     def _plans(self) -> list[TrainingPlan]:
-        return [_accepted(signed) for signed in self._site.journal.plans()]
+        return [self._accepted(signed) for signed in self._site.journal.plans()]
 
     def _accepted_plan(self, job: str) -> TrainingPlan:
         """Step 3: the plan of a job that this site accepted.
@@ -323,7 +322,13 @@ class Trainer:
         signed = self._site.journal.plan(job)
         if signed is None:
             raise RemoteProtocolError("unknown-plan", f"no plan of job {job} was accepted here")
-        return _accepted(signed)
+        return self._accepted(signed)
+
+    def _accepted(self, signed: Signed) -> TrainingPlan:
+        """A plan from this site's own journal. Its signature was verified on acceptance, against
+        the operator's key of that time, which may have been rotated since."""
+        with self._site.journal.errors():
+            return decode_canonical(signed.statement, TrainingPlan)
 
     def _loaded_job(self, name: str) -> SiteJob:
         """The job with its model and data, under the plan that was accepted and no other."""
@@ -347,16 +352,13 @@ class Trainer:
         )
 
 
-def _accepted(signed: Signed) -> TrainingPlan:
-    """A plan from this site's own journal. Its signature was verified on acceptance, against the
-    operator's key of that time, which may have been rotated since."""
-    return decode_canonical(signed.statement, TrainingPlan)
-
-
 def _code(error: UmbelError) -> str:
-    """The code for the server: a check that it can know of, or else a kind of fault."""
+    """The code for the server: a check that it can know of, or else a kind of fault.
+
+    A check of our own code (`LocalProtocolError`) is the site's fault, whatever its name.
+    """
     match error:
-        case ProtocolError() | PolicyRefusal():
+        case RemoteProtocolError() | PolicyRefusal():
             return error.check
         case BudgetError():
             return "budget"

@@ -62,7 +62,9 @@ def answer_stage(
     if known is not None:
         return known
     # 2
-    state: participant.AttemptState = decode(journal.state(context), participant.AttemptState)  # type: ignore[arg-type]  # a union is a decodable type
+    held = journal.state(context)
+    with journal.errors():
+        state: participant.AttemptState = decode(held, participant.AttemptState)  # type: ignore[arg-type]  # a union is a decodable type
     after: participant.AttemptState | None
     reply: Reply
     # 3
