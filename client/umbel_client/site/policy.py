@@ -1,5 +1,8 @@
 """The site's own policy, judged before its data is touched. What it does not allow is refused.
 
+This module is part of the core of the privacy guarantee. Never add a default that allows more than
+before, and never take a server's word for what is judged here.
+
 Differencing: a server that learns the sum over a set of sites, and the sum over the same set
 without one site, knows that site's delta. With differential privacy in `local` mode the guarantee
 covers the delta itself, and nothing more is lost. Without it, two rules apply, both to the survivor
