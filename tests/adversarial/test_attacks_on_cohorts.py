@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from adversarial.extraction import keys_of, remove_masks, secret_of
 from adversarial.federation import Federation
+from adversarial.weaken import Stopped
 
 from umbel_common.adapters.vector import adapter_digest, initial_vector
 from umbel_common.plans.plan import Aggregation, NoPrivacy
@@ -33,6 +34,22 @@ def test_a_server_shrinks_the_cohort_to_a_site_and_an_accomplice(
     header = federation.header(cohort=(SITE, ACCOMPLICE))
     outcome = federation.drive(federation.attempt(header))
     assert federation.is_sum_of(outcome.aggregate.total, SITE)
+
+
+@pytest.mark.attack("threshold-too-high")
+def test_a_server_has_a_site_pay_for_a_cohort_that_cannot_reach_its_threshold(
+    open_federation: Callable[..., Federation],
+) -> None:
+    """No sum can come of such an attempt, so nothing may be charged or trained for it."""
+    federation = open_federation(3, aggregation=Aggregation(threshold=4, clip_range=1.0, step=1e-6))
+    federation.offer()
+    try:
+        federation.ask(SITE, federation.train_request())
+    except Stopped:
+        assert federation.spent_rounds(SITE) == 0
+        assert federation.observers[SITE].steps == 0
+        raise
+    assert federation.spent_rounds(SITE) == 1
 
 
 @pytest.mark.attack("too-few-shares")

@@ -4,8 +4,10 @@ The refusals within one attempt of secure aggregation are in tests/common/secagg
 refusals of the trainer, its policy, its journal and its ledger.
 """
 
+import dataclasses
 import os
 import shutil
+import sqlite3
 from typing import Any
 
 import msgspec
@@ -14,6 +16,7 @@ import pytest
 import safetensors.numpy
 
 from umbel_common.adapters.vector import adapter_digest, initial_vector, to_bytes
+from umbel_common.errors import LocalProtocolError, StorageError
 from umbel_common.plans.plan import LocalPrivacy, NoPrivacy, Sgd
 from umbel_common.plans.statements import EarlyEnd
 from umbel_common.protocol.wire import (
@@ -457,3 +460,38 @@ def test_an_error_that_nobody_foresaw_is_a_refusal_and_not_the_end_of_the_site(
     assert federation.refusal(SITE, request) == "site-fault"
     (federation.folder / SITE / "state" / "deltas").unlink()
     federation.offer(None, SITE)
+
+
+def test_a_fault_of_the_sites_own_code_is_named_to_nobody_but_the_site(federation: Any) -> None:
+    federation.offer()
+    trainer = federation.trainers[SITE]
+    trainer._site = dataclasses.replace(trainer._site, entropy=lambda size: bytes(size - 1))
+    assert federation.refusal(SITE, federation.train_request()) == "site-fault"
+    (error,) = federation.observers[SITE].errors
+    assert isinstance(error, LocalProtocolError)
+    assert error.check == "entropy"
+
+
+@pytest.mark.parametrize("damaged", ["plan", "state"])
+def test_a_damaged_journal_is_the_sites_fault_and_not_a_message_of_the_server(
+    federation: Any, damaged: str
+) -> None:
+    federation.offer()
+    attempt = federation.drive(federation.attempt(), until="share")
+    federation.trainers[SITE].close()
+    with sqlite3.connect(federation.folder / SITE / "state" / "session.sqlite") as database:
+        if damaged == "plan":
+            (kept,) = database.execute("SELECT plan FROM plans").fetchone()
+            # The first byte of the statement that was signed.
+            place = kept.index(sign(federation.operator, federation.plan).statement)
+            changed = kept[:place] + bytes([kept[place] ^ 0xFF]) + kept[place + 1 :]
+            database.execute("UPDATE plans SET plan = ?", (changed,))
+        else:
+            (kept,) = database.execute("SELECT state FROM attempts").fetchone()
+            database.execute("UPDATE attempts SET state = ?", (bytes([kept[0] ^ 0xFF]) + kept[1:],))
+    database.close()
+    federation.start(SITE)
+    assert federation.refusal(SITE, attempt.requests()[SITE]) == "site-fault"
+    (error,) = federation.observers[SITE].errors
+    assert isinstance(error, StorageError)
+    assert "session.sqlite" in error.diagnostics()

@@ -1,5 +1,8 @@
 """Which of a site's records are held out from training.
 
+This module is part of the core of the privacy guarantee. Never let another unit's records decide on
+which side a unit is.
+
 For each unit it depends on this unit alone: its own content is hashed. So adding or removing
 another unit moves no unit from one side to the other.
 """

@@ -1,5 +1,8 @@
 """The unit that differential privacy protects as a whole, such as all records of a patient.
 
+This module is part of the core of the privacy guarantee. Never part the records of a unit, or let
+another unit's records decide which unit a record is in.
+
 Where units are known, a step samples units. It averages the gradients of each unit's records and
 clips the average, and the accountant counts units. Adding or removing all records of one patient
 moves the sum by the clip norm at most. Without units each record is its own unit.

@@ -1,5 +1,8 @@
 """Fused layers whose one backward pass keeps the gradients of records apart.
 
+This module is part of the core of the privacy guarantee. Never add a layer in which the gradient of
+one record depends on another record: gradients that are not separate are refused.
+
 The gradient of the input is computed as usual. The gradient of a weight is a batched matrix product
 in place of a product over all records (Goodfellow 2015, for sequences): the same work without the
 last sum.

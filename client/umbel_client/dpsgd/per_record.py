@@ -1,5 +1,8 @@
 """The gradient of each record, at the cost of the batch's gradient.
 
+This module is part of the core of the privacy guarantee. Never add a layer in which the gradient of
+one record depends on another record: a module that has no gradient for each record is refused.
+
 Within the context, every LoRA layer (Hu et al. 2021) computes base and adapter in one fused
 function. Trained linear layers without an adapter are fused too. So are A and B, one by one, of
 LoRA layers that are not plain: with dropout, a bias, a quantised base, or several adapters. Opacus'

@@ -1,7 +1,9 @@
 """One step of DP-SGD (Abadi et al. 2016, algorithm 1).
 
-1. Compute the gradient of each record, one physical batch after the other.
-2. Average the gradients of each unit's records, and clip each unit's gradient to the clip norm.
+1. Compute the gradient of each record, one physical batch after the other. A unit lies in one
+   physical batch and fits (ModelError).
+2. Average the gradients of each unit's records, and clip each unit's gradient to the clip norm. One
+   gradient for each record is there (ModelError).
 3. Sum the clipped gradients over all physical batches.
 4. Add Gaussian noise once, with the standard deviation noise multiplier times clip norm.
 5. Divide by the expected batch size, whatever the size of the batch.
@@ -98,7 +100,9 @@ class PrivateOptimizer:
         Raises:
             ModelError: the parameters do not hold one gradient for each record.
         """
+        # 2. One gradient for each record, or none is added.
         gradients = take_gradients(self.parameters, records)
+        # 3. The sum over physical batches; `clipped_sum` is step 2 and this batch's part of step 3.
         self._sum += clipped_sum(gradients, units, self._clip_norm, self._clipping)
 
     def discard(self) -> None:
@@ -112,7 +116,7 @@ class PrivateOptimizer:
 
         Sum and noise are added and divided in float64, and rounded once to float32.
         """
-        # 4. and 5. The noise, and the division.
+        # 4. The noise, and 5. the division.
         draws = torch.from_numpy(self._noise.normal(len(self._sum)))
         draws.mul_(self._deviation).add_(self._sum.cpu()).div_(self._expected_batch_size)
         self._gradient.copy_(draws)
@@ -135,12 +139,13 @@ def clipped_sum(
         clip_norm: largest contribution of one unit, in the Euclidean norm.
         clipping: the rule of clipping.
     """
-    # 2. The mean of each unit, clipped.
+    # 2. The mean of each unit, and its factor of clipping.
     norms = _finite_norms(gradients)
     if units is not None:
         gradients = _unit_means(gradients, units)
         norms = _finite_norms(gradients)
     factors = clipping(norms, clip_norm)
+    # 3. Clipped and summed in one product.
     return torch.cat([factors @ gradient for gradient in gradients])
 
 
@@ -222,11 +227,12 @@ def private_step(
     """
 
     def compute(part: Ints) -> None:
-        # 1. to 3. Each record's gradient, clipped and added to the sum.
+        # 1. Each record's gradient.
         with torch.enable_grad():
             task.losses(model, task.batch(data, part)).sum().backward()  # type: ignore[no-untyped-call]  # torch
+        # 2. Clipped, and 3. added to the sum.
         optimizer.accumulate(len(part), None if units is None else units[part])
 
     compute_parts(data, chosen, limit, units, compute=compute, discard=optimizer.discard)
-    # 4. to 6. Noise, division, step.
+    # 4. Noise, 5. division, 6. step.
     optimizer.step()

@@ -1,5 +1,8 @@
 """The noisy counts of how an adapter does on the records that a site holds out.
 
+This module is part of the core of the privacy guarantee. Never return a count without noise, or a
+record's score outside 0 to 1.
+
 Which records are held out depends on each unit alone (`umbel_client.data.hold_out`).
 """
 

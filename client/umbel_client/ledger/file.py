@@ -1,4 +1,9 @@
-"""The file of a privacy ledger: lock, creation, reading, and what SQLite's errors mean."""
+"""The file of a privacy ledger: lock, creation, reading, and what SQLite's errors mean.
+
+This module is part of the core of the privacy guarantee. Never open a ledger that is damaged or of
+a later version, never charge one that another process has locked, and never lower the count of
+answers.
+"""
 
 import fcntl
 import os

@@ -7,7 +7,9 @@ What this module must keep, whatever is changed in it:
 - Nothing is taken back. Rows are appended; no method deletes or changes one.
 
 There is one ledger for each data set, used by one process at a time. A round of a job passes these
-steps; each method says which of them it is, and each refusal guards the step of its method.
+steps, and each numbered method says which step it is. `open`, `verify` and `require_stated` guard
+step 1; `_reserved` guards steps 3 and 4; `_append` guards the step that calls it.
+`charge_statement` is no step of a round.
 
 1. `reserve`: the whole round is charged against the budget. RESERVED is on disk before the first
    gradient.

@@ -1,5 +1,7 @@
 """What a site's administrator states about a spend that the ledger does not know.
 
+This module is part of the core of the privacy guarantee. Never charge less than was stated.
+
 A statement names the last round of each job that this site was asked to train for. Every round up
 to it is charged, also a round that the site took no part in: that costs too much and never too
 little. The noise of a round is known, because all rounds of a job have the same noise: the ledger

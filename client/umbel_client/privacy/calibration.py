@@ -1,4 +1,8 @@
-"""The sampling rate and the noise multiplier of one site under one plan (ADR 3)."""
+"""The sampling rate and the noise multiplier of one site under one plan (ADR 3).
+
+This module is part of the core of the privacy guarantee. Never add a figure of the records, round
+noise down, or give a federated plan its noise without the cost of its evaluation.
+"""
 
 from dataclasses import dataclass
 

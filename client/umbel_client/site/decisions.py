@@ -1,5 +1,8 @@
 """What the site's people decide: whether the trainer may begin anything, and which plans may run.
 
+This module is part of the core of the privacy guarantee. Never let a plan that waits for a decision
+run, and never let a server's word stand for a decision.
+
 Decisions are files in the site's own state folder, which only its own people and its trainer can
 write. A server cannot change them, and the relay cannot reach them.
 """

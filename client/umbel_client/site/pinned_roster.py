@@ -1,5 +1,8 @@
 """The roster that this site pinned: one file, which changes by this site's own decision only.
 
+This module is part of the core of the privacy guarantee. Never change the file on a server's word,
+and never believe a roster that was not pinned.
+
 A new version replaces the file at once, on disk when the call returns; the roster before it stays
 beside it under its digest.
 """

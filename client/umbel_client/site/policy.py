@@ -1,5 +1,8 @@
 """The site's own policy, judged before its data is touched. What it does not allow is refused.
 
+This module is part of the core of the privacy guarantee. Never add a default that allows more than
+before, and never take a server's word for what is judged here.
+
 Differencing: a server that learns the sum over a set of sites, and the sum over the same set
 without one site, knows that site's delta. With differential privacy in `local` mode the guarantee
 covers the delta itself, and nothing more is lost. Without it, two rules apply, both to the survivor
@@ -246,7 +249,7 @@ def judge_header(policy: Policy, plan: TrainingPlan, header: RoundHeader) -> Non
     """Refuses an attempt whose cohort the policy does not allow.
 
     Raises:
-        PolicyRefusal: `cohort-too-small` or `threshold-too-low`.
+        PolicyRefusal: `cohort-too-small`, `threshold-too-high` or `threshold-too-low`.
     """
     sites = len(header.cohort)
     _require(
@@ -256,8 +259,16 @@ def judge_header(policy: Policy, plan: TrainingPlan, header: RoundHeader) -> Non
         found=f"{sites} sites",
         accepted=f"at least {policy.minimum_cohort}",
     )
-    # Two survivor sets that both gather t signatures then share an honest signer.
     threshold = plan.aggregation.threshold
+    _require(
+        threshold <= sites,
+        "threshold-too-high",
+        field="aggregation.threshold",
+        found=f"threshold {threshold} for {sites} sites",
+        accepted=f"at most {sites}",
+        remedy="nothing: the server asks again with a cohort that can reach the threshold",
+    )
+    # Two survivor sets that both gather t signatures then share an honest signer.
     _require(
         2 * threshold > sites + policy.colluding_sites,
         "threshold-too-low",

@@ -1,5 +1,8 @@
 """A round's delta on the site's disk: computed once, released under any number of attempts.
 
+This module is part of the core of the privacy guarantee. Never return a delta that the ledger did
+not record, or leave half a file under a delta's name.
+
 The file holds the (noisy) delta and the optimizer state after it, and names the adapter that
 training started from. It appears complete or not at all, and before the ledger records its digest;
 that record makes it final.

@@ -8,6 +8,8 @@ What this module must keep, whatever is changed in it:
   the count of answers never falls.
 - The secrets of an attempt that is over are deleted, also from the write-ahead log.
 - A file of a former schema version is migrated, and no table or column is renamed.
+- What is stored here decodes within `errors`: a value that does not decode is this site's damaged
+  file, and never a fault of the server.
 
 The journal is one SQLite file at the site. For each attempt it keeps the header, the current secret
 state of secure aggregation, and each stage's answer with the digest of its request. The same
@@ -16,11 +18,13 @@ after a restart. The file lies beside the data and needs the same protection.
 """
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
-from umbel_common.canonical import Value, decode_canonical, encode
+from umbel_common.canonical import Value, decode, decode_canonical, encode
 from umbel_common.errors import RemoteProtocolError, require
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.trust.identity import Signed
@@ -96,6 +100,16 @@ class Journal:
         """Closes the file."""
         self._database.close()
 
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turns a stored value that does not decode in the block into a `StorageError`.
+
+        Raises:
+            StorageError: the journal is damaged, or cannot be read.
+        """
+        with self._database.errors():
+            yield
+
     def check_plan(self, job: str, plan: Signed) -> None:
         """Refuses a second plan for a job, which has one for ever.
 
@@ -122,7 +136,7 @@ class Journal:
 
     def plan(self, job: str) -> Signed | None:
         """The accepted plan of a job."""
-        with self._database.errors():
+        with self.errors():
             row = self._database.execute("SELECT plan FROM plans WHERE job = ?", (job,)).fetchone()
             return None if row is None else decode_canonical(row[0], Signed)
 
@@ -140,7 +154,7 @@ class Journal:
         Raises:
             RemoteProtocolError: `attempt-reused`.
         """
-        with self._database.errors():
+        with self.errors():
             row = self._database.execute(
                 "SELECT MAX(attempt) FROM attempts WHERE job = ? AND round = ?",
                 (header.job, header.round),
@@ -157,13 +171,14 @@ class Journal:
         Raises:
             RemoteProtocolError: `unknown-attempt`.
         """
-        with self._database.errors():
+        with self.errors():
             row = self._database.execute(
                 "SELECT header FROM attempts WHERE context = ?", (context,)
             ).fetchone()
         if row is None:
             raise RemoteProtocolError("unknown-attempt", "a stage of an attempt that never began")
-        return decode_canonical(row[0], RoundHeader)
+        with self.errors():
+            return decode_canonical(row[0], RoundHeader)
 
     def state(self, context: bytes) -> bytes:
         """The secret state of an open attempt.
@@ -171,7 +186,7 @@ class Journal:
         Raises:
             RemoteProtocolError: `attempt-over`.
         """
-        with self._database.errors():
+        with self.errors():
             row = self._database.execute(
                 "SELECT state FROM attempts WHERE context = ?", (context,)
             ).fetchone()
@@ -188,7 +203,7 @@ class Journal:
         Raises:
             RemoteProtocolError: `second-answer` if the stage was answered to another request.
         """
-        with self._database.errors():
+        with self.errors():
             row = self._database.execute(
                 "SELECT rowid, request FROM answers WHERE context = ? AND stage = ?",
                 (context, stage),
@@ -198,14 +213,14 @@ class Journal:
         require(
             row[1] == request, "second-answer", f"stage {stage} was answered to another request"
         )
-        with self._database.errors():
+        with self.errors():
             connection = self._database.connection
             with connection.blobopen("answers", "reply", row[0], readonly=True) as blob:
                 return blob.read()
 
     def published(self) -> Published:
         """What the privacy ledger is compared with."""
-        with self._database.errors():
+        with self.errors():
             return _published(self._database.connection)
 
     def open_attempt(
@@ -277,13 +292,13 @@ class Journal:
         if header is not None:
             query += " AND job = ? AND round = ?"
             values = (header.job, header.round)
-        with self._database.errors():
+        with self.errors():
             rows = self._database.execute(query, values).fetchall()
-        return [msgspec.msgpack.decode(row[0], type=tuple[str, ...]) for row in rows]
+            return [decode(row[0], tuple[str, ...]) for row in rows]
 
     def seconds_trained(self, job: str) -> float:
         """Seconds that this site has trained for a job."""
-        with self._database.errors():
+        with self.errors():
             row = self._database.execute(
                 "SELECT seconds FROM trained WHERE job = ?", (job,)
             ).fetchone()
@@ -304,24 +319,25 @@ class Journal:
         Raises:
             RemoteProtocolError: `two-releases` if the operator signed another one for this round.
         """
-        with self._database.errors():
+        with self.errors():
             row = self._database.execute(
                 "SELECT release FROM releases WHERE job = ? AND round = ?", (job, round_number)
             ).fetchone()
-        if row is None:
+            known = None if row is None else decode_canonical(row[0], Signed)
+        if known is None:
             with self._database.transaction():
                 self._database.execute(
                     "INSERT INTO releases VALUES (?, ?, ?)", (job, round_number, encode(release))
                 )
         else:
             require(
-                decode_canonical(row[0], Signed).statement == release.statement,
+                known.statement == release.statement,
                 "two-releases",
                 f"the operator signed two releases of round {round_number}",
             )
 
     def _signed(self, statement: str, *values: str) -> list[Signed]:
-        with self._database.errors():
+        with self.errors():
             rows = self._database.execute(statement, values).fetchall()
             return [decode_canonical(row[0], Signed) for row in rows]
 
@@ -340,7 +356,7 @@ class Journal:
 
     def _forget(self) -> None:
         """Empties the write-ahead log, which still holds former states with their secrets."""
-        with self._database.errors():
+        with self.errors():
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 

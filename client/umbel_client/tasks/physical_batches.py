@@ -1,5 +1,8 @@
 """Cuts a batch into physical batches, and into smaller ones where memory runs out.
 
+This module is part of the core of the privacy guarantee. Never cut a unit in two, compute a record
+twice, or let a cut change the batch or its noise.
+
 The cuts change memory and time only. The batch, its noise and its cost in the ledger stay as they
 are.
 """

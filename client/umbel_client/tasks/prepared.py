@@ -1,4 +1,8 @@
-"""A site's records, ready for training: token ids, labels, and the frozen-prefix cache."""
+"""A site's records, ready for training: token ids, labels, and the frozen-prefix cache.
+
+This module is part of the core of the privacy guarantee. Never let the tokens or the label of a
+record, or what is cached of it, depend on another record.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,8 @@
-"""What a task asks of a model: where a new kind of task is added."""
+"""What a task asks of a model: where a new kind of task is added.
+
+This module is part of the core of the privacy guarantee. Never let the tokens, the label or the
+loss of a record depend on another record.
+"""
 
 from typing import Protocol
 

@@ -1,5 +1,8 @@
 """Does an attempt fit what this site knows? The checks of steps 5, 6 and 10 of `handler`.
 
+This module is part of the core of the privacy guarantee. Never drop a check, or move it behind
+training.
+
 Each raises a `RemoteProtocolError` with the name of the check that failed.
 """
 

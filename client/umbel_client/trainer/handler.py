@@ -9,8 +9,9 @@ This module is all that a server can reach at a site. What it must keep, whateve
 - A refusal names a check to the server and no more; the reason in full goes to the site's own
   observer.
 
-A request to train passes these steps. Their numbers stand in the code where each happens. The codes
-after a step are the checks that guard it; every other fault is `site-fault` to the server.
+A request to train passes these steps. Their numbers stand in the code where each happens. A code
+stands at the step that makes the check; it guards every later step. Every other fault, also a check
+of our own code, is `site-fault` to the server.
 
  1. Seal: the operator's key is not revoked, and the operator sealed this request for this site.
     `revoked-key`, `oversized-message`, `malformed-message`, `wire-version`, `pinned-signature`
@@ -18,8 +19,8 @@ after a step are the checks that guard it; every other fault is `site-fault` to 
     `pinned-signature`, `malformed-message`
  3. Plan: this site accepted a plan for the job.
     `unknown-plan`
- 4. Repetition: a request that was answered gets the same bytes again (they are counted as in step
-    15), and another request for the same attempt is refused.
+ 4. Repetition: a request that was answered gets the same bytes again, once the job is loaded (step
+    11) and they are counted (step 15). Another request for the same attempt is refused.
     `second-answer`
  5. Round: federation, plan, cohort and round are ones that this site knows (`checks`).
     `other-federation`, `plan-digest`, `not-in-cohort`, `round-past-plan`
@@ -29,7 +30,7 @@ after a step are the checks that guard it; every other fault is `site-fault` to 
  7. Attempt: neither its number nor a later one was used (journal).
     `attempt-reused`
  8. Policy: plan and cohort are judged again, and the sum of the deltas cannot overflow.
-    the checks of `judge_plan`, `cohort-too-small`, `threshold-too-low`
+    the checks of `judge_plan`, `cohort-too-small`, `threshold-too-high`, `threshold-too-low`
  9. People: the site is not paused, and it may train now (decisions, policy).
     `site-paused`, `outside-hours`, `too-many-hours`
 10. Start: the operator signed the predecessor's release, and the adapter is the one that release
@@ -38,17 +39,19 @@ after a step are the checks that guard it; every other fault is `site-fault` to 
     `other-release`, `initial-adapter`, `two-releases`
 11. Ledger: model, data and ledger are loaded (`job`), and the ledger knows what this site signed
     last (`last_advert`).
-    `budget`, `ledger-rolled-back`, `other-context`
+    `budget`, `delta-for-records`, `ledger-rolled-back`, `other-context`, `malformed-message`
 12. Training: the ledger reserves the round, the round is trained, its delta is stored, and the
     ledger records its digest (`job`). The journal counts the time.
     `budget`, `other-adapter`
-13. Advert: fresh public keys, signed together with the ledger's head.
+13. Advert: fresh public keys, signed together with the ledger's head. Secure aggregation judges the
+    cohort again, by its own rules.
     `not-in-cohort`, `cohort-too-small`, `threshold-too-high`, `threshold-too-low`
-14. Journal: the attempt, its secrets and the sealed reply are on disk.
+14. Journal: the reply is sealed; the attempt, its secrets and the reply are on disk.
 15. Count: the ledger counts the answer.
 16. The reply leaves.
 
-The later stages of an attempt pass steps 1 and 6, and then their own (`stages`).
+The requests of later stages pass step 1, find their attempt (`unknown-attempt`), pass step 6, load
+the job as in step 11, pass their own steps (`stages`), and are counted as in step 15.
 """
 
 import os
@@ -80,7 +83,6 @@ from umbel_common.canonical import Entropy, decode_canonical, encode
 from umbel_common.errors import (
     BudgetError,
     PolicyRefusal,
-    ProtocolError,
     RemoteProtocolError,
     UmbelError,
     require,
@@ -191,6 +193,7 @@ class Trainer:
     def _answer(self, sealed: bytes, asked: bytes) -> bytes:
         """Step 1, and then what this kind of request needs."""
         site = self._site
+        # 1
         require(
             site.roster.operator not in site.pinned.revoked,
             "revoked-key",
@@ -212,17 +215,36 @@ class Trainer:
                 return self._train(request, asked)
             case _:
                 header = site.journal.header(request.context)
-                # Step 6 again: the roster may have changed, and a key been revoked, since training.
+                # 6, again: the roster may have changed, and a key been revoked, since training.
                 check_parties(site, header)
+                # 11, without the last advert, which only a request to train shows.
                 job = self._loaded_job(header.job)
                 reply = answer_stage(site, job, header, request, asked)
+                # 15
                 job.record_answers(site.journal.published().answers)
                 return reply
 
     def _offer(self, request: OfferRequest) -> OfferReply:
-        """Accepts a plan, before anything of it takes effect: a job has one plan for ever."""
+        """Accepts a plan, before anything of it takes effect: a job has one plan for ever.
+
+        O1. Plan: the operator signed it.
+            `pinned-signature`, `malformed-message`
+        O2. Terms: it is a plan of this federation and does not contradict itself; the policy and
+            this site's size class allow it.
+            `other-federation`, the checks of `judge_plan`
+        O3. People: the site is not paused, and a person approved the plan where the policy asks for
+            it. A plan that nobody has decided on waits on disk.
+            `site-paused`, `awaiting-approval`, `too-many-waiting`
+        O4. One plan: the job has no other.
+            `job-has-other-plan`
+        O5. Load: model, data and ledger fit the plan, and the budget allows all of it (`open_job`).
+            `budget`, `delta-for-records`
+        O6. Journal: the plan is on disk. From here on, the job can train.
+        """
         site = self._site
+        # O1
         plan = site.open(request.plan, TrainingPlan)
+        # O2
         require(
             plan.federation == site.roster.federation,
             "other-federation",
@@ -231,28 +253,35 @@ class Trainer:
         check_plan(plan)
         judge_plan(site.policy, plan)
         check_size_class(site, plan)
+        # O3
         self._decisions.require_running()
         if site.policy.approval == "each-plan":
             self._decisions.require_approval(plan, request.plan)
+        # O4
         site.journal.check_plan(plan.job, request.plan)
+        # O5
         self._load(plan)
+        # O6
         site.journal.accept_plan(plan.job, request.plan)
         return OfferReply(plan=plan.digest())
 
     def _train(self, request: TrainRequest, asked: bytes) -> bytes:
         """Steps 2 to 16, in the order of the list at the top of this module."""
         site, journal = self._site, self._site.journal
-        # 2, 3
+        # 2
         header = site.open(request.header, RoundHeader)
+        # 3
         plan = self._accepted_plan(header.job)
         # 4
         known = journal.answer(header.context(), "train", asked)
         if known is not None:
             self._loaded_job(plan.job).record_answers(journal.published().answers)
             return known
-        # 5, 6, 7
+        # 5
         check_round(site, header, plan)
+        # 6
         check_parties(site, header)
+        # 7
         journal.check_new(header)
         # 8: judged again, because a site may have tightened its policy since it accepted the plan.
         judge_plan(site.policy, plan)
@@ -288,19 +317,40 @@ class Trainer:
             head,
             site.entropy,
         )
+        # 14
         reply = site.seal(TrainReply(advert=advert), asked)
-        # 14, 15, 16
         journal.open_attempt(header, head, encode(state), asked, reply)
+        # 15
         job.record_answers(journal.published().answers)
+        # 16
         return reply
 
     def _finish(self, request: FinishRequest) -> FinishReply:
-        """Stores the adapter of a job's last release, and ends the job at this site."""
+        """Stores the adapter of a job's last release, and ends the job at this site.
+
+        F1. Release: the operator signed it.
+            `pinned-signature`, `malformed-message`
+        F2. Plan: this site accepted a plan for the job.
+            `unknown-plan`
+        F3. Fit: the release is the plan's last, or the last by a signed early end, and the adapter
+            is the one that it names (`checks`).
+            `pinned-signature`, `malformed-message`, `adapter-length`, `adapter-values`,
+            `adapter-digest`, `other-release`
+        F4. Journal: the release is kept.
+            `two-releases`
+        F5. Adapter: its folder is written.
+        F6. End: the secrets of the job's attempts are deleted.
+        """
         site = self._site
+        # F1
         release = site.open(request.release, Release)
+        # F2
         plan = self._accepted_plan(release.job)
+        # F3
         vector = check_end(site, request, release, plan)
+        # F4
         site.journal.keep_release(plan.job, release.round, request.release)
+        # F5
         write_adapter(
             self._config.state_folder.adapter(plan.job),
             plan,
@@ -308,11 +358,12 @@ class Trainer:
             request.release,
             base_model=Path(self._config.model.path),
         )
+        # F6
         site.journal.end_job(plan.job)
         return FinishReply(adapter=release.adapter)
 
     def _plans(self) -> list[TrainingPlan]:
-        return [_accepted(signed) for signed in self._site.journal.plans()]
+        return [self._accepted(signed) for signed in self._site.journal.plans()]
 
     def _accepted_plan(self, job: str) -> TrainingPlan:
         """Step 3: the plan of a job that this site accepted.
@@ -323,7 +374,13 @@ class Trainer:
         signed = self._site.journal.plan(job)
         if signed is None:
             raise RemoteProtocolError("unknown-plan", f"no plan of job {job} was accepted here")
-        return _accepted(signed)
+        return self._accepted(signed)
+
+    def _accepted(self, signed: Signed) -> TrainingPlan:
+        """A plan from this site's own journal. Its signature was verified on acceptance, against
+        the operator's key of that time, which may have been rotated since."""
+        with self._site.journal.errors():
+            return decode_canonical(signed.statement, TrainingPlan)
 
     def _loaded_job(self, name: str) -> SiteJob:
         """The job with its model and data, under the plan that was accepted and no other."""
@@ -347,16 +404,13 @@ class Trainer:
         )
 
 
-def _accepted(signed: Signed) -> TrainingPlan:
-    """A plan from this site's own journal. Its signature was verified on acceptance, against the
-    operator's key of that time, which may have been rotated since."""
-    return decode_canonical(signed.statement, TrainingPlan)
-
-
 def _code(error: UmbelError) -> str:
-    """The code for the server: a check that it can know of, or else a kind of fault."""
+    """The code for the server: a check that it can know of, or else a kind of fault.
+
+    A check of our own code (`LocalProtocolError`) is the site's fault, whatever its name.
+    """
     match error:
-        case ProtocolError() | PolicyRefusal():
+        case RemoteProtocolError() | PolicyRefusal():
             return error.check
         case BudgetError():
             return "budget"

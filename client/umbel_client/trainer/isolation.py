@@ -1,5 +1,8 @@
 """Taking the network away from the process that holds the data.
 
+This module is part of the core of the privacy guarantee. Never call a process isolated without
+asking the kernel, and never add a way back to the network.
+
 Imports nothing that starts a thread: the kernel gives a new user namespace to a process of one
 thread only, so this runs before NumPy and PyTorch are loaded.
 """

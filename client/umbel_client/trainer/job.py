@@ -5,7 +5,9 @@ The law of a round is its order:
 1. Reserve: the ledger takes the round's DP events, on disk, or refuses (`SiteJob.reserve`).
 2. Train: only then does anything compute on the records (`SiteJob.train`).
 3. Store: the delta and the optimizer state are written to the site's disk (`SiteJob.store`).
-4. Record: the ledger takes the digest of what is stored (`SiteJob.record`).
+4. Record: the ledger takes the digest of what is stored, or FAILED (`SiteJob.record`).
+   Check: the recorded delta is there and started from this header's adapter (`other-adapter`).
+   Guards step 5.
 5. Only then may anything that is derived from the records leave (`SiteJob.ring_vector`).
 
 This module is part of the core of the privacy guarantee. Never add or change here:
@@ -81,7 +83,17 @@ def open_job(
 ) -> "SiteJob":
     """Prepares a job: what comes before its first round, step by step.
 
-    A step that fails closes the ledger.
+    a. Calibrate the noise, from public figures only (`delta-for-records`).
+    b. Read the records.
+    c. Open the data set's ledger, verify it against what this site published, require that what an
+       old copy lacks was stated, count the answers that left, and check the budget of the whole
+       plan (`budget`).
+    d. Load the model, and test it on made-up records.
+    e. Hold records out, and prepare both parts.
+    f. Find the number of records computed at once.
+
+    No step that looks at the records moves before the calibration. A step that fails closes the
+    ledger.
 
     Args:
         published: what this site has published, from its journal; the ledger must know of it.
@@ -91,19 +103,20 @@ def open_job(
     Raises:
         DataError, ModelError: what is on the site's disk does not fit the plan, or the model fails
             the self-test of a private step.
-        CalibrationError, PolicyRefusal: the plan's privacy cannot be had with this data set.
+        CalibrationError: the plan's epsilon cannot be had with this data set.
+        PolicyRefusal: `delta-for-records`, if the plan's delta is too large for this data set.
         BudgetError: the whole plan would exceed the data set's budget.
         LedgerError: the ledger is corrupt, in use, or rolled back, or the journal is rolled back;
             or the ledger is an old copy, and nobody stated what was spent since.
     """
-    # 1. Calibrate the noise. The data is not touched yet: what a server can make this site refuse
+    # a. Calibrate the noise. The data is not touched yet: what a server can make this site refuse
     #    here depends on public figures only.
     noise = noise_for(plan, config.data.public_size)
-    # 2. Read the records: their digest names the data set that the ledger is about.
+    # b. Read the records: their digest names the data set that the ledger is about.
     records = load_records(Path(config.data.path), plan.task, **columns_of(config.data))
     weight = _weight(plan, roster, config.site, len(records))
     with ExitStack() as opened:
-        # 3. Open the ledger, verify it against what this site published, and check the budget.
+        # c. Open the ledger, verify it against what this site published, and check the budget.
         state = config.state_folder
         ledger = Ledger.open(state.ledger, records.digest(), records.unit_column)
         opened.callback(ledger.close)
@@ -113,16 +126,16 @@ def open_job(
         ledger.keep_pace(published.answers)
         budget = _budget(config, plan)
         _check_budget(config, plan, noise, ledger, budget)
-        # 4. Load the model, and test it on made-up records.
+        # d. Load the model, and test it on made-up records.
         model = load_site_model(config.model, plan)
         self_test(model, noise.noise_multiplier, entropy=entropy)
-        # 5. Hold records out, and prepare both parts.
+        # e. Hold records out, and prepare both parts.
         held_out = None
         if plan.evaluation is not None:
             records, chosen = hold_out(records, config.data.evaluation_share)
             held_out = _prepare(config, model, chosen, observer)
         data = _prepare(config, model, records, observer)
-        # 6. Find the number of records computed at once.
+        # f. Find the number of records computed at once.
         limit = choose_batch_limit(
             config.physical_batch_size, model, data, config.data.max_records_per_unit
         )
@@ -195,24 +208,33 @@ class SiteJob:
 
         Raises:
             BudgetError: the data set's budget does not allow the round; before any gradient.
+            PlanError: see `LocalTrainer.round`.
             ModelError: training failed, which the ledger records: the round is not repeated.
-            StorageError: the delta cannot be stored.
+            LedgerError: the round is reserved for another plan or noise, its training failed
+                before, or its delta is lost or damaged; or the optimizer state of a former round
+                is damaged.
+            StorageError: the ledger or the delta cannot be written.
             RemoteProtocolError: `other-adapter` if the round was computed from another adapter:
                 one round has one delta.
         """
         number = header.round
+        # 1
         event = self.reserve(number)
         if self._recorded_digest(number) is None:
             # What a killed computation left on disk is replaced, never released.
             try:
+                # 2
                 vector, state = self.train(number, adapter, event)
+                # 3
                 stored = self.store(number, header.adapter, vector, state)
             except ModelError:
-                # The failure too is an outcome of this draw of noise: another draw would be another
-                # release.
+                # 4. The failure too is an outcome of this draw of noise: another draw would be
+                # another release.
                 self.record(number, FAILED)
                 raise
+            # 4
             self.record(number, stored)
+        # The check that guards step 5.
         started_from, _, _ = self._stored(number, with_state=False)
         require(
             started_from == header.adapter,
@@ -223,12 +245,17 @@ class SiteJob:
     def reserve(self, number: int) -> DpEvent | None:
         """Step 1: the ledger takes what the round costs, on disk, before any gradient.
 
+        The counts are charged first; if the round is then refused, their charge stays.
+
         Returns:
             The DP event of the round's training; None without differential privacy. A round that
             was reserved keeps its noise, even if a new version would calibrate another.
 
         Raises:
             BudgetError: the data set's budget does not allow it.
+            LedgerError: the round is reserved for another plan or noise, or the ledger is an old
+                copy.
+            StorageError: the ledger cannot be written.
         """
         reserved = self._ledger.state(self.plan.job, number)
         steps = self.plan.training.local_steps
@@ -254,7 +281,8 @@ class SiteJob:
             The delta with the noisy counts behind it, float32[n], and the optimizer state.
 
         Raises:
-            ModelError: see `LocalTrainer.round`.
+            PlanError, ModelError: see `LocalTrainer.round`.
+            LedgerError: the optimizer state of a former round is damaged.
         """
         # The counts are drawn once and kept with the delta: fresh noise for each attempt would
         # average out.
@@ -290,6 +318,10 @@ class SiteJob:
 
         Args:
             digest: what `store` returned, or `FAILED`.
+
+        Raises:
+            LedgerError: another digest was recorded for the round.
+            StorageError: the ledger cannot be written.
         """
         self._ledger.record_delta(self.plan.job, number, digest)
 
@@ -299,7 +331,8 @@ class SiteJob:
         Rounding again for another attempt is post-processing of the same noisy delta.
 
         Raises:
-            LocalProtocolError: the round has no recorded delta.
+            LocalProtocolError: the round has no recorded delta (`not-computed`), or the delta
+                cannot be encoded (`delta-values`, `delta-type`, `weight`, `entropy`).
             LedgerError: its training failed, or its delta is lost or not what was recorded.
         """
         _, delta, _ = self._stored(header.round, with_state=False)

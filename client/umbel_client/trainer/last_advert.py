@@ -1,5 +1,8 @@
 """A site that is shown what it signed last notices that its own state is an old copy.
 
+This module is part of the core of the privacy guarantee. Never drop a check or move it behind
+training, and never take the mark of an old copy back here.
+
 The ledger and the journal are compared with each other, but a copied folder or a virtual machine's
 snapshot puts both back together. Then only others know what this site signed since. Each advert of
 keys carries the head that the ledger had, and the server shows every site its own last advert with

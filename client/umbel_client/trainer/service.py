@@ -1,4 +1,9 @@
-"""The trainer behind its two sockets: one for the relay, one for the site's own people."""
+"""The trainer behind its two sockets: one for the relay, one for the site's own people.
+
+This module is part of the core of the privacy guarantee. Never let the relay's socket carry
+anything but a sealed request and its sealed reply, and never let the relay's user reach the other
+socket.
+"""
 
 import logging
 from contextlib import ExitStack

@@ -1,4 +1,8 @@
-"""What a site is for as long as its process runs."""
+"""What a site is for as long as its process runs.
+
+This module is part of the core of the privacy guarantee. Never open a statement with another key
+than the pinned operator's, and never seal a reply that does not name its request.
+"""
 
 from dataclasses import dataclass
 

@@ -9,13 +9,14 @@ checked the parties of the attempt before.
    refused (journal: `second-answer`).
 2. State: the attempt is open, and its secrets are read from the journal (`attempt-over`).
 3. Change: the stage is the next one (`stage-order`). Secure aggregation checks what it was sent,
-   and gives the next state and the reply. Two stages record something of their own before that:
-   3a. masking: the ledger records that the delta leaves;
-   3b. confirming: the policy judges the set of survivors (`survivors-differ`, `cohort-difference`),
-       and the journal keeps it.
+   and gives the next state and the reply. Two stages do something of their own:
+   3a. masking: the delta is loaded before it is masked: a lost, failed or damaged one stops here
+       (LedgerError). After the checks, the ledger records that the delta leaves;
+   3b. confirming: before the checks, the policy judges the set of survivors (`survivors-differ`,
+       `cohort-difference`); after them, the journal keeps it.
 4. Journal: the sealed reply and the next state are on disk. The secrets of an attempt are deleted
    with its last answer.
-5. The reply leaves, once `handler` has let the ledger count it.
+5. The caller counts the reply in the ledger, and then it leaves (`handler`, step 15).
 """
 
 import numpy as np
@@ -54,6 +55,10 @@ def answer_stage(
         PolicyRefusal: `survivors-differ` or `cohort-difference` (step 3b).
         RemoteProtocolError: the check of the journal (steps 1 and 2) or of secure aggregation
             (step 3) that failed; or `stage-order`. The state on disk is as it was.
+        LedgerError: the round's training failed, or its delta is lost or damaged (step 3a); or the
+            ledger has no such delta.
+        LocalProtocolError: our own code used secure aggregation in a way that it does not allow.
+        StorageError: the journal is damaged, or the journal or the ledger cannot be written.
     """
     journal, context = site.journal, request.context
     stage = type(request).__name__.removesuffix("Request").lower()
@@ -62,7 +67,9 @@ def answer_stage(
     if known is not None:
         return known
     # 2
-    state: participant.AttemptState = decode(journal.state(context), participant.AttemptState)  # type: ignore[arg-type]  # a union is a decodable type
+    held = journal.state(context)
+    with journal.errors():
+        state: participant.AttemptState = decode(held, participant.AttemptState)  # type: ignore[arg-type]  # a union is a decodable type
     after: participant.AttemptState | None
     reply: Reply
     # 3
@@ -71,12 +78,14 @@ def answer_stage(
             after, shares = state.receive(request.adverts, site.roster, site.entropy)
             reply = ShareReply(context=context, shares=shares)
         case participant.Shared(), MaskRequest():
-            after, vector = state.receive(request.shares, job.ring_vector(header))
+            # 3a, before the checks.
+            encoded = job.ring_vector(header)
+            after, vector = state.receive(request.shares, encoded)
             reply = MaskReply(context=context, vector=vector.view(np.uint8).data)
-            # 3a
+            # 3a, after the checks.
             job.record_sent(header.round)
         case participant.Masked(), ConfirmRequest():
-            # 3b
+            # 3b, before the checks.
             judge_survivors(
                 site.policy,
                 job.plan,
@@ -86,7 +95,8 @@ def answer_stage(
             )
             after, signature = state.receive(request.survivors, site.identity)
             reply = ConfirmReply(context=context, signature=signature)
-            # Before the answer: a crash in between leaves a set that binds this site, unsigned.
+            # 3b, after the checks and before the answer: a crash in between leaves a set that binds
+            # this site, unsigned.
             journal.record_survivors(context, request.survivors)
         case participant.Confirmed(), UnmaskRequest():
             _, revealed = state.receive(request.signatures, site.roster)
@@ -97,4 +107,5 @@ def answer_stage(
     sealed = site.seal(reply, asked)
     # 4
     journal.record_answer(context, stage, asked, sealed, None if after is None else encode(after))
+    # 5
     return sealed

@@ -1,5 +1,8 @@
 """Average of the parameters over a round's steps, released in place of the last step's parameters.
 
+This module is part of the core of the privacy guarantee. Under a plan with privacy only what noisy
+gradients have moved reaches the average: never add anything else that is computed from the records.
+
 De et al. (2022), "Unlocking High-Accuracy Differentially Private Image Classification through
 Scale", section 3: noise averages out over the steps, and what is learned does not. The noise of
 each step stays as it is, so averaging is post-processing.

@@ -1,5 +1,8 @@
 """The site's own optimizer: Adam or gradient descent, with state that lasts across rounds.
 
+This module is part of the core of the privacy guarantee. Under a plan with privacy only noisy
+gradients reach the state: never add anything else that is computed from the records.
+
 The state is post-processing of noisy gradients. It stays at the site as plain arrays. Each is named
 by its kind and its tensor, so that a round of `alternate` leaves the moments of the other matrix as
 they were.

@@ -83,12 +83,16 @@ class LocalTrainer:
     ) -> RoundResult:
         """Trains one round.
 
+        0. The noise fits the plan's privacy (PlanError).
         1. The model takes the adapter that the round starts from, and the round's tensors are
            selected for training.
-        2. The optimizer takes the moments of earlier rounds.
-        3. For each step: set the learning rates, draw a Poisson batch of units, take one step
-           (`private_step`, or `plain_step` without privacy), and add the change so far to the
-           average. After the first step, check that it moved the adapter.
+        2. The optimizer takes the moments of earlier rounds. The average of the change is empty,
+           where the plan has one.
+        3. For each step: set the learning rates, and draw a Poisson batch of units. Take one step
+           (`private_step`, or `plain_step` without privacy); after the first, check that it moved
+           the adapter (without privacy: unless its batch was empty). Add the change so far to the
+           average; tell `on_step`. Records that do not fit, or whose gradients are not separate,
+           stop it (ModelError).
         4. The delta is the change after the last step, or the average. It must be finite.
 
         Args:
@@ -98,12 +102,15 @@ class LocalTrainer:
             on_step: called after each step.
 
         Raises:
-            PlanError: the noise does not fit the plan's privacy.
-            ModelError: the first step left the adapter as it was, the adapter is not finite in the
-                end, or the records of one unit do not fit into memory.
+            PlanError: the noise does not fit the plan's privacy, or its optimizer.
+            ModelError: a trained module has no gradient for each record, or the gradients of
+                records are not separate; the first step left the adapter as it was; the adapter is
+                not finite in the end; or the records of one unit do not fit into memory, or are in
+                several physical batches.
         """
         plan = self.model.plan
         noise_multiplier = self.noise.noise_multiplier
+        # 0. The noise.
         _check_noise(plan, noise_multiplier)
         source = NoiseSource(self.entropy)
         # 1. The adapter.
@@ -111,7 +118,7 @@ class LocalTrainer:
         self.model.set_vector(start)
         parameters = self.model.select(number)
         before = self.model.values(trained)
-        # 2. The optimizer.
+        # 2. The optimizer, and the average.
         optimizer = build_optimizer(plan, trained, parameters, noise_multiplier)
         restore_state(optimizer, parameters, state)
         decay = plan.training.average_decay

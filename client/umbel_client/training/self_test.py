@@ -1,5 +1,8 @@
 """Tests on the site's own model that a private step keeps its promises, before the first is taken.
 
+This module is part of the core of the privacy guarantee. Never test on real records, and never drop
+a check.
+
 It uses made-up records only: there is no private data, and nothing for the ledger to charge.
 Afterwards the adapter is as before.
 """

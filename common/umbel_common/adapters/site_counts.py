@@ -1,5 +1,8 @@
 """A site's noisy counts, at the end of the vector that it masks, and what their sum says.
 
+The law: these coordinates are masked and summed with those of every other site, and their sum is
+signed, so no order, field or scale of them ever changes.
+
 A round's vector is the delta of its tensors. If the plan has an evaluation, two coordinates follow,
 score and records. Each is a share of `max_records`, in units of the clip range.
 """

@@ -1,5 +1,8 @@
 """The adapter as a flat vector, and its public initial value.
 
+The law: this vector is hashed, and its digest is signed: no order, type or rounding of it ever
+changes, and no library's generator draws its initial value.
+
 The vector has the plan's tensors one after the other, as row-major float32. This vector is what is
 hashed, summed and released.
 """

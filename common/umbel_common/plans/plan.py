@@ -1,5 +1,8 @@
 """The training plan: everything that a job may do to a site's data, in one signed value.
 
+The law: a plan is hashed and signed, so no field, order or rounding of it changes without another
+wire version.
+
 A site's policy judges the plan before anything else happens. Every later message names its digest,
 so a server that shows two sites different plans gets masks that do not cancel.
 """

@@ -21,10 +21,12 @@ The law of this module:
 
 Steps, by stage, in this order; "round" is the paper's. A code in backquotes refuses an answer, or
 ends the attempt where `close` raises it, and stands before the steps that it guards. Each answer
-begins with C0.
+begins with C0.1.
 
-0. Every answer
+0. Every attempt and every answer
 
+   - C0.0 Open: the cohort is in the roster and can reach the threshold (IdentityError,
+     `threshold`). Guards every stage.
    - C0.1 It comes from a site of this stage, for the first time: `unexpected-site`,
      `second-answer`. Guards every count of answers, and C3.2: no vector is added twice.
 
@@ -35,21 +37,22 @@ begins with C0.
      sender's: `wrong-sender`. Guards C1.3.
    - C1.2 See that both keys are new to this attempt and not of small order: `duplicate-key`,
      `weak-key`. Guards C2.1: passed on, such a key would be refused by every peer.
-   - C1.3 Close with at least t sites, U1: `too-few-adverts`.
+   - C1.3 Close with at least t sites, U1: `too-few-adverts`. Guards the next stage.
 
 2. `Sharing` (round 1)
 
    - C2.1 Send each site of U1 the adverts of U1.
    - C2.2 See that a site sends its own shares, one to each of its peers: `wrong-sender`,
      `wrong-recipient`. Guards C3.1: nobody lacks a share, or has two.
-   - C2.3 Close with at least t sites, U2: `too-few-shares`.
+   - C2.3 Close with at least t sites, U2: `too-few-shares`. Guards the next stage.
 
 3. `Masking` (round 2)
 
    - C3.1 Send each site of U2 the shares that the others of U2 made for it.
    - C3.2 Add the masked vector to the running sum: `vector-length`; `stale-stage` where our own
-     code uses a stage twice.
-   - C3.3 Close with at least t sites, U3: `too-few-vectors`. The rest of U2 dropped out.
+     code uses a stage twice. Guards C5.4.
+   - C3.3 Close with at least t sites, U3: `too-few-vectors`. Guards the next stage. The rest of U2
+     dropped out.
 
 4. `Confirming` (round 3, the consistency check)
 
@@ -57,7 +60,7 @@ begins with C0.
    - C4.2 See that the signature is its sender's, by a survivor, over U3: `wrong-sender`,
      `not-a-survivor`, `pinned-signature`, `malformed-message`, `other-context`,
      `other-survivors`. Guards C5.1: one wrong signature would make every site refuse.
-   - C4.3 Close with at least t sites, U4: `too-few-confirmations`.
+   - C4.3 Close with at least t sites, U4: `too-few-confirmations`. Guards the next stage.
 
 5. `Unmasking` (round 4)
 
@@ -65,7 +68,7 @@ begins with C0.
    - C5.2 See that a site reveals one share for each site of U2, of the kind that its fate calls
      for: `revealed-shares`, `share-range`. Guards C5.5.
    - C5.3 Close with at least t sites: `too-few-reveals`. Guards C5.5.
-   - C5.4 Take the sum over U3, once: `stale-stage`.
+   - C5.4 Take the sum over U3, once: `stale-stage`. Guards C5.5.
    - C5.5 Recover every secret and check it: `seed-commitment`, `mask-key`. Guards C5.6: masks are
      removed with the right secrets or not at all.
    - C5.6 Remove the masks that are left.
@@ -430,6 +433,7 @@ def open_attempt(
         IdentityError: a site of the cohort is not in the roster.
         LocalProtocolError: `threshold` where the cohort cannot reach it.
     """
+    # C0.0
     for site in header.cohort:
         roster.member(site)
     if not 2 <= threshold <= len(header.cohort):

@@ -15,7 +15,8 @@ The law of this module:
 - No clock, no file, no network; randomness comes from `entropy` alone.
 
 Steps, by stage, in this order; "round" is the paper's. A code in backquotes refuses the request,
-and stands in the step that makes the check, before the steps that it guards.
+and stands in the step that makes the check, before the steps that it guards. `entropy`, `secret`,
+`threshold`, `points` are faults of our own code, in S1.2, S2.5 and S2.6.
 
 1. `advertise` (round 0)
 
@@ -37,12 +38,12 @@ and stands in the step that makes the check, before the steps that it guards.
    - S2.4 Count U1: `too-few-adverts`. Guards S2.5: no share for an attempt that cannot end.
    - S2.5 Split the seed and the mask key into one share of each for each site of U1.
    - S2.6 Agree on keys with each peer, and seal its two shares for it: `weak-key`, with which
-     everybody would know the agreed key.
+     everybody would know the agreed key. Guards S2.7.
    - S2.7 Keep the agreed keys; the key pairs and the seed are dropped.
 
 3. `Shared.receive` (round 2)
 
-   - S3.1 See that the vector can be masked in place: `ring-vector`.
+   - S3.1 See that the vector can be masked in place: `ring-vector`. Guards S3.5.
    - S3.2 See for whom the shares are and who sent them, U2: `wrong-recipient`, `duplicate-site`,
      `not-nested`. Guards S3.4: shares of U1 only, and one of each.
    - S3.3 Count U2: `too-few-shares`. Guards S3.5: a vector must not hide among too few.

@@ -1,5 +1,8 @@
 """What the holders of keys say about keys: a rotation to a new key, a revocation of a lost one.
 
+The law: these types are signed. So none is renamed, and no field of one is ever added, renamed,
+reordered or removed.
+
 Both are judged only against a roster that a site pinned (`pinning`). A signature says who speaks,
 not whether the speaker counts.
 """

@@ -1,5 +1,8 @@
 """What a site pins: a roster, and what is known about keys that are, were or must not be in it.
 
+The law: a roster is hashed, and every document that was ever pinned must still be read. So no field
+of either is renamed, reordered or removed.
+
 A document is only read here. `pinning` says whether its statements hold, and whether a site may pin
 it.
 """

@@ -1,5 +1,8 @@
 """SQLite files that must survive: opened, migrated, and written in whole transactions.
 
+The law: no transaction of a `Database` returns before its rows are on disk, and no file of a later
+version is migrated or written to.
+
 `PRAGMA user_version` is the version of a file's schema. When a file of a former version is opened,
 it is migrated step by step to today's version, in one transaction. A file of a later version is
 refused and left as it is. This module has what all such files share; the modules that use it know

@@ -1,4 +1,8 @@
-"""Small files that are whole and on disk when a call returns."""
+"""Small files that are whole and on disk when a call returns.
+
+The law: no call returns before the file and its name are on disk, and no reader ever sees half a
+file.
+"""
 
 import os
 import stat

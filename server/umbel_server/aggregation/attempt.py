@@ -9,7 +9,10 @@ be added. It never keeps a masked vector: the machine adds it to the sum as it a
       |         |         |         |           |
       +---------+---------+---------+-----------+--> RoundAborted (too few, or a check failed)
 
-The stages, in their order; `requests` and `_accept` have one case for each:
+The stages, in their order; `requests` and `_accept` have one case for each. Before stage 1, the
+header must name the job's plan and roster (`header`). Every reply must be of this attempt
+(`other-attempt`) and answer the current stage (`stage-order`). A reply that fails these, or
+`other-context`, is stray: it changes nothing, and the site stays awaited.
 
 1. train: the round header, the last release and its adapter go out; signed adverts come in.
 2. share: all adverts go out; encrypted shares of each site's mask secrets come in.
@@ -121,6 +124,7 @@ class Attempt:
         """Returns the request of this stage for each site."""
         context = self.header.context()
         match self.machine:
+            # 1
             case coordinator.Advertising():
                 request = self.first_request
                 assert request is not None  # `advance` drops it after this stage
@@ -128,21 +132,25 @@ class Attempt:
                     site: msgspec.structs.replace(request, last=self.last.get(site))
                     for site in self.header.cohort
                 }
+            # 2
             case coordinator.Sharing() as machine:
                 return {
                     site: ShareRequest(context=context, adverts=adverts)
                     for site, adverts in machine.requests().items()
                 }
+            # 3
             case coordinator.Masking() as machine:
                 return {
                     site: MaskRequest(context=context, shares=shares)
                     for site, shares in machine.requests().items()
                 }
+            # 4
             case coordinator.Confirming() as machine:
                 return {
                     site: ConfirmRequest(context=context, survivors=survivors)
                     for site, survivors in machine.requests().items()
                 }
+            # 5
             case coordinator.Unmasking() as machine:
                 return {
                     site: UnmaskRequest(context=context, signatures=signatures)
@@ -169,19 +177,25 @@ class Attempt:
             return replace(self, refusals={**self.refusals, site: error.check})
 
     def _accept(self, site: str, reply: Reply) -> Machine:
+        # Every reply.
         context = getattr(reply, "context", self.header.context())
         require(
             context == self.header.context(), "other-attempt", "a reply belongs to another attempt"
         )
         match self.machine, reply:
+            # 1
             case coordinator.Advertising() as machine, TrainReply():
                 return machine.receive(site, reply.advert)
+            # 2
             case coordinator.Sharing() as machine, ShareReply():
                 return machine.receive(site, reply.shares)
+            # 3
             case coordinator.Masking() as machine, MaskReply():
                 return machine.receive(site, reply.vector)
+            # 4
             case coordinator.Confirming() as machine, ConfirmReply():
                 return machine.receive(site, reply.signature)
+            # 5
             case coordinator.Unmasking() as machine, UnmaskReply():
                 return machine.receive(site, reply.shares)
         raise RemoteProtocolError("stage-order", f"a reply does not answer the stage {self.stage}")
@@ -225,8 +239,11 @@ def open_attempt(
         last: site -> its last advert.
 
     Raises:
-        LocalProtocolError: the header names another plan or roster.
+        IdentityError: a site of the cohort is not in the roster.
+        LocalProtocolError: `header` if the header names another plan or roster; `threshold` if the
+            cohort cannot reach the plan's.
     """
+    # Before stage 1.
     if header.plan != plan.digest() or header.roster != roster.digest():
         raise LocalProtocolError("header", "a header names another plan or roster than its job")
     machine = coordinator.open_attempt(

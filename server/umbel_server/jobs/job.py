@@ -3,14 +3,19 @@
 Two rules may never be broken here. No plan, round header or release is sent before it is in the
 journal. The journal names no adapter that is not in the registry before it.
 
-A round is released in these steps, in this order; a comment marks each where it happens:
+A round is released in these steps, in this order; a comment marks each where it happens. The codes
+in parentheses end the attempt or the job at that step:
 
+0. Before the first round: the plan fits the roster, is journalled, and is offered; enough sites
+   accept it (PlanError, JobFailed).
 1. Open an attempt: take an unused attempt number, sign the round header, journal it.
 2. Send the requests of each stage to the cohort (`aggregation.attempt` has the stages).
-3. Collect the replies; journal each site's advert before the next stage is sent.
-4. Sum: the mean of the deltas changes the adapter that the round started from.
+3. Collect the replies; journal each site's advert before the next stage is sent. Close each stage
+   with enough sites (the codes of C1.3 to C5.3 and C5.5 of `secagg.coordinator`).
+4. Sum: the mean of the deltas changes the adapter that the round started from (`total-weight`,
+   `sum-out-of-range`, `weight-mismatch`).
 5. Ask the release gate, if the plan has one: an adapter that it holds back is replaced by the one
-   before.
+   before (JobFailed if the gate cannot evaluate it).
 6. Sign the release, and write its adapter to the registry.
 7. Journal the release, its transcript entry and what the release gate found, all of it or nothing.
 8. Tell the observer. Without a release gate, the adapter is evaluated now.
@@ -89,6 +94,7 @@ class Job:
         Raises:
             PlanError: the plan contradicts itself or the roster.
         """
+        # Step 0: the plan fits the roster.
         check_plan(plan)
         sites = tuple(member.name for member in roster.members if member.public_key not in revoked)
         if plan.aggregation.threshold > len(sites):
@@ -131,11 +137,13 @@ class Job:
         final = self._journal.final_round(self.plan.job)
         if final is None:
             self._assessment.check()
+        # Step 0: the plan is journalled.
         self._start_or_resume()
         if final is not None:
             return self._open_release(self._journal.releases(self.plan.job)[final])
         last = self._last_release()
         self._assessment.begin(last, lambda: self._registry.load(self.plan, last.adapter))
+        # Step 0: the plan is offered.
         sites = self._offer()
         while last.round < self.plan.training.rounds:
             final = self._assessment.final_round()
@@ -221,6 +229,7 @@ class Job:
     def _run_round(self, round_number: int, last: Release, sites: tuple[str, ...]) -> Release:
         reason = ""
         for _ in range(self._limits.attempts):
+            # Step 1.
             header, signed_header = self._open_attempt(round_number, sites, last)
             try:
                 outcome = self._run_stages(self._first_stage(header, signed_header))
@@ -259,7 +268,7 @@ class Job:
             cohort=sites,
         )
         signed = sign(self._operator, header)
-        # Step 1: the attempt number is used up now, whatever happens next.
+        # The attempt number is used up now, whatever happens next.
         self._journal.record_attempt(self.plan.job, round_number, number, signed)
         return header, signed
 
@@ -280,7 +289,7 @@ class Job:
             # Step 2 happens in `ask`, and so does step 9 for the release of the round before.
             for site, reply in self._exchange.ask(step, current.requests()):
                 awaited = current.waiting
-                # Step 3.
+                # Step 3: a reply is collected.
                 current = current.receive(site, reply)
                 if isinstance(reply, TrainReply) and site in awaited - current.waiting:
                     self._keep_advert(current, site, reply)
@@ -288,6 +297,7 @@ class Job:
                 del reply
                 if not current.waiting:
                     break
+            # Step 3: the stage is closed.
             try:
                 state = current.advance()
             except RoundAborted as error:

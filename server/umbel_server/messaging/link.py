@@ -1,4 +1,7 @@
-"""How a job reaches its sites: sealed requests out, sealed replies in."""
+"""How a job reaches its sites: sealed requests out, sealed replies in.
+
+What travels here is sealed: nothing here ever opens a seal, and a step is never believed.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

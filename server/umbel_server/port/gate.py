@@ -1,15 +1,15 @@
 """The one port that sites reach: TLS 1.3, client certificates, and only what a relay needs.
 
-`Gate` takes these steps before Flower sees a request, in this order; a comment marks each:
+No step may ever be dropped or moved below Flower, and no path may be added that registers a node,
+starts a run or delivers code. `Gate` takes these steps before Flower sees a request, in this order;
+a comment marks each, and the number is the HTTP status of its refusal:
 
-1. The method is POST, and the path is one of seven of Flower's Fleet interface.
-2. The request announces its size, and is not larger than a piece of a message.
-3. The connection was opened with a certificate of an admitted relay, which is still valid.
-4. The key that Flower's own headers name is the key of that certificate.
+1. The method is POST, and the path is one of seven of Flower's Fleet interface: 404.
+2. The request announces its size, and is not larger than a piece of a message: 413, also without a
+   length.
+3. The connection was opened with a certificate of an admitted relay, which is still valid: 403.
+4. The key that Flower's own headers name is the key of that certificate: 403.
 5. If a relay activates its node, its former connection is ended first.
-
-No step may be dropped or moved below Flower, and no path may be added that registers a node,
-starts a run or delivers code.
 """
 
 import base64

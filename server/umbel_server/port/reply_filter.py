@@ -1,4 +1,7 @@
-"""Checks what Flower does not check of a reply: who it claims to be from, and how large it is."""
+"""Checks what Flower does not check of a reply: who it claims to be from, and how large it is.
+
+Nothing here ever opens a seal, and no check may be dropped.
+"""
 
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree

@@ -248,6 +248,12 @@ def test_a_threshold_must_make_two_survivor_sets_share_an_honest_site(
     assert header_refusal(law, make_plan(aggregation=too_low), cohort) == "threshold-too-low"
 
 
+def test_a_cohort_must_be_able_to_reach_the_threshold(make_plan: MakePlan) -> None:
+    plan = make_plan(aggregation=with_threshold(4))
+    assert header_refusal(LAW, plan, "abc") == "threshold-too-high"
+    assert header_refusal(LAW, plan, "abcd") is None
+
+
 @pytest.mark.parametrize(
     ("survivors", "check"),
     [

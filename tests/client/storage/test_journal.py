@@ -1,5 +1,5 @@
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -177,3 +177,37 @@ def test_a_journal_of_a_later_version_is_refused(tmp_path: Path) -> None:
     database.close()
     with pytest.raises(StorageError, match="accepted: at most 3"):
         Journal(path)
+
+
+@pytest.mark.parametrize(
+    ("column", "read"),
+    [
+        ("attempts.header", lambda journal: journal.header(header().context())),
+        ("attempts.survivors", lambda journal: journal.survivor_sets()),
+        ("plans.plan", lambda journal: journal.plan("job")),
+        ("releases.release", lambda journal: journal.keep_release("job", 1, ONE)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_value_that_does_not_decode_is_a_damaged_file_and_no_fault_of_the_server(
+    session: Journal, tmp_path: Path, column: str, read: Callable[[Journal], object]
+) -> None:
+    session.accept_plan("job", ONE)
+    session.keep_release("job", 1, ONE)
+    session.open_attempt(header(), HEAD, b"state", b"q", b"r")
+    session.record_survivors(header().context(), ("a", "b", "c"))
+    read(session)
+    damage(tmp_path / "session.sqlite", column)
+    with pytest.raises(StorageError, match=r"session\.sqlite"):
+        read(session)
+
+
+def damage(path: Path, column: str) -> None:
+    """Flips the bits of the first byte in each blob of a column, `table.name`."""
+    table, name = column.split(".")
+    database = sqlite3.connect(path)
+    for row, value in database.execute(f"SELECT rowid, {name} FROM {table}").fetchall():
+        flipped = bytes([value[0] ^ 0xFF]) + value[1:]
+        database.execute(f"UPDATE {table} SET {name} = ? WHERE rowid = ?", (flipped, row))
+    database.commit()
+    database.close()
