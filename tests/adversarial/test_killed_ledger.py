@@ -185,7 +185,6 @@ def run(site: KillableSite, witness: Witness, honest: bool) -> None:
     raise AssertionError(f"only {site.killed_at.total()} kills")
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.soak
 @pytest.mark.parametrize("honest", [True, False], ids=["honest", "dishonest"])
 def test_a_site_that_dies_anywhere_releases_one_delta_for_each_round_that_it_charged(
@@ -200,7 +199,6 @@ def test_a_site_that_dies_anywhere_releases_one_delta_for_each_round_that_it_cha
     assert witness.released.keys() <= {number for _, number in witness.ledger().rounds}
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("fault", "noticed"),
     [

@@ -15,10 +15,9 @@ from e2e.daemons import Clinics, Site
 from umbel_common.plans.plan_file import plan_to_json
 from umbel_common.trust.identity import sign
 
-pytestmark = [
-    pytest.mark.skipif(missing() is not None, reason=f"this machine runs no pods: {missing()}"),
-    pytest.mark.timeout(900),
-]
+pytestmark = pytest.mark.skipif(
+    missing() is not None, reason=f"this machine runs no pods: {missing()}"
+)
 PORT = 9443
 UNFILTERED = """
 import sys
@@ -58,7 +57,7 @@ class Federation:
                 return
             if found == "failed":
                 break
-            time.sleep(1)
+            time.sleep(3)  # each look is a program that starts
         raise AssertionError((said, *(pod.logs() for pod in self.cluster.pods)))
 
     def server(self, *arguments: str) -> str:
