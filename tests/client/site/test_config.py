@@ -160,7 +160,7 @@ def test_what_is_wrong_in_a_policys_file_is_said_of_that_file(tmp_path: Path) ->
 @pytest.mark.parametrize("text", [TEXT, 'policy = "policy.toml"\n' + TEXT])
 def test_two_policies_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "policy.toml").write_text("max_epsilon = 100\n")
-    with pytest.raises(ConfigError, match=r"two policies|each field stands once"):
+    with pytest.raises(ConfigError, match=r"two policies|name each field once"):
         load(tmp_path, text)
 
 

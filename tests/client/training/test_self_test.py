@@ -232,7 +232,7 @@ def test_noise_of_another_scale_is_found(
 ) -> None:
     sound = NoiseSource.normal
     monkeypatch.setattr(NoiseSource, "normal", lambda self, size: factor * sound(self, size))
-    with pytest.raises(ModelError, match="noise is not what"):
+    with pytest.raises(ModelError, match="noise is not the one"):
         run(model_of(tiny_model, targets=targets))
 
 
