@@ -45,6 +45,13 @@ OFFENCES = {
         "umbel_server.port",
     ),
     "the port sees neither journal nor sum": ("umbel_server.port", "umbel_server.storage"),
+    "the operator's key has no network": ("umbel_server.jobs", "httpx"),
+    "aggregation is pure: no clock, disk, socket or thread": (
+        "umbel_server.aggregation",
+        "sqlite3",
+    ),
+    "Unix sockets know nothing of Flower": ("umbel_host.processes", "umbel_host.transport.flower"),
+    "the relay needs nothing that trains": ("umbel_client.relay", "torch"),
     "on the server and the host, flwr only in the port and the transport": (
         "umbel_server.messaging",
         "flwr",

@@ -156,7 +156,8 @@ def open_job(
         return job
 
 
-@dataclass(kw_only=True)
+# No generated repr: it would write records and noise into whatever log a job is printed to.
+@dataclass(kw_only=True, repr=False, eq=False)
 class SiteJob:
     """A job that is open: what `open_job` prepared, and the law of its rounds."""
 
@@ -287,11 +288,13 @@ class SiteJob:
         # The counts are drawn once and kept with the delta: fresh noise for each attempt would
         # average out.
         counts = self._counts(adapter)
-        trainer = self._trainer
-        if event is not None:
+        # What was reserved decides, also where it is a round without privacy: a plan with privacy
+        # then stops at step 0 of the round.
+        if event is None:
+            noise = SiteNoise(self.noise.sampling_rate, None)
+        else:
             noise = SiteNoise(event.sample_rate, event.noise_multiplier)
-            trainer = replace(trainer, noise=noise)
-        result = trainer.round(
+        result = replace(self._trainer, noise=noise).round(
             number,
             adapter,
             self._optimizer_state(number),

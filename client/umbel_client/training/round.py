@@ -59,7 +59,8 @@ class RoundResult:
     """Moments of the optimizer, for the next round."""
 
 
-@dataclass(frozen=True)
+# No generated repr: it would write records and noise into whatever log a trainer is printed to.
+@dataclass(frozen=True, repr=False, eq=False)
 class LocalTrainer:
     """Trains one site's adapter under the model's plan."""
 

@@ -15,7 +15,8 @@ from umbel_client.site.policy import Policy
 from umbel_client.storage.journal import Published
 from umbel_client.trainer import job
 from umbel_client.trainer.job import SiteJob, open_job
-from umbel_common.errors import LedgerError, ModelError
+from umbel_common.adapters.vector import initial_vector
+from umbel_common.errors import LedgerError, ModelError, PlanError
 from umbel_common.plans.plan import Classification
 
 Open = Callable[[], SiteJob]
@@ -106,3 +107,22 @@ def test_an_open_job_holds_its_ledger(opened: Open, tmp_path: Path) -> None:
         Ledger.open(tmp_path / "state" / "ledger.sqlite", bytes(32))
     first.close()
     opened().close()
+
+
+def test_a_job_that_is_printed_shows_neither_records_nor_noise(opened: Open) -> None:
+    made = opened()
+    try:
+        shown = f"{made!r} {made._trainer!r}"
+        assert "ids" not in shown
+        assert "noise" not in shown
+    finally:
+        made.close()
+
+
+def test_a_round_reserved_without_noise_stops_a_plan_with_privacy(opened: Open) -> None:
+    made = opened()
+    try:
+        with pytest.raises(PlanError, match="noise"):
+            made.train(1, initial_vector(made.plan), None)
+    finally:
+        made.close()
