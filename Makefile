@@ -72,10 +72,10 @@ lint: $(BIN)/activate-dev  ## Check format, style, types and the directions of i
 test: $(BIN)/activate-dev $(BIN)/helm  ## Run the tests that CI runs.
 	$(BIN)/pytest -n 2 --dist loadfile
 
-test-full: $(BIN)/activate-dev $(BIN)/helm  ## Run also the full matrices (not in CI); record it.
+test-full: $(BIN)/activate-dev $(BIN)/helm  ## Run all tests, also the full matrices (not in CI); record it.
 	$(BIN)/python tests/benchmarks/full.py docs/benchmarks/test_full.json
 
-soak: $(BIN)/activate-dev  ## Kill real processes and slow their lines (half an hour, not in CI).
+soak: $(BIN)/activate-dev  ## Kill real processes, slow their connections (half an hour, not in CI).
 	$(BIN)/python tests/benchmarks/soak.py docs/benchmarks/soak.json
 
 fuzz: $(BIN)/activate-fuzz  ## Try a million hostile inputs and 10,000 secure sums (half an hour).
@@ -101,7 +101,7 @@ utility: $(BIN)/activate-dev  ## Score the quickstart under three seeds (minutes
 utility-medical-qa: $(BIN)/activate-medical-qa  ## Score medical-qa: 3 epsilons, 3 seeds (2 h).
 	$(BIN)/python tests/benchmarks/medical_qa.py docs/benchmarks/medical_qa.json
 
-exported: $(BIN)/activate-dev $(BIN)/activate-medical-qa  ## Load medical-qa's adapter elsewhere.
+exported: $(BIN)/activate-dev $(BIN)/activate-medical-qa  ## Load medical-qa's adapter with plain PEFT.
 	$(BIN)/python tests/benchmarks/exported.py runs/medical-qa/adapter docs/benchmarks/exported.json
 
 audit: $(BIN)/activate-dev  ## Attack the quickstart (minutes), then ask for advisories.
@@ -121,5 +121,5 @@ ROLES ?= server relay
 sbom: $(TOOLS)/activate dist  ## List what a role installs, as CycloneDX in build/sbom.
 	for role in $(ROLES); do deploy/release/sbom $(TOOLS)/bin $$role || exit; done
 
-advisories: $(TOOLS)/activate  ## List what is known against the locked packages (or OFFLINE=1).
+advisories: $(TOOLS)/activate  ## List known vulnerabilities of the locked packages.
 	$(TOOLS)/bin/python deploy/release/advisories.py server relay client

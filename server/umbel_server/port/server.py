@@ -149,7 +149,7 @@ def serve(
     carrier.start()
     thread = threading.Thread(target=web.run, args=([listener],), name="listener")
     thread.start()
-    _logger.info("sites reach this server at %s", config.listen.address)
+    _logger.info("this server listens at %s", config.listen.address)
     # The objects of now stay: the garbage collector, which the gate calls often, skips them.
     gc.freeze()
     calendar = Calendar(config)
