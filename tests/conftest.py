@@ -1,5 +1,6 @@
 """Shared by all tests: one thread a process, and small plans that need no model."""
 
+import gc
 import os
 import sys
 
@@ -63,6 +64,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     folder = Path(__file__).parent
     place = {folder / name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """Keeps the garbage collector from looking again and again at PyTorch's many objects."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,7 @@ def waiting(site: Site, job: str = "triage") -> str:
         listed = client(site, "plans").stdout
         if job in listed:
             return listed
+        time.sleep(0.3)
     raise AssertionError(site.trainer.log.read_text())
 
 
@@ -140,6 +141,7 @@ def test_one_command_asks_all_four_processes_whether_they_are_well(clinics: Clin
         relay, deadline = f"unix:{site.folder / 'run' / 'relay.sock'}", time.monotonic() + HANGING
         while (done := command(site.folder, "umbel_host.probe", relay)).returncode == 0:
             assert time.monotonic() < deadline
+            time.sleep(0.3)
         assert done.returncode == 1, done.stderr
     finally:
         clinics.port_process.start()

@@ -18,6 +18,7 @@ import gc
 import importlib
 import io
 import json
+import logging
 import os
 import runpy
 import select
@@ -296,6 +297,8 @@ def main(descriptor: int) -> None:
         # An extra that is not installed is not imported by the program either.
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    # As in a new interpreter; Opacus writes a line while it is imported, which adds a handler.
+    logging.root.handlers.clear()
     threads = len(list(Path("/proc/self/task").iterdir()))
     assert threads == 1, "a library started a thread, which no child would have"
     gc.collect()

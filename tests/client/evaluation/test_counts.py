@@ -141,4 +141,4 @@ def test_the_plans_epsilon_covers_training_and_counts(tiny_model: Path) -> None:
     events = [DpEvent(beside.noise_multiplier, beside.sampling_rate, 10), DpEvent(20.0, 1.0, 1)]
     spent = epsilon(events, 1e-5)
     assert 7.9 < spent <= 8.0
-    assert calibrate(8.0, 1e-5, 0.1, 30, DpEvent(20.0, 1.0, 6)) > calibrate(8.0, 1e-5, 0.1, 30)
+    assert calibrate(8.0, 1e-5, 1.0, 30, DpEvent(20.0, 1.0, 6)) > calibrate(8.0, 1e-5, 1.0, 30)

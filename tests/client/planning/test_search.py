@@ -2,19 +2,23 @@
 
 import json
 import re
-import subprocess
 import sys
 import tomllib
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import msgspec
 import numpy as np
 import pytest
+from click.testing import Result
 from rich.console import Console
+from support import warm_python
+from typer.testing import CliRunner
 
 import umbel_client.planning.search
+import umbel_server.cli.tune
 from umbel_client.planning.draft import read_plan
 from umbel_client.planning.search import draft_with, search_space, with_values
 from umbel_client.planning.search import tune as run
@@ -76,21 +80,20 @@ def draft(tmp_path: Path, tiny_model: Path) -> Path:
     return path
 
 
-def tune(draft: Path, *more: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "umbel_server.cli",
-            "tune",
-            str(draft),
-            *("--data", str(draft.parent / "public.jsonl")),
-            *more,
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def started_warm(command: list[str], *, input: bytes, check: bool) -> object:
+    """In the place of `subprocess.run`: the process that the command starts is started warm."""
+    assert (command[0], check) == (sys.executable, False)
+    done = warm_python.run(*command[1:], input=input.decode())
+    print(done.stdout, end="")
+    print(done.stderr, end="", file=sys.stderr)
+    return done
+
+
+def tune(draft: Path, *more: str) -> Result:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(umbel_server.cli.tune, "subprocess", SimpleNamespace(run=started_warm))
+        words = ("tune", str(draft), "--data", str(draft.parent / "public.jsonl"), *more)
+        return CliRunner().invoke(umbel_server.cli.app, words)
 
 
 def rows(shown: str) -> list[tuple[str, str]]:
@@ -102,7 +105,7 @@ def test_the_command_writes_the_draft_with_the_best_values(draft: Path) -> None:
     out = draft.with_name("tuned.toml")
     options = ("--out", str(out), "--public-size", "1000", "--sites", "2", "--seed", "4")
     done = tune(draft, *options, "--trials", "3")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     assert len(rows(done.stdout)) == 3
     assert "the draft as it is" in done.stdout
     tuned, given = (tomllib.loads(path.read_text()) for path in (out, draft))
@@ -117,8 +120,8 @@ def test_the_command_writes_the_draft_with_the_best_values(draft: Path) -> None:
     assert "# Too low" in out.read_text()
     # Nothing is written over.
     again = tune(draft, *options, "--trials", "3")
-    assert again.returncode == 50
-    assert tune(draft, *options, "--trials", "0").returncode == 2
+    assert again.exit_code == 50
+    assert tune(draft, *options, "--trials", "0").exit_code == 2
 
 
 def search(draft: Path, **parts: object) -> str:
