@@ -155,6 +155,8 @@ def test_watch_prints_what_happens_until_it_is_interrupted(clinics: Clinics) -> 
         env={**os.environ, "COLUMNS": "120"},
         stdout=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background has its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     lines: list[str] = []
     reading = threading.Thread(target=lambda: lines.extend(watching.stdout or ()))
