@@ -206,7 +206,7 @@ def test_a_server_whose_disk_is_full_goes_on_when_there_is_room(clinics: Clinics
         assert charged(site, job) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("minutes", [-10, 10])
+@pytest.mark.parametrize("minutes", [-10, pytest.param(10, marks=pytest.mark.soak)])
 def test_a_relay_whose_clock_is_wrong_by_ten_minutes_works_all_the_same(
     clinics: Clinics, job: str, monkeypatch: pytest.MonkeyPatch, minutes: int
 ) -> None:

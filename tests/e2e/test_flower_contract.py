@@ -191,10 +191,10 @@ def test_how_a_database_connection_uses_memory_and_time_is_ours_to_set(
 
 
 def test_a_database_that_is_locked_for_a_while_does_not_end_the_run(
-    link: "Link", monkeypatch: pytest.MonkeyPatch
+    own_link: "Link", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who keeps the run alive tries again: else nothing could be posted a minute later."""
-    superlink, state = link.superlink, link.superlink.state
+    superlink, state = own_link.superlink, own_link.superlink.state
     acknowledge, failures = state.acknowledge_task_heartbeat, []
 
     def locked(task: int) -> bool:
@@ -232,10 +232,13 @@ def test_flower_still_listens_to_what_switches_off_its_calls_home() -> None:
 # Messages
 
 
+IDENTITY = ("_task_id", "_run_id", "_node_id")
+
+
 @pytest.fixture
 def identity(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who makes messages in this process; Flower keeps it for the whole process."""
-    for name in ("_task_id", "_run_id", "_node_id"):
+    for name in IDENTITY:
         monkeypatch.setattr(TaskIdentity, name, 1)
 
 
@@ -313,12 +316,14 @@ class Link:
         self.superlink = SuperLink()
         self.mailbox = NodeMailbox(self.superlink)
         self.port = 0
+        self.served: object = None
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
         self.serve(self.superlink.fleet)
 
     def serve(self, app: object) -> None:
         self.stop()
+        self.served = app
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(listener.getsockname()[1])
         config = uvicorn.Config(app, log_level="critical", ws="none")  # type: ignore[arg-type]
@@ -336,12 +341,37 @@ class Link:
             return int(database.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
 
 
+@pytest.fixture(scope="module")
+def shared_link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Link]:
+    """One SuperLink for most tests: to start one takes most of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield from started(tmp_path_factory.mktemp("link"), patch)
+
+
 @pytest.fixture
-def link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, identity: None) -> Iterator[Link]:
+def link(shared_link: Link, identity: None) -> Link:
+    """The SuperLink with nothing in it, in a run of this test's own."""
+    link, server = shared_link, shared_link.superlink
+    server._run_id, server._task_id = server._begin()
+    link.mailbox = NodeMailbox(server)
+    if link.served is not server.fleet:
+        link.serve(server.fleet)
+    return link
+
+
+@pytest.fixture
+def own_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, identity: None) -> Iterator[Link]:
+    """A SuperLink that a test may spoil."""
+    yield from started(tmp_path, monkeypatch)
+
+
+def started(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Link]:
     for name, value in FLOWER_ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("FLWR_DATABASE", str(tmp_path / "superlink.sqlite"))
-    made = Link(tmp_path)
+        patch.setenv(name, value)
+    patch.setenv("FLWR_DATABASE", str(folder / "superlink.sqlite"))
+    for name in IDENTITY:
+        patch.setattr(TaskIdentity, name, 1)
+    made = Link(folder)
     yield made
     made.stop()
     made.superlink.close()
@@ -551,10 +581,10 @@ def test_a_node_that_stays_away_is_given_up_and_its_message_deleted(
 
 
 def test_a_run_whose_app_is_silent_for_a_minute_ends_and_ours_is_not(
-    link: Link, monkeypatch: pytest.MonkeyPatch
+    own_link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = link.superlink._task_id
-    assert link.superlink.state.acknowledge_task_heartbeat(task)
+    task = own_link.superlink._task_id
+    assert own_link.superlink.state.acknowledge_task_heartbeat(task)
     assert _KEEP_ALIVE_SECONDS < 60 / 3
 
     def later() -> datetime:
@@ -562,21 +592,21 @@ def test_a_run_whose_app_is_silent_for_a_minute_ends_and_ours_is_not(
 
     monkeypatch.setattr(flwr.supercore.corestate.sql_corestate, "now", later)
     monkeypatch.setattr(umbel_server.port.flower_patches, "_TIDY_SECONDS", 0)
-    assert not link.superlink.state.acknowledge_task_heartbeat(task)
+    assert not own_link.superlink.state.acknowledge_task_heartbeat(task)
 
 
 @pytest.mark.parametrize(("seconds", "times"), [(0.0, 3), (_TIDY_SECONDS, 0)])
 def test_silent_runs_are_looked_for_seldom(
-    link: Link, monkeypatch: pytest.MonkeyPatch, seconds: float, times: int
+    own_link: Link, monkeypatch: pytest.MonkeyPatch, seconds: float, times: int
 ) -> None:
     monkeypatch.setattr(umbel_server.port.flower_patches, "_TIDY_SECONDS", seconds)
-    state = link.superlink.state
-    state.get_run_status({link.superlink.run_id})
+    state = own_link.superlink.state
+    state.get_run_status({own_link.superlink.run_id})
     written: list[str] = []
     event.listen(state._engine, "before_cursor_execute", lambda *did: written.append(did[2]))
     for _ in range(3):
         # As Flower does before it answers nearly every request of a relay.
-        state.get_run_status({link.superlink.run_id})
+        state.get_run_status({own_link.superlink.run_id})
     # One for runs that are starting, one for those that run.
     assert len([statement for statement in written if "UPDATE task" in statement]) == 2 * times
 
@@ -586,7 +616,7 @@ def test_what_flower_sums_of_traffic_is_not_written(link: Link) -> None:
     site, node = joined(link)
     link.mailbox.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
     assert site.pull(node) is not None
-    (run,) = link.superlink.state.get_run_info()
+    (run,) = link.superlink.state.get_run_info(run_ids=[link.superlink.run_id])
     assert run.bytes_sent == run.bytes_recv == 0
 
 
@@ -612,13 +642,13 @@ def test_a_message_that_nobody_waits_for_any_more_is_deleted(
     assert link.rows("objects") == 0
 
 
-def test_the_next_start_deletes_what_nobody_fetched(link: Link) -> None:
-    _, node = joined(link)
-    link.mailbox.post(node.node_id, "x", iter([os.urandom(100)]), LONG_ENOUGH)
-    assert link.rows("objects") > 0
+def test_the_next_start_deletes_what_nobody_fetched(own_link: Link) -> None:
+    _, node = joined(own_link)
+    own_link.mailbox.post(node.node_id, "x", iter([os.urandom(100)]), LONG_ENOUGH)
+    assert own_link.rows("objects") > 0
     following = SuperLink()
     try:
-        assert link.rows("objects") == link.rows("message_ins") == 0
+        assert own_link.rows("objects") == own_link.rows("message_ins") == 0
         # And the message of the former run is not waited for.
         assert NodeMailbox(following).collect("0" * 64) is not None
     finally:

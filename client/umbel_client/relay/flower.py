@@ -66,10 +66,10 @@ NOT_OURS = 1
 _HEARTBEAT_SECONDS = 20.0
 _HEARTBEAT_INTERVAL = 30.0
 """The interval that the SuperLink expects; after twice as long it counts the site as offline."""
-_BUSY_POLL_SECONDS = 0.1
-_IDLE_POLL_SECONDS = 1.0
-_BUSY_SECONDS = 60.0
-"""How long to poll often after a message: a round has several, close together."""
+_SHORTEST_POLL_SECONDS = 0.1
+_LONGEST_POLL_SECONDS = 1.0
+_POLL_SHARE = 0.05
+"""A relay polls less often the longer it waits: what it adds to a wait is this share of it."""
 _REQUEST_SECONDS = 30.0
 """Limit of each step of a request: to connect, to write, to read."""
 _PATIENCE_SECONDS = 150.0
@@ -241,12 +241,11 @@ def _work(
     handle: Callable[[Pieces], Pieces],
     stopping: threading.Event,
 ) -> None:
-    busy = time.monotonic()
+    latest = time.monotonic()
     while not stopping.is_set():
         pulled = client.PullMessages(PullMessagesRequest(node=node))
         if not pulled.messages_list:
-            lately = time.monotonic() - busy < _BUSY_SECONDS
-            stopping.wait(_BUSY_POLL_SECONDS if lately else _IDLE_POLL_SECONDS)
+            stopping.wait(_pause(time.monotonic() - latest))
             continue
         (announced,), (tree,) = pulled.messages_list, pulled.message_object_trees
         metadata = announced.metadata
@@ -262,7 +261,12 @@ def _work(
                 raise
             # The message's run is over: nobody waits for this reply any more.
             _logger.info("a message is dropped: %s", _reason(error))
-        busy = time.monotonic()
+        latest = time.monotonic()
+
+
+def _pause(waited: float) -> float:
+    """Seconds to the next poll, `waited` seconds after the latest message."""
+    return min(max(_SHORTEST_POLL_SECONDS, _POLL_SHARE * waited), _LONGEST_POLL_SECONDS)
 
 
 def _is_over(response: httpx.Response) -> bool:
@@ -281,7 +285,7 @@ def _pull(
             pulled = _patiently(partial(client.PullObject, request), stopping)
             if pulled.object_available:
                 break
-            if not pulled.object_found or stopping.wait(_BUSY_POLL_SECONDS):
+            if not pulled.object_found or stopping.wait(_SHORTEST_POLL_SECONDS):
                 raise ValueError("a part of a message is not there any more")
         contents[part.object_id] = pulled.object_content
         # The HTTP client's objects refer to each other in a circle, with the megabytes in them.

@@ -1,5 +1,6 @@
 """`umbel-client data check`: what people are told of their records, and what stops them."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -220,9 +221,19 @@ def test_a_prompt_that_leaves_no_answer_is_named(tmp_path: Path, llama: Path) ->
     assert error.message == "row 21 is left with nothing of an answer"
 
 
-@pytest.mark.parametrize("template", ["chat", "plain"])
-@pytest.mark.parametrize("too_long", ["refuse", "truncate"])
-@pytest.mark.parametrize("loss_on", ["answer", "all"])
+@pytest.mark.parametrize(
+    ("template", "too_long", "loss_on"),
+    [
+        ("chat", "refuse", "answer"),
+        ("plain", "truncate", "all"),
+        # The others take a second each.
+        *(
+            pytest.param(*rules, marks=pytest.mark.full)
+            for rules in product(("chat", "plain"), ("refuse", "truncate"), ("answer", "all"))
+            if rules not in (("chat", "refuse", "answer"), ("plain", "truncate", "all"))
+        ),
+    ],
+)
 def test_the_check_refuses_what_training_would(
     tmp_path: Path, llama: Path, template: Any, too_long: Any, loss_on: Any
 ) -> None:
