@@ -18,6 +18,7 @@ from umbel_client.ledger.ledger import Ledger
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.site.config import load_config
 from umbel_client.tasks.prepared import prepare
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.tasks.task import ClassificationTask
 from umbel_common.adapters.vector import flatten
 from umbel_common.canonical import decode_canonical
@@ -77,9 +78,11 @@ def test_plain_peft_loads_the_adapter_and_gives_the_logits_of_umbel(smoke_run: P
     ours = AdaptedModel.load(base, plan)
     ours.set_vector(read_vector(adapter, plan))
     records = load_records(write_records(smoke_run.parent / "texts.jsonl", plan), plan.task)
-    data = prepare(ours, base, records, cache=None)
+    data = prepare(ours, base, records, BatchLimit(8), cache=None)
     with torch.no_grad():
-        logits = ours.logits(ClassificationTask().batch(data, np.arange(len(TEXTS))).inputs)
+        logits = ours.logits(
+            ClassificationTask().batch(data, data.part(np.arange(len(TEXTS)))).inputs
+        )
     # The frozen layers' outputs are kept as float16.
     assert torch.allclose(logits, expected, atol=2e-2)
     assert (logits.argmax(-1) == expected.argmax(-1)).all()

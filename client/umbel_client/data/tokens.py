@@ -43,14 +43,19 @@ class Tokens:
         """The name of exactly these records in this order, 32 bytes."""
         return digest("tokens", self.starts.tobytes() + self.ids.tobytes())
 
-    def rows(self, indices: Ints) -> tuple[Ints, Ints]:
-        """Positions in `ids` of the chosen records' tokens, padded to the longest record.
+    def rows(self, indices: Ints, length: int) -> tuple[Ints, Ints]:
+        """Positions in `ids` of the chosen records' tokens, padded to `length` tokens.
+
+        Args:
+            length: not smaller than the longest of these records.
 
         Returns:
-            Rows int64[n, t], 0 in the padding, and mask int64[n, t], 1 where there is a token.
+            Rows int64[n, length], 0 in the padding, and mask int64[n, length], 1 where there is a
+            token.
         """
         lengths = self.lengths[indices]
-        columns = np.arange(lengths.max(initial=1))
+        assert lengths.max(initial=0) <= length
+        columns = np.arange(length)
         mask = columns < lengths[:, None]
         rows = np.where(mask, self.starts[indices][:, None] + columns, 0)
         return rows, mask.astype(np.int64)

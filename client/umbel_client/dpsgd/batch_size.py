@@ -16,9 +16,8 @@ from umbel_client.data.tokens import Tokens
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import Batch, HiddenInputs, Inputs, PooledInputs, TokenInputs
-from umbel_client.tasks.frozen_cache import FrozenCache
-from umbel_client.tasks.physical_batches import BatchLimit, ran_out_of_memory
-from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.physical_batches import ran_out_of_memory
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.tasks.task import made_up_labels, task_of
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, LocalPrivacy
@@ -38,30 +37,25 @@ UNKNOWN = 32
 def choose_batch_limit(
     chosen: int | Literal["auto"],
     model: AdaptedModel,
-    data: PreparedData,
-    max_records_per_unit: int,
+    records_per_unit: int,
 ) -> BatchLimit:
     """The limit of a job's physical batches.
 
     Args:
         chosen: records computed at once, as client.toml says; `auto`: as many as
             `find_physical_batch_size` finds.
-        max_records_per_unit: as client.toml says; it counts only where the data has units.
+        records_per_unit: largest number of records of a unit, which are computed at once.
 
     Raises:
         ModelError: two records do not fit into memory.
     """
     if chosen != "auto":
-        return BatchLimit(chosen)
-    records_per_unit = 1 if data.units is None else max_records_per_unit
-    return BatchLimit(
-        find_physical_batch_size(model, data.prefix, records_per_unit=records_per_unit)
-    )
+        return BatchLimit(max(chosen, records_per_unit))
+    return BatchLimit(find_physical_batch_size(model, records_per_unit=records_per_unit))
 
 
 def find_physical_batch_size(
     model: AdaptedModel,
-    prefix: FrozenCache | None,
     *,
     records_per_unit: int = 1,
     free: int | None = None,
@@ -72,7 +66,6 @@ def find_physical_batch_size(
     than its activations, the gradients would otherwise decide how much memory training takes.
 
     Args:
-        prefix: the cache of the frozen layers that training reads, if there is one.
         records_per_unit: largest number of records of a unit; they are always computed at once.
         free: bytes of free memory; None: what the system says.
 
@@ -80,11 +73,11 @@ def find_physical_batch_size(
         ModelError: two records do not fit into memory.
     """
     free = free_memory(model.device) if free is None else free
-    tokens = 1 if prefix is not None and prefix.pooled else model.plan.task.max_tokens
+    tokens = 1 if model.frozen_output == "pooled" else model.plan.task.max_tokens
     useful = _largest_useful(model, tokens, records_per_unit)
     if free is None:
         return max(min(UNKNOWN, useful), records_per_unit)
-    fixed, activations, gradients = record_bytes(model, prefix)
+    fixed, activations, gradients = record_bytes(model)
     budget = max(int(free * SHARE) - fixed, 0)
     fitting = min(budget // (activations + gradients), budget // 2 // max(gradients, 1))
     return max(min(fitting, useful), records_per_unit, 1)
@@ -100,7 +93,7 @@ def _largest_useful(model: AdaptedModel, tokens: int, records_per_unit: int) -> 
     return min(whole, max(1, TOKENS_AT_ONCE * torch.get_num_threads() // tokens))
 
 
-def record_bytes(model: AdaptedModel, prefix: FrozenCache | None) -> tuple[int, int, int]:
+def record_bytes(model: AdaptedModel) -> tuple[int, int, int]:
     """The memory of a physical batch, in the kind of round that needs most.
 
     Returns:
@@ -117,7 +110,7 @@ def record_bytes(model: AdaptedModel, prefix: FrozenCache | None) -> tuple[int, 
     try:
         for number in (1, 2) if alternates else (1,):
             trained = model.select(number).values()
-            one, two = (saved_bytes(model, _longest(model, prefix, n)) for n in (1, 2))
+            one, two = (saved_bytes(model, _longest(model, n)) for n in (1, 2))
             elements = sum(parameter.numel() for parameter in trained)
             rounds.append((max(2 * one - two, 0), two - one, 4 * elements * private))
     except (RuntimeError, MemoryError) as error:
@@ -161,15 +154,15 @@ def saved_bytes(model: AdaptedModel, batch: Batch) -> int:
     return total
 
 
-def _longest(model: AdaptedModel, prefix: FrozenCache | None, records: int) -> Batch:
+def _longest(model: AdaptedModel, records: int) -> Batch:
     """A batch of made-up records, as long as the plan allows."""
     tokens, width = model.plan.task.max_tokens, int(model.base.config.hidden_size)
     mask = torch.ones(records, tokens, dtype=torch.int64)
     inputs: Inputs
-    if prefix is None:
+    if model.frozen_output == "nothing":
         pad = getattr(model.base.config, "pad_token_id", None)
         inputs = TokenInputs(torch.full_like(mask, 1 if pad == 0 else 0), mask)
-    elif prefix.pooled:
+    elif model.frozen_output == "pooled":
         inputs = PooledInputs(torch.ones(records, width))
     else:
         inputs = HiddenInputs(torch.ones(records, tokens, width), mask)

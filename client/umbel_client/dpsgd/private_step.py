@@ -30,13 +30,14 @@ import torch
 from umbel_client.data.tokens import Ints
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.noise import NoiseSource
-from umbel_client.tasks.physical_batches import BatchLimit, compute_parts
+from umbel_client.tasks.physical_batches import compute_parts
 from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_client.tasks.task import Task
 from umbel_common.errors import ModelError
 
 Clipping = Callable[[torch.Tensor, float], torch.Tensor]
-"""(norms float32[n], clip norm) -> factors float32[n] that bring no norm above the clip norm."""
+"""(norms float64[n], clip norm) -> factors float64[n] that bring no norm above the clip norm."""
 
 
 def flat(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
@@ -90,18 +91,23 @@ class PrivateOptimizer:
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
 
-    def accumulate(self, records: int, units: Ints | None = None) -> None:
+    def accumulate(
+        self, records: int, units: Ints | None = None, *, rows: int | None = None
+    ) -> None:
         """Adds one physical batch's clipped gradients to the sum, and clears them.
 
         Args:
-            records: number of records that the backward pass was over.
+            records: number of records that the losses were summed over.
             units: see `clipped_sum`.
+            rows: number of rows that the backward pass was over; those after the records only fill
+                a shape, and their gradients are dropped. None: as many as records.
 
         Raises:
             ModelError: the parameters do not hold one gradient for each record.
         """
         # 2. One gradient for each record, or none is added.
-        gradients = take_gradients(self.parameters, records)
+        taken = take_gradients(self.parameters, records if rows is None else rows)
+        gradients = [gradient[:records] for gradient in taken]
         # 3. The sum over physical batches; `clipped_sum` is step 2 and this batch's part of step 3.
         self._sum += clipped_sum(gradients, units, self._clip_norm, self._clipping)
 
@@ -144,18 +150,23 @@ def clipped_sum(
     if units is not None:
         gradients = _unit_means(gradients, units)
         norms = _finite_norms(gradients)
-    factors = clipping(norms, clip_norm)
+    factors = clipping(norms, clip_norm).float()
     # 3. Clipped and summed in one product.
     return torch.cat([factors @ gradient for gradient in gradients])
 
 
 def _finite_norms(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Norm of each row over all parameters, float32[n]; rows without a finite norm become zero.
+    """Norm of each row over all parameters, float64[n]; rows without a finite norm become zero.
+
+    In float32 the norm of a long tensor comes out too small, and the clipped gradient too long: by
+    0.8 % for ten million equal elements.
 
     A gradient that overflowed has no direction to clip. Its NaN would pass through clipping and
     noise, and tell that the record is there.
     """
-    parts = torch.stack([torch.linalg.vector_norm(rows, dim=1) for rows in gradients])
+    parts = torch.stack(
+        [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in gradients]
+    )
     norms: torch.Tensor = torch.linalg.vector_norm(parts, dim=0)
     # The sum is finite only if all norms are.
     if not math.isfinite(norms.sum()):
@@ -226,12 +237,14 @@ def private_step(
         ModelError: a unit's records are in several physical batches, or do not fit into memory.
     """
 
-    def compute(part: Ints) -> None:
+    def compute(part: Part) -> None:
         # 1. Each record's gradient.
         with torch.enable_grad():
             task.losses(model, task.batch(data, part)).sum().backward()  # type: ignore[no-untyped-call]  # torch
         # 2. Clipped, and 3. added to the sum.
-        optimizer.accumulate(len(part), None if units is None else units[part])
+        optimizer.accumulate(
+            len(part), None if units is None else units[part.records], rows=part.rows
+        )
 
     compute_parts(data, chosen, limit, units, compute=compute, discard=optimizer.discard)
     # 4. Noise, 5. division, 6. step.

@@ -12,22 +12,27 @@ from umbel_client.evaluation.losses import Floats, predicted_labels, record_loss
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_common.adapters.site_counts import SiteCounts
 from umbel_common.plans.plan import Classification, FederatedEvaluation, standard_deviation
 
-BATCH = 32
-"""Records computed at once: sets memory and speed, not the result."""
-
 
 def noisy_counts(
-    model: AdaptedModel, data: PreparedData, evaluation: FederatedEvaluation, noise: NoiseSource
+    model: AdaptedModel,
+    data: PreparedData,
+    evaluation: FederatedEvaluation,
+    noise: NoiseSource,
+    limit: BatchLimit,
 ) -> SiteCounts:
     """Counts the units of `data` and their score under the model as it stands, both with noise.
 
     A unit counts once, with the mean score of its records. The sensitivity is
     `umbel_common.plans.plan.SENSITIVITY`.
+
+    Args:
+        limit: the number of records computed at once, as in training.
     """
-    scores = _scores(model, data, evaluation)
+    scores = _scores(model, data, evaluation, limit)
     shares = data.unit_shares(np.arange(len(data))).numpy().astype(np.float64)
     draws = noise.normal(2) * standard_deviation(evaluation)
     return SiteCounts(
@@ -35,12 +40,14 @@ def noisy_counts(
     )
 
 
-def _scores(model: AdaptedModel, data: PreparedData, evaluation: FederatedEvaluation) -> Floats:
+def _scores(
+    model: AdaptedModel, data: PreparedData, evaluation: FederatedEvaluation, limit: BatchLimit
+) -> Floats:
     """The score of each record, from 0 to 1; NaN counts as the worst, so that it does not show."""
     scores: Floats
     if isinstance(model.plan.task, Classification):
-        scores = (predicted_labels(model, data, BATCH) == data.labels).astype(np.float64)
+        scores = (predicted_labels(model, data, limit) == data.labels).astype(np.float64)
     else:
-        losses = np.nan_to_num(record_losses(model, data, BATCH), nan=np.inf)
+        losses = np.nan_to_num(record_losses(model, data, limit), nan=np.inf)
         scores = np.clip(losses / evaluation.largest_loss, 0, 1)
     return scores

@@ -37,7 +37,8 @@ def classify_texts(model: AdaptedModel, tokens: Tokens) -> Iterator[Prediction]:
     labels = model.plan.task.labels  # type: ignore[union-attr]  # a classification's model
     for start in range(0, len(tokens), BATCH):
         indices = np.arange(start, min(start + BATCH, len(tokens)))
-        probabilities = model.logits(token_inputs(tokens, indices)).softmax(-1)
+        length = int(tokens.lengths[indices].max())
+        probabilities = model.logits(token_inputs(tokens, indices, length)).softmax(-1)
         best = probabilities.max(-1)
         for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
             yield Prediction(labels[index], value)

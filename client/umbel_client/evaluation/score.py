@@ -20,6 +20,7 @@ from umbel_client.evaluation.losses import losses_and_labels, mean_token_loss
 from umbel_client.evaluation.metrics import classification_figures, drift, finite, perplexity
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_common.adapters.vector import Vector
 from umbel_common.errors import DataError
 from umbel_common.plans.figures import CausalFigures, Evaluation
@@ -129,8 +130,8 @@ def _score_classification(
     labels = np.array(records.labels, dtype=np.int64)
     tokens = tokenise(records.texts, folder, task.max_tokens)
     # The model runs once over each record: there is nothing to cache.
-    data = PreparedData(tokens, labels, prefix=None)
-    losses, predicted = losses_and_labels(model, data, options.batch_size)
+    data = PreparedData(tokens, labels, prefix=None, longest=task.max_tokens)
+    losses, predicted = losses_and_labels(model, data, BatchLimit(options.batch_size))
     groups = _groups(holdout, records, options.groups)
     return Evaluation(
         records=len(records),
@@ -167,7 +168,8 @@ def _token_loss(
     model: AdaptedModel, folder: Path, records: LmRecords, task: CausalLm, batch_size: int
 ) -> float:
     tokens, labels = tokenise_answers(records, folder, task)
-    return mean_token_loss(model, PreparedData(tokens, labels, prefix=None), batch_size)
+    data = PreparedData(tokens, labels, prefix=None, longest=task.max_tokens)
+    return mean_token_loss(model, data, BatchLimit(batch_size))
 
 
 def _groups(path: Path, records: Records, column: str | None) -> Sequence[str]:

@@ -63,13 +63,15 @@ class AdaptedModel(nn.Module):
         """The layers below this one are frozen."""
         self.frozen_output: Literal["pooled", "hidden", "nothing"] = self._frozen_output()
         """The output that is constant for each record and can be cached: the `pooled` vector, the
-        `hidden` states below `depth`, or `nothing` (the model cannot be split, or its first layer
-        is adapted)."""
+        `hidden` states below `depth`, or `nothing` (the model cannot be split, its first layer is
+        adapted, or float16 does not hold the hidden states of a made-up record)."""
         self._plain_output = isinstance(plan.task, CausalLm) and output_is_plain(base)
         if precision == "bfloat16":
             lower_precision(base)
         self._checkpointed: list[nn.Module] = []
         self.eval()
+        if self.frozen_output == "hidden" and not self._fits_float16():
+            self.frozen_output = "nothing"
         if checkpointing:
             self._enable_checkpointing()
 
@@ -240,6 +242,11 @@ class AdaptedModel(nn.Module):
         if self.depth > 0 and splits(self.base, self.depth):
             return "hidden"
         return "nothing"
+
+    def _fits_float16(self) -> bool:
+        """Whether float16 holds the frozen output: a site's own records must not decide it."""
+        output = self.frozen_forward(TokenInputs(*made_up_inputs(self.base)))
+        return bool(torch.isfinite(output.half()).all())
 
     @torch.no_grad()
     def _enable_checkpointing(self) -> None:

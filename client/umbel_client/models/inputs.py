@@ -1,4 +1,4 @@
-"""A model's inputs for a few records at once, padded to the longest of them."""
+"""A model's inputs for a few records at once, padded to one length."""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -39,9 +39,11 @@ Inputs: TypeAlias = TokenInputs | HiddenInputs | PooledInputs
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and labels of n records."""
+    """Inputs and labels of n rows, which are records and, after them, rows that fill a shape."""
 
     inputs: Inputs
     labels: torch.Tensor
     """int64[n], label indices; for a causal language model int64[n, t], ids of the tokens that
     count."""
+    records: int | None = None
+    """How many of the rows are records; None: all."""

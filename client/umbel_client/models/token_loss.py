@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 _BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """Bytes of the logits that exist at once. On a CPU it is below malloc's mmap threshold: larger
 blocks are returned to the kernel, and cleared again at each step."""
+_COMMON_VOCABULARY = 65_536
+_MOST_ROWS = 64
+"""Tokens of the last block that are computed for nothing stay few."""
 
 
 def token_losses(hidden: torch.Tensor, layer: nn.Module, targets: torch.Tensor) -> torch.Tensor:
@@ -26,12 +29,18 @@ def token_losses(hidden: torch.Tensor, layer: nn.Module, targets: torch.Tensor) 
         layer: hidden states -> logits over the vocabulary; frozen.
         targets: int64[m].
     """
+    count, rows = len(targets), _rows_at_once(layer, hidden.device)
+    # In products of one shape: else how many tokens the other records have would change the bits.
+    hidden = pad(hidden, (0, 0, 0, -count % rows))
+    targets = pad(targets, (0, -count % rows))
     if type(layer) is not nn.Linear:
         # Packed weights, or a layer of an architecture's own: autograd knows its gradient.
-        return cross_entropy(layer(hidden).float(), targets, reduction="none")
+        parts = [layer(part).float() for part in torch.split(hidden, rows)]
+        logits = torch.cat(parts) if parts else layer(hidden).float()
+        return cross_entropy(logits[:count], targets[:count], reduction="none")
     assert not layer.weight.requires_grad
-    losses: torch.Tensor = _Losses.apply(hidden, layer, targets)  # type: ignore[no-untyped-call]
-    return losses
+    losses: torch.Tensor = _Losses.apply(hidden, layer, targets, rows)  # type: ignore[no-untyped-call]
+    return losses[:count]
 
 
 class _Losses(torch.autograd.Function):
@@ -39,12 +48,12 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, layer: nn.Linear, targets: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, layer: nn.Linear, targets: torch.Tensor, rows: int
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
         losses = torch.empty(len(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
-        for part in _parts(len(hidden), layer.out_features, hidden.device):
+        for part in (slice(start, start + rows) for start in range(0, len(hidden), rows)):
             logits = layer(hidden[part]).float()
             norms = logits.logsumexp(-1, keepdim=True)
             chosen = targets[part, None]
@@ -62,11 +71,13 @@ class _Losses(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator renames
         ctx: Any, slope: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None]:
+    ) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * slope[:, None], None, None
+        return gradient * slope[:, None], None, None, None
 
 
-def _parts(count: int, vocabulary: int, device: torch.device) -> list[slice]:
-    rows = max(1, _BYTES.get(device.type, _BYTES["cpu"]) // (4 * vocabulary))
-    return [slice(start, start + rows) for start in range(0, count, rows)]
+def _rows_at_once(layer: nn.Module, device: torch.device) -> int:
+    """A power of two, by the size of the vocabulary where it is known."""
+    vocabulary = int(getattr(layer, "out_features", _COMMON_VOCABULARY))
+    most = _BYTES.get(device.type, _BYTES["cpu"]) // (4 * vocabulary)
+    return 1 << min(max(most, 1).bit_length() - 1, _MOST_ROWS.bit_length() - 1)

@@ -17,8 +17,8 @@ from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import fastest_precision
 from umbel_client.privacy.calibration import SiteNoise, noise_for, sampling_rate
 from umbel_client.storage.deltas import OptimizerState
-from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training.round import LocalTrainer
 from umbel_common.adapters.vector import Vector, initial_vector, merge
 from umbel_common.errors import DataError
@@ -71,6 +71,7 @@ class PublicData:
                 model,
                 model_folder,
                 _chosen(records, np.sort(indices)),
+                BatchLimit(BATCH),
                 cache=None,
             )
             for indices in (order[count:], order[:count])
@@ -126,4 +127,4 @@ def loss_after_training(
         assert total is not None  # there is at least one site
         adapter = merge(adapter, total / np.float32(sites), plan, number)
     data.model.set_vector(adapter)
-    return mean_loss(data.model, data.validation, BATCH)
+    return mean_loss(data.model, data.validation, BatchLimit(BATCH))

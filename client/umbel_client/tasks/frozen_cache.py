@@ -4,11 +4,12 @@
 disk, readable by its owner alone, and must be deleted with the data set.
 
 Values are kept as float16. Logits differ from those of a whole forward pass by about a thousandth
-of their range. Gradients are those of the rounded records, so the guarantee is the same.
+of their range. Gradients are those of the rounded records, so the guarantee is the same: a record's
+values follow from this record alone, and no record decides whether others are cached.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from umbel_client.data.tokens import Ints, Tokens
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import HiddenInputs, PooledInputs, TokenInputs
+from umbel_client.tasks.shapes import Part
 from umbel_common.canonical import digest
 from umbel_common.errors import StorageError
 
@@ -32,8 +34,7 @@ def ignore_progress(done: int, total: int) -> None:
 
 
 _SUFFIX = ".prefix.npy"
-_TOKENS_AT_ONCE = 2048
-"""Tokens computed at once: enough for one thread's matrix products, few enough for its cache."""
+_LARGEST = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -44,35 +45,41 @@ class FrozenCache:
     """float16[tokens, hidden size], or float16[records, hidden size] where it is pooled."""
     pooled: bool
 
-    def inputs(self, tokens: Tokens, indices: Ints) -> HiddenInputs | PooledInputs:
-        """The chosen records, padded to the longest of them."""
+    def inputs(self, tokens: Tokens, indices: Ints, length: int) -> HiddenInputs | PooledInputs:
+        """The chosen records, padded to `length` tokens."""
         if self.pooled:
             return PooledInputs(torch.from_numpy(self.values[indices]).float())
-        rows, mask = tokens.rows(indices)
+        rows, mask = tokens.rows(indices, length)
         hidden = torch.from_numpy(self.values[rows]).float()
         present = torch.from_numpy(mask)
         return HiddenInputs(hidden.mul_(present.unsqueeze(-1)), present)
 
 
-def token_inputs(tokens: Tokens, indices: Ints) -> TokenInputs:
-    """Token ids of the chosen records, padded to the longest of them."""
-    rows, mask = tokens.rows(indices)
+def token_inputs(tokens: Tokens, indices: Ints, length: int) -> TokenInputs:
+    """Token ids of the chosen records, padded to `length` tokens."""
+    rows, mask = tokens.rows(indices, length)
     ids = np.where(mask == 1, tokens.ids[rows], tokens.pad_id).astype(np.int64)
     return TokenInputs(torch.from_numpy(ids), torch.from_numpy(mask))
 
 
 def frozen_prefix(
-    model: AdaptedModel, tokens: Tokens, folder: Path | None, on_progress: OnProgress
+    model: AdaptedModel,
+    tokens: Tokens,
+    parts: Sequence[Part],
+    folder: Path | None,
+    on_progress: OnProgress,
 ) -> FrozenCache | None:
     """Computes the cache, or opens it if this model's outputs for these records are stored.
 
     Args:
+        parts: every record once, in the shapes in which they are computed.
         folder: where the file goes, named by the digests of model and tokens; None: memory only.
         on_progress: called after each batch.
 
     Returns:
-        None if the model allows no cache (`AdaptedModel.frozen_output` is `nothing`), or if its
-        hidden states exceed float16. Training then does whole forward passes, with the same result.
+        None if the model allows no cache (`AdaptedModel.frozen_output` is `nothing`). Training then
+        does whole forward passes. A record whose hidden states exceed float16 has them cut at its
+        largest value: if it switched the cache off, it would change the gradients of all others.
 
     Raises:
         StorageError: the file cannot be written.
@@ -83,22 +90,33 @@ def frozen_prefix(
     shape = (len(tokens) if pooled else len(tokens.ids), int(model.base.config.hidden_size))
     if folder is None:
         values = np.empty(shape, dtype=np.float16)
-        return FrozenCache(values, pooled) if _fill(values, model, tokens, on_progress) else None
-    path = folder / (_key(model, tokens) + _SUFFIX)
-    if not path.is_file() and not _write(path, shape, model, tokens, on_progress):
-        return None
+        _fill(values, model, tokens, parts, on_progress)
+        return FrozenCache(values, pooled)
+    path = folder / (_key(model, tokens, parts) + _SUFFIX)
+    if not path.is_file():
+        _write(path, shape, model, tokens, parts, on_progress)
     return FrozenCache(np.load(path, mmap_mode="r", allow_pickle=False), pooled)
 
 
-def _key(model: AdaptedModel, tokens: Tokens) -> str:
-    """The file's name; kind, depth and precision are in it, as a model may serve several plans."""
+def _key(model: AdaptedModel, tokens: Tokens, parts: Sequence[Part]) -> str:
+    """The file's name; kind, depth and precision are in it, as a model may serve several plans, and
+    the length that each record was padded to."""
     kind = f"{model.frozen_output} {model.depth} {model.precision} ".encode()
-    return digest("prefix", kind + model.plan.model.digest + tokens.digest()).hex()
+    lengths = np.empty(len(tokens), dtype=np.int64)
+    for part in parts:
+        lengths[part.records] = part.length
+    content = model.plan.model.digest + tokens.digest() + lengths.tobytes()
+    return digest("prefix", kind + content).hex()
 
 
 def _write(
-    path: Path, shape: tuple[int, int], model: AdaptedModel, tokens: Tokens, on_progress: OnProgress
-) -> bool:
+    path: Path,
+    shape: tuple[int, int],
+    model: AdaptedModel,
+    tokens: Tokens,
+    parts: Sequence[Part],
+    on_progress: OnProgress,
+) -> None:
     """Fills a file that only its owner can read. It gets its name when it is complete."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -106,45 +124,34 @@ def _write(
             partial = Path(file.name)
         try:
             values: Any = np.lib.format.open_memmap(partial, "w+", dtype=np.float16, shape=shape)
-            complete = _fill(values, model, tokens, on_progress)
+            _fill(values, model, tokens, parts, on_progress)
             values.flush()
-            if complete:
-                partial.rename(path)
+            partial.rename(path)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(
             "the cache of frozen layers cannot be written", file=path, found=error
         ) from error
-    return complete
 
 
 def _fill(
-    values: npt.NDArray[np.float16], model: AdaptedModel, tokens: Tokens, on_progress: OnProgress
-) -> bool:
-    """Computes the rows of every record; returns False if a value does not fit float16."""
+    values: npt.NDArray[np.float16],
+    model: AdaptedModel,
+    tokens: Tokens,
+    parts: Sequence[Part],
+    on_progress: OnProgress,
+) -> None:
+    """Computes the rows of every record."""
     done = 0
-    for indices in _batches(tokens):
-        inputs = token_inputs(tokens, indices)
-        output = model.frozen_forward(inputs).half().cpu()
-        if not torch.isfinite(output).all():
-            return False
+    for part in parts:
+        inputs = token_inputs(tokens, part.filled, part.length)
+        output = model.frozen_forward(inputs)[: len(part)]
+        kept = output.nan_to_num(0.0).clamp(-_LARGEST, _LARGEST).half().cpu()
         if model.frozen_output == "pooled":
-            values[indices] = output.numpy()
+            values[part.records] = kept.numpy()
         else:
-            rows, mask = tokens.rows(indices)
-            values[rows[mask == 1]] = output[inputs.mask == 1].numpy()
-        done += len(indices)
+            rows, mask = tokens.rows(part.records, part.length)
+            values[rows[mask == 1]] = kept[torch.from_numpy(mask == 1)].numpy()
+        done += len(part)
         on_progress(done, len(tokens))
-    return True
-
-
-def _batches(tokens: Tokens) -> Iterator[Ints]:
-    """Batches of records of similar length, so that there is little padding."""
-    order = np.argsort(tokens.lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        longest = max(1, int(tokens.lengths[order[min(start + 64, len(order)) - 1]]))
-        count = max(1, _TOKENS_AT_ONCE // longest)
-        yield order[start : start + count]
-        start += count

@@ -7,7 +7,6 @@ The cuts change memory and time only. The batch, its noise and its cost in the l
 are.
 """
 
-import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -15,30 +14,8 @@ import torch
 
 from umbel_client.data.tokens import Ints
 from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_common.errors import ModelError
-
-_logger = logging.getLogger("umbel.trainer")
-
-
-class BatchLimit:
-    """The number of records computed at once; once lowered, it stays so for the rest of the job."""
-
-    def __init__(self, records: int) -> None:
-        self.records = records
-        self._was_lowered = False
-
-    def lower(self, records: int) -> None:
-        """Lowers the limit. It warns the first time only: a batch may need several cuts."""
-        level = logging.DEBUG if self._was_lowered else logging.WARNING
-        _logger.log(
-            level,
-            "memory ran out with %d records at once: from now on at most %d at once, to the same"
-            " result (physical_batch_size in client.toml)",
-            self.records,
-            records,
-        )
-        self.records = records
-        self._was_lowered = True
 
 
 def compute_parts(
@@ -47,12 +24,13 @@ def compute_parts(
     limit: BatchLimit,
     units: Ints | None,
     *,
-    compute: Callable[[Ints], None],
+    compute: Callable[[Part], None],
     discard: Callable[[], None],
 ) -> None:
     """Calls `compute` on physical batches that together hold each chosen record once.
 
-    A physical batch that runs out of memory is cut in two, and the remaining ones become as small.
+    A physical batch that runs out of memory is cut in two, and the remaining ones become as small:
+    only numbers of rows that give a record the same bits are left to choose from (`BatchLimit`).
 
     Args:
         chosen: indices of the batch's records, int64[n].
@@ -64,7 +42,7 @@ def compute_parts(
     Raises:
         ModelError: a unit's records are in several parts, or do not fit into memory together.
     """
-    pending = _cut(data, chosen, limit.records, units)
+    pending = _cut(data, chosen, limit, units)
     while pending:
         part = pending.pop(0)
         if _fits(compute, part):
@@ -72,20 +50,21 @@ def compute_parts(
         discard()
         # Does nothing where CUDA is not in use.
         torch.cuda.empty_cache()
-        half = (len(part) + 1) // 2
-        if len(_cut(data, part, half, units)) == 1:
+        half = limit.smaller(part.rows - 1)
+        if half is None or (units is not None and len(np.unique(units[part.records])) == 1):
             raise ModelError(
                 "the records of one unit do not fit into memory",
                 field="physical_batch_size",
-                found=f"{len(part)} at once",
+                found=f"{part.rows} at once",
                 remedy="give the trainer more memory, lower data.max_records_per_unit,"
                 " or agree on a plan with shorter texts or a smaller model",
             )
         limit.lower(half)
-        pending = _cut(data, np.concatenate([part, *pending]), half, units)
+        left = np.concatenate([part.records, *(other.records for other in pending)])
+        pending = _cut(data, left, limit, units)
 
 
-def _fits(compute: Callable[[Ints], None], part: Ints) -> bool:
+def _fits(compute: Callable[[Part], None], part: Part) -> bool:
     """Returns False if memory ran out; the error and all tensors that it held are freed by then."""
     try:
         compute(part)
@@ -105,11 +84,11 @@ def ran_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     return known or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def _cut(data: PreparedData, records: Ints, size: int, units: Ints | None) -> list[Ints]:
+def _cut(data: PreparedData, records: Ints, limit: BatchLimit, units: Ints | None) -> list[Part]:
     """Cuts records into parts. A unit in two of them would be clipped in each, and count twice."""
-    parts = list(data.physical_batches(records, size))
+    parts = list(data.physical_batches(records, limit))
     if units is not None and parts:
-        members = np.concatenate([np.unique(units[part]) for part in parts])
+        members = np.concatenate([np.unique(units[part.records]) for part in parts])
         if len(members) != len(np.unique(members)):
             raise ModelError(
                 "the records of a unit are in several physical batches",

@@ -5,7 +5,8 @@ record, or what is cached of it, depend on another record.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from umbel_client.tasks.frozen_cache import (
     ignore_progress,
     token_inputs,
 )
+from umbel_client.tasks.shapes import BatchLimit, Part, padded_lengths
 from umbel_common.plans.plan import CausalLm, Task
 
 
@@ -39,6 +41,8 @@ class PreparedData:
     """The cache of the frozen layers; None: the model allows none, and each step runs all of it."""
     units: Units | None = None
     """None: each record is its own unit."""
+    longest: int | None = None
+    """The plan's greatest number of tokens, where padding ends; None: no limit."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -52,15 +56,35 @@ class PreparedData:
         """The records of the chosen units, int64[n]."""
         return chosen if self.units is None else self.units.records_of(chosen)
 
-    def inputs(self, indices: Ints) -> Inputs:
-        """The inputs of the chosen records, padded to the longest of them."""
-        if self.prefix is None:
-            return token_inputs(self.tokens, indices)
-        return self.prefix.inputs(self.tokens, indices)
+    @cached_property
+    def padded(self) -> Ints:
+        """The number of tokens that each record is padded to, int64[records].
 
-    def batch(self, indices: Ints) -> Batch:
-        """The chosen records with a label each."""
-        return Batch(self.inputs(indices), torch.from_numpy(self.labels[indices]))
+        It follows from the record alone; where units are known, from the unit's longest record.
+        """
+        if self.prefix is not None and self.prefix.pooled:
+            return np.ones(len(self), dtype=np.int64)
+        lengths = self.tokens.lengths
+        if self.units is not None and len(lengths):
+            greatest = np.zeros(len(self.units), dtype=np.int64)
+            np.maximum.at(greatest, self.units.of_record, lengths)
+            lengths = greatest[self.units.of_record]
+        return padded_lengths(lengths, self.longest)
+
+    def part(self, records: Ints) -> Part:
+        """A part of these records and no others, padded to the longest of them."""
+        return Part(records, int(self.padded[records].max(initial=1)), len(records))
+
+    def inputs(self, part: Part) -> Inputs:
+        """The inputs of a part's rows."""
+        if self.prefix is None:
+            return token_inputs(self.tokens, part.filled, part.length)
+        return self.prefix.inputs(self.tokens, part.filled, part.length)
+
+    def batch(self, part: Part) -> Batch:
+        """A part's rows with a label each."""
+        labels = torch.from_numpy(self.labels[part.filled])
+        return Batch(self.inputs(part), labels, len(part))
 
     def unit_shares(self, part: Ints) -> torch.Tensor:
         """The weight of each record in the mean of its unit, float32[n].
@@ -73,24 +97,28 @@ class PreparedData:
         numbers = self.units.numbered(part)
         return torch.from_numpy((1.0 / np.bincount(numbers)[numbers]).astype(np.float32))
 
-    def physical_batches(self, indices: Ints, size: int) -> Iterator[Ints]:
-        """Cuts a batch into parts of at most `size` records that are computed at once.
+    def physical_batches(self, indices: Ints, limit: BatchLimit) -> Iterator[Part]:
+        """Cuts a batch into parts that are computed at once, of records with one padded length.
 
-        The records are sorted by length, which saves padding: a batch is a set, so its order is
-        free. A unit's records stay in one part, which may then be larger than `size`.
+        A unit's records stay in one part, which may then be larger than the limit.
         """
-        order = indices[np.argsort(self.tokens.lengths[indices], kind="stable")]
-        if self.units is not None:
-            yield from self.units.whole(order, size)
-            return
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
+        padded = self.padded[indices]
+        for length in np.unique(padded):
+            alike = indices[padded == length]
+            if self.units is None:
+                starts = range(0, len(alike), limit.records)
+                cuts: Iterator[Ints] = (alike[start : start + limit.records] for start in starts)
+            else:
+                cuts = self.units.whole(alike, limit.records)
+            for records in cuts:
+                yield Part(records, int(length), limit.rows(len(records)))
 
 
 def prepare(
     model: AdaptedModel,
     model_folder: Path,
     records: Records | LmRecords,
+    limit: BatchLimit,
     *,
     cache: Path | None,
     on_progress: OnProgress = ignore_progress,
@@ -100,6 +128,7 @@ def prepare(
 
     Args:
         model_folder: the base model's, for its tokenizer.
+        limit: the number of records computed at once.
         cache: a folder on the site's disk for the frozen-prefix cache, which is private data; None
             keeps it in memory.
         on_progress: called as the frozen layers are computed.
@@ -117,9 +146,12 @@ def prepare(
     else:
         tokens = tokenise(records.texts, model_folder, task.max_tokens)
         labels = np.array(records.labels, dtype=np.int64)
-    return PreparedData(
+    data = PreparedData(
         tokens=tokens,
         labels=labels,
-        prefix=frozen_prefix(model, tokens, cache, on_progress),
+        prefix=None,
         units=Units(np.array(records.units, dtype=np.int64)) if records.units else None,
+        longest=task.max_tokens,
     )
+    every = list(data.physical_batches(np.arange(len(data)), limit))
+    return replace(data, prefix=frozen_prefix(model, tokens, every, cache, on_progress))

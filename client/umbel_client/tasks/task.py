@@ -15,6 +15,7 @@ from umbel_client.data.tokens import Ints, Tokens
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import Batch
 from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.shapes import Part
 from umbel_common.plans.plan import CausalLm
 from umbel_common.plans.plan import Task as PlannedTask
 
@@ -22,12 +23,12 @@ from umbel_common.plans.plan import Task as PlannedTask
 class Task(Protocol):
     """How records become batches, and batches become losses."""
 
-    def batch(self, data: PreparedData, indices: Ints) -> Batch:
-        """The batch of the chosen records; `indices` is int64[n]."""
+    def batch(self, data: PreparedData, part: Part) -> Batch:
+        """The rows of a part."""
         ...
 
     def losses(self, model: AdaptedModel, batch: Batch) -> torch.Tensor:
-        """float32[n]: one loss for each record in nats, from this record alone.
+        """float32[n]: one loss for each record of the batch in nats, from this record alone.
 
         A task over tokens takes the mean over the record's own tokens. A mean over the batch's
         tokens, as in Transformers' `.loss`, would let one record change the gradients of others.
@@ -38,39 +39,41 @@ class Task(Protocol):
 class ClassificationTask:
     """Sequence classification by cross entropy."""
 
-    def batch(self, data: PreparedData, indices: Ints) -> Batch:
-        """The chosen records."""
-        return data.batch(indices)
+    def batch(self, data: PreparedData, part: Part) -> Batch:
+        """The rows of a part."""
+        return data.batch(part)
 
     def losses(self, model: AdaptedModel, batch: Batch) -> torch.Tensor:
         """float32[n]."""
         logits = model.logits(batch.inputs)
-        return cross_entropy(logits, batch.labels.to(logits.device), reduction="none")
+        losses = cross_entropy(logits, batch.labels.to(logits.device), reduction="none")
+        return losses[: batch.records]
 
     @torch.no_grad()
     def predict(self, model: AdaptedModel, batch: Batch) -> Ints:
         """Most likely label index of each record, int64[n]."""
         predicted: Ints = model.logits(batch.inputs).argmax(-1).cpu().numpy().astype(np.int64)
-        return predicted
+        return predicted[: batch.records]
 
 
 class CausalLmTask:
     """The next token of an answer, by cross entropy."""
 
-    def batch(self, data: PreparedData, indices: Ints) -> Batch:
-        """The chosen records; their labels are padded with `IGNORED`."""
-        rows, mask = data.tokens.rows(indices)
+    def batch(self, data: PreparedData, part: Part) -> Batch:
+        """The rows of a part; their labels are padded with `IGNORED`."""
+        rows, mask = data.tokens.rows(part.filled, part.length)
         labels = np.where(mask == 1, data.labels[rows], IGNORED)
-        return Batch(data.inputs(indices), torch.from_numpy(labels))
+        return Batch(data.inputs(part), torch.from_numpy(labels), len(part))
 
     def losses(self, model: AdaptedModel, batch: Batch) -> torch.Tensor:
         """float32[n]: the mean over the tokens of the record that count."""
         targets = batch.labels[:, 1:].to(model.device)
         counts = targets != IGNORED
         losses = model.next_token_losses(batch.inputs, counts, targets[counts])
-        records = counts.nonzero()[:, 0]
-        sums = torch.zeros(len(counts), device=losses.device).index_add(0, records, losses)
-        return sums / counts.sum(1)
+        # Back in its place, so that a record's sum runs over its own tokens in a fixed shape.
+        placed = torch.zeros(counts.shape, device=losses.device).masked_scatter(counts, losses)
+        means = placed.sum(1) / counts.sum(1)
+        return means[: batch.records]
 
 
 def task_of(planned: PlannedTask) -> Task:

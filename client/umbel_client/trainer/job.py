@@ -2,6 +2,8 @@
 
 The law of a round is its order:
 
+0. Test: on made-up records, the adapter that the round starts from keeps records separate
+   (`LocalTrainer.check`). A round that fails here is not charged.
 1. Reserve: the ledger takes the round's DP events, on disk, or refuses (`SiteJob.reserve`).
 2. Train: only then does anything compute on the records (`SiteJob.train`).
 3. Store: the delta and the optimizer state are written to the site's disk (`SiteJob.store`).
@@ -41,6 +43,7 @@ from umbel_client.site.policy import Budget
 from umbel_client.storage.deltas import DeltaCache, OptimizerState
 from umbel_client.storage.journal import Published
 from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.trainer.observer import Observer
 from umbel_client.training.round import LocalTrainer
 from umbel_client.training.self_test import self_test
@@ -88,9 +91,9 @@ def open_job(
     c. Open the data set's ledger, verify it against what this site published, require that what an
        old copy lacks was stated, count the answers that left, and check the budget of the whole
        plan (`budget`).
-    d. Load the model, and test it on made-up records.
-    e. Hold records out, and prepare both parts.
-    f. Find the number of records computed at once.
+    d. Load the model, and find the number of records computed at once.
+    e. Test the model on made-up records.
+    f. Hold records out, and prepare both parts.
 
     No step that looks at the records moves before the calibration. A step that fails closes the
     ledger.
@@ -126,19 +129,18 @@ def open_job(
         ledger.keep_pace(published.answers)
         budget = _budget(config, plan)
         _check_budget(config, plan, noise, ledger, budget)
-        # d. Load the model, and test it on made-up records.
+        # d. Load the model, and find the number of records computed at once.
         model = load_site_model(config.model, plan)
-        self_test(model, noise.noise_multiplier, entropy=entropy)
-        # e. Hold records out, and prepare both parts.
+        records_per_unit = config.data.max_records_per_unit if records.units else 1
+        limit = choose_batch_limit(config.physical_batch_size, model, records_per_unit)
+        # e. Test the model on made-up records.
+        self_test(model, noise.noise_multiplier, limit, entropy=entropy)
+        # f. Hold records out, and prepare both parts.
         held_out = None
         if plan.evaluation is not None:
             records, chosen = hold_out(records, config.data.evaluation_share)
-            held_out = _prepare(config, model, chosen, observer)
-        data = _prepare(config, model, records, observer)
-        # f. Find the number of records computed at once.
-        limit = choose_batch_limit(
-            config.physical_batch_size, model, data, config.data.max_records_per_unit
-        )
+            held_out = _prepare(config, model, chosen, limit, observer)
+        data = _prepare(config, model, records, limit, observer)
         job = SiteJob(
             plan=plan,
             noise=noise,
@@ -199,7 +201,7 @@ class SiteJob:
         self._ledger.mark_as_old_copy(head)
 
     def compute(self, header: RoundHeader, adapter: Vector) -> None:
-        """Makes sure that the round's delta exists: steps 1 to 4 of the law.
+        """Makes sure that the round's delta exists: steps 0 to 4 of the law.
 
         A delta that is recorded is not computed again.
 
@@ -219,6 +221,9 @@ class SiteJob:
                 one round has one delta.
         """
         number = header.round
+        if self._recorded_digest(number) is None:
+            # 0
+            self._trainer.check(number, adapter)
         # 1
         event = self.reserve(number)
         if self._recorded_digest(number) is None:
@@ -383,7 +388,8 @@ class SiteJob:
         model = self._trainer.model
         model.set_vector(adapter)
         noise = NoiseSource(self._entropy)
-        return noisy_counts(model, self._held_out, self.plan.evaluation, noise)
+        limit = self._trainer.limit
+        return noisy_counts(model, self._held_out, self.plan.evaluation, noise, limit)
 
     def _optimizer_state(self, number: int) -> OptimizerState | None:
         """The state after the last round that this site computed; it may have missed some."""
@@ -400,12 +406,17 @@ class SiteJob:
 
 
 def _prepare(
-    config: ClientConfig, model: AdaptedModel, records: Records | LmRecords, observer: Observer
+    config: ClientConfig,
+    model: AdaptedModel,
+    records: Records | LmRecords,
+    limit: BatchLimit,
+    observer: Observer,
 ) -> PreparedData:
     return prepare(
         model,
         Path(config.model.path),
         records,
+        limit,
         cache=config.state_folder.cache,
         on_progress=lambda done, total: observer.preparing("frozen layers", done, total),
     )

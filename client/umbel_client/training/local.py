@@ -18,6 +18,7 @@ from umbel_client.models.site_model import load_site_model
 from umbel_client.privacy.calibration import noise_alone
 from umbel_client.site.config import ClientConfig
 from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training.round import LocalTrainer
 from umbel_client.training.self_test import self_test
 from umbel_common.adapters.vector import Vector, initial_vector
@@ -81,12 +82,13 @@ def fine_tune(
     model = load_site_model(settings.model, plan)
     # The test asks whether a private step keeps its promises; they do not depend on this number.
     private = isinstance(plan.privacy, LocalPrivacy)
-    self_test(model, 1.0 if private else None, entropy=entropy)
-    data = _prepare(settings, model, records)
-    held_out = None if validation is None else _prepare(settings, model, validation.records)
-    limit = choose_batch_limit(
-        settings.physical_batch_size, model, data, settings.data.max_records_per_unit
-    )
+    per_unit = settings.data.max_records_per_unit if records.units else 1
+    limit = choose_batch_limit(settings.physical_batch_size, model, per_unit)
+    self_test(model, 1.0 if private else None, limit, entropy=entropy)
+    data = _prepare(settings, model, records, limit)
+    held_out = None
+    if validation is not None:
+        held_out = _prepare(settings, model, validation.records, limit)
     noise = noise_alone(plan, data.unit_count if public_size is None else public_size)
     trainer = LocalTrainer(model, data, noise, entropy, limit)
     best = LocalResult(initial_vector(plan), 0)
@@ -108,11 +110,11 @@ def fine_tune(
 
 
 def _prepare(
-    settings: ClientConfig, model: AdaptedModel, records: Records | LmRecords
+    settings: ClientConfig, model: AdaptedModel, records: Records | LmRecords, limit: BatchLimit
 ) -> PreparedData:
-    return prepare(model, Path(settings.model.path), records, cache=None)
+    return prepare(model, Path(settings.model.path), records, limit, cache=None)
 
 
 def _loss(trainer: LocalTrainer, held_out: PreparedData, adapter: Vector) -> float:
     trainer.model.set_vector(adapter)
-    return mean_loss(trainer.model, held_out, trainer.limit.records)
+    return mean_loss(trainer.model, held_out, trainer.limit)

@@ -25,10 +25,12 @@ from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.storage.deltas import OptimizerState
-from umbel_client.tasks.physical_batches import BatchLimit, compute_parts
+from umbel_client.tasks.physical_batches import compute_parts
 from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_client.tasks.task import Task, task_of
 from umbel_client.training.averaging import MovingAverage
+from umbel_client.training.bit_test import check_round
 from umbel_client.training.optimiser import (
     build_optimizer,
     extract_state,
@@ -74,6 +76,23 @@ class LocalTrainer:
     limit: BatchLimit
     """The number of records computed at once: sets memory and speed, not the result. It is lowered
     where memory runs out."""
+
+    def check(self, number: int, start: Vector) -> None:
+        """Tests the adapter that a round starts from, on made-up records (`bit_test.check_round`).
+
+        It comes before the round is charged, and promises nothing where the plan has no privacy.
+
+        Args:
+            number: the round, from 1.
+            start: the global adapter, float32[plan.lora.size].
+
+        Raises:
+            ModelError: under this adapter the results of records are not separate.
+        """
+        if isinstance(self.model.plan.privacy, LocalPrivacy):
+            self.model.set_vector(start)
+            self.model.select(number)
+            check_round(self.model, self.limit)
 
     def round(
         self,
@@ -219,10 +238,10 @@ def plain_step(
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
 
-    def compute(part: Ints) -> None:
+    def compute(part: Part) -> None:
         with torch.enable_grad():
             losses = task.losses(model, task.batch(data, part))
-            losses = losses * data.unit_shares(part).to(losses.device)
+            losses = losses * data.unit_shares(part.records).to(losses.device)
             total = losses.sum() / expected_batch_size
         # A backward pass that fails midway would already have added some of its gradients.
         found = torch.autograd.grad(total, parameters, allow_unused=True)

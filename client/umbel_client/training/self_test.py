@@ -26,9 +26,10 @@ from umbel_client.dpsgd.private_step import (
 )
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.noise import NoiseSource
-from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_client.tasks.task import made_up_labels, task_of
+from umbel_client.training.bit_test import prove_shapes
 from umbel_client.training.optimiser import build_optimizer
 from umbel_common.canonical import Entropy
 from umbel_common.errors import ModelError
@@ -54,12 +55,18 @@ ALARM = 17.0
 2 exp(-17) = 8.3e-8."""
 
 
-def self_test(model: AdaptedModel, noise_multiplier: float | None, *, entropy: Entropy) -> None:
-    """Tests each kind of round that the model's plan has; a dozen passes over very short records.
+def self_test(
+    model: AdaptedModel, noise_multiplier: float | None, limit: BatchLimit, *, entropy: Entropy
+) -> None:
+    """Tests each kind of round that the model's plan has.
+
+    It takes a dozen passes over very short records, and some over records of each padded length.
 
     Args:
         noise_multiplier: this site's; None exactly when the plan has no privacy. Then nothing is
             promised, and nothing is tested.
+        limit: the number of records computed at once; numbers of rows that give a record other bits
+            are taken out of it.
         entropy: the source of the noise that is tested; no round uses it.
 
     Raises:
@@ -89,6 +96,8 @@ def self_test(model: AdaptedModel, noise_multiplier: float | None, *, entropy: E
                 _check_clipped(trial, alone)
                 _check_noise(trial)
                 _check_moves(trial)
+            _set_random(model)
+            prove_shapes(model, limit)
 
 
 @dataclass(frozen=True)
@@ -105,8 +114,9 @@ class _Trial:
     def losses(self, indices: Ints) -> torch.Tensor:
         """float32[n]."""
         with torch.enable_grad():
-            task = task_of(self.model.plan.task)
-            return task.losses(self.model, task.batch(self.data, indices))
+            task, lengths = task_of(self.model.plan.task), self.data.tokens.lengths
+            part = Part(indices, int(lengths[indices].max()), len(indices))
+            return task.losses(self.model, task.batch(self.data, part))
 
     def optimizer(
         self,

@@ -25,6 +25,7 @@ from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.tasks.task import task_of
 from umbel_client.training.round import LocalTrainer
 from umbel_common.adapters.vector import Vector, initial_vector
@@ -148,13 +149,14 @@ def clipped_gradients(
     trained = [model.select(number)[tensor.name] for tensor in plan.trained_tensors(number)]
     task = task_of(plan.task)
     with per_record_gradients(model):
-        for part in data.physical_batches(np.arange(len(data)), physical_batch_size):
+        for part in data.physical_batches(np.arange(len(data)), BatchLimit(physical_batch_size)):
             with torch.enable_grad():
                 losses = task.losses(model, task.batch(data, part))
                 losses.sum().backward()  # type: ignore[no-untyped-call]  # torch
-            of_record = part if data.units is None else data.units.of_record[part]
+            records = part.records
+            of_record = records if data.units is None else data.units.of_record[records]
             units, rows = np.unique(of_record, return_inverse=True)
-            gradients = _take_gradients(trained, len(part))
+            gradients = _take_gradients(trained, part.rows)[: len(part)]
             sums = gradients.new_zeros(len(units), gradients.shape[1])
             means = sums.index_add_(0, torch.from_numpy(rows), gradients).numpy()
             means /= np.bincount(rows)[:, None]

@@ -24,8 +24,8 @@ from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.base.layers import body_of
 from umbel_client.privacy.calibration import noise_for
-from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training.round import LocalTrainer
 from umbel_common.adapters.vector import Vector, initial_vector, unflatten
 from umbel_common.canonical import Entropy, Value
@@ -89,9 +89,10 @@ def invert(
     privacy = plan.privacy if private else NoPrivacy()
     plan = msgspec.structs.replace(plan, training=training, privacy=privacy)
     adapted = AdaptedModel.load(model, plan)
-    data = prepare(adapted, model, records, cache=None)
+    limit = BatchLimit(len(records))
+    data = prepare(adapted, model, records, limit, cache=None)
     noise = noise_for(plan, len(records))
-    trainer = LocalTrainer(adapted, data, noise, entropy, BatchLimit(len(records)))
+    trainer = LocalTrainer(adapted, data, noise, entropy, limit)
     result = trainer.round(1, _with_head(plan))
     true = np.unique(data.tokens.ids)
     distances = distances_from_span(adapted, plan, result.delta, _inputs(data), _longest(data))

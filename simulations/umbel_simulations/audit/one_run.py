@@ -23,8 +23,8 @@ from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import fastest_precision
 from umbel_client.privacy.accounting import DpEvent, epsilon
 from umbel_client.privacy.calibration import SiteNoise, noise_for
-from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training.round import LocalTrainer
 from umbel_common.canonical import Entropy, Value
 from umbel_common.errors import ConfigError, VerificationError
@@ -192,14 +192,15 @@ def play(
         seed: public seed of the canaries' texts; coins, batches and noise come from `entropy`.
     """
     adapted = AdaptedModel.load(model, plan, precision=fastest_precision())
+    limit = BatchLimit(physical_batch_size)
     made = make_canaries(records, plan, canaries, seed)
     included = flip_coins(canaries, entropy)
 
     def prepared(chosen: Records) -> PreparedData:
-        return prepare(adapted, model, chosen, cache=None)
+        return prepare(adapted, model, chosen, limit, cache=None)
 
     data = prepared(with_included(records, made, included))
-    trainer = LocalTrainer(adapted, data, noise, entropy, BatchLimit(physical_batch_size))
+    trainer = LocalTrainer(adapted, data, noise, entropy, limit)
     evidence = gather_evidence(trainer, prepared(records), prepared(made), on_round)
     return GameOutcome(included, evidence)
 

@@ -20,8 +20,8 @@ from umbel_client.models.base.precision import fastest_precision
 from umbel_client.privacy.calibration import noise_alone
 from umbel_client.site.config import ClientConfig
 from umbel_client.tasks.frozen_cache import FrozenCache
-from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training.round import LocalTrainer
 from umbel_common.adapters.vector import Vector, initial_vector
 from umbel_common.canonical import Entropy
@@ -61,7 +61,8 @@ def train_baselines(
     Args:
         configs: each site's configuration, whose data and cache it uses.
     """
-    data = {site: _site_data(plan, model, config) for site, config in configs.items()}
+    limit = BatchLimit(physical_batch_size)
+    data = {site: _site_data(plan, model, config, limit) for site, config in configs.items()}
     parties = []
     for name in names:
         if name == POOLED:
@@ -114,11 +115,14 @@ def _train(
     return adapter
 
 
-def _site_data(plan: TrainingPlan, model: Path, config: ClientConfig) -> PreparedData:
+def _site_data(
+    plan: TrainingPlan, model: Path, config: ClientConfig, limit: BatchLimit
+) -> PreparedData:
     return prepare(
         AdaptedModel.load(model, plan, precision=fastest_precision()),
         model,
         load_records(Path(config.data.path), plan.task),
+        limit,
         cache=config.state_folder.cache,
     )
 
@@ -149,4 +153,5 @@ def _pool(sites: Mapping[str, PreparedData]) -> PreparedData:
         )
         if len(prefixes) == len(parts)
         else None,
+        longest=parts[0].longest,
     )

@@ -18,6 +18,7 @@ from umbel_client.evaluation.losses import predicted_labels, record_losses
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import fastest_precision
 from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_common.adapters.vector import Vector
 from umbel_common.plans.plan import CausalLm, TrainingPlan
 from umbel_simulations.inputs.partition import write_site_data
@@ -76,6 +77,7 @@ class Judge:
             self._model,
             self._model_folder,
             records,
+            BatchLimit(BATCH["causal-lm"]),
             cache=self._folder / "cache",
             task=task,
         )
@@ -93,17 +95,21 @@ class Judge:
         key = _name(adapter)
         if key not in self._losses:
             self._model.set_vector(adapter)
-            self._losses[key] = record_losses(self._model, self._data, BATCH["causal-lm"])
+            self._losses[key] = record_losses(
+                self._model, self._data, BatchLimit(BATCH["causal-lm"])
+            )
         return self._losses[key]
 
     def _score(self, adapter: Vector) -> Score:
         self._model.set_vector(adapter)
         if self._general is None:
-            predicted = predicted_labels(self._model, self._data, BATCH["classification"])
+            predicted = predicted_labels(
+                self._model, self._data, BatchLimit(BATCH["classification"])
+            )
             return score(self._labels, predicted)
         losses = self.losses(adapter)
         perplexity = math.exp(losses.mean())
-        general = record_losses(self._model, self._general, BATCH["causal-lm"])
+        general = record_losses(self._model, self._general, BatchLimit(BATCH["causal-lm"]))
         return Score(
             perplexity=perplexity,
             perplexity_error=perplexity * float(losses.std()) / math.sqrt(len(losses)),

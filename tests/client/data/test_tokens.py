@@ -24,9 +24,9 @@ def test_ids_are_the_tokenizers_cut_to_the_plans_length() -> None:
     assert tokens.lengths.tolist() == [7, 3, 12]
 
 
-def test_a_batch_is_padded_to_its_own_longest_record() -> None:
+def test_records_are_padded_to_the_length_that_is_asked_for() -> None:
     tokens = tokenise(TEXTS, MINILM, 12)
-    inputs = token_inputs(tokens, np.array([1, 0]))
+    inputs = token_inputs(tokens, np.array([1, 0]), 7)
     assert inputs.mask.tolist() == [[1, 1, 1, 0, 0, 0, 0], [1] * 7]
     assert inputs.ids[0].tolist() == [*tokens.ids[7:10].tolist(), *[tokens.pad_id] * 4]
     assert inputs.ids[1].tolist() == tokens.ids[:7].tolist()

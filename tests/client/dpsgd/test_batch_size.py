@@ -9,7 +9,6 @@ import pytest
 import torch
 from support.small_models import one_round, plan_for
 
-from umbel_client.data.tokens import Tokens
 from umbel_client.dpsgd.batch_size import (
     SHARE,
     TOKENS_AT_ONCE,
@@ -21,7 +20,6 @@ from umbel_client.dpsgd.batch_size import (
 )
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import Batch, PooledInputs, TokenInputs
-from umbel_client.tasks.frozen_cache import FrozenCache, frozen_prefix
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import Classification, NoPrivacy, TrainingPlan
 
@@ -102,7 +100,7 @@ def test_a_records_gradient_is_four_bytes_an_element_of_the_largest_kind_of_roun
         training = msgspec.structs.replace(one_round(400), rounds=2)
         plan = plan_of(tiny_model, lora={"method": method}, training=training)
         model = loaded(tiny_model, plan)
-        _, activations, gradients = record_bytes(model, None)
+        _, activations, gradients = record_bytes(model)
         rounds = [sum(t.size for t in plan.trained_tensors(number)) for number in (1, 2)]
         # With `alternate` that of A is the larger: it keeps the inputs of its layers.
         assert gradients == 4 * rounds[1]
@@ -112,52 +110,51 @@ def test_a_records_gradient_is_four_bytes_an_element_of_the_largest_kind_of_roun
 
 def test_without_privacy_no_record_has_a_gradient_of_its_own(tiny_model: Path) -> None:
     model = loaded(tiny_model, plan_of(tiny_model, privacy=NoPrivacy()))
-    assert record_bytes(model, None)[2] == 0
+    assert record_bytes(model)[2] == 0
 
 
 def test_as_many_records_as_fit_into_a_share_of_the_free_memory(tiny_model: Path) -> None:
     model = loaded(tiny_model, plan_of(tiny_model))
-    fixed, activations, gradients = record_bytes(model, None)
+    fixed, activations, gradients = record_bytes(model)
     assert gradients < activations
     for records in (1, 7, 20):
         free = int((fixed + (records + 0.5) * (activations + gradients)) / SHARE)
-        assert find_physical_batch_size(model, None, free=free) == records
+        assert find_physical_batch_size(model, free=free) == records
 
 
 def test_gradients_take_half_of_the_share_at_most(tiny_model: Path) -> None:
     """Four tokens with an adapter of rank 64: a record's gradient outweighs its activations."""
     model = loaded(tiny_model, plan_of(tiny_model, 4, {"rank": 64}))
-    _, activations, gradients = record_bytes(model, None)
+    _, activations, gradients = record_bytes(model)
     assert gradients > 2 * activations
     free = int(20.5 * gradients / SHARE)
-    assert find_physical_batch_size(model, None, free=free) == 10
+    assert find_physical_batch_size(model, free=free) == 10
 
 
 def test_a_unit_always_fits_and_one_record_always_does(tiny_model: Path) -> None:
     model = loaded(tiny_model, plan_of(tiny_model))
-    assert find_physical_batch_size(model, None, free=0) == 1
-    assert find_physical_batch_size(model, None, free=0, records_per_unit=32) == 32
+    assert find_physical_batch_size(model, free=0) == 1
+    assert find_physical_batch_size(model, free=0, records_per_unit=32) == 32
 
 
 def test_more_than_is_useful_is_not_taken(tiny_model: Path) -> None:
     plenty = 2**50
     long = loaded(tiny_model, plan_of(tiny_model, 64))
-    assert find_physical_batch_size(long, None, free=plenty) == TOKENS_AT_ONCE // 64
+    assert find_physical_batch_size(long, free=plenty) == TOKENS_AT_ONCE // 64
     # The mean and four standard deviations of a Poisson batch.
     few = loaded(tiny_model, plan_of(tiny_model, training=one_round(9)))
-    assert find_physical_batch_size(few, None, free=plenty) == 21
+    assert find_physical_batch_size(few, free=plenty) == 21
     head = loaded(tiny_model, plan_of(tiny_model, 64, {"target_modules": ()}))
-    pooled = FrozenCache(np.zeros((1, 16), dtype=np.float16), pooled=True)
-    assert find_physical_batch_size(head, pooled, free=plenty) == 480
+    assert find_physical_batch_size(head, free=plenty) == 480
 
 
 def test_what_the_cache_of_frozen_layers_saves_is_not_counted(tiny_model: Path) -> None:
     model = loaded(tiny_model, plan_of(tiny_model, lora={"layers": (1,)}))
-    tokens = Tokens(np.array([5, 6, 7], dtype=np.int32), np.array([0, 3]), 0)
-    prefix = frozen_prefix(model, tokens, None, lambda _done, _total: None)
-    assert prefix is not None
-    assert record_bytes(model, prefix)[1] <= record_bytes(model, None)[1]
-    assert find_physical_batch_size(model, prefix, free=2**50) > 1
+    assert model.frozen_output == "hidden"
+    cached = record_bytes(model)[1]
+    model.frozen_output = "nothing"
+    assert cached <= record_bytes(model)[1]
+    assert find_physical_batch_size(model, free=2**50) > 1
 
 
 def test_two_records_that_do_not_fit_are_an_error_that_says_what_to_do(tiny_model: Path) -> None:
@@ -168,7 +165,7 @@ def test_two_records_that_do_not_fit_are_an_error_that_says_what_to_do(tiny_mode
 
     model.base.register_forward_pre_hook(run_out)
     with pytest.raises(ModelError, match="two records do not fit") as caught:
-        find_physical_batch_size(model, None, free=MEBI)
+        find_physical_batch_size(model, free=MEBI)
     assert caught.value.exit_code == 12
     assert caught.value.found == "16 tokens in each"
 
@@ -227,7 +224,7 @@ def test_a_system_that_does_not_say_gets_a_cautious_number(
     assert free_memory(CPU, tmp_path) is None
     model = loaded(tiny_model, plan_of(tiny_model))
     monkeypatch.setattr("umbel_client.dpsgd.batch_size.free_memory", lambda _device: None)
-    assert find_physical_batch_size(model, None) == UNKNOWN
+    assert find_physical_batch_size(model) == UNKNOWN
 
 
 @pytest.mark.skipif(
@@ -237,4 +234,4 @@ def test_this_machine_has_some_memory_and_a_size(tiny_model: Path) -> None:
     free = free_memory(CPU)
     assert free is not None
     assert MEBI < free < 2**50
-    assert find_physical_batch_size(loaded(tiny_model, plan_of(tiny_model)), None) >= 1
+    assert find_physical_batch_size(loaded(tiny_model, plan_of(tiny_model))) >= 1

@@ -16,8 +16,8 @@ from umbel_client.dpsgd.private_step import PrivateOptimizer, take_gradients
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import Batch, TokenInputs
 from umbel_client.privacy.calibration import SiteNoise
-from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.tasks.task import ClassificationTask
 from umbel_client.training.round import LocalTrainer
 from umbel_common.plans.plan import Classification, LocalPrivacy
@@ -99,19 +99,23 @@ def mean_over_tokens(self: ClassificationTask, model: AdaptedModel, batch: Batch
     records, as per-record gradients of a mean are taken."""
     losses = own_losses(self, model, batch)
     assert isinstance(batch.inputs, TokenInputs)
-    lengths = batch.inputs.mask.sum(1)
+    lengths = batch.inputs.mask.sum(1)[: batch.records]
     return losses * lengths * len(lengths) / lengths.sum()
 
 
-def adding_whole_gradients(self: PrivateOptimizer, records: int, units: object = None) -> None:
+def adding_whole_gradients(
+    self: PrivateOptimizer, records: int, units: object = None, *, rows: int
+) -> None:
     """The sum, and nothing clipped."""
-    gradients = take_gradients(self.parameters, records)
-    self._sum += torch.cat([rows.sum(dim=0) for rows in gradients])
+    gradients = take_gradients(self.parameters, rows)
+    self._sum += torch.cat([gradient[:records].sum(dim=0) for gradient in gradients])
 
 
-def clipping_records(self: PrivateOptimizer, records: int, units: object = None) -> None:
+def clipping_records(
+    self: PrivateOptimizer, records: int, units: object = None, *, rows: int
+) -> None:
     """As if each record were its own unit, while steps sample patients."""
-    own_accumulate(self, records)
+    own_accumulate(self, records, rows=rows)
 
 
 own_losses = ClassificationTask.losses

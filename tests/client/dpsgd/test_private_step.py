@@ -20,8 +20,8 @@ from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.precision import Precision
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.frozen_cache import frozen_prefix
-from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.tasks.task import ClassificationTask, Task
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import (
@@ -141,7 +141,7 @@ def true_gradients(
     trained = [p for p in model.adapter.values() if p.requires_grad]
     rows = []
     for index in indices:
-        loss = task.losses(model, data.batch(np.array([index])))
+        loss = task.losses(model, data.batch(data.part(np.array([index]))))
         gradients = torch.autograd.grad(loss.sum(), trained)
         rows.append(torch.cat([gradient.flatten() for gradient in gradients]).numpy())
     return np.stack(rows)
@@ -194,7 +194,7 @@ def test_per_record_gradients_are_those_of_records_taken_alone(
     model, data = model_of(folder, plan, round_number), ragged()
     indices = np.arange(16)
     with per_record_gradients(model):
-        TASK.losses(model, data.batch(indices)).sum().backward()
+        TASK.losses(model, data.batch(data.part(indices))).sum().backward()
         found = np.concatenate(
             [
                 model.adapter[t.name].grad_sample.reshape(16, -1).numpy()
@@ -210,7 +210,8 @@ def test_per_record_gradients_are_those_of_records_taken_alone(
 def test_gradients_from_the_prefix_cache_are_those_of_the_whole_model(folder: Path) -> None:
     plan = plan_of(folder, layers=(1,))
     model, whole = model_of(folder, plan), ragged()
-    prefix = frozen_prefix(model, whole.tokens, None, lambda _done, _total: None)
+    parts = list(whole.physical_batches(np.arange(len(whole)), BatchLimit(8)))
+    prefix = frozen_prefix(model, whole.tokens, parts, None, lambda _done, _total: None)
     assert prefix is not None
     cached = PreparedData(whole.tokens, whole.labels, prefix)
     chosen = np.arange(16)
@@ -338,7 +339,7 @@ def test_two_passes_without_a_step_are_refused(folder: Path) -> None:
         expected_batch_size=4,
     )
     with per_record_gradients(model):
-        TASK.losses(model, data.batch(np.arange(4))).sum().backward()
+        TASK.losses(model, data.batch(data.part(np.arange(4)))).sum().backward()
         with pytest.raises(ModelError, match="not separate"):
             private_step(TASK, model, data, np.arange(4), optimizer, BatchLimit(4))
 

@@ -21,8 +21,8 @@ from umbel_client.privacy.accounting import DpEvent
 from umbel_client.privacy.calibration import SiteNoise, noise_for
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.site.policy import Budget
-from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_client.training.round import LocalTrainer
 from umbel_common.canonical import Entropy, digest
 from umbel_common.errors import LedgerError
@@ -125,8 +125,8 @@ def noise_shared_by(sites: int) -> type[PrivateOptimizer]:
 class ClippingRecords(PrivateOptimizer):
     """As if each record were its own unit, while steps sample patients."""
 
-    def accumulate(self, records: int, units: object = None) -> None:
-        super().accumulate(records)
+    def accumulate(self, records: int, units: object = None, *, rows: int | None = None) -> None:
+        super().accumulate(records, rows=rows)
 
 
 @per_unit
@@ -245,9 +245,9 @@ def batches_of(
     batches: list[set[int]] = [set()]
     read = PreparedData.batch
 
-    def noting(self: PreparedData, indices: np.ndarray) -> object:
-        batches[-1] |= set(indices.tolist())
-        return read(self, indices)
+    def noting(self: PreparedData, part: Part) -> object:
+        batches[-1] |= set(part.records.tolist())
+        return read(self, part)
 
     with monkeypatch.context() as patch:
         patch.setattr(PreparedData, "batch", noting)

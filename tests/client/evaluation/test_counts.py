@@ -17,6 +17,7 @@ from umbel_client.privacy.accounting import DpEvent, calibrate, epsilon
 from umbel_client.privacy.calibration import noise_for
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import CausalLm, Classification, FederatedEvaluation, TrainingPlan
 
@@ -26,6 +27,8 @@ ROWS = [
     {"text": f"w{n % 20} w{n % 7}", "label": "ab"[n % 2], "patient": f"p{n // 3}"}
     for n in range(300)
 ]
+
+LIMIT = BatchLimit(8)
 
 
 def file_of(folder: Path, rows: list[Any]) -> Path:
@@ -80,15 +83,15 @@ def prepared(
     random = np.random.default_rng(0)
     model.set_vector(random.normal(0, 0.5, plan.lora.size).astype(np.float32))
     records = load_records(file, plan.task, **columns)
-    data = prepare(model, folder, records, cache=None)
+    data = prepare(model, folder, records, LIMIT, cache=None)
     return model, data
 
 
 def test_counts_are_those_of_the_model(tmp_path: Path, tiny_model: Path) -> None:
     plan = plan_for(tiny_model, TASK)
     model, data = prepared(tiny_model, plan, file_of(tmp_path, ROWS))
-    counts = noisy_counts(model, data, EXACT, NoiseSource(np.random.default_rng(1).bytes))
-    right = int((predicted_labels(model, data, 32) == data.labels).sum())
+    counts = noisy_counts(model, data, EXACT, NoiseSource(np.random.default_rng(1).bytes), LIMIT)
+    right = int((predicted_labels(model, data, BatchLimit(32)) == data.labels).sum())
     assert (counts.score, counts.records) == pytest.approx((right, 300), abs=1e-6)
 
 
@@ -96,8 +99,8 @@ def test_a_unit_counts_once(tmp_path: Path, tiny_model: Path) -> None:
     plan = plan_for(tiny_model, TASK)
     path = file_of(tmp_path, ROWS)
     model, data = prepared(tiny_model, plan, path, unit_column="patient")
-    counts = noisy_counts(model, data, EXACT, NoiseSource(np.random.default_rng(1).bytes))
-    right = predicted_labels(model, data, 32) == data.labels
+    counts = noisy_counts(model, data, EXACT, NoiseSource(np.random.default_rng(1).bytes), LIMIT)
+    right = predicted_labels(model, data, BatchLimit(32)) == data.labels
     wanted = right.reshape(100, 3).mean(1).sum()
     assert (counts.score, counts.records) == pytest.approx((wanted, 100), abs=1e-4)
 
@@ -108,9 +111,9 @@ def test_a_language_models_losses_are_clipped(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b" * n} for n in range(1, 9)]
     model, data = prepared(folder, plan, file_of(tmp_path, rows))
     low = FederatedEvaluation(noise_multiplier=1e-9, max_records=1000, largest_loss=0.01)
-    counts = noisy_counts(model, data, low, NoiseSource(np.random.default_rng(1).bytes))
+    counts = noisy_counts(model, data, low, NoiseSource(np.random.default_rng(1).bytes), LIMIT)
     assert counts.score == pytest.approx(8, abs=1e-6)
-    counts = noisy_counts(model, data, EXACT, NoiseSource(np.random.default_rng(1).bytes))
+    counts = noisy_counts(model, data, EXACT, NoiseSource(np.random.default_rng(1).bytes), LIMIT)
     assert 0.5 < counts.score * 10 / 8 < 12  # nats
 
 
@@ -122,7 +125,7 @@ def test_noise_has_the_scale_that_is_charged(tmp_path: Path, tiny_model: Path) -
     found = np.array(
         [
             (counts.score, counts.records)
-            for counts in (noisy_counts(model, data, loud, noise) for _ in range(400))
+            for counts in (noisy_counts(model, data, loud, noise, LIMIT) for _ in range(400))
         ]
     )
     assert found.std(0) == pytest.approx(3 * 2**0.5, rel=0.12)

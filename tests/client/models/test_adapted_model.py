@@ -36,6 +36,7 @@ from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.folder import load_base
 from umbel_client.models.inputs import TokenInputs
 from umbel_client.tasks.frozen_cache import frozen_prefix
+from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_client.training.self_test import self_test
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.errors import ModelError, PlanError
@@ -256,7 +257,7 @@ def test_records_of_a_conv1d_model_have_gradients_of_their_own(
         gradients = torch.autograd.grad(model.logits(alone)[0, 0], trained)
         wanted = torch.cat([gradient.flatten() for gradient in gradients])
         assert (found[row] - wanted).norm() <= 1e-5 * wanted.norm()
-    self_test(model, 1.0, entropy=os.urandom)
+    self_test(model, 1.0, BatchLimit(8), entropy=os.urandom)
 
 
 def test_a_conv1d_models_release_is_loaded_by_plain_peft(tmp_path: Path) -> None:
@@ -287,7 +288,8 @@ def test_a_conv1d_model_has_no_cache_but_under_a_head_alone(tmp_path: Path) -> N
         plan = plan_of(folder, target_modules=targets, layers=None)
         model = AdaptedModel.load(folder, plan)
         assert model.frozen_output == kind
-        prefix = frozen_prefix(model, tokens, None, lambda _done, _total: None)
+        part = Part(np.array([0]), 3, 1)
+        prefix = frozen_prefix(model, tokens, [part], None, lambda _done, _total: None)
         assert (prefix is None) == (kind == "nothing")
 
 

@@ -1,6 +1,7 @@
 """The frozen-prefix cache: the same logits, private files, and no cache where none is possible."""
 
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,9 @@ from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.layers import splits
 from umbel_client.models.inputs import HiddenInputs, PooledInputs
-from umbel_client.tasks.frozen_cache import frozen_prefix, token_inputs
+from umbel_client.tasks.frozen_cache import FrozenCache, OnProgress, frozen_prefix, token_inputs
+from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_common.errors import StorageError
 from umbel_common.plans.plan import (
     Adam,
@@ -45,6 +48,9 @@ torch.set_num_threads(1)
 MINILM = Path(get_model_path())
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 40}
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(35))]
+
+LENGTH = 24
+"""Tokens that records are padded to; none is longer."""
 
 LOGIT_TOLERANCE = 2e-3
 """Of the largest logit: what float16 hidden states cost."""
@@ -116,15 +122,24 @@ def ragged(records: int = 40, seed: int = 0) -> Tokens:
 def silent(_done: int, _total: int) -> None: ...
 
 
+def cached(
+    model: AdaptedModel, tokens: Tokens, folder: Path | None, on_progress: OnProgress = silent
+) -> FrozenCache | None:
+    """The cache of records that are computed in parts."""
+    data = PreparedData(tokens, np.zeros(len(tokens), dtype=np.int64), prefix=None)
+    parts = list(data.physical_batches(np.arange(len(tokens)), BatchLimit(8)))
+    return frozen_prefix(model, tokens, parts, folder, on_progress)
+
+
 def differences(model: AdaptedModel, tokens: Tokens, folder: Path | None) -> float:
     """Largest difference of a logit with and without the cache, in units of the largest logit."""
-    prefix = frozen_prefix(model, tokens, folder, silent)
+    prefix = cached(model, tokens, folder)
     assert prefix is not None
     order = np.random.default_rng(1).permutation(len(tokens))
     with torch.no_grad():
-        whole = model.logits(token_inputs(tokens, order))
-        cached = model.logits(prefix.inputs(tokens, order))
-    return float((whole - cached).abs().max() / whole.abs().max())
+        whole = model.logits(token_inputs(tokens, order, LENGTH))
+        from_cache = model.logits(prefix.inputs(tokens, order, LENGTH))
+    return float((whole - from_cache).abs().max() / whole.abs().max())
 
 
 def test_minilm_gives_the_same_logits_from_the_cache(tmp_path: Path) -> None:
@@ -149,10 +164,10 @@ def test_bert_and_roberta_give_the_same_logits_from_the_cache(
 
 def test_a_head_alone_on_mean_pooling_keeps_one_vector_for_each_record(tmp_path: Path) -> None:
     model = loaded(bert(tmp_path / "m"), targets=(), layers=None)
-    prefix = frozen_prefix(model, ragged(), tmp_path / "cache", silent)
+    prefix = cached(model, ragged(), tmp_path / "cache")
     assert prefix is not None
     assert prefix.values.shape == (40, 16)
-    assert isinstance(prefix.inputs(ragged(), np.array([3, 1])), PooledInputs)
+    assert isinstance(prefix.inputs(ragged(), np.array([3, 1]), LENGTH), PooledInputs)
     assert differences(model, ragged(), tmp_path / "cache") < LOGIT_TOLERANCE
 
 
@@ -165,9 +180,9 @@ def test_a_stock_head_alone_keeps_the_last_hidden_states(tmp_path: Path) -> None
 def test_padding_holds_nothing_of_other_records(tmp_path: Path) -> None:
     model = loaded(bert(tmp_path / "m"))
     tokens = ragged()
-    prefix = frozen_prefix(model, tokens, None, silent)
+    prefix = cached(model, tokens, None)
     assert prefix is not None
-    inputs = prefix.inputs(tokens, np.arange(40))
+    inputs = prefix.inputs(tokens, np.arange(40), LENGTH)
     assert isinstance(inputs, HiddenInputs)
     assert not inputs.hidden[inputs.mask == 0].any()
     assert inputs.mask.sum(1).tolist() == tokens.lengths.tolist()
@@ -176,7 +191,7 @@ def test_padding_holds_nothing_of_other_records(tmp_path: Path) -> None:
 def test_an_adapted_first_layer_leaves_nothing_to_keep(tmp_path: Path) -> None:
     model = loaded(bert(tmp_path / "m"), layers=None)
     assert (model.frozen_output, model.depth) == ("nothing", 0)
-    assert frozen_prefix(model, ragged(), tmp_path / "cache", silent) is None
+    assert cached(model, ragged(), tmp_path / "cache") is None
     assert not (tmp_path / "cache").exists()
 
 
@@ -184,7 +199,7 @@ def test_an_architecture_unlike_bert_has_no_cache_and_still_runs(tmp_path: Path)
     config = DistilBertConfig(dim=16, hidden_dim=32, n_heads=2, n_layers=3, vocab_size=40)
     model = loaded(saved(tmp_path / "m", DistilBertModel(config)), targets=("q_lin",))
     assert model.frozen_output == "nothing"
-    assert model.logits(token_inputs(ragged(), np.array([0, 1]))).shape == (2, 3)
+    assert model.logits(token_inputs(ragged(), np.array([0, 1]), LENGTH)).shape == (2, 3)
 
 
 def test_a_projection_between_embeddings_and_layers_is_found_out(tmp_path: Path) -> None:
@@ -207,15 +222,39 @@ def test_layers_that_depend_on_the_whole_encoder_are_found_out(tmp_path: Path) -
 
 
 def test_hidden_states_beyond_float16_are_not_kept(tmp_path: Path) -> None:
+    """A made-up record decides it, when the model is loaded: a site's own record never does."""
+    torch.manual_seed(1)
+    base = BertModel(BertConfig(num_hidden_layers=3, **SIZES))
+    with torch.no_grad():
+        base.encoder.layer[1].output.LayerNorm.weight.mul_(1e6)
+    model = loaded(saved(tmp_path / "m", base))
+    assert model.frozen_output == "nothing"
+    assert cached(model, ragged(), tmp_path / "cache") is None
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_record_beyond_float16_changes_nothing_of_the_others(tmp_path: Path) -> None:
+    """Before, it switched the cache off for all records, and so took its rounding from them."""
     model = loaded(bert(tmp_path / "m"))
     with torch.no_grad():
-        model.base.encoder.layer[1].output.LayerNorm.weight.mul_(1e6)
-    assert frozen_prefix(model, ragged(), tmp_path / "cache", silent) is None
-    assert list((tmp_path / "cache").iterdir()) == []
+        model.base.embeddings.word_embeddings.weight[39] = 1e38
+    tokens = ragged()
+    ids = np.where(tokens.ids == 39, 38, tokens.ids)
+    without = replace(tokens, ids=ids)
+    ids = ids.copy()
+    ids[tokens.starts[7]] = 39
+    before = cached(model, without, None)
+    after = cached(model, replace(tokens, ids=ids), None)
+    assert before is not None
+    assert after is not None
+    changed = np.flatnonzero((before.values != after.values).any(axis=1))
+    assert set(changed) <= set(range(tokens.starts[7], tokens.starts[8]))
+    assert len(changed) > 0
+    assert np.isfinite(after.values).all()
 
 
 def test_the_file_is_its_owners_alone(tmp_path: Path) -> None:
-    frozen_prefix(loaded(bert(tmp_path / "m")), ragged(), tmp_path / "cache", silent)
+    cached(loaded(bert(tmp_path / "m")), ragged(), tmp_path / "cache")
     (file,) = (tmp_path / "cache").iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
@@ -224,12 +263,12 @@ def test_the_file_is_its_owners_alone(tmp_path: Path) -> None:
 def test_the_cache_is_filled_once_and_reports_its_progress(tmp_path: Path) -> None:
     model, tokens = loaded(bert(tmp_path / "m")), ragged(3000)
     reports: list[tuple[int, int]] = []
-    first = frozen_prefix(model, tokens, tmp_path / "c", lambda *report: reports.append(report))
+    first = cached(model, tokens, tmp_path / "c", lambda *report: reports.append(report))
     assert len(reports) > 1
     assert reports == sorted(reports)
     assert reports[-1] == (3000, 3000)
     reports.clear()
-    again = frozen_prefix(model, tokens, tmp_path / "c", lambda *report: reports.append(report))
+    again = cached(model, tokens, tmp_path / "c", lambda *report: reports.append(report))
     assert reports == []
     assert first is not None
     assert again is not None
@@ -249,7 +288,7 @@ def test_other_records_depths_or_models_have_other_files(tmp_path: Path) -> None
         (loaded(other), ragged(seed=0)),
         (loaded(folder, targets=(), layers=None), ragged(seed=0)),
     ):
-        frozen_prefix(model, tokens, tmp_path / "cache", silent)
+        cached(model, tokens, tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 5
 
 
@@ -259,11 +298,11 @@ def test_an_interrupted_computation_leaves_no_file(tmp_path: Path) -> None:
 
     model = loaded(bert(tmp_path / "m"))
     with pytest.raises(KeyboardInterrupt):
-        frozen_prefix(model, ragged(), tmp_path / "cache", interrupt)
+        cached(model, ragged(), tmp_path / "cache", interrupt)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "cache").touch()
     with pytest.raises(StorageError):
-        frozen_prefix(loaded(bert(tmp_path / "m")), ragged(), tmp_path / "cache", silent)
+        cached(loaded(bert(tmp_path / "m")), ragged(), tmp_path / "cache")

@@ -13,6 +13,7 @@ from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.base.files import folder_digest
 from umbel_client.models.inputs import HiddenInputs
 from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_common.plans.plan import (
     Adam,
     Aggregation,
@@ -65,13 +66,14 @@ def data() -> PreparedData:
         AdaptedModel.load(MINILM, plan),
         MINILM,
         records,
+        BatchLimit(8),
         cache=None,
     )
 
 
 def test_every_record_is_there_with_its_label(data: PreparedData) -> None:
     assert len(data) == len(data.tokens) == 30
-    batch = data.batch(np.array([4, 29, 0]))
+    batch = data.batch(data.part(np.array([4, 29, 0])))
     assert batch.labels.tolist() == [1, 2, 0]
     assert isinstance(batch.inputs, HiddenInputs)
     assert batch.inputs.mask.sum(1).tolist() == data.tokens.lengths[[4, 29, 0]].tolist()
@@ -80,12 +82,14 @@ def test_every_record_is_there_with_its_label(data: PreparedData) -> None:
 @pytest.mark.parametrize("size", [1, 7, 20, 100])
 def test_physical_batches_hold_each_chosen_record_once(data: PreparedData, size: int) -> None:
     chosen = np.array([3, 8, 1, 22, 17, 29, 0, 5, 11])
-    parts = list(data.physical_batches(chosen, size))
-    assert sorted(np.concatenate(parts).tolist()) == sorted(chosen.tolist())
+    parts = list(data.physical_batches(chosen, BatchLimit(size)))
+    found = np.concatenate([part.records for part in parts])
+    assert sorted(found.tolist()) == sorted(chosen.tolist())
     assert max(len(part) for part in parts) <= size
-    lengths = data.tokens.lengths[np.concatenate(parts)]
-    assert (np.diff(lengths) >= 0).all()
+    for part in parts:
+        assert set(data.padded[part.records]) == {part.length}
+        assert len(part) <= part.rows <= size
 
 
 def test_no_chosen_record_gives_no_physical_batch(data: PreparedData) -> None:
-    assert list(data.physical_batches(np.array([], dtype=np.int64), 8)) == []
+    assert list(data.physical_batches(np.array([], dtype=np.int64), BatchLimit(8))) == []

@@ -22,8 +22,8 @@ from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import all_linear
 from umbel_client.privacy.calibration import SiteNoise
-from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.tasks.task import CausalLmTask
 from umbel_client.training.round import LocalTrainer
 from umbel_client.training.self_test import self_test
@@ -58,13 +58,13 @@ def loaded(
     random = np.random.default_rng(0)
     model.set_vector(random.normal(0, 0.1, plan.lora.size).astype(np.float32))
     records = load_records(file, plan.task)
-    data = prepare(model, folder, records, cache=None)
+    data = prepare(model, folder, records, BatchLimit(8), cache=None)
     return model, data
 
 
 def losses(model: AdaptedModel, data: PreparedData) -> torch.Tensor:
     every = np.arange(len(data))
-    return SEAM.losses(model, SEAM.batch(data, every))
+    return SEAM.losses(model, SEAM.batch(data, data.part(every)))
 
 
 def gradients_together(model: AdaptedModel, data: PreparedData) -> torch.Tensor:
@@ -80,7 +80,7 @@ def gradients_alone(model: AdaptedModel, data: PreparedData) -> torch.Tensor:
     parameters = list(model.select(1).values())
     rows = []
     for index in range(len(data)):
-        batch = SEAM.batch(data, np.array([index]))
+        batch = SEAM.batch(data, data.part(np.array([index])))
         loss = SEAM.losses(model, batch).sum()
         found = torch.autograd.grad(loss, parameters)
         rows.append(torch.cat([gradient.flatten() for gradient in found]))
@@ -101,7 +101,7 @@ def test_a_loss_is_transformers_own_of_the_record_alone(
     model, data = loaded(folder, plan, file)
     found = losses(model, data)
     for index in range(len(data)):
-        batch = SEAM.batch(data, np.array([index]))
+        batch = SEAM.batch(data, data.part(np.array([index])))
         assert (batch.labels != IGNORED).any()
         wanted = model.base(input_ids=batch.inputs.ids, labels=batch.labels).loss
         assert found[index].item() == pytest.approx(wanted.item(), rel=1e-4)
@@ -118,7 +118,7 @@ def test_gradients_of_records_are_those_of_each_alone(
     plan = plan_for(folder, TASK, lora={"target_modules": names})
     model, data = loaded(folder, plan, file)
     assert difference(gradients_together(model, data), gradients_alone(model, data)) < 1e-4
-    self_test(model, 1.0, entropy=np.random.default_rng(1).bytes)
+    self_test(model, 1.0, BatchLimit(8), entropy=np.random.default_rng(1).bytes)
 
 
 def test_frozen_layers_of_a_decoder_run_once(llama: Path, file: Path) -> None:
@@ -142,7 +142,7 @@ def test_capped_logits_are_left_to_the_model(tmp_path: Path, file: Path) -> None
     """Gemma 2 squeezes its logits after the output layer."""
     folder = save_decoder(tmp_path / "gemma2", "gemma2", final_logit_softcapping=0.5)
     model, data = loaded(folder, plan_for(folder, TASK), file)
-    batch = SEAM.batch(data, np.array([1]))
+    batch = SEAM.batch(data, data.part(np.array([1])))
     wanted = model.base(input_ids=batch.inputs.ids, labels=batch.labels).loss
     found = SEAM.losses(model, batch)
     assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
@@ -154,8 +154,8 @@ def test_checkpointing_changes_memory_and_nothing_else(llama: Path, file: Path) 
     saving, _ = loaded(llama, plan, file, checkpointing=True)
     saving.train()
     assert difference(gradients_together(saving, data), gradients_together(model, data)) < 1e-5
-    _, kept, _ = record_bytes(model, None)
-    _, kept_when_saving, _ = record_bytes(saving, None)
+    _, kept, _ = record_bytes(model)
+    _, kept_when_saving, _ = record_bytes(saving)
     assert kept_when_saving < kept / 2
 
 
@@ -239,7 +239,7 @@ def test_four_bits_leave_gradients_of_records_exact(tmp_path: Path, file: Path) 
     assert type(model.base.model.layers[0].mlp.up_proj) is Linear4bit
     found = gradients_together(model, data)
     assert difference(found, gradients_alone(model, data)) < 1e-4
-    self_test(model, 1.0, entropy=np.random.default_rng(1).bytes)
+    self_test(model, 1.0, BatchLimit(8), entropy=np.random.default_rng(1).bytes)
     # A plain model of the weights that the four bits stand for.
     plain, _ = loaded(llama, plan, file)
     for name, layer in model.base.named_modules():

@@ -19,8 +19,8 @@ from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.precision import Precision
 from umbel_client.privacy.calibration import SiteNoise, sampling_rate
 from umbel_client.privacy.noise import NoiseSource
-from umbel_client.tasks.physical_batches import BatchLimit
 from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.tasks.task import ClassificationTask
 from umbel_client.training.round import LocalTrainer, RoundResult
 from umbel_common.adapters.vector import initial_vector, merge, size_of, unflatten
@@ -142,7 +142,7 @@ def true_gradients(model: AdaptedModel, data: PreparedData, indices: np.ndarray)
     trained = [p for p in model.adapter.values() if p.requires_grad]
     rows = []
     for index in indices:
-        loss = TASK.losses(model, data.batch(np.array([index])))
+        loss = TASK.losses(model, data.batch(data.part(np.array([index]))))
         gradients = torch.autograd.grad(loss.sum(), trained)
         rows.append(torch.cat([gradient.flatten() for gradient in gradients]).numpy())
     return np.stack(rows)
@@ -500,9 +500,9 @@ def test_sites_in_threads_train_as_if_alone(folder: Path) -> None:
 def test_evaluation_answers_in_the_order_of_the_records(folder: Path) -> None:
     plan, data = plan_of(folder), ragged(23)
     model = model_of(folder, plan)
-    predicted = predicted_labels(model, data, 4)
+    predicted = predicted_labels(model, data, BatchLimit(4))
     for index in range(23):
-        logits = model.logits(data.batch(np.array([index])).inputs)
+        logits = model.logits(data.batch(data.part(np.array([index]))).inputs)
         assert predicted[index] == int(logits.argmax())
     assert len(set(predicted.tolist())) > 1
 
@@ -519,9 +519,9 @@ def test_training_learns(folder: Path) -> None:
     model = AdaptedModel.load(folder, plan)
     vector = some_vector(plan, 0.1)
     model.set_vector(vector)
-    before = (predicted_labels(model, data, 100) == labels).mean()
+    before = (predicted_labels(model, data, BatchLimit(100)) == labels).mean()
     train(model, data, plan, global_vector=vector, noise_multiplier=0.5, physical_batch_size=50)
-    after = (predicted_labels(model, data, 100) == labels).mean()
+    after = (predicted_labels(model, data, BatchLimit(100)) == labels).mean()
     assert before < 0.6
     assert after > 0.8
 

@@ -16,6 +16,7 @@ from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.precision import Precision
 from umbel_client.privacy.noise import NoiseSource
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training import self_test
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import (
@@ -76,7 +77,7 @@ def model_of(
 
 
 def run(model: AdaptedModel, noise_multiplier: float | None = 0.7) -> None:
-    self_test.self_test(model, noise_multiplier, entropy=os.urandom)
+    self_test.self_test(model, noise_multiplier, BatchLimit(8), entropy=os.urandom)
 
 
 @pytest.mark.parametrize("method", ["both", "ffa", "alternate"])

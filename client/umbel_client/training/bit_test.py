@@ -1,0 +1,164 @@
+"""Tests that a record's results have the same bits in any company, and in any shape that is used.
+
+This module is part of the core of the privacy guarantee. Never test on real records, never allow a
+difference, however small, and never leave out a path that private results take.
+
+One bit is enough for an attack: a server can make an adapter that turns the last bit of a hidden
+state into a whole gradient. If that bit followed from the other records of a physical batch, one
+record more would change the gradients of its neighbours, and the sum would move by many clip norms.
+The order of floating-point sums follows from the shapes of tensors and from the kernels that the
+machine chooses for them, so it is tested on the machine and the model that train.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from umbel_client.data.tokens import Tokens
+from umbel_client.dpsgd.per_record import per_record_gradients
+from umbel_client.dpsgd.private_step import take_gradients
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.tasks.frozen_cache import frozen_prefix, ignore_progress
+from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.shapes import PADDED_LENGTHS, BatchLimit, Part
+from umbel_client.tasks.task import made_up_labels, task_of
+from umbel_common.errors import ModelError
+
+
+def prove_shapes(model: AdaptedModel, limit: BatchLimit) -> None:
+    """Tests every shape that a job may compute in, and keeps those in which bits are equal.
+
+    A number of rows that gives other bits than the largest one is not used: records are then
+    computed in more rows than they need.
+
+    Args:
+        model: with the parameters of a round selected.
+        limit: the numbers of rows; those that do not pass are taken out.
+
+    Raises:
+        ModelError: a record's bits depend on the records beside it, or on its place among them.
+    """
+    kept = set(limit.choices)
+    for length in _lengths(model):
+        for bits in (_gradient_bits, _score_bits):
+            wanted = _require_equal(model, limit.records, length, bits)
+            for rows in sorted(kept - {limit.records}):
+                if bits(model, _company(model, length, rows, rows - 1)) != wanted:
+                    kept.discard(rows)
+    limit.keep(kept)
+
+
+def check_round(model: AdaptedModel, limit: BatchLimit) -> None:
+    """Tests the adapter that a round starts from, at the shortest and the greatest length.
+
+    Args:
+        model: with the round's adapter, and its parameters selected.
+        limit: the numbers of rows that `prove_shapes` kept.
+
+    Raises:
+        ModelError: a record's bits depend on the records beside it, on its place among them, or on
+            their number.
+    """
+    lengths = _lengths(model)
+    fewest = limit.choices[0]
+    for length in dict.fromkeys((lengths[0], lengths[-1])):
+        for bits in (_gradient_bits, _score_bits):
+            wanted = _require_equal(model, limit.records, length, bits)
+            found = bits(model, _company(model, length, fewest, fewest - 1))
+            _require(found == wanted, model, length)
+
+
+@dataclass(frozen=True)
+class _Company:
+    """A made-up record among others, in one shape."""
+
+    data: PreparedData
+    part: Part
+    position: int
+    """The row of the record."""
+
+
+Bits = Callable[[AdaptedModel, _Company], bytes]
+
+
+def _lengths(model: AdaptedModel) -> list[int]:
+    """Every length that a record of the plan may be padded to, in rising order."""
+    longest = model.plan.task.max_tokens
+    return [*PADDED_LENGTHS[longest > PADDED_LENGTHS].tolist(), longest]
+
+
+def _company(model: AdaptedModel, length: int, rows: int, position: int) -> _Company:
+    """The same record for each `length`, in other company for each number of rows and position."""
+    config = model.base.config
+    random = np.random.default_rng((length, rows, position))
+    lengths = random.integers(max(1, length // 2), length + 1, rows)
+    record = np.random.default_rng(length)
+    lengths[position] = length - length // 8
+    ids = [random.integers(0, config.vocab_size, size) for size in lengths]
+    ids[position] = record.integers(0, config.vocab_size, lengths[position])
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    pad = getattr(config, "pad_token_id", None) or 0
+    tokens = Tokens(np.concatenate(ids).astype(np.int32), starts, pad)
+    labels = made_up_labels(model.plan.task, tokens)
+    if len(labels) == rows:
+        labels[position] = 0
+    part = Part(np.arange(rows), length, rows)
+    prefix = frozen_prefix(model, tokens, [part], None, ignore_progress)
+    return _Company(PreparedData(tokens, labels, prefix), part, position)
+
+
+def _gradient_bits(model: AdaptedModel, company: _Company) -> bytes:
+    """The record's cached values and its gradient."""
+    trained = [parameter for parameter in model.adapter.values() if parameter.requires_grad]
+    with per_record_gradients(model):
+        with torch.enable_grad():
+            _losses(model, company).sum().backward()  # type: ignore[no-untyped-call]  # torch
+        gradients = take_gradients(trained, company.part.rows)
+    own = [gradient[company.position].cpu().numpy().tobytes() for gradient in gradients]
+    return b"".join([_cached(company), *own])
+
+
+def _score_bits(model: AdaptedModel, company: _Company) -> bytes:
+    """The record's loss, as it is computed where an adapter is scored on held-out records."""
+    with torch.no_grad():
+        return _losses(model, company)[company.position].cpu().numpy().tobytes()
+
+
+def _losses(model: AdaptedModel, company: _Company) -> torch.Tensor:
+    task = task_of(model.plan.task)
+    return task.losses(model, task.batch(company.data, company.part))
+
+
+def _cached(company: _Company) -> bytes:
+    prefix, starts = company.data.prefix, company.data.tokens.starts
+    if prefix is None:
+        return b""
+    position = company.position
+    rows = (
+        prefix.values[position]
+        if prefix.pooled
+        else prefix.values[starts[position] : starts[position + 1]]
+    )
+    return rows.tobytes()
+
+
+def _require_equal(model: AdaptedModel, rows: int, length: int, bits: Bits) -> bytes:
+    """The record's bits among `rows` records, if they are the same in three companies."""
+    wanted = bits(model, _company(model, length, rows, 0))
+    for position in {rows // 2, rows - 1} - {0}:
+        _require(bits(model, _company(model, length, rows, position)) == wanted, model, length)
+    return wanted
+
+
+def _require(equal: bool, model: AdaptedModel, length: int) -> None:
+    if not equal:
+        raise ModelError(
+            "a record's bits depend on the records beside it",
+            found=f"{type(model.base).__name__}, records of {length} tokens,"
+            f" {torch.get_num_threads()} threads",
+            accepted="the same bits in any company",
+            remedy="use a base model whose layers treat each record by itself, one thread"
+            " (threads in client.toml), or another precision (model.precision)",
+        )
