@@ -21,7 +21,14 @@ from umbel_client.models.base.files import folder_digest
 from umbel_client.site.config import load_config
 from umbel_client.site.pinned_roster import Pinned
 from umbel_client.trainer.handler import Trainer
-from umbel_common.adapters.vector import Vector, adapter_digest, initial_vector, size_of, to_bytes
+from umbel_common.adapters.vector import (
+    Vector,
+    adapter_digest,
+    initial_vector,
+    merge,
+    size_of,
+    to_bytes,
+)
 from umbel_common.errors import UmbelError
 from umbel_common.plans.plan import (
     Aggregation,
@@ -80,6 +87,12 @@ total_epsilon = 10.0
 max_delta = 1e-4
 {policy}
 """
+
+
+def moved(plan: TrainingPlan, change: float) -> Vector:
+    """The initial adapter with `change` added to every number that a round trains."""
+    size = size_of(plan.trained_tensors(1))
+    return merge(initial_vector(plan), np.full(size, change, dtype=np.float32), plan, 1)
 
 
 class KeptObserver:

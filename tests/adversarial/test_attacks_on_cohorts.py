@@ -6,10 +6,10 @@ import msgspec
 import numpy as np
 import pytest
 from adversarial.extraction import keys_of, remove_masks, secret_of
-from adversarial.federation import Federation
+from adversarial.federation import Federation, moved
 from adversarial.weaken import Stopped
 
-from umbel_common.adapters.vector import adapter_digest, initial_vector
+from umbel_common.adapters.vector import adapter_digest
 from umbel_common.plans.plan import Aggregation, NoPrivacy
 from umbel_common.protocol.wire import MaskRequest
 
@@ -154,7 +154,7 @@ def test_a_server_runs_the_next_round_with_one_site_less(
     federation = without_privacy(open_federation)
     federation.offer()
     federation.drive(federation.attempt())
-    vector = initial_vector(federation.plan) + np.float32(0.1)
+    vector = moved(federation.plan, 0.1)
     digest = adapter_digest(federation.plan.digest(), vector)
     federation.releases[digest] = federation.release(vector, round=1)
     header = federation.header(round=2, adapter=digest, cohort=("site-00", "site-01", "site-02"))

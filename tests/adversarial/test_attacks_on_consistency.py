@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping
 
 import msgspec
-import numpy as np
 import pytest
 from adversarial.extraction import keys_of, remove_masks, secret_of
-from adversarial.federation import Federation, believe
+from adversarial.federation import Federation, believe, moved
 
 from umbel_common.adapters.vector import adapter_digest, initial_vector
 from umbel_common.plans.statements import RoundHeader
@@ -25,7 +24,7 @@ def two_models(federation: Federation) -> tuple[RoundHeader, RoundHeader]:
     federation.drive(federation.attempt())
     headers = []
     for shift in (0.1, 0.2):
-        vector = initial_vector(federation.plan) + np.float32(shift)
+        vector = moved(federation.plan, shift)
         digest = adapter_digest(federation.plan.digest(), vector)
         headers.append(federation.header(round=2, adapter=digest))
         federation.releases[digest] = federation.release(vector, round=1)

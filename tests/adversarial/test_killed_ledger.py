@@ -12,14 +12,14 @@ import msgspec
 import numpy as np
 import pytest
 from adversarial import training_steps
-from adversarial.federation import Federation
+from adversarial.federation import Federation, moved
 from adversarial.killable_site import PUBLIC_SIZE, SITE, KillableSite
 from adversarial.site_process import Prepare
 
 from umbel_client.ledger.file import read_ledger
 from umbel_client.ledger.rows import Contents
 from umbel_client.storage.deltas import DeltaCache
-from umbel_common.adapters.vector import adapter_digest, initial_vector
+from umbel_common.adapters.vector import adapter_digest
 from umbel_common.plans.plan import Sgd, Training
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.protocol.wire import (
@@ -144,7 +144,7 @@ def others(federation: Federation, request: Any, header: RoundHeader) -> list[An
 
 def header_of(federation: Federation, number: int, attempt: int, shift: float = 0.0) -> RoundHeader:
     """The header of an attempt at a round, which starts from an adapter of its own."""
-    vector = initial_vector(federation.plan) + np.float32(number - 1 + shift)
+    vector = moved(federation.plan, 0.1 * (number - 1 + shift))
     digest = adapter_digest(federation.plan.digest(), vector)
     federation.releases[digest] = federation.release(vector, round=number - 1)
     return federation.header(round=number, attempt=attempt, adapter=digest)

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
-from adversarial.federation import Federation
+from adversarial.federation import Federation, moved
 from adversarial.killable_site import PUBLIC_SIZE, SITE, KillableSite
 
-from umbel_common.adapters.vector import adapter_digest, initial_vector
+from umbel_common.adapters.vector import adapter_digest
 from umbel_common.canonical import encode
 from umbel_common.plans.plan import Sgd, Training
 from umbel_common.plans.statements import RoundHeader
@@ -142,7 +141,7 @@ def test_a_site_that_is_killed_at_any_step_never_gives_two_answers(
 
 def attempt_of_round(federation: Federation, number: int) -> Any:
     """An attempt at a round; all attempts at one round start from the same adapter."""
-    vector = initial_vector(federation.plan) + np.float32(number - 1)
+    vector = moved(federation.plan, number - 1)
     digest = adapter_digest(federation.plan.digest(), vector)
     federation.releases[digest] = federation.release(vector, round=number - 1)
     return federation.attempt(federation.header(round=number, adapter=digest))

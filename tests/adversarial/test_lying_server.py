@@ -14,7 +14,9 @@ import msgspec
 import numpy as np
 import pytest
 import safetensors.numpy
+from adversarial.federation import moved
 
+from umbel_client.trainer import checks
 from umbel_common.adapters.vector import adapter_digest, initial_vector, to_bytes
 from umbel_common.errors import LocalProtocolError, StorageError
 from umbel_common.plans.plan import LocalPrivacy, NoPrivacy, Sgd
@@ -141,6 +143,25 @@ def test_a_first_adapter_other_than_the_public_seeds_is_refused(federation: Any)
     assert federation.refusal(SITE, request) == "initial-adapter"
 
 
+@pytest.mark.parametrize("checked", [False, True], ids=["without the check", "with it"])
+def test_an_adapter_that_no_round_leads_to_is_refused(
+    federation: Any, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """Such as one that amplifies rounding: its numbers are in the millions."""
+    federation.offer()
+    planted = moved(federation.plan, 1.01)
+    release = federation.release(planted, round=1)
+    digest = adapter_digest(federation.plan.digest(), planted)
+    request = federation.train_request(federation.header(round=2, adapter=digest), release)
+    if checked:
+        assert federation.refusal(SITE, request) == "adapter-too-far"
+        assert federation.spent_rounds(SITE) == 0
+    else:
+        monkeypatch.setattr(checks, "require_reachable", lambda *given: None)
+        federation.ask(SITE, request)
+        assert federation.spent_rounds(SITE) == 1
+
+
 def test_two_releases_of_one_round_are_noticed(federation: Any) -> None:
     federation.offer()
     federation.drive(federation.attempt())
@@ -237,7 +258,7 @@ def test_a_retry_releases_the_same_delta_and_charges_nothing_more(federation: An
 def test_a_round_is_never_trained_from_two_adapters(federation: Any) -> None:
     federation.offer()
     federation.drive(federation.attempt())
-    one, two = (initial_vector(federation.plan) + np.float32(shift) for shift in (0.1, 0.2))
+    one, two = (moved(federation.plan, shift) for shift in (0.1, 0.2))
     for vector, number, expected in ((one, 1, None), (two, 2, "two-releases")):
         header = federation.header(
             round=2, attempt=number, adapter=adapter_digest(federation.plan.digest(), vector)
@@ -255,7 +276,7 @@ def test_a_plan_past_what_is_left_of_the_budget_is_refused(federation: Any) -> N
     federation.plan = federation.make_plan(training=training)
     federation.offer()
     for number in range(1, 11):
-        vector = initial_vector(federation.plan) + np.float32(number - 1)
+        vector = moved(federation.plan, number - 1)
         header = federation.header(
             round=number, adapter=adapter_digest(federation.plan.digest(), vector)
         )
@@ -410,7 +431,7 @@ def test_a_round_whose_training_failed_is_charged_once_and_never_repeated(federa
     federation.plan = federation.make_plan(training=training, lora=lora)
     federation.offer()
     federation.drive(federation.attempt())
-    vector = initial_vector(federation.plan) + np.float32(0.1)
+    vector = moved(federation.plan, 0.1)
     digest = adapter_digest(federation.plan.digest(), vector)
     federation.releases[digest] = federation.release(vector, round=1)
     for number in (1, 2):

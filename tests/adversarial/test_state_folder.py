@@ -6,14 +6,13 @@ import shutil
 import signal
 from collections.abc import Callable
 
-import numpy as np
 import pytest
-from adversarial.federation import Federation
+from adversarial.federation import Federation, moved
 from adversarial.killable_site import SITE, KillableSite
 from support import warm_python
 from support.waiting import HANGING
 
-from umbel_common.adapters.vector import adapter_digest, initial_vector
+from umbel_common.adapters.vector import adapter_digest
 from umbel_common.errors import LedgerError
 from umbel_common.protocol.wire import OfferReply, OfferRequest, Refusal
 from umbel_common.trust.identity import sign
@@ -81,7 +80,7 @@ def test_of_two_jobs_that_fit_alone_the_second_is_refused_before_a_gradient(
     federation.offer(first)
     federation.offer(second)
     for number in (1, 2):
-        vector = initial_vector(first) + np.float32(number - 1)
+        vector = moved(first, number - 1)
         digest = adapter_digest(first.digest(), vector)
         federation.releases[digest] = federation.release(vector, round=number - 1)
         federation.ask(

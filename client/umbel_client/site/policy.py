@@ -76,6 +76,8 @@ class Policy(Value, frozen=True):
     """Largest LoRA rank."""
     target_modules: tuple[str, ...] | None = None
     """Names of the layers that may have an adapter; absent: every linear layer."""
+    max_clip_range: Positive = 1.0
+    """Largest clip range: how far one round may move each number of the adapter."""
     max_rounds: Count = 100
     """Most rounds of one plan."""
     max_local_steps: Count = 100
@@ -120,9 +122,10 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
 
     Raises:
         PolicyRefusal: `model-not-allowed`, `task-not-allowed`, `rank-too-large`,
-            `targets-not-allowed`, `too-many-rounds`, `too-many-local-steps`, `privacy-required`,
-            `epsilon-too-large`, `delta-too-large`, `evaluation-not-allowed`, `example-weights`,
-            `labels-not-allowed` or `threshold-below-minimum`.
+            `targets-not-allowed`, `clip-range-too-large`, `too-many-rounds`,
+            `too-many-local-steps`, `privacy-required`, `epsilon-too-large`, `delta-too-large`,
+            `evaluation-not-allowed`, `example-weights`, `labels-not-allowed` or
+            `threshold-below-minimum`.
     """
     privacy = plan.privacy
     _require(
@@ -155,6 +158,9 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
         field="policy.target_modules",
         found=", ".join(plan.lora.target_modules),
         accepted=", ".join(policy.target_modules or ()),
+    )
+    _at_most(
+        policy.max_clip_range, plan.aggregation.clip_range, "clip-range-too-large", "max_clip_range"
     )
     _at_most(policy.max_rounds, plan.training.rounds, "too-many-rounds", "max_rounds")
     _at_most(

@@ -7,6 +7,7 @@ Each raises a `RemoteProtocolError` with the name of the check that failed.
 """
 
 from umbel_client.trainer.site import Site
+from umbel_common.adapters.reach import require_reachable
 from umbel_common.adapters.vector import Vector, adapter_digest, from_bytes, initial_vector
 from umbel_common.errors import PlanError, require
 from umbel_common.plans.plan import TrainingPlan
@@ -63,7 +64,8 @@ def check_start(
 
     Raises:
         RemoteProtocolError: `pinned-signature`, `malformed-message`, `adapter-length`,
-            `adapter-values`, `adapter-digest`, `other-release` or `initial-adapter`.
+            `adapter-values`, `adapter-digest`, `other-release`, `initial-adapter` or
+            `adapter-too-far`.
     """
     release = site.open(request.release, Release)
     vector = from_bytes(request.adapter, plan.lora.size)
@@ -83,6 +85,7 @@ def check_start(
         "initial-adapter",
         "release 0 does not follow from the plan's public seed",
     )
+    require_reachable(plan, release.round, vector)
     return release, vector
 
 
@@ -91,7 +94,7 @@ def check_end(site: Site, request: FinishRequest, release: Release, plan: Traini
 
     Raises:
         RemoteProtocolError: `pinned-signature`, `malformed-message`, `adapter-length`,
-            `adapter-values`, `adapter-digest` or `other-release`.
+            `adapter-values`, `adapter-digest`, `other-release` or `adapter-too-far`.
     """
     end = None if request.early_end is None else site.open(request.early_end, EarlyEnd)
     vector = from_bytes(request.adapter, plan.lora.size)
@@ -105,6 +108,7 @@ def check_end(site: Site, request: FinishRequest, release: Release, plan: Traini
         "other-release",
         "this is not the last release of the plan",
     )
+    require_reachable(plan, release.round, vector)
     return vector
 
 

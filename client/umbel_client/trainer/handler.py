@@ -36,7 +36,7 @@ of our own code, is `site-fault` to the server.
 10. Start: the operator signed the predecessor's release, and the adapter is the one that release
     and header name (`checks`). The journal keeps the release.
     `pinned-signature`, `malformed-message`, `adapter-length`, `adapter-values`, `adapter-digest`,
-    `other-release`, `initial-adapter`, `two-releases`
+    `other-release`, `initial-adapter`, `adapter-too-far`, `two-releases`
 11. Ledger: model, data and ledger are loaded (`job`), and the ledger knows what this site signed
     last (`last_advert`).
     `budget`, `delta-for-records`, `ledger-rolled-back`, `other-context`, `malformed-message`
@@ -335,7 +335,7 @@ class Trainer:
         F3. Fit: the release is the plan's last, or the last by a signed early end, and the adapter
             is the one that it names (`checks`).
             `pinned-signature`, `malformed-message`, `adapter-length`, `adapter-values`,
-            `adapter-digest`, `other-release`
+            `adapter-digest`, `other-release`, `adapter-too-far`
         F4. Journal: the release is kept.
             `two-releases`
         F5. Adapter: its folder is written.

@@ -82,6 +82,7 @@ def test_a_model_that_writes_text_must_be_allowed_by_name(make_plan: MakePlan) -
         ({"labels": ()}, "labels-not-allowed"),
         ({"max_rank": 1}, "rank-too-large"),
         ({"target_modules": ("value", "dense")}, "targets-not-allowed"),
+        ({"max_clip_range": 0.9}, "clip-range-too-large"),
         ({"max_rounds": 2}, "too-many-rounds"),
         ({"max_local_steps": 1}, "too-many-local-steps"),
         ({"max_epsilon": 7.99}, "epsilon-too-large"),

@@ -1,0 +1,59 @@
+"""How far an adapter can be from its initial value: what a release cannot honestly be.
+
+The law: one bound for every party, a pure function of plan and round.
+
+Each coordinate of a delta is clipped to the plan's clip range and rounded to one of its levels, so
+a mean of deltas is at most that large, whoever sends what. A tensor changes only in the rounds that
+train it. An adapter that lies further away is no mean of deltas: whoever signed it made it.
+"""
+
+from collections import Counter
+from functools import lru_cache
+
+import numpy as np
+
+from umbel_common.adapters.vector import Vector, initial_vector, unflatten
+from umbel_common.errors import require
+from umbel_common.plans.plan import TrainingPlan
+
+_ROUNDING = 1e-6
+"""Of each addition in float32, relative to the largest value that is added to."""
+
+
+def require_reachable(plan: TrainingPlan, round_number: int, vector: Vector) -> None:
+    """Requires that an adapter can be what a plan's rounds lead to.
+
+    Args:
+        round_number: the number of rounds that the adapter comes after.
+        vector: float32[plan.lora.size], finite.
+
+    Raises:
+        RemoteProtocolError: `adapter-too-far`.
+    """
+    largest = plan.aggregation.step * np.ceil(plan.aggregation.clip_range / plan.aggregation.step)
+    rounds = Counter(
+        tensor.name
+        for number in range(1, round_number + 1)
+        for tensor in plan.trained_tensors(number)
+    )
+    start = unflatten(_initial(plan), plan.lora.tensors)
+    for name, values in unflatten(vector, plan.lora.tensors).items():
+        most = float(rounds[name] * largest)
+        rounding = _ROUNDING * rounds[name] * (most + float(np.abs(start[name]).max()))
+        found = float(np.abs(values - start[name]).max())
+        require(
+            found <= most + rounding,
+            "adapter-too-far",
+            "an adapter is further from its initial value than the plan's rounds can bring it",
+            field=name,
+            found=f"{found:.6g} after {round_number} rounds",
+            accepted=f"at most {most:.6g}, for clip_range {plan.aggregation.clip_range:g}",
+        )
+
+
+@lru_cache(maxsize=1)
+def _initial(plan: TrainingPlan) -> Vector:
+    """The plan's initial adapter, kept for its next round: it takes longer than the comparison."""
+    vector = initial_vector(plan)
+    vector.flags.writeable = False
+    return vector
