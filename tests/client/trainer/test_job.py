@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from umbel_client.site.policy import Policy
 from umbel_client.storage.journal import Published
 from umbel_client.trainer import job
 from umbel_client.trainer.job import SiteJob, open_job
+from umbel_client.training.round import LocalTrainer
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.errors import LedgerError, ModelError, PlanError
 from umbel_common.plans.plan import Classification
@@ -25,9 +27,9 @@ STEPS = (
     "load_records",
     "Ledger.open",
     "load_site_model",
+    "choose_batch_limit",
     "self_test",
     "prepare",
-    "choose_batch_limit",
 )
 
 
@@ -124,5 +126,29 @@ def test_a_round_reserved_without_noise_stops_a_plan_with_privacy(opened: Open) 
     try:
         with pytest.raises(PlanError, match="noise"):
             made.train(1, initial_vector(made.plan), None)
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize("tested", [False, True], ids=["without the test", "with it"])
+def test_a_round_whose_adapter_mixes_records_is_refused_before_it_is_charged(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, tested: bool
+) -> None:
+    made = opened()
+    layer = made._trainer.model.base.encoder.layer[0]  # type: ignore[union-attr, index]  # a BERT
+    vector = initial_vector(made.plan)
+    header: Any = SimpleNamespace(round=1, adapter=b"a" * 32)
+    # Rounding, from the records beside: what an adapter turns into whole gradients.
+    layer.register_forward_hook(lambda _, __, output: output + 1e-6 * output.mean(0, keepdim=True))
+    if not tested:
+        monkeypatch.setattr(LocalTrainer, "check", lambda *_: None)
+    try:
+        if tested:
+            with pytest.raises(ModelError, match="bits depend on the records beside it"):
+                made.compute(header, vector)
+            assert made._ledger.history() == ()
+        else:
+            made.compute(header, vector)
+            assert len(made._ledger.history()) == 1
     finally:
         made.close()

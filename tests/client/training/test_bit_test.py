@@ -1,0 +1,107 @@
+"""A record's bits in any company: what mixes records by one bit is found, and is not used."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.small_models import plan_for, save_decoder
+
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.tasks.shapes import PADDED_LENGTHS, BatchLimit, padded_lengths
+from umbel_client.training import self_test as whole_test
+from umbel_client.training.bit_test import check_round, prove_shapes
+from umbel_common.errors import ModelError
+from umbel_common.plans.plan import CausalLm, Classification, Task
+
+CLASSIFICATION = Classification(labels=("a", "b", "c"), max_tokens=40)
+
+
+def loaded(folder: Path, task: Task = CLASSIFICATION, **lora: object) -> AdaptedModel:
+    model = AdaptedModel.load(folder, plan_for(folder, task, dict(lora)))
+    random = np.random.default_rng(3)
+    model.set_vector(random.normal(0, 0.3, model.plan.lora.size).astype(np.float32))
+    model.select(1)
+    return model
+
+
+def first_layer(model: AdaptedModel) -> torch.nn.Module:
+    layer: torch.nn.Module = model.base.encoder.layer[0]  # type: ignore[union-attr, index]  # BERT
+    return layer
+
+
+@pytest.mark.parametrize("layers", [None, (1,)], ids=["whole model", "prefix cache"])
+def test_a_sound_model_is_used_in_its_largest_shape_at_least(
+    tiny_model: Path, layers: tuple[int, ...] | None
+) -> None:
+    """On some processors one row alone goes through another kernel."""
+    limit = BatchLimit(6)
+    prove_shapes(loaded(tiny_model, layers=layers), limit)
+    assert set(limit.choices) <= {1, 2, 4, 6}
+    assert limit.records in limit.choices
+
+
+def test_a_sound_language_model_is_used_in_its_largest_shape_at_least(tmp_path: Path) -> None:
+    limit = BatchLimit(4)
+    prove_shapes(loaded(save_decoder(tmp_path / "m"), CausalLm(max_tokens=40)), limit)
+    assert limit.records in limit.choices
+
+
+@pytest.mark.parametrize("layers", [None, (1,)], ids=["whole model", "prefix cache"])
+def test_a_layer_that_takes_rounding_from_other_records_is_refused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, layers: tuple[int, ...] | None
+) -> None:
+    """A tolerance, as the comparison with a record alone has, does not find it."""
+    model = loaded(tiny_model, layers=layers)
+    first_layer(model).register_forward_hook(
+        lambda _layer, _inputs, output: output + 1e-6 * output.mean(0, keepdim=True)
+    )
+    with pytest.raises(ModelError, match="bits depend on the records beside it"):
+        whole_test.self_test(model, 1.0, BatchLimit(4), entropy=os.urandom)
+    with pytest.raises(ModelError, match="bits depend on the records beside it"):
+        check_round(model, BatchLimit(4))
+    monkeypatch.setattr(whole_test, "prove_shapes", lambda *_: None)
+    whole_test.self_test(model, 1.0, BatchLimit(4), entropy=os.urandom)
+
+
+def test_a_number_of_rows_with_other_bits_is_not_used(tiny_model: Path) -> None:
+    model, limit = loaded(tiny_model), BatchLimit(8)
+
+    def other_kernel(_layer: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        # One row alone has, too, a kernel of its own on some processors.
+        return output * (1 + 1e-6) if len(output) in (1, 4) else output
+
+    first_layer(model).register_forward_hook(other_kernel)
+    prove_shapes(model, limit)
+    assert limit.choices == (2, 8)
+    assert [limit.rows(records) for records in (1, 2, 3, 8)] == [2, 2, 8, 8]
+    check_round(model, limit)
+    # After memory ran out, too, only what was proven is used.
+    assert limit.smaller(7) == 2
+    limit.lower(2)
+    assert limit.choices == (2,)
+
+
+def test_rows_that_fill_a_shape_add_nothing(tiny_model: Path) -> None:
+    """Two records in eight rows give the bits of two records in two."""
+    model, limit = loaded(tiny_model), BatchLimit(8)
+    limit.keep([])
+    assert limit.choices == (8,)
+    assert limit.rows(2) == 8
+    prove_shapes(model, limit)
+    assert limit.choices == (8,)
+
+
+def test_a_records_padded_length_follows_from_its_own_length() -> None:
+    lengths = np.arange(2000)
+    padded = padded_lengths(lengths, None)
+    assert (padded >= lengths).all()
+    # Half as much again is the most, and it rises with the length.
+    assert (padded[17:] < 1.5 * lengths[17:]).all()
+    assert (np.diff(padded) >= 0).all()
+    assert set(padded) <= set(PADDED_LENGTHS.tolist())
+    assert padded_lengths(np.array([1, 39, 40]), 40).tolist() == [16, 40, 40]
+    for length in (0, 5, 70):
+        alone = padded_lengths(np.array([length]), 100)[0]
+        assert padded_lengths(np.array([3, length, 100]), 100)[1] == alone
