@@ -101,8 +101,11 @@ DECODERS: dict[str, type[PreTrainedConfig]] = {
     "gemma": GemmaConfig,
     "gemma2": Gemma2Config,
     "gpt2": GPT2Config,
-    "phi3": Phi3Config,
 }
+
+
+FUSED: dict[str, type[PreTrainedConfig]] = {"phi3": Phi3Config}
+"""With one layer, `qkv_proj`, in place of three."""
 
 
 def save_decoder(
@@ -112,7 +115,7 @@ def save_decoder(
 
     Args:
         path: folder of both; also returned.
-        kind: one of `DECODERS`.
+        kind: one of `DECODERS` or `FUSED`.
         config: of its configuration, beside what makes it small.
     """
     torch.set_num_threads(1)
@@ -146,7 +149,7 @@ def save_decoder(
     }
     if kind == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 3, "n_head": 2, "vocab_size": len(vocabulary)}
-    model = AutoModelForCausalLM.from_config(DECODERS[kind](**{**sizes, **config}))
+    model = AutoModelForCausalLM.from_config({**DECODERS, **FUSED}[kind](**{**sizes, **config}))
     model.save_pretrained(path)
     fast.save_pretrained(path)
     return path

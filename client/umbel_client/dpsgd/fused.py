@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from umbel_client.models.inputs import whole_rows
 from umbel_common.errors import ModelError
 
 
@@ -90,7 +91,8 @@ class _LinearFunction(torch.autograd.Function):
         x = inputs.to(dtype)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
         ctx.weight, ctx.bias, ctx.inputs_dtype = weight, bias, inputs.dtype
-        return nn.functional.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        cast = None if bias is None else bias.to(dtype)
+        return nn.functional.linear(whole_rows(x), weight.to(dtype), cast)[: len(x)]
 
     @staticmethod
     @once_differentiable
@@ -106,7 +108,8 @@ class _LinearFunction(torch.autograd.Function):
             _keep(ctx.bias, _tokens(gradient).sum(1))
         if not needs_inputs:
             return None, None, None
-        return (gradient @ ctx.weight.to(gradient.dtype)).to(ctx.inputs_dtype), None, None
+        inner = whole_rows(gradient) @ ctx.weight.to(gradient.dtype)
+        return inner[: len(gradient)].to(ctx.inputs_dtype), None, None
 
 
 def _by_record(gradient: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,13 @@ from umbel_client.models.base.layers import (
 )
 from umbel_client.models.base.nf4 import quantise
 from umbel_client.models.base.precision import Precision, computing, lower_precision
-from umbel_client.models.inputs import HiddenInputs, Inputs, PooledInputs, TokenInputs
+from umbel_client.models.inputs import (
+    HiddenInputs,
+    Inputs,
+    PooledInputs,
+    TokenInputs,
+    whole_rows,
+)
 from umbel_client.models.token_loss import token_losses
 from umbel_common.adapters.vector import Vector, flatten, unflatten
 from umbel_common.errors import ModelError
@@ -233,8 +239,10 @@ class AdaptedModel(nn.Module):
         task = self.plan.task
         assert self.head is not None  # pooled vectors belong to the mean-pool head
         assert isinstance(task, Classification)
-        logits: torch.Tensor = self.head(pooled * task.logit_scale)
-        return logits
+        scaled = pooled * task.logit_scale
+        # Where gradients are kept apart, the fused layer does the same with both of its products.
+        logits: torch.Tensor = self.head(scaled if torch.is_grad_enabled() else whole_rows(scaled))
+        return logits[: len(pooled)]
 
     def _frozen_output(self) -> Literal["pooled", "hidden", "nothing"]:
         if not self.plan.lora.target_modules and self.head is not None:

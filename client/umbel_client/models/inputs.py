@@ -34,6 +34,21 @@ class PooledInputs:
     """float32[n, hidden size]."""
 
 
+_ROWS = 64
+
+
+def whole_rows(values: torch.Tensor) -> torch.Tensor:
+    """[n, features] -> [m, features] with zeros below, m the next multiple of 64.
+
+    A product over few rows, such as a head's over one vector of each record, has kernels of its own
+    for some numbers of rows: with this, the number of records does not change the bits of a record.
+    Other shapes, which have many tokens of each record, stay as they are.
+    """
+    if values.dim() != 2:
+        return values
+    return torch.nn.functional.pad(values, (0, 0, 0, -len(values) % _ROWS))
+
+
 Inputs: TypeAlias = TokenInputs | HiddenInputs | PooledInputs
 
 

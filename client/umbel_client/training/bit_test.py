@@ -122,7 +122,8 @@ def _gradient_bits(model: AdaptedModel, company: _Company) -> bytes:
         with torch.enable_grad():
             _losses(model, company).sum().backward()  # type: ignore[no-untyped-call]  # torch
         gradients = take_gradients(trained, company.part.rows)
-    own = [gradient[company.position].cpu().numpy().tobytes() for gradient in gradients]
+    # A zero is the same with either sign: it only adds to the sum of gradients.
+    own = [(gradient[company.position] + 0.0).cpu().numpy().tobytes() for gradient in gradients]
     return b"".join([_cached(company), *own])
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.amplifying import padded_to_the_longest
 from support.small_models import plan_for
 
 from umbel_client.data.tokens import Tokens
@@ -135,7 +136,10 @@ def test_a_mean_over_the_batchs_tokens_moves_it_several_times_as_far(
     model: AdaptedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ClassificationTask, "losses", mean_over_tokens)
-    assert largest_move(model, data_of([3] * 15 + [LONG], [0] * 16, seed=0)) > 3 * CLIP_NORM
+    # In the shapes that they have now, records of such different lengths never meet.
+    with padded_to_the_longest():
+        moved = largest_move(model, data_of([3] * 15 + [LONG], [0] * 16, seed=0))
+    assert moved > 3 * CLIP_NORM
 
 
 @pytest.mark.parametrize("examples", [12, pytest.param(40, marks=pytest.mark.full)])
