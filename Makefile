@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo federation medical-qa lint test test-full soak fuzz docs vectors bench utility \
+.PHONY: help demo federation medical-qa lint test test-full soak fuzz docs vectors bench utility sensitivity \
 	utility-medical-qa exported audit locks dist sbom advisories clean
 
 # Reads this file: `##@ heading` begins a group, `target: ...  ## text` is a line of it.
@@ -94,6 +94,9 @@ clean:  ## Delete .venv, build and dist.
 
 bench: $(BIN)/activate-dev  ## Measure speed and memory on this machine, into build/bench.json.
 	$(BIN)/python tests/benchmarks/run.py build/bench.json
+
+sensitivity: $(BIN)/activate-dev  ## Move a sum by one record under an adapter that amplifies (minutes).
+	$(BIN)/python tests/benchmarks/sensitivity.py docs/benchmarks/sensitivity.json
 
 utility: $(BIN)/activate-dev  ## Score the quickstart under three seeds (minutes).
 	$(BIN)/python tests/benchmarks/utility.py docs/benchmarks/utility.json
