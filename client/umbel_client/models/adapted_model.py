@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from umbel_client.models.adapters.lora import attach, tensors_of
-from umbel_client.models.base.files import folder_digest
-from umbel_client.models.base.folder import load_base, require_context
+from umbel_client.models.base.files import FileDigests, require_digest
+from umbel_client.models.base.folder import build_base, read_base, require_context
 from umbel_client.models.base.layers import (
     body_of,
     layers_of,
@@ -48,6 +48,7 @@ class AdaptedModel(nn.Module):
         parameters: dict[str, nn.Parameter],
         plan: TrainingPlan,
         precision: Precision,
+        files: FileDigests,
         *,
         checkpointing: bool = False,
     ) -> None:
@@ -59,6 +60,8 @@ class AdaptedModel(nn.Module):
         """Trained parameters by the plan's names, in its order."""
         self.plan = plan
         self.precision: Precision = precision
+        self.files = files
+        """Digests of the base model's files, for what else is loaded from its folder."""
         self.depth = _first_adapted_layer(base, plan)
         """The layers below this one are frozen."""
         self.frozen_output: Literal["pooled", "hidden", "nothing"] = self._frozen_output()
@@ -96,25 +99,19 @@ class AdaptedModel(nn.Module):
             ModelError: the folder is incomplete, or has another digest or other tensors than the
                 plan says; or the model mixes records.
         """
-        found = folder_digest(folder)
-        if found != plan.model.digest:
-            raise ModelError(
-                "a base model is not the one that the plan names",
-                file=folder,
-                field="model.digest",
-                found=found.hex(),
-                accepted=plan.model.digest.hex(),
-                remedy=f"obtain exactly the revision of {plan.model.name} that was agreed on",
-            )
+        content = read_base(folder)
+        require_digest(folder, content.digest, plan.model)
         # Moved to its device before PEFT adds layers: tensors that move later are not trained.
-        base = load_base(folder, plan.task).to(device)  # type: ignore[arg-type]  # wrapped by torch
+        base = build_base(content, plan.task).to(device)  # type: ignore[arg-type]  # wrapped by torch
         require_context(folder, base.config, plan.task)
         if quantisation == "nf4":
             quantise(base, torch.bfloat16 if precision == "bfloat16" else torch.float32)
         parameters, head = attach(folder, base, plan.task, plan.lora)
         _check_tensors(folder, tensors_of(parameters), plan.lora.tensors)
         ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}
-        return cls(base, head, ordered, plan, precision, checkpointing=checkpointing)
+        return cls(
+            base, head, ordered, plan, precision, content.files, checkpointing=checkpointing
+        )
 
     def follow(self, plan: TrainingPlan) -> None:
         """Takes another plan for the same adapter: other training or other privacy.
