@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from umbel_client.models.base.files import FileDigests, private_folder, read_texts
 from umbel_common.canonical import digest
 from umbel_common.errors import ModelError
+from umbel_host.files.model_folder import FileDigests, private_folder, read_texts
 
 _LOADING = threading.Lock()
 """Transformers' lazy imports are not safe in several threads at once."""

@@ -127,7 +127,7 @@ def _score_classification(
     assert isinstance(task, Classification)  # as the options are
     records = load_records(holdout, task, **options.columns)
     labels = np.array(records.labels, dtype=np.int64)
-    tokens = tokenise(records.texts, folder, task.max_tokens)
+    tokens = tokenise(records.texts, folder, task.max_tokens, model.files)
     # The model runs once over each record: there is nothing to cache.
     data = PreparedData(tokens, labels, prefix=None)
     losses, predicted = losses_and_labels(model, data, options.batch_size)
@@ -166,7 +166,7 @@ def _score_causal(
 def _token_loss(
     model: AdaptedModel, folder: Path, records: LmRecords, task: CausalLm, batch_size: int
 ) -> float:
-    tokens, labels = tokenise_answers(records, folder, task)
+    tokens, labels = tokenise_answers(records, folder, task, model.files)
     return mean_token_loss(model, PreparedData(tokens, labels, prefix=None), batch_size)
 
 

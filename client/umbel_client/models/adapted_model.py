@@ -4,15 +4,14 @@ import re
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from umbel_client.models.adapters.lora import attach, tensors_of
-from umbel_client.models.base.files import FileDigests, require_digest
+from umbel_client.models.adapters.lora import attach, fill, require_tensors
+from umbel_client.models.base.files import require_digest
 from umbel_client.models.base.folder import build_base, read_base, require_context
 from umbel_client.models.base.layers import (
     body_of,
@@ -28,9 +27,10 @@ from umbel_client.models.base.nf4 import quantise
 from umbel_client.models.base.precision import Precision, computing, lower_precision
 from umbel_client.models.inputs import HiddenInputs, Inputs, PooledInputs, TokenInputs
 from umbel_client.models.token_loss import token_losses
-from umbel_common.adapters.vector import Vector, flatten, unflatten
+from umbel_common.adapters.vector import Vector, flatten
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Tensor, TrainingPlan
+from umbel_host.files.model_folder import FileDigests
 
 Quantisation: TypeAlias = Literal["none", "nf4"]
 
@@ -107,11 +107,9 @@ class AdaptedModel(nn.Module):
         if quantisation == "nf4":
             quantise(base, torch.bfloat16 if precision == "bfloat16" else torch.float32)
         parameters, head = attach(folder, base, plan.task, plan.lora)
-        _check_tensors(folder, tensors_of(parameters), plan.lora.tensors)
+        require_tensors(folder, parameters, plan.lora)
         ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}
-        return cls(
-            base, head, ordered, plan, precision, content.files, checkpointing=checkpointing
-        )
+        return cls(base, head, ordered, plan, precision, content.files, checkpointing=checkpointing)
 
     def follow(self, plan: TrainingPlan) -> None:
         """Takes another plan for the same adapter: other training or other privacy.
@@ -140,15 +138,13 @@ class AdaptedModel(nn.Module):
             layer.training = True
         return self
 
-    @torch.no_grad()
     def set_vector(self, vector: Vector) -> None:
         """Takes float32[plan.lora.size] as the whole adapter.
 
         Raises:
             PlanError: the vector has another length.
         """
-        for name, value in unflatten(vector, self.plan.lora.tensors).items():
-            self.adapter[name].copy_(torch.from_numpy(np.array(value)))
+        fill(self.adapter, vector, self.plan.lora)
 
     def vector(self) -> Vector:
         """The whole adapter, float32[plan.lora.size]."""
@@ -286,21 +282,3 @@ def _first_adapted_layer(base: PreTrainedModel, plan: TrainingPlan) -> int:
             match = re.search(r"\.(?:encoder\.layer|layers)\.(\d+)\.", tensor.name)
             lowest = min(lowest, int(match.group(1)) if match else 0)
     return lowest
-
-
-def _check_tensors(folder: Path, found: tuple[Tensor, ...], planned: tuple[Tensor, ...]) -> None:
-    if sorted(planned, key=lambda tensor: tensor.name) == list(found):
-        return
-    here, there = set(found), set(planned)
-    raise ModelError(
-        "the adapter that the plan describes does not fit the base model",
-        file=folder,
-        field="lora.tensors",
-        found=_some(here - there) or "fewer tensors, or one twice",
-        accepted=_some(there - here) or "exactly the tensors of the model, each once",
-    )
-
-
-def _some(tensors: set[Tensor]) -> str:
-    shown = sorted(f"{tensor.name} {tensor.role} {tensor.shape}" for tensor in tensors)
-    return "; ".join(shown[:3])

@@ -1,7 +1,7 @@
 """A base model from a local folder: its empty skeleton, or with its weights.
 
-What is loaded is what was hashed (`files`): Transformers is given no path into the folder. It gets
-the bytes of the small files in a private folder of their own, and the weights as tensors.
+What is loaded is what was hashed (`umbel_host.files.model_folder`): Transformers gets no path into
+the folder. It gets the bytes of the small files in a private folder, and the weights as tensors.
 
 Only safetensors are read, never pickles. Code in the folder is never run.
 """
@@ -25,20 +25,17 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from umbel_client.models.base.files import (
-    CONFIG_FILE,
-    FileDigests,
-    file_digest,
-    model_digest,
-    private_folder,
-    read_texts,
-    shards_of,
-    text_digest,
-    weights_of,
-)
+from umbel_client.models.base.files import file_digest, model_digest, shards_of, weights_of
 from umbel_client.models.base.weights import read_weights
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Task
+from umbel_host.files.model_folder import (
+    CONFIG_FILE,
+    FileDigests,
+    private_folder,
+    read_texts,
+    text_digest,
+)
 
 _REPORTS: Any = transformers_logging
 """Transformers leaves these functions untyped."""
@@ -147,6 +144,7 @@ def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    base.config.name_or_path = str(folder)
     _check_complete(folder, task, report)
     base = _without_pooler(base, task)
     _check_separable(folder, base)
@@ -173,7 +171,6 @@ def _config(folder: Path, texts: Mapping[str, bytes], task: Task) -> PretrainedC
     config_file = {name: text for name, text in texts.items() if name == CONFIG_FILE}
     with private_folder(folder, config_file) as place:
         config = AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-    config.name_or_path = str(folder)
     if isinstance(task, CausalLm):
         # Training reads each record once, whole, so that a cache would never be read.
         config.use_cache = False

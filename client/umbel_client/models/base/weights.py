@@ -14,8 +14,8 @@ from typing import Annotated
 import msgspec
 import torch
 
-from umbel_client.models.base.files import opened
 from umbel_common.errors import ModelError
+from umbel_host.files.model_folder import opened
 
 _DTYPES = {
     "F64": torch.float64,
