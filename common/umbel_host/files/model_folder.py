@@ -1,8 +1,9 @@
 """The small files of a base model's folder: configuration, index and tokenizer.
 
 What is loaded is what was hashed. A file is read once, and its bytes are hashed and used; a file
-that does not count is never read. A folder is refused where Transformers would take something else
-from it than the files that count: two sites would then train two models of one digest.
+that does not count, such as a card, settings of generation or further templates, is never read. A
+folder is refused where a file that counts names another one to be read instead: two sites would
+then train two models of one digest.
 
 Nothing here needs the packages that load a model.
 """
@@ -39,11 +40,8 @@ TOKENIZER_FILES = (
 FileDigests: TypeAlias = Mapping[str, str]
 """SHA-256 of each file by its name, in hexadecimal digits."""
 
-_APPLIED = {
-    "adapter_config.json": "an adapter, which would be added to the model",
-    "additional_chat_templates/default.jinja": "a template in place of the model's own",
-}
-"""Files that do not count, and that Transformers would apply to the model all the same."""
+_ADAPTER_FILE = "adapter_config.json"
+"""With this file, Transformers would load an adapter on top of the model."""
 
 _ELSEWHERE = (
     (CONFIG_FILE, "configuration_files", CONFIG_FILE),
@@ -71,9 +69,8 @@ def read_texts(folder: Path, expected: FileDigests | None = None) -> dict[str, b
     """
     texts = {}
     try:
-        for name, what in _APPLIED.items():
-            if os.path.lexists(folder / name):
-                raise uncovered(folder, name, what, "move it out of the folder")
+        if os.path.lexists(folder / _ADAPTER_FILE):
+            raise uncovered(folder, _ADAPTER_FILE, "an adapter", "move it out of the folder")
         for name in (CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES):
             if (folder / name).is_file():
                 with opened(folder / name) as file:
