@@ -70,7 +70,12 @@ def read_texts(folder: Path, expected: FileDigests | None = None) -> dict[str, b
     texts = {}
     try:
         if os.path.lexists(folder / _ADAPTER_FILE):
-            raise uncovered(folder, _ADAPTER_FILE, "an adapter", "move it out of the folder")
+            raise ModelError(
+                "an adapter lies in the folder of a base model, and would be loaded with it",
+                file=folder,
+                field=_ADAPTER_FILE,
+                remedy="move the adapter's files into a folder of their own",
+            )
         for name in (CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES):
             if (folder / name).is_file():
                 with opened(folder / name) as file:
@@ -153,14 +158,15 @@ def missing(folder: Path, name: str, accepted: tuple[str, ...]) -> ModelError:
     )
 
 
-def uncovered(file: Path, field: str, found: str, remedy: str | None) -> ModelError:
-    """The error that the digest of a folder would not name what is loaded from it."""
+def other_file(file: Path, field: str, found: object) -> ModelError:
+    """The error that a file has another one read, which the model's digest does not cover."""
     return ModelError(
-        "a base model's folder would load something that its digest does not cover",
+        "a file of a base model names a file that the model's digest does not cover",
         file=file,
         field=field,
         found=found,
-        remedy=remedy or "use a folder that save_pretrained wrote as safetensors",
+        accepted="safetensors files of this folder" if field == "weight_map" else None,
+        remedy="use a folder that save_pretrained wrote as safetensors",
     )
 
 
@@ -185,7 +191,7 @@ def _check_stands_alone(folder: Path, texts: Mapping[str, bytes]) -> None:
             value = value.get(key) if isinstance(value, dict) else None
         paths = value if field.endswith("_files") and isinstance(value, list) else [value]
         if any(isinstance(path, str) and path != allowed for path in paths):
-            raise uncovered(folder / name, field, f"{value!r}, the name of another file", None)
+            raise other_file(folder / name, field, value)
 
 
 def _check_unchanged(folder: Path, texts: Mapping[str, bytes], expected: FileDigests) -> None:

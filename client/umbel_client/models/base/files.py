@@ -19,10 +19,10 @@ from umbel_host.files.model_folder import (
     FileDigests,
     missing,
     opened,
+    other_file,
     parsed_json,
     read_texts,
     text_digest,
-    uncovered,
     unreadable,
 )
 
@@ -115,17 +115,11 @@ def shards_of(folder: Path, texts: Mapping[str, bytes], weights: Sequence[str]) 
         raise missing(folder, WEIGHTS_FILE, (WEIGHTS_FILE, INDEX_FILE))
     index = parsed_json(folder, INDEX_FILE, texts[INDEX_FILE])
     named = index.get("weight_map")
-    if not isinstance(named, dict) or not named:
-        raise uncovered(folder / INDEX_FILE, "weight_map", "no names of files", None)
-    for name in named.values():
+    names = list(named.values()) if isinstance(named, dict) else []
+    for name in names or [None]:
         if name not in weights:
-            raise uncovered(
-                folder / INDEX_FILE,
-                "weight_map",
-                f"{name!r}, which is no safetensors file of this folder",
-                "put all weights into the folder itself",
-            )
-    return sorted(set(named.values()))
+            raise other_file(folder / INDEX_FILE, "weight_map", name)
+    return sorted(set(names))
 
 
 def file_digest(path: Path) -> str:
