@@ -101,15 +101,17 @@ class AdaptedModel(nn.Module):
         """
         content = read_base(folder)
         require_digest(folder, content.digest, plan.model)
+        base, files = build_base(content, plan.task), content.files
+        del content  # it would keep tensors that are moved or quantised below
         # Moved to its device before PEFT adds layers: tensors that move later are not trained.
-        base = build_base(content, plan.task).to(device)  # type: ignore[arg-type]  # wrapped by torch
+        base = base.to(device)  # type: ignore[arg-type]  # wrapped by torch
         require_context(folder, base.config, plan.task)
         if quantisation == "nf4":
             quantise(base, torch.bfloat16 if precision == "bfloat16" else torch.float32)
         parameters, head = attach(folder, base, plan.task, plan.lora)
         require_tensors(folder, parameters, plan.lora)
         ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}
-        return cls(base, head, ordered, plan, precision, content.files, checkpointing=checkpointing)
+        return cls(base, head, ordered, plan, precision, files, checkpointing=checkpointing)
 
     def follow(self, plan: TrainingPlan) -> None:
         """Takes another plan for the same adapter: other training or other privacy.
