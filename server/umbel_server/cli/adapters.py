@@ -81,7 +81,7 @@ def export(
     digest = releases[wanted].adapter
     vector = registry.load(plan, digest)
     try:
-        # Of the stored folder, its digest names the vector alone; the rest follows from the plan.
+        # The digest names the vector alone. All else follows from the plan.
         out.parent.mkdir(parents=True, exist_ok=True)
         write_folder(out, plan, vector)
     except FileExistsError:

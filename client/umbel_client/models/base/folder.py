@@ -134,8 +134,10 @@ def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
     folder = content.folder
     with _building(folder):
         empty = _empty(_config(folder, content.texts, task), task)
+        model: Any = type(empty)
+        base: PreTrainedModel
         # Without a path, it reads no file: also no adapter, generation settings or other weights.
-        base, report = type(empty).from_pretrained(
+        base, report = model.from_pretrained(
             None,
             config=empty.config,
             state_dict=dict(content.tensors),
