@@ -187,7 +187,7 @@ def _building(folder: Path) -> Iterator[None]:
     with quietly():
         try:
             yield
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except Exception as error:  # the libraries promise no classes of errors
             raise ModelError("a base model cannot be loaded", file=folder, found=error) from error
 
 
