@@ -135,7 +135,7 @@ def classify(
     if not isinstance(task, Classification):
         raise _other_task(adapter, "umbel-client generate")
     texts = _texts(text, file, settings.data.text_column)
-    tokens = tokenise(texts, Path(settings.model.path), task.max_tokens)
+    tokens = tokenise(texts, Path(settings.model.path), task.max_tokens, model.files)
     for prediction in classify_texts(model, tokens):
         typer.echo(
             msgspec.json.encode(
@@ -227,7 +227,7 @@ def generate(
     if not isinstance(task, CausalLm):
         raise _other_task(adapter, "umbel-client classify")
     prompts = _texts(prompt, file, "prompt")
-    chat = Chat.load(Path(settings.model.path), task)
+    chat = Chat.load(Path(settings.model.path), task, model.files)
     sampling = Sampling(max_new_tokens, temperature, seed)
     turns = [[Turn("user", one)] for one in prompts]
     said = answer_prompts(model, chat, turns, sampling)
@@ -250,7 +250,7 @@ def export(
     config: Config = CLIENT_TOML,
 ) -> None:
     """Write an adapter as a PEFT folder, or merged into a model that Transformers and vLLM load."""
-    from umbel_client.models.adapters.folder import copy_adapter
+    from umbel_client.models.adapters.folder import export_adapter
     from umbel_client.models.adapters.merge import merge_adapter
 
     settings = load_config(config)
@@ -258,7 +258,7 @@ def export(
     if merge:
         merge_adapter(folder, Path(settings.model.path), out, dtype=dtype)
     else:
-        copy_adapter(folder, out)
+        export_adapter(folder, out)
     typer.echo(f"{'model' if merge else 'adapter'}  {out}")
 
 

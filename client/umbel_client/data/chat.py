@@ -20,16 +20,20 @@ from umbel_client.data.records import LmRecords
 from umbel_client.data.tokens import AT_ONCE, Ints, Tokens, load_tokenizer
 from umbel_common.errors import DataError, ModelError
 from umbel_common.plans.plan import CausalLm
+from umbel_host.files.model_folder import FileDigests
 
 IGNORED = -100
 """Label of a token that does not count, as in Transformers and torch."""
 
 
-def tokenise_answers(records: LmRecords, folder: Path, task: CausalLm) -> tuple[Tokens, Ints]:
+def tokenise_answers(
+    records: LmRecords, folder: Path, task: CausalLm, files: FileDigests | None = None
+) -> tuple[Tokens, Ints]:
     """Token ids of all records, and which of them count.
 
     Args:
         folder: the base model's, for its tokenizer.
+        files: see `umbel_client.data.tokens.load_tokenizer`.
 
     Returns:
         The tokens, and labels int64[tokens]: the id of a token that counts, else `IGNORED`.
@@ -39,7 +43,7 @@ def tokenise_answers(records: LmRecords, folder: Path, task: CausalLm) -> tuple[
             answers.
         DataError: names the row that the template cannot render, or that is too long for the plan.
     """
-    chat = Chat.load(folder, task)
+    chat = Chat.load(folder, task, files)
     rows = records.rows or tuple(range(1, len(records) + 1))
     try:
         rendered = [
@@ -72,14 +76,17 @@ class Chat:
         self._header = self._answer_header() if task.template == "chat" else ""
 
     @classmethod
-    def load(cls, folder: Path, task: CausalLm) -> "Chat":
+    def load(cls, folder: Path, task: CausalLm, files: FileDigests | None = None) -> "Chat":
         """Uses the fast tokenizer of a model folder.
+
+        Args:
+            files: see `umbel_client.data.tokens.load_tokenizer`.
 
         Raises:
             ModelError: the folder has no fast tokenizer, or the plan asks for a chat template and
                 the tokenizer has none.
         """
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, files)
         if task.template == "chat" and tokenizer.chat_template is None:
             raise ModelError(
                 "the base model's tokenizer has no chat template",

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from umbel_common.canonical import digest
 from umbel_common.errors import ModelError
+from umbel_host.files.model_folder import FileDigests, private_folder, read_texts
 
 _LOADING = threading.Lock()
 """Transformers' lazy imports are not safe in several threads at once."""
@@ -61,13 +62,18 @@ class Tokens:
         return rows, mask.astype(np.int64)
 
 
-def tokenise(texts: Sequence[str], folder: Path, max_tokens: int) -> Tokens:
+def tokenise(
+    texts: Sequence[str], folder: Path, max_tokens: int, files: FileDigests | None = None
+) -> Tokens:
     """Cuts each text into at most `max_tokens` tokens with the fast tokenizer of a model folder.
 
+    Args:
+        files: see `load_tokenizer`.
+
     Raises:
-        ModelError: the folder holds no fast tokenizer.
+        ModelError: see `load_tokenizer`.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, files)
     encoded: list[list[int]] = tokenizer(
         list(texts),
         truncation=True,
@@ -84,18 +90,22 @@ def tokenise(texts: Sequence[str], folder: Path, max_tokens: int) -> Tokens:
     )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path, files: FileDigests | None = None) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a model folder.
 
+    Args:
+        files: digests of the files of the model that it belongs to, which they must still have.
+
     Raises:
-        ModelError: the folder has no fast tokenizer.
+        ModelError: the folder has no fast tokenizer, or it changed since the model was loaded.
     """
+    texts = read_texts(folder, files)
     try:
-        with _LOADING:
+        with _LOADING, private_folder(folder, texts) as place:
             tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
+                place, local_files_only=True, trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the libraries promise no classes of errors
         raise ModelError("a tokenizer cannot be loaded", file=folder, found=error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(

@@ -47,7 +47,7 @@ def generate_answers(
     """
     task = model.plan.task
     assert isinstance(task, CausalLm)  # classifications are not answered
-    chat = Chat.load(folder, task)
+    chat = Chat.load(folder, task, model.files)
     asked = []
     for record in [one for one in records if isinstance(one, Conversation)][:most]:
         prompt = chat.prompt(record.turns[:-1])

@@ -128,7 +128,7 @@ def _score_classification(
     assert isinstance(task, Classification)  # as the options are
     records = load_records(holdout, task, **options.columns)
     labels = np.array(records.labels, dtype=np.int64)
-    tokens = tokenise(records.texts, folder, task.max_tokens)
+    tokens = tokenise(records.texts, folder, task.max_tokens, model.files)
     # The model runs once over each record: there is nothing to cache.
     data = PreparedData(tokens, labels, prefix=None, longest=task.max_tokens)
     losses, predicted = losses_and_labels(model, data, BatchLimit(options.batch_size))
@@ -167,7 +167,7 @@ def _score_causal(
 def _token_loss(
     model: AdaptedModel, folder: Path, records: LmRecords, task: CausalLm, batch_size: int
 ) -> float:
-    tokens, labels = tokenise_answers(records, folder, task)
+    tokens, labels = tokenise_answers(records, folder, task, model.files)
     data = PreparedData(tokens, labels, prefix=None, longest=task.max_tokens)
     return mean_token_loss(model, data, BatchLimit(batch_size))
 

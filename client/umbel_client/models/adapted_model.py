@@ -4,16 +4,15 @@ import re
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from umbel_client.models.adapters.lora import attach, tensors_of
-from umbel_client.models.base.files import folder_digest
-from umbel_client.models.base.folder import load_base, require_context
+from umbel_client.models.adapters.lora import attach, fill, require_tensors
+from umbel_client.models.base.files import require_digest
+from umbel_client.models.base.folder import build_base, read_base, require_context
 from umbel_client.models.base.layers import (
     body_of,
     layers_of,
@@ -34,9 +33,10 @@ from umbel_client.models.inputs import (
     whole_rows,
 )
 from umbel_client.models.token_loss import token_losses
-from umbel_common.adapters.vector import Vector, flatten, unflatten
+from umbel_common.adapters.vector import Vector, flatten
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Tensor, TrainingPlan
+from umbel_host.files.model_folder import FileDigests
 
 Quantisation: TypeAlias = Literal["none", "nf4"]
 
@@ -54,6 +54,7 @@ class AdaptedModel(nn.Module):
         parameters: dict[str, nn.Parameter],
         plan: TrainingPlan,
         precision: Precision,
+        files: FileDigests,
         *,
         checkpointing: bool = False,
     ) -> None:
@@ -65,6 +66,8 @@ class AdaptedModel(nn.Module):
         """Trained parameters by the plan's names, in its order."""
         self.plan = plan
         self.precision: Precision = precision
+        self.files = files
+        """Digests of the base model's files, for what else is loaded from its folder."""
         self.depth = _first_adapted_layer(base, plan)
         """The layers below this one are frozen."""
         self.frozen_output: Literal["pooled", "hidden", "nothing"] = self._frozen_output()
@@ -104,25 +107,19 @@ class AdaptedModel(nn.Module):
             ModelError: the folder is incomplete, or has another digest or other tensors than the
                 plan says; or the model mixes records.
         """
-        found = folder_digest(folder)
-        if found != plan.model.digest:
-            raise ModelError(
-                "a base model is not the one that the plan names",
-                file=folder,
-                field="model.digest",
-                found=found.hex(),
-                accepted=plan.model.digest.hex(),
-                remedy=f"obtain exactly the revision of {plan.model.name} that was agreed on",
-            )
+        content = read_base(folder)
+        require_digest(folder, content.digest, plan.model)
+        base, files = build_base(content, plan.task), content.files
+        del content  # it would keep tensors that are moved or quantised below
         # Moved to its device before PEFT adds layers: tensors that move later are not trained.
-        base = load_base(folder, plan.task).to(device)  # type: ignore[arg-type]  # wrapped by torch
+        base = base.to(device)  # type: ignore[arg-type]  # wrapped by torch
         require_context(folder, base.config, plan.task)
         if quantisation == "nf4":
             quantise(base, torch.bfloat16 if precision == "bfloat16" else torch.float32)
         parameters, head = attach(folder, base, plan.task, plan.lora)
-        _check_tensors(folder, tensors_of(parameters), plan.lora.tensors)
+        require_tensors(folder, parameters, plan.lora)
         ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}
-        return cls(base, head, ordered, plan, precision, checkpointing=checkpointing)
+        return cls(base, head, ordered, plan, precision, files, checkpointing=checkpointing)
 
     def follow(self, plan: TrainingPlan) -> None:
         """Takes another plan for the same adapter: other training or other privacy.
@@ -151,15 +148,13 @@ class AdaptedModel(nn.Module):
             layer.training = True
         return self
 
-    @torch.no_grad()
     def set_vector(self, vector: Vector) -> None:
         """Takes float32[plan.lora.size] as the whole adapter.
 
         Raises:
             PlanError: the vector has another length.
         """
-        for name, value in unflatten(vector, self.plan.lora.tensors).items():
-            self.adapter[name].copy_(torch.from_numpy(np.array(value)))
+        fill(self.adapter, vector, self.plan.lora)
 
     def vector(self) -> Vector:
         """The whole adapter, float32[plan.lora.size]."""
@@ -304,21 +299,3 @@ def _first_adapted_layer(base: PreTrainedModel, plan: TrainingPlan) -> int:
             match = re.search(r"\.(?:encoder\.layer|layers)\.(\d+)\.", tensor.name)
             lowest = min(lowest, int(match.group(1)) if match else 0)
     return lowest
-
-
-def _check_tensors(folder: Path, found: tuple[Tensor, ...], planned: tuple[Tensor, ...]) -> None:
-    if sorted(planned, key=lambda tensor: tensor.name) == list(found):
-        return
-    here, there = set(found), set(planned)
-    raise ModelError(
-        "the adapter that the plan describes does not fit the base model",
-        file=folder,
-        field="lora.tensors",
-        found=_some(here - there) or "fewer tensors, or one twice",
-        accepted=_some(there - here) or "exactly the tensors of the model, each once",
-    )
-
-
-def _some(tensors: set[Tensor]) -> str:
-    shown = sorted(f"{tensor.name} {tensor.role} {tensor.shape}" for tensor in tensors)
-    return "; ".join(shown[:3])

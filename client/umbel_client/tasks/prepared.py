@@ -135,16 +135,17 @@ def prepare(
         task: how the records are read; None: the task of the model's plan.
 
     Raises:
-        ModelError: the folder holds no tokenizer that the task can use.
+        ModelError: the folder holds no tokenizer that the task can use, or another than when the
+            model was loaded.
         DataError: a record does not fit the plan.
         StorageError: the cache cannot be written.
     """
     task = task or model.plan.task
     if isinstance(records, LmRecords):
         assert isinstance(task, CausalLm)  # load_records reads what the task is about
-        tokens, labels = tokenise_answers(records, model_folder, task)
+        tokens, labels = tokenise_answers(records, model_folder, task, model.files)
     else:
-        tokens = tokenise(records.texts, model_folder, task.max_tokens)
+        tokens = tokenise(records.texts, model_folder, task.max_tokens, model.files)
         labels = np.array(records.labels, dtype=np.int64)
     data = PreparedData(
         tokens=tokens,

@@ -15,6 +15,7 @@ from umbel_common.plans.plan_file import plan_to_json
 ADAPTER_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
 PLAN_FILE = "plan.json"
+TASK_FILE = "task.json"
 Kind: TypeAlias = Literal["mean-pool", "stock", "causal-lm"]
 """A kind of adapter: a classification, named by its head, or a language model."""
 _TASK_TYPES: dict[Kind, str] = {
@@ -45,7 +46,7 @@ def text_files(plan: TrainingPlan, *, alone: bool = False) -> dict[str, str]:
     """
     return {
         "adapter_config.json": _json(_adapter_config(plan)),
-        "task.json": _json(_task_config(plan)),
+        TASK_FILE: _json(_task_config(plan)),
         PLAN_FILE: plan_to_json(plan),
         "README.md": _card(plan, _ALONE if alone else _TOGETHER),
     }

@@ -1,6 +1,5 @@
 """`umbel-server adapters`: the adapters that jobs released."""
 
-import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +17,7 @@ from umbel_host.terminal import table
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.operator.config import ServerConfig, load_config
 from umbel_server.storage.journal import Evaluated, Journal
-from umbel_server.storage.registry import Registry
+from umbel_server.storage.registry import Registry, write_folder
 
 adapters = typer.Typer(help="Released adapters: list, export.", no_args_is_help=True)
 
@@ -80,10 +79,11 @@ def export(
         )
     registry = Registry(Path(settings.state) / "registry")
     digest = releases[wanted].adapter
-    # Reads the adapter, and compares it with its digest.
-    registry.load(plan, digest)
+    vector = registry.load(plan, digest)
     try:
-        shutil.copytree(registry.folder(digest), out)
+        # The digest names the vector alone. All else follows from the plan.
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_folder(out, plan, vector)
     except FileExistsError:
         raise StorageError(
             "a folder exists already and is never overwritten",

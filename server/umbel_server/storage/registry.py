@@ -42,10 +42,7 @@ class Registry:
         partial = target.with_suffix(f".partial-{os.getpid()}")
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            write_vector(partial, plan, vector)
-            for name, text in text_files(plan).items():
-                (partial / name).write_text(text, encoding="utf-8")
+            write_folder(partial, plan, vector)
             for path in (*partial.iterdir(), partial):
                 _sync(path)
             partial.rename(target)
@@ -75,6 +72,18 @@ class Registry:
                 remedy="restore the folder from a backup; the digest is its name",
             )
         return vector
+
+
+def write_folder(folder: Path, plan: TrainingPlan, vector: Vector) -> None:
+    """Writes a new PEFT folder with an adapter, float32[plan.lora.size].
+
+    Raises:
+        OSError: it exists, or cannot be written; what is there is not whole.
+    """
+    folder.mkdir()
+    write_vector(folder, plan, vector)
+    for name, text in text_files(plan).items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _sync(path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from umbel_common.errors import ModelError
 from umbel_simulations.inputs.packages import package_folder
@@ -72,9 +73,11 @@ def _convert(file: Path, folder: Path) -> None:
 
     from umbel_client.models.base.folder import quietly
 
-    with quietly():
+    # In a folder of its own: beside a model, Transformers reads other files too.
+    with quietly(), TemporaryDirectory(prefix="umbel-gguf-") as alone:
+        (Path(alone) / file.name).symlink_to(file.absolute())
         source = {"gguf_file": file.name, "local_files_only": True}
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
+        loaded = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32, **source)
         # Transformers refuses to save a dequantised model, so the weights go into a plain one.
         fields = loaded.config.to_dict()
         fields.pop("quantization_config", None)
@@ -82,4 +85,4 @@ def _convert(file: Path, folder: Path) -> None:
         plain = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         plain.load_state_dict(loaded.state_dict())
         plain.to(torch.bfloat16).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(file.parent, **source).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(alone, **source).save_pretrained(folder)

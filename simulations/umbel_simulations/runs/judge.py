@@ -123,7 +123,7 @@ class Judge:
         self._model.set_vector(adapter)
         turns = [[Turn("user", question)] for question in questions]
         sampling = Sampling(max_new_tokens=ANSWER_TOKENS)
-        chat = Chat.load(self._model_folder, task)
+        chat = Chat.load(self._model_folder, task, self._model.files)
         return list(answer_prompts(self._model, chat, turns, sampling))
 
 

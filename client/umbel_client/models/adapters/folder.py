@@ -1,18 +1,24 @@
-"""Adapters at the site, as PEFT folders that plain `PeftModel.from_pretrained` loads."""
+"""Adapters at the site, as PEFT folders that plain `PeftModel.from_pretrained` loads.
+
+A folder is read for its plan, its vector and its release. What else it says of the adapter, such as
+its `adapter_config.json`, is never read: it is written again, from the plan.
+"""
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
-from umbel_client.models.base.files import TOKENIZER_FILES
 from umbel_common.adapters.peft_folder import ADAPTER_FILE, PLAN_FILE, text_files
-from umbel_common.adapters.vector import Vector
-from umbel_common.canonical import encode
-from umbel_common.errors import ModelError, StorageError
+from umbel_common.adapters.vector import Vector, adapter_digest
+from umbel_common.canonical import decode_canonical, encode
+from umbel_common.errors import ModelError, RemoteProtocolError, StorageError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json
+from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Signed
 from umbel_host.files.adapter_folder import RELEASE_FILE, read_vector, write_vector
+from umbel_host.files.model_folder import TOKENIZER_FILES
 from umbel_host.files.text_file import read_text
 
 
@@ -31,24 +37,11 @@ def write_adapter(
     Raises:
         StorageError: the disk does not take it.
     """
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(mode=0o777 if release is not None else 0o700, parents=True)
-        write_vector(partial, plan, vector)
-        for name, text in text_files(plan, alone=release is None).items():
-            (partial / name).write_text(text, encoding="utf-8")
-        if release is not None:
-            (partial / RELEASE_FILE).write_bytes(encode(release))
-        for name in TOKENIZER_FILES:
-            if (base_model / name).is_file():
-                shutil.copyfile(base_model / name, partial / name)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        tokenizer = _tokenizer(base_model)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise StorageError("an adapter cannot be stored", file=folder, found=error) from error
+    _write(folder, plan, vector, release, tokenizer)
 
 
 def read_adapter(folder: Path) -> tuple[TrainingPlan, Vector]:
@@ -79,21 +72,96 @@ def read_adapter(folder: Path) -> tuple[TrainingPlan, Vector]:
         ) from error
 
 
-def copy_adapter(folder: Path, out: Path) -> None:
-    """Copies the folder of an adapter as it is; the copy appears complete or not at all.
+def read_to_export(folder: Path) -> tuple[TrainingPlan, Vector, Signed | None]:
+    """Reads an adapter that is to leave its folder.
+
+    Returns:
+        The plan, the adapter, and its release; None: a site trained the adapter alone, and it is as
+        private as the data.
 
     Raises:
-        ModelError, PlanError: the folder holds no adapter of Umbel.
+        ModelError: see `read_adapter`; or the folder holds a link, which could bring any file of
+            the machine into what is exported, or the release of another adapter.
+        PlanError: the adapter's plan is malformed.
+    """
+    plan, vector = read_adapter(folder)
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink():
+            raise ModelError(
+                "an adapter's folder holds a link",
+                file=path,
+                found=os.readlink(path),
+                accepted="files",
+                remedy="remove the link, or put the file itself in its place",
+            )
+    return plan, vector, _release(folder, plan, vector)
+
+
+def _release(folder: Path, plan: TrainingPlan, vector: Vector) -> Signed | None:
+    path = folder / RELEASE_FILE
+    if not path.exists():
+        return None
+    try:
+        signed = decode_canonical(path.read_bytes(), Signed)
+        named = decode_canonical(signed.statement, Release).adapter
+    except (OSError, RemoteProtocolError) as error:
+        raise ModelError("an adapter's release cannot be read", file=path, found=error) from None
+    found = adapter_digest(plan.digest(), vector)
+    if named != found:
+        raise ModelError(
+            "a release is of another adapter", file=path, found=named.hex(), accepted=found.hex()
+        )
+    return signed
+
+
+def export_adapter(folder: Path, out: Path) -> None:
+    """Writes an adapter again, from its plan and its vector; the copy is as private as the folder.
+
+    Raises:
+        ModelError, PlanError: see `read_to_export`.
         StorageError: `out` exists, or the disk does not take it.
     """
-    read_adapter(folder)
+    plan, vector, release = read_to_export(folder)
     if out.exists():
         raise StorageError("a file or folder is in the way", file=out, remedy="give a new name")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        shutil.copytree(folder, partial)
-        partial.rename(out)
-    except (OSError, shutil.Error) as error:
-        raise StorageError("an adapter cannot be stored", file=out, found=error) from error
-    finally:
+        tokenizer = _tokenizer(folder)
+    except OSError as error:
+        raise ModelError("an adapter cannot be read", file=folder, found=error) from None
+    _write(out, plan, vector, release, tokenizer)
+
+
+def _tokenizer(folder: Path) -> dict[str, bytes]:
+    found = (name for name in TOKENIZER_FILES if (folder / name).is_file())
+    return {name: (folder / name).read_bytes() for name in found}
+
+
+def _write(
+    folder: Path,
+    plan: TrainingPlan,
+    vector: Vector,
+    release: Signed | None,
+    tokenizer: Mapping[str, bytes],
+) -> None:
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(mode=folder_mode(release), parents=True)
+        write_vector(partial, plan, vector)
+        for name, text in text_files(plan, alone=release is None).items():
+            (partial / name).write_text(text, encoding="utf-8")
+        if release is not None:
+            (partial / RELEASE_FILE).write_bytes(encode(release))
+        for name, content in tokenizer.items():
+            (partial / name).write_bytes(content)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise StorageError("an adapter cannot be stored", file=folder, found=error) from error
+
+
+def folder_mode(release: Signed | None) -> int:
+    """Largest permissions of a folder with an adapter, or with a model that it was merged into."""
+    return 0o777 if release is not None else 0o700

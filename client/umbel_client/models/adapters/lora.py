@@ -5,7 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
+import numpy as np
+import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -13,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from umbel_client.models.base import nf4
 from umbel_client.models.base.folder import peft_quietly, skeleton
 from umbel_client.models.base.layers import output_layer
+from umbel_common.adapters.vector import Vector, unflatten
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Lora, Method, Scaling, Task, Tensor
 
@@ -139,6 +144,56 @@ def tensors_of(parameters: Mapping[str, nn.Parameter]) -> tuple[Tensor, ...]:
             )
         )
     return tuple(tensors)
+
+
+def require_tensors(folder: Path, parameters: Mapping[str, nn.Parameter], lora: Lora) -> None:
+    """Requires that a plan's tensors are exactly those of the adapter, each once.
+
+    Raises:
+        ModelError: says which are not.
+    """
+    found = tensors_of(parameters)
+    if sorted(lora.tensors, key=lambda tensor: tensor.name) == list(found):
+        return
+    here, there = set(found), set(lora.tensors)
+    raise ModelError(
+        "the adapter that the plan describes does not fit the base model",
+        file=folder,
+        field="lora.tensors",
+        found=_some(here - there) or "fewer tensors, or one twice",
+        accepted=_some(there - here) or "exactly the tensors of the model, each once",
+    )
+
+
+def _some(tensors: set[Tensor]) -> str:
+    shown = sorted(f"{tensor.name} {tensor.role} {tensor.shape}" for tensor in tensors)
+    return "; ".join(shown[:3])
+
+
+@torch.no_grad()
+def fill(parameters: Mapping[str, nn.Parameter], vector: Vector, lora: Lora) -> None:
+    """Takes float32[lora.size] as the whole adapter.
+
+    Raises:
+        PlanError: the vector has another length.
+    """
+    for name, value in unflatten(vector, lora.tensors).items():
+        parameters[name].copy_(torch.from_numpy(np.array(value)))
+
+
+@torch.no_grad()
+def fold(base: PreTrainedModel) -> None:
+    """Adds each LoRA layer to the weight that it adapts, and takes PEFT's modules out of `base`."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            plain = module.get_base_layer()
+        elif isinstance(module, ModulesToSaveWrapper):
+            plain = module.modules_to_save["default"]
+        else:
+            continue
+        parent, _, last = name.rpartition(".")
+        setattr(base.get_submodule(parent), last, plain)
 
 
 def check_targets(folder: Path, base: PreTrainedModel, lora: Lora) -> None:

@@ -1,26 +1,29 @@
-"""The files of a base model: which of them count, and the digest that names them all.
+"""All files of a base model that count: the digest that names them, and the files with weights.
 
+`umbel_host.files.model_folder` says which small files count, and what a folder is refused for.
 Nothing here needs the packages that load a model.
 """
 
 import hashlib
-from io import BufferedReader
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from umbel_common.canonical import digest
 from umbel_common.errors import ModelError
-from umbel_host.processes.lifecycle import reason
-
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
+from umbel_common.plans.plan import BaseModel
+from umbel_host.files.model_folder import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    FileDigests,
+    missing,
+    opened,
+    other_file,
+    parsed_json,
+    read_texts,
+    text_digest,
+    unreadable,
 )
 
 
@@ -30,9 +33,18 @@ def folder_digest(folder: Path) -> bytes:
     Other files (a card, weights in other formats) do not count: they are never read.
 
     Raises:
-        ModelError: the folder, its configuration, weights or tokenizer are missing or unreadable.
+        ModelError: see `read_texts`; or weights are missing or unreadable.
     """
-    lines = [f"{_file_digest(folder / name)}  {name}\n" for name in _names(folder)]
+    weights = weights_of(folder)
+    texts = read_texts(folder)
+    shards_of(folder, texts, weights)
+    digests = {name: text_digest(text) for name, text in texts.items()}
+    return model_digest(digests | {name: file_digest(folder / name) for name in weights})
+
+
+def model_digest(digests: FileDigests) -> bytes:
+    """The model's digest from those of all files that count."""
+    lines = [f"{digests[name]}  {name}\n" for name in sorted(digests)]
     return digest("model-folder", "".join(lines).encode())
 
 
@@ -42,57 +54,79 @@ def require_model(folder: Path) -> None:
     Raises:
         ModelError: see `folder_digest`.
     """
-    for name in _names(folder):
-        with _opened(folder / name):
+    weights = weights_of(folder)
+    shards_of(folder, read_texts(folder), weights)
+    for name in weights:
+        with opened(folder / name):
             pass
 
 
-def _names(folder: Path) -> list[str]:
-    """The files of a model that count."""
+def require_digest(folder: Path, found: bytes, agreed: BaseModel) -> None:
+    """Refuses another model than the one of a plan.
+
+    Raises:
+        ModelError: it has both digests.
+    """
+    if found != agreed.digest:
+        raise ModelError(
+            "a base model is not the one that the plan names",
+            file=folder,
+            field="model.digest",
+            found=found.hex(),
+            accepted=agreed.digest.hex(),
+            remedy=f"obtain exactly the revision of {agreed.name} that was agreed on",
+        )
+
+
+def weights_of(folder: Path) -> list[str]:
+    """Names of all files with weights, sorted.
+
+    Raises:
+        ModelError: a file that every model has is missing, or the folder cannot be read.
+    """
     try:
-        return _found(folder)
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        accepted = {
+            CONFIG_FILE: (folder / CONFIG_FILE).is_file(),
+            "*.safetensors": bool(names),
+            TOKENIZER_FILE: (folder / TOKENIZER_FILE).is_file(),
+        }
     except OSError as error:
-        raise _unreadable(folder, error) from None
-
-
-def _found(folder: Path) -> list[str]:
-    names = {path.name for path in folder.glob("*.safetensors")}
-    accepted = {
-        "config.json": (folder / "config.json").is_file(),
-        "*.safetensors": bool(names),
-        "tokenizer.json": (folder / "tokenizer.json").is_file(),
-    }
+        raise unreadable(folder, error) from None
     for name, present in accepted.items():
         if not present:
-            raise ModelError(
-                "a model folder lacks a file",
-                file=folder,
-                field=name,
-                found="missing" if folder.is_dir() else "no such folder",
-                accepted=", ".join(accepted),
-                remedy="point model.path at a folder that save_pretrained wrote as safetensors",
-            )
-    optional = ("config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
-    names |= {name for name in optional if (folder / name).is_file()}
-    return sorted(names)
+            raise missing(folder, name, tuple(accepted))
+    return names
 
 
-def _file_digest(path: Path) -> str:
-    with _opened(path) as file:
+def shards_of(folder: Path, texts: Mapping[str, bytes], weights: Sequence[str]) -> list[str]:
+    """Names of the files whose tensors are the model's, in the order in which they are loaded.
+
+    Args:
+        texts: from `read_texts`.
+        weights: from `weights_of`.
+
+    Raises:
+        ModelError: the index names something else than files of this folder.
+    """
+    if WEIGHTS_FILE in weights:
+        return [WEIGHTS_FILE]
+    if INDEX_FILE not in texts:
+        raise missing(folder, WEIGHTS_FILE, (WEIGHTS_FILE, INDEX_FILE))
+    index = parsed_json(folder, INDEX_FILE, texts[INDEX_FILE])
+    named = index.get("weight_map")
+    names = list(named.values()) if isinstance(named, dict) else []
+    for name in names or [None]:
+        if name not in weights:
+            raise other_file(folder / INDEX_FILE, "weight_map", name)
+    return sorted(set(names))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _opened(path: Path) -> BufferedReader:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: OSError) -> ModelError:
-    return ModelError(
-        "a model cannot be read",
-        file=path,
-        found=reason(error),
-        remedy="let the trainer's user read it",
-    )

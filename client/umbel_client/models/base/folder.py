@@ -1,12 +1,16 @@
 """A base model from a local folder: its empty skeleton, or with its weights.
 
+What is loaded is what was hashed (`umbel_host.files.model_folder`): Transformers gets no path into
+the folder. It gets the bytes of the small files in a private folder, and the weights as tensors.
+
 Only safetensors are read, never pickles. Code in the folder is never run.
 """
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,17 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from umbel_client.models.base.files import file_digest, model_digest, shards_of, weights_of
+from umbel_client.models.base.weights import read_weights
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Task
+from umbel_host.files.model_folder import (
+    CONFIG_FILE,
+    FileDigests,
+    private_folder,
+    read_texts,
+    text_digest,
+)
 
 _REPORTS: Any = transformers_logging
 """Transformers leaves these functions untyped."""
@@ -37,9 +50,9 @@ def skeleton(folder: Path, task: Task) -> PreTrainedModel:
     Raises:
         ModelError: the configuration is missing or of an unknown architecture.
     """
-    with _building(folder), torch.device("meta"):
-        base = _factory(task).from_config(_config(folder, task), trust_remote_code=False)
-    return _without_pooler(base, task)
+    config = model_config(folder, task)
+    with _building(folder):
+        return _without_pooler(_empty(config, task), task)
 
 
 def model_config(folder: Path, task: Task) -> PretrainedConfig:
@@ -48,8 +61,9 @@ def model_config(folder: Path, task: Task) -> PretrainedConfig:
     Raises:
         ModelError: it is missing or of an unknown architecture.
     """
+    texts = read_texts(folder)
     with _building(folder):
-        return _config(folder, task)
+        return _config(folder, texts, task)
 
 
 def require_context(folder: Path, config: PretrainedConfig, task: Task) -> None:
@@ -69,25 +83,70 @@ def require_context(folder: Path, config: PretrainedConfig, task: Task) -> None:
         )
 
 
+@dataclass(frozen=True)
+class BaseContent:
+    """The files of a base model that count, as they were read: each once, and hashed."""
+
+    folder: Path
+    texts: Mapping[str, bytes]
+    """Configuration and tokenizer."""
+    tensors: Mapping[str, torch.Tensor]
+    files: FileDigests
+
+    @property
+    def digest(self) -> bytes:
+        """The model's digest, of exactly what was read."""
+        return model_digest(self.files)
+
+
+def read_base(folder: Path) -> BaseContent:
+    """Reads a base model into memory.
+
+    Raises:
+        ModelError: see `umbel_client.models.base.files.folder_digest`.
+    """
+    weights = weights_of(folder)
+    texts = read_texts(folder)
+    files = {name: text_digest(text) for name, text in texts.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    shards = shards_of(folder, texts, weights)
+    for name in shards:
+        found, files[name] = read_weights(folder / name)
+        tensors |= found
+    for name in weights:
+        if name not in shards:
+            files[name] = file_digest(folder / name)
+    return BaseContent(folder, texts, tensors, files)
+
+
 def load_base(folder: Path, task: Task) -> PreTrainedModel:
+    """Reads a base model and builds it: see `read_base` and `build_base`."""
+    return build_base(read_base(folder), task)
+
+
+def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
     """The model with its weights: float32, frozen, in evaluation mode, on the CPU.
 
     Raises:
         ModelError: the weights do not load, or lack a tensor outside the head: it would be random,
             and different at each site.
     """
+    folder = content.folder
     with _building(folder):
+        empty = _empty(_config(folder, content.texts, task), task)
+        model: Any = type(empty)
         base: PreTrainedModel
-        base, report = _factory(task).from_pretrained(
-            folder,
-            config=_config(folder, task),
+        # Without a path, it reads no file: also no adapter, generation settings or other weights.
+        base, report = model.from_pretrained(
+            None,
+            config=empty.config,
+            state_dict=dict(content.tensors),
             dtype=torch.float32,
             local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    base.config.name_or_path = str(folder)
     _check_complete(folder, task, report)
     base = _without_pooler(base, task)
     _check_separable(folder, base)
@@ -96,15 +155,24 @@ def load_base(folder: Path, task: Task) -> PreTrainedModel:
     return base
 
 
+def _empty(config: PretrainedConfig, task: Task) -> PreTrainedModel:
+    """The model's modules without weights."""
+    with torch.device("meta"):
+        empty: PreTrainedModel = _factory(task).from_config(config, trust_remote_code=False)
+    return empty
+
+
 def _factory(task: Task) -> Any:
     if isinstance(task, CausalLm):
         return AutoModelForCausalLM
     return AutoModelForSequenceClassification if task.head == "stock" else AutoModel
 
 
-def _config(folder: Path, task: Task) -> PretrainedConfig:
+def _config(folder: Path, texts: Mapping[str, bytes], task: Task) -> PretrainedConfig:
     config: PretrainedConfig
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config_file = {name: text for name, text in texts.items() if name == CONFIG_FILE}
+    with private_folder(folder, config_file) as place:
+        config = AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     if isinstance(task, CausalLm):
         # Training reads each record once, whole, so that a cache would never be read.
         config.use_cache = False
@@ -119,7 +187,7 @@ def _building(folder: Path) -> Iterator[None]:
     with quietly():
         try:
             yield
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except Exception as error:  # the libraries promise no classes of errors
             raise ModelError("a base model cannot be loaded", file=folder, found=error) from error
 
 

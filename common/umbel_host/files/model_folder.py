@@ -1,0 +1,207 @@
+"""The small files of a base model's folder: configuration, index and tokenizer.
+
+What is loaded is what was hashed. A file is read once, and its bytes are hashed and used; a file
+that does not count, such as a card, settings of generation or further templates, is never read. A
+folder is refused where a file that counts names another one to be read instead: two sites would
+then train two models of one digest.
+
+Nothing here needs the packages that load a model.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
+
+from umbel_common.errors import ModelError
+from umbel_host.processes.lifecycle import reason
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    TOKENIZER_FILE,
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+FileDigests: TypeAlias = Mapping[str, str]
+"""SHA-256 of each file by its name, in hexadecimal digits."""
+
+_ADAPTER_FILE = "adapter_config.json"
+"""With this file, Transformers would load an adapter on top of the model."""
+
+_ELSEWHERE = (
+    (CONFIG_FILE, "configuration_files", CONFIG_FILE),
+    (CONFIG_FILE, "transformers_weights", WEIGHTS_FILE),
+    ("tokenizer_config.json", "fast_tokenizer_files", TOKENIZER_FILE),
+    ("tokenizer_config.json", "gguf_file", None),
+    ("tokenizer_config.json", "merges", None),
+    ("tokenizer_config.json", "vocab", None),
+    (TOKENIZER_FILE, "model.merges", None),
+    (TOKENIZER_FILE, "model.vocab", None),
+)
+"""Fields in which Transformers takes a text for the path of a file that it reads instead: the file
+that counts, the field, and the one path that it may have."""
+
+
+def read_texts(folder: Path, expected: FileDigests | None = None) -> dict[str, bytes]:
+    """Reads the files that count but the weights, each once: configuration, index and tokenizer.
+
+    Args:
+        expected: digests of these files, as they were when the model was hashed; None: any.
+
+    Raises:
+        ModelError: a file is missing, unreadable or not what was hashed; or the folder holds or
+            names what would change the model and is not in its digest.
+    """
+    texts = {}
+    try:
+        if os.path.lexists(folder / _ADAPTER_FILE):
+            raise ModelError(
+                "an adapter lies in the folder of a base model, and would be loaded with it",
+                file=folder,
+                field=_ADAPTER_FILE,
+                remedy="move the adapter's files into a folder of their own",
+            )
+        for name in (CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES):
+            if (folder / name).is_file():
+                with opened(folder / name) as file:
+                    texts[name] = file.read()
+    except OSError as error:
+        raise unreadable(folder, error) from None
+    if TOKENIZER_FILE not in texts:
+        raise missing(folder, TOKENIZER_FILE, (TOKENIZER_FILE,))
+    _check_stands_alone(folder, texts)
+    if expected is not None:
+        _check_unchanged(folder, texts, expected)
+    return texts
+
+
+@contextmanager
+def private_folder(folder: Path, texts: Mapping[str, bytes]) -> Iterator[Path]:
+    """A folder that holds these bytes alone, for a library that reads files by their paths.
+
+    Args:
+        folder: where they were read. Errors of the library name it.
+
+    Raises:
+        OSError: there is no place for it.
+        ValueError: the library could not read it.
+    """
+    with TemporaryDirectory(prefix="umbel-model-") as name:
+        for file, text in texts.items():
+            (Path(name) / file).write_bytes(text)
+        try:
+            yield Path(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(str(error).replace(name, str(folder))) from error
+
+
+def text_digest(text: bytes) -> str:
+    """SHA-256, in hexadecimal digits."""
+    return hashlib.sha256(text).hexdigest()
+
+
+def opened(path: Path) -> BufferedReader:
+    """A file of a model, for reading.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def parsed_json(folder: Path, name: str, text: bytes) -> dict[str, Any]:
+    """The JSON object of a file, read as Transformers reads it.
+
+    Raises:
+        ModelError: the file holds none.
+    """
+    try:
+        found = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise ModelError("a file of a model is not JSON", file=folder / name, found=error) from None
+    if not isinstance(found, dict):
+        raise ModelError(
+            "a file of a model is not a JSON object",
+            file=folder / name,
+            found=type(found).__name__,
+        )
+    return found
+
+
+def missing(folder: Path, name: str, accepted: tuple[str, ...]) -> ModelError:
+    """The error that a model's folder has no file of one of the accepted names."""
+    return ModelError(
+        "a model folder lacks a file",
+        file=folder,
+        field=name,
+        found="missing" if folder.is_dir() else "no such folder",
+        accepted=", ".join(accepted),
+        remedy="point model.path at a folder that save_pretrained wrote as safetensors",
+    )
+
+
+def other_file(file: Path, field: str, found: object) -> ModelError:
+    """The error that a file has another one read, which the model's digest does not cover."""
+    return ModelError(
+        "a file of a base model names a file that the model's digest does not cover",
+        file=file,
+        field=field,
+        found=found,
+        accepted="safetensors files of this folder" if field == "weight_map" else None,
+        remedy="use a folder that save_pretrained wrote as safetensors",
+    )
+
+
+def unreadable(path: Path, error: OSError) -> ModelError:
+    """The error that the system gives no access to a file or folder of a model."""
+    return ModelError(
+        "a model cannot be read",
+        file=path,
+        found=reason(error),
+        remedy="let the trainer's user read it",
+    )
+
+
+def _check_stands_alone(folder: Path, texts: Mapping[str, bytes]) -> None:
+    parsed = {
+        name: parsed_json(folder, name, texts[name])
+        for name in {name for name, _, _ in _ELSEWHERE} & texts.keys()
+    }
+    for name, field, allowed in _ELSEWHERE:
+        value: object = parsed.get(name)
+        for key in field.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        paths = value if field.endswith("_files") and isinstance(value, list) else [value]
+        if any(isinstance(path, str) and path != allowed for path in paths):
+            raise other_file(folder / name, field, value)
+
+
+def _check_unchanged(folder: Path, texts: Mapping[str, bytes], expected: FileDigests) -> None:
+    for name in sorted(name for name in {*texts, *expected} if not name.endswith(".safetensors")):
+        found = text_digest(texts[name]) if name in texts else "missing"
+        if found != expected.get(name):
+            raise ModelError(
+                "a file of a base model changed after the model was loaded",
+                file=folder / name,
+                found=found,
+                accepted=expected.get(name, "no such file"),
+                remedy="leave the model's folder alone while it is in use, and start again",
+            )
