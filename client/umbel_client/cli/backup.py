@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from umbel_client.cli.options import CLIENT_TOML, Config
 from umbel_client.storage.backup import back_up
 from umbel_client.storage.backup import restore as put_back
-from umbel_host.terminal import print_lines
+from umbel_host.terminal import Screen, print_lines
 
 
 def backup(
@@ -23,7 +22,7 @@ def backup(
     """Write ledger, journal, decisions and configuration into one file; the site may be running."""
     manifest, contents = back_up(config, out, keys=with_keys)
     print_lines(
-        Console(highlight=False),
+        Screen(),
         [
             ("backup", str(out)),
             ("site", manifest.party),
@@ -40,7 +39,7 @@ def restore(
 ) -> None:
     """Restore a backup into an empty state folder: all of it or nothing."""
     done = put_back(backup, config)
-    console = Console(highlight=False)
+    console = Screen()
     print_lines(
         console,
         [

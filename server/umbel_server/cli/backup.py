@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from umbel_host.terminal import print_lines
+from umbel_host.terminal import Screen, print_lines
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.storage.backup import back_up, restore_backup
 
@@ -22,7 +21,7 @@ def backup(
     """Write journal, queue, releases and configuration into one file; the server may be running."""
     manifest = back_up(config, out, keys=with_keys)
     print_lines(
-        Console(highlight=False),
+        Screen(),
         [
             ("backup", str(out)),
             ("operator", manifest.party),
@@ -41,7 +40,7 @@ def restore(
 ) -> None:
     """Restore a backup into an empty state folder: all of it or nothing."""
     done = restore_backup(backup, config)
-    console = Console(highlight=False)
+    console = Screen()
     print_lines(
         console,
         [
