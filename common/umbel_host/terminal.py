@@ -101,18 +101,20 @@ def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") 
     return 0
 
 
-def print_lines(console: Console, lines: Iterable[tuple[str, str]]) -> None:
+def print_lines(console: Console, lines: Iterable[tuple[str, str]], *, fold: bool = False) -> None:
     """Prints pairs of a name and a value, one on a line, with the values in one column.
 
-    On a terminal, a value that is too long for its line goes on in the column of the values, so
-    that no part of it looks like another pair.
+    Args:
+        fold: whether a value that is too long for a terminal continues in the column of the values,
+            where no part of it looks like another pair. It is for texts that another party chose;
+            a path or a digest is copied more easily from one line.
     """
     pairs = list(lines)
     width = max(len(name) for name, _ in pairs)
     room = max(console.width - width - 2, 1)
     for name, value in pairs:
         shown = one_line(value)
-        if console.is_terminal:
+        if fold and console.is_terminal:
             shown = f"\n{' ' * (width + 2)}".join(_cut(shown, room))
         console.print(f"{name:<{width}}  {shown}", soft_wrap=True)
 

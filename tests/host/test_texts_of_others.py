@@ -116,7 +116,7 @@ def test_a_long_name_forges_no_line_of_a_plan(
     name = "minilm".ljust(width - len("base model  ")) + "privacy     epsilon 0.1 at delta 1e-06"
     shown = Terminal()
     plan = make_plan(model=BaseModel(name=name, digest=bytes(32)))
-    print_lines(Screen(file=shown, width=width), plan_lines(plan))
+    print_lines(Screen(file=shown, width=width), plan_lines(plan), fold=True)
     rows = shown.getvalue().splitlines()
     assert max(map(len, rows)) <= width
     assert len([row for row in rows if row.startswith("privacy")]) == 1

@@ -55,7 +55,7 @@ def approve(
     decisions = Decisions(settings.state_folder)
     proposal = _find(decisions, job)
     console = Screen()
-    print_lines(console, plan_lines(proposal.plan))
+    print_lines(console, plan_lines(proposal.plan), fold=True)
     try:
         judge_plan(settings.policy, proposal.plan)
     except PolicyRefusal as refusal:

@@ -51,7 +51,7 @@ def new(
     made, _ = plan_from_json(done.stdout, draft)
     write_new_text(out, plan_to_json(made))
     console = Screen()
-    print_lines(console, plan_lines(made))
+    print_lines(console, plan_lines(made), fold=True)
     console.print(f"\nplan: {out}", soft_wrap=True)
 
 
@@ -78,7 +78,7 @@ def sign_command(
     signed = sign(read_identity(Path(settings.identity)), made)
     write_new_text(out, plan_to_json(made, signed.signature))
     console = Screen()
-    print_lines(console, plan_lines(made))
+    print_lines(console, plan_lines(made), fold=True)
     console.print(f"\nsigned plan: {out}", soft_wrap=True)
 
 
@@ -87,7 +87,7 @@ def show(file: PlanFile, config: Config = SERVER_TOML) -> None:
     """Show a plan, and whether this operator signed it."""
     made, signed = plan_from_json(read_text(file), file)
     console = Screen()
-    print_lines(console, plan_lines(made))
+    print_lines(console, plan_lines(made), fold=True)
     if signed is None:
         console.print("\nnot signed")
         return

@@ -191,7 +191,7 @@ class CarrierLink:
         return collected.over, joined(answer) if collected.replied else None
 
     def _heard(self, ask: Callable[[], T], lost: T) -> T:
-        """Returns an answer of the other process, or `lost` for what is none.
+        """Returns an answer of the other process, or `lost` for anything else that it sends.
 
         Raises:
             grpc.RpcError: it does not answer.
