@@ -8,6 +8,7 @@ import typer
 from umbel_client.cli.options import CLIENT_TOML, Config
 from umbel_client.storage.backup import back_up
 from umbel_client.storage.backup import restore as put_back
+from umbel_host.files.restore import Intent, Signer, Unsigned, require_consent
 from umbel_host.terminal import Screen, print_lines
 
 
@@ -36,21 +37,17 @@ def backup(
 def restore(
     backup: Annotated[Path, typer.Argument(metavar="BACKUP", help="A file that `backup` wrote.")],
     config: Config = CLIENT_TOML,
+    signer: Signer = None,
+    unsigned: Unsigned = False,
 ) -> None:
     """Restore a backup into an empty state folder: all of it or nothing."""
-    done = put_back(backup, config)
     console = Screen()
-    print_lines(
-        console,
-        [
-            ("site", done.manifest.party),
-            ("made", done.manifest.made),
-            ("state", str(done.state)),
-            *(("put back", str(path)) for path in done.written),
-            *(("kept", f"{path}, which is there") for path in done.kept),
-            *(("missing", f"{path}: bring your own copy") for path in done.missing),
-        ],
-    )
+
+    def consent(intent: Intent) -> None:
+        who = ("site", intent.manifest.party)
+        require_consent(console, who, intent, expected=signer, unsigned=unsigned)
+
+    put_back(backup, config, consent)
     console.print(
         "\nThe ledger is as it was then. Nothing is trained until you state what was spent\n"
         "since: umbel-client budget state-spend (docs/budget.md)."
