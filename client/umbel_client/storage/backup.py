@@ -64,7 +64,7 @@ def back_up(config: Path, out: Path, *, keys: bool) -> tuple[Manifest, Contents]
         sources = {LEDGER: copies.ledger, JOURNAL: copies.journal}
         for folder in (state.decisions, state.adapters):
             for path in sorted(folder.rglob("*")):
-                if path.is_file() and not path.name.startswith("."):
+                if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
                     sources[(KEPT.root / path.relative_to(state.root)).as_posix()] = path
         sources[CONFIG] = config.absolute()
         places = {**_places(settings), **_key_places(settings)} if keys else _places(settings)

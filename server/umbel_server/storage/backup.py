@@ -71,7 +71,7 @@ def back_up(config: Path, out: Path, *, keys: bool) -> Manifest:
         JobQueue(place / "queue.sqlite").close()
         # Copied after the journal, which names no adapter that is not in the registry before it.
         for path in sorted((state / "registry").glob("*/*")):
-            if ".partial-" not in path.parent.name:
+            if ".partial-" not in path.parent.name and not path.is_symlink():
                 sources[f"state/registry/{path.parent.name}/{path.name}"] = path
         sources[CONFIG] = config.absolute()
         places = {**_places(settings), **_key_places(settings)} if keys else _places(settings)

@@ -1,6 +1,7 @@
 """`umbel-server backup` and `restore`: a journal, its adapters, and jobs that wait for people."""
 
 import shutil
+import tarfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -182,3 +183,13 @@ def test_nothing_is_restored_that_nobody_agreed_to(operator: Path) -> None:
     SIGNER[:] = [fingerprint(bytes(32))]
     assert "not signed by the key that was named" in refusal("restore b.tar")
     assert not (operator / "state").exists()
+
+
+def test_a_backup_follows_no_link(operator: Path) -> None:
+    """Root backs up: where a link of the port's user leads, only root may be able to read."""
+    (folder,) = (operator / "state" / "registry").iterdir()
+    (folder / "shadow").symlink_to(operator / "identity.pem")
+    run("backup --out b.tar")
+    with tarfile.open(operator / "b.tar") as archive:
+        assert not [name for name in archive.getnames() if name.endswith("/shadow")]
+        assert [name for name in archive.getnames() if name.endswith("/plan.json")]
