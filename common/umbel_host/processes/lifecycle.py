@@ -80,8 +80,8 @@ def require_own(path: Path) -> None:
     Raises:
         StorageError: it, or a link in its place, belongs to another user than this one, root, and
             the owner of the folder that it is in, who could replace it anyway; or users besides
-            this one and its own group may write to it. A folder that is root's, or sticky, may be
-            open to others, who cannot replace what is ours in it.
+            this one and its own group may write to it. A folder that is sticky, or not this user's
+            to close, may be open to others: each file in it is checked.
     """
     try:
         found = os.lstat(path)
@@ -95,7 +95,9 @@ def require_own(path: Path) -> None:
         raise StorageError("a file cannot be used", file=path, found=reason(error)) from None
     strangers = owners - {os.geteuid(), 0, os.stat(path.parent).st_uid}
     others = stat.S_IWOTH | (0 if found.st_gid == os.getegid() else stat.S_IWGRP)
-    shared = stat.S_ISDIR(found.st_mode) and (found.st_mode & stat.S_ISVTX or found.st_uid == 0)
+    shared = stat.S_ISDIR(found.st_mode) and (
+        found.st_mode & stat.S_ISVTX or found.st_uid != os.geteuid()
+    )
     if strangers:
         held = f"owner {', '.join(map(_name, sorted(strangers)))}"
     elif found.st_mode & others and not shared:
