@@ -40,12 +40,12 @@ class _Limited(httpx.SyncByteStream):
     """The body of an answer, up to the size of the largest that a server has to send."""
 
     def __init__(self, response: httpx.Response) -> None:
+        assert isinstance(response.stream, httpx.SyncByteStream)
         self._response = response
         self._stream = response.stream
 
     def __iter__(self) -> Iterator[bytes]:
         taken = 0
-        assert isinstance(self._stream, httpx.SyncByteStream)
         for part in self._stream:
             taken += len(part)
             if taken > LARGEST_ANSWER:

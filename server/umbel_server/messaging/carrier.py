@@ -168,10 +168,9 @@ class CarrierLink:
                 one.identifier = self._leave(step, one.site, one.sealed, deadline)
                 one.next_post = time.monotonic() + _AGAIN_SECONDS
             return False, None
+        lost: tuple[bool, bytes | None] = (True, None)
         try:
-            over, reply = self._heard(
-                partial(self._collected, one.identifier, deadline), (True, None)
-            )
+            over, reply = self._heard(partial(self._collected, one.identifier, deadline), lost)
         except grpc.RpcError:
             # The other process has ended. It may come back with the message or without.
             return False, None
