@@ -8,12 +8,11 @@ TPE (Bergstra et al. 2011); its first trial is the draft as it is.
 import sys
 
 import msgspec
-from rich.console import Console
 
 from umbel_client.planning.search import tune
 from umbel_common.errors import ConfigError
 from umbel_common.plans.requests import TuningRequest
-from umbel_host.terminal import exit_code
+from umbel_host.terminal import Screen, exit_code
 
 
 def main() -> int:
@@ -24,7 +23,7 @@ def main() -> int:
             request = msgspec.json.decode(sys.stdin.buffer.read(), type=TuningRequest)
         except msgspec.MsgspecError as error:
             raise ConfigError("a request to tune is malformed", found=str(error)) from None
-        tune(request, Console(highlight=False))
+        tune(request, Screen())
 
     return exit_code(command)
 

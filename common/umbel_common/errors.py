@@ -19,6 +19,8 @@ Exit codes, in ranges (`docs/errors.md` lists them; a test holds the two togethe
 
 from typing import ClassVar
 
+from umbel_common.printable import one_line
+
 
 class UmbelError(Exception):
     """Root of all errors that Umbel raises on purpose.
@@ -70,9 +72,9 @@ class UmbelError(Exception):
 
 
 def _text(value: object) -> str:
-    """`value` on one line, so that text from a stranger cannot look like a line of ours."""
+    """`value` on one line and printable: text from a stranger cannot look like text of ours."""
     text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return text.replace("\r", "\\r").replace("\n", "\\n")
+    return one_line(text)
 
 
 class ConfigError(UmbelError):

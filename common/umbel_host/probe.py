@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from umbel_common.errors import ConfigError, UmbelError
-from umbel_host.terminal import printable
+from umbel_host.terminal import say
 from umbel_host.transport.sockets import is_healthy
 
 SCHEME = "unix:"
@@ -49,11 +49,9 @@ def main() -> int:
     try:
         probe(address)
     except UmbelError as error:
-        print(
-            printable("; ".join(map(str.strip, error.diagnostics().splitlines()))), file=sys.stderr
-        )
+        say("; ".join(map(str.strip, error.diagnostics().splitlines())), err=True)
         return error.exit_code
-    print(f"{printable(address)}: well")
+    say(f"{address}: well")
     return 0
 
 

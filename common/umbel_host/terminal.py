@@ -1,19 +1,80 @@
-"""How a command talks to people, and how it ends: with a documented exit code."""
+"""How a command talks to people, and how it ends: with a documented exit code.
 
-import re
+The law: nothing reaches a terminal but through `Screen`, `say` or `json_text`. Names and texts of
+other parties are among what commands print, also on the screen on which a person approves a plan.
+"""
+
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterable
+from typing import IO
 
 import msgspec
 import typer
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from umbel_common.canonical import Name
 from umbel_common.errors import UmbelError
+from umbel_common.printable import one_line, printable, printable_json
 from umbel_common.trust.key_statements import OPERATOR
 
 INTERRUPTED = 130
+
+
+class Screen(Console):
+    """A console on which a text is its characters and nothing else: no markup, no codes for emoji,
+    and what is not printable is written out."""
+
+    def __init__(
+        self,
+        *,
+        file: IO[str] | None = None,
+        stderr: bool = False,
+        quiet: bool = False,
+        width: int | None = None,
+    ) -> None:
+        super().__init__(
+            file=file,
+            stderr=stderr,
+            quiet=quiet,
+            width=width,
+            markup=False,
+            emoji=False,
+            highlight=False,
+        )
+
+    def render_str(self, text: str, **options: object) -> Text:
+        """A text in the way that rich lays it out, in a cell too."""
+        plain = {**options, "markup": False, "emoji": False, "highlight": False}
+        return super().render_str(printable(text), **plain)  # type: ignore[arg-type]  # by name
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Everything on its way to the terminal, and so also a `Text` that somebody made."""
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(printable(segment.text), segment.style)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Prints a line.
+
+    Args:
+        err: whether to standard error.
+    """
+    typer.echo(printable(text), err=err)
+
+
+def json_text(value: object, indent: int = 2) -> str:
+    """A value as JSON for programs, which people read too; below 0, `indent` makes one line."""
+    return printable_json(msgspec.json.format(msgspec.json.encode(value), indent=indent).decode())
 
 
 def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") -> int:
@@ -22,27 +83,50 @@ def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") 
     Args:
         interrupted: text to print after Ctrl-C.
     """
-    console = Console(stderr=True, highlight=False)
+    console = Screen(stderr=True)
     try:
         command()
     except UmbelError as error:
-        text = printable(error.diagnostics())
-        console.print(f"error: {text}", markup=False, soft_wrap=True)
+        console.print(f"error: {error.diagnostics()}", soft_wrap=True)
         return error.exit_code
     except SystemExit as end:
         # Typer turned Ctrl-C into this code.
         if end.code == INTERRUPTED:
-            console.print(interrupted, markup=False)
+            console.print(interrupted)
         return end.code if isinstance(end.code, int) else 1
+    except Exception:
+        # A mistake of ours, whose text may quote another party all the same.
+        console.print(traceback.format_exc().rstrip(), soft_wrap=True)
+        return 1
     return 0
 
 
-def print_lines(console: Console, lines: Iterable[tuple[str, str]]) -> None:
-    """Prints pairs of a name and a value, one on a line, with the values in one column."""
+def print_lines(console: Console, lines: Iterable[tuple[str, str]], *, fold: bool = False) -> None:
+    """Prints pairs of a name and a value, one on a line, with the values in one column.
+
+    Args:
+        fold: whether a value that is too long for a terminal continues in the column of the values,
+            where no part of it looks like another pair. It is for texts that another party chose;
+            a path or a digest is copied more easily from one line.
+    """
     pairs = list(lines)
     width = max(len(name) for name, _ in pairs)
+    room = max(console.width - width - 2, 1)
     for name, value in pairs:
-        console.print(f"{name:<{width}}  {value}", soft_wrap=True, markup=False)
+        shown = one_line(value)
+        if fold and console.is_terminal:
+            shown = f"\n{' ' * (width + 2)}".join(_cut(shown, room))
+        console.print(f"{name:<{width}}  {shown}", soft_wrap=True)
+
+
+def _cut(text: str, room: int) -> list[str]:
+    """`text` in parts that take no more than `room` columns each."""
+    parts = [""]
+    for character in text:
+        if cell_len(parts[-1] + character) > room:
+            parts.append("")
+        parts[-1] += character
+    return parts
 
 
 def table(*columns: str, folding: Collection[str] = (), right: Collection[str] = ()) -> Table:
@@ -85,19 +169,6 @@ def confirm(
         answer = ""
     if answer != "yes":
         raise declined
-
-
-def printable(text: str) -> str:
-    """`text` with control characters written out.
-
-    An error may quote a file that another party sent, which must not move the reader's cursor or
-    hide other text.
-    """
-    return re.sub(
-        r"[^\n]",
-        lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1],
-        text,
-    )
 
 
 def name(value: str) -> str:

@@ -37,7 +37,7 @@ def run(path: Path) -> None:
         UmbelError: the configuration, a key or certificate, the list of sites, the port, or the
             state folder cannot be used.
     """
-    from umbel_host.processes.lifecycle import locked, require_state, stop_on_signals
+    from umbel_host.processes.lifecycle import locked, require_own, require_state, stop_on_signals
     from umbel_server.operator.admitted_sites import load_sites
     from umbel_server.operator.config import load_config
     from umbel_server.port.gate import tls_context
@@ -50,6 +50,7 @@ def run(path: Path) -> None:
     load_sites(Path(config.sites))
     state = Path(config.state)
     require_state(state)
+    require_own(state / "superlink.sqlite")
     os.environ["FLWR_DATABASE"] = str(state / "superlink.sqlite")
     # The system's temporary folder may be in memory, and temporary files are there to save memory.
     os.environ["SQLITE_TMPDIR"] = str(state)

@@ -5,12 +5,10 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from umbel_host.terminal import exit_code
+from umbel_host.terminal import Screen, exit_code, json_text, say
 
 app = typer.Typer(
     name="umbel-simulate",
@@ -71,16 +69,16 @@ def run(
     from umbel_simulations.reporting.table import print_summary
     from umbel_simulations.runs.run import run_scenario
 
-    console = Console(quiet=quiet or as_json)
+    console = Screen(quiet=quiet or as_json)
     with view_for(console) as view:
         summary = run_scenario(chosen, folder, view.on_event)
     if as_json:
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+        say(json_text(summary))
     else:
         print_summary(console, summary)
-        console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
-        console.print(f"adapter: {folder / 'adapter'}", soft_wrap=True, highlight=False)
-        console.print(f"verify: umbel-simulate verify {folder}", soft_wrap=True, highlight=False)
+        console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+        console.print(f"adapter: {folder / 'adapter'}", soft_wrap=True)
+        console.print(f"verify: umbel-simulate verify {folder}", soft_wrap=True)
 
 
 @app.command()
@@ -94,11 +92,11 @@ def federation(
     from umbel_simulations.backends.processes import run_federation
     from umbel_simulations.scenario.file import find_scenario
 
-    console = Console(highlight=False)
+    console = Screen()
     adapter = run_federation(
         find_scenario(scenario),
         folder.absolute(),
-        lambda text: console.print(text, markup=False, soft_wrap=True),
+        lambda text: console.print(text, soft_wrap=True),
     )
     console.print(f"adapter: {adapter}", soft_wrap=True)
 
@@ -116,7 +114,7 @@ def list_command() -> None:
             str(scenario.training.rounds),
             scenario.description,
         )
-    Console().print(table)
+    Screen().print(table)
 
 
 @app.command()
@@ -127,7 +125,7 @@ def verify(
     from umbel_simulations.runs.verify import verify_run
 
     job = verify_run(folder)
-    console = Console(highlight=False)
+    console = Screen()
     console.print(f"verified: {folder}", soft_wrap=True)
     console.print(
         f"  {len(job.releases) - 1} rounds released, {job.aborted_attempts} attempts aborted,"
@@ -159,7 +157,7 @@ def audit(
     from umbel_simulations.audit.one_run import as_table, audit_scenario, check
     from umbel_simulations.scenario.file import find_scenario
 
-    console = Console(quiet=as_json, highlight=False)
+    console = Screen(quiet=as_json)
     with console.status("") as status:
         results = audit_scenario(
             find_scenario(scenario),
@@ -168,7 +166,7 @@ def audit(
             lambda unit, step, steps: status.update(f"per {unit}: step {step} of {steps}"),
         )
     if as_json:
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(results), indent=2) + b"\n")
+        say(json_text(results))
     else:
         console.print(as_table(results))
     check(results)

@@ -16,7 +16,7 @@ from umbel_client.storage.journal import read_published
 from umbel_common.adapters.vector import adapter_digest
 from umbel_common.protocol.wire import LastAdvert, OfferReply, OfferRequest, TrainReply
 from umbel_common.secagg.messages import KeyAdvert
-from umbel_common.trust.identity import Identity, sign
+from umbel_common.trust.identity import Identity, fingerprint, sign
 
 SITE = "site-00"
 
@@ -156,7 +156,8 @@ def test_a_backup_that_is_restored_spends_nothing_before_it_is_stated(
     last = train(federation)
     federation.trainers[SITE].close()
     shutil.rmtree(state_of(federation))
-    command("restore", backup)
+    own = fingerprint(federation.identities[SITE].public_key)
+    command("restore", backup, "--fingerprint", own)
     federation.start(SITE)
     for shown in (None, last):
         request = federation.showing(federation.header(attempt=2), shown)

@@ -129,7 +129,8 @@ class Deployment:
 
     def _put_operator(self) -> None:
         folder = self.clinics.operator_folder
-        text = 'state = "/var/lib/umbel-server"\n' + (folder / "server.toml").read_text()
+        places = 'state = "/var/lib/umbel-server"\nsocket = "/run/umbel-server/carrier.sock"\n'
+        text = places + (folder / "server.toml").read_text()
         self.machine.put("/etc/umbel-server/server.toml", text.encode())
         for name in OPERATOR_FILES:
             data = (folder / name).read_bytes()

@@ -64,6 +64,13 @@ def relay_cannot_read(deployment: Deployment) -> None:
     for path in (*rounds, "/var/lib/umbel-server/queue.sqlite"):
         machine.run("sha256sum", path)
         assert machine.run("sha256sum", path, user="umbel-port", check=False).returncode != 0
+    # Each of the two has a state folder of its own, and the port's is where the jobs' would be.
+    port = deployment.main_process("umbel-port")
+    listed = machine.run("nsenter", f"--target={port}", "--mount", "ls", "/var/lib/umbel-server")
+    assert "superlink.sqlite" in listed.stdout
+    assert "journal.sqlite" not in listed.stdout
+    held = machine.run("ls", "/var/lib/umbel-server").stdout
+    assert "superlink.sqlite" not in held
     # With its modes gone, the unit's own view of the files still keeps the relay out.
     key, relay = "/etc/umbel/identity.pem", deployment.main_process("umbel-relay")
     machine.run("chmod", "644", key)
@@ -170,7 +177,7 @@ CASES = {
     ),
     "a folder for state that is closed": (
         "port",
-        "chmod 700 /var/lib/umbel-server",
+        "chown root /var/lib/umbel-port",
         50,
         "the state folder cannot be used",
     ),

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from umbel_client.cli.options import CLIENT_TOML, Config
 from umbel_client.storage.backup import back_up
 from umbel_client.storage.backup import restore as put_back
-from umbel_host.terminal import print_lines
+from umbel_host.files.restore import Intent, Signer, Unsigned, require_consent
+from umbel_host.terminal import Screen, print_lines
 
 
 def backup(
@@ -23,7 +23,7 @@ def backup(
     """Write ledger, journal, decisions and configuration into one file; the site may be running."""
     manifest, contents = back_up(config, out, keys=with_keys)
     print_lines(
-        Console(highlight=False),
+        Screen(),
         [
             ("backup", str(out)),
             ("site", manifest.party),
@@ -37,21 +37,17 @@ def backup(
 def restore(
     backup: Annotated[Path, typer.Argument(metavar="BACKUP", help="A file that `backup` wrote.")],
     config: Config = CLIENT_TOML,
+    signer: Signer = None,
+    unsigned: Unsigned = False,
 ) -> None:
     """Restore a backup into an empty state folder: all of it or nothing."""
-    done = put_back(backup, config)
-    console = Console(highlight=False)
-    print_lines(
-        console,
-        [
-            ("site", done.manifest.party),
-            ("made", done.manifest.made),
-            ("state", str(done.state)),
-            *(("put back", str(path)) for path in done.written),
-            *(("kept", f"{path}, which is there") for path in done.kept),
-            *(("missing", f"{path}: bring your own copy") for path in done.missing),
-        ],
-    )
+    console = Screen()
+
+    def consent(intent: Intent) -> None:
+        who = ("site", intent.manifest.party)
+        require_consent(console, who, intent, expected=signer, unsigned=unsigned)
+
+    put_back(backup, config, consent)
     console.print(
         "\nThe ledger is as it was then. Nothing is trained until you state what was spent\n"
         "since: umbel-client budget state-spend (docs/budget.md)."

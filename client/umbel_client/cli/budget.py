@@ -22,7 +22,7 @@ from umbel_client.privacy.accounting import largest_delta
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.policy import Budget
 from umbel_client.storage.site_state import read_site_state
-from umbel_host.terminal import print_lines, table
+from umbel_host.terminal import Screen, print_lines, table
 
 budget = typer.Typer(
     help="The privacy spent on the data set: show, history, verify, carry, state-spend.",
@@ -51,7 +51,7 @@ def show(config: Config = CLIENT_TOML, as_json: JsonWithInfinity = False) -> Non
     if as_json:
         print_json(spent)
     else:
-        print_spending(Console(highlight=False), str(settings.state_folder.ledger), spent)
+        print_spending(Screen(), str(settings.state_folder.ledger), spent)
 
 
 @budget.command()
@@ -65,7 +65,7 @@ def history(config: Config = CLIENT_TOML, as_json: JsonWithInfinity = False) -> 
     if as_json:
         print_json(releases)
     else:
-        print_history(Console(highlight=False), releases, allowed.delta)
+        print_history(Screen(), releases, allowed.delta)
 
 
 @budget.command()
@@ -95,7 +95,7 @@ def verify(
     if as_json:
         print_json(verified)
         return
-    console = Console(highlight=False)
+    console = Screen()
     print_lines(
         console,
         [
@@ -126,7 +126,7 @@ def carry(
     with Ledger.open(path, former, settings.data.unit_column) as ledger:
         ledger.continue_on(bytes.fromhex(data_set))
         print_lines(
-            Console(highlight=False),
+            Screen(),
             [
                 ("ledger", str(path)),
                 ("was about", former.hex()),
@@ -147,7 +147,7 @@ def _allowed(settings: ClientConfig) -> Budget:
 
 def _computing() -> Status:
     """Shows a person at a terminal that the accountant needs some seconds: it imports torch."""
-    return Console(stderr=True).status("computing epsilon")
+    return Screen(stderr=True).status("computing epsilon")
 
 
 def print_spending(console: Console, ledger: str, spent: Spending) -> None:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
-from rich.console import Console
 
 from umbel_client.cli.options import CLIENT_TOML, Json
 from umbel_client.site.config import ClientConfig, DataConfig, load_config
 from umbel_common.errors import DataError
 from umbel_common.plans.plan_file import plan_from_json, task_text
 from umbel_host.files.text_file import read_text
-from umbel_host.terminal import print_lines
+from umbel_host.terminal import Screen, json_text, print_lines, say
 
 if TYPE_CHECKING:
     from umbel_client.curation.report import Cut, DataReport, Spread
@@ -89,7 +88,7 @@ def check(
     past = _past(examples.units, most)
     if past:
         lines.append(("left out", f"{_records(past)} past {most} of a unit"))
-    print_lines(Console(highlight=False), [*_lines(found), *lines, ("", "every row is a record")])
+    print_lines(Screen(), [*_lines(found), *lines, ("", "every row is a record")])
 
 
 @data.command()
@@ -110,10 +109,10 @@ def stats(
     folder = model or site.model
     found = report(examples, None if folder is None else count_tokens(examples, folder))
     if as_json:
-        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        say(json_text(found))
         return
     cuts = [_cut_line(cut) for cut in found.cuts or ()]
-    print_lines(Console(highlight=False), [*_lines(found), *cuts])
+    print_lines(Screen(), [*_lines(found), *cuts])
 
 
 @data.command()
@@ -165,12 +164,10 @@ def split(
     lines.append(("groups", kept))
     if found.left_out:
         lines.append(("left out", f"{_records(found.left_out)} that an earlier part has"))
-    print_lines(Console(highlight=False), [*lines, ("folder", str(out))])
+    print_lines(Screen(), [*lines, ("folder", str(out))])
     joined = len(found.groups) < len(set(units))
     if joined and largest > len(examples) * min(filter(None, wanted)):
-        typer.echo(
-            "\nRepeated records make groups too large for these shares: see --repeated leave-out."
-        )
+        say("\nRepeated records make groups too large for these shares: see --repeated leave-out.")
 
 
 class _Site:
@@ -191,7 +188,7 @@ class _Site:
 def _refuse_rows(path: Path, errors: list[DataError]) -> None:
     for error in errors:
         wanted = "" if error.accepted is None else f"; accepted: {error.accepted}"
-        typer.echo(f"{error.message} ({error.field}): found {error.found}{wanted}", err=True)
+        say(f"{error.message} ({error.field}): found {error.found}{wanted}", err=True)
     if errors:
         more = " or more" if len(errors) == _MOST_ERRORS else ""
         raise DataError(f"rows of a data file are no records: {len(errors)}{more}", file=path)

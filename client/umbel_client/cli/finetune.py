@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
-from rich.console import Console
 
 from umbel_client.cli.options import CLIENT_TOML, Config, Json
 from umbel_client.site.config import ClientConfig, load_config
@@ -24,6 +23,7 @@ from umbel_common.plans.plan import (
 )
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_host.files.text_file import read_text
+from umbel_host.terminal import Screen, json_text, say
 
 if TYPE_CHECKING:
     from umbel_client.models.adapted_model import AdaptedModel
@@ -83,7 +83,7 @@ def train(
     held_out = None
     if validation is not None:
         held_out = Validation(load_records(validation, followed.task, **columns), patience)
-    console = Console(highlight=False)
+    console = Screen()
 
     def on_round(done: int, loss: float | None) -> None:
         end = "" if loss is None else f", validation loss {loss:.4f}"
@@ -99,7 +99,7 @@ def train(
         entropy=os.urandom,
     )
     write_adapter(out, followed, result.adapter, None, base_model=Path(settings.model.path))
-    console.print(f"adapter of round {result.round}  {out}", soft_wrap=True, markup=False)
+    console.print(f"adapter of round {result.round}  {out}", soft_wrap=True)
     console.print("It is as private as the data: no ledger was charged for it.")
 
 
@@ -137,7 +137,7 @@ def classify(
     texts = _texts(text, file, settings.data.text_column)
     tokens = tokenise(texts, Path(settings.model.path), task.max_tokens, model.files)
     for prediction in classify_texts(model, tokens):
-        typer.echo(
+        say(
             msgspec.json.encode(
                 {"label": prediction.label, "probability": round(prediction.probability, 4)}
             ).decode()
@@ -191,9 +191,9 @@ def evaluate(
     model.set_vector(initial_vector(plan) if base else vector)
     found = score(model, model_folder, data or Path(settings.data.path), options)
     if as_json:
-        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        say(json_text(found))
     else:
-        typer.echo(f"{found.records:,} records: {figures_text(found)}")
+        say(f"{found.records:,} records: {figures_text(found)}")
 
 
 def generate(
@@ -232,7 +232,7 @@ def generate(
     turns = [[Turn("user", one)] for one in prompts]
     said = answer_prompts(model, chat, turns, sampling)
     for question, answer in zip(prompts, said, strict=True):
-        typer.echo(msgspec.json.encode({"prompt": question, "answer": answer}).decode())
+        say(json_text({"prompt": question, "answer": answer}, indent=-1))
 
 
 def export(
@@ -259,7 +259,7 @@ def export(
         merge_adapter(folder, Path(settings.model.path), out, dtype=dtype)
     else:
         export_adapter(folder, out)
-    typer.echo(f"{'model' if merge else 'adapter'}  {out}")
+    say(f"{'model' if merge else 'adapter'}  {out}")
 
 
 def _folder_of(config: ClientConfig, adapter: str) -> Path:

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from umbel_client.cli.options import CLIENT_TOML, Config
 from umbel_client.site.joining import set_up, take_kit
 from umbel_common.trust.identity import fingerprint
-from umbel_host.terminal import name, print_lines, site_name
+from umbel_host.terminal import Screen, name, print_lines, site_name
 
 
 def init(
@@ -21,7 +20,7 @@ def init(
 ) -> None:
     """Make this site's keys, and the request that the operator needs."""
     identity, request = set_up(folder, site, federation)
-    console = Console(highlight=False)
+    console = Screen()
     print_lines(
         console,
         [
@@ -43,7 +42,7 @@ def join(
 ) -> None:
     """Take the certificate from a kit. Which parties to believe stays your own decision."""
     joined = take_kit(config, kit)
-    console = Console(highlight=False)
+    console = Screen()
     print_lines(
         console,
         [

@@ -14,7 +14,7 @@ from umbel_common.trust.key_statements import rotate as sign_rotation
 from umbel_common.trust.roster_file import revocation_to_json, rotation_to_json
 from umbel_host.files.keys import read_identity, write_identity
 from umbel_host.files.text_file import write_new_text
-from umbel_host.terminal import name, print_lines
+from umbel_host.terminal import Screen, name, print_lines
 
 Federation = Annotated[
     str, typer.Option(callback=name, help="Name of the federation, as in the roster.")
@@ -26,7 +26,7 @@ def keygen(
 ) -> None:
     """Make this site's identity: a private key that stays here."""
     write_identity(out, Identity.generate(os.urandom))
-    console = Console(highlight=False)
+    console = Screen()
     _print_key(console, out)
     console.print(
         "\nThe key file stays on this machine: no command sends it anywhere. Give the\n"
@@ -39,7 +39,7 @@ def fingerprint_command(
     file: Annotated[Path, typer.Argument(help="A key file of this site.")],
 ) -> None:
     """Show the fingerprint and the public key of a key file, to read out to others."""
-    _print_key(Console(highlight=False), file)
+    _print_key(Screen(), file)
 
 
 def rotate(
@@ -61,7 +61,7 @@ def rotate(
         # Nobody knows the new key yet: the same command can be given again.
         new.unlink()
         raise
-    console = Console(highlight=False)
+    console = Screen()
     print_lines(
         console,
         [
@@ -96,7 +96,7 @@ def revoke(
     signer = read_identity(identity)
     revoked = signer.public_key if key is None else _public_key(key)
     write_new_text(out, revocation_to_json(sign_revocation(federation, revoked, signer)))
-    console = Console(highlight=False)
+    console = Screen()
     print_lines(
         console,
         [

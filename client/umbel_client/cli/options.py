@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
+
+from umbel_host.terminal import json_text, say
 
 Config = Annotated[Path, typer.Option(help="This site's client.toml.")]
 
@@ -19,4 +20,4 @@ JsonWithInfinity = Annotated[
 
 def print_json(value: object) -> None:
     """Prints a value for programs, indented."""
-    typer.echo(msgspec.json.format(msgspec.json.encode(value)).decode())
+    say(json_text(value))

@@ -3,7 +3,6 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from umbel_client.cli.options import CLIENT_TOML, Config, Json, print_json
 from umbel_client.site.config import load_config
@@ -11,7 +10,7 @@ from umbel_client.site.decisions import Decisions, Proposal
 from umbel_client.site.policy import judge_plan
 from umbel_common.errors import PolicyRefusal, UmbelError
 from umbel_common.plans.plan_file import plan_lines, privacy_text
-from umbel_host.terminal import confirm, print_lines, table
+from umbel_host.terminal import Screen, confirm, print_lines, say, table
 
 Job = Annotated[
     str, typer.Argument(help="The job whose plan waits, or the plan's digest or its first digits.")
@@ -24,7 +23,7 @@ def plans(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
     if as_json:
         print_json([{"job": one.plan.job, "digest": one.digest.hex()} for one in proposals])
         return
-    console = Console(highlight=False)
+    console = Screen()
     if not proposals:
         console.print("No plan waits for approval.")
         return
@@ -55,8 +54,8 @@ def approve(
     settings = load_config(config)
     decisions = Decisions(settings.state_folder)
     proposal = _find(decisions, job)
-    console = Console(highlight=False)
-    print_lines(console, plan_lines(proposal.plan))
+    console = Screen()
+    print_lines(console, plan_lines(proposal.plan), fold=True)
     try:
         judge_plan(settings.policy, proposal.plan)
     except PolicyRefusal as refusal:
@@ -83,7 +82,7 @@ def reject(job: Job, config: Config = CLIENT_TOML) -> None:
     decisions = Decisions(load_config(config).state_folder)
     proposal = _find(decisions, job)
     decisions.reject(proposal.digest)
-    typer.echo(f"rejected: {proposal.digest.hex()}")
+    say(f"rejected: {proposal.digest.hex()}")
 
 
 def _find(decisions: Decisions, text: str) -> Proposal:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from umbel_client.cli.options import CLIENT_TOML, Config
 from umbel_client.cli.roster_view import print_change, print_roster
@@ -29,7 +28,7 @@ from umbel_common.trust.roster_file import (
 )
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text, write_new_text
-from umbel_host.terminal import confirm, print_lines
+from umbel_host.terminal import Screen, confirm, print_lines
 
 roster = typer.Typer(
     help="The parties that this site believes: show, diff, approve, propose, revoke.",
@@ -49,7 +48,7 @@ def show(
     """Show a roster with everyone's fingerprint."""
     settings = load_config(config)
     document = require_document(Path(settings.roster)) if file is None else _read(file)
-    print_roster(Console(highlight=False), document, settings.site)
+    print_roster(Screen(), document, settings.site)
 
 
 @roster.command()
@@ -96,7 +95,7 @@ def approve(
         accepted_new_keys=accept_new_key or (),
         file=file,
     )
-    console = Console(highlight=False)
+    console = Screen()
     if digest is not None:
         _require_digest(merged.roster, digest, file)
     if merged == former:
@@ -132,7 +131,7 @@ def propose_command(
     proposed = propose(former, signed, rotation)
     write_new_text(out, document_to_json(proposed))
     lines = [("proposal", str(out)), ("digest", proposed.roster.digest().hex())]
-    print_lines(Console(highlight=False), lines)
+    print_lines(Screen(), lines)
 
 
 @roster.command()
@@ -160,7 +159,7 @@ def revoke(
         raise typer.BadParameter("give either a revocation file or --key")
     document = require_document(path)
     owners = [name for name, own in document.parties().items() if own == revoked]
-    console = Console(highlight=False)
+    console = Screen()
     print_lines(
         console,
         [
@@ -190,7 +189,7 @@ def _print_proposal(
     merged: RosterDocument,
     change: RosterChange,
 ) -> None:
-    console = Console(highlight=False)
+    console = Screen()
     if former is None:
         console.print("No roster is pinned yet: compare each fingerprint with its owner.\n")
         print_roster(console, merged, settings.site)

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 import typer
-from rich.console import Console
 
 from umbel_client.cli.options import CLIENT_TOML, Config, Json, print_json
 from umbel_client.site.config import ClientConfig, load_config, relay_socket, require_relay
@@ -13,7 +12,7 @@ from umbel_client.site.ipc import ControlStub, SiteEvent, TrainerStatus
 from umbel_common.errors import UnreachableError
 from umbel_host.processes.log import configure
 from umbel_host.processes.supervisor import Command, supervise
-from umbel_host.terminal import print_lines
+from umbel_host.terminal import Screen, print_lines, say
 from umbel_host.transport.sockets import is_healthy
 
 PROBE_SECONDS = 5.0
@@ -46,7 +45,7 @@ def status(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
     if as_json:
         print_json({"trainer": trainer, "relay": relay})
         return
-    print_lines(Console(highlight=False), _status_lines(trainer, relay))
+    print_lines(Screen(), _status_lines(trainer, relay))
 
 
 def _relay_state(settings: ClientConfig, config: Path) -> str:
@@ -76,29 +75,29 @@ def _status_lines(trainer: TrainerStatus, relay: str) -> list[tuple[str, str]]:
 def watch(config: Config = CLIENT_TOML) -> None:
     """Print what happens at the trainer, until Ctrl-C."""
     stub = ControlStub(load_config(config).state_folder.control_socket)
-    console = Console(highlight=False)
+    console = Screen()
     try:
         for event in stub.watch():
-            console.print(_line(event), markup=False, soft_wrap=True)
+            console.print(_line(event), soft_wrap=True)
     finally:
         stub.close()
 
 
 def _line(event: SiteEvent) -> str:
     moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.time))
-    return f"{moment}  {event.text.splitlines()[0]}"
+    return f"{moment}  {event.text.partition(chr(10))[0]}"
 
 
 def pause(config: Config = CLIENT_TOML) -> None:
     """Finish a round that is under way, and begin nothing new."""
     Decisions(load_config(config).state_folder).pause()
-    typer.echo("paused: plans and rounds are refused until `umbel-client resume`")
+    say("paused: plans and rounds are refused until `umbel-client resume`")
 
 
 def resume(config: Config = CLIENT_TOML) -> None:
     """Undo `pause`."""
     Decisions(load_config(config).state_folder).resume()
-    typer.echo("resumed")
+    say("resumed")
 
 
 def doctor(config: Config = CLIENT_TOML) -> None:
@@ -106,7 +105,7 @@ def doctor(config: Config = CLIENT_TOML) -> None:
     # It reads models and data; no other command should wait for what that takes to load.
     from umbel_client.cli.doctor import Verdict, examine
 
-    console = Console(highlight=False)
+    console = Screen()
     broken = 0
     for finding in examine(load_config(config)):
         broken += finding.verdict is Verdict.BROKEN
@@ -123,9 +122,9 @@ def adapters(config: Config = CLIENT_TOML) -> None:
     folder = load_config(config).state_folder.adapters
     found = sorted(path for path in folder.glob("*") if not path.name.startswith("."))
     for path in found:
-        typer.echo(f"{path.name}  {path}")
+        say(f"{path.name}  {path}")
     if not found:
-        typer.echo("No adapter was received yet.")
+        say("No adapter was received yet.")
 
 
 def register(app: typer.Typer) -> None:

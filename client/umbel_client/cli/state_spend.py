@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from umbel_client.cli.options import CLIENT_TOML, Config
 from umbel_client.ledger.file import read_ledger
@@ -21,7 +20,7 @@ from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.trust.identity import Signed
 from umbel_host.files.text_file import read_text
-from umbel_host.terminal import print_lines
+from umbel_host.terminal import Screen, print_lines
 
 
 def _reached(values: list[str] | None) -> list[str]:
@@ -76,7 +75,7 @@ def state_spend(
     with Ledger.open(path, contents.data_set, settings.data.unit_column) as ledger:
         ledger.charge_statement(stated)
         print_lines(
-            Console(highlight=False),
+            Screen(),
             [
                 ("ledger", str(path)),
                 ("stated", statement_text(stated)),

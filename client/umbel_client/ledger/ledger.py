@@ -78,6 +78,7 @@ from umbel_client.site.policy import Budget
 from umbel_common.canonical import Entropy, decode_canonical, encode
 from umbel_common.errors import BudgetError, LedgerError, RemoteProtocolError
 from umbel_host.files.database import migrate, transaction
+from umbel_host.processes.lifecycle import require_own
 
 
 class Ledger:
@@ -110,6 +111,7 @@ class Ledger:
             StorageError: it cannot be read or written.
         """
         with storage_errors(path):
+            require_own(path)
             lock = lock_file(path)
             try:
                 if not path.exists():

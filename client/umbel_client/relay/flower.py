@@ -56,7 +56,7 @@ from umbel_client.relay.flower_patches import (
 from umbel_client.relay.proxy import way_to
 from umbel_client.relay.server_clock import ServerClock
 from umbel_client.relay.signature import Signature
-from umbel_common.errors import ConfigError
+from umbel_common.errors import ConfigError, UmbelError
 from umbel_host.files.keys import read_tls_key
 from umbel_host.transport.flower import packed_pieces, regrouped, unpacked_pieces
 from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
@@ -75,6 +75,9 @@ _REQUEST_SECONDS = 30.0
 _PATIENCE_SECONDS = 150.0
 """How long one request is repeated while the server is away."""
 _LONGEST_PAUSE = 30.0
+_LARGEST_MESSAGE = 1 << 31
+"""Size of the largest message, in bytes; no adapter is larger."""
+_LONGEST_REASON = 500
 _SLACK_SECONDS = 2.0
 """Taken off a reply's lifetime: the server's time is known to a second only."""
 
@@ -149,7 +152,12 @@ def serve(
                 pause = 1.0
                 _logger.info("connected to %s", way)
                 _work(client, node, clock, handle, stopping)
-        except (httpx.HTTPError, OSError, ValueError) as error:
+        except UmbelError:
+            # The trainer's, which ended while this process was told to stop.
+            raise
+        except Exception as error:
+            # A server may send anything, and Flower and httpx may raise anything at it. Never may a
+            # server decide when a relay ends.
             _logger.warning("%s is not reached: %s", way, _reason(error))
         on_connected(False)
         stopping.wait(pause)
@@ -163,11 +171,13 @@ def _reason(error: Exception) -> str:
             401: "it does not know this site's relay key, or the clocks differ by minutes",
             403: "it does not admit this site (not yet, or not any more)",
         }
-        return f"status {code}: {hints.get(code, error.response.text[:200])}"
+        # Not `response.text`: its decoder is one that the server names.
+        said = error.response.content[:200].decode("utf-8", "replace")
+        return f"status {code}: {hints.get(code, said)}"
     if isinstance(error, httpx.ProxyError):
         wanted = "; HTTPS_PROXY needs its user and password" if str(error)[:3] == "407" else ""
         return f"the proxy says {error}{wanted}"
-    return str(error) or type(error).__name__
+    return str(error)[:_LONGEST_REASON] or type(error).__name__
 
 
 def _credentials(connection: Connection) -> tuple[ssl.SSLContext, ec.EllipticCurvePrivateKey]:
@@ -217,7 +227,7 @@ def _activated(
                 client.SendNodeHeartbeat(
                     SendNodeHeartbeatRequest(node=node, heartbeat_interval=_HEARTBEAT_INTERVAL)
                 )
-            except (httpx.HTTPError, ValueError) as error:
+            except Exception as error:
                 _logger.warning("no heartbeat: %s", _reason(error))
 
     beating = threading.Thread(target=beat, daemon=True)
@@ -230,7 +240,7 @@ def _activated(
         if stopping.is_set():
             try:
                 client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
-            except (httpx.HTTPError, ValueError):
+            except Exception:
                 _logger.info("the server was not told that this site stops")
 
 
@@ -261,6 +271,7 @@ def _work(
                 raise
             # The message's run is over: nobody waits for this reply any more.
             _logger.info("a message is dropped: %s", _reason(error))
+            stopping.wait(_SHORTEST_POLL_SECONDS)
         latest = time.monotonic()
 
 
@@ -278,7 +289,8 @@ def _is_over(response: httpx.Response) -> bool:
 def _pull(
     client: FleetHttpClient, node: Node, run_id: int, tree: ObjectTree, stopping: threading.Event
 ) -> Message:
-    contents = {}
+    contents: dict[str, bytes] = {}
+    room = _LARGEST_MESSAGE
     for part in iterate_object_tree(tree):
         request = PullObjectRequest(node=node, run_id=run_id, object_id=part.object_id)
         while True:
@@ -287,6 +299,9 @@ def _pull(
                 break
             if not pulled.object_found or stopping.wait(_SHORTEST_POLL_SECONDS):
                 raise ValueError("a part of a message is not there any more")
+        room -= len(pulled.object_content)
+        if room < 0:
+            raise ValueError(f"a message of more than {_LARGEST_MESSAGE} bytes")
         contents[part.object_id] = pulled.object_content
         # The HTTP client's objects refer to each other in a circle, with the megabytes in them.
         del pulled

@@ -5,6 +5,7 @@ docs/adr/0011-flower-as-a-carrier.md lists every private name that is used.
 """
 
 import ssl
+from collections.abc import Iterator
 
 import httpx
 from flwr.app import Message
@@ -12,6 +13,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from umbel_client.relay.signature import Signature
+from umbel_host.transport.pieces import FLOWER_PIECE_BYTES
+
+LARGEST_ANSWER = 2 * FLOWER_PIECE_BYTES
+"""Size of the largest answer, in bytes: a piece of a message, or the names of all its pieces."""
 
 
 def fleet_client(
@@ -20,13 +25,54 @@ def fleet_client(
     """Makes a client for Flower's Fleet interface that sends its requests through `http`.
 
     Flower's own HTTP client follows redirections to any address and reads proxies from the
-    environment, and Flower's own interceptors let an answer of the server end this process. Test:
+    environment, and Flower's own interceptors let an answer of the server end this process. Nor
+    does it limit an answer, packed or not. Test:
     `test_the_client_is_httpx_with_a_switch_for_redirections`, and tests/e2e/test_hostile_server.py.
     """
+    http.event_hooks = {"request": [_ask_unpacked], "response": [_limit]}
     client = FleetHttpClient(f"https://{server}", interceptors=[signature], verify=context)
     client._client.close()
     client._client = http
     return client
+
+
+class _Limited(httpx.SyncByteStream):
+    """The body of an answer, up to the size of the largest that a server has to send."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        assert isinstance(response.stream, httpx.SyncByteStream)
+        self._response = response
+        self._stream = response.stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        taken = 0
+        for part in self._stream:
+            taken += len(part)
+            if taken > LARGEST_ANSWER:
+                raise httpx.DecodingError(
+                    f"an answer of more than {LARGEST_ANSWER} bytes", request=self._response.request
+                )
+            yield part
+
+    def close(self) -> None:
+        """Ends the answer."""
+        self._stream.close()
+
+
+def _ask_unpacked(request: httpx.Request) -> None:
+    request.headers["accept-encoding"] = "identity"
+
+
+def _limit(response: httpx.Response) -> None:
+    """Refuses an answer that was packed, and one that is larger than any has to be.
+
+    Raises:
+        httpx.DecodingError: the answer was packed, though nobody asked for that.
+    """
+    packed = response.headers.get("content-encoding", "identity")
+    if packed != "identity":
+        raise httpx.DecodingError(f"an answer packed as {packed}", request=response.request)
+    response.stream = _Limited(response)
 
 
 def set_message_id(message: Message, identifier: str) -> None:

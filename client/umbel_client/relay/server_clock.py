@@ -1,6 +1,8 @@
 """The server's time, at a site whose own clock may be wrong."""
 
 import logging
+import math
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 
@@ -8,6 +10,11 @@ import httpx
 
 TOLERATED_SKEW = timedelta(seconds=3)
 """Largest difference that is ignored: Flower accepts a signature up to five seconds ahead."""
+LARGEST_SKEW = timedelta(days=366)
+"""Largest difference that is believed: with a clock that is wronger than this, TLS would have
+refused the certificates already. So no date of a server's leads out of the calendar."""
+_QUIET_SECONDS = 60.0
+"""Time between two warnings: a server may send another date with each answer."""
 
 _logger = logging.getLogger("umbel.relay")
 
@@ -18,17 +25,25 @@ class ServerClock:
 
     def __init__(self) -> None:
         self.offset = timedelta()
+        self._warned = -math.inf
 
     def now(self) -> datetime:
         """The server's time, in UTC, to a second or so."""
         return datetime.now(UTC) + self.offset
 
     def learn(self, response: httpx.Response) -> None:
-        """Takes the server's time from the date of an answer, if it has one."""
+        """Takes the server's time from the date of an answer, if it has one that can be true."""
         try:
             offset = parsedate_to_datetime(response.headers["date"]) - datetime.now(UTC)
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError, OverflowError, IndexError):
             return
-        if abs(offset - self.offset) > TOLERATED_SKEW:
-            _logger.warning("this machine's clock and the server's differ by %s", offset)
+        if abs(offset) > LARGEST_SKEW:
+            self._warn("the server's date is not believed: it differs by %s", offset)
+        elif abs(offset - self.offset) > TOLERATED_SKEW:
+            self._warn("this machine's clock and the server's differ by %s", offset)
             self.offset = offset
+
+    def _warn(self, text: str, offset: timedelta) -> None:
+        if time.monotonic() - self._warned > _QUIET_SECONDS:
+            self._warned = time.monotonic()
+            _logger.warning(text, offset)

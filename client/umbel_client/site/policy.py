@@ -37,6 +37,9 @@ from umbel_common.plans.plan import (
     TrainingPlan,
 )
 from umbel_common.plans.statements import RoundHeader
+from umbel_common.printable import is_printable
+
+_LONGEST_NAME = 256
 
 Hours = Annotated[
     str, msgspec.Meta(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]\Z")
@@ -121,7 +124,7 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
     """Refuses a plan that the policy does not allow.
 
     Raises:
-        PolicyRefusal: `model-not-allowed`, `task-not-allowed`, `rank-too-large`,
+        PolicyRefusal: `model-not-allowed`, `model-name`, `task-not-allowed`, `rank-too-large`,
             `targets-not-allowed`, `clip-range-too-large`, `too-many-rounds`,
             `too-many-local-steps`, `privacy-required`, `epsilon-too-large`, `delta-too-large`,
             `evaluation-not-allowed`, `example-weights`, `labels-not-allowed` or
@@ -134,6 +137,15 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
         field="policy.models",
         found=f"{plan.model.digest.hex()} ({plan.model.name})",
         accepted=", ".join(policy.models) or "none",
+    )
+    # A text that the plan's author chose, and that this site's people and logs show.
+    _require(
+        len(plan.model.name) <= _LONGEST_NAME and is_printable(plan.model.name),
+        "model-name",
+        field="model.name",
+        found=plan.model.name[:_LONGEST_NAME],
+        accepted=f"at most {_LONGEST_NAME} characters, all of them printable",
+        remedy="ask the operator for a plan with another name for the same model",
     )
     task = plan.task.__struct_config__.tag
     _require(

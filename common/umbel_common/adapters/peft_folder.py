@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 from umbel_common.adapters.vector import Vector, unflatten
 from umbel_common.plans.plan import Classification, TrainingPlan
 from umbel_common.plans.plan_file import plan_to_json
+from umbel_common.printable import printable_json
 
 ADAPTER_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
@@ -100,12 +101,13 @@ def _task_config(plan: TrainingPlan) -> dict[str, Any]:
 
 
 def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return printable_json(json.dumps(value, indent=2, ensure_ascii=False)) + "\n"
 
 
 def _card(plan: TrainingPlan, origin: str) -> str:
     return _CARD.format(
-        name=plan.model.name,
+        # The plan's author chose the name, which must not become another field of the card.
+        name=printable_json(json.dumps(plan.model.name, ensure_ascii=False)),
         job=plan.job,
         origin=origin,
         about=_ABOUT[_kind(plan)],

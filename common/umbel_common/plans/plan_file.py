@@ -18,6 +18,7 @@ from umbel_common.plans.plan import (
     check_plan,
     standard_deviation,
 )
+from umbel_common.printable import printable_json
 from umbel_common.trust.identity import SIGNATURE_BYTES, Signed
 
 
@@ -33,7 +34,8 @@ def plan_to_json(plan: TrainingPlan, signature: bytes | None = None) -> str:
     if plan.release_gate is not None:
         parts["release_gate"]["holdout"] = plan.release_gate.holdout.hex()
     entry = _PlanEntry(parts, None if signature is None else signature.hex())
-    return msgspec.json.format(msgspec.json.encode(entry), indent=2).decode("utf-8") + "\n"
+    text = msgspec.json.format(msgspec.json.encode(entry), indent=2).decode("utf-8")
+    return printable_json(text) + "\n"
 
 
 def plan_from_json(text: str, file: object) -> tuple[TrainingPlan, Signed | None]:

@@ -1,12 +1,14 @@
 """Backups: one tar file with a manifest in front, written whole or not at all.
 
 The manifest names every part with its size and digest, the party that made the backup, and the
-schema version of each database in it. Reading trusts nothing before it was compared with the
-manifest. `umbel_host.files.restore` puts a backup back.
+schema version of each database in it; the party's identity signs it. Backups of format 1 have a
+bare manifest, which nobody signed. Reading trusts nothing before it was compared with the manifest.
+`umbel_host.files.restore` puts a backup back.
 """
 
 import hashlib
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,13 +20,15 @@ from typing import Annotated, BinaryIO, Literal, cast
 
 import msgspec
 
-from umbel_common.canonical import Value, digest
+from umbel_common.canonical import Value, digest, encode
 from umbel_common.errors import StorageError
+from umbel_common.trust.identity import SIGNATURE_BYTES, Identity, label_of, sign, verifies
 from umbel_host.files.durable import make_folder, sync_folder
 
 Program = Literal["umbel-client", "umbel-server"]
 MANIFEST = "manifest.json"
 _MOST_MANIFEST_BYTES = 1 << 26
+_FORMAT = 2
 _CHUNK = 1 << 20
 
 
@@ -46,9 +50,9 @@ class Manifest(Value, frozen=True):
     """The contents of a backup."""
 
     program: Program
-    party: str
+    party: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}\Z")]
     """The site's name, or the operator's fingerprint."""
-    made: str
+    made: Annotated[str, msgspec.Meta(pattern=r"^[0-9T:.+-]{1,40}\Z")]
     """Time at which the backup was made, UTC, ISO 8601."""
     umbel: str
     """Version of Umbel that made the backup."""
@@ -64,8 +68,19 @@ class Manifest(Value, frozen=True):
         return digest("backup", msgspec.json.encode(self))
 
 
+class SignedManifest(Value, frozen=True):
+    """What a backup begins with, from format 2 on."""
+
+    manifest: Manifest
+    signer: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    """The identity key that signed the manifest's canonical encoding, in hexadecimal."""
+    signature: Annotated[str, msgspec.Meta(pattern=rf"^[0-9a-f]{{{2 * SIGNATURE_BYTES}}}\Z")]
+    version: Literal[2] = 2
+
+
 def write_backup(
     out: Path,
+    signer: Identity,
     program: Program,
     party: str,
     sources: Mapping[str, Path],
@@ -76,6 +91,7 @@ def write_backup(
     """Writes a backup, readable by its owner only, which is on disk when this returns.
 
     Args:
+        signer: the party's identity.
         sources: name of each part -> its file, which must not change meanwhile.
 
     Raises:
@@ -95,7 +111,9 @@ def write_backup(
         manifest = Manifest(program, party, made, version("umbel"), dict(schemas), keys, parts)
         with open(partial, "xb", opener=_private) as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-                text = msgspec.json.format(msgspec.json.encode(manifest))
+                signature = sign(signer, manifest).signature
+                begin = SignedManifest(manifest, signer.public_key.hex(), signature.hex())
+                text = msgspec.json.format(msgspec.json.encode(begin))
                 archive.addfile(_member(MANIFEST, len(text)), BytesIO(text))
                 for part in parts:
                     with open(sources[part.name], "rb") as source:
@@ -115,11 +133,14 @@ def write_backup(
     return manifest
 
 
-def read_manifest(backup: Path, program: Program, schemas: Mapping[str, int]) -> Manifest:
-    """The manifest of a backup.
+def read_manifest(
+    backup: Path, program: Program, schemas: Mapping[str, int], names: re.Pattern[str]
+) -> tuple[Manifest, bytes | None]:
+    """The manifest of a backup, and the key that signed it; None if nobody did.
 
     Args:
         schemas: schema version of each database that this program knows, by its part's name.
+        names: what every part of such a backup is named.
 
     Raises:
         StorageError: the file is not a backup, or one of the other program or of a later version.
@@ -129,13 +150,16 @@ def read_manifest(backup: Path, program: Program, schemas: Mapping[str, int]) ->
         if first is None or first.name != MANIFEST or first.size > _MOST_MANIFEST_BYTES:
             raise _broken(backup, "no manifest at the beginning")
         text = _content(archive, first).read(first.size)
-        try:
-            format_version = msgspec.json.decode(text).get("version")
-            if isinstance(format_version, int) and format_version > 1:
-                raise _too_new(backup, "version", format_version, 1)
-            manifest = msgspec.json.decode(text, type=Manifest)
-        except (msgspec.MsgspecError, AttributeError, UnicodeDecodeError) as error:
-            raise _broken(backup, error) from None
+    try:
+        format_version = msgspec.json.decode(text).get("version")
+        if isinstance(format_version, int) and format_version > _FORMAT:
+            raise _too_new(backup, "version", format_version, _FORMAT)
+        if format_version == _FORMAT:
+            manifest, signer = _verified(backup, msgspec.json.decode(text, type=SignedManifest))
+        else:
+            manifest, signer = msgspec.json.decode(text, type=Manifest), None
+    except (msgspec.MsgspecError, AttributeError, UnicodeDecodeError, RecursionError) as error:
+        raise _broken(backup, error) from None
     if manifest.program != program:
         raise StorageError(
             f"a backup was not made by {program}", file=backup, found=manifest.program
@@ -143,7 +167,17 @@ def read_manifest(backup: Path, program: Program, schemas: Mapping[str, int]) ->
     for name, number in manifest.schemas.items():
         if number > schemas.get(name, 0):
             raise _too_new(backup, name, number, schemas.get(name, 0))
-    return manifest
+    for part in manifest.parts:
+        if not names.fullmatch(part.name):
+            raise _broken(backup, f"{part.name}, which no backup of {program} holds")
+    return manifest, signer
+
+
+def _verified(backup: Path, begin: SignedManifest) -> tuple[Manifest, bytes]:
+    signer, signature = bytes.fromhex(begin.signer), bytes.fromhex(begin.signature)
+    if not verifies(signer, label_of(Manifest), encode(begin.manifest), signature):
+        raise _broken(backup, "a manifest that its signature does not fit")
+    return begin.manifest, signer
 
 
 def require_party(backup: Path, manifest: Manifest, party: str) -> None:
@@ -188,7 +222,8 @@ def _opened(backup: Path) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(backup, mode="r:") as archive:
             yield archive
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, ArithmeticError, RecursionError, EOFError) as error:
+        # What the tarfile module raises at headers that were made to confuse it.
         raise _broken(backup, error) from None
     except OSError as error:
         raise StorageError(
@@ -199,7 +234,8 @@ def _opened(backup: Path) -> Iterator[tarfile.TarFile]:
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> BinaryIO:
-    content = archive.extractfile(member)
+    # A link would lead to another member; a file with holes would be larger than the backup.
+    content = archive.extractfile(member) if member.isreg() and not member.issparse() else None
     if content is None:
         raise tarfile.ReadError(f"{member.name} is not a file")
     return cast(BinaryIO, content)
@@ -220,7 +256,7 @@ def _each_part(
             if member.name == MANIFEST or only not in (None, member.name):
                 continue
             part = expected.pop(member.name, None)
-            if part is None or not member.isreg() or member.size != part.size:
+            if part is None or member.size != part.size:
                 raise _broken(backup, f"{member.name} is not what the manifest says")
             if take(_content(archive, member), part) != part.sha256:
                 raise _broken(backup, f"{member.name} has another digest")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbel_common.errors import RemoteProtocolError, StorageError
+from umbel_host.processes.lifecycle import require_own
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ class Database:
             secure_delete: whether deleted rows are overwritten in the file, not only unlinked.
 
         Raises:
-            StorageError: the file is corrupt, of a later version, or cannot be written.
+            StorageError: the file is corrupt, of a later version, or cannot be written, or another
+                user could have made or can change it.
         """
         self._path = path
         self._kind = schema.kind
         with self.errors():
             path.parent.mkdir(parents=True, exist_ok=True)
+            _require_own(path)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             self._connection = sqlite3.connect(
                 path, isolation_level=None, check_same_thread=False, timeout=10.0
@@ -62,6 +65,8 @@ class Database:
                 if secure_delete:
                     self.execute("PRAGMA secure_delete = ON")
                 migrate(self._connection, schema, path)
+                # Now the log and its index are there, and nobody else can have made them since.
+                _require_own(path)
             except BaseException:
                 self._connection.close()
                 raise
@@ -94,6 +99,16 @@ class Database:
         """Turns errors of SQLite and of the disk into a `StorageError`."""
         with storage_errors(self._path, self._kind):
             yield
+
+
+def _require_own(path: Path) -> None:
+    """Checks the file, and the files that SQLite keeps beside it and believes as much.
+
+    Raises:
+        StorageError: see `umbel_host.processes.lifecycle.require_own`.
+    """
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        require_own(path.with_name(path.name + suffix))
 
 
 @contextmanager

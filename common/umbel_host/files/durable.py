@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def create(path: Path, data: bytes, mode: int = 0o666) -> None:
+def create(path: Path, data: bytes | memoryview, mode: int = 0o666) -> None:
     """Writes a new file, never over another.
 
     Args:

@@ -1,15 +1,172 @@
-"""Puts a backup back: unpacked beside its place, compared, and moved there by one rename."""
+"""Puts a backup back: unpacked beside its place, compared, and moved there by one rename.
+
+The law: a backup may come from anybody. It names no place of the machine but below the folder of
+the configuration that it brings, nothing of it is written before somebody agreed to who signed it
+and to what is written, and no file is written over.
+"""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Annotated
 
-from umbel_common.errors import StorageError
+import msgspec
+import typer
+from rich.console import Console
+
+from umbel_common.errors import StorageError, UmbelError
+from umbel_common.trust.identity import fingerprint
 from umbel_host.files.backup import Manifest, unpack
 from umbel_host.files.durable import all_or_nothing, create, make_folder, sync_folder
+from umbel_host.files.keys import read_identity
 from umbel_host.processes.lifecycle import locked
+from umbel_host.terminal import confirm, print_lines
+
+Signer = Annotated[
+    str | None,
+    typer.Option(
+        "--fingerprint",
+        help="Restore without asking, but only what the key with this fingerprint signed.",
+    ),
+]
+Unsigned = Annotated[
+    bool,
+    typer.Option(
+        "--unsigned", help="Restore without asking a backup of a version that did not sign."
+    ),
+]
+
+
+_PLAIN = re.compile(r"[\w@+-][\w.@+-]*(/[\w@+-][\w.@+-]*)*")
+
+
+class Intent(msgspec.Struct, frozen=True):
+    """What restoring a backup would do."""
+
+    manifest: Manifest
+    signer: bytes | None
+    """The key that signed the backup; None if nobody did."""
+    own: bytes | None
+    """The key of this machine's party; None if it is not here."""
+    state: Path
+    files: dict[Path, str]
+    """The place of each file outside the state folder -> the name of its part."""
+    missing: tuple[Path, ...]
+    """Keys that are neither on this machine nor in the backup."""
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        signer: bytes | None,
+        *,
+        state: Path,
+        identity: Path,
+        places: Mapping[str, Path],
+        keys: Mapping[str, Path],
+    ) -> "Intent":
+        """The intent for a manifest and where the configuration has its parts.
+
+        Args:
+            places: name of a part -> its place, for files outside the state folder.
+            keys: the same for private keys.
+        """
+        parts = {part.name for part in manifest.parts}
+        held = {place: name for name, place in {**places, **keys}.items() if name in parts}
+        missing = tuple(key for key in keys.values() if not key.exists() and key not in held)
+        own = read_identity(identity).public_key if identity.exists() else None
+        return cls(manifest, signer, own, state, held, missing)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """A text for people, as pairs of a name and a value."""
+        kept = [path for path in self.files if path.exists()]
+        return [
+            ("made", self.manifest.made),
+            ("signed", self._signed()),
+            ("state", str(self.state)),
+            *(("put back", str(path)) for path in self.files if path not in kept),
+            *(("kept", f"{path}, which is there") for path in kept),
+            *(("missing", f"{path}: bring your own copy") for path in self.missing),
+        ]
+
+    def _signed(self) -> str:
+        if self.signer is None:
+            return "BY NOBODY: anybody may have made or changed this backup"
+        if self.own is None:
+            return f"{fingerprint(self.signer)}: compare it, your key is not on this machine"
+        if self.own != self.signer:
+            return f"{fingerprint(self.signer)}, WHICH IS NOT THE KEY ON THIS MACHINE"
+        return f"{fingerprint(self.signer)}, the key on this machine"
+
+
+def require_consent(
+    console: Console,
+    who: tuple[str, str],
+    intent: Intent,
+    *,
+    expected: str | None,
+    unsigned: bool,
+) -> None:
+    """Shows what a restore would do, and goes ahead only after somebody agreed.
+
+    Args:
+        who: name and value of the party's line.
+        expected: fingerprint of the key that must have signed; nobody is asked then.
+        unsigned: whether a backup that nobody signed is restored without a question.
+
+    Raises:
+        StorageError: another key signed it.
+        UmbelError: nobody agreed.
+    """
+    print_lines(console, [who, *intent.lines()])
+    if expected is not None:
+        found = "nobody" if intent.signer is None else fingerprint(intent.signer)
+        if found != expected.lower():
+            raise StorageError(
+                "a backup is not signed by the key that was named; nothing was changed",
+                field="--fingerprint",
+                found=found,
+                accepted=expected,
+            )
+    elif intent.signer is not None or not unsigned:
+        confirm(
+            console,
+            "Type yes: ",
+            unattended=UmbelError(
+                "a backup is restored by a person at a terminal, or by the key that signed it",
+                remedy="run this at a terminal, or add --fingerprint with the fingerprint of your"
+                " identity key, or --unsigned for a backup of a version that did not sign;"
+                " nothing was changed",
+            ),
+            declined=UmbelError("the backup was not restored: nothing was changed"),
+        )
+
+
+def require_inside(folder: Path, places: Mapping[str, Path]) -> None:
+    """Refuses places outside a folder, and hidden ones: for a configuration out of a backup.
+
+    Args:
+        places: a field of the configuration -> the place that it names.
+
+    Raises:
+        StorageError: names the field.
+    """
+    home = folder.resolve()
+    for field, place in places.items():
+        found = place.resolve()
+        if not found.is_relative_to(home) or not _PLAIN.fullmatch(str(found.relative_to(home))):
+            raise StorageError(
+                "a backup names a place outside the folder that it is restored into; nothing was"
+                " changed",
+                field=field,
+                found=found,
+                accepted=f"a place below {home}, not a hidden one, and without spaces",
+                remedy="if that is what you want, put your own copy of the configuration there"
+                " first: a configuration of this machine may name any place",
+            )
 
 
 @contextmanager
@@ -65,9 +222,7 @@ def vacant(state: Path, lock: str, what: str) -> Iterator[None]:
         yield
 
 
-def put_back(
-    staged: Path, state: Path, files: Mapping[Path, Path]
-) -> tuple[list[Path], list[Path]]:
+def put_back(staged: Path, state: Path, files: Mapping[Path, Path]) -> None:
     """Moves an unpacked state folder to its place, with the files beside it: all or nothing.
 
     Args:
@@ -76,24 +231,17 @@ def put_back(
         files: place of each file -> the unpacked file. A file that is there already is kept, since
             it is no older than the backup.
 
-    Returns:
-        the files that were written, and those that were kept.
-
     Raises:
         StorageError: something cannot be written; nothing was changed.
     """
-    written: list[Path] = []
-    kept: list[Path] = []
     try:
         with all_or_nothing() as made:
             for target, source in files.items():
                 if target.exists():
-                    kept.append(target)
                     continue
                 made += make_folder(target.parent, 0o700)
                 create(target, source.read_bytes(), mode=0o600)
                 made.append(target)
-                written.append(target)
             if state.exists():
                 for path in state.glob("*.lock"):
                     path.unlink()
@@ -106,7 +254,6 @@ def put_back(
             file=error.filename or state,
             found=error.strerror,
         ) from None
-    return written, kept
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Text files that people name on a command line: rosters, rotations, revocations."""
 
+import errno
+import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -7,6 +9,9 @@ from umbel_common.errors import ConfigError, IdentityError, StorageError
 from umbel_common.toml_values import from_table, read_table
 from umbel_host.files.durable import create
 from umbel_host.processes.lifecycle import reason
+
+_MOST_BYTES = 1 << 26
+"""Size of the largest text file: another party may have named or sent it."""
 
 
 def find_text(path: Path) -> str | None:
@@ -16,7 +21,7 @@ def find_text(path: Path) -> str | None:
         IdentityError: the file cannot be read, or is not text.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return _text(path)
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -78,7 +83,7 @@ def read_toml_table(path: Path, remedy: str) -> dict[str, object]:
         ConfigError: the file cannot be read, or is not TOML.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             "a configuration file cannot be read",
@@ -87,3 +92,11 @@ def read_toml_table(path: Path, remedy: str) -> dict[str, object]:
             remedy=remedy,
         ) from None
     return read_table(text, path)
+
+
+def _text(path: Path) -> str:
+    with path.open("rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return data.decode("utf-8")

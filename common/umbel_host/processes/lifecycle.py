@@ -6,6 +6,7 @@ import fcntl
 import os
 import pwd
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,8 +45,9 @@ def require_state(folder: Path) -> None:
     """Makes the folder for a process' state, or checks that it can be used.
 
     Raises:
-        StorageError: it cannot be made or written to; or this process is root and the folder is
-            another user's, who could not write root's files any more.
+        StorageError: it cannot be made or written to; another user could change what is in it; or
+            this process is root and the folder is another user's, who could not write root's files
+            any more.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -66,6 +68,49 @@ def require_state(folder: Path) -> None:
             found=f"user {this_user()}",
             accepted=f"the folder's owner, user {_name(owner)}",
         )
+    require_own(folder)
+
+
+def require_own(path: Path) -> None:
+    """Refuses a file or folder that another user put there, or may change.
+
+    A folder may be shared with a process of another user, as the operator's state is under systemd.
+    What that process leaves there under one of our names must not be used.
+
+    Raises:
+        StorageError: it, or a link in its place, belongs to another user than this one, root, and
+            the owner of the folder that it is in, who could replace it anyway; or users besides
+            this one and its own group may write to it. A folder that is sticky, or not this user's
+            to close, may be open to others: each file in it is checked.
+    """
+    try:
+        found = os.lstat(path)
+        owners = {found.st_uid}
+        if stat.S_ISLNK(found.st_mode):
+            found = os.stat(path)
+            owners.add(found.st_uid)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError("a file cannot be used", file=path, found=reason(error)) from None
+    strangers = owners - {os.geteuid(), 0, os.stat(path.parent).st_uid}
+    others = stat.S_IWOTH | (0 if found.st_gid == os.getegid() else stat.S_IWGRP)
+    shared = stat.S_ISDIR(found.st_mode) and (
+        found.st_mode & stat.S_ISVTX or found.st_uid != os.geteuid()
+    )
+    if strangers:
+        held = f"owner {', '.join(map(_name, sorted(strangers)))}"
+    elif found.st_mode & others and not shared:
+        held = f"mode {stat.S_IMODE(found.st_mode):04o}, group {found.st_gid}"
+    else:
+        return
+    raise StorageError(
+        "another user of this machine may have put something here, or may change it",
+        file=path,
+        found=held,
+        accepted=f"owner {this_user()}, and writable for nobody else",
+        remedy="find out who did that; then chown and chmod it if it is yours, or move it away",
+    )
 
 
 @contextmanager
@@ -80,6 +125,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        require_own(path)
         lock = open(path, "ab", opener=_private)  # noqa: SIM115  # closed below
     except OSError as error:
         raise StorageError("a lock cannot be opened", file=path, found=reason(error)) from None
@@ -113,7 +159,7 @@ def wait_for(event: threading.Event) -> None:
 
 
 def _private(name: str, flags: int) -> int:
-    return os.open(name, flags, 0o600)
+    return os.open(name, flags | os.O_NOFOLLOW, 0o600)
 
 
 def _name(user: int) -> str:

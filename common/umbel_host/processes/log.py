@@ -3,15 +3,17 @@
 import logging
 import time
 
+from umbel_common.printable import printable
+
 
 class _Lines(logging.Formatter):
-    """Formats time (UTC), level, logger and message; indents further lines of a message, so that
-    none looks like an event."""
+    """Formats time (UTC), level, logger and message. Text that another party wrote moves no cursor
+    and looks like no event: it is printable, and further lines of a message are indented."""
 
     converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
-        return super().format(record).replace("\n", "\n    ")
+        return printable(super().format(record)).replace("\n", "\n    ")
 
 
 def configure(level: int = logging.INFO) -> None:

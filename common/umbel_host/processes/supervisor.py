@@ -19,6 +19,10 @@ _LONGEST_PAUSE = 30.0
 _SETTLED_SECONDS = 60.0
 """Run time after which a process is started again with the first, shortest pause."""
 _LOOK_SECONDS = 0.2
+_OWN_FAULTS = frozenset({2, *range(10, 40), *range(50, 60)})
+"""Exit codes of a command line, of files and of decisions of this machine (docs/errors.md). The
+other side cannot bring about any of them: what it sends can at worst show a mistake of ours (1) or
+break the protocol (40 to 49), and decides not when processes end for good."""
 _PR_SET_PDEATHSIG = 1
 
 _logger = logging.getLogger("umbel.supervisor")
@@ -48,7 +52,7 @@ class _Child:
             return None
         if self._died is None:
             lived = now - self._started
-            if code > 0 and self._pause == 0.0 and lived < _SETTLED_SECONDS:
+            if code in _OWN_FAULTS and self._pause == 0.0 and lived < _SETTLED_SECONDS:
                 # The process said what is wrong with its files, and would say it again.
                 return code
             again = 0.0 if lived >= _SETTLED_SECONDS else self._pause
@@ -73,7 +77,8 @@ def supervise(commands: Sequence[Command], *, stopping_seconds: float = 60.0) ->
     """Keeps the processes running until SIGTERM or SIGINT, then ends them; in the main thread.
 
     A process that a signal killed, or that ended after it had run for a while, is started again,
-    after a pause that grows to half a minute. If a process fails at its first start, all are ended.
+    after a pause that grows to half a minute. If a process fails at its first start for a reason of
+    this machine's own, all are ended.
 
     Returns:
         0, or the exit code of the process that failed.

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from umbel_common.errors import JobUnknown, StorageError
 from umbel_common.plans.figures import ClassificationFigures, loss_text
@@ -13,7 +12,7 @@ from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Signed, open_signed
 from umbel_host.files.keys import read_identity
-from umbel_host.terminal import table
+from umbel_host.terminal import Screen, say, table
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.operator.config import ServerConfig, load_config
 from umbel_server.storage.journal import Evaluated, Journal
@@ -42,7 +41,7 @@ def list_command(config: Config = SERVER_TOML) -> None:
                 *(_score(found) if scored else ()),
                 release.adapter.hex(),
             )
-    console = Console(highlight=False)
+    console = Screen()
     console.print(rows if rows.rows else "No adapter was released yet.", soft_wrap=True)
 
 
@@ -92,7 +91,7 @@ def export(
         ) from None
     except OSError as error:
         raise StorageError("an adapter cannot be exported", file=out, found=error) from None
-    typer.echo(f"{job}, round {wanted}: {out}")
+    say(f"{job}, round {wanted}: {out}")
 
 
 def _score(found: Evaluated | None) -> tuple[str, str]:

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from umbel_host.terminal import print_lines
+from umbel_host.files.restore import Intent, Signer, Unsigned, require_consent
+from umbel_host.terminal import Screen, print_lines
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.storage.backup import back_up, restore_backup
 
@@ -22,7 +22,7 @@ def backup(
     """Write journal, queue, releases and configuration into one file; the server may be running."""
     manifest = back_up(config, out, keys=with_keys)
     print_lines(
-        Console(highlight=False),
+        Screen(),
         [
             ("backup", str(out)),
             ("operator", manifest.party),
@@ -38,22 +38,18 @@ def backup(
 def restore(
     backup: Annotated[Path, typer.Argument(metavar="BACKUP", help="A file that `backup` wrote.")],
     config: Config = SERVER_TOML,
+    signer: Signer = None,
+    unsigned: Unsigned = False,
 ) -> None:
     """Restore a backup into an empty state folder: all of it or nothing."""
-    done = restore_backup(backup, config)
-    console = Console(highlight=False)
-    print_lines(
-        console,
-        [
-            ("operator", done.manifest.party),
-            ("made", done.manifest.made),
-            ("state", str(done.state)),
-            *(("put back", str(path)) for path in done.written),
-            *(("kept", f"{path}, which is there") for path in done.kept),
-            *(("missing", f"{path}: bring your own copy") for path in done.missing),
-            ("stopped", ", ".join(done.stopped) or "no job: none was running"),
-        ],
-    )
+    console = Screen()
+
+    def consent(intent: Intent) -> None:
+        who = ("operator", intent.manifest.party)
+        require_consent(console, who, intent, expected=signer, unsigned=unsigned)
+
+    stopped = restore_backup(backup, config, consent)
+    console.print(f"\nstopped: {', '.join(stopped) or 'no job, none was running'}")
     console.print(
         "\nA job that released something since the backup cannot be resumed: sites accept\n"
         "no second release of a round. Resume others with umbel-server job resume JOB."

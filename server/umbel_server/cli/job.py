@@ -9,7 +9,6 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from umbel_common.adapters.site_counts import SiteCounts
@@ -23,7 +22,7 @@ from umbel_common.protocol.transcript import Entry, RoundReleased
 from umbel_common.trust.identity import open_signed
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text
-from umbel_host.terminal import print_lines, table
+from umbel_host.terminal import Screen, json_text, print_lines, say, table
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.jobs.evaluator import check_evaluation
 from umbel_server.operator.config import load_config
@@ -57,7 +56,7 @@ def start(
         check_evaluation(settings.evaluation, made)
     with _queue(config) as queue:
         queue.add(made.job, signed)
-    typer.echo(f"queued: {made.job}")
+    say(f"queued: {made.job}")
 
 
 @job.command()
@@ -66,14 +65,14 @@ def stop(name: Name, config: Config = SERVER_TOML) -> None:
     with _queue(config) as queue:
         queued = queue.ask_to_stop(name)
     state = "stopping" if queued.stop else queued.state.value
-    typer.echo(f"{name}: {state}")
+    say(f"{name}: {state}")
 
 
 @job.command()
 def resume(name: Name, config: Config = SERVER_TOML) -> None:
     """Resume a stopped or failed job after its last release."""
     with _queue(config) as queue:
-        typer.echo(f"{name}: {queue.resume(name).state.value}")
+        say(f"{name}: {queue.resume(name).state.value}")
 
 
 @job.command()
@@ -90,10 +89,9 @@ def status(
     found = {queued.job: _read_quality(config, queued.job) for queued in jobs}
     if as_json:
         rows = [_public(queued, found[queued.job]) for queued in jobs]
-        document = msgspec.json.encode(rows if name is None else rows[0])
-        typer.echo(msgspec.json.format(document, indent=2).decode())
+        say(json_text(rows if name is None else rows[0]))
         return
-    console = Console(highlight=False)
+    console = Screen()
     if name is not None:
         print_lines(console, _details(jobs[0], found[name]))
     elif not jobs:

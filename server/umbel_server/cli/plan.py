@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from umbel_common.errors import ConfigError, PlanError
 from umbel_common.plans.plan import TrainingPlan
@@ -16,7 +15,7 @@ from umbel_common.secagg.encoding import encoding_of
 from umbel_common.trust.identity import fingerprint, open_signed, sign
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text, write_new_text
-from umbel_host.terminal import print_lines
+from umbel_host.terminal import Screen, print_lines
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.operator.config import load_config, load_roster
 
@@ -51,8 +50,8 @@ def new(
         raise typer.Exit(done.returncode)
     made, _ = plan_from_json(done.stdout, draft)
     write_new_text(out, plan_to_json(made))
-    console = Console(highlight=False)
-    print_lines(console, plan_lines(made))
+    console = Screen()
+    print_lines(console, plan_lines(made), fold=True)
     console.print(f"\nplan: {out}", soft_wrap=True)
 
 
@@ -78,8 +77,8 @@ def sign_command(
     encoding_of(made.aggregation, max(len(document.roster.members), 1)).prove_headroom()
     signed = sign(read_identity(Path(settings.identity)), made)
     write_new_text(out, plan_to_json(made, signed.signature))
-    console = Console(highlight=False)
-    print_lines(console, plan_lines(made))
+    console = Screen()
+    print_lines(console, plan_lines(made), fold=True)
     console.print(f"\nsigned plan: {out}", soft_wrap=True)
 
 
@@ -87,8 +86,8 @@ def sign_command(
 def show(file: PlanFile, config: Config = SERVER_TOML) -> None:
     """Show a plan, and whether this operator signed it."""
     made, signed = plan_from_json(read_text(file), file)
-    console = Console(highlight=False)
-    print_lines(console, plan_lines(made))
+    console = Screen()
+    print_lines(console, plan_lines(made), fold=True)
     if signed is None:
         console.print("\nnot signed")
         return

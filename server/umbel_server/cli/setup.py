@@ -6,11 +6,10 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
 
 from umbel_common.trust.enrolment import Address
 from umbel_common.trust.identity import fingerprint
-from umbel_host.terminal import name, print_lines
+from umbel_host.terminal import Screen, name, print_lines, say
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.operator.certificates import good_until
 from umbel_server.operator.config import load_config, load_roster
@@ -24,7 +23,7 @@ def renew(
     ] = False,
 ) -> None:
     """Give the server itself a new certificate; restart it afterwards."""
-    settings, console = load_config(config), Console(highlight=False)
+    settings, console = load_config(config), Screen()
     if authority:
         renewed = renew_authority(settings, load_roster(settings).roster.federation)
         print_lines(console, [("authority", good_until(renewed, datetime.now(UTC)))])
@@ -36,9 +35,7 @@ def renew(
         return
     renewed = renew_server(settings)
     print_lines(console, [("certificate", good_until(renewed, datetime.now(UTC)))])
-    typer.echo(
-        "\nThe port uses it after a restart of umbel-server run; no site has to do anything."
-    )
+    say("\nThe port uses it after a restart of umbel-server run; no site has to do anything.")
 
 
 def _address(value: str) -> str:
@@ -60,7 +57,7 @@ def init(
 ) -> None:
     """Create an operator: identity, certificate authority, server certificate, configuration."""
     identity = set_up(folder, federation, address)
-    console = Console(highlight=False)
+    console = Screen()
     print_lines(
         console,
         [

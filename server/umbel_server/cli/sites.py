@@ -24,7 +24,7 @@ from umbel_common.trust.roster_file import document_to_json, revocation_to_json
 from umbel_host.files.durable import all_or_nothing
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text, write_new_text
-from umbel_host.terminal import confirm, print_lines, table
+from umbel_host.terminal import Screen, confirm, print_lines, table
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.operator.admitted_sites import SiteEntry, load_sites, save_sites
 from umbel_server.operator.authority import certificate_pem
@@ -62,7 +62,7 @@ def add(
     check_request(asked, request)
     _check_new(asked, load_roster(settings), load_sites(Path(settings.sites)), request)
     own = fingerprint(asked.request.identity)
-    console = Console(highlight=False)
+    console = Screen()
     print_lines(console, [("site", asked.request.site), ("fingerprint", own)])
     _check_fingerprint(console, own, expected, request)
     with changing(settings), all_or_nothing() as written:
@@ -203,7 +203,7 @@ def list_command(config: Config = SERVER_TOML) -> None:
         certificate = parse(entry.certificate.encode(), settings.sites)
         until = "REVOKED" if entry.revoked else good_until(certificate, now)
         certificates.add_row(site, f"{certificate.serial_number:040x}", until)
-    console = Console(highlight=False)
+    console = Screen()
     if known:
         console.print(keys)
         console.print()
@@ -254,7 +254,7 @@ def revoke(
         if signed not in document.revocations:
             revocations = (*document.revocations, signed)
             save_roster(settings, msgspec.structs.replace(document, revocations=revocations))
-    console = Console(highlight=False)
+    console = Screen()
     print_lines(
         console,
         [
@@ -285,7 +285,7 @@ def renew(
         document, known = load_roster(settings), load_sites(Path(settings.sites))
         _check_renewal(asked, document, known, request)
         _admit(settings, asked, document, out, request, written)
-    console = Console(highlight=False)
+    console = Screen()
     print_lines(console, [("site", asked.request.site), ("kit", str(out))])
     console.print(
         "\nSend the kit to the site: umbel-client join. With the same relay key, the former\n"
@@ -324,7 +324,7 @@ def export(out: Out, config: Config = SERVER_TOML) -> None:
     document = load_roster(load_config(config))
     write_new_text(out, document_to_json(document))
     lines = [("roster", str(out)), ("digest", document.roster.digest().hex())]
-    print_lines(Console(highlight=False), lines)
+    print_lines(Screen(), lines)
 
 
 def register(app: typer.Typer) -> None:

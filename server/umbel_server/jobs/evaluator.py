@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from umbel_common.plans.figures import Evaluation
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_to_json
 from umbel_common.plans.requests import EvaluationRequest, HoldoutColumns
+from umbel_host.files.durable import create
+from umbel_host.processes.lifecycle import require_own
 from umbel_host.processes.supervisor import end_with_parent
 from umbel_server.messaging.link import JobStopped
 from umbel_server.operator.config import EvaluationConfig
@@ -82,13 +85,17 @@ class ProcessEvaluator:
             raise _failed(f"an answer that does not decode: {error}") from None
         finally:
             for name in ("adapter.f32", "before.f32"):
-                (self._scratch / name).unlink(missing_ok=True)
+                with suppress(OSError):
+                    (self._scratch / name).unlink()
 
     def _write(self, name: str, vector: Vector) -> str:
         path = self._scratch / name
         try:
             self._scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.write_bytes(to_bytes(vector))
+            require_own(self._scratch)
+            # What is there is of an evaluation that was cut short, or somebody's trap.
+            path.unlink(missing_ok=True)
+            create(path, to_bytes(vector), mode=0o600)
         except OSError as error:
             raise StorageError(
                 "an adapter cannot be written for its evaluation",

@@ -22,6 +22,7 @@ from umbel_server.storage.job_queue import JobQueue, JobState, QueuedJob
 from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
 
+_MISTAKE = "a mistake of Umbel itself; the log has its details"
 _logger = logging.getLogger("umbel.rounds")
 
 Connect = Callable[[Callable[[], bool]], AbstractContextManager[Link]]
@@ -74,6 +75,10 @@ class JobRunner:
                 return False
             _logger.error("%s: %s", queued.job, error.diagnostics())
             self.queue.set_state(queued.job, JobState.FAILED, error.diagnostics())
+        except Exception:
+            # A mistake of ours ends the job that led to it, and not the process with the key.
+            _logger.exception("%s: %s", queued.job, _MISTAKE)
+            self.queue.set_state(queued.job, JobState.FAILED, _MISTAKE)
         else:
             self.queue.set_state(queued.job, JobState.FINISHED)
             _logger.info("%s is finished, with adapter %s", queued.job, release.adapter.hex())

@@ -2,13 +2,16 @@
 
 They meet at a Unix socket. `Post` leaves a sealed message for a site; `Collect` asks for its reply.
 The process with the port cannot read what it carries, nor change it unnoticed: no key and nothing
-unsealed may ever pass here.
+unsealed may ever pass here. It is open to strangers and may say anything: whatever it says that is
+not an answer is a lost message, and never an error of the process with the key.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import grpc
 import msgspec
@@ -24,6 +27,9 @@ _POLL_SHARE = 0.05
 their people: what this adds to a wait is this share of it. A question costs the other process some
 queries of its database."""
 _AGAIN_SECONDS = 0.5
+_logger = logging.getLogger("umbel.rounds")
+T = TypeVar("T")
+
 _KEPT_BYTES = 1 << 20
 """Largest message that is kept until its reply comes, to be posted again if it is lost."""
 
@@ -112,6 +118,7 @@ class CarrierLink:
         self._channel = channel(path)
         self._post = self._channel.stream_unary(f"/{CARRIER}/Post")
         self._collect = self._channel.unary_stream(f"/{CARRIER}/Collect")
+        self._complaint = ""
 
     def close(self) -> None:
         """Ends the connection."""
@@ -161,20 +168,44 @@ class CarrierLink:
                 one.identifier = self._leave(step, one.site, one.sealed, deadline)
                 one.next_post = time.monotonic() + _AGAIN_SECONDS
             return False, None
+        lost: tuple[bool, bytes | None] = (True, None)
         try:
-            answer = self._collect(one.identifier.encode())
-            collected = msgspec.json.decode(next(answer), type=_Collected)
-            reply = joined(answer) if collected.replied else None
+            over, reply = self._heard(partial(self._collected, one.identifier, deadline), lost)
         except grpc.RpcError:
             # The other process has ended. It may come back with the message or without.
             return False, None
-        if not collected.over:
+        if not over:
             return False, None
         if reply is None and one.sealed is not None:
             # The message was lost, or the site went away: a small message is posted again.
             one.identifier, one.next_post = None, time.monotonic() + _AGAIN_SECONDS
             return False, None
         return True, reply
+
+    def _collected(self, identifier: str, deadline: float) -> tuple[bool, bytes | None]:
+        answer = self._collect(
+            identifier.encode(), timeout=max(deadline - time.monotonic(), _AGAIN_SECONDS)
+        )
+        collected = msgspec.json.decode(next(answer), type=_Collected)
+        return collected.over, joined(answer) if collected.replied else None
+
+    def _heard(self, ask: Callable[[], T], lost: T) -> T:
+        """Returns an answer of the other process, or `lost` for anything else that it sends.
+
+        Raises:
+            grpc.RpcError: it does not answer.
+        """
+        try:
+            return ask()
+        except grpc.RpcError:
+            raise
+        except Exception as error:
+            # Whatever a stranger inside that process can make our decoders raise.
+            complaint = type(error).__name__
+            if complaint != self._complaint:
+                self._complaint = complaint
+                _logger.error("the process with the port gives no answer: %s %s", complaint, error)
+            return lost
 
     def _leave(self, step: Step, site: str, sealed: bytes, deadline: float) -> str | None:
         """Posts a message; returns its ID, or None if the site was never connected.
@@ -184,14 +215,16 @@ class CarrierLink:
         while True:
             address = _Address(site, str(step), max(deadline - time.monotonic(), 1.0))
             try:
-                answer = self._post(_request(address, sealed), timeout=address.seconds)
+                return self._heard(partial(self._posted, address, sealed), None)
             except grpc.RpcError:
                 self._check_stopped()
                 if time.monotonic() >= deadline:
                     return None
                 time.sleep(_AGAIN_SECONDS)
-            else:
-                return msgspec.json.decode(answer, type=Posted).identifier
+
+    def _posted(self, address: _Address, sealed: bytes) -> str | None:
+        answer = self._post(_request(address, sealed), timeout=address.seconds)
+        return msgspec.json.decode(answer, type=Posted).identifier
 
 
 def _pause(waited: float) -> float:

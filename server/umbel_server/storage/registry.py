@@ -13,14 +13,20 @@ from umbel_common.adapters.vector import Vector, adapter_digest
 from umbel_common.errors import StorageError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_host.files.adapter_folder import read_vector, write_vector
+from umbel_host.processes.lifecycle import require_own
 
 
 class Registry:
     """The releases of an aggregation server."""
 
     def __init__(self, root: Path) -> None:
-        """Creates `root` if it is missing."""
+        """Creates `root` if it is missing.
+
+        Raises:
+            StorageError: another user could have put adapters there, or can.
+        """
         root.mkdir(parents=True, exist_ok=True)
+        require_own(root)
         self._root = root
 
     def folder(self, digest: bytes) -> Path:
@@ -61,9 +67,10 @@ class Registry:
         """Reads a stored adapter, float32[plan.lora.size]; the caller may change the vector.
 
         Raises:
-            StorageError: it is missing, or does not match its digest.
+            StorageError: it is missing, does not match its digest, or could be another user's.
         """
         folder = self.folder(digest)
+        require_own(folder)
         vector = read_vector(folder, plan)
         if adapter_digest(plan.digest(), vector) != digest:
             raise StorageError(

@@ -76,7 +76,7 @@ class PlainView(View):
 
     def _print(self, line: str) -> None:
         text = f"[{clock(self._state.seconds)}] {line}"
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
 
 class LiveView(View):

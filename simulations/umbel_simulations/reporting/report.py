@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from umbel_common.printable import printable
 from umbel_simulations.reporting.measures import ACCURACY, Measure, measure_of
 from umbel_simulations.reporting.results import Comparison, RunSummary, Score
 from umbel_simulations.reporting.table import against, ordered, privacy_of, warnings_of
@@ -46,6 +47,7 @@ def write_report(summary: RunSummary, path: Path) -> None:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -71,6 +73,11 @@ def write_report(summary: RunSummary, path: Path) -> None:
         labels=_label_rows(summary),
     )
     write(path, page.encode())
+
+
+def _shown(value: object) -> object:
+    """What a page shows of a value: no text of a data set turns the words beside it around."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _measure(summary: RunSummary) -> Measure:

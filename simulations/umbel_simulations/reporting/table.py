@@ -23,7 +23,7 @@ ANSWERS_SHOWN = 2
 def print_summary(console: Console, summary: RunSummary) -> None:
     """Prints the comparisons and the sites, under a red banner if the run is not private."""
     for warning in warnings_of(summary):
-        console.print(Panel(warning, style="bold white on red", box=box.SQUARE), highlight=False)
+        console.print(Panel(warning, style="bold white on red", box=box.SQUARE))
     for table in (_comparisons(summary), _sites(summary)):
         console.print(table)
         console.print()
@@ -135,7 +135,7 @@ def _sites(summary: RunSummary) -> Table:
             *privacy_of(site),
             size(site.sent_masked_bytes),
             size(site.sent_protocol_bytes),
-            f"[bold red]{size(site.sent_clear_bytes)}[/]" if site.sent_clear_bytes else "0 B",
+            Text(size(site.sent_clear_bytes), style="bold red" if site.sent_clear_bytes else ""),
         )
     return table
 

@@ -25,7 +25,7 @@ from umbel_common.trust.roster_file import (
     rotation_to_json,
 )
 from umbel_host.files.keys import read_identity, write_identity
-from umbel_host.terminal import exit_code, printable
+from umbel_host.terminal import exit_code
 
 OPERATOR_KEY, NORTH, SOUTH, NEW, THIEF = (Identity(bytes([number]) * 32) for number in range(1, 6))
 
@@ -312,10 +312,6 @@ def test_a_file_of_another_party_cannot_move_the_readers_cursor(
     shown = capfd.readouterr().err
     assert "\x1b" not in shown
     assert "\\x1b[2Joperator" in shown
-
-
-def test_what_is_printable_stays_as_it_is() -> None:
-    assert printable("Zürich ≤ 3\n  field: a[0]") == "Zürich ≤ 3\n  field: a[0]"
 
 
 @pytest.mark.parametrize("line", ["roster revoke", "roster revoke r.json --key 00"])

@@ -18,6 +18,7 @@ from umbel_client.site.policy import (
 from umbel_common.errors import PolicyRefusal
 from umbel_common.plans.plan import (
     Aggregation,
+    BaseModel,
     CausalLm,
     Classification,
     LocalPrivacy,
@@ -93,6 +94,14 @@ def test_a_plan_past_a_limit_is_refused_by_the_name_of_the_rule(
     make_plan: MakePlan, change: dict[str, object], check: str
 ) -> None:
     assert refusal(msgspec.structs.replace(LAW, **change), make_plan()) == check
+
+
+@pytest.mark.parametrize("name", ["mini\x1b[8mlm", "mini\u202elm", "a\nb", "m" * 257])
+def test_a_name_that_would_write_on_the_screen_is_refused_before_anybody_sees_it(
+    make_plan: MakePlan, name: str
+) -> None:
+    assert refusal(LAW, make_plan(model=BaseModel(name=name, digest=bytes(32)))) == "model-name"
+    judge_plan(LAW, make_plan(model=BaseModel(name="m" * 256, digest=bytes(32))))
 
 
 @pytest.mark.parametrize("labels", ["ab", "abcd", "abd", "acb", "abC"])

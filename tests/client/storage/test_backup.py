@@ -26,9 +26,12 @@ from umbel_client.site.policy import Budget
 from umbel_client.storage.journal import Journal, read_published
 from umbel_common.errors import BudgetError, LedgerError, RemoteProtocolError, StorageError
 from umbel_common.plans.statements import RoundHeader
+from umbel_common.trust.identity import Identity, fingerprint
+from umbel_host.files.keys import write_identity
 from umbel_host.processes.lifecycle import locked
 
 ZEROS = bytes(32)
+IDENTITY = Identity(bytes([7]) * 32)
 EVENT = DpEvent(1.0, 0.05, 10)
 UNLIMITED = Budget(math.inf, 1e-5)
 CLIENT_TOML = """
@@ -69,7 +72,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("state/decisions/approved", "state/adapters/job", "state/deltas", "state/cache"):
         (folder / name).mkdir(parents=True)
     (folder / "client.toml").write_text(CLIENT_TOML)
-    (folder / "identity.pem").write_text("a private key")
+    write_identity(folder / "identity.pem", IDENTITY)
     (folder / "roster.json").write_text("the roster")
     (folder / f"roster-{'ab' * 32}.json").write_text("a former roster")
     (folder / "state/decisions/approved/plan").write_text("approved")
@@ -81,15 +84,21 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def words(line: str) -> list[str]:
+    """A command; a restore is agreed to by the fingerprint of the site's key."""
+    named = ["--fingerprint", fingerprint(IDENTITY.public_key)] if line[:7] == "restore" else []
+    return [*line.split(), *named]
+
+
 def run(line: str) -> str:
-    result = CliRunner().invoke(app, line.split(), catch_exceptions=False)
+    result = CliRunner().invoke(app, words(line), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 def refusal(line: str, kind: type[StorageError | LedgerError | BudgetError] = StorageError) -> str:
     with pytest.raises(kind) as caught:
-        CliRunner().invoke(app, line.split(), catch_exceptions=False)
+        CliRunner().invoke(app, words(line), catch_exceptions=False)
     return caught.value.diagnostics()
 
 
@@ -132,6 +141,7 @@ def test_what_was_backed_up_comes_back_to_an_empty_machine(
     monkeypatch.chdir(site)
     printed = run("restore ../b.tar")
     assert f"put back  {site}/client.toml\n" in printed
+    assert "your key is not on this machine" in printed
     after = files(site)
     databases = {"state/ledger.sqlite", "state/session.sqlite"}
     gone = {"state/deltas/1.safetensors", "state/cache/hidden"}
@@ -324,10 +334,16 @@ def rewritten(backup: Path, change: dict[str, bytes | None]) -> None:
                 archive.addfile(member, BytesIO(data))
 
 
-def manifest_with(backup: Path, **values: object) -> bytes:
+def manifest_of(backup: Path) -> dict[str, object]:
     with tarfile.open(backup) as archive:
         text = archive.extractfile("manifest.json").read()  # type: ignore[union-attr]  # a file
-    return msgspec.json.encode({**msgspec.json.decode(text), **values})
+    manifest: dict[str, object] = msgspec.json.decode(text)["manifest"]
+    return manifest
+
+
+def manifest_with(backup: Path, **values: object) -> bytes:
+    """The manifest with other values, as nobody signed it (format 1)."""
+    return msgspec.json.encode({**manifest_of(backup), **values})
 
 
 def test_every_part_is_compared_with_the_manifest(site: Path) -> None:
@@ -359,7 +375,7 @@ def test_a_part_that_leads_out_of_the_folder_is_refused(site: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "later", [{"version": 2}, {"schemas": {"state/ledger.sqlite": 9}}, {"schemas": {"new.db": 1}}]
+    "later", [{"version": 3}, {"schemas": {"state/ledger.sqlite": 9}}, {"schemas": {"new.db": 1}}]
 )
 def test_a_backup_of_a_later_version_is_refused(site: Path, later: dict[str, object]) -> None:
     run("backup --out b.tar")

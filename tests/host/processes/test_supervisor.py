@@ -23,6 +23,9 @@ sys.exit(supervise(commands, stopping_seconds=1.0))
 CHILD = """
 import os, pathlib, signal, sys, time
 name = sys.argv[1]
+if name.startswith("ends-") and not pathlib.Path(name).exists():
+    pathlib.Path(name).touch()
+    sys.exit(int(name.removeprefix("ends-")))
 pathlib.Path(f"{name}.pid").write_text(str(os.getpid()))
 if name == "broken":
     sys.exit(10)
@@ -121,3 +124,11 @@ def test_who_gives_up_at_its_first_start_ends_all_with_its_exit_code(
     process = start("one", "broken")
     assert process.wait(HANGING) == 10
     assert ended(pid_of(tmp_path, "one"))
+
+
+def test_the_other_side_decides_not_when_all_end(start: Start, tmp_path: Path) -> None:
+    """A lying peer can show a mistake of ours or break the protocol, also at once."""
+    names = ("ends-1", "ends-40", "ends-44")
+    process = start(*names)
+    assert all(pid_of(tmp_path, name) for name in names)
+    assert process.poll() is None

@@ -1,6 +1,7 @@
 """`umbel-server backup` and `restore`: a journal, its adapters, and jobs that wait for people."""
 
 import shutil
+import tarfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -9,28 +10,37 @@ import pytest
 from typer.testing import CliRunner
 
 from umbel_common.adapters.vector import initial_vector
-from umbel_common.errors import StorageError
+from umbel_common.errors import StorageError, UmbelError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_common.protocol.transcript import JobStarted
-from umbel_common.trust.identity import Signed, sign
+from umbel_common.trust.identity import Signed, fingerprint, sign
 from umbel_host.files.keys import read_identity
+from umbel_host.files.restore import require_inside
 from umbel_host.processes.lifecycle import locked
 from umbel_server.cli import app
 from umbel_server.storage.job_queue import JobQueue, JobState
 from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
 
+SIGNER: list[str] = []
+"""The fingerprint of the operator's key."""
+
+
+def words(line: str) -> list[str]:
+    """A command; a restore is agreed to by that fingerprint."""
+    return [*line.split(), *(["--fingerprint", *SIGNER] if line[:7] == "restore" else [])]
+
 
 def run(line: str) -> str:
-    result = CliRunner().invoke(app, line.split(), catch_exceptions=False)
+    result = CliRunner().invoke(app, words(line), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 def refusal(line: str) -> str:
     with pytest.raises(StorageError) as caught:
-        CliRunner().invoke(app, line.split(), catch_exceptions=False)
+        CliRunner().invoke(app, words(line), catch_exceptions=False)
     return caught.value.diagnostics()
 
 
@@ -50,6 +60,7 @@ def operator(
     folder = tmp_path / "operator"
     monkeypatch.chdir(folder)
     identity, plan = read_identity(folder / "identity.pem"), make_plan()
+    SIGNER[:] = [fingerprint(identity.public_key)]
     adapter = Registry(folder / "state" / "registry").publish(plan, initial_vector(plan))
     release = sign(
         identity,
@@ -87,7 +98,7 @@ def test_an_operator_comes_back_on_an_empty_machine_with_its_jobs_stopped(
     before = texts(operator)
     for path in list(operator.iterdir()):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert "stopped   job, next\n" in run("restore ../b.tar")
+    assert "\nstopped: job, next\n" in run("restore ../b.tar")
     assert texts(operator) == before
     plan = make_plan()
     with closing(Journal(operator / "state" / "journal.sqlite")) as journal:
@@ -137,3 +148,48 @@ def test_an_operator_without_a_job_has_a_backup_too(operator: Path) -> None:
     run("restore b.tar")
     with closing(Journal(operator / "state" / "journal.sqlite")) as journal:
         assert journal.jobs() == []
+
+
+def test_a_backup_names_no_place_outside_its_folder(
+    operator: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    replace_everywhere: Callable[[object, object], None],
+) -> None:
+    """Even one that the operator's key signed; without the fix it writes there."""
+    text = (operator / "server.toml").read_text()
+    (operator / "roster.json").rename(tmp_path / "roster.json")
+    assert 'roster = "roster.json"' in text
+    text = text.replace('roster = "roster.json"', f'roster = "{tmp_path}/roster.json"')
+    (operator / "server.toml").write_text(text)
+    run("backup --out ../b.tar")
+    (tmp_path / "roster.json").unlink()
+    new = tmp_path / "new"
+    new.mkdir()
+    monkeypatch.chdir(new)
+    assert "outside the folder that it is restored into" in refusal("restore ../b.tar")
+    assert list(new.iterdir()) == []
+    assert not (tmp_path / "roster.json").exists()
+    replace_everywhere(require_inside, lambda folder, places: None)
+    run("restore ../b.tar")
+    assert (tmp_path / "roster.json").exists()
+
+
+def test_nothing_is_restored_that_nobody_agreed_to(operator: Path) -> None:
+    run("backup --out b.tar")
+    shutil.rmtree(operator / "state")
+    with pytest.raises(UmbelError, match="by a person at a terminal"):
+        CliRunner().invoke(app, ["restore", "b.tar"], catch_exceptions=False)
+    SIGNER[:] = [fingerprint(bytes(32))]
+    assert "not signed by the key that was named" in refusal("restore b.tar")
+    assert not (operator / "state").exists()
+
+
+def test_a_backup_follows_no_link(operator: Path) -> None:
+    """Root backs up: where a link of the port's user leads, only root may be able to read."""
+    (folder,) = (operator / "state" / "registry").iterdir()
+    (folder / "shadow").symlink_to(operator / "identity.pem")
+    run("backup --out b.tar")
+    with tarfile.open(operator / "b.tar") as archive:
+        assert not [name for name in archive.getnames() if name.endswith("/shadow")]
+        assert [name for name in archive.getnames() if name.endswith("/plan.json")]
