@@ -65,11 +65,11 @@ def count_tokens(examples: Examples, folder: Path, task: Task | None = None) -> 
             chat.render(record, row)
             for record, row in zip(records.records, records.rows, strict=True)
         ]
+        with quietly():
+            both = chat.lengths(rendered, records.rows)
     except DataError as error:
         error.file = examples.path
         raise
-    with quietly():
-        both = chat.lengths(rendered)
     return Lengths(both[:, 0], both[:, 1])
 
 
