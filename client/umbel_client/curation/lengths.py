@@ -12,7 +12,8 @@ from umbel_client.data.chat import Chat
 from umbel_client.data.conversations import Conversation
 from umbel_client.data.records import Records
 from umbel_client.data.tokens import AT_ONCE, Ints, load_tokenizer
-from umbel_client.models.base.folder import model_config, quietly, require_context
+from umbel_client.models.base.architecture import require_context
+from umbel_client.models.base.folder import quietly, skeleton
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import CausalLm, Task
 
@@ -112,7 +113,7 @@ def require_fit(examples: Examples, lengths: Lengths, folder: Path, task: Task) 
         ModelError: the model cannot read as many tokens as the plan allows.
         DataError: names the rows that are too long, or have nothing left of their answer.
     """
-    require_context(folder, model_config(folder, task), task)
+    require_context(folder, skeleton(folder, task), task)
     longer = lengths.whole > task.max_tokens
     if isinstance(task, CausalLm):
         if task.too_long == "refuse":

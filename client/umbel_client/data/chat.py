@@ -201,9 +201,7 @@ class Chat:
             else:
                 whole = self._apply(record.turns, False)
         except DataError as error:
-            raise _row_error(
-                row, "cannot be rendered by the chat template", error.found
-            ) from error
+            raise _row_error(row, "cannot be rendered by the chat template", error.found) from error
         if not whole.startswith(prompt):
             raise _row_error(
                 row,

@@ -272,7 +272,11 @@ def check_template(record: LmRecord, task: CausalLm, row: int, path: Path | None
         fits = task.loss_on == "all"
     else:
         roles = [turn.role for turn in record.turns]
-        column, what, found = "messages", "is a conversation, which takes a template", ", ".join(roles)
+        column, what, found = (
+            "messages",
+            "is a conversation, which takes a template",
+            ", ".join(roles),
+        )
         accepted = 'with task.template "plain": one prompt and its completion'
         fits = roles == ["user", "assistant"]
     if not fits:

@@ -20,7 +20,6 @@ from umbel_common.errors import DataError
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import CausalLm, Classification, Task
 
-
 _NO_NAMES = frozenset({"", "nan", "none", "null", "n/a", "na", "<na>", "#n/a", "nat"})
 """What other programs write where a unit is missing, in lower case; it would be one unit of all."""
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})

@@ -12,8 +12,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from umbel_client.models.adapters.lora import attach, tensors_of
+from umbel_client.models.base.architecture import (
+    naming_architecture,
+    positions_of,
+    require_context,
+    vocabulary_of,
+)
 from umbel_client.models.base.files import folder_digest
-from umbel_client.models.base.folder import load_base, require_context
+from umbel_client.models.base.folder import load_base
 from umbel_client.models.base.layers import (
     body_of,
     layers_of,
@@ -108,13 +114,14 @@ class AdaptedModel(nn.Module):
             )
         # Moved to its device before PEFT adds layers: tensors that move later are not trained.
         base = load_base(folder, plan.task).to(device)  # type: ignore[arg-type]  # wrapped by torch
-        require_context(folder, base.config, plan.task)
+        require_context(folder, base, plan.task)
         if quantisation == "nf4":
             quantise(base, torch.bfloat16 if precision == "bfloat16" else torch.float32)
-        parameters, head = attach(folder, base, plan.task, plan.lora)
-        _check_tensors(folder, tensors_of(parameters), plan.lora.tensors)
-        ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}
-        return cls(base, head, ordered, plan, precision, checkpointing=checkpointing)
+        with naming_architecture(base):
+            parameters, head = attach(folder, base, plan.task, plan.lora)
+            _check_tensors(folder, tensors_of(parameters), plan.lora.tensors)
+            ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}
+            return cls(base, head, ordered, plan, precision, checkpointing=checkpointing)
 
     def follow(self, plan: TrainingPlan) -> None:
         """Takes another plan for the same adapter: other training or other privacy.
@@ -130,6 +137,16 @@ class AdaptedModel(nn.Module):
                 accepted=f"a plan that differs from {self.plan.job} in training or privacy alone",
             )
         self.plan = plan
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model knows: each id is smaller."""
+        return vocabulary_of(self.base)
+
+    @property
+    def positions(self) -> int | None:
+        """Number of tokens that the model can read at once; None: any."""
+        return positions_of(self.base)
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from umbel_client.models.base import nf4
+from umbel_client.models.base.architecture import naming_architecture, require_context
 from umbel_client.models.base.folder import peft_quietly, skeleton
 from umbel_client.models.base.layers import output_layer
 from umbel_common.errors import ModelError
@@ -39,7 +40,8 @@ def plan_lora(
     It needs the folder's configuration, not its weights.
 
     Raises:
-        ModelError: a target or the head is not in the model, or is not a linear layer.
+        ModelError: a target or the head is not in the model, or is not a linear layer; or the
+            model cannot read texts as long as the task's.
     """
     lora = Lora(
         rank=rank,
@@ -51,7 +53,10 @@ def plan_lora(
         tensors=(),
         scaling=scaling,
     )
-    parameters, _head = attach(folder, skeleton(folder, task), task, lora)
+    base = skeleton(folder, task)
+    require_context(folder, base, task)
+    with naming_architecture(base):
+        parameters, _head = attach(folder, base, task, lora)
     return msgspec.structs.replace(lora, tensors=tensors_of(parameters))
 
 

@@ -42,33 +42,6 @@ def skeleton(folder: Path, task: Task) -> PreTrainedModel:
     return _without_pooler(base, task)
 
 
-def model_config(folder: Path, task: Task) -> PretrainedConfig:
-    """The model's configuration, for a task.
-
-    Raises:
-        ModelError: it is missing or of an unknown architecture.
-    """
-    with _building(folder):
-        return _config(folder, task)
-
-
-def require_context(folder: Path, config: PretrainedConfig, task: Task) -> None:
-    """Refuses a task with longer texts than the model can read.
-
-    Raises:
-        ModelError: says how many tokens the model can read.
-    """
-    positions = getattr(config, "max_position_embeddings", task.max_tokens)
-    if task.max_tokens > positions:
-        raise ModelError(
-            "a plan asks for longer texts than the base model can read",
-            file=folder,
-            field="task.max_tokens",
-            found=task.max_tokens,
-            accepted=f"at most {positions}",
-        )
-
-
 def load_base(folder: Path, task: Task) -> PreTrainedModel:
     """The model with its weights: float32, frozen, in evaluation mode, on the CPU.
 
