@@ -80,6 +80,7 @@ def run(path: Path, no_isolation: str | None) -> None:
         torch.set_num_threads(config.threads)
         trainer = Trainer(config, pinned, identity, observer=log)
         stack.callback(trainer.close)
+        trainer.require_data()
         service = _Service(config, pinned, trainer, log)
         for server in service.servers(trainer_socket(relay)):
             server.start()

@@ -5,10 +5,11 @@ they were not meant to be. Such a failure is turned into an error of ours that n
 architecture.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -33,14 +34,20 @@ def naming_architecture(base: PreTrainedModel) -> Iterator[None]:
 
 
 def vocabulary_of(base: PreTrainedModel) -> int:
-    """Number of tokens that a model has a row for in its embedding."""
+    """Number of tokens that a model has a row for, in its embedding and in its output layer."""
+    rows = [
+        len(weight)
+        for layer in (_layer(base.get_input_embeddings), _layer(base.get_output_embeddings))
+        if isinstance(weight := getattr(layer, "weight", None), torch.Tensor)
+    ]
+    return min(rows, default=int(base.config.get_text_config().vocab_size))
+
+
+def _layer(get: Callable[[], object]) -> object:
     try:
-        embedding: object = base.get_input_embeddings()
-    except NotImplementedError:
-        embedding = None
-    if isinstance(embedding, nn.Embedding):
-        return embedding.num_embeddings
-    return int(base.config.get_text_config().vocab_size)
+        return get()
+    except (NotImplementedError, AttributeError):
+        return None
 
 
 def positions_of(base: PreTrainedModel) -> int | None:
