@@ -9,6 +9,7 @@ import pytest
 from adversarial.site_process import Quiet
 from support.small_models import one_round, plan_for
 
+from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.site.config import ClientConfig, DataConfig, ModelConfig
 from umbel_client.site.policy import Policy
@@ -22,9 +23,9 @@ from umbel_common.plans.plan import Classification
 Open = Callable[[], SiteJob]
 STEPS = (
     "noise_for",
-    "load_records",
     "Ledger.open",
     "load_site_model",
+    "largest_record_test",
     "self_test",
     "prepare",
     "choose_batch_limit",
@@ -44,7 +45,7 @@ def opened(tmp_path: Path, tiny_model: Path) -> Open:
         roster="roster.json",
         data=DataConfig(path=str(data), public_size=12),
         model=ModelConfig(path=str(tiny_model)),
-        policy=Policy(total_epsilon=100.0),
+        policy=Policy(total_epsilon=100.0, labels=("a", "b")),
     )
     plan = plan_for(tiny_model, Classification(labels=("a", "b")), training=one_round(6))
     # The roster is asked for size classes only, which this plan does not weigh by.
@@ -53,6 +54,7 @@ def opened(tmp_path: Path, tiny_model: Path) -> Open:
         config,
         plan,
         roster,
+        SiteData.load(config),
         published=Published(ledger_head=None, answers=0),
         observer=Quiet(),
         entropy=lambda size: bytes(size),
@@ -68,7 +70,7 @@ def target(name: str) -> tuple[object, str]:
     return owner, attribute
 
 
-def test_the_noise_is_calibrated_before_the_data_and_the_ledger_opened_before_the_model(
+def test_the_noise_is_calibrated_first_and_the_ledger_opened_before_the_model(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[str] = []
@@ -87,7 +89,7 @@ def test_the_noise_is_calibrated_before_the_data_and_the_ledger_opened_before_th
     assert tuple(taken) == STEPS
 
 
-@pytest.mark.parametrize("name", [*STEPS[3:], "DeltaCache", "Ledger.require_stated"])
+@pytest.mark.parametrize("name", [*STEPS[2:], "DeltaCache", "Ledger.require_stated"])
 def test_a_step_that_fails_leaves_the_ledger_free(
     opened: Open, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -112,7 +114,8 @@ def test_an_open_job_holds_its_ledger(opened: Open, tmp_path: Path) -> None:
 def test_a_job_that_is_printed_shows_neither_records_nor_noise(opened: Open) -> None:
     made = opened()
     try:
-        shown = f"{made!r} {made._trainer!r}"
+        made.prepare()
+        shown = f"{made!r} {made._prepared!r} {made._prepared.trainer!r} {made._records!r}"
         assert "ids" not in shown
         assert "noise" not in shown
     finally:
@@ -122,6 +125,7 @@ def test_a_job_that_is_printed_shows_neither_records_nor_noise(opened: Open) -> 
 def test_a_round_reserved_without_noise_stops_a_plan_with_privacy(opened: Open) -> None:
     made = opened()
     try:
+        made.prepare()
         with pytest.raises(PlanError, match="noise"):
             made.train(1, initial_vector(made.plan), None)
     finally:
