@@ -49,6 +49,7 @@ def compute_parts(
     *,
     compute: Callable[[Ints], None],
     discard: Callable[[], None],
+    private: bool = False,
 ) -> None:
     """Calls `compute` on physical batches that together hold each chosen record once.
 
@@ -60,9 +61,12 @@ def compute_parts(
         units: int64[records of the data], the unit of each record; None: each record is a unit.
         compute: adds what a part contributes, as its last action.
         discard: drops what a `compute` that failed has left behind.
+        private: whether the records of a unit that do not fit into memory count as zero: an error
+            would tell that such a unit is in the batch.
 
     Raises:
-        ModelError: a unit's records are in several parts, or do not fit into memory together.
+        ModelError: a unit's records are in several parts; or they do not fit into memory together
+            (unless `private`).
     """
     pending = _cut(data, chosen, limit.records, units)
     while pending:
@@ -74,13 +78,17 @@ def compute_parts(
         torch.cuda.empty_cache()
         half = (len(part) + 1) // 2
         if len(_cut(data, part, half, units)) == 1:
-            raise ModelError(
+            error = ModelError(
                 "the records of one unit do not fit into memory",
                 field="physical_batch_size",
                 found=f"{len(part)} at once",
                 remedy="give the trainer more memory, lower data.max_records_per_unit,"
                 " or agree on a plan with shorter texts or a smaller model",
             )
+            if not private:
+                raise error
+            _logger.error("%s", error.diagnostics())
+            continue
         limit.lower(half)
         pending = _cut(data, np.concatenate([part, *pending]), half, units)
 

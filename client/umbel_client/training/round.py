@@ -92,8 +92,7 @@ class LocalTrainer:
         3. For each step: set the learning rates, and draw a Poisson batch of units. Take one step
            (`private_step`, or `plain_step` without privacy); after the first, check that it moved
            the adapter (without privacy: unless its batch was empty). Add the change so far to the
-           average; tell `on_step`. Records that do not fit, or whose gradients are not separate,
-           stop it (ModelError).
+           average; tell `on_step`. Records whose gradients are not separate stop it (ModelError).
         4. The delta is the change after the last step, or the average. It must be finite.
 
         Args:
@@ -106,8 +105,8 @@ class LocalTrainer:
             PlanError: the noise does not fit the plan's privacy, or its optimizer.
             ModelError: a trained module has no gradient for each record, or the gradients of
                 records are not separate; the first step left the adapter as it was; the adapter is
-                not finite in the end; or the records of one unit do not fit into memory, or are in
-                several physical batches.
+                not finite in the end; the records of one unit are in several physical batches, or,
+                without privacy, do not fit into memory.
         """
         plan = self.model.plan
         noise_multiplier = self.noise.noise_multiplier
