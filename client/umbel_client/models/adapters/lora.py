@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from umbel_client.models.base import nf4
-from umbel_client.models.base.architecture import naming_architecture, require_context
+from umbel_client.models.base.architecture import naming_architecture
 from umbel_client.models.base.folder import peft_quietly, skeleton
 from umbel_client.models.base.layers import output_layer
 from umbel_common.errors import ModelError
@@ -41,7 +41,7 @@ def plan_lora(
 
     Raises:
         ModelError: a target or the head is not in the model, or is not a linear layer; or the
-            model cannot read texts as long as the task's.
+            architecture fails.
     """
     lora = Lora(
         rank=rank,
@@ -54,7 +54,6 @@ def plan_lora(
         scaling=scaling,
     )
     base = skeleton(folder, task)
-    require_context(folder, base, task)
     with naming_architecture(base):
         parameters, _head = attach(folder, base, task, lora)
     return msgspec.structs.replace(lora, tensors=tensors_of(parameters))
