@@ -165,10 +165,10 @@ def asking(plan: TrainingPlan, **task: Any) -> TrainingPlan:
     return msgspec.structs.replace(plan, job=name, task=CausalLm(**fields))
 
 
-def hostile_plans(plan: TrainingPlan) -> Iterator[TrainingPlan]:
+def hostile_plans(plan: TrainingPlan, lengths: Sequence[int] = (16, 64)) -> Iterator[TrainingPlan]:
     """Each combination of what a plan may say about how records are read, and an evaluation."""
     for tokens, template, loss_on, too_long in product(
-        (4, 16, 64), ("chat", "plain"), ("answer", "all"), ("refuse", "truncate")
+        lengths, ("chat", "plain"), ("answer", "all"), ("refuse", "truncate")
     ):
         yield asking(plan, max_tokens=tokens, template=template, loss_on=loss_on, too_long=too_long)
     yield msgspec.structs.replace(
@@ -234,9 +234,11 @@ def worlds(tmp_path: Path, model: Path) -> Iterator[Callable[..., Site]]:
         site.trainer.close()
 
 
-def differing(sites: Sequence[Site], plans: Sequence[TrainingPlan]) -> list[str]:
-    """The jobs for which the sites do not answer with the same sealed bytes."""
-    return [plan.job for plan in plans if len({site.handle(offer(plan)) for site in sites}) > 1]
+def differing(sites: Sequence[Site], plans: Sequence[TrainingPlan]) -> Iterator[str]:
+    """Yields the jobs for which the sites do not answer with the same sealed bytes."""
+    for plan in plans:
+        if len({site.handle(offer(plan)) for site in sites}) > 1:
+            yield plan.job
 
 
 @pytest.mark.usefixtures("loaded_once")
@@ -246,9 +248,9 @@ def test_two_neighbouring_data_sets_answer_every_offer_with_the_same_bytes(
 ) -> None:
     rows, more = NEIGHBOURS[name]
     plans = list(hostile_plans(plan))
-    assert differing([worlds(rows), worlds([*rows, more])], plans) == []
+    assert list(differing([worlds(rows), worlds([*rows, more])], plans)) == []
     with looking_first():
-        assert differing([worlds(rows), worlds([*rows, more])], plans)
+        assert any(differing([worlds(rows), worlds([*rows, more])], plans))
 
 
 @pytest.mark.usefixtures("loaded_once")
@@ -263,9 +265,9 @@ def test_whether_any_record_is_held_out_is_no_answer(
     rows = [row for row in found if not is_held(row)][:12]
     more = next(row for row in found if is_held(row))
     plans = list(hostile_plans(plan))[-1:]
-    assert differing([worlds(rows), worlds([*rows, more])], plans) == []
+    assert list(differing([worlds(rows), worlds([*rows, more])], plans)) == []
     with looking_first():
-        assert differing([worlds(rows), worlds([*rows, more])], plans)
+        assert any(differing([worlds(rows), worlds([*rows, more])], plans))
 
 
 @pytest.mark.usefixtures("loaded_once")
@@ -507,6 +509,6 @@ def test_a_record_that_does_not_fit_changes_no_answer_of_a_round(
 def test_with_real_models_too_neighbours_answer_alike(
     worlds: Callable[..., Site], plan: TrainingPlan
 ) -> None:
-    plans = list(hostile_plans(plan))
+    plans = list(hostile_plans(plan, (4, 16, 40, 64)))
     for rows, more in NEIGHBOURS.values():
-        assert differing([worlds(rows), worlds([*rows, more])], plans) == []
+        assert list(differing([worlds(rows), worlds([*rows, more])], plans)) == []
