@@ -355,8 +355,6 @@ def test_a_server_reads_one_code_whatever_is_wrong_with_the_data(
     if data is not None:
         site.data.write_text(data)
     site.start()
-    with pytest.raises(DataError):
-        site.trainer.require_data()
     assert site.ask(offer(plan), size_limit(plan)) == Refusal(check="site-not-ready")
     (error,) = site.observer.errors
     assert isinstance(error, DataError)

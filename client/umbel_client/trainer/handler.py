@@ -129,16 +129,16 @@ class Trainer:
         identity: Identity,
         *,
         observer: Observer,
+        data: SiteData | None = None,
         entropy: Entropy = os.urandom,
         clock: Callable[[], datetime] = datetime.now,
     ) -> None:
-        """Opens the site's journal and reads its data; a model is loaded when a plan is accepted.
-
-        Data that cannot be read is kept as that: the site then refuses every plan
-        (`site-not-ready`), and `require_data` says why.
+        """Opens the site's journal; a model is loaded when a plan is accepted.
 
         Args:
             pinned: the roster that this site pinned, and the keys that it holds for revoked.
+            data: the site's records; None: they are read now. A site whose data cannot be read
+                refuses every plan (`site-not-ready`).
             entropy: replaced only by simulations, which say that they are insecure.
             clock: this machine's local time, for the policy's hours.
 
@@ -165,7 +165,7 @@ class Trainer:
             entropy=entropy,
         )
         self._decisions = Decisions(state)
-        self._data = SiteData.load(config)
+        self._data = SiteData.load(config) if data is None else data
         for warning in self._data.warnings():
             _logger.warning("%s", warning)
         self._job: SiteJob | None = None
@@ -176,14 +176,6 @@ class Trainer:
             if self._job is not None:
                 self._job.close()
             self._site.journal.close()
-
-    def require_data(self) -> None:
-        """Refuses to run with data that could not be read, for the site's own people.
-
-        Raises:
-            DataError: what is wrong with the data.
-        """
-        self._data.require()
 
     def status(self, job: str) -> SiteStatus:
         """The state of an accepted job at this site, for the site's own people.
