@@ -50,7 +50,7 @@ class DataSet(Value, frozen=True, kw_only=True):
     """The name of each unit in the file."""
     unit_column: str | None = None
     """The column that names the units; None: each record is its own unit."""
-    records: tuple[Any, ...] = ()
+    records: tuple[Any, ...]
     """The records, in the order of the file."""
 
     def __len__(self) -> int:
@@ -195,14 +195,14 @@ def records_of(
     units = _units(path, table, unit_column)
     kept = _first_of_each(units, columns.get("max_records_per_unit", 32))
     numbers = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
-    common = DataSet(
-        source=table.source,
-        path=str(path),
-        rows=tuple(row + table.first for row in kept),
-        units=() if unit_column is None else tuple(numbers[units[row]] for row in kept),
-        unit_names=() if unit_column is None else tuple(numbers),
-        unit_column=unit_column,
-    )
+    common: dict[str, Any] = {
+        "source": table.source,
+        "path": str(path),
+        "rows": tuple(row + table.first for row in kept),
+        "units": () if unit_column is None else tuple(numbers[units[row]] for row in kept),
+        "unit_names": () if unit_column is None else tuple(numbers),
+        "unit_column": unit_column,
+    }
     if isinstance(task, Classification):
         labelled = _labelled(
             path,
@@ -211,14 +211,9 @@ def records_of(
             columns.get("text_column", "text"),
             columns.get("label_column", "label"),
         )
-        return Records(records=tuple(labelled[row] for row in kept), **_fields(common))
+        return Records(records=tuple(labelled[row] for row in kept), **common)
     read = read_conversations(path, table, task, columns.get("record_format", "auto"))
-    return LmRecords(records=tuple(read[row] for row in kept), **_fields(common))
-
-
-def _fields(common: DataSet) -> dict[str, Any]:
-    names = set(common.__struct_fields__) - {"records"}
-    return {name: getattr(common, name) for name in names}
+    return LmRecords(records=tuple(read[row] for row in kept), **common)
 
 
 def _labelled(
