@@ -307,7 +307,7 @@ def test_a_ledger_that_was_rolled_back_is_noticed(federation: Any) -> None:
         shutil.copy(path, state / path.name)
     federation.start(SITE)
     assert federation.refusal(SITE, federation.train_request(federation.header(attempt=2))) == (
-        "site-fault"
+        "site-not-ready"
     )
     (error,) = federation.observers[SITE].errors
     assert "rolled back" in error.diagnostics()
@@ -361,9 +361,10 @@ def test_only_a_signed_early_end_makes_another_round_the_last(federation: Any) -
 def test_a_refusal_tells_the_server_a_code_and_the_site_everything(federation: Any) -> None:
     path = federation.folder / SITE / "data.jsonl"
     path.write_text('{"text": "a secret diagnosis", "label": "unheard of"}\n')
+    federation.start(SITE)
     request = OfferRequest(plan=sign(federation.operator, federation.plan))
     sealed = federation.trainers[SITE].handle(seal_request(federation.operator, SITE, request))
-    assert b"site-fault" in sealed
+    assert b"site-not-ready" in sealed
     assert b"secret" not in sealed
     assert b"unheard" not in sealed
     (error,) = federation.observers[SITE].errors

@@ -88,9 +88,9 @@ def test_what_was_noticed_stays_noticed_until_the_spend_is_stated(
     # A server that withholds the advert from now on, or a restart, changes nothing.
     assert federation.refusal(SITE, federation.train_request()) == "site-fault"
     federation.start(SITE)
-    assert federation.refusal(SITE, federation.train_request()) == "site-fault"
+    assert federation.refusal(SITE, federation.train_request()) == "site-not-ready"
     offer = OfferRequest(plan=sign(federation.operator, federation.plan))
-    assert federation.refusal(SITE, offer) == "site-fault"
+    assert federation.refusal(SITE, offer) == "site-not-ready"
     state_spend(federation, "--rounds job=1")
     assert isinstance(federation.ask(SITE, offer), OfferReply)
     # The round is charged, but nothing of it leaves.
@@ -161,7 +161,7 @@ def test_a_backup_that_is_restored_spends_nothing_before_it_is_stated(
     federation.start(SITE)
     for shown in (None, last):
         request = federation.showing(federation.header(attempt=2), shown)
-        assert federation.refusal(SITE, request) == "site-fault"
+        assert federation.refusal(SITE, request) == "site-not-ready"
     assert federation.observers[SITE].steps == 0
     state_spend(federation, "--rounds job=1")
     # The noise comes from the plan that the journal had accepted, since the ledger had no round.

@@ -34,7 +34,7 @@ def test_a_journal_of_before_an_answer_is_noticed(federation: Federation, stage:
     federation.trainers[SITE].close()
     shutil.copy(federation.folder / journal.name, journal)
     federation.start(SITE)
-    assert federation.refusal(SITE, request) == "site-fault"
+    assert federation.refusal(SITE, request) == "site-not-ready"
     (error,) = federation.observers[SITE].errors
     assert isinstance(error, LedgerError)
     assert "journal is older" in error.diagnostics()
@@ -47,7 +47,7 @@ def test_a_journal_that_is_gone_is_noticed(federation: Federation) -> None:
     (federation.folder / SITE / "state" / "session.sqlite").unlink()
     federation.start(SITE)
     offer = OfferRequest(plan=sign(federation.operator, federation.plan))
-    assert federation.refusal(SITE, offer) == "site-fault"
+    assert federation.refusal(SITE, offer) == "site-not-ready"
 
 
 def test_a_second_client_is_refused_until_the_first_has_died(
@@ -58,11 +58,11 @@ def test_a_second_client_is_refused_until_the_first_has_died(
     offer = OfferRequest(plan=sign(federation.operator, federation.plan))
     other = KillableSite(federation, random.Random(1), most_steps=NEVER)
     try:
-        assert other.ask("offer", offer) == Refusal(check="site-fault")
+        assert other.ask("offer", offer) == Refusal(check="site-not-ready")
         federation.trainers[SITE].close()
         assert isinstance(other.ask("offer", offer), OfferReply)
         federation.start(SITE)
-        assert federation.refusal(SITE, offer) == "site-fault"
+        assert federation.refusal(SITE, offer) == "site-not-ready"
         assert "another process" in federation.observers[SITE].errors[0].diagnostics()
         os.kill(other.process, signal.SIGKILL)
         # Its end of the connection closes with the process, as does the lock.

@@ -126,7 +126,7 @@ BARRIERS: dict[str, Callable[[pytest.MonkeyPatch, Replace], None]] = {
 STOPPED_AS = {
     "canonical-set": "site-fault",
     "context-binding": "share-decrypt",
-    "counted-answers": "site-fault",
+    "counted-answers": "site-not-ready",
     "share-authentication": "share-decrypt",
     "pinned-roster": "roster-digest",
     "durable-journal": "second-answer",

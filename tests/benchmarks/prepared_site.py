@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import umbel_client.trainer.handler
+from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.privacy.accounting import DpEvent
 from umbel_client.privacy.calibration import SiteNoise
@@ -33,6 +34,9 @@ SPREAD = np.float32(1e-3)
 class PreparedJob(SiteJob):
     """A job whose deltas are there at once."""
 
+    def prepare(self) -> None:
+        """There is nothing to prepare."""
+
     def train(
         self, number: int, adapter: Vector, event: DpEvent | None
     ) -> tuple[Vector, OptimizerState]:
@@ -46,6 +50,7 @@ def open_prepared_job(
     config: ClientConfig,
     plan: TrainingPlan,
     roster: Roster,
+    data: SiteData,
     *,
     published: Published,
     observer: Observer,
@@ -59,13 +64,14 @@ def open_prepared_job(
     return PreparedJob(
         plan=plan,
         noise=SiteNoise(1.0, None),
-        _trainer=nothing,
-        _held_out=None,
+        _config=config,
+        _records=nothing,
+        _model=nothing,
+        _limit=nothing,
         _weight=1,
         _budget=config.policy.budget(plan),
         _ledger=ledger,
         _deltas=DeltaCache(state / "deltas" / plan.job),
-        _state=state,
         _observer=observer,
         _entropy=entropy,
     )

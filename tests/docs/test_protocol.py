@@ -20,6 +20,8 @@ POSITION = {
     "check_enough": 0,
     "_require_threshold": 0,
     "_at_most": 2,
+    "_one_of": 2,
+    "_refuse": 2,
 }
 """Calls that name a check, and the place of its name among their arguments."""
 

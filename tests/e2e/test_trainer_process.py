@@ -150,6 +150,7 @@ def test_a_second_trainer_on_one_state_folder_refuses_to_start(clinics: Clinics)
         ("[relay]", "[reley]", 10, "did you mean relay?"),
         ('identity = "identity.pem"', 'identity = "nobody.pem"', 20, "nobody.pem"),
         ('path = "data.jsonl"', 'path = "nowhere.jsonl"', 11, "nowhere.jsonl"),
+        ("public_size = 40", 'public_size = 40\nlabel_column = "text"', 11, "row 1 has a label"),
         ('state = "state"', 'state = "data.jsonl/state"', 50, "the state folder cannot be used"),
         ("[model]\n", '[model]\npath = "nowhere" #', 12, "nowhere"),
         ("minimum_cohort = 2", 'operators = ["aaaa-bbbb"]', 30, "operator"),

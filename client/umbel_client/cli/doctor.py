@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 from cryptography import x509
 
-from umbel_client.data.records import columns_of, load_records
+from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.file import read_ledger
 from umbel_client.models.base.files import folder_digest
 from umbel_client.relay.proxy import way_to
@@ -26,7 +26,6 @@ from umbel_client.site.config import ClientConfig
 from umbel_client.site.ipc import ControlStub
 from umbel_client.site.pinned_roster import check_own_key, load_pinned
 from umbel_common.errors import UmbelError, UnreachableError
-from umbel_common.plans.plan import CausalLm, Classification, Task
 from umbel_common.trust.identity import fingerprint
 from umbel_host.files.keys import read_identity
 
@@ -91,16 +90,16 @@ def _model(config: ClientConfig) -> tuple[Verdict, str]:
 
 
 def _data(config: ClientConfig) -> tuple[Verdict, str]:
-    data = config.data
-    # A plan for whole texts takes every format.
-    task: Task = CausalLm(loss_on="all")
-    if "causal-lm" not in config.policy.tasks:
-        if len(config.policy.labels) < 2:
-            return Verdict.BROKEN, "policy.labels names no labels, so every plan is refused"
-        task = Classification(labels=config.policy.labels)
-    records = load_records(Path(data.path), task, **columns_of(data))
-    unit = "each its own unit" if data.unit_column is None else f"units by {data.unit_column}"
-    return Verdict.FINE, f"{len(records):,} records, {unit}"
+    data = SiteData.load(config)
+    data.require()
+    if not data.read:
+        return Verdict.BROKEN, "policy.labels names no labels, so every plan is refused"
+    records = next(iter(data.read.values()))
+    column = config.data.unit_column
+    unit = "each its own unit" if column is None else f"units by {column}"
+    warnings = list(data.warnings())
+    verdict = Verdict.CARE if warnings else Verdict.FINE
+    return verdict, "\n".join([f"{len(records):,} records, {unit}", *warnings])
 
 
 def _ledger(config: ClientConfig) -> tuple[Verdict, str]:

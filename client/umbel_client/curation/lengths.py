@@ -8,11 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from umbel_client.curation.examples import Examples
-from umbel_client.data.chat import Chat
+from umbel_client.data.chat import Chat, fitting_answers
 from umbel_client.data.conversations import Conversation
-from umbel_client.data.records import Records
-from umbel_client.data.tokens import AT_ONCE, Ints, load_tokenizer
-from umbel_client.models.base.folder import model_config, quietly, require_context
+from umbel_client.data.records import LmRecords, Records, refuse
+from umbel_client.data.tokens import AT_ONCE, Ints, fitting_texts, load_tokenizer
+from umbel_client.models.base.architecture import require_context, vocabulary_of
+from umbel_client.models.base.folder import quietly, skeleton
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import CausalLm, Task
 
@@ -65,11 +66,11 @@ def count_tokens(examples: Examples, folder: Path, task: Task | None = None) -> 
             chat.render(record, row)
             for record, row in zip(records.records, records.rows, strict=True)
         ]
+        with quietly():
+            both = chat.lengths(rendered, records.rows)
     except DataError as error:
         error.file = examples.path
         raise
-    with quietly():
-        both = chat.lengths(rendered)
     return Lengths(both[:, 0], both[:, 1])
 
 
@@ -110,9 +111,11 @@ def require_fit(examples: Examples, lengths: Lengths, folder: Path, task: Task) 
 
     Raises:
         ModelError: the model cannot read as many tokens as the plan allows.
-        DataError: names the rows that are too long, or have nothing left of their answer.
+        DataError: names the rows that are too long, or have nothing left of their answer; or the
+            first that does not fit for another reason.
     """
-    require_context(folder, model_config(folder, task), task)
+    base = skeleton(folder, task)
+    require_context(folder, base, task)
     longer = lengths.whole > task.max_tokens
     if isinstance(task, CausalLm):
         if task.too_long == "refuse":
@@ -132,6 +135,13 @@ def require_fit(examples: Examples, lengths: Lengths, folder: Path, task: Task) 
             f"prompts of fewer than task.max_tokens = {task.max_tokens} tokens, and an answer",
             "shorten the prompts, or agree on a plan with more tokens",
         )
+    # What else could be wrong with a record is asked as a round asks it.
+    records, known = examples.records, vocabulary_of(base)
+    if isinstance(task, CausalLm):
+        assert isinstance(records, LmRecords)  # read_examples reads what the task is about
+        fitting_answers(records, folder, task, vocabulary=known)
+    elif isinstance(records, Records):
+        fitting_texts(records, folder, task.max_tokens, vocabulary=known, on_misfit=refuse)
     return int(longer.sum())
 
 

@@ -8,16 +8,25 @@ Transformers runs them in a sandbox.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from umbel_client.data.conversations import Conversation, LmRecord, Turn
-from umbel_client.data.records import LmRecords
-from umbel_client.data.tokens import AT_ONCE, Ints, Tokens, load_tokenizer
+from umbel_client.data.conversations import Conversation, LmRecord, Turn, check_template
+from umbel_client.data.records import LmRecords, Misfit, refuse
+from umbel_client.data.tokens import (
+    AT_ONCE,
+    Ints,
+    Tokens,
+    load_tokenizer,
+    require_known,
+    unreadable,
+)
 from umbel_common.errors import DataError, ModelError
 from umbel_common.plans.plan import CausalLm
 from umbel_host.files.model_folder import FileDigests
@@ -39,20 +48,67 @@ def tokenise_answers(
         The tokens, and labels int64[tokens]: the id of a token that counts, else `IGNORED`.
 
     Raises:
-        ModelError: the folder holds no fast tokenizer, or its chat template is missing or marks no
-            answers.
-        DataError: names the row that the template cannot render, or that is too long for the plan.
+        ModelError: the folder holds no fast tokenizer, or lacks the chat template that is needed.
+        DataError: names the row of a record that does not fit (`fitting_answers`).
+    """
+    _, tokens, labels = fitting_answers(records, folder, task, files)
+    return tokens, labels
+
+
+def fitting_answers(
+    records: LmRecords,
+    folder: Path,
+    task: CausalLm,
+    files: FileDigests | None = None,
+    *,
+    vocabulary: int | None = None,
+    on_misfit: Misfit = refuse,
+) -> tuple[list[int], Tokens, Ints]:
+    """Tokenises the records that fit. Whether one does depends on this record alone.
+
+    A record does not fit if the template does not take it or fails on it, if it is longer than the
+    plan allows (unless the plan cuts it), if nothing is left of its answer, if the tokenizer fails
+    on it, or if it has a token that the model does not know.
+
+    Args:
+        folder: the base model's, for its tokenizer.
+        files: see `umbel_client.data.tokens.load_tokenizer`.
+        vocabulary: number of tokens that the model knows; None: this is not asked.
+        on_misfit: called with each record that does not fit.
+
+    Returns:
+        The indices of the records that fit, and tokens and labels as `tokenise_answers` does.
+
+    Raises:
+        ModelError: as `tokenise_answers`.
     """
     chat = Chat.load(folder, task, files)
-    rows = records.rows or tuple(range(1, len(records) + 1))
-    try:
-        rendered = [
-            chat.render(record, row) for record, row in zip(records.records, rows, strict=True)
-        ]
-        return chat.tokens(rendered, rows)
-    except DataError as error:
-        error.file = records.path
-        raise
+
+    def leave_out(misfit: DataError) -> None:
+        misfit.file = records.path
+        on_misfit(misfit)
+
+    rendered: dict[int, Rendered] = {}
+    for index, record in enumerate(records.records):
+        try:
+            rendered[index] = chat.render(record, records.row(index))
+        except DataError as error:
+            leave_out(error)
+    kept: list[int] = []
+    ids: list[npt.NDArray[np.int32]] = []
+    labels: list[Ints] = []
+    encoded = chat.encoded(list(rendered.values()), [records.row(index) for index in rendered])
+    for (index, text), found in zip(rendered.items(), encoded, strict=True):
+        try:
+            these, counted = chat.counted(text, found, records.row(index), vocabulary)
+        except DataError as error:
+            leave_out(error)
+        else:
+            kept.append(index)
+            ids.append(these)
+            labels.append(counted)
+    tokens = Tokens.of(ids, chat.tokenizer)
+    return kept, tokens, np.concatenate([np.zeros(0, np.int64), *labels])
 
 
 @dataclass(frozen=True)
@@ -65,6 +121,15 @@ class Rendered:
     """Prompt and answer."""
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A text's tokens, uncut."""
+
+    ids: list[int]
+    ends: list[int]
+    """The position in the text where each token ends."""
+
+
 class Chat:
     """Renders and tokenises the records of one plan."""
 
@@ -73,7 +138,6 @@ class Chat:
         self.tokenizer = tokenizer
         self._task = task
         self._folder = folder
-        self._header = self._answer_header() if task.template == "chat" else ""
 
     @classmethod
     def load(cls, folder: Path, task: CausalLm, files: FileDigests | None = None) -> "Chat":
@@ -87,13 +151,17 @@ class Chat:
                 the tokenizer has none.
         """
         tokenizer = load_tokenizer(folder, files)
-        if task.template == "chat" and tokenizer.chat_template is None:
+        template: object = tokenizer.chat_template
+        named = sorted(template) if isinstance(template, dict) else ()
+        if task.template == "chat" and (template is None or (named and "default" not in named)):
             raise ModelError(
-                "the base model's tokenizer has no chat template",
+                "the base model's tokenizer has no chat template"
+                + (" for conversations alone" if named else ""),
                 file=folder,
                 field="chat_template",
-                found="none",
-                accepted="a chat_template.jinja, or one in tokenizer_config.json",
+                found=f"the templates {', '.join(named)}" if named else "none",
+                accepted="a chat_template.jinja, or one in tokenizer_config.json"
+                + (" that is named default" if named else ""),
                 remedy='use a model with one, or agree on a plan with task.template = "plain"',
             )
         if task.template == "plain" and tokenizer.eos_token_id is None:
@@ -129,6 +197,7 @@ class Chat:
         Raises:
             DataError: the template cannot render the record, or its answer has no beginning.
         """
+        check_template(record, self._task, row)
         everything = self._task.loss_on == "all"
         if not isinstance(record, Conversation):
             if everything:
@@ -140,8 +209,8 @@ class Chat:
                 whole = prompt + record.turns[-1].content
             else:
                 whole = self._apply(record.turns, False)
-        except TemplateError as error:
-            raise _row_error(row, "cannot be rendered by the chat template", error) from None
+        except DataError as error:
+            raise _row_error(row, "cannot be rendered by the chat template", error.found) from error
         if not whole.startswith(prompt):
             raise _row_error(
                 row,
@@ -150,64 +219,87 @@ class Chat:
             )
         return Rendered("" if everything else prompt, whole)
 
-    def tokens(self, rendered: Sequence[Rendered], rows: Sequence[int]) -> tuple[Tokens, Ints]:
-        """Token ids and labels; see `tokenise_answers`.
+    def counted(
+        self, text: Rendered, found: "Encoded | DataError", row: int, vocabulary: int | None = None
+    ) -> tuple[npt.NDArray[np.int32], Ints]:
+        """Token ids of a record, int32[n], and its labels, int64[n].
+
+        Args:
+            found: what `encoded` yields for it.
+            row: the record's row in the file, for errors.
+            vocabulary: number of tokens that the model knows; None: this is not asked.
 
         Raises:
-            DataError: a record is too long for the plan.
+            DataError: the record does not fit (`fitting_answers`).
         """
-        ids: list[np.ndarray] = []
-        labels: list[np.ndarray] = []
-        for text, row, (found, ends) in zip(rendered, rows, self._encoded(rendered), strict=True):
-            these = np.array(self._cut(found, row), dtype=np.int32)
-            counts = np.array(ends[: len(these)]) > len(text.prompt)
-            if not counts[1:].any():
-                raise _row_error(
-                    row,
-                    "has nothing left of its answer",
-                    f"a prompt of {int((~counts).sum())} tokens",
-                    accepted=f"less than task.max_tokens = {self._task.max_tokens}",
-                )
-            ids.append(these)
-            labels.append(np.where(counts, these, IGNORED).astype(np.int64))
-        lengths = [len(part) for part in ids]
-        pad = self.tokenizer.pad_token_id
-        tokens = Tokens(
-            ids=np.concatenate(ids),
-            starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            pad_id=pad if isinstance(pad, int) else 0,
-        )
-        return tokens, np.concatenate(labels)
+        if isinstance(found, DataError):
+            raise found
+        these = np.array(self._cut(found.ids, row), dtype=np.int32)
+        require_known(these, vocabulary, row)
+        counts = np.array(found.ends[: len(these)]) > len(text.prompt)
+        if not counts[1:].any():
+            raise _row_error(
+                row,
+                "has nothing left of its answer",
+                f"a prompt of {int((~counts).sum())} tokens",
+                accepted=f"less than task.max_tokens = {self._task.max_tokens}",
+            )
+        return these, np.where(counts, these, IGNORED).astype(np.int64)
 
-    def lengths(self, rendered: Sequence[Rendered]) -> Ints:
-        """Tokens before the answer and of the whole record, uncut: int64[records, 2]."""
-        return np.array(
-            [
-                (sum(end <= len(text.prompt) for end in ends), len(ids))
-                for text, (ids, ends) in zip(rendered, self._encoded(rendered), strict=True)
-            ],
-            dtype=np.int64,
-        )
+    def lengths(self, rendered: Sequence[Rendered], rows: Sequence[int]) -> Ints:
+        """Tokens before the answer and of the whole record, uncut: int64[records, 2].
 
-    def _encoded(self, rendered: Sequence[Rendered]) -> Iterator[tuple[list[int], list[int]]]:
-        """The token ids of each text, uncut, and the position in it where each token ends."""
-        plain = self._task.template == "plain"
+        Raises:
+            DataError: names the row on which the tokenizer fails.
+        """
+        lengths = np.zeros((len(rendered), 2), dtype=np.int64)
+        encoded = self.encoded(rendered, rows)
+        for index, (text, found) in enumerate(zip(rendered, encoded, strict=True)):
+            if isinstance(found, DataError):
+                raise found
+            lengths[index] = sum(end <= len(text.prompt) for end in found.ends), len(found.ids)
+        return lengths
+
+    def encoded(
+        self, rendered: Sequence[Rendered], rows: Sequence[int]
+    ) -> Iterator["Encoded | DataError"]:
+        """Yields each text's tokens, uncut, or why the tokenizer fails on it.
+
+        Args:
+            rows: the records' rows in the file, for errors.
+        """
         for start in range(0, len(rendered), AT_ONCE):
             part = rendered[start : start + AT_ONCE]
-            # A chat template itself writes the tokens that begin and end a text.
-            encoded = self.tokenizer(
-                [text.whole for text in part],
-                add_special_tokens=plain,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-            )
-            for text, ids, offsets in zip(
-                part, encoded["input_ids"], encoded["offset_mapping"], strict=True
-            ):
-                ends = [end for _, end in offsets]
-                if plain:
-                    ids, ends = [*ids, self.tokenizer.eos_token_id], [*ends, len(text.whole) + 1]
-                yield ids, ends
+            try:
+                yield from self._encode(part)
+            except Exception:
+                # The tokenizer fails on one of them; the others are what they are without it.
+                for text, row in zip(part, rows[start : start + AT_ONCE], strict=True):
+                    try:
+                        (found,) = self._encode([text])
+                    except Exception as error:
+                        yield unreadable(row, error)
+                    else:
+                        yield found
+
+    def _encode(self, part: Sequence[Rendered]) -> list["Encoded"]:
+        plain = self._task.template == "plain"
+        # A chat template itself writes the tokens that begin and end a text.
+        encoded = self.tokenizer(
+            [text.whole for text in part],
+            add_special_tokens=plain,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+        )
+        found = []
+        for text, ids, offsets in zip(
+            part, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            ends = [end for _, end in offsets]
+            if plain:
+                ids, ends = [*ids, self.tokenizer.eos_token_id], [*ends, len(text.whole) + 1]
+            found.append(Encoded(ids, ends))
+        return found
 
     def _cut(self, ids: list[int], row: int) -> list[int]:
         most = self._task.max_tokens
@@ -223,33 +315,47 @@ class Chat:
 
     def _up_to_answer(self, text: str, row: int) -> str:
         """The part of an already rendered text before its last answer."""
-        start = text.rfind(self._header) if self._header else -1
+        header = self._header
+        start = text.rfind(header) if header else -1
         if start < 0:
             raise _row_error(
                 row,
                 "has no answer",
                 "a text without the chat template's header of an answer",
-                accepted=repr(self._header) if self._header else "another format than text",
+                accepted=repr(header) if header else "another format than text",
             )
-        return text[: start + len(self._header)]
+        return text[: start + len(header)]
 
-    def _answer_header(self) -> str:
+    @cached_property
+    def _header(self) -> str:
         """The text that the template puts before an answer; empty if it marks no answers."""
         turns = [Turn("user", "x")]
         try:
             without, with_header = self._apply(turns, False), self._apply(turns, True)
-        except TemplateError as error:
+        except DataError as error:
             raise ModelError(
-                "the chat template of a base model cannot be used", file=self._folder, found=error
-            ) from None
+                "the chat template of a base model cannot be used",
+                file=self._folder,
+                found=error.found,
+            ) from error
         return with_header.removeprefix(without)
 
     def _apply(self, turns: Sequence[Turn], header: bool) -> str:
-        text = self.tokenizer.apply_chat_template(
-            [msgspec.to_builtins(turn) for turn in turns],
-            tokenize=False,
-            add_generation_prompt=header,
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [msgspec.to_builtins(turn) for turn in turns],
+                tokenize=False,
+                add_generation_prompt=header,
+            )
+        except Exception as error:
+            # A template is a program, and may fail in any way.
+            plain = isinstance(error, TemplateError)
+            raise DataError(
+                "a chat template cannot render a conversation",
+                file=self._folder,
+                field="chat_template",
+                found=error if plain else f"{type(error).__name__}: {error}",
+            ) from error
         assert isinstance(text, str)  # tokenize=False
         return text
 

@@ -77,7 +77,7 @@ def read_conversations(
     for number, row in enumerate(table.rows, start=table.first):
         place = _Place(path, number)
         record = _READERS[chosen](place, row)
-        _check_template(place, record, task)
+        check_template(record, task, number, path)
         records.append(record)
     return records
 
@@ -251,20 +251,39 @@ def _pair(question: str, answer: str) -> Conversation:
     return Conversation((Turn("user", question), Turn("assistant", answer)))
 
 
-def _check_template(place: _Place, record: LmRecord, task: CausalLm) -> None:
+def check_template(record: LmRecord, task: CausalLm, row: int, path: Path | None = None) -> None:
+    """Refuses a record that the plan's template does not take.
+
+    Args:
+        row: the record's row in its file, for the error.
+        path: the file.
+
+    Raises:
+        DataError: names the row.
+    """
+    if task.template == "chat":
+        return
     if isinstance(record, Passage):
-        if task.template == "plain" and task.loss_on == "answer":
-            raise place.error(
-                "has no answer of its own",
-                "text",
-                "a text",
-                'with task.loss_on "answer": prompt and completion, or a text rendered by the'
-                " chat template",
-            )
-    elif task.template == "plain" and [turn.role for turn in record.turns] != ["user", "assistant"]:
-        raise place.error(
-            "is a conversation, which takes a template",
+        column, what, found = "text", "has no answer of its own", "a text"
+        accepted = (
+            'with task.loss_on "answer": prompt and completion, or a text rendered by the chat'
+            " template"
+        )
+        fits = task.loss_on == "all"
+    else:
+        roles = [turn.role for turn in record.turns]
+        column, what, found = (
             "messages",
-            ", ".join(turn.role for turn in record.turns),
-            'with task.template "plain": one prompt and its completion',
+            "is a conversation, which takes a template",
+            ", ".join(roles),
+        )
+        accepted = 'with task.template "plain": one prompt and its completion'
+        fits = roles == ["user", "assistant"]
+    if not fits:
+        raise DataError(
+            f"row {row} {what}",
+            file=path,
+            field=f"{column}, row {row}",
+            found=found,
+            accepted=accepted,
         )

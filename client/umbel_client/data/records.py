@@ -3,9 +3,14 @@
 Error texts name the row, not its text; they are for the site's own log and never leave it.
 """
 
+import unicodedata
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Self, TypedDict, Unpack, overload
+
+import msgspec
 
 from umbel_client.data.conversations import LmRecord, read_conversations
 from umbel_client.data.tables import Table, read_table
@@ -14,6 +19,11 @@ from umbel_common.canonical import Digest, Value, digest
 from umbel_common.errors import DataError
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import CausalLm, Classification, Task
+
+_NO_NAMES = frozenset({"", "nan", "none", "null", "n/a", "na", "<na>", "#n/a", "nat"})
+"""What other programs write where a unit is missing, in lower case; it would be one unit of all."""
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Categories of characters that are not seen: control, format, halves of others, separators."""
 
 
 class Record(Value, frozen=True):
@@ -40,6 +50,38 @@ class DataSet(Value, frozen=True, kw_only=True):
     """The name of each unit in the file."""
     unit_column: str | None = None
     """The column that names the units; None: each record is its own unit."""
+    records: tuple[Any, ...]
+    """The records, in the order of the file."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def unit_count(self) -> int:
+        """Number of units."""
+        return len(self) if self.unit_column is None else len(self.unit_names)
+
+    def row(self, index: int) -> int:
+        """The row of a record in the file, from 1."""
+        return self.rows[index] if self.rows else index + 1
+
+    def only(self, kept: Sequence[int]) -> Self:
+        """The data set with these records alone, and with the units that they belong to.
+
+        Args:
+            kept: indices of records, in rising order.
+        """
+        numbers: dict[int, int] = {}
+        units = [self.units[index] for index in kept] if self.units else []
+        for unit in units:
+            numbers.setdefault(unit, len(numbers))
+        return msgspec.structs.replace(
+            self,
+            records=tuple(self.records[index] for index in kept),
+            rows=tuple(self.rows[index] for index in kept) if self.rows else (),
+            units=tuple(numbers[unit] for unit in units),
+            unit_names=tuple(self.unit_names[unit] for unit in numbers),
+        )
 
     def digest(self) -> bytes:
         """The name of the data set, and so of its privacy ledger, 32 bytes.
@@ -58,9 +100,6 @@ class Records(DataSet, frozen=True, kw_only=True):
 
     records: tuple[Record, ...]
 
-    def __len__(self) -> int:
-        return len(self.records)
-
     @property
     def texts(self) -> list[str]:
         """The texts, in the order of the file."""
@@ -77,8 +116,18 @@ class LmRecords(DataSet, frozen=True, kw_only=True):
 
     records: tuple[LmRecord, ...]
 
-    def __len__(self) -> int:
-        return len(self.records)
+
+Misfit = Callable[[DataError], None]
+"""Called with what is wrong with a record that does not fit a plan; the record is left out."""
+
+
+def refuse(misfit: DataError) -> None:
+    """The `Misfit` of a caller that takes all records or none.
+
+    Raises:
+        DataError: `misfit`.
+    """
+    raise misfit
 
 
 class Columns(TypedDict, total=False):
@@ -146,14 +195,14 @@ def records_of(
     units = _units(path, table, unit_column)
     kept = _first_of_each(units, columns.get("max_records_per_unit", 32))
     numbers = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
-    common = DataSet(
-        source=table.source,
-        path=str(path),
-        rows=tuple(row + table.first for row in kept),
-        units=() if unit_column is None else tuple(numbers[units[row]] for row in kept),
-        unit_names=() if unit_column is None else tuple(numbers),
-        unit_column=unit_column,
-    )
+    common: dict[str, Any] = {
+        "source": table.source,
+        "path": str(path),
+        "rows": tuple(row + table.first for row in kept),
+        "units": () if unit_column is None else tuple(numbers[units[row]] for row in kept),
+        "unit_names": () if unit_column is None else tuple(numbers),
+        "unit_column": unit_column,
+    }
     if isinstance(task, Classification):
         labelled = _labelled(
             path,
@@ -162,13 +211,9 @@ def records_of(
             columns.get("text_column", "text"),
             columns.get("label_column", "label"),
         )
-        return Records(records=tuple(labelled[row] for row in kept), **_fields(common))
+        return Records(records=tuple(labelled[row] for row in kept), **common)
     read = read_conversations(path, table, task, columns.get("record_format", "auto"))
-    return LmRecords(records=tuple(read[row] for row in kept), **_fields(common))
-
-
-def _fields(common: DataSet) -> dict[str, Any]:
-    return {name: getattr(common, name) for name in common.__struct_fields__}
+    return LmRecords(records=tuple(read[row] for row in kept), **common)
 
 
 def _labelled(
@@ -226,16 +271,49 @@ def _first_of_each(units: list[str], most: int) -> list[int]:
 
 
 def _unit(path: Path, column: str, row: int, unit: object) -> str:
-    known = (isinstance(unit, str) and unit.strip()) or isinstance(unit, int)
-    if not known or isinstance(unit, bool):
-        raise DataError(
-            f"row {row} does not say whose record it is",
-            file=path,
-            field=f"{column}, row {row}",
-            found=type(unit).__name__ if not isinstance(unit, str) else "an empty text",
-            accepted="a text or a whole number",
-        )
-    return str(unit).strip()
+    """The name of a row's unit, so that two ways to write one name are one unit."""
+    found: object = type(unit).__name__
+    if isinstance(unit, str):
+        name = unicodedata.normalize("NFC", unit).strip()
+        hidden = next((sign for sign in name if unicodedata.category(sign) in _HIDDEN), None)
+        found = "an empty text" if not name else "a text that stands for no value"
+        if hidden is not None:
+            found = f"the character U+{ord(hidden):04X}, which nobody sees"
+        elif name.casefold() not in _NO_NAMES:
+            return name
+    elif isinstance(unit, int) and not isinstance(unit, bool):
+        return str(unit)
+    raise DataError(
+        f"row {row} does not say whose record it is",
+        file=path,
+        field=f"{column}, row {row}",
+        found=found,
+        accepted="a text or a whole number; no empty text, nan, none, null or n/a, and no"
+        " characters without a shape",
+        remedy="give each row the number of its person; two numbers of one person count as two",
+    )
+
+
+def alike_units(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of units whose names differ only in case, or are the same number: perhaps one person.
+
+    A person who is two units has twice the influence that the guarantee speaks of.
+    """
+    first: dict[object, str] = {}
+    pairs = []
+    for name in names:
+        known = first.setdefault(_plain_unit(name), name)
+        if known != name:
+            pairs.append((known, name))
+    return pairs
+
+
+def _plain_unit(name: str) -> object:
+    try:
+        number = Decimal(name)
+    except ArithmeticError:
+        return unicodedata.normalize("NFKC", name).casefold()
+    return number if number.is_finite() else name.casefold()
 
 
 def _text(path: Path, column: str, row: int, text: object) -> str:

@@ -24,7 +24,7 @@ class Units:
     """int64[records]: numbers from 0, without a gap."""
 
     def __len__(self) -> int:
-        return int(self.of_record.max()) + 1
+        return int(self.of_record.max(initial=-1)) + 1
 
     def records_of(self, chosen: Ints) -> Ints:
         """All records of the chosen units, int64[n], in rising order."""

@@ -38,6 +38,20 @@ class FusedLora:
         return output
 
 
+class NotSeparate(ModelError):
+    """A parameter does not get one gradient for each record."""
+
+    def __init__(self, parameter: object, *, found: object, accepted: object) -> None:
+        super().__init__(
+            "the gradients of records are not separate",
+            found=found,
+            accepted=accepted,
+            remedy="leave this layer out of lora.target_modules, or use another base model",
+        )
+        self.parameter = parameter
+        """`per_record_gradients` gives it its name."""
+
+
 class _LoraFunction(torch.autograd.Function):
     """Leaves the gradients of records in `grad_sample` of A and B, and gives autograd none."""
 
@@ -140,8 +154,8 @@ def _keep(parameter: torch.Tensor, rows: torch.Tensor) -> None:
     elif target.grad_sample_pass == this_pass and held.shape == rows.shape:
         held += rows
     else:
-        raise ModelError(
-            "the gradients of records are not separate",
+        raise NotSeparate(
+            parameter,
             found=f"{len(held)} records and {len(rows)}, in one parameter",
             accepted="one backward pass a step, and the records first in each layer's input",
         )

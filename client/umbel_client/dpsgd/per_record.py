@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from umbel_client.dpsgd.fused import FusedLora, fused_linear
+from umbel_client.dpsgd.fused import FusedLora, NotSeparate, fused_linear
 from umbel_common.errors import ModelError
 
 # The lowest layers see constants, so torch warns that their hooks get no gradient of the input.
@@ -78,6 +78,10 @@ def per_record_gradients(model: nn.Module) -> Iterator[None]:
                 attached.enter_context(_hooked(name, module))
         try:
             yield
+        except NotSeparate as error:
+            named = model.named_parameters()
+            error.field = next((name for name, one in named if one is error.parameter), None)
+            raise
         finally:
             for parameter in model.parameters():
                 for attribute in ("grad_sample", "grad_sample_pass"):

@@ -1,7 +1,7 @@
 """One step of DP-SGD (Abadi et al. 2016, algorithm 1).
 
 1. Compute the gradient of each record, one physical batch after the other. A unit lies in one
-   physical batch and fits (ModelError).
+   physical batch (ModelError); one that does not fit into memory counts as zero.
 2. Average the gradients of each unit's records, and clip each unit's gradient to the clip norm. One
    gradient for each record is there (ModelError).
 3. Sum the clipped gradients over all physical batches.
@@ -28,13 +28,13 @@ import numpy as np
 import torch
 
 from umbel_client.data.tokens import Ints
+from umbel_client.dpsgd.fused import NotSeparate
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.physical_batches import compute_parts
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_client.tasks.task import Task
-from umbel_common.errors import ModelError
 
 Clipping = Callable[[torch.Tensor, float], torch.Tensor]
 """(norms float64[n], clip norm) -> factors float64[n] that bring no norm above the clip norm."""
@@ -205,11 +205,7 @@ def take_gradients(parameters: list[torch.nn.Parameter], records: int) -> list[t
         gradients = getattr(holder, "grad_sample", None)
         if not isinstance(gradients, torch.Tensor) or len(gradients) != records:
             shape = tuple(gradients.shape) if isinstance(gradients, torch.Tensor) else None
-            raise ModelError(
-                "the gradients of records are not separate",
-                found=shape,
-                accepted=(records, *parameter.shape),
-            )
+            raise NotSeparate(parameter, found=shape, accepted=(records, *parameter.shape))
         taken.append(gradients.float().view(records, -1))
         holder.grad_sample = None
     return taken
@@ -234,7 +230,7 @@ def private_step(
         units: int64[records of the data], the unit of each record; None: each record is a unit.
 
     Raises:
-        ModelError: a unit's records are in several physical batches, or do not fit into memory.
+        ModelError: a unit's records are in several physical batches.
     """
 
     def compute(part: Part) -> None:
@@ -246,6 +242,8 @@ def private_step(
             len(part), None if units is None else units[part.records], rows=part.rows
         )
 
-    compute_parts(data, chosen, limit, units, compute=compute, discard=optimizer.discard)
+    compute_parts(
+        data, chosen, limit, units, compute=compute, discard=optimizer.discard, private=True
+    )
     # 4. Noise, 5. division, 6. step.
     optimizer.step()

@@ -60,6 +60,8 @@ def answer_prompts(
 ) -> Iterator[str]:
     """Yields the model's answer to each conversation, without the tokens that end it.
 
+    An answer that reaches the end of the model's context ends there.
+
     Args:
         prompts: the turns of each conversation up to the answer.
 
@@ -68,32 +70,51 @@ def answer_prompts(
     """
     for start in range(0, len(prompts), BATCH):
         texts = [chat.prompt(turns) for turns in prompts[start : start + BATCH]]
-        inputs = _left_padded(model, chat, texts, start)
-        torch.manual_seed(sampling.seed + start)
-        sampled = sampling.temperature > 0
-        with computing(model.precision, model.device):
-            output = model.base.generate(  # type: ignore[operator]  # a causal language model's
-                input_ids=inputs.ids.to(model.device),
-                attention_mask=inputs.mask.to(model.device),
-                max_new_tokens=sampling.max_new_tokens,
-                do_sample=sampled,
-                temperature=sampling.temperature if sampled else None,
-                top_p=None,
-                top_k=None,
-                use_cache=True,
-                pad_token_id=chat.tokenizer.pad_token_id or 0,
-                eos_token_id=chat.tokenizer.eos_token_id,
-            )
-        for row in output[:, inputs.ids.shape[1] :].tolist():
-            yield str(chat.tokenizer.decode(row, skip_special_tokens=True)).strip()
+        yield from _answers(model, chat, texts, sampling, start)
+
+
+def _answers(
+    model: AdaptedModel, chat: Chat, texts: list[str], sampling: Sampling, first: int
+) -> Iterator[str]:
+    """Yields the answers to a few prompts, which end where the model's context ends.
+
+    Args:
+        first: number of the prompts before these.
+    """
+    inputs = _left_padded(model, chat, texts, first)
+    room, most = sampling.max_new_tokens, model.positions
+    if most is not None:
+        room = min(room, most - inputs.ids.shape[1])
+    if room < sampling.max_new_tokens and len(texts) > 1:
+        # The longest prompt is not to shorten the answers to the others.
+        for number, text in enumerate(texts):
+            yield from _answers(model, chat, [text], sampling, first + number)
+        return
+    torch.manual_seed(sampling.seed + first)
+    sampled = sampling.temperature > 0
+    with computing(model.precision, model.device):
+        output = model.base.generate(  # type: ignore[operator]  # a causal language model's
+            input_ids=inputs.ids.to(model.device),
+            attention_mask=inputs.mask.to(model.device),
+            max_new_tokens=room,
+            do_sample=sampled,
+            temperature=sampling.temperature if sampled else None,
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+            pad_token_id=chat.tokenizer.pad_token_id or 0,
+            eos_token_id=chat.tokenizer.eos_token_id,
+        )
+    for row in output[:, inputs.ids.shape[1] :].tolist():
+        yield str(chat.tokenizer.decode(row, skip_special_tokens=True)).strip()
 
 
 def _left_padded(model: AdaptedModel, chat: Chat, texts: list[str], first: int) -> TokenInputs:
     """Prompts padded on the left: a model continues from the last token."""
     encoded = [chat.prompt_ids(text) for text in texts]
     longest = max(map(len, encoded))
-    positions = getattr(model.base.config, "max_position_embeddings", longest + 1)
-    if longest >= positions:
+    positions = model.positions
+    if positions is not None and longest >= positions:
         row = first + max(range(len(encoded)), key=lambda index: len(encoded[index])) + 1
         raise DataError(
             f"prompt {row} leaves no room for an answer",

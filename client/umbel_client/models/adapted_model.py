@@ -11,8 +11,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from umbel_client.models.adapters.lora import attach, fill, require_tensors
+from umbel_client.models.base.architecture import (
+    naming_architecture,
+    positions_of,
+    require_context,
+    vocabulary_of,
+)
 from umbel_client.models.base.files import require_digest
-from umbel_client.models.base.folder import build_base, read_base, require_context
+from umbel_client.models.base.folder import build_base, read_base
 from umbel_client.models.base.layers import (
     body_of,
     layers_of,
@@ -113,13 +119,14 @@ class AdaptedModel(nn.Module):
         del content  # it would keep tensors that are moved or quantised below
         # Moved to its device before PEFT adds layers: tensors that move later are not trained.
         base = base.to(device)  # type: ignore[arg-type]  # wrapped by torch
-        require_context(folder, base.config, plan.task)
+        require_context(folder, base, plan.task)
         if quantisation == "nf4":
             quantise(base, torch.bfloat16 if precision == "bfloat16" else torch.float32)
-        parameters, head = attach(folder, base, plan.task, plan.lora)
-        require_tensors(folder, parameters, plan.lora)
-        ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}
-        return cls(base, head, ordered, plan, precision, files, checkpointing=checkpointing)
+        with naming_architecture(base):
+            parameters, head = attach(folder, base, plan.task, plan.lora)
+            require_tensors(folder, parameters, plan.lora)
+            ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}
+            return cls(base, head, ordered, plan, precision, files, checkpointing=checkpointing)
 
     def follow(self, plan: TrainingPlan) -> None:
         """Takes another plan for the same adapter: other training or other privacy.
@@ -135,6 +142,16 @@ class AdaptedModel(nn.Module):
                 accepted=f"a plan that differs from {self.plan.job} in training or privacy alone",
             )
         self.plan = plan
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model knows: each id is smaller."""
+        return vocabulary_of(self.base)
+
+    @property
+    def positions(self) -> int | None:
+        """Number of tokens that the model can read at once; None: any."""
+        return positions_of(self.base)
 
     @property
     def device(self) -> torch.device:

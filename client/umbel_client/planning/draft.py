@@ -7,7 +7,9 @@ import msgspec
 
 from umbel_client.data.tables import read_table
 from umbel_client.models.adapters.lora import all_linear, plan_lora
+from umbel_client.models.base.architecture import require_context
 from umbel_client.models.base.files import folder_digest
+from umbel_client.models.base.folder import skeleton
 from umbel_common.canonical import Name, Value
 from umbel_common.errors import DataError, PlanError
 from umbel_common.plans.plan import (
@@ -122,11 +124,12 @@ def make_plan(draft: Draft, folder: Path) -> TrainingPlan:
 
     Raises:
         DataError: the release gate's holdout cannot be read.
-        ModelError, PlanError: the model lacks a target of the draft, or the parts of the plan do
-            not fit together.
+        ModelError, PlanError: the model lacks a target of the draft, or cannot read texts as long
+            as the task's; or the parts of the plan do not fit together.
     """
     _check_supported(draft.lora)
     model = folder / Path(draft.model.path).expanduser()
+    require_context(model, skeleton(model, draft.task), draft.task)
     targets = draft.lora.target_modules
     lora = plan_lora(
         model,

@@ -29,11 +29,15 @@ import msgspec
 from umbel_common.canonical import Value
 from umbel_common.errors import PolicyRefusal
 from umbel_common.plans.plan import (
+    CausalLm,
     Classification,
     Count,
     Fraction,
+    LossOn,
     NoPrivacy,
     Positive,
+    Template,
+    TooLong,
     TrainingPlan,
 )
 from umbel_common.plans.statements import RoundHeader
@@ -69,6 +73,17 @@ class Policy(Value, frozen=True):
     that compared a plan's labels with its data would answer questions about its data."""
     tasks: tuple[TaskName, ...] = ("classification",)
     """Tasks that plans may have; a language model that writes text must be allowed by name."""
+    max_tokens: tuple[Annotated[int, msgspec.Meta(ge=4, le=131_072)], ...] | None = None
+    """The values of `task.max_tokens` that plans may have: after how many tokens a record is cut,
+    or left out. Absent: any that the model can read. As with the labels, what a plan may choose is
+    fixed here, and not found out from the data."""
+    templates: tuple[Template, ...] = ("chat", "plain")
+    """The values of `task.template` that plans for a language model may have."""
+    loss_on: tuple[LossOn, ...] = ("answer", "all")
+    """The values of `task.loss_on` that they may have."""
+    too_long: tuple[TooLong, ...] = ("refuse", "truncate")
+    """The values of `task.too_long` that they may have: whether a record of more than
+    `max_tokens` is left out (`refuse`) or cut (`truncate`)."""
     operators: tuple[str, ...] = ()
     """Fingerprints of the operators that this site works for; empty: the operator of the roster
     that its people pinned."""
@@ -127,8 +142,9 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
         PolicyRefusal: `model-not-allowed`, `model-name`, `task-not-allowed`, `rank-too-large`,
             `targets-not-allowed`, `clip-range-too-large`, `too-many-rounds`,
             `too-many-local-steps`, `privacy-required`, `epsilon-too-large`, `delta-too-large`,
-            `evaluation-not-allowed`, `example-weights`, `labels-not-allowed` or
-            `threshold-below-minimum`.
+            `evaluation-not-allowed`, `example-weights`, `labels-not-allowed`,
+            `max-tokens-not-allowed`, `template-not-allowed`, `loss-not-allowed`,
+            `too-long-not-allowed` or `threshold-below-minimum`.
     """
     privacy = plan.privacy
     _require(
@@ -163,6 +179,12 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
             found=", ".join(plan.task.labels),
             accepted=", ".join(policy.labels) or "none",
         )
+    if policy.max_tokens is not None:
+        _one_of(policy.max_tokens, plan.task.max_tokens, "max-tokens-not-allowed", "max_tokens")
+    if isinstance(plan.task, CausalLm):
+        _one_of(policy.templates, plan.task.template, "template-not-allowed", "templates")
+        _one_of(policy.loss_on, plan.task.loss_on, "loss-not-allowed", "loss_on")
+        _one_of(policy.too_long, plan.task.too_long, "too-long-not-allowed", "too_long")
     _at_most(policy.max_rank, plan.lora.rank, "rank-too-large", "max_rank")
     _require(
         policy.target_modules is None or set(plan.lora.target_modules) <= {*policy.target_modules},
@@ -338,6 +360,16 @@ def _at_most(limit: float, found: float, check: str, field: str) -> None:
     # This comparison refuses a NaN too.
     _require(
         found <= limit, check, field=f"policy.{field}", found=found, accepted=f"at most {limit:g}"
+    )
+
+
+def _one_of(allowed: Sequence[object], found: object, check: str, field: str) -> None:
+    _require(
+        found in allowed,
+        check,
+        field=f"policy.{field}",
+        found=found,
+        accepted=", ".join(map(str, allowed)) or "none",
     )
 
 

@@ -7,6 +7,7 @@ The cuts change memory and time only. The batch, its noise and its cost in the l
 are.
 """
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,8 @@ from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_common.errors import ModelError
 
+_logger = logging.getLogger("umbel.trainer")
+
 
 def compute_parts(
     data: PreparedData,
@@ -26,6 +29,7 @@ def compute_parts(
     *,
     compute: Callable[[Part], None],
     discard: Callable[[], None],
+    private: bool = False,
 ) -> None:
     """Calls `compute` on physical batches that together hold each chosen record once.
 
@@ -38,9 +42,12 @@ def compute_parts(
         units: int64[records of the data], the unit of each record; None: each record is a unit.
         compute: adds what a part contributes, as its last action.
         discard: drops what a `compute` that failed has left behind.
+        private: whether the records of a unit that do not fit into memory count as zero: an error
+            would tell that such a unit is in the batch.
 
     Raises:
-        ModelError: a unit's records are in several parts, or do not fit into memory together.
+        ModelError: a unit's records are in several parts; or they do not fit into memory together
+            (unless `private`).
     """
     pending = _cut(data, chosen, limit, units)
     while pending:
@@ -52,13 +59,17 @@ def compute_parts(
         torch.cuda.empty_cache()
         half = limit.smaller(part.rows - 1)
         if half is None or (units is not None and len(np.unique(units[part.records])) == 1):
-            raise ModelError(
+            error = ModelError(
                 "the records of one unit do not fit into memory",
                 field="physical_batch_size",
                 found=f"{part.rows} at once",
                 remedy="give the trainer more memory, lower data.max_records_per_unit,"
                 " or agree on a plan with shorter texts or a smaller model",
             )
+            if not private:
+                raise error
+            _logger.error("%s", error.diagnostics())
+            continue
         limit.lower(half)
         left = np.concatenate([part.records, *(other.records for other in pending)])
         pending = _cut(data, left, limit, units)

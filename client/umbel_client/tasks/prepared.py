@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from umbel_client.data.chat import tokenise_answers
-from umbel_client.data.records import LmRecords, Records
-from umbel_client.data.tokens import Ints, Tokens, tokenise
+from umbel_client.data.chat import fitting_answers
+from umbel_client.data.records import LmRecords, Misfit, Records, refuse
+from umbel_client.data.tokens import Ints, Tokens, fitting_texts
 from umbel_client.data.units import Units
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import Batch, Inputs
@@ -123,8 +123,11 @@ def prepare(
     cache: Path | None,
     on_progress: OnProgress = ignore_progress,
     task: Task | None = None,
+    on_misfit: Misfit = refuse,
 ) -> PreparedData:
     """Tokenises the records and runs the frozen layers over them, once.
+
+    A record that does not fit is left out; whether it does depends on this record alone.
 
     Args:
         model_folder: the base model's, for its tokenizer.
@@ -133,26 +136,42 @@ def prepare(
             keeps it in memory.
         on_progress: called as the frozen layers are computed.
         task: how the records are read; None: the task of the model's plan.
+        on_misfit: called with each record that does not fit; a caller that gives none takes all
+            records or none.
 
     Raises:
         ModelError: the folder holds no tokenizer that the task can use, or another than when the
             model was loaded.
-        DataError: a record does not fit the plan.
+        DataError: what `on_misfit` raises.
         StorageError: the cache cannot be written.
     """
     task = task or model.plan.task
     if isinstance(records, LmRecords):
         assert isinstance(task, CausalLm)  # load_records reads what the task is about
-        tokens, labels = tokenise_answers(records, model_folder, task, model.files)
+        kept, tokens, labels = fitting_answers(
+            records,
+            model_folder,
+            task,
+            model.files,
+            vocabulary=model.vocabulary,
+            on_misfit=on_misfit,
+        )
     else:
-        tokens = tokenise(records.texts, model_folder, task.max_tokens, model.files)
-        labels = np.array(records.labels, dtype=np.int64)
-    data = PreparedData(
-        tokens=tokens,
-        labels=labels,
-        prefix=None,
-        units=Units(np.array(records.units, dtype=np.int64)) if records.units else None,
-        longest=task.max_tokens,
-    )
+        kept, tokens = fitting_texts(
+            records,
+            model_folder,
+            task.max_tokens,
+            model.files,
+            vocabulary=model.vocabulary,
+            on_misfit=on_misfit,
+        )
+        labels = np.array(records.labels, dtype=np.int64)[kept]
+    units = None
+    if records.units or records.unit_column is not None:
+        of_record = np.array(records.units, dtype=np.int64)[kept]
+        units = Units(np.unique(of_record, return_inverse=True)[1].astype(np.int64))
+    data = PreparedData(tokens, labels, None, units, task.max_tokens)
     every = list(data.physical_batches(np.arange(len(data)), limit))
+    # A file of no records would be a file of no bytes, which cannot be mapped.
+    cache = cache if len(tokens) else None
     return replace(data, prefix=frozen_prefix(model, tokens, every, cache, on_progress))

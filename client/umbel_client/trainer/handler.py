@@ -8,10 +8,13 @@ This module is all that a server can reach at a site. What it must keep, whateve
 - The order of the steps. A check that moves behind training lets a server spend the site's budget.
 - A refusal names a check to the server and no more; the reason in full goes to the site's own
   observer.
+- No answer before step 12 depends on the records: the site reads them when it starts, and an offer
+  is answered without them.
 
 A request to train passes these steps. Their numbers stand in the code where each happens. A code
-stands at the step that makes the check; it guards every later step. Every other fault, also a check
-of our own code, is `site-fault` to the server.
+stands at the step that makes the check; it guards every later step. Whatever is wrong with the
+site's data or its ledger is `site-not-ready`. Every other fault, also a check of our own code, is
+`site-fault` to the server.
 
  1. Seal: the operator's key is not revoked, and the operator sealed this request for this site.
     `revoked-key`, `oversized-message`, `malformed-message`, `wire-version`, `pinned-signature`
@@ -37,11 +40,13 @@ of our own code, is `site-fault` to the server.
     and header name (`checks`). The journal keeps the release.
     `pinned-signature`, `malformed-message`, `adapter-length`, `adapter-values`, `adapter-digest`,
     `other-release`, `initial-adapter`, `adapter-too-far`, `two-releases`
-11. Ledger: model, data and ledger are loaded (`job`), and the ledger knows what this site signed
-    last (`last_advert`).
-    `budget`, `delta-for-records`, `ledger-rolled-back`, `other-context`, `malformed-message`
-12. Training: the ledger reserves the round, the round is trained, its delta is stored, and the
-    ledger records its digest (`job`). The journal counts the time.
+11. Ledger: model and ledger are loaded (`job`), and the ledger knows what this site signed last
+    (`last_advert`).
+    `budget`, `delta-for-records`, `site-not-ready`, `ledger-rolled-back`, `other-context`,
+    `malformed-message`
+12. Training: this adapter keeps made-up records apart, and the ledger reserves the round. Only then
+    are the records looked at: the round is trained, its delta is stored, and the ledger records its
+    digest (`job`). The journal counts the time.
     `budget`, `other-adapter`
 13. Advert: fresh public keys, signed together with the ledger's head. Secure aggregation judges the
     cohort again, by its own rules.
@@ -54,6 +59,7 @@ The requests of later stages pass step 1, find their attempt (`unknown-attempt`)
 the job as in step 11, pass their own steps (`stages`), and are counted as in step 15.
 """
 
+import logging
 import os
 import threading
 import time
@@ -61,6 +67,7 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
+from umbel_client.data.site_data import SiteData
 from umbel_client.models.adapters.folder import write_adapter
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.decisions import Decisions
@@ -82,8 +89,11 @@ from umbel_client.trainer.stages import answer_stage
 from umbel_common.canonical import Entropy, decode_canonical, encode
 from umbel_common.errors import (
     BudgetError,
+    DataError,
+    LedgerError,
     PolicyRefusal,
     RemoteProtocolError,
+    StorageError,
     UmbelError,
     require,
 )
@@ -106,6 +116,8 @@ from umbel_common.secagg.encoding import encoding_of
 from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Identity, Signed, fingerprint
 
+_logger = logging.getLogger("umbel.trainer")
+
 
 class Trainer:
     """One site, behind a lock: it handles one request at a time."""
@@ -117,13 +129,16 @@ class Trainer:
         identity: Identity,
         *,
         observer: Observer,
+        data: SiteData | None = None,
         entropy: Entropy = os.urandom,
         clock: Callable[[], datetime] = datetime.now,
     ) -> None:
-        """Opens the site's journal; model and data are loaded when a plan is accepted.
+        """Opens the site's journal; a model is loaded when a plan is accepted.
 
         Args:
             pinned: the roster that this site pinned, and the keys that it holds for revoked.
+            data: the site's records; None: they are read now. A site whose data cannot be read
+                refuses every plan (`site-not-ready`).
             entropy: replaced only by simulations, which say that they are insecure.
             clock: this machine's local time, for the policy's hours.
 
@@ -150,6 +165,9 @@ class Trainer:
             entropy=entropy,
         )
         self._decisions = Decisions(state)
+        self._data = SiteData.load(config) if data is None else data
+        for warning in self._data.warnings():
+            _logger.warning("%s", warning)
         self._job: SiteJob | None = None
 
     def close(self) -> None:
@@ -164,9 +182,13 @@ class Trainer:
 
         Raises:
             RemoteProtocolError: `unknown-plan`.
+            UmbelError: the job cannot be opened (`open_job`).
         """
         with self._lock:
-            return self._loaded_job(job).status()
+            try:
+                return self._loaded_job(job).status()
+            except _NotReady as not_ready:
+                raise not_ready.reason from None
 
     def handle(self, sealed: bytes) -> bytes:
         """Answers one sealed request with one sealed reply."""
@@ -174,8 +196,10 @@ class Trainer:
         with self._lock:
             try:
                 return self._answer(sealed, asked)
+            except _NotReady as not_ready:
+                return self._refuse(not_ready.reason, asked, "site-not-ready")
             except UmbelError as error:
-                return self._refuse(error, asked)
+                return self._refuse(error, asked, _code(error))
             except Exception as unexpected:
                 # Nothing that a server can provoke, however odd, may end the site's process.
                 fault = UmbelError(
@@ -184,11 +208,11 @@ class Trainer:
                     remedy="please report it: no input should cause this",
                 )
                 fault.__cause__ = unexpected
-                return self._refuse(fault, asked)
+                return self._refuse(fault, asked, _code(fault))
 
-    def _refuse(self, error: UmbelError, asked: bytes) -> bytes:
+    def _refuse(self, error: UmbelError, asked: bytes, code: str) -> bytes:
         self._observer.refused(error)
-        return self._site.seal(Refusal(check=_code(error)), asked)
+        return self._site.seal(Refusal(check=code), asked)
 
     def _answer(self, sealed: bytes, asked: bytes) -> bytes:
         """Step 1, and then what this kind of request needs."""
@@ -237,8 +261,9 @@ class Trainer:
             `site-paused`, `awaiting-approval`, `too-many-waiting`
         O4. One plan: the job has no other.
             `job-has-other-plan`
-        O5. Load: model, data and ledger fit the plan, and the budget allows all of it (`open_job`).
-            `budget`, `delta-for-records`
+        O5. Load: the site could read its data when it started; model and ledger fit the plan, and
+            the budget allows all of it. Nothing looks at a record (`open_job`).
+            `budget`, `delta-for-records`, `site-not-ready`
         O6. Journal: the plan is on disk. From here on, the job can train.
         """
         site = self._site
@@ -383,7 +408,7 @@ class Trainer:
             return decode_canonical(signed.statement, TrainingPlan)
 
     def _loaded_job(self, name: str) -> SiteJob:
-        """The job with its model and data, under the plan that was accepted and no other."""
+        """The job with its model, under the plan that was accepted and no other."""
         self._load(self._accepted_plan(name))
         assert self._job is not None  # _load sets it or raises
         return self._job
@@ -394,14 +419,27 @@ class Trainer:
         if self._job is not None:
             self._job.close()
             self._job = None
-        self._job = open_job(
-            self._config,
-            plan,
-            self._site.roster,
-            published=self._site.journal.published(),
-            observer=self._observer,
-            entropy=self._site.entropy,
-        )
+        published = self._site.journal.published()
+        try:
+            self._job = open_job(
+                self._config,
+                plan,
+                self._site.roster,
+                self._data,
+                published=published,
+                observer=self._observer,
+                entropy=self._site.entropy,
+            )
+        except (DataError, LedgerError, StorageError) as error:
+            raise _NotReady(error) from error
+
+
+class _NotReady(Exception):
+    """The site's own data or ledger stands in the way of any job, or of this one."""
+
+    def __init__(self, reason: UmbelError) -> None:
+        super().__init__(reason.message)
+        self.reason = reason
 
 
 def _code(error: UmbelError) -> str:

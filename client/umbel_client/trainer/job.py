@@ -3,11 +3,13 @@
 The law of a round is its order:
 
 0. Test: on made-up records, the adapter that the round starts from keeps records separate
-   (`LocalTrainer.check`). A round that fails here is not charged.
+   (`SiteJob.check`). A round that fails here is not charged.
 1. Reserve: the ledger takes the round's DP events, on disk, or refuses (`SiteJob.reserve`).
-2. Train: only then does anything compute on the records (`SiteJob.train`).
+2. Prepare and train: only then does anything look at the records (`SiteJob.prepare`) or compute on
+   them (`SiteJob.train`).
 3. Store: the delta and the optimizer state are written to the site's disk (`SiteJob.store`).
-4. Record: the ledger takes the digest of what is stored, or FAILED (`SiteJob.record`).
+4. Record: the ledger takes the digest of what is stored, or FAILED if anything at all went wrong
+   in steps 2 and 3 (`SiteJob.record`).
    Check: the recorded delta is there and started from this header's adapter (`other-adapter`).
    Guards step 5.
 5. Only then may anything that is derived from the records leave (`SiteJob.ring_vector`).
@@ -18,22 +20,28 @@ This module is part of the core of the privacy guarantee. Never add or change he
   once at most and releases one delta at most; this holds in this order only.
 - A second computation of a recorded round. A round has one delta; another draw of noise would be
   another release, which nobody has paid for.
-- A look at the records before the noise is calibrated, or a refusal that depends on them.
+- A look at the records before the round is reserved, or a refusal that depends on them.
+- A failure that leaves the round open for another draw: whether it fails would be one more answer
+  about the batch, and no noise covers it.
 - Anything else that leaves: a loss, a norm, a count without noise, the time of a step.
 """
 
+import logging
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from umbel_client.data.hold_out import hold_out
-from umbel_client.data.records import LmRecords, Records, columns_of, load_records
+from umbel_client.data.records import LmRecords, Misfit, Records
+from umbel_client.data.site_data import SiteData
 from umbel_client.dpsgd.batch_size import choose_batch_limit
 from umbel_client.evaluation.counts import noisy_counts
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.ledger.rows import EVALUATION, LOST
 from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.base.architecture import naming_architecture
 from umbel_client.models.site_model import load_site_model
 from umbel_client.privacy.accounting import DpEvent, largest_delta, total_epsilon
 from umbel_client.privacy.calibration import SiteNoise, evaluation_event, noise_for
@@ -45,6 +53,8 @@ from umbel_client.storage.journal import Published
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.trainer.observer import Observer
+from umbel_client.training.bit_test import check_round
+from umbel_client.training.largest_record import largest_record_test
 from umbel_client.training.round import LocalTrainer
 from umbel_client.training.self_test import self_test
 from umbel_common.adapters.site_counts import SiteCounts, with_counts
@@ -52,15 +62,20 @@ from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy, digest
 from umbel_common.errors import (
     BudgetError,
+    DataError,
     LedgerError,
     LocalProtocolError,
-    ModelError,
+    StorageError,
+    UmbelError,
     require,
 )
 from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg.encoding import RingVector, encode, encoding_of
 from umbel_common.trust.identity import Roster
+
+_logger = logging.getLogger("umbel.trainer")
+_SHOWN = 10
 
 FAILED = digest("failed round", b"")
 """Stands in the ledger for the delta of a round whose training failed."""
@@ -79,47 +94,48 @@ def open_job(
     config: ClientConfig,
     plan: TrainingPlan,
     roster: Roster,
+    data: SiteData,
     *,
     published: Published,
     observer: Observer,
     entropy: Entropy,
 ) -> "SiteJob":
-    """Prepares a job: what comes before its first round, step by step.
+    """Opens a job: what comes before its first round, step by step.
 
     a. Calibrate the noise, from public figures only (`delta-for-records`).
-    b. Read the records.
-    c. Open the data set's ledger, verify it against what this site published, require that what an
+    b. Open the data set's ledger, verify it against what this site published, require that what an
        old copy lacks was stated, count the answers that left, and check the budget of the whole
        plan (`budget`).
-    d. Load the model, and find the number of records computed at once.
-    e. Test the model on made-up records.
-    f. Hold records out, and prepare both parts.
+    c. Load the model, and find the number of records computed at once.
+    d. Test the model on made-up records: on the longest that the plan allows, on the checks of a
+       private step, and on their bits in every shape.
+    e. Prepare no record at all: what is wrong with the tokenizer or its template shows here.
 
-    No step that looks at the records moves before the calibration. A step that fails closes the
-    ledger.
+    The answer to an offer is what becomes of these steps, and costs nothing. So none of them looks
+    at the records: the result, and the time that it takes, are the same whatever they say. A step
+    that fails closes the ledger.
 
     Args:
+        data: the site's records, as it read them when it started.
         published: what this site has published, from its journal; the ledger must know of it.
         observer: what follows the work at this site.
         entropy: the source of batches, noise and rounding.
 
     Raises:
-        DataError, ModelError: what is on the site's disk does not fit the plan, or the model fails
-            the self-test of a private step.
+        DataError: the site could not read its data when it started.
+        ModelError: the model does not fit the plan, or fails a test.
         CalibrationError: the plan's epsilon cannot be had with this data set.
         PolicyRefusal: `delta-for-records`, if the plan's delta is too large for this data set.
         BudgetError: the whole plan would exceed the data set's budget.
         LedgerError: the ledger is corrupt, in use, or rolled back, or the journal is rolled back;
             or the ledger is an old copy, and nobody stated what was spent since.
     """
-    # a. Calibrate the noise. The data is not touched yet: what a server can make this site refuse
-    #    here depends on public figures only.
+    # a. Calibrate the noise. What a server can make this site refuse here depends on public figures
+    #    only.
     noise = noise_for(plan, config.data.public_size)
-    # b. Read the records: their digest names the data set that the ledger is about.
-    records = load_records(Path(config.data.path), plan.task, **columns_of(config.data))
-    weight = _weight(plan, roster, config.site, len(records))
+    records = data.records(plan.task)
     with ExitStack() as opened:
-        # c. Open the ledger, verify it against what this site published, and check the budget.
+        # b. Open the ledger, verify it against what this site published, and check the budget.
         state = config.state_folder
         ledger = Ledger.open(state.ledger, records.digest(), records.unit_column)
         opened.callback(ledger.close)
@@ -129,28 +145,28 @@ def open_job(
         ledger.keep_pace(published.answers)
         budget = _budget(config, plan)
         _check_budget(config, plan, noise, ledger, budget)
-        # d. Load the model, and find the number of records computed at once.
+        # c. Load the model, and find the number of records computed at once.
         model = load_site_model(config.model, plan)
-        records_per_unit = config.data.max_records_per_unit if records.units else 1
+        has_units = records.unit_column is not None or bool(records.units)
+        records_per_unit = config.data.max_records_per_unit if has_units else 1
         limit = choose_batch_limit(config.physical_batch_size, model, records_per_unit)
-        # e. Test the model on made-up records.
-        self_test(model, noise.noise_multiplier, limit, entropy=entropy)
-        # f. Hold records out, and prepare both parts.
-        held_out = None
-        if plan.evaluation is not None:
-            records, chosen = hold_out(records, config.data.evaluation_share)
-            held_out = _prepare(config, model, chosen, limit, observer)
-        data = _prepare(config, model, records, limit, observer)
+        # d. Test the model on made-up records.
+        with naming_architecture(model.base):
+            largest_record_test(model)
+            self_test(model, noise.noise_multiplier, limit, entropy=entropy)
+        # e. Prepare no record at all.
+        prepare(model, Path(config.model.path), records.only(()), limit, cache=None)
         job = SiteJob(
             plan=plan,
             noise=noise,
-            _trainer=LocalTrainer(model, data, noise, entropy, limit),
-            _held_out=held_out,
-            _weight=weight,
+            _config=config,
+            _records=records,
+            _model=model,
+            _limit=limit,
+            _weight=_weight(plan, roster, config.site, len(records)),
             _budget=budget,
             _ledger=ledger,
             _deltas=DeltaCache(state.deltas(plan.job)),
-            _state=state.root,
             _observer=observer,
             _entropy=entropy,
         )
@@ -158,24 +174,35 @@ def open_job(
         return job
 
 
+@dataclass(frozen=True, repr=False, eq=False)
+class Prepared:
+    """A job's records, as training and scoring need them."""
+
+    trainer: LocalTrainer
+    held_out: PreparedData | None
+    """None: the plan has no evaluation at the sites."""
+
+
 # No generated repr: it would write records and noise into whatever log a job is printed to.
 @dataclass(kw_only=True, repr=False, eq=False)
 class SiteJob:
-    """A job that is open: what `open_job` prepared, and the law of its rounds."""
+    """A job that is open: what `open_job` loaded, and the law of its rounds."""
 
     plan: TrainingPlan
     noise: SiteNoise
-    _trainer: LocalTrainer
-    _held_out: PreparedData | None
-    """None: the plan has no evaluation at the sites."""
+    _config: ClientConfig
+    _records: Records | LmRecords
+    _model: AdaptedModel
+    _limit: BatchLimit
     _weight: int
     _budget: Budget
     _ledger: Ledger
     _deltas: DeltaCache
-    _state: Path
-    """Folder of the site's state, named in errors."""
     _observer: Observer
     _entropy: Entropy
+    _prepared: Prepared | None = None
+    """None before the first round of this process: nothing looks at the records before one is
+    reserved."""
 
     def close(self) -> None:
         """Releases the ledger."""
@@ -211,33 +238,30 @@ class SiteJob:
 
         Raises:
             BudgetError: the data set's budget does not allow the round; before any gradient.
-            PlanError: see `LocalTrainer.round`.
-            ModelError: training failed, which the ledger records: the round is not repeated.
             LedgerError: the round is reserved for another plan or noise, its training failed
-                before, or its delta is lost or damaged; or the optimizer state of a former round
-                is damaged.
-            StorageError: the ledger or the delta cannot be written.
+                before, or its delta is lost or damaged.
+            StorageError: the ledger or the cache of frozen layers cannot be written.
             RemoteProtocolError: `other-adapter` if the round was computed from another adapter:
                 one round has one delta.
+            Exception: training failed, or its delta could not be stored, for whatever reason. The
+                ledger records that: the round is not repeated.
         """
         number = header.round
         if self._recorded_digest(number) is None:
             # 0
-            self._trainer.check(number, adapter)
+            self.check(number, adapter)
         # 1
         event = self.reserve(number)
         if self._recorded_digest(number) is None:
+            # 2. What a full disk stops here has drawn nothing yet, and a disk does not depend on
+            # the batch: the round may be prepared again.
+            with self._final(number, but=StorageError):
+                self.prepare()
             # What a killed computation left on disk is replaced, never released.
-            try:
-                # 2
+            with self._final(number):
                 vector, state = self.train(number, adapter, event)
                 # 3
                 stored = self.store(number, header.adapter, vector, state)
-            except ModelError:
-                # 4. The failure too is an outcome of this draw of noise: another draw would be
-                # another release.
-                self.record(number, FAILED)
-                raise
             # 4
             self.record(number, stored)
         # The check that guards step 5.
@@ -247,6 +271,38 @@ class SiteJob:
             "other-adapter",
             f"round {number} was computed from another global adapter",
         )
+
+    def check(self, number: int, adapter: Vector) -> None:
+        """Step 0: tests the adapter that a round starts from, on made-up records.
+
+        Nothing is promised, and nothing tested, where the plan has no privacy.
+
+        Args:
+            adapter: the global adapter, float32[plan.lora.size].
+
+        Raises:
+            ModelError: under this adapter the results of records are not separate.
+        """
+        if isinstance(self.plan.privacy, LocalPrivacy):
+            self._model.set_vector(adapter)
+            self._model.select(number)
+            check_round(self._model, self._limit)
+
+    @contextmanager
+    def _final(self, number: int, but: type[UmbelError] | tuple[()] = ()) -> Iterator[None]:
+        """Whatever fails inside is the outcome of the round, and recorded (step 4): another draw of
+        noise would be another release, and each failure an answer about who is in the batch.
+
+        Args:
+            but: a kind of failure that leaves the round as it is.
+        """
+        try:
+            yield
+        except but:
+            raise
+        except Exception:
+            self.record(number, FAILED)
+            raise
 
     def reserve(self, number: int) -> DpEvent | None:
         """Step 1: the ledger takes what the round costs, on disk, before any gradient.
@@ -274,10 +330,43 @@ class SiteJob:
         self._observer.charged(number, self._spent())
         return event
 
+    def prepare(self) -> None:
+        """Step 2, once in a process: holds records out, and prepares those that fit the plan.
+
+        A record that does not fit is left out, for what it is itself. Only the site's log tells.
+
+        Raises:
+            ModelError: the tokenizer of the base model cannot be used.
+            StorageError: the cache of frozen layers cannot be written.
+        """
+        if self._prepared is not None:
+            return
+        misfits: list[DataError] = []
+        records: Records | LmRecords = self._records
+        held_out = None
+        if self.plan.evaluation is not None:
+            records, chosen = hold_out(records, self._config.data.evaluation_share)
+            held_out = self._prepare(chosen, misfits.append)
+        data = self._prepare(records, misfits.append)
+        _tell(misfits, len(self._records))
+        trainer = LocalTrainer(self._model, data, self.noise, self._entropy, self._limit)
+        self._prepared = Prepared(trainer, held_out)
+
+    def _prepare(self, records: Records | LmRecords, on_misfit: Misfit) -> PreparedData:
+        return prepare(
+            self._model,
+            Path(self._config.model.path),
+            records,
+            self._limit,
+            cache=self._config.state_folder.cache,
+            on_progress=lambda done, total: self._observer.preparing("frozen layers", done, total),
+            on_misfit=on_misfit,
+        )
+
     def train(
         self, number: int, adapter: Vector, event: DpEvent | None
     ) -> tuple[Vector, OptimizerState]:
-        """Step 2: trains the round with the noise that was reserved.
+        """Step 2, after `prepare`: trains the round with the noise that was reserved.
 
         Args:
             adapter: the global adapter, float32[plan.lora.size].
@@ -290,16 +379,18 @@ class SiteJob:
             PlanError, ModelError: see `LocalTrainer.round`.
             LedgerError: the optimizer state of a former round is damaged.
         """
+        prepared = self._prepared
+        assert prepared is not None  # `compute` prepares first
         # The counts are drawn once and kept with the delta: fresh noise for each attempt would
         # average out.
-        counts = self._counts(adapter)
+        counts = self._counts(prepared, adapter)
         # What was reserved decides, also where it is a round without privacy: a plan with privacy
         # then stops at step 0 of the round.
         if event is None:
             noise = SiteNoise(self.noise.sampling_rate, None)
         else:
             noise = SiteNoise(event.sample_rate, event.noise_multiplier)
-        result = replace(self._trainer, noise=noise).round(
+        result = replace(prepared.trainer, noise=noise).round(
             number,
             adapter,
             self._optimizer_state(number),
@@ -366,13 +457,13 @@ class SiteJob:
         if recorded == FAILED:
             raise LedgerError(
                 f"training failed in round {number} and is not repeated",
-                file=self._state,
+                file=self._config.state,
                 remedy="this site sits the round out; its log says why training failed",
             )
         if recorded == LOST:
             raise LedgerError(
                 f"round {number} was charged in a state of this site that is gone",
-                file=self._state,
+                file=self._config.state,
                 remedy="this site sits the round out, and takes part in later ones",
             )
         return self._deltas.load(number, recorded, with_state=with_state)
@@ -381,15 +472,15 @@ class SiteJob:
         recorded = self._ledger.state(self.plan.job, number)
         return None if recorded is None else recorded.delta_digest
 
-    def _counts(self, adapter: Vector) -> SiteCounts | None:
+    def _counts(self, prepared: Prepared, adapter: Vector) -> SiteCounts | None:
         """How the adapter that the round starts from does on the held-out records."""
-        if self.plan.evaluation is None or self._held_out is None:
+        if self.plan.evaluation is None or prepared.held_out is None:
             return None
-        model = self._trainer.model
-        model.set_vector(adapter)
+        self._model.set_vector(adapter)
         noise = NoiseSource(self._entropy)
-        limit = self._trainer.limit
-        return noisy_counts(model, self._held_out, self.plan.evaluation, noise, limit)
+        return noisy_counts(
+            self._model, prepared.held_out, self.plan.evaluation, noise, self._limit
+        )
 
     def _optimizer_state(self, number: int) -> OptimizerState | None:
         """The state after the last round that this site computed; it may have missed some."""
@@ -405,21 +496,26 @@ class SiteJob:
         return self._ledger.spent(privacy.delta) if isinstance(privacy, LocalPrivacy) else None
 
 
-def _prepare(
-    config: ClientConfig,
-    model: AdaptedModel,
-    records: Records | LmRecords,
-    limit: BatchLimit,
-    observer: Observer,
-) -> PreparedData:
-    return prepare(
-        model,
-        Path(config.model.path),
-        records,
-        limit,
-        cache=config.state_folder.cache,
-        on_progress=lambda done, total: observer.preparing("frozen layers", done, total),
-    )
+def _tell(misfits: list[DataError], records: int) -> None:
+    """Tells the site's log which records are left out, and why; never what they say."""
+    if not misfits:
+        return
+    reasons: dict[str, list[str]] = {}
+    for misfit in misfits:
+        row, _, reason = (misfit.message.removeprefix("row ")).partition(" ")
+        reasons.setdefault(reason, []).append(row)
+    for reason, rows in reasons.items():
+        more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+        _logger.warning(
+            "%d of %d records are left out, because each of them %s: row%s %s%s"
+            " (umbel-client data check)",
+            len(rows),
+            records,
+            reason,
+            "s" if len(rows) > 1 else "",
+            ", ".join(rows[:_SHOWN]),
+            more,
+        )
 
 
 def _event(noise: SiteNoise, steps: int) -> DpEvent | None:

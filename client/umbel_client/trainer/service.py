@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from umbel_client.data.tables import require_file
+from umbel_client.data.site_data import SiteData
 from umbel_client.models.base.files import require_model
 from umbel_client.site.config import (
     ClientConfig,
@@ -64,8 +64,9 @@ def run(path: Path, no_isolation: str | None) -> None:
         _judge_isolation(config, path, no_isolation, logger)
     state = config.state_folder
     require_state(state.root)
-    require_file(Path(config.data.path))
     require_model(Path(config.model.path))
+    data = SiteData.load(config)
+    data.require()
     identity = read_identity(Path(config.identity))
     log = SiteLog(logger)
     stopping = stop_on_signals()
@@ -78,7 +79,7 @@ def run(path: Path, no_isolation: str | None) -> None:
         from umbel_client.trainer.handler import Trainer
 
         torch.set_num_threads(config.threads)
-        trainer = Trainer(config, pinned, identity, observer=log)
+        trainer = Trainer(config, pinned, identity, observer=log, data=data)
         stack.callback(trainer.close)
         service = _Service(config, pinned, trainer, log)
         for server in service.servers(trainer_socket(relay)):

@@ -14,11 +14,13 @@ from umbel_client.data.records import LmRecords, Records
 from umbel_client.dpsgd.batch_size import choose_batch_limit
 from umbel_client.evaluation.losses import mean_loss
 from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.base.architecture import naming_architecture
 from umbel_client.models.site_model import load_site_model
 from umbel_client.privacy.calibration import noise_alone
 from umbel_client.site.config import ClientConfig
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
+from umbel_client.training.largest_record import largest_record_test
 from umbel_client.training.round import LocalTrainer
 from umbel_client.training.self_test import self_test
 from umbel_common.adapters.vector import Vector, initial_vector
@@ -82,9 +84,12 @@ def fine_tune(
     model = load_site_model(settings.model, plan)
     # The test asks whether a private step keeps its promises; they do not depend on this number.
     private = isinstance(plan.privacy, LocalPrivacy)
-    per_unit = settings.data.max_records_per_unit if records.units else 1
-    limit = choose_batch_limit(settings.physical_batch_size, model, per_unit)
-    self_test(model, 1.0 if private else None, limit, entropy=entropy)
+    has_units = records.unit_column is not None or bool(records.units)
+    records_per_unit = settings.data.max_records_per_unit if has_units else 1
+    limit = choose_batch_limit(settings.physical_batch_size, model, records_per_unit)
+    with naming_architecture(model.base):
+        largest_record_test(model)
+        self_test(model, 1.0 if private else None, limit, entropy=entropy)
     data = _prepare(settings, model, records, limit)
     held_out = None
     if validation is not None:

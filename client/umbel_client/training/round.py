@@ -30,7 +30,6 @@ from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_client.tasks.task import Task, task_of
 from umbel_client.training.averaging import MovingAverage
-from umbel_client.training.bit_test import check_round
 from umbel_client.training.optimiser import (
     build_optimizer,
     extract_state,
@@ -77,23 +76,6 @@ class LocalTrainer:
     """The number of records computed at once: sets memory and speed, not the result. It is lowered
     where memory runs out."""
 
-    def check(self, number: int, start: Vector) -> None:
-        """Tests the adapter that a round starts from, on made-up records (`bit_test.check_round`).
-
-        It comes before the round is charged, and promises nothing where the plan has no privacy.
-
-        Args:
-            number: the round, from 1.
-            start: the global adapter, float32[plan.lora.size].
-
-        Raises:
-            ModelError: under this adapter the results of records are not separate.
-        """
-        if isinstance(self.model.plan.privacy, LocalPrivacy):
-            self.model.set_vector(start)
-            self.model.select(number)
-            check_round(self.model, self.limit)
-
     def round(
         self,
         number: int,
@@ -111,8 +93,7 @@ class LocalTrainer:
         3. For each step: set the learning rates, and draw a Poisson batch of units. Take one step
            (`private_step`, or `plain_step` without privacy); after the first, check that it moved
            the adapter (without privacy: unless its batch was empty). Add the change so far to the
-           average; tell `on_step`. Records that do not fit, or whose gradients are not separate,
-           stop it (ModelError).
+           average; tell `on_step`. Records whose gradients are not separate stop it (ModelError).
         4. The delta is the change after the last step, or the average. It must be finite.
 
         Args:
@@ -125,8 +106,8 @@ class LocalTrainer:
             PlanError: the noise does not fit the plan's privacy, or its optimizer.
             ModelError: a trained module has no gradient for each record, or the gradients of
                 records are not separate; the first step left the adapter as it was; the adapter is
-                not finite in the end; or the records of one unit do not fit into memory, or are in
-                several physical batches.
+                not finite in the end; the records of one unit are in several physical batches, or,
+                without privacy, do not fit into memory.
         """
         plan = self.model.plan
         noise_multiplier = self.noise.noise_multiplier

@@ -29,6 +29,9 @@ Method = Literal["both", "ffa", "alternate"]
 Scaling = Literal["standard", "rank-stabilised"]
 """Factor of an adapter: alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023)."""
 Clipping = Literal["flat", "automatic"]
+Template = Literal["chat", "plain"]
+LossOn = Literal["answer", "all"]
+TooLong = Literal["refuse", "truncate"]
 
 
 class BaseModel(Value, frozen=True):
@@ -68,14 +71,15 @@ class CausalLm(Value, frozen=True, tag_field="task", tag="causal-lm"):
 
     max_tokens: Annotated[int, msgspec.Meta(ge=4, le=131_072)] = 512
     """Number of tokens of the longest record."""
-    template: Literal["chat", "plain"] = "chat"
+    template: Template = "chat"
     """Template. `chat`: records are conversations, rendered by the chat template of the base
     model's tokenizer. `plain`: the prompt as it is, the answer, and the token that ends a text."""
-    loss_on: Literal["answer", "all"] = "answer"
+    loss_on: LossOn = "answer"
     """Tokens that count: those of the answer (the last turn of a conversation), or all."""
-    too_long: Literal["refuse", "truncate"] = "refuse"
-    """Treatment of a record of more than `max_tokens`. `refuse`: it stops the site. `truncate`: it
-    is cut; if nothing of its answer would be left, it stops the site all the same."""
+    too_long: TooLong = "refuse"
+    """Treatment of a record of more than `max_tokens`. `refuse`: it is left out. `truncate`: it is
+    cut; if nothing of its answer would be left, it is left out all the same. A site tells its own
+    people which records it leaves out, and nobody else."""
 
 
 Task: TypeAlias = Classification | CausalLm

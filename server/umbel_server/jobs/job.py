@@ -63,7 +63,7 @@ from umbel_server.operator.config import Limits
 from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
 
-UNDECIDED = frozenset({"awaiting-approval", "site-paused"})
+UNDECIDED = frozenset({"awaiting-approval", "site-paused", "site-not-ready"})
 """Refusals of a plan that people at the site may still take back."""
 
 

@@ -73,6 +73,7 @@ def first_units(records: Records, most: int) -> Records:
     return msgspec.structs.replace(
         records,
         records=tuple(records.records[index] for index in kept),
+        rows=(),
         units=tuple(records.units[index] for index in kept) if records.units else (),
     )
 
@@ -100,6 +101,7 @@ def make_canaries(records: Records, plan: TrainingPlan, count: int, seed: int) -
     return msgspec.structs.replace(
         records,
         records=tuple(record for record in made for _ in range(copies)),
+        rows=(),
         units=tuple(number for number in range(count) for _ in range(copies))
         if records.units
         else (),
@@ -122,5 +124,6 @@ def with_included(records: Records, canaries: Records, included: npt.NDArray[np.
     return msgspec.structs.replace(
         records,
         records=records.records + tuple(canaries.records[index] for index in kept),
+        rows=(),
         units=joined,
     )

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from datasets import Dataset
 from support.small_models import CHATML, save_decoder
 
-from umbel_client.data.chat import IGNORED, tokenise_answers
+from umbel_client.data.chat import IGNORED, fitting_answers, tokenise_answers
+from umbel_client.data.conversations import Conversation, Turn
 from umbel_client.data.records import LmRecords, load_records
 from umbel_client.data.tokens import load_tokenizer
 from umbel_common.errors import DataError, ModelError
@@ -220,6 +222,72 @@ def test_a_plain_template_takes_pairs_alone(tmp_path: Path) -> None:
         read(jsonl(tmp_path / "a.jsonl", {"messages": [*TURNS, *TURNS]}), task)
     with pytest.raises(DataError, match="no answer of its own"):
         read(jsonl(tmp_path / "b.jsonl", FORMATS["text"]), task)
+
+
+@pytest.mark.parametrize("too_long", ["refuse", "truncate"])
+def test_what_does_not_fit_is_left_out_and_changes_no_other_record(
+    tmp_path: Path, too_long: Any
+) -> None:
+    failing = "{{ messages[0]['content'] + 1 if 'odd' in messages[0]['content'] else '' }}"
+    folder = save_decoder(tmp_path / "model", chat_template=failing + CHATML)
+    task = CausalLm(max_tokens=128, too_long=too_long)
+    fitting: list[dict[str, Any]] = [{"prompt": "a" * n, "completion": "b"} for n in range(1, 6)]
+    misfits: list[dict[str, Any]] = [
+        {"prompt": "odd", "completion": "b"},
+        {"prompt": "a" * 300, "completion": "b"},
+    ]
+    rows = [misfits[0], *fitting[:2], misfits[1], *fitting[2:]]
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    told: list[DataError] = []
+    kept, tokens, labels = fitting_answers(read(path, task), folder, task, on_misfit=told.append)
+    assert kept == [1, 2, 4, 5, 6]
+    assert [error.field for error in told] == ["row 1", "row 4"]
+    assert [str(error.file) for error in told] == [str(path)] * 2
+    alone, counted = tokenise_answers(read(jsonl(path, *fitting), task), folder, task)
+    assert (tokens.digest(), labels.tolist()) == (alone.digest(), counted.tolist())
+    # With none that fits there is still something to train on: nothing.
+    nothing = read(jsonl(path, *misfits), task)
+    assert fitting_answers(nothing, folder, task, on_misfit=told.append)[0] == []
+
+
+def test_a_text_on_which_the_tokenizer_fails_is_left_out(tmp_path: Path, folder: Path) -> None:
+    records = read(jsonl(tmp_path / "a.jsonl", *[FORMATS["prompt-completion"]] * 3))
+    broken = Conversation((Turn("user", "half an emoji \ud83d"), Turn("assistant", "b")))
+    first, _, last = records.records
+    records = msgspec.structs.replace(records, records=(first, broken, last))
+    told: list[DataError] = []
+    kept, tokens, _ = fitting_answers(records, folder, TASK, on_misfit=told.append)
+    assert (kept, len(tokens)) == ([0, 2], 2)
+    assert "row 2 cannot be read by the model's tokenizer" in told[0].message
+
+
+def test_a_token_that_the_model_does_not_know_is_left_out(tmp_path: Path, folder: Path) -> None:
+    records = read(jsonl(tmp_path / "a.jsonl", *[FORMATS["prompt-completion"]] * 2))
+    tokens, _ = tokenise_answers(records, folder, TASK)
+    most = int(tokens.ids.max())
+    for vocabulary, kept in ((most + 1, [0, 1]), (most, [])):
+        told: list[DataError] = []
+        found, _, _ = fitting_answers(
+            records, folder, TASK, vocabulary=vocabulary, on_misfit=told.append
+        )
+        assert found == kept
+        assert len(told) == 2 - len(kept)
+
+
+def test_a_template_is_used_as_it_is_asked_for(tmp_path: Path) -> None:
+    """Named templates without a default are none; one that wants a system turn first is one."""
+    templates: Any = {"rag": CHATML, "tools": CHATML}
+    named = save_decoder(tmp_path / "named", chat_template=templates)
+    path = jsonl(tmp_path / "a.jsonl", FORMATS["messages"])
+    with pytest.raises(ModelError, match="conversations alone") as caught:
+        tokenise_answers(read(path), named, TASK)
+    assert caught.value.found == "the templates rag, tools"
+    wants = (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+    )
+    folder = save_decoder(tmp_path / "system", chat_template=wants + CHATML)
+    path = jsonl(path, {"messages": [{"role": "system", "content": "x"}, *TURNS]})
+    assert len(tokenise_answers(read(path), folder, TASK)[0]) == 1
 
 
 def test_errors_do_not_tell_what_records_say(tmp_path: Path, folder: Path) -> None:

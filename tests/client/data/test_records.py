@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from umbel_client.data.records import Record, load_records
+from umbel_client.data.records import Record, alike_units, load_records
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import Classification
 
@@ -216,13 +216,55 @@ def test_what_a_unit_is_decides_on_the_ledger(tmp_path: Path) -> None:
     assert by_record != by_patient == fewer
 
 
-@pytest.mark.parametrize("unit", [None, "", "  ", 1.5, True])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        None,
+        "",
+        "  ",
+        1.5,
+        True,
+        "nan",
+        "None",
+        "NULL",
+        " n/a ",
+        "<NA>",
+        "p\u200b1",
+        "p1\ufeff",
+        "a\x00",
+    ],
+)
 def test_a_row_that_does_not_say_whose_record_it_is_is_refused(
     tmp_path: Path, unit: object
 ) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{**PATIENTS[0], "patient": unit}])
     with pytest.raises(DataError, match=r"row 1 does not say whose record it is"):
         load_records(path, TASK, unit_column="patient")
+
+
+def test_two_ways_to_write_a_name_are_one_unit(tmp_path: Path) -> None:
+    names = ["Jos\u00e9", "Jose\u0301", "Josef"]
+    path = jsonl(tmp_path / "a.jsonl", [{**PATIENTS[0], "patient": name} for name in names])
+    records = load_records(path, TASK, unit_column="patient")
+    assert records.units == (0, 0, 1)
+
+
+def test_units_that_look_alike_are_found() -> None:
+    found = alike_units(["p1", "P1", "1", "1.0", "01", "p2", "\uff50\uff12", "1e400", "2"])
+    assert found == [("p1", "P1"), ("1", "1.0"), ("1", "01"), ("p2", "\uff50\uff12")]
+
+
+def test_some_records_keep_their_rows_and_units(tmp_path: Path) -> None:
+    records = load_records(jsonl(tmp_path / "a.jsonl", PATIENTS), TASK, unit_column="patient")
+    some = records.only([1, 3])
+    assert (some.texts, some.rows, some.units, some.unit_names) == (
+        ["b", "d"],
+        (2, 4),
+        (0, 1),
+        ("p2", "p1"),
+    )
+    assert (len(records.only([])), records.only([]).unit_count) == (0, 0)
+    assert some.digest() == records.digest()
 
 
 def test_a_unit_column_that_is_not_there_is_refused(tmp_path: Path) -> None:

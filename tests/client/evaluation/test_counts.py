@@ -18,7 +18,6 @@ from umbel_client.privacy.calibration import noise_for
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
-from umbel_common.errors import DataError
 from umbel_common.plans.plan import CausalLm, Classification, FederatedEvaluation, TrainingPlan
 
 TASK = Classification(labels=("a", "b"))
@@ -69,11 +68,19 @@ def test_removing_a_unit_moves_no_other(tmp_path: Path, unit: Any) -> None:
     assert all(every[row] == held for row, held in fewer.items())
 
 
-def test_too_few_records_to_hold_any_out_are_refused(tmp_path: Path) -> None:
-    records = load_records(file_of(tmp_path, ROWS[:1]), TASK)
-    with pytest.raises(DataError, match="train on some") as caught:
-        hold_out(records, 0.1)
-    assert caught.value.field == "data.evaluation_share"
+@pytest.mark.parametrize("unit", [None, "patient"])
+def test_a_side_without_a_record_counts_nobody(
+    tmp_path: Path, tiny_model: Path, unit: str | None
+) -> None:
+    """A refusal would tell whether one record is on its side alone."""
+    records = load_records(file_of(tmp_path, ROWS[:1]), TASK, unit_column=unit)
+    sides = hold_out(records, 0.1)
+    assert sorted(map(len, sides)) == [0, 1]
+    model = AdaptedModel.load(tiny_model, plan_for(tiny_model, TASK))
+    empty = prepare(model, tiny_model, min(sides, key=len), cache=tmp_path)
+    assert (len(empty), empty.unit_count) == (0, 0)
+    counts = noisy_counts(model, empty, EXACT, NoiseSource(np.random.default_rng(1).bytes))
+    assert (counts.score, counts.records) == pytest.approx((0, 0), abs=1e-6)
 
 
 def prepared(

@@ -81,6 +81,7 @@ def test_a_model_that_writes_text_must_be_allowed_by_name(make_plan: MakePlan) -
         ({"models": ("11" * 32,)}, "model-not-allowed"),
         ({"tasks": ()}, "task-not-allowed"),
         ({"labels": ()}, "labels-not-allowed"),
+        ({"max_tokens": (64, 256)}, "max-tokens-not-allowed"),
         ({"max_rank": 1}, "rank-too-large"),
         ({"target_modules": ("value", "dense")}, "targets-not-allowed"),
         ({"max_clip_range": 0.9}, "clip-range-too-large"),
@@ -111,6 +112,25 @@ def test_a_plan_must_name_exactly_the_labels_of_the_site_in_its_order(
     plan = make_plan(task=Classification(labels=tuple(labels)))
     assert refusal(LAW, plan) == "labels-not-allowed"
     judge_plan(msgspec.structs.replace(LAW, labels=tuple(labels)), plan)
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        ({"max_tokens": (64, 511, 513)}, "max-tokens-not-allowed"),
+        ({"templates": ("plain",)}, "template-not-allowed"),
+        ({"loss_on": ("all",)}, "loss-not-allowed"),
+        ({"too_long": ("truncate",)}, "too-long-not-allowed"),
+    ],
+)
+def test_how_a_language_models_records_are_read_is_the_sites_to_say(
+    make_plan: MakePlan, change: dict[str, object], check: str
+) -> None:
+    law = msgspec.structs.replace(LAW, tasks=("causal-lm",))
+    plan = msgspec.structs.replace(make_plan(), task=CausalLm())
+    assert refusal(msgspec.structs.replace(law, **change), plan) == check
+    exact = {"max_tokens": (512,), "templates": ("chat",), "loss_on": ("answer",)}
+    judge_plan(msgspec.structs.replace(law, **exact, too_long=("refuse",)), plan)
 
 
 @pytest.mark.parametrize("epsilon", [math.inf, math.nan])

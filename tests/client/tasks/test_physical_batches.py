@@ -21,7 +21,7 @@ from umbel_client.tasks.physical_batches import ran_out_of_memory
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.tasks.task import ClassificationTask
-from umbel_client.training.round import LocalTrainer
+from umbel_client.training.round import LocalTrainer, plain_step
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import Classification, LocalPrivacy, NoPrivacy, TrainingPlan
 
@@ -109,6 +109,7 @@ def step_of(
     *,
     noise_multiplier: float = 0.8,
     steps: int = 1,
+    chosen: np.ndarray = EVERY,
 ) -> np.ndarray:
     """What steps of gradient descent with rate 1 add to an adapter that is zero, so that nothing of
     it is rounded away."""
@@ -125,7 +126,7 @@ def step_of(
     moved = np.zeros_like(before)
     with per_record_gradients(model):
         for _ in range(steps):
-            private_step(task, model, data, EVERY, optimizer, limit, units)
+            private_step(task, model, data, chosen, optimizer, limit, units)
             moved += np.concatenate([p.grad.numpy().ravel() for p in parameters])
             model.set_vector(before)
     return moved
@@ -183,16 +184,36 @@ def test_the_smaller_size_stays_and_is_said_once(
     assert "memory ran out with 16 records at once" in caplog.text
 
 
-def test_a_unit_that_does_not_fit_is_an_error_that_says_what_to_do(model: AdaptedModel) -> None:
-    small = Small(3)
+def test_a_unit_that_does_not_fit_is_an_error_that_says_what_to_do_without_privacy(
+    tiny_model: Path,
+) -> None:
+    model = loaded(tiny_model, plan_of(tiny_model, private=False))
+
+    def step(small: Small, data: PreparedData) -> None:
+        optimizer = torch.optim.SGD(list(model.select(1).values()), lr=1.0)
+        plain_step(small, model, data, EVERY, optimizer, BatchLimit(COUNT), 8.0)
+
     with pytest.raises(ModelError, match="records of one unit do not fit") as caught:
-        step_of(model, data_of(OWNERS), small, BatchLimit(COUNT))
+        step(Small(3), data_of(OWNERS))
     assert caught.value.exit_code == 12
     assert caught.value.found == "4 at once"
     assert "max_records_per_unit" in str(caught.value.remedy)
     with pytest.raises(ModelError, match="records of one unit do not fit") as caught:
-        step_of(model, data_of(), Small(0), BatchLimit(COUNT))
+        step(Small(0), data_of())
     assert caught.value.found == "1 at once"
+
+
+def test_a_unit_that_does_not_fit_counts_as_zero_under_privacy(
+    model: AdaptedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error would tell that a unit of many records is in the batch."""
+    fitting = np.flatnonzero(np.bincount(OWNERS)[OWNERS] <= 3)
+    wanted = step_of(model, data_of(OWNERS), ClassificationTask(), BatchLimit(3), chosen=fitting)
+    found = step_of(model, data_of(OWNERS), Small(3), BatchLimit(COUNT))
+    assert difference(found, wanted) < 1e-6
+    assert "records of one unit do not fit into memory" in caplog.text
+    noise = step_of(model, data_of(), ClassificationTask(), BatchLimit(3), chosen=EVERY[:0])
+    assert difference(step_of(model, data_of(), Small(0), BatchLimit(COUNT)), noise) < 1e-6
 
 
 def test_an_error_that_is_not_about_memory_is_not_retried(model: AdaptedModel) -> None:

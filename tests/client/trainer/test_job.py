@@ -10,13 +10,13 @@ import pytest
 from adversarial.site_process import Quiet
 from support.small_models import one_round, plan_for
 
+from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.site.config import ClientConfig, DataConfig, ModelConfig
 from umbel_client.site.policy import Policy
 from umbel_client.storage.journal import Published
 from umbel_client.trainer import job
 from umbel_client.trainer.job import SiteJob, open_job
-from umbel_client.training.round import LocalTrainer
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.errors import LedgerError, ModelError, PlanError
 from umbel_common.plans.plan import Classification
@@ -24,10 +24,10 @@ from umbel_common.plans.plan import Classification
 Open = Callable[[], SiteJob]
 STEPS = (
     "noise_for",
-    "load_records",
     "Ledger.open",
     "load_site_model",
     "choose_batch_limit",
+    "largest_record_test",
     "self_test",
     "prepare",
 )
@@ -46,7 +46,7 @@ def opened(tmp_path: Path, tiny_model: Path) -> Open:
         roster="roster.json",
         data=DataConfig(path=str(data), public_size=12),
         model=ModelConfig(path=str(tiny_model)),
-        policy=Policy(total_epsilon=100.0),
+        policy=Policy(total_epsilon=100.0, labels=("a", "b")),
     )
     plan = plan_for(tiny_model, Classification(labels=("a", "b")), training=one_round(6))
     # The roster is asked for size classes only, which this plan does not weigh by.
@@ -55,6 +55,7 @@ def opened(tmp_path: Path, tiny_model: Path) -> Open:
         config,
         plan,
         roster,
+        SiteData.load(config),
         published=Published(ledger_head=None, answers=0),
         observer=Quiet(),
         entropy=lambda size: bytes(size),
@@ -70,7 +71,7 @@ def target(name: str) -> tuple[object, str]:
     return owner, attribute
 
 
-def test_the_noise_is_calibrated_before_the_data_and_the_ledger_opened_before_the_model(
+def test_the_noise_is_calibrated_first_and_the_ledger_opened_before_the_model(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[str] = []
@@ -89,7 +90,7 @@ def test_the_noise_is_calibrated_before_the_data_and_the_ledger_opened_before_th
     assert tuple(taken) == STEPS
 
 
-@pytest.mark.parametrize("name", [*STEPS[3:], "DeltaCache", "Ledger.require_stated"])
+@pytest.mark.parametrize("name", [*STEPS[2:], "DeltaCache", "Ledger.require_stated"])
 def test_a_step_that_fails_leaves_the_ledger_free(
     opened: Open, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -114,7 +115,8 @@ def test_an_open_job_holds_its_ledger(opened: Open, tmp_path: Path) -> None:
 def test_a_job_that_is_printed_shows_neither_records_nor_noise(opened: Open) -> None:
     made = opened()
     try:
-        shown = f"{made!r} {made._trainer!r}"
+        made.prepare()
+        shown = f"{made!r} {made._prepared!r} {made._prepared.trainer!r} {made._records!r}"
         assert "ids" not in shown
         assert "noise" not in shown
     finally:
@@ -124,6 +126,7 @@ def test_a_job_that_is_printed_shows_neither_records_nor_noise(opened: Open) -> 
 def test_a_round_reserved_without_noise_stops_a_plan_with_privacy(opened: Open) -> None:
     made = opened()
     try:
+        made.prepare()
         with pytest.raises(PlanError, match="noise"):
             made.train(1, initial_vector(made.plan), None)
     finally:
@@ -135,13 +138,13 @@ def test_a_round_whose_adapter_mixes_records_is_refused_before_it_is_charged(
     opened: Open, monkeypatch: pytest.MonkeyPatch, tested: bool
 ) -> None:
     made = opened()
-    layer = made._trainer.model.base.encoder.layer[0]  # type: ignore[union-attr, index]  # a BERT
+    layer = made._model.base.encoder.layer[0]  # type: ignore[union-attr, index]  # a BERT
     vector = initial_vector(made.plan)
     header: Any = SimpleNamespace(round=1, adapter=b"a" * 32)
     # Rounding, from the records beside: what an adapter turns into whole gradients.
     layer.register_forward_hook(lambda _, __, output: output + 1e-6 * output.mean(0, keepdim=True))
     if not tested:
-        monkeypatch.setattr(LocalTrainer, "check", lambda *_: None)
+        monkeypatch.setattr(SiteJob, "check", lambda *_: None)
     try:
         if tested:
             with pytest.raises(ModelError, match="bits depend on the records beside it"):

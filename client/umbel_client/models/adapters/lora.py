@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from umbel_client.models.base import nf4
+from umbel_client.models.base.architecture import naming_architecture
 from umbel_client.models.base.folder import peft_quietly, skeleton
 from umbel_client.models.base.layers import output_layer
 from umbel_common.adapters.vector import Vector, unflatten
@@ -44,7 +45,8 @@ def plan_lora(
     It needs the folder's configuration, not its weights.
 
     Raises:
-        ModelError: a target or the head is not in the model, or is not a linear layer.
+        ModelError: a target or the head is not in the model, or is not a linear layer; or the
+            architecture fails.
     """
     lora = Lora(
         rank=rank,
@@ -56,7 +58,9 @@ def plan_lora(
         tensors=(),
         scaling=scaling,
     )
-    parameters, _head = attach(folder, skeleton(folder, task), task, lora)
+    base = skeleton(folder, task)
+    with naming_architecture(base):
+        parameters, _head = attach(folder, base, task, lora)
     return msgspec.structs.replace(lora, tensors=tensors_of(parameters))
 
 

@@ -66,23 +66,6 @@ def model_config(folder: Path, task: Task) -> PretrainedConfig:
         return _config(folder, texts, task)
 
 
-def require_context(folder: Path, config: PretrainedConfig, task: Task) -> None:
-    """Refuses a task with longer texts than the model can read.
-
-    Raises:
-        ModelError: says how many tokens the model can read.
-    """
-    positions = getattr(config, "max_position_embeddings", task.max_tokens)
-    if task.max_tokens > positions:
-        raise ModelError(
-            "a plan asks for longer texts than the base model can read",
-            file=folder,
-            field="task.max_tokens",
-            found=task.max_tokens,
-            accepted=f"at most {positions}",
-        )
-
-
 @dataclass(frozen=True)
 class BaseContent:
     """The files of a base model that count, as they were read: each once, and hashed."""

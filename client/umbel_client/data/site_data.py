@@ -1,0 +1,116 @@
+"""A site's records as they are when its trainer starts: read once, before any plan asks for them.
+
+This module is part of the core of the privacy guarantee. Never read a file again because a server
+asked for something, and never let a plan decide how a file is read.
+
+A record that is no record at all (without a text, with a label that the policy does not name) is a
+mistake of the site's people, and stops the site as it starts. It is not left out, since then nobody
+would mend it. Whether a record fits a plan is asked later, when its round is paid for
+(`umbel_client.tasks.prepared`). A file that changes while the site runs changes nothing until the
+site starts again.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from umbel_client.data.records import (
+    LmRecords,
+    Records,
+    alike_units,
+    columns_of,
+    records_of,
+)
+from umbel_client.data.tables import Table, read_table
+from umbel_client.site.config import ClientConfig
+from umbel_client.site.policy import TaskName
+from umbel_common.errors import DataError
+from umbel_common.plans.plan import CausalLm, Classification, Task
+
+_FAR_OFF = 2.0
+"""Factor between the number of units and the public size from which a person is told."""
+_SHOWN = 5
+
+
+# No generated repr: it would write records into whatever log it is printed to.
+@dataclass(frozen=True, repr=False)
+class SiteData:
+    """The records, for each task that the site's policy allows, or why they cannot be had."""
+
+    read: Mapping[TaskName, Records | LmRecords]
+    failed: Mapping[TaskName, DataError]
+    public_size: int
+
+    @classmethod
+    def load(cls, config: ClientConfig) -> "SiteData":
+        """Reads the site's file once. What is wrong with it is kept and not raised."""
+        path = Path(config.data.path)
+        read: dict[TaskName, Records | LmRecords] = {}
+        failed: dict[TaskName, DataError] = {}
+        table: Table | None = None
+        for name, task in _tasks(config):
+            try:
+                table = table or read_table(path)
+                read[name] = records_of(path, table, task, **columns_of(config.data))
+            except DataError as error:
+                failed[name] = error
+        return cls(read, failed, config.data.public_size)
+
+    def records(self, task: Task) -> Records | LmRecords:
+        """The records for a plan's task.
+
+        Raises:
+            DataError: they cannot be read so; it says what is wrong with the file.
+        """
+        name: TaskName = "causal-lm" if isinstance(task, CausalLm) else "classification"
+        if name in self.failed:
+            # It would otherwise grow by a traceback with each request.
+            raise self.failed[name].with_traceback(None)
+        if name not in self.read:
+            raise DataError("this site's policy allows no such task", field="policy.tasks")
+        return self.read[name]
+
+    def require(self) -> None:
+        """Refuses data that no task can use.
+
+        Raises:
+            DataError: what is wrong with the file.
+        """
+        if self.failed and not self.read:
+            raise next(iter(self.failed.values()))
+
+    def warnings(self) -> Iterator[str]:
+        """Yields what the site's people should know of the data, a sentence each."""
+        for task, error in self.failed.items():
+            if self.read:
+                yield f"no plan for {task} can run with these records: {error.message}"
+        for records in list(self.read.values())[:1]:
+            yield from _warnings(records, self.public_size)
+
+
+def _tasks(config: ClientConfig) -> Iterator[tuple[TaskName, Task]]:
+    """Each task that plans may have here, in the form that takes most records."""
+    policy = config.policy
+    if "classification" in policy.tasks and len({*policy.labels}) == len(policy.labels) > 1:
+        yield "classification", Classification(labels=policy.labels)
+    if "causal-lm" in policy.tasks:
+        yield "causal-lm", CausalLm(loss_on="all")
+
+
+def _warnings(records: Records | LmRecords, public_size: int) -> Iterator[str]:
+    found = records.unit_count
+    kind = "records" if records.unit_column is None else "units"
+    if not public_size / _FAR_OFF <= found <= public_size * _FAR_OFF:
+        yield (
+            f"data.public_size is {public_size:,}, and there are {found:,} {kind}: batches are"
+            f" {found / public_size:.2g} times as large as planned, and delta is held to one tenth"
+            " of 1 / public_size"
+        )
+    pairs = alike_units(records.unit_names)
+    if pairs:
+        shown = ", ".join(f"{one!r} and {other!r}" for one, other in pairs[:_SHOWN])
+        more = f" and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else ""
+        yield (
+            f"units look alike: {shown}{more}. If they are one person, this person counts twice:"
+            f" give {records.unit_column} one value for each person"
+        )
