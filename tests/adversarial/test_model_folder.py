@@ -27,6 +27,7 @@ from umbel_client.models.base import files
 from umbel_client.models.base import folder as base_folder
 from umbel_client.models.base.files import folder_digest, require_digest
 from umbel_client.tasks.prepared import prepare
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Task
 from umbel_host.files import model_folder
@@ -284,7 +285,7 @@ def test_a_tokenizer_that_changes_after_the_model_was_loaded_is_refused(
         model = AdaptedModel.load(folder, plan)
         content = (folder / "tokenizer.json").read_text()
         (folder / "tokenizer.json").write_text(content.replace('"w1"', '"w_"'))
-        return prepare(model, folder, records, cache=None).tokens.ids.tolist()
+        return prepare(model, folder, records, BatchLimit(8), cache=None).tokens.ids.tolist()
 
     with carelessly(monkeypatch):
         assert 1 in attack()  # the id of unknown words

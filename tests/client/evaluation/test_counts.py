@@ -77,9 +77,9 @@ def test_a_side_without_a_record_counts_nobody(
     sides = hold_out(records, 0.1)
     assert sorted(map(len, sides)) == [0, 1]
     model = AdaptedModel.load(tiny_model, plan_for(tiny_model, TASK))
-    empty = prepare(model, tiny_model, min(sides, key=len), cache=tmp_path)
+    empty = prepare(model, tiny_model, min(sides, key=len), LIMIT, cache=tmp_path)
     assert (len(empty), empty.unit_count) == (0, 0)
-    counts = noisy_counts(model, empty, EXACT, NoiseSource(np.random.default_rng(1).bytes))
+    counts = noisy_counts(model, empty, EXACT, NoiseSource(np.random.default_rng(1).bytes), LIMIT)
     assert (counts.score, counts.records) == pytest.approx((0, 0), abs=1e-6)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from umbel_client.data.records import load_records
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.tasks.prepared import PreparedData, prepare
+from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training.largest_record import largest_record_test
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import CausalLm, Classification
@@ -43,8 +44,8 @@ def prepared(
     model = AdaptedModel.load(folder, plan_for(folder, TASK))
     records = load_records(path, TASK, unit_column="patient")
     if told is None:
-        return prepare(model, folder, records, cache=None)
-    return prepare(model, folder, records, cache=None, on_misfit=told.append)
+        return prepare(model, folder, records, BatchLimit(8), cache=None)
+    return prepare(model, folder, records, BatchLimit(8), cache=None, on_misfit=told.append)
 
 
 def test_an_unknown_token_leaves_its_record_out_and_the_others_as_they_are(
