@@ -35,7 +35,8 @@ from umbel_server.operator.authority import (
     new_authority,
     new_key,
 )
-from umbel_server.port.gate import ACTIVATE, tls_context
+from umbel_server.port.listener import tls_context
+from umbel_server.port.reply_filter import ACTIVATE
 
 ANNOUNCED = ProtoMessage(metadata=ProtoMetadata(run_id=1, message_type=FLOWER_MESSAGE_TYPE))
 TREE = ObjectTree(object_id="0" * 64)

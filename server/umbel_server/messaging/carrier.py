@@ -1,12 +1,14 @@
 """Between the operator's two processes: the one with jobs and key, and the one with the port.
 
-They meet at a Unix socket. `Post` leaves a sealed message for a site; `Collect` asks for its reply.
+They meet at a Unix socket. `Post` leaves a sealed message for a site, together with the size of the
+largest reply that is taken; `Collect` asks for the reply.
 The process with the port cannot read what it carries, nor change it unnoticed: no key and nothing
-unsealed may ever pass here.
+unsealed may ever pass here. `Forget` deletes a message that nobody waits for any more.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +26,7 @@ _POLL_SHARE = 0.05
 their people: what this adds to a wait is this share of it. A question costs the other process some
 queries of its database."""
 _AGAIN_SECONDS = 0.5
+_FORGET_SECONDS = 10.0
 _KEPT_BYTES = 1 << 20
 """Largest message that is kept until its reply comes, to be posted again if it is lost."""
 
@@ -34,6 +37,8 @@ class _Address(msgspec.Struct, frozen=True):
     site: str
     label: str
     seconds: float
+    largest_reply: int
+    """Bytes."""
 
 
 class Posted(msgspec.Struct, frozen=True):
@@ -55,11 +60,15 @@ class _Collected(msgspec.Struct, frozen=True):
 class Mailbox(Protocol):
     """What the process with the port offers."""
 
-    def post(self, site: str, label: str, sealed: Iterator[bytes], seconds: float) -> str | None:
+    def post(
+        self, site: str, label: str, sealed: Iterator[bytes], seconds: float, largest_reply: int
+    ) -> str | None:
         """Leaves a message for a site; returns its ID, or None if the site cannot get it yet.
 
         Args:
             sealed: the message in parts, which are not joined, however large it is.
+            seconds: how long its sender waits for the reply.
+            largest_reply: bytes; a larger reply is not taken.
         """
         ...
 
@@ -68,13 +77,19 @@ class Mailbox(Protocol):
         reply that was not read to its end can be collected again."""
         ...
 
+    def forget(self, identifier: str) -> None:
+        """Deletes a message and whatever came in answer to it."""
+        ...
+
 
 def methods(mailbox: Mailbox) -> dict[str, grpc.RpcMethodHandler]:
     """Returns the handlers of the service over a mailbox."""
 
     def post(request: Iterator[bytes], _: grpc.ServicerContext) -> bytes:
         address = msgspec.json.decode(next(request), type=_Address)
-        identifier = mailbox.post(address.site, address.label, request, address.seconds)
+        identifier = mailbox.post(
+            address.site, address.label, request, address.seconds, address.largest_reply
+        )
         return msgspec.json.encode(Posted(identifier))
 
     def collect(request: bytes, _: grpc.ServicerContext) -> Iterator[bytes]:
@@ -84,9 +99,14 @@ def methods(mailbox: Mailbox) -> dict[str, grpc.RpcMethodHandler]:
             for piece in sealed:
                 yield from pieces(piece)
 
+    def forget(request: bytes, _: grpc.ServicerContext) -> bytes:
+        mailbox.forget(request.decode())
+        return b""
+
     return {
         "Post": grpc.stream_unary_rpc_method_handler(post),
         "Collect": grpc.unary_stream_rpc_method_handler(collect),
+        "Forget": grpc.unary_unary_rpc_method_handler(forget),
     }
 
 
@@ -112,6 +132,7 @@ class CarrierLink:
         self._channel = channel(path)
         self._post = self._channel.stream_unary(f"/{CARRIER}/Post")
         self._collect = self._channel.unary_stream(f"/{CARRIER}/Collect")
+        self._forget = self._channel.unary_unary(f"/{CARRIER}/Forget")
 
     def close(self) -> None:
         """Ends the connection."""
@@ -130,23 +151,34 @@ class CarrierLink:
         """
         began = time.monotonic()
         deadline = began + seconds
-        waiting = []
-        for site, sealed in requests:
-            self._check_stopped()
-            identifier = self._leave(step, site, sealed, deadline)
-            kept = sealed if len(sealed) <= _KEPT_BYTES else None
-            waiting.append(_Waiting(site, kept, identifier))
-            del sealed, kept
-        while waiting and time.monotonic() < deadline:
-            self._check_stopped()
-            for one in list(waiting):
-                over, reply = self._look(step, one, deadline)
-                if over:
-                    waiting.remove(one)
-                if reply is not None:
-                    yield one.site, reply
-                del reply
-            time.sleep(_pause(time.monotonic() - began))
+        waiting: list[_Waiting] = []
+        try:
+            for site, sealed in requests:
+                self._check_stopped()
+                identifier = self._leave(step, site, sealed, deadline)
+                kept = sealed if len(sealed) <= _KEPT_BYTES else None
+                waiting.append(_Waiting(site, kept, identifier))
+                del sealed, kept
+            while waiting and time.monotonic() < deadline:
+                self._check_stopped()
+                for one in list(waiting):
+                    over, reply = self._look(step, one, deadline)
+                    if over:
+                        waiting.remove(one)
+                    if reply is not None:
+                        yield one.site, reply
+                    del reply
+                time.sleep(_pause(time.monotonic() - began))
+        finally:
+            self._abandon(waiting)
+
+    def _abandon(self, waiting: list[_Waiting]) -> None:
+        """Deletes the messages that were not answered: what comes now would stay for nobody."""
+        for one in waiting:
+            if one.identifier is not None:
+                # If the other process does not answer, its next start deletes everything.
+                with suppress(grpc.RpcError):
+                    self._forget(one.identifier.encode(), timeout=_FORGET_SECONDS)
 
     def _check_stopped(self) -> None:
         if self._should_stop():
@@ -164,10 +196,14 @@ class CarrierLink:
         try:
             answer = self._collect(one.identifier.encode())
             collected = msgspec.json.decode(next(answer), type=_Collected)
-            reply = joined(answer) if collected.replied else None
+            reply = joined(answer, step.largest_reply) if collected.replied else None
         except grpc.RpcError:
             # The other process has ended. It may come back with the message or without.
             return False, None
+        if reply is not None and len(reply) > step.largest_reply:
+            # The rest is not read, and so not deleted as it is read.
+            answer.cancel()
+            self._abandon([one])
         if not collected.over:
             return False, None
         if reply is None and one.sealed is not None:
@@ -182,7 +218,8 @@ class CarrierLink:
         Waits for the other process while it restarts: every message passes through it.
         """
         while True:
-            address = _Address(site, str(step), max(deadline - time.monotonic(), 1.0))
+            seconds = max(deadline - time.monotonic(), 1.0)
+            address = _Address(site, str(step), seconds, step.largest_reply)
             try:
                 answer = self._post(_request(address, sealed), timeout=address.seconds)
             except grpc.RpcError:
