@@ -1,0 +1,262 @@
+"""Requests are judged before their bytes are taken, and bytes are counted as they come."""
+
+import asyncio
+import ssl
+import threading
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from server.port.conftest import Certified, OpenPort, Port, request, status, wait_until
+from support.waiting import HANGING
+
+from umbel_server.port import gate, listener
+from umbel_server.port.gate import _BODIES, PATHS
+from umbel_server.port.reply_filter import ACTIVATE, PUSH, PUSH_OBJECT
+
+CHECKED = pytest.mark.parametrize("checked", [False, True], ids=["without the check", "with it"])
+CHUNK = b"%x\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n"
+CHUNKED = b"transfer-encoding: chunked"
+
+
+def answer(port: Port, site: Certified, data: bytes) -> int | None:
+    with port.secure(site) as connection:
+        try:
+            connection.sendall(data)
+        except OSError:
+            return None
+        return status(connection)
+
+
+def judge_the_announced_length_alone(patch: pytest.MonkeyPatch) -> None:
+    """As if a body were as large as its header says."""
+
+    async def trusting(receive: Any, length: int, connection: Any) -> bytes:
+        parts, more = [], True
+        while more:
+            message = await receive()
+            parts.append(message.get("body", b""))
+            more = message.get("more_body", False)
+        return b"".join(parts)
+
+    judge = gate.Gate._judge
+
+    def judged(self: gate.Gate, scope: Any) -> int | None:
+        kept = [one for one in scope["headers"] if one[0] != b"transfer-encoding"]
+        lengths = [one for one in kept if one[0] == b"content-length"]
+        scope["headers"] = kept if lengths else [*kept, (b"content-length", b"10")]
+        return judge(self, scope)
+
+    patch.setattr(gate, "_body", trusting)
+    patch.setattr(gate.Gate, "_judge", judged)
+
+
+@CHECKED
+@pytest.mark.parametrize("length", [10, None], ids=["beside a length", "alone"])
+def test_a_body_in_chunks_is_not_taken(
+    open_port: OpenPort,
+    east: Certified,
+    monkeypatch: pytest.MonkeyPatch,
+    length: int | None,
+    checked: bool,
+) -> None:
+    if not checked:
+        judge_the_announced_length_alone(monkeypatch)
+    port = open_port()
+    body = 6 * CHUNK + b"0\r\n\r\n"
+    data = request(east, PUSH_OBJECT, body, CHUNKED, length=length)
+    assert answer(port, east, data) == (413 if checked else 200)
+    assert port.bodies == ([] if checked else [6 << 20])
+
+
+class Endless:
+    """What a web server would give that counts nothing: a body without an end."""
+
+    def __init__(self) -> None:
+        self.given = 0
+        self.ended = False
+
+    def abort(self) -> None:
+        self.ended = True
+
+    async def receive(self) -> dict[str, Any]:
+        if self.ended:
+            return {"type": "http.disconnect"}
+        self.given += 1000
+        return {"type": "http.request", "body": bytes(1000), "more_body": self.given < 100_000}
+
+
+@CHECKED
+def test_bytes_are_counted_as_they_come_whatever_was_announced(
+    monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    if not checked:
+        judge_the_announced_length_alone(monkeypatch)
+    peer: Any = Endless()
+    body = asyncio.run(gate._body(peer.receive, 10, peer))
+    assert (body is None) is checked
+    assert (peer.given <= 1000) is checked
+
+
+@pytest.mark.parametrize("path", sorted(PATHS))
+def test_a_body_is_no_larger_than_its_path_needs(
+    open_port: OpenPort, east: Certified, path: str
+) -> None:
+    port, most = open_port(), _BODIES[path]
+    assert answer(port, east, request(east, path, bytes(most))) == 200
+    assert answer(port, east, request(east, path, length=most + 1)) == 413
+    assert port.bodies == [most]
+    # What Flower parses of small parts costs far more memory than its bytes.
+    assert most <= 1 << 16 or path == PUSH_OBJECT
+
+
+@CHECKED
+@pytest.mark.parametrize("name", [b"flwr-public-key", b"content-type", b"x-any"])
+def test_a_header_that_stands_twice_is_refused(
+    open_port: OpenPort,
+    east: Certified,
+    north: Certified,
+    monkeypatch: pytest.MonkeyPatch,
+    name: bytes,
+    checked: bool,
+) -> None:
+    if not checked:
+        judge = gate.Gate._judge
+
+        def judged(self: gate.Gate, scope: Any) -> int | None:
+            read = {**scope, "headers": list(dict(scope["headers"]).items())}
+            return judge(self, read)
+
+        monkeypatch.setattr(gate.Gate, "_judge", judged)
+    more = {
+        b"flwr-public-key": request(east).split(b"\r\n")[2],
+        b"content-type": b"content-type: text/plain",
+        b"x-any": b"X-Any: 1",
+    }[name]
+    data = request(east, ACTIVATE, b"", name + b": x", more)
+    assert answer(open_port(), east, data) == (400 if checked else 200)
+
+
+@CHECKED
+def test_bodies_that_do_not_come_hold_up_neither_their_site_nor_others(
+    open_port: OpenPort,
+    east: Certified,
+    north: Certified,
+    monkeypatch: pytest.MonkeyPatch,
+    checked: bool,
+) -> None:
+    """The oldest gives way: a line that was cut leaves them behind."""
+    if not checked:
+        monkeypatch.setattr(asyncio, "Semaphore", lambda _: Unlimited())
+    port = open_port()
+    with ExitStack() as stack:
+        stalled = []
+        for _ in range(6):
+            connection = stack.enter_context(port.secure(east))
+            connection.sendall(request(east, PUSH_OBJECT, bytes(1000), length=2000))
+            stalled.append(connection)
+        assert answer(port, north, request(north)) == 200
+        assert answer(port, east, request(east)) == 200
+        under_way = port._gate._under_way[east.key]
+        assert (len(under_way.moving) <= gate._AT_ONCE) is checked
+        # The newest of them was not ended, and may come still.
+        stalled[-1].sendall(bytes(1000))
+        assert status(stalled[-1]) == 200
+
+
+class Unlimited:
+    """A semaphore that holds nobody up."""
+
+    def locked(self) -> bool:
+        return False
+
+    async def acquire(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+
+@CHECKED
+def test_a_sites_requests_take_few_of_flowers_threads(
+    open_port: OpenPort,
+    east: Certified,
+    north: Certified,
+    monkeypatch: pytest.MonkeyPatch,
+    checked: bool,
+) -> None:
+    if not checked:
+        monkeypatch.setattr(asyncio, "Semaphore", lambda _: Unlimited())
+    port = open_port()
+    port.working.clear()
+    with ExitStack() as stack:
+        waiting = [stack.enter_context(port.secure(east)) for _ in range(13)]
+        for connection in waiting:
+            connection.sendall(request(east, PUSH, bytes(100)))
+        if not checked:
+            wait_until(lambda: len(port.bodies) == 13)
+            return
+        # Three are worked on, eight wait, and more are told to come again.
+        assert {status(connection) for connection in waiting[11:]} == {503}
+        assert port.bodies == [100] * 3
+        other = stack.enter_context(port.secure(north))
+        other.sendall(request(north))
+        wait_until(lambda: len(port.bodies) == 4)
+        port.working.set()
+        assert {status(connection) for connection in [*waiting[:11], other]} == {200}
+
+
+@CHECKED
+def test_a_body_has_its_time(
+    open_port: OpenPort, east: Certified, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    monkeypatch.setattr(gate, "_REQUEST_SECONDS", 0.2 if checked else HANGING)
+    with open_port().secure(east) as connection:
+        connection.sendall(request(east, PUSH, bytes(10), length=20))
+        connection.settimeout(HANGING if checked else 0.7)
+        began = time.monotonic()
+        ended = status(connection) is None
+        assert ended
+        assert (time.monotonic() - began < 0.6) or not checked
+
+
+@CHECKED
+def test_answers_that_are_not_taken_are_few(
+    open_port: OpenPort, east: Certified, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """Each holds a piece of a message in memory."""
+    if not checked:
+        monkeypatch.setattr(asyncio, "Semaphore", lambda _: Unlimited())
+    port = open_port()
+    size = _BODIES[PUSH_OBJECT]
+    with ExitStack() as stack:
+        for _ in range(5):
+            connection = stack.enter_context(port.secure(east))
+            connection.sendall(request(east, PUSH_OBJECT, bytes(size)))
+        wait_until(lambda: len(port.bodies) == 5)
+        under_way = port._gate._under_way[east.key]
+        wait_until(lambda: len(under_way.moving) == (3 if checked else 5))
+        assert answer(port, east, request(east)) == 200
+
+
+def test_the_rest_of_a_refused_request_is_not_read_for_long(
+    open_port: OpenPort, east: Certified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "_LINGER_SECONDS", 0.2)
+    with open_port().secure(east) as connection:
+        connection.sendall(request(east, PUSH_OBJECT, b"", CHUNKED))
+        assert status(connection) == 413
+        ended = threading.Event()
+
+        def flood() -> None:
+            try:
+                while True:
+                    connection.sendall(CHUNK)
+            except (OSError, ssl.SSLError):
+                ended.set()
+
+        flooding = threading.Thread(target=flood)
+        flooding.start()
+        assert ended.wait(HANGING)
+        flooding.join(HANGING)
