@@ -21,7 +21,7 @@ import asyncio
 import base64
 import binascii
 import gc
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import TypeVar
 
 from starlette.responses import PlainTextResponse
@@ -49,6 +49,7 @@ PATHS = frozenset(_BODIES)
 _KEY_HEADER = b"flwr-public-key"
 _LARGE = 1 << 18
 """Bytes of a request and its answer from which memory is freed at once."""
+_SENT_AT_ONCE = 1 << 18
 _AT_ONCE = 3
 """Requests of one key that are read, worked on or answered at once. A relay has two: a message's
 and a heartbeat."""
@@ -139,10 +140,11 @@ class Gate:
                 async def counted(message: Message) -> None:
                     nonlocal moved
                     moved += len(message.get("body", b""))
-                    await send(message)
+                    under_way.moving[connection] = None
+                    for part in _parts(message):
+                        await _within(send(part), connection)
 
                 await self._fleet(scope, repeated, counted)
-                under_way.moving[connection] = None
                 await _within(connection.drained(), connection)
         finally:
             under_way.moving.pop(connection, None)
@@ -186,6 +188,20 @@ class Gate:
 def _connection(scope: Scope) -> Connection:
     connection: Connection = scope[CONNECTION]
     return connection
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """Cuts what is sent, so that no more of it waits in the connection than the other side takes:
+    the web server lets every single part in."""
+    body = message.get("body", b"")
+    for start in range(0, len(body) - _SENT_AT_ONCE, _SENT_AT_ONCE):
+        yield {
+            "type": message["type"],
+            "body": body[start : start + _SENT_AT_ONCE],
+            "more_body": True,
+        }
+    rest = len(body) % _SENT_AT_ONCE or min(len(body), _SENT_AT_ONCE)
+    yield {**message, "body": body[len(body) - rest :]} if body else message
 
 
 async def _body(receive: Receive, length: int, connection: Connection) -> bytes | None:

@@ -12,7 +12,7 @@ from server.port.conftest import Certified, OpenPort, Port, request, status, wai
 from support.waiting import HANGING
 
 from umbel_server.port import gate, listener
-from umbel_server.port.gate import _BODIES, PATHS
+from umbel_server.port.gate import _BODIES, _SENT_AT_ONCE, PATHS, _parts
 from umbel_server.port.reply_filter import ACTIVATE, PUSH, PUSH_OBJECT
 
 CHECKED = pytest.mark.parametrize("checked", [False, True], ids=["without the check", "with it"])
@@ -178,6 +178,12 @@ class Unlimited:
         pass
 
 
+def under_way(port: Port, site: Certified) -> int:
+    """How many requests are worked on or wait."""
+    known = port._gate._under_way.get(site.key)
+    return len(port.bodies) + (known.waiting if known else 0)
+
+
 @CHECKED
 def test_a_sites_requests_take_few_of_flowers_threads(
     open_port: OpenPort,
@@ -191,14 +197,19 @@ def test_a_sites_requests_take_few_of_flowers_threads(
     port = open_port()
     port.working.clear()
     with ExitStack() as stack:
-        waiting = [stack.enter_context(port.secure(east)) for _ in range(13)]
-        for connection in waiting:
+        waiting = []
+        for count in range(1, 14):
+            connection = stack.enter_context(port.secure(east))
             connection.sendall(request(east, PUSH, bytes(100)))
+            waiting.append(connection)
+            if checked and count > 3 + 8:
+                # Three are worked on, eight wait, and more are told to come again.
+                assert status(connection) == 503
+            else:
+                wait_until(lambda count=count: under_way(port, east) == count)
         if not checked:
-            wait_until(lambda: len(port.bodies) == 13)
+            assert port.bodies == [100] * 13
             return
-        # Three are worked on, eight wait, and more are told to come again.
-        assert {status(connection) for connection in waiting[11:]} == {503}
         assert port.bodies == [100] * 3
         other = stack.enter_context(port.secure(north))
         other.sendall(request(north))
@@ -229,15 +240,29 @@ def test_answers_that_are_not_taken_are_few(
     if not checked:
         monkeypatch.setattr(asyncio, "Semaphore", lambda _: Unlimited())
     port = open_port()
-    size = _BODIES[PUSH_OBJECT]
+    # More than what the kernel keeps for a connection.
+    port.answer = bytes(32 << 20)
     with ExitStack() as stack:
-        for _ in range(5):
-            connection = stack.enter_context(port.secure(east))
-            connection.sendall(request(east, PUSH_OBJECT, bytes(size)))
-        wait_until(lambda: len(port.bodies) == 5)
+        for count in range(1, 6):
+            stack.enter_context(port.secure(east)).sendall(request(east))
+            wait_until(lambda count=count: len(port.bodies) == count)
         under_way = port._gate._under_way[east.key]
-        wait_until(lambda: len(under_way.moving) == (3 if checked else 5))
+        wait_until(lambda: len(under_way.moving) == (gate._AT_ONCE if checked else 5))
+        port.answer = b""
         assert answer(port, east, request(east)) == 200
+
+
+@pytest.mark.parametrize("size", [0, 1, _SENT_AT_ONCE, _SENT_AT_ONCE + 1, 3 * _SENT_AT_ONCE])
+def test_an_answer_of_any_size_is_sent_whole(
+    open_port: OpenPort, east: Certified, size: int
+) -> None:
+    port = open_port()
+    port.answer = bytes(size)
+    assert answer(port, east, request(east)) == 200
+    parts = list(_parts({"type": "http.response.body", "body": port.answer}))
+    assert b"".join(part["body"] for part in parts) == port.answer
+    assert [part.get("more_body", False) for part in parts] == [True] * (len(parts) - 1) + [False]
+    assert max(len(part["body"]) for part in parts) <= _SENT_AT_ONCE
 
 
 def test_the_rest_of_a_refused_request_is_not_read_for_long(
