@@ -432,7 +432,8 @@ class SiteNode:
         if not pulled.messages_list:
             return None
         run = pulled.messages_list[0].metadata.run_id
-        return relay._pull(self.client, node, run, pulled.message_object_trees[0], self.stopping)
+        (tree,) = pulled.message_object_trees
+        return relay._pull(self.client, node, run, tree, relay.LARGEST_MESSAGE, self.stopping)
 
     def reply(self, node: Node, request: Message, sealed: bytes) -> None:
         expires = request.metadata.created_at + request.metadata.ttl

@@ -78,12 +78,21 @@ _LONGEST_PAUSE = 30.0
 _SLACK_SECONDS = 2.0
 """Taken off a reply's lifetime: the server's time is known to a second only."""
 
+LARGEST_MESSAGE = 1 << 31
+"""Bytes; no adapter is larger."""
+_ENVELOPE_BYTES = 4096
+"""Room for what Flower writes around each part of a message, and for its name in its parent."""
+
 _logger = logging.getLogger("umbel.relay")
 T = TypeVar("T")
 
 Pieces = list[bytes]
 """A sealed message in pieces, which `umbel_host.transport.flower.regrouped` makes: a relay holds it
 in memory only once."""
+
+
+class _TooLargeError(Exception):
+    """A message is larger than any that the trainer takes."""
 
 
 def answer_message(message: Message, handle: Callable[[Pieces], Pieces]) -> Message:
@@ -119,12 +128,15 @@ def serve(
     handle: Callable[[Pieces], Pieces],
     stopping: threading.Event,
     on_connected: Callable[[bool], None],
+    largest: Callable[[], int] = lambda: LARGEST_MESSAGE,
 ) -> None:
     """Carries messages until `stopping` is set; tries again while the server is away.
 
     Args:
         handle: returns the sealed reply to a sealed request.
         on_connected: is called with True when the server is reached, and with False when not.
+        largest: returns the size of the largest request that `handle` takes, in bytes. A larger one
+            is dropped as soon as so much of it has come.
 
     Raises:
         IdentityError: the key is missing, readable by others, or of another kind.
@@ -148,7 +160,7 @@ def serve(
                 on_connected(True)
                 pause = 1.0
                 _logger.info("connected to %s", way)
-                _work(client, node, clock, handle, stopping)
+                _work(client, node, clock, handle, largest, stopping)
         except (httpx.HTTPError, OSError, ValueError) as error:
             _logger.warning("%s is not reached: %s", way, _reason(error))
         on_connected(False)
@@ -239,6 +251,7 @@ def _work(
     node: Node,
     clock: ServerClock,
     handle: Callable[[Pieces], Pieces],
+    largest: Callable[[], int],
     stopping: threading.Event,
 ) -> None:
     latest = time.monotonic()
@@ -251,7 +264,7 @@ def _work(
         metadata = announced.metadata
         set_identity(node.node_id, metadata.run_id)
         try:
-            request = _pull(client, node, metadata.run_id, tree, stopping)
+            request = _pull(client, node, metadata.run_id, tree, largest(), stopping)
             expires = metadata.created_at + metadata.ttl
             _push(client, node, clock, answer_message(request, handle), expires, stopping)
             # Unlike Flower's nodes, a relay confirms nothing: the server would delete a confirmed
@@ -261,6 +274,8 @@ def _work(
                 raise
             # The message's run is over: nobody waits for this reply any more.
             _logger.info("a message is dropped: %s", _reason(error))
+        except _TooLargeError as error:
+            _logger.warning("a message is dropped: it has more than %s bytes", error)
         latest = time.monotonic()
 
 
@@ -276,9 +291,15 @@ def _is_over(response: httpx.Response) -> bool:
 
 
 def _pull(
-    client: FleetHttpClient, node: Node, run_id: int, tree: ObjectTree, stopping: threading.Event
+    client: FleetHttpClient,
+    node: Node,
+    run_id: int,
+    tree: ObjectTree,
+    largest: int,
+    stopping: threading.Event,
 ) -> Message:
-    contents = {}
+    contents: dict[str, bytes] = {}
+    room = largest + (-(-largest // FLOWER_PIECE_BYTES) + 2) * _ENVELOPE_BYTES
     for part in iterate_object_tree(tree):
         request = PullObjectRequest(node=node, run_id=run_id, object_id=part.object_id)
         while True:
@@ -288,6 +309,9 @@ def _pull(
             if not pulled.object_found or stopping.wait(_SHORTEST_POLL_SECONDS):
                 raise ValueError("a part of a message is not there any more")
         contents[part.object_id] = pulled.object_content
+        room -= len(pulled.object_content)
+        if room < 0:
+            raise _TooLargeError(largest)
         # The HTTP client's objects refer to each other in a circle, with the megabytes in them.
         del pulled
         if len(contents[part.object_id]) >= FLOWER_PIECE_BYTES:
