@@ -10,7 +10,8 @@ a comment marks each, and the number is the HTTP status of its refusal:
    needs: 413.
 4. The connection was opened with a certificate of an admitted relay, which is still valid: 403.
 5. The key that Flower's own headers name is the key of that certificate: 403.
-6. Few requests of one key are under way: 503. A new one may end the slowest.
+6. Few requests of one key are under way, in all and in each second: 503, or they wait. A new one
+   may end the slowest.
 7. The body comes within its time, and is not larger than it was announced: the connection ends.
 
 `listener` has what comes before a request, `reply_filter` what is judged once Flower has verified
@@ -53,6 +54,9 @@ _SENT_AT_ONCE = 1 << 18
 _AT_ONCE = 3
 """Requests of one key that are read, worked on or answered at once. A relay has two: a message's
 and a heartbeat."""
+_PER_SECOND, _BURST = 40.0, 80.0
+"""Requests of one key, a piece of a message counted twice; what is more waits. Each costs this
+process time that other sites do not get."""
 _WAITING = 8
 """Requests of one key that wait for that."""
 _REQUEST_SECONDS = 600.0
@@ -68,8 +72,15 @@ class _UnderWay:
     def __init__(self) -> None:
         self.turns = asyncio.Semaphore(_AT_ONCE)
         self.waiting = 0
+        self._earned = 0.0
         self.moving: dict[Connection, None] = {}
         """Those whose body or answer is on the line, the oldest first."""
+
+    def delay(self, now: float, size: int) -> float:
+        """How many seconds a request must wait at a time."""
+        cost = (1 + size / FLOWER_PIECE_BYTES) / _PER_SECOND
+        self._earned = max(self._earned, now - _BURST / _PER_SECOND) + cost
+        return max(self._earned - now, 0.0)
 
 
 class Gate:
@@ -124,6 +135,7 @@ class Gate:
             under_way.waiting -= 1
         moved = int(dict(scope["headers"])[b"content-length"])
         try:
+            await asyncio.sleep(under_way.delay(connection.loop.time(), moved))
             under_way.moving[connection] = None
             # 7
             body = await _body(receive, moved, connection)

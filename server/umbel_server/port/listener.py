@@ -41,9 +41,11 @@ HANDSHAKE_SECONDS = 10.0
 HEADER_SECONDS = 20.0
 """Time for the header of a request, from its first byte, or from the handshake."""
 _LINGER_SECONDS = 5.0
-"""How long the rest of a refused request is read, and dropped, for its sender to see the answer."""
+_LINGER_BYTES = 1 << 20
+"""How long, and how much of, the rest of a refused request is read and dropped, for its sender to
+see the answer."""
 _KEEP_ALIVE_SECONDS = 75
-_PACE_SECONDS = 0.004
+_PACE_SECONDS = 0.01
 _CONNECTIONS_OF_A_KEY = 16
 _STRANGERS = 4096
 _OTHER_FILES = 256
@@ -77,6 +79,8 @@ class Connection(H11Protocol):
         super().__init__(**settings)
         self._of_key = of_key
         self._deadline: asyncio.TimerHandle | None = None
+        self._lingering: int | None = None
+        """Bytes that may still come of a refused request; None: no request was refused."""
         self.peer: Peer | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -103,6 +107,10 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         super().data_received(data)
+        if self._lingering is not None:
+            self._lingering -= len(data)
+            if self._lingering < 0:
+                self._end_unfinished()
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -124,6 +132,7 @@ class Connection(H11Protocol):
 
     def linger(self) -> None:
         """Ends the connection in a while if the rest of its request is still coming then."""
+        self._lingering = _LINGER_BYTES
         self.loop.call_later(_LINGER_SECONDS, self._end_unfinished)
 
     def _end_unfinished(self) -> None:
