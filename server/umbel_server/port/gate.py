@@ -22,6 +22,8 @@ import asyncio
 import base64
 import binascii
 import gc
+import math
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import TypeVar
 
@@ -59,6 +61,7 @@ _PER_SECOND, _BURST = 40.0, 80.0
 process time that other sites do not get."""
 _WAITING = 8
 """Requests of one key that wait for that."""
+_TOLD_SECONDS = 10.0
 _REQUEST_SECONDS = 600.0
 """Time for a body to come, and for an answer to be taken: a piece over a very slow line."""
 
@@ -95,11 +98,12 @@ class Gate:
         """Args:
         fleet: Flower's application.
         read_admitted: returns relay public key (PEM) -> site, for the relays that may connect now.
-        on_refused: called with a few words about a relay that was turned away.
+        on_refused: called with a few words about a relay that was turned away, now and then.
         """
         self._fleet = fleet
         self._read_admitted = read_admitted
         self._on_refused = on_refused
+        self._told: dict[str, float] = {}
         self._under_way: dict[str, _UnderWay] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -188,13 +192,20 @@ class Gate:
         peer = _connection(scope).peer
         site = self._read_admitted().get(peer.key) if peer and peer.is_valid() else None
         if peer is None or site is None:
-            self._on_refused("a certificate of a relay that is not admitted, or not any more")
+            self._tell("a certificate of a relay that is not admitted, or not any more")
             return 403
         # 5
         if _claimed_key(headers.get(_KEY_HEADER, b"")) != peer.key:
-            self._on_refused(f"{site} speaks with another key than its certificate's")
+            self._tell(f"{site} speaks with another key than its certificate's")
             return 403
         return None
+
+    def _tell(self, reason: str) -> None:
+        """Tells people, but does not let a stranger fill their log."""
+        now = time.monotonic()
+        if now - self._told.get(reason, -math.inf) >= _TOLD_SECONDS:
+            self._told[reason] = now
+            self._on_refused(reason)
 
 
 def _connection(scope: Scope) -> Connection:

@@ -45,7 +45,7 @@ _LINGER_BYTES = 1 << 20
 """How long, and how much of, the rest of a refused request is read and dropped, for its sender to
 see the answer."""
 _KEEP_ALIVE_SECONDS = 75
-_PACE_SECONDS = 0.01
+_PACE_SECONDS = 0.02
 _CONNECTIONS_OF_A_KEY = 16
 _STRANGERS = 4096
 _OTHER_FILES = 256
@@ -160,6 +160,8 @@ class _Stranger:
         self.address = address
         self.since = now
         self.handshake: asyncio.Task[None] | None = None
+        self.begun = False
+        """Whether the socket belongs to the transport of its handshake."""
 
 
 class _Place:
@@ -176,7 +178,9 @@ class _Place:
         return len(self.silent) + len(self.waiting) + len(self.shaking)
 
     def oldest(self) -> _Stranger:
-        return next(iter(self.silent or self.shaking or self.waiting))
+        # Among those who wait, the newest are served first: the oldest loses least. A handshake
+        # under way has cost something already, and may be a site's.
+        return next(iter(self.silent or self.waiting or self.shaking))
 
 
 class Listener:
@@ -288,6 +292,7 @@ class Listener:
                         await asyncio.sleep(_PACE_SECONDS)
 
     async def _shake_hands(self, stranger: _Stranger) -> None:
+        stranger.begun = True
         try:
             await self._loop.connect_accepted_socket(
                 self._make_protocol,
@@ -304,9 +309,9 @@ class Listener:
 
     def _turn_away(self, stranger: _Stranger) -> None:
         if stranger.handshake is not None:
-            # Its socket belongs to the transport, which closes it.
+            # The transport, if there is one already, closes the socket.
             stranger.handshake.cancel()
-        else:
+        if not stranger.begun:
             self._loop.remove_reader(stranger.socket)
             stranger.socket.close()
         self._leave(stranger)

@@ -48,6 +48,7 @@ def turn_newcomers_away(patch: pytest.MonkeyPatch) -> None:
 
 def count_verified_ones_for_their_address(patch: pytest.MonkeyPatch) -> None:
     async def staying(self: Any, stranger: Any) -> None:
+        stranger.begun = True
         transport, _ = await self._loop.connect_accepted_socket(
             self._make_protocol, stranger.socket, ssl=self._context
         )
@@ -243,6 +244,28 @@ def test_a_key_has_only_so_many_connections_and_the_newest_are_kept(
         assert [answer(connection, north) for connection in others] == [200, 200]
         answers = [answer(connection, east) for connection in opened]
         assert answers == ([None] * 2 if checked else [200] * 2) + [200] * 2
+
+
+def test_who_has_said_something_is_turned_away_last(
+    open_port: OpenPort, kit: Kit, east: Certified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a crowd of them keeps nobody out whose handshake is under way."""
+    port = open_port()
+    with ExitStack() as stack:
+        speaking = [stack.enter_context(port.connect()) for _ in range(3)]
+        for connection in speaking:
+            connection.sendall(b"\x16")
+        wait_until(lambda: sum(len(place.shaking) for place in port.door._places.values()) == 3)
+        for _ in range(2 * FEW):
+            stack.enter_context(port.connect())
+        wait_until(lambda: port.door._strangers == FEW // 2)
+        assert is_served(port, east)
+        assert sum(len(place.shaking) for place in port.door._places.values()) == 3
+        for _ in range(2 * FEW):
+            stack.enter_context(port.connect()).sendall(b"\x16")
+        wait_until(lambda: not any(place.silent for place in port.door._places.values()))
+        assert port.door._strangers <= FEW // 2
+        assert is_served(port, east)
 
 
 def test_strangers_without_a_certificate_cost_no_place(
