@@ -100,7 +100,7 @@ class NodeMailbox:
             seconds: how long its sender waits for the reply.
             largest_reply: bytes; a larger reply is not taken.
         """
-        self.forget_expired()
+        self._forget_expired()
         if not self._superlink.was_connected(node):
             return None
         # Flower wants the digests of all pieces before it takes the first one. A message may be as
@@ -127,14 +127,18 @@ class NodeMailbox:
             with self._posted_lock:
                 self._posted[identifier] = _Posted(node, time.monotonic() + seconds)
             self._superlink.expected.expect(identifier, node, largest_reply)
-            stored, missing = self._state.store_message_and_object_tree(
-                remove_content_from_message(message), get_object_tree(message), session
-            )
+            try:
+                stored, missing = self._state.store_message_and_object_tree(
+                    remove_content_from_message(message), get_object_tree(message), session
+                )
+                for name in missing:
+                    self._state.store_object(run, session, name, objects[name].deflate())
+            except Exception:
+                self.forget(identifier)
+                raise
             if not stored:
                 self.forget(identifier)
                 return None
-            for name in missing:
-                self._state.store_object(run, session, name, objects[name].deflate())
             return identifier
 
     def collect(self, identifier: str) -> Collected | None:
@@ -200,7 +204,7 @@ class NodeMailbox:
             self._arrived.pop(name, None)
         flower_patches.end_sessions(self._state, [identifier, *replies])
 
-    def forget_expired(self) -> None:
+    def _forget_expired(self) -> None:
         """Deletes the messages of sites that were too slow: nobody waits for them any more."""
         late = time.monotonic() - _READ_SECONDS
         with self._posted_lock:
