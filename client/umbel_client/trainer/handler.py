@@ -172,7 +172,7 @@ class Trainer:
     def largest_request(self) -> int:
         """The size of the largest request that a plan of this site can need, in bytes.
 
-        Of what is larger, only a beginning is taken into memory. Does not wait for a request that
+        Only the beginning of a larger one is taken into memory. Does not wait for a request that
         is being handled.
         """
         return self._largest

@@ -108,7 +108,7 @@ def joined(parts: Iterable[bytes], limit: int) -> bytes:
     """The message that these pieces make, cut one byte past `limit`.
 
     The process at the other end must not be able to fill this process' memory: a longer message is
-    not read to its end, and whoever opens what is left of it refuses it for its size.
+    not read to its end, and the receiver refuses what it has of it for its size.
     """
     # A BytesIO hands its value out without a copy.
     buffer = io.BytesIO()

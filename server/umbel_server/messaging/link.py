@@ -19,8 +19,8 @@ class Step:
     round: int = 0
     attempt: int = 0
     largest_reply: int = field(default=size_limit(None), compare=False)
-    """Bytes. Nothing of a larger reply is kept on its way, and no more than this comes into the
-    memory of whoever asked."""
+    """Bytes. Nothing of a larger reply is kept on its way, and no more than this, and one byte,
+    comes into the memory of the process that asked."""
 
     def __str__(self) -> str:
         return f"{self.round}.{self.attempt}.{self.stage}"
@@ -40,8 +40,8 @@ class Link(Protocol):
         """Sends each site its request; yields (site, reply) as replies come, until all have come or
         `seconds` have passed. A site that cannot be reached yields nothing.
 
-        Of a reply that is larger than `step.largest_reply`, at most a beginning is yielded, for
-        whoever opens it to refuse it.
+        If a reply is larger than `step.largest_reply`, at most its beginning is yielded, which does
+        not open.
 
         A message may be as large as an adapter: each of `requests` is made when it is asked for and
         should be freed once it is sent, and replies should be read one at a time.

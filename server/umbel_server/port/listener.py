@@ -3,7 +3,7 @@
 The rules here, whatever is changed:
 
 - A connection costs no memory for TLS before its first byte has come, and no TLS is computed faster
-  than one handshake in `_PACE_SECONDS`: whoever is served shares this thread.
+  than one handshake in `_PACE_SECONDS`: all sites share this thread.
 - The places for strangers are limited, for each address and in all. A newcomer always gets one: the
   oldest silent connection of the address that has the most goes.
 - A connection whose certificate is verified counts for its key, and no more for its address: a

@@ -188,7 +188,7 @@ class NodeMailbox:
             self._posted.pop(identifier, None)
 
     def _refuse(self, identifier: str) -> None:
-        """Deletes the reply to a message, whose sender learns that there is none."""
+        """Deletes the reply to a message; the message's sender gets no reply."""
         self._superlink.expected.forget(identifier)
         flower_patches.withdraw(self._state, identifier)
         self._delete_replies(identifier)
