@@ -40,7 +40,7 @@ def run(path: Path) -> None:
     from umbel_host.processes.lifecycle import locked, require_own, require_state, stop_on_signals
     from umbel_server.operator.admitted_sites import load_sites
     from umbel_server.operator.config import load_config
-    from umbel_server.port.gate import tls_context
+    from umbel_server.port.listener import tls_context
 
     config = load_config(path)
     context = tls_context(
@@ -73,7 +73,7 @@ def bound(address: str, file: Path) -> socket.socket:
 
     host, _, port = address.rpartition(":")
     try:
-        return socket.create_server((host.strip("[]"), int(port)), backlog=128)
+        return socket.create_server((host.strip("[]"), int(port)), backlog=1024)
     except (OSError, OverflowError) as error:
         raise ConfigError(
             "the port cannot be opened",

@@ -17,11 +17,13 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import flwr.supercore.corestate.sql_corestate
+import flwr.superlink.routers.fleet.node_auth
 import httpx
 import pytest
 import uvicorn
@@ -37,9 +39,14 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate import LinkState
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    OBJECT_PUSH_SESSION_TTL_SECONDS,
+)
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
+    get_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -63,10 +70,11 @@ from umbel_client.relay.server_clock import TOLERATED_SKEW, ServerClock
 from umbel_client.relay.signature import Signature
 from umbel_host.transport.flower import packed, unpacked
 from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
+from umbel_server.port.expected_replies import ExpectedReplies, Verdict
 from umbel_server.port.flower_patches import _TIDY_SECONDS
 from umbel_server.port.gate import PATHS
 from umbel_server.port.mailbox import NodeMailbox
-from umbel_server.port.reply_filter import MOST_OBJECTS, PUSH, ReplyFilter, acceptable
+from umbel_server.port.reply_filter import ReplyFilter
 from umbel_server.port.superlink import _KEEP_ALIVE_SECONDS, SuperLink
 from umbel_server.port_process import FLOWER_ENVIRONMENT
 
@@ -308,6 +316,19 @@ def test_what_is_no_message_of_ours_is_answered_by_an_error() -> None:
 # A SuperLink, and nodes that speak to it over plain HTTP
 
 
+MESSAGE_TABLES = (
+    "message_ins",
+    "message_res",
+    "objects",
+    "object_children",
+    "run_objects",
+    "object_push_sessions",
+    "object_push_session_roots",
+    "object_push_session_pending",
+)
+"""Every table that grows with messages."""
+
+
 class Link:
     """A SuperLink whose Fleet interface is served without the gate."""
 
@@ -339,6 +360,16 @@ class Link:
     def rows(self, table: str) -> int:
         with sqlite3.connect(self.database) as database:
             return int(database.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+
+    def stored_bytes(self) -> int:
+        """Of all objects."""
+        with sqlite3.connect(self.database) as database:
+            query = "SELECT coalesce(sum(length(content)), 0) FROM objects"
+            return int(database.execute(query).fetchone()[0])
+
+    def is_empty(self) -> bool:
+        """Whether nothing of any message is left in the database."""
+        return not any(map(self.rows, MESSAGE_TABLES))
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +432,8 @@ class SiteNode:
         if not pulled.messages_list:
             return None
         run = pulled.messages_list[0].metadata.run_id
-        return relay._pull(self.client, node, run, pulled.message_object_trees[0], self.stopping)
+        (tree,) = pulled.message_object_trees
+        return relay._pull(self.client, node, run, tree, relay.LARGEST_MESSAGE, self.stopping)
 
     def reply(self, node: Node, request: Message, sealed: bytes) -> None:
         expires = request.metadata.created_at + request.metadata.ttl
@@ -481,23 +513,21 @@ def test_a_connected_node_is_not_connected_again_unless_way_is_made(link: Link) 
 @pytest.mark.parametrize("size", [6, 3 * FLOWER_PIECE_BYTES])
 def test_a_message_and_its_reply_leave_nothing_behind(link: Link, size: int) -> None:
     site, node = joined(link)
-    identifier = link.mailbox.post(node.node_id, "x", iter([os.urandom(size)]), LONG_ENOUGH)
+    sealed = os.urandom(size)
+    identifier = link.mailbox.post(node.node_id, "x", iter([sealed]), LONG_ENOUGH, size)
     assert identifier is not None
     assert link.mailbox.collect(identifier) is None
     request = site.pull(node)
     assert request is not None
     # Flower delivers a message once.
     assert site.pull(node) is None
-    sealed = unpacked(request)
-    assert sealed is not None
-    assert len(sealed) == size
+    assert unpacked(request) == sealed
     site.reply(node, request, sealed[::-1])
     reply = link.mailbox.collect(identifier)
     assert reply is not None
     assert reply.pieces is not None
     assert b"".join(reply.pieces) == sealed[::-1]
-    assert link.rows("message_ins") == link.rows("message_res") == 0
-    assert link.rows("objects") == 0
+    assert link.is_empty()
 
 
 def test_what_was_delivered_and_not_answered_is_delivered_again(link: Link) -> None:
@@ -717,11 +747,67 @@ def test_what_requests_pass_through_is_what_was_read() -> None:
 # What Flower does not check, and we do
 
 
-@pytest.mark.parametrize("checked", [False, True], ids=["without the check", "with it"])
-def test_a_site_cannot_answer_for_another(link: Link, checked: bool) -> None:
-    assert isinstance(link.superlink.fleet, ReplyFilter)
+CHECKED = pytest.mark.parametrize("checked", [False, True], ids=["without the check", "with it"])
+
+
+def take_anything(patch: pytest.MonkeyPatch) -> None:
+    """Without the checks of what a site sends in answer."""
+    patch.setattr(ReplyFilter, "_judge_reply", lambda self, request: None)
+    patch.setattr(ExpectedReplies, "take", lambda *_: Verdict.TAKEN)
+
+
+@CHECKED
+def test_what_judges_requests_gets_only_those_that_are_authenticated(
+    own_link: Link, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """And what waits for the database there does not wait in the event loop."""
     if not checked:
-        link.serve(link.superlink.fleet._fleet)
+        monkeypatch.setattr(
+            flwr.superlink.routers.fleet.node_auth, "authenticate_node", lambda request: None
+        )
+    made: list[tuple[bytes, threading.Thread]] = []
+    own_link.superlink.make_way = lambda key: made.append((key, threading.current_thread()))
+    site, stranger = SiteNode(own_link), SiteNode(own_link)
+    own_link.superlink.register(site.public)
+    claimed = ActivateNodeRequest(public_key=site.public, heartbeat_interval=30.0)
+    if checked:
+        with pytest.raises(httpx.HTTPStatusError, match="401"):
+            stranger.client.ActivateNode(claimed)
+        assert not made
+        site.activate()
+    else:
+        stranger.client.ActivateNode(claimed)
+    ((key, thread),) = made
+    assert key == site.public
+    assert thread is not own_link._thread
+
+
+@CHECKED
+def test_a_relay_that_connects_all_the_time_is_told_to_wait(
+    own_link: Link, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    if not checked:
+        monkeypatch.setattr(ReplyFilter, "_is_too_often", lambda *_: False)
+    own_link.superlink.make_way = own_link.mailbox.make_way
+    site, other = SiteNode(own_link), SiteNode(own_link)
+    for node in (site, other):
+        own_link.superlink.register(node.public)
+    for _ in range(5):
+        site.activate()
+    if checked:
+        with pytest.raises(httpx.HTTPStatusError, match="429"):
+            site.activate()
+    else:
+        site.activate()
+    other.activate()
+
+
+@CHECKED
+def test_a_site_cannot_answer_for_another(
+    link: Link, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    if not checked:
+        take_anything(monkeypatch)
     (north, north_node), (east, east_node) = joined(link), joined(link)
     identifier = link.mailbox.post(north_node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
     assert identifier is not None
@@ -756,18 +842,193 @@ def test_a_reply_that_does_not_hold_together_is_none(
     reply = link.mailbox.collect(identifier)
     assert reply is not None
     assert reply.pieces is None
-    assert link.rows("objects") == 0
+    assert link.is_empty()
 
 
-@pytest.mark.usefixtures("identity")
-def test_a_reply_of_more_pieces_than_the_largest_message_has_is_not_taken() -> None:
-    def announced(pieces: int) -> bytes:
-        tree = ObjectTree(object_id="0", children=[ObjectTree(object_id="1")] * (pieces - 1))
-        request = PushMessagesRequest(node=Node(node_id=7), message_object_trees=[tree])
-        request.messages_list.add().metadata.src_node_id = 7
-        return request.SerializeToString()
+def asked(link: Link, size: int = 1) -> tuple[SiteNode, Node, str, Message]:
+    """A site, and a message to it that it has pulled and may answer with so many bytes."""
+    site, node = joined(link)
+    sealed = os.urandom(100)
+    identifier = link.mailbox.post(node.node_id, "x", iter([sealed]), LONG_ENOUGH, size)
+    request = site.pull(node)
+    assert identifier is not None
+    assert request is not None
+    return site, node, identifier, request
 
-    assert acceptable(announced(MOST_OBJECTS))
-    assert not acceptable(announced(MOST_OBJECTS + 1))
-    assert not acceptable(b"\xff\xff")
-    assert PUSH in PATHS
+
+OTHER = RecordDict({"x": ConfigRecord({"sealed": os.urandom(1000)})})
+BELONGS_TO_NOTHING = {
+    "another object": lambda tree: [get_object_tree(OTHER)],
+    "a part more": lambda tree: [
+        ObjectTree(object_id=tree.object_id, children=[*tree.children, get_object_tree(OTHER)])
+    ],
+    "parts of a piece": lambda tree: [
+        ObjectTree(
+            object_id=tree.object_id,
+            children=[
+                ObjectTree(object_id=tree.children[0].object_id, children=[get_object_tree(OTHER)])
+            ],
+        )
+    ],
+    "a second tree": lambda tree: [tree, get_object_tree(OTHER)],
+    "no tree": lambda tree: [],
+}
+
+
+@CHECKED
+@pytest.mark.parametrize("announced", BELONGS_TO_NOTHING)
+def test_objects_that_belong_to_no_message_are_not_stored(
+    link: Link, monkeypatch: pytest.MonkeyPatch, announced: str, checked: bool
+) -> None:
+    if not checked:
+        if announced in ("a second tree", "no tree"):
+            pytest.skip("Flower stores nothing of it by itself")
+        take_anything(monkeypatch)
+    site, node, identifier, request = asked(link)
+    before = link.rows("objects")
+    answer = Message(packed(b"reply"), reply_to=request)
+    push = site.client.PushMessages
+
+    def pushing(announcement: PushMessagesRequest) -> Any:
+        (tree,) = announcement.message_object_trees
+        changed = BELONGS_TO_NOTHING[announced](tree)
+        del announcement.message_object_trees[:]
+        announcement.message_object_trees.extend(changed)
+        return push(announcement)
+
+    monkeypatch.setattr(site.client, "PushMessages", pushing)
+    expires = request.metadata.created_at + request.metadata.ttl
+    arguments = site.client, node, ServerClock(), answer, expires, site.stopping
+    if checked:
+        with pytest.raises(httpx.HTTPStatusError, match="403"):
+            relay._push(*arguments)
+        assert link.rows("objects") == before
+    else:
+        with suppress(KeyError):  # it looks for what it never had, once the names are stored
+            relay._push(*arguments)
+        assert link.rows("objects") > before
+    link.mailbox.forget(identifier)
+    assert link.is_empty() is (checked or announced != "another object")
+
+
+@CHECKED
+@pytest.mark.parametrize("excess", [10_000, FLOWER_PIECE_BYTES])
+def test_a_reply_that_is_larger_than_its_message_allows_is_not_stored(
+    link: Link, monkeypatch: pytest.MonkeyPatch, excess: int, checked: bool
+) -> None:
+    if not checked:
+        take_anything(monkeypatch)
+    site, node, identifier, request = asked(link, size=1000)
+    reply = os.urandom(10_000 + excess)
+    if checked:
+        with pytest.raises(httpx.HTTPStatusError, match="403"):
+            site.reply(node, request, reply)
+        assert link.stored_bytes() < 10_000
+    else:
+        site.reply(node, request, reply)
+        assert link.stored_bytes() > len(reply)
+    link.mailbox.forget(identifier)
+    assert link.is_empty()
+
+
+@CHECKED
+def test_a_reply_that_comes_while_its_message_is_deleted_leaves_nothing_behind(
+    link: Link, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    patches = umbel_server.port.flower_patches
+    if not checked:
+        take_anything(monkeypatch)
+        monkeypatch.setattr(patches, "withdraw", lambda state, identifier: None)
+    site, node, identifier, request = asked(link)
+    look = patches.replies_to
+
+    def meanwhile(state: Any, asked_for: str) -> list[str]:
+        found = look(state, asked_for)
+        with suppress(httpx.HTTPStatusError):
+            site.reply(node, request, b"reply")
+        return found
+
+    monkeypatch.setattr(patches, "replies_to", meanwhile)
+    link.mailbox.forget(identifier)
+    assert link.is_empty() is checked
+
+
+@CHECKED
+def test_an_answer_that_stops_halfway_leaves_nothing_behind(
+    link: Link, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    patches = umbel_server.port.flower_patches
+    if not checked:
+        monkeypatch.setattr(patches, "end_sessions", lambda state, replies: None)
+    site, node, identifier, request = asked(link)
+
+    def cut(part: object) -> None:
+        raise httpx.ConnectError("cut")
+
+    monkeypatch.setattr(site.client, "PushObject", cut)
+    site.stopping.set()
+    with pytest.raises(httpx.ConnectError):
+        site.reply(node, request, b"reply")
+    link.mailbox.forget(identifier)
+    assert link.is_empty() is checked
+
+
+@CHECKED
+def test_announcements_that_flower_refuses_leave_nothing_behind(
+    link: Link, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    patches = umbel_server.port.flower_patches
+    if not checked:
+        monkeypatch.setattr(patches, "end_sessions", lambda state, replies: None)
+    site, node, identifier, request = asked(link)
+    # It would live longer than the message that it answers.
+    request.metadata.__dict__["_ttl"] = 2 * LONG_ENOUGH
+    push = site.client.PushMessages
+    monkeypatch.setattr(
+        site.client, "PushMessages", lambda announced: [push(announced) for _ in range(3)][-1]
+    )
+    site.reply(node, request, b"reply")
+    assert link.rows("object_push_sessions") == 3
+    later = datetime.now(UTC) + timedelta(seconds=OBJECT_PUSH_SESSION_TTL_SECONDS)
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]  # no Later
+            return later
+
+    monkeypatch.setattr(patches, "datetime", Later)
+    link.mailbox.forget(identifier)
+    assert link.is_empty() is checked
+
+
+@CHECKED
+def test_a_site_cannot_keep_a_message_from_others_by_claiming_its_pieces(
+    link: Link, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """An adapter's pieces are the same in a later attempt, so their names are known before."""
+    if not checked:
+        monkeypatch.setattr(ExpectedReplies, "in_the_way", lambda *_: [])
+    east, east_node, identifier, request = asked(link)
+    north, north_node = joined(link)
+    adapter = packed(b"adapter")
+    (piece,) = adapter.values()
+    claim = ObjectTree(object_id=piece.object_id, children=[ObjectTree(object_id="0" * 64)])
+    monkeypatch.setattr(
+        relay,
+        "get_object_tree",
+        lambda reply: ObjectTree(object_id=reply.object_id, children=[claim]),
+    )
+    with suppress(KeyError):
+        east.reply(east_node, request, b"reply")
+    posting = (north_node.node_id, "x", iter([b"adapter"]), LONG_ENOUGH)
+    if not checked:
+        with pytest.raises(ValueError, match="different children"):
+            link.mailbox.post(*posting)
+        return
+    assert link.mailbox.post(*posting) is not None
+    received = north.pull(north_node)
+    assert received is not None
+    assert unpacked(received) == b"adapter"
+    answer = link.mailbox.collect(identifier)
+    assert answer is not None
+    assert answer.pieces is None

@@ -26,7 +26,7 @@ from support import warm_python
 from support.waiting import HANGING
 
 import umbel_client.relay.flower
-from umbel_client.relay.flower import Connection, serve, whole
+from umbel_client.relay.flower import LARGEST_MESSAGE, Connection, serve, whole
 from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE
 from umbel_server.operator.authority import (
     Authority,
@@ -35,7 +35,8 @@ from umbel_server.operator.authority import (
     new_authority,
     new_key,
 )
-from umbel_server.port.gate import ACTIVATE, tls_context
+from umbel_server.port.listener import tls_context
+from umbel_server.port.reply_filter import ACTIVATE
 
 ANNOUNCED = ProtoMessage(metadata=ProtoMetadata(run_id=1, message_type=FLOWER_MESSAGE_TYPE))
 TREE = ObjectTree(object_id="0" * 64)
@@ -140,7 +141,7 @@ def content(data: bytes) -> PullObjectResponse:
 
 
 @contextmanager
-def relay(connection: Connection) -> Iterator[None]:
+def relay(connection: Connection, largest: int = LARGEST_MESSAGE) -> Iterator[None]:
     """A relay at work, whose trainer is never asked."""
 
     def handle(sealed: bytes) -> bytes:
@@ -148,7 +149,8 @@ def relay(connection: Connection) -> Iterator[None]:
 
     stopping = threading.Event()
     thread = threading.Thread(
-        target=serve, args=(connection, whole(handle), stopping, lambda _: None)
+        target=serve,
+        args=(connection, whole(handle), stopping, lambda _: None, lambda: largest),
     )
     thread.start()
     try:
@@ -212,6 +214,34 @@ def test_a_server_of_another_authority_hears_nothing(
         else:
             wait_for(asked, 1)
     assert bool(asked) is not checked
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["without the check", "with it"])
+def test_a_message_that_no_plan_can_need_does_not_fill_a_relays_memory(
+    tmp_path: Path, checked: bool
+) -> None:
+    parts = [ObjectTree(object_id=f"{number:064x}") for number in range(40)]
+    endless = PullMessagesResponse(
+        messages_list=[ANNOUNCED],
+        message_object_trees=[ObjectTree(object_id="f" * 64, children=parts)],
+    )
+    kit = Kit(tmp_path)
+    bodies = offering(endless, content(bytes(100_000)))
+    with (
+        web_server(kit.context(), bodies=bodies) as (port, asked),
+        relay(kit.connection(port), 150_000 if checked else LARGEST_MESSAGE),
+    ):
+        deadline = time.monotonic() + HANGING
+        while [*map(pulls, asked)].count("pull-messages") < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+    names = [*map(pulls, asked)]
+    first = names.index("pull-messages") + 1
+    taken = names[first : names.index("pull-messages", first)].count("pull-object")
+    assert taken == (2 if checked else 41)
+
+
+def pulls(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 @pytest.mark.parametrize(

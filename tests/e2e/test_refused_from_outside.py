@@ -3,11 +3,15 @@
 import os
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -179,6 +183,56 @@ def test_what_it_finds_takes_no_other_method_and_no_endless_body(clinics: Clinic
         url = f"https://127.0.0.1:{clinics.port}/v1/fleet/push-object"
         assert client.post(url, content=iter([b"x"])).status_code == 413
         assert client.post(url, content=bytes(2**24 + 1)).status_code == 413
+
+
+def test_a_body_in_chunks_under_a_small_length_is_not_taken(clinics: Clinics) -> None:
+    folder = clinics.sites["east"].folder / "relay"
+    key = public_key_to_bytes(clinics.sites["east"].relay_key.public_key())
+    chunk = b"%x\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n"
+    with (
+        socket.create_connection(("127.0.0.1", clinics.port)) as raw,
+        context(folder, authority_of(clinics)).wrap_socket(raw, server_hostname="127.0.0.1") as tls,
+    ):
+        tls.sendall(
+            b"POST /v1/fleet/push-messages HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n"
+            b"transfer-encoding: chunked\r\nflwr-public-key: " + b64encode(key) + b"\r\n\r\n"
+        )
+        assert tls.recv(100).startswith(b"HTTP/1.1 413")
+        with pytest.raises(OSError, match=r"reset|[Bb]roken|EOF|closed"):
+            tls.sendall(1000 * chunk)
+
+
+def test_a_site_gets_in_while_strangers_wait_at_the_door(clinics: Clinics) -> None:
+    with ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(socket.create_connection(("127.0.0.1", clinics.port)))
+        assert status(clinics, "/v1/fleet/pull-object") != 200
+        site = clinics.sites["east"]
+        with fleet(clinics, site.folder / "relay", site.relay_key) as client:
+            assert activate(client, site.relay_key) > 0
+
+
+def test_a_site_that_connects_while_the_database_is_busy_makes_nobody_else_wait(
+    clinics: Clinics,
+) -> None:
+    """Its former connection is ended in the database, which another writer may hold for long."""
+    path = clinics.operator_folder / "state" / "superlink.sqlite"
+    site = clinics.sites["east"]
+    with (
+        closing(sqlite3.connect(path, isolation_level=None)) as database,
+        fleet(clinics, site.folder / "relay", site.relay_key) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        database.execute("BEGIN IMMEDIATE")
+        connecting = pool.submit(activate, client, site.relay_key)
+        time.sleep(0.5)
+        try:
+            north = clinics.sites["north"].folder / "relay"
+            assert status(clinics, "/", north) == 404
+            assert not connecting.done()
+        finally:
+            database.execute("ROLLBACK")
+        assert connecting.result(HANGING) > 0
 
 
 def test_a_site_cannot_speak_as_another_whose_key_it_has(clinics: Clinics) -> None:

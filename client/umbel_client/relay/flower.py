@@ -75,11 +75,14 @@ _REQUEST_SECONDS = 30.0
 _PATIENCE_SECONDS = 150.0
 """How long one request is repeated while the server is away."""
 _LONGEST_PAUSE = 30.0
-_LARGEST_MESSAGE = 1 << 31
-"""Size of the largest message, in bytes; no adapter is larger."""
 _LONGEST_REASON = 500
 _SLACK_SECONDS = 2.0
 """Taken off a reply's lifetime: the server's time is known to a second only."""
+
+LARGEST_MESSAGE = 1 << 31
+"""Bytes; no adapter is larger."""
+_ENVELOPE_BYTES = 4096
+"""Room for what Flower writes around each part of a message, and for its name in its parent."""
 
 _logger = logging.getLogger("umbel.relay")
 T = TypeVar("T")
@@ -87,6 +90,10 @@ T = TypeVar("T")
 Pieces = list[bytes]
 """A sealed message in pieces, which `umbel_host.transport.flower.regrouped` makes: a relay holds it
 in memory only once."""
+
+
+class _TooLargeError(Exception):
+    """A message is larger than any that the trainer takes."""
 
 
 def answer_message(message: Message, handle: Callable[[Pieces], Pieces]) -> Message:
@@ -122,12 +129,15 @@ def serve(
     handle: Callable[[Pieces], Pieces],
     stopping: threading.Event,
     on_connected: Callable[[bool], None],
+    largest: Callable[[], int] = lambda: LARGEST_MESSAGE,
 ) -> None:
     """Carries messages until `stopping` is set; tries again while the server is away.
 
     Args:
         handle: returns the sealed reply to a sealed request.
         on_connected: is called with True when the server is reached, and with False when not.
+        largest: returns the size of the largest request that `handle` takes, in bytes. A larger one
+            is dropped as soon as so much of it has come.
 
     Raises:
         IdentityError: the key is missing, readable by others, or of another kind.
@@ -151,7 +161,7 @@ def serve(
                 on_connected(True)
                 pause = 1.0
                 _logger.info("connected to %s", way)
-                _work(client, node, clock, handle, stopping)
+                _work(client, node, clock, handle, largest, stopping)
         except UmbelError:
             # The trainer's, which ended while this process was told to stop.
             raise
@@ -249,6 +259,7 @@ def _work(
     node: Node,
     clock: ServerClock,
     handle: Callable[[Pieces], Pieces],
+    largest: Callable[[], int],
     stopping: threading.Event,
 ) -> None:
     latest = time.monotonic()
@@ -261,7 +272,7 @@ def _work(
         metadata = announced.metadata
         set_identity(node.node_id, metadata.run_id)
         try:
-            request = _pull(client, node, metadata.run_id, tree, stopping)
+            request = _pull(client, node, metadata.run_id, tree, largest(), stopping)
             expires = metadata.created_at + metadata.ttl
             _push(client, node, clock, answer_message(request, handle), expires, stopping)
             # Unlike Flower's nodes, a relay confirms nothing: the server would delete a confirmed
@@ -272,6 +283,8 @@ def _work(
             # The message's run is over: nobody waits for this reply any more.
             _logger.info("a message is dropped: %s", _reason(error))
             stopping.wait(_SHORTEST_POLL_SECONDS)
+        except _TooLargeError as error:
+            _logger.warning("a message is dropped: it has more than %s bytes", error)
         latest = time.monotonic()
 
 
@@ -287,10 +300,15 @@ def _is_over(response: httpx.Response) -> bool:
 
 
 def _pull(
-    client: FleetHttpClient, node: Node, run_id: int, tree: ObjectTree, stopping: threading.Event
+    client: FleetHttpClient,
+    node: Node,
+    run_id: int,
+    tree: ObjectTree,
+    largest: int,
+    stopping: threading.Event,
 ) -> Message:
     contents: dict[str, bytes] = {}
-    room = _LARGEST_MESSAGE
+    room = largest + (-(-largest // FLOWER_PIECE_BYTES) + 2) * _ENVELOPE_BYTES
     for part in iterate_object_tree(tree):
         request = PullObjectRequest(node=node, run_id=run_id, object_id=part.object_id)
         while True:
@@ -299,10 +317,10 @@ def _pull(
                 break
             if not pulled.object_found or stopping.wait(_SHORTEST_POLL_SECONDS):
                 raise ValueError("a part of a message is not there any more")
+        contents[part.object_id] = pulled.object_content
         room -= len(pulled.object_content)
         if room < 0:
-            raise ValueError(f"a message of more than {_LARGEST_MESSAGE} bytes")
-        contents[part.object_id] = pulled.object_content
+            raise _TooLargeError(largest)
         # The HTTP client's objects refer to each other in a circle, with the megabytes in them.
         del pulled
         if len(contents[part.object_id]) >= FLOWER_PIECE_BYTES:

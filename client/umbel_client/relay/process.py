@@ -10,10 +10,12 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
-from umbel_client.relay.flower import Connection, Pieces, serve
+from umbel_client.relay.flower import Connection, serve
 from umbel_client.site.config import (
     ClientConfig,
     load_config,
@@ -32,6 +34,7 @@ from umbel_host.transport.sockets import SocketServer
 PROBE_MODE = 0o660
 _AGAIN_SECONDS = 1.0
 _logger = logging.getLogger("umbel.relay")
+T = TypeVar("T")
 
 
 def exposed(config: ClientConfig) -> list[Path]:
@@ -68,18 +71,19 @@ def run(path: Path) -> None:
                 certificate=Path(relay.certificate),
                 key=Path(relay.key),
             ),
-            lambda pieces: _ask(stub, pieces, stopping),
+            lambda pieces: _patiently(lambda: list(regrouped(stub.stream(pieces))), stopping),
             stopping,
             probes.report_health,
+            lambda: _patiently(stub.largest, stopping),
         )
 
 
-def _ask(stub: TrainerStub, pieces: Pieces, stopping: threading.Event) -> Pieces:
+def _patiently(ask: Callable[[], T], stopping: threading.Event) -> T:
     """Returns the trainer's answer. A trainer that died is asked again when it is back: it answers
     from its journal, or refuses."""
     while True:
         try:
-            return list(regrouped(stub.stream(pieces)))
+            return ask()
         except UnreachableError:
             _logger.warning("the trainer ended before it answered: it is asked again")
             if stopping.wait(_AGAIN_SECONDS):

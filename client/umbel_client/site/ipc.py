@@ -5,16 +5,20 @@ use it can say to the trainer what a server can say, and no more. The control so
 site's own people: what they see there never leaves the site.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import grpc
 import msgspec
 
+from umbel_common.protocol.wire import size_limit
 from umbel_host.transport.sockets import channel, joined, pieces, unreachable
 
 TRAINER = "umbel.v1.Trainer"
 CONTROL = "umbel.v1.Control"
+LARGEST_REPLY = 1 << 31
+"""Bytes; no adapter is larger. A relay, which knows no plan, takes no larger reply."""
 
 
 class SiteEvent(msgspec.Struct, frozen=True):
@@ -48,13 +52,30 @@ class TrainerStatus(msgspec.Struct, frozen=True):
 Handle = Callable[[bytes], bytes]
 
 
-def handle_method(handle: Handle) -> grpc.RpcMethodHandler:
-    """Method `Handle`: the pieces of a sealed request in, the pieces of a sealed reply out."""
+def handle_method(
+    handle: Handle, largest: Callable[[], int] = lambda: size_limit(None)
+) -> grpc.RpcMethodHandler:
+    """Method `Handle`: the pieces of a sealed request in, the pieces of a sealed reply out.
+
+    One message is taken at a time: what calls there are beside it wait at the other end.
+
+    Args:
+        largest: returns the size of the largest request that `handle` can need, in bytes; of what
+            is larger, it gets a beginning, which it refuses for its size.
+    """
+    turn = threading.Lock()
 
     def answer(request: Iterator[bytes], _: grpc.ServicerContext) -> Iterator[bytes]:
-        yield from pieces(handle(joined(request)))
+        with turn:
+            reply = handle(joined(request, largest()))
+        yield from pieces(reply)
 
     return grpc.stream_stream_rpc_method_handler(answer)
+
+
+def largest_method(largest: Callable[[], int]) -> grpc.RpcMethodHandler:
+    """Method `Largest`: the size of the largest request that the trainer takes, in bytes."""
+    return grpc.unary_unary_rpc_method_handler(lambda _, __: str(largest()).encode())
 
 
 class TrainerStub:
@@ -64,6 +85,7 @@ class TrainerStub:
         self._path = path
         self._channel = channel(path)
         self._handle = self._channel.stream_stream(f"/{TRAINER}/Handle")
+        self._largest = self._channel.unary_unary(f"/{TRAINER}/Largest")
 
     def close(self) -> None:
         """Ends the connection."""
@@ -75,7 +97,18 @@ class TrainerStub:
         Raises:
             UnreachableError: the trainer ended before it answered.
         """
-        return joined(self.stream([sealed]))
+        return joined(self.stream([sealed]), LARGEST_REPLY)
+
+    def largest(self) -> int:
+        """The size of the largest request that the trainer takes, in bytes; waits as `handle` does.
+
+        Raises:
+            UnreachableError: the trainer ended before it answered.
+        """
+        try:
+            return int(self._largest(b"", wait_for_ready=True))
+        except grpc.RpcError as error:
+            raise unreachable(self._path, error) from None
 
     def stream(self, parts: Iterable[bytes]) -> Iterator[bytes]:
         """As `handle`, with request and reply in parts of any size.

@@ -169,6 +169,7 @@ class Trainer:
         for warning in self._data.warnings():
             _logger.warning("%s", warning)
         self._job: SiteJob | None = None
+        self._largest = max([size_limit(None), *map(size_limit, self._plans())])
 
     def close(self) -> None:
         """Releases the journal and the ledger."""
@@ -189,6 +190,14 @@ class Trainer:
                 return self._loaded_job(job).status()
             except _NotReady as not_ready:
                 raise not_ready.reason from None
+
+    def largest_request(self) -> int:
+        """The size of the largest request that a plan of this site can need, in bytes.
+
+        Only the beginning of a larger one is taken into memory. Does not wait for a request that
+        is being handled.
+        """
+        return self._largest
 
     def handle(self, sealed: bytes) -> bytes:
         """Answers one sealed request with one sealed reply."""
@@ -228,7 +237,7 @@ class Trainer:
             site.roster.operator,
             site.name,
             sealed,
-            limit=max([size_limit(None), *(size_limit(plan) for plan in self._plans())]),
+            limit=self._largest,
         )
         match request:
             case OfferRequest():
@@ -288,6 +297,7 @@ class Trainer:
         self._load(plan)
         # O6
         site.journal.accept_plan(plan.job, request.plan)
+        self._largest = max(self._largest, size_limit(plan))
         return OfferReply(plan=plan.digest())
 
     def _train(self, request: TrainRequest, asked: bytes) -> bytes:

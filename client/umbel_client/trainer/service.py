@@ -24,6 +24,7 @@ from umbel_client.site.ipc import (
     TRAINER,
     TrainerStatus,
     handle_method,
+    largest_method,
     status_method,
     watch_method,
 )
@@ -127,7 +128,14 @@ class _Service:
     def servers(self, relay_socket: Path) -> tuple[SocketServer, SocketServer]:
         """A server for the relay, and one for the site's people."""
         relay = SocketServer(relay_socket, RELAY_MODE)
-        relay.add(TRAINER, {"Handle": handle_method(self._trainer.handle)})
+        largest = self._trainer.largest_request
+        relay.add(
+            TRAINER,
+            {
+                "Handle": handle_method(self._trainer.handle, largest),
+                "Largest": largest_method(largest),
+            },
+        )
         control = SocketServer(self._config.state_folder.control_socket, CONTROL_MODE)
         control.add(
             CONTROL,

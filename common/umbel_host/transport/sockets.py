@@ -3,7 +3,7 @@
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ from umbel_host.processes.lifecycle import reason
 
 _PIECE_BYTES = 1 << 20
 """Size of a piece: a message may be larger than gRPC takes at once."""
-_LARGEST_BYTES = 1 << 31
-"""Size of the largest message; no adapter is larger."""
+_CALLS_PER_WORKER = 8
 _LONGEST_PATH = 107
 """Number of bytes of a path that fit a socket's address."""
 
@@ -35,7 +34,8 @@ class SocketServer:
         self._mode = mode
         self._health = health.HealthServicer()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=path.stem)
-        self._server = grpc.server(self._pool)
+        # More calls than this are refused, and not kept until a worker is free.
+        self._server = grpc.server(self._pool, maximum_concurrent_rpcs=_CALLS_PER_WORKER * workers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     def add(self, service: str, methods: dict[str, grpc.RpcMethodHandler]) -> None:
@@ -104,19 +104,18 @@ def pieces(message: bytes) -> Iterator[bytes]:
         yield bytes(view[start : start + _PIECE_BYTES])
 
 
-def joined(parts: Iterator[bytes]) -> bytes:
-    """The message that these pieces make.
+def joined(parts: Iterable[bytes], limit: int) -> bytes:
+    """The message that these pieces make, cut one byte past `limit`.
 
-    Raises:
-        ValueError: the message is larger than any may be.
+    The process at the other end must not be able to fill this process' memory: a longer message is
+    not read to its end, and the receiver refuses what it has of it for its size.
     """
     # A BytesIO hands its value out without a copy.
     buffer = io.BytesIO()
     for piece in parts:
-        buffer.write(piece)
-        # The process at the other end must not be able to fill this process' memory.
-        if buffer.tell() > _LARGEST_BYTES:
-            raise ValueError(f"a message of more than {_LARGEST_BYTES} bytes")
+        buffer.write(piece[: limit + 1 - buffer.tell()])
+        if buffer.tell() > limit:
+            break
     return buffer.getvalue()
 
 

@@ -4,6 +4,7 @@ Nothing may be sent to a site that is not sealed here, and no reply counts that 
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from umbel_common.errors import RemoteProtocolError
 from umbel_common.protocol.wire import (
@@ -13,6 +14,7 @@ from umbel_common.protocol.wire import (
     open_reply,
     request_digest,
     seal_request,
+    size_limit,
 )
 from umbel_common.trust.identity import Identity, Roster
 from umbel_server.jobs.interfaces import Observer
@@ -20,6 +22,9 @@ from umbel_server.messaging.link import Link, Step
 from umbel_server.operator.config import Limits
 
 WRONG_VERSION = "wire-version"
+_VECTOR_STAGE = "mask"
+"""The only stage whose replies grow with the plan; the others have room for what grows with the
+sites."""
 
 
 class Exchange:
@@ -36,7 +41,8 @@ class Exchange:
         largest_reply: int,
     ) -> None:
         """Args:
-        largest_reply: bytes; a longer reply is not opened.
+        largest_reply: the plan's limit in bytes, for the stage in which sites send a vector. A
+            longer reply, or one of more than `size_limit(None)` in any other stage, is not opened.
         """
         self._link = link
         self._operator = operator
@@ -62,13 +68,15 @@ class Exchange:
                 # Frees the request before the next one is sealed.
                 del data
 
+        largest = self._largest_reply if step.stage == _VECTOR_STAGE else size_limit(None)
+        step = replace(step, largest_reply=largest)
         for site, data in self._link.exchange(step, sealed(), self._limits.seconds(step.stage)):
             if site not in asked:
                 continue
             received, request = asked[site]
             key = self._roster.member(site).public_key
             try:
-                reply = open_reply(key, site, data, request, limit=self._largest_reply)
+                reply = open_reply(key, site, data, request, limit=largest)
             except RemoteProtocolError as error:
                 self._observer.on_strayed(step, site, error)
                 if error.check == WRONG_VERSION:

@@ -1,14 +1,17 @@
 """Between the operator's two processes: the one with jobs and key, and the one with the port.
 
-They meet at a Unix socket. `Post` leaves a sealed message for a site; `Collect` asks for its reply.
+They meet at a Unix socket. `Post` leaves a sealed message for a site, together with the size of the
+largest reply that is taken; `Collect` asks for the reply.
 The process with the port cannot read what it carries, nor change it unnoticed: no key and nothing
-unsealed may ever pass here. It is open to strangers and may say anything: whatever it says that is
-not an answer is a lost message, and never an error of the process with the key.
+unsealed may ever pass here. `Forget` deletes a message that nobody waits for any more. The process
+with the port is open to strangers and may say anything: whatever it says that is not an answer is a
+lost message, and never an error of the process with the key.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -27,6 +30,7 @@ _POLL_SHARE = 0.05
 their people: what this adds to a wait is this share of it. A question costs the other process some
 queries of its database."""
 _AGAIN_SECONDS = 0.5
+_FORGET_SECONDS = 10.0
 _logger = logging.getLogger("umbel.rounds")
 T = TypeVar("T")
 
@@ -40,6 +44,8 @@ class _Address(msgspec.Struct, frozen=True):
     site: str
     label: str
     seconds: float
+    largest_reply: int
+    """Bytes."""
 
 
 class Posted(msgspec.Struct, frozen=True):
@@ -61,11 +67,15 @@ class _Collected(msgspec.Struct, frozen=True):
 class Mailbox(Protocol):
     """What the process with the port offers."""
 
-    def post(self, site: str, label: str, sealed: Iterator[bytes], seconds: float) -> str | None:
+    def post(
+        self, site: str, label: str, sealed: Iterator[bytes], seconds: float, largest_reply: int
+    ) -> str | None:
         """Leaves a message for a site; returns its ID, or None if the site cannot get it yet.
 
         Args:
             sealed: the message in parts, which are not joined, however large it is.
+            seconds: how long its sender waits for the reply.
+            largest_reply: bytes; a larger reply is not taken.
         """
         ...
 
@@ -74,13 +84,19 @@ class Mailbox(Protocol):
         reply that was not read to its end can be collected again."""
         ...
 
+    def forget(self, identifier: str) -> None:
+        """Deletes a message and whatever came in answer to it."""
+        ...
+
 
 def methods(mailbox: Mailbox) -> dict[str, grpc.RpcMethodHandler]:
     """Returns the handlers of the service over a mailbox."""
 
     def post(request: Iterator[bytes], _: grpc.ServicerContext) -> bytes:
         address = msgspec.json.decode(next(request), type=_Address)
-        identifier = mailbox.post(address.site, address.label, request, address.seconds)
+        identifier = mailbox.post(
+            address.site, address.label, request, address.seconds, address.largest_reply
+        )
         return msgspec.json.encode(Posted(identifier))
 
     def collect(request: bytes, _: grpc.ServicerContext) -> Iterator[bytes]:
@@ -90,9 +106,14 @@ def methods(mailbox: Mailbox) -> dict[str, grpc.RpcMethodHandler]:
             for piece in sealed:
                 yield from pieces(piece)
 
+    def forget(request: bytes, _: grpc.ServicerContext) -> bytes:
+        mailbox.forget(request.decode())
+        return b""
+
     return {
         "Post": grpc.stream_unary_rpc_method_handler(post),
         "Collect": grpc.unary_stream_rpc_method_handler(collect),
+        "Forget": grpc.unary_unary_rpc_method_handler(forget),
     }
 
 
@@ -119,6 +140,7 @@ class CarrierLink:
         self._post = self._channel.stream_unary(f"/{CARRIER}/Post")
         self._collect = self._channel.unary_stream(f"/{CARRIER}/Collect")
         self._complaint = ""
+        self._forget = self._channel.unary_unary(f"/{CARRIER}/Forget")
 
     def close(self) -> None:
         """Ends the connection."""
@@ -137,23 +159,34 @@ class CarrierLink:
         """
         began = time.monotonic()
         deadline = began + seconds
-        waiting = []
-        for site, sealed in requests:
-            self._check_stopped()
-            identifier = self._leave(step, site, sealed, deadline)
-            kept = sealed if len(sealed) <= _KEPT_BYTES else None
-            waiting.append(_Waiting(site, kept, identifier))
-            del sealed, kept
-        while waiting and time.monotonic() < deadline:
-            self._check_stopped()
-            for one in list(waiting):
-                over, reply = self._look(step, one, deadline)
-                if over:
-                    waiting.remove(one)
-                if reply is not None:
-                    yield one.site, reply
-                del reply
-            time.sleep(_pause(time.monotonic() - began))
+        waiting: list[_Waiting] = []
+        try:
+            for site, sealed in requests:
+                self._check_stopped()
+                identifier = self._leave(step, site, sealed, deadline)
+                kept = sealed if len(sealed) <= _KEPT_BYTES else None
+                waiting.append(_Waiting(site, kept, identifier))
+                del sealed, kept
+            while waiting and time.monotonic() < deadline:
+                self._check_stopped()
+                for one in list(waiting):
+                    over, reply = self._look(step, one, deadline)
+                    if over:
+                        waiting.remove(one)
+                    if reply is not None:
+                        yield one.site, reply
+                    del reply
+                time.sleep(_pause(time.monotonic() - began))
+        finally:
+            self._abandon(waiting)
+
+    def _abandon(self, waiting: list[_Waiting]) -> None:
+        """Deletes the messages that were not answered: what comes now would stay for nobody."""
+        for one in waiting:
+            if one.identifier is not None:
+                # If the other process does not answer, its next start deletes everything.
+                with suppress(grpc.RpcError):
+                    self._forget(one.identifier.encode(), timeout=_FORGET_SECONDS)
 
     def _check_stopped(self) -> None:
         if self._should_stop():
@@ -170,7 +203,7 @@ class CarrierLink:
             return False, None
         lost: tuple[bool, bytes | None] = (True, None)
         try:
-            over, reply = self._heard(partial(self._collected, one.identifier, deadline), lost)
+            over, reply = self._heard(partial(self._collected, step, one, deadline), lost)
         except grpc.RpcError:
             # The other process has ended. It may come back with the message or without.
             return False, None
@@ -182,12 +215,17 @@ class CarrierLink:
             return False, None
         return True, reply
 
-    def _collected(self, identifier: str, deadline: float) -> tuple[bool, bytes | None]:
-        answer = self._collect(
-            identifier.encode(), timeout=max(deadline - time.monotonic(), _AGAIN_SECONDS)
-        )
+    def _collected(self, step: Step, one: _Waiting, deadline: float) -> tuple[bool, bytes | None]:
+        assert one.identifier is not None  # it was posted
+        seconds = max(deadline - time.monotonic(), _AGAIN_SECONDS)
+        answer = self._collect(one.identifier.encode(), timeout=seconds)
         collected = msgspec.json.decode(next(answer), type=_Collected)
-        return collected.over, joined(answer) if collected.replied else None
+        reply = joined(answer, step.largest_reply) if collected.replied else None
+        if reply is not None and len(reply) > step.largest_reply:
+            # The rest is not read, and so not deleted as it is read.
+            answer.cancel()
+            self._abandon([one])
+        return collected.over, reply
 
     def _heard(self, ask: Callable[[], T], lost: T) -> T:
         """Returns an answer of the other process, or `lost` for anything else that it sends.
@@ -213,7 +251,8 @@ class CarrierLink:
         Waits for the other process while it restarts: every message passes through it.
         """
         while True:
-            address = _Address(site, str(step), max(deadline - time.monotonic(), 1.0))
+            seconds = max(deadline - time.monotonic(), 1.0)
+            address = _Address(site, str(step), seconds, step.largest_reply)
             try:
                 return self._heard(partial(self._posted, address, sealed), None)
             except grpc.RpcError:

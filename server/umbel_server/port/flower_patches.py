@@ -8,16 +8,19 @@ they fail first when Flower changes.
 import math
 import time
 from collections.abc import Callable, Collection
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import FastAPI
 from flwr.app import Message
 from flwr.supercore import sql_mixin
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
+from flwr.supercore.state.schema.corestate_models import ObjectPushSession, ObjectPushSessionRoot
 from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router
-from sqlalchemy import select, update
+from sqlalchemy import delete, or_, select, update
+from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
 _PRAGMAS = {
@@ -47,8 +50,12 @@ def shrink_databases() -> None:
     )
 
 
-def fleet_only(flower: FastAPI) -> FastAPI:
+def fleet_only(flower: FastAPI, judge: Middleware) -> FastAPI:
     """Returns an application with only the part of Flower's that relays speak to.
+
+    Args:
+        judge: gets each request between Flower's authentication and Flower's handlers, with what
+            Flower read of it in `scope["state"]["protobuf_request"]`.
 
     Reason: Control and Runtime share Fleet's port, and anyone who reaches them can start runs and
     take the place of an app. The pages of documentation, and the middleware that requests pass
@@ -56,6 +63,7 @@ def fleet_only(flower: FastAPI) -> FastAPI:
 
     Held by: test_control_runtime_and_the_pages_of_documentation_are_not_there,
     test_what_requests_pass_through_is_what_was_read,
+    test_what_judges_requests_gets_only_those_that_are_authenticated,
     test_every_path_that_the_gate_lets_through_exists.
     """
     passed: tuple[Any, ...] = (
@@ -63,9 +71,8 @@ def fleet_only(flower: FastAPI) -> FastAPI:
         ProtobufTranslationMiddleware,
         NodeAuthMiddleware,
     )
-    fleet = FastAPI(
-        openapi_url=None, middleware=[one for one in flower.user_middleware if one.cls in passed]
-    )
+    kept = [one for one in flower.user_middleware if one.cls in passed]
+    fleet = FastAPI(openapi_url=None, middleware=[*kept, judge])
     fleet.state = flower.state
     fleet.include_router(router)
     return fleet
@@ -129,6 +136,39 @@ def replies_to(state: Any, identifier: str) -> list[str]:
     answers = select(MessageRes.message_id).where(MessageRes.reply_to_message_id == identifier)
     with state.session() as session:
         return list(session.scalars(answers).all())
+
+
+def withdraw(state: Any, identifier: str) -> None:
+    """Deletes a message, but not the replies to it. From then on, Flower takes no reply to it.
+
+    Reason: Flower deletes a message together with its replies, and one that comes just before that
+    would leave its objects behind.
+
+    Held by: test_a_reply_that_comes_while_its_message_is_deleted_leaves_nothing_behind.
+    """
+    with state.session() as session:
+        session.execute(delete(MessageIns).where(MessageIns.message_id == identifier))
+
+
+def end_sessions(state: Any, replies: Collection[str]) -> None:
+    """Deletes what Flower notes of the pushing of these replies, and of what has expired.
+
+    Reason: Flower makes a note at each announcement, also of one that it then refuses, and deletes
+    it when the last object has come, or with the run.
+
+    Held by: test_an_answer_that_stops_halfway_leaves_nothing_behind,
+    test_announcements_that_flower_refuses_leave_nothing_behind.
+    """
+    notes = ObjectPushSession
+    owned = select(ObjectPushSessionRoot.session_id).where(
+        ObjectPushSessionRoot.root_object_id.in_(replies)
+    )
+    with state.session() as session:
+        session.execute(
+            delete(notes).where(
+                or_(notes.expires_at <= datetime.now(UTC), notes.session_id.in_(owned))
+            )
+        )
 
 
 def _seldom(call: Callable[[], None]) -> Callable[[], None]:

@@ -5,70 +5,85 @@ starts a run or delivers code. `Gate` takes these steps before Flower sees a req
 a comment marks each, and the number is the HTTP status of its refusal:
 
 1. The method is POST, and the path is one of seven of Flower's Fleet interface: 404.
-2. The request announces its size, and is not larger than a piece of a message: 413, also without a
-   length.
-3. The connection was opened with a certificate of an admitted relay, which is still valid: 403.
-4. The key that Flower's own headers name is the key of that certificate: 403.
-5. If a relay activates its node, its former connection is ended first.
+2. No header stands twice, of which the gate would read one and Flower another: 400.
+3. The request announces its size, also not by `Transfer-Encoding`, and is not larger than its path
+   needs: 413.
+4. The connection was opened with a certificate of an admitted relay, which is still valid: 403.
+5. The key that Flower's own headers name is the key of that certificate: 403.
+6. Few requests of one key are under way, in all and in each second: 503, or they wait. A new one
+   may end the slowest.
+7. The body comes within its time, and is not larger than it was announced: the connection ends.
+
+`listener` has what comes before a request, `reply_filter` what is judged once Flower has verified
+who speaks. Nothing here may wait for a file or a database: everybody would wait.
 """
 
+import asyncio
 import base64
 import binascii
 import gc
-import ssl
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+import math
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import TypeVar
 
-import uvicorn
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from umbel_common.errors import ConfigError
-from umbel_host.files.keys import read_tls_key
 from umbel_host.transport.pieces import FLOWER_PIECE_BYTES
+from umbel_server.port.listener import CONNECTION, Connection
+from umbel_server.port.reply_filter import ACTIVATE, PUSH, PUSH_OBJECT
 
-PATHS = frozenset(
-    f"/v1/fleet/{name}"
-    for name in (
-        "activate-node",
-        "deactivate-node",
-        "send-node-heartbeat",
-        "pull-messages",
-        "push-messages",
-        "pull-object",
-        "push-object",
-    )
-)
+_SMALL_BODY = 1 << 12
+_BODIES = {
+    ACTIVATE: _SMALL_BODY,
+    "/v1/fleet/deactivate-node": _SMALL_BODY,
+    "/v1/fleet/send-node-heartbeat": _SMALL_BODY,
+    "/v1/fleet/pull-messages": _SMALL_BODY,
+    "/v1/fleet/pull-object": _SMALL_BODY,
+    # The names of all pieces of the largest reply, 2 GiB.
+    PUSH: 1 << 16,
+    # A piece of a message with its envelope.
+    PUSH_OBJECT: FLOWER_PIECE_BYTES + (1 << 16),
+}
+"""Path -> bytes of the largest body."""
+PATHS = frozenset(_BODIES)
 """The paths that a relay needs. None of them registers a node, starts a run or delivers code."""
-ACTIVATE = "/v1/fleet/activate-node"
 _KEY_HEADER = b"flwr-public-key"
-_LARGEST_BODY = FLOWER_PIECE_BYTES + (1 << 16)
-"""Bytes: a piece of a message with its envelope."""
 _LARGE = 1 << 18
 """Bytes of a request and its answer from which memory is freed at once."""
-_PEER = "umbel.peer"
+_SENT_AT_ONCE = 1 << 18
+_AT_ONCE = 3
+"""Requests of one key that are read, worked on or answered at once. A relay has two: a message's
+and a heartbeat."""
+_PER_SECOND, _BURST = 40.0, 80.0
+"""Requests of one key, a piece of a message counted twice; what is more waits. Each costs this
+process time that other sites do not get."""
+_WAITING = 8
+"""Requests of one key that wait for that."""
+_TOLD_SECONDS = 10.0
+_REQUEST_SECONDS = 600.0
+"""Time for a body to come, and for an answer to be taken: a piece over a very slow line."""
 
 
-class PeerProtocol(H11Protocol):
-    """Tells the application which certificate the connection was opened with."""
+T = TypeVar("T")
 
-    def connection_made(self, transport: Any) -> None:
-        """See `asyncio.Protocol`."""
-        super().connection_made(transport)
-        connection = transport.get_extra_info("ssl_object")
-        peer = connection.getpeercert(binary_form=True) if connection is not None else None
-        inner: Any = self.app
 
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            scope[_PEER] = peer
-            await inner(scope, receive, send)
+class _UnderWay:
+    """The requests of one key."""
 
-        self.app = app
+    def __init__(self) -> None:
+        self.turns = asyncio.Semaphore(_AT_ONCE)
+        self.waiting = 0
+        self._earned = 0.0
+        self.moving: dict[Connection, None] = {}
+        """Those whose body or answer is on the line, the oldest first."""
+
+    def delay(self, now: float, size: int) -> float:
+        """How many seconds a request must wait at a time."""
+        cost = (1 + size / FLOWER_PIECE_BYTES) / _PER_SECOND
+        self._earned = max(self._earned, now - _BURST / _PER_SECOND) + cost
+        return max(self._earned - now, 0.0)
 
 
 class Gate:
@@ -78,19 +93,18 @@ class Gate:
         self,
         fleet: ASGIApp,
         read_admitted: Callable[[], Mapping[str, str]],
-        on_activate: Callable[[str], None],
         on_refused: Callable[[str], None],
     ) -> None:
         """Args:
         fleet: Flower's application.
         read_admitted: returns relay public key (PEM) -> site, for the relays that may connect now.
-        on_activate: called with the key of a relay that is about to connect.
-        on_refused: called with a few words about a relay that was turned away.
+        on_refused: called with a few words about a relay that was turned away, now and then.
         """
         self._fleet = fleet
         self._read_admitted = read_admitted
-        self._on_activate = on_activate
         self._on_refused = on_refused
+        self._told: dict[str, float] = {}
+        self._under_way: dict[str, _UnderWay] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
@@ -99,63 +113,151 @@ class Gate:
             return
         status = self._judge(scope)
         if status is None:
-            await self._pass(scope, receive, send)
-            return
-        # The answer is empty: a stranger need not learn which paths exist.
-        await PlainTextResponse("", status_code=status)(scope, receive, send)
+            status = await self._pass(scope, receive, send)
+        if status is not None:
+            # The answer is empty: a stranger need not learn which paths exist.
+            await PlainTextResponse("", status_code=status)(scope, receive, send)
+            _connection(scope).linger()
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> int | None:
+        """Steps 6 and 7, and then Flower; returns the HTTP status of a refusal."""
+        connection = _connection(scope)
+        assert connection.peer is not None  # step 4
+        under_way = self._under_way.setdefault(connection.peer.key, _UnderWay())
+        # 6
+        if under_way.waiting >= _WAITING:
+            return 503
+        if under_way.turns.locked() and under_way.moving:
+            # A line that was cut leaves requests behind that nobody will ever finish.
+            oldest = next(iter(under_way.moving))
+            del under_way.moving[oldest]
+            oldest.abort()
+        under_way.waiting += 1
+        try:
+            await under_way.turns.acquire()
+        finally:
+            under_way.waiting -= 1
         moved = int(dict(scope["headers"])[b"content-length"])
+        try:
+            await asyncio.sleep(under_way.delay(connection.loop.time(), moved))
+            under_way.moving[connection] = None
+            # 7
+            body = await _body(receive, moved, connection)
+            under_way.moving.pop(connection, None)
+            if body is not None:
+                unread = [body]
+                del body
 
-        async def counted(message: Message) -> None:
-            nonlocal moved
-            moved += len(message.get("body", b""))
-            await send(message)
+                async def repeated() -> Message:
+                    if unread:
+                        return {"type": "http.request", "body": unread.pop()}
+                    return await receive()
 
-        await self._fleet(scope, receive, counted)
+                async def counted(message: Message) -> None:
+                    nonlocal moved
+                    moved += len(message.get("body", b""))
+                    under_way.moving[connection] = None
+                    for part in _parts(message):
+                        await _within(send(part), connection)
+
+                await self._fleet(scope, repeated, counted)
+                await _within(connection.drained(), connection)
+        finally:
+            under_way.moving.pop(connection, None)
+            under_way.turns.release()
         if moved > _LARGE:
             # The web framework's objects for a request refer to each other in a cycle, and hold the
             # megabytes that it moved: Python would free them only after hundreds of requests.
             gc.collect()
+        return None
 
     def _judge(self, scope: Scope) -> int | None:
         """Returns the HTTP status of a refusal; None if the request may pass."""
-        # Step 1.
+        # 1
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
             return 404
-        # Step 2.
+        # 2
         headers = dict(scope["headers"])
+        if len(headers) != len(scope["headers"]):
+            return 400
+        # 3
         length = headers.get(b"content-length", b"")
-        if not length.isdigit() or int(length) > _LARGEST_BODY:
+        if (
+            b"transfer-encoding" in headers
+            or not length.isdigit()
+            or int(length) > _BODIES[scope["path"]]
+        ):
             return 413
-        # Step 3.
-        key = _certificate_key(scope.get(_PEER))
-        site = self._read_admitted().get(key) if key is not None else None
-        if key is None or site is None:
-            self._on_refused("a certificate of a relay that is not admitted, or not any more")
+        # 4
+        peer = _connection(scope).peer
+        site = self._read_admitted().get(peer.key) if peer and peer.is_valid() else None
+        if peer is None or site is None:
+            self._tell("a certificate of a relay that is not admitted, or not any more")
             return 403
-        # Step 4.
-        if _claimed_key(headers.get(_KEY_HEADER, b"")) != key:
-            self._on_refused(f"{site} speaks with another key than its certificate's")
+        # 5
+        if _claimed_key(headers.get(_KEY_HEADER, b"")) != peer.key:
+            self._tell(f"{site} speaks with another key than its certificate's")
             return 403
-        # Step 5.
-        if scope["path"] == ACTIVATE:
-            self._on_activate(key)
         return None
 
+    def _tell(self, reason: str) -> None:
+        """Tells people, but does not let a stranger fill their log."""
+        now = time.monotonic()
+        if now - self._told.get(reason, -math.inf) >= _TOLD_SECONDS:
+            self._told[reason] = now
+            self._on_refused(reason)
 
-def _certificate_key(certificate: bytes | None) -> str | None:
-    """Returns the public key (PEM) of a peer's certificate, which TLS has verified; None if there
-    is no certificate, or it has expired."""
-    if certificate is None:
+
+def _connection(scope: Scope) -> Connection:
+    connection: Connection = scope[CONNECTION]
+    return connection
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """Cuts what is sent, so that no more of it waits in the connection than the other side takes:
+    the web server lets every single part in."""
+    body = message.get("body", b"")
+    for start in range(0, len(body) - _SENT_AT_ONCE, _SENT_AT_ONCE):
+        yield {
+            "type": message["type"],
+            "body": body[start : start + _SENT_AT_ONCE],
+            "more_body": True,
+        }
+    rest = len(body) % _SENT_AT_ONCE or min(len(body), _SENT_AT_ONCE)
+    yield {**message, "body": body[len(body) - rest :]} if body else message
+
+
+async def _body(receive: Receive, length: int, connection: Connection) -> bytes | None:
+    """Step 7: returns a body; None if it did not come, and its connection has ended."""
+    parts: list[bytes] = []
+
+    async def read() -> bool:
+        come, more = 0, True
+        while more:
+            message = await receive()
+            come += len(message.get("body", b""))
+            if message["type"] == "http.disconnect" or come > length:
+                return False
+            parts.append(message["body"])
+            more = message.get("more_body", False)
+        return True
+
+    if await _within(read(), connection):
+        return b"".join(parts)
+    connection.abort()
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    return None
+
+
+async def _within(work: Awaitable[T], connection: Connection) -> T | None:
+    """Waits for what the other side must do; ends the connection if that takes too long."""
+    try:
+        async with asyncio.timeout(_REQUEST_SECONDS):
+            return await work
+    except TimeoutError:
+        connection.abort()
         return None
-    parsed = x509.load_der_x509_certificate(certificate)
-    # A connection may outlive the certificate that it was opened with.
-    if parsed.not_valid_after_utc < datetime.now(UTC):
-        return None
-    return (
-        parsed.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-    )
 
 
 def _claimed_key(header: bytes) -> str | None:
@@ -163,50 +265,3 @@ def _claimed_key(header: bytes) -> str | None:
         return base64.b64decode(header, validate=True).decode("ascii")
     except (binascii.Error, UnicodeDecodeError):
         return None
-
-
-def tls_context(certificate: Path, key: Path, client_ca: Path) -> ssl.SSLContext:
-    """Returns a context that accepts TLS 1.3 with a client certificate of our own authority only.
-
-    Raises:
-        IdentityError: the key is missing, open to other users, or of a kind that is not used here.
-        ConfigError: a certificate is missing, unreadable, malformed or expired.
-    """
-    read_tls_key(key)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_mode = ssl.CERT_REQUIRED
-    try:
-        context.load_cert_chain(certificate, key)
-        context.load_verify_locations(client_ca)
-        parsed = x509.load_pem_x509_certificate(certificate.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "the server's certificate, its key or its authority cannot be used",
-            file=certificate,
-            field="listen",
-            found=error,
-            accepted=f"PEM files that belong together: {certificate}, {key}, {client_ca}",
-        ) from None
-    if parsed.not_valid_after_utc < datetime.now(UTC):
-        raise ConfigError(
-            "the server's certificate has expired",
-            file=certificate,
-            found=parsed.not_valid_after_utc.isoformat(),
-            remedy="umbel-server renew",
-        )
-    return context
-
-
-def server(app: ASGIApp, context: ssl.SSLContext) -> uvicorn.Server:
-    """Returns a web server that is not started yet; it runs on a socket that is already bound."""
-    config = uvicorn.Config(
-        app,
-        http=PeerProtocol,
-        ws="none",
-        access_log=False,
-        log_level="warning",
-        timeout_keep_alive=75,
-        ssl_context_factory=lambda _, __: context,
-    )
-    return uvicorn.Server(config)

@@ -25,6 +25,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError
 
+from umbel_common.protocol.wire import size_limit
 from umbel_host.transport.flower import PieceElsewhere, names_of_pieces, packed_file, piece_of
 from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
 from umbel_server.port import flower_patches
@@ -83,13 +84,21 @@ class NodeMailbox:
                     self._arriving[name] = None
         flower_patches.deliver_again(self._state, unanswered)
 
-    def post(self, node: int, label: str, sealed: Iterator[bytes], seconds: float) -> str | None:
+    def post(
+        self,
+        node: int,
+        label: str,
+        sealed: Iterator[bytes],
+        seconds: float,
+        largest_reply: int = size_limit(None),
+    ) -> str | None:
         """Leaves a message for a node; returns its ID, or None if the node was never connected.
 
         Args:
             label: what Flower shows of it.
             sealed: its bytes, in parts of any size.
             seconds: how long its sender waits for the reply.
+            largest_reply: bytes; a larger reply is not taken.
         """
         self._forget_expired()
         if not self._superlink.was_connected(node):
@@ -112,16 +121,24 @@ class NodeMailbox:
             flower_patches.set_message_id(message, identifier)
             objects = get_all_nested_objects(message)
             run = self._superlink.run_id
+            for squatter in self._superlink.expected.in_the_way(objects.keys()):
+                self._refuse(squatter)
             session = self._state.start_session(run)
-            stored, missing = self._state.store_message_and_object_tree(
-                remove_content_from_message(message), get_object_tree(message), session
-            )
-            if not stored:
-                return None
-            for name in missing:
-                self._state.store_object(run, session, name, objects[name].deflate())
             with self._posted_lock:
                 self._posted[identifier] = _Posted(node, time.monotonic() + seconds)
+            self._superlink.expected.expect(identifier, node, largest_reply)
+            try:
+                stored, missing = self._state.store_message_and_object_tree(
+                    remove_content_from_message(message), get_object_tree(message), session
+                )
+                for name in missing:
+                    self._state.store_object(run, session, name, objects[name].deflate())
+            except Exception:
+                self.forget(identifier)
+                raise
+            if not stored:
+                self.forget(identifier)
+                return None
             return identifier
 
     def collect(self, identifier: str) -> Collected | None:
@@ -160,15 +177,32 @@ class NodeMailbox:
         return Collected(self._read(identifier, names))
 
     def forget(self, identifier: str) -> None:
-        """Deletes a message and every reply to it."""
-        replies = flower_patches.replies_to(self._state, identifier)
-        self._state.delete_messages({identifier})
-        for name in (identifier, *replies):
-            self._state.object_store.delete(name)
-            self._arrived.pop(name, None)
+        """Deletes a message and every reply to it, with all parts that came."""
+        # The order lets no reply slip in between: from here on, none is taken.
+        self._superlink.expected.forget(identifier)
+        flower_patches.withdraw(self._state, identifier)
+        self._delete_replies(identifier)
+        self._state.object_store.delete(identifier)
         with self._posted_lock:
             self._arriving.pop(identifier, None)
             self._posted.pop(identifier, None)
+
+    def _refuse(self, identifier: str) -> None:
+        """Deletes the reply to a message; the message's sender gets no reply."""
+        self._superlink.expected.forget(identifier)
+        flower_patches.withdraw(self._state, identifier)
+        self._delete_replies(identifier)
+        with self._posted_lock:
+            if identifier in self._posted:
+                self._arriving[identifier] = None
+
+    def _delete_replies(self, identifier: str) -> None:
+        replies = flower_patches.replies_to(self._state, identifier)
+        self._state.delete_messages({identifier})
+        for name in replies:
+            self._state.object_store.delete(name)
+            self._arrived.pop(name, None)
+        flower_patches.end_sessions(self._state, [identifier, *replies])
 
     def _forget_expired(self) -> None:
         """Deletes the messages of sites that were too slow: nobody waits for them any more."""

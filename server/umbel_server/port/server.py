@@ -5,23 +5,25 @@ import logging
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from umbel_common.errors import UmbelError
 from umbel_host.processes.log import adopt
 from umbel_host.transport.sockets import SocketServer
 from umbel_server.messaging.carrier import CARRIER, methods
-from umbel_server.operator.admitted_sites import SiteEntry, load_sites
+from umbel_server.operator.admitted_sites import load_sites
 from umbel_server.operator.certificates import to_renew
 from umbel_server.operator.config import ServerConfig, carrier_socket
-from umbel_server.port.gate import Gate, server
+from umbel_server.port.gate import Gate
+from umbel_server.port.listener import server
 from umbel_server.port.mailbox import NodeMailbox
 from umbel_server.port.superlink import SuperLink
 
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 0.5
 _DAY = timedelta(days=1)
 _CARRIER_MODE = 0o660
 _STOPPING_SECONDS = 5.0
@@ -36,47 +38,47 @@ class AdmittedSites:
         self._path = path
         self._superlink = superlink
         self._stamp: tuple[int, int] | None = None
-        self._looked = 0.0
-        self._lock = threading.Lock()
         self._keys: dict[str, str] = {}
         self._nodes: dict[str, int] = {}
 
     def keys(self) -> dict[str, str]:
         """Returns relay public key (PEM) -> site."""
-        self._look()
         return self._keys
 
     def node(self, site: str) -> int | None:
         """Returns a site's node; None if the site is not admitted."""
-        self._look()
         return self._nodes.get(site)
 
-    def _look(self) -> None:
-        with self._lock:
-            if time.monotonic() - self._looked < _LOOK_SECONDS and self._stamp is not None:
-                return
-            self._looked = time.monotonic()
-            try:
-                status = self._path.stat()
-                stamp = (status.st_mtime_ns, status.st_ino)
-            except OSError:
-                stamp = (0, 0)
-            if stamp == self._stamp:
-                return
-            try:
-                sites = load_sites(self._path)
-            except UmbelError as error:
-                # The list that was read before stays in force.
-                _logger.error("%s", error.diagnostics())
-                return
-            self._stamp = stamp
-            self._take(sites)
+    def look(self) -> None:
+        """Reads the file if it has changed. It waits for the disk and the database, so it must not
+        be called in the event loop."""
+        try:
+            status = self._path.stat()
+            stamp = (status.st_mtime_ns, status.st_ino)
+        except OSError:
+            stamp = (0, 0)
+        if stamp == self._stamp:
+            return
+        try:
+            sites = load_sites(self._path)
+            # Turned away at once, however long the database takes to let the others in.
+            keys = {site.relay_key: site.name for site in sites.values() if not site.revoked}
+            self._keys = {key: name for key, name in self._keys.items() if keys.get(key) == name}
+            nodes = {name: self._superlink.register(key.encode()) for key, name in keys.items()}
+        except (UmbelError, SQLAlchemyError) as error:
+            # What was read before stays in force, and it is tried again if it was the database.
+            if isinstance(error, UmbelError):
+                self._stamp = stamp
+            _logger.error("%s", _reason(error))
+            return
+        self._stamp, self._nodes, self._keys = stamp, nodes, keys
+        _logger.info("admitted: %s", ", ".join(sorted(nodes)) or "nobody yet")
 
-    def _take(self, sites: dict[str, SiteEntry]) -> None:
-        keys = {site.relay_key: site.name for site in sites.values() if not site.revoked}
-        self._nodes = {name: self._superlink.register(key.encode()) for key, name in keys.items()}
-        self._keys = keys
-        _logger.info("admitted: %s", ", ".join(sorted(self._nodes)) or "nobody yet")
+
+def _reason(error: UmbelError | SQLAlchemyError) -> str:
+    if isinstance(error, UmbelError):
+        return error.diagnostics()
+    return f"the SuperLink's database: {str(error).splitlines()[0]}"
 
 
 class Calendar:
@@ -110,15 +112,23 @@ class SiteMailbox:
         self._nodes = nodes
         self._admitted = admitted
 
-    def post(self, site: str, label: str, sealed: Iterator[bytes], seconds: float) -> str | None:
+    def post(
+        self, site: str, label: str, sealed: Iterator[bytes], seconds: float, largest_reply: int
+    ) -> str | None:
         """See `Mailbox`."""
         node = self._admitted.node(site)
-        return None if node is None else self._nodes.post(node, label, sealed, seconds)
+        if node is None:
+            return None
+        return self._nodes.post(node, label, sealed, seconds, largest_reply)
 
     def collect(self, identifier: str) -> tuple[bool, Iterator[bytes] | None]:
         """See `Mailbox`."""
         reply = self._nodes.collect(identifier)
         return (False, None) if reply is None else (True, reply.pieces)
+
+    def forget(self, identifier: str) -> None:
+        """See `Mailbox`."""
+        self._nodes.forget(identifier)
 
 
 def serve(
@@ -135,12 +145,12 @@ def serve(
     adopt("flwr")
     superlink = SuperLink()
     nodes = NodeMailbox(superlink)
+    superlink.make_way = nodes.make_way
     admitted = AdmittedSites(Path(config.sites), superlink)
-    admitted.keys()
+    admitted.look()
     gate = Gate(
         superlink.fleet,
         read_admitted=admitted.keys,
-        on_activate=lambda key: nodes.make_way(key.encode()),
         on_refused=lambda reason: _logger.warning("turned away: %s", reason),
     )
     web = server(gate, context)
@@ -154,8 +164,9 @@ def serve(
     gc.freeze()
     calendar = Calendar(config)
     try:
-        while thread.is_alive() and not stopping.wait(1.0):
+        while thread.is_alive() and not stopping.wait(_LOOK_SECONDS):
             carrier.report_health(web.started)
+            admitted.look()
             calendar.look(datetime.now(UTC))
     finally:
         carrier.stop(_STOPPING_SECONDS)

@@ -10,6 +10,7 @@ request of a client. `docs/adr/0011-flower-as-a-carrier.md` says why;
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
@@ -17,9 +18,11 @@ from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.main import create_app
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
 from umbel_server.port import flower_patches
+from umbel_server.port.expected_replies import ExpectedReplies
 from umbel_server.port.reply_filter import ReplyFilter
 
 _logger = logging.getLogger("umbel.port")
@@ -41,7 +44,12 @@ class SuperLink:
         flower = create_app()
         # Only `register` makes nodes: a relay cannot register itself.
         flower.state.enable_supernode_auth = True
-        self.fleet: ASGIApp = ReplyFilter(flower_patches.fleet_only(flower))
+        self.expected = ExpectedReplies()
+        """The replies that Flower's application for relays takes."""
+        self.make_way: Callable[[bytes], None] = lambda key: None
+        """Ends the former connection of a relay (public key, PEM) that connects again."""
+        judge = Middleware(ReplyFilter, self.expected, lambda key: self.make_way(key))
+        self.fleet: ASGIApp = flower_patches.fleet_only(flower, judge)
         """Flower's application for relays."""
         self.state: Any = flower.state.linkstate_factory.state()
         """Flower's `LinkState`."""

@@ -4,12 +4,14 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.waiting import HANGING
 
-import umbel_host.transport.sockets
+import umbel_client.site.ipc
 from umbel_client.site.ipc import (
     CONTROL,
     TRAINER,
@@ -18,10 +20,12 @@ from umbel_client.site.ipc import (
     TrainerStatus,
     TrainerStub,
     handle_method,
+    largest_method,
     status_method,
     watch_method,
 )
 from umbel_common.errors import StorageError, UnreachableError
+from umbel_common.protocol.wire import size_limit
 from umbel_host.transport.sockets import SocketServer, is_healthy
 
 STATUS = TrainerStatus(
@@ -35,6 +39,9 @@ STATUS = TrainerStatus(
 )
 
 
+LARGEST = 20_000_000
+
+
 @pytest.fixture
 def socket(tmp_path: Path) -> Path:
     return tmp_path / "run" / "trainer.sock"
@@ -44,7 +51,13 @@ def socket(tmp_path: Path) -> Path:
 def server(socket: Path) -> Iterator[SocketServer]:
     """Answers each message with the message backwards."""
     opened = SocketServer(socket, 0o660)
-    opened.add(TRAINER, {"Handle": handle_method(lambda sealed: sealed[::-1])})
+    opened.add(
+        TRAINER,
+        {
+            "Handle": handle_method(lambda sealed: sealed[::-1], lambda: LARGEST),
+            "Largest": largest_method(lambda: LARGEST),
+        },
+    )
     opened.start()
     opened.report_health(True)
     yield opened
@@ -61,14 +74,72 @@ def test_a_message_of_any_size_comes_back_whole(
     stub.close()
 
 
+CHECKED = pytest.mark.parametrize("checked", [False, True], ids=["without the check", "with it"])
+
+
+@CHECKED
 def test_a_message_without_an_end_does_not_fill_the_memory(
-    server: SocketServer, socket: Path, monkeypatch: pytest.MonkeyPatch
+    socket: Path, monkeypatch: pytest.MonkeyPatch, checked: bool
 ) -> None:
-    monkeypatch.setattr(umbel_host.transport.sockets, "_LARGEST_BYTES", 3 * 2**20)
+    """Of what is larger than the trainer can need, only a beginning is taken: it refuses that."""
+    if not checked:
+        monkeypatch.setattr(umbel_client.site.ipc, "joined", lambda parts, limit: b"".join(parts))
+    taken: list[int] = []
+
+    def handle(sealed: bytes) -> bytes:
+        taken.append(len(sealed))
+        return b"refused"
+
+    server = SocketServer(socket, 0o660)
+    server.add(TRAINER, {"Handle": handle_method(handle)})
+    server.start()
     stub = TrainerStub(socket)
-    with pytest.raises(UnreachableError):
-        stub.handle(bytes(4 * 2**20))
-    assert stub.handle(b"ab") == b"ba"
+    # Before the trainer knows any plan, an offer is the largest request.
+    sent = iter(range(64))
+    answer = b"".join(stub.stream(bytes(1 << 20) for _ in sent))
+    stub.close()
+    server.stop(0)
+    assert answer == b"refused"
+    assert taken == ([size_limit(None) + 1] if checked else [64 << 20])
+
+
+@CHECKED
+def test_messages_are_taken_one_at_a_time(
+    socket: Path, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """A relay that sends eight at once cannot make the trainer hold eight."""
+    if not checked:
+        monkeypatch.setattr(umbel_client.site.ipc, "threading", SimpleNamespace(Lock=nullcontext))
+    held, most, release = set[int](), list[int](), threading.Event()
+
+    def handle(sealed: bytes) -> bytes:
+        held.add(threading.get_ident())
+        most.append(len(held))
+        release.wait(0.5 if checked else HANGING)
+        held.discard(threading.get_ident())
+        return sealed
+
+    server = SocketServer(socket, 0o660)
+    server.add(TRAINER, {"Handle": handle_method(handle)})
+    server.start()
+    stub = TrainerStub(socket)
+    asking = [threading.Thread(target=stub.handle, args=(b"x",)) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    deadline = time.monotonic() + HANGING
+    while max(most, default=0) < (1 if checked else 3) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    release.set()
+    for thread in asking:
+        thread.join(HANGING)
+    stub.close()
+    server.stop(0)
+    assert max(most) == (1 if checked else 3)
+
+
+def test_a_relay_is_told_how_large_a_request_may_be(server: SocketServer, socket: Path) -> None:
+    stub = TrainerStub(socket)
+    assert stub.largest() == LARGEST
     stub.close()
 
 

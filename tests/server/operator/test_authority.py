@@ -18,7 +18,7 @@ from umbel_server.operator.authority import (
     new_authority,
     new_key,
 )
-from umbel_server.port.gate import tls_context
+from umbel_server.port.listener import tls_context
 
 NOW = datetime.now(UTC)
 HOST = "umbel.example.org"
