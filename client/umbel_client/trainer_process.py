@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 from umbel_client.trainer.isolation import drop_network
+from umbel_host.processes.lifecycle import hide_memory
 
 
 def main() -> int:
     """Runs until SIGTERM or SIGINT; returns the exit code."""
     # Before the imports below: NumPy, PyTorch and gRPC start threads (see `isolation`).
     refused = drop_network()
+    hide_memory()
 
     from umbel_client.trainer.service import run
     from umbel_host.processes.log import configure

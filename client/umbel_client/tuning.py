@@ -11,6 +11,7 @@ import msgspec
 from rich.console import Console
 
 from umbel_client.planning.search import tune
+from umbel_client.trainer.isolation import confine_command
 from umbel_common.errors import ConfigError
 from umbel_common.plans.requests import TuningRequest
 from umbel_host.terminal import exit_code
@@ -18,6 +19,7 @@ from umbel_host.terminal import exit_code
 
 def main() -> int:
     """Answers the request on standard input."""
+    confine_command()
 
     def command() -> None:
         try:

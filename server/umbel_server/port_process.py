@@ -21,10 +21,11 @@ def main() -> int:
     """Runs until SIGTERM or SIGINT; returns the exit code."""
     os.environ.update(FLOWER_ENVIRONMENT)
 
-    from umbel_host.processes.lifecycle import give_memory_back
+    from umbel_host.processes.lifecycle import give_memory_back, hide_memory
     from umbel_host.processes.log import configure
     from umbel_host.terminal import exit_code
 
+    hide_memory()
     give_memory_back()
     configure()
     return exit_code(lambda: run(Path(sys.argv[1])))

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from umbel_host.processes.lifecycle import hide_memory
 from umbel_host.terminal import exit_code
 
 app = typer.Typer(
@@ -176,4 +177,5 @@ def audit(
 
 def main() -> None:
     """The console script. It shows every error as a text for people, with its own exit code."""
+    hide_memory()
     sys.exit(exit_code(app, interrupted="interrupted: the same command resumes the run"))

@@ -7,7 +7,6 @@ data, identity key or ledger.
 """
 
 import logging
-import os
 import sys
 import threading
 from contextlib import ExitStack
@@ -15,15 +14,20 @@ from pathlib import Path
 
 from umbel_client.relay.flower import Connection, Pieces, serve
 from umbel_client.site.config import (
-    ClientConfig,
     load_config,
     relay_socket,
     require_relay,
     trainer_socket,
 )
 from umbel_client.site.ipc import TrainerStub
+from umbel_client.site.separation import judge_separation, relay_not_apart
 from umbel_common.errors import UnreachableError
-from umbel_host.processes.lifecycle import give_memory_back, locked, stop_on_signals
+from umbel_host.processes.lifecycle import (
+    give_memory_back,
+    hide_memory,
+    locked,
+    stop_on_signals,
+)
 from umbel_host.processes.log import adopt, configure
 from umbel_host.terminal import exit_code
 from umbel_host.transport.flower import regrouped
@@ -34,25 +38,16 @@ _AGAIN_SECONDS = 1.0
 _logger = logging.getLogger("umbel.relay")
 
 
-def exposed(config: ClientConfig) -> list[Path]:
-    """Private files of the site that this process can read, and must not be able to."""
-    state = config.state_folder
-    private = (Path(config.identity), Path(config.data.path), state.ledger, state.root)
-    return [path for path in private if os.access(path, os.R_OK)]
-
-
 def run(path: Path) -> None:
     """Carries messages until told to stop.
 
     Raises:
-        UmbelError: the configuration, a certificate or a socket cannot be used.
+        UmbelError: the configuration, a certificate or a socket cannot be used; or this process
+            could read what only the trainer may, and the site requires isolation.
     """
     config = load_config(path)
     relay = require_relay(config, path)
-    for private in exposed(config):
-        _logger.warning(
-            "THE RELAY CAN READ %s: run it as a user of its own, as docs/site.md says", private
-        )
+    judge_separation(config, path, relay_not_apart(config), _logger.name)
     stopping = stop_on_signals()
     with ExitStack() as stack:
         stub = TrainerStub(trainer_socket(relay))
@@ -88,6 +83,7 @@ def _ask(stub: TrainerStub, pieces: Pieces, stopping: threading.Event) -> Pieces
 
 def main() -> int:
     """Runs until SIGTERM or SIGINT; returns the exit code."""
+    hide_memory()
     give_memory_back()
     configure()
     adopt("flwr")

@@ -43,6 +43,8 @@ class TrainerStatus(msgspec.Struct, frozen=True):
     ledger itself."""
     last: SiteEvent | None
     """The last event."""
+    not_apart: str | None = None
+    """Why trainer and relay are not kept apart; None if nothing speaks against it."""
 
 
 Handle = Callable[[bytes], bytes]

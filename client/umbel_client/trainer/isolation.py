@@ -1,4 +1,4 @@
-"""Taking the network away from the process that holds the data.
+"""Taking the network, and every other way out, from a process that holds the data.
 
 This module is part of the core of the privacy guarantee. Never call a process isolated without
 asking the kernel, and never add a way back to the network.
@@ -11,10 +11,13 @@ import ctypes
 import errno
 import os
 import socket
+import sys
 from enum import Enum
 from pathlib import Path
 
-from umbel_host.processes.seccomp import only_unix_sockets
+from umbel_host.processes.landlock import only_own_processes
+from umbel_host.processes.lifecycle import hide_memory
+from umbel_host.processes.seccomp import only_accept
 
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWNET = 0x40000000
@@ -51,9 +54,13 @@ def drop_network() -> str | None:
     """Takes the network away from this process and from all processes that it starts, for good.
 
     There are two locks, and each alone is enough: an empty network namespace, unless the process
-    had no network before, and a filter that allows Unix sockets only. A container of stock
-    Kubernetes gets no namespace, and has the filter. Open sockets, and Unix sockets in the file
-    system, continue to work.
+    had no network before, and a filter of system calls. A container of stock Kubernetes gets no
+    namespace, and has the filter.
+
+    The filter also leaves nobody whom this process could have speak for it: it connects to no
+    socket of another program, and opens no other process. It only accepts, on Unix sockets. Files
+    in /proc, which no filter sees, are closed by Landlock where the kernel has it. Open sockets
+    continue to work.
 
     Returns:
         None when the process has no network now; else why the kernel did not allow it.
@@ -62,10 +69,22 @@ def drop_network() -> str | None:
         refused = 0 if network() is Network.NONE else _empty_namespace()
     except OSError as error:
         return str(error)
-    filtered = only_unix_sockets() == 0
+    only_own_processes()
+    filtered = only_accept() == 0
     if refused and not filtered:
         return os.strerror(refused)
     return None if network() is Network.NONE else "the new network namespace is not empty"
+
+
+def confine_command() -> None:
+    """Confines a command that opens data or reads a key, as the trainer's process is confined.
+
+    Where the kernel refuses, a line on standard error says that the command has a network.
+    """
+    refused = drop_network()
+    hide_memory()
+    if refused is not None:
+        print(f"warning: THIS COMMAND HAS A NETWORK: {refused}", file=sys.stderr)
 
 
 def _empty_namespace() -> int:

@@ -28,6 +28,7 @@ from umbel_client.site.ipc import (
     watch_method,
 )
 from umbel_client.site.pinned_roster import Pinned, load_pinned
+from umbel_client.site.separation import judge_separation, trainer_not_apart
 from umbel_client.trainer.isolation import Network, network
 from umbel_client.trainer.log import SiteLog
 from umbel_common.errors import ConfigError
@@ -62,6 +63,8 @@ def run(path: Path, no_isolation: str | None) -> None:
     logger = logging.getLogger(_NAME)
     if no_isolation is not None:
         _judge_isolation(config, path, no_isolation, logger)
+    not_apart = trainer_not_apart(relay)
+    judge_separation(config, path, not_apart, logger.name)
     state = config.state_folder
     require_state(state.root)
     require_file(Path(config.data.path))
@@ -80,7 +83,7 @@ def run(path: Path, no_isolation: str | None) -> None:
         torch.set_num_threads(config.threads)
         trainer = Trainer(config, pinned, identity, observer=log)
         stack.callback(trainer.close)
-        service = _Service(config, pinned, trainer, log)
+        service = _Service(config, pinned, trainer, log, not_apart)
         for server in service.servers(trainer_socket(relay)):
             server.start()
             server.report_health(True)
@@ -114,12 +117,18 @@ class _Service:
     """Answers the calls on both sockets."""
 
     def __init__(
-        self, config: ClientConfig, pinned: Pinned, trainer: "Trainer", log: SiteLog
+        self,
+        config: ClientConfig,
+        pinned: Pinned,
+        trainer: "Trainer",
+        log: SiteLog,
+        not_apart: str | None,
     ) -> None:
         self._config = config
         self._pinned = pinned
         self._trainer = trainer
         self._log = log
+        self._not_apart = not_apart
         self._decisions = Decisions(config.state_folder)
         self._isolated = network() is Network.NONE
 
@@ -143,4 +152,5 @@ class _Service:
             waiting=tuple(proposal.plan.job for proposal in self._decisions.proposals()),
             epsilon=self._log.epsilon,
             last=self._log.last,
+            not_apart=self._not_apart,
         )

@@ -1,7 +1,6 @@
 """`umbel-server tune`: search for hyper-parameters on public records."""
 
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 
 from umbel_common.errors import ConfigError
 from umbel_common.plans.requests import TuningRequest
+from umbel_host.processes.supervisor import our_module
 
 
 def tune(
@@ -71,7 +71,7 @@ def tune(
     except msgspec.ValidationError as error:
         raise typer.BadParameter(str(error)) from None
     done = subprocess.run(  # our own module
-        [sys.executable, "-m", "umbel_client.tuning"],
+        our_module("umbel_client.tuning"),
         input=msgspec.json.encode(checked),
         check=False,
     )
