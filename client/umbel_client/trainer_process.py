@@ -1,6 +1,6 @@
 """The trainer's process: it gives its network away before it loads anything that could use one.
 
-`umbel-client run` starts it, or a service manager does: `python -m umbel_client.trainer_process
+`umbel-client run` starts it, or a service manager does: `python -P -m umbel_client.trainer_process
 client.toml`.
 """
 

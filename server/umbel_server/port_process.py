@@ -1,6 +1,6 @@
 """The process with the port: Flower's SuperLink behind the gate, and a Unix socket to the jobs.
 
-`umbel-server run` starts it, or a service manager: `python -m umbel_server.port_process
+`umbel-server run` starts it, or a service manager: `python -P -m umbel_server.port_process
 server.toml`. It has the server's TLS key, and must never have the operator's key.
 """
 

@@ -1,6 +1,6 @@
 """The process with the jobs: it has the operator's key, journal and registry, and no network.
 
-`umbel-server run` starts it, or a service manager: `python -m umbel_server.rounds_process
+`umbel-server run` starts it, or a service manager: `python -P -m umbel_server.rounds_process
 server.toml`.
 """
 

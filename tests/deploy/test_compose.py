@@ -131,7 +131,7 @@ def test_every_process_says_how_it_is() -> None:
         ("rounds", "/var/lib/umbel/rounds.sock"),
     ):
         test = SERVICES[name]["healthcheck"]["test"]
-        assert test == ["CMD", "python", "-m", "umbel_host.probe", f"unix:{socket}"]
+        assert test == ["CMD", "python", "-P", "-m", "umbel_host.probe", f"unix:{socket}"]
 
 
 def test_every_value_is_in_the_example_and_no_other() -> None:

@@ -139,7 +139,7 @@ def carried_out(name: str, folder: Path, **arguments: str) -> Replay:
         assert python(replay, "-c", f"import {module}").returncode == 1, module
     assert python(replay, "-c", f"import {package}.cli").returncode == 0
     assert python(replay, "-m", "pip").returncode == 1
-    done = python(replay, "-m", "umbel_host.probe", "unix:/nowhere.sock")
+    done = python(replay, "-P", "-m", "umbel_host.probe", "unix:/nowhere.sock")
     assert (done.returncode, done.stderr.count("\n")) == (44, 1)
     return replay
 
@@ -161,7 +161,7 @@ def test_the_steps_bring_what_runs_and_no_torch(
     replay = built(name, tmp_path_factory)
     for heavy in HEAVY:
         assert python(replay, "-c", f"import {heavy}").returncode == 1, heavy
-    done = python(replay, "-m", module, str(tmp_path / "none.toml"))
+    done = python(replay, "-P", "-m", module, str(tmp_path / "none.toml"))
     assert done.returncode == 10, done.stderr
     assert "a configuration file cannot be read" in done.stderr
 
@@ -185,5 +185,5 @@ def test_the_steps_of_the_trainer_on_the_cpu_train(tmp_path: Path) -> None:
         replay, "-c", "import torch; print(torch.cuda.is_available(), torch.ones(2).sum())"
     )
     assert done.stdout == "False tensor(2.)\n", done.stderr
-    done = python(replay, "-m", "umbel_client.trainer_process", str(tmp_path / "none.toml"))
+    done = python(replay, "-P", "-m", "umbel_client.trainer_process", str(tmp_path / "none.toml"))
     assert done.returncode == 10, done.stderr

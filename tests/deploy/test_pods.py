@@ -215,7 +215,7 @@ def test_nothing_is_written_to_the_root_or_to_what_is_read(federation: Federatio
 
 def test_a_second_trainer_on_one_ledger_does_not_run(federation: Federation) -> None:
     done = federation.sites["north"].instead(
-        "trainer", "python", "-m", "umbel_client.trainer_process", "client.toml"
+        "trainer", "python", "-P", "-m", "umbel_client.trainer_process", "client.toml"
     )
     assert done.returncode != 0
     assert "this site's trainer" in done.stderr

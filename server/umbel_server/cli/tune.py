@@ -1,6 +1,7 @@
 """`umbel-server tune`: search for hyper-parameters on public records."""
 
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,6 @@ import typer
 
 from umbel_common.errors import ConfigError
 from umbel_common.plans.requests import TuningRequest
-from umbel_host.processes.supervisor import our_module
 
 
 def tune(
@@ -71,7 +71,7 @@ def tune(
     except msgspec.ValidationError as error:
         raise typer.BadParameter(str(error)) from None
     done = subprocess.run(  # our own module
-        our_module("umbel_client.tuning"),
+        [sys.executable, "-P", "-m", "umbel_client.tuning"],
         input=msgspec.json.encode(checked),
         check=False,
     )
