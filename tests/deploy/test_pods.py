@@ -23,7 +23,7 @@ UNFILTERED = """
 import sys
 import umbel_client.trainer.isolation
 import umbel_client.trainer_process
-umbel_client.trainer.isolation.only_unix_sockets = lambda: 38
+umbel_client.trainer.isolation.only_accept = lambda: 38
 sys.argv = ["trainer", "client.toml"]
 sys.exit(umbel_client.trainer_process.main())
 """
