@@ -1,7 +1,7 @@
 """One evaluation as a process: a request as JSON on standard input, the figures on standard output.
 
-The server runs `python -P -m umbel_client.evaluating`: so the server needs none of a model's packages,
-and a crash here ends no job.
+The server runs `python -P -m umbel_client.evaluating`: so the server needs none of a model's
+packages, and a crash here ends no job.
 """
 
 import sys

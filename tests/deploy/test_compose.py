@@ -40,6 +40,7 @@ def test_a_process_may_do_next_to_nothing(name: str) -> None:
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["pids_limit"]
+    assert service["ulimits"] == {"core": 0}
     for tmpfs in service["tmpfs"]:
         assert "noexec,nosuid,nodev" in tmpfs
     assert not {"cap_add", "privileged", "devices", "user", "pid", "ipc", "environment"} & set(

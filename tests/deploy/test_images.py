@@ -64,6 +64,12 @@ def test_every_package_comes_by_its_hash(path: Path) -> None:
 
 
 @named
+def test_python_finds_no_module_in_the_folder_that_it_works_in(path: Path) -> None:
+    _, stages = read(path)
+    assert "PYTHONSAFEPATH=1" in " ".join(stages[-1].texts("ENV")).split()
+
+
+@named
 def test_all_stages_have_the_base_that_was_given(path: Path) -> None:
     head, stages = read(path)
     assert [step.text for step in head] == ["BASE=docker.io/library/python:3.11-slim-bookworm"]

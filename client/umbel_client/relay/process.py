@@ -1,9 +1,9 @@
 """The relay's process: it has the network, and nothing of the site's.
 
-`umbel-client run` starts it, or a service manager does: `python -P -m umbel_client.relay client.toml`.
-It carries sealed bytes from the server to the trainer's socket and back. It cannot read them, or
-change them unnoticed. On a machine that it shares with the trainer, it must not be able to read
-data, identity key or ledger.
+`umbel-client run` starts it, or a service manager does: `python -P -m umbel_client.relay
+client.toml`. It carries sealed bytes from the server to the trainer's socket and back. It cannot
+read them, or change them unnoticed. On a machine that it shares with the trainer, it must not be
+able to read data, identity key or ledger.
 """
 
 import logging
