@@ -53,9 +53,8 @@ def network() -> Network:
 def drop_network() -> str | None:
     """Takes the network away from this process and from all processes that it starts, for good.
 
-    There are two locks, and each alone is enough: an empty network namespace, unless the process
-    had no network before, and a filter of system calls. A container of stock Kubernetes gets no
-    namespace, and has the filter.
+    There are two locks, and each alone is enough: an empty network namespace, and a filter of
+    system calls. A container of stock Kubernetes gets no namespace, and has the filter.
 
     The filter also leaves nobody whom this process could have speak for it: it connects to no
     socket of another program, and opens no other process. It only accepts, on Unix sockets. Files
@@ -66,14 +65,14 @@ def drop_network() -> str | None:
         None when the process has no network now; else why the kernel did not allow it.
     """
     try:
-        refused = 0 if network() is Network.NONE else _empty_namespace()
+        refused = _empty_namespace()
     except OSError as error:
         return str(error)
     only_own_processes()
-    filtered = only_accept() == 0
-    if refused and not filtered:
-        return os.strerror(refused)
-    return None if network() is Network.NONE else "the new network namespace is not empty"
+    only_accept()
+    if network() is Network.NONE:
+        return None
+    return os.strerror(refused) if refused else "the new network namespace is not empty"
 
 
 def confine_command() -> None:
