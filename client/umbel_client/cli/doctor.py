@@ -144,11 +144,11 @@ def _isolation(config: ClientConfig) -> tuple[Verdict, str]:
         [sys.executable, "-P", "-c", _DROP], capture_output=True, text=True, check=False
     )
     if tried.returncode == 0:
-        return Verdict.FINE, "a process here can give its network away"
+        return Verdict.FINE, "a process here can close every way out"
     verdict = Verdict.BROKEN if config.isolation == "required" else Verdict.CARE
     return verdict, (
-        f"the kernel gives no empty network namespace ({tried.stderr.strip()}): run the trainer"
-        " with PrivateNetwork=yes (systemd) or network_mode: none (compose)"
+        f"a process here keeps a way out ({tried.stderr.strip()}): run the trainer on x86-64 or"
+        " ARM64, where the kernel allows seccomp"
     )
 
 
@@ -209,7 +209,7 @@ def _trainer(config: ClientConfig) -> tuple[Verdict, str]:
     finally:
         stub.close()
     if not status.isolated:
-        return Verdict.CARE, "running WITH A NETWORK"
+        return Verdict.CARE, "running WITH A WAY OUT"
     if status.not_apart is not None:
         return Verdict.CARE, f"running without a network, but {status.not_apart}"
     return Verdict.FINE, "running without a network"

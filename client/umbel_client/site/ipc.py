@@ -34,7 +34,7 @@ class TrainerStatus(msgspec.Struct, frozen=True):
     site: str
     federation: str
     isolated: bool
-    """Whether the trainer has no network."""
+    """Whether the trainer has neither a network nor another way out."""
     paused: bool
     waiting: tuple[str, ...]
     """Jobs whose plans wait for approval."""

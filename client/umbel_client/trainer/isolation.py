@@ -51,10 +51,10 @@ def network() -> Network:
 
 
 def drop_network() -> str | None:
-    """Takes the network away from this process and from all processes that it starts, for good.
+    """Takes every way out from this process and from all processes that it starts, for good.
 
-    There are two locks, and each alone is enough: an empty network namespace, and a filter of
-    system calls. A container of stock Kubernetes gets no namespace, and has the filter.
+    Two locks are on the network, and each alone is enough: an empty network namespace, and a filter
+    of system calls. A container of stock Kubernetes gets no namespace, and has the filter.
 
     The filter also leaves nobody whom this process could have speak for it: it connects to no
     socket of another program, and opens no other process. It only accepts, on Unix sockets. Files
@@ -62,28 +62,30 @@ def drop_network() -> str | None:
     continue to work.
 
     Returns:
-        None when the process has no network now; else why the kernel did not allow it.
+        None when the process has no way out now; else which one, and why the kernel left it.
     """
     try:
         refused = _empty_namespace()
     except OSError as error:
         return str(error)
     only_own_processes()
-    only_accept()
-    if network() is Network.NONE:
-        return None
-    return os.strerror(refused) if refused else "the new network namespace is not empty"
+    unfiltered = only_accept()
+    if network() is Network.REACHABLE:
+        return os.strerror(refused) if refused else "the new network namespace is not empty"
+    if unfiltered:
+        return f"no filter closes the sockets of other programs: {os.strerror(unfiltered)}"
+    return None
 
 
 def confine_command() -> None:
     """Confines a command that opens data or reads a key, as the trainer's process is confined.
 
-    Where the kernel refuses, a line on standard error says that the command has a network.
+    Where the kernel refuses, a line on standard error says so.
     """
     refused = drop_network()
     hide_memory()
     if refused is not None:
-        print(f"warning: THIS COMMAND HAS A NETWORK: {refused}", file=sys.stderr)
+        print(f"warning: THIS COMMAND HAS A WAY OUT: {refused}", file=sys.stderr)
 
 
 def _empty_namespace() -> int:

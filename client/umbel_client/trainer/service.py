@@ -52,7 +52,7 @@ def run(path: Path, no_isolation: str | None) -> None:
 
     Args:
         path: client.toml.
-        no_isolation: why the process still has a network; None if it has no network.
+        no_isolation: why the process still has a way out; None if it has none.
 
     Raises:
         UmbelError: the configuration, the roster, the key, data, model, the journal or a socket
@@ -83,7 +83,8 @@ def run(path: Path, no_isolation: str | None) -> None:
         torch.set_num_threads(config.threads)
         trainer = Trainer(config, pinned, identity, observer=log)
         stack.callback(trainer.close)
-        service = _Service(config, pinned, trainer, log, not_apart)
+        isolated = no_isolation is None and network() is Network.NONE
+        service = _Service(config, pinned, trainer, log, isolated, not_apart)
         for server in service.servers(trainer_socket(relay)):
             server.start()
             server.report_health(True)
@@ -99,16 +100,14 @@ def _judge_isolation(
 ) -> None:
     if config.isolation == "required":
         raise ConfigError(
-            "the trainer cannot give its network away, and must not run with one",
+            "the trainer cannot close every way out, and must not run with one open",
             file=path,
             field="isolation",
             found=refused,
-            accepted="an empty network namespace: PrivateNetwork=yes in systemd, network_mode: none"
-            " in compose, a kernel that allows user namespaces; or seccomp, on x86-64 or ARM64",
+            accepted="seccomp, on x86-64 or ARM64",
         )
     logger.warning(
-        "THE TRAINER HAS A NETWORK: the kernel allows no empty network namespace (%s). Run it with"
-        " PrivateNetwork=yes (systemd) or network_mode: none (compose)",
+        "THE TRAINER HAS A WAY OUT: %s. Run it on x86-64 or ARM64, where the kernel allows seccomp",
         refused,
     )
 
@@ -122,6 +121,7 @@ class _Service:
         pinned: Pinned,
         trainer: "Trainer",
         log: SiteLog,
+        isolated: bool,
         not_apart: str | None,
     ) -> None:
         self._config = config
@@ -130,7 +130,7 @@ class _Service:
         self._log = log
         self._not_apart = not_apart
         self._decisions = Decisions(config.state_folder)
-        self._isolated = network() is Network.NONE
+        self._isolated = isolated
 
     def servers(self, relay_socket: Path) -> tuple[SocketServer, SocketServer]:
         """A server for the relay, and one for the site's people."""
