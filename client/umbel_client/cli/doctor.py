@@ -229,5 +229,5 @@ CHECKS: dict[str, Check] = {
     "server": _server,
     "trainer": _trainer,
 }
-_SPEAKING = ("isolation", "server", "trainer")
-"""The checks that need a network, a socket, or a kernel that refuses them nothing yet."""
+_SPEAKING = ("isolation", "users", "server", "trainer")
+"""The checks that need a network, a socket, or the machine as it is outside of a namespace."""

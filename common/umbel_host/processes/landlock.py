@@ -23,13 +23,13 @@ _SIGNALS_AND_ABSTRACT_SOCKETS = 0b11
 def only_own_processes() -> int:
     """Closes other programs' processes to this thread and to all that it starts, for good.
 
-    A process in a domain of Landlock cannot trace a process outside of it, whoever's user that runs
-    as: it reads neither its memory nor its descriptors, also through files in /proc, where no
-    filter of system calls looks. It opens no TCP connection, and sends other programs no signal.
+    A process in a domain of Landlock cannot trace a process outside of it, even of the same user:
+    it reads neither its memory nor its descriptors, also through files in /proc, where no filter of
+    system calls looks. It opens no TCP connection, and sends other programs no signal.
 
     Returns:
-        0, or the error number; ENOSYS: the kernel has no Landlock, or one that could forbid files
-        only (before Linux 6.7).
+        0, or the error number; ENOSYS: the kernel has no Landlock, or one that knows files only
+        (before Linux 6.7).
     """
     libc = ctypes.CDLL(None, use_errno=True)
 

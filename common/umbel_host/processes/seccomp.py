@@ -193,5 +193,5 @@ def _filter(machine: str, may_connect: bool) -> bytes:
 
 
 def _half(argument: int, *, upper: bool = False) -> _Instruction:
-    """Loads half of an argument. Of a number the kernel reads the lower half only."""
+    """Loads half of an argument; a number is in the lower half, and the kernel reads no more."""
     return (_LOAD, 0, 0, _ARGUMENTS + 8 * argument + (4 if upper else 0))

@@ -93,7 +93,7 @@ def test_the_commands_that_keep_their_network_are_named() -> None:
         ("umbel_simulations.cli", True),
     ],
 )
-def test_whoever_has_a_key_or_data_keeps_the_memory_to_itself(
+def test_a_process_with_a_key_or_data_keeps_its_memory_to_itself(
     site: Path, door: str, network: bool
 ) -> None:
     said = warm_python.run("door.py", door, "nowhere.toml", cwd=site)
