@@ -119,7 +119,7 @@ class ClientConfig(Value, frozen=True):
     """Absent where no server is reached from here, as in a simulation."""
     isolation: Literal["required", "preferred"] = "preferred"
     """Whether trainer and relay refuse to run (`required`) or warn (`preferred`) where the kernel
-    leaves the trainer a network, where one of the two can read what only the other may, and where
+    leaves the trainer a way out, where one of the two can read what only the other may, and where
     one of them is root."""
     threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
     """CPU threads for training."""

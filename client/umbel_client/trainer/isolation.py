@@ -96,10 +96,29 @@ def _empty_namespace() -> int:
     """
     refused = _unshare(_CLONE_NEWNET)
     if refused == errno.EPERM:
-        user, group = os.geteuid(), os.getegid()
-        refused = _unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
+        # A kernel may give the namespace and then refuse the name (AppArmor on Ubuntu 24.04), and
+        # there is no way back: a child tries both first.
+        refused = _tried_by_a_child()
         if refused == 0:
-            _keep_own_names(user, group)
+            refused = _own_user_namespace()
+    return refused
+
+
+def _tried_by_a_child() -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(_own_user_namespace())
+        except OSError as error:
+            os._exit(error.errno or errno.EPERM)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _own_user_namespace() -> int:
+    user, group = os.geteuid(), os.getegid()
+    refused = _unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
+    if refused == 0:
+        _keep_own_names(user, group)
     return refused
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.container_filter import RUNTIME_FILTER
+from support.other_user import run_unprivileged
 
 from umbel_client.trainer.isolation import Network, network
 
@@ -96,6 +97,19 @@ def test_in_a_container_without_namespaces_and_without_the_filter_there_is_a_net
     refused, left, loopback, _, _, moved = tried(tmp_path, before=f"{RUNTIME_FILTER}\n{NO_FILTER}")
     assert (left, loopback, moved) == ("reachable", "reached", False)
     assert refused == os.strerror(1)
+
+
+def test_where_the_kernel_refuses_a_user_its_name_the_filter_is_enough_and_files_stay_own() -> None:
+    """As AppArmor does on Ubuntu 24.04: a process in such a namespace could make no file."""
+    script = (
+        "import os, tempfile, umbel_client.trainer.isolation as i\n"
+        "def refuse(user, group): raise PermissionError(1, 'no name')\n"
+        "i._keep_own_names = refuse\n"
+        "refused = i.drop_network()\n"
+        "with tempfile.NamedTemporaryFile() as file:\n"
+        "    print(refused, i.network().value, os.stat(file.name).st_uid == os.geteuid())"
+    )
+    assert run_unprivileged(script).stdout.split() == ["None", "none", "True"]
 
 
 def test_taking_the_network_away_starts_no_thread_and_loads_no_numbers() -> None:
