@@ -184,6 +184,8 @@ def test_a_unit_without_a_network_does_not_see_the_sockets_of_others(unit: str) 
     text = (FOLDER / f"{unit}.service").read_text()
     assert "\nTemporaryFileSystem=/run:ro\n" in text
     assert set(re.findall(r"^BindPaths=(.*)$", text, re.MULTILINE)) <= {"/run/umbel"}
+    # Without this call it could not install its own filter, which does more than the unit's.
+    assert re.search(r"^SystemCallFilter=seccomp\b", text, re.MULTILINE)
 
 
 def test_the_relay_may_open_nothing_of_the_trainers() -> None:

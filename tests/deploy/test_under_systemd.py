@@ -87,6 +87,7 @@ def trainer_has_no_network(deployment: Deployment) -> None:
     shown = machine.run(*asked, deployment.source, "/opt/umbel/bin/python", "-c", source)
     assert shown.stdout.strip() == Network.NONE.value
     assert deployment.machine.log("umbel-trainer").count("THE TRAINER HAS A WAY OUT") == 0
+    assert deployment.machine.log("umbel-rounds").count("keeps its network") == 0
 
 
 def what_root_writes_is_for_the_units_too(deployment: Deployment) -> None:
