@@ -43,6 +43,11 @@ def test_a_module_is_found_from_the_folder_of_the_process(script: Path) -> None:
     assert warm_python.run("-m", "script", cwd=script.parent).returncode == 7
 
 
+def test_a_module_is_not_found_from_the_folder_with_safe_paths(script: Path) -> None:
+    done = warm_python.run("-P", "-m", "script", cwd=script.parent)
+    assert (done.returncode, "No module named script" in done.stderr) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("program", "code", "said"),
     [

@@ -1,7 +1,7 @@
 """One evaluation as a process: a request as JSON on standard input, the figures on standard output.
 
-The server runs `python -m umbel_client.evaluating`: so the server needs none of a model's packages,
-and a crash here ends no job.
+The server runs `python -P -m umbel_client.evaluating`: so the server needs none of a model's
+packages, and a crash here ends no job.
 """
 
 import sys
@@ -13,6 +13,7 @@ from umbel_client.data.records import Columns
 from umbel_client.evaluation.score import options_for, score
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import fastest_precision
+from umbel_client.trainer.isolation import confine_command
 from umbel_common.adapters.vector import Vector, from_bytes
 from umbel_common.errors import ConfigError, StorageError
 from umbel_common.plans.figures import Evaluation
@@ -65,6 +66,7 @@ def _vector(plan: TrainingPlan, file: str) -> Vector:
 
 def main() -> int:
     """Answers the request on standard input."""
+    confine_command()
 
     def command() -> None:
         try:

@@ -1,6 +1,6 @@
 """The trainer's process: it gives its network away before it loads anything that could use one.
 
-`umbel-client run` starts it, or a service manager does: `python -m umbel_client.trainer_process
+`umbel-client run` starts it, or a service manager does: `python -P -m umbel_client.trainer_process
 client.toml`.
 """
 
@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 from umbel_client.trainer.isolation import drop_network
+from umbel_host.processes.lifecycle import hide_memory
 
 
 def main() -> int:
     """Runs until SIGTERM or SIGINT; returns the exit code."""
     # Before the imports below: NumPy, PyTorch and gRPC start threads (see `isolation`).
     refused = drop_network()
+    hide_memory()
 
     from umbel_client.trainer.service import run
     from umbel_host.processes.log import configure

@@ -10,6 +10,7 @@ import sys
 import msgspec
 
 from umbel_client.planning.search import tune
+from umbel_client.trainer.isolation import confine_command
 from umbel_common.errors import ConfigError
 from umbel_common.plans.requests import TuningRequest
 from umbel_host.terminal import Screen, exit_code
@@ -17,6 +18,7 @@ from umbel_host.terminal import Screen, exit_code
 
 def main() -> int:
     """Answers the request on standard input."""
+    confine_command()
 
     def command() -> None:
         try:

@@ -1,4 +1,4 @@
-"""Asks a process of ours whether it is well: `python -m umbel_host.probe unix:PATH`.
+"""Asks a process of ours whether it is well: `python -P -m umbel_host.probe unix:PATH`.
 
 A service manager, a container's health check or a script runs it and keeps one line of output. Exit
 code 0 says that the process is well, 1 that it runs and is not well, any other that it does not

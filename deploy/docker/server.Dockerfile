@@ -49,10 +49,11 @@ COPY --from=build /opt/umbel /opt/umbel
 # Only /var/lib/umbel, /run/umbel and /tmp are written to, so the root may be read-only.
 ENV PATH=/opt/umbel/bin:${PATH} \
     HOME=/tmp \
+    PYTHONSAFEPATH=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 USER 10001:10000
 WORKDIR /umbel
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 \
-    CMD ["python", "-m", "umbel_host.probe", "unix:/run/umbel/carrier.sock"]
+    CMD ["python", "-P", "-m", "umbel_host.probe", "unix:/run/umbel/carrier.sock"]
 CMD ["umbel-server", "run"]

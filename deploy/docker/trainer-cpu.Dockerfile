@@ -53,6 +53,7 @@ COPY --from=build /opt/umbel /opt/umbel
 # hadolint ignore=DL3064  # TOKENIZERS_PARALLELISM is no secret
 ENV PATH=/opt/umbel/bin:${PATH} \
     HOME=/tmp \
+    PYTHONSAFEPATH=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     HF_HUB_OFFLINE=1 \
@@ -60,5 +61,5 @@ ENV PATH=/opt/umbel/bin:${PATH} \
 USER 10001:10000
 WORKDIR /umbel
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 \
-    CMD ["python", "-m", "umbel_host.probe", "unix:/run/umbel/trainer.sock"]
-CMD ["python", "-m", "umbel_client.trainer_process", "client.toml"]
+    CMD ["python", "-P", "-m", "umbel_host.probe", "unix:/run/umbel/trainer.sock"]
+CMD ["python", "-P", "-m", "umbel_client.trainer_process", "client.toml"]

@@ -1,6 +1,6 @@
 """The process with the port: Flower's SuperLink behind the gate, and a Unix socket to the jobs.
 
-`umbel-server run` starts it, or a service manager: `python -m umbel_server.port_process
+`umbel-server run` starts it, or a service manager: `python -P -m umbel_server.port_process
 server.toml`. It has the server's TLS key, and must never have the operator's key.
 """
 
@@ -21,10 +21,11 @@ def main() -> int:
     """Runs until SIGTERM or SIGINT; returns the exit code."""
     os.environ.update(FLOWER_ENVIRONMENT)
 
-    from umbel_host.processes.lifecycle import give_memory_back
+    from umbel_host.processes.lifecycle import give_memory_back, hide_memory
     from umbel_host.processes.log import configure
     from umbel_host.terminal import exit_code
 
+    hide_memory()
     give_memory_back()
     configure()
     return exit_code(lambda: run(Path(sys.argv[1])))

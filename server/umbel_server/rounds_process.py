@@ -1,6 +1,6 @@
 """The process with the jobs: it has the operator's key, journal and registry, and no network.
 
-`umbel-server run` starts it, or a service manager: `python -m umbel_server.rounds_process
+`umbel-server run` starts it, or a service manager: `python -P -m umbel_server.rounds_process
 server.toml`.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from umbel_common.errors import StorageError
 from umbel_host.files.keys import read_identity
-from umbel_host.processes.lifecycle import locked, require_state, stop_on_signals
+from umbel_host.processes.lifecycle import hide_memory, locked, require_state, stop_on_signals
 from umbel_host.processes.log import configure
 from umbel_host.processes.seccomp import only_unix_sockets
 from umbel_host.terminal import exit_code
@@ -112,6 +112,7 @@ def work(
 
 def main() -> int:
     """Runs until SIGTERM or SIGINT; returns the exit code."""
+    hide_memory()
     configure()
     # This process has the operator's key. It needs no network, and nor do evaluations.
     # If the kernel has no such filter, the service's unit, container or pod closes the network.

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from umbel_host.processes.lifecycle import hide_memory
 from umbel_host.terminal import Screen, exit_code, json_text, say
 
 app = typer.Typer(
@@ -174,4 +175,5 @@ def audit(
 
 def main() -> None:
     """The console script. It shows every error as a text for people, with its own exit code."""
+    hide_memory()
     sys.exit(exit_code(app, interrupted="interrupted: the same command resumes the run"))

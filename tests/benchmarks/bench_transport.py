@@ -127,7 +127,10 @@ def empty_model(folder: Path) -> Path:
 
 
 def forget_peak(pid: int) -> int:
-    """Resident bytes of a process, from which its peak is counted anew."""
+    """Resident bytes of a process, from which its peak is counted anew.
+
+    Only root may do so: our processes hide their memory.
+    """
     Path(f"/proc/{pid}/clear_refs").write_text("5")
     return memory(pid, "VmRSS")
 

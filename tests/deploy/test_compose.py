@@ -40,6 +40,7 @@ def test_a_process_may_do_next_to_nothing(name: str) -> None:
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["pids_limit"]
+    assert service["ulimits"] == {"core": 0}
     for tmpfs in service["tmpfs"]:
         assert "noexec,nosuid,nodev" in tmpfs
     assert not {"cap_add", "privileged", "devices", "user", "pid", "ipc", "environment"} & set(
@@ -131,7 +132,7 @@ def test_every_process_says_how_it_is() -> None:
         ("rounds", "/var/lib/umbel/rounds.sock"),
     ):
         test = SERVICES[name]["healthcheck"]["test"]
-        assert test == ["CMD", "python", "-m", "umbel_host.probe", f"unix:{socket}"]
+        assert test == ["CMD", "python", "-P", "-m", "umbel_host.probe", f"unix:{socket}"]
 
 
 def test_every_value_is_in_the_example_and_no_other() -> None:

@@ -186,7 +186,7 @@ def test_a_federation_in_containers(compose: Compose) -> None:
     assert "key.pem" not in compose.inside("rounds", "find", "/umbel")
 
     compose.until("trainer-a", "relay    connected", "umbel-client", "status")
-    plan = compose.admin("site-a", "python", "-m", "umbel_client.drafting", "draft.toml")
+    plan = compose.admin("site-a", "python", "-P", "-m", "umbel_client.drafting", "draft.toml")
     (at / "operator" / "plan.json").write_text(plan[plan.index("{") :])
     compose.own("operator")
     compose.admin("operator", "umbel-server", "plan", "sign", "plan.json", "--out", "signed.json")
@@ -203,7 +203,7 @@ def test_a_federation_in_containers(compose: Compose) -> None:
         "relay-c": "/run/umbel/relay.sock",
     }
     for service, socket in sockets.items():
-        said = compose.inside(service, "python", "-m", "umbel_host.probe", f"unix:{socket}")
+        said = compose.inside(service, "python", "-P", "-m", "umbel_host.probe", f"unix:{socket}")
         assert said == f"unix:{socket}: serving\n"
     compose.admin("operator", "umbel-server", "adapters", "export", "triage", "--out", "adapter")
     assert (at / "operator" / "adapter" / "adapter_model.safetensors").stat().st_size > 0

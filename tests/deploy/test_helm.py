@@ -171,7 +171,13 @@ def test_no_value_lets_a_trainer_keep_its_network(tmp_path: Path, said: str) -> 
     rendered = tomllib.loads(kind(objects, "ConfigMap")["data"]["client.toml"])
     assert rendered["isolation"] == "required"
     trainer = containers(pod_of(objects))["trainer"].spec
-    assert trainer["command"] == ["python", "-m", "umbel_client.trainer_process", "client.toml"]
+    assert trainer["command"] == [
+        "python",
+        "-P",
+        "-m",
+        "umbel_client.trainer_process",
+        "client.toml",
+    ]
     assert "env" not in trainer
 
 

@@ -104,10 +104,14 @@ def test_probes_ask_at_the_sockets_that_the_processes_open(tmp_path: Path) -> No
     found = containers(pod_of(site)) | containers(pod_of(operator))
     for name, socket in sockets.items():
         ready = found[name].spec["readinessProbe"]["exec"]["command"]
-        assert ready == ["python", "-m", "umbel_host.probe", f"unix:{socket}"]
+        assert ready == ["python", "-P", "-m", "umbel_host.probe", f"unix:{socket}"]
         for probe in ("livenessProbe", "startupProbe"):
             shell = found[name].spec[probe]["exec"]["command"]
-            assert shell == ["sh", "-c", f"python -m umbel_host.probe unix:{socket}; test $? -le 1"]
+            assert shell == [
+                "sh",
+                "-c",
+                f"python -P -m umbel_host.probe unix:{socket}; test $? -le 1",
+            ]
 
 
 @pytest.mark.parametrize(("code", "alive"), [(0, True), (1, True), (20, False)])

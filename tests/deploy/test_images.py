@@ -64,6 +64,12 @@ def test_every_package_comes_by_its_hash(path: Path) -> None:
 
 
 @named
+def test_python_finds_no_module_in_the_folder_that_it_works_in(path: Path) -> None:
+    _, stages = read(path)
+    assert "PYTHONSAFEPATH=1" in " ".join(stages[-1].texts("ENV")).split()
+
+
+@named
 def test_all_stages_have_the_base_that_was_given(path: Path) -> None:
     head, stages = read(path)
     assert [step.text for step in head] == ["BASE=docker.io/library/python:3.11-slim-bookworm"]
@@ -139,7 +145,7 @@ def carried_out(name: str, folder: Path, **arguments: str) -> Replay:
         assert python(replay, "-c", f"import {module}").returncode == 1, module
     assert python(replay, "-c", f"import {package}.cli").returncode == 0
     assert python(replay, "-m", "pip").returncode == 1
-    done = python(replay, "-m", "umbel_host.probe", "unix:/nowhere.sock")
+    done = python(replay, "-P", "-m", "umbel_host.probe", "unix:/nowhere.sock")
     assert (done.returncode, done.stderr.count("\n")) == (44, 1)
     return replay
 
@@ -161,7 +167,7 @@ def test_the_steps_bring_what_runs_and_no_torch(
     replay = built(name, tmp_path_factory)
     for heavy in HEAVY:
         assert python(replay, "-c", f"import {heavy}").returncode == 1, heavy
-    done = python(replay, "-m", module, str(tmp_path / "none.toml"))
+    done = python(replay, "-P", "-m", module, str(tmp_path / "none.toml"))
     assert done.returncode == 10, done.stderr
     assert "a configuration file cannot be read" in done.stderr
 
@@ -185,5 +191,5 @@ def test_the_steps_of_the_trainer_on_the_cpu_train(tmp_path: Path) -> None:
         replay, "-c", "import torch; print(torch.cuda.is_available(), torch.ones(2).sum())"
     )
     assert done.stdout == "False tensor(2.)\n", done.stderr
-    done = python(replay, "-m", "umbel_client.trainer_process", str(tmp_path / "none.toml"))
+    done = python(replay, "-P", "-m", "umbel_client.trainer_process", str(tmp_path / "none.toml"))
     assert done.returncode == 10, done.stderr

@@ -23,7 +23,7 @@ UNFILTERED = """
 import sys
 import umbel_client.trainer.isolation
 import umbel_client.trainer_process
-umbel_client.trainer.isolation.only_unix_sockets = lambda: 38
+umbel_client.trainer.isolation.only_accept = lambda: 38
 sys.argv = ["trainer", "client.toml"]
 sys.exit(umbel_client.trainer_process.main())
 """
@@ -215,7 +215,7 @@ def test_nothing_is_written_to_the_root_or_to_what_is_read(federation: Federatio
 
 def test_a_second_trainer_on_one_ledger_does_not_run(federation: Federation) -> None:
     done = federation.sites["north"].instead(
-        "trainer", "python", "-m", "umbel_client.trainer_process", "client.toml"
+        "trainer", "python", "-P", "-m", "umbel_client.trainer_process", "client.toml"
     )
     assert done.returncode != 0
     assert "this site's trainer" in done.stderr
@@ -226,5 +226,5 @@ def test_a_trainer_that_cannot_give_its_network_away_does_not_run(federation: Fe
     north.kill()
     done = north.instead("trainer", "python", "-c", UNFILTERED)
     assert done.returncode == 10
-    assert "the trainer cannot give its network away" in done.stderr
+    assert "the trainer cannot close every way out" in done.stderr
     assert "Operation not permitted" in done.stderr

@@ -170,6 +170,24 @@ def test_a_wrong_command_line_is_one_line_and_changes_nothing(
     assert tree(root) == before
 
 
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
+def test_a_unit_writes_no_core_and_runs_nothing_from_a_working_folder(unit: Path) -> None:
+    text = unit.read_text()
+    (start,) = re.findall(r"^ExecStart=(.*)$", text, re.MULTILINE)
+    if start != "/bin/true":
+        assert start.startswith("/opt/umbel/bin/python -P -m umbel_")
+        assert "\nLimitCORE=0\n" in text
+
+
+@pytest.mark.parametrize("unit", ["site/umbel-trainer", "operator/umbel-rounds"])
+def test_a_unit_without_a_network_does_not_see_the_sockets_of_others(unit: str) -> None:
+    text = (FOLDER / f"{unit}.service").read_text()
+    assert "\nTemporaryFileSystem=/run:ro\n" in text
+    assert set(re.findall(r"^BindPaths=(.*)$", text, re.MULTILINE)) <= {"/run/umbel"}
+    # Without this call it could not install its own filter, which does more than the unit's.
+    assert re.search(r"^SystemCallFilter=seccomp\b", text, re.MULTILINE)
+
+
 def test_the_relay_may_open_nothing_of_the_trainers() -> None:
     """The folders that one unit needs are those that the other is kept out of."""
     relay = (FOLDER / "site" / "umbel-relay.service").read_text()

@@ -93,7 +93,8 @@ def trainer_has_no_network(deployment: Deployment) -> None:
     asked = ("nsenter", f"--target={trainer}", "--net", "env")
     shown = machine.run(*asked, deployment.source, "/opt/umbel/bin/python", "-c", source)
     assert shown.stdout.strip() == Network.NONE.value
-    assert deployment.machine.log("umbel-trainer").count("THE TRAINER HAS A NETWORK") == 0
+    assert deployment.machine.log("umbel-trainer").count("THE TRAINER HAS A WAY OUT") == 0
+    assert deployment.machine.log("umbel-rounds").count("keeps its network") == 0
 
 
 def what_root_writes_is_for_the_units_too(deployment: Deployment) -> None:

@@ -126,7 +126,7 @@ class Daemon:
 
     def __init__(self, folder: Path, module: str, *arguments: str) -> None:
         self.log = folder / f"{module.rpartition('.')[2]}.log"
-        self._command = ["-m", module, *arguments]
+        self._command = ["-P", "-m", module, *arguments]
         self._folder = folder
         self._process: warm_python.Process | None = None
 

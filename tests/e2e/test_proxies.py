@@ -131,6 +131,8 @@ def test_a_proxy_that_is_down_is_one_line_and_tried_again(transport: Transport) 
 def peers(process: int) -> set[tuple[str, int]]:
     """Address and port of whatever a process is connected to, or listens at (port 0)."""
     inodes = set()
+    if os.geteuid() != 0:
+        pytest.skip("a relay hides its descriptors from everybody but root")
     for link in Path(f"/proc/{process}/fd").iterdir():
         try:
             inodes.add(os.readlink(link).removeprefix("socket:[").rstrip("]"))

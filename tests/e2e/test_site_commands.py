@@ -20,7 +20,7 @@ from support.waiting import HANGING
 
 from umbel_client.site.ipc import TrainerStub
 from umbel_client.trainer.isolation import Network, network
-from umbel_common.errors import UnreachableError
+from umbel_common.errors import ConfigError, UnreachableError
 from umbel_common.protocol.wire import MAGIC
 from umbel_host.terminal import INTERRUPTED
 from umbel_server.storage.job_queue import JobState
@@ -213,9 +213,27 @@ def test_a_healthy_site_is_fine(clinics: Clinics) -> None:
     expected = dict.fromkeys(found, "ok")
     if network() is Network.REACHABLE and found["isolation"] == "look":
         # A kernel that gives no network namespace.
-        expected["isolation"] = expected["trainer"] = "look"
-    assert len(found) == 11
+        expected["isolation"] = "look"
+    # Whoever runs this test runs trainer and relay.
+    expected["users"] = expected["trainer"] = "look"
+    assert len(found) == 12
     assert found == expected
+
+
+def test_one_user_for_both_is_said_and_refused_where_isolation_is_required(
+    clinics: Clinics,
+) -> None:
+    """The test's own user runs all of them."""
+    site = clinics.sites["north"]
+    assert "NOT KEPT APART: the trainer" in client(site, "status").stdout
+    for daemon in (site.trainer, site.relay):
+        assert "TRAINER AND RELAY ARE NOT KEPT APART" in daemon.log.read_text()
+    strict = site.folder / "strict.toml"
+    strict.write_text('isolation = "required"\n' + site.config.read_text())
+    for module in ("umbel_client.trainer_process", "umbel_client.relay"):
+        done = command(site.folder, module, str(strict))
+        assert done.returncode == ConfigError.exit_code
+        assert "trainer and relay are not kept apart" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def start(
     """Starts what `python ARGUMENTS` would start.
 
     Args:
-        arguments: `-m MODULE`, or a script, and then its own arguments.
+        arguments: `-m MODULE`, `-P -m MODULE`, or a script, and then its own arguments.
         env: the whole environment; None: that of this process.
         stdin: a descriptor, as `stdout` and `stderr`; None: nothing to read.
         stdout: None: this process's own, as for `stderr`.
@@ -321,10 +321,12 @@ def main(descriptor: int) -> None:
 
 def _exit_code(arguments: list[str]) -> int:
     """Runs a program to its end, as `python ARGUMENTS` does."""
-    first, *rest = arguments
+    safe = arguments[0] == "-P"
+    first, *rest = arguments = arguments[safe:]
     try:
         if first == "-m":
-            sys.path.insert(0, os.getcwd())
+            if not safe:
+                sys.path.insert(0, os.getcwd())
             name, *sys.argv[1:] = rest
             runpy.run_module(name, run_name="__main__", alter_sys=True)
         else:

@@ -9,7 +9,13 @@ from umbel_client.cli import keys as keys_cli
 from umbel_client.cli.budget import budget
 from umbel_client.cli.data import data
 from umbel_client.cli.roster import roster
+from umbel_client.trainer.isolation import confine_command
+from umbel_host.processes.lifecycle import hide_memory
 from umbel_host.terminal import exit_code
+
+SPEAKING = ("run", "status", "watch", "doctor")
+"""The commands that reach other processes or the server. `doctor` confines itself before it opens
+data; the others open none."""
 
 app = typer.Typer(
     name="umbel-client",
@@ -30,5 +36,12 @@ backup.register(app)
 
 
 def main() -> None:
-    """The console script: every error is text for people, with its own exit code."""
+    """The console script: every error is text for people, with its own exit code.
+
+    A command has no network, and no other way out, unless it cannot do without.
+    """
+    if sys.argv[1:2] and sys.argv[1] in SPEAKING:
+        hide_memory()
+    else:
+        confine_command()
     sys.exit(exit_code(app))

@@ -1,9 +1,11 @@
 """`umbel-client doctor`: tries everything that a site needs, one by one, and changes nothing.
 
 It proves rather than believes: it takes the network away from a process and looks, it opens a
-connection to the server, and it reads the data.
+connection to the server, and it reads the data. It speaks first, and then gives its own network
+away before it reads.
 """
 
+import os
 import shutil
 import ssl
 import stat
@@ -25,9 +27,11 @@ from umbel_client.relay.proxy import way_to
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.ipc import ControlStub
 from umbel_client.site.pinned_roster import check_own_key, load_pinned
+from umbel_client.trainer.isolation import confine_command
 from umbel_common.errors import UmbelError, UnreachableError
 from umbel_common.trust.identity import fingerprint
 from umbel_host.files.keys import read_identity
+from umbel_host.processes.lifecycle import reason, user_name
 
 _SOON = timedelta(days=30)
 _ENOUGH_BYTES = 1 << 30
@@ -62,13 +66,19 @@ Check = Callable[[ClientConfig], tuple[Verdict, str]]
 
 
 def examine(config: ClientConfig) -> Iterator[Finding]:
-    """Runs every check, whatever the others found."""
+    """Runs every check, whatever the others found, and confines this process for good."""
+    spoken = {name: _tried(name, CHECKS[name], config) for name in _SPEAKING}
+    confine_command()
     for name, check in CHECKS.items():
-        try:
-            verdict, text = check(config)
-        except UmbelError as error:
-            verdict, text = Verdict.BROKEN, error.diagnostics()
-        yield Finding(name, verdict, text)
+        yield spoken[name] if name in spoken else _tried(name, check, config)
+
+
+def _tried(name: str, check: Check, config: ClientConfig) -> Finding:
+    try:
+        verdict, text = check(config)
+    except UmbelError as error:
+        verdict, text = Verdict.BROKEN, error.diagnostics()
+    return Finding(name, verdict, text)
 
 
 def _identity(config: ClientConfig) -> tuple[Verdict, str]:
@@ -130,15 +140,33 @@ def _disk(config: ClientConfig) -> tuple[Verdict, str]:
 
 def _isolation(config: ClientConfig) -> tuple[Verdict, str]:
     tried = subprocess.run(  # noqa: S603  # our own module
-        [sys.executable, "-c", _DROP], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", _DROP], capture_output=True, text=True, check=False
     )
     if tried.returncode == 0:
-        return Verdict.FINE, "a process here can give its network away"
+        return Verdict.FINE, "a process here can close every way out"
     verdict = Verdict.BROKEN if config.isolation == "required" else Verdict.CARE
     return verdict, (
-        f"the kernel gives no empty network namespace ({tried.stderr.strip()}): run the trainer"
-        " with PrivateNetwork=yes (systemd) or network_mode: none (compose)"
+        f"a process here keeps a way out ({tried.stderr.strip()}): run the trainer on x86-64 or"
+        " ARM64, where the kernel allows seccomp"
     )
+
+
+def _users(config: ClientConfig) -> tuple[Verdict, str]:
+    if config.relay is None:
+        return Verdict.CARE, "client.toml has no table [relay]: umbel-client join KIT"
+    try:
+        trainer = os.stat(config.identity).st_uid
+        relay = os.stat(config.relay.key).st_uid
+    except OSError as error:
+        return Verdict.CARE, f"{error.filename}: {reason(error)}"
+    if trainer == relay:
+        return Verdict.CARE, (
+            f"one user, {user_name(trainer)}, has the keys of trainer and relay: run each as a user"
+            ' of its own (docs/deploy/systemd.md); isolation = "required" refuses anything else'
+        )
+    if trainer == 0:
+        return Verdict.CARE, "the identity key is root's: run the trainer as a user of its own"
+    return Verdict.FINE, f"trainer {user_name(trainer)}, relay {user_name(relay)}"
 
 
 def _certificate(config: ClientConfig) -> tuple[Verdict, str]:
@@ -180,7 +208,9 @@ def _trainer(config: ClientConfig) -> tuple[Verdict, str]:
     finally:
         stub.close()
     if not status.isolated:
-        return Verdict.CARE, "running WITH A NETWORK"
+        return Verdict.CARE, "running WITH A WAY OUT"
+    if status.not_apart is not None:
+        return Verdict.CARE, f"running without a network, but {status.not_apart}"
     return Verdict.FINE, "running without a network"
 
 
@@ -193,7 +223,10 @@ CHECKS: dict[str, Check] = {
     "file modes": _modes,
     "disk": _disk,
     "isolation": _isolation,
+    "users": _users,
     "certificate": _certificate,
     "server": _server,
     "trainer": _trainer,
 }
+_SPEAKING = ("isolation", "users", "server", "trainer")
+"""The checks that need a network, a socket, or the machine as it is outside of a namespace."""

@@ -61,8 +61,10 @@ def _status_lines(trainer: TrainerStatus, relay: str) -> list[tuple[str, str]]:
         ("site", f"{trainer.site} of {trainer.federation}"),
         ("relay", relay),
         ("trainer", "paused" if trainer.paused else "ready"),
-        ("network", "none" if trainer.isolated else "THE TRAINER HAS A NETWORK"),
+        ("network", "none" if trainer.isolated else "THE TRAINER HAS A WAY OUT"),
     ]
+    if trainer.not_apart is not None:
+        lines.append(("users", f"NOT KEPT APART: {trainer.not_apart}"))
     if trainer.waiting:
         lines.append(("to approve", ", ".join(trainer.waiting)))
     if trainer.epsilon is not None:

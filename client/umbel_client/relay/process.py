@@ -1,13 +1,12 @@
 """The relay's process: it has the network, and nothing of the site's.
 
-`umbel-client run` starts it, or a service manager does: `python -m umbel_client.relay client.toml`.
-It carries sealed bytes from the server to the trainer's socket and back. It cannot read them, or
-change them unnoticed. On a machine that it shares with the trainer, it must not be able to read
-data, identity key or ledger.
+`umbel-client run` starts it, or a service manager does: `python -P -m umbel_client.relay
+client.toml`. It carries sealed bytes from the server to the trainer's socket and back. It cannot
+read them, or change them unnoticed. On a machine that it shares with the trainer, it must not be
+able to read data, identity key or ledger.
 """
 
 import logging
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -17,15 +16,20 @@ from typing import TypeVar
 
 from umbel_client.relay.flower import Connection, serve
 from umbel_client.site.config import (
-    ClientConfig,
     load_config,
     relay_socket,
     require_relay,
     trainer_socket,
 )
 from umbel_client.site.ipc import TrainerStub
+from umbel_client.site.separation import judge_separation, relay_not_apart
 from umbel_common.errors import UnreachableError
-from umbel_host.processes.lifecycle import give_memory_back, locked, stop_on_signals
+from umbel_host.processes.lifecycle import (
+    give_memory_back,
+    hide_memory,
+    locked,
+    stop_on_signals,
+)
 from umbel_host.processes.log import adopt, configure
 from umbel_host.terminal import exit_code
 from umbel_host.transport.flower import regrouped
@@ -37,25 +41,16 @@ _logger = logging.getLogger("umbel.relay")
 T = TypeVar("T")
 
 
-def exposed(config: ClientConfig) -> list[Path]:
-    """Private files of the site that this process can read, and must not be able to."""
-    state = config.state_folder
-    private = (Path(config.identity), Path(config.data.path), state.ledger, state.root)
-    return [path for path in private if os.access(path, os.R_OK)]
-
-
 def run(path: Path) -> None:
     """Carries messages until told to stop.
 
     Raises:
-        UmbelError: the configuration, a certificate or a socket cannot be used.
+        UmbelError: the configuration, a certificate or a socket cannot be used; or this process
+            could read what only the trainer may, and the site requires isolation.
     """
     config = load_config(path)
     relay = require_relay(config, path)
-    for private in exposed(config):
-        _logger.warning(
-            "THE RELAY CAN READ %s: run it as a user of its own, as docs/site.md says", private
-        )
+    judge_separation(config, path, relay_not_apart(config), _logger.name)
     stopping = stop_on_signals()
     with ExitStack() as stack:
         stub = TrainerStub(trainer_socket(relay))
@@ -92,6 +87,7 @@ def _patiently(ask: Callable[[], T], stopping: threading.Event) -> T:
 
 def main() -> int:
     """Runs until SIGTERM or SIGINT; returns the exit code."""
+    hide_memory()
     give_memory_back()
     configure()
     adopt("flwr")

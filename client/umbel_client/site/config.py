@@ -118,8 +118,9 @@ class ClientConfig(Value, frozen=True):
     relay: RelayConfig | None = None
     """Absent where no server is reached from here, as in a simulation."""
     isolation: Literal["required", "preferred"] = "preferred"
-    """Whether the trainer refuses to run (`required`) or warns (`preferred`) where the kernel gives
-    it no network namespace of its own."""
+    """Whether trainer and relay refuse to run (`required`) or warn (`preferred`) where the kernel
+    leaves the trainer a way out, where one of the two can read what only the other may, and where
+    one of them is root."""
     threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
     """CPU threads for training."""
     physical_batch_size: Annotated[int, msgspec.Meta(ge=1, le=65536)] | Literal["auto"] = "auto"

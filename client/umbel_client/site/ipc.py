@@ -38,7 +38,7 @@ class TrainerStatus(msgspec.Struct, frozen=True):
     site: str
     federation: str
     isolated: bool
-    """Whether the trainer has no network."""
+    """Whether the trainer has neither a network nor another way out."""
     paused: bool
     waiting: tuple[str, ...]
     """Jobs whose plans wait for approval."""
@@ -47,6 +47,8 @@ class TrainerStatus(msgspec.Struct, frozen=True):
     ledger itself."""
     last: SiteEvent | None
     """The last event."""
+    not_apart: str | None = None
+    """Why trainer and relay are not kept apart; None if nothing speaks against it."""
 
 
 Handle = Callable[[bytes], bytes]

@@ -1,4 +1,4 @@
-"""Taking the network away from the process that holds the data.
+"""Taking the network, and every other way out, from a process that holds the data.
 
 This module is part of the core of the privacy guarantee. Never call a process isolated without
 asking the kernel, and never add a way back to the network.
@@ -11,10 +11,13 @@ import ctypes
 import errno
 import os
 import socket
+import sys
 from enum import Enum
 from pathlib import Path
 
-from umbel_host.processes.seccomp import only_unix_sockets
+from umbel_host.processes.landlock import only_own_processes
+from umbel_host.processes.lifecycle import hide_memory
+from umbel_host.processes.seccomp import only_accept
 
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWNET = 0x40000000
@@ -48,24 +51,41 @@ def network() -> Network:
 
 
 def drop_network() -> str | None:
-    """Takes the network away from this process and from all processes that it starts, for good.
+    """Takes every way out from this process and from all processes that it starts, for good.
 
-    There are two locks, and each alone is enough: an empty network namespace, unless the process
-    had no network before, and a filter that allows Unix sockets only. A container of stock
-    Kubernetes gets no namespace, and has the filter. Open sockets, and Unix sockets in the file
-    system, continue to work.
+    Two locks are on the network, and each alone is enough: an empty network namespace, and a filter
+    of system calls. A container of stock Kubernetes gets no namespace, and has the filter.
+
+    The filter also leaves nobody whom this process could have speak for it: it connects to no
+    socket of another program, and opens no other process. It only accepts, on Unix sockets. Files
+    in /proc, which no filter sees, are closed by Landlock where the kernel has it. Open sockets
+    continue to work.
 
     Returns:
-        None when the process has no network now; else why the kernel did not allow it.
+        None when the process has no way out now; else which one, and why the kernel left it.
     """
     try:
-        refused = 0 if network() is Network.NONE else _empty_namespace()
+        refused = _empty_namespace()
     except OSError as error:
         return str(error)
-    filtered = only_unix_sockets() == 0
-    if refused and not filtered:
-        return os.strerror(refused)
-    return None if network() is Network.NONE else "the new network namespace is not empty"
+    only_own_processes()
+    unfiltered = only_accept()
+    if network() is Network.REACHABLE:
+        return os.strerror(refused) if refused else "the new network namespace is not empty"
+    if unfiltered:
+        return f"no filter closes the sockets of other programs: {os.strerror(unfiltered)}"
+    return None
+
+
+def confine_command() -> None:
+    """Confines a command that opens data or reads a key, as the trainer's process is confined.
+
+    Where the kernel refuses, a line on standard error says so.
+    """
+    refused = drop_network()
+    hide_memory()
+    if refused is not None:
+        print(f"warning: THIS COMMAND HAS A WAY OUT: {refused}", file=sys.stderr)
 
 
 def _empty_namespace() -> int:
@@ -76,10 +96,29 @@ def _empty_namespace() -> int:
     """
     refused = _unshare(_CLONE_NEWNET)
     if refused == errno.EPERM:
-        user, group = os.geteuid(), os.getegid()
-        refused = _unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
+        # A kernel may give the namespace and then refuse the name (AppArmor on Ubuntu 24.04), and
+        # there is no way back: a child tries both first.
+        refused = _tried_by_a_child()
         if refused == 0:
-            _keep_own_names(user, group)
+            refused = _own_user_namespace()
+    return refused
+
+
+def _tried_by_a_child() -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(_own_user_namespace())
+        except OSError as error:
+            os._exit(error.errno or errno.EPERM)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _own_user_namespace() -> int:
+    user, group = os.geteuid(), os.getegid()
+    refused = _unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
+    if refused == 0:
+        _keep_own_names(user, group)
     return refused
 
 

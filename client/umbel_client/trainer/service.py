@@ -29,6 +29,7 @@ from umbel_client.site.ipc import (
     watch_method,
 )
 from umbel_client.site.pinned_roster import Pinned, load_pinned
+from umbel_client.site.separation import judge_separation, trainer_not_apart
 from umbel_client.trainer.isolation import Network, network
 from umbel_client.trainer.log import SiteLog
 from umbel_common.errors import ConfigError
@@ -52,7 +53,7 @@ def run(path: Path, no_isolation: str | None) -> None:
 
     Args:
         path: client.toml.
-        no_isolation: why the process still has a network; None if it has no network.
+        no_isolation: why the process still has a way out; None if it has none.
 
     Raises:
         UmbelError: the configuration, the roster, the key, data, model, the journal or a socket
@@ -63,6 +64,8 @@ def run(path: Path, no_isolation: str | None) -> None:
     logger = logging.getLogger(_NAME)
     if no_isolation is not None:
         _judge_isolation(config, path, no_isolation, logger)
+    not_apart = trainer_not_apart(relay)
+    judge_separation(config, path, not_apart, logger.name)
     state = config.state_folder
     require_state(state.root)
     require_model(Path(config.model.path))
@@ -82,7 +85,8 @@ def run(path: Path, no_isolation: str | None) -> None:
         torch.set_num_threads(config.threads)
         trainer = Trainer(config, pinned, identity, observer=log, data=data)
         stack.callback(trainer.close)
-        service = _Service(config, pinned, trainer, log)
+        isolated = no_isolation is None and network() is Network.NONE
+        service = _Service(config, pinned, trainer, log, isolated, not_apart)
         for server in service.servers(trainer_socket(relay)):
             server.start()
             server.report_health(True)
@@ -98,16 +102,14 @@ def _judge_isolation(
 ) -> None:
     if config.isolation == "required":
         raise ConfigError(
-            "the trainer cannot give its network away, and must not run with one",
+            "the trainer cannot close every way out, and must not run with one open",
             file=path,
             field="isolation",
             found=refused,
-            accepted="an empty network namespace: PrivateNetwork=yes in systemd, network_mode: none"
-            " in compose, a kernel that allows user namespaces; or seccomp, on x86-64 or ARM64",
+            accepted="seccomp, on x86-64 or ARM64",
         )
     logger.warning(
-        "THE TRAINER HAS A NETWORK: the kernel allows no empty network namespace (%s). Run it with"
-        " PrivateNetwork=yes (systemd) or network_mode: none (compose)",
+        "THE TRAINER HAS A WAY OUT: %s. Run it on x86-64 or ARM64, where the kernel allows seccomp",
         refused,
     )
 
@@ -116,14 +118,21 @@ class _Service:
     """Answers the calls on both sockets."""
 
     def __init__(
-        self, config: ClientConfig, pinned: Pinned, trainer: "Trainer", log: SiteLog
+        self,
+        config: ClientConfig,
+        pinned: Pinned,
+        trainer: "Trainer",
+        log: SiteLog,
+        isolated: bool,
+        not_apart: str | None,
     ) -> None:
         self._config = config
         self._pinned = pinned
         self._trainer = trainer
         self._log = log
+        self._not_apart = not_apart
         self._decisions = Decisions(config.state_folder)
-        self._isolated = network() is Network.NONE
+        self._isolated = isolated
 
     def servers(self, relay_socket: Path) -> tuple[SocketServer, SocketServer]:
         """A server for the relay, and one for the site's people."""
@@ -152,4 +161,5 @@ class _Service:
             waiting=tuple(proposal.plan.job for proposal in self._decisions.proposals()),
             epsilon=self._log.epsilon,
             last=self._log.last,
+            not_apart=self._not_apart,
         )

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import pwd
+import resource
 import signal
 import stat
 import threading
@@ -16,6 +17,19 @@ from umbel_common.errors import StorageError
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 """Options of mallopt, from glibc's malloc.h."""
+_PR_SET_DUMPABLE = 4
+
+
+def hide_memory() -> None:
+    """Keeps this process' memory to itself: a key or records may come into it.
+
+    A crash writes no core file, and no process of the same user can read the memory or take a
+    descriptor; only root can. It must come after `drop_network`, which needs files in /proc/self.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def give_memory_back() -> None:
@@ -32,7 +46,15 @@ def give_memory_back() -> None:
 
 def this_user() -> str:
     """Name of the user that this process runs as."""
-    return _name(os.geteuid())
+    return user_name(os.geteuid())
+
+
+def user_name(user: int) -> str:
+    """Name of a user, or the number where this machine has no name for it, as in a container."""
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
 
 
 def reason(error: OSError) -> str:
@@ -66,7 +88,7 @@ def require_state(folder: Path) -> None:
             "the state folder belongs to another user, who could not use what root writes there",
             file=folder,
             found=f"user {this_user()}",
-            accepted=f"the folder's owner, user {_name(owner)}",
+            accepted=f"the folder's owner, user {user_name(owner)}",
         )
     require_own(folder)
 
@@ -99,7 +121,7 @@ def require_own(path: Path) -> None:
         found.st_mode & stat.S_ISVTX or found.st_uid != os.geteuid()
     )
     if strangers:
-        held = f"owner {', '.join(map(_name, sorted(strangers)))}"
+        held = f"owner {', '.join(map(user_name, sorted(strangers)))}"
     elif found.st_mode & others and not shared:
         held = f"mode {stat.S_IMODE(found.st_mode):04o}, group {found.st_gid}"
     else:
@@ -160,11 +182,3 @@ def wait_for(event: threading.Event) -> None:
 
 def _private(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_NOFOLLOW, 0o600)
-
-
-def _name(user: int) -> str:
-    try:
-        return pwd.getpwuid(user).pw_name
-    except KeyError:
-        # A container may have no name for its user.
-        return str(user)

@@ -28,6 +28,15 @@ _PR_SET_PDEATHSIG = 1
 _logger = logging.getLogger("umbel.supervisor")
 
 
+def our_module(module: str, *arguments: str, python: str = sys.executable) -> list[str]:
+    """The command line that starts a module of ours.
+
+    With `-P`, Python looks for modules only where packages are installed. Otherwise it would look
+    first into the working folder: there lie files that other parties sent.
+    """
+    return [python, "-P", "-m", module, *arguments]
+
+
 @dataclass(frozen=True)
 class Command:
     """A process to keep running: a module of ours, in this Python."""
@@ -40,7 +49,7 @@ class Command:
 class _Child:
     def __init__(self, command: Command) -> None:
         self.name = command.name
-        self._command = [sys.executable, "-m", command.module, *command.arguments]
+        self._command = our_module(command.module, *command.arguments)
         self._pause = 0.0
         self.process = self._start()
 

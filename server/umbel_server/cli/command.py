@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from umbel_host.processes.lifecycle import hide_memory
 from umbel_host.processes.log import configure
 from umbel_host.processes.supervisor import Command, supervise
 from umbel_host.terminal import exit_code
@@ -51,4 +52,5 @@ def run(
 
 def main() -> None:
     """The console script: it prints errors as text for people, and exits with their code."""
+    hide_memory()
     sys.exit(exit_code(app))

@@ -1,7 +1,6 @@
 """`umbel-server plan`: make, sign and show what a job may do with a site's data."""
 
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,7 @@ from umbel_common.secagg.encoding import encoding_of
 from umbel_common.trust.identity import fingerprint, open_signed, sign
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text, write_new_text
+from umbel_host.processes.supervisor import our_module
 from umbel_host.terminal import Screen, print_lines
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.operator.config import load_config, load_roster
@@ -43,7 +43,7 @@ def new(
             remedy="pip install 'umbel[client]' beside the server, or make the plan on another"
             " machine and copy the file: it is signed here",
         )
-    command = [sys.executable, "-m", "umbel_client.drafting", str(draft)]
+    command = our_module("umbel_client.drafting", str(draft))
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)  # noqa: S603
     if done.returncode:
         # The process has printed its error.

@@ -71,7 +71,7 @@ def tune(
     except msgspec.ValidationError as error:
         raise typer.BadParameter(str(error)) from None
     done = subprocess.run(  # our own module
-        [sys.executable, "-m", "umbel_client.tuning"],
+        [sys.executable, "-P", "-m", "umbel_client.tuning"],
         input=msgspec.json.encode(checked),
         check=False,
     )

@@ -25,7 +25,7 @@ from umbel_common.plans.plan_file import plan_to_json
 from umbel_common.plans.requests import EvaluationRequest, HoldoutColumns
 from umbel_host.files.durable import create
 from umbel_host.processes.lifecycle import require_own
-from umbel_host.processes.supervisor import end_with_parent
+from umbel_host.processes.supervisor import end_with_parent, our_module
 from umbel_server.messaging.link import JobStopped
 from umbel_server.operator.config import EvaluationConfig
 
@@ -106,7 +106,8 @@ class ProcessEvaluator:
 
     def _ask(self, request: bytes) -> bytes:
         """Starts the process; returns what it writes on standard output."""
-        command = [self._config.python or sys.executable, "-m", "umbel_client.evaluating"]
+        python = self._config.python or sys.executable
+        command = our_module("umbel_client.evaluating", python=python)
         try:
             process = subprocess.Popen(  # noqa: S603  # the operator's own Python
                 command,

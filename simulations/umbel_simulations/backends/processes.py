@@ -7,7 +7,6 @@ network, approvals. But there is only one machine, and nobody compares fingerpri
 import json
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.trust.enrolment import request_from_json
 from umbel_common.trust.identity import fingerprint
 from umbel_common.trust.roster_file import roster_from_json
+from umbel_host.processes.supervisor import our_module
 from umbel_simulations.backends.draft import draft_toml
 from umbel_simulations.backends.site_config import client_toml
 from umbel_simulations.inputs.base_model import model_folder
@@ -52,7 +52,7 @@ class Party:
         if shown:
             self.say(f"{self.folder.name}$ {command} {' '.join(arguments)}")
         done = subprocess.run(  # noqa: S603  # our own modules
-            [sys.executable, "-m", MODULES[command], *arguments],
+            our_module(MODULES[command], *arguments),
             cwd=self.folder,
             capture_output=True,
             text=True,
@@ -72,7 +72,7 @@ class Party:
         self.say(f"{self.folder.name}$ {command} run &")
         with (self.folder / "run.log").open("ab") as log:
             process = subprocess.Popen(  # noqa: S603  # our own modules
-                [sys.executable, "-m", MODULES[command], "run"],
+                our_module(MODULES[command], "run"),
                 cwd=self.folder,
                 stdout=log,
                 stderr=log,

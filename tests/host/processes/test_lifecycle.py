@@ -97,6 +97,34 @@ def test_root_does_not_write_into_another_users_state(tmp_path: Path) -> None:
     require_state(tmp_path)
 
 
+CRASH = """
+import os, resource, sys
+from umbel_host.processes import lifecycle
+resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+key = bytes(ord(one) + 1 for one in "the hidden key")
+if sys.argv[1] == "hidden":
+    lifecycle.hide_memory()
+os.abort()
+"""
+
+
+@needs_root
+@pytest.mark.skipif(
+    Path("/proc/sys/kernel/core_pattern").read_text().startswith(("|", "/")),
+    reason="this machine's cores go elsewhere",
+)
+def test_a_crash_writes_no_key_to_the_disk(tmp_path: Path) -> None:
+    """Nor anything else; without `hide_memory` the key is in the file."""
+
+    def cores(how: str) -> list[Path]:
+        subprocess.run([sys.executable, "-c", CRASH, how], cwd=tmp_path, stderr=subprocess.DEVNULL)
+        return list(tmp_path.glob("core*"))
+
+    assert cores("hidden") == []
+    (core,) = cores("open")
+    assert b"uif!ijeefo!lfz" in core.read_bytes()
+
+
 def test_the_log_has_one_line_for_each_event() -> None:
     script = (
         "import logging; from umbel_host.processes.log import configure; configure();"

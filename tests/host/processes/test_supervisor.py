@@ -12,10 +12,13 @@ import pytest
 from support.waiting import HANGING
 
 SUPERVISOR = """
-import sys
+import os, sys
 
+from umbel_host.processes import supervisor
 from umbel_host.processes.log import configure
 from umbel_host.processes.supervisor import Command, supervise
+if "UNSAFE" in os.environ:
+    supervisor.our_module = lambda module, *words: [sys.executable, "-m", module, *words]
 configure()
 commands = [Command(name, "child", (name,)) for name in sys.argv[1:]]
 sys.exit(supervise(commands, stopping_seconds=1.0))
@@ -132,3 +135,22 @@ def test_the_other_side_decides_not_when_all_end(start: Start, tmp_path: Path) -
     process = start(*names)
     assert all(pid_of(tmp_path, name) for name in names)
     assert process.poll() is None
+
+
+@pytest.mark.parametrize(("environment", "code"), [({}, 10), ({"UNSAFE": "1"}, 7)])
+def test_a_module_in_the_working_folder_does_not_run(
+    tmp_path: Path, environment: dict[str, str], code: int
+) -> None:
+    """A file that another party sent may be called as a module is; without `-P` it would run."""
+    ours, site = tmp_path / "ours", tmp_path / "site"
+    for folder, text in ((ours, CHILD), (site, "raise SystemExit(7)")):
+        folder.mkdir()
+        (folder / "child.py").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SUPERVISOR, "broken"],
+        cwd=site,
+        env={**os.environ, "PYTHONPATH": str(ours), **environment},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == code

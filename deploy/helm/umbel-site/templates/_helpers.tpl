@@ -83,16 +83,16 @@ seccompProfile: {type: RuntimeDefault}
      another one answers that it is not healthy: it is not ready, but need not be ended. */}}
 {{- define "umbel-site.probes" -}}
 startupProbe:
-  exec: {command: [sh, -c, "python -m umbel_host.probe unix:{{ . }}; test $? -le 1"]}
+  exec: {command: [sh, -c, "python -P -m umbel_host.probe unix:{{ . }}; test $? -le 1"]}
   periodSeconds: 10
   timeoutSeconds: 15
   failureThreshold: 60
 readinessProbe:
-  exec: {command: [python, -m, umbel_host.probe, "unix:{{ . }}"]}
+  exec: {command: [python, -P, -m, umbel_host.probe, "unix:{{ . }}"]}
   periodSeconds: 30
   timeoutSeconds: 15
 livenessProbe:
-  exec: {command: [sh, -c, "python -m umbel_host.probe unix:{{ . }}; test $? -le 1"]}
+  exec: {command: [sh, -c, "python -P -m umbel_host.probe unix:{{ . }}; test $? -le 1"]}
   periodSeconds: 60
   timeoutSeconds: 30
   failureThreshold: 5
