@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from adversarial.federation import Federation
+from adversarial.federation import Federation, moved
 from typer.testing import CliRunner
 
 from umbel_client.cli import app
@@ -98,7 +98,7 @@ def test_what_was_noticed_stays_noticed_until_the_spend_is_stated(
     assert "a state of this site that is gone" in federation.observers[SITE].errors[0].message
     assert federation.spent_rounds(SITE) == 1
     # The next round works; a server shows the same advert until it has another.
-    vector = np.zeros_like(federation.release()[1])
+    vector = moved(federation.plan, 0.5)
     signed, _ = federation.release(vector, round=1)
     header = federation.header(round=2, adapter=adapter_digest(federation.plan.digest(), vector))
     federation.releases[header.adapter] = (signed, vector)

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def leaves(kind: type[errors.UmbelError]) -> list[type[errors.UmbelError]]:
-    children = kind.__subclasses__()
+    # A kind of its own of another module has its parent's code.
+    children = [child for child in kind.__subclasses__() if child.__module__ == errors.__name__]
     return [kind] if not children else [leaf for child in children for leaf in leaves(child)]
 
 

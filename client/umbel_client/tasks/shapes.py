@@ -71,7 +71,7 @@ class BatchLimit:
         return tuple(self._rows)
 
     def rows(self, records: int) -> int:
-        """The number of rows in which so many records are computed.
+        """The number of rows in which this number of records is computed.
 
         The records of a unit that is larger than the limit have rows of their own.
         """
@@ -82,7 +82,7 @@ class BatchLimit:
         self._rows = sorted({*choices, self.records})
 
     def smaller(self, most: int) -> int | None:
-        """The largest number of rows that is at most `most`, or None if there is none."""
+        """The largest number of rows that is at most `most`; None if all are larger."""
         return max((rows for rows in self._rows if rows <= most), default=None)
 
     def lower(self, records: int) -> None:

@@ -3,8 +3,8 @@
 The law: one bound for every party, a pure function of plan and round.
 
 Each coordinate of a delta is clipped to the plan's clip range and rounded to one of its levels, so
-a mean of deltas is at most that large, whoever sends what. A tensor changes only in the rounds that
-train it. An adapter that lies further away is no mean of deltas: whoever signed it made it.
+a mean of deltas is at most that large, whatever the sites send. A tensor changes only in the rounds
+that train it. An adapter that lies further away is not a mean of deltas: its signer made it.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from umbel_common.errors import require
 from umbel_common.plans.plan import TrainingPlan
 
 _ROUNDING = 1e-6
-"""Of each addition in float32, relative to the largest value that is added to."""
+"""Rounding of each addition in float32, relative to the largest value that is added to."""
 
 
 def require_reachable(plan: TrainingPlan, round_number: int, vector: Vector) -> None:

@@ -276,8 +276,10 @@ def test_a_token_that_the_model_does_not_know_is_left_out(tmp_path: Path, folder
 
 def test_a_template_is_used_as_it_is_asked_for(tmp_path: Path) -> None:
     """Named templates without a default are none; one that wants a system turn first is one."""
-    templates: Any = {"rag": CHATML, "tools": CHATML}
-    named = save_decoder(tmp_path / "named", chat_template=templates)
+    named = save_decoder(tmp_path / "named", chat_template=None)
+    config = json.loads((named / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": name, "template": CHATML} for name in ("rag", "tools")]
+    (named / "tokenizer_config.json").write_text(json.dumps(config))
     path = jsonl(tmp_path / "a.jsonl", FORMATS["messages"])
     with pytest.raises(ModelError, match="conversations alone") as caught:
         tokenise_answers(read(path), named, TASK)
