@@ -60,6 +60,7 @@ from umbel_common.errors import ConfigError, UmbelError
 from umbel_host.files.keys import read_tls_key
 from umbel_host.transport.flower import packed_pieces, regrouped, unpacked_pieces
 from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
+from umbel_host.transport.polling import pause
 
 NOT_OURS = 1
 """Code of the error that answers every message that is not Umbel's."""
@@ -68,8 +69,6 @@ _HEARTBEAT_INTERVAL = 30.0
 """The interval that the SuperLink expects; after twice as long it counts the site as offline."""
 _SHORTEST_POLL_SECONDS = 0.1
 _LONGEST_POLL_SECONDS = 1.0
-_POLL_SHARE = 0.05
-"""A relay polls less often the longer it waits: what it adds to a wait is this share of it."""
 _REQUEST_SECONDS = 30.0
 """Limit of each step of a request: to connect, to write, to read."""
 _PATIENCE_SECONDS = 150.0
@@ -266,7 +265,10 @@ def _work(
     while not stopping.is_set():
         pulled = client.PullMessages(PullMessagesRequest(node=node))
         if not pulled.messages_list:
-            stopping.wait(_pause(time.monotonic() - latest))
+            waited = time.monotonic() - latest
+            stopping.wait(
+                pause(waited, shortest=_SHORTEST_POLL_SECONDS, longest=_LONGEST_POLL_SECONDS)
+            )
             continue
         (announced,), (tree,) = pulled.messages_list, pulled.message_object_trees
         metadata = announced.metadata
@@ -286,11 +288,6 @@ def _work(
         except _TooLargeError as error:
             _logger.warning("a message is dropped: it has more than %s bytes", error)
         latest = time.monotonic()
-
-
-def _pause(waited: float) -> float:
-    """Seconds to the next poll, `waited` seconds after the latest message."""
-    return min(max(_SHORTEST_POLL_SECONDS, _POLL_SHARE * waited), _LONGEST_POLL_SECONDS)
 
 
 def _is_over(response: httpx.Response) -> bool:

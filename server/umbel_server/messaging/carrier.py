@@ -19,16 +19,13 @@ from typing import Protocol, TypeVar
 import grpc
 import msgspec
 
+from umbel_host.transport.polling import pause
 from umbel_host.transport.sockets import channel, joined, pieces
 from umbel_server.messaging.link import JobStopped, Step
 
 CARRIER = "umbel.v1.Carrier"
 _SHORTEST_POLL_SECONDS = 0.05
 _LONGEST_POLL_SECONDS = 1.0
-_POLL_SHARE = 0.05
-"""Replies are asked for less often the longer they take, as sites may train for hours, or wait for
-their people: what this adds to a wait is this share of it. A question costs the other process some
-queries of its database."""
 _AGAIN_SECONDS = 0.5
 _FORGET_SECONDS = 10.0
 _logger = logging.getLogger("umbel.rounds")
@@ -176,7 +173,10 @@ class CarrierLink:
                     if reply is not None:
                         yield one.site, reply
                     del reply
-                time.sleep(_pause(time.monotonic() - began))
+                waited = time.monotonic() - began
+                time.sleep(
+                    pause(waited, shortest=_SHORTEST_POLL_SECONDS, longest=_LONGEST_POLL_SECONDS)
+                )
         finally:
             self._abandon(waiting)
 
@@ -264,11 +264,6 @@ class CarrierLink:
     def _posted(self, address: _Address, sealed: bytes) -> str | None:
         answer = self._post(_request(address, sealed), timeout=address.seconds)
         return msgspec.json.decode(answer, type=Posted).identifier
-
-
-def _pause(waited: float) -> float:
-    """Seconds to the next question, `waited` seconds after the first message was posted."""
-    return min(max(_SHORTEST_POLL_SECONDS, _POLL_SHARE * waited), _LONGEST_POLL_SECONDS)
 
 
 def _request(address: _Address, sealed: bytes) -> Iterator[bytes]:
