@@ -15,7 +15,7 @@ from umbel_client.privacy.accounting import DpEvent
 from umbel_common.adapters.site_counts import COORDINATES, SiteCounts
 from umbel_common.errors import JobFailed
 from umbel_common.plans.plan import FederatedEvaluation
-from umbel_common.protocol.transcript import verify_transcript
+from umbel_common.protocol.verification import verify_transcript
 from umbel_server.jobs.job import Job
 from umbel_server.messaging.link import Step
 from umbel_server.operator.config import Limits

@@ -24,7 +24,7 @@ from umbel_common.canonical import decode_canonical
 from umbel_common.plans.plan import ReleaseGate, Sgd, Training, TrainingPlan
 from umbel_common.plans.plan_file import plan_to_json
 from umbel_common.plans.statements import Release
-from umbel_common.protocol.transcript import VerifiedJob, verify_transcript
+from umbel_common.protocol.verification import VerifiedJob, verify_transcript
 from umbel_common.trust.identity import Signed, open_signed
 from umbel_host.files.adapter_folder import RELEASE_FILE
 from umbel_server.storage.job_queue import JobState

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -20,13 +21,26 @@ from umbel_client.site.config import load_config
 from umbel_client.tasks.prepared import prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.tasks.task import ClassificationTask
-from umbel_common.adapters.vector import flatten
-from umbel_common.canonical import decode_canonical
+from umbel_common.adapters.vector import adapter_digest, flatten
+from umbel_common.canonical import decode_canonical, encode
+from umbel_common.errors import VerificationError
 from umbel_common.plans.plan import TrainingPlan
-from umbel_common.trust.identity import Signed
-from umbel_host.files.adapter_folder import read_vector
+from umbel_common.plans.statements import Release
+from umbel_common.protocol.transcript import (
+    GENESIS,
+    Entry,
+    JobFinished,
+    RoundReleased,
+    TranscriptEvent,
+    append,
+)
+from umbel_common.trust.identity import Identity, Signed, sign
+from umbel_host.files.adapter_folder import RELEASE_FILE, read_vector, write_vector
+from umbel_host.files.keys import read_identity
 from umbel_simulations.inputs.base_model import model_folder
+from umbel_simulations.runs.verify import verify_run
 from umbel_simulations.scenario.file import find_scenario
+from umbel_simulations.scenario.run_folder import read_signed, write_signed
 
 Simulate = Callable[..., Any]
 
@@ -144,6 +158,13 @@ def test_verify_confirms_the_run(simulate: Simulate, smoke_run: Path) -> None:
     assert "2 rounds released, 0 attempts aborted" in result.stdout
 
 
+def copy_of(run: Path, folder: Path) -> Path:
+    """A copy of what a run shows to others."""
+    copy = folder / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("sites", "server", "public"))
+    return copy
+
+
 def cut_transcript(run: Path) -> None:
     lines = (run / "transcript.jsonl").read_bytes().splitlines()
     (run / "transcript.jsonl").write_bytes(b"\n".join(lines[:1] + lines[2:]) + b"\n")
@@ -179,26 +200,97 @@ def drop_header(run: Path) -> None:
     (run / "headers.jsonl").write_bytes(lines[0] + b"\n")
 
 
-def change_summary(run: Path) -> None:
-    path = run / "summary.json"
-    summary = json.loads(path.read_text())
-    summary["transcript_head"] = "00" * 32
-    path.write_text(json.dumps(summary))
-
-
 @pytest.mark.parametrize(
     "tamper",
-    [cut_transcript, forge_transcript, change_adapter, change_roster, drop_header, change_summary],
+    [cut_transcript, forge_transcript, change_adapter, change_roster, drop_header],
 )
 def test_verify_notices_every_tampering(
     simulate: Simulate, smoke_run: Path, tmp_path: Path, tamper: Callable[[Path], None]
 ) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(smoke_run, copy, ignore=shutil.ignore_patterns("sites", "server", "public"))
+    copy = copy_of(smoke_run, tmp_path)
     tamper(copy)
     result = simulate("verify", copy)
     assert result.returncode == 52, result.stdout
     assert result.stderr.startswith("error: ")
+
+
+Summary = dict[str, Any]
+
+CHANGED_FIGURES: dict[str, Callable[[Summary], Any]] = {
+    "transcript_head": lambda summary: summary.update(transcript_head="00" * 32),
+    "adapter_digest": lambda summary: summary.update(adapter_digest="00" * 32),
+    "aborted_attempts": lambda summary: summary.update(aborted_attempts=7),
+    "model": lambda summary: summary.update(model="another"),
+    "method": lambda summary: summary.update(method="alternate"),
+    "privacy": lambda summary: summary.update(privacy="none"),
+    "rounds": lambda summary: summary.update(rounds=1),
+    "local_steps": lambda summary: summary.update(local_steps=1),
+    "trained_parameters": lambda summary: summary.update(trained_parameters=1),
+    "curve": lambda summary: summary["curve"].pop(1),
+    "sites": lambda summary: summary["sites"].pop(),
+    "epsilon": lambda summary: summary["sites"][0].update(epsilon=9.0),
+    "epsilon below zero": lambda summary: summary["sites"][0].update(epsilon=-1.0),
+    "epsilon of a round": lambda summary: summary["curve"][1]["epsilon"].update(extra=9.0),
+    "delta": lambda summary: summary["sites"][0].update(delta=1e-9),
+}
+
+
+@pytest.mark.parametrize("figure", CHANGED_FIGURES)
+def test_verify_recomputes_the_figures_of_a_summary(
+    smoke_run: Path, tmp_path: Path, figure: str
+) -> None:
+    copy = copy_of(smoke_run, tmp_path)
+    verify_run(copy)
+    path = copy / "summary.json"
+    summary = json.loads(path.read_text())
+    CHANGED_FIGURES[figure](summary)
+    path.write_text(json.dumps(summary))
+    with pytest.raises(VerificationError) as refusal:
+        verify_run(copy)
+    assert refusal.value.file == path
+
+
+def plant_adapter(run: Path, operator: Identity, by: float) -> None:
+    """Moves a trained value of the last adapter by `by` and signs a transcript, a release and a summary for it."""
+    plan = plan_of(run)
+    vector = read_vector(run / "adapter", plan)
+    vector[-1] += np.float32(by)
+    adapter = adapter_digest(plan.digest(), vector)
+    write_vector(run / "adapter", plan, vector)
+    events: list[TranscriptEvent] = []
+    for signed in read_signed(run / "transcript.jsonl"):
+        match decode_canonical(signed.statement, Entry).event:
+            case RoundReleased() as event if len(events) == plan.training.rounds:
+                release = decode_canonical(event.release.statement, Release)
+                release = msgspec.structs.replace(release, adapter=adapter)
+                (run / "adapter" / RELEASE_FILE).write_bytes(encode(sign(operator, release)))
+                events.append(msgspec.structs.replace(event, release=sign(operator, release)))
+            case JobFinished() as event:
+                events.append(msgspec.structs.replace(event, release=adapter))
+            case event:
+                events.append(event)
+    head, entries = GENESIS, []
+    for index, event in enumerate(events):
+        head, entry = append(operator, index, head, event)
+        entries.append(entry)
+    write_signed(run / "transcript.jsonl", entries)
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"transcript_head": head.hex(), "adapter_digest": adapter.hex()}
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+def test_verify_refuses_an_adapter_that_the_operator_planted(
+    smoke_run: Path, tmp_path: Path
+) -> None:
+    """The operator signs whatever it likes; only the plan bounds its last adapter."""
+    copy = copy_of(smoke_run, tmp_path)
+    operator = read_identity(smoke_run / "server" / "identity.pem")
+    bound = plan_of(copy).training.rounds * plan_of(copy).aggregation.largest_change
+    plant_adapter(copy, operator, by=1e-4 * bound)
+    verify_run(copy)
+    plant_adapter(copy, operator, by=2.1 * bound)
+    with pytest.raises(VerificationError, match="further from its initial value"):
+        verify_run(copy)
 
 
 def test_the_name_of_a_finished_run_is_refused(simulate: Simulate, smoke_run: Path) -> None:

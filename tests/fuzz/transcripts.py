@@ -29,8 +29,8 @@ from umbel_common.protocol.transcript import (
     RoundReleased,
     TranscriptEvent,
     append,
-    verify_transcript,
 )
+from umbel_common.protocol.verification import verify_transcript
 from umbel_common.trust.identity import Signed
 
 

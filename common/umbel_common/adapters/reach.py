@@ -4,7 +4,9 @@ The law: one bound for every party, a pure function of plan and round.
 
 Each coordinate of a delta is clipped to the plan's clip range and rounded to one of its levels, so
 a mean of deltas is at most that large, whatever the sites send. A tensor changes only in the rounds
-that train it. An adapter that lies further away is not a mean of deltas: its signer made it.
+that train it. An adapter that lies further away is not a mean of deltas: its signer made it. Sites
+and the verifier compare the adapter with this bound. The server holds each step to it before it
+signs: it refuses a sum with a coordinate above its weight's (`secagg.encoding.total_weight`).
 """
 
 from collections import Counter
@@ -30,7 +32,6 @@ def require_reachable(plan: TrainingPlan, round_number: int, vector: Vector) -> 
     Raises:
         RemoteProtocolError: `adapter-too-far`.
     """
-    largest = plan.aggregation.step * np.ceil(plan.aggregation.clip_range / plan.aggregation.step)
     rounds = Counter(
         tensor.name
         for number in range(1, round_number + 1)
@@ -38,7 +39,7 @@ def require_reachable(plan: TrainingPlan, round_number: int, vector: Vector) -> 
     )
     start = unflatten(_initial(plan), plan.lora.tensors)
     for name, values in unflatten(vector, plan.lora.tensors).items():
-        most = float(rounds[name] * largest)
+        most = rounds[name] * plan.aggregation.largest_change
         rounding = _ROUNDING * rounds[name] * (most + float(np.abs(start[name]).max()))
         found = float(np.abs(values - start[name]).max())
         require(

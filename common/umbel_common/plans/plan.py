@@ -207,6 +207,11 @@ class NoPrivacy(Value, frozen=True, tag_field="mode", tag="none"):
     their policy allows it by name."""
 
 
+def levels(clip_range: float, step: float) -> int:
+    """Largest magnitude of a clipped and rounded coordinate, in steps."""
+    return math.ceil(clip_range / step)
+
+
 class Aggregation(Value, frozen=True):
     """How deltas are encoded, masked and summed."""
 
@@ -223,6 +228,11 @@ class Aggregation(Value, frozen=True):
     the numbers is a release of its own."""
     max_weight: Count = 1
     """Largest weight that a site may use; 1 for `equal`."""
+
+    @property
+    def largest_change(self) -> float:
+        """Largest magnitude of a coordinate of a delta that was clipped and rounded."""
+        return levels(self.clip_range, self.step) * self.step
 
 
 class FederatedEvaluation(Value, frozen=True):

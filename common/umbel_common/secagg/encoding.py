@@ -18,7 +18,7 @@ import numpy.typing as npt
 from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy, Value
 from umbel_common.errors import LocalProtocolError, PlanError, require
-from umbel_common.plans.plan import Aggregation, Positive
+from umbel_common.plans.plan import Aggregation, Positive, levels
 from umbel_common.secagg.primitives import KEY_BYTES, Keystream, draw
 
 RingVector: TypeAlias = np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]
@@ -45,7 +45,7 @@ class Encoding(Value, frozen=True):
     @property
     def levels(self) -> int:
         """Largest magnitude of a rounded coordinate: ceil(clip_range / step)."""
-        return math.ceil(self.clip_range / self.step)
+        return levels(self.clip_range, self.step)
 
     def prove_headroom(self) -> None:
         """Proves that no sum can wrap, whatever the deltas and the random bits are.

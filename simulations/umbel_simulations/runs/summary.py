@@ -8,7 +8,7 @@ from pathlib import Path
 
 from umbel_common.adapters.vector import size_of
 from umbel_common.plans.plan import LocalPrivacy
-from umbel_common.protocol.transcript import VerifiedJob, verify_transcript
+from umbel_common.protocol.verification import VerifiedJob, verify_transcript
 from umbel_simulations.backends.in_process import Federation, JobOutcome
 from umbel_simulations.reporting import events
 from umbel_simulations.reporting.measures import ACCURACY, measure_of

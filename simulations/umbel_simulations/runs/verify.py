@@ -4,16 +4,17 @@ from pathlib import Path
 
 import msgspec
 
-from umbel_common.adapters.vector import adapter_digest
+from umbel_common.adapters.reach import require_reachable
+from umbel_common.adapters.vector import adapter_digest, size_of
 from umbel_common.canonical import V, decode_canonical
 from umbel_common.errors import (
     RemoteProtocolError,
     StorageError,
     VerificationError,
 )
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 from umbel_common.plans.statements import Release, RoundHeader
-from umbel_common.protocol.transcript import VerifiedJob, verify_transcript
+from umbel_common.protocol.verification import VerifiedJob, verify_transcript
 from umbel_common.trust.identity import Roster, Signed, open_signed
 from umbel_common.trust.roster_file import roster_from_json
 from umbel_host.files.adapter_folder import RELEASE_FILE, read_vector
@@ -36,7 +37,7 @@ def verify_run(folder: Path) -> VerifiedJob:
     )
     _verify_headers(folder / "headers.jsonl", job, roster)
     _verify_adapter(folder / "adapter", job, roster)
-    _verify_summary(folder / "summary.json", job)
+    _verify_summary(folder / "summary.json", job, roster)
     return job
 
 
@@ -71,29 +72,81 @@ def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster) -> None:
     except (OSError, StorageError, RemoteProtocolError) as error:
         found = error.found if isinstance(error, StorageError) else error
         raise VerificationError("an adapter cannot be read", file=folder, found=found) from error
-    last = job.releases[-1 if job.final_round is None else job.final_round]
     _require(
-        _open(signed, Release, roster) == last,
+        _open(signed, Release, roster) == job.last,
         folder,
         "its release is not the last one of the transcript",
     )
     _require(
-        adapter_digest(job.plan.digest(), vector) == last.adapter,
+        adapter_digest(job.plan.digest(), vector) == job.last.adapter,
         folder,
         "the adapter is not the one that the last release names",
     )
+    try:
+        require_reachable(job.plan, job.last.round, vector)
+    except RemoteProtocolError as error:
+        raise VerificationError(
+            error.message,
+            file=folder,
+            field=error.field,
+            found=error.found,
+            accepted=error.accepted,
+        ) from None
 
 
-def _verify_summary(path: Path, job: VerifiedJob) -> None:
+def _verify_summary(path: Path, job: VerifiedJob, roster: Roster) -> None:
+    """Compares each figure that follows from the plan, the roster or the transcript.
+
+    Scores and byte counts follow from none of them.
+    """
     try:
         summary = msgspec.json.decode(path.read_bytes(), type=RunSummary)
     except (OSError, msgspec.MsgspecError) as error:
         raise VerificationError("a summary cannot be read", file=path, found=error) from error
+    plan = job.plan
+    privacy = plan.privacy if isinstance(plan.privacy, LocalPrivacy) else None
+    figures = {
+        "transcript_head": (summary.transcript_head, job.head.hex()),
+        "adapter_digest": (summary.adapter_digest, job.last.adapter.hex()),
+        "aborted_attempts": (summary.aborted_attempts, job.aborted_attempts),
+        "model": (summary.model, plan.model.name),
+        "method": (summary.method, plan.lora.method),
+        "privacy": (summary.privacy, "none" if privacy is None else "local"),
+        "rounds": (summary.rounds, plan.training.rounds),
+        "local_steps": (summary.local_steps, plan.training.local_steps),
+        "trained_parameters": (summary.trained_parameters, size_of(plan.trained_tensors(1))),
+        "curve": (
+            [point.round for point in summary.curve],
+            [release.round for release in job.releases],
+        ),
+        "sites": (
+            [site.name for site in summary.sites],
+            [member.name for member in roster.members],
+        ),
+    }
+    for field, (found, accepted) in figures.items():
+        if found != accepted:
+            raise VerificationError(
+                "a summary says what the transcript does not",
+                file=path,
+                field=field,
+                found=found,
+                accepted=accepted,
+            )
+    spent = [site.epsilon for site in summary.sites]
+    spent += [epsilon for point in summary.curve for epsilon in point.epsilon.values()]
     _require(
-        summary.adapter_digest == job.releases[-1].adapter.hex()
-        and summary.transcript_head == job.head.hex(),
+        all(site.delta == (None if privacy is None else privacy.delta) for site in summary.sites)
+        and all(_within(epsilon, privacy) for epsilon in spent),
         path,
-        "the summary belongs to another run",
+        "a site's epsilon or delta is not one that the plan allows",
+    )
+
+
+def _within(epsilon: float | None, privacy: LocalPrivacy | None) -> bool:
+    """Whether the epsilon that a summary gives is one that a job of this plan can spend."""
+    return (
+        epsilon is None if privacy is None else epsilon is None or 0 <= epsilon <= privacy.epsilon
     )
 
 

@@ -12,7 +12,7 @@ from umbel_common.errors import ConfigError, DataError, JobFailed, UmbelError
 from umbel_common.plans.figures import ClassificationFigures, Evaluation, Loss
 from umbel_common.plans.plan import Adam, Aggregation, ReleaseGate, Training, TrainingPlan
 from umbel_common.plans.statements import EarlyEnd
-from umbel_common.protocol.transcript import verify_transcript
+from umbel_common.protocol.verification import verify_transcript
 from umbel_common.protocol.wire import FinishRequest, TrainRequest
 from umbel_common.trust.identity import open_signed
 

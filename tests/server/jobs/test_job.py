@@ -8,7 +8,7 @@ import pytest
 from umbel_common.adapters.vector import Vector, adapter_digest, initial_vector, merge
 from umbel_common.errors import JobFailed, PlanError
 from umbel_common.plans.plan import Aggregation, FederatedEvaluation
-from umbel_common.protocol.transcript import verify_transcript
+from umbel_common.protocol.verification import verify_transcript
 from umbel_common.protocol.wire import (
     FinishRequest,
     MaskRequest,

@@ -18,7 +18,8 @@ from umbel_common.canonical import decode
 from umbel_common.errors import JobFailed
 from umbel_common.plans.plan import Aggregation
 from umbel_common.plans.statements import RoundHeader
-from umbel_common.protocol.transcript import AttemptAborted, Entry, verify_transcript
+from umbel_common.protocol.transcript import AttemptAborted, Entry
+from umbel_common.protocol.verification import verify_transcript
 from umbel_common.protocol.wire import (
     MaskRequest,
     ShareReply,

@@ -5,10 +5,19 @@ from typing import Any
 import msgspec
 import pytest
 
+from umbel_common.adapters.site_counts import SiteCounts
+from umbel_common.adapters.vector import adapter_digest, initial_vector
 from umbel_common.errors import VerificationError
 from umbel_common.plans.figures import GateResult
-from umbel_common.plans.plan import Aggregation, ReleaseGate, TrainingPlan
+from umbel_common.plans.plan import (
+    Aggregation,
+    FederatedEvaluation,
+    NoPrivacy,
+    ReleaseGate,
+    TrainingPlan,
+)
 from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.protocol import verification
 from umbel_common.protocol.transcript import (
     GENESIS,
     AttemptAborted,
@@ -18,8 +27,8 @@ from umbel_common.protocol.transcript import (
     RoundReleased,
     TranscriptEvent,
     append,
-    verify_transcript,
 )
+from umbel_common.protocol.verification import verify_transcript
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
 from umbel_common.trust.identity import Identity, Roster, Signed, sign
 
@@ -31,7 +40,7 @@ class Story:
         self, plan: TrainingPlan, operator: Identity, sites: dict[str, Identity], roster: Roster
     ) -> None:
         self.plan, self.operator, self.sites, self.roster = plan, operator, sites, roster
-        self.start = self.release(round=0, attempt=0, context=bytes(32), survivors=())
+        self.start = self.first_release()
         self.header = self.make_header()
         self.outcome = self.release()
 
@@ -48,6 +57,17 @@ class Story:
             "total_weight": len(self.sites),
         }
         return Release(**{**fields, **parts})
+
+    def first_release(self, **parts: Any) -> Release:
+        fields: dict[str, Any] = {
+            "round": 0,
+            "attempt": 0,
+            "context": bytes(32),
+            "adapter": adapter_digest(self.plan.digest(), initial_vector(self.plan)),
+            "survivors": (),
+            "total_weight": 0,
+        }
+        return self.release(**{**fields, **parts})
 
     def make_header(self, **parts: Any) -> RoundHeader:
         fields: dict[str, Any] = {
@@ -350,3 +370,249 @@ def test_a_job_ends_before_its_plans_last_round_only_by_a_signed_early_end(gated
         assert message in gated.refused(*events, changed)
     forged = sign(Identity.generate(os.urandom), EarlyEnd("clinics", "job", bytes(32), 1))
     assert "not signed" in gated.refused(*events, msgspec.structs.replace(end, early_end=forged))
+
+
+def counted(story: Story) -> Story:
+    """The story with an evaluation in its plan."""
+    evaluation = FederatedEvaluation(noise_multiplier=1.0, max_records=100)
+    plan = msgspec.structs.replace(story.plan, evaluation=evaluation)
+    return Story(plan, story.operator, story.sites, story.roster)
+
+
+def weighted(story: Story, weights: str) -> Story:
+    """The story with other weights in its plan."""
+    aggregation = msgspec.structs.replace(story.plan.aggregation, weights=weights, max_weight=50)
+    plan = msgspec.structs.replace(story.plan, aggregation=aggregation, privacy=NoPrivacy())
+    return Story(plan, story.operator, story.sites, story.roster)
+
+
+def longer(story: Story) -> Story:
+    """The story with a plan of two rounds."""
+    training = msgspec.structs.replace(story.plan.training, rounds=2)
+    plan = msgspec.structs.replace(story.plan, training=training)
+    return Story(plan, story.operator, story.sites, story.roster)
+
+
+def started_from(story: Story, **parts: Any) -> list[TranscriptEvent]:
+    """A job whose release 0 has other fields."""
+    story.start = story.first_release(**parts)
+    return [story.started()]
+
+
+def released_as(story: Story, **parts: Any) -> list[TranscriptEvent]:
+    """A round whose release has other fields."""
+    story.outcome = story.release(**parts)
+    return [story.started(), story.released()]
+
+
+def tried_as(story: Story, **parts: Any) -> list[TranscriptEvent]:
+    """An aborted attempt whose header has other fields."""
+    header = sign(story.operator, story.make_header(**parts))
+    return [story.started(), AttemptAborted(header=header, check="x", refusals=())]
+
+
+def refused_by(story: Story, *sites: str) -> list[TranscriptEvent]:
+    """An aborted attempt that these sites refused."""
+    refusals = tuple((site, "x") for site in sites)
+    return [story.started(), msgspec.structs.replace(story.aborted(), refusals=refusals)]
+
+
+def with_counts(story: Story, score: float, records: float) -> list[TranscriptEvent]:
+    """A round with these counts."""
+    story = counted(story)
+    return [story.started(), story.released(counts=SiteCounts(score=score, records=records))]
+
+
+def with_gate(story: Story, before: float, after: float) -> list[TranscriptEvent]:
+    """A round whose release gate found these losses."""
+    plan = msgspec.structs.replace(story.plan, release_gate=GATE)
+    story = Story(plan, story.operator, story.sites, story.roster)
+    story.outcome = story.release(adapter=story.start.adapter)
+    gate = GateResult(before=before, after=after, bound=0.5)
+    return [story.started(), story.released(gate=gate)]
+
+
+def ended_as(story: Story, **parts: Any) -> list[TranscriptEvent]:
+    """A job that ended with other fields."""
+    return [
+        story.started(),
+        story.released(),
+        msgspec.structs.replace(story.finished(), **parts),
+    ]
+
+
+def advertised_by(story: Story, *sites: str) -> list[TranscriptEvent]:
+    """A round of three sites in which these advertised keys."""
+    cohort = ("site-00", "site-01", "site-02")
+    story.header = story.make_header(cohort=cohort)
+    story.outcome = story.release(survivors=cohort, total_weight=3)
+    adverts = tuple(story.advert(site) for site in sites)
+    confirmations = tuple(story.confirmation(site) for site in cohort)
+    return [story.started(), story.released(adverts=adverts, confirmations=confirmations)]
+
+
+LIES: dict[str, tuple[Callable[[Story], list[TranscriptEvent]], str]] = {
+    "a planted initial adapter": (
+        lambda story: started_from(story, adapter=b"\x07" * 32),
+        "public seed",
+    ),
+    "an initial adapter with survivors": (
+        lambda story: started_from(story, survivors=("site-00",), total_weight=1),
+        "public seed",
+    ),
+    "an initial adapter of an attempt": (
+        lambda story: started_from(story, attempt=1, context=b"\x01" * 32),
+        "public seed",
+    ),
+    "an initial adapter of another job": (
+        lambda story: started_from(story, job="other"),
+        "public seed",
+    ),
+    "a larger weight": (lambda story: released_as(story, total_weight=400), "its weight is"),
+    "no weight": (lambda story: released_as(story, total_weight=0), "its weight is"),
+    "a weight of other size classes": (
+        lambda story: released_as(weighted(story, "size-class"), total_weight=5),
+        "its weight is",
+    ),
+    "more records than sites may count": (
+        lambda story: released_as(weighted(story, "examples"), total_weight=201),
+        "its weight is",
+    ),
+    "fewer records than sites": (
+        lambda story: released_as(weighted(story, "examples"), total_weight=3),
+        "its weight is",
+    ),
+    "a release of another job": (
+        lambda story: released_as(story, job="other"),
+        "does not belong to this attempt",
+    ),
+    "a release of another federation": (
+        lambda story: released_as(story, federation="other"),
+        "does not belong to this attempt",
+    ),
+    "an attempt of another job": (lambda story: tried_as(story, job="other"), "another job"),
+    "an attempt with another roster": (
+        lambda story: tried_as(story, roster=b"\x01" * 32),
+        "another roster",
+    ),
+    "an attempt at a later round": (
+        lambda story: tried_as(longer(story), round=2),
+        "does not follow",
+    ),
+    "an attempt from another adapter": (
+        lambda story: tried_as(story, adapter=b"\x07" * 32),
+        "does not start from",
+    ),
+    "one attempt aborted twice": (
+        lambda story: [story.started(), story.aborted(), story.aborted()],
+        "does not follow the attempt before",
+    ),
+    "an earlier attempt aborted later": (
+        lambda story: [*tried_as(story), story.aborted()],
+        "does not follow the attempt before",
+    ),
+    "a refusal of a stranger": (lambda story: refused_by(story, "stranger"), "not asked"),
+    "two refusals of one site": (
+        lambda story: refused_by(story, "site-00", "site-00"),
+        "not asked",
+    ),
+    "keys of a site outside the cohort": (
+        lambda story: advertised_by(story, "site-00", "site-01", "site-02", "site-03"),
+        "not in the cohort",
+    ),
+    "two keys of one site": (
+        lambda story: advertised_by(story, "site-00", "site-01", "site-02", "site-02"),
+        "advertised keys twice",
+    ),
+    "counts that are no numbers": (
+        lambda story: with_counts(story, float("nan"), 10.0),
+        "its counts",
+    ),
+    "a score above all records": (lambda story: with_counts(story, 401.0, 10.0), "its counts"),
+    "too many records": (lambda story: with_counts(story, 1.0, float("inf")), "its counts"),
+    "a loss that is no number": (
+        lambda story: with_gate(story, float("nan"), 1.0),
+        "not a loss",
+    ),
+    "a loss below zero": (lambda story: with_gate(story, -1e9, 1.0), "not a loss"),
+    "a delivery to a stranger": (
+        lambda story: ended_as(story, delivered=("stranger",)),
+        "to a stranger",
+    ),
+    "two deliveries to one site": (
+        lambda story: ended_as(story, delivered=("site-00", "site-00")),
+        "to a stranger",
+    ),
+    "an early end of another job": (
+        lambda story: ended_as(story, early_end=early_end(story, 1, job="other")),
+        "another job",
+    ),
+}
+"""What an operator may sign though it is not so, and the words with which it is refused."""
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_what_follows_from_the_plan_is_recomputed(
+    story: Story, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lie, words = LIES[name]
+    events = lie(story)
+    require = verification._require
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            verification, "_require", lambda holds, what: require(holds or words in what, what)
+        )
+        verify_transcript(story.entries(*events), story.roster)
+    assert words in story.refused(*events)
+
+
+def test_a_plan_and_its_roster_are_of_one_federation(story: Story) -> None:
+    plan = msgspec.structs.replace(story.plan, federation="other")
+    assert "another federation" in story.refused(
+        Story(plan, story.operator, story.sites, story.roster).started()
+    )
+
+
+def test_a_plan_that_no_site_would_accept_has_no_transcript(story: Story) -> None:
+    aggregation = msgspec.structs.replace(story.plan.aggregation, max_weight=7)
+    plan = msgspec.structs.replace(story.plan, aggregation=aggregation)
+    other = Story(plan, story.operator, story.sites, story.roster)
+    assert "each weight is 1" in other.refused(other.started())
+
+
+def test_no_attempt_is_past_the_plans_last_round(story: Story) -> None:
+    events = [story.started(), story.released()]
+    story.header = story.make_header(round=2, adapter=story.outcome.adapter)
+    story.outcome = story.release(round=2)
+    assert "past the plan's last" in story.refused(*events, story.released())
+
+
+def test_a_cohort_is_of_the_roster_and_has_one_survivor_set(story: Story) -> None:
+    assert "not in the roster" in story.refused(
+        *tried_as(story, cohort=("site-00", "site-01", "site-02", "stranger"))
+    )
+    assert "cannot reach the threshold" in story.refused(
+        *tried_as(story, cohort=("site-00", "site-01"))
+    )
+
+
+def test_two_survivor_sets_of_one_cohort_cannot_both_be_signed(
+    make_plan: Callable[..., TrainingPlan],
+    make_federation: Callable[[int], tuple[Identity, dict[str, Identity], Roster]],
+) -> None:
+    story = Story(one_round(make_plan), *make_federation(6))
+    assert "two survivor sets" in story.refused(story.started(), story.aborted())
+
+
+@pytest.mark.parametrize("weight", [4, 137, 200])
+def test_a_masked_weight_is_within_what_its_sites_may_count(story: Story, weight: int) -> None:
+    other = weighted(story, "examples")
+    other.outcome = other.release(total_weight=weight)
+    verify_transcript(other.entries(other.started(), other.released()), other.roster)
+
+
+@pytest.mark.parametrize("count", [-400.0, 0.0, 400.0])
+def test_noise_may_carry_counts_to_their_bounds(story: Story, count: float) -> None:
+    other = counted(story)
+    released = other.released(counts=SiteCounts(score=count, records=count))
+    verify_transcript(other.entries(other.started(), released), other.roster)
