@@ -251,7 +251,7 @@ def test_verify_recomputes_the_figures_of_a_summary(
 
 
 def plant_adapter(run: Path, operator: Identity, by: float) -> None:
-    """Moves a trained value of the last adapter by `by` and signs a transcript, a release and a summary for it."""
+    """Moves a trained value of the last adapter, and signs a history and a release for it."""
     plan = plan_of(run)
     vector = read_vector(run / "adapter", plan)
     vector[-1] += np.float32(by)

@@ -303,7 +303,7 @@ class _Gates:
 
 
 def _is_loss(loss: Loss) -> bool:
-    """Whether a figure is a mean cross entropy, or says that there is none."""
+    """Whether a figure is one of a mean cross entropy; None stands for one that is not finite."""
     return loss is None or (math.isfinite(loss) and loss >= 0)
 
 
