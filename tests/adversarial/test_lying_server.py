@@ -494,13 +494,8 @@ def test_a_fault_of_the_sites_own_code_is_named_to_nobody_but_the_site(federatio
     assert error.check == "entropy"
 
 
-@pytest.mark.parametrize("damaged", ["plan", "state"])
-def test_a_damaged_journal_is_the_sites_fault_and_not_a_message_of_the_server(
-    federation: Any, damaged: str
-) -> None:
-    federation.offer()
-    attempt = federation.drive(federation.attempt(), until="share")
-    federation.trainers[SITE].close()
+def damage(federation: Any, damaged: str) -> None:
+    """Changes a byte of the plan or of the attempt that the site's journal keeps."""
     with sqlite3.connect(federation.folder / SITE / "state" / "session.sqlite") as database:
         if damaged == "plan":
             (kept,) = database.execute("SELECT plan FROM plans").fetchone()
@@ -512,8 +507,26 @@ def test_a_damaged_journal_is_the_sites_fault_and_not_a_message_of_the_server(
             (kept,) = database.execute("SELECT state FROM attempts").fetchone()
             database.execute("UPDATE attempts SET state = ?", (bytes([kept[0] ^ 0xFF]) + kept[1:],))
     database.close()
+
+
+def test_a_damaged_journal_is_the_sites_fault_and_not_a_message_of_the_server(
+    federation: Any,
+) -> None:
+    federation.offer()
+    attempt = federation.drive(federation.attempt(), until="share")
+    federation.trainers[SITE].close()
+    damage(federation, "state")
     federation.start(SITE)
     assert federation.refusal(SITE, attempt.requests()[SITE]) == "site-fault"
     (error,) = federation.observers[SITE].errors
     assert isinstance(error, StorageError)
     assert "session.sqlite" in error.diagnostics()
+
+
+def test_a_site_does_not_start_on_a_journal_with_a_damaged_plan(federation: Any) -> None:
+    federation.offer()
+    federation.trainers[SITE].close()
+    damage(federation, "plan")
+    with pytest.raises(StorageError) as refusal:
+        federation.start(SITE)
+    assert "session.sqlite" in refusal.value.diagnostics()

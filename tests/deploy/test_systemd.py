@@ -179,11 +179,16 @@ def test_a_unit_writes_no_core_and_runs_nothing_from_a_working_folder(unit: Path
         assert "\nLimitCORE=0\n" in text
 
 
-@pytest.mark.parametrize("unit", ["site/umbel-trainer", "operator/umbel-rounds"])
-def test_a_unit_without_a_network_does_not_see_the_sockets_of_others(unit: str) -> None:
+@pytest.mark.parametrize(
+    ("unit", "places"),
+    [("site/umbel-trainer", {"/run/umbel"}), ("operator/umbel-rounds", {"/run/umbel-server"})],
+)
+def test_a_unit_without_a_network_does_not_see_the_sockets_of_others(
+    unit: str, places: set[str]
+) -> None:
     text = (FOLDER / f"{unit}.service").read_text()
     assert "\nTemporaryFileSystem=/run:ro\n" in text
-    assert set(re.findall(r"^BindPaths=(.*)$", text, re.MULTILINE)) <= {"/run/umbel"}
+    assert set(re.findall(r"^BindPaths=(.*)$", text, re.MULTILINE)) <= places
     # Without this call it could not install its own filter, which does more than the unit's.
     assert re.search(r"^SystemCallFilter=seccomp\b", text, re.MULTILINE)
 

@@ -11,7 +11,6 @@ import ctypes
 import errno
 import os
 import socket
-import sys
 from enum import Enum
 from pathlib import Path
 
@@ -85,7 +84,10 @@ def confine_command() -> None:
     refused = drop_network()
     hide_memory()
     if refused is not None:
-        print(f"warning: THIS COMMAND HAS A WAY OUT: {refused}", file=sys.stderr)
+        # Not before: its packages are not those that this module may import.
+        from umbel_host.terminal import say
+
+        say(f"warning: THIS COMMAND HAS A WAY OUT: {refused}", err=True)
 
 
 def _empty_namespace() -> int:

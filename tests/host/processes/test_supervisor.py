@@ -137,13 +137,13 @@ def test_the_other_side_decides_not_when_all_end(start: Start, tmp_path: Path) -
     assert process.poll() is None
 
 
-@pytest.mark.parametrize(("environment", "code"), [({}, 10), ({"UNSAFE": "1"}, 7)])
+@pytest.mark.parametrize(("environment", "code"), [({}, 10), ({"UNSAFE": "1"}, 11)])
 def test_a_module_in_the_working_folder_does_not_run(
     tmp_path: Path, environment: dict[str, str], code: int
 ) -> None:
     """A file that another party sent may be called as a module is; without `-P` it would run."""
     ours, site = tmp_path / "ours", tmp_path / "site"
-    for folder, text in ((ours, CHILD), (site, "raise SystemExit(7)")):
+    for folder, text in ((ours, CHILD), (site, "raise SystemExit(11)")):
         folder.mkdir()
         (folder / "child.py").write_text(text)
     done = subprocess.run(
@@ -152,5 +152,6 @@ def test_a_module_in_the_working_folder_does_not_run(
         env={**os.environ, "PYTHONPATH": str(ours), **environment},
         capture_output=True,
         check=False,
+        timeout=HANGING,
     )
     assert done.returncode == code
