@@ -6,6 +6,7 @@ from pathlib import Path
 
 import bench_crypto
 import bench_dp_step
+import bench_lost_rounds
 import bench_masking
 import bench_memory
 import bench_round
@@ -14,6 +15,7 @@ import bench_wire
 
 BENCHES = (
     bench_masking,
+    bench_lost_rounds,
     bench_crypto,
     bench_wire,
     bench_memory,

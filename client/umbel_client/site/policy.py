@@ -4,19 +4,19 @@ This module is part of the core of the privacy guarantee. Never add a default th
 before, and never take a server's word for what is judged here.
 
 Differencing: a server that learns the sum over a set of sites, and the sum over the same set
-without one site, knows that site's delta. With differential privacy in `local` mode the guarantee
-covers the delta itself, and nothing more is lost. Without it, two rules apply, both to the survivor
-sets that this site itself confirmed.
+without one site, knows that site's delta. Two rules apply to the survivor sets that this site itself
+confirmed.
 
 - Within a round, a site confirms one set, and a set needs `threshold` of its own sites. By
   counting, no combination of a round's sums is one site's delta alone, though it can be the
-  difference of two (if each attempt asks only sites that do not know the other set).
-- Over all rounds and jobs, a set is one that was confirmed before, or differs from each such set by
-  `minimum_cohort_difference` sites. This is a hurdle and not a guarantee: rounds differ, so their
-  sums do not subtract exactly (unless every record is in every batch), but they come close, and
-  several sets together get around any such number.
-
-A site that needs more than a hurdle needs differential privacy.
+  difference of two (if each attempt asks only sites that do not know the other set). With
+  differential privacy the guarantee would cover the delta itself; the server is promised the sum
+  and not the delta all the same.
+- Without differential privacy, over all rounds and jobs: a set is one that was confirmed before, or
+  differs from each such set by `minimum_cohort_difference` sites. This is a hurdle and not a
+  guarantee: rounds differ, so their sums do not subtract exactly (unless every record is in every
+  batch), but they come close, and several sets together get around any such number. A site that
+  needs more than a hurdle needs differential privacy.
 """
 
 import math
@@ -326,17 +326,16 @@ def judge_survivors(
     same_round: Sequence[tuple[str, ...]],
     ever: Sequence[tuple[str, ...]],
 ) -> None:
-    """Refuses, without differential privacy, a sum that would single out a site.
+    """Refuses a sum that would single out a site, beside a sum that this site confirmed before.
 
     Args:
         same_round: the survivor sets that this site confirmed in earlier attempts of the round.
         ever: the survivor sets that it confirmed in any round of any job.
 
     Raises:
-        PolicyRefusal: `survivors-differ` within a round, `cohort-difference` between rounds.
+        PolicyRefusal: `survivors-differ` within a round; `cohort-difference` between rounds,
+            without differential privacy.
     """
-    if not isinstance(plan.privacy, NoPrivacy):
-        return
     for earlier in same_round:
         _require(
             set(earlier) == set(survivors),
@@ -345,6 +344,8 @@ def judge_survivors(
             accepted=f"as confirmed before: {', '.join(earlier)}",
             remedy="nothing within this round: another sum would single out a site",
         )
+    if not isinstance(plan.privacy, NoPrivacy):
+        return
     for earlier in ever:
         difference = len(set(survivors) ^ set(earlier))
         _require(
