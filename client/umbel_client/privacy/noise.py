@@ -11,6 +11,8 @@ This module is part of the core of the privacy guarantee. Never add or change he
 - Another distribution, or fewer bits: the accountant's theorems are about these.
 """
 
+import os
+
 import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -24,12 +26,13 @@ _BLOCK = 1 << 16
 
 
 class NoiseSource:
-    """One key stream; not thread-safe."""
+    """One key stream; not thread-safe, and of the process that made it."""
 
     def __init__(self, entropy: Entropy) -> None:
         """Takes 32 bytes of `entropy` as its key."""
         # A zero counter block is safe: the key is used for this one stream.
         self._stream = Cipher(AES(entropy(32)), CTR(bytes(16))).encryptor()
+        self._process = os.getpid()
 
     def normal(self, size: int) -> npt.NDArray[np.float64]:
         """Independent standard normal draws, float64[size], by Box and Muller's method (1958).
@@ -73,4 +76,9 @@ class NoiseSource:
         return ((self._words(size) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def _words(self, size: int) -> npt.NDArray[np.uint64]:
+        if os.getpid() != self._process:
+            # Parent and child would go on with the same numbers.
+            raise RuntimeError(
+                "a source of noise is used in a process that was forked from its own"
+            )
         return np.frombuffer(self._stream.update(bytes(8 * size)), dtype="<u8")

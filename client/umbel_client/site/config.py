@@ -121,6 +121,10 @@ class ClientConfig(Value, frozen=True):
     """Whether trainer and relay refuse to run (`required`) or warn (`preferred`) where the kernel
     leaves the trainer a way out, where one of the two can read what only the other may, and where
     one of them is root."""
+    answer_time: Literal["when-done", "even"] = "when-done"
+    """When the answer to a round leaves. `even`: at a multiple of a time that follows from plan and
+    machine, so that it does not tell how long the records of the batch are. Rounds then take about
+    twice as long as the longest one likely would."""
     threads: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
     """CPU threads for training."""
     physical_batch_size: Annotated[int, msgspec.Meta(ge=1, le=65536)] | Literal["auto"] = "auto"

@@ -4,8 +4,8 @@ This module is part of the core of the privacy guarantee. Never add a default th
 before, and never take a server's word for what is judged here.
 
 Differencing: a server that learns the sum over a set of sites, and the sum over the same set
-without one site, knows that site's delta. Two rules apply to the survivor sets that this site itself
-confirmed.
+without one site, knows the delta of that site. Two rules apply to the survivor sets that this site
+itself confirmed.
 
 - Within a round, a site confirms one set, and a set needs `threshold` of its own sites. By
   counting, no combination of a round's sums is one site's delta alone, though it can be the

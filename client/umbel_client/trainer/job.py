@@ -53,6 +53,7 @@ from umbel_client.storage.journal import Published
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.trainer.observer import Observer
+from umbel_client.training.answer_time import WHEN_DONE, AnswerTime, measure_answer_time
 from umbel_client.training.bit_test import check_round
 from umbel_client.training.largest_record import largest_record_test
 from umbel_client.training.round import LocalTrainer
@@ -156,6 +157,15 @@ def open_job(
             self_test(model, noise.noise_multiplier, limit, entropy=entropy)
         # e. Prepare no record at all.
         prepare(model, Path(config.model.path), records.only(()), limit, cache=None)
+        # f. Find when answers leave, where this site wants that to tell nothing.
+        answer_time = WHEN_DONE
+        if config.answer_time == "even":
+            answer_time = measure_answer_time(
+                model,
+                limit,
+                records_per_unit=records_per_unit,
+                scored_records=0 if plan.evaluation is None else config.data.public_size,
+            )
         job = SiteJob(
             plan=plan,
             noise=noise,
@@ -169,6 +179,7 @@ def open_job(
             _deltas=DeltaCache(state.deltas(plan.job)),
             _observer=observer,
             _entropy=entropy,
+            _answer_time=answer_time,
         )
         opened.pop_all()
         return job
@@ -200,6 +211,7 @@ class SiteJob:
     _deltas: DeltaCache
     _observer: Observer
     _entropy: Entropy
+    _answer_time: AnswerTime
     _prepared: Prepared | None = None
     """None before the first round of this process: nothing looks at the records before one is
     reserved."""
@@ -253,17 +265,8 @@ class SiteJob:
         # 1
         event = self.reserve(number)
         if self._recorded_digest(number) is None:
-            # 2. What a full disk stops here has drawn nothing yet, and a disk does not depend on
-            # the batch: the round may be prepared again.
-            with self._final(number, but=StorageError):
-                self.prepare()
-            # What a killed computation left on disk is replaced, never released.
-            with self._final(number):
-                vector, state = self.train(number, adapter, event)
-                # 3
-                stored = self.store(number, header.adapter, vector, state)
-            # 4
-            self.record(number, stored)
+            with self._answer_time.kept():
+                self._compute_reserved(number, header.adapter, adapter, event)
         # The check that guards step 5.
         started_from, _, _ = self._stored(number, with_state=False)
         require(
@@ -271,6 +274,21 @@ class SiteJob:
             "other-adapter",
             f"round {number} was computed from another global adapter",
         )
+
+    def _compute_reserved(
+        self, number: int, adapter_digest: bytes, adapter: Vector, event: DpEvent | None
+    ) -> None:
+        # 2. What a full disk stops here has drawn nothing yet, and a disk does not depend on the
+        # batch: the round may be prepared again.
+        with self._final(number, but=StorageError):
+            self.prepare()
+        # What a killed computation left on disk is replaced, never released.
+        with self._final(number):
+            vector, state = self.train(number, adapter, event)
+            # 3
+            stored = self.store(number, adapter_digest, vector, state)
+        # 4
+        self.record(number, stored)
 
     def check(self, number: int, adapter: Vector) -> None:
         """Step 0: tests the adapter that a round starts from, on made-up records.

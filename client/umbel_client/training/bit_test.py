@@ -41,7 +41,7 @@ def prove_shapes(model: AdaptedModel, limit: BatchLimit) -> None:
         ModelError: a record's bits depend on the records beside it, or on its place among them.
     """
     kept = set(limit.choices)
-    for length in _lengths(model):
+    for length in lengths_up_to(model.plan.task.max_tokens):
         for bits in _paths(model):
             wanted = _require_equal(model, limit.records, length, bits)
             for rows in sorted(kept - {limit.records}):
@@ -61,7 +61,7 @@ def check_round(model: AdaptedModel, limit: BatchLimit) -> None:
         ModelError: a record's bits depend on the records beside it, on its place among them, or on
             their number.
     """
-    lengths = _lengths(model)
+    lengths = lengths_up_to(model.plan.task.max_tokens)
     fewest = limit.choices[0]
     for length in dict.fromkeys((lengths[0], lengths[-1])):
         for bits in _paths(model):
@@ -89,10 +89,18 @@ def _paths(model: AdaptedModel) -> tuple[Bits, ...]:
     return (_gradient_bits, _score_bits) if scored else (_gradient_bits,)
 
 
-def _lengths(model: AdaptedModel) -> list[int]:
-    """Every length that a record of the plan may be padded to, in rising order."""
-    longest = model.plan.task.max_tokens
+def lengths_up_to(longest: int) -> list[int]:
+    """Every length that a record of at most `longest` tokens may be padded to, in rising order."""
     return [*PADDED_LENGTHS[longest > PADDED_LENGTHS].tolist(), longest]
+
+
+def made_up_gradients(model: AdaptedModel, length: int, rows: int) -> None:
+    """Computes the gradients of as many made-up records of `length` tokens, and drops them.
+
+    Args:
+        model: with the parameters of a round selected.
+    """
+    _gradient_bits(model, _company(model, length, rows, 0))
 
 
 def _company(model: AdaptedModel, length: int, rows: int, position: int) -> _Company:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import mpmath
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
@@ -12,6 +13,7 @@ from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from umbel_client.privacy import accounting
 from umbel_client.privacy.accounting import (
     SMALLEST_NOISE_MULTIPLIER,
     DpEvent,
@@ -88,6 +90,37 @@ def test_reading_what_was_charged_waits_for_no_accountant() -> None:
         "import sys, umbel_client.cli, umbel_client.ledger.ledger; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
+    """The exact epsilon of one step without sampling (Balle and Wang 2018, theorem 8)."""
+    with mpmath.workdps(60):
+        mu = 1 / mpmath.mpf(noise_multiplier)
+
+        low, high = mpmath.mpf(0), mpmath.mpf(100)
+        for _ in range(100):
+            middle = (low + high) / 2
+            tail = mpmath.ncdf(mu / 2 - middle / mu)
+            spent = tail - mpmath.exp(middle) * mpmath.ncdf(-mu / 2 - middle / mu)
+            low, high = (middle, high) if spent > delta else (low, middle)
+        return float(high)
+
+
+@pytest.mark.parametrize("delta", [1e-9, 1e-12, 1e-13, 3e-14, 1e-15])
+def test_a_tiny_delta_costs_at_least_what_it_truly_costs(
+    delta: float,
+) -> None:
+    """1,500 steps without sampling are one with the noise divided by sqrt(1,500)."""
+    events = [DpEvent(noise_multiplier=25.0, sample_rate=1.0, steps=1500)]
+    exact = gaussian_epsilon(25.0 / math.sqrt(1500), delta)
+    assert exact <= epsilon(events, delta) <= 1.1 * exact
+
+
+def test_prv_alone_is_below_the_truth_at_a_tiny_delta(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "_SMALLEST_PRV_DELTA", 0.0)
+    events = (DpEvent(noise_multiplier=25.0, sample_rate=1.0, steps=1500),)
+    exact = gaussian_epsilon(25.0 / math.sqrt(1500), 3e-14)
+    assert accounting._epsilon.__wrapped__(events, 3e-14) < 0.99 * exact
 
 
 def test_nothing_costs_nothing() -> None:

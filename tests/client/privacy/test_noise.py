@@ -43,6 +43,25 @@ def test_the_same_source_never_repeats_a_draw() -> None:
     assert not np.isin(source.normal(1000), source.normal(1000)).any()
 
 
+def test_a_forked_process_cannot_repeat_the_draws_of_its_parent() -> None:
+    source = NoiseSource(os.urandom)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            source.normal(2)
+            os.write(writing, b"drawn")
+        except RuntimeError:
+            os.write(writing, b"refused")
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as answer:
+        assert answer.read() == b"refused"
+    os.waitpid(child, 0)
+    assert len(source.normal(2)) == 2
+
+
 def test_two_sources_differ() -> None:
     first, second = NoiseSource(os.urandom), NoiseSource(os.urandom)
     assert not np.isin(first.normal(1000), second.normal(1000)).any()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,11 @@ from umbel_client.ledger.ledger import Ledger
 from umbel_client.site.config import ClientConfig, DataConfig, ModelConfig
 from umbel_client.site.policy import Policy
 from umbel_client.storage.journal import Published
+from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.shapes import Part
 from umbel_client.trainer import job
 from umbel_client.trainer.job import SiteJob, open_job
+from umbel_client.training import answer_time
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.errors import LedgerError, ModelError, PlanError
 from umbel_common.plans.plan import Classification
@@ -35,23 +39,29 @@ STEPS = (
 
 @pytest.fixture
 def opened(tmp_path: Path, tiny_model: Path) -> Open:
-    rows = [{"text": f"w{number}", "label": "ab"[number % 2]} for number in range(12)]
-    data = tmp_path / "data.jsonl"
+    return lambda: job_of(tmp_path, tiny_model, [f"w{number}" for number in range(12)])
+
+
+def job_of(folder: Path, model: Path, texts: list[str], **settings: Any) -> SiteJob:
+    """A job of a site with these texts; keyword arguments are settings of its client.toml."""
+    rows = [{"text": text, "label": "ab"[number % 2]} for number, text in enumerate(texts)]
+    data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "state").mkdir()
+    (folder / "state").mkdir(exist_ok=True)
     config = ClientConfig(
         site="north",
-        state=str(tmp_path / "state"),
+        state=str(folder / "state"),
         identity="identity.pem",
         roster="roster.json",
         data=DataConfig(path=str(data), public_size=12),
-        model=ModelConfig(path=str(tiny_model)),
+        model=ModelConfig(path=str(model)),
         policy=Policy(total_epsilon=100.0, labels=("a", "b")),
+        **settings,
     )
-    plan = plan_for(tiny_model, Classification(labels=("a", "b")), training=one_round(6))
+    plan = plan_for(model, Classification(labels=("a", "b")), training=one_round(6))
     # The roster is asked for size classes only, which this plan does not weigh by.
     roster: Any = None
-    return lambda: open_job(
+    return open_job(
         config,
         plan,
         roster,
@@ -155,3 +165,54 @@ def test_a_round_whose_adapter_mixes_records_is_refused_before_it_is_charged(
             assert len(made._ledger.history()) == 1
     finally:
         made.close()
+
+
+class WorkClock:
+    """A clock that runs with the tokens that are computed, and while somebody sleeps."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        patch.setattr(answer_time, "time", self)
+        batch = PreparedData.batch
+
+        def counted(data: PreparedData, part: Part) -> Any:
+            self.now += part.rows * part.length
+            return batch(data, part)
+
+        patch.setattr(PreparedData, "batch", counted)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["trained", "failed"])
+@pytest.mark.parametrize("when", ["when-done", "even"])
+def test_the_time_of_an_answer_does_not_tell_of_a_long_record(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, when: str, fails: bool
+) -> None:
+    """Without the option, the same time would be a coincidence: this is the attack."""
+    clock = WorkClock(monkeypatch)
+    if fails:
+        monkeypatch.setattr(SiteJob, "store", lambda *_: 1 / 0)
+
+    def seconds(texts: list[str], name: str) -> float:
+        (tmp_path / name).mkdir()
+        made = job_of(tmp_path / name, tiny_model, texts, answer_time=when)
+        header: Any = SimpleNamespace(round=1, adapter=b"a" * 32)
+        vector = initial_vector(made.plan)
+        made.check(1, vector)
+        began = clock.now
+        try:
+            with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+                made.compute(header, vector)
+        finally:
+            made.close()
+        return clock.now - began
+
+    short = [f"w{number}" for number in range(12)]
+    long = [*short[:-1], "w1 " * 100]
+    same = seconds(short, "short") == seconds(long, "long")
+    assert same == (when == "even")

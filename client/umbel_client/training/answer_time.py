@@ -1,0 +1,88 @@
+"""When a round's answer leaves: at a multiple of a time that follows from plan and machine.
+
+A step over long records takes longer than one over short ones, so the time of an answer can tell
+whether a long record is in a batch. With `answer_time = "even"` in client.toml, a site waits until
+a multiple of the time that the plan's largest likely round takes, measured on made-up records
+before any record is looked at. A round that takes longer than that, such as the first one, which
+also prepares the records, answers at a later multiple.
+
+This module is part of the core of the privacy guarantee. Never measure on real records, and never
+let an answer leave early where its work failed.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.tasks.shapes import BatchLimit
+from umbel_client.training.bit_test import lengths_up_to, made_up_gradients
+from umbel_common.plans.plan import TrainingPlan
+
+MARGIN = 2.0
+"""Measured times are multiplied by it: optimizer, noise, disk and other processes take time too."""
+
+_logger = logging.getLogger("umbel.trainer")
+
+
+@dataclass(frozen=True)
+class AnswerTime:
+    """The times at which a job's rounds may end."""
+
+    seconds: float
+    """Their distance; 0: a round ends when it is done."""
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Ends, in success or failure, at a multiple of `seconds` after its beginning."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            taken = time.monotonic() - began
+            if self.seconds > 0:
+                time.sleep(max(math.ceil(taken / self.seconds), 1) * self.seconds - taken)
+
+
+WHEN_DONE = AnswerTime(0.0)
+
+
+def measure_answer_time(
+    model: AdaptedModel, limit: BatchLimit, *, records_per_unit: int, scored_records: int
+) -> AnswerTime:
+    """The answer time of a plan on this machine.
+
+    Args:
+        limit: the number of records computed at once.
+        records_per_unit: largest number of records of a unit.
+        scored_records: number of records that a round may score.
+    """
+    model.select(1)
+    longest = model.plan.task.max_tokens
+    made_up_gradients(model, longest, limit.records)
+    began = time.monotonic()
+    made_up_gradients(model, longest, limit.records)
+    part = time.monotonic() - began
+    parts = most_parts(model.plan, limit, records_per_unit, scored_records)
+    answer_time = AnswerTime(MARGIN * parts * part)
+    _logger.info("answers to rounds leave at multiples of %.1f s", answer_time.seconds)
+    return answer_time
+
+
+def most_parts(
+    plan: TrainingPlan, limit: BatchLimit, records_per_unit: int, scored_records: int
+) -> int:
+    """The number of physical batches of a round that hardly any round exceeds.
+
+    A batch is hardly ever larger than its mean plus four standard deviations. Each length that
+    records are padded to may have one physical batch that is not full.
+    """
+    mean = plan.training.expected_batch_size
+    batch = math.ceil(mean + 4 * math.sqrt(mean)) * records_per_unit
+    lengths = len(lengths_up_to(plan.task.max_tokens))
+    in_step = math.ceil(batch / limit.records) + lengths
+    scored = math.ceil(scored_records / limit.records) + lengths if scored_records else 0
+    return plan.training.local_steps * in_step + scored
