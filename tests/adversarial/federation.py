@@ -71,6 +71,7 @@ site = "{site}"
 state = "state"
 identity = "identity.pem"
 roster = "roster.json"
+physical_batch_size = 4
 
 [data]
 path = "data.jsonl"
@@ -172,7 +173,8 @@ class Federation:
 
     def make_plan(self, **parts: object) -> TrainingPlan:
         """A valid plan; keyword arguments replace its parts."""
-        task = Classification(labels=("a", "b"))
+        # Few lengths and few rows: each site tests every shape that it may compute in.
+        task = Classification(labels=("a", "b"), max_tokens=32)
         lora = plan_lora(
             self.model,
             task,
