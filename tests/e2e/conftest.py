@@ -53,6 +53,10 @@ test = "{folder}/test.jsonl"
 count = 3
 partition = "iid"
 
+[task]
+task = "classification"
+max_tokens = 32
+
 [lora]
 rank = 2
 alpha = 4

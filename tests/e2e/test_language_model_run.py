@@ -34,7 +34,7 @@ column = "system"
 
 [task]
 task = "causal-lm"
-max_tokens = 160
+max_tokens = 96
 too_long = "truncate"
 
 [lora]
@@ -55,6 +55,9 @@ mode = "local"
 epsilon = 8.0
 delta = 1e-3
 clip_norm = 1.0
+
+[compute]
+physical_batch_size = 4
 
 [aggregation]
 threshold = 3

@@ -325,6 +325,24 @@ def test_a_run_of_version_0_1_is_verified_known_as_finished_and_resumed(
     assert json.loads((run / "summary.json").read_text())["curve"] == before["curve"]
 
 
+def test_a_corrupt_ledger_stops_the_run_and_stays_as_it_is(
+    simulate: Any, smoke_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "smoke"
+    shutil.copytree(smoke_run, run)
+    # As a run that was stopped before its end: resumed, it opens every ledger again.
+    (run / "summary.json").unlink()
+    ledger = run / "sites" / "hospital-a" / "state" / "ledger.sqlite"
+    data = bytearray(ledger.read_bytes())
+    position = data.rfind(b"reserved")
+    data[position + 12] ^= 1
+    ledger.write_bytes(data)
+    result = simulate("run", "smoke", "--runs", tmp_path, "--name", "smoke")
+    assert result.returncode == 33, result.stderr
+    assert "ledger.sqlite" in result.stderr
+    assert ledger.read_bytes() == bytes(data)
+
+
 def test_the_curve_starts_before_training_and_rises(smoke_run: Path) -> None:
     summary = json.loads((smoke_run / "summary.json").read_text())
     accuracies = [point["score"]["accuracy"] for point in summary["curve"]]
