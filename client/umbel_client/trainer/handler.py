@@ -68,6 +68,7 @@ from datetime import datetime
 from pathlib import Path
 
 from umbel_client.data.site_data import SiteData
+from umbel_client.ledger.register import Register, machine_register
 from umbel_client.models.adapters.folder import write_adapter
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.decisions import Decisions
@@ -130,6 +131,7 @@ class Trainer:
         *,
         observer: Observer,
         data: SiteData | None = None,
+        register: Register | None = None,
         entropy: Entropy = os.urandom,
         clock: Callable[[], datetime] = datetime.now,
     ) -> None:
@@ -139,6 +141,8 @@ class Trainer:
             pinned: the roster that this site pinned, and the keys that it holds for revoked.
             data: the site's records; None: they are read now. A site whose data cannot be read
                 refuses every plan (`site-not-ready`).
+            register: replaced only by simulations and tests, whose data are made up; None: that of
+                this machine.
             entropy: replaced only by simulations, which say that they are insecure.
             clock: this machine's local time, for the policy's hours.
 
@@ -168,6 +172,13 @@ class Trainer:
         self._data = SiteData.load(config) if data is None else data
         for warning in self._data.warnings():
             _logger.warning("%s", warning)
+        if register is not None:
+            _logger.warning(
+                "THIS IS A SIMULATION: what its data cost is registered in %s only, not on this"
+                " machine",
+                register.folder,
+            )
+        self._register = register or machine_register()
         self._job: SiteJob | None = None
 
     def close(self) -> None:
@@ -426,6 +437,7 @@ class Trainer:
                 plan,
                 self._site.roster,
                 self._data,
+                register=self._register,
                 published=published,
                 observer=self._observer,
                 entropy=self._site.entropy,

@@ -13,6 +13,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from umbel_client.ledger.register import Register
 from umbel_client.relay.flower import answer_message, whole
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.pinned_roster import load_pinned
@@ -197,6 +198,8 @@ class Federation:
             load_pinned(config),
             read_identity(Path(config.identity)),
             observer=observer,
+            # The run has its own: its data are copies that everybody has, and runs are repeated.
+            register=Register(self.folder / "ledgers"),
             entropy=self.entropy(site),
         )
 
