@@ -89,7 +89,7 @@ def marks_of(config: ClientConfig, source: bytes) -> frozenset[str]:
 
 
 class Register:
-    """The register in a folder. Every call takes its lock, so processes may share it."""
+    """The register in a folder. Each call that writes takes its lock: processes may share it."""
 
     def __init__(self, folder: Path) -> None:
         """Nothing is made before the first ledger is entered.
@@ -106,10 +106,8 @@ class Register:
         Raises:
             StorageError: the register cannot be read.
         """
-        if not self.folder.exists():
-            return ()
-        with self._locked():
-            return tuple(entry for entry in self._read().values() if marks & {*entry.marks})
+        with self._errors():
+            return tuple(e for e in self._read(own=False).values() if marks & {*e.marks})
 
     def require_free(self, path: Path, marks: frozenset[str]) -> None:
         """Refuses a data set whose ledger is in another place, before one is made here.
@@ -121,10 +119,11 @@ class Register:
             LedgerError: the data set belongs to another ledger, or the ledger here is a copy.
             StorageError: the register cannot be used.
         """
-        if self.folder.exists():
-            with self._locked():
-                first = read_ledger(path).heads[0].hex() if path.exists() else None
-                self._judge(self._read(), first, path, marks)
+        with self._errors():
+            entries = self._read(own=False)
+        if entries:
+            first = read_ledger(path).heads[0].hex() if path.exists() else None
+            self._judge(entries, first, path, marks)
 
     def enter(self, ledger: Ledger, marks: frozenset[str]) -> None:
         """Enters a ledger, and from now on each of its rows: steps 1 to 3.
@@ -220,12 +219,26 @@ class Register:
     def _file(self, first: str) -> Path:
         return self.folder / f"{first}.json"
 
-    def _read(self) -> dict[str, Entry]:
-        found = {path.stem: self._read_one(path) for path in sorted(self.folder.glob("*.json"))}
+    def _read(self, *, own: bool = True) -> dict[str, Entry]:
+        """The entries by the first heads of their ledgers.
+
+        Args:
+            own: whether only this user may have written them; else root may look at another's.
+        """
+        paths = [path for path in self._names() if path.suffix == ".json"]
+        found = {path.stem: self._read_one(path, own=own) for path in paths}
         return {name: entry for name, entry in found.items() if entry is not None}
 
-    def _read_one(self, path: Path) -> Entry | None:
-        require_own(path)
+    def _names(self) -> list[Path]:
+        try:
+            # `glob` would take a folder that cannot be read for an empty one.
+            return sorted(self.folder / name for name in os.listdir(self.folder))
+        except FileNotFoundError:
+            return []
+
+    def _read_one(self, path: Path, *, own: bool = True) -> Entry | None:
+        if own:
+            require_own(path)
         try:
             return msgspec.json.decode(path.read_bytes(), type=Entry)
         except FileNotFoundError:
@@ -243,13 +256,19 @@ class Register:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Holds the register's lock; turns a failing disk into a `StorageError`."""
-        try:
+        """Makes the folder if need be, and holds the register's lock."""
+        with self._errors():
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             require_own(self.folder)
             with open(self.folder / "register.lock", "ab", opener=_private) as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 yield
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turns a failing disk into a `StorageError`."""
+        try:
+            yield
         except OSError as error:
             raise StorageError(
                 "the register of privacy ledgers cannot be used",
