@@ -59,6 +59,7 @@ The requests of later stages pass step 1, find their attempt (`unknown-attempt`)
 the job as in step 11, pass their own steps (`stages`), and are counted as in step 15.
 """
 
+import functools
 import logging
 import os
 import threading
@@ -173,11 +174,7 @@ class Trainer:
         for warning in self._data.warnings():
             _logger.warning("%s", warning)
         if register is not None:
-            _logger.warning(
-                "THIS IS A SIMULATION: what its data cost is registered in %s only, not on this"
-                " machine",
-                register.folder,
-            )
+            _warn_of_simulation(register.folder)
         self._register = register or machine_register()
         self._job: SiteJob | None = None
 
@@ -444,6 +441,15 @@ class Trainer:
             )
         except (DataError, LedgerError, StorageError) as error:
             raise _NotReady(error) from error
+
+
+@functools.cache
+def _warn_of_simulation(ledgers: Path) -> None:
+    """Says once for all sites of a simulation that it keeps no account on this machine."""
+    _logger.warning(
+        "THIS IS A SIMULATION: what its data cost is registered in %s only, not on this machine",
+        ledgers,
+    )
 
 
 class _NotReady(Exception):

@@ -7,6 +7,7 @@ party to another only as bytes through the grid.
 
 import hashlib
 import os
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -115,6 +116,10 @@ class Federation:
         """A site's configuration, read from its own file."""
         return load_config(self.site_folder(site) / "client.toml")
 
+    @property
+    def _ledgers(self) -> Path:
+        return self.folder / "ledgers"
+
     def registry(self) -> Registry:
         """The adapters that the operator keeps."""
         return Registry(self.folder / "server" / "registry")
@@ -145,6 +150,8 @@ class Federation:
                 since here the developer is also the administrator of every site.
         """
         operator = read_identity(self.folder / "server" / "identity.pem")
+        # The folder of a run may be moved and copied, and the register names places.
+        shutil.rmtree(self._ledgers, ignore_errors=True)
         registry = self.registry()
         with ExitStack() as stack:
             store = Journal(self.folder / "server" / "journal.sqlite")
@@ -199,7 +206,7 @@ class Federation:
             read_identity(Path(config.identity)),
             observer=observer,
             # The run has its own: its data are copies that everybody has, and runs are repeated.
-            register=Register(self.folder / "ledgers"),
+            register=Register(self._ledgers),
             entropy=self.entropy(site),
         )
 
