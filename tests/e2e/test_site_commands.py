@@ -214,7 +214,7 @@ def test_a_healthy_site_is_fine(clinics: Clinics) -> None:
     if network() is Network.REACHABLE and found["isolation"] == "look":
         # A kernel that gives no network namespace.
         expected["isolation"] = expected["trainer"] = "look"
-    assert len(found) == 11
+    assert len(found) == 12
     assert found == expected
 
 

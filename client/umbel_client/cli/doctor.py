@@ -116,7 +116,7 @@ def _ledger(config: ClientConfig) -> tuple[Verdict, str]:
 def _data_set(config: ClientConfig) -> tuple[Verdict, str]:
     source = SiteData.load(config).source
     if source is None:
-        return Verdict.BROKEN, "the data cannot be read, so its ledger is not known"
+        return Verdict.CARE, "the data cannot be read, so its ledger is not known"
     marks = marks_of(config, source)
     register = machine_register()
     register.require_free(config.state_folder.ledger, marks)
