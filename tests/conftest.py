@@ -1,19 +1,22 @@
 """Shared by all tests: one thread a process, and small plans that need no model."""
 
 import gc
+import itertools
 import os
+import runpy
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+from umbel_client.ledger.register import MACHINE
 from umbel_common import errors
 from umbel_common.plans.plan import (
     Adam,
@@ -28,6 +31,13 @@ from umbel_common.plans.plan import (
 )
 from umbel_common.trust.identity import Identity, Member, Roster
 
+# Here, and in every process that a test starts.
+_OWN_REGISTER = os.path.join(os.path.dirname(__file__), "support", "own_register")
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    path for path in (_OWN_REGISTER, os.environ.get("PYTHONPATH")) if path
+)
+runpy.run_path(os.path.join(_OWN_REGISTER, "sitecustomize.py"))
+
 hypothesis.settings.register_profile("ci", deadline=None)
 # `make fuzz`: the targets of tests/fuzz then take the numbers of inputs that they name themselves.
 hypothesis.settings.register_profile("fuzz", deadline=None)
@@ -39,6 +49,8 @@ TENSORS = (
     Tensor(name="head.bias", shape=(3,), role="head"),
     Tensor(name="head.weight", shape=(3, 6), role="head"),
 )
+
+_NUMBERS = itertools.count()
 
 LONGEST_FIRST = (
     "e2e/test_faults.py",
@@ -69,6 +81,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Keeps the garbage collector from looking again and again at PyTorch's many objects."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The place of a home folder for each test. Fixtures that live longer have one of their own."""
+    assert not MACHINE.exists(), f"{MACHINE} is for the ledgers of real data: test elsewhere"
+    folder = tmp_path_factory.mktemp("homes")
+    os.environ["UMBEL_HOME_OF_TESTS"] = str(folder / "fixtures")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_register(homes: Path) -> Iterator[None]:
+    """Gives the test a register of ledgers of its own."""
+    before = os.environ["UMBEL_HOME_OF_TESTS"]
+    os.environ["UMBEL_HOME_OF_TESTS"] = str(homes / f"{next(_NUMBERS)}")
+    yield
+    os.environ["UMBEL_HOME_OF_TESTS"] = before
 
 
 @pytest.fixture(scope="session")

@@ -46,10 +46,10 @@ LABEL org.opencontainers.image.title="umbel-trainer-cpu" \
 # A new volume takes the owner and mode of its folder here.
 RUN groupadd --gid 10000 umbel \
     && useradd --uid 10001 --gid umbel --no-create-home --home-dir /tmp --shell /usr/sbin/nologin umbel \
-    && install -d -o umbel -g umbel -m 0700 /var/lib/umbel \
+    && install -d -o umbel -g umbel -m 0700 /var/lib/umbel /var/lib/umbel-ledgers \
     && install -d -o umbel -g umbel -m 0770 /run/umbel
 COPY --from=build /opt/umbel /opt/umbel
-# Only /var/lib/umbel, /run/umbel and /tmp are written to, so the root may be read-only.
+# Only /var/lib/umbel, /var/lib/umbel-ledgers, /run/umbel and /tmp are written to, so the root may be read-only.
 # hadolint ignore=DL3064  # TOKENIZERS_PARALLELISM is no secret
 ENV PATH=/opt/umbel/bin:${PATH} \
     HOME=/tmp \

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from umbel_client.data.records import load_records
 from umbel_client.ledger.ledger import Ledger
+from umbel_client.ledger.register import Register
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.base.files import folder_digest
 from umbel_client.site.config import load_config
@@ -220,6 +221,8 @@ class Federation:
             Pinned(roster or self.roster, revoked, former),
             self.identities[site],
             observer=self.observers[site],
+            # Of its own: each federation here is a machine that never saw another.
+            register=Register(self.folder / "ledgers"),
             clock=clock,
         )
 

@@ -23,6 +23,7 @@ from umbel_client.data.hold_out import _position, hold_out
 from umbel_client.data.records import Misfit, refuse
 from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.ledger import Ledger
+from umbel_client.ledger.register import Register
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.files import folder_digest
 from umbel_client.site.config import ClientConfig, ModelConfig, load_config
@@ -129,7 +130,12 @@ class Site:
     def start(self) -> None:
         self.observer = KeptObserver()
         self.trainer = Trainer(
-            self.config, Pinned(ROSTER, frozenset()), IDENTITIES[SITE], observer=self.observer
+            self.config,
+            Pinned(ROSTER, frozenset()),
+            IDENTITIES[SITE],
+            observer=self.observer,
+            # Each world is a machine of its own.
+            register=Register(self.data.parent / "ledgers"),
         )
 
     def ledger(self) -> Ledger:

@@ -1,4 +1,7 @@
-"""A whole state folder that is put back to an earlier time and would train a second time."""
+"""A whole machine that is put back to an earlier time and would train a second time.
+
+A state folder alone that is put back is noticed at the machine (test_one_ledger).
+"""
 
 import shutil
 from collections.abc import Callable
@@ -12,6 +15,7 @@ from typer.testing import CliRunner
 
 from umbel_client.cli import app
 from umbel_client.ledger.file import read_ledger
+from umbel_client.ledger.register import machine_register
 from umbel_client.storage.journal import read_published
 from umbel_common.adapters.vector import adapter_digest
 from umbel_common.protocol.wire import LastAdvert, OfferReply, OfferRequest, TrainReply
@@ -26,10 +30,11 @@ def state_of(federation: Federation) -> Path:
 
 
 def put_back(federation: Federation, copy: Path) -> None:
-    """Puts an older folder back as `cp -a` would, past every command."""
+    """Puts older folders back as a snapshot of the machine would, past every command."""
     federation.trainers[SITE].close()
-    shutil.rmtree(state_of(federation))
-    shutil.copytree(copy, state_of(federation))
+    for folder, name in ((state_of(federation), "state"), (machine_register().folder, "ledgers")):
+        shutil.rmtree(folder)
+        shutil.copytree(copy / name, folder)
     federation.start(SITE)
 
 
@@ -43,12 +48,13 @@ def train(federation: Federation, last: LastAdvert | None = None, **parts: objec
 
 @pytest.fixture
 def copied(open_federation: Callable[..., Federation]) -> tuple[Federation, Path]:
-    """A site that has accepted a plan, and a copy of its state folder."""
+    """A site that has accepted a plan, and a copy of its machine's folders."""
     federation = open_federation()
     federation.offer()
     copy = federation.folder / "copy"
     federation.trainers[SITE].close()
-    shutil.copytree(state_of(federation), copy)
+    shutil.copytree(state_of(federation), copy / "state")
+    shutil.copytree(machine_register().folder, copy / "ledgers")
     federation.start(SITE)
     return federation, copy
 

@@ -13,6 +13,7 @@ import numpy as np
 import umbel_client.trainer.handler
 from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.ledger import Ledger
+from umbel_client.ledger.register import Register
 from umbel_client.privacy.accounting import DpEvent
 from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.site.config import ClientConfig
@@ -52,6 +53,7 @@ def open_prepared_job(
     roster: Roster,
     data: SiteData,
     *,
+    register: Register,
     published: Published,
     observer: Observer,
     entropy: Entropy,

@@ -205,9 +205,14 @@ class Container:
         }
 
 
+def is_note(item: Object) -> bool:
+    """Whether an object only keeps a second release away from a data set."""
+    return bool(item["metadata"]["name"].startswith("umbel-ledger-"))
+
+
 def kind(objects: list[Object], name: str) -> Object:
-    """The only object of a kind."""
-    (found,) = [item for item in objects if item["kind"] == name]
+    """The only object of a kind, besides the note of which release has a data set's ledger."""
+    (found,) = [item for item in objects if item["kind"] == name and not is_note(item)]
     return found
 
 

@@ -157,6 +157,13 @@ class Pod:
             # fsGroup, as a kubelet sets it.
             os.chown(path, 0, self._spec["securityContext"]["fsGroup"])
             path.chmod(0o2777 if "emptyDir" in volume else 0o2775)
+        # A kubelet makes a missing subPath with the mode of its volume.
+        for mount in [m for c in self._spec["containers"] for m in c["volumeMounts"]]:
+            if mount["name"] == "state" and "subPath" in mount:
+                part = self.volume("state") / mount["subPath"]
+                part.mkdir(exist_ok=True)
+                os.chown(part, 0, self._spec["securityContext"]["fsGroup"])
+                part.chmod(0o2775)
 
     def volume(self, name: str) -> Path:
         """The folder of a volume, as root sees it."""
@@ -244,7 +251,8 @@ class Pod:
 
     def _command(self, container: Object, command: "list[str] | tuple[str, ...]") -> list[str]:
         mounts = " ".join(
-            f"{self.volume(mount['name'])}:{mount['mountPath']}{':ro' * mount.get('readOnly', 0)}"
+            f"{self.volume(mount['name']) / mount.get('subPath', '')}:{mount['mountPath']}"
+            f"{':ro' * mount.get('readOnly', 0)}"
             for mount in container["volumeMounts"]
         )
         base = self._folder / "roots" / container["name"]

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from umbel_client.ledger.register import MACHINE
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "compose"
 TEXT = (FOLDER / "compose.yaml").read_text()
@@ -76,7 +78,7 @@ def test_a_trainer_only_reads_its_folder_and_has_no_key_of_the_relays(site: str)
     found = mounts(f"trainer-{site}")
     assert set(found) == {
         *("/umbel", "/model", "/umbel/relay", "/umbel/identity.pem"),
-        *("/run/umbel", "/var/lib/umbel"),
+        *("/run/umbel", "/var/lib/umbel", "/var/lib/umbel-ledgers"),
     }
     assert found["/umbel"]["read_only"]
     assert found["/model"]["read_only"]
@@ -86,6 +88,16 @@ def test_a_trainer_only_reads_its_folder_and_has_no_key_of_the_relays(site: str)
         "target": "/umbel/relay",
         "read_only": True,
     }
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_the_register_of_ledgers_is_the_machines_whatever_the_project(site: str) -> None:
+    for name in (f"trainer-{site}", f"site-{site}-admin"):
+        volume = mounts(name)[str(MACHINE)]
+        assert not volume.get("read_only")
+        assert yaml.safe_load(TEXT)["volumes"][volume["source"]] == {
+            "name": f"umbel-site-{site}-ledgers"
+        }
 
 
 def test_the_operators_two_processes_share_a_socket_and_no_more() -> None:

@@ -16,12 +16,15 @@ from deploy.charts import (
     VALUES,
     Object,
     containers,
+    is_note,
     kind,
     pod_of,
     render,
     run_helm,
     unrestricted,
 )
+
+from umbel_client.ledger.register import MACHINE
 
 charts = pytest.mark.parametrize("chart", sorted(VALUES))
 cases = pytest.mark.parametrize(("chart", "values"), CASES)
@@ -153,9 +156,19 @@ def test_a_process_writes_nowhere_but_in_its_state_its_sockets_and_tmp(
             if not mount.get("readOnly")
         }
         allowed = {"/keys"} if container.name.endswith("-key") else {
-            "/var/lib/umbel", "/run/umbel", "/tmp"
+            "/var/lib/umbel", "/var/lib/umbel-ledgers", "/run/umbel", "/tmp"
         }  # fmt: skip
         assert writable <= allowed
+
+
+def test_the_register_of_ledgers_is_on_the_state_volume_and_the_data_are_taken_once(
+    tmp_path: Path,
+) -> None:
+    """Helm refuses an object that another release owns; a kept one outlives its release."""
+    objects = render("umbel-site", tmp_path)
+    assert containers(pod_of(objects))["trainer"].volumes()[str(MACHINE)]["name"] == "state"
+    (note,) = [item for item in objects if is_note(item)]
+    assert note["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
 
 
 def test_a_relay_has_neither_data_nor_model_nor_state(tmp_path: Path) -> None:

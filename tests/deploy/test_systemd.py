@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from umbel_client.ledger.register import MACHINE
+
 FOLDER = Path(__file__).parents[2] / "deploy" / "systemd"
 UNITS = sorted(FOLDER.glob("*/*.service"))
 MOST_EXPOSURE = {"umbel-trainer.service": 2.0}
@@ -196,7 +198,15 @@ def test_a_unit_without_a_network_does_not_see_the_sockets_of_others(
 def test_the_relay_may_open_nothing_of_the_trainers() -> None:
     """The folders that one unit needs are those that the other is kept out of."""
     relay = (FOLDER / "site" / "umbel-relay.service").read_text()
-    for path in ("/var/lib/umbel-trainer", "/etc/umbel/identity.pem"):
+    for path in ("/var/lib/umbel-trainer", "/var/lib/umbel-ledgers", "/etc/umbel/identity.pem"):
         assert re.search(rf"^InaccessiblePaths=.*-{path}\b", relay, re.MULTILINE)
     users = re.findall(r"^User=(.*)$", "".join(unit.read_text() for unit in UNITS), re.MULTILINE)
     assert set(users) == {"umbel-trainer", "umbel-relay", "umbel-port", "umbel-rounds"}
+
+
+def test_the_trainers_unit_keeps_the_register_of_ledgers() -> None:
+    unit = (FOLDER / "site" / "umbel-trainer.service").read_text()
+    folders = re.findall(r"^StateDirectory=(.*)$", unit, re.MULTILINE)
+    assert f"/var/lib/{folders[0].split()[-1]}" == str(MACHINE)
+    tmpfiles = (FOLDER / "site" / "umbel-site.tmpfiles.conf").read_text()
+    assert re.search(rf"^d {MACHINE} +0700 umbel-trainer ", tmpfiles, re.MULTILINE)

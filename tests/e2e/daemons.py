@@ -99,6 +99,7 @@ identity = "identity.pem"
 roster = "roster.json"
 
 [data]
+name = "{site}"
 path = "data.jsonl"
 public_size = 40
 

@@ -22,6 +22,7 @@ from cryptography import x509
 
 from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.file import read_ledger
+from umbel_client.ledger.register import machine_register, marks_of
 from umbel_client.models.base.files import folder_digest
 from umbel_client.relay.proxy import way_to
 from umbel_client.site.config import ClientConfig
@@ -122,6 +123,25 @@ def _ledger(config: ClientConfig) -> tuple[Verdict, str]:
     return Verdict.FINE, f"{len(contents.rounds)} rounds charged, head {contents.head().hex()[:16]}"
 
 
+def _data_set(config: ClientConfig) -> tuple[Verdict, str]:
+    source = SiteData.load(config).source
+    if source is None:
+        return Verdict.CARE, "the data cannot be read, so its ledger is not known"
+    marks = marks_of(config, source)
+    register = machine_register()
+    register.require_free(config.state_folder.ledger, marks)
+    found = [entry.ledger for entry in register.find(marks)]
+    if not found:
+        text = f"has no ledger yet in {register.folder}: the first plan creates it"
+    else:
+        text = f"its ledger is {', '.join(found)}"
+        if found != [str(config.state_folder.ledger)]:
+            return Verdict.CARE, f"{text}, which is gone: state what was spent (docs/budget.md)"
+    if config.data.name is None:
+        return Verdict.CARE, f"{text}. Give data.name, so that a changed file is known too"
+    return Verdict.FINE, f"{config.data.name}: {text}"
+
+
 def _modes(config: ClientConfig) -> tuple[Verdict, str]:
     for path in (Path(config.data.path), Path(config.state)):
         if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o007:
@@ -220,6 +240,7 @@ CHECKS: dict[str, Check] = {
     "model": _model,
     "data": _data,
     "ledger": _ledger,
+    "data set": _data_set,
     "file modes": _modes,
     "disk": _disk,
     "isolation": _isolation,

@@ -11,6 +11,7 @@ import typer
 from umbel_client.cli.options import CLIENT_TOML, Config
 from umbel_client.ledger.file import read_ledger
 from umbel_client.ledger.ledger import Ledger
+from umbel_client.ledger.register import machine_register
 from umbel_client.ledger.rows import Stated
 from umbel_client.ledger.statement import stated_rounds, statement_text
 from umbel_client.site.config import load_config
@@ -74,6 +75,7 @@ def state_spend(
     )
     with Ledger.open(path, contents.data_set, settings.data.unit_column) as ledger:
         ledger.charge_statement(stated)
+        machine_register().settle(ledger)
         print_lines(
             Screen(),
             [

@@ -79,6 +79,11 @@ class SiteData:
         if self.failed and not self.read:
             raise next(iter(self.failed.values()))
 
+    @property
+    def source(self) -> bytes | None:
+        """Digest of the data file, 32 bytes; None if no task can use the file."""
+        return next((records.source for records in self.read.values()), None)
+
     def warnings(self) -> Iterator[str]:
         """Yields what the site's people should know of the data, a sentence each."""
         for task, error in self.failed.items():

@@ -43,7 +43,7 @@ is noticed (`keep_pace`).
 import math
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -93,6 +93,7 @@ class Ledger:
         self._database = database
         self._entropy = entropy
         self._contents = Contents()
+        self._report: Callable[[bytes], None] | None = None
 
     @classmethod
     def open(
@@ -235,6 +236,23 @@ class Ledger:
         """Head of the chain, 32 bytes: commits to the history, reveals nothing about it."""
         return self._contents.head()
 
+    @property
+    def path(self) -> Path:
+        """The SQLite file."""
+        return self._path
+
+    def first(self) -> bytes:
+        """Head of the first row, 32 bytes: no other ledger has it, but a copy of this one."""
+        return self._contents.heads[0]
+
+    def contains(self, head: bytes) -> bool:
+        """Whether this history contains a head."""
+        return head in self._contents.heads
+
+    def report_to(self, register: Callable[[bytes], None]) -> None:
+        """Has each new head reported, before the call that adds it returns."""
+        self._report = register
+
     def verify(self, expected_head: bytes) -> None:
         """Checks that this history continues one that was published under `expected_head`.
 
@@ -368,6 +386,8 @@ class Ledger:
                 (len(self._contents.heads), entry, row.head()),
             )
         self._contents.follow(row)
+        if self._report is not None:
+            self._report(self.head())
 
     def _load(self) -> None:
         with storage_errors(self._path):

@@ -92,8 +92,8 @@ class Restored(Value, frozen=True, tag_field="row", tag="restored"):
     before somebody states it."""
 
     evidence: Digest
-    """The manifest of the backup that was restored, or a head that this site signed and these rows
-    do not contain."""
+    """The manifest of the backup that was restored, or a head that this site signed, or that its
+    machine's register knows, and these rows do not contain."""
 
 
 class StatedRound(Value, frozen=True):

@@ -7,6 +7,7 @@ identity = "identity.pem"
 roster = "roster.json"
 
 [data]
+name = "north-notes"
 path = "notes.jsonl"
 public_size = 5000
 
@@ -52,6 +53,9 @@ class DataConfig(Value, frozen=True):
     everyone may know, and that stays when records come and go. Sampling rate and noise follow from
     it, so they reveal nothing about the exact number; privacy holds whatever the exact number
     is."""
+    name: Name | None = None
+    """What the site's people call the data set, the same for all its versions and federations. It
+    finds the one ledger of the data set; without a name, only the file's place and bytes do."""
     text_column: str = "text"
     """The column with the texts."""
     label_column: str = "label"

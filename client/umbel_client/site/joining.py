@@ -40,6 +40,8 @@ identity = "identity.pem"
 roster = "roster.json"
 
 [data]
+# What you call the data set, the same for all its versions and federations: it has one ledger.
+name = "{site}"
 # .jsonl, .csv or .parquet, with a column `text` and a column `label`.
 path = "data.jsonl"
 # About how many records (or patients, with unit_column) there are, as everybody may know.

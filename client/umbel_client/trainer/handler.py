@@ -59,6 +59,7 @@ The requests of later stages pass step 1, find their attempt (`unknown-attempt`)
 the job as in step 11, pass their own steps (`stages`), and are counted as in step 15.
 """
 
+import functools
 import logging
 import os
 import threading
@@ -68,6 +69,7 @@ from datetime import datetime
 from pathlib import Path
 
 from umbel_client.data.site_data import SiteData
+from umbel_client.ledger.register import Register, machine_register
 from umbel_client.models.adapters.folder import write_adapter
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.decisions import Decisions
@@ -130,6 +132,7 @@ class Trainer:
         *,
         observer: Observer,
         data: SiteData | None = None,
+        register: Register | None = None,
         entropy: Entropy = os.urandom,
         clock: Callable[[], datetime] = datetime.now,
     ) -> None:
@@ -139,6 +142,8 @@ class Trainer:
             pinned: the roster that this site pinned, and the keys that it holds for revoked.
             data: the site's records; None: they are read now. A site whose data cannot be read
                 refuses every plan (`site-not-ready`).
+            register: replaced only by simulations and tests, whose data are made up; None: that of
+                this machine.
             entropy: replaced only by simulations, which say that they are insecure.
             clock: this machine's local time, for the policy's hours.
 
@@ -168,6 +173,9 @@ class Trainer:
         self._data = SiteData.load(config) if data is None else data
         for warning in self._data.warnings():
             _logger.warning("%s", warning)
+        if register is not None:
+            _warn_of_simulation(register.folder)
+        self._register = register or machine_register()
         self._job: SiteJob | None = None
         self._largest = max([size_limit(None), *map(size_limit, self._plans())])
 
@@ -436,12 +444,22 @@ class Trainer:
                 plan,
                 self._site.roster,
                 self._data,
+                register=self._register,
                 published=published,
                 observer=self._observer,
                 entropy=self._site.entropy,
             )
         except (DataError, LedgerError, StorageError) as error:
             raise _NotReady(error) from error
+
+
+@functools.cache
+def _warn_of_simulation(ledgers: Path) -> None:
+    """Says once for all sites of a simulation that it keeps no account on this machine."""
+    _logger.warning(
+        "THIS IS A SIMULATION: what its data cost is registered in %s only, not on this machine",
+        ledgers,
+    )
 
 
 class _NotReady(Exception):

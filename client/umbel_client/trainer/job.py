@@ -39,6 +39,7 @@ from umbel_client.data.site_data import SiteData
 from umbel_client.dpsgd.batch_size import choose_batch_limit
 from umbel_client.evaluation.counts import noisy_counts
 from umbel_client.ledger.ledger import Ledger
+from umbel_client.ledger.register import Register, marks_of
 from umbel_client.ledger.rows import EVALUATION, LOST
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.architecture import naming_architecture
@@ -97,6 +98,7 @@ def open_job(
     roster: Roster,
     data: SiteData,
     *,
+    register: Register,
     published: Published,
     observer: Observer,
     entropy: Entropy,
@@ -104,9 +106,9 @@ def open_job(
     """Opens a job: what comes before its first round, step by step.
 
     a. Calibrate the noise, from public figures only (`delta-for-records`).
-    b. Open the data set's ledger, verify it against what this site published, require that what an
-       old copy lacks was stated, count the answers that left, and check the budget of the whole
-       plan (`budget`).
+    b. Open the data set's ledger, unless the register says that another one is charged; enter it,
+       verify it against what this site published, require that what an old copy lacks was stated,
+       count the answers that left, and check the budget of the whole plan (`budget`).
     c. Load the model, and find the number of records computed at once.
     d. Test the model on made-up records: on the longest that the plan allows, on the checks of a
        private step, and on their bits in every shape.
@@ -118,6 +120,7 @@ def open_job(
 
     Args:
         data: the site's records, as it read them when it started.
+        register: which ledger each data set of this machine belongs to.
         published: what this site has published, from its journal; the ledger must know of it.
         observer: what follows the work at this site.
         entropy: the source of batches, noise and rounding.
@@ -129,17 +132,23 @@ def open_job(
         PolicyRefusal: `delta-for-records`, if the plan's delta is too large for this data set.
         BudgetError: the whole plan would exceed the data set's budget.
         LedgerError: the ledger is corrupt, in use, or rolled back, or the journal is rolled back;
-            or the ledger is an old copy, and nobody stated what was spent since.
+            or the data set has another ledger (`register`); or the ledger is an old copy, and
+            nobody stated what was spent since.
+        StorageError: the ledger or the register cannot be used.
     """
     # a. Calibrate the noise. What a server can make this site refuse here depends on public figures
     #    only.
     noise = noise_for(plan, config.data.public_size)
     records = data.records(plan.task)
     with ExitStack() as opened:
-        # b. Open the ledger, verify it against what this site published, and check the budget.
+        # b. Open the one ledger of the data set, verify it, and check the budget.
         state = config.state_folder
+        marks = marks_of(config, records.source)
+        if not state.ledger.exists():
+            register.require_free(state.ledger, marks)
         ledger = Ledger.open(state.ledger, records.digest(), records.unit_column)
         opened.callback(ledger.close)
+        register.enter(ledger, marks)
         if published.ledger_head is not None:
             ledger.verify(published.ledger_head)
         ledger.require_stated()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from umbel_client.data.site_data import SiteData
+from umbel_client.ledger.register import machine_register, marks_of
 from umbel_client.models.base.files import require_model
 from umbel_client.site.config import (
     ClientConfig,
@@ -57,7 +58,7 @@ def run(path: Path, no_isolation: str | None) -> None:
 
     Raises:
         UmbelError: the configuration, the roster, the key, data, model, the journal or a socket
-            cannot be used.
+            cannot be used; or the data set has its ledger in another state folder.
     """
     config = load_config(path)
     relay = require_relay(config, path)
@@ -71,6 +72,8 @@ def run(path: Path, no_isolation: str | None) -> None:
     require_model(Path(config.model.path))
     data = SiteData.load(config)
     data.require()
+    if data.source is not None:
+        machine_register().require_free(state.ledger, marks_of(config, data.source))
     identity = read_identity(Path(config.identity))
     log = SiteLog(logger)
     stopping = stop_on_signals()

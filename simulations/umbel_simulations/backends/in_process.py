@@ -7,12 +7,14 @@ party to another only as bytes through the grid.
 
 import hashlib
 import os
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from umbel_client.ledger.register import Register
 from umbel_client.relay.flower import answer_message, whole
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.pinned_roster import load_pinned
@@ -114,6 +116,10 @@ class Federation:
         """A site's configuration, read from its own file."""
         return load_config(self.site_folder(site) / "client.toml")
 
+    @property
+    def _ledgers(self) -> Path:
+        return self.folder / "ledgers"
+
     def registry(self) -> Registry:
         """The adapters that the operator keeps."""
         return Registry(self.folder / "server" / "registry")
@@ -144,6 +150,8 @@ class Federation:
                 since here the developer is also the administrator of every site.
         """
         operator = read_identity(self.folder / "server" / "identity.pem")
+        # The folder of a run may be moved and copied, and the register names places.
+        shutil.rmtree(self._ledgers, ignore_errors=True)
         registry = self.registry()
         with ExitStack() as stack:
             store = Journal(self.folder / "server" / "journal.sqlite")
@@ -197,6 +205,8 @@ class Federation:
             load_pinned(config),
             read_identity(Path(config.identity)),
             observer=observer,
+            # The run has its own: its data are copies that everybody has, and runs are repeated.
+            register=Register(self._ledgers),
             entropy=self.entropy(site),
         )
 

@@ -5,6 +5,7 @@ network, approvals. But there is only one machine, and nobody compares fingerpri
 """
 
 import json
+import secrets
 import socket
 import subprocess
 import time
@@ -116,7 +117,10 @@ def run_federation(scenario: Scenario, folder: Path, say: Say) -> Path:
     for name, site in sites.items():
         site.folder.mkdir()
         _enrol(operator, site, name, scenario.name)
-        write_site_data(site.folder, data[name])
+        # The sites use this machine's register of ledgers, as in a deployment. So the data of
+        # each run are a data set of their own.
+        run = secrets.token_hex(8)
+        write_site_data(site.folder / run, data[name], {"run": run})
         config = client_toml(
             scenario,
             name,
@@ -125,6 +129,7 @@ def run_federation(scenario: Scenario, folder: Path, say: Say) -> Path:
             model=model,
             approval="each-plan",
             physical_batch_size="auto",
+            data=f"{run}/data.jsonl",
             server=address,
         )
         (site.folder / "client.toml").write_text(config, encoding="utf-8")

@@ -17,7 +17,7 @@ roster = "roster.json"
 physical_batch_size = {physical_batch_size}
 
 [data]
-path = "data.jsonl"
+path = {data}
 public_size = {public_size}
 
 [model]
@@ -48,16 +48,19 @@ def client_toml(
     model: Path,
     approval: Literal["each-plan", "none"],
     physical_batch_size: int | Literal["auto"],
+    data: str = "data.jsonl",
     server: str | None = None,
 ) -> str:
     """A configuration that allows what the scenario plans, and nothing more.
 
     Args:
         records: how many the site has; the file says their `public_size`.
+        data: the data file, from the file's folder.
         server: the address that the site's relay connects to; absent for a site without a relay.
     """
     return CLIENT_TOML.format(
         site=json.dumps(site),
+        data=json.dumps(data),
         physical_batch_size=json.dumps(physical_batch_size),
         public_size=public_size(records),
         model=json.dumps(str(model.resolve())),

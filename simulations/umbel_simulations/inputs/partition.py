@@ -2,8 +2,9 @@
 
 import heapq
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 import numpy as np
@@ -45,10 +46,15 @@ def partition(examples: Sequence[Example], sites: Sites, seed: int) -> dict[str,
     }
 
 
-def write_site_data(folder: Path, examples: Sequence[Example]) -> None:
+def write_site_data(
+    folder: Path, examples: Sequence[Example], run: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Writes `data.jsonl` into a folder, one JSON object a line.
 
     An object has `text` and `label`, or `prompt` and `completion` for a language model.
+
+    Args:
+        run: further columns of the first record.
     """
     rows = [
         {"prompt": example.text, "completion": example.answer}
@@ -56,6 +62,7 @@ def write_site_data(folder: Path, examples: Sequence[Example]) -> None:
         else {"text": example.text, "label": example.label}
         for example in examples
     ]
+    rows[:1] = [{**row, **run} for row in rows[:1]]
     write(folder / "data.jsonl", b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
 
 

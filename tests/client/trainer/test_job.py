@@ -13,6 +13,7 @@ from support.small_models import one_round, plan_for
 
 from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.ledger import Ledger
+from umbel_client.ledger.register import Register
 from umbel_client.site.config import ClientConfig, DataConfig, ModelConfig
 from umbel_client.site.policy import Policy
 from umbel_client.storage.journal import Published
@@ -28,7 +29,9 @@ from umbel_common.plans.plan import Classification
 Open = Callable[[], SiteJob]
 STEPS = (
     "noise_for",
+    "Register.require_free",
     "Ledger.open",
+    "Register.enter",
     "load_site_model",
     "choose_batch_limit",
     "largest_record_test",
@@ -66,6 +69,7 @@ def job_of(folder: Path, model: Path, texts: list[str], **settings: Any) -> Site
         plan,
         roster,
         SiteData.load(config),
+        register=Register(tmp_path / "ledgers"),
         published=Published(ledger_head=None, answers=0),
         observer=Quiet(),
         entropy=lambda size: bytes(size),
@@ -100,7 +104,7 @@ def test_the_noise_is_calibrated_first_and_the_ledger_opened_before_the_model(
     assert tuple(taken) == STEPS
 
 
-@pytest.mark.parametrize("name", [*STEPS[2:], "DeltaCache", "Ledger.require_stated"])
+@pytest.mark.parametrize("name", [*STEPS[3:], "DeltaCache", "Ledger.require_stated"])
 def test_a_step_that_fails_leaves_the_ledger_free(
     opened: Open, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
