@@ -77,7 +77,7 @@ class NoiseSource:
 
     def _words(self, size: int) -> npt.NDArray[np.uint64]:
         if os.getpid() != self._process:
-            # Parent and child would go on with the same numbers.
+            # Parent and child would draw the same numbers.
             raise RuntimeError(
                 "a source of noise is used in a process that was forked from its own"
             )

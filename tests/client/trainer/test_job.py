@@ -69,7 +69,7 @@ def job_of(folder: Path, model: Path, texts: list[str], **settings: Any) -> Site
         plan,
         roster,
         SiteData.load(config),
-        register=Register(tmp_path / "ledgers"),
+        register=Register(folder / "ledgers"),
         published=Published(ledger_head=None, answers=0),
         observer=Quiet(),
         entropy=lambda size: bytes(size),
