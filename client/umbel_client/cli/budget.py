@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from msgspec import UnsetType
 from rich.console import Console
 from rich.status import Status
 
@@ -17,7 +18,14 @@ from umbel_client.cli.options import CLIENT_TOML, Config, JsonWithInfinity, prin
 from umbel_client.cli.state_spend import state_spend
 from umbel_client.ledger.file import read_ledger, require_head
 from umbel_client.ledger.ledger import Ledger
-from umbel_client.ledger.spending import ReleaseCost, Spending, Verified, release_costs, spending
+from umbel_client.ledger.spending import (
+    FEW_ROUNDS,
+    ReleaseCost,
+    Spending,
+    Verified,
+    release_costs,
+    spending,
+)
 from umbel_client.privacy.accounting import largest_delta
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.policy import Budget
@@ -55,13 +63,24 @@ def show(config: Config = CLIENT_TOML, as_json: JsonWithInfinity = False) -> Non
 
 
 @budget.command()
-def history(config: Config = CLIENT_TOML, as_json: JsonWithInfinity = False) -> None:
+def history(
+    config: Config = CLIENT_TOML,
+    every_round: Annotated[
+        bool,
+        typer.Option(
+            "--every-round",
+            help=f"Compute the epsilon of each round, also in a history of more than {FEW_ROUNDS}"
+            " rounds. Each takes up to a second.",
+        ),
+    ] = False,
+    as_json: JsonWithInfinity = False,
+) -> None:
     """Show every round that was charged, and the epsilon spent up to it."""
     settings = load_config(config)
     contents, _ = read_site_state(settings.state_folder)
     allowed = _allowed(settings)
     with _computing():
-        releases = release_costs(contents, allowed.delta)
+        releases = release_costs(contents, allowed.delta, every=every_round)
     if as_json:
         print_json(releases)
     else:
@@ -188,7 +207,7 @@ def print_history(console: Console, releases: Sequence[ReleaseCost], delta: floa
             str(release.round),
             release.state.value,
             *_noise(release),
-            _number(release.epsilon),
+            "" if isinstance(release.epsilon, UnsetType) else _number(release.epsilon),
         )
     console.print(rounds)
     console.print(f"\nEach epsilon covers everything up to its round, at delta {delta:g}.")

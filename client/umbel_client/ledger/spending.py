@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from msgspec import UNSET, UnsetType
+
 from umbel_client.ledger.rows import Contents, Reservation, RoundState
 from umbel_client.ledger.statement import statement_text
 from umbel_client.privacy.accounting import total_epsilon
@@ -54,8 +56,8 @@ class ReleaseCost(Value, frozen=True):
     steps: int | None
     """Steps of the whole round. Noise multiplier, sampling rate and steps are None without
     differential privacy."""
-    epsilon: float
-    """Epsilon of everything on the data set up to this round."""
+    epsilon: float | UnsetType = UNSET
+    """Epsilon of everything on the data set up to this round; unset where it is not computed."""
 
 
 class Verified(Value, frozen=True):
@@ -90,9 +92,22 @@ def spending(contents: Contents, allowed: Budget) -> Spending:
     )
 
 
-def release_costs(contents: Contents, delta: float) -> tuple[ReleaseCost, ...]:
-    """Every charged round, in the order in which they were charged."""
+FEW_ROUNDS = 30
+"""Longest history in which each round has an epsilon: one takes up to a second."""
+
+
+def release_costs(
+    contents: Contents, delta: float, *, every: bool = False
+) -> tuple[ReleaseCost, ...]:
+    """Every charged round, in the order in which they were charged.
+
+    Args:
+        every: whether each round has an epsilon; otherwise, in a history of more than `FEW_ROUNDS`,
+            only the last round of each job.
+    """
     rounds = list(contents.rounds.values())
+    last = {entry.job: number for number, entry in enumerate(rounds, start=1)}
+    every = every or len(rounds) <= FEW_ROUNDS
     return tuple(
         ReleaseCost(
             job=entry.job,
@@ -102,7 +117,7 @@ def release_costs(contents: Contents, delta: float) -> tuple[ReleaseCost, ...]:
             noise_multiplier=None if entry.event is None else entry.event.noise_multiplier,
             sample_rate=None if entry.event is None else entry.event.sample_rate,
             steps=None if entry.event is None else entry.event.steps,
-            epsilon=_cost(rounds[:number], delta),
+            epsilon=_cost(rounds[:number], delta) if every or last[entry.job] == number else UNSET,
         )
         for number, entry in enumerate(rounds, start=1)
     )

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from umbel_client.cli import app
+from umbel_client.ledger import spending
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.privacy.accounting import DpEvent, epsilon
 from umbel_client.site.policy import Budget
@@ -111,6 +112,25 @@ def test_history_tells_each_release_and_epsilon_after_it(ledger: Path) -> None:
     second = releases[1]
     assert (second["noise_multiplier"], second["sample_rate"], second["steps"]) == (1.5, 0.05, 10)
     assert run("history").count("first") == 2
+
+
+def test_of_a_long_history_each_jobs_last_round_has_an_epsilon(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spending, "FEW_ROUNDS", 5)
+    with Ledger.open(state / "ledger.sqlite", bytes(32)) as ledger:
+        for job, rounds in (("one", 4), ("two", 2)):
+            for number in range(1, rounds + 1):
+                charge(ledger, job, number, DpEvent(2.0, 1.0, 1))
+    rows = asked("history")
+    assert [(row["job"], row["round"]) for row in rows if "epsilon" in row] == [
+        ("one", 4),
+        ("two", 2),
+    ]
+    every = asked("history --every-round")
+    assert all(row["epsilon"] > 0 for row in every)
+    assert every[3] == rows[3]
+    assert every[5] == rows[5]
 
 
 def test_a_round_without_privacy_leaves_nothing(state: Path) -> None:
