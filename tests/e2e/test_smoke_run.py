@@ -99,7 +99,10 @@ def test_plain_peft_loads_the_adapter_and_gives_the_logits_of_umbel(smoke_run: P
         )
     # The frozen layers' outputs are kept as float16.
     assert torch.allclose(logits, expected, atol=2e-2)
-    assert (logits.argmax(-1) == expected.argmax(-1)).all()
+    # Two logits that are closer than that may change places.
+    first, second = expected.topk(2).values.T
+    clear = first - second > 4e-2
+    assert (logits.argmax(-1) == expected.argmax(-1))[clear].all()
     # The adapter does something: without it the logits differ.
     with torch.no_grad(), plain.disable_adapter():
         bare = plain(**batch).last_hidden_state

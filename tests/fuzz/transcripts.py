@@ -18,6 +18,7 @@ from vectors.values import (
     signed_by_operator,
 )
 
+from umbel_common.adapters.vector import adapter_digest, initial_vector
 from umbel_common.canonical import decode
 from umbel_common.errors import RemoteProtocolError, VerificationError
 from umbel_common.plans.statements import Release
@@ -33,32 +34,36 @@ from umbel_common.protocol.transcript import (
 from umbel_common.protocol.verification import verify_transcript
 from umbel_common.trust.identity import Signed
 
+FIRST_ADAPTER = adapter_digest(PLAN.digest(), initial_vector(PLAN))
+LAST_HEADER = msgspec.structs.replace(HEADER, attempt=2, adapter=FIRST_ADAPTER)
+
 
 def honest_events() -> list[TranscriptEvent]:
     """A job that ends after one round, with an aborted attempt before it."""
-    output = at_stage("end").output
+    output = at_stage("end", LAST_HEADER).output
     first = msgspec.structs.replace(
         RELEASE,
         round=0,
         attempt=0,
         context=bytes(32),
-        adapter=HEADER.adapter,
+        adapter=FIRST_ADAPTER,
         survivors=(),
         total_weight=0,
     )
-    header = signed_by_operator(HEADER)
+    release = msgspec.structs.replace(RELEASE, attempt=2, context=LAST_HEADER.context())
+    aborted = signed_by_operator(msgspec.structs.replace(LAST_HEADER, attempt=1))
     return [
         JobStarted(
             plan=signed_by_operator(PLAN),
             roster=ROSTER.digest(),
             release=signed_by_operator(first),
         ),
-        AttemptAborted(header=header, check="too-few-vectors", refusals=(("site-c", "budget"),)),
+        AttemptAborted(header=aborted, check="too-few-vectors", refusals=(("site-c", "budget"),)),
         RoundReleased(
-            header=header,
+            header=signed_by_operator(LAST_HEADER),
             adverts=tuple(output["advertise"].values()),
             confirmations=tuple(output["confirm"].values()),
-            release=signed_by_operator(RELEASE),
+            release=signed_by_operator(release),
         ),
         JobFinished(
             release=RELEASE.adapter,
@@ -101,7 +106,7 @@ def _chained(events: list[Any]) -> list[Signed]:
 
 def _confirmed(release: Release) -> None:
     """Two of the three sites ever signed one attempt, so no other can have been released."""
-    assert release.context == HEADER.context()
+    assert release.context == LAST_HEADER.context()
     assert release.survivors == ("site-a", "site-b")
 
 

@@ -8,6 +8,7 @@ from vectors.cases import Case, Drawn, accepted, identity, refused, sample
 from vectors.run import Run
 from vectors.values import HEADER, IDENTITIES, ROSTER, SITES
 
+from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg.messages import (
     EncryptedShare,
     KeyAdvert,
@@ -44,11 +45,11 @@ def attempt_cases() -> list[Case]:
 
 
 def _inputs(
-    name: str, bits: int, silent: dict[str, list[str]]
+    name: str, bits: int, silent: dict[str, list[str]], header: RoundHeader = HEADER
 ) -> tuple[dict[str, Drawn], dict[str, Any]]:
     drawn = {site: Drawn(f"{name} {site}") for site in SITES}
     return drawn, {
-        "header": msgspec.to_builtins(HEADER, builtin_types=(bytes,)),
+        "header": msgspec.to_builtins(header, builtin_types=(bytes,)),
         "roster": msgspec.to_builtins(ROSTER, builtin_types=(bytes,)),
         "rules": {"threshold": 2, "colluding": 0, "minimum_cohort": 2},
         "ring_bits": bits,
@@ -59,13 +60,13 @@ def _inputs(
     }
 
 
-def at_stage(stage: str) -> Run:
+def at_stage(stage: str, header: RoundHeader = HEADER) -> Run:
     """The attempt with the dropout, just before `stage`; at `end` it is over."""
-    return _at(stage)[0]
+    return _at(stage, header)[0]
 
 
-def _at(stage: str) -> tuple[Run, dict[str, Drawn]]:
-    drawn, inputs = _inputs(DROPOUT, 32, {"mask": ["site-c"]})
+def _at(stage: str, header: RoundHeader = HEADER) -> tuple[Run, dict[str, Drawn]]:
+    drawn, inputs = _inputs(DROPOUT, 32, {"mask": ["site-c"]}, header)
     return Run(inputs, drawn).to(stage), drawn
 
 
