@@ -121,7 +121,8 @@ def test_a_crash_writes_no_key_to_the_disk(tmp_path: Path) -> None:
         return list(tmp_path.glob("core*"))
 
     assert cores("hidden") == []
-    (core,) = cores("open")
+    # A loaded kernel was seen to leave a core file out.
+    core = next(core for _ in range(5) for core in cores("open"))
     assert b"uif!ijeefo!lfz" in core.read_bytes()
 
 
