@@ -156,7 +156,7 @@ def test_every_make_target_and_link_of_a_page_exists(page: str) -> None:
         assert ((ROOT / page).parent / link).exists(), link
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/releasing.md"])
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/releasing.md", "docs/threat-model.md"])
 def test_every_file_that_a_page_names_exists(page: str) -> None:
     """By its path, or by the end of it."""
     top = ("client", "common", "server", "simulations", "tests", "docs", "deploy")
