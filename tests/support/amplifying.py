@@ -191,10 +191,14 @@ def _inputs_of(model: AdaptedModel, layer: int) -> torch.Tensor:
     return seen[0].reshape(-1, seen[0].shape[-1]).float()
 
 
-def texts(lengths: Sequence[int], seed: int = 0) -> Tokens:
-    """Made-up records of these lengths."""
+def texts(lengths: Sequence[int], seed: int = 0, *, alike: bool = False) -> Tokens:
+    """Made-up records of these lengths; alike: each begins as the others do."""
     random = np.random.default_rng(seed)
-    ids = [random.integers(5, 30, length) for length in lengths]
+    if alike:
+        longest = random.integers(5, 30, max(lengths))
+        ids = [longest[:length] for length in lengths]
+    else:
+        ids = [random.integers(5, 30, length) for length in lengths]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return Tokens(np.concatenate(ids).astype(np.int32), starts, 0)
 
@@ -211,12 +215,17 @@ def data_of(model: AdaptedModel, tokens: Tokens) -> PreparedData:
     return replace(data, prefix=frozen_prefix(model, tokens, parts, None, ignore_progress))
 
 
-def sensitivity(model: AdaptedModel, adapter: Vector, lengths: Sequence[int]) -> float:
+def sensitivity(
+    model: AdaptedModel, adapter: Vector, lengths: Sequence[int], *, alike: bool = False
+) -> float:
     """How far the last of these records moves the sum of clipped gradients, in clip norms.
 
     The step has every record in its batch, and no noise.
+
+    Args:
+        alike: whether the records have one text: what changes their gradients then adds up.
     """
-    every = texts(lengths)
+    every = texts(lengths, alike=alike)
     kept = int(every.starts[-2])
     fewer = replace(every, ids=every.ids[:kept], starts=every.starts[:-1])
     clip_norm = model.plan.privacy.clip_norm  # type: ignore[union-attr]  # private plans only

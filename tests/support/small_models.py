@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
@@ -107,6 +108,9 @@ DECODERS: dict[str, type[PreTrainedConfig]] = {
 FUSED: dict[str, type[PreTrainedConfig]] = {"phi3": Phi3Config}
 """With one layer, `qkv_proj`, in place of three."""
 
+EXPERTS: dict[str, type[PreTrainedConfig]] = {"mixtral": MixtralConfig}
+"""Mixtures of experts, which have no place under differential privacy."""
+
 
 def save_decoder(
     path: Path, kind: str = "llama", *, chat_template: str | None = CHATML, **config: Any
@@ -115,7 +119,7 @@ def save_decoder(
 
     Args:
         path: folder of both; also returned.
-        kind: one of `DECODERS` or `FUSED`.
+        kind: one of `DECODERS`, `FUSED` or `EXPERTS`.
         config: of its configuration, beside what makes it small.
     """
     torch.set_num_threads(1)
@@ -149,7 +153,9 @@ def save_decoder(
     }
     if kind == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 3, "n_head": 2, "vocab_size": len(vocabulary)}
-    model = AutoModelForCausalLM.from_config({**DECODERS, **FUSED}[kind](**{**sizes, **config}))
+    model = AutoModelForCausalLM.from_config(
+        {**DECODERS, **FUSED, **EXPERTS}[kind](**{**sizes, **config})
+    )
     model.save_pretrained(path)
     fast.save_pretrained(path)
     return path

@@ -8,6 +8,7 @@ Transformers runs them in a sandbox.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, tzinfo
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from umbel_client.data.conversations import Conversation, LmRecord, Turn, check_template
 from umbel_client.data.records import LmRecords, Misfit, refuse
@@ -24,6 +26,7 @@ from umbel_client.data.tokens import (
     Ints,
     Tokens,
     load_tokenizer,
+    panics_are_errors,
     require_known,
     unreadable,
 )
@@ -109,6 +112,24 @@ def fitting_answers(
             labels.append(counted)
     tokens = Tokens.of(ids, chat.tokenizer)
     return kept, tokens, np.concatenate([np.zeros(0, np.int64), *labels])
+
+
+_STARTED = datetime.now()
+
+
+class _OneMoment(datetime):
+    """The clock that templates read (`strftime_now`), which stands still.
+
+    A template may take its time over one record, and write the time into those that follow: then
+    one record would change the tokens of others.
+    """
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> "_OneMoment":
+        return cls.fromtimestamp(_STARTED.timestamp(), tz)
+
+
+chat_template_utils.datetime = _OneMoment  # type: ignore[attr-defined]  # imported there
 
 
 @dataclass(frozen=True)
@@ -285,12 +306,13 @@ class Chat:
     def _encode(self, part: Sequence[Rendered]) -> list["Encoded"]:
         plain = self._task.template == "plain"
         # A chat template itself writes the tokens that begin and end a text.
-        encoded = self.tokenizer(
-            [text.whole for text in part],
-            add_special_tokens=plain,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-        )
+        with panics_are_errors():
+            encoded = self.tokenizer(
+                [text.whole for text in part],
+                add_special_tokens=plain,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+            )
         found = []
         for text, ids, offsets in zip(
             part, encoded["input_ids"], encoded["offset_mapping"], strict=True

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +159,26 @@ def require_known(ids: npt.NDArray[np.int32], vocabulary: int | None, row: int) 
         )
 
 
+@contextmanager
+def panics_are_errors() -> Iterator[None]:
+    """Turns a panic of the tokenizer's Rust code into an error.
+
+    A panic is no `Exception`. It would end the trainer and leave the round open, and a
+    `tokenizer.json` can be made that panics on one character: that the site ends would tell that a
+    record has it.
+
+    Raises:
+        RuntimeError: the code panicked.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # The class cannot be imported.
+        if type(error).__name__ == "PanicException":
+            raise RuntimeError("the tokenizer panicked") from error
+        raise
+
+
 def unreadable(row: int, error: Exception) -> DataError:
     """What is wrong with a record on which the tokenizer failed."""
     return DataError(
@@ -173,13 +194,14 @@ def _encoded(
     """Yields the token ids of each text, int32[n], or why the tokenizer fails on it."""
 
     def encode(part: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        encoded: list[list[int]] = tokenizer(
-            list(part),
-            truncation=True,
-            max_length=max_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
+        with panics_are_errors():
+            encoded: list[list[int]] = tokenizer(
+                list(part),
+                truncation=True,
+                max_length=max_tokens,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )["input_ids"]
         return [np.array(ids, dtype=np.int32) for ids in encoded]
 
     for start in range(0, len(texts), AT_ONCE):
@@ -214,7 +236,7 @@ def load_tokenizer(folder: Path, files: FileDigests | None = None) -> PreTrained
     """
     texts = read_texts(folder, files)
     try:
-        with _LOADING, private_folder(folder, texts) as place:
+        with _LOADING, panics_are_errors(), private_folder(folder, texts) as place:
             tokenizer = AutoTokenizer.from_pretrained(
                 place, local_files_only=True, trust_remote_code=False
             )

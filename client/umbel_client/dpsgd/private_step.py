@@ -150,7 +150,12 @@ def clipped_sum(
     if units is not None:
         gradients = _unit_means(gradients, units)
         norms = _finite_norms(gradients)
-    factors = clipping(norms, clip_norm).float()
+    exact = clipping(norms, clip_norm)
+    factors = exact.float()
+    # Rounded towards zero: of gradients near the end of float32, the factor is so small that the
+    # nearest float32 may be twice as large.
+    larger = factors > exact
+    factors[larger] = torch.nextafter(factors[larger], torch.zeros_like(factors[larger]))
     # 3. Clipped and summed in one product.
     return torch.cat([factors @ gradient for gradient in gradients])
 

@@ -3,8 +3,8 @@
 There are two accountants, both upper bounds on the true epsilon under add/remove adjacency. PRV
 (Gopi, Lee and Wutschitz 2021, "Numerical Composition of Differential Privacy") is tight and gives
 the answer in most cases. RDP (Mironov, Talwar and Zhang 2019, section 3.3; converted by Balle et
-al. 2020, theorem 21) is looser and never fails. It is used where PRV's grid would take minutes, and
-where its floating point overflows or is too coarse for delta. The smaller of two upper bounds is an
+al. 2020, theorem 21) is looser and never fails. It is used where PRV's grid would take minutes, its
+floating point overflows, or delta is close to its rounding. The smaller of two upper bounds is an
 upper bound, so `epsilon` returns the smaller one.
 
 This module is part of the core of the privacy guarantee. Never add or change here:
@@ -45,9 +45,11 @@ _MOST_CELLS = 2**22
 # for a noise multiplier of 0.001). A tight figure has no use there anyway.
 _LARGEST_PRV_EPSILON = 100.0
 
-# Below this delta, rounding in the Fourier transforms of PRV is of the size of delta: at 3e-14 its
-# answer is 2 % below the true epsilon.
-_SMALLEST_PRV_DELTA = 1e-11
+# PRV composes by powers of a Fourier transform in float64, so its delta is off by about 1e-16 for
+# each step. Where that is not far below delta, its epsilon may be too small (8 % for delta 1e-12
+# after 470,000 steps), and RDP alone answers.
+_SMALLEST_PRV_DELTA = 1e-10
+_PRV_DELTA_PER_STEP = 1e-14
 
 # Tolerance of calibration, as a share of epsilon. It also keeps the composition of the first
 # rounds, which is computed on another grid, below the target.
@@ -197,7 +199,10 @@ def _epsilon(events: tuple[DpEvent, ...], delta: float) -> float:
     if not events:
         return 0.0
     loose = _rdp_epsilon(events, delta)
-    if loose > _LARGEST_PRV_EPSILON or delta < _SMALLEST_PRV_DELTA:
+    steps = sum(event.steps for event in events)
+    if loose > _LARGEST_PRV_EPSILON or delta < max(
+        _SMALLEST_PRV_DELTA, _PRV_DELTA_PER_STEP * steps
+    ):
         return loose
     fine = min(max(loose / 500, 1e-3), 0.05)
     error = fine * max(1.0, _cells(events, delta, fine) / _MOST_CELLS)

@@ -12,6 +12,7 @@ machine chooses for them, so it is tested on the machine and the model that trai
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -41,17 +42,21 @@ def prove_shapes(model: AdaptedModel, limit: BatchLimit) -> None:
         ModelError: a record's bits depend on the records beside it, or on its place among them.
     """
     kept = set(limit.choices)
-    for length in lengths_up_to(model.plan.task.max_tokens):
-        for bits in _paths(model):
-            wanted = _require_equal(model, limit.records, length, bits)
-            for rows in sorted(kept - {limit.records}):
-                if bits(model, _company(model, length, rows, rows - 1)) != wanted:
-                    kept.discard(rows)
+    for length, full, bits in product(
+        lengths_up_to(model.plan.task.max_tokens), (False, True), _paths(model)
+    ):
+        wanted = _require_equal(model, limit.records, length, bits, full=full)
+        for rows in sorted(kept - {limit.records}):
+            if bits(model, _company(model, length, rows, rows - 1, full=full)) != wanted:
+                kept.discard(rows)
     limit.keep(kept)
 
 
 def check_round(model: AdaptedModel, limit: BatchLimit) -> None:
     """Tests the adapter that a round starts from, at the shortest and the greatest length.
+
+    That no row has padding is tested at the shortest length only: it is the same code for each
+    adapter, and `prove_shapes` tests it at every length.
 
     Args:
         model: with the round's adapter, and its parameters selected.
@@ -63,11 +68,11 @@ def check_round(model: AdaptedModel, limit: BatchLimit) -> None:
     """
     lengths = lengths_up_to(model.plan.task.max_tokens)
     fewest = limit.choices[0]
-    for length in dict.fromkeys((lengths[0], lengths[-1])):
-        for bits in _paths(model):
-            wanted = _require_equal(model, limit.records, length, bits)
-            found = bits(model, _company(model, length, fewest, fewest - 1))
-            _require(found == wanted, model, length)
+    shapes = dict.fromkeys([(lengths[0], False), (lengths[0], True), (lengths[-1], False)])
+    for (length, full), bits in product(shapes, _paths(model)):
+        wanted = _require_equal(model, limit.records, length, bits, full=full)
+        found = bits(model, _company(model, length, fewest, fewest - 1, full=full))
+        _require(found == wanted, model, length)
 
 
 @dataclass(frozen=True)
@@ -100,16 +105,23 @@ def made_up_gradients(model: AdaptedModel, length: int, rows: int) -> None:
     Args:
         model: with the parameters of a round selected.
     """
-    _gradient_bits(model, _company(model, length, rows, 0))
+    _gradient_bits(model, _company(model, length, rows, 0, full=True))
 
 
-def _company(model: AdaptedModel, length: int, rows: int, position: int) -> _Company:
-    """The same record for each `length`, in other company for each number of rows and position."""
+def _company(model: AdaptedModel, length: int, rows: int, position: int, *, full: bool) -> _Company:
+    """The same record for each `length`, in other company for each number of rows and position.
+
+    Args:
+        full: whether the record fills its length. If it comes first, so do all others: some code
+            takes another path where no row has padding.
+    """
     config = model.base.config
     random = np.random.default_rng((length, rows, position))
     lengths = random.integers(max(1, length // 2), length + 1, rows)
     record = np.random.default_rng(length)
-    lengths[position] = length - length // 8
+    lengths[position] = length if full else length - length // 8
+    if full and position == 0:
+        lengths[:] = length
     ids = [random.integers(0, config.vocab_size, size) for size in lengths]
     ids[position] = record.integers(0, config.vocab_size, lengths[position])
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -159,10 +171,10 @@ def _cached(company: _Company) -> bytes:
     return rows.tobytes()
 
 
-def _require_equal(model: AdaptedModel, rows: int, length: int, bits: Bits) -> bytes:
+def _require_equal(model: AdaptedModel, rows: int, length: int, bits: Bits, *, full: bool) -> bytes:
     """The record's bits among `rows` records, if they are the same as the first and as the last."""
-    wanted = bits(model, _company(model, length, rows, 0))
-    found = bits(model, _company(model, length, rows, rows - 1))
+    wanted = bits(model, _company(model, length, rows, 0, full=full))
+    found = bits(model, _company(model, length, rows, rows - 1, full=full))
     _require(found == wanted, model, length)
     return wanted
 

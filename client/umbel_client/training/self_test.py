@@ -30,6 +30,7 @@ from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_client.tasks.task import made_up_labels, task_of
 from umbel_client.training.bit_test import prove_shapes
+from umbel_client.training.blind_test import blind_test
 from umbel_client.training.optimiser import build_optimizer
 from umbel_common.canonical import Entropy
 from umbel_common.errors import ModelError
@@ -75,6 +76,7 @@ def self_test(
     plan = model.plan
     if not isinstance(plan.privacy, LocalPrivacy) or noise_multiplier is None:
         return
+    blind_test(model)
     alternates = plan.lora.method == "alternate" and plan.training.rounds > 1
     data = _made_up(model)
     with _borrowed(model):

@@ -1,6 +1,8 @@
 """Records of a causal language model: four formats, one loss; and what cannot be learned from."""
 
+import base64
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ from support.small_models import CHATML, save_decoder
 
 from umbel_client.data.chat import IGNORED, fitting_answers, tokenise_answers
 from umbel_client.data.conversations import Conversation, Turn
-from umbel_client.data.records import LmRecords, load_records
-from umbel_client.data.tokens import load_tokenizer
+from umbel_client.data.records import LmRecords, Record, Records, load_records
+from umbel_client.data.tokens import fitting_texts, load_tokenizer
 from umbel_common.errors import DataError, ModelError
 from umbel_common.plans.plan import CausalLm
 
@@ -259,6 +261,50 @@ def test_a_text_on_which_the_tokenizer_fails_is_left_out(tmp_path: Path, folder:
     kept, tokens, _ = fitting_answers(records, folder, TASK, on_misfit=told.append)
     assert (kept, len(tokens)) == ([0, 2], 2)
     assert "row 2 cannot be read by the model's tokenizer" in told[0].message
+
+
+def panicking(folder: Path) -> None:
+    """Lets the tokenizer of a folder panic on each character from `z` on: it looks them up in a
+    table that ends before them."""
+    entries = [0] + [0xFF] * (ord("z") - 1)
+    table = struct.pack(f"<{len(entries)}I", *entries)
+    charsmap = struct.pack("<I", len(table)) + table + b"x\0"
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["normalizer"] = {
+        "type": "Precompiled",
+        "precompiled_charsmap": base64.b64encode(charsmap).decode(),
+    }
+    path.write_text(json.dumps(tokenizer))
+
+
+def test_a_text_on_which_the_tokenizer_panics_is_left_out(tmp_path: Path) -> None:
+    """A panic is no `Exception`: it would end the trainer, with the round open."""
+    folder = save_decoder(tmp_path / "model")
+    panicking(folder)
+    rows = [{"prompt": text, "completion": "b"} for text in ("a", "zebra", "c")]
+    records = read(jsonl(tmp_path / "a.jsonl", *rows))
+    told: list[DataError] = []
+    kept, _, _ = fitting_answers(records, folder, TASK, on_misfit=told.append)
+    assert kept == [0, 2]
+    assert "row 2 cannot be read by the model's tokenizer" in told[0].message
+    texts = Records(
+        source=bytes(32), records=tuple(Record(text, 0) for text in ("a", "zebra", "c"))
+    )
+    kept, _ = fitting_texts(texts, folder, 8, vocabulary=300, on_misfit=told.append)
+    assert kept == [0, 2]
+
+
+def test_a_template_reads_a_clock_that_stands_still(tmp_path: Path) -> None:
+    """Else a record over which it takes its time would change the tokens of the next."""
+    clock = "{{ strftime_now('%H:%M:%S.%f') }}"
+    folder = save_decoder(tmp_path / "model", chat_template=clock + CHATML)
+    records = read(jsonl(tmp_path / "a.jsonl", *[FORMATS["prompt-completion"]] * 3))
+    tokens, _ = tokenise_answers(records, folder, TASK)
+    again, _ = tokenise_answers(records, folder, TASK)
+    assert tokens.digest() == again.digest()
+    starts = tokens.starts[:-1]
+    assert len({tokens.ids[start : start + 15].tobytes() for start in starts}) == 1
 
 
 def test_a_token_that_the_model_does_not_know_is_left_out(tmp_path: Path, folder: Path) -> None:

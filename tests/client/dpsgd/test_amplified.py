@@ -3,9 +3,17 @@
 from pathlib import Path
 
 import pytest
-from support.amplifying import CASES, CLIPPING, measured
+from support import amplifying
+from support.amplifying import CASES, CLIPPING, amplifying_adapter, measured, sensitivity
+from support.small_models import plan_for
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
+from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import Precision
+from umbel_client.tasks.shapes import BatchLimit
+from umbel_client.training.bit_test import prove_shapes
+from umbel_common.errors import ModelError
+from umbel_common.plans.plan import CausalLm, LocalPrivacy
 
 IN_EVERY_RUN = ("bert", "llama")
 
@@ -27,3 +35,25 @@ def test_a_record_moves_the_sum_by_the_clip_norm_under_an_adapter_that_amplifies
     # In bfloat16, padding changes hardly any bit of so small a model. On MiniLM the attack fails.
     if precision == "float32" and case != "minilm":
         assert found.before > 5
+
+
+def test_a_shorter_record_among_those_that_fill_their_length_changes_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers leaves the mask out where no row has padding; other kernels then compute."""
+    monkeypatch.setattr(amplifying, "SPREAD", 1e4)
+    build, _, targets = CASES["phi3-longrope"]
+    folder = build(tmp_path / "model")
+    privacy = LocalPrivacy(epsilon=8.0, delta=1e-5, clip_norm=1e-3)
+    plan = plan_for(folder, CausalLm(max_tokens=48), {"target_modules": targets}, privacy=privacy)
+    model = AdaptedModel.load(folder, plan)
+    adapter, lengths = amplifying_adapter(model), [48] * 40 + [40]
+    assert sensitivity(model, adapter, lengths, alike=True) <= 1 + CLIPPING
+    model.set_vector(adapter)
+    prove_shapes(model, BatchLimit(4))
+    # With the masks as Transformers makes them, the attack succeeds, and the test of bits sees it.
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", sdpa_mask)
+    assert sensitivity(model, adapter, lengths, alike=True) > 5
+    model.set_vector(adapter)
+    with pytest.raises(ModelError, match="bits depend on the records beside it"):
+        prove_shapes(model, BatchLimit(4))

@@ -172,3 +172,14 @@ def test_a_unit_moves_the_sum_by_the_clip_norm_at_most(clipping) -> None:
         kept = units != unit
         without = clipped_sum([g[kept].clone() for g in gradients], units[kept], 0.5, clipping)
         assert 0.49 < float((with_all - without).norm()) <= 0.5 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("clipping", [flat, automatic])
+def test_a_gradient_near_the_end_of_float32_is_clipped_too(clipping) -> None:
+    """Its factor is one or no smallest float32, which rounding to nearest made twice too large."""
+    clip_norm = 1e-4
+    for share in (0.51, 0.75, 1.6, 2.7):
+        norm = clip_norm / (share * 2.0**-149)
+        gradient = torch.full((1, int((norm / 3e38) ** 2)), 3e38)
+        found = clipped_sum([gradient], None, clip_norm, clipping).double().norm()
+        assert float(found) <= clip_norm * (1 + 1e-6)

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from umbel_client.models.base.attention import make_every_mask
 from umbel_client.models.base.files import file_digest, model_digest, shards_of, weights_of
 from umbel_client.models.base.weights import read_weights
 from umbel_common.errors import ModelError
@@ -115,6 +116,7 @@ def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
             and different at each site.
     """
     folder = content.folder
+    make_every_mask()
     with _building(folder):
         empty = _empty(_config(folder, content.texts, task), task)
         model: Any = type(empty)

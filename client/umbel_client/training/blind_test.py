@@ -1,0 +1,79 @@
+"""Tests that no value decides how a model computes: neither a token, nor a mask, nor an adapter.
+
+This module is part of the core of the privacy guarantee. Never take an operation out of the list.
+
+The test of bits compares made-up records in some companies. It cannot try them all, and a server
+knows which ones it tries. A mixture of experts computes as many rows as tokens were sent to an
+expert; a mask that is left out, or frequencies that follow the longest text so far, are chosen by a
+branch. In such a model other records decide on the shape or the kernel of a record's computation,
+while the test sees equal bits. All of that reads values, and reading shows.
+"""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.base.layers import made_up_inputs
+from umbel_client.models.inputs import TokenInputs
+from umbel_common.errors import ModelError
+
+_READING = {
+    "_local_scalar_dense": "reads a number to decide what to do",
+    "nonzero": "picks rows by their values",
+    "nonzero_numpy": "picks rows by their values",
+    "nonzero_static": "picks rows by their values",
+    "masked_select": "picks rows by their values",
+    "unique_dim": "counts values",
+    "_unique2": "counts values",
+    "bincount": "counts values",
+    "histc": "counts values",
+    "_grouped_mm": "sends rows to experts by their values",
+    "_scaled_grouped_mm": "sends rows to experts by their values",
+}
+
+
+@torch.no_grad()
+def blind_test(model: AdaptedModel) -> None:
+    """Computes two made-up records, short ones and the longest, and looks at each operation.
+
+    Raises:
+        ModelError: an operation reads values.
+    """
+    short = TokenInputs(*made_up_inputs(model.base))
+    length = model.plan.task.max_tokens
+    ids = torch.arange(2 * length).reshape(2, length) % model.vocabulary
+    with _Watch() as watch:
+        for inputs in (short, TokenInputs(ids, torch.ones_like(ids))):
+            model.logits(inputs)
+    if watch.found:
+        raise ModelError(
+            "what a base model computes of a record may depend on the records beside it",
+            found=", ".join(f"{name} ({_READING[name]})" for name in sorted(watch.found)),
+            accepted="an architecture in which no value decides on shapes or branches",
+            remedy="use a base model without mixtures of experts or dynamic frequencies",
+        )
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name in _READING:
+            self.found.add(name)
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_") and _by_mask(args[1]):
+            self.found.add("masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+def _by_mask(indices: Any) -> bool:
+    return any(
+        isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+        for index in indices
+    )

@@ -1,0 +1,89 @@
+"""A model in which values decide how records are computed is refused, although its bits are equal
+in the companies that are tried."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.small_models import DECODERS, FUSED, plan_for, save_decoder
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+from umbel_client.data.tokens import Tokens
+from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.tasks.prepared import PreparedData
+from umbel_client.tasks.shapes import BatchLimit, Part
+from umbel_client.training import bit_test, self_test
+from umbel_client.training.blind_test import blind_test
+from umbel_common.errors import ModelError
+from umbel_common.plans.plan import CausalLm, Classification
+
+TASK = CausalLm(max_tokens=16)
+
+
+def loaded(folder: Path, **lora: object) -> AdaptedModel:
+    model = AdaptedModel.load(folder, plan_for(folder, TASK, dict(lora)))
+    model.select(1)
+    return model
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many rows an expert computes follows from all tokens of a batch."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_local_experts": 4}
+    model = loaded(save_decoder(tmp_path / "m", "mixtral", **sizes))
+    with pytest.raises(ModelError, match="may depend on the records beside it"):
+        self_test.self_test(model, 1.0, BatchLimit(4), entropy=os.urandom)
+    # Without this test, others pass, and the record's bits follow from the others' words.
+    monkeypatch.setattr(self_test, "blind_test", lambda _model: None)
+    self_test.self_test(model, 1.0, BatchLimit(4), entropy=os.urandom)
+    random = np.random.default_rng(0)
+    words = [None, *random.integers(5, 250, 30)]
+    assert len({bits_beside(model, word) for word in words}) > 1
+
+
+def bits_beside(model: AdaptedModel, word: int | None) -> bytes:
+    """The bits of a record whose three neighbours say one word again and again, or many words."""
+    random = np.random.default_rng(1)
+    ids = random.integers(5, 250, 64)
+    if word is not None:
+        ids[16:] = word
+    tokens = Tokens(ids.astype(np.int32), np.arange(0, 65, 16), 0)
+    data = PreparedData(tokens, ids.astype(np.int64), None)
+    company = bit_test._Company(data, Part(np.arange(4), 16, 4), 0)
+    return bit_test._gradient_bits(model, company)
+
+
+def test_frequencies_that_follow_the_longest_text_so_far_are_refused(tmp_path: Path) -> None:
+    scaling = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    model = loaded(save_decoder(tmp_path / "m", rope_parameters=scaling))
+    with pytest.raises(ModelError, match="_local_scalar_dense"):
+        blind_test(model)
+
+
+def test_a_layer_that_picks_rows_is_refused(tiny_model: Path) -> None:
+    plan = plan_for(tiny_model, Classification(labels=("a", "b"), max_tokens=16))
+    model = AdaptedModel.load(tiny_model, plan)
+    blind_test(model)
+    layer: torch.nn.Module = model.base.encoder.layer[0]  # type: ignore[union-attr, index]  # BERT
+
+    def picks(_layer: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        chosen = output[..., 0] > 0
+        output[chosen] = output[chosen] * 2
+        return output
+
+    layer.register_forward_hook(picks)
+    with pytest.raises(ModelError, match="masked_select"):
+        blind_test(model)
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, *FUSED])
+def test_dense_decoders_pass(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = {"gpt2": ("c_attn",), "phi3": ("qkv_proj",)}.get(kind, ("q_proj", "v_proj"))
+    model = loaded(save_decoder(tmp_path / "m", kind), target_modules=targets)
+    blind_test(model)
+    if model.base.config._attn_implementation == "sdpa":
+        # They read the mask where Transformers decides whether one is needed.
+        monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", sdpa_mask)
+        with pytest.raises(ModelError, match="_local_scalar_dense"):
+            blind_test(model)
