@@ -56,6 +56,11 @@ _ELSEWHERE = (
 """Fields in which Transformers takes a text for the path of a file that it reads instead: the file
 that counts, the field, and the one path that it may have."""
 
+_SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+_SPECIAL_TOKENS = ("_token", "_tokens")
+"""Ends of the fields that this file has. Transformers would take any other one for a setting of the
+tokenizer as well, also `tokenizer_file`, after it has found the folder's own files."""
+
 
 def read_texts(folder: Path, expected: FileDigests | None = None) -> dict[str, bytes]:
     """Reads the files that count but the weights, each once: configuration, index and tokenizer.
@@ -192,6 +197,11 @@ def _check_stands_alone(folder: Path, texts: Mapping[str, bytes]) -> None:
         paths = value if field.endswith("_files") and isinstance(value, list) else [value]
         if any(isinstance(path, str) and path != allowed for path in paths):
             raise other_file(folder / name, field, value)
+    if _SPECIAL_TOKENS_FILE in texts:
+        fields = parsed_json(folder, _SPECIAL_TOKENS_FILE, texts[_SPECIAL_TOKENS_FILE])
+        for field, value in fields.items():
+            if not field.endswith(_SPECIAL_TOKENS):
+                raise other_file(folder / _SPECIAL_TOKENS_FILE, field, value)
 
 
 def _check_unchanged(folder: Path, texts: Mapping[str, bytes], expected: FileDigests) -> None:
