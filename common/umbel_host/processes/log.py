@@ -22,6 +22,24 @@ class _Lines(logging.Formatter):
         return printable(super().format(record)).replace("\n", "\n    ")
 
 
+class _Printable(logging.Formatter):
+    """The lines of a former formatter, printable."""
+
+    def __init__(self, former: logging.Formatter) -> None:
+        super().__init__()
+        self._former = former
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(self._former.format(record))
+
+
+def make_printable(name: str) -> None:
+    """Makes what a library writes to the terminal itself printable: it may quote another party."""
+    for handler in logging.getLogger(name).handlers:
+        if not isinstance(handler.formatter, _Printable):
+            handler.setFormatter(_Printable(handler.formatter or logging.Formatter()))
+
+
 def configure(level: int = logging.INFO) -> None:
     """Lets Umbel's own loggers write from `level` on, and other loggers their warnings."""
     handler = logging.StreamHandler()
