@@ -214,6 +214,43 @@ def test_verify_notices_every_tampering(
     assert result.stderr.startswith("error: ")
 
 
+def changed_setting(name: str, **fields: object) -> Callable[[Path], Path]:
+    def change(run: Path) -> Path:
+        path = run / "adapter" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+        return path
+
+    return change
+
+
+def further_weights(run: Path) -> Path:
+    path = run / "adapter" / "adapter_model.bin"
+    path.write_bytes(b"a pickle")
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed_setting("adapter_config.json", lora_alpha=1600),
+        changed_setting("adapter_config.json", base_model_name_or_path="another"),
+        changed_setting("task.json", labels=["b", "a"]),
+        changed_setting("plan.json", plan={}),
+        further_weights,
+    ],
+)
+def test_the_adapter_that_was_verified_is_the_one_that_others_load(
+    smoke_run: Path, tmp_path: Path, change: Callable[[Path], Path]
+) -> None:
+    """Its tensors are as they were; what says how to use them is not."""
+    copy = copy_of(smoke_run, tmp_path)
+    verify_run(copy)
+    path = change(copy)
+    with pytest.raises(VerificationError) as refusal:
+        verify_run(copy)
+    assert refusal.value.file == path
+
+
 Summary = dict[str, Any]
 
 CHANGED_FIGURES: dict[str, Callable[[Summary], Any]] = {
@@ -232,6 +269,16 @@ CHANGED_FIGURES: dict[str, Callable[[Summary], Any]] = {
     "epsilon below zero": lambda summary: summary["sites"][0].update(epsilon=-1.0),
     "epsilon of a round": lambda summary: summary["curve"][1]["epsilon"].update(extra=9.0),
     "delta": lambda summary: summary["sites"][0].update(delta=1e-9),
+    "a smaller epsilon": lambda summary: summary["sites"][0].update(epsilon=0.01),
+    "no epsilon": lambda summary: summary["sites"][0].update(epsilon=None),
+    "an epsilon that falls": lambda summary: summary["curve"][0]["epsilon"].update(
+        dict.fromkeys(summary["curve"][0]["epsilon"], 7.5)
+    ),
+    "no noise": lambda summary: summary["sites"][0].update(noise_multiplier=None),
+    "noise below zero": lambda summary: summary["sites"][0].update(noise_multiplier=-3.0),
+    "a sampling rate above 1": lambda summary: summary["sites"][0].update(sampling_rate=5.0),
+    "records below zero": lambda summary: summary["sites"][0].update(records=-5),
+    "bytes below zero": lambda summary: summary["sites"][0].update(sent_clear_bytes=-5),
 }
 
 
