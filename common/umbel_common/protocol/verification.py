@@ -57,8 +57,8 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
 
     Release 0 follows from the plan's public seed. For each attempt: the header names the plan, the
     roster, the next round of the plan and the adapter of the release before; its cohort is of the
-    roster, and no two survivor sets of it can both reach the threshold; its number is larger than
-    those of the round before it. For each released round: every advert is signed by its site for
+    roster; its number is larger than those of the round before it. For each released round: no two
+    survivor sets of its cohort can both reach the threshold; every advert is signed by its site for
     this attempt; survivors, at least as many as the plan's threshold, signed one and the same
     survivor set; the release names that set and its weight. Counts and losses are finite and in
     their range. Where the plan has a release gate, each round has its result, and a round that was
@@ -136,6 +136,10 @@ class _Job:
         """An attempt that gave a sum."""
         former = self._releases[-1]
         header = self._next_attempt(event.header)
+        # What every site demands of a cohort, whatever its policy adds. An attempt that sites
+        # refused for it was aborted, and says nothing.
+        rules = Rules(threshold=self._plan.aggregation.threshold, colluding=0, minimum_cohort=1)
+        rules.check_cohort(header.cohort, header.cohort[0])
         release = open_signed(event.release, Release, self._roster.operator)
         context = header.context()
         _require(
@@ -236,9 +240,6 @@ class _Job:
         _require(header.attempt > self._attempt, "its attempt does not follow the attempt before")
         for site in header.cohort:
             self._roster.member(site)
-        # What every site demands of a cohort, whatever its policy adds.
-        rules = Rules(threshold=plan.aggregation.threshold, colluding=0, minimum_cohort=1)
-        rules.check_cohort(header.cohort, header.cohort[0])
         self._attempt = header.attempt
         return header
 
