@@ -269,6 +269,28 @@ def test_a_name_cannot_stand_for_two_files_of_the_digest(
             read(version(2))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attn_implementation": "somebody/attention"},
+        {"_attn_implementation": {"": "paged|somebody/attention:module"}},
+        {"text_config": {"experts_implementation": "somebody/experts"}},
+    ],
+)
+def test_a_configuration_names_no_code_of_a_repository(
+    settings: dict[str, object], decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the package `kernels`, Transformers runs what a cache of the machine holds of it."""
+    folder = tmp_path / "model"
+    shutil.copytree(decoder, folder)
+    changed(folder / "config.json", **settings)
+    with monkeypatch.context() as removed:
+        removed.setattr(model_folder, "_implementations", lambda _: [])
+        folder_digest(folder)
+    with pytest.raises(ModelError, match="names a file"):
+        folder_digest(folder)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_weights_that_change_after_they_were_hashed_are_not_loaded(
     in_place: bool, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
