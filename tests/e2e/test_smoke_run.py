@@ -37,7 +37,9 @@ from umbel_common.protocol.transcript import (
 from umbel_common.trust.identity import Identity, Signed, sign
 from umbel_host.files.adapter_folder import RELEASE_FILE, read_vector, write_vector
 from umbel_host.files.keys import read_identity
+from umbel_server.storage.registry import Registry
 from umbel_simulations.inputs.base_model import model_folder
+from umbel_simulations.runs import verify
 from umbel_simulations.runs.verify import verify_run
 from umbel_simulations.scenario.file import find_scenario
 from umbel_simulations.scenario.run_folder import read_signed, write_signed
@@ -337,6 +339,39 @@ def test_verify_refuses_an_adapter_that_the_operator_planted(
     verify_run(copy)
     plant_adapter(copy, operator, by=2.1 * bound)
     with pytest.raises(VerificationError, match="further from its initial value"):
+        verify_run(copy)
+
+
+def cut_history(run: Path, registry: Path) -> None:
+    """Leaves the last round out of a run, with everything that would show it."""
+    plan, kept = plan_of(run), read_signed(run / "transcript.jsonl")[:-2]
+    write_signed(run / "transcript.jsonl", kept)
+    (*_, last) = (decode_canonical(signed.statement, Entry) for signed in kept)
+    assert isinstance(last.event, RoundReleased)
+    release = decode_canonical(last.event.release.statement, Release)
+    write_vector(run / "adapter", plan, Registry(registry).load(plan, release.adapter))
+    (run / "adapter" / RELEASE_FILE).write_bytes(encode(last.event.release))
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["curve"][-1]
+    summary |= {"transcript_head": last.digest().hex(), "adapter_digest": release.adapter.hex()}
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+def test_verify_refuses_a_run_without_its_last_round(
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every signature is genuine, and the summary still says how many rounds the plan has."""
+    copy = copy_of(smoke_run, tmp_path)
+    cut_history(copy, smoke_run / "server" / "registry")
+    require = verify._require
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            verify,
+            "_require",
+            lambda holds, file, what: require(holds or "ended" in what, file, what),
+        )
+        verify_run(copy)
+    with pytest.raises(VerificationError, match="has not ended"):
         verify_run(copy)
 
 

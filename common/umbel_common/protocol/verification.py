@@ -45,6 +45,9 @@ class VerifiedJob(Value, frozen=True):
     """Rounds whose adapter the plan's release gate held back."""
     final_round: int | None = None
     """The round whose release ended the job; None: the job has not ended."""
+    untold_attempts: int = 0
+    """Attempt numbers that were used up, and are in no entry: the server was killed in these
+    attempts, or its operator does not tell how they ended."""
 
     @property
     def last(self) -> Release:
@@ -128,6 +131,7 @@ class _Job:
         self._attempt = 0
         """Number of the last attempt at the round after the latest release."""
         self._aborted = 0
+        self._untold = 0
         self._gates = _Gates(plan)
         self._final_round: int | None = None
         self._delivered: tuple[str, ...] = ()
@@ -220,6 +224,7 @@ class _Job:
             head=head,
             held_back=tuple(self._gates.held_back),
             final_round=self._final_round,
+            untold_attempts=self._untold,
         )
 
     def _next_attempt(self, signed: Signed) -> RoundHeader:
@@ -240,6 +245,7 @@ class _Job:
         _require(header.attempt > self._attempt, "its attempt does not follow the attempt before")
         for site in header.cohort:
             self._roster.member(site)
+        self._untold += header.attempt - self._attempt - 1
         self._attempt = header.attempt
         return header
 

@@ -42,6 +42,8 @@ def verify_run(folder: Path) -> VerifiedJob:
     """
     roster = _roster(folder / "roster.json")
     job = verify_transcript(read_signed(folder / "transcript.jsonl"), roster)
+    # Its last release is no outcome of the plan: a cut history would look like a finished run.
+    _require(job.final_round is not None, folder / "transcript.jsonl", "the job has not ended")
     _require(
         _open(read_plan(folder), TrainingPlan, roster) == job.plan,
         folder / "plan.msgpack",

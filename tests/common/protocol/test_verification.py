@@ -566,6 +566,14 @@ def test_what_follows_from_the_plan_is_recomputed(
     assert words in story.refused(*events)
 
 
+def test_attempts_that_the_operator_does_not_tell_of_are_counted(story: Story) -> None:
+    told = [story.started(), story.aborted(), story.released(), story.finished()]
+    silent = [told[0], *told[2:]]
+    for events, untold in ((told, 0), (silent, 1)):
+        job = verify_transcript(story.entries(*events), story.roster)
+        assert (job.aborted_attempts, job.untold_attempts) == (1 - untold, untold)
+
+
 def test_a_plan_and_its_roster_are_of_one_federation(story: Story) -> None:
     plan = msgspec.structs.replace(story.plan, federation="other")
     assert "another federation" in story.refused(
