@@ -132,10 +132,19 @@ def verify(
         f"  {len(job.releases) - 1} rounds released, {job.aborted_attempts} attempts aborted,"
         f" delivered to {', '.join(job.delivered) or 'nobody'}"
     )
+    if job.untold_attempts:
+        console.print(f"  {job.untold_attempts} attempts are in no entry", soft_wrap=True)
+    if job.final_round != job.plan.training.rounds:
+        console.print(
+            f"  the plan has {job.plan.training.rounds} rounds, and the job ended with the adapter"
+            f" of round {job.final_round}",
+            soft_wrap=True,
+        )
     for release in job.releases[1:]:
+        held_back = ", held back" if release.round in job.held_back else ""
         console.print(
             f"  round {release.round}: {len(release.survivors)} sites,"
-            f" adapter {release.adapter.hex()[:16]}"
+            f" adapter {release.adapter.hex()[:16]}{held_back}"
         )
     console.print(f"  transcript head {job.head.hex()}", soft_wrap=True)
 

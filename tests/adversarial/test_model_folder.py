@@ -143,6 +143,18 @@ def named_vocabulary(folder: Path, version: int) -> None:
     changed(folder / "tokenizer.json", model=model | {"vocab": str(place)})
 
 
+def special_tokens(folder: Path, version: int) -> None:
+    """Transformers takes each field of this file for a setting of the tokenizer."""
+    further_tokenizer(folder, version)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["fast_tokenizer_files"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    place = folder.parent / "tokenizer.json"
+    (folder / "tokenizer.4.0.0.json").rename(place)
+    changed_to = {"tokenizer_file": str(place)}
+    (folder / "special_tokens_map.json").write_text(json.dumps(changed_to))
+
+
 ATTACKS: dict[Callable[[Path, int], None], str | None] = {
     shard_below: "weight_map",
     shard_beside: "weight_map",
@@ -152,6 +164,7 @@ ATTACKS: dict[Callable[[Path, int], None], str | None] = {
     further_configuration: "configuration_files",
     further_tokenizer: "fast_tokenizer_files",
     named_vocabulary: "model.vocab",
+    special_tokens: "tokenizer_file",
     further_template: None,
     generation_settings: None,
 }
@@ -224,6 +237,58 @@ def test_one_digest_is_one_model(
         with pytest.raises(ModelError) as caught:
             read(folder)
         assert caught.value.field == field
+
+
+def test_a_name_cannot_stand_for_two_files_of_the_digest(
+    decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digest has a line for each file. A name with a line break in it writes two of them."""
+    folder = tmp_path / "model"
+    honest = files.file_digest(decoder / WEIGHTS)
+    joined = f"model.a.safetensors\n{honest}  {WEIGHTS}"
+
+    def version(number: int) -> Path:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(decoder, folder)
+        tensors = other_weights(folder, 2)
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, joined)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        save_file(tensors, folder / "model.a.safetensors", {"format": "pt"})
+        if number == 2:
+            (folder / WEIGHTS).unlink()
+            (folder / "model.a.safetensors").rename(folder / joined)
+        return folder
+
+    with monkeypatch.context() as removed:
+        removed.setattr(files, "_is_plain", lambda _: True)
+        one, two = (loaded(version(number), LM) for number in (1, 2))
+        assert one[0] == two[0]
+        assert one[1] != two[1]
+    for read in (folder_digest, files.require_model, lambda path: loaded(path, LM)):
+        with pytest.raises(ModelError, match="not printable"):
+            read(version(2))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attn_implementation": "somebody/attention"},
+        {"_attn_implementation": {"": "paged|somebody/attention:module"}},
+        {"text_config": {"experts_implementation": "somebody/experts"}},
+    ],
+)
+def test_a_configuration_names_no_code_of_a_repository(
+    settings: dict[str, object], decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the package `kernels`, Transformers runs what a cache of the machine holds of it."""
+    folder = tmp_path / "model"
+    shutil.copytree(decoder, folder)
+    changed(folder / "config.json", **settings)
+    with monkeypatch.context() as removed:
+        removed.setattr(model_folder, "_implementations", lambda _: [])
+        folder_digest(folder)
+    with pytest.raises(ModelError, match="names a file"):
+        folder_digest(folder)
 
 
 @pytest.mark.parametrize("in_place", [True, False])

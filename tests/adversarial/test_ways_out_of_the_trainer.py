@@ -28,15 +28,18 @@ def service(address, kind=socket.SOCK_STREAM):
     return server
 services = [service(folder + "/stream"), service(folder + "/datagram", socket.SOCK_DGRAM),
             service("\\0umbel-" + folder)]
+libc.shmat.restype = ctypes.c_void_p
 source = "import ctypes, sys\\n"
 if hidden:
     source += "from umbel_host.processes.lifecycle import hide_memory; hide_memory()\\n"
 # Where Yama would keep all but its parents out, it lets everybody in.
 source += "ctypes.CDLL(None).prctl(0x59616d61, ctypes.c_ulong(-1), 0, 0, 0)\\n"
-source += "print(id(sys), flush=True); sys.stdin.read()"
+source += "libc = ctypes.CDLL(None); ours = libc.msgget(0, 0o1600), libc.shmget(0, 4096, 0o1600)\\n"
+source += "print(id(sys), *ours, flush=True); sys.stdin.read()\\n"
+source += "libc.msgctl(ours[0], 0, 0); libc.shmctl(ours[1], 0, 0)"
 relay = subprocess.Popen(
     [sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-address = int(relay.stdout.readline())
+address, queue, memory = map(int, relay.stdout.readline().split())
 
 isolation._empty_namespace = lambda: errno.EPERM  # as in a container of stock Kubernetes
 if "filter" not in locks:
@@ -66,6 +69,12 @@ def raw():
         end.sendto(b"a record", folder + "/datagram")
 def descriptor():
     os.close(call("pidfd_getfd", call("pidfd_open", relay.pid, 0), 1, 0))
+def queued():
+    if libc.msgsnd(queue, struct.pack("l8s", 1, b"a record"), 8, 0):
+        raise OSError(ctypes.get_errno(), "msgsnd")
+def shared():
+    if libc.shmat(memory, None, 0) == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), "shmat")
 def trace():
     call("ptrace", 0x4206, relay.pid, 0, 0)
 def read_memory():
@@ -90,6 +99,7 @@ attacks = {
     "a service's socket": lambda: stream(folder + "/stream"),
     "a service's abstract socket": lambda: stream("\\0umbel-" + folder),
     "a datagram": datagram, "a datagram from a pair": pair, "a datagram from a raw socket": raw,
+    "a queue of another program": queued, "memory of another program": shared,
     "a descriptor of the relay": descriptor, "tracing the relay": trace,
     "memory of the relay": read_memory, "its memory as a file": memory_file,
     "its descriptor as a file": descriptor_file,
@@ -120,13 +130,13 @@ OF_THE_RELAY = BY_FILES | {"a descriptor of the relay", "tracing the relay", "me
 
 def reached(locks: str, victim: str = "plain") -> tuple[set[str], dict[str, str]]:
     found, calls = json.loads(run_unprivileged(ATTACKS, locks, victim).stdout)
-    assert len(found) == 12
+    assert len(found) == 14
     return {name for name, what in found.items() if what == "reached"}, calls
 
 
 def test_without_the_locks_every_attack_reaches_its_goal() -> None:
     found, _ = reached("nothing")
-    assert len(found) == 12, found
+    assert len(found) == 14, found
 
 
 def test_the_filter_alone_leaves_what_is_reached_through_files() -> None:

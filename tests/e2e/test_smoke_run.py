@@ -37,7 +37,9 @@ from umbel_common.protocol.transcript import (
 from umbel_common.trust.identity import Identity, Signed, sign
 from umbel_host.files.adapter_folder import RELEASE_FILE, read_vector, write_vector
 from umbel_host.files.keys import read_identity
+from umbel_server.storage.registry import Registry
 from umbel_simulations.inputs.base_model import model_folder
+from umbel_simulations.runs import verify
 from umbel_simulations.runs.verify import verify_run
 from umbel_simulations.scenario.file import find_scenario
 from umbel_simulations.scenario.run_folder import read_signed, write_signed
@@ -217,6 +219,43 @@ def test_verify_notices_every_tampering(
     assert result.stderr.startswith("error: ")
 
 
+def changed_setting(name: str, **fields: object) -> Callable[[Path], Path]:
+    def change(run: Path) -> Path:
+        path = run / "adapter" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+        return path
+
+    return change
+
+
+def further_weights(run: Path) -> Path:
+    path = run / "adapter" / "adapter_model.bin"
+    path.write_bytes(b"a pickle")
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed_setting("adapter_config.json", lora_alpha=1600),
+        changed_setting("adapter_config.json", base_model_name_or_path="another"),
+        changed_setting("task.json", labels=["b", "a"]),
+        changed_setting("plan.json", plan={}),
+        further_weights,
+    ],
+)
+def test_the_adapter_that_was_verified_is_the_one_that_others_load(
+    smoke_run: Path, tmp_path: Path, change: Callable[[Path], Path]
+) -> None:
+    """Its tensors are as they were; what says how to use them is not."""
+    copy = copy_of(smoke_run, tmp_path)
+    verify_run(copy)
+    path = change(copy)
+    with pytest.raises(VerificationError) as refusal:
+        verify_run(copy)
+    assert refusal.value.file == path
+
+
 Summary = dict[str, Any]
 
 CHANGED_FIGURES: dict[str, Callable[[Summary], Any]] = {
@@ -235,6 +274,16 @@ CHANGED_FIGURES: dict[str, Callable[[Summary], Any]] = {
     "epsilon below zero": lambda summary: summary["sites"][0].update(epsilon=-1.0),
     "epsilon of a round": lambda summary: summary["curve"][1]["epsilon"].update(extra=9.0),
     "delta": lambda summary: summary["sites"][0].update(delta=1e-9),
+    "a smaller epsilon": lambda summary: summary["sites"][0].update(epsilon=0.01),
+    "no epsilon": lambda summary: summary["sites"][0].update(epsilon=None),
+    "an epsilon that falls": lambda summary: summary["curve"][0]["epsilon"].update(
+        dict.fromkeys(summary["curve"][0]["epsilon"], 7.5)
+    ),
+    "no noise": lambda summary: summary["sites"][0].update(noise_multiplier=None),
+    "noise below zero": lambda summary: summary["sites"][0].update(noise_multiplier=-3.0),
+    "a sampling rate above 1": lambda summary: summary["sites"][0].update(sampling_rate=5.0),
+    "records below zero": lambda summary: summary["sites"][0].update(records=-5),
+    "bytes below zero": lambda summary: summary["sites"][0].update(sent_clear_bytes=-5),
 }
 
 
@@ -293,6 +342,39 @@ def test_verify_refuses_an_adapter_that_the_operator_planted(
     verify_run(copy)
     plant_adapter(copy, operator, by=2.1 * bound)
     with pytest.raises(VerificationError, match="further from its initial value"):
+        verify_run(copy)
+
+
+def cut_history(run: Path, registry: Path) -> None:
+    """Leaves the last round out of a run, with everything that would show it."""
+    plan, kept = plan_of(run), read_signed(run / "transcript.jsonl")[:-2]
+    write_signed(run / "transcript.jsonl", kept)
+    (*_, last) = (decode_canonical(signed.statement, Entry) for signed in kept)
+    assert isinstance(last.event, RoundReleased)
+    release = decode_canonical(last.event.release.statement, Release)
+    write_vector(run / "adapter", plan, Registry(registry).load(plan, release.adapter))
+    (run / "adapter" / RELEASE_FILE).write_bytes(encode(last.event.release))
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["curve"][-1]
+    summary |= {"transcript_head": last.digest().hex(), "adapter_digest": release.adapter.hex()}
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+def test_verify_refuses_a_run_without_its_last_round(
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every signature is genuine, and the summary still says how many rounds the plan has."""
+    copy = copy_of(smoke_run, tmp_path)
+    cut_history(copy, smoke_run / "server" / "registry")
+    require = verify._require
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            verify,
+            "_require",
+            lambda holds, file, what: require(holds or "ended" in what, file, what),
+        )
+        verify_run(copy)
+    with pytest.raises(VerificationError, match="has not ended"):
         verify_run(copy)
 
 

@@ -14,6 +14,7 @@ from umbel_client.data.records import Misfit, Records
 from umbel_common.canonical import digest
 from umbel_common.errors import DataError, ModelError
 from umbel_host.files.model_folder import FileDigests, private_folder, read_texts
+from umbel_host.processes.log import make_printable
 
 _LOADING = threading.Lock()
 """Transformers' lazy imports are not safe in several threads at once."""
@@ -235,6 +236,8 @@ def load_tokenizer(folder: Path, files: FileDigests | None = None) -> PreTrained
         ModelError: the folder has no fast tokenizer, or it changed since the model was loaded.
     """
     texts = read_texts(folder, files)
+    # Its warnings quote the folder's files.
+    make_printable("transformers")
     try:
         with _LOADING, panics_are_errors(), private_folder(folder, texts) as place:
             tokenizer = AutoTokenizer.from_pretrained(

@@ -14,6 +14,7 @@ from umbel_common.plans.plan_file import plan_to_json
 from umbel_common.printable import printable_json
 
 ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 HEAD_FILE = "head.safetensors"
 PLAN_FILE = "plan.json"
 TASK_FILE = "task.json"
@@ -46,7 +47,7 @@ def text_files(plan: TrainingPlan, *, alone: bool = False) -> dict[str, str]:
         alone: whether one site trained it by itself, and nobody released it.
     """
     return {
-        "adapter_config.json": _json(_adapter_config(plan)),
+        CONFIG_FILE: _json(_adapter_config(plan)),
         TASK_FILE: _json(_task_config(plan)),
         PLAN_FILE: plan_to_json(plan),
         "README.md": _card(plan, _ALONE if alone else _TOGETHER),

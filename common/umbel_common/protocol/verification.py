@@ -45,6 +45,9 @@ class VerifiedJob(Value, frozen=True):
     """Rounds whose adapter the plan's release gate held back."""
     final_round: int | None = None
     """The round whose release ended the job; None: the job has not ended."""
+    untold_attempts: int = 0
+    """Attempt numbers that were used up, and are in no entry: the server was killed in these
+    attempts, or its operator does not tell how they ended."""
 
     @property
     def last(self) -> Release:
@@ -57,8 +60,8 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
 
     Release 0 follows from the plan's public seed. For each attempt: the header names the plan, the
     roster, the next round of the plan and the adapter of the release before; its cohort is of the
-    roster, and no two survivor sets of it can both reach the threshold; its number is larger than
-    those of the round before it. For each released round: every advert is signed by its site for
+    roster; its number is larger than those of the round before it. For each released round: no two
+    survivor sets of its cohort can both reach the threshold; every advert is signed by its site for
     this attempt; survivors, at least as many as the plan's threshold, signed one and the same
     survivor set; the release names that set and its weight. Counts and losses are finite and in
     their range. Where the plan has a release gate, each round has its result, and a round that was
@@ -128,6 +131,7 @@ class _Job:
         self._attempt = 0
         """Number of the last attempt at the round after the latest release."""
         self._aborted = 0
+        self._untold = 0
         self._gates = _Gates(plan)
         self._final_round: int | None = None
         self._delivered: tuple[str, ...] = ()
@@ -136,6 +140,10 @@ class _Job:
         """An attempt that gave a sum."""
         former = self._releases[-1]
         header = self._next_attempt(event.header)
+        # What every site demands of a cohort, whatever its policy adds. An attempt that sites
+        # refused for it was aborted, and says nothing.
+        rules = Rules(threshold=self._plan.aggregation.threshold, colluding=0, minimum_cohort=1)
+        rules.check_cohort(header.cohort, header.cohort[0])
         release = open_signed(event.release, Release, self._roster.operator)
         context = header.context()
         _require(
@@ -216,6 +224,7 @@ class _Job:
             head=head,
             held_back=tuple(self._gates.held_back),
             final_round=self._final_round,
+            untold_attempts=self._untold,
         )
 
     def _next_attempt(self, signed: Signed) -> RoundHeader:
@@ -236,9 +245,7 @@ class _Job:
         _require(header.attempt > self._attempt, "its attempt does not follow the attempt before")
         for site in header.cohort:
             self._roster.member(site)
-        # What every site demands of a cohort, whatever its policy adds.
-        rules = Rules(threshold=plan.aggregation.threshold, colluding=0, minimum_cohort=1)
-        rules.check_cohort(header.cohort, header.cohort[0])
+        self._untold += header.attempt - self._attempt - 1
         self._attempt = header.attempt
         return header
 

@@ -56,6 +56,15 @@ _ELSEWHERE = (
 """Fields in which Transformers takes a text for the path of a file that it reads instead: the file
 that counts, the field, and the one path that it may have."""
 
+_IMPLEMENTATION = "_implementation"
+"""End of the fields of a configuration that name code, such as `attn_implementation`. A name with a
+slash is a repository, whose code Transformers runs if the package `kernels` is installed."""
+
+_SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+_SPECIAL_TOKENS = ("_token", "_tokens")
+"""Ends of the fields that this file has. Transformers would take any other one for a setting of the
+tokenizer as well, also `tokenizer_file`, after it has found the folder's own files."""
+
 
 def read_texts(folder: Path, expected: FileDigests | None = None) -> dict[str, bytes]:
     """Reads the files that count but the weights, each once: configuration, index and tokenizer.
@@ -192,6 +201,29 @@ def _check_stands_alone(folder: Path, texts: Mapping[str, bytes]) -> None:
         paths = value if field.endswith("_files") and isinstance(value, list) else [value]
         if any(isinstance(path, str) and path != allowed for path in paths):
             raise other_file(folder / name, field, value)
+    for field, value in _implementations(parsed.get(CONFIG_FILE)):
+        if "/" in value:
+            raise other_file(folder / CONFIG_FILE, field, value)
+    if _SPECIAL_TOKENS_FILE in texts:
+        fields = parsed_json(folder, _SPECIAL_TOKENS_FILE, texts[_SPECIAL_TOKENS_FILE])
+        for field, value in fields.items():
+            if not field.endswith(_SPECIAL_TOKENS):
+                raise other_file(folder / _SPECIAL_TOKENS_FILE, field, value)
+
+
+def _implementations(configuration: object) -> Iterator[tuple[str, str]]:
+    """Every text in a configuration that names code: the field and the text."""
+    # Not by recursion, which a deep file would end.
+    left = [("", configuration)]
+    while left:
+        field, value = left.pop()
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                # Below such a field are fields for each part of a model.
+                named = field or (key if key.endswith(_IMPLEMENTATION) else "")
+                left.append((named, inner))
+        elif isinstance(value, str) and field:
+            yield field, value
 
 
 def _check_unchanged(folder: Path, texts: Mapping[str, bytes], expected: FileDigests) -> None:

@@ -1,9 +1,15 @@
 """A daemon's log: one line for each event, on standard error, which service managers read."""
 
 import logging
+import math
 import time
 
 from umbel_common.printable import printable
+
+_MOST_LINES = 20
+_MINUTE = 60.0
+_LONGEST_TEXT = 500
+"""Characters of one event of a library."""
 
 
 class _Lines(logging.Formatter):
@@ -16,6 +22,24 @@ class _Lines(logging.Formatter):
         return printable(super().format(record)).replace("\n", "\n    ")
 
 
+class _Printable(logging.Formatter):
+    """The lines of a former formatter, printable."""
+
+    def __init__(self, former: logging.Formatter) -> None:
+        super().__init__()
+        self._former = former
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(self._former.format(record))
+
+
+def make_printable(name: str) -> None:
+    """Makes what a library writes to the terminal itself printable: it may quote another party."""
+    for handler in logging.getLogger(name).handlers:
+        if not isinstance(handler.formatter, _Printable):
+            handler.setFormatter(_Printable(handler.formatter or logging.Formatter()))
+
+
 def configure(level: int = logging.INFO) -> None:
     """Lets Umbel's own loggers write from `level` on, and other loggers their warnings."""
     handler = logging.StreamHandler()
@@ -26,8 +50,32 @@ def configure(level: int = logging.INFO) -> None:
     logging.getLogger("umbel").setLevel(level)
 
 
+class _Few(logging.Filter):
+    """Lets few events through, and none that is long: each may be about a request of somebody who
+    sends requests to fill a disk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._since = -math.inf
+        self._lines = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        if now - self._since >= _MINUTE:
+            self._since, self._lines = now, 0
+        self._lines += 1
+        if self._lines == _MOST_LINES:
+            record.msg, record.args, record.exc_info = "more in this minute is left out", None, None
+        text = record.getMessage()
+        if len(text) > _LONGEST_TEXT:
+            record.msg, record.args = f"{text[:_LONGEST_TEXT]}...", None
+        return self._lines <= _MOST_LINES
+
+
 def adopt(name: str) -> None:
-    """Lets a library that has a log of its own write its warnings, and only these, into ours."""
+    """Lets a library that has a log of its own write its warnings, and few of them, into ours."""
     logger = logging.getLogger(name)
     logger.handlers.clear()
     logger.setLevel(logging.WARNING)
+    if not any(isinstance(one, _Few) for one in logger.filters):
+        logger.addFilter(_Few())

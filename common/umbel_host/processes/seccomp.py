@@ -33,7 +33,22 @@ CALLS = {
     # Messages to named receivers: datagrams, and queues.
     "sendmmsg": (307, 269),
     "mq_open": (240, 180),
+    # A queue can also be opened as a file of /dev/mqueue.
+    "mq_timedsend": (242, 182),
+    "mq_notify": (244, 184),
+    # System V: small numbers, which can be guessed or read in /proc/sysvipc, name other programs'
+    # queues and memory. They are used without having been opened.
     "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
+    "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
+    "semget": (64, 190),
+    "semop": (65, 193),
+    "semtimedop": (220, 192),
+    "semctl": (66, 191),
     # Other processes: their memory, their descriptors, what they share.
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),

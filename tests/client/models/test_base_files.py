@@ -168,6 +168,8 @@ ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         weights({"a": ONE | {"dtype": "F31"}}),
         weights({"a": ONE | {"shape": [3]}}),
         weights({"a": ONE | {"shape": [-1, -2]}}),
+        weights({"a": ONE | {"shape": [2**70, 0], "data_offsets": [0, 0]}}, 0),
+        weights({"a": ONE | {"shape": [2**62, 2**62, 0], "data_offsets": [0, 0]}}, 0),
         weights({"a": ONE, "b": ONE}),
         weights({"a": ONE | {"data_offsets": [8, 16]}}, 16),
         weights({"a": ONE | {"shape": [2**40], "data_offsets": [0, 2**42]}}),

@@ -566,6 +566,14 @@ def test_what_follows_from_the_plan_is_recomputed(
     assert words in story.refused(*events)
 
 
+def test_attempts_that_the_operator_does_not_tell_of_are_counted(story: Story) -> None:
+    told = [story.started(), story.aborted(), story.released(), story.finished()]
+    silent = [told[0], *told[2:]]
+    for events, untold in ((told, 0), (silent, 1)):
+        job = verify_transcript(story.entries(*events), story.roster)
+        assert (job.aborted_attempts, job.untold_attempts) == (1 - untold, untold)
+
+
 def test_a_plan_and_its_roster_are_of_one_federation(story: Story) -> None:
     plan = msgspec.structs.replace(story.plan, federation="other")
     assert "another federation" in story.refused(
@@ -591,9 +599,9 @@ def test_a_cohort_is_of_the_roster_and_has_one_survivor_set(story: Story) -> Non
     assert "not in the roster" in story.refused(
         *tried_as(story, cohort=("site-00", "site-01", "site-02", "stranger"))
     )
-    assert "cannot reach the threshold" in story.refused(
-        *tried_as(story, cohort=("site-00", "site-01"))
-    )
+    story.header = story.make_header(cohort=("site-00", "site-01"))
+    story.outcome = story.release(survivors=story.header.cohort, total_weight=2)
+    assert "cannot reach the threshold" in story.refused(story.started(), story.released())
 
 
 def test_two_survivor_sets_of_one_cohort_cannot_both_be_signed(
@@ -601,7 +609,9 @@ def test_two_survivor_sets_of_one_cohort_cannot_both_be_signed(
     make_federation: Callable[[int], tuple[Identity, dict[str, Identity], Roster]],
 ) -> None:
     story = Story(one_round(make_plan), *make_federation(6))
-    assert "two survivor sets" in story.refused(story.started(), story.aborted())
+    assert "two survivor sets" in story.refused(story.started(), story.released())
+    # Sites refuse such an attempt, and an honest operator says so.
+    verify_transcript(story.entries(story.started(), story.aborted()), story.roster)
 
 
 @pytest.mark.parametrize("weight", [4, 137, 200])

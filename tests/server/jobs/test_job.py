@@ -104,6 +104,20 @@ def test_a_round_that_keeps_failing_fails_the_job_which_resumes_there(
     assert setting.observer.releases[1].attempt == 3
 
 
+def test_an_attempt_that_sites_refused_for_its_cohort_spoils_no_transcript(
+    make_setting: MakeSetting,
+) -> None:
+    setting = make_setting(6, aggregation=THREE)
+    with pytest.raises(JobFailed, match="aborted too often"):
+        setting.job().run()
+    # Of five sites, three are more than half.
+    setting.link.lost = lambda step, site: site == "site-05"
+    release = setting.job().run()
+    job = verify_transcript(setting.journal.transcript("job"), setting.roster)
+    assert job.last == release
+    assert job.aborted_attempts == 1
+
+
 def test_a_crash_in_mid_round_costs_an_attempt_number_and_nothing_else(
     make_setting: MakeSetting,
 ) -> None:

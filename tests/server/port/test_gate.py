@@ -306,3 +306,14 @@ def test_the_rest_of_a_refused_request_is_not_read_for_long(
         flooding.start()
         assert ended.wait(HANGING)
         flooding.join(HANGING)
+
+
+def test_what_is_no_request_of_a_relay_is_not_told_in_the_log(
+    capsys: pytest.CaptureFixture[str], open_port: OpenPort, east: Certified
+) -> None:
+    """Who was revoked still has a certificate, and could fill the operator's disk."""
+    port = open_port()
+    assert answer(port, east, b"GET / HTTP/1.1\r\nhost: x\r\ncontent-length: x\r\n\r\n") == 400
+    upgrade = b"connection: upgrade", b"upgrade: websocket"
+    assert answer(port, east, request(east, "/", b"", *upgrade)) == 404
+    assert capsys.readouterr().err == ""

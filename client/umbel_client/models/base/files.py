@@ -82,7 +82,8 @@ def weights_of(folder: Path) -> list[str]:
     """Names of all files with weights, sorted.
 
     Raises:
-        ModelError: a file that every model has is missing, or the folder cannot be read.
+        ModelError: a file that every model has is missing, a name is not printable, or the folder
+            cannot be read.
     """
     try:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -96,7 +97,20 @@ def weights_of(folder: Path) -> list[str]:
     for name, present in accepted.items():
         if not present:
             raise missing(folder, name, tuple(accepted))
+    for name in names:
+        # The digest is over lines, so that a name with a line break would stand for two files.
+        if not _is_plain(name):
+            raise ModelError(
+                "a file of a model has a name that is not printable",
+                file=folder,
+                found=ascii(name),
+                remedy="use a folder that save_pretrained wrote as safetensors",
+            )
     return names
+
+
+def _is_plain(name: str) -> bool:
+    return name.isprintable()
 
 
 def shards_of(folder: Path, texts: Mapping[str, bytes], weights: Sequence[str]) -> list[str]:

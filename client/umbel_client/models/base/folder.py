@@ -37,6 +37,7 @@ from umbel_host.files.model_folder import (
     read_texts,
     text_digest,
 )
+from umbel_host.processes.log import make_printable
 
 _REPORTS: Any = transformers_logging
 """Transformers leaves these functions untyped."""
@@ -183,6 +184,7 @@ def quietly() -> Iterator[None]:
     This is global to the process, so there is one caller at a time.
     """
     with _LOADING:
+        make_printable("transformers")
         level = _REPORTS.get_verbosity()
         bars = _REPORTS.is_progress_bar_enabled()
         _REPORTS.set_verbosity_error()
