@@ -50,7 +50,9 @@ def restore(
     put_back(backup, config, consent)
     console.print(
         "\nThe ledger is as it was then. Nothing is trained until you state what was spent\n"
-        "since: umbel-client budget state-spend (docs/budget.md)."
+        "since: umbel-client budget state-spend (docs/budget.md).\n\n"
+        "Whatever else was put back is as it was then too. Repeat each revocation, and\n"
+        "each change of client.toml, that you made since."
     )
 
 

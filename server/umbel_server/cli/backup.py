@@ -52,7 +52,10 @@ def restore(
     console.print(f"\nstopped: {', '.join(stopped) or 'no job, none was running'}")
     console.print(
         "\nA job that released something since the backup cannot be resumed: sites accept\n"
-        "no second release of a round. Resume others with umbel-server job resume JOB."
+        "no second release of a round. Resume others with umbel-server job resume JOB.\n\n"
+        "The roster and the list of sites that were put back are as they were then.\n"
+        "Before you start the server, revoke again whom you revoked since: it would be\n"
+        "admitted."
     )
 
 

@@ -32,6 +32,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from umbel_common.errors import ConfigError
 from umbel_host.files.keys import read_tls_key
+from umbel_host.processes.log import adopt
 
 CONNECTION = "umbel.connection"
 """Name of the `Connection` in a request's scope."""
@@ -421,6 +422,8 @@ def tls_context(certificate: Path, key: Path, client_ca: Path) -> ssl.SSLContext
 
 def server(app: ASGIApp, context: ssl.SSLContext) -> uvicorn.Server:
     """Returns a web server that is not started yet; it runs on a socket that listens already."""
+    # A site can make Flower fail at each of its requests, and each failure is a traceback.
+    adopt("uvicorn.error")
     config = uvicorn.Config(
         app,
         http=H11Protocol,
@@ -429,6 +432,7 @@ def server(app: ASGIApp, context: ssl.SSLContext) -> uvicorn.Server:
         access_log=False,
         # Its warnings are about what the other side sent, which could fill the log with them.
         log_level="error",
+        log_config=None,
         # The gate believes no header about where a request came from.
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,

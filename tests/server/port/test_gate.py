@@ -1,6 +1,7 @@
 """Requests are judged before their bytes are taken, and bytes are counted as they come."""
 
 import asyncio
+import logging
 import ssl
 import threading
 import time
@@ -309,11 +310,31 @@ def test_the_rest_of_a_refused_request_is_not_read_for_long(
 
 
 def test_what_is_no_request_of_a_relay_is_not_told_in_the_log(
-    capsys: pytest.CaptureFixture[str], open_port: OpenPort, east: Certified
+    caplog: pytest.LogCaptureFixture, open_port: OpenPort, east: Certified
 ) -> None:
     """Who was revoked still has a certificate, and could fill the operator's disk."""
     port = open_port()
     assert answer(port, east, b"GET / HTTP/1.1\r\nhost: x\r\ncontent-length: x\r\n\r\n") == 400
     upgrade = b"connection: upgrade", b"upgrade: websocket"
     assert answer(port, east, request(east, "/", b"", *upgrade)) == 404
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
+
+
+def test_a_site_that_makes_flower_fail_does_not_fill_the_log(
+    caplog: pytest.LogCaptureFixture,
+    open_port: OpenPort,
+    east: Certified,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Another test may have used up this minute's events.
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "filters", [])
+    port = open_port()
+
+    async def failing(*_: Any) -> None:
+        raise OverflowError("a number that no database takes")
+
+    port._gate._fleet = failing
+    for _ in range(22):
+        assert answer(port, east, request(east)) == 500
+    assert "OverflowError" in caplog.text
+    assert len(caplog.records) <= 20

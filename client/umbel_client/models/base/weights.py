@@ -65,7 +65,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
             for name, entry in _entries(source, os.fstat(file.fileno()).st_size):
                 tensor = _tensor(source, name, entry)
                 tensors[name] = tensor.float() if tensor.dtype in _HALVES else tensor
-        # Torch raises the last two for shapes that are none.
+        # Torch raises the last two where a shape is too large.
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise ModelError("a model's weights cannot be read", file=path, found=error) from None
     return tensors, source.hexdigest()
