@@ -56,9 +56,9 @@ def blind_test(model: AdaptedModel) -> None:
         )
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.found: set[str] = set()
 
     def __torch_dispatch__(

@@ -329,6 +329,15 @@ def check_plan(plan: TrainingPlan) -> None:
             found=plan.aggregation.max_weight,
             accepted=1,
         )
+    # A coordinate is rounded to whole steps, so a long step would let an adapter move by far more
+    # than the clip range, which is what a site's policy bounds.
+    if plan.aggregation.step > plan.aggregation.clip_range:
+        raise PlanError(
+            "a quantisation step is longer than the clip range",
+            field="aggregation.step",
+            found=plan.aggregation.step,
+            accepted=f"at most clip_range = {plan.aggregation.clip_range:g}",
+        )
     if isinstance(plan.task, CausalLm):
         if any(tensor.role == "head" for tensor in plan.lora.tensors):
             raise PlanError(

@@ -8,8 +8,8 @@ import pytest
 
 from umbel_common.adapters.reach import require_reachable
 from umbel_common.adapters.vector import Vector, initial_vector, merge, unflatten
-from umbel_common.errors import RemoteProtocolError
-from umbel_common.plans.plan import Aggregation, TrainingPlan
+from umbel_common.errors import PlanError, RemoteProtocolError
+from umbel_common.plans.plan import Aggregation, TrainingPlan, check_plan
 
 MakePlan = Callable[..., TrainingPlan]
 RANGE = 0.7
@@ -54,3 +54,12 @@ def test_the_tensors_that_a_method_freezes_stay_as_they_were(make_plan: MakePlan
     unflatten(vector, plan.lora.tensors)[frozen][...] += 1e-3
     with pytest.raises(RemoteProtocolError, match="further from its initial value"):
         require_reachable(plan, 3, vector)
+
+
+def test_no_step_lets_an_adapter_move_by_far_more_than_the_clip_range(make_plan: MakePlan) -> None:
+    """A policy bounds the clip range. Rounded to whole steps, one of a million is reachable."""
+    far = make_plan(aggregation=Aggregation(threshold=2, clip_range=1.0, step=1e6))
+    require_reachable(far, 1, trained(far, 1, 1e6))
+    with pytest.raises(PlanError, match="step is longer than the clip range"):
+        check_plan(far)
+    check_plan(make_plan(aggregation=Aggregation(threshold=2, clip_range=1.0, step=1.0)))
