@@ -30,7 +30,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from umbel_client.data.hold_out import hold_out
@@ -221,6 +221,8 @@ class SiteJob:
     _observer: Observer
     _entropy: Entropy
     _answer_time: AnswerTime
+    _spoiled: set[int] = field(default_factory=set)
+    """Rounds that failed in this process."""
     _prepared: Prepared | None = None
     """None before the first round of this process: nothing looks at the records before one is
     reserved."""
@@ -268,6 +270,8 @@ class SiteJob:
                 ledger records that: the round is not repeated.
         """
         number = header.round
+        if number in self._spoiled and self._recorded_digest(number) is None:
+            self.record(number, FAILED)
         if self._recorded_digest(number) is None:
             # 0
             self.check(number, adapter)
@@ -328,6 +332,8 @@ class SiteJob:
         except but:
             raise
         except Exception:
+            # Kept here too, because the ledger may be what cannot be written.
+            self._spoiled.add(number)
             self.record(number, FAILED)
             raise
 

@@ -23,7 +23,7 @@ from umbel_client.trainer import job
 from umbel_client.trainer.job import SiteJob, open_job
 from umbel_client.training import answer_time
 from umbel_common.adapters.vector import initial_vector
-from umbel_common.errors import LedgerError, ModelError, PlanError
+from umbel_common.errors import LedgerError, ModelError, PlanError, StorageError
 from umbel_common.plans.plan import Classification
 
 Open = Callable[[], SiteJob]
@@ -220,3 +220,35 @@ def test_the_time_of_an_answer_does_not_tell_of_a_long_record(
     long = [*short[:-1], "w1 " * 100]
     same = seconds(short, "short") == seconds(long, "long")
     assert same == (when == "even")
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["forgotten", "kept"])
+def test_a_round_that_failed_is_not_drawn_again_though_its_ledger_could_not_be_written(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    made = opened()
+    header: Any = SimpleNamespace(round=1, adapter=b"a" * 32)
+    vector = initial_vector(made.plan)
+    drawn = []
+    train = SiteJob.train
+
+    def failing(self: SiteJob, *arguments: Any) -> Any:
+        drawn.append(train(self, *arguments))
+        raise ModelError("no")
+
+    def full(*_: object) -> None:
+        raise StorageError("the disk is full")
+
+    try:
+        monkeypatch.setattr(SiteJob, "train", failing)
+        with monkeypatch.context() as disk:
+            disk.setattr(Ledger, "record_delta", full)
+            with pytest.raises(StorageError):
+                made.compute(header, vector)
+        if not kept:
+            made._spoiled.clear()
+        with pytest.raises(LedgerError if kept else ModelError):
+            made.compute(header, vector)
+        assert len(drawn) == (1 if kept else 2)
+    finally:
+        made.close()
