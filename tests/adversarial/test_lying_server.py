@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 from adversarial.federation import moved
 
+from umbel_client.ledger.register import machine_register
 from umbel_client.trainer import checks
 from umbel_common.adapters.vector import adapter_digest, initial_vector, to_bytes
 from umbel_common.errors import LocalProtocolError, StorageError
@@ -409,6 +410,7 @@ def test_what_a_site_says_to_an_offer_depends_on_its_public_size_only(federation
         training = msgspec.structs.replace(federation.plan.training, expected_batch_size=40)
         plan = federation.make_plan(job=f"job-{number}", training=training)
         shutil.rmtree(federation.folder / SITE / "state")
+        shutil.rmtree(machine_register().folder, ignore_errors=True)
         federation.start(SITE)
         answers.append(
             type(federation.send(SITE, OfferRequest(plan=sign(federation.operator, plan))))

@@ -53,9 +53,6 @@ class DataConfig(Value, frozen=True):
     everyone may know, and that stays when records come and go. Sampling rate and noise follow from
     it, so they reveal nothing about the exact number; privacy holds whatever the exact number
     is."""
-    name: Name | None = None
-    """What the site's people call the data set, the same for all its versions and federations. It
-    finds the one ledger of the data set; without a name, only the file's place and bytes do."""
     text_column: str = "text"
     """The column with the texts."""
     label_column: str = "label"
@@ -70,6 +67,9 @@ class DataConfig(Value, frozen=True):
     evaluation_share: Fraction = 0.1
     """Share of the records (or units), approximately, that is held out and scored under a plan with
     a federated evaluation."""
+    name: Name | None = None
+    """What the site's people call the data set, the same for all its versions and federations. It
+    finds the one ledger of the data set; without a name, only the file's place and bytes do."""
 
 
 class ModelConfig(Value, frozen=True):

@@ -28,8 +28,8 @@ CLAIM = (
     "For each site, and against the server and the other sites working together: all that is"
     " released over all rounds of all jobs on one data set is (epsilon, delta)-differentially"
     " private for each record (or each patient), under add/remove adjacency. The claim does not"
-    " cover participation, poisoning, a compromised endpoint, or memorisation at inference time"
-    " beyond epsilon."
+    " cover participation, the time at which a site answers, poisoning, a compromised endpoint, or"
+    " memorisation at inference time beyond epsilon."
 )
 """The privacy claim, in the words of docs/privacy.md."""
 

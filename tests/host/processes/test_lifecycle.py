@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import signal
 import subprocess
 import sys
 import tempfile
@@ -117,7 +118,9 @@ def test_a_crash_writes_no_key_to_the_disk(tmp_path: Path) -> None:
     """Nor anything else; without `hide_memory` the key is in the file."""
 
     def cores(how: str) -> list[Path]:
-        subprocess.run([sys.executable, "-c", CRASH, how], cwd=tmp_path, stderr=subprocess.DEVNULL)
+        command = [sys.executable, "-c", CRASH, how]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGABRT, done.stderr
         return list(tmp_path.glob("core*"))
 
     assert cores("hidden") == []
