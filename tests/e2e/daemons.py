@@ -55,6 +55,7 @@ path = {model}
 [task]
 task = "classification"
 labels = ["a", "b"]
+max_tokens = 32
 
 [lora]
 rank = 2
@@ -97,6 +98,7 @@ site = "{site}"
 state = "state"
 identity = "identity.pem"
 roster = "roster.json"
+physical_batch_size = 4
 
 [data]
 name = "{site}"

@@ -59,9 +59,10 @@ def job_of(folder: Path, model: Path, texts: list[str], **settings: Any) -> Site
         data=DataConfig(path=str(data), public_size=12),
         model=ModelConfig(path=str(model)),
         policy=Policy(total_epsilon=100.0, labels=("a", "b")),
+        physical_batch_size=4,
         **settings,
     )
-    plan = plan_for(model, Classification(labels=("a", "b")), training=one_round(6))
+    plan = plan_for(model, Classification(labels=("a", "b")), training=one_round(12))
     # The roster is asked for size classes only, which this plan does not weigh by.
     roster: Any = None
     return open_job(

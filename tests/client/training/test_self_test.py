@@ -77,7 +77,7 @@ def model_of(
 
 
 def run(model: AdaptedModel, noise_multiplier: float | None = 0.7) -> None:
-    self_test.self_test(model, noise_multiplier, BatchLimit(8), entropy=os.urandom)
+    self_test.self_test(model, noise_multiplier, BatchLimit(4), entropy=os.urandom)
 
 
 @pytest.mark.parametrize("method", ["both", "ffa", "alternate"])

