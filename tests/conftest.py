@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import resource
 import runpy
 import sys
 
@@ -30,6 +31,19 @@ from umbel_common.plans.plan import (
     TrainingPlan,
 )
 from umbel_common.trust.identity import Identity, Member, Roster
+
+_limit = resource.setrlimit
+
+
+def _limit_but_core(kind: int, limits: tuple[int, int]) -> None:
+    """A command that a test runs in this process would forbid core files to the tests after it, and
+    not every root may raise that limit again."""
+    if kind == resource.RLIMIT_CORE:
+        limits = (limits[0], resource.getrlimit(kind)[1])
+    _limit(kind, limits)
+
+
+resource.setrlimit = _limit_but_core
 
 # Here, and in every process that a test starts.
 _OWN_REGISTER = os.path.join(os.path.dirname(__file__), "support", "own_register")
