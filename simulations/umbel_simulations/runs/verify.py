@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from umbel_client.privacy.accounting import SMALLEST_NOISE_MULTIPLIER
 from umbel_common.adapters.peft_folder import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -186,7 +187,6 @@ def _verify_summary(path: Path, job: VerifiedJob, roster: Roster) -> None:
 _ALL_SPENT = 0.95
 """Least share of the plan's epsilon that all of its rounds together cost: noise is calibrated to
 more than this, where the smallest noise of all does not cost less."""
-_SMALLEST_NOISE = 0.2
 
 
 def _can_be(
@@ -209,14 +209,14 @@ def _can_be(
         fits
         and site.delta == privacy.delta
         and site.noise_multiplier is not None
-        and site.noise_multiplier >= _SMALLEST_NOISE
+        and site.noise_multiplier >= SMALLEST_NOISE_MULTIPLIER
         # What was spent never comes back.
         and known == sorted(known)
         and all(0 <= epsilon <= privacy.epsilon for epsilon in known)
         and (site.epsilon is not None or rounds == 0)
         and (
             rounds < job.plan.training.rounds
-            or site.noise_multiplier == _SMALLEST_NOISE
+            or site.noise_multiplier == SMALLEST_NOISE_MULTIPLIER
             or (site.epsilon or 0.0) >= _ALL_SPENT * privacy.epsilon
         )
     )
