@@ -12,6 +12,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opacus.accountants import PRVAccountant
 
 from umbel_client.privacy import accounting
 from umbel_client.privacy.accounting import (
@@ -90,6 +91,25 @@ def test_epsilon_is_an_upper_bound_where_delta_is_close_to_rounding(
     monkeypatch.setattr(accounting, "_SMALLEST_PRV_DELTA", 0.0)
     monkeypatch.setattr(accounting, "_PRV_DELTA_PER_STEP", 0.0)
     assert accounting._epsilon.__wrapped__((event,), delta) < exact
+
+
+@pytest.mark.parametrize(
+    ("events", "delta"),
+    [
+        ([QUICKSTART], 1e-5),
+        ([LONG], 1e-9),
+        ([DpEvent(5.0, 1.0, 30)], 1e-6),
+        ([DpEvent(1.0, 0.1, 30), DpEvent(2.0, 0.05, 50)], 1e-5),
+    ],
+    ids=str,
+)
+def test_prv_gives_what_opacus_accountant_gives_bit_for_bit(
+    events: list[DpEvent], delta: float
+) -> None:
+    accountant = PRVAccountant()
+    accountant.history = [(one.noise_multiplier, one.sample_rate, one.steps) for one in events]
+    expected = accountant.get_epsilon(delta, eps_error=0.02)
+    assert accounting._prv_epsilon(tuple(events), delta, 0.02) == expected
 
 
 def test_a_release_without_privacy_makes_the_total_infinite() -> None:
