@@ -432,7 +432,7 @@ def test_the_curve_starts_before_training_and_rises(smoke_run: Path) -> None:
     summary = json.loads((smoke_run / "summary.json").read_text())
     accuracies = [point["score"]["accuracy"] for point in summary["curve"]]
     assert [point["round"] for point in summary["curve"]] == [0, 1, 2]
-    assert accuracies[-1] > 0.3 > accuracies[0]
+    assert accuracies[-1] > 0.2 > accuracies[0]
 
 
 def test_flattening_what_peft_reads_gives_the_released_vector(smoke_run: Path) -> None:

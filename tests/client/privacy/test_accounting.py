@@ -27,6 +27,14 @@ from umbel_common.errors import CalibrationError, PolicyRefusal
 
 QUICKSTART = DpEvent(0.73, 0.1, 30)
 LONG = DpEvent(1.0, 0.01, 1000)
+DOUBTED = DpEvent(0.9606244161315665, 0.375, 8)
+"""SciPy warns of its integral."""
+
+
+def opacus_epsilon(events: list[DpEvent], delta: float) -> float:
+    accountant = PRVAccountant()
+    accountant.history = [(one.noise_multiplier, one.sample_rate, one.steps) for one in events]
+    return float(accountant.get_epsilon(delta, eps_error=0.02))
 
 
 def google_epsilon(events: list[DpEvent], delta: float) -> float:
@@ -42,6 +50,7 @@ def google_epsilon(events: list[DpEvent], delta: float) -> float:
     [
         ([QUICKSTART], 1e-5),
         ([LONG], 1e-5),
+        ([DOUBTED], 1e-5),
         ([DpEvent(4.0, 0.05, 200)], 1e-6),
         ([DpEvent(0.8, 0.01, 5)], 1e-9),
         ([DpEvent(5.0, 1.0, 30)], 1e-5),
@@ -106,10 +115,16 @@ def test_epsilon_is_an_upper_bound_where_delta_is_close_to_rounding(
 def test_prv_gives_what_opacus_accountant_gives_bit_for_bit(
     events: list[DpEvent], delta: float
 ) -> None:
-    accountant = PRVAccountant()
-    accountant.history = [(one.noise_multiplier, one.sample_rate, one.steps) for one in events]
-    expected = accountant.get_epsilon(delta, eps_error=0.02)
-    assert accounting._prv_epsilon(tuple(events), delta, 0.02) == expected
+    found = accounting._prv_epsilon(tuple(events), delta, 0.02)
+    assert found == opacus_epsilon(events, delta)
+
+
+def test_a_figure_comes_without_warnings() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(Warning, match="integral"):
+            opacus_epsilon([DOUBTED], 1e-5)
+        accounting._prv_epsilon((DOUBTED,), 1e-5, 0.02)
 
 
 def test_a_release_without_privacy_makes_the_total_infinite() -> None:
