@@ -30,7 +30,7 @@ from umbel_client.site.config import ClientConfig, ModelConfig, load_config
 from umbel_client.site.pinned_roster import Pinned
 from umbel_client.tasks import prepared
 from umbel_client.tasks.physical_batches import BatchLimit
-from umbel_client.trainer import handler, job
+from umbel_client.trainer import handler, job, opening
 from umbel_client.trainer.handler import Trainer
 from umbel_client.trainer.job import SiteJob
 from umbel_client.training.round import LocalTrainer
@@ -187,7 +187,7 @@ def hostile_plans(plan: TrainingPlan, lengths: Sequence[int] = (16, 64)) -> Iter
 def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads one model for all offers, and tests it not at all: neither sees a record."""
     models: list[AdaptedModel] = []
-    load = job.load_site_model
+    load = opening.load_site_model
 
     def once(config: ModelConfig, plan: TrainingPlan) -> AdaptedModel:
         if not models:
@@ -195,10 +195,10 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
         models[0].plan = plan
         return models[0]
 
-    monkeypatch.setattr(job, "load_site_model", once)
+    monkeypatch.setattr(opening, "load_site_model", once)
     for name in ("self_test", "largest_record_test"):
-        monkeypatch.setattr(job, name, lambda *_, **__: None)
-    monkeypatch.setattr(job, "choose_batch_limit", lambda *_: BatchLimit(4))
+        monkeypatch.setattr(opening, name, lambda *_, **__: None)
+    monkeypatch.setattr(opening, "choose_batch_limit", lambda *_: BatchLimit(4))
 
 
 @contextmanager
@@ -207,7 +207,7 @@ def looking_first(*, misfit: Misfit = refuse) -> Iterator[None]:
 
     def opened(config: ClientConfig, plan: TrainingPlan, *rest: Any, **options: Any) -> SiteJob:
         roster, _ = rest
-        found = job.open_job(config, plan, roster, SiteData.load(config), **options)
+        found = opening.open_job(config, plan, roster, SiteData.load(config), **options)
         try:
             parts = [found._records]
             if plan.evaluation is not None:

@@ -22,7 +22,7 @@ from umbel_client.site.config import ClientConfig, DataConfig, ModelConfig
 from umbel_client.site.policy import Policy
 from umbel_client.storage.journal import Published
 from umbel_client.tasks.shapes import BatchLimit
-from umbel_client.trainer import job
+from umbel_client.trainer import opening
 from umbel_common.errors import BudgetError, LedgerError, StorageError
 from umbel_common.plans.plan import Classification, LocalPrivacy
 
@@ -35,8 +35,8 @@ Attack = Callable[[Path], tuple[Path, str | None]]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("self_test", "largest_record_test"):
-        monkeypatch.setattr(job, name, lambda *_, **__: None)
-    monkeypatch.setattr(job, "choose_batch_limit", lambda *_: BatchLimit(4))
+        monkeypatch.setattr(opening, name, lambda *_, **__: None)
+    monkeypatch.setattr(opening, "choose_batch_limit", lambda *_: BatchLimit(4))
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def spend(tmp_path: Path, tiny_model: Path) -> Callable[..., float]:
             policy=Policy(total_epsilon=TOTAL, labels=("a", "b"), max_delta=DELTA),
         )
         (folder / "state").mkdir(exist_ok=True)
-        opened = job.open_job(
+        opened = opening.open_job(
             config,
             plan,
             None,  # type: ignore[arg-type]  # asked for size classes only

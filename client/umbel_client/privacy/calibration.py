@@ -20,6 +20,12 @@ class SiteNoise:
     noise_multiplier: float | None
     """Standard deviation of the noise in units of the clip norm; None without privacy."""
 
+    def event(self, steps: int) -> DpEvent | None:
+        """Returns the DP event of some training steps; None without privacy."""
+        if self.noise_multiplier is None:
+            return None
+        return DpEvent(self.noise_multiplier, self.sampling_rate, steps)
+
 
 def noise_for(plan: TrainingPlan, public_size: int) -> SiteNoise:
     """Noise for the plan's epsilon at the sampling rate of a site with this public size (ADR 3).

@@ -83,9 +83,10 @@ from umbel_client.trainer.checks import (
     check_size_class,
     check_start,
 )
-from umbel_client.trainer.job import SiteJob, SiteStatus, open_job
+from umbel_client.trainer.job import SiteJob, SiteStatus
 from umbel_client.trainer.last_advert import check_last_advert
 from umbel_client.trainer.observer import Observer
+from umbel_client.trainer.opening import open_job
 from umbel_client.trainer.site import Site
 from umbel_client.trainer.stages import answer_stage
 from umbel_common.canonical import Entropy, decode_canonical, encode

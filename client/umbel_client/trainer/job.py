@@ -1,4 +1,4 @@
-"""One job at one site: what it needs of the site, and the law of its rounds.
+"""The law of a round at one site, and the job that keeps it. `opening.py` opens the job.
 
 The law of a round is its order:
 
@@ -27,43 +27,33 @@ This module is part of the core of the privacy guarantee. Never add or change he
 """
 
 import logging
-import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from umbel_client.data.hold_out import hold_out
 from umbel_client.data.records import LmRecords, Misfit, Records
-from umbel_client.data.site_data import SiteData
-from umbel_client.dpsgd.batch_size import choose_batch_limit
 from umbel_client.evaluation.counts import noisy_counts
 from umbel_client.ledger.ledger import Ledger
-from umbel_client.ledger.register import Register, marks_of
 from umbel_client.ledger.rows import EVALUATION, LOST
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.models.base.architecture import naming_architecture
-from umbel_client.models.site_model import load_site_model
-from umbel_client.privacy.accounting import DpEvent, largest_delta, total_epsilon
-from umbel_client.privacy.calibration import SiteNoise, evaluation_event, noise_for
+from umbel_client.privacy.accounting import DpEvent
+from umbel_client.privacy.calibration import SiteNoise, evaluation_event
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.policy import Budget
 from umbel_client.storage.deltas import DeltaCache, OptimizerState
-from umbel_client.storage.journal import Published
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.trainer.observer import Observer
-from umbel_client.training.answer_time import WHEN_DONE, AnswerTime, measure_answer_time
+from umbel_client.training.answer_time import AnswerTime
 from umbel_client.training.bit_test import check_round
-from umbel_client.training.largest_record import largest_record_test
 from umbel_client.training.round import LocalTrainer
-from umbel_client.training.self_test import self_test
 from umbel_common.adapters.site_counts import SiteCounts, with_counts
 from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy, digest
 from umbel_common.errors import (
-    BudgetError,
     DataError,
     LedgerError,
     LocalProtocolError,
@@ -74,7 +64,6 @@ from umbel_common.errors import (
 from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg.encoding import RingVector, encode, encoding_of
-from umbel_common.trust.identity import Roster
 
 _logger = logging.getLogger("umbel.trainer")
 _SHOWN = 10
@@ -92,108 +81,6 @@ class SiteStatus:
     """Spent on the data set by now, all jobs together; None without differential privacy."""
 
 
-def open_job(
-    config: ClientConfig,
-    plan: TrainingPlan,
-    roster: Roster,
-    data: SiteData,
-    *,
-    register: Register,
-    published: Published,
-    observer: Observer,
-    entropy: Entropy,
-) -> "SiteJob":
-    """Opens a job: what comes before its first round, step by step.
-
-    a. Calibrate the noise, from public figures only (`delta-for-records`).
-    b. Open the data set's ledger, unless the register says that another one is charged; enter it,
-       verify it against what this site published, require that what an old copy lacks was stated,
-       count the answers that left, and check the budget of the whole plan (`budget`).
-    c. Load the model, and find the number of records computed at once.
-    d. Test the model on made-up records: on the longest that the plan allows, on the checks of a
-       private step, and on their bits in every shape.
-    e. Prepare no record at all: what is wrong with the tokenizer or its template shows here.
-
-    The answer to an offer is what becomes of these steps, and costs nothing. So none of them looks
-    at the records: the result, and the time that it takes, are the same whatever they say. A step
-    that fails closes the ledger.
-
-    Args:
-        data: the site's records, as it read them when it started.
-        register: which ledger each data set of this machine belongs to.
-        published: what this site has published, from its journal; the ledger must know of it.
-        observer: what follows the work at this site.
-        entropy: the source of batches, noise and rounding.
-
-    Raises:
-        DataError: the site could not read its data when it started.
-        ModelError: the model does not fit the plan, or fails a test.
-        CalibrationError: the plan's epsilon cannot be had with this data set.
-        PolicyRefusal: `delta-for-records`, if the plan's delta is too large for this data set.
-        BudgetError: the whole plan would exceed the data set's budget.
-        LedgerError: the ledger is corrupt, in use, or rolled back, or the journal is rolled back;
-            or the data set has another ledger (`register`); or the ledger is an old copy, and
-            nobody stated what was spent since.
-        StorageError: the ledger or the register cannot be used.
-    """
-    # a. Calibrate the noise. What a server can make this site refuse here depends on public figures
-    #    only.
-    noise = noise_for(plan, config.data.public_size)
-    records = data.records(plan.task)
-    with ExitStack() as opened:
-        # b. Open the one ledger of the data set, verify it, and check the budget.
-        state = config.state_folder
-        marks = marks_of(config, records.source)
-        if not state.ledger.exists():
-            register.require_free(state.ledger, marks)
-        ledger = Ledger.open(state.ledger, records.digest(), records.unit_column)
-        opened.callback(ledger.close)
-        register.enter(ledger, marks)
-        if published.ledger_head is not None:
-            ledger.verify(published.ledger_head)
-        ledger.require_stated()
-        ledger.keep_pace(published.answers)
-        budget = _budget(config, plan)
-        _check_budget(config, plan, noise, ledger, budget)
-        # c. Load the model, and find the number of records computed at once.
-        model = load_site_model(config.model, plan)
-        has_units = records.unit_column is not None or bool(records.units)
-        records_per_unit = config.data.max_records_per_unit if has_units else 1
-        limit = choose_batch_limit(config.physical_batch_size, model, records_per_unit)
-        # d. Test the model on made-up records.
-        with naming_architecture(model.base):
-            largest_record_test(model)
-            self_test(model, noise.noise_multiplier, limit, entropy=entropy)
-        # e. Prepare no record at all.
-        prepare(model, Path(config.model.path), records.only(()), limit, cache=None)
-        # f. Find when answers leave, where this site wants that to tell nothing.
-        answer_time = WHEN_DONE
-        if config.answer_time == "even":
-            answer_time = measure_answer_time(
-                model,
-                limit,
-                records_per_unit=records_per_unit,
-                scored_records=0 if plan.evaluation is None else config.data.public_size,
-            )
-        job = SiteJob(
-            plan=plan,
-            noise=noise,
-            _config=config,
-            _records=records,
-            _model=model,
-            _limit=limit,
-            _weight=_weight(plan, roster, config.site, len(records)),
-            _budget=budget,
-            _ledger=ledger,
-            _deltas=DeltaCache(state.deltas(plan.job)),
-            _observer=observer,
-            _entropy=entropy,
-            _answer_time=answer_time,
-        )
-        opened.pop_all()
-        return job
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class Prepared:
     """A job's records, as training and scoring need them."""
@@ -206,7 +93,7 @@ class Prepared:
 # No generated repr: it would write records and noise into whatever log a job is printed to.
 @dataclass(kw_only=True, repr=False, eq=False)
 class SiteJob:
-    """A job that is open: what `open_job` loaded, and the law of its rounds."""
+    """A job that is open: what `opening.open_job` loaded, and the law of its rounds."""
 
     plan: TrainingPlan
     noise: SiteNoise
@@ -354,7 +241,7 @@ class SiteJob:
         """
         reserved = self._ledger.state(self.plan.job, number)
         steps = self.plan.training.local_steps
-        event = _event(self.noise, steps) if reserved is None else reserved.event
+        event = self.noise.event(steps) if reserved is None else reserved.event
         evaluation = evaluation_event(self.plan, rounds=1)
         if evaluation is not None:
             name = self.plan.job + EVALUATION
@@ -549,51 +436,3 @@ def _tell(misfits: list[DataError], records: int) -> None:
             ", ".join(rows[:_SHOWN]),
             more,
         )
-
-
-def _event(noise: SiteNoise, steps: int) -> DpEvent | None:
-    if noise.noise_multiplier is None:
-        return None
-    return DpEvent(noise.noise_multiplier, noise.sampling_rate, steps)
-
-
-def _budget(config: ClientConfig, plan: TrainingPlan) -> Budget:
-    budget = config.policy.budget(plan)
-    # The bound on one plan's delta holds for the budget too: with probability delta anything may be
-    # revealed, of any record.
-    return Budget(budget.epsilon, min(budget.delta, largest_delta(config.data.public_size)))
-
-
-def _check_budget(
-    config: ClientConfig, plan: TrainingPlan, noise: SiteNoise, ledger: Ledger, budget: Budget
-) -> None:
-    """Refuses, before the first round, what the ledger would refuse in some later round."""
-    if budget.epsilon == math.inf:
-        return
-    own = (plan.job, plan.job + EVALUATION)
-    former = [entry.event for entry in ledger.history() if entry.job not in own]
-    unknown = [None] if ledger.unknown else []
-    events = [*former, *unknown, _event(noise, plan.training.steps)]
-    if plan.evaluation is not None:
-        events.append(evaluation_event(plan, rounds=plan.training.rounds))
-    cost = total_epsilon(events, budget.delta)
-    if cost > budget.epsilon:
-        raise BudgetError(
-            "the privacy budget of this data set does not allow the whole plan",
-            file=config.data.path,
-            field="policy.total_epsilon",
-            found=f"{cost:.4g} with the plan {plan.job}",
-            accepted=f"at most {budget.epsilon:g} at delta {budget.delta:g}",
-            remedy="agree on a plan with a smaller epsilon; what is spent does not come back",
-        )
-
-
-def _weight(plan: TrainingPlan, roster: Roster, site: str, records: int) -> int:
-    """The site's weight in the mean; a larger data set counts as the plan's largest weight."""
-    match plan.aggregation.weights:
-        case "equal":
-            return 1
-        case "size-class":
-            return roster.member(site).weight
-        case "examples":
-            return min(records, plan.aggregation.max_weight)

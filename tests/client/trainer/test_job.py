@@ -19,8 +19,9 @@ from umbel_client.site.policy import Policy
 from umbel_client.storage.journal import Published
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import Part
-from umbel_client.trainer import job
-from umbel_client.trainer.job import SiteJob, open_job
+from umbel_client.trainer import opening
+from umbel_client.trainer.job import SiteJob
+from umbel_client.trainer.opening import open_job
 from umbel_client.training import answer_time
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.errors import LedgerError, ModelError, PlanError, StorageError
@@ -82,7 +83,7 @@ def job_of(folder: Path, model: Path, texts: list[str], **settings: Any) -> Site
 
 def target(name: str) -> tuple[object, str]:
     """The owner of a name in the module, and the attribute there."""
-    owner: object = job
+    owner: object = opening
     *path, attribute = name.split(".")
     for part in path:
         owner = getattr(owner, part)
