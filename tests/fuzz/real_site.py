@@ -9,6 +9,7 @@ import numpy as np
 from vectors.cases import Drawn
 from vectors.values import IDENTITIES, OPERATOR, ROSTER, SITES
 
+from umbel_client.ledger.register import Register
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.base.files import folder_digest
 from umbel_client.site.config import ClientConfig
@@ -111,6 +112,8 @@ class RealSite:
             Pinned(ROSTER, frozenset()),
             IDENTITIES[SITE],
             observer=self.errors,
+            # A machine of its own: another site with the same records would share its ledger.
+            register=Register(folder / "ledgers"),
         )
         self.plan = _plan(model, digest)
         self.adapter = initial_vector(self.plan)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fuzz.engine import LONGEST, search
+from fuzz.real_site import STAGES, RealSite
 from fuzz.record import RECORD, full_run
 from fuzz.target import Place, Target
 from fuzz.targets import TARGETS
@@ -27,6 +28,13 @@ def test_only_the_documented_errors_come_out(
         count = target.inputs if full_run() else target.share
         search(target, prove, count, RECORD.seed, tally)
     assert tally.inputs >= count
+
+
+def test_a_new_site_takes_over_when_attempt_numbers_end(tmp_path: Path, tiny_model: Path) -> None:
+    for name in ("first", "second"):
+        site = RealSite(tmp_path / name, tiny_model)
+        site.next_attempt(len(STAGES))
+        site.trainer.close()
 
 
 @pytest.mark.skipif(not full_run(), reason="coverage-guided search is for `make fuzz`")
