@@ -22,9 +22,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 
-import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from umbel_common.canonical import Value
 from umbel_common.errors import CalibrationError, PolicyRefusal
@@ -37,6 +35,9 @@ _ORDERS = (
     *(float(order) for order in range(11, 64)),
     *(80.0, 96.0, 128.0, 192.0, 256.0, 384.0, 512.0, 768.0, 1024.0),
 )
+
+_OPACUS_ORDERS = (*_ORDERS[:99], *(float(order) for order in range(12, 64)))
+"""Those by which Opacus' `PRVAccountant` finds the width of its grid."""
 
 # Cells of PRV's grids, over all distinct events: about 2 s on one core. A coarser grid, and in the
 # end RDP alone, keeps absurd settings (tiny noise, a million steps) from taking minutes.
@@ -215,8 +216,8 @@ def _epsilon(events: tuple[DpEvent, ...], delta: float) -> float:
 def _prv_epsilon(events: tuple[DpEvent, ...], delta: float, error: float) -> float:
     """PRV's upper bound, at most 2 `error` above the true epsilon; infinite where PRV fails.
 
-    It is what Opacus' `PRVAccountant` answers, bit for bit. That one computes the RDP curve of each
-    event twice, which takes longer than all the rest; here `_rdp` remembers it.
+    It is what Opacus' `PRVAccountant` answers, bit for bit. That one computes whole RDP curves to
+    find the width of its grid, which takes longer than all the rest.
     """
     from opacus.accountants.analysis import prv
 
@@ -249,26 +250,12 @@ def _prv_epsilon(events: tuple[DpEvent, ...], delta: float, error: float) -> flo
 
 
 def _half_width(events: tuple[DpEvent, ...], delta_error: float, error: float) -> float:
-    """Half the width of PRV's grid (Gopi et al. 2021, remark 5.6), over Opacus' orders of RDP."""
-    together = _opacus_rdp_epsilon(events, delta_error / 4)
+    """Half the width of PRV's grid (Gopi et al. 2021, remark 5.6), over the orders of Opacus."""
+    together = _rdp_epsilon(events, delta_error / 4, _OPACUS_ORDERS)
     share = delta_error / (8 * sum(event.steps for event in events))
-    alone = (_opacus_rdp_epsilon((msgspec.structs.replace(one, steps=1),), share) for one in events)
+    single = [(DpEvent(event.noise_multiplier, event.sample_rate, 1),) for event in events]
+    alone = [_rdp_epsilon(event, share, _OPACUS_ORDERS) for event in single]
     return max(together, *alone, error) + 3
-
-
-def _opacus_rdp_epsilon(events: tuple[DpEvent, ...], delta: float) -> float:
-    from opacus.accountants import RDPAccountant
-    from opacus.accountants.analysis.rdp import get_privacy_spent
-
-    orders = RDPAccountant.DEFAULT_ALPHAS
-    curve = sum(
-        event.steps * np.array([_rdp(event.noise_multiplier, event.sample_rate, o) for o in orders])
-        for event in events
-    )
-    with warnings.catch_warnings():
-        # The best order is the first or the last: a wider grid, which is harmless.
-        warnings.filterwarnings("ignore", message="Optimal order is the")
-        return float(get_privacy_spent(orders=orders, rdp=curve, delta=delta)[0])
 
 
 def _cells(events: tuple[DpEvent, ...], delta: float, error: float) -> float:
@@ -279,20 +266,33 @@ def _cells(events: tuple[DpEvent, ...], delta: float, error: float) -> float:
     return len(events) * width / mesh
 
 
-def _rdp_epsilon(events: tuple[DpEvent, ...], delta: float) -> float:
-    orders = np.array(_ORDERS)
-    curve = sum((_rdp_curve(event) for event in events), np.zeros(len(orders)))
-    # Balle et al. 2020, theorem 21. An order whose curve overflowed gives no bound.
-    bounds = curve - (math.log(delta) + np.log(orders)) / (orders - 1) + np.log1p(-1 / orders)
-    usable = bounds[np.isfinite(bounds)]
-    return max(float(usable.min()), 0.0) if usable.size else math.inf
+def _rdp_epsilon(
+    events: tuple[DpEvent, ...], delta: float, orders: tuple[float, ...] = _ORDERS
+) -> float:
+    """RDP's upper bound (Balle et al. 2020, theorem 21): each order gives one, the best one counts.
 
+    A curve takes milliseconds an order, so few orders are asked. Should the search miss the best,
+    its answer is an upper bound all the same.
+    """
 
-@lru_cache(maxsize=4096)
-def _rdp_curve(event: DpEvent) -> NDArray[np.float64]:
-    return event.steps * np.array(
-        [_rdp(event.noise_multiplier, event.sample_rate, order) for order in _ORDERS]
-    )
+    @cache
+    def bound(index: int) -> float:
+        order = orders[index]
+        curve = sum(
+            event.steps * _rdp(event.noise_multiplier, event.sample_rate, order) for event in events
+        )
+        return curve - (math.log(delta) + math.log(order)) / (order - 1) + math.log1p(-1 / order)
+
+    # The bounds fall up to the best order and rise after it. One is infinite where its curve
+    # overflowed, at a large order first.
+    low, high = 0, len(orders) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if bound(middle) <= bound(middle + 1):
+            high = middle
+        else:
+            low = middle + 1
+    return max(min(map(bound, range(max(low - 1, 0), min(low + 2, len(orders))))), 0.0)
 
 
 @lru_cache(maxsize=65536)

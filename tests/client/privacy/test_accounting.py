@@ -154,6 +154,36 @@ def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
         return float(high)
 
 
+@pytest.mark.parametrize("examples", [8, pytest.param(300, marks=pytest.mark.full)])
+def test_the_best_order_is_found_without_asking_all(examples: int) -> None:
+    @settings(max_examples=examples)
+    @given(
+        noise=st.floats(math.log(0.02), math.log(100)).map(math.exp),
+        rate=st.floats(math.log(1e-5), 0.0).map(math.exp),
+        steps=st.integers(1, 100_000),
+        delta=st.floats(math.log(1e-14), math.log(1e-3)).map(math.exp),
+    )
+    def holds(noise: float, rate: float, steps: int, delta: float) -> None:
+        events = (DpEvent(noise, rate, steps), DpEvent(2 * noise, 1.0, 1))
+        orders = [accounting._rdp_epsilon(events, delta, (order,)) for order in accounting._ORDERS]
+        assert accounting._rdp_epsilon(events, delta) == min(orders)
+
+    holds()
+
+
+def test_an_order_whose_curve_overflows_is_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    events, curve = (DpEvent(30.0, 0.5, 1),), accounting._rdp
+    orders = [accounting._rdp_epsilon(events, 1e-5, (order,)) for order in accounting._ORDERS]
+    monkeypatch.setattr(
+        accounting,
+        "_rdp",
+        lambda noise, rate, order: curve(noise, rate, order) if order < 5 else math.inf,
+    )
+    assert accounting._rdp_epsilon(events, 1e-5) == min(orders[:39]) > min(orders)
+    monkeypatch.setattr(accounting, "_rdp", lambda *_: math.inf)
+    assert accounting._rdp_epsilon(events, 1e-5) == math.inf
+
+
 @pytest.mark.parametrize("delta", [1e-9, 1e-12, 1e-13, 3e-14, 1e-15])
 def test_a_tiny_delta_costs_at_least_what_it_truly_costs(
     delta: float,
