@@ -8,6 +8,7 @@ of their range. Gradients are those of the rounded records, so the guarantee is 
 values follow from this record alone, and no record decides whether others are cached.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -124,6 +125,10 @@ def _write(
             partial = Path(file.name)
         try:
             values: Any = np.lib.format.open_memmap(partial, "w+", dtype=np.float16, shape=shape)
+            # Now, where it is an error: a page of the mapped file for which the disk has no room
+            # would end the process (SIGBUS).
+            with partial.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
             _fill(values, model, tokens, parts, on_progress)
             values.flush()
             partial.rename(path)

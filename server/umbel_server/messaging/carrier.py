@@ -220,22 +220,31 @@ class CarrierLink:
         seconds = max(deadline - time.monotonic(), _AGAIN_SECONDS)
         answer = self._collect(one.identifier.encode(), timeout=seconds)
         collected = msgspec.json.decode(next(answer), type=_Collected)
-        reply = joined(answer, step.largest_reply) if collected.replied else None
+        reply = None
+        if collected.replied:
+            reply = joined(self._until_stopped(answer), step.largest_reply)
         if reply is not None and len(reply) > step.largest_reply:
             # The rest is not read, and so not deleted as it is read.
             answer.cancel()
             self._abandon([one])
         return collected.over, reply
 
+    def _until_stopped(self, parts: Iterable[bytes]) -> Iterator[bytes]:
+        # Parts without content would never reach the limit of a reply.
+        for part in parts:
+            self._check_stopped()
+            yield part
+
     def _heard(self, ask: Callable[[], T], lost: T) -> T:
         """Returns an answer of the other process, or `lost` for anything else that it sends.
 
         Raises:
             grpc.RpcError: it does not answer.
+            JobStopped: the job is to stop.
         """
         try:
             return ask()
-        except grpc.RpcError:
+        except (grpc.RpcError, JobStopped):
             raise
         except Exception as error:
             # Whatever a stranger inside that process can make our decoders raise.

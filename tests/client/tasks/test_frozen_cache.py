@@ -1,5 +1,6 @@
 """The frozen-prefix cache: the same logits, private files, and no cache where none is possible."""
 
+import os
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.layers import splits
 from umbel_client.models.inputs import HiddenInputs, PooledInputs
+from umbel_client.tasks import frozen_cache
 from umbel_client.tasks.frozen_cache import FrozenCache, OnProgress, frozen_prefix, token_inputs
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit
@@ -300,6 +302,20 @@ def test_an_interrupted_computation_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         cached(model, ragged(), tmp_path / "cache", interrupt)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_disk_has_room_for_the_whole_file_before_it_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of a mapped file for which there is no room would end the process."""
+
+    def fill(values: np.memmap, *_: object) -> None:
+        found = os.stat(str(values.filename))
+        assert found.st_size >= values.nbytes
+        assert found.st_blocks * 512 >= found.st_size
+
+    monkeypatch.setattr(frozen_cache, "_fill", fill)
+    cached(loaded(bert(tmp_path / "m")), ragged(3000), tmp_path / "cache")
 
 
 def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:

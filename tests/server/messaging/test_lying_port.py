@@ -3,8 +3,9 @@
 Each answer is given a second time to a link without the fix, which it ends.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from itertools import chain, repeat
 from pathlib import Path
 
 import grpc
@@ -14,7 +15,7 @@ import pytest
 from umbel_host.transport.sockets import SocketServer
 from umbel_server.messaging import carrier
 from umbel_server.messaging.carrier import CARRIER, CarrierLink, Posted
-from umbel_server.messaging.link import Step
+from umbel_server.messaging.link import JobStopped, Step
 
 POSTED = msgspec.json.encode(Posted("a-message"))
 REPLIED = b'{"over": true, "replied": true}'
@@ -34,12 +35,14 @@ ANSWERS: dict[str, tuple[bytes, list[bytes]]] = {
 
 
 @pytest.fixture
-def lying(tmp_path: Path) -> Iterator[Callable[[bytes, list[bytes]], CarrierLink]]:
+def lying(tmp_path: Path) -> Iterator[Callable[..., CarrierLink]]:
     """Links to a process that gives these answers to `Post` and `Collect`."""
     servers: list[SocketServer] = []
     links: list[CarrierLink] = []
 
-    def listen(posted: bytes, collected: list[bytes]) -> CarrierLink:
+    def listen(
+        posted: bytes, collected: Iterable[bytes], should_stop: Callable[[], bool] = lambda: False
+    ) -> CarrierLink:
         def post(request: Iterator[bytes], _: grpc.ServicerContext) -> bytes:
             return posted
 
@@ -57,7 +60,7 @@ def lying(tmp_path: Path) -> Iterator[Callable[[bytes, list[bytes]], CarrierLink
         )
         server.start()
         servers.append(server)
-        links.append(CarrierLink(path))
+        links.append(CarrierLink(path, should_stop))
         return links[-1]
 
     yield listen
@@ -73,7 +76,7 @@ def too_large(*arguments: object, **options: object) -> bytes:
 
 @pytest.mark.parametrize(("posted", "collected"), ANSWERS.values(), ids=ANSWERS.keys())
 def test_an_answer_that_is_none_is_a_lost_message(
-    lying: Callable[[bytes, list[bytes]], CarrierLink],
+    lying: Callable[..., CarrierLink],
     monkeypatch: pytest.MonkeyPatch,
     posted: bytes,
     collected: list[bytes],
@@ -87,8 +90,24 @@ def test_an_answer_that_is_none_is_a_lost_message(
 
 
 def test_a_large_message_that_is_lost_is_not_waited_for(
-    lying: Callable[[bytes, list[bytes]], CarrierLink],
+    lying: Callable[..., CarrierLink],
 ) -> None:
     large = bytes(carrier._KEPT_BYTES + 1)
     with closing(lying(POSTED, [b"{"])) as link:
         assert list(link.exchange(Step("train"), [("east", large)], 600.0)) == []
+
+
+def test_a_job_stops_while_a_reply_without_an_end_is_read(
+    lying: Callable[..., CarrierLink], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parts are empty, so that they never come to the limit of a reply."""
+    endless = (part for part in chain([REPLIED], repeat(b"")))
+    asked = iter([False] * 5)
+    link = lying(POSTED, endless, lambda: next(asked, True))
+    with pytest.raises(JobStopped):
+        list(link.exchange(Step("offer"), [("east", b"sealed")], 600.0))
+    assert next(asked, None) is None
+    # Without the check, what is read ends with the time alone.
+    monkeypatch.setattr(CarrierLink, "_until_stopped", lambda self, parts: parts)
+    link = lying(POSTED, endless)
+    assert list(link.exchange(Step("offer"), [("east", b"sealed")], 0.5)) == []
