@@ -206,6 +206,17 @@ def replace_everywhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[object, obj
 
 
 @pytest.fixture
+def shared_proofs(replace_everywhere: Callable[[object, object], None]) -> None:
+    """Lets the jobs of a process share one run of the self-test for each model and plan."""
+    # Imported here: most tests need no torch.
+    from support.proofs import remembered_self_test
+
+    from umbel_client.training.self_test import self_test
+
+    replace_everywhere(self_test, remembered_self_test)
+
+
+@pytest.fixture
 def without(replace_everywhere: Callable[[object, object], None]) -> Callable[..., None]:
     """Takes checks out of the protocol: `without("own-advert")`.
 

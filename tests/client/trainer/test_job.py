@@ -40,6 +40,9 @@ STEPS = (
 )
 
 
+pytestmark = pytest.mark.usefixtures("shared_proofs")
+
+
 @pytest.fixture
 def opened(tmp_path: Path, tiny_model: Path) -> Open:
     return lambda: job_of(tmp_path, tiny_model, [f"w{number}" for number in range(12)])
@@ -175,16 +178,8 @@ def test_a_round_whose_adapter_mixes_records_is_refused_before_it_is_charged(
 class WorkClock:
     """A clock that runs with the tokens that are computed, and while somebody sleeps."""
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.now = 0.0
-        patch.setattr(answer_time, "time", self)
-        batch = PreparedData.batch
-
-        def counted(data: PreparedData, part: Part) -> Any:
-            self.now += part.rows * part.length
-            return batch(data, part)
-
-        patch.setattr(PreparedData, "batch", counted)
 
     def monotonic(self) -> float:
         return self.now
@@ -193,13 +188,25 @@ class WorkClock:
         self.now += seconds
 
 
+CLOCK = WorkClock()
+"""One for all tests, so that what is replaced is the same and their jobs share one proof."""
+_batch = PreparedData.batch
+
+
+def counted_batch(data: PreparedData, part: Part) -> Any:
+    CLOCK.now += part.rows * part.length
+    return _batch(data, part)
+
+
 @pytest.mark.parametrize("fails", [False, True], ids=["trained", "failed"])
 @pytest.mark.parametrize("when", ["when-done", "even"])
 def test_the_time_of_an_answer_does_not_tell_of_a_long_record(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, when: str, fails: bool
 ) -> None:
     """Without the option, the same time would be a coincidence: this is the attack."""
-    clock = WorkClock(monkeypatch)
+    CLOCK.now = 0.0
+    monkeypatch.setattr(answer_time, "time", CLOCK)
+    monkeypatch.setattr(PreparedData, "batch", counted_batch)
     if fails:
         monkeypatch.setattr(SiteJob, "store", lambda *_: 1 / 0)
 
@@ -209,13 +216,13 @@ def test_the_time_of_an_answer_does_not_tell_of_a_long_record(
         header: Any = SimpleNamespace(round=1, adapter=b"a" * 32)
         vector = initial_vector(made.plan)
         made.check(1, vector)
-        began = clock.now
+        began = CLOCK.now
         try:
             with pytest.raises(ZeroDivisionError) if fails else nullcontext():
                 made.compute(header, vector)
         finally:
             made.close()
-        return clock.now - began
+        return CLOCK.now - began
 
     short = [f"w{number}" for number in range(12)]
     long = [*short[:-1], "w1 " * 100]
