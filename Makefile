@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# The tests start hundreds of processes; without bytecode each would compile all of Umbel again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo federation medical-qa lint test test-full soak fuzz docs vectors bench utility sensitivity \
 	utility-medical-qa exported audit locks dist sbom advisories clean

@@ -1,5 +1,6 @@
 """Shared by all tests: one thread a process, and small plans that need no model."""
 
+import functools
 import gc
 import itertools
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import typer.testing
 
 from umbel_client.ledger.register import MACHINE
 from umbel_common import errors
@@ -51,6 +53,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     path for path in (_OWN_REGISTER, os.environ.get("PYTHONPATH")) if path
 )
 runpy.run_path(os.path.join(_OWN_REGISTER, "sitecustomize.py"))
+
+# A program's commands are the same each time that a test calls one of them.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 hypothesis.settings.register_profile("ci", deadline=None)
 # `make fuzz`: the targets of tests/fuzz then take the numbers of inputs that they name themselves.

@@ -55,6 +55,7 @@ site = "site-a"
 state = "{folder}/state"
 identity = "not read"
 roster = "not read"
+physical_batch_size = 4
 [data]
 path = "{folder}/data.jsonl"
 public_size = 40
@@ -269,7 +270,7 @@ def _request(machine: Any, context: bytes) -> tuple[str, Request] | None:
 
 
 def _plan(model: Path, digest: bytes) -> TrainingPlan:
-    task = Classification(labels=("a", "b"))
+    task = Classification(labels=("a", "b"), max_tokens=32)
     return TrainingPlan(
         federation="clinics",
         job="job",

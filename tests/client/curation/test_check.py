@@ -1,5 +1,7 @@
 """`umbel-client data check`: what people are told of their records, and what stops them."""
 
+import functools
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from typer.testing import CliRunner
 from umbel_client.cli import app
 from umbel_client.data.chat import tokenise_answers
 from umbel_client.data.records import load_records
+from umbel_client.data.tokens import load_tokenizer
+from umbel_client.models.base.folder import skeleton
 from umbel_common.errors import ConfigError, DataError, ModelError
 from umbel_common.plans.plan import CausalLm, Classification
 
@@ -235,9 +239,17 @@ def test_a_prompt_that_leaves_no_answer_is_named(tmp_path: Path, llama: Path) ->
     ],
 )
 def test_the_check_refuses_what_training_would(
-    tmp_path: Path, llama: Path, template: Any, too_long: Any, loss_on: Any
+    tmp_path: Path,
+    llama: Path,
+    template: Any,
+    too_long: Any,
+    loss_on: Any,
+    replace_everywhere: Callable[[object, object], None],
 ) -> None:
     """At every length, of prompt and answer, around the plan's."""
+    # One model for all lengths: it is loaded once.
+    replace_everywhere(load_tokenizer, functools.cache(load_tokenizer))
+    replace_everywhere(skeleton, functools.cache(skeleton))
     task = CausalLm(max_tokens=32, template=template, too_long=too_long, loss_on=loss_on)
     plan = plan_file(tmp_path, llama, task)
     ends = set()
