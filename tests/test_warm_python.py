@@ -9,8 +9,9 @@ import pytest
 from support import warm_python
 
 LOOKS = """\
-import atexit, logging, os, signal, sys, threading
+import atexit, logging, os, signal, sys, threading, weakref
 atexit.register(lambda: print("at the end"))
+weakref.finalize(atexit, lambda: print("at the very end"))
 print(sys.argv[1:], sys.path[0], os.getcwd(), os.environ.get("GIVEN"), sys.stdin.read())
 print("complaint", file=sys.stderr)
 assert threading.active_count() == len(os.listdir("/proc/self/task")) == 1
@@ -35,7 +36,7 @@ def test_a_script_finds_what_it_was_given(script: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "GIVEN": "yes"}
     done = warm_python.run(script, "a", 1, cwd=folder, env=environment, input="typed")
     assert done.stderr == "complaint\n"
-    assert done.stdout == f"['a', '1'] {tmp_path} {folder} yes typed\nat the end\n"
+    assert done.stdout == f"['a', '1'] {tmp_path} {folder} yes typed\nat the end\nat the very end\n"
     assert done.returncode == 7
 
 

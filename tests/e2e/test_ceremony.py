@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import ssl
 import subprocess
 import sys
@@ -46,16 +47,27 @@ def good(done: "subprocess.CompletedProcess[str]") -> str:
 class Ceremony:
     """The folders of the parties, and the commands that people give in them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, former: "Ceremony | None" = None) -> None:
+        """Args:
+        former: what its parties made is theirs here too, instead of being made again.
+        """
         self.folder = folder
         self.operator = folder / "operator"
+        self.former = former
+        if former is not None:
+            shutil.copytree(former.operator, self.operator)
+            self.said = former.said
+            return
         arguments = ("--federation", "clinics", "--address", "127.0.0.1:9443")
         self.said = good(run(folder, "umbel-server", "init", *arguments))
 
     def request(self, site: str) -> Path:
         folder = self.folder / site
-        folder.mkdir()
-        good(run(folder, "umbel-client", "init", "--site", site, "--federation", "clinics"))
+        if self.former is not None:
+            shutil.copytree(self.former.folder / site, folder)
+        else:
+            folder.mkdir()
+            good(run(folder, "umbel-client", "init", "--site", site, "--federation", "clinics"))
         return folder / f"{site}.request.json"
 
     def identity(self, site: str) -> Identity:
@@ -85,9 +97,19 @@ class Ceremony:
         return {str(path.relative_to(self.operator)): path.read_bytes() for path in paths}
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Ceremony:
+    """An operator, and two sites that have asked to take part."""
+    made = Ceremony(tmp_path_factory.mktemp("begun"))
+    for site in ("east", "north"):
+        made.request(site)
+    return made
+
+
 @pytest.fixture
-def ceremony(tmp_path: Path) -> Ceremony:
-    return Ceremony(tmp_path)
+def ceremony(begun: Ceremony, tmp_path: Path) -> Ceremony:
+    """A copy of the operator, which a test may change; `request` copies a site that asks."""
+    return Ceremony(tmp_path, begun)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,14 @@ LIBRARIES = (
     "scipy.stats",
     "flwr.common",
     "grpc",
+    "pydantic.networks",
+    "sqlalchemy.orm",
+    "sqlalchemy.dialects.sqlite",
+    "alembic.command",
+    "fastapi",
+    "uvicorn.protocols.http.h11_impl",
+    "requests",
+    "httpx",
     "cryptography.x509",
     "msgspec",
     "safetensors.numpy",
@@ -303,6 +312,9 @@ def main(descriptor: int) -> None:
     assert threads == 1, "a library started a thread, which no child would have"
     gc.collect()
     gc.freeze()
+    # What the libraries undo at their exit costs a child more than many a program's own work.
+    for finalizer in list(vars(weakref.finalize)["_registry"]):
+        finalizer.atexit = False
     task = _Server(socket.socket(fileno=descriptor)).serve()
     if task is None:
         return
