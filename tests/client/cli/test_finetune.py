@@ -1,6 +1,7 @@
 """Fine-tuning without a federation: train, classify, generate, export, by their commands."""
 
 import json
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ path = "{model}"
 PAIRS = [{"prompt": f"say {word}", "completion": word} for word in ("yes", "no", "so")] * 4
 TEXTS = [{"text": f"w{index} w{index + 1}", "label": "ab"[index % 2]} for index in range(12)]
 LM = CausalLm(max_tokens=96)
-LABELLED = Classification(labels=("a", "b"))
+LABELLED = Classification(labels=("a", "b"), max_tokens=16)
 
 
 def command(*arguments: object) -> str:
@@ -83,8 +84,7 @@ class Site:
         return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.fixture
-def answering(tmp_path: Path, llama: Path) -> Site:
+def answering_site(folder: Path, llama: Path) -> Site:
     training = Training(
         rounds=2,
         local_steps=40,
@@ -92,20 +92,42 @@ def answering(tmp_path: Path, llama: Path) -> Site:
         optimizer=Adam(adapter_learning_rate=0.02),
     )
     plan = plan_for(llama, LM, lora={"rank": 8}, training=training, privacy=NoPrivacy())
-    return Site(tmp_path, llama, plan, PAIRS)
+    return Site(folder, llama, plan, PAIRS)
+
+
+def labelling_site(folder: Path, model: Path) -> Site:
+    # Every record in each batch: noise for that is calibrated at once.
+    plan = plan_for(model, LABELLED, training=one_round(12, steps=3))
+    return Site(folder, model, plan, TEXTS)
+
+
+@pytest.fixture
+def answering(tmp_path: Path, llama: Path) -> Site:
+    return answering_site(tmp_path, llama)
 
 
 @pytest.fixture
 def labelling(tmp_path: Path, tiny_model: Path) -> Site:
-    plan = plan_for(tiny_model, LABELLED, training=one_round(6, steps=3))
-    return Site(tmp_path, tiny_model, plan, TEXTS)
+    return labelling_site(tmp_path, tiny_model)
 
 
-def test_an_adapter_trained_alone_answers_and_is_private(answering: Site) -> None:
-    folder = answering.train()
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    """The adapter that the site `answering` trains; nobody changes it."""
+    return answering_site(tmp_path_factory.mktemp("answering"), llama).train()
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The adapter that the site `labelling` trains; nobody changes it."""
+    return labelling_site(tmp_path_factory.mktemp("labelling"), tiny_model).train()
+
+
+def test_an_adapter_trained_alone_answers_and_is_private(answering: Site, answers: Path) -> None:
+    folder = answers
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert "treat it as the data" in (folder / "README.md").read_text().replace("\n", " ")
-    assert not (answering.folder / "state").exists()  # no ledger, no journal
+    assert not (folder.parent / "state").exists()  # no ledger, no journal
     asked = ("generate", "--adapter", folder, "--prompt", "say yes", "--prompt", "say no")
     found = answering.run(*asked, "--max-new-tokens", 5)
     assert [row["prompt"] for row in found] == ["say yes", "say no"]
@@ -114,35 +136,32 @@ def test_an_adapter_trained_alone_answers_and_is_private(answering: Site) -> Non
     assert [row["answer"] for row in base] != ["yes", "no"]
 
 
-def test_questions_come_from_a_file_too(answering: Site) -> None:
-    folder = answering.train()
+def test_questions_come_from_a_file_too(answering: Site, answers: Path) -> None:
     file = answering.folder / "data.jsonl"
-    found = answering.run("generate", "--adapter", folder, "--input", file, "--max-new-tokens", 3)
+    found = answering.run("generate", "--adapter", answers, "--input", file, "--max-new-tokens", 3)
     assert [row["prompt"] for row in found] == [row["prompt"] for row in PAIRS]
 
 
-def test_sampling_follows_its_seed(answering: Site) -> None:
-    folder = answering.train()
-    asked = ("generate", "--adapter", folder, "--prompt", "say", "--temperature", 1.5)
+def test_sampling_follows_its_seed(answering: Site, answers: Path) -> None:
+    asked = ("generate", "--adapter", answers, "--prompt", "say", "--temperature", 1.5)
     seeds = [answering.run(*asked, "--max-new-tokens", 8, "--seed", seed) for seed in (1, 1, 2)]
     assert seeds[0] == seeds[1] != seeds[2]
 
 
-def test_a_classifier_labels_texts(labelling: Site) -> None:
-    folder = labelling.train()
-    found = labelling.run("classify", "--adapter", folder, "--text", "w1 w2", "--text", "w2 w3")
+def test_a_classifier_labels_texts(labelling: Site, labels: Path) -> None:
+    found = labelling.run("classify", "--adapter", labels, "--text", "w1 w2", "--text", "w2 w3")
     assert {row["label"] for row in found} <= {"a", "b"}
     assert all(0.5 <= row["probability"] <= 1 for row in found)
     rows = labelling.run(
-        "classify", "--adapter", folder, "--input", labelling.folder / "data.jsonl"
+        "classify", "--adapter", labels, "--input", labelling.folder / "data.jsonl"
     )
     assert len(rows) == len(TEXTS)
 
 
-def test_an_adapter_is_scored_on_held_out_records(answering: Site) -> None:
-    folder, general = answering.train(), answering.folder / "general.jsonl"
+def test_an_adapter_is_scored_on_held_out_records(answering: Site, answers: Path) -> None:
+    general = answering.folder / "general.jsonl"
     general.write_text('{"text": "nothing of the kind"}\n')
-    asked = ("evaluate", "--adapter", folder, "--json", "--general", general, "--config")
+    asked = ("evaluate", "--adapter", answers, "--json", "--general", general, "--config")
     found = json.loads(command(*asked, answering.config))
     base = json.loads(command(*asked, answering.config, "--base"))
     assert found["records"] == len(PAIRS)
@@ -153,13 +172,12 @@ def test_an_adapter_is_scored_on_held_out_records(answering: Site) -> None:
     assert figures["general_perplexity"] > 1
 
 
-def test_groups_have_an_accuracy_each(labelling: Site) -> None:
+def test_groups_have_an_accuracy_each(labelling: Site, labels: Path) -> None:
     rows = [{**row, "ward": "xy"[index % 2]} for index, row in enumerate(TEXTS)]
     file = labelling.folder / "held-out.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folder = labelling.train()
     arguments = ("--data", file, "--groups", "ward", "--config", labelling.config)
-    text = command("evaluate", "--adapter", folder, *arguments)
+    text = command("evaluate", "--adapter", labels, *arguments)
     assert text.startswith("12 records: loss ")
     assert " x " in text
     assert " y " in text
@@ -210,17 +228,17 @@ def test_a_merged_model_has_the_logits_of_the_adapter(answering: Site, scaling: 
     assert (out / "tokenizer.json").is_file()
 
 
-def test_a_merged_encoder_keeps_its_head_beside_it(labelling: Site) -> None:
-    folder, out = labelling.train(), labelling.folder / "merged"
-    command("export", "--adapter", folder, "--merge", "--out", out, "--config", labelling.config)
+def test_a_merged_encoder_keeps_its_head_beside_it(labelling: Site, labels: Path) -> None:
+    out = labelling.folder / "merged"
+    command("export", "--adapter", labels, "--merge", "--out", out, "--config", labelling.config)
     AutoModel.from_pretrained(out)
     assert load_file(out / "head.safetensors")["weight"].shape == (2, 16)
 
 
-def test_an_exported_adapter_is_the_adapter(labelling: Site) -> None:
-    folder, out = labelling.train(), labelling.folder / "copy"
-    command("export", "--adapter", folder, "--out", out, "--config", labelling.config)
-    assert read_adapter(out)[0] == read_adapter(folder)[0]
+def test_an_exported_adapter_is_the_adapter(labelling: Site, labels: Path) -> None:
+    out = labelling.folder / "copy"
+    command("export", "--adapter", labels, "--out", out, "--config", labelling.config)
+    assert read_adapter(out)[0] == read_adapter(labels)[0]
 
 
 def refused(kind: type[Exception], *arguments: object) -> Any:
@@ -229,8 +247,8 @@ def refused(kind: type[Exception], *arguments: object) -> Any:
     return caught.value
 
 
-def test_nothing_is_written_over(labelling: Site) -> None:
-    folder = labelling.train()
+def test_nothing_is_written_over(labelling: Site, labels: Path) -> None:
+    folder = Path(shutil.copytree(labels, labelling.folder / "alone"))
     plan = labelling.folder / "plan.json"
     config = ("--config", labelling.config)
     for arguments in (
@@ -259,13 +277,12 @@ def test_bad_records_stop_training_before_anything_is_written(labelling: Site) -
     assert not (labelling.folder / "new").exists()
 
 
-def test_an_adapter_of_another_model_is_refused(labelling: Site, llama: Path) -> None:
-    folder = labelling.train()
+def test_an_adapter_of_another_model_is_refused(labelling: Site, llama: Path, labels: Path) -> None:
     labelling.config.write_text(CONFIG.format(model=llama, size=12))
     config = ("--config", labelling.config)
     for arguments in (
-        ("classify", "--adapter", folder, "--text", "w1", *config),
-        ("export", "--adapter", folder, "--merge", "--out", labelling.folder / "m", *config),
+        ("classify", "--adapter", labels, "--text", "w1", *config),
+        ("export", "--adapter", labels, "--merge", "--out", labelling.folder / "m", *config),
     ):
         assert refused(ModelError, *arguments).field == "model.digest"
 
@@ -279,8 +296,8 @@ def test_a_folder_without_an_adapter_is_named(labelling: Site) -> None:
     assert error.found == "no such folder"
 
 
-def test_a_damaged_adapter_is_named(labelling: Site) -> None:
-    folder = labelling.train()
+def test_a_damaged_adapter_is_named(labelling: Site, labels: Path) -> None:
+    folder = Path(shutil.copytree(labels, labelling.folder / "alone"))
     (folder / "adapter_model.safetensors").write_bytes(b"torn")
     config = ("--config", labelling.config)
     error = refused(ModelError, "classify", "--adapter", folder, "--text", "x", *config)

@@ -231,9 +231,7 @@ class Shuffled(NoiseSource):
         return np.sort(batch)
 
 
-def batches_of(
-    plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch, owners: Units | None = None
-) -> list[set[int]]:
+def batches_of(plan: TrainingPlan, folder: Path, owners: Units | None = None) -> list[set[int]]:
     """The records in each of 80 steps at rate 1/4, by what is read from the data."""
     plan = msgspec.structs.replace(plan, training=one_round(5, steps=80))
     lengths = np.full(UNITS, 4)
@@ -249,7 +247,7 @@ def batches_of(
         batches[-1] |= set(part.records.tolist())
         return read(self, part)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PreparedData, "batch", noting)
         LocalTrainer(
             AdaptedModel.load(folder, plan),
@@ -265,29 +263,38 @@ def batches_of(
     return batches[:-1]
 
 
+@pytest.fixture(scope="module")
+def poisson_batches(plan: TrainingPlan, folder: Path) -> list[set[int]]:
+    return batches_of(plan, folder)
+
+
+@pytest.fixture(scope="module")
+def shuffled_batches(plan: TrainingPlan, folder: Path) -> list[set[int]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(umbel_client.training.round, "NoiseSource", Shuffled)
+        return batches_of(plan, folder)
+
+
 def test_shuffled_batches_are_all_of_one_size_and_poisson_batches_are_not(
-    plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch
+    poisson_batches: list[set[int]], shuffled_batches: list[set[int]]
 ) -> None:
-    poisson = np.array([len(batch) for batch in batches_of(plan, folder, monkeypatch)])
+    poisson = np.array([len(batch) for batch in poisson_batches])
     assert poisson.mean() == pytest.approx(UNITS / 4, abs=1.0)
     assert poisson.var() == pytest.approx(UNITS / 4 * (1 - 1 / 4), rel=0.5)
-    monkeypatch.setattr(umbel_client.training.round, "NoiseSource", Shuffled)
-    shuffled = np.array([len(batch) for batch in batches_of(plan, folder, monkeypatch)])
+    shuffled = np.array([len(batch) for batch in shuffled_batches])
     assert shuffled.mean() == UNITS / 4
     assert shuffled.var() == 0
 
 
 def test_a_record_may_be_in_two_poisson_batches_in_a_row_and_never_in_two_of_an_epoch(
-    plan: TrainingPlan, folder: Path, monkeypatch: pytest.MonkeyPatch
+    poisson_batches: list[set[int]], shuffled_batches: list[set[int]]
 ) -> None:
     def together(batches: list[set[int]]) -> int:
         return sum(len(batches[n] & batches[n + 1]) for n in range(0, len(batches), 2))
 
-    poisson = together(batches_of(plan, folder, monkeypatch))
     # Each of 20 records in both of 40 pairs of steps with probability 1/16.
-    assert poisson == pytest.approx(50, abs=30)
-    monkeypatch.setattr(umbel_client.training.round, "NoiseSource", Shuffled)
-    assert together(batches_of(plan, folder, monkeypatch)) == 0
+    assert together(poisson_batches) == pytest.approx(50, abs=30)
+    assert together(shuffled_batches) == 0
 
 
 def test_a_patients_records_are_in_a_batch_together_or_not_at_all(
@@ -296,13 +303,13 @@ def test_a_patients_records_are_in_a_batch_together_or_not_at_all(
     """Else a patient with many records is in more steps than the accountant charges."""
     patient = set(range(10))
     owners = Units(np.array([0] * 10 + list(range(1, UNITS - 9))))
-    seen = [batch & patient for batch in batches_of(plan, folder, monkeypatch, owners)]
+    seen = [batch & patient for batch in batches_of(plan, folder, owners)]
     assert all(part in (set(), patient) for part in seen)
     # In each of 80 steps with probability 1/4.
     assert sum(map(bool, seen)) == pytest.approx(20, abs=15)
     monkeypatch.setattr(PreparedData, "unit_count", property(len))
     monkeypatch.setattr(PreparedData, "records_of", lambda self, chosen: chosen)
-    seen = [batch & patient for batch in batches_of(plan, folder, monkeypatch, owners)]
+    seen = [batch & patient for batch in batches_of(plan, folder, owners)]
     assert not all(part in (set(), patient) for part in seen)
     # Now with probability 1 - (3/4)^10.
     assert sum(map(bool, seen)) > 60

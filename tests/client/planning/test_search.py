@@ -103,7 +103,7 @@ def rows(shown: str) -> list[tuple[str, str]]:
 
 def test_the_command_writes_the_draft_with_the_best_values(draft: Path) -> None:
     out = draft.with_name("tuned.toml")
-    options = ("--out", str(out), "--public-size", "1000", "--sites", "2", "--seed", "4")
+    options = ("--out", str(out), "--public-size", "8", "--sites", "2", "--seed", "4")
     done = tune(draft, *options, "--trials", "3")
     assert done.exit_code == 0, done.output
     assert len(rows(done.stdout)) == 3
@@ -199,14 +199,14 @@ def test_a_trial_trains_under_the_noise_of_the_public_size(draft: Path, data: Pu
     def loss(size: int, sites: int = 1, seed: int = 1) -> float:
         return loss_after_training(plan, data, public_size=size, sites=sites, seed=seed)
 
-    seeds = range(4)
+    seeds = range(3)
     noisy = np.mean([loss(8, seed=seed) for seed in seeds])
-    clear = np.mean([loss(1_000, seed=seed) for seed in seeds])
+    clear = [loss(1_000, seed=seed) for seed in seeds]
     shared = np.mean([loss(8, sites=4, seed=seed) for seed in seeds])
-    assert clear < noisy - 0.1
+    assert np.mean(clear) < noisy - 0.1
     assert shared < noisy - 0.1
-    assert loss(1_000) == loss(1_000)
-    assert loss(1_000) != loss(1_000, seed=2)
+    assert loss(1_000, seed=1) == clear[1]
+    assert clear[1] != clear[2]
 
 
 def test_a_clip_norm_that_only_scales_rates_is_not_looked_for(draft: Path) -> None:

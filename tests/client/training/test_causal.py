@@ -32,7 +32,7 @@ from umbel_common.adapters.vector import initial_vector
 from umbel_common.errors import ModelError, PlanError
 from umbel_common.plans.plan import CausalLm, NoPrivacy, TrainingPlan, check_plan
 
-TASK = CausalLm(max_tokens=96)
+TASK = CausalLm(max_tokens=64)
 SEAM = CausalLmTask()
 PAIRS = [("a", "bc"), ("what is it?", "an ulcer of the stomach"), ("x" * 9, "y"), ("q", "r" * 30)]
 LAST_LAYER = {"layers": (2,)}
@@ -107,8 +107,19 @@ def test_a_loss_is_transformers_own_of_the_record_alone(
         assert found[index].item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all"])
-@pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind != "gpt2"])
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("llama", ("q_proj", "v_proj")),
+        *((kind, "all") for kind in DECODERS if kind != "gpt2"),
+        # Two of the layers that all adapted together.
+        *(
+            pytest.param(kind, ("q_proj", "v_proj"), marks=pytest.mark.full)
+            for kind in DECODERS
+            if kind not in ("gpt2", "llama")
+        ),
+    ],
+)
 def test_gradients_of_records_are_those_of_each_alone(
     tmp_path: Path, file: Path, kind: str, targets: Any
 ) -> None:
@@ -118,7 +129,7 @@ def test_gradients_of_records_are_those_of_each_alone(
     plan = plan_for(folder, TASK, lora={"target_modules": names})
     model, data = loaded(folder, plan, file)
     assert difference(gradients_together(model, data), gradients_alone(model, data)) < 1e-4
-    self_test(model, 1.0, BatchLimit(8), entropy=np.random.default_rng(1).bytes)
+    self_test(model, 1.0, BatchLimit(4), entropy=np.random.default_rng(1).bytes)
 
 
 def test_frozen_layers_of_a_decoder_run_once(llama: Path, file: Path) -> None:
@@ -239,7 +250,7 @@ def test_four_bits_leave_gradients_of_records_exact(tmp_path: Path, file: Path) 
     assert type(model.base.model.layers[0].mlp.up_proj) is Linear4bit
     found = gradients_together(model, data)
     assert difference(found, gradients_alone(model, data)) < 1e-4
-    self_test(model, 1.0, BatchLimit(8), entropy=np.random.default_rng(1).bytes)
+    self_test(model, 1.0, BatchLimit(4), entropy=np.random.default_rng(1).bytes)
     # A plain model of the weights that the four bits stand for.
     plain, _ = loaded(llama, plan, file)
     for name, layer in model.base.named_modules():

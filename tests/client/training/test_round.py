@@ -436,11 +436,11 @@ def test_the_average_of_a_rounds_steps_is_released(
     """Rounds of one, two and so on steps with the same entropy tell what each step left."""
     privacy = PRIVATE if private else NoPrivacy()
     shared = {"privacy": privacy, "optimizer": Sgd(0.1, 0.1, 0.5)}
-    data, steps = ragged(), 6
+    data, steps = ragged(), 4
+    model = AdaptedModel.load(folder, plan_of(folder, **shared))
     iterates = []
     for count in range(1, steps + 1):
         plan = plan_of(folder, local_steps=count, **shared)
-        model = AdaptedModel.load(folder, plan)
         last = train(model, data, plan)
         iterates.append(last.delta.astype(float))
     weights = decay ** np.arange(steps)[::-1]
