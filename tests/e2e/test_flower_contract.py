@@ -17,7 +17,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -528,6 +528,70 @@ def test_a_message_and_its_reply_leave_nothing_behind(link: Link, size: int) -> 
     assert reply.pieces is not None
     assert b"".join(reply.pieces) == sealed[::-1]
     assert link.is_empty()
+
+
+@contextmanager
+def statements(link: Link) -> Iterator[list[str]]:
+    """What the database is asked to do meanwhile."""
+    did: list[str] = []
+
+    def note(*asked: Any) -> None:
+        did.append(asked[2])
+
+    engine = link.superlink.state._engine
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        yield did
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
+
+
+def test_a_node_that_is_asked_nothing_is_told_so_without_the_database(link: Link) -> None:
+    (site, node), (other, other_node) = joined(link), joined(link)
+    identifier = link.mailbox.post(other_node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
+    assert identifier is not None
+    with statements(link) as did:
+        assert site.pull(node) is None
+    # Only whose key it is.
+    assert [statement for statement in did if not statement.startswith("SELECT node")] == []
+    with statements(link) as did:
+        assert other.pull(other_node) is not None
+    assert any("UPDATE message_ins" in statement for statement in did)
+    link.mailbox.forget(identifier)
+    with statements(link) as did:
+        assert other.pull(other_node) is None
+    assert not any("message_ins" in statement for statement in did)
+
+
+def test_the_database_is_asked_seldom_for_a_reply_of_which_nothing_has_come(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, node = joined(link)
+    identifier = link.mailbox.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
+    assert identifier is not None
+    request = site.pull(node)
+    assert request is not None
+    monkeypatch.setattr(umbel_server.port.mailbox, "_ASK_SECONDS", HANGING)
+    # A message that may have expired is looked for at first, and then seldom.
+    assert link.mailbox.collect(identifier) is None
+    with statements(link) as did:
+        assert link.mailbox.collect(identifier) is None
+    assert did == []
+    # So is a reply that is announced, and has not come.
+    push, parts = site.client.PushObject, list[Any]()
+    monkeypatch.setattr(site.client, "PushObject", parts.append)
+    site.reply(node, request, b"reply")
+    assert link.mailbox.collect(identifier) is None
+    with statements(link) as did:
+        assert link.mailbox.collect(identifier) is None
+    assert did == []
+    # As soon as all of it has come, it is there.
+    for part in parts:
+        push(part)
+    reply = link.mailbox.collect(identifier)
+    assert reply is not None
+    assert reply.pieces is not None
+    assert b"".join(reply.pieces) == b"reply"
 
 
 def test_what_was_delivered_and_not_answered_is_delivered_again(link: Link) -> None:
