@@ -5,11 +5,13 @@ do.
 """
 
 import ast
+import functools
 import importlib
 import importlib.metadata
 import inspect
 import os
 import re
+import shutil
 import socket
 import sqlite3
 import ssl
@@ -17,7 +19,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,7 @@ LONG_ENOUGH = 60.0
 # Names
 
 
+@functools.cache
 def used() -> set[tuple[str, str]]:
     """Module and name of everything that the packages import from Flower."""
     return {
@@ -182,8 +185,12 @@ def test_every_patch_names_tests_that_are_here() -> None:
         assert set(tests) <= globals().keys(), patch.__name__
 
 
-def test_the_state_is_told_by_the_environment_where_its_database_is(link: "Link") -> None:
-    assert link.database.exists()
+def test_the_state_is_told_by_the_environment_where_its_database_is(
+    migrated: Path, link: "Link"
+) -> None:
+    assert migrated.with_name("superlink.sqlite").exists()
+    # That of a `Link` was there before, and is used.
+    assert link.rows("run") > 0
 
 
 @pytest.mark.parametrize(
@@ -373,10 +380,24 @@ class Link:
 
 
 @pytest.fixture(scope="module")
-def shared_link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Link]:
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with Flower's tables and nothing in them: to make them takes most of a second."""
+    path = tmp_path_factory.mktemp("migrated") / "superlink.sqlite"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLWR_DATABASE", str(path))
+        create_app()
+    # What Flower still holds open does not keep the copy from being whole.
+    whole = path.with_name("whole.sqlite")
+    with sqlite3.connect(path) as database, sqlite3.connect(whole) as copy:
+        database.backup(copy)
+    return whole
+
+
+@pytest.fixture(scope="module")
+def shared_link(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator[Link]:
     """One SuperLink for most tests: to start one takes most of a second."""
     with pytest.MonkeyPatch.context() as patch:
-        yield from started(tmp_path_factory.mktemp("link"), patch)
+        yield from started(tmp_path_factory.mktemp("link"), patch, migrated)
 
 
 @pytest.fixture
@@ -391,12 +412,15 @@ def link(shared_link: Link, identity: None) -> Link:
 
 
 @pytest.fixture
-def own_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, identity: None) -> Iterator[Link]:
+def own_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, migrated: Path, identity: None
+) -> Iterator[Link]:
     """A SuperLink that a test may spoil."""
-    yield from started(tmp_path, monkeypatch)
+    yield from started(tmp_path, monkeypatch, migrated)
 
 
-def started(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Link]:
+def started(folder: Path, patch: pytest.MonkeyPatch, migrated: Path) -> Iterator[Link]:
+    shutil.copy(migrated, folder / "superlink.sqlite")
     for name, value in FLOWER_ENVIRONMENT.items():
         patch.setenv(name, value)
     patch.setenv("FLWR_DATABASE", str(folder / "superlink.sqlite"))
@@ -418,7 +442,9 @@ class SiteNode:
         clock.offset = timedelta(seconds=ahead)
         clock.learn = lambda response: None  # type: ignore[method-assign]  # stays wrong
         self.client = FleetHttpClient(
-            f"http://127.0.0.1:{link.port}", interceptors=[Signature(self.key, clock)]
+            f"http://127.0.0.1:{link.port}",
+            interceptors=[Signature(self.key, clock)],
+            verify=False,  # there is no TLS, and to read the system's authorities takes long
         )
         self.stopping = threading.Event()
 
@@ -528,6 +554,70 @@ def test_a_message_and_its_reply_leave_nothing_behind(link: Link, size: int) -> 
     assert reply.pieces is not None
     assert b"".join(reply.pieces) == sealed[::-1]
     assert link.is_empty()
+
+
+@contextmanager
+def statements(link: Link) -> Iterator[list[str]]:
+    """What the database is asked to do meanwhile."""
+    did: list[str] = []
+
+    def note(*asked: Any) -> None:
+        did.append(asked[2])
+
+    engine = link.superlink.state._engine
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        yield did
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
+
+
+def test_a_node_that_is_asked_nothing_is_told_so_without_the_database(link: Link) -> None:
+    (site, node), (other, other_node) = joined(link), joined(link)
+    identifier = link.mailbox.post(other_node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
+    assert identifier is not None
+    with statements(link) as did:
+        assert site.pull(node) is None
+    # Only whose key it is.
+    assert [statement for statement in did if not statement.startswith("SELECT node")] == []
+    with statements(link) as did:
+        assert other.pull(other_node) is not None
+    assert any("UPDATE message_ins" in statement for statement in did)
+    link.mailbox.forget(identifier)
+    with statements(link) as did:
+        assert other.pull(other_node) is None
+    assert not any("message_ins" in statement for statement in did)
+
+
+def test_the_database_is_asked_seldom_for_a_reply_of_which_nothing_has_come(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, node = joined(link)
+    identifier = link.mailbox.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
+    assert identifier is not None
+    request = site.pull(node)
+    assert request is not None
+    monkeypatch.setattr(umbel_server.port.mailbox, "_ASK_SECONDS", HANGING)
+    # A message that may have expired is looked for at first, and then seldom.
+    assert link.mailbox.collect(identifier) is None
+    with statements(link) as did:
+        assert link.mailbox.collect(identifier) is None
+    assert did == []
+    # So is a reply that is announced, and has not come.
+    push, parts = site.client.PushObject, list[Any]()
+    monkeypatch.setattr(site.client, "PushObject", parts.append)
+    site.reply(node, request, b"reply")
+    assert link.mailbox.collect(identifier) is None
+    with statements(link) as did:
+        assert link.mailbox.collect(identifier) is None
+    assert did == []
+    # As soon as all of it has come, it is there.
+    for part in parts:
+        push(part)
+    reply = link.mailbox.collect(identifier)
+    assert reply is not None
+    assert reply.pieces is not None
+    assert b"".join(reply.pieces) == b"reply"
 
 
 def test_what_was_delivered_and_not_answered_is_delivered_again(link: Link) -> None:
@@ -701,8 +791,9 @@ def test_the_client_is_httpx_with_a_switch_for_redirections() -> None:
 
 
 def test_every_path_that_the_gate_lets_through_exists(link: Link) -> None:
+    http = httpx.Client(verify=False)
     for path in PATHS:
-        status = httpx.post(f"http://127.0.0.1:{link.port}{path}", content=b"").status_code
+        status = http.post(f"http://127.0.0.1:{link.port}{path}", content=b"").status_code
         assert status not in (404, 405), path
 
 
@@ -716,12 +807,13 @@ def test_control_runtime_and_the_pages_of_documentation_are_not_there(link: Link
     def statuses() -> set[int]:
         address = f"http://127.0.0.1:{link.port}"
         protobuf = {"content-type": PROTOBUF_MEDIA_TYPE}
+        http = httpx.Client(verify=False)
         return {
             status
             for path in paths
             for status in [
-                httpx.get(address + path).status_code,
-                httpx.post(address + path, headers=protobuf, content=b"").status_code,
+                http.get(address + path).status_code,
+                http.post(address + path, headers=protobuf, content=b"").status_code,
             ]
         }
 

@@ -10,9 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
 import pytest
 from e2e.daemons import Clinics, Site
 from support import warm_python
@@ -23,6 +23,7 @@ from umbel_client.trainer.isolation import Network, network
 from umbel_common.errors import ConfigError, UnreachableError
 from umbel_common.protocol.wire import MAGIC
 from umbel_host.terminal import INTERRUPTED
+from umbel_host.transport.sockets import is_healthy
 from umbel_server.storage.job_queue import JobState
 
 STATES = ("ok", "look", "FAIL")
@@ -31,7 +32,11 @@ STATES = ("ok", "look", "FAIL")
 @pytest.fixture(scope="module")
 def clinics(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Clinics]:
     """Running, with sites where people approve each plan."""
-    made = Clinics(tmp_path_factory.mktemp("clinics"), tiny_model, policy="")
+    names = ("north", "south")
+    made = Clinics(tmp_path_factory.mktemp("clinics"), tiny_model, policy="", names=names)
+    text = made.draft.read_text()
+    assert "rounds = 3" in text
+    made.draft.write_text(text.replace("rounds = 3", "rounds = 2"))
     made.start_all()
     for site in made.sites.values():
         site.status()
@@ -63,44 +68,88 @@ def findings(site: Site, *, code: int = 0) -> dict[str, str]:
     return {line[6:19].strip(): line[:5].strip() for line in lines if line[:5].strip() in STATES}
 
 
-def waiting(site: Site, job: str = "triage") -> str:
+def waiting(site: Site, job: str) -> str:
     """What `umbel-client plans` prints once the job's plan is there."""
     deadline = time.monotonic() + HANGING
-    while time.monotonic() < deadline:
-        listed = client(site, "plans").stdout
-        if job in listed:
-            return listed
-        time.sleep(0.3)
-    raise AssertionError(site.trainer.log.read_text())
+    while job not in site.status().waiting:
+        assert time.monotonic() < deadline, site.trainer.log.read_text()
+        time.sleep(0.1)
+    listed = client(site, "plans").stdout
+    assert job in listed
+    return listed
 
 
+@contextmanager
+def watch(site: Site, lines: list[str]) -> Iterator[None]:
+    """`umbel-client watch` prints what happens meanwhile into `lines`, until it is interrupted."""
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "umbel_client.cli", "watch"],
+        cwd=site.folder,
+        env={**os.environ, "COLUMNS": "120"},
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background has its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    reading = threading.Thread(target=lambda: lines.extend(watching.stdout or ()))
+    stub = TrainerStub(site.socket)
+    try:
+        # It prints from now on, whenever now is: two kinds of nonsense in turn, until one is seen.
+        printed = select.poll()
+        printed.register(watching.stdout or 0, select.POLLIN)
+        deadline = time.monotonic() + HANGING
+        while not printed.poll(100):
+            assert time.monotonic() < deadline
+            for nonsense in (b"nonsense", MAGIC + bytes(100)):
+                stub.handle(nonsense)
+        reading.start()
+        yield
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(HANGING) == INTERRUPTED
+        reading.join(HANGING)
+    finally:
+        watching.kill()
+        watching.wait(HANGING)
+        stub.close()
+
+
+@pytest.fixture(scope="module")
+def watched(clinics: Clinics) -> list[str]:
+    """What south's `watch` printed while a plan went from its draft to everybody's adapter, by
+    commands only."""
+    lines: list[str] = []
+    with watch(clinics.sites["south"], lines):
+        for arguments in (
+            ("plan", "new", str(clinics.draft), "--out", "plan.json"),
+            ("plan", "sign", "plan.json", "--out", "signed.json"),
+            ("job", "start", "signed.json"),
+        ):
+            done = server(clinics, *arguments)
+            assert done.returncode == 0, done.stderr
+        digest = clinics.plan().digest().hex()
+        for site in clinics.sites.values():
+            assert "epsilon 8" in waiting(site, "triage")
+            done = client(site, "approve", "triage", "--digest", digest)
+            assert done.returncode == 0, done.stderr
+            assert f"approved: {digest}" in done.stdout
+            assert "No plan waits" in client(site, "plans").stdout
+        queued = clinics.wait("triage", JobState.FINISHED, JobState.FAILED)
+        assert queued.state is JobState.FINISHED, (queued.detail, clinics.logs())
+    return lines
+
+
+@pytest.mark.usefixtures("watched")
 def test_a_plan_goes_from_its_draft_to_everybodys_adapter_by_commands_only(
     clinics: Clinics,
 ) -> None:
-    for arguments in (
-        ("plan", "new", str(clinics.draft), "--out", "plan.json"),
-        ("plan", "sign", "plan.json", "--out", "signed.json"),
-        ("job", "start", "signed.json"),
-    ):
-        done = server(clinics, *arguments)
-        assert done.returncode == 0, done.stderr
     assert "signed by" in server(clinics, "plan", "show", "signed.json").stdout
     assert "not signed" in server(clinics, "plan", "show", "plan.json").stdout
-    digest = clinics.plan().digest().hex()
-    for site in clinics.sites.values():
-        assert "epsilon 8" in waiting(site)
-        done = client(site, "approve", "triage", "--digest", digest)
-        assert done.returncode == 0, done.stderr
-        assert f"approved: {digest}" in done.stdout
-        assert "No plan waits" in client(site, "plans").stdout
-    queued = clinics.wait("triage", JobState.FINISHED, JobState.FAILED)
-    assert queued.state is JobState.FINISHED, (queued.detail, clinics.logs())
     assert "triage" in client(clinics.sites["north"], "adapters").stdout
     assert "finished" in server(clinics, "job", "status").stdout
     rows = json.loads(server(clinics, "job", "status", "--json").stdout)
-    assert [(row["job"], row["state"], row["round"]) for row in rows] == [("triage", "finished", 3)]
+    assert [(row["job"], row["state"], row["round"]) for row in rows] == [("triage", "finished", 2)]
     listed = server(clinics, "adapters", "list").stdout
-    assert len([line for line in listed.splitlines() if line.startswith("triage")]) == 4
+    assert len([line for line in listed.splitlines() if line.startswith("triage")]) == 3
     exported = server(clinics, "adapters", "export", "triage", "--out", "adapter")
     assert exported.returncode == 0, exported.stderr
     received = clinics.sites["north"].folder / "state" / "adapters" / "triage"
@@ -109,6 +158,15 @@ def test_a_plan_goes_from_its_draft_to_everybodys_adapter_by_commands_only(
         assert ours == (received / name).read_bytes()
     assert server(clinics, "adapters", "export", "triage", "--out", "adapter").returncode == 50
     assert server(clinics, "job", "start", "signed.json").returncode == 51
+
+
+def test_watch_prints_what_happens_until_it_is_interrupted(watched: list[str]) -> None:
+    moment = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
+    assert all(re.match(moment + r"\S", line) for line in watched), watched
+    texts = [line[21:].strip() for line in watched]
+    for number in (1, 2):
+        assert f"round {number}: step 2 of 2" in texts, texts
+    assert any(text.startswith("round 2 is charged: epsilon") for text in texts), texts
 
 
 def test_status_says_how_both_processes_stand(clinics: Clinics) -> None:
@@ -138,62 +196,18 @@ def test_one_command_asks_all_four_processes_whether_they_are_well(clinics: Clin
     try:
         done = command(site.folder, "umbel_host.probe", f"unix:{state / 'carrier.sock'}")
         assert done.returncode == UnreachableError.exit_code
-        relay, deadline = f"unix:{site.folder / 'run' / 'relay.sock'}", time.monotonic() + HANGING
-        while (done := command(site.folder, "umbel_host.probe", relay)).returncode == 0:
+        relay, deadline = site.folder / "run" / "relay.sock", time.monotonic() + HANGING
+        while is_healthy(relay, HANGING):
             assert time.monotonic() < deadline
             time.sleep(0.3)
+        done = command(site.folder, "umbel_host.probe", f"unix:{relay}")
         assert done.returncode == 1, done.stderr
     finally:
         clinics.port_process.start()
 
 
-def test_watch_prints_what_happens_until_it_is_interrupted(clinics: Clinics) -> None:
-    site = clinics.sites["south"]
-    watching = subprocess.Popen(
-        [sys.executable, "-m", "umbel_client.cli", "watch"],
-        cwd=site.folder,
-        env={**os.environ, "COLUMNS": "120"},
-        stdout=subprocess.PIPE,
-        text=True,
-        # A shell that runs the tests in the background has its children ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    lines: list[str] = []
-    reading = threading.Thread(target=lambda: lines.extend(watching.stdout or ()))
-    stub = TrainerStub(site.socket)
-    try:
-        # It prints from now on, whenever now is: two kinds of nonsense in turn, until one is seen.
-        printed = select.poll()
-        printed.register(watching.stdout or 0, select.POLLIN)
-        deadline = time.monotonic() + HANGING
-        while not printed.poll(100):
-            assert time.monotonic() < deadline
-            for nonsense in (b"nonsense", MAGIC + bytes(100)):
-                stub.handle(nonsense)
-        reading.start()
-        job = clinics.add(job="watched")
-        digest = msgspec.structs.replace(clinics.plan(), job=job).digest().hex()
-        for one in clinics.sites.values():
-            waiting(one, job)
-            assert client(one, "approve", job, "--digest", digest).returncode == 0
-        clinics.wait(job, JobState.FINISHED)
-        watching.send_signal(signal.SIGINT)
-        assert watching.wait(HANGING) == INTERRUPTED
-        reading.join(HANGING)
-    finally:
-        watching.kill()
-        watching.wait(HANGING)
-        stub.close()
-    moment = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
-    assert all(re.match(moment + r"\S", line) for line in lines), lines
-    texts = [line[21:].strip() for line in lines]
-    for number in (1, 2, 3):
-        assert f"round {number}: step 2 of 2" in texts, texts
-    assert any(text.startswith("round 3 is charged: epsilon") for text in texts), texts
-
-
 def test_a_pause_is_seen_and_undone(clinics: Clinics) -> None:
-    site = clinics.sites["east"]
+    site = clinics.sites["south"]
     assert client(site, "pause").returncode == 0
     assert "paused" in client(site, "status").stdout
     assert client(site, "resume").returncode == 0

@@ -67,6 +67,27 @@ class ExpectedReplies:
         with self._lock:
             self._expected.pop(identifier, None)
 
+    def is_asked(self, node: int) -> bool:
+        """Whether a node has a message that is waited for."""
+        with self._lock:
+            return any(expected.node == node for expected in self._expected.values())
+
+    def is_announced(self, identifier: str) -> bool:
+        """Whether a reply to a message was announced."""
+        with self._lock:
+            expected = self._expected.get(identifier)
+            return expected is not None and expected.root is not None
+
+    def has_come(self, identifier: str) -> bool:
+        """Whether all objects of an announced reply were taken."""
+        with self._lock:
+            expected = self._expected.get(identifier)
+            return (
+                expected is not None
+                and expected.root is not None
+                and expected.come >= expected.parents | expected.pieces
+            )
+
     def announce(self, node: int, identifier: str, reply: str, tree: ObjectTree) -> Verdict:
         """Judges the announcement of a reply; the tree of its parts must be one of ours: a message
         with one content, whose parts are pieces.

@@ -32,14 +32,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from umbel_host.transport.pieces import FLOWER_PIECE_BYTES
 from umbel_server.port.listener import CONNECTION, Connection
-from umbel_server.port.reply_filter import ACTIVATE, PUSH, PUSH_OBJECT
+from umbel_server.port.reply_filter import ACTIVATE, PULL, PUSH, PUSH_OBJECT
 
 _SMALL_BODY = 1 << 12
 _BODIES = {
     ACTIVATE: _SMALL_BODY,
     "/v1/fleet/deactivate-node": _SMALL_BODY,
     "/v1/fleet/send-node-heartbeat": _SMALL_BODY,
-    "/v1/fleet/pull-messages": _SMALL_BODY,
+    PULL: _SMALL_BODY,
     "/v1/fleet/pull-object": _SMALL_BODY,
     # The names of all pieces of the largest reply, 2 GiB.
     PUSH: 1 << 16,

@@ -4,6 +4,7 @@ The content is sealed: nothing may be added here that looks into it. Whatever wa
 again, with all that came in answer to it, by `forget`.
 """
 
+import math
 import os
 import tempfile
 import threading
@@ -33,6 +34,10 @@ from umbel_server.port.superlink import SuperLink
 
 _READ_SECONDS = 300.0
 """How long a reply may still be read after its message has expired."""
+_ASK_SECONDS = 0.5
+"""Time between two questions to Flower about a reply that has not come through this process: each
+is several statements of its database. Flower makes an error itself when a message has expired or
+its node stays away, and takes no part of a reply that it has from another message."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class NodeMailbox:
         """Message -> its reply, whose pieces are being pushed; None: an error, which has none."""
         self._arrived: dict[str, set[str]] = {}
         """Reply -> the parts of it that have come."""
+        self._asked: dict[str, float] = {}
+        """Message -> when Flower was last asked for its reply; monotonic clock, seconds."""
 
     def make_way(self, key: bytes) -> None:
         """Ends the former connection of a relay (public key, PEM) that connects again.
@@ -148,6 +155,8 @@ class NodeMailbox:
         if posted is None:
             # Posted to a former run of this process.
             return Collected(None)
+        if not self._is_to_ask(identifier):
+            return None
         if identifier not in self._arriving:
             if self._superlink.is_away(posted.node):
                 return None
@@ -185,7 +194,21 @@ class NodeMailbox:
         self._state.object_store.delete(identifier)
         with self._posted_lock:
             self._arriving.pop(identifier, None)
+            self._asked.pop(identifier, None)
             self._posted.pop(identifier, None)
+
+    def _is_to_ask(self, identifier: str) -> bool:
+        """Whether Flower may have more of the reply to a message than before: this process has let
+        it pass, or Flower was not asked for some time."""
+        expected, now = self._superlink.expected, time.monotonic()
+        if identifier not in self._arriving:
+            has_more = expected.is_announced(identifier)
+        else:
+            has_more = self._arriving[identifier] is None or expected.has_come(identifier)
+        if not has_more and now - self._asked.get(identifier, -math.inf) < _ASK_SECONDS:
+            return False
+        self._asked[identifier] = now
+        return True
 
     def _refuse(self, identifier: str) -> None:
         """Deletes the reply to a message; the message's sender gets no reply."""

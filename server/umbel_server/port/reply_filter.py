@@ -9,13 +9,15 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
-from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from umbel_server.port import flower_patches
 from umbel_server.port.expected_replies import ExpectedReplies, Verdict
 
+PULL = "/v1/fleet/pull-messages"
 PUSH = "/v1/fleet/push-messages"
 PUSH_OBJECT = "/v1/fleet/push-object"
 ACTIVATE = "/v1/fleet/activate-node"
@@ -33,7 +35,8 @@ class ReplyFilter:
     not genuine, but the genuine one would be missing.
 
     Flower also takes any objects with a reply, and refuses a second connection of a node that has
-    not taken leave.
+    not taken leave. And it looks for a message with a statement that waits for a turn to write,
+    although relays ask all the time and mostly for nothing.
     """
 
     def __init__(
@@ -53,23 +56,26 @@ class ReplyFilter:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
         request = scope.get("state", {}).get("protobuf_request")
-        refusal = None
+        answer: Response | None = None
         if scope["type"] != "http" or request is None:
             pass
+        elif scope["path"] == PULL:
+            if not self._expected.is_asked(request.node.node_id):
+                answer = flower_patches.answered(scope, PullMessagesResponse())
         elif scope["path"] == PUSH:
-            refusal = self._judge_reply(request)
+            answer = self._judge_reply(request)
         elif scope["path"] == PUSH_OBJECT:
             verdict = self._expected.take(
                 request.node.node_id, request.object_id, len(request.object_content)
             )
-            refusal = _refusal(verdict)
+            answer = _refusal(verdict)
         elif scope["path"] == ACTIVATE:
             if self._is_too_often(request.public_key):
-                refusal = JSONResponse("this relay connects too often", 429)
+                answer = JSONResponse("this relay connects too often", 429)
             else:
                 # It waits for the database: in the event loop, everybody would wait with it.
                 await run_in_threadpool(self._make_way, request.public_key)
-        await (refusal or self._app)(scope, receive, send)
+        await (answer or self._app)(scope, receive, send)
 
     def _judge_reply(self, request: Any) -> JSONResponse | None:
         if not is_one_reply(request):
