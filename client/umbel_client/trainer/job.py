@@ -165,8 +165,7 @@ class SiteJob:
         # 1
         event = self.reserve(number)
         if self._recorded_digest(number) is None:
-            with self._answer_time.kept():
-                self._compute_reserved(number, header.adapter, adapter, event)
+            self._compute_reserved(number, header.adapter, adapter, event)
         # The check that guards step 5.
         started_from, _, _ = self._stored(number, with_state=False)
         require(
@@ -179,16 +178,19 @@ class SiteJob:
         self, number: int, adapter_digest: bytes, adapter: Vector, event: DpEvent | None
     ) -> None:
         # 2. What a full disk stops here has drawn nothing yet, and a disk does not depend on the
-        # batch: the round may be prepared again.
-        with self._final(number, but=StorageError):
-            self.prepare()
-        # What a killed computation left on disk is replaced, never released.
-        with self._final(number):
-            vector, state = self.train(number, adapter, event)
-            # 3
-            stored = self.store(number, adapter_digest, vector, state)
-        # 4
-        self.record(number, stored)
+        # batch: the round may be prepared again. It waits for a multiple of its own: added to a
+        # preparation that ends shortly before one, a long record in the batch would show.
+        if self._prepared is None:
+            with self._answer_time.kept(), self._final(number, but=StorageError):
+                self.prepare()
+        with self._answer_time.kept():
+            # What a killed computation left on disk is replaced, never released.
+            with self._final(number):
+                vector, state = self.train(number, adapter, event)
+                # 3
+                stored = self.store(number, adapter_digest, vector, state)
+            # 4
+            self.record(number, stored)
 
     def check(self, number: int, adapter: Vector) -> None:
         """Step 0: tests the adapter that a round starts from, on made-up records.

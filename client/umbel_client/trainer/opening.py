@@ -114,11 +114,12 @@ def open_job(
         # f. Find when answers leave, where this site wants that to tell nothing.
         answer_time = WHEN_DONE
         if config.answer_time == "even":
+            held_out = config.data.evaluation_share * config.data.public_size
             answer_time = measure_answer_time(
                 model,
                 limit,
                 records_per_unit=records_per_unit,
-                scored_records=0 if plan.evaluation is None else config.data.public_size,
+                scored_units=0.0 if plan.evaluation is None else held_out,
             )
         job = SiteJob(
             plan=plan,

@@ -3,8 +3,9 @@
 A step over long records takes longer than one over short ones, so the time of an answer can tell
 whether a long record is in a batch. With `answer_time = "even"` in client.toml, a site waits until
 a multiple of the time that the plan's largest likely round takes, measured on made-up records
-before any record is looked at. A round that takes longer than that, such as the first one, which
-also prepares the records, answers at a later multiple.
+before any record is looked at. The first round after a job was loaded also prepares the records.
+That ends at a multiple of its own, so that the two times are never added up. What takes longer than
+the distance ends at a later multiple.
 
 This module is part of the core of the privacy guarantee. Never measure on real records, and never
 let an answer leave early where its work failed.
@@ -30,7 +31,7 @@ _logger = logging.getLogger("umbel.trainer")
 
 @dataclass(frozen=True)
 class AnswerTime:
-    """The times at which a job's rounds may end."""
+    """The times at which a job's rounds, and the preparation of its records, may end."""
 
     seconds: float
     """Their distance; 0: a round ends when it is done."""
@@ -51,14 +52,14 @@ WHEN_DONE = AnswerTime(0.0)
 
 
 def measure_answer_time(
-    model: AdaptedModel, limit: BatchLimit, *, records_per_unit: int, scored_records: int
+    model: AdaptedModel, limit: BatchLimit, *, records_per_unit: int, scored_units: float
 ) -> AnswerTime:
     """The answer time of a plan on this machine.
 
     Args:
         limit: the number of records computed at once.
         records_per_unit: largest number of records of a unit.
-        scored_records: number of records that a round may score.
+        scored_units: number of units that a round scores, on average.
     """
     model.select(1)
     longest = model.plan.task.max_tokens
@@ -66,23 +67,26 @@ def measure_answer_time(
     began = time.monotonic()
     made_up_gradients(model, longest, limit.records)
     part = time.monotonic() - began
-    parts = most_parts(model.plan, limit, records_per_unit, scored_records)
+    parts = most_parts(model.plan, limit, records_per_unit, scored_units)
     answer_time = AnswerTime(MARGIN * parts * part)
     _logger.info("answers to rounds leave at multiples of %.1f s", answer_time.seconds)
     return answer_time
 
 
 def most_parts(
-    plan: TrainingPlan, limit: BatchLimit, records_per_unit: int, scored_records: int
+    plan: TrainingPlan, limit: BatchLimit, records_per_unit: int, scored_units: float
 ) -> int:
     """The number of physical batches of a round that hardly any round exceeds.
 
-    A batch is hardly ever larger than its mean plus four standard deviations. Each length that
-    records are padded to may have one physical batch that is not full.
+    A batch is hardly ever larger than its mean plus four standard deviations, and as little is the
+    number of units that are held out. Each length that records are padded to may have one physical
+    batch that is not full. The records of a unit are in one of them.
     """
-    mean = plan.training.expected_batch_size
-    batch = math.ceil(mean + 4 * math.sqrt(mean)) * records_per_unit
     lengths = len(lengths_up_to(plan.task.max_tokens))
-    in_step = math.ceil(batch / limit.records) + lengths
-    scored = math.ceil(scored_records / limit.records) + lengths if scored_records else 0
-    return plan.training.local_steps * in_step + scored
+    at_once = max(limit.records // records_per_unit, 1)
+
+    def parts(mean: float) -> int:
+        return math.ceil(math.ceil(mean + 4 * math.sqrt(mean)) / at_once) + lengths
+
+    in_steps = plan.training.local_steps * parts(plan.training.expected_batch_size)
+    return in_steps + (parts(scored_units) if scored_units else 0)

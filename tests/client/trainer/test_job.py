@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from adversarial.site_process import Quiet
 from support.small_models import one_round, plan_for
@@ -18,11 +19,12 @@ from umbel_client.site.config import ClientConfig, DataConfig, ModelConfig
 from umbel_client.site.policy import Policy
 from umbel_client.storage.journal import Published
 from umbel_client.tasks.prepared import PreparedData
-from umbel_client.tasks.shapes import Part
+from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_client.trainer import opening
 from umbel_client.trainer.job import SiteJob
 from umbel_client.trainer.opening import open_job
 from umbel_client.training import answer_time
+from umbel_client.training.answer_time import AnswerTime
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.errors import LedgerError, ModelError, PlanError, StorageError
 from umbel_common.plans.plan import Classification
@@ -199,36 +201,95 @@ def counted_batch(data: PreparedData, part: Part) -> Any:
     return _batch(data, part)
 
 
+SHORT = [f"w{number}" for number in range(12)]
+LONG = [*SHORT[:-1], "w1 " * 100]
+
+
+@pytest.fixture
+def work_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    CLOCK.now = 0.0
+    monkeypatch.setattr(answer_time, "time", CLOCK)
+    monkeypatch.setattr(PreparedData, "batch", counted_batch)
+
+
+def first_answer_of(made: SiteJob) -> float:
+    """When a job answers to its first round, by the clock of the work; it is closed then."""
+    header: Any = SimpleNamespace(round=1, adapter=b"a" * 32)
+    vector = initial_vector(made.plan)
+    made.check(1, vector)
+    began = CLOCK.now
+    try:
+        made.compute(header, vector)
+    except ZeroDivisionError:
+        pass
+    finally:
+        made.close()
+    return CLOCK.now - began
+
+
+@pytest.mark.usefixtures("work_clock")
 @pytest.mark.parametrize("fails", [False, True], ids=["trained", "failed"])
 @pytest.mark.parametrize("when", ["when-done", "even"])
 def test_the_time_of_an_answer_does_not_tell_of_a_long_record(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, when: str, fails: bool
 ) -> None:
     """Without the option, the same time would be a coincidence: this is the attack."""
-    CLOCK.now = 0.0
-    monkeypatch.setattr(answer_time, "time", CLOCK)
-    monkeypatch.setattr(PreparedData, "batch", counted_batch)
     if fails:
         monkeypatch.setattr(SiteJob, "store", lambda *_: 1 / 0)
 
     def seconds(texts: list[str], name: str) -> float:
         (tmp_path / name).mkdir()
-        made = job_of(tmp_path / name, tiny_model, texts, answer_time=when)
-        header: Any = SimpleNamespace(round=1, adapter=b"a" * 32)
-        vector = initial_vector(made.plan)
-        made.check(1, vector)
-        began = CLOCK.now
-        try:
-            with pytest.raises(ZeroDivisionError) if fails else nullcontext():
-                made.compute(header, vector)
-        finally:
-            made.close()
-        return CLOCK.now - began
+        return first_answer_of(job_of(tmp_path / name, tiny_model, texts, answer_time=when))
 
-    short = [f"w{number}" for number in range(12)]
-    long = [*short[:-1], "w1 " * 100]
-    same = seconds(short, "short") == seconds(long, "long")
+    same = seconds(SHORT, "short") == seconds(LONG, "long")
     assert same == (when == "even")
+
+
+@pytest.mark.usefixtures("work_clock")
+@pytest.mark.parametrize("apart", [False, True], ids=["added up", "apart"])
+def test_a_preparation_that_ends_near_an_answer_time_does_not_tell_of_a_long_record(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, apart: bool
+) -> None:
+    """A server can have records prepared again before each round: it offers another plan."""
+    prepare = SiteJob.prepare
+
+    def slowly(self: SiteJob) -> None:
+        prepare(self)
+        # Short records, of 16 tokens each, are just in time.
+        CLOCK.now += self._answer_time.seconds - len(SHORT) * 16
+
+    monkeypatch.setattr(SiteJob, "prepare", slowly)
+    if not apart:
+        kept, compute = AnswerTime.kept, SiteJob._compute_reserved
+
+        def together(self: SiteJob, *arguments: Any) -> None:
+            with kept(self._answer_time):
+                compute(self, *arguments)
+
+        monkeypatch.setattr(SiteJob, "_compute_reserved", together)
+        monkeypatch.setattr(AnswerTime, "kept", lambda _: nullcontext())
+
+    def seconds(texts: list[str], name: str) -> float:
+        (tmp_path / name).mkdir()
+        return first_answer_of(job_of(tmp_path / name, tiny_model, texts, answer_time="even"))
+
+    assert (seconds(SHORT, "short") == seconds(LONG, "long")) == apart
+
+
+@pytest.mark.parametrize(
+    ("limit", "records_per_unit", "scored_units", "parts"),
+    [(8, 1, 0.0, 3 * (4 + 7)), (8, 1, 100.0, 3 * (4 + 7) + 18 + 7), (8, 5, 0.0, 3 * (26 + 7))],
+    ids=["records", "scored", "units that share no batch"],
+)
+def test_an_answer_time_is_for_as_many_batches_as_a_round_may_have(
+    tiny_model: Path, limit: int, records_per_unit: int, scored_units: float, parts: int
+) -> None:
+    """A mean of 12 units is at most 26 units, and one of 100 at most 140; there are 7 lengths."""
+    plan = plan_for(tiny_model, Classification(labels=("a", "b")), training=one_round(12))
+    training = msgspec.structs.replace(plan.training, local_steps=3)
+    plan = msgspec.structs.replace(plan, training=training)
+    found = answer_time.most_parts(plan, BatchLimit(limit), records_per_unit, scored_units)
+    assert found == parts
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["forgotten", "kept"])
