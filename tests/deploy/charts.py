@@ -1,5 +1,6 @@
 """The charts, rendered by Helm, and what is asked of the objects."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,10 @@ CASES = [
 """Values beside the least, of which each is rendered."""
 
 
+_RENDERED: dict[tuple[str, str, str], str] = {}
+"""What Helm made, by chart, release and values: several tests ask the same things of it."""
+
+
 def helm() -> str:
     """Helm's path; skips the test where there is none."""
     beside = Path(sys.executable).with_name("helm")
@@ -164,9 +169,13 @@ def render(
     chart: str, folder: Path, values: Object | None = None, *, name: str = "north"
 ) -> list[Object]:
     """The objects that a chart makes of these values, for a release of this name."""
-    done = run_helm(chart, folder, values or {}, "template", name, "--namespace", "umbel")
-    assert done.returncode == 0, done.stderr
-    return [document for document in yaml.safe_load_all(done.stdout) if document]
+    asked = chart, name, json.dumps(values or {}, sort_keys=True)
+    if asked not in _RENDERED:
+        done = run_helm(chart, folder, values or {}, "template", name, "--namespace", "umbel")
+        assert done.returncode == 0, done.stderr
+        _RENDERED[asked] = done.stdout
+    documents = yaml.load_all(_RENDERED[asked], getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return [document for document in documents if document]
 
 
 def refused(chart: str, folder: Path, values: Object) -> str:

@@ -31,8 +31,8 @@ COHORTS = (
     [*((sizes, 900) for sizes in SMALL), *((range(size, size + 1), 36) for size in LARGE)]
     if full_run()
     else [
-        *((sizes, 12) for sizes in SMALL),
-        (LARGE, 6),
+        *((sizes, 8) for sizes in SMALL),
+        (LARGE, 4),
         # The long search.
         *(pytest.param(sizes, 60, marks=pytest.mark.full) for sizes in SMALL),
         pytest.param(LARGE, 30, marks=pytest.mark.full),

@@ -278,7 +278,7 @@ def worlds() -> dict[tuple[int, int, int], World]:
     return {}
 
 
-@pytest.mark.parametrize("examples", [100, pytest.param(400, marks=pytest.mark.full)])
+@pytest.mark.parametrize("examples", [60, pytest.param(400, marks=pytest.mark.full)])
 def test_a_schedule_ends_with_the_exact_sum_of_what_was_accepted_or_with_an_abort(
     make_plan: MakePlan,
     make_federation: MakeFederation,
