@@ -210,7 +210,7 @@ def _can_be(
     try:
         noise = noise_for(job.plan, public_size(site.records))
     except UmbelError:
-        # No site with so few records, or so many, can take part.
+        # With this number of records no site can take part.
         return False
     if not math.isclose(site.sampling_rate, noise.sampling_rate):
         return False
