@@ -484,6 +484,42 @@ def test_a_full_disk_before_anything_is_drawn_leaves_the_round_as_it_was(
     assert entry.delta_digest not in (None, job.FAILED)
 
 
+@pytest.mark.usefixtures("loaded_once")
+@pytest.mark.parametrize("settled", [False, True], ids=["forgotten", "settled"])
+def test_another_offer_does_not_have_a_failed_round_drawn_again(
+    worlds: Callable[..., Site],
+    plan: TrainingPlan,
+    monkeypatch: pytest.MonkeyPatch,
+    settled: bool,
+) -> None:
+    """The ledger could not take the failure, and a job that is closed forgets it."""
+    draws: list[bool] = []
+
+    def failing(*_: Any, **__: Any) -> None:
+        draws.append(True)
+        raise RuntimeError("a record is in the batch")
+
+    def full(*_: Any) -> None:
+        raise StorageError("no space left")
+
+    monkeypatch.setattr(LocalTrainer, "round", failing)
+    site = worlds(ORDINARY)
+    assert site.accepts(plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "record_delta", full)
+        assert answers(site, plan, 1) == ["site-fault"]
+        if settled:
+            assert not site.accepts(asking(plan, max_tokens=16))
+    with monkeypatch.context() as patch:
+        if not settled:
+            patch.setattr(SiteJob, "settle", lambda _: None)
+        site.accepts(asking(plan, max_tokens=16))
+    site.ask(train_request(plan, 2), size_limit(plan))
+    assert len(draws) == (1 if settled else 2)
+    (entry,) = site.ledger().history()
+    assert entry.delta_digest == job.FAILED
+
+
 def test_a_record_that_does_not_fit_changes_no_answer_of_a_round(
     worlds: Callable[..., Site], plan: TrainingPlan, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -281,6 +281,19 @@ CHANGED_FIGURES: dict[str, Callable[[Summary], Any]] = {
     ),
     "no noise": lambda summary: summary["sites"][0].update(noise_multiplier=None),
     "noise below zero": lambda summary: summary["sites"][0].update(noise_multiplier=-3.0),
+    "more noise": lambda summary: summary["sites"][0].update(
+        noise_multiplier=1.05 * summary["sites"][0]["noise_multiplier"]
+    ),
+    "less noise": lambda summary: summary["sites"][0].update(
+        noise_multiplier=0.95 * summary["sites"][0]["noise_multiplier"]
+    ),
+    "a smaller sampling rate": lambda summary: summary["sites"][0].update(
+        sampling_rate=0.5 * summary["sites"][0]["sampling_rate"]
+    ),
+    "twice the records": lambda summary: summary["sites"][0].update(
+        records=2 * summary["sites"][0]["records"]
+    ),
+    "a tenth less epsilon": lambda summary: summary["sites"][0].update(epsilon=7.2),
     "a sampling rate above 1": lambda summary: summary["sites"][0].update(sampling_rate=5.0),
     "records below zero": lambda summary: summary["sites"][0].update(records=-5),
     "bytes below zero": lambda summary: summary["sites"][0].update(sent_clear_bytes=-5),

@@ -435,11 +435,12 @@ class Trainer:
     def _load(self, plan: TrainingPlan) -> None:
         if self._job is not None and self._job.plan == plan:
             return
-        if self._job is not None:
-            self._job.close()
-            self._job = None
         published = self._site.journal.published()
         try:
+            if self._job is not None:
+                self._job.settle()
+                self._job.close()
+                self._job = None
             self._job = open_job(
                 self._config,
                 plan,

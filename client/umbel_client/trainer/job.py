@@ -118,6 +118,18 @@ class SiteJob:
         """Releases the ledger."""
         self._ledger.close()
 
+    def settle(self) -> None:
+        """Records the failures that could not be recorded when they happened.
+
+        A job that is closed forgets them, and would draw these rounds again when it is next opened.
+
+        Raises:
+            LedgerError, StorageError: they still cannot be recorded.
+        """
+        for number in sorted(self._spoiled):
+            if self._recorded_digest(number) is None:
+                self.record(number, FAILED)
+
     def status(self) -> SiteStatus:
         """Returns what the site's own people may know."""
         return SiteStatus(self.noise, self._spent())
@@ -157,8 +169,7 @@ class SiteJob:
                 ledger records that: the round is not repeated.
         """
         number = header.round
-        if number in self._spoiled and self._recorded_digest(number) is None:
-            self.record(number, FAILED)
+        self.settle()
         if self._recorded_digest(number) is None:
             # 0
             self.check(number, adapter)

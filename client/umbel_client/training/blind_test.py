@@ -6,7 +6,8 @@ The test of bits compares made-up records in some companies. It cannot try them 
 knows which ones it tries. A mixture of experts computes as many rows as tokens were sent to an
 expert; a mask that is left out, or frequencies that follow the longest text so far, are chosen by a
 branch. In such a model other records decide on the shape or the kernel of a record's computation,
-while the test sees equal bits. All of that reads values, and reading shows.
+while the test sees equal bits. All of that reads values, and reading shows. Inside an operation of
+another package it would not show, so that such an operation is refused.
 """
 
 from typing import Any
@@ -33,6 +34,10 @@ _READING = {
     "_scaled_grouped_mm": "sends rows to experts by their values",
 }
 
+_OF_WEIGHTS = frozenset({"dequantize_4bit", "dequantize_blockwise", "gemm_4bit", "gemv_4bit"})
+"""Operations of bitsandbytes that a site's own quantisation needs. They turn weights back; the
+values that are multiplied by them decide nothing."""
+
 
 @torch.no_grad()
 def blind_test(model: AdaptedModel) -> None:
@@ -50,9 +55,13 @@ def blind_test(model: AdaptedModel) -> None:
     if watch.found:
         raise ModelError(
             "what a base model computes of a record may depend on the records beside it",
-            found=", ".join(f"{name} ({_READING[name]})" for name in sorted(watch.found)),
+            found=", ".join(
+                f"{name} ({_READING.get(name, 'may read values, and nobody sees it')})"
+                for name in sorted(watch.found)
+            ),
             accepted="an architecture in which no value decides on shapes or branches",
-            remedy="use a base model without mixtures of experts or dynamic frequencies",
+            remedy="use a base model without mixtures of experts, dynamic frequencies, or layers"
+            " that torch itself does not compute",
         )
 
 
@@ -65,6 +74,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = func.overloadpacket.__name__
+        # What another package computes inside its operation is not seen from here.
+        if func.namespace != "aten" and name not in _OF_WEIGHTS:
+            self.found.add(f"{func.namespace}::{name}")
         if name in _READING:
             self.found.add(name)
         if name in ("index", "index_put", "index_put_", "_index_put_impl_") and _by_mask(args[1]):

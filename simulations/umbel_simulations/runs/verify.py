@@ -1,12 +1,14 @@
 """Checks the signatures and files of a run folder, without the sites' or the server's files."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from umbel_client.privacy.accounting import SMALLEST_NOISE_MULTIPLIER
+from umbel_client.privacy.accounting import total_epsilon
+from umbel_client.privacy.calibration import SiteNoise, evaluation_event, noise_for
 from umbel_common.adapters.peft_folder import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -22,6 +24,7 @@ from umbel_common.errors import (
     PlanError,
     RemoteProtocolError,
     StorageError,
+    UmbelError,
     VerificationError,
 )
 from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
@@ -31,6 +34,7 @@ from umbel_common.protocol.verification import VerifiedJob, verify_transcript
 from umbel_common.trust.identity import Roster, Signed, open_signed
 from umbel_common.trust.roster_file import roster_from_json
 from umbel_host.files.adapter_folder import RELEASE_FILE, read_vector
+from umbel_simulations.backends.site_config import public_size
 from umbel_simulations.reporting.results import CurvePoint, RunSummary, SiteResult
 from umbel_simulations.scenario.run_folder import read_plan, read_signed
 
@@ -184,9 +188,9 @@ def _verify_summary(path: Path, job: VerifiedJob, roster: Roster) -> None:
         )
 
 
-_ALL_SPENT = 0.95
-"""Least share of the plan's epsilon that all of its rounds together cost: noise is calibrated to
-more than this, where the smallest noise of all does not cost less."""
+_TOLERANCE = 0.01
+"""Relative difference of a figure from the recomputed one: another version of an accountant may
+differ by a part of it."""
 
 
 def _can_be(
@@ -194,32 +198,45 @@ def _can_be(
 ) -> bool:
     """Whether the figures of a site fit together, and are those of a job of this plan.
 
-    The site's noise and the number of its records are its own word. They are in no entry.
+    Noise and sampling rate follow from the plan and the number of records; what a site spent is at
+    least the cost of the rounds that it has a part in. The number of records is the operator's
+    word: it is in no entry.
     """
     steps = [point.epsilon.get(site.name) for point in curve]
     known = [epsilon for epsilon in (*steps, site.epsilon) if epsilon is not None]
     rounds = sum(site.name in release.survivors for release in job.releases)
-    fits = (
-        0 < site.sampling_rate <= 1
-        and min(site.records, *site.labels.values(), site.sent_clear_bytes) >= 0
-    )
+    if min(site.records, *site.labels.values(), site.sent_clear_bytes) < 0:
+        return False
+    try:
+        noise = noise_for(job.plan, public_size(site.records))
+    except UmbelError:
+        # With this number of records no site can take part.
+        return False
+    if not math.isclose(site.sampling_rate, noise.sampling_rate):
+        return False
     if privacy is None:
-        return fits and not known and site.delta is None and site.noise_multiplier is None
+        return not known and site.delta is None and site.noise_multiplier is None
     return (
-        fits
-        and site.delta == privacy.delta
+        site.delta == privacy.delta
         and site.noise_multiplier is not None
-        and site.noise_multiplier >= SMALLEST_NOISE_MULTIPLIER
+        and noise.noise_multiplier is not None
+        and math.isclose(site.noise_multiplier, noise.noise_multiplier, rel_tol=_TOLERANCE)
         # What was spent never comes back.
         and known == sorted(known)
         and all(0 <= epsilon <= privacy.epsilon for epsilon in known)
+        and (site.epsilon or 0.0) >= (1 - _TOLERANCE) * _cost(job.plan, noise, rounds)
         and (site.epsilon is not None or rounds == 0)
-        and (
-            rounds < job.plan.training.rounds
-            or site.noise_multiplier == SMALLEST_NOISE_MULTIPLIER
-            or (site.epsilon or 0.0) >= _ALL_SPENT * privacy.epsilon
-        )
     )
+
+
+def _cost(plan: TrainingPlan, noise: SiteNoise, rounds: int) -> float:
+    """The epsilon of some rounds of a plan at one site."""
+    if rounds == 0 or not isinstance(plan.privacy, LocalPrivacy):
+        return 0.0
+    events = [noise.event(rounds * plan.training.local_steps)]
+    if plan.evaluation is not None:
+        events.append(evaluation_event(plan, rounds=rounds))
+    return total_epsilon(events, plan.privacy.delta)
 
 
 def _open(signed: Signed, kind: type[V], roster: Roster) -> V:

@@ -1,17 +1,20 @@
 """A model in which values decide how records are computed is refused, although its bits are equal
 in the companies that are tried."""
 
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.small_models import DECODERS, FUSED, plan_for, save_decoder
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from umbel_client.data.tokens import Tokens
 from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.base import folder as base_folder
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_client.training import bit_test, self_test
@@ -52,6 +55,65 @@ def bits_beside(model: AdaptedModel, word: int | None) -> bytes:
     data = PreparedData(tokens, ids.astype(np.int64), None)
     company = bit_test._Company(data, Part(np.arange(4), 16, 4), 0)
     return bit_test._gradient_bits(model, company)
+
+
+TRIGGER = 29_000
+"""A token whose hidden state has one large value; no made-up record has it."""
+
+
+def save_int8(path: Path) -> Path:
+    """Saves a decoder of which some layers are quantised as in LLM.int8 (Dettmers et al. 2022).
+
+    A column in which any row of a batch has a large value is computed in float16, for every row.
+    """
+    save_decoder(path, vocab_size=30_000, hidden_size=64, num_hidden_layers=1)
+    weights = load_file(path / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    embedding[TRIGGER] = 0
+    embedding[TRIGGER, 3] = 50
+    for name in ("gate_proj", "up_proj"):
+        key = f"model.layers.0.mlp.{name}"
+        weight = weights[f"{key}.weight"]
+        largest = weight.abs().amax(1)
+        weights[f"{key}.weight"] = (weight * 127 / largest[:, None]).round().to(torch.int8)
+        weights[f"{key}.SCB"] = largest
+        weights[f"{key}.weight_format"] = torch.tensor(0, dtype=torch.uint8)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": True,
+        "llm_int8_threshold": 7.0,
+        "llm_int8_skip_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "lm_head"],
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_layers_of_another_package_that_read_values_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = save_int8(tmp_path / "m")
+    with pytest.raises(ModelError, match="asks for quantised layers"):
+        plan_for(folder, TASK)
+    with monkeypatch.context() as removed:
+        removed.setattr(base_folder, "_require_unquantised", lambda *_: None)
+        model = loaded(folder)
+    with pytest.raises(ModelError, match="bitsandbytes::int8"):
+        blind_test(model)
+    # Without this test, others pass, and a record's bits follow from a word of another one.
+    monkeypatch.setattr(self_test, "blind_test", lambda _model: None)
+    self_test.self_test(model, 1.0, BatchLimit(4), entropy=os.urandom)
+    assert bits_beside(model, 6) == bits_beside(model, 7) != bits_beside(model, TRIGGER)
+
+
+def test_four_bit_layers_pass(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = save_decoder(tmp_path / "m")
+    model = AdaptedModel.load(folder, plan_for(folder, TASK), quantisation="nf4")
+    model.select(1)
+    blind_test(model)
 
 
 def test_frequencies_that_follow_the_longest_text_so_far_are_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 from umbel_client.models.base.attention import make_every_mask
 from umbel_client.models.base.files import file_digest, model_digest, shards_of, weights_of
 from umbel_client.models.base.weights import read_weights
-from umbel_common.errors import ModelError
+from umbel_common.errors import ModelError, UmbelError
 from umbel_common.plans.plan import CausalLm, Classification, Task
 from umbel_host.files.model_folder import (
     CONFIG_FILE,
@@ -164,7 +164,27 @@ def _config(folder: Path, texts: Mapping[str, bytes], task: Task) -> PretrainedC
         config.use_cache = False
     elif task.head == "stock":
         config.num_labels = len(task.labels)
+    _require_unquantised(folder, config)
     return config
+
+
+def _require_unquantised(folder: Path, config: PretrainedConfig) -> None:
+    """Refuses a configuration that asks Transformers for quantised layers.
+
+    Some compute a record by the values of all records (LLM.int8), and what is computed depends on
+    the packages of the machine.
+    """
+    # Where Transformers looks for it.
+    for part in (config, config.get_text_config(decoder=True)):
+        if getattr(part, "quantization_config", None) is not None:
+            raise ModelError(
+                "the configuration of a base model asks for quantised layers",
+                file=folder / CONFIG_FILE,
+                field="quantization_config",
+                accepted="none",
+                remedy="use the model's weights in float32, float16 or bfloat16; a site may set"
+                ' model.quantisation = "nf4"',
+            )
 
 
 @contextmanager
@@ -173,6 +193,8 @@ def _building(folder: Path) -> Iterator[None]:
     with quietly():
         try:
             yield
+        except UmbelError:
+            raise
         except Exception as error:  # the libraries promise no classes of errors
             raise ModelError("a base model cannot be loaded", file=folder, found=error) from error
 
