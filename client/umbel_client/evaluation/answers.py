@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rouge_score.rouge_scorer import RougeScorer
-
 from umbel_client.data.chat import Chat
 from umbel_client.data.conversations import Conversation, LmRecord
 from umbel_client.evaluation.inference import Sampling, answer_prompts
@@ -62,6 +60,9 @@ def score_answers(given: Sequence[Answer]) -> AnswerScores | None:
     """The mean scores; None if there are no answers."""
     if not given:
         return None
+    # Imported here: it brings NLTK, which only answers need.
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     same = [answer.found.strip() == answer.wanted.strip() for answer in given]
     near = [scorer.score(answer.wanted, answer.found)["rougeL"].fmeasure for answer in given]
