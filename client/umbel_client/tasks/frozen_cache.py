@@ -35,6 +35,8 @@ def ignore_progress(done: int, total: int) -> None:
 
 
 _SUFFIX = ".prefix.npy"
+_PARTIAL = "partial-"
+"""Beginning of the name of a file that is not complete."""
 _LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -121,7 +123,12 @@ def _write(
     """Fills a file that only its owner can read. It gets its name when it is complete."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=_SUFFIX, delete=False) as file:
+        # One process has the folder at a time. What one that was killed left would stay for ever.
+        for left in path.parent.glob(f"{_PARTIAL}*{_SUFFIX}"):
+            left.unlink(missing_ok=True)
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=_PARTIAL, suffix=_SUFFIX, delete=False
+        ) as file:
             partial = Path(file.name)
         try:
             values: Any = np.lib.format.open_memmap(partial, "w+", dtype=np.float16, shape=shape)

@@ -318,6 +318,26 @@ def test_the_disk_has_room_for_the_whole_file_before_it_is_filled(
     cached(loaded(bert(tmp_path / "m")), ragged(3000), tmp_path / "cache")
 
 
+def test_what_a_killed_process_left_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed deletes nothing."""
+    model, folder = loaded(bert(tmp_path / "m")), tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        patch.setattr(frozen_cache, "_fill", interrupted)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            cached(model, ragged(), folder)
+    (left,) = folder.iterdir()
+    cached(model, ragged(), folder)
+    (kept,) = folder.iterdir()
+    assert kept != left
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "cache").touch()
     with pytest.raises(StorageError):
