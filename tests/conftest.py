@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -104,16 +105,30 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def homes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The place of a home folder for each test. Fixtures that live longer have one of their own."""
+    """The place of home folders: of each test, of the fixtures of each file, and of all others."""
     assert not MACHINE.exists(), f"{MACHINE} is for the ledgers of real data: test elsewhere"
     folder = tmp_path_factory.mktemp("homes")
     os.environ["UMBEL_HOME_OF_TESTS"] = str(folder / "fixtures")
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def files_register(homes: Path) -> Iterator[None]:
+    """Gives the fixtures of a file a register of ledgers of their own: another file's federation
+    may have the same records."""
+    with _home(homes):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_register(homes: Path) -> Iterator[None]:
     """Gives the test a register of ledgers of its own."""
+    with _home(homes):
+        yield
+
+
+@contextmanager
+def _home(homes: Path) -> Iterator[None]:
     before = os.environ["UMBEL_HOME_OF_TESTS"]
     os.environ["UMBEL_HOME_OF_TESTS"] = str(homes / f"{next(_NUMBERS)}")
     yield
