@@ -1,0 +1,264 @@
+"""A pretended accelerator, for tests of what a GPU would do with this project's code.
+
+Tensors say that they are on `pretend:0` or `pretend:1`; their data are in this machine's memory. As
+on a GPU, an operation on tensors of two places is an error, a device's memory has an end, and a
+value that the host reads is counted, because there the host would wait for the device. Kernels,
+precision and speed are those of the CPU: nothing here tells what a GPU computes, or how fast.
+
+It uses PyTorch's own key for backends that are written in Python, which a process has once.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "pretend"
+COUNT = 2
+DEVICES = tuple(f"{NAME}:{index}" for index in range(COUNT))
+
+
+class Memory:
+    """The memory of one device: each storage counts once, for as long as a tensor is in it."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.used = 0
+        self.peak = 0
+        self.limit: int | None = None
+        """Bytes; None: no end."""
+        self._blocks: weakref.WeakValueDictionary[int, _Block] = weakref.WeakValueDictionary()
+
+    def block(self, raw: torch.Tensor) -> "_Block":
+        """What holds a tensor's storage.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room for it.
+        """
+        storage = raw.untyped_storage()
+        known = self._blocks.get(storage._cdata)
+        if known is not None:
+            return known
+        size = storage.nbytes()
+        if self.limit is not None and self.used + size > self.limit:
+            raise torch.OutOfMemoryError(
+                f"pretended device out of memory: {size} bytes beside {self.used} of {self.limit}"
+            )
+        block = self._blocks[storage._cdata] = _Block(self, storage, size)
+        return block
+
+
+class _Block:
+    def __init__(self, memory: Memory, storage: torch.UntypedStorage, size: int) -> None:
+        self.place = memory.place
+        self._memory, self._storage, self._size = memory, storage, size
+        memory.used += size
+        memory.peak = max(memory.peak, memory.used)
+
+    def __del__(self) -> None:
+        self._memory.used -= self._size
+
+
+MEMORY = {name: Memory(name) for name in DEVICES}
+"""By device."""
+
+READS: Counter[str] = Counter()
+"""How often the host read a device's value, by operator: there it waits for all earlier work."""
+WRITES: Counter[str] = Counter()
+"""How often the host's memory was copied to a device, by operator."""
+
+
+class Counted:
+    """Reads and writes since the beginning of a `counting`."""
+
+    def __init__(self) -> None:
+        self._reads, self._writes = READS.copy(), WRITES.copy()
+
+    @property
+    def reads(self) -> Counter[str]:
+        return READS - self._reads
+
+    @property
+    def writes(self) -> Counter[str]:
+        return WRITES - self._writes
+
+
+@contextmanager
+def memory_of(size: int, device: str = DEVICES[0]) -> Iterator[Memory]:
+    """Within the context, a device has `size` bytes more than are in use now."""
+    memory = MEMORY[device]
+    memory.limit = memory.used + size
+    try:
+        yield memory
+    finally:
+        memory.limit = None
+
+
+class Pretended(torch.Tensor):
+    """A tensor of a pretended device, around one of the CPU."""
+
+    raw: torch.Tensor
+    block: _Block
+
+    @staticmethod
+    def __new__(cls, raw: torch.Tensor, place: str) -> "Pretended":
+        assert type(raw) is torch.Tensor
+        block = MEMORY[place].block(raw)
+        made: Pretended = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            raw.size(),
+            strides=raw.stride(),
+            storage_offset=raw.storage_offset(),
+            dtype=raw.dtype,
+            device=torch.device(place),
+        )
+        made.raw, made.block = raw, block
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    @property
+    def data(self) -> Any:
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, other: "Pretended") -> None:
+        torch.Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.raw, self.block = other.raw, other.block
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.raw.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.raw.data_ptr()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        raise TypeError(f"can't convert {self.device} tensor to numpy")
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def __repr__(self, **_: Any) -> str:
+        return f"Pretended({self.raw!r}, {self.device})"
+
+
+_READING = {
+    "aten::_local_scalar_dense",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::masked_select",
+    "aten::nonzero",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::unique_consecutive",
+}
+"""Operators whose result, or its shape, a GPU has to tell the host."""
+
+
+def _place(device: Any) -> str | None:
+    """The name of a pretended device, with its number; None: another device."""
+    if device is None:
+        return None
+    wanted = torch.device(device)
+    return f"{NAME}:{wanted.index or 0}" if wanted.type == NAME else None
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    name = func._schema.name
+    seen: set[str] = set()
+    known: dict[int, Pretended] = {}
+
+    def unwrap(value: Any) -> Any:
+        if isinstance(value, Pretended):
+            seen.add(value.block.place)
+            known[id(value.raw)] = value
+            return value.raw
+        if isinstance(value, torch.Tensor):
+            if value.dim() > 0:
+                seen.add("cpu")
+        elif isinstance(value, list | tuple):
+            return type(value)([unwrap(one) for one in value])
+        return value
+
+    plain_args = [unwrap(value) for value in args]
+    plain_kwargs = {key: unwrap(value) for key, value in kwargs.items()}
+    here = _place(kwargs.get("device"))
+    if here is not None:
+        plain_kwargs["device"] = torch.device("cpu")
+    if name == "aten::copy_":
+        to, source = args[0], args[1]
+        _count(name, _place(source.device), _place(to.device))
+        func(*plain_args, **plain_kwargs)
+        return to
+    if name == "aten::_to_copy":
+        source = _place(args[0].device)
+        to = source if kwargs.get("device") is None else here
+        _count(name, source, to)
+        out = func(*plain_args, **plain_kwargs)
+        return out if to is None else Pretended(out, to)
+    if len(seen) > 1:
+        raise RuntimeError(f"mixed devices in {name}: {', '.join(sorted(seen))}")
+    if name in _READING or (name.startswith("aten::index") and _by_mask(args)):
+        READS[name] += bool(seen - {"cpu"})
+    out = func(*plain_args, **plain_kwargs)
+    place = here or next(iter(seen - {"cpu"}), None)
+    if place is None:
+        return out
+
+    def wrap(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return known[id(value)] if id(value) in known else Pretended(value, place)
+        if isinstance(value, list | tuple):
+            return type(value)([wrap(one) for one in value])
+        return value
+
+    return wrap(out)
+
+
+def _count(name: str, source: str | None, to: str | None) -> None:
+    if source is not None and to is None:
+        READS[name] += 1
+    if source is None and to is not None:
+        WRITES[name] += 1
+
+
+def _by_mask(args: Any) -> bool:
+    """Whether an index is a mask, whose ones have to be counted first."""
+    indices = args[1] if isinstance(args[1], list | tuple) else args[1:2]
+    return any(isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in indices)
+
+
+class _Module:
+    """What `torch.cuda` is to a GPU."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return 0
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
+    def device_count(self) -> int:
+        return COUNT
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
+_setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+_library = torch.library.Library("_", "IMPL")
+_library.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
