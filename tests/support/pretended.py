@@ -19,6 +19,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "pretend"
 COUNT = 2
+_UNLIMITED = 1 << 40
 DEVICES = tuple(f"{NAME}:{index}" for index in range(COUNT))
 
 
@@ -114,10 +115,25 @@ class Pretended(torch.Tensor):
             strides=raw.stride(),
             storage_offset=raw.storage_offset(),
             dtype=raw.dtype,
-            device=torch.device(place),
+            # The engine of autograd believes that a device in Python is one: to it, all are the
+            # first. `device`, which Python asks, says more.
+            device=torch.device(f"{NAME}:0"),
         )
         made.raw, made.block = raw, block
         return made
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.block.place)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        wanted = kwargs.get("device", next((one for one in args if _is_device(one)), None))
+        place = _place(wanted)
+        if place is None or place == self.block.place:
+            return super().to(*args, **kwargs)
+        # To autograd both are one device, which copies nothing.
+        assert not (self.requires_grad and torch.is_grad_enabled())
+        return Pretended(self.raw.to(*args, **kwargs | {"device": "cpu"}, copy=True), place)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -169,56 +185,64 @@ def _place(device: Any) -> str | None:
     return f"{NAME}:{wanted.index or 0}" if wanted.type == NAME else None
 
 
+def _is_device(value: Any) -> bool:
+    return isinstance(value, str | torch.device)
+
+
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     name = func._schema.name
     seen: set[str] = set()
     known: dict[int, Pretended] = {}
-
-    def unwrap(value: Any) -> Any:
-        if isinstance(value, Pretended):
-            seen.add(value.block.place)
-            known[id(value.raw)] = value
-            return value.raw
-        if isinstance(value, torch.Tensor):
-            if value.dim() > 0:
-                seen.add("cpu")
-        elif isinstance(value, list | tuple):
-            return type(value)([unwrap(one) for one in value])
-        return value
-
-    plain_args = [unwrap(value) for value in args]
-    plain_kwargs = {key: unwrap(value) for key, value in kwargs.items()}
+    plain_args = [_unwrap(value, seen, known) for value in args]
+    plain_kwargs = {key: _unwrap(value, seen, known) for key, value in kwargs.items()}
+    numbers = "" in seen
+    seen.discard("")
+    if numbers and not seen:
+        seen = {one.block.place for one in known.values()}
     here = _place(kwargs.get("device"))
     if here is not None:
         plain_kwargs["device"] = torch.device("cpu")
     if name == "aten::copy_":
-        to, source = args[0], args[1]
-        _count(name, _place(source.device), _place(to.device))
+        _count(name, _place(args[1].device), _place(args[0].device))
         func(*plain_args, **plain_kwargs)
-        return to
+        return args[0]
     if name == "aten::_to_copy":
         source = _place(args[0].device)
         to = source if kwargs.get("device") is None else here
         _count(name, source, to)
         out = func(*plain_args, **plain_kwargs)
         return out if to is None else Pretended(out, to)
-    if len(seen) > 1:
+    if len(seen) > 1 or (numbers and "cpu" in seen):
         raise RuntimeError(f"mixed devices in {name}: {', '.join(sorted(seen))}")
     if name in _READING or (name.startswith("aten::index") and _by_mask(args)):
         READS[name] += bool(seen - {"cpu"})
     out = func(*plain_args, **plain_kwargs)
-    place = here or next(iter(seen - {"cpu"}), None)
-    if place is None:
-        return out
+    # For what is made like a tensor, PyTorch's own code names the first device.
+    place = next(iter(seen - {"cpu"}), here)
+    return out if place is None else _wrap(out, place, known)
 
-    def wrap(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return known[id(value)] if id(value) in known else Pretended(value, place)
-        if isinstance(value, list | tuple):
-            return type(value)([wrap(one) for one in value])
-        return value
 
-    return wrap(out)
+# Not within `_run`: functions that name themselves would keep its tensors until a collection.
+def _unwrap(value: Any, seen: set[str], known: dict[int, Pretended]) -> Any:
+    if isinstance(value, Pretended):
+        # A number is at home everywhere: PyTorch's own code makes some on the first device.
+        seen.add(value.block.place if value.dim() > 0 else "")
+        known[id(value.raw)] = value
+        return value.raw
+    if isinstance(value, torch.Tensor):
+        if value.dim() > 0:
+            seen.add("cpu")
+    elif isinstance(value, list | tuple):
+        return type(value)([_unwrap(one, seen, known) for one in value])
+    return value
+
+
+def _wrap(value: Any, place: str, known: dict[int, Pretended]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return known[id(value)] if id(value) in known else Pretended(value, place)
+    if isinstance(value, list | tuple):
+        return type(value)([_wrap(one, place, known) for one in value])
+    return value
 
 
 def _count(name: str, source: str | None, to: str | None) -> None:
@@ -255,6 +279,14 @@ class _Module:
     def device_count(self) -> int:
         return COUNT
 
+    def empty_cache(self) -> None:
+        pass
+
+    def mem_get_info(self, device: Any) -> tuple[int, int]:
+        memory = MEMORY[str(device)]
+        limit = _UNLIMITED if memory.limit is None else memory.limit
+        return limit - memory.used, limit
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
@@ -262,3 +294,13 @@ class _Module:
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
 _library = torch.library.Library("_", "IMPL")
 _library.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
+
+_tensor = torch.tensor
+
+
+def tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
+    """`torch.tensor`, which asks of a device in Python what it does not have: put it in that place
+    where a library makes tensors on a device, and take it away before a model is loaded."""
+    if _place(device) is None:
+        return _tensor(data, device=device, **options)
+    return _tensor(data, **options).to(device)
