@@ -180,8 +180,8 @@ def _labels(model: AdaptedModel, records: int) -> torch.Tensor:
 def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
     """Bytes that this process may still take on a device; None if the system does not say.
 
-    On the host this is what Linux calls available, or what the process's control groups leave if that
-    is less.
+    On the host this is what Linux calls available, or what the process's control groups leave if
+    that is less.
 
     Args:
         root: the folder in which `proc` and `sys` are read.
