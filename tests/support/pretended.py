@@ -8,6 +8,7 @@ precision and speed are those of the CPU: nothing here tells what a GPU computes
 It uses PyTorch's own key for backends that are written in Python, which a process has once.
 """
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -139,6 +140,15 @@ class Pretended(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], Pretended):
+            # What is there already: PyTorch's own code would take it to the first device.
+            value, like = args[:2]
+            return value.to(like.device, like.dtype)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
     @property
     def data(self) -> Any:
         return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
@@ -147,6 +157,12 @@ class Pretended(torch.Tensor):
     def data(self, other: "Pretended") -> None:
         torch.Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
         self.raw, self.block = other.raw, other.block
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Pretended":
+        copied: Any = Pretended(self.raw.detach().clone(), self.block.place)
+        copied._is_param = isinstance(self, torch.nn.Parameter)
+        memo[id(self)] = copied.requires_grad_(self.requires_grad)
+        return copied
 
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.raw.untyped_storage()
@@ -185,6 +201,10 @@ def _place(device: Any) -> str | None:
     return f"{NAME}:{wanted.index or 0}" if wanted.type == NAME else None
 
 
+_lately = threading.local()
+"""The device of this thread's last operator."""
+
+
 def _is_device(value: Any) -> bool:
     return isinstance(value, str | torch.device)
 
@@ -217,8 +237,15 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if name in _READING or (name.startswith("aten::index") and _by_mask(args)):
         READS[name] += bool(seen - {"cpu"})
     out = func(*plain_args, **plain_kwargs)
-    # For what is made like a tensor, PyTorch's own code names the first device.
-    place = next(iter(seen - {"cpu"}), here)
+    place = next(iter(seen - {"cpu"}), None)
+    if place is not None:
+        # For what is made like a tensor, PyTorch's own code names the first device.
+        _lately.place = place
+    elif here == DEVICES[0] and torch._C._current_graph_task_id() != -1:
+        # So does its backward pass for zeros, and goes on with tensors of one device.
+        place = getattr(_lately, "place", here)
+    else:
+        place = here
     return out if place is None else _wrap(out, place, known)
 
 
