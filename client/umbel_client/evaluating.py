@@ -11,8 +11,7 @@ import msgspec
 
 from umbel_client.data.records import Columns
 from umbel_client.evaluation.score import options_for, score
-from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.models.base.precision import fastest_precision
+from umbel_client.models.site_model import load_public
 from umbel_client.trainer.isolation import confine_command
 from umbel_common.adapters.vector import Vector, from_bytes
 from umbel_common.errors import ConfigError, StorageError
@@ -27,7 +26,7 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
     """Evaluates the adapter that a request names.
 
     Raises:
-        DataError, ModelError, PlanError: see `options_for`, `score`, `AdaptedModel.load` and
+        ConfigError, DataError, ModelError, PlanError: see `options_for`, `score`, `load_public` and
             `plan_from_json`.
         RemoteProtocolError: a vector has another length than the plan's adapter.
         StorageError: a vector's file cannot be read.
@@ -50,9 +49,7 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
     vector = _vector(plan, request.adapter)
     before = None if request.before is None else _vector(plan, request.before)
     folder = Path(request.model)
-    model = AdaptedModel.load(
-        folder, plan, device=request.device, precision=fastest_precision(request.device)
-    )
+    model = load_public(folder, plan, request.device, field="evaluation.device")
     model.set_vector(vector)
     return score(model, folder, Path(request.holdout), options, before=before)
 

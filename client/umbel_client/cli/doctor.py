@@ -100,6 +100,21 @@ def _model(config: ClientConfig) -> tuple[Verdict, str]:
     return Verdict.FINE, found
 
 
+def _device(config: ClientConfig) -> tuple[Verdict, str]:
+    # Only here: the other checks should not wait for what it takes to load PyTorch.
+    from umbel_client.models.base.device import chosen_device, described
+    from umbel_client.models.base.precision import chosen_precision
+    from umbel_client.training.device_check import try_private_step
+
+    device = chosen_device(config.model.device)
+    precision = chosen_precision(config.model.precision, device)
+    seconds = try_private_step(device, entropy=os.urandom)
+    return Verdict.FINE, (
+        f"{described(device)}, frozen layers in {precision}: a small private step is the host's,"
+        f" and takes {seconds * 1000:.1f} ms"
+    )
+
+
 def _data(config: ClientConfig) -> tuple[Verdict, str]:
     data = SiteData.load(config)
     data.require()
@@ -238,6 +253,7 @@ CHECKS: dict[str, Check] = {
     "identity": _identity,
     "roster": _roster,
     "model": _model,
+    "device": _device,
     "data": _data,
     "ledger": _ledger,
     "data set": _data_set,

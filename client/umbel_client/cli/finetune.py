@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 import typer
 
-from umbel_client.cli.options import CLIENT_TOML, Config, Json
+from umbel_client.cli.options import CLIENT_TOML, Config, Device, Json
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_common.errors import ConfigError, DataError, StorageError
 from umbel_common.plans.plan import (
@@ -22,6 +22,7 @@ from umbel_common.plans.plan import (
     TrainingPlan,
 )
 from umbel_common.plans.plan_file import plan_from_json
+from umbel_common.plans.requests import require_device
 from umbel_host.files.text_file import read_text
 from umbel_host.terminal import Screen, json_text, say
 
@@ -59,6 +60,7 @@ def train(
         bool,
         typer.Option(help="Neither clip nor add noise, whatever the plan says."),
     ] = False,
+    device: Device = None,
     config: Config = CLIENT_TOML,
 ) -> None:
     """Train an adapter on this site's data alone: a baseline for what a federation gives.
@@ -74,7 +76,7 @@ def train(
         raise typer.BadParameter(
             "training in a federation is `umbel-client run`", param_hint="--local"
         )
-    settings = load_config(config)
+    settings = _loaded(config, device)
     if out.exists():
         raise StorageError("a file or folder is in the way", file=out, remedy="give a new name")
     followed = _followed(plan, without_privacy)
@@ -123,13 +125,14 @@ def classify(
         typer.Option("--input", help="A data file with texts, in the column data.text_column."),
     ] = None,
     base: Base = False,
+    device: Device = None,
     config: Config = CLIENT_TOML,
 ) -> None:
     """Label texts with an adapter. Prints one JSON object a line, with label and probability."""
     from umbel_client.data.tokens import tokenise
     from umbel_client.evaluation.inference import classify_texts
 
-    settings = load_config(config)
+    settings = _loaded(config, device)
     model = _adapted(settings, adapter, base)
     task = model.plan.task
     if not isinstance(task, Classification):
@@ -164,19 +167,19 @@ def evaluate(
         int, typer.Option(min=0, help="For a language model: number of records that it answers.")
     ] = 50,
     base: Base = False,
+    device: Device = None,
     as_json: Json = False,
     config: Config = CLIENT_TOML,
 ) -> None:
     """Score an adapter on this site's own held-out records. The scores stay on this machine."""
     from umbel_client.data.records import columns_of
     from umbel_client.evaluation.score import options_for, score
-    from umbel_client.models.adapted_model import AdaptedModel
     from umbel_client.models.adapters.folder import read_adapter
-    from umbel_client.models.base.precision import chosen_precision
+    from umbel_client.models.site_model import load_site_model
     from umbel_common.adapters.vector import initial_vector
     from umbel_common.plans.figures import figures_text
 
-    settings = load_config(config)
+    settings = _loaded(config, device)
     plan, vector = read_adapter(_folder_of(settings, adapter))
     options = options_for(
         plan.task,
@@ -185,11 +188,9 @@ def evaluate(
         groups=groups,
         answers=answers,
     )
-    model_folder = Path(settings.model.path)
-    precision = chosen_precision(settings.model.precision)
-    model = AdaptedModel.load(model_folder, plan, precision=precision)
+    model = load_site_model(settings.model, plan, trains=False)
     model.set_vector(initial_vector(plan) if base else vector)
-    found = score(model, model_folder, data or Path(settings.data.path), options)
+    found = score(model, Path(settings.model.path), data or Path(settings.data.path), options)
     if as_json:
         say(json_text(found))
     else:
@@ -214,6 +215,7 @@ def generate(
         int, typer.Option(help="Seed of random answers; without a temperature it has no effect.")
     ] = 0,
     base: Base = False,
+    device: Device = None,
     config: Config = CLIENT_TOML,
 ) -> None:
     """Answer questions with an adapter. Prints one JSON object a line, with prompt and answer."""
@@ -221,7 +223,7 @@ def generate(
     from umbel_client.data.conversations import Turn
     from umbel_client.evaluation.inference import Sampling, answer_prompts
 
-    settings = load_config(config)
+    settings = _loaded(config, device)
     model = _adapted(settings, adapter, base)
     task = model.plan.task
     if not isinstance(task, CausalLm):
@@ -247,19 +249,35 @@ def export(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of a merged model.")
     ] = "float32",
+    device: Annotated[
+        str, typer.Option(help="Where a model is merged: cpu, cuda, cuda:1, mps, or auto.")
+    ] = "cpu",
     config: Config = CLIENT_TOML,
 ) -> None:
     """Write an adapter as a PEFT folder, or merged into a model that Transformers and vLLM load."""
     from umbel_client.models.adapters.folder import export_adapter
     from umbel_client.models.adapters.merge import merge_adapter
+    from umbel_client.models.base.device import chosen_device
 
     settings = load_config(config)
     folder = _folder_of(settings, adapter)
     if merge:
-        merge_adapter(folder, Path(settings.model.path), out, dtype=dtype)
+        place = chosen_device(device, field="--device")
+        merge_adapter(folder, Path(settings.model.path), out, dtype=dtype, device=place)
     else:
         export_adapter(folder, out)
     say(f"{'model' if merge else 'adapter'}  {out}")
+
+
+def _loaded(file: Path, device: str | None) -> ClientConfig:
+    """The site's configuration, with the device of the command line if one is given."""
+    config = load_config(file)
+    if device is None:
+        return config
+    require_device(device, field="--device")
+    return msgspec.structs.replace(
+        config, model=msgspec.structs.replace(config.model, device=device)
+    )
 
 
 def _folder_of(config: ClientConfig, adapter: str) -> Path:
@@ -277,7 +295,7 @@ def _adapted(config: ClientConfig, adapter: str, base: bool) -> "AdaptedModel":
 
     plan, vector = read_adapter(_folder_of(config, adapter))
     torch.set_num_threads(config.threads)
-    model = load_site_model(config.model, plan)
+    model = load_site_model(config.model, plan, trains=False)
     model.set_vector(initial_vector(plan) if base else vector)
     return model
 

@@ -63,6 +63,8 @@ def _status_lines(trainer: TrainerStatus, relay: str) -> list[tuple[str, str]]:
         ("trainer", "paused" if trainer.paused else "ready"),
         ("network", "none" if trainer.isolated else "THE TRAINER HAS A WAY OUT"),
     ]
+    if trainer.device is not None:
+        lines.append(("device", trainer.device))
     if trainer.not_apart is not None:
         lines.append(("users", f"NOT KEPT APART: {trainer.not_apart}"))
     if trainer.waiting:

@@ -7,7 +7,7 @@ machine alone, so that not even the time of a step tells how long this site's te
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -180,14 +180,17 @@ def _labels(model: AdaptedModel, records: int) -> torch.Tensor:
 def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
     """Bytes that this process may still take on a device; None if the system does not say.
 
-    On a CPU this is what Linux calls available, or what the process's control groups leave if that
-    is less.
+    On the host this is what Linux calls available, or what the process's control groups leave if
+    that is less.
 
     Args:
         root: the folder in which `proc` and `sys` are read.
     """
-    if device.type == "cuda":
-        free, _total = torch.cuda.mem_get_info(device)
+    if device.type not in ("cpu", "mps"):  # mps shares the host's memory
+        module: Any = torch.get_device_module(device)
+        # What a former job left in the allocator's hands is free too.
+        module.empty_cache()
+        free: int = module.mem_get_info(device)[0]
         return free
     limits = [_available(root), *_left_by_groups(root)]
     known = [limit for limit in limits if limit is not None]

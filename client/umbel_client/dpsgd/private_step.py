@@ -154,8 +154,8 @@ def clipped_sum(
     factors = exact.float()
     # Rounded towards zero: of gradients near the end of float32, the factor is so small that the
     # nearest float32 may be twice as large.
-    larger = factors > exact
-    factors[larger] = torch.nextafter(factors[larger], torch.zeros_like(factors[larger]))
+    smaller = torch.nextafter(factors, torch.zeros_like(factors))
+    factors = torch.where(factors > exact, smaller, factors)
     # 3. Clipped and summed in one product.
     return torch.cat([factors @ gradient for gradient in gradients])
 

@@ -104,7 +104,7 @@ class AdaptedModel(nn.Module):
         """The plan's model, with an adapter that `set_vector` must fill before use.
 
         Args:
-            precision: of the frozen layers; `fastest_precision()` where speed counts.
+            precision: of the frozen layers; `fastest_precision` where speed counts.
             checkpointing: whether activations are computed again in the backward pass, which saves
                 memory.
             quantisation: of the frozen layers' weights.
@@ -179,7 +179,14 @@ class AdaptedModel(nn.Module):
 
     def values(self, tensors: tuple[Tensor, ...]) -> Vector:
         """Some tensors of the adapter as one vector, float32[n], in the given order."""
-        arrays = {t.name: self.adapter[t.name].detach().cpu().numpy() for t in tensors}
+        parameters = [self.adapter[tensor.name].detach() for tensor in tensors]
+        # One copy: for each, the host would wait for a device once more.
+        together = torch.cat([parameter.reshape(-1) for parameter in parameters]).cpu()
+        parts = together.split([parameter.numel() for parameter in parameters])
+        arrays = {
+            tensor.name: part.view(tensor.shape).numpy()
+            for tensor, part in zip(tensors, parts, strict=True)
+        }
         return flatten(arrays, tensors)
 
     def select(self, round_number: int) -> dict[str, nn.Parameter]:
@@ -210,8 +217,8 @@ class AdaptedModel(nn.Module):
         """Cross entropy of a causal language model's next tokens in nats, float32[m].
 
         Args:
-            chosen: bool[n, t - 1], which tokens but the last are predicted from; m of them. The
-                others cost nothing above the last layer.
+            chosen: bool[n, t - 1] on the CPU, which tokens but the last are predicted from; m of
+                them. The others cost nothing above the last layer.
             targets: int64[m], the tokens that follow them.
         """
         assert not isinstance(inputs, PooledInputs)  # they belong to a classification's head
@@ -222,7 +229,10 @@ class AdaptedModel(nn.Module):
                 output = self._run(module, mask, inputs_embeds=inputs.hidden)
         else:
             output = self._run(module, mask, input_ids=inputs.ids)
-        rows = output[:, :-1][chosen.to(self.device)]
+        # Found on the host, which would otherwise wait for a device to count them.
+        places = nn.functional.pad(chosen, (0, 1)).flatten().nonzero()[:, 0]
+        rows = output.flatten(0, 1)[places.to(self.device)]
+        targets = targets.to(self.device)
         if not self._plain_output:
             return cross_entropy(rows, targets, reduction="none")
         layer = output_layer(self.base)

@@ -1,23 +1,62 @@
-"""A plan's model as a site's configuration says to load it."""
+"""A plan's model, loaded onto the device that a configuration says, in the precision for it."""
 
+import logging
 from pathlib import Path
 
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.models.base.precision import chosen_precision
+from umbel_client.models.base.device import chosen_device, described, prepare_training
+from umbel_client.models.base.precision import chosen_precision, fastest_precision
 from umbel_client.site.config import ModelConfig
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
+
+_logger = logging.getLogger("umbel.model")
 
 
-def load_site_model(config: ModelConfig, plan: TrainingPlan) -> AdaptedModel:
+def load_site_model(config: ModelConfig, plan: TrainingPlan, *, trains: bool) -> AdaptedModel:
     """The plan's model, with an adapter that `set_vector` must fill before use.
 
+    Args:
+        trains: whether steps of training follow; a private plan then allows no device that cannot
+            keep its promises.
+
     Raises:
+        ConfigError: the configuration names a device that is not there, or cannot be used so.
         ModelError: see `AdaptedModel.load`.
     """
+    device = chosen_device(config.device)
+    if trains:
+        prepare_training(device, private=isinstance(plan.privacy, LocalPrivacy))
+    precision = chosen_precision(config.precision, device)
+    _logger.info("the model computes on %s in %s", described(device), precision)
     return AdaptedModel.load(
         Path(config.path),
         plan,
-        precision=chosen_precision(config.precision),
+        device=str(device),
+        precision=precision,
         checkpointing=config.gradient_checkpointing,
         quantisation=config.quantisation,
     )
+
+
+def load_public(
+    folder: Path,
+    plan: TrainingPlan,
+    device: str,
+    *,
+    field: str = "compute.device",
+    trains: bool = False,
+) -> AdaptedModel:
+    """The plan's model for public records, in the precision that is fastest on its device.
+
+    Args:
+        device: as in a site's client.toml.
+        field: where that was said, for the error.
+        trains: as `load_site_model`.
+
+    Raises:
+        ConfigError, ModelError: see `load_site_model`.
+    """
+    place = chosen_device(device, field=field)
+    if trains:
+        prepare_training(place, private=isinstance(plan.privacy, LocalPrivacy), field=field)
+    return AdaptedModel.load(folder, plan, device=str(place), precision=fastest_precision(place))

@@ -86,7 +86,8 @@ def tune(request: TuningRequest, console: Console) -> None:
     """Runs the missing trials, prints all trials, and writes the best draft.
 
     Raises:
-        ConfigError: the draft is malformed, or the study belongs to another search.
+        ConfigError: the draft is malformed, the device is not there, or the study belongs to
+            another search.
         DataError, ModelError, PlanError: the public file or the model does not fit the draft.
         StorageError: the draft to be written exists, or a file cannot be written.
     """
@@ -112,6 +113,7 @@ def tune(request: TuningRequest, console: Console) -> None:
         columns,
         share=request.validation_share,
         seed=request.seed,
+        device=request.device,
     )
     study = _study(request, plan)
     space = search_space(plan)
@@ -158,7 +160,9 @@ def _study(request: TuningRequest, plan: TrainingPlan) -> optuna.Study:
     options = msgspec.structs.replace(request, draft="", data="", out="", study="", trials=1)
     with Path(request.data).open("rb") as file:
         source = hashlib.file_digest(file, "sha256").digest()
-    search = digest("tuning", plan.digest(), source, msgspec.json.encode(options)).hex()
+    searched = msgspec.to_builtins(options)
+    searched.pop("device", None)
+    search = digest("tuning", plan.digest(), source, msgspec.json.encode(searched)).hex()
     try:
         study = optuna.create_study(
             storage=f"sqlite:///{request.study}", study_name="tuning", load_if_exists=True

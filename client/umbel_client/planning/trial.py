@@ -14,7 +14,7 @@ from umbel_client.data.records import Columns, LmRecords, Records, load_records
 from umbel_client.data.tokens import Ints
 from umbel_client.evaluation.losses import mean_loss
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.models.base.precision import fastest_precision
+from umbel_client.models.site_model import load_public
 from umbel_client.privacy.calibration import SiteNoise, noise_for, sampling_rate
 from umbel_client.storage.deltas import OptimizerState
 from umbel_client.tasks.prepared import PreparedData, prepare
@@ -46,13 +46,16 @@ class PublicData:
         *,
         share: float,
         seed: int,
+        device: str = "cpu",
     ) -> "PublicData":
         """Loads the model, and computes its frozen layers once for all trials.
 
         Args:
             share: the share of the records that validate; the seed chooses them.
+            device: as in a site's client.toml.
 
         Raises:
+            ConfigError: the device is not there.
             DataError: the file does not fit the plan, or has too few records to divide.
             ModelError: the model is not the plan's.
         """
@@ -65,7 +68,7 @@ class PublicData:
                 found=f"{len(records)} records",
             )
         order = np.random.default_rng(seed).permutation(len(records))
-        model = AdaptedModel.load(model_folder, plan, precision=fastest_precision())
+        model = load_public(model_folder, plan, device, field="--device", trains=True)
         parts = (
             prepare(
                 model,

@@ -34,6 +34,7 @@ from umbel_common.canonical import Name, Value
 from umbel_common.errors import ConfigError
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import Count, Fraction
+from umbel_common.plans.requests import require_device
 from umbel_common.toml_values import from_table
 from umbel_common.trust.enrolment import Address
 from umbel_host.files.text_file import read_toml, read_toml_table
@@ -85,6 +86,9 @@ class ModelConfig(Value, frozen=True):
     pass: about a third more time, and for long records a fraction of the memory."""
     quantisation: Literal["none", "nf4"] = "none"
     """`nf4`: keep the weights of the frozen layers in four bits; needs the package bitsandbytes."""
+    device: str = "auto"
+    """The device that computes: `cpu`, `cuda` (the first GPU), `cuda:1`, or `mps`, Apple's, without
+    private training. `auto`: the first GPU, or the CPU on a machine without one."""
 
 
 class RelayConfig(Value, frozen=True):
@@ -164,6 +168,7 @@ def load_config(path: Path) -> ClientConfig:
             remedy=f'policy = "{POLICY_FILE}" above the first table, or move that file away',
         )
     config = from_table(table, ClientConfig, path)
+    require_device(config.model.device, field="model.device", file=path)
     if isinstance(named, str):
         policy = read_toml(
             folder / Path(named).expanduser(), Policy, f"see that {path} names this site's policy"

@@ -49,6 +49,8 @@ class TrainerStatus(msgspec.Struct, frozen=True):
     """The last event."""
     not_apart: str | None = None
     """Why trainer and relay are not kept apart; None if nothing speaks against it."""
+    device: str | None = None
+    """The device that trains, with its model and memory where it is a GPU."""
 
 
 Handle = Callable[[bytes], bytes]

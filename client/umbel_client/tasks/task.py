@@ -67,9 +67,10 @@ class CausalLmTask:
 
     def losses(self, model: AdaptedModel, batch: Batch) -> torch.Tensor:
         """float32[n]: the mean over the tokens of the record that count."""
-        targets = batch.labels[:, 1:].to(model.device)
+        targets = batch.labels[:, 1:]
         counts = targets != IGNORED
         losses = model.next_token_losses(batch.inputs, counts, targets[counts])
+        counts = counts.to(losses.device)
         # Back in its place, so that a record's sum runs over its own tokens in a fixed shape.
         placed = torch.zeros(counts.shape, device=losses.device).masked_scatter(counts, losses)
         means = placed.sum(1) / counts.sum(1)

@@ -72,6 +72,7 @@ def open_job(
 
     Raises:
         DataError: the site could not read its data when it started.
+        ConfigError: the device is not there, or is not for private training.
         ModelError: the model does not fit the plan, or fails a test.
         CalibrationError: the plan's epsilon cannot be had with this data set.
         PolicyRefusal: `delta-for-records`, if the plan's delta is too large for this data set.
@@ -101,7 +102,7 @@ def open_job(
         budget = _budget(config, plan)
         _check_budget(config, plan, noise, ledger, budget)
         # c. Load the model, and find the number of records computed at once.
-        model = load_site_model(config.model, plan)
+        model = load_site_model(config.model, plan, trains=True)
         has_units = records.unit_column is not None or bool(records.units)
         records_per_unit = config.data.max_records_per_unit if has_units else 1
         limit = choose_batch_limit(config.physical_batch_size, model, records_per_unit)

@@ -83,18 +83,21 @@ def run(path: Path, no_isolation: str | None) -> None:
         # Imported only now: errors so far are reported at once, and not after the seconds it takes.
         import torch
 
+        from umbel_client.models.base.device import chosen_device, described
         from umbel_client.trainer.handler import Trainer
 
         torch.set_num_threads(config.threads)
+        device = described(chosen_device(config.model.device))
         trainer = Trainer(config, pinned, identity, observer=log, data=data)
         stack.callback(trainer.close)
         isolated = no_isolation is None and network() is Network.NONE
-        service = _Service(config, pinned, trainer, log, isolated, not_apart)
+        service = _Service(config, pinned, trainer, log, isolated, not_apart, device)
         for server in service.servers(trainer_socket(relay)):
             server.start()
             server.report_health(True)
             stack.callback(server.stop, _STOPPING_SECONDS)
         log.note(f"the trainer of {config.site} waits at {trainer_socket(relay)}")
+        log.note(f"it computes on {device} (model.device = {config.model.device})")
         wait_for(stopping)
         log.note("the trainer stops")
         log.stop()
@@ -128,12 +131,14 @@ class _Service:
         log: SiteLog,
         isolated: bool,
         not_apart: str | None,
+        device: str,
     ) -> None:
         self._config = config
         self._pinned = pinned
         self._trainer = trainer
         self._log = log
         self._not_apart = not_apart
+        self._device = device
         self._decisions = Decisions(config.state_folder)
         self._isolated = isolated
 
@@ -165,4 +170,5 @@ class _Service:
             epsilon=self._log.epsilon,
             last=self._log.last,
             not_apart=self._not_apart,
+            device=self._device,
         )

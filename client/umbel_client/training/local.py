@@ -78,10 +78,11 @@ def fine_tune(
 
     Raises:
         DataError, CalibrationError: the plan does not fit so few records.
+        ConfigError: the device is not there, or is not for private training.
         ModelError: the model cannot be used, fails its self-test, or does not train.
     """
     torch.set_num_threads(settings.threads)
-    model = load_site_model(settings.model, plan)
+    model = load_site_model(settings.model, plan, trains=True)
     # The test asks whether a private step keeps its promises; they do not depend on this number.
     private = isinstance(plan.privacy, LocalPrivacy)
     has_units = records.unit_column is not None or bool(records.units)

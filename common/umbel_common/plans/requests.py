@@ -1,12 +1,32 @@
 """What the server asks of the processes that search hyper-parameters and score adapters."""
 
+import re
 from typing import Annotated
 
 import msgspec
 
 from umbel_common.canonical import Value
+from umbel_common.errors import ConfigError
 from umbel_common.plans.figures import AnswerCount, AnswerTokens, BatchSize, Format
 from umbel_common.plans.plan import Count
+
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:(0|[1-9]\d?))?")
+
+
+def require_device(device: str, *, field: str, file: object = None) -> None:
+    """Requires a text to name one device; whether it is there, the process that computes finds out.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not _DEVICE.fullmatch(device):
+        raise ConfigError(
+            "a text names no device",
+            file=file,
+            field=field,
+            found=device,
+            accepted="auto, cpu, cuda, mps, or one of several GPUs: cuda:0, cuda:1, ...",
+        )
 
 
 class TuningRequest(Value, frozen=True):
@@ -34,6 +54,9 @@ class TuningRequest(Value, frozen=True):
     label_column: str = "label"
     format: Format = "auto"
     """Layout of the records. The three fields are as in a site's client.toml."""
+    device: str = "cpu"
+    """The device that computes, as in a site's client.toml. It does not belong to what is searched:
+    a search may be resumed on another one."""
 
 
 class HoldoutColumns(Value, frozen=True):
@@ -68,3 +91,4 @@ class EvaluationRequest(Value, frozen=True):
     """Number of tokens of the longest answer."""
     batch_size: BatchSize = 32
     device: str = "cpu"
+    """The device that computes, as in a site's client.toml."""

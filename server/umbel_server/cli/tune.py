@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from umbel_common.errors import ConfigError
-from umbel_common.plans.requests import TuningRequest
+from umbel_common.plans.requests import TuningRequest, require_device
 
 
 def tune(
@@ -39,6 +39,9 @@ def tune(
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column with the texts.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column with the labels.")] = "label",
+    device: Annotated[
+        str, typer.Option(help="The device that computes: cpu, cuda, cuda:1, mps, or auto.")
+    ] = "cpu",
 ) -> None:
     """Search for learning rates and clip norm on PUBLIC records, with the plan's own privacy.
 
@@ -54,6 +57,7 @@ def tune(
             remedy="pip install 'umbel[server,tune]', or tune on another machine and copy the"
             " draft",
         )
+    require_device(device, field="--device")
     request = {
         "draft": str(draft.absolute()),
         "data": str(data.absolute()),
@@ -65,6 +69,7 @@ def tune(
         "seed": seed,
         "text_column": text_column,
         "label_column": label_column,
+        "device": device,
     }
     try:
         checked = msgspec.convert(request, TuningRequest)

@@ -22,6 +22,7 @@ import msgspec
 from umbel_common.canonical import Value
 from umbel_common.plans.figures import AnswerCount, AnswerTokens, BatchSize, Format
 from umbel_common.plans.plan import Count
+from umbel_common.plans.requests import require_device
 from umbel_common.trust.enrolment import Address
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_from_json
@@ -90,7 +91,7 @@ class EvaluationConfig(Value, frozen=True):
     batch_size: BatchSize = 32
     """Number of records computed at once."""
     device: str = "cpu"
-    """The device that computes: `cpu`, `cuda`."""
+    """The device that computes: `cpu`, `cuda` (the first GPU), `cuda:1`, `mps`, or `auto`."""
     python: str | None = None
     """The Python of an environment with the client's packages; absent: the server's own."""
     seconds: Seconds = 3600.0
@@ -143,6 +144,7 @@ def load_config(path: Path) -> ServerConfig:
     )
     evaluation = config.evaluation
     if evaluation is not None:
+        require_device(evaluation.device, field="evaluation.device", file=path)
         given = [
             name
             for name in ("holdout", "model", "general", "python")

@@ -170,6 +170,6 @@ def _take_gradients(parameters: Sequence[torch.nn.Parameter], records: int) -> t
     rows = []
     for parameter in parameters:
         holder: Any = parameter
-        rows.append(holder.grad_sample.reshape(records, -1).double().cpu())
+        rows.append(holder.grad_sample.reshape(records, -1).cpu().double())
         holder.grad_sample = None
     return torch.cat(rows, dim=1)

@@ -19,8 +19,7 @@ from rich import box
 from rich.table import Table
 
 from umbel_client.data.records import Records
-from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.models.base.precision import fastest_precision
+from umbel_client.models.site_model import load_public
 from umbel_client.privacy.accounting import DpEvent, epsilon
 from umbel_client.privacy.calibration import SiteNoise, noise_for
 from umbel_client.tasks.prepared import PreparedData, prepare
@@ -162,6 +161,7 @@ def audit_scenario(
             seed=scenario.seed,
             entropy=entropy,
             physical_batch_size=scenario.compute.physical_batch_size,
+            device=scenario.compute.devices[0],
             on_round=partial(on_round, unit),
         )
         results.append(
@@ -181,6 +181,7 @@ def play(
     entropy: Entropy,
     physical_batch_size: int,
     on_round: OnRound,
+    device: str = "cpu",
 ) -> GameOutcome:
     """One game: makes canaries, flips coins, trains a `step_by_step` plan, and attacks it.
 
@@ -191,7 +192,7 @@ def play(
         canaries: number of units.
         seed: public seed of the canaries' texts; coins, batches and noise come from `entropy`.
     """
-    adapted = AdaptedModel.load(model, plan, precision=fastest_precision())
+    adapted = load_public(model, plan, device, trains=True)
     limit = BatchLimit(physical_batch_size)
     made = make_canaries(records, plan, canaries, seed)
     included = flip_coins(canaries, entropy)

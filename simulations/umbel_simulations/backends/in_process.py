@@ -84,7 +84,7 @@ class Federation:
         """
         operator = self._identity("server", self.folder / "server")
         members = []
-        for site in sorted(sites):
+        for number, site in enumerate(sorted(sites)):
             folder = self.site_folder(site)
             identity = self._identity(site, folder)
             members.append(Member(name=site, public_key=identity.public_key))
@@ -98,6 +98,7 @@ class Federation:
                 model=model,
                 approval="none",
                 physical_batch_size=self._scenario.compute.site_batch_size,
+                device=self._scenario.compute.device_of(number),
             )
             write(folder / "client.toml", config.encode())
         roster = Roster(

@@ -114,7 +114,7 @@ def run_federation(scenario: Scenario, folder: Path, say: Say) -> Path:
     top.run("umbel-server", "init", "--federation", scenario.name, "--address", address)
     operator = Party(folder / "operator", say)
     sites = {name: Party(folder / name, say) for name in sorted(data)}
-    for name, site in sites.items():
+    for number, (name, site) in enumerate(sites.items()):
         site.folder.mkdir()
         _enrol(operator, site, name, scenario.name)
         # The sites use this machine's register of ledgers, as in a deployment. So the data of
@@ -129,6 +129,7 @@ def run_federation(scenario: Scenario, folder: Path, say: Say) -> Path:
             model=model,
             approval="each-plan",
             physical_batch_size="auto",
+            device=scenario.compute.device_of(number),
             data=f"{run}/data.jsonl",
             server=address,
         )

@@ -23,6 +23,7 @@ public_size = {public_size}
 [model]
 path = {model}
 precision = "fastest"
+device = {device}
 {relay}
 [policy]
 approval = {approval}
@@ -48,6 +49,7 @@ def client_toml(
     model: Path,
     approval: Literal["each-plan", "none"],
     physical_batch_size: int | Literal["auto"],
+    device: str,
     data: str = "data.jsonl",
     server: str | None = None,
 ) -> str:
@@ -64,6 +66,7 @@ def client_toml(
         physical_batch_size=json.dumps(physical_batch_size),
         public_size=public_size(records),
         model=json.dumps(str(model.resolve())),
+        device=json.dumps(device),
         relay="" if server is None else f"\n[relay]\nserver = {json.dumps(server)}\n",
         approval=json.dumps(approval),
         digest=json.dumps(folder_digest(model).hex()),

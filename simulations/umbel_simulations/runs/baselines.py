@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import msgspec
@@ -15,8 +16,7 @@ import numpy as np
 
 from umbel_client.data.records import load_records
 from umbel_client.data.tokens import Tokens
-from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.models.base.precision import fastest_precision
+from umbel_client.models.site_model import load_public
 from umbel_client.privacy.calibration import noise_alone
 from umbel_client.site.config import ClientConfig
 from umbel_client.tasks.frozen_cache import FrozenCache
@@ -55,11 +55,13 @@ def train_baselines(
     physical_batch_size: int,
     workers: int,
     on_round: OnBaselineRound,
+    devices: Sequence[str],
 ) -> dict[str, Vector]:
     """Trains each of `names` (sites and `POOLED`) alone, and returns the adapters by name.
 
     Args:
-        configs: each site's configuration, whose data and cache it uses.
+        configs: each site's configuration, whose data, cache and device it uses.
+        devices: over which those who train are dealt.
     """
     limit = BatchLimit(physical_batch_size)
     data = {site: _site_data(plan, model, config, limit) for site, config in configs.items()}
@@ -77,8 +79,10 @@ def train_baselines(
     stop = threading.Event()
     with ThreadPoolExecutor(workers, thread_name_prefix="baseline") as pool:
         futures = {
-            party.name: pool.submit(_train, party, model, physical_batch_size, on_round, stop)
-            for party in parties
+            party.name: pool.submit(
+                _train, party, model, physical_batch_size, on_round, stop, device
+            )
+            for party, device in zip(parties, cycle(devices), strict=False)
         }
         try:
             return {name: future.result() for name, future in futures.items()}
@@ -94,9 +98,10 @@ def _train(
     physical_batch_size: int,
     on_round: OnBaselineRound,
     stop: threading.Event,
+    device: str,
 ) -> Vector:
     plan = party.plan
-    adapted = AdaptedModel.load(model, plan, precision=fastest_precision())
+    adapted = load_public(model, plan, device, trains=True)
     # The comparison is at one (epsilon, delta), also for the pooled records, where a site would
     # refuse this delta as too large for their number: nobody releases what is trained here.
     noise = noise_alone(plan, party.public_size)
@@ -119,7 +124,7 @@ def _site_data(
     plan: TrainingPlan, model: Path, config: ClientConfig, limit: BatchLimit
 ) -> PreparedData:
     return prepare(
-        AdaptedModel.load(model, plan, precision=fastest_precision()),
+        load_public(model, plan, config.model.device),
         model,
         load_records(Path(config.data.path), plan.task),
         limit,

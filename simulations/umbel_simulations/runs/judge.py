@@ -15,8 +15,7 @@ from umbel_client.data.conversations import Turn
 from umbel_client.data.records import LmRecords, Records, load_records
 from umbel_client.evaluation.inference import Sampling, answer_prompts
 from umbel_client.evaluation.losses import predicted_labels, record_losses
-from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.models.base.precision import fastest_precision
+from umbel_client.models.site_model import load_public
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_common.adapters.vector import Vector
@@ -46,16 +45,18 @@ class Judge:
         folder: Path,
         *,
         general: Sequence[str] = (),
+        device: str = "cpu",
     ) -> None:
         """Writes the test set into `folder`, as public data, and prepares it.
 
         Args:
+            device: where it computes, as in a scenario.
             general: texts about something else, which show what a language model forgets.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._model_folder = model
-        self._model = AdaptedModel.load(model, plan, precision=fastest_precision())
+        self._model = load_public(model, plan, device)
         write_site_data(folder, test)
         records = load_records(folder / "data.jsonl", plan.task)
         self._labels = np.array(records.labels if isinstance(records, Records) else ())

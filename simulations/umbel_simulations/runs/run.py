@@ -77,6 +77,7 @@ class Run:
                 self.setup.corpus.test,
                 self.folder / "public",
                 general=self.setup.corpus.general,
+                device=self.setup.scenario.compute.devices[0],
             )
         federation = Federation(self.folder, self.setup.scenario)
         with self._timed("federation"):
@@ -219,7 +220,13 @@ class Run:
                 self._baseline_step("head-only", event.round, rounds)
 
         recorder = Recorder(folder / "metrics.jsonl", on_event)
-        judge = Judge(plan, self.setup.model, self.setup.corpus.test, folder / "public")
+        judge = Judge(
+            plan,
+            self.setup.model,
+            self.setup.corpus.test,
+            folder / "public",
+            device=self.setup.scenario.compute.devices[0],
+        )
         try:
             federation = Federation(folder, self.setup.scenario)
             return judge(self._federate(federation, plan, recorder, judge).adapter)
@@ -244,6 +251,7 @@ class Run:
             physical_batch_size=self.setup.scenario.compute.physical_batch_size,
             workers=self._workers,
             on_round=self._baseline_step,
+            devices=self.setup.scenario.compute.devices,
         )
 
     def _baseline_step(self, name: str, done: int, total: int) -> None:

@@ -7,6 +7,7 @@ import msgspec
 
 from umbel_common.errors import ConfigError
 from umbel_common.plans.plan import CausalLm, NoPrivacy
+from umbel_common.plans.requests import require_device
 from umbel_common.toml_values import from_table, read_table
 from umbel_simulations.scenario.scenario import (
     ClassificationSettings,
@@ -100,6 +101,9 @@ def check_scenario(scenario: Scenario, file: object) -> None:
         if not fits:
             raise ConfigError(message, file=file, field=field, found=found, accepted=accepted)
 
+    require(len(scenario.compute.devices) > 0, "compute.device", "none", "at least one device")
+    for device in scenario.compute.devices:
+        require_device(device, field="compute.device", file=file)
     _check_sources(scenario, require)
     _check_protocol(scenario, require)
     for index, dropout in enumerate(scenario.faults.dropouts):

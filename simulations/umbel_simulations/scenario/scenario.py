@@ -210,6 +210,19 @@ class Compute(Value, frozen=True):
     """`physical_batch_size`: number of records that go through the model at once; it limits the
     memory. `auto`: each site determines it, as in a deployment."""
 
+    device: str | tuple[str, ...] = "cpu"
+    """The device that computes: `cpu`, `cuda`, `cuda:1`, `mps` without privacy, or `auto`; or
+    several, over which the sites are dealt in turn."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices, at least one; the first also scores."""
+        return (self.device,) if isinstance(self.device, str) else self.device
+
+    def device_of(self, number: int) -> str:
+        """The device of the site (or party) of that number, from 0."""
+        return self.devices[number % len(self.devices)]
+
     @property
     def physical_batch_size(self) -> int:
         """The batch size for training outside a site; with `auto`, the default."""

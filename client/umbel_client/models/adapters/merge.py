@@ -17,9 +17,16 @@ from umbel_common.errors import StorageError
 from umbel_host.files import tensor_file
 from umbel_host.files.model_folder import TOKENIZER_FILES
 
+_CPU = torch.device("cpu")
+
 
 def merge_adapter(
-    adapter: Path, base: Path, out: Path, *, dtype: Literal["float32", "bfloat16", "float16"]
+    adapter: Path,
+    base: Path,
+    out: Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"],
+    device: torch.device = _CPU,
 ) -> None:
     """Writes W + scaling B A in place of each adapted W, as safetensors that Transformers loads.
 
@@ -30,6 +37,7 @@ def merge_adapter(
         adapter: the folder that `write_adapter` wrote.
         base: the folder of exactly the base model that the adapter's plan names.
         out: the new folder; it appears complete or not at all.
+        device: where the sums are computed; it holds the whole model in float32.
 
     Raises:
         ModelError: the adapter is not Umbel's, its folder holds a link, or the base model is
@@ -42,7 +50,7 @@ def merge_adapter(
         raise StorageError("a file or folder is in the way", file=out, remedy="give a new name")
     content = read_base(base)
     require_digest(base, content.digest, plan.model)
-    model = build_base(content, plan.task)
+    model = build_base(content, plan.task).to(device)  # type: ignore[arg-type]  # wrapped by torch
     parameters, _head = attach(base, model, plan.task, plan.lora)
     require_tensors(base, parameters, plan.lora)
     fill(parameters, vector, plan.lora)
@@ -52,7 +60,7 @@ def merge_adapter(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(mode=folder_mode(release), parents=True)
         with quietly():
-            model.to(getattr(torch, dtype)).save_pretrained(partial)
+            model.to(getattr(torch, dtype)).to(_CPU).save_pretrained(partial)  # type: ignore[arg-type]
         for name in TOKENIZER_FILES:
             if name in content.texts:
                 (partial / name).write_bytes(content.texts[name])

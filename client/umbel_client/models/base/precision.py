@@ -4,6 +4,7 @@ The adapter, its per-record gradients, norms, clipping and noise are float32 in 
 guarantee does not depend on the choice. Gradients differ by about half a per cent.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
@@ -15,19 +16,40 @@ from umbel_client.models.base.layers import output_layer
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 
+_logger = logging.getLogger("umbel.model")
 
-def fastest_precision(device: str = "cpu") -> Precision:
+
+def fastest_precision(device: torch.device) -> Precision:
     """`bfloat16` where the hardware multiplies it; elsewhere it would be emulated, and slow."""
-    if device != "cpu":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if native else "float32"
+    if device.type != "cpu":
+        return "float32"
     capabilities: Callable[[], dict[str, object]] = getattr(torch.cpu, "get_capabilities", dict)
-    native = capabilities()
-    return "bfloat16" if native.get("avx512_bf16") or native.get("amx_bf16") else "float32"
+    found = capabilities()
+    return "bfloat16" if found.get("avx512_bf16") or found.get("amx_bf16") else "float32"
 
 
-def chosen_precision(choice: Literal["float32", "bfloat16", "fastest"]) -> Precision:
-    """The precision that a configuration's `model.precision` means on this machine."""
-    return fastest_precision() if choice == "fastest" else choice
+def chosen_precision(
+    choice: Literal["float32", "bfloat16", "fastest"], device: torch.device
+) -> Precision:
+    """The precision that a configuration's `model.precision` means on a device.
+
+    An accelerator that does not multiply bfloat16 computes in float32 instead, and the log says so.
+    """
+    if choice == "float32":
+        return choice
+    fastest = fastest_precision(device)
+    if choice == "bfloat16" and fastest == "float32" and device.type != "cpu":
+        _logger.warning(
+            "%s does not multiply bfloat16 natively: the model computes in float32, and its frozen"
+            " layers take twice the memory (model.precision in client.toml)",
+            device,
+        )
+        return fastest
+    return choice if choice == "bfloat16" else fastest
 
 
 def lower_precision(base: PreTrainedModel) -> None:
