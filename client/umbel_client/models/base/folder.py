@@ -156,9 +156,8 @@ def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
     """
     folder = content.folder
     make_every_mask()
-    stand_ins = {
-        name: torch.zeros(()).expand(place.shape) for name, place in content.places.items()
-    }
+    places = content.places
+    stand_ins = {name: torch.zeros(()).expand(place.shape) for name, place in places.items()}
     with _building(folder):
         empty = _empty(_config(folder, content.texts, task), task)
         model: Any = type(empty)

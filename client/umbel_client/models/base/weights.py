@@ -204,5 +204,6 @@ def _fill(source: _Hashed, stored: torch.dtype, values: torch.Tensor) -> None:
         read = part if piece is None else piece[: len(part)]
         source.fill(read.view(torch.uint8).numpy().data)
         if piece is not None:
-            # By way of float32, whatever the file holds: each number is rounded as it always was.
-            part.copy_(read.float().to(part.dtype))
+            # Each number is rounded once, and as it always was: by way of float32.
+            exact = read if stored in (*_HALVES, torch.float32) else read.float()
+            part.copy_(exact if part.device == exact.device else exact.to(part.dtype))
