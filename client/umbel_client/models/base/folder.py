@@ -54,9 +54,12 @@ def skeleton(folder: Path, task: Task) -> PreTrainedModel:
     Raises:
         ModelError: the configuration is missing or of an unknown architecture.
     """
-    config = model_config(folder, task)
+    return _without_pooler(_skeleton(folder, read_texts(folder), task), task)
+
+
+def _skeleton(folder: Path, texts: Mapping[str, bytes], task: Task) -> PreTrainedModel:
     with _building(folder):
-        return _without_pooler(_empty(config, task), task)
+        return _empty(_config(folder, texts, task), task)
 
 
 def model_config(folder: Path, task: Task) -> PretrainedConfig:
@@ -133,11 +136,15 @@ def _places(
 ) -> Mapping[str, Place]:
     shapes = {name: shape for shard in shards for name, shape in shard.shapes.items()}
     try:
-        with _building(folder):
-            return places_of(_empty(_config(folder, texts, task), task), task, placement, shapes)
+        return places_of(_skeleton(folder, texts, task), task, placement, shapes)
     except ModelError:
         # It is raised again when the model is built, after its digest was compared with a plan's.
         return {}
+
+
+def empty_base(content: BaseContent, task: Task) -> PreTrainedModel:
+    """The same as `skeleton` gives, from what was read."""
+    return _without_pooler(_skeleton(content.folder, content.texts, task), task)
 
 
 def load_base(folder: Path, task: Task) -> PreTrainedModel:
