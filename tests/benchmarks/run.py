@@ -6,6 +6,7 @@ from pathlib import Path
 
 import bench_crypto
 import bench_dp_step
+import bench_load
 import bench_lost_rounds
 import bench_masking
 import bench_memory
@@ -19,6 +20,7 @@ BENCHES = (
     bench_crypto,
     bench_wire,
     bench_memory,
+    bench_load,
     bench_dp_step,
     bench_round,
     bench_transport,

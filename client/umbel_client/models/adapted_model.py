@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from umbel_client.models.base.layers import (
     upper_part,
 )
 from umbel_client.models.base.nf4 import quantise
+from umbel_client.models.base.placement import AsComputed, Quantisation
 from umbel_client.models.base.precision import Precision, computing, lower_precision
 from umbel_client.models.inputs import (
     HiddenInputs,
@@ -43,8 +44,6 @@ from umbel_common.adapters.vector import Vector, flatten
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Tensor, TrainingPlan
 from umbel_host.files.model_folder import FileDigests
-
-Quantisation: TypeAlias = Literal["none", "nf4"]
 
 
 class AdaptedModel(nn.Module):
@@ -76,13 +75,14 @@ class AdaptedModel(nn.Module):
         """Digests of the base model's files, for what else is loaded from its folder."""
         self.depth = _first_adapted_layer(base, plan)
         """The layers below this one are frozen."""
-        self.frozen_output: Literal["pooled", "hidden", "nothing"] = self._frozen_output()
-        """The output that is constant for each record and can be cached: the `pooled` vector, the
-        `hidden` states below `depth`, or `nothing` (the model cannot be split, its first layer is
-        adapted, or float16 does not hold the hidden states of a made-up record)."""
-        self._plain_output = isinstance(plan.task, CausalLm) and output_is_plain(base)
         if precision == "bfloat16":
             lower_precision(base)
+        with computing(precision, base.device):
+            self.frozen_output: Literal["pooled", "hidden", "nothing"] = self._frozen_output()
+            """The output that is constant for each record and can be cached: the `pooled` vector,
+            the `hidden` states below `depth`, or `nothing` (the model cannot be split, its first
+            layer is adapted, or float16 does not hold the hidden states of a made-up record)."""
+            self._plain_output = isinstance(plan.task, CausalLm) and output_is_plain(base)
         self._checkpointed: list[nn.Module] = []
         self.eval()
         if self.frozen_output == "hidden" and not self._fits_float16():
@@ -113,12 +113,12 @@ class AdaptedModel(nn.Module):
             ModelError: the folder is incomplete, or has another digest or other tensors than the
                 plan says; or the model mixes records.
         """
-        content = read_base(folder)
+        # On its device before PEFT adds layers: tensors that move later are not trained.
+        placement = AsComputed(torch.device(device), precision, quantisation)
+        content = read_base(folder, plan.task, placement)
         require_digest(folder, content.digest, plan.model)
         base, files = build_base(content, plan.task), content.files
-        del content  # it would keep tensors that are moved or quantised below
-        # Moved to its device before PEFT adds layers: tensors that move later are not trained.
-        base = base.to(device)  # type: ignore[arg-type]  # wrapped by torch
+        del content  # it would keep tensors that are lowered or quantised below
         require_context(folder, base, plan.task)
         if quantisation == "nf4":
             quantise(base, torch.bfloat16 if precision == "bfloat16" else torch.float32)
@@ -182,7 +182,7 @@ class AdaptedModel(nn.Module):
         parameters = [self.adapter[tensor.name].detach() for tensor in tensors]
         # One copy: for each, the host would wait for a device once more.
         together = torch.cat([parameter.reshape(-1) for parameter in parameters]).cpu()
-        parts = together.split([parameter.numel() for parameter in parameters])
+        parts = torch.split(together, [parameter.numel() for parameter in parameters])
         arrays = {
             tensor.name: part.view(tensor.shape).numpy()
             for tensor, part in zip(tensors, parts, strict=True)
@@ -288,7 +288,8 @@ class AdaptedModel(nn.Module):
             ModelError: the architecture does not offer it, or a layer is random in that mode.
         """
         ids, mask = made_up_inputs(self.base)
-        before = self.base(input_ids=ids, attention_mask=mask)[0]
+        with computing(self.precision, self.device):
+            before = self.base(input_ids=ids, attention_mask=mask)[0]
         if self.base.supports_gradient_checkpointing:
             self.base.activation_checkpointing_enable({"use_reentrant": False})
         self._checkpointed = [
@@ -297,7 +298,7 @@ class AdaptedModel(nn.Module):
             if isinstance(module, GradientCheckpointingLayer)
         ]
         self.eval()
-        with torch.enable_grad():
+        with torch.enable_grad(), computing(self.precision, self.device):
             after = self.base(input_ids=ids, attention_mask=mask)[0]
         if not self._checkpointed or not torch.equal(before, after):
             raise ModelError(

@@ -1,23 +1,85 @@
-"""Merges an adapter into its base model, for tools that cannot use adapters."""
+"""Merges an adapter into its base model, for tools that cannot use adapters.
 
+Each adapted weight is merged and rounded as soon as it is read, so the model is held once, in the
+precision in which it is written.
+"""
+
+import math
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from umbel_client.models.adapters.folder import folder_mode, read_to_export
-from umbel_client.models.adapters.lora import attach, fill, fold, require_tensors
+from umbel_client.models.adapters.lora import PEFT_PREFIX, attach, fill, fold, require_tensors
 from umbel_client.models.base.files import require_digest
-from umbel_client.models.base.folder import build_base, quietly, read_base
+from umbel_client.models.base.folder import (
+    BaseContent,
+    build_base,
+    empty_base,
+    quietly,
+    read_base,
+)
+from umbel_client.models.base.placement import HOST, Change, Form
 from umbel_common.adapters.peft_folder import HEAD_FILE, TASK_FILE, tensor_files, text_files
+from umbel_common.adapters.vector import Vector, unflatten
 from umbel_common.errors import StorageError
+from umbel_common.plans.plan import Lora, Task, TrainingPlan
 from umbel_host.files import tensor_file
 from umbel_host.files.model_folder import TOKENIZER_FILES
 
-_CPU = torch.device("cpu")
+
+@dataclass(frozen=True)
+class _Merged:
+    """A base model in the precision in which it is written, with the adapter in its weights."""
+
+    dtype: torch.dtype
+    lora: Lora
+    values: Mapping[str, torch.Tensor]
+    """The adapter's tensors by the plan's names, on the device that computes the sums."""
+
+    device = HOST
+
+    def forms(self, empty: PreTrainedModel, task: Task) -> Mapping[str, Form]:
+        """See `Placement`."""
+        forms: dict[str, Form] = {
+            name: (self.dtype, None) for name, _ in empty.named_parameters(remove_duplicate=False)
+        }
+        for name in self.adapted() & forms.keys():
+            layer = empty.get_submodule(name.removesuffix(".weight"))
+            forms[name] = (self.dtype, self._merge(name, turned=type(layer) is Conv1D))
+        return forms
+
+    def adapted(self) -> set[str]:
+        """Names of the weights that the adapter changes."""
+        end = ".lora_A.weight"
+        return {
+            f"{tensor.name.removeprefix(PEFT_PREFIX).removesuffix(end)}.weight"
+            for tensor in self.lora.tensors
+            if tensor.role == "lora_A"
+        }
+
+    def _merge(self, name: str, *, turned: bool) -> Change:
+        layer = f"{PEFT_PREFIX}{name.removesuffix('.weight')}"
+
+        def merge(weight: torch.Tensor) -> torch.Tensor:
+            # As PEFT computes it, to the bit.
+            first, second = (self.values[f"{layer}.{part}.weight"] for part in ("lora_A", "lora_B"))
+            product = second @ first
+            rank = self.lora.rank if self.lora.scaling == "standard" else math.sqrt(self.lora.rank)
+            there = weight.to(product.device)
+            there += (product.T if turned else product) * (self.lora.alpha / rank)
+            return there.to(self.dtype).to(HOST)
+
+        return merge
 
 
 def merge_adapter(
@@ -26,7 +88,7 @@ def merge_adapter(
     out: Path,
     *,
     dtype: Literal["float32", "bfloat16", "float16"],
-    device: torch.device = _CPU,
+    device: torch.device = HOST,
 ) -> None:
     """Writes W + scaling B A in place of each adapted W, as safetensors that Transformers loads.
 
@@ -37,7 +99,7 @@ def merge_adapter(
         adapter: the folder that `write_adapter` wrote.
         base: the folder of exactly the base model that the adapter's plan names.
         out: the new folder; it appears complete or not at all.
-        device: where the sums are computed; it holds the whole model in float32.
+        device: where the sums are computed, one weight after the other.
 
     Raises:
         ModelError: the adapter is not Umbel's, its folder holds a link, or the base model is
@@ -48,19 +110,13 @@ def merge_adapter(
     plan, vector, release = read_to_export(adapter)
     if out.exists():
         raise StorageError("a file or folder is in the way", file=out, remedy="give a new name")
-    content = read_base(base)
-    require_digest(base, content.digest, plan.model)
-    model = build_base(content, plan.task).to(device)  # type: ignore[arg-type]  # wrapped by torch
-    parameters, _head = attach(base, model, plan.task, plan.lora)
-    require_tensors(base, parameters, plan.lora)
-    fill(parameters, vector, plan.lora)
-    fold(model)
+    model, content = _merged(base, plan, vector, getattr(torch, dtype), device)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(mode=folder_mode(release), parents=True)
         with quietly():
-            model.to(getattr(torch, dtype)).to(_CPU).save_pretrained(partial)  # type: ignore[arg-type]
+            model.save_pretrained(partial)
         for name in TOKENIZER_FILES:
             if name in content.texts:
                 (partial / name).write_bytes(content.texts[name])
@@ -73,3 +129,51 @@ def merge_adapter(
         raise StorageError("a model cannot be stored", file=out, found=error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _merged(
+    base: Path, plan: TrainingPlan, vector: Vector, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, BaseContent]:
+    """The model with the adapter in its weights, and what was read of its folder."""
+    values = {
+        name: torch.from_numpy(np.array(value)).to(device)
+        for name, value in unflatten(vector, plan.lora.tensors).items()
+    }
+    placement = _Merged(dtype, plan.lora, values)
+    content = read_base(base, plan.task, placement)
+    require_digest(base, content.digest, plan.model)
+    model = build_base(content, plan.task)
+    empty = empty_base(content, plan.task)
+    parameters, _head = attach(base, empty, plan.task, plan.lora)
+    require_tensors(base, parameters, plan.lora)
+    if not _in_place(model, content, placement.adapted()):
+        # Transformers makes a parameter of several tensors, and each is merged after that.
+        del model
+        content = read_base(base)
+        require_digest(base, content.digest, plan.model)
+        model = build_base(content, plan.task)
+        parameters, _head = attach(base, model, plan.task, plan.lora)
+        fill(parameters, vector, plan.lora)
+        fold(model)
+    else:
+        _fill_head(model, plan.lora, values)
+    return model.to(dtype), content  # type: ignore[arg-type]  # wrapped by torch
+
+
+def _in_place(model: PreTrainedModel, content: BaseContent, adapted: set[str]) -> bool:
+    """Whether each adapted weight of the model is the one that was merged as it was read."""
+    merged = {
+        place.parameter: content.tensors[name].data_ptr()
+        for name, place in content.places.items()
+        if name in content.tensors
+    }
+    return all(model.get_parameter(name).data_ptr() == merged.get(name) for name in adapted)
+
+
+@torch.no_grad()
+def _fill_head(model: PreTrainedModel, lora: Lora, values: Mapping[str, torch.Tensor]) -> None:
+    """Takes a stock head, which is part of the model; any other is a file of its own."""
+    for tensor in lora.tensors:
+        if tensor.role == "head" and tensor.name.startswith(PEFT_PREFIX):
+            name = tensor.name.removeprefix(PEFT_PREFIX)
+            model.get_parameter(name).copy_(values[tensor.name])

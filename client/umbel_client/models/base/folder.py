@@ -8,13 +8,14 @@ Only safetensors are read, never pickles. Code in the folder is never run.
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -27,7 +28,8 @@ from transformers.utils import logging as transformers_logging
 
 from umbel_client.models.base.attention import make_every_mask
 from umbel_client.models.base.files import file_digest, model_digest, shards_of, weights_of
-from umbel_client.models.base.weights import read_weights
+from umbel_client.models.base.placement import HOST, AsComputed, Placement, places_of
+from umbel_client.models.base.weights import Place, WeightFile, opened_weights
 from umbel_common.errors import ModelError, UmbelError
 from umbel_common.plans.plan import CausalLm, Classification, Task
 from umbel_host.files.model_folder import (
@@ -52,9 +54,12 @@ def skeleton(folder: Path, task: Task) -> PreTrainedModel:
     Raises:
         ModelError: the configuration is missing or of an unknown architecture.
     """
-    config = model_config(folder, task)
+    return _without_pooler(_skeleton(folder, read_texts(folder), task), task)
+
+
+def _skeleton(folder: Path, texts: Mapping[str, bytes], task: Task) -> PreTrainedModel:
     with _building(folder):
-        return _without_pooler(_empty(config, task), task)
+        return _empty(_config(folder, texts, task), task)
 
 
 def model_config(folder: Path, task: Task) -> PretrainedConfig:
@@ -75,8 +80,13 @@ class BaseContent:
     folder: Path
     texts: Mapping[str, bytes]
     """Configuration and tokenizer."""
-    tensors: Mapping[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]
+    """By their names in the files."""
     files: FileDigests
+    device: torch.device = HOST
+    """The device of the model."""
+    places: Mapping[str, Place] = field(default_factory=dict)
+    """Where tensors were put while they were read, by their names in the files."""
 
     @property
     def digest(self) -> bytes:
@@ -84,8 +94,15 @@ class BaseContent:
         return model_digest(self.files)
 
 
-def read_base(folder: Path) -> BaseContent:
-    """Reads a base model into memory.
+def read_base(
+    folder: Path, task: Task | None = None, placement: Placement | None = None
+) -> BaseContent:
+    """Reads a base model, each byte once, and puts its tensors where they compute.
+
+    Args:
+        task: what the model is for; it decides on the parameters.
+        placement: without it, or without a task, all tensors stay on the CPU, of half precision as
+            float32.
 
     Raises:
         ModelError: see `umbel_client.models.base.files.folder_digest`.
@@ -94,14 +111,40 @@ def read_base(folder: Path) -> BaseContent:
     texts = read_texts(folder)
     files = {name: text_digest(text) for name, text in texts.items()}
     tensors: dict[str, torch.Tensor] = {}
-    shards = shards_of(folder, texts, weights)
-    for name in shards:
-        found, files[name] = read_weights(folder / name)
-        tensors |= found
+    places: Mapping[str, Place] = {}
+    with ExitStack() as stack:
+        names = shards_of(folder, texts, weights)
+        shards = [stack.enter_context(opened_weights(folder / name)) for name in names]
+        if task is not None and placement not in (None, AsComputed()):
+            places = _places(folder, texts, task, placement, shards)
+        for name, shard in zip(names, shards, strict=True):
+            found, files[name] = shard.read(places)
+            tensors |= found
     for name in weights:
-        if name not in shards:
+        if name not in names:
             files[name] = file_digest(folder / name)
-    return BaseContent(folder, texts, tensors, files)
+    device = HOST if placement is None else placement.device
+    return BaseContent(folder, texts, tensors, files, device, places)
+
+
+def _places(
+    folder: Path,
+    texts: Mapping[str, bytes],
+    task: Task,
+    placement: Placement,
+    shards: Sequence[WeightFile],
+) -> Mapping[str, Place]:
+    shapes = {name: shape for shard in shards for name, shape in shard.shapes.items()}
+    try:
+        return places_of(_skeleton(folder, texts, task), task, placement, shapes)
+    except ModelError:
+        # It is raised again when the model is built, after its digest was compared with a plan's.
+        return {}
+
+
+def empty_base(content: BaseContent, task: Task) -> PreTrainedModel:
+    """The same as `skeleton` gives, from what was read."""
+    return _without_pooler(_skeleton(content.folder, content.texts, task), task)
 
 
 def load_base(folder: Path, task: Task) -> PreTrainedModel:
@@ -110,7 +153,9 @@ def load_base(folder: Path, task: Task) -> PreTrainedModel:
 
 
 def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
-    """The model with its weights: float32, frozen, in evaluation mode, on the CPU.
+    """The model with its weights: frozen, in evaluation mode, on its device.
+
+    Parameters without a place are float32.
 
     Raises:
         ModelError: the weights do not load, or lack a tensor outside the head: it would be random,
@@ -118,6 +163,8 @@ def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
     """
     folder = content.folder
     make_every_mask()
+    places = content.places
+    stand_ins = {name: torch.zeros(()).expand(place.shape) for name, place in places.items()}
     with _building(folder):
         empty = _empty(_config(folder, content.texts, task), task)
         model: Any = type(empty)
@@ -126,7 +173,7 @@ def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
         base, report = model.from_pretrained(
             None,
             config=empty.config,
-            state_dict=dict(content.tensors),
+            state_dict={**content.tensors, **stand_ins},
             dtype=torch.float32,
             local_files_only=True,
             ignore_mismatched_sizes=True,
@@ -134,11 +181,70 @@ def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
         )
     base.config.name_or_path = str(folder)
     _check_complete(folder, task, report)
+    if not _went_to_their_places(base, places, stand_ins):
+        del base
+        return build_base(_read_again(content), task)
+    _take_places(base, content, stand_ins)
     base = _without_pooler(base, task)
     _check_separable(folder, base)
     base.requires_grad_(False)
     base.train(False)
     return base
+
+
+def _went_to_their_places(
+    base: PreTrainedModel, places: Mapping[str, Place], stand_ins: Mapping[str, torch.Tensor]
+) -> bool:
+    """Whether Transformers took each tensor that has a place for the parameter it was meant for."""
+    return all(
+        base.get_parameter(place.parameter).data_ptr() == stand_ins[name].data_ptr()
+        for name, place in places.items()
+    )
+
+
+def _read_again(content: BaseContent) -> BaseContent:
+    """The same model without places: Transformers makes parameters of several of its tensors.
+
+    Raises:
+        ModelError: the folder has changed since.
+    """
+    content.tensors.clear()
+    again = read_base(content.folder)
+    if again.digest != content.digest:
+        raise ModelError(
+            "a base model changed while it was loaded",
+            file=content.folder,
+            found=again.digest.hex(),
+            accepted=content.digest.hex(),
+            remedy="leave the model's folder alone while it is in use, and start again",
+        )
+    return replace(again, device=content.device)
+
+
+def _take_places(
+    base: PreTrainedModel, content: BaseContent, stand_ins: Mapping[str, torch.Tensor]
+) -> None:
+    """Puts the tensors where their stand-ins are, and all others on the model's device."""
+    names = {stand_in.data_ptr(): name for name, stand_in in stand_ins.items()}
+    owners: list[tuple[nn.Module, str, str]] = []
+    for module in base.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            name = names.get(parameter.data_ptr())
+            if name is not None and parameter.data_ptr() != 0:
+                owners.append((module, key, name))
+                setattr(module, key, None)
+    base.to(content.device)  # type: ignore[arg-type]  # wrapped by torch
+    made: dict[str, nn.Parameter] = {}
+    for module, key, name in owners:
+        # One parameter for all layers that share it.
+        if name not in made:
+            tensor = content.tensors[name]
+            made[name] = (
+                tensor
+                if isinstance(tensor, nn.Parameter)
+                else nn.Parameter(tensor, requires_grad=False)
+            )
+        setattr(module, key, made[name])
 
 
 def _empty(config: PretrainedConfig, task: Task) -> PreTrainedModel:
@@ -254,7 +360,7 @@ def _check_complete(folder: Path, task: Task, report: dict[str, Any]) -> None:
 def _check_separable(folder: Path, base: PreTrainedModel) -> None:
     """Refuses batch norm: frozen or not, it mixes records, which then share a gradient."""
     for name, module in base.named_modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ModelError(
                 "a base model mixes the records of a batch",
                 file=folder,

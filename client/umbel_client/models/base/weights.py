@@ -2,11 +2,18 @@
 
 The format's own library maps a file into memory, so that a change of the file would change the
 model that was loaded from it.
+
+A tensor is read piece by piece into memory that belongs to this process. Each piece is hashed there
+and copied from there to its place, in the precision that it has there. So one tensor after the
+other reaches the model's device, and the file is never in memory as a whole.
 """
 
 import hashlib
 import math
 import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Annotated
@@ -36,6 +43,9 @@ _LENGTH_BYTES = 8
 _LARGEST_HEADER = 100_000_000
 """Number of bytes that the format itself allows."""
 
+_PIECE = 1 << 24
+"""Number of bytes that are read, hashed and copied at once."""
+
 Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -47,28 +57,80 @@ class _Entry(msgspec.Struct, frozen=True):
     data_offsets: tuple[Size, Size]
 
 
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """Reads a file from its beginning to its end.
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor goes in a model, and in which precision."""
 
-    Returns:
-        The tensors by name, of half precision as float32, and the file's SHA-256, in hexadecimal
-        digits. Tensors are turned into float32 one by one: that takes no more memory than the
-        model.
+    parameter: str
+    """The parameter's name in the model."""
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Makes the parameter of the tensor's float32 values, in memory of the CPU; None: it is the
+    values in `dtype` on `device`."""
+
+
+class WeightFile:
+    """A safetensors file that is open, with its header read. Use `opened_weights`."""
+
+    def __init__(self, path: Path, file: BufferedReader) -> None:
+        """Reads the header."""
+        self._path = path
+        self._source = _Hashed(file)
+        with _readable(path):
+            self._entries = _entries(self._source, os.fstat(file.fileno()).st_size)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor by its name."""
+        return {name: entry.shape for name, entry in self._entries}
+
+    def read(self, places: Mapping[str, Place]) -> tuple[dict[str, torch.Tensor], str]:
+        """Reads the rest of the file, once.
+
+        Args:
+            places: of tensors, by their names in the file. A tensor without a place stays on the
+                CPU: of half precision as float32, of any other as it is.
+
+        Returns:
+            The tensors by name, and the file's SHA-256, in hexadecimal digits.
+
+        Raises:
+            ModelError: the file cannot be read, or is no whole safetensors file.
+        """
+        tensors = {}
+        with _readable(self._path):
+            for name, entry in self._entries:
+                tensors[name] = _tensor(self._source, name, entry, places.get(name))
+        return tensors, self._source.hexdigest()
+
+
+@contextmanager
+def opened_weights(path: Path) -> Iterator[WeightFile]:
+    """A file with weights, and its header.
 
     Raises:
-        ModelError: it cannot be read, or is no whole safetensors file.
+        ModelError: it cannot be read, or its header is malformed.
     """
-    tensors = {}
     with opened(path) as file:
-        source = _Hashed(file)
-        try:
-            for name, entry in _entries(source, os.fstat(file.fileno()).st_size):
-                tensor = _tensor(source, name, entry)
-                tensors[name] = tensor.float() if tensor.dtype in _HALVES else tensor
-        # Torch raises the last two where a shape is too large.
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
-            raise ModelError("a model's weights cannot be read", file=path, found=error) from None
-    return tensors, source.hexdigest()
+        yield WeightFile(path, file)
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """Reads a file from its beginning to its end, without places: see `WeightFile.read`."""
+    with opened_weights(path) as file:
+        return file.read({})
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns the errors of reading into `ModelError`."""
+    try:
+        yield
+    # Torch raises the last two where a shape is too large.
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise ModelError("a model's weights cannot be read", file=path, found=error) from None
 
 
 class _Hashed:
@@ -115,13 +177,33 @@ def _entries(source: _Hashed, size: int) -> list[tuple[str, _Entry]]:
     return entries
 
 
-def _tensor(source: _Hashed, name: str, entry: _Entry) -> torch.Tensor:
-    dtype = _DTYPES.get(entry.dtype)
-    if dtype is None:
+def _tensor(source: _Hashed, name: str, entry: _Entry, place: Place | None) -> torch.Tensor:
+    stored = _DTYPES.get(entry.dtype)
+    if stored is None:
         raise ValueError(f"the tensor {name} is of the unknown type {entry.dtype}")
     first, last = entry.data_offsets
-    if last - first != math.prod(entry.shape) * dtype.itemsize:
+    if last - first != math.prod(entry.shape) * stored.itemsize:
         raise ValueError(f"the tensor {name} does not have the length of its shape")
-    buffer = torch.empty(last - first, dtype=torch.uint8)
-    source.fill(buffer.numpy().data)
-    return buffer.view(dtype).reshape(entry.shape)
+    device = torch.device("cpu")
+    dtype = torch.float32 if stored in _HALVES else stored
+    if place is not None:
+        dtype = torch.float32 if place.change is not None else place.dtype
+        device = device if place.change is not None else place.device
+    values = torch.empty(entry.shape, dtype=dtype, device=device)
+    _fill(source, stored, values.view(-1))
+    return values if place is None or place.change is None else place.change(values)
+
+
+def _fill(source: _Hashed, stored: torch.dtype, values: torch.Tensor) -> None:
+    """Reads numbers in the precision `stored` into `values`, piece by piece."""
+    in_place = values.dtype == stored and values.device.type == "cpu"
+    length = _PIECE // stored.itemsize
+    piece = None if in_place else torch.empty(min(length, len(values)), dtype=stored)
+    for start in range(0, len(values), length):
+        part = values[start : start + length]
+        read = part if piece is None else piece[: len(part)]
+        source.fill(read.view(torch.uint8).numpy().data)
+        if piece is not None:
+            # Each number is rounded once, and as it always was: by way of float32.
+            exact = read if stored in (*_HALVES, torch.float32) else read.float()
+            part.copy_(exact if part.device == exact.device else exact.to(part.dtype))
