@@ -182,7 +182,7 @@ class AdaptedModel(nn.Module):
         parameters = [self.adapter[tensor.name].detach() for tensor in tensors]
         # One copy: for each, the host would wait for a device once more.
         together = torch.cat([parameter.reshape(-1) for parameter in parameters]).cpu()
-        parts = together.split([parameter.numel() for parameter in parameters])
+        parts = torch.split(together, [parameter.numel() for parameter in parameters])
         arrays = {
             tensor.name: part.view(tensor.shape).numpy()
             for tensor, part in zip(tensors, parts, strict=True)

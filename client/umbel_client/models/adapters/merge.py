@@ -60,7 +60,7 @@ def merge_adapter(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(mode=folder_mode(release), parents=True)
         with quietly():
-            model.to(getattr(torch, dtype)).to(_CPU).save_pretrained(partial)  # type: ignore[arg-type]
+            model.to(getattr(torch, dtype)).to(_CPU).save_pretrained(partial)
         for name in TOKENIZER_FILES:
             if name in content.texts:
                 (partial / name).write_bytes(content.texts[name])
