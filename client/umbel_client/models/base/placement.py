@@ -35,9 +35,11 @@ class Placement(Protocol):
     @property
     def device(self) -> torch.device:
         """The device of all parameters."""
+        ...
 
     def forms(self, empty: PreTrainedModel, task: Task) -> Mapping[str, Form]:
         """Forms by the names of parameters. Those without one are float32."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class AsComputed:
             if type(module) is nn.Linear and not (trained and name.split(".")[0] == "classifier")
         ]
         forms: dict[str, Form] = {}
-        quantised = {}
+        quantised: set[int] = set()
         if self.quantisation == "nf4":
             quantised = {id(layer) for _, _, layer in nf4.layers_to_quantise(empty)}
         for name, layer in owners:
