@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -142,7 +142,7 @@ def _merged(
     placement = _Merged(dtype, plan.lora, values)
     content = read_base(base, plan.task, placement)
     require_digest(base, content.digest, plan.model)
-    model = build_base(content, plan.task)
+    model: Any = build_base(content, plan.task)
     empty = empty_base(content, plan.task)
     parameters, _head = attach(base, empty, plan.task, plan.lora)
     require_tensors(base, parameters, plan.lora)

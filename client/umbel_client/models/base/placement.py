@@ -35,9 +35,11 @@ class Placement(Protocol):
     @property
     def device(self) -> torch.device:
         """The device of all parameters."""
+        ...
 
     def forms(self, empty: PreTrainedModel, task: Task) -> Mapping[str, Form]:
         """Forms by the names of parameters. Those without one are float32."""
+        ...
 
 
 @dataclass(frozen=True)
