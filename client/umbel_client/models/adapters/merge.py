@@ -157,7 +157,7 @@ def _merged(
         fold(model)
     else:
         _fill_head(model, plan.lora, values)
-    return model.to(dtype), content  # type: ignore[arg-type]  # wrapped by torch
+    return model.to(dtype), content
 
 
 def _in_place(model: PreTrainedModel, content: BaseContent, adapted: set[str]) -> bool:
