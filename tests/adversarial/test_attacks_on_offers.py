@@ -189,9 +189,9 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     models: list[AdaptedModel] = []
     load = opening.load_site_model
 
-    def once(config: ModelConfig, plan: TrainingPlan) -> AdaptedModel:
+    def once(config: ModelConfig, plan: TrainingPlan, **options: Any) -> AdaptedModel:
         if not models:
-            models.append(load(config, plan))
+            models.append(load(config, plan, **options))
         models[0].plan = plan
         return models[0]
 
