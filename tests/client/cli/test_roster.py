@@ -4,12 +4,14 @@ import os
 import pty
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from support import warm_python
+from support.waiting import HANGING
 from typer.testing import CliRunner, Result
 
 from umbel_client.cli import app
@@ -117,6 +119,17 @@ def read_until(descriptor: int, end: str) -> str:
     return screen.decode()
 
 
+def wait_until_it_reads(pid: int) -> None:
+    """Returns when a process that has asked its question sleeps until an answer comes.
+
+    Python does not notice an interrupt that comes just before it begins to read.
+    """
+    deadline = time.monotonic() + HANGING
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def approve_at_terminal(typed: str) -> tuple[int, str]:
     """Exit code and screen of `roster approve` where a person types this at the question."""
     with terminal("roster approve proposed.json") as (child, keyboard):
@@ -196,6 +209,7 @@ def test_a_person_who_types_anything_else_changes_nothing(site: Path, typed: str
 def test_who_interrupts_the_question_changes_nothing(site: Path) -> None:
     with terminal("roster approve proposed.json") as (child, screen):
         read_until(screen, QUESTION)
+        wait_until_it_reads(child.pid)
         child.send_signal(signal.SIGINT)
         assert "interrupted" in read_until(screen, "interrupted")
     assert child.returncode == 130
