@@ -12,8 +12,8 @@ from support import pretended
 from umbel_client.models.base.precision import fastest_precision
 from umbel_client.site.config import load_config
 from umbel_common.canonical import decode_canonical
+from umbel_common.device import require_device
 from umbel_common.plans.plan import TrainingPlan
-from umbel_common.plans.requests import require_device
 from umbel_common.trust.identity import Signed
 from umbel_host.files.adapter_folder import read_vector
 from umbel_simulations.runs.run import run_scenario

@@ -474,6 +474,13 @@ def joined(link: Link) -> tuple[SiteNode, Node]:
     return site, site.activate()
 
 
+def posted(link: Link, node: Node) -> str:
+    """The ID of a message that was left for a node."""
+    identifier = link.mailbox.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
+    assert identifier is not None
+    return identifier
+
+
 def test_a_node_registers_neither_itself_nor_others(link: Link) -> None:
     site = SiteNode(link)
     with pytest.raises(httpx.HTTPStatusError):
@@ -593,8 +600,7 @@ def test_the_database_is_asked_seldom_for_a_reply_of_which_nothing_has_come(
     link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site, node = joined(link)
-    identifier = link.mailbox.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
-    assert identifier is not None
+    identifier = posted(link, node)
     request = site.pull(node)
     assert request is not None
     monkeypatch.setattr(umbel_server.port.mailbox, "_ASK_SECONDS", HANGING)
@@ -622,8 +628,7 @@ def test_the_database_is_asked_seldom_for_a_reply_of_which_nothing_has_come(
 
 def test_what_was_delivered_and_not_answered_is_delivered_again(link: Link) -> None:
     site, node = joined(link)
-    identifier = link.mailbox.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
-    assert identifier is not None
+    identifier = posted(link, node)
     assert site.pull(node) is not None
     link.mailbox.make_way(site.public)
     site.activate()
@@ -638,8 +643,7 @@ def test_what_was_delivered_and_not_answered_is_delivered_again(link: Link) -> N
 
 def test_flower_gives_up_a_node_that_is_away_and_we_wait_for_it(link: Link) -> None:
     site, node = joined(link)
-    identifier = link.mailbox.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
-    assert identifier is not None
+    identifier = posted(link, node)
     state = link.superlink.state
     state.deactivate_node(node.node_id)
     assert link.mailbox.collect(identifier) is None
@@ -659,8 +663,7 @@ def test_a_node_that_is_cut_off_while_its_reply_is_looked_for_is_not_given_up(
 ) -> None:
     """Between the two questions, whether it is there and whether it has answered."""
     site, node = joined(link)
-    identifier = link.mailbox.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
-    assert identifier is not None
+    identifier = posted(link, node)
     state = link.superlink.state
     ask = state.get_message_res
 
@@ -687,8 +690,7 @@ def test_a_node_that_stays_away_is_given_up_and_its_message_deleted(
     link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site, node = joined(link)
-    identifier = link.mailbox.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
-    assert identifier is not None
+    identifier = posted(link, node)
     assert site.pull(node) is not None
     link.superlink.state.deactivate_node(node.node_id)
     monkeypatch.setattr(umbel_server.port.superlink, "_RETURN_SECONDS", 0.5)
@@ -922,8 +924,7 @@ def test_a_reply_that_does_not_hold_together_is_none(
     link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site, node = joined(link)
-    identifier = link.mailbox.post(node.node_id, "x", iter([b"sealed"]), LONG_ENOUGH)
-    assert identifier is not None
+    identifier = posted(link, node)
     request = site.pull(node)
     assert request is not None
     # Its parts are named in its content, and announced nowhere.

@@ -13,6 +13,7 @@ import typer
 
 from umbel_client.cli.options import CLIENT_TOML, Config, Device, Json
 from umbel_client.site.config import ClientConfig, load_config
+from umbel_common.device import require_device
 from umbel_common.errors import ConfigError, DataError, StorageError
 from umbel_common.plans.plan import (
     Adam,
@@ -22,7 +23,6 @@ from umbel_common.plans.plan import (
     TrainingPlan,
 )
 from umbel_common.plans.plan_file import plan_from_json
-from umbel_common.plans.requests import require_device
 from umbel_host.files.text_file import read_text
 from umbel_host.terminal import Screen, json_text, say
 

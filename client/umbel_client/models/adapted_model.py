@@ -40,7 +40,7 @@ from umbel_client.models.inputs import (
     whole_rows,
 )
 from umbel_client.models.token_loss import token_losses
-from umbel_common.adapters.vector import Vector, flatten
+from umbel_common.adapters.vector import Vector
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Tensor, TrainingPlan
 from umbel_host.files.model_folder import FileDigests
@@ -179,15 +179,10 @@ class AdaptedModel(nn.Module):
 
     def values(self, tensors: tuple[Tensor, ...]) -> Vector:
         """Some tensors of the adapter as one vector, float32[n], in the given order."""
-        parameters = [self.adapter[tensor.name].detach() for tensor in tensors]
-        # One copy: for each, the host would wait for a device once more.
-        together = torch.cat([parameter.reshape(-1) for parameter in parameters]).cpu()
-        parts = torch.split(together, [parameter.numel() for parameter in parameters])
-        arrays = {
-            tensor.name: part.view(tensor.shape).numpy()
-            for tensor, part in zip(tensors, parts, strict=True)
-        }
-        return flatten(arrays, tensors)
+        parameters = [self.adapter[tensor.name].detach().reshape(-1) for tensor in tensors]
+        # One copy from the device: for each copy, the host would wait once more.
+        vector: Vector = torch.cat(parameters).cpu().numpy()
+        return vector
 
     def select(self, round_number: int) -> dict[str, nn.Parameter]:
         """Selects exactly the parameters of a round for training, and returns them by name."""

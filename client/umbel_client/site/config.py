@@ -31,10 +31,10 @@ import msgspec
 from umbel_client.site.policy import Policy
 from umbel_client.site.state_folder import StateFolder
 from umbel_common.canonical import Name, Value
+from umbel_common.device import require_device
 from umbel_common.errors import ConfigError
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import Count, Fraction
-from umbel_common.plans.requests import require_device
 from umbel_common.toml_values import from_table
 from umbel_common.trust.enrolment import Address
 from umbel_host.files.text_file import read_toml, read_toml_table

@@ -1,32 +1,12 @@
 """What the server asks of the processes that search hyper-parameters and score adapters."""
 
-import re
 from typing import Annotated
 
 import msgspec
 
 from umbel_common.canonical import Value
-from umbel_common.errors import ConfigError
 from umbel_common.plans.figures import AnswerCount, AnswerTokens, BatchSize, Format
 from umbel_common.plans.plan import Count
-
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:(0|[1-9]\d?))?")
-
-
-def require_device(device: str, *, field: str, file: object = None) -> None:
-    """Requires a text to name one device; whether it is there, the process that computes finds out.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    if not _DEVICE.fullmatch(device):
-        raise ConfigError(
-            "a text names no device",
-            file=file,
-            field=field,
-            found=device,
-            accepted="auto, cpu, cuda, mps, or one of several GPUs: cuda:0, cuda:1, ...",
-        )
 
 
 class TuningRequest(Value, frozen=True):

@@ -9,8 +9,9 @@ from typing import Annotated
 import msgspec
 import typer
 
+from umbel_common.device import require_device
 from umbel_common.errors import ConfigError
-from umbel_common.plans.requests import TuningRequest, require_device
+from umbel_common.plans.requests import TuningRequest
 
 
 def tune(

@@ -20,9 +20,9 @@ from typing import Annotated
 import msgspec
 
 from umbel_common.canonical import Value
+from umbel_common.device import require_device
 from umbel_common.plans.figures import AnswerCount, AnswerTokens, BatchSize, Format
 from umbel_common.plans.plan import Count
-from umbel_common.plans.requests import require_device
 from umbel_common.trust.enrolment import Address
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_from_json

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import msgspec
 
+from umbel_common.device import require_device
 from umbel_common.errors import ConfigError
 from umbel_common.plans.plan import CausalLm, NoPrivacy
-from umbel_common.plans.requests import require_device
 from umbel_common.toml_values import from_table, read_table
 from umbel_simulations.scenario.scenario import (
     ClassificationSettings,

@@ -24,9 +24,9 @@ from umbel_client.models.site_model import load_site_model
 from umbel_client.site.config import ModelConfig
 from umbel_client.training import device_check
 from umbel_client.training.device_check import try_private_step
+from umbel_common.device import require_device
 from umbel_common.errors import ConfigError, ModelError
 from umbel_common.plans.plan import Classification, NoPrivacy
-from umbel_common.plans.requests import require_device
 
 GPU, MPS = torch.device("cuda:1"), torch.device("mps")
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from umbel_common.device import require_device
 from umbel_common.errors import ConfigError
-from umbel_common.plans.requests import require_device
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 """The variable that gives cuBLAS workspaces of fixed size; without it, its sums depend on which
