@@ -63,6 +63,7 @@ def write_site_data(
         for example in examples
     ]
     rows[:1] = [{**row, **run} for row in rows[:1]]
+    folder.mkdir(parents=True, exist_ok=True)
     write(folder / "data.jsonl", b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
 
 

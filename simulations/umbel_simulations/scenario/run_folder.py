@@ -64,7 +64,7 @@ def check_free(folder: Path, scenario: Scenario) -> bool:
     """
     path = folder / "scenario.json"
     if path.exists():
-        if path.read_bytes() != _encoded(scenario):
+        if not _is_of(path, scenario):
             raise RunExists(
                 "a run of this name was made from another scenario",
                 file=folder,
@@ -84,6 +84,15 @@ def check_free(folder: Path, scenario: Scenario) -> bool:
             remedy="give this run another --name",
         )
     return False
+
+
+def _is_of(path: Path, scenario: Scenario) -> bool:
+    """Whether a kept file is of this scenario. Settings that are newer than the file have their
+    defaults there."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Scenario) == scenario
+    except msgspec.MsgspecError:
+        return False
 
 
 def _encoded(scenario: Scenario) -> bytes:
@@ -106,7 +115,7 @@ def free_name(runs: Path, scenario: Scenario) -> str:
         path = runs / name / "scenario.json"
         if not (runs / name).exists():
             return name
-        if path.exists() and path.read_bytes() == _encoded(scenario) and not finished(runs / name):
+        if path.exists() and _is_of(path, scenario) and not finished(runs / name):
             return name
         number += 1
 

@@ -107,6 +107,7 @@ def test_a_site_with_too_few_records_is_an_error_that_names_it(sites: Sites) -> 
 
 def test_what_is_written_for_a_site_is_what_its_client_reads(tmp_path: Path) -> None:
     examples = [Example(text='Ötitis\n"media" </p>', label="ear"), Example(text="b", label="eye")]
+    tmp_path /= "a folder that is not there yet"
     write_site_data(tmp_path, examples)
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
     records = load_records(tmp_path / "data.jsonl", Classification(labels=("ear", "eye")))

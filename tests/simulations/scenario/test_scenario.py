@@ -1,12 +1,13 @@
 """Shipped scenarios are valid, and values that do not fit together are refused by name."""
 
+import json
 import sys
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from umbel_common.errors import ConfigError, ModelError
+from umbel_common.errors import ConfigError, ModelError, RunExists
 from umbel_common.plans.plan import Adam, LocalPrivacy, NoPrivacy
 from umbel_simulations.inputs.base_model import model_folder
 from umbel_simulations.scenario.file import (
@@ -18,6 +19,7 @@ from umbel_simulations.scenario.file import (
     override,
 )
 from umbel_simulations.scenario.plan import make_plan
+from umbel_simulations.scenario.run_folder import claim, free_name
 from umbel_simulations.scenario.scenario import Compute, FileData, Icd10Data, Model, Scenario, Sites
 
 SMOKE = (SHIPPED / "smoke.toml").read_text(encoding="utf-8")
@@ -74,6 +76,22 @@ def test_every_field_of_the_quickstart_is_explained_by_a_comment() -> None:
             explained = True
         else:
             assert explained, line
+
+
+def test_a_run_that_is_older_than_a_setting_is_resumed(tmp_path: Path) -> None:
+    scenario = find_scenario("smoke")
+    assert not claim(tmp_path / "smoke", scenario)
+    path = tmp_path / "smoke" / "scenario.json"
+    kept = json.loads(path.read_text())
+    assert kept["compute"].pop("device") == "cpu"
+    path.write_text(json.dumps(kept))
+    assert claim(tmp_path / "smoke", scenario)
+    assert free_name(tmp_path, scenario) == "smoke"
+    kept["compute"]["device"] = "cuda"
+    path.write_text(json.dumps(kept))
+    with pytest.raises(RunExists):
+        claim(tmp_path / "smoke", scenario)
+    assert free_name(tmp_path, scenario) == "smoke-2"
 
 
 def test_a_scenario_survives_its_json_in_the_run_folder() -> None:
