@@ -171,7 +171,8 @@ def prepare(
         of_record = np.array(records.units, dtype=np.int64)[kept]
         units = Units(np.unique(of_record, return_inverse=True)[1].astype(np.int64))
     data = PreparedData(tokens, labels, None, units, task.max_tokens)
-    every = list(data.physical_batches(np.arange(len(data)), limit))
+    # In the largest shape alone: what is kept must not follow from how many records there are.
+    every = list(data.physical_batches(np.arange(len(data)), limit.largest()))
     # A file of no records would be a file of no bytes, which cannot be mapped.
     cache = cache if len(tokens) else None
     return replace(data, prefix=frozen_prefix(model, tokens, every, cache, on_progress))

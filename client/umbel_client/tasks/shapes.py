@@ -81,6 +81,12 @@ class BatchLimit:
         """Keeps only the numbers of rows that gave the same bits; `records` is always one."""
         self._rows = sorted({*choices, self.records})
 
+    def largest(self) -> "BatchLimit":
+        """Another limit, with the largest number of rows alone."""
+        alone = BatchLimit(self.records)
+        alone.keep(())
+        return alone
+
     def smaller(self, most: int) -> int | None:
         """The largest number of rows that is at most `most`; None if all are larger."""
         return max((rows for rows in self._rows if rows <= most), default=None)

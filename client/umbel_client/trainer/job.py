@@ -217,7 +217,7 @@ class SiteJob:
         if isinstance(self.plan.privacy, LocalPrivacy):
             self._model.set_vector(adapter)
             self._model.select(number)
-            check_round(self._model, self._limit)
+            check_round(self._model, self._limit, entropy=self._entropy)
 
     @contextmanager
     def _final(self, number: int, but: type[UmbelError] | tuple[()] = ()) -> Iterator[None]:

@@ -8,16 +8,24 @@ state into a whole gradient. If that bit followed from the other records of a ph
 record more would change the gradients of its neighbours, and the sum would move by many clip norms.
 The order of floating-point sums follows from the shapes of tensors and from the kernels that the
 machine chooses for them, so it is tested on the machine and the model that train.
+
+Two kernels may differ in bits and agree on some record: rounding to bfloat16 hides most of a
+difference. So several records are compared in each shape, and drawn anew each time: nobody can make
+an adapter for which these records agree and others do not.
 """
 
-from collections.abc import Callable
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from umbel_client.data.tokens import Tokens
+from umbel_client.data.tokens import Ints, Tokens
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.dpsgd.private_step import take_gradients
 from umbel_client.models.adapted_model import AdaptedModel
@@ -25,10 +33,16 @@ from umbel_client.tasks.frozen_cache import frozen_prefix, ignore_progress
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import PADDED_LENGTHS, BatchLimit, Part
 from umbel_client.tasks.task import made_up_labels, task_of
+from umbel_common.canonical import Entropy
 from umbel_common.errors import ModelError
 
+_AT_THE_START, _IN_A_ROUND = 8, 4
+"""Number of records whose bits are compared in each shape. Those of all rounds add up."""
 
-def prove_shapes(model: AdaptedModel, limit: BatchLimit) -> None:
+_logger = logging.getLogger("umbel.trainer")
+
+
+def prove_shapes(model: AdaptedModel, limit: BatchLimit, *, entropy: Entropy) -> None:
     """Tests every shape that a job may compute in, and keeps those in which bits are equal.
 
     A number of rows that gives other bits than the largest one is not used: records are then
@@ -38,54 +52,174 @@ def prove_shapes(model: AdaptedModel, limit: BatchLimit) -> None:
     Args:
         model: with the parameters of a round selected.
         limit: the numbers of rows; those that do not pass are taken out.
+        entropy: the source of made-up records.
 
     Raises:
         ModelError: a record's bits depend on the records beside it, or on its place among them.
     """
     kept = set(limit.choices)
     for length, bits in product(lengths_up_to(model.plan.task.max_tokens), _paths(model)):
-        _require_equal(model, limit.records, length, bits, full=True)
-        wanted = _require_equal(model, limit.records, length, bits, full=False)
-        for rows in sorted(kept - {limit.records}):
-            if bits(model, _company(model, length, rows, rows - 1, full=False)) != wanted:
-                kept.discard(rows)
+        one = partial(_Trial, model, length, limit.records, bits, _AT_THE_START, entropy)
+        one(full=True).in_most_rows()
+        kept &= one(full=False).equal_rows(kept)
     limit.keep(kept)
 
 
-def check_round(model: AdaptedModel, limit: BatchLimit) -> None:
+def check_round(model: AdaptedModel, limit: BatchLimit, *, entropy: Entropy) -> None:
     """Tests the adapter that a round starts from, at the shortest and the greatest length.
 
     That no row has padding is tested at the shortest length only: it is the same code for each
-    adapter, and `prove_shapes` tests it at every length.
+    adapter, and `prove_shapes` tests it at every length. A number of rows that gives other bits
+    under this adapter is not used any more.
 
     Args:
         model: with the round's adapter, and its parameters selected.
-        limit: the numbers of rows that `prove_shapes` kept.
+        limit: the numbers of rows that were kept so far; those that do not pass are taken out.
+        entropy: the source of made-up records.
 
     Raises:
-        ModelError: a record's bits depend on the records beside it, on its place among them, or on
-            their number.
+        ModelError: a record's bits depend on the records beside it, or on its place among them.
     """
     lengths = lengths_up_to(model.plan.task.max_tokens)
-    fewest = limit.choices[0]
+    kept = set(limit.choices)
     shapes = dict.fromkeys([(lengths[0], False), (lengths[0], True), (lengths[-1], False)])
     for (length, full), bits in product(shapes, _paths(model)):
-        wanted = _require_equal(model, limit.records, length, bits, full=full)
-        found = bits(model, _company(model, length, fewest, fewest - 1, full=full))
-        _require(found == wanted, model, length)
+        trial = _Trial(model, length, limit.records, bits, _IN_A_ROUND, entropy, full=full)
+        kept &= trial.equal_rows(kept)
+    dropped = sorted(set(limit.choices) - kept)
+    if dropped:
+        _logger.info("records are not computed in %s rows any more: other bits", dropped)
+        limit.keep(kept)
 
 
 @dataclass(frozen=True)
 class _Company:
-    """A made-up record among others, in one shape."""
+    """Made-up records among others, in one shape."""
 
     data: PreparedData
     part: Part
-    position: int
-    """The row of the record."""
+    places: Ints
+    """The rows of the records that are compared."""
 
 
-Bits = Callable[[AdaptedModel, _Company], bytes]
+Bits = Callable[[AdaptedModel, _Company], list[bytes]]
+"""Digests of what a site computes of each record that is compared."""
+
+
+class _Trial:
+    """Some made-up records of one length, to be computed in several companies and shapes."""
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        length: int,
+        most: int,
+        bits: Bits,
+        count: int,
+        entropy: Entropy,
+        *,
+        full: bool,
+    ) -> None:
+        """Args:
+        most: the largest number of rows.
+        count: number of records that are compared.
+        full: whether the records fill their length: some code takes another path where no row has
+            padding.
+        """
+        self._model, self._length, self._most, self._bits = model, length, most, bits
+        self._full = full
+        self._random = np.random.default_rng(int.from_bytes(entropy(16), "big"))
+        own = length if full else length - length // 8
+        self._records = [self._tokens(own) for _ in range(count)]
+
+    def in_most_rows(self) -> list[bytes]:
+        """The records' bits in the largest number of rows.
+
+        Raises:
+            ModelError: they are not the same beside others, and in other places.
+        """
+        # Each has others beside it when it is computed again; where all fill their length, others
+        # that do not.
+        few = self._most < len(self._records) and not self._full
+        at_once = self._most if few else max(1, self._most // 2)
+        wanted = self._in_rows(self._most, at_once, backwards=False)
+        if self._most > 1 and self._in_rows(self._most, at_once, backwards=True) != wanted:
+            raise ModelError(
+                "a record's bits depend on the records beside it",
+                found=f"{type(self._model.base).__name__}, records of {self._length} tokens,"
+                f" {torch.get_num_threads()} threads",
+                accepted="the same bits in any company",
+                remedy="use a base model whose layers treat each record by itself, one thread"
+                " (threads in client.toml), or another precision (model.precision)",
+            )
+        return wanted
+
+    def equal_rows(self, choices: set[int]) -> set[int]:
+        """The numbers of rows that give the records the bits of the largest number.
+
+        Raises:
+            ModelError: see `in_most_rows`.
+        """
+        wanted = self.in_most_rows()
+        smaller = sorted(choices - {self._most})
+        return {
+            self._most,
+            *(rows for rows in smaller if self._in_rows(rows, rows, backwards=False) == wanted),
+        }
+
+    def _in_rows(self, rows: int, at_once: int, *, backwards: bool) -> list[bytes]:
+        """The records' bits, computed with at most `at_once` of them and new others.
+
+        Args:
+            backwards: whether their places are counted from the end, and the records beside each
+                are others; these have padding then.
+        """
+        moved = at_once // 2 if backwards else 0
+        records = self._records[moved:] + self._records[:moved]
+        found: list[bytes] = []
+        for start in range(0, len(records), at_once):
+            group = records[start : start + at_once]
+            places = np.linspace(0, rows - 1, len(group)).astype(np.int64)
+            whole = self._full and not backwards
+            company = self._company(rows, group, rows - 1 - places if backwards else places, whole)
+            found += self._bits(self._model, company)
+        return found[len(found) - moved :] + found[: len(found) - moved]
+
+    def _company(
+        self, rows: int, records: Sequence[npt.NDArray[np.int32]], places: Ints, whole: bool
+    ) -> _Company:
+        """Records in their places among others, which fill their length or not."""
+        length = self._length
+        sizes = self._random.integers(max(1, length // 2), length + 1, rows)
+        ids = [self._tokens(length if whole else size) for size in sizes]
+        for record, place in zip(records, places, strict=True):
+            ids[place] = record
+        return _company_of(self._model, ids, length, rows, self._most, places)
+
+    def _tokens(self, size: int) -> npt.NDArray[np.int32]:
+        return self._random.integers(0, self._model.vocabulary, size, dtype=np.int32)
+
+
+def _company_of(
+    model: AdaptedModel,
+    ids: Sequence[npt.NDArray[np.int32]],
+    length: int,
+    rows: int,
+    most: int,
+    places: Ints,
+) -> _Company:
+    """Args:
+    most: the largest number of rows, in which frozen layers are computed (`prepare`).
+    """
+    starts = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int64)
+    pad = getattr(model.base.config, "pad_token_id", None) or 0
+    tokens = Tokens(np.concatenate(ids), starts, pad)
+    labels = made_up_labels(model.plan.task, tokens)
+    if len(labels) == rows:
+        labels[places] = 0
+    every = np.arange(rows)
+    prefix = frozen_prefix(model, tokens, [Part(every, length, most)], None, ignore_progress)
+    return _Company(PreparedData(tokens, labels, prefix), Part(every, length, rows), places)
 
 
 def _paths(model: AdaptedModel) -> tuple[Bits, ...]:
@@ -105,52 +239,33 @@ def made_up_gradients(model: AdaptedModel, length: int, rows: int) -> None:
     Args:
         model: with the parameters of a round selected.
     """
-    _gradient_bits(model, _company(model, length, rows, 0, full=True))
+    random = np.random.default_rng(length)
+    ids = [random.integers(0, model.vocabulary, length, dtype=np.int32) for _ in range(rows)]
+    _gradient_bits(model, _company_of(model, ids, length, rows, rows, np.arange(1)))
 
 
-def _company(model: AdaptedModel, length: int, rows: int, position: int, *, full: bool) -> _Company:
-    """The same record for each `length`, in other company for each number of rows and position.
-
-    Args:
-        full: whether the record fills its length. If it comes first, so do all others: some code
-            takes another path where no row has padding.
-    """
-    config = model.base.config
-    random = np.random.default_rng((length, rows, position))
-    lengths = random.integers(max(1, length // 2), length + 1, rows)
-    record = np.random.default_rng(length)
-    lengths[position] = length if full else length - length // 8
-    if full and position == 0:
-        lengths[:] = length
-    ids = [random.integers(0, config.vocab_size, size) for size in lengths]
-    ids[position] = record.integers(0, config.vocab_size, lengths[position])
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    pad = getattr(config, "pad_token_id", None) or 0
-    tokens = Tokens(np.concatenate(ids).astype(np.int32), starts, pad)
-    labels = made_up_labels(model.plan.task, tokens)
-    if len(labels) == rows:
-        labels[position] = 0
-    part = Part(np.arange(rows), length, rows)
-    prefix = frozen_prefix(model, tokens, [part], None, ignore_progress)
-    return _Company(PreparedData(tokens, labels, prefix), part, position)
-
-
-def _gradient_bits(model: AdaptedModel, company: _Company) -> bytes:
-    """The record's cached values and its gradient."""
+def _gradient_bits(model: AdaptedModel, company: _Company) -> list[bytes]:
+    """The records' cached values and their gradients."""
     trained = [parameter for parameter in model.adapter.values() if parameter.requires_grad]
     with per_record_gradients(model):
         with torch.enable_grad():
             _losses(model, company).sum().backward()  # type: ignore[no-untyped-call]  # torch
         gradients = take_gradients(trained, company.part.rows)
-    # A zero is the same with either sign: it only adds to the sum of gradients.
-    own = [(gradient[company.position] + 0.0).cpu().numpy().tobytes() for gradient in gradients]
-    return b"".join([_cached(company), *own])
+    found = []
+    for place in company.places:
+        own = hashlib.sha256(_cached(company, place))
+        for gradient in gradients:
+            # A zero is the same with either sign: it only adds to the sum of gradients.
+            own.update((gradient[place] + 0.0).cpu().numpy().data)
+        found.append(own.digest())
+    return found
 
 
-def _score_bits(model: AdaptedModel, company: _Company) -> bytes:
-    """The record's loss, as it is computed where an adapter is scored on held-out records."""
+def _score_bits(model: AdaptedModel, company: _Company) -> list[bytes]:
+    """The records' losses, as they are computed where an adapter is scored on held-out records."""
     with torch.no_grad():
-        return _losses(model, company)[company.position].cpu().numpy().tobytes()
+        losses = _losses(model, company).cpu().numpy()
+    return [losses[place].tobytes() for place in company.places]
 
 
 def _losses(model: AdaptedModel, company: _Company) -> torch.Tensor:
@@ -158,34 +273,11 @@ def _losses(model: AdaptedModel, company: _Company) -> torch.Tensor:
     return task.losses(model, task.batch(company.data, company.part))
 
 
-def _cached(company: _Company) -> bytes:
+def _cached(company: _Company, place: int) -> bytes:
     prefix, starts = company.data.prefix, company.data.tokens.starts
     if prefix is None:
         return b""
-    position = company.position
-    rows = (
-        prefix.values[position]
-        if prefix.pooled
-        else prefix.values[starts[position] : starts[position + 1]]
+    own = (
+        prefix.values[place] if prefix.pooled else prefix.values[starts[place] : starts[place + 1]]
     )
-    return rows.tobytes()
-
-
-def _require_equal(model: AdaptedModel, rows: int, length: int, bits: Bits, *, full: bool) -> bytes:
-    """The record's bits among `rows` records, if they are the same as the first and as the last."""
-    wanted = bits(model, _company(model, length, rows, 0, full=full))
-    found = bits(model, _company(model, length, rows, rows - 1, full=full))
-    _require(found == wanted, model, length)
-    return wanted
-
-
-def _require(equal: bool, model: AdaptedModel, length: int) -> None:
-    if not equal:
-        raise ModelError(
-            "a record's bits depend on the records beside it",
-            found=f"{type(model.base).__name__}, records of {length} tokens,"
-            f" {torch.get_num_threads()} threads",
-            accepted="the same bits in any company",
-            remedy="use a base model whose layers treat each record by itself, one thread"
-            " (threads in client.toml), or another precision (model.precision)",
-        )
+    return own.tobytes()

@@ -99,7 +99,7 @@ def self_test(
                 _check_noise(trial)
                 _check_moves(trial)
             _set_random(model)
-            prove_shapes(model, limit)
+            prove_shapes(model, limit, entropy=entropy)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from support.small_models import plan_for, save_decoder
 
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.tasks.shapes import PADDED_LENGTHS, BatchLimit, padded_lengths
+from umbel_client.training import bit_test
 from umbel_client.training import self_test as whole_test
 from umbel_client.training.bit_test import check_round, prove_shapes
 from umbel_common.errors import ModelError
@@ -37,14 +38,16 @@ def test_a_sound_model_is_used_in_its_largest_shape_at_least(
 ) -> None:
     """On some processors one row alone goes through another kernel."""
     limit = BatchLimit(6)
-    prove_shapes(loaded(tiny_model, layers=layers), limit)
+    prove_shapes(loaded(tiny_model, layers=layers), limit, entropy=os.urandom)
     assert set(limit.choices) <= {1, 2, 4, 6}
     assert limit.records in limit.choices
 
 
 def test_a_sound_language_model_is_used_in_its_largest_shape_at_least(tmp_path: Path) -> None:
     limit = BatchLimit(4)
-    prove_shapes(loaded(save_decoder(tmp_path / "m"), CausalLm(max_tokens=40)), limit)
+    prove_shapes(
+        loaded(save_decoder(tmp_path / "m"), CausalLm(max_tokens=40)), limit, entropy=os.urandom
+    )
     assert limit.records in limit.choices
 
 
@@ -60,8 +63,8 @@ def test_a_layer_that_takes_rounding_from_other_records_is_refused(
     with pytest.raises(ModelError, match="bits depend on the records beside it"):
         whole_test.self_test(model, 1.0, BatchLimit(4), entropy=os.urandom)
     with pytest.raises(ModelError, match="bits depend on the records beside it"):
-        check_round(model, BatchLimit(4))
-    monkeypatch.setattr(whole_test, "prove_shapes", lambda *_: None)
+        check_round(model, BatchLimit(4), entropy=os.urandom)
+    monkeypatch.setattr(whole_test, "prove_shapes", lambda *_, **__: None)
     whole_test.self_test(model, 1.0, BatchLimit(4), entropy=os.urandom)
 
 
@@ -73,14 +76,67 @@ def test_a_number_of_rows_with_other_bits_is_not_used(tiny_model: Path) -> None:
         return output * (1 + 1e-6) if len(output) in (1, 4) else output
 
     first_layer(model).register_forward_hook(other_kernel)
-    prove_shapes(model, limit)
+    prove_shapes(model, limit, entropy=os.urandom)
     assert limit.choices == (2, 8)
     assert [limit.rows(records) for records in (1, 2, 3, 8)] == [2, 2, 8, 8]
-    check_round(model, limit)
+    check_round(model, limit, entropy=os.urandom)
     # After memory ran out, too, only what was proven is used.
     assert limit.smaller(7) == 2
     limit.lower(2)
     assert limit.choices == (2,)
+
+
+def test_a_kernel_that_differs_on_some_records_is_found(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding hides the difference for the others."""
+    model = loaded(tiny_model)
+
+    def other_kernel(_layer: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        some = (1000 * output[:, :1, :1] % 1 < 0.3).to(output.dtype)
+        return output * (1 + 1e-6 * some) if len(output) == 1 else output
+
+    first_layer(model).register_forward_hook(other_kernel)
+    limit = BatchLimit(8)
+    prove_shapes(model, limit, entropy=bytes)
+    assert 1 not in limit.choices
+    # One record says nothing of the others.
+    monkeypatch.setattr(bit_test, "_AT_THE_START", 1)
+    found = set()
+    for seed in range(8):
+        limit = BatchLimit(8)
+        prove_shapes(model, limit, entropy=lambda size, seed=seed: bytes([seed]) * size)
+        found.add(1 in limit.choices)
+    assert found == {False, True}
+
+
+def test_a_number_of_rows_that_differs_under_a_rounds_adapter_is_not_used_any_more(
+    tiny_model: Path,
+) -> None:
+    """Under the adapter of the start, its bits were the same by chance."""
+    model, limit = loaded(tiny_model), BatchLimit(8)
+    start = model.vector()
+
+    def other_kernel(_layer: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        shows = len(output) == 2 and not np.array_equal(model.vector(), start)
+        return output * (1 + 1e-6) if shows else output
+
+    first_layer(model).register_forward_hook(other_kernel)
+    prove_shapes(model, limit, entropy=os.urandom)
+    before = set(limit.choices)
+    assert 2 in before
+    check_round(model, limit, entropy=os.urandom)
+    assert set(limit.choices) == before
+    model.set_vector(2 * start)
+    check_round(model, limit, entropy=os.urandom)
+    assert 2 not in limit.choices
+    assert limit.records in limit.choices
+
+
+def test_what_is_kept_of_frozen_layers_comes_from_one_shape(tiny_model: Path) -> None:
+    limit = BatchLimit(8)
+    assert limit.largest().choices == (8,)
+    assert limit.choices == (1, 2, 4, 8)
 
 
 def test_rows_that_fill_a_shape_add_nothing(tiny_model: Path) -> None:
@@ -89,7 +145,7 @@ def test_rows_that_fill_a_shape_add_nothing(tiny_model: Path) -> None:
     limit.keep([])
     assert limit.choices == (8,)
     assert limit.rows(2) == 8
-    prove_shapes(model, limit)
+    prove_shapes(model, limit, entropy=os.urandom)
     assert limit.choices == (8,)
 
 
