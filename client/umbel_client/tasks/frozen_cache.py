@@ -103,12 +103,12 @@ def frozen_prefix(
 
 def _key(model: AdaptedModel, tokens: Tokens, parts: Sequence[Part]) -> str:
     """The file's name; kind, depth and precision are in it, as a model may serve several plans, and
-    the length that each record was padded to."""
+    the shape in which each record was computed."""
     kind = f"{model.frozen_output} {model.depth} {model.precision} ".encode()
-    lengths = np.empty(len(tokens), dtype=np.int64)
+    shapes = np.empty((len(tokens), 2), dtype=np.int64)
     for part in parts:
-        lengths[part.records] = part.length
-    content = model.plan.model.digest + tokens.digest() + lengths.tobytes()
+        shapes[part.records] = part.length, part.rows
+    content = model.plan.model.digest + tokens.digest() + shapes.tobytes()
     return digest("prefix", kind + content).hex()
 
 

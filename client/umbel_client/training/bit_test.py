@@ -10,7 +10,7 @@ The order of floating-point sums follows from the shapes of tensors and from the
 machine chooses for them, so it is tested on the machine and the model that train.
 
 Two kernels may differ in bits and agree on some record: rounding to bfloat16 hides most of a
-difference. So several records are compared in each shape, and drawn anew each time: nobody can make
+difference. So several records are compared in each shape, and new ones each time: nobody can make
 an adapter for which these records agree and others do not.
 """
 
