@@ -174,6 +174,7 @@ class _Trial:
             backwards: whether their places are counted from the end, and the records beside each
                 are others; these have padding then.
         """
+        at_once = min(at_once, len(self._records))
         moved = at_once // 2 if backwards else 0
         records = self._records[moved:] + self._records[:moved]
         found: list[bytes] = []

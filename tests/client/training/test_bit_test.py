@@ -33,14 +33,16 @@ def first_layer(model: AdaptedModel) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("layers", [None, (1,)], ids=["whole model", "prefix cache"])
+@pytest.mark.parametrize("most", [1, 6, 23, 64])
 def test_a_sound_model_is_used_in_its_largest_shape_at_least(
-    tiny_model: Path, layers: tuple[int, ...] | None
+    tiny_model: Path, layers: tuple[int, ...] | None, most: int
 ) -> None:
     """On some processors one row alone goes through another kernel."""
-    limit = BatchLimit(6)
-    prove_shapes(loaded(tiny_model, layers=layers), limit, entropy=os.urandom)
-    assert set(limit.choices) <= {1, 2, 4, 6}
-    assert limit.records in limit.choices
+    model, limit = loaded(tiny_model, layers=layers), BatchLimit(most)
+    prove_shapes(model, limit, entropy=os.urandom)
+    check_round(model, limit, entropy=os.urandom)
+    assert set(limit.choices) <= {1, 2, 4, 8, 16, 32, most}
+    assert limit.records == most
 
 
 def test_a_sound_language_model_is_used_in_its_largest_shape_at_least(tmp_path: Path) -> None:
