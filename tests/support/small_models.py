@@ -14,6 +14,7 @@ from transformers import (
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
+    JetMoeConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -108,7 +109,7 @@ DECODERS: dict[str, type[PreTrainedConfig]] = {
 FUSED: dict[str, type[PreTrainedConfig]] = {"phi3": Phi3Config}
 """With one layer, `qkv_proj`, in place of three."""
 
-EXPERTS: dict[str, type[PreTrainedConfig]] = {"mixtral": MixtralConfig}
+EXPERTS: dict[str, type[PreTrainedConfig]] = {"mixtral": MixtralConfig, "jetmoe": JetMoeConfig}
 """Mixtures of experts, which have no place under differential privacy."""
 
 

@@ -3,6 +3,7 @@ in the companies that are tried."""
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,17 @@ def loaded(folder: Path, **lora: object) -> AdaptedModel:
     return model
 
 
-def test_a_mixture_of_experts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many rows an expert computes follows from all tokens of a batch."""
+@pytest.mark.parametrize(("kind", "target"), [("mixtral", "q_proj"), ("jetmoe", "kv_proj")])
+def test_a_mixture_of_experts_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, target: str
+) -> None:
+    """How many rows an expert computes follows from all tokens of a batch. JetMoE counts them with
+    an operation that reads nothing, and copies the counts to Python with a method that is none."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_local_experts": 4}
-    model = loaded(save_decoder(tmp_path / "m", "mixtral", **sizes))
+    if kind == "jetmoe":
+        sizes |= {"kv_channels": 16, "num_key_value_heads": 4}
+    folder = save_decoder(tmp_path / "m", kind, **sizes)
+    model = loaded(folder, target_modules=(target,))
     with pytest.raises(ModelError, match="may depend on the records beside it"):
         self_test.self_test(model, 1.0, BatchLimit(4), entropy=os.urandom)
     # Without this test, others pass, and the record's bits follow from the others' words.
@@ -137,6 +145,43 @@ def test_a_layer_that_picks_rows_is_refused(tiny_model: Path) -> None:
     layer.register_forward_hook(picks)
     with pytest.raises(ModelError, match="masked_select"):
         blind_test(model)
+
+
+def _other_package() -> torch.library.Library:
+    library = torch.library.Library("umbel_tests", "FRAGMENT")
+    library.define("gemm_4bit(Tensor x) -> Tensor")
+    library.impl("gemm_4bit", torch.clone, "CompositeExplicitAutograd")
+    return library
+
+
+READERS: dict[str, Callable[[torch.Tensor], object]] = {
+    "tolist": lambda x: x.argmax(-1).tolist(),
+    "numpy": lambda x: x.numpy(),
+    "__array__": lambda x: np.asarray(x),
+    "tensor_split": lambda x: x.tensor_split(x[0].argmax(-1)),
+    "equal": lambda x: torch.equal(x[0], x[1]),
+    "unique_consecutive": lambda x: torch.unique_consecutive(x.argmax(-1)),
+    "repeat_interleave": lambda x: torch.repeat_interleave(x.argmax(-1).flatten()),
+    "masked_scatter": lambda x: x.masked_scatter(x > 0, x),
+    "umbel_tests::gemm_4bit": lambda x: torch.ops.umbel_tests.gemm_4bit(x),
+}
+
+
+@pytest.mark.parametrize("found", READERS)
+def test_each_way_to_read_values_is_seen(tiny_model: Path, found: str) -> None:
+    model = AdaptedModel.load(
+        tiny_model, plan_for(tiny_model, Classification(labels=("a", "b"), max_tokens=16))
+    )
+    layer: torch.nn.Module = model.base.encoder.layer[0]  # type: ignore[union-attr, index]  # BERT
+    library = _other_package()
+
+    def reads(_layer: object, _inputs: object, output: torch.Tensor) -> None:
+        READERS[found](output)
+
+    layer.register_forward_hook(reads)
+    with pytest.raises(ModelError, match=rf"found: {found} \("):
+        blind_test(model)
+    library._destroy()
 
 
 @pytest.mark.parametrize("kind", [*DECODERS, *FUSED])
