@@ -35,6 +35,16 @@ EMBEDDING = "model.embed_tokens.weight"
 TARGETS = {"gpt2": ("c_attn",), "phi3": ("qkv_proj",)}
 
 
+OUTPUTS = {
+    "llama-both": ("lm_head.weight", 1),
+    "llama-unequal": ("lm_head.weight", 2),
+    "llama-renamed": ("model_lm_head.weight", 1),
+    "llama-zero": ("model_lm_head.weight", 0),
+}
+"""An output layer beside the embedding that the configuration ties to it: its name, and its values
+in those of the embedding. Transformers finds it by any character after the prefix."""
+
+
 def saved(folder: Path, kind: str) -> Path:
     """A random model in bfloat16, which is how most are published."""
     if kind.startswith("bert"):
@@ -43,9 +53,9 @@ def saved(folder: Path, kind: str) -> Path:
     else:
         save_decoder(folder, kind.split("-")[0], tie_word_embeddings="-" in kind)
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / WEIGHTS).items()}
-    if kind in ("llama-both", "llama-unequal"):
-        factor = 1 if kind == "llama-both" else 2
-        tensors["lm_head.weight"] = tensors[EMBEDDING] * factor
+    if kind in OUTPUTS:
+        name, factor = OUTPUTS[kind]
+        tensors[name] = tensors[EMBEDDING] * factor
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     return folder
 
@@ -65,7 +75,7 @@ def content_of(model: AdaptedModel) -> dict[str, Any]:
     found: dict[str, Any] = {}
     first: dict[int, str] = {}
     for name, tensor in named:
-        if "lora_" in name or "head." in name or ".classifier." in name:
+        if "lora_" in name or name.startswith("head.") or ".classifier." in name:
             continue
         bits = tensor.detach().contiguous().view(-1).view(torch.uint8).tolist()
         shared = first.setdefault(id(tensor), name)
@@ -84,6 +94,8 @@ KINDS: dict[str, Task] = {
     "llama-tied": LM,
     "llama-both": LM,
     "llama-unequal": LM,
+    "llama-renamed": LM,
+    "llama-zero": LM,
     "gpt2": LM,
     "phi3": LM,
     "mixtral": LM,

@@ -6,6 +6,7 @@ the folder. It gets the bytes of the small files in a private folder, and the we
 Only safetensors are read, never pickles. Code in the folder is never run.
 """
 
+import math
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -164,7 +165,10 @@ def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
     folder = content.folder
     make_every_mask()
     places = content.places
-    stand_ins = {name: torch.zeros(()).expand(place.shape) for name, place in places.items()}
+    # Equal to no tensor, not even to each other: Transformers ties parameters that are equal.
+    stand_ins = {
+        name: torch.full((), math.nan).expand(place.shape) for name, place in places.items()
+    }
     with _building(folder):
         empty = _empty(_config(folder, content.texts, task), task)
         model: Any = type(empty)
@@ -181,7 +185,7 @@ def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
         )
     base.config.name_or_path = str(folder)
     _check_complete(folder, task, report)
-    if not _went_to_their_places(base, places, stand_ins):
+    if not _went_to_their_places(base, empty, places, stand_ins):
         del base
         return build_base(_read_again(content), task)
     _take_places(base, content, stand_ins)
@@ -193,12 +197,23 @@ def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
 
 
 def _went_to_their_places(
-    base: PreTrainedModel, places: Mapping[str, Place], stand_ins: Mapping[str, torch.Tensor]
+    base: PreTrainedModel,
+    empty: PreTrainedModel,
+    places: Mapping[str, Place],
+    stand_ins: Mapping[str, torch.Tensor],
 ) -> bool:
-    """Whether Transformers took each tensor that has a place for the parameter it was meant for."""
+    """Whether Transformers took each tensor that has a place for the parameter it was meant for.
+
+    And no other tensor for that parameter under a second name, as of an output layer that is tied
+    to the embedding: Transformers would have compared it with the tensor itself.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in empty.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     return all(
-        base.get_parameter(place.parameter).data_ptr() == stand_ins[name].data_ptr()
-        for name, place in places.items()
+        base.get_parameter(name).data_ptr() == stand_ins[tensor].data_ptr()
+        for tensor, place in places.items()
+        for name in names[id(empty.get_parameter(place.parameter))]
     )
 
 
@@ -228,7 +243,7 @@ def _take_places(
     names = {stand_in.data_ptr(): name for name, stand_in in stand_ins.items()}
     owners: list[tuple[nn.Module, str, str]] = []
     for module in base.modules():
-        for key, parameter in module.named_parameters(recurse=False):
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = names.get(parameter.data_ptr())
             if name is not None and parameter.data_ptr() != 0:
                 owners.append((module, key, name))
