@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    ZambaConfig,
 )
 
 from umbel_client.models.adapters.lora import plan_lora
@@ -109,6 +110,9 @@ DECODERS: dict[str, type[PreTrainedConfig]] = {
 FUSED: dict[str, type[PreTrainedConfig]] = {"phi3": Phi3Config}
 """With one layer, `qkv_proj`, in place of three."""
 
+SHARING: dict[str, type[PreTrainedConfig]] = {"zamba": ZambaConfig}
+"""With one attention for several layers."""
+
 EXPERTS: dict[str, type[PreTrainedConfig]] = {"mixtral": MixtralConfig, "jetmoe": JetMoeConfig}
 """Mixtures of experts, which have no place under differential privacy."""
 
@@ -120,7 +124,7 @@ def save_decoder(
 
     Args:
         path: folder of both; also returned.
-        kind: one of `DECODERS`, `FUSED` or `EXPERTS`.
+        kind: one of `DECODERS`, `FUSED`, `SHARING` or `EXPERTS`.
         config: of its configuration, beside what makes it small.
     """
     torch.set_num_threads(1)
@@ -155,7 +159,7 @@ def save_decoder(
     if kind == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 3, "n_head": 2, "vocab_size": len(vocabulary)}
     model = AutoModelForCausalLM.from_config(
-        {**DECODERS, **FUSED, **EXPERTS}[kind](**{**sizes, **config})
+        {**DECODERS, **FUSED, **SHARING, **EXPERTS}[kind](**{**sizes, **config})
     )
     model.save_pretrained(path)
     fast.save_pretrained(path)

@@ -223,6 +223,19 @@ def test_a_weight_that_is_merged_as_it_is_read_is_what_peft_merges(
         assert (tmp_path / "streamed" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_weight_of_several_layers_is_not_merged(dtype: Any, tmp_path: Path) -> None:
+    """In the model that was written, the adapter was in all of these layers, or in none."""
+    sizes = {"attn_layer_period": 3, "attn_layer_offset": 1, "attention_head_dim": 32}
+    sizes |= {"num_hidden_layers": 6, "num_key_value_heads": 2, "mamba_d_state": 4}
+    base = save_decoder(tmp_path / "model", "zamba", mamba_dt_rank=4, **sizes)
+    plan = plan_for(base, LM, {"target_modules": ("q_proj",), "layers": (2,)})
+    vector = np.ones(plan.lora.size, dtype=np.float32)
+    write_adapter(tmp_path / "adapter", plan, vector, None, base_model=base)
+    with pytest.raises(ModelError, match="layers of a base model share a weight"):
+        merge_adapter(tmp_path / "adapter", base, tmp_path / "out", dtype=dtype)
+
+
 def test_bfloat16_and_checkpointing_go_together(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", "llama")
     plan = plan_of(folder, "llama", LM)

@@ -31,7 +31,7 @@ from umbel_client.models.base.folder import (
 from umbel_client.models.base.placement import HOST, Change, Form
 from umbel_common.adapters.peft_folder import HEAD_FILE, TASK_FILE, tensor_files, text_files
 from umbel_common.adapters.vector import Vector, unflatten
-from umbel_common.errors import StorageError
+from umbel_common.errors import ModelError, StorageError
 from umbel_common.plans.plan import Lora, Task, TrainingPlan
 from umbel_host.files import tensor_file
 from umbel_host.files.model_folder import TOKENIZER_FILES
@@ -103,7 +103,7 @@ def merge_adapter(
 
     Raises:
         ModelError: the adapter is not Umbel's, its folder holds a link, or the base model is
-            another one.
+            another one, or shares an adapted weight among its layers.
         PlanError: the adapter's plan is malformed.
         StorageError: `out` exists, or the disk does not take it.
     """
@@ -142,8 +142,9 @@ def _merged(
     placement = _Merged(dtype, plan.lora, values)
     content = read_base(base, plan.task, placement)
     require_digest(base, content.digest, plan.model)
-    model: Any = build_base(content, plan.task)
     empty = empty_base(content, plan.task)
+    _require_own(base, empty, placement.adapted())
+    model: Any = build_base(content, plan.task)
     parameters, _head = attach(base, empty, plan.task, plan.lora)
     require_tensors(base, parameters, plan.lora)
     if not _in_place(model, content, placement.adapted()):
@@ -158,6 +159,26 @@ def _merged(
     else:
         _fill_head(model, plan.lora, values)
     return model.to(dtype), content
+
+
+def _require_own(folder: Path, empty: PreTrainedModel, adapted: set[str]) -> None:
+    """Refuses to merge into a weight that another layer has too: its output would change as well.
+
+    Raises:
+        ModelError: names the weights.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in empty.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for shared in names.values():
+        if len(shared) > 1 and not adapted.isdisjoint(shared):
+            raise ModelError(
+                "layers of a base model share a weight, and an adapter cannot be merged into it",
+                file=folder,
+                found=", ".join(shared[:3]),
+                accepted="each adapted weight in one layer",
+                remedy="use the adapter as it is, without --merge",
+            )
 
 
 def _in_place(model: PreTrainedModel, content: BaseContent, adapted: set[str]) -> bool:
