@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,7 @@ from umbel_client.models.base.placement import Placement, Quantisation
 from umbel_client.models.base.precision import Precision
 from umbel_client.models.base.weights import Place
 from umbel_common.errors import ModelError
-from umbel_common.plans.plan import CausalLm, Classification, Task, TrainingPlan
+from umbel_common.plans.plan import CausalLm, Classification, Task, Tensor, TrainingPlan
 
 torch.set_num_threads(1)
 
@@ -221,6 +222,32 @@ def test_a_weight_that_is_merged_as_it_is_read_is_what_peft_merges(
     merge_adapter(tmp_path / "adapter", base, tmp_path / "whole", dtype=dtype)
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "streamed" / file.name).read_bytes() == file.read_bytes()
+
+
+def without_b(tensor: Tensor) -> tuple[Tensor, ...]:
+    return () if tensor.role == "lora_B" else (tensor,)
+
+
+def with_a_large_product(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Two small tensors whose product has 4 TB."""
+    rank, large = 2, 1_000_000
+    shape = (large, rank) if tensor.role == "lora_B" else (rank, large)
+    return (msgspec.structs.replace(tensor, shape=shape),)
+
+
+@pytest.mark.parametrize("change", [without_b, with_a_large_product])
+def test_a_plan_of_other_tensors_is_refused_before_they_are_multiplied(
+    change: Callable[[Tensor], tuple[Tensor, ...]], tmp_path: Path
+) -> None:
+    base = saved(tmp_path / "model", "llama")
+    plan = plan_for(base, LM, {"layers": (0,), "target_modules": ("q_proj",)})
+    tensors = tuple(new for tensor in plan.lora.tensors for new in change(tensor))
+    lora = msgspec.structs.replace(plan.lora, tensors=tensors)
+    plan = msgspec.structs.replace(plan, lora=lora)
+    vector = np.zeros(plan.lora.size, dtype=np.float32)
+    write_adapter(tmp_path / "adapter", plan, vector, None, base_model=base)
+    with pytest.raises(ModelError, match="does not fit the base model"):
+        merge_adapter(tmp_path / "adapter", base, tmp_path / "out", dtype="float32")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -55,8 +55,21 @@ class _Merged:
         }
         for name in self.adapted() & forms.keys():
             layer = empty.get_submodule(name.removesuffix(".weight"))
-            forms[name] = (self.dtype, self._merge(name, turned=type(layer) is Conv1D))
+            turned = type(layer) is Conv1D
+            if self._fits(name, empty.get_parameter(name).shape, turned=turned):
+                forms[name] = (self.dtype, self._merge(name, turned=turned))
         return forms
+
+    def _fits(self, name: str, shape: tuple[int, ...], *, turned: bool) -> bool:
+        """Whether the plan's tensors are a weight's: a plan that lies is refused later, and must
+        not choose the size of the product before."""
+        layer = f"{PEFT_PREFIX}{name.removesuffix('.weight')}"
+        first, second = (self.values.get(f"{layer}.{part}.weight") for part in ("lora_A", "lora_B"))
+        if first is None or second is None or len(shape) != 2:
+            return False
+        outputs, inputs = reversed(shape) if turned else shape
+        rank = self.lora.rank
+        return first.shape == (rank, inputs) and second.shape == (outputs, rank)
 
     def adapted(self) -> set[str]:
         """Names of the weights that the adapter changes."""

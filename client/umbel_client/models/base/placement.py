@@ -8,6 +8,7 @@ it loads a stand-in without memory for each tensor that has a place, and the ten
 stand-in afterwards, wherever it went (`umbel_client.models.base.folder.build_base`).
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
@@ -93,7 +94,7 @@ def places_of(
     parameters = dict(empty.named_parameters(remove_duplicate=False))
     meant = {name: list(_meant(empty, name, parameters)) for name in shapes}
     found = {name: names[0] for name, names in meant.items() if names}
-    takers = [id(parameters[parameter]) for parameter in found.values()]
+    takers = Counter(id(parameters[parameter]) for parameter in found.values())
     shared: dict[int, Form] = {}
     for parameter, form in placement.forms(empty, task).items():
         shared[id(parameters[parameter])] = form
@@ -103,7 +104,7 @@ def places_of(
         dtype, change = shared.get(id(empty_one), (torch.float32, None))
         plain = placement.device == HOST and dtype == torch.float32 and change is None
         fits = shapes[name] == tuple(empty_one.shape) and empty_one.numel() > 0
-        if fits and not plain and takers.count(id(empty_one)) == 1:
+        if fits and not plain and takers[id(empty_one)] == 1:
             places[name] = Place(parameter, shapes[name], placement.device, dtype, change)
     return places
 
