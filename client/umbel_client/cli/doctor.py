@@ -107,10 +107,12 @@ def _device(config: ClientConfig) -> tuple[Verdict, str]:
     from umbel_client.training.device_check import try_private_step
 
     device = chosen_device(config.model.device)
-    precision = chosen_precision(config.model.precision, device)
+    # Before a look at its precision, so that a GPU that does not answer is a finding.
+    name = described(device)
     seconds = try_private_step(device, entropy=os.urandom)
+    precision = chosen_precision(config.model.precision, device)
     return Verdict.FINE, (
-        f"{described(device)}, frozen layers in {precision}: a small private step takes"
+        f"{name}, frozen layers in {precision}: a small private step takes"
         f" {seconds * 1000:.1f} ms, and gives what this machine's processor gives"
     )
 

@@ -108,6 +108,18 @@ def test_a_driver_that_is_too_old_is_an_error_and_not_a_slow_start(
     assert "driver for CUDA 13.0" in str(error.value.accepted)
 
 
+def test_a_gpu_that_another_process_has_alone_is_an_error_that_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def busy(_device: object) -> None:
+        raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", busy)
+    with pytest.raises(ConfigError, match="cannot be used") as error:
+        described(GPU)
+    assert "busy or unavailable" in str(error.value.found)
+
+
 def test_a_gpu_that_is_hidden_is_none(
     no_cuda: None, machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,10 +101,23 @@ def _no_cuda(choice: str, field: str, root: Path) -> ConfigError:
 
 
 def described(device: torch.device) -> str:
-    """A device for people: its name, and for a GPU its model and memory."""
+    """A device for people: its name, and for a GPU its model and memory.
+
+    Raises:
+        ConfigError: the GPU is there, and does not answer.
+    """
     if device.type != "cuda":
         return str(device)
-    found = torch.cuda.get_device_properties(device)
+    try:
+        found = torch.cuda.get_device_properties(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            "a GPU cannot be used",
+            field="model.device",
+            found=f"{device}: {error}",
+            accepted="a GPU that is free and answers, or model.device = cpu",
+            remedy="look at it with nvidia-smi: another process may have it alone",
+        ) from None
     return f"{device} ({found.name}, {found.total_memory / 2**30:.0f} GiB)"
 
 
