@@ -7,7 +7,7 @@ knows which ones it tries. A mixture of experts computes as many rows as tokens 
 expert; a mask that is left out, or frequencies that follow the longest text so far, are chosen by a
 branch. In such a model other records decide on the shape or the kernel of a record's computation,
 while the test sees equal bits. All of that reads values, and reading shows: as an operation, or as
-a method that copies values to Python and is none. Inside an operation of another package it would
+a method that copies values to Python without one. Inside an operation of another package it would
 not show, so that such an operation is refused.
 """
 
@@ -113,7 +113,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
 
 
 class _Methods(TorchFunctionMode):
-    """Sees what reads values and is no operation: values in memory of the CPU are just there."""
+    """Sees what reads values without an operation: in memory of the CPU they are just there."""
 
     def __init__(self, found: set[str]) -> None:
         super().__init__()

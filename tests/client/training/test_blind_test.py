@@ -37,7 +37,7 @@ def test_a_mixture_of_experts_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, target: str
 ) -> None:
     """How many rows an expert computes follows from all tokens of a batch. JetMoE counts them with
-    an operation that reads nothing, and copies the counts to Python with a method that is none."""
+    an operation that reads nothing, and copies the counts to Python without an operation."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_local_experts": 4}
     if kind == "jetmoe":
         sizes |= {"kv_channels": 16, "num_key_value_heads": 4}
