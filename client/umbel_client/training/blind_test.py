@@ -37,6 +37,8 @@ _READING = {
     "masked_scatter": "picks rows by their values",
     "masked_scatter_": "picks rows by their values",
     "_pack_padded_sequence": "packs rows by their lengths",
+    "_nested_tensor_from_mask": "packs rows by their lengths",
+    "_nested_tensor_from_mask_left_aligned": "packs rows by their lengths",
     "equal": "reads numbers to decide what to do",
     "tolist": "reads numbers to decide what to do",
     "numpy": "reads numbers to decide what to do",
@@ -76,6 +78,9 @@ def blind_test(model: AdaptedModel) -> None:
     length = model.plan.task.max_tokens
     ids = torch.arange(2 * length).reshape(2, length) % model.vocabulary
     found: set[str] = set()
+    # Some of torch's own modules take other paths while methods are watched.
+    with _Operations(found):
+        model.logits(short)
     with _Methods(found), _Operations(found):
         for inputs in (short, TokenInputs(ids, torch.ones_like(ids))):
             model.logits(inputs)

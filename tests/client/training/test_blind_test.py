@@ -3,7 +3,7 @@ in the companies that are tried."""
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -147,12 +147,20 @@ def test_a_layer_that_picks_rows_is_refused(tiny_model: Path) -> None:
         blind_test(model)
 
 
-def _other_package() -> torch.library.Library:
+@pytest.fixture
+def other_package() -> Iterator[None]:
+    """A package with an operation that has the name of a permitted one."""
     library = torch.library.Library("umbel_tests", "FRAGMENT")
     library.define("gemm_4bit(Tensor x) -> Tensor")
     library.impl("gemm_4bit", torch.clone, "CompositeExplicitAutograd")
-    return library
+    yield
+    library._destroy()
 
+
+ENCODER = torch.nn.TransformerEncoder(
+    torch.nn.TransformerEncoderLayer(16, 2, 8, batch_first=True), 1
+).eval()
+"""In evaluation, it leaves padding out of its products."""
 
 READERS: dict[str, Callable[[torch.Tensor], object]] = {
     "tolist": lambda x: x.argmax(-1).tolist(),
@@ -163,17 +171,17 @@ READERS: dict[str, Callable[[torch.Tensor], object]] = {
     "unique_consecutive": lambda x: torch.unique_consecutive(x.argmax(-1)),
     "repeat_interleave": lambda x: torch.repeat_interleave(x.argmax(-1).flatten()),
     "masked_scatter": lambda x: x.masked_scatter(x > 0, x),
+    "_nested_tensor_from_mask": lambda x: ENCODER(x, src_key_padding_mask=x[..., 0] > 9),
     "umbel_tests::gemm_4bit": lambda x: torch.ops.umbel_tests.gemm_4bit(x),
 }
 
 
 @pytest.mark.parametrize("found", READERS)
-def test_each_way_to_read_values_is_seen(tiny_model: Path, found: str) -> None:
+def test_each_way_to_read_values_is_seen(tiny_model: Path, other_package: None, found: str) -> None:
     model = AdaptedModel.load(
         tiny_model, plan_for(tiny_model, Classification(labels=("a", "b"), max_tokens=16))
     )
     layer: torch.nn.Module = model.base.encoder.layer[0]  # type: ignore[union-attr, index]  # BERT
-    library = _other_package()
 
     def reads(_layer: object, _inputs: object, output: torch.Tensor) -> None:
         READERS[found](output)
@@ -181,7 +189,6 @@ def test_each_way_to_read_values_is_seen(tiny_model: Path, found: str) -> None:
     layer.register_forward_hook(reads)
     with pytest.raises(ModelError, match=rf"found: {found} \("):
         blind_test(model)
-    library._destroy()
 
 
 @pytest.mark.parametrize("kind", [*DECODERS, *FUSED])
