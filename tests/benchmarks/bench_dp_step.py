@@ -37,8 +37,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, L
 
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.dpsgd.private_step import PrivateOptimizer
+from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.models.token_loss import token_losses
-from umbel_client.privacy.noise import NoiseSource
 
 LABELS = 4
 KINDS = ("stock", "fused", "dp", "opacus_hooks", "opacus_ghost")
@@ -175,12 +175,13 @@ def fused_step(model: Classifier, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def private_step(model: Classifier, optimizer: PrivateOptimizer) -> None:
-    """As a site takes it."""
+def private_step(model: Classifier, optimizer: PrivateOptimizer, noise: StepNoise) -> None:
+    """As a site takes it. It ends when the next step's noise is drawn, which it has to pay for."""
     losses = model.losses_at_a_site()
     losses.sum().backward()
     optimizer.accumulate(len(losses))
     optimizer.step()
+    noise.wait()
 
 
 def opacus_step(model: Classifier, optimizer: DPOptimizer) -> None:
@@ -221,8 +222,10 @@ def step_of(kind: str, model: Classifier, attached: ExitStack) -> Step:
             if "forward" in vars(module):
                 vars(module)["forward"] = partial(_as_one_record, vars(module)["forward"])
         return partial(fused_step, model, adam)
-    private = PrivateOptimizer(adam, NoiseSource(os.urandom), clip_norm=1.0, **SETTINGS)
-    return partial(private_step, model, private)
+    parameters = [p for group in adam.param_groups for p in group["params"]]
+    noise = attached.enter_context(StepNoise(os.urandom, parameters, steps=1 << 30))
+    private = PrivateOptimizer(adam, noise, clip_norm=1.0, **SETTINGS)
+    return partial(private_step, model, private, noise)
 
 
 def _as_one_record(

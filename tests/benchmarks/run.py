@@ -10,6 +10,7 @@ import bench_load
 import bench_lost_rounds
 import bench_masking
 import bench_memory
+import bench_noise
 import bench_round
 import bench_transport
 import bench_wire
@@ -22,6 +23,7 @@ BENCHES = (
     bench_memory,
     bench_load,
     bench_dp_step,
+    bench_noise,
     bench_round,
     bench_transport,
 )

@@ -18,10 +18,10 @@ from transformers import RobertaConfig, RobertaModel
 from umbel_client.data.tokens import Tokens
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.dpsgd.private_step import PrivateOptimizer, private_step
+from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.precision import Precision
 from umbel_client.models.inputs import TokenInputs
-from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.frozen_cache import frozen_prefix, ignore_progress
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit
@@ -239,7 +239,7 @@ def _clipped_sum(model: AdaptedModel, data: PreparedData, clip_norm: float) -> n
     parameters = list(model.select(1).values())
     optimizer = PrivateOptimizer(
         torch.optim.SGD(parameters, lr=0.0),
-        NoiseSource(bytes),
+        StepNoise(bytes, parameters, steps=1),
         noise_multiplier=0.0,
         clip_norm=clip_norm,
         expected_batch_size=1.0,

@@ -10,8 +10,8 @@ It uses PyTorch's own key for backends that are written in Python, which a proce
 
 import threading
 import weakref
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -180,6 +180,48 @@ class Pretended(torch.Tensor):
         return f"Pretended({self.raw!r}, {self.device})"
 
 
+_queue: deque[Callable[[], object]] = deque()
+"""What the devices were told and have not done yet."""
+_working = threading.Lock()
+_is_late = False
+
+
+@contextmanager
+def late() -> Iterator[None]:
+    """Within the context, a device does what it is told as late as it may: when somebody waits for
+    it, or reads of it. Until then, a copy that does not block has not left the host's memory."""
+    global _is_late
+    _is_late = True
+    try:
+        yield
+    finally:
+        _is_late = False
+        finish()
+
+
+def finish() -> None:
+    """Has the devices do all that they were told."""
+    with _working:
+        while _queue:
+            _queue.popleft()()
+
+
+def _later(func: Any, args: Any, kwargs: Any) -> None:
+    _queue.append(lambda: func(*args, **kwargs))
+
+
+class Event:
+    """What `torch.cuda.Event` is to a GPU, for its one stream."""
+
+    def record(self, stream: object) -> None:
+        assert stream is _STREAM
+
+    def synchronize(self) -> None:
+        finish()
+
+
+_STREAM = object()
+
 _READING = {
     "aten::_local_scalar_dense",
     "aten::equal",
@@ -223,19 +265,32 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if here is not None:
         plain_kwargs["device"] = torch.device("cpu")
     if name == "aten::copy_":
-        _count(name, _place(args[1].device), _place(args[0].device))
+        source, to = _place(args[1].device), _place(args[0].device)
+        _count(name, source, to)
+        blocks = to is None or (source is None and not (len(args) > 2 and args[2]))
+        if _is_late and not blocks:
+            _later(func, plain_args, plain_kwargs)
+            return args[0]
+        finish()
         func(*plain_args, **plain_kwargs)
         return args[0]
     if name == "aten::_to_copy":
         source = _place(args[0].device)
         to = source if kwargs.get("device") is None else here
         _count(name, source, to)
+        finish()
         out = func(*plain_args, **plain_kwargs)
         return out if to is None else Pretended(out, to)
     if len(seen) > 1 or (numbers and "cpu" in seen):
         raise RuntimeError(f"mixed devices in {name}: {', '.join(sorted(seen))}")
     if name in _READING or (name.startswith("aten::index") and _by_mask(args)):
         READS[name] += bool(seen - {"cpu"})
+    changes_first = name.endswith("_") and args and isinstance(args[0], Pretended)
+    if _is_late and changes_first:
+        _later(func, plain_args, plain_kwargs)
+        return args[0]
+    if _is_late and known and not _is_view(func):
+        finish()
     out = func(*plain_args, **plain_kwargs)
     place = next(iter(seen - {"cpu"}), None)
     if place is not None:
@@ -279,6 +334,12 @@ def _count(name: str, source: str | None, to: str | None) -> None:
         WRITES[name] += 1
 
 
+def _is_view(func: Any) -> bool:
+    """Whether an operator only gives another shape to what is there."""
+    returned = [one.alias_info for one in func._schema.returns]
+    return bool(returned) and all(one is not None and not one.is_write for one in returned)
+
+
 def _by_mask(args: Any) -> bool:
     """Whether an index is a mask, whose ones have to be counted first."""
     indices = args[1] if isinstance(args[1], list | tuple) else args[1:2]
@@ -287,6 +348,8 @@ def _by_mask(args: Any) -> bool:
 
 class _Module:
     """What `torch.cuda` is to a GPU."""
+
+    Event = Event
 
     def is_initialized(self) -> bool:
         return True
@@ -308,6 +371,9 @@ class _Module:
 
     def empty_cache(self) -> None:
         pass
+
+    def current_stream(self, device: object) -> object:
+        return _STREAM
 
     def mem_get_info(self, device: Any) -> tuple[int, int]:
         memory = MEMORY[str(device)]

@@ -15,7 +15,7 @@ This module is part of the core of the privacy guarantee. Never add or change he
 - Noise for each physical batch, or none for some of them: it is added once a step.
 - A division by the realised size of the batch: it would tell that size.
 - A gradient, norm or count that is returned, logged or shown before the noise is added.
-- Noise from another source than `NoiseSource`.
+- Noise from another source than `StepNoise`.
 
 Nothing here charges: the ledger has reserved the whole round before its first gradient.
 """
@@ -29,8 +29,8 @@ import torch
 
 from umbel_client.data.tokens import Ints
 from umbel_client.dpsgd.fused import NotSeparate
+from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.physical_batches import compute_parts
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit, Part
@@ -60,7 +60,7 @@ class PrivateOptimizer:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        noise: NoiseSource,
+        noise: StepNoise,
         *,
         noise_multiplier: float,
         clip_norm: float,
@@ -70,6 +70,7 @@ class PrivateOptimizer:
         """Trains the parameters of `optimizer`, on one device.
 
         Args:
+            noise: for these parameters.
             noise_multiplier: standard deviation of the noise in units of the clip norm.
             clip_norm: largest contribution of one unit, in the Euclidean norm.
             expected_batch_size: what the noisy sum is divided by, whatever the batch.
@@ -123,9 +124,10 @@ class PrivateOptimizer:
         Sum and noise are added and divided in float64, and rounded once to float32.
         """
         # 4. The noise, and 5. the division.
-        draws = torch.from_numpy(self._noise.normal(len(self._sum)))
-        draws.mul_(self._deviation).add_(self._sum.cpu()).div_(self._expected_batch_size)
-        self._gradient.copy_(draws)
+        for offset, draws in self._noise.take():
+            place = slice(offset, offset + len(draws))
+            draws.mul_(self._deviation).add_(self._sum[place]).div_(self._expected_batch_size)
+            self._gradient[place].copy_(draws)
         # 6. The step.
         self._optimizer.step()
         self._sum.zero_()

@@ -41,6 +41,11 @@ class NoiseSource:
         with probability 1e-17.
         """
         draws = np.empty(size + size % 2)
+        self.fill(draws)
+        return draws[:size]
+
+    def fill(self, draws: npt.NDArray[np.float64]) -> None:
+        """Writes draws as those of `normal` into an array of even length, float64[n]."""
         for start in range(0, len(draws), _BLOCK):
             block = draws[start : start + _BLOCK]
             half = len(block) // 2
@@ -52,7 +57,6 @@ class NoiseSource:
             radius /= 1.0 + square
             np.multiply(radius, 1.0 - square, out=block[:half])
             np.multiply(radius, 2.0 * tangent, out=block[half:])
-        return draws[:size]
 
     def poisson_batch(self, records: int, rate: float) -> npt.NDArray[np.int64]:
         """Draws a batch that holds each record (or unit) independently with probability `rate`.

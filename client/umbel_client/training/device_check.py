@@ -11,8 +11,8 @@ from torch import nn
 
 from umbel_client.dpsgd.fused import fused_linear
 from umbel_client.dpsgd.private_step import PrivateOptimizer
+from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.models.base.device import prepare_training
-from umbel_client.privacy.noise import NoiseSource
 from umbel_common.canonical import Entropy
 from umbel_common.errors import ModelError
 
@@ -66,7 +66,7 @@ def _steps(device: torch.device, entropy: Entropy) -> tuple[torch.Tensor, float]
     records = torch.randn(_RECORDS, _INPUTS, generator=generator).to(device)
     optimizer = PrivateOptimizer(
         torch.optim.SGD(layer.parameters(), lr=0.1),
-        NoiseSource(entropy),
+        StepNoise(entropy, list(layer.parameters()), steps=2),
         noise_multiplier=1e-9,
         clip_norm=_CLIP_NORM,
         expected_batch_size=float(_RECORDS),

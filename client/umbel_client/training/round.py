@@ -5,8 +5,8 @@ This module is part of the core of the privacy guarantee. Never add or change he
 - What leaves. Only the delta and the optimizer state are returned. A loss, a gradient norm or the
   realised size of a batch is a query on the data that nobody has paid for: it is not returned, not
   logged and not shown.
-- The randomness. Batches and noise come from `NoiseSource` alone. They are drawn in the order
-  below, once for each step, also for a step whose batch is empty.
+- The randomness. Batches come from `NoiseSource` alone, and noise from `StepNoise`, with other
+  keys. They are drawn once for each step, also for a step whose batch is empty.
 - The accounting. Nothing here charges: the caller has reserved the whole round in the ledger
   before (`umbel_client.trainer.job`).
 """
@@ -21,6 +21,7 @@ import torch
 from umbel_client.data.tokens import Ints
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.dpsgd.private_step import CLIPPINGS, PrivateOptimizer, private_step
+from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.privacy.noise import NoiseSource
@@ -113,7 +114,7 @@ class LocalTrainer:
         noise_multiplier = self.noise.noise_multiplier
         # 0. The noise.
         _check_noise(plan, noise_multiplier)
-        source = NoiseSource(self.entropy)
+        batches = NoiseSource(self.entropy)
         # 1. The adapter.
         trained = plan.trained_tensors(number)
         self.model.set_vector(start)
@@ -126,11 +127,11 @@ class LocalTrainer:
         average = None if decay is None else MovingAverage(decay)
         # 3. The steps.
         steps = plan.training.local_steps
-        with self._stepping(optimizer, source) as take_step:
+        with self._stepping(optimizer, number) as take_step:
             for step in range(steps):
                 job_step = (number - 1) * steps + step
                 set_learning_rates(optimizer, plan.training.learning_rate_factor(job_step))
-                units = source.poisson_batch(self.data.unit_count, self.noise.sampling_rate)
+                units = batches.poisson_batch(self.data.unit_count, self.noise.sampling_rate)
                 chosen = self.data.records_of(units)
                 take_step(chosen)
                 if step == 0 and (noise_multiplier is not None or len(chosen)):
@@ -171,11 +172,11 @@ class LocalTrainer:
 
     @contextmanager
     def _stepping(
-        self, optimizer: torch.optim.Optimizer, source: NoiseSource
+        self, optimizer: torch.optim.Optimizer, number: int
     ) -> Iterator[Callable[[Ints], None]]:
         """The kind of step that the plan's privacy asks for, as a function of the chosen records.
 
-        Each record's gradient is kept apart only within this context.
+        Each record's gradient is kept apart, and noise is drawn ahead, only within this context.
         """
         plan, model, data = self.model.plan, self.model, self.data
         task = task_of(plan.task)
@@ -186,16 +187,20 @@ class LocalTrainer:
                 task, model, data, chosen, optimizer, self.limit, expected
             )
             return
-        private = PrivateOptimizer(
-            optimizer,
-            source,
-            noise_multiplier=noise_multiplier,
-            clip_norm=plan.privacy.clip_norm,
-            expected_batch_size=expected,
-            clipping=CLIPPINGS[plan.privacy.clipping],
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        noise = StepNoise(
+            self.entropy, parameters, steps=plan.training.local_steps, round_number=number
         )
         units = None if data.units is None else data.units.of_record
-        with per_record_gradients(model):
+        with noise, per_record_gradients(model):
+            private = PrivateOptimizer(
+                optimizer,
+                noise,
+                noise_multiplier=noise_multiplier,
+                clip_norm=plan.privacy.clip_norm,
+                expected_batch_size=expected,
+                clipping=CLIPPINGS[plan.privacy.clipping],
+            )
             yield lambda chosen: private_step(task, model, data, chosen, private, self.limit, units)
 
 

@@ -24,8 +24,8 @@ from umbel_client.dpsgd.private_step import (
     private_step,
     take_gradients,
 )
+from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_client.tasks.task import made_up_labels, task_of
@@ -126,11 +126,12 @@ class _Trial:
         *,
         noise_multiplier: float,
         expected_batch_size: float = 1.0,
+        steps: int = 1,
     ) -> PrivateOptimizer:
         """A round's optimizer, for an expected batch of one record unless the caller says more."""
         return PrivateOptimizer(
             inner,
-            NoiseSource(self.entropy),
+            StepNoise(self.entropy, list(self.parameters.values()), steps=steps),
             noise_multiplier=noise_multiplier,
             clip_norm=self.clip_norm,
             expected_batch_size=expected_batch_size,
@@ -253,10 +254,11 @@ def _check_noise(trial: _Trial) -> None:
 
     The bounds of a chi-squared sum are those of Laurent and Massart (2000, lemma 1).
     """
-    optimizer = trial.optimizer(trial.descent(), noise_multiplier=trial.noise_multiplier)
-    draws = trial.step_from_zero(optimizer)
-    while len(draws) < DRAWS:
-        draws = torch.cat([draws, trial.step_from_zero(optimizer)])
+    steps = math.ceil(DRAWS / sum(parameter.numel() for parameter in trial.parameters.values()))
+    optimizer = trial.optimizer(
+        trial.descent(), noise_multiplier=trial.noise_multiplier, steps=steps
+    )
+    draws = torch.cat([trial.step_from_zero(optimizer) for _ in range(steps)])
     wanted = trial.noise_multiplier * trial.clip_norm
     found = float((draws / wanted).square().mean())
     spread = 2 * math.sqrt(ALARM / len(draws))

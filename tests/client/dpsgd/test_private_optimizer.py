@@ -6,6 +6,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 
 from umbel_client.dpsgd.private_step import PrivateOptimizer, automatic, clipped_sum, flat
+from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.privacy.noise import NoiseSource
 
 torch.set_num_threads(1)
@@ -30,7 +31,10 @@ def test_two_physical_batches_and_a_step_are_those_of_opacus(clip_norm: float) -
     theirs = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
     settings = {"noise_multiplier": 0.0, "expected_batch_size": 7.5}
     mine = PrivateOptimizer(
-        torch.optim.Adam(ours, lr=0.1), NoiseSource(fixed(1)), clip_norm=clip_norm, **settings
+        torch.optim.Adam(ours, lr=0.1),
+        StepNoise(fixed(1), ours, steps=3),
+        clip_norm=clip_norm,
+        **settings,
     )
     opacus = DPOptimizer(torch.optim.Adam(theirs, lr=0.1), max_grad_norm=clip_norm, **settings)
     for _step in range(3):
@@ -55,7 +59,10 @@ def test_noise_has_the_scale_of_opacus() -> None:
     ours, theirs = torch.nn.Parameter(torch.zeros(90_000)), torch.nn.Parameter(torch.zeros(90_000))
     settings = {"noise_multiplier": 1.5, "expected_batch_size": 4.0}
     mine = PrivateOptimizer(
-        torch.optim.SGD([ours], lr=1.0), NoiseSource(fixed(1)), clip_norm=0.2, **settings
+        torch.optim.SGD([ours], lr=1.0),
+        StepNoise(fixed(1), [ours], steps=1),
+        clip_norm=0.2,
+        **settings,
     )
     opacus = DPOptimizer(torch.optim.SGD([theirs], lr=1.0), max_grad_norm=0.2, **settings)
     torch.manual_seed(0)
@@ -94,7 +101,9 @@ def assert_equal_to_opacus(
     shapes, records = [(5,), (1,), (4, 6)], made_up(8)
     left = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
     right = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
-    mine = PrivateOptimizer(torch.optim.SGD(left, lr=0.1), NoiseSource(fixed(1)), **ours)
+    mine = PrivateOptimizer(
+        torch.optim.SGD(left, lr=0.1), StepNoise(fixed(1), left, steps=1), **ours
+    )
     opacus = DPOptimizer(
         torch.optim.SGD(right, lr=0.1),
         noise_multiplier=theirs["noise_multiplier"],

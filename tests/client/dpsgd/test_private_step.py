@@ -14,6 +14,7 @@ from umbel_client.dpsgd.private_step import (
     PrivateOptimizer,
     private_step,
 )
+from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.base.files import folder_digest
@@ -164,7 +165,7 @@ def step_of(
     before = torch.cat([p.detach().flatten().clone() for p in parameters])
     optimizer = PrivateOptimizer(
         torch.optim.SGD(parameters, lr=1.0),
-        NoiseSource(fixed(1)),
+        StepNoise(fixed(1), parameters, steps=1),
         noise_multiplier=noise_multiplier,
         clip_norm=clip_norm,
         expected_batch_size=expected,
@@ -338,9 +339,10 @@ def test_noise_is_added_once_to_a_step_of_many_physical_batches(folder: Path) ->
 
 def test_two_passes_without_a_step_are_refused(folder: Path) -> None:
     model, data = model_of(folder, plan_of(folder)), ragged()
+    parameters = [p for p in model.adapter.values() if p.requires_grad]
     optimizer = PrivateOptimizer(
-        torch.optim.SGD([p for p in model.adapter.values() if p.requires_grad], lr=1.0),
-        NoiseSource(fixed(1)),
+        torch.optim.SGD(parameters, lr=1.0),
+        StepNoise(fixed(1), parameters, steps=1),
         noise_multiplier=1.0,
         clip_norm=1.0,
         expected_batch_size=4,
@@ -359,9 +361,10 @@ def test_tokens_taken_for_records_are_refused(folder: Path) -> None:
             return (model.head(torch.ones(len(pooled), 16)) + pooled).sum(1)
 
     model, data = model_of(folder, plan_of(folder)), ragged()
+    parameters = [p for p in model.adapter.values() if p.requires_grad]
     optimizer = PrivateOptimizer(
-        torch.optim.SGD([p for p in model.adapter.values() if p.requires_grad], lr=1.0),
-        NoiseSource(fixed(1)),
+        torch.optim.SGD(parameters, lr=1.0),
+        StepNoise(fixed(1), parameters, steps=1),
         noise_multiplier=1.0,
         clip_norm=1.0,
         expected_batch_size=4,

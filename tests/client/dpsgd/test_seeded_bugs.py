@@ -15,6 +15,7 @@ import umbel_client.training.round
 from umbel_client.data.tokens import Tokens
 from umbel_client.data.units import Units
 from umbel_client.dpsgd.private_step import PrivateOptimizer
+from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.accounting import DpEvent
@@ -88,7 +89,7 @@ class WithoutClipping(PrivateOptimizer):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        noise: NoiseSource,
+        noise: StepNoise,
         *,
         noise_multiplier: float,
         clip_norm: float,
@@ -111,7 +112,7 @@ def noise_shared_by(sites: int) -> type[PrivateOptimizer]:
         def __init__(
             self,
             optimizer: torch.optim.Optimizer,
-            noise: NoiseSource,
+            noise: StepNoise,
             *,
             noise_multiplier: float,
             **others: Any,
@@ -212,7 +213,7 @@ def test_the_same_noise_twice_is_correlated_and_cancels(
     first, second = noise_alone(plan, folder, noise, 2, os.urandom)
     assert abs(np.corrcoef(first, second)[0, 1]) < 6 / math.sqrt(len(first))
     monkeypatch.setattr(
-        umbel_client.training.round, "NoiseSource", lambda entropy: NoiseSource(bytes)
+        umbel_client.dpsgd.step_noise, "NoiseSource", lambda entropy: NoiseSource(bytes)
     )
     first, second = noise_alone(plan, folder, noise, 2, os.urandom)
     assert np.array_equal(first, second)

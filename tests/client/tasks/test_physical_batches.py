@@ -13,10 +13,10 @@ from umbel_client.data.tokens import Tokens
 from umbel_client.data.units import Units
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.dpsgd.private_step import PrivateOptimizer, private_step
+from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import Batch
 from umbel_client.privacy.calibration import SiteNoise
-from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.physical_batches import ran_out_of_memory
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit
@@ -116,7 +116,7 @@ def step_of(
     parameters = [p for p in model.adapter.values() if p.requires_grad]
     optimizer = PrivateOptimizer(
         torch.optim.SGD(parameters, lr=1.0),
-        NoiseSource(fixed),
+        StepNoise(fixed, parameters, steps=steps),
         noise_multiplier=noise_multiplier,
         clip_norm=0.5,
         expected_batch_size=8.0,

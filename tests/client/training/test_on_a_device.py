@@ -25,6 +25,7 @@ from umbel_client.data.records import load_records
 from umbel_client.dpsgd.batch_size import find_physical_batch_size, free_memory
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.dpsgd.private_step import PrivateOptimizer, private_step
+from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.evaluation.inference import Sampling, answer_prompts, classify_texts
 from umbel_client.evaluation.losses import losses_and_labels, record_losses
 from umbel_client.evaluation.score import options_for, score
@@ -32,7 +33,6 @@ from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.folder import write_adapter
 from umbel_client.models.adapters.merge import merge_adapter
 from umbel_client.privacy.calibration import SiteNoise
-from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.tasks.task import task_of
@@ -222,11 +222,10 @@ def test_a_plain_round_is_the_cpus(parts: Any, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[1]])
-def test_a_step_waits_for_its_device_once_and_once_for_each_physical_batch(
-    parts: Any, case: Case
-) -> None:
+def test_a_step_waits_for_its_device_once_for_each_physical_batch(parts: Any, case: Case) -> None:
     """However many records a physical batch has, the host reads one value: whether all gradients
-    are finite. It writes the inputs, the labels and, for a language model, which tokens count."""
+    are finite. It writes the inputs, the labels and, for a language model, which tokens count; and
+    for each step its noise."""
     folder, file, task, lora, how = parts(case)
     plan = plan_for(folder, task, lora=lora)
     model, data = loaded(folder, plan, file, HERE, **how)
@@ -238,7 +237,7 @@ def test_a_step_waits_for_its_device_once_and_once_for_each_physical_batch(
         parameters = list(model.select(1).values())
         optimizer = PrivateOptimizer(
             torch.optim.SGD(parameters, lr=1.0),
-            NoiseSource(zeros),
+            StepNoise(zeros, parameters, steps=1),
             noise_multiplier=1.0,
             clip_norm=1.0,
             expected_batch_size=1.0,
@@ -249,8 +248,8 @@ def test_a_step_waits_for_its_device_once_and_once_for_each_physical_batch(
         return sum(count.reads.values()), sum(count.writes.values())
 
     writes = 5 if isinstance(task, CausalLm) else 3
-    assert counted(1, 4) == counted(4, 4) == (1 + 1, 1 + writes)
-    assert counted(4, 1) == (1 + 4, 1 + 4 * writes)
+    assert counted(1, 4) == counted(4, 4) == (1, 1 + writes)
+    assert counted(4, 1) == (4, 1 + 4 * writes)
 
 
 def test_a_step_that_runs_out_of_a_devices_memory_is_done_in_smaller_parts(

@@ -250,8 +250,13 @@ def test_noise_of_another_scale_is_found(
     targets: tuple[str, ...],
     factor: float,
 ) -> None:
-    sound = NoiseSource.normal
-    monkeypatch.setattr(NoiseSource, "normal", lambda self, size: factor * sound(self, size))
+    sound = NoiseSource.fill
+
+    def scaled(self: NoiseSource, draws: np.ndarray) -> None:
+        sound(self, draws)
+        draws *= factor
+
+    monkeypatch.setattr(NoiseSource, "fill", scaled)
     with pytest.raises(ModelError, match="noise is not the one"):
         run(model_of(tiny_model, targets=targets))
 

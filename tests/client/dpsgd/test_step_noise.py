@@ -1,0 +1,165 @@
+"""Noise that is drawn ahead: each number is added once, at its place in its step."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from support import pretended
+
+from umbel_client.dpsgd import step_noise
+from umbel_client.dpsgd.private_step import PrivateOptimizer
+from umbel_client.dpsgd.step_noise import StepNoise
+from umbel_client.privacy.noise import NoiseSource
+
+HERE = pretended.DEVICES[0]
+SIZE = 1000
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_noise, "BLOCK", 64)
+
+
+def vector(device: str = "cpu", size: int = SIZE) -> torch.Tensor:
+    return torch.zeros(size, device=device)
+
+
+def taken(noise: StepNoise, out: torch.Tensor) -> torch.Tensor:
+    """A step's noise on the host, float64[elements], by way of `out` on the noise's device."""
+    whole = out.double()
+    for offset, draws in noise.take():
+        whole[offset : offset + len(draws)].copy_(draws)
+    return whole
+
+
+def counting() -> Callable[[int], bytes]:
+    """A source of keys in which each is another one, and the same ones for each caller."""
+    state = iter(range(1 << 20))
+    return lambda size: next(state).to_bytes(size, "big")
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 1000, 1001])
+def test_each_number_of_each_step_has_its_own_draw(size: int) -> None:
+    with StepNoise(os.urandom, [vector(size=size)], steps=3) as noise:
+        steps = [taken(noise, vector(size=size)) for _ in range(3)]
+    every = torch.cat(steps)
+    assert len(torch.unique(every)) == 3 * size
+    assert (every != 0).all()
+
+
+def test_the_draws_are_standard_normal() -> None:
+    size = 100_000
+    with StepNoise(os.urandom, [vector(size=size)], steps=2) as noise:
+        draws = torch.cat([taken(noise, vector(size=size)) for _ in range(2)]).numpy()
+    assert stats.kstest(draws, "norm").pvalue > 1e-6
+
+
+def test_a_blocks_draws_are_those_of_its_key() -> None:
+    with StepNoise(counting(), [vector()], steps=2) as noise:
+        first, second = (taken(noise, vector()) for _ in range(2))
+    keys = counting()
+    for offset in range(0, SIZE, 64):
+        size = min(64, SIZE - offset)
+        source = NoiseSource(keys)
+        for step in (first, second):
+            assert np.array_equal(step[offset : offset + size], source.normal(size))
+
+
+def test_a_step_has_one_helping_of_noise_and_a_round_as_many_as_it_has_steps() -> None:
+    with StepNoise(os.urandom, [vector()], steps=1) as noise:
+        taken(noise, vector())
+        with pytest.raises(RuntimeError, match="for 1 steps"):
+            taken(noise, vector())
+
+
+def test_a_step_that_failed_midway_leaves_no_noise_to_another() -> None:
+    with StepNoise(os.urandom, [vector()], steps=3) as noise:
+        next(noise.take())
+        with pytest.raises(RuntimeError, match="was asked for"):
+            taken(noise, vector())
+
+
+def test_what_was_not_used_is_wiped() -> None:
+    with StepNoise(os.urandom, [vector()], steps=3) as noise:
+        taken(noise, vector())
+        noise.wait()
+        assert all(block._buffer.any() for block in noise._blocks.values())
+    assert not any(block._buffer.any() for block in noise._blocks.values())
+    with pytest.raises(RuntimeError, match="for 1 steps"):
+        taken(noise, vector())
+
+
+def test_the_last_steps_noise_is_wiped_when_it_is_used() -> None:
+    noise = StepNoise(os.urandom, [vector()], steps=1)
+    taken(noise, vector())
+    assert not any(block._buffer.any() for block in noise._blocks.values())
+
+
+def test_a_forked_process_has_no_use_of_it() -> None:
+    with StepNoise(os.urandom, [vector()], steps=1) as noise:
+        noise.wait()
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                next(noise.take())
+                os.write(writing, b"drawn")
+            except RuntimeError:
+                os.write(writing, b"refused")
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with open(reading, "rb") as answer:
+            assert answer.read() == b"refused"
+        os.waitpid(child, 0)
+        assert len(taken(noise, vector())) == SIZE
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_buffer_is_filled_again_after_its_copy_has_ended(
+    waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that copies late. Without the wait, two steps have the same noise, and what a
+    server learns of their difference has none."""
+    if not waits:
+        draw = step_noise._Block.draw
+
+        def at_once(self: Any, purpose: Any, _is_copied: Any) -> None:
+            draw(self, purpose, lambda: None)
+
+        monkeypatch.setattr(step_noise._Block, "draw", at_once)
+    found = []
+    with StepNoise(counting(), [vector(HERE)], steps=3) as noise, pretended.late():
+        for step in range(3):
+            out = vector(HERE).double()
+            for offset, draws in noise.take():
+                out[offset : offset + len(draws)].copy_(draws)
+            if step < 2:
+                noise.wait()
+            found.append(out.cpu())
+    with StepNoise(counting(), [vector()], steps=3) as noise:
+        wanted = [taken(noise, vector()) for _ in range(3)]
+    if waits:
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    else:
+        assert torch.equal(found[0], wanted[1])
+        assert torch.equal(found[1], found[2])
+
+
+def test_a_sum_and_its_noise_are_rounded_once() -> None:
+    parameter = torch.nn.Parameter(vector())
+    settings = {"noise_multiplier": 0.3, "clip_norm": 0.7, "expected_batch_size": 3.0}
+    with StepNoise(counting(), [parameter], steps=1) as noise:
+        optimizer = PrivateOptimizer(torch.optim.SGD([parameter], lr=1.0), noise, **settings)
+        rows = torch.randn(1, SIZE)
+        parameter.grad_sample = rows.clone()  # type: ignore[attr-defined]  # of `per_record`
+        optimizer.accumulate(1)
+        total = optimizer._sum.double()
+        optimizer.step()
+    with StepNoise(counting(), [parameter], steps=1) as noise:
+        draws = taken(noise, vector())
+    assert torch.equal(parameter.grad, ((draws * (0.3 * 0.7) + total) / 3.0).float())
