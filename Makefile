@@ -72,7 +72,7 @@ lint: $(BIN)/activate-dev  ## Check format, style, types and the directions of i
 	$(BIN)/lint-imports
 
 test: $(BIN)/activate-dev $(BIN)/helm  ## Run the tests that CI runs.
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 3 --dist loadfile
 
 test-full: $(BIN)/activate-dev $(BIN)/helm  ## Run all tests, also the full matrices (not in CI); record it.
 	$(BIN)/python tests/benchmarks/full.py docs/benchmarks/test_full.json
