@@ -229,13 +229,15 @@ def replace_everywhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[object, obj
 
 @pytest.fixture
 def shared_proofs(replace_everywhere: Callable[[object, object], None]) -> None:
-    """Lets the jobs of a process share one run of the self-test for each model and plan."""
+    """Lets the jobs of a process share one run of their tests for each model and plan."""
     # Imported here: most tests need no torch.
-    from support.proofs import remembered_self_test
+    from support.proofs import remembered_check_round, remembered_self_test
 
+    from umbel_client.training.bit_test import check_round
     from umbel_client.training.self_test import self_test
 
     replace_everywhere(self_test, remembered_self_test)
+    replace_everywhere(check_round, remembered_check_round)
 
 
 @pytest.fixture

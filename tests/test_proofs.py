@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support import proofs
 from support.small_models import plan_for
@@ -95,6 +96,29 @@ def test_what_no_key_names_is_tested_each_time(counting: Counting, model: Adapte
     for _ in range(2):
         prove(model)
     assert counting.runs == 4
+
+
+def test_a_rounds_adapter_is_tested_once_for_what_it_trains(
+    model: AdaptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[tuple[int, ...]] = []
+
+    def check(model: AdaptedModel, limit: BatchLimit, *, entropy: Any) -> None:
+        runs.append(limit.choices)
+        limit.keep({2})
+
+    monkeypatch.setattr(proofs, "check_round", check)
+    monkeypatch.setattr(proofs, "_proofs", {})
+    for change in (0.0, 1.0):
+        model.set_vector(model.vector() + np.float32(change))
+        limit = BatchLimit(4)
+        proofs.remembered_check_round(model, limit, entropy=os.urandom)
+        assert limit.choices == (2, 4)
+    assert len(runs) == 1
+    proofs.remembered_check_round(model, limit, entropy=os.urandom)
+    next(iter(model.adapter.values())).requires_grad_(False)
+    proofs.remembered_check_round(model, limit, entropy=os.urandom)
+    assert len(runs) == 3
 
 
 def test_a_failure_is_not_remembered(counting: Counting, model: AdaptedModel) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from adversarial.federation import Federation
 from adversarial.weaken import STOPPED_AS, Protection, Stopped, weaken
-from support.proofs import remembered_self_test
+from support.proofs import remembered_check_round, remembered_self_test
 
+from umbel_client.training.bit_test import check_round
 from umbel_client.training.self_test import self_test
 
 
@@ -57,11 +58,13 @@ def protection(
     marker = request.node.get_closest_marker("attack")
     if marker is None:
         replace_everywhere(self_test, remembered_self_test)
+        replace_everywhere(check_round, remembered_check_round)
         return Protection(frozenset())
     protection = Protection(frozenset(marker.args) - {kept})
     weaken(protection, monkeypatch, replace_everywhere)
-    # An attack is one on the protocol: no site tries its noise two hundred times before.
-    replace_everywhere(self_test, lambda *arguments, **options: None)
+    # An attack is one on the protocol: no site tries its noise and its model's bits before.
+    for test in (self_test, check_round):
+        replace_everywhere(test, lambda *arguments, **options: None)
     return protection
 
 

@@ -175,7 +175,7 @@ class Federation:
     def make_plan(self, **parts: object) -> TrainingPlan:
         """A valid plan; keyword arguments replace its parts."""
         # Few lengths and few rows: each site tests every shape that it may compute in.
-        task = Classification(labels=("a", "b"), max_tokens=32)
+        task = Classification(labels=("a", "b"), max_tokens=16)
         lora = plan_lora(
             self.model,
             task,

@@ -55,7 +55,7 @@ partition = "iid"
 
 [task]
 task = "classification"
-max_tokens = 32
+max_tokens = 16
 
 [lora]
 rank = 2

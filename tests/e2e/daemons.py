@@ -55,7 +55,7 @@ path = {model}
 [task]
 task = "classification"
 labels = ["a", "b"]
-max_tokens = 32
+max_tokens = 16
 
 [lora]
 rank = 2

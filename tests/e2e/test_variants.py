@@ -68,7 +68,7 @@ def test_every_choice_of_the_optimiser_step_at_once_gives_a_release(tiny: Any) -
 
 
 def test_a_stock_head_travels_inside_the_peft_adapter(tiny: Any, tiny_model: Path) -> None:
-    tiny.change("max_tokens = 32", 'max_tokens = 32\nhead = "stock"')
+    tiny.change("max_tokens = 16", 'max_tokens = 16\nhead = "stock"')
     result = tiny.run("--quiet")
     assert result.stdout == ""
     assert result.returncode == 0, result.stderr

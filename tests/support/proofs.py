@@ -1,23 +1,25 @@
-"""One run of a site's self-test in a process for all tests that need an open job and no more.
+"""One run of a site's tests of its model in a process, for all tests that need a job and no more.
 
-Each job that is opened tests its model on made-up records. Tests that open the same tiny model
-under the same plan would repeat one proof a hundred times. Here the real `self_test` runs once for
-each combination of what it depends on, and its result is remembered: the numbers of rows that give
-equal bits. A failure is never remembered.
+Each job that is opened tests its model on made-up records, and each round does so under its own
+adapter. Tests that open the same tiny model under the same plan would repeat one proof a hundred
+times. Here the real `self_test` and `check_round` run once for each combination of what they depend
+on, and their result is remembered: the numbers of rows that give equal bits. What `check_round`
+proved under one adapter is taken to hold under others. A failure is never remembered.
 
-Tests of the self-test, and of attacks on what it proves, use the real one.
+Tests of these two, and of attacks on what they prove, use the real ones.
 """
 
 import inspect
 import os
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from hashlib import sha256
 
 import torch
 
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.tasks.shapes import BatchLimit
+from umbel_client.training.bit_test import check_round
 from umbel_client.training.self_test import self_test
 from umbel_common.canonical import Entropy
 
@@ -39,14 +41,41 @@ def remembered_self_test(
     It always runs if the result depends on something that no key names: hooks on the model, or a
     source of entropy with a state.
     """
+
+    def prove() -> None:
+        self_test(model, noise_multiplier, limit, entropy=entropy)
+
+    if noise_multiplier is None:
+        prove()
+    else:
+        _remembered(prove, noise_multiplier, model, limit, entropy)
+
+
+def remembered_check_round(model: AdaptedModel, limit: BatchLimit, *, entropy: Entropy) -> None:
+    """Takes the place of `check_round`, as `remembered_self_test` does of `self_test`."""
+    trained = tuple(name for name, value in model.adapter.items() if value.requires_grad)
+
+    def prove() -> None:
+        check_round(model, limit, entropy=entropy)
+
+    _remembered(prove, trained, model, limit, entropy)
+
+
+def _remembered(
+    prove: Callable[[], None],
+    what: Hashable,
+    model: AdaptedModel,
+    limit: BatchLimit,
+    entropy: Entropy,
+) -> None:
     key: Hashable = None
-    if noise_multiplier is not None and _is_stateless(entropy) and not _is_changed(model):
+    if _is_stateless(entropy) and not _is_changed(model):
         rows = (limit.records, limit.choices)
-        key = (_of_model(model), noise_multiplier, rows, _of(entropy), _Parts())
+        key = (_of_model(model), what, rows, _of(entropy), _Parts())
     kept = _proofs.get(key)
     if kept is None:
         records = limit.records
-        self_test(model, noise_multiplier, limit, entropy=entropy)
+        prove()
         if key is not None and limit.records == records:
             _proofs[key] = limit.choices
     else:
