@@ -31,6 +31,7 @@ from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.folder import read_adapter, write_adapter
 from umbel_client.models.adapters.merge import merge_adapter
 from umbel_client.models.base.folder import quietly, skeleton
+from umbel_client.models.base.int8 import Int8Weight
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.plans.plan import CausalLm
 
@@ -46,11 +47,12 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 TARGET = 1.15
-Kind = Literal["float32", "bfloat16", "nf4", "merge"]
+Kind = Literal["float32", "bfloat16", "int8", "nf4", "merge"]
 FIGURES: dict[str, tuple[int, Kind, float | None]] = {
     "load_host_peak_ratio": (4, "bfloat16", TARGET),
     "load_host_peak_ratio_one_shard": (1, "bfloat16", TARGET),
     "load_host_peak_ratio_float32": (4, "float32", TARGET),
+    "load_host_peak_ratio_int8": (4, "int8", TARGET),
     "load_host_peak_ratio_nf4": (4, "nf4", None),
     "merge_host_peak_ratio": (4, "merge", TARGET),
 }
@@ -121,12 +123,13 @@ def load(folder: Path, kind: Kind) -> tuple[int, int, float]:
         folder,
         plan,
         precision="bfloat16" if kind == "bfloat16" else "float32",
-        quantisation="nf4" if kind == "nf4" else "none",
+        quantisation=kind if kind in ("int8", "nf4") else "none",
     )
     seconds = time.process_time() - start
     parts = [*model.parameters(), *model.buffers()]
     states = [state for part in parts if (state := getattr(part, "quant_state", None)) is not None]
     parts += [part for state in states for part in (state.absmax, state.state2.absmax)]
+    parts += [part.scale for part in parts if isinstance(part, Int8Weight)]
     held = sum(part.numel() * part.element_size() for part in parts)
     return _status("VmHWM") - before, held, seconds
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from umbel_client.models.adapters.lora import attach, fill, require_tensors
+from umbel_client.models.base import int8, nf4
 from umbel_client.models.base.architecture import (
     naming_architecture,
     positions_of,
@@ -29,7 +30,6 @@ from umbel_client.models.base.layers import (
     splits,
     upper_part,
 )
-from umbel_client.models.base.nf4 import quantise
 from umbel_client.models.base.placement import AsComputed, Quantisation
 from umbel_client.models.base.precision import Precision, computing, lower_precision
 from umbel_client.models.inputs import (
@@ -121,7 +121,9 @@ class AdaptedModel(nn.Module):
         del content  # it would keep tensors that are lowered or quantised below
         require_context(folder, base, plan.task)
         if quantisation == "nf4":
-            quantise(base, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+            nf4.quantise(base, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+        elif quantisation == "int8":
+            int8.quantise(base)
         with naming_architecture(base):
             parameters, head = attach(folder, base, plan.task, plan.lora)
             require_tensors(folder, parameters, plan.lora)

@@ -84,8 +84,9 @@ class ModelConfig(Value, frozen=True):
     gradient_checkpointing: bool = False
     """Whether only the input of each layer is kept, and the rest is computed again in the backward
     pass: about a third more time, and for long records a fraction of the memory."""
-    quantisation: Literal["none", "nf4"] = "none"
-    """`nf4`: keep the weights of the frozen layers in four bits; needs the package bitsandbytes."""
+    quantisation: Literal["none", "int8", "nf4"] = "none"
+    """`int8`: keep the weights of the frozen layers in eight bits. `nf4`: in four, which needs the
+    package bitsandbytes."""
     device: str = "auto"
     """The device that computes: `cpu`, `cuda` (the first GPU), `cuda:1`, or `mps`, Apple's, without
     private training. `auto`: the first GPU, or the CPU on a machine without one."""

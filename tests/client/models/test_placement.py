@@ -102,8 +102,15 @@ KINDS: dict[str, Task] = {
     "mixtral": LM,
 }
 """Models and their tasks."""
-FORMS = [("bfloat16", "none"), ("float32", "nf4"), ("bfloat16", "nf4"), ("float32", "none")]
-SHORT = [("llama", *FORMS[1]), ("bert-stock", *FORMS[2])]
+FORMS = [
+    ("bfloat16", "none"),
+    ("float32", "nf4"),
+    ("bfloat16", "nf4"),
+    ("float32", "none"),
+    ("float32", "int8"),
+    ("bfloat16", "int8"),
+]
+SHORT = [("llama", *FORMS[1]), ("bert-stock", *FORMS[2]), ("llama", *FORMS[5])]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +149,8 @@ def test_a_tensor_is_rounded_and_quantised_as_it_is_read(tmp_path: Path) -> None
     folder = saved(tmp_path / "model", "llama")
     content = read_base(folder, LM, adapted_model.AsComputed(quantisation="nf4"))
     assert content.tensors["model.layers.0.mlp.up_proj.weight"].dtype == torch.uint8
+    content = read_base(folder, LM, adapted_model.AsComputed(quantisation="int8"))
+    assert content.tensors["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
     assert content.tensors["lm_head.weight"].dtype == torch.float32
     content = read_base(folder, LM, adapted_model.AsComputed(precision="bfloat16"))
     assert content.tensors["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16

@@ -21,6 +21,7 @@ from umbel_client.dpsgd.batch_size import record_bytes
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import all_linear
+from umbel_client.models.base.int8 import Int8Linear
 from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
@@ -260,6 +261,28 @@ def test_four_bits_leave_gradients_of_records_exact(tmp_path: Path, file: Path) 
             assert 0.02 < difference(values, other) < 0.2
             other.data.copy_(values)
     assert difference(found, gradients_together(plain, data)) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_eight_bits_leave_gradients_of_records_exact(
+    tmp_path: Path, file: Path, precision: str
+) -> None:
+    llama = save_decoder(tmp_path / "llama", hidden_size=64, intermediate_size=128, head_dim=32)
+    plan = plan_for(llama, TASK)
+    model, data = loaded(llama, plan, file, quantisation="int8", precision=precision)
+    found = gradients_together(model, data)
+    tolerance = 1e-4 if precision == "float32" else 0.1
+    assert difference(found, gradients_alone(model, data)) < tolerance
+    self_test(model, 1.0, BatchLimit(4), entropy=np.random.default_rng(1).bytes)
+    # A plain model of the weights that the eight bits stand for.
+    plain, _ = loaded(llama, plan, file, precision=precision)
+    for name, layer in model.base.named_modules():
+        if isinstance(layer, Int8Linear):
+            values = layer.weight.data * layer.weight.scale
+            other = plain.base.get_submodule(name).weight
+            assert 1e-4 < difference(values, other.float()) < 0.02
+            other.data.copy_(values)
+    assert difference(found, gradients_together(plain, data)) < tolerance
 
 
 def test_without_its_package_four_bits_are_refused(

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from umbel_client.models.base import nf4
+from umbel_client.models.base import int8, nf4
 from umbel_client.models.base.architecture import naming_architecture
 from umbel_client.models.base.folder import peft_quietly, skeleton
 from umbel_client.models.base.layers import output_layer
@@ -226,7 +226,7 @@ def check_targets(folder: Path, base: PreTrainedModel, lora: Lora) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) in LINEAR or type(module).__name__ == nf4.KIND
+    return type(module) in (*LINEAR, int8.Int8Linear) or type(module).__name__ == nf4.KIND
 
 
 def _is_output(base: PreTrainedModel, module: nn.Module) -> bool:

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from umbel_client.models.base import nf4
+from umbel_client.models.base import int8, nf4
 from umbel_client.models.base.precision import Precision
 from umbel_client.models.base.weights import Place
 from umbel_common.plans.plan import Classification, Task
 
-Quantisation: TypeAlias = Literal["none", "nf4"]
+Quantisation: TypeAlias = Literal["none", "int8", "nf4"]
 Change: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 Form: TypeAlias = tuple[torch.dtype, Change | None]
 """The type of a parameter, and what makes it of its float32 values; see `Place`."""
@@ -61,7 +61,7 @@ class AsComputed:
         ]
         forms: dict[str, Form] = {}
         quantised: set[int] = set()
-        if self.quantisation == "nf4":
+        if self.quantisation != "none":
             quantised = {id(layer) for _, _, layer in nf4.layers_to_quantise(empty)}
         for name, layer in owners:
             if id(layer) in quantised:
@@ -73,7 +73,8 @@ class AsComputed:
         return forms
 
     def _quantised(self, values: torch.Tensor) -> torch.Tensor:
-        return nf4.four_bits(values, self.device)
+        quantised = int8.eight_bits if self.quantisation == "int8" else nf4.four_bits
+        return quantised(values, self.device)
 
 
 def places_of(

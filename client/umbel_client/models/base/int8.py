@@ -1,0 +1,93 @@
+"""A frozen base model in eight bits: each row of a weight has a scale of its own.
+
+Only the weights are held in eight bits. They are turned back for each product, so a record's values
+decide nothing, unlike in LLM.int8 (Dettmers et al. 2022), which treats large values of a batch by
+themselves. Each site decides for itself. The adapter, its per-record gradients, clipping and noise
+are float32 as always; gradients are those of a slightly different base model.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from umbel_client.models.base.nf4 import layers_to_quantise
+
+_LARGEST = 127
+
+
+class Int8Weight(nn.Parameter):
+    """A weight in eight bits, int8[out, in], with the scale of each row."""
+
+    scale: torch.Tensor
+    """float32[out, 1]."""
+
+
+class Int8Linear(nn.Linear):
+    """A frozen linear layer whose weight is an `Int8Weight`."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """See `nn.Linear`; computed in the precision of autocast, or else of the inputs."""
+        weight: Any = self.weight
+        product: torch.Tensor = _Product.apply(inputs, weight, weight.scale, self.bias)  # type: ignore[no-untyped-call]  # torch
+        return product
+
+
+def quantise(base: PreTrainedModel) -> None:
+    """Replaces the same layers as `nf4.quantise` by layers of eight bits.
+
+    Weights that were quantised while they were read are taken as they are.
+    """
+    for parent, name, layer in layers_to_quantise(base):
+        replacement = Int8Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
+        )
+        weight: Any = layer.weight
+        if not isinstance(weight, Int8Weight):
+            weight = eight_bits(weight.detach(), weight.device)
+        replacement.weight = weight
+        replacement.bias = layer.bias
+        setattr(parent, name, replacement)
+    base.requires_grad_(False)
+
+
+def eight_bits(values: torch.Tensor, device: torch.device) -> Int8Weight:
+    """A weight in eight bits on a device, from its values, float32[out, in]."""
+    largest = values.abs().amax(1, keepdim=True)
+    scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
+    rounded = (values / scale).round_().to(torch.int8)
+    weight = Int8Weight(rounded.to(device), requires_grad=False)
+    weight.scale = scale.to(device)
+    return weight
+
+
+class _Product(torch.autograd.Function):
+    """Turns the weight back in each pass: autograd would keep it for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        device = inputs.device.type
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+        )
+        ctx.weight, ctx.scale, ctx.inputs_dtype = weight, scale, inputs.dtype
+        cast = None if bias is None else bias.to(dtype)
+        return nn.functional.linear(inputs.to(dtype), _whole(weight, scale, dtype), cast)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = gradients
+        weight = _whole(ctx.weight, ctx.scale, gradient.dtype)
+        return (gradient @ weight).to(ctx.inputs_dtype), None, None, None
+
+
+def _whole(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight in a precision, [out, in]: rounded once."""
+    return (weight.data * scale).to(dtype)
