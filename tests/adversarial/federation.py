@@ -110,7 +110,7 @@ class KeptObserver:
     def charged(self, round_number: int, epsilon: float | None) -> None:
         assert epsilon is None or epsilon > 0
 
-    def step(self, round_number: int, step: int, steps: int) -> None:
+    def step(self, round_number: int, step: int, steps: int, records: float) -> None:
         self.steps += 1
 
     def refused(self, error: UmbelError) -> None:

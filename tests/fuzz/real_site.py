@@ -86,7 +86,7 @@ class KeptErrors:
     def charged(self, round_number: int, epsilon: float | None) -> None:
         """Keeps nothing."""
 
-    def step(self, round_number: int, step: int, steps: int) -> None:
+    def step(self, round_number: int, step: int, steps: int, records: float) -> None:
         """Keeps nothing."""
 
     def refused(self, error: UmbelError) -> None:

@@ -5,6 +5,7 @@ connection to the server, and it reads the data. It speaks first, and then gives
 away before it reads.
 """
 
+import math
 import os
 import shutil
 import ssl
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -30,8 +32,10 @@ from umbel_client.site.ipc import ControlStub
 from umbel_client.site.pinned_roster import check_own_key, load_pinned
 from umbel_client.trainer.isolation import confine_command
 from umbel_common.errors import UmbelError, UnreachableError
+from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.trust.identity import fingerprint
 from umbel_host.files.keys import read_identity
+from umbel_host.files.text_file import read_text
 from umbel_host.processes.lifecycle import reason, user_name
 
 _SOON = timedelta(days=30)
@@ -66,12 +70,18 @@ class Finding:
 Check = Callable[[ClientConfig], tuple[Verdict, str]]
 
 
-def examine(config: ClientConfig) -> Iterator[Finding]:
-    """Runs every check, whatever the others found, and confines this process for good."""
+def examine(config: ClientConfig, plan: Path | None = None) -> Iterator[Finding]:
+    """Runs every check, whatever the others found, and confines this process for good.
+
+    Args:
+        plan: a plan file, whose steps are tried at the end.
+    """
     spoken = {name: _tried(name, CHECKS[name], config) for name in _SPEAKING}
     confine_command()
     for name, check in CHECKS.items():
         yield spoken[name] if name in spoken else _tried(name, check, config)
+    if plan is not None:
+        yield _tried("plan", partial(_plan, path=plan), config)
 
 
 def _tried(name: str, check: Check, config: ClientConfig) -> Finding:
@@ -114,6 +124,27 @@ def _device(config: ClientConfig) -> tuple[Verdict, str]:
     return Verdict.FINE, (
         f"{name}, frozen layers in {precision}: a small private step takes"
         f" {seconds * 1000:.1f} ms, and gives what this machine's processor gives"
+    )
+
+
+def _plan(config: ClientConfig, path: Path) -> tuple[Verdict, str]:
+    """Seconds and memory of the plan's steps; whether the policy allows it is for `approve`."""
+    from umbel_client.models.base.device import memory_in_use
+    from umbel_client.training.trial import try_plan
+
+    plan, _ = plan_from_json(read_text(path), path)
+    found = try_plan(config, plan, entropy=os.urandom)
+    expected, steps = plan.training.expected_batch_size, plan.training.local_steps
+    seconds = found.seconds * math.ceil(expected / found.rows)
+    memory = memory_in_use(found.device)
+    lines = [
+        f"{found.rows} records of {plan.task.max_tokens} tokens, computed at once, take"
+        f" {found.seconds:.3g} s",
+        f"a step on {expected:g} records takes about {seconds:.3g} s, and a round of {steps} steps"
+        f" {seconds * steps:.3g} s: less where records are shorter or frozen layers are cached",
+    ]
+    return Verdict.FINE, "\n".join(
+        lines if memory is None else [*lines, f"{memory} of memory in use"]
     )
 
 

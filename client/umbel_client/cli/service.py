@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -64,7 +65,8 @@ def _status_lines(trainer: TrainerStatus, relay: str) -> list[tuple[str, str]]:
         ("network", "none" if trainer.isolated else "THE TRAINER HAS A WAY OUT"),
     ]
     if trainer.device is not None:
-        lines.append(("device", trainer.device))
+        memory = "" if trainer.memory is None else f", {trainer.memory} of memory in use"
+        lines.append(("device", f"{trainer.device}{memory}"))
     if trainer.not_apart is not None:
         lines.append(("users", f"NOT KEPT APART: {trainer.not_apart}"))
     if trainer.waiting:
@@ -104,14 +106,22 @@ def resume(config: Config = CLIENT_TOML) -> None:
     say("resumed")
 
 
-def doctor(config: Config = CLIENT_TOML) -> None:
+def doctor(
+    config: Config = CLIENT_TOML,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            help="A plan file: load the model, and measure steps of this plan on made-up records."
+        ),
+    ] = None,
+) -> None:
     """Try everything that this site needs, one by one; change nothing."""
     # It reads models and data; no other command should wait for what that takes to load.
     from umbel_client.cli.doctor import Verdict, examine
 
     console = Screen()
     broken = 0
-    for finding in examine(load_config(config)):
+    for finding in examine(load_config(config), plan):
         broken += finding.verdict is Verdict.BROKEN
         first, *more = finding.text.splitlines()
         console.print(f"{finding.verdict.value:<5} {finding.name:<12} {first}", soft_wrap=True)

@@ -51,6 +51,8 @@ class TrainerStatus(msgspec.Struct, frozen=True):
     """Why trainer and relay are not kept apart; None if nothing speaks against it."""
     device: str | None = None
     """The device that trains, with its model and memory where it is a GPU."""
+    memory: str | None = None
+    """The memory in use: of a GPU, or of the trainer's process."""
 
 
 Handle = Callable[[bytes], bytes]

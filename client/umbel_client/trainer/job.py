@@ -323,11 +323,12 @@ class SiteJob:
             noise = SiteNoise(self.noise.sampling_rate, None)
         else:
             noise = SiteNoise(event.sample_rate, event.noise_multiplier)
+        records = self.plan.training.expected_batch_size
         result = replace(prepared.trainer, noise=noise).round(
             number,
             adapter,
             self._optimizer_state(number),
-            on_step=lambda step, steps: self._observer.step(number, step, steps),
+            on_step=lambda step, steps: self._observer.step(number, step, steps, records),
         )
         return with_counts(result.delta, counts, self.plan), result.state
 

@@ -27,6 +27,7 @@ class SiteLog:
         self._watchers: list[queue.Queue[SiteEvent]] = []
         self._stopped = threading.Event()
         self.last: SiteEvent | None = None
+        self._began = time.monotonic()
         self.epsilon: float | None = None
         """Epsilon spent on the data set when a round was last charged."""
 
@@ -41,18 +42,22 @@ class SiteLog:
     def charged(self, round_number: int, epsilon: float | None) -> None:
         """See `Observer`."""
         self.epsilon = epsilon
+        self._began = time.monotonic()
         spent = "without differential privacy" if epsilon is None else f"epsilon {epsilon:.4g}"
         self._tell("charged", f"round {round_number} is charged: {spent} in all", logging.INFO)
 
-    def step(self, round_number: int, step: int, steps: int) -> None:
-        """See `Observer`.
+    def step(self, round_number: int, step: int, steps: int, records: float) -> None:
+        """See `Observer`. The speed is the round's so far, for the expected size of a batch: the
+        time of one step would tell the size of its batch.
 
         Raises:
             Stopped: the process is to end.
         """
         if self._stopped.is_set():
             raise Stopped
-        self._tell("step", f"round {round_number}: step {step} of {steps}", logging.DEBUG)
+        speed = records * step / max(time.monotonic() - self._began, 1e-6)
+        text = f"round {round_number}: step {step} of {steps}, about {speed:.3g} records/s"
+        self._tell("step", text, logging.DEBUG)
 
     def refused(self, error: UmbelError) -> None:
         """See `Observer`. A refusal that repeats, as of a plan that waits for approval, is logged

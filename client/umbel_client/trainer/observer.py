@@ -17,8 +17,9 @@ class Observer(Protocol):
         data set by now (None without differential privacy)."""
         ...
 
-    def step(self, round_number: int, step: int, steps: int) -> None:
-        """`step` of the round's `steps` local steps are done."""
+    def step(self, round_number: int, step: int, steps: int, records: float) -> None:
+        """`step` of the round's `steps` local steps are done, each on `records` records or units by
+        expectation."""
         ...
 
     def refused(self, error: UmbelError) -> None:

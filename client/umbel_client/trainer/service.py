@@ -6,7 +6,9 @@ socket.
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,21 +85,23 @@ def run(path: Path, no_isolation: str | None) -> None:
         # Imported only now: errors so far are reported at once, and not after the seconds it takes.
         import torch
 
-        from umbel_client.models.base.device import chosen_device, described
+        from umbel_client.models.base.device import chosen_device, described, memory_in_use
         from umbel_client.trainer.handler import Trainer
 
         torch.set_num_threads(config.threads)
-        device = described(chosen_device(config.model.device))
+        device = chosen_device(config.model.device)
+        name = described(device)
         trainer = Trainer(config, pinned, identity, observer=log, data=data)
         stack.callback(trainer.close)
         isolated = no_isolation is None and network() is Network.NONE
-        service = _Service(config, pinned, trainer, log, isolated, not_apart, device)
+        service = _Service(config, pinned, trainer, log, isolated, not_apart, name)
+        service.memory = partial(memory_in_use, device)
         for server in service.servers(trainer_socket(relay)):
             server.start()
             server.report_health(True)
             stack.callback(server.stop, _STOPPING_SECONDS)
         log.note(f"the trainer of {config.site} waits at {trainer_socket(relay)}")
-        log.note(f"it computes on {device} (model.device = {config.model.device})")
+        log.note(f"it computes on {name} (model.device = {config.model.device})")
         wait_for(stopping)
         log.note("the trainer stops")
         log.stop()
@@ -139,6 +143,8 @@ class _Service:
         self._log = log
         self._not_apart = not_apart
         self._device = device
+        self.memory: Callable[[], str | None] = lambda: None
+        """Returns the memory in use, for people."""
         self._decisions = Decisions(config.state_folder)
         self._isolated = isolated
 
@@ -171,4 +177,5 @@ class _Service:
             last=self._log.last,
             not_apart=self._not_apart,
             device=self._device,
+            memory=self.memory(),
         )

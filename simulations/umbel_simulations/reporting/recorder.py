@@ -109,7 +109,7 @@ class SiteObserver:
         """See `Observer`."""
         self.epsilon = epsilon
 
-    def step(self, round_number: int, step: int, steps: int) -> None:
+    def step(self, round_number: int, step: int, steps: int, records: float) -> None:
         """See `Observer`."""
         self._check_stop()
         self._recorder.emit(

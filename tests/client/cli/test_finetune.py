@@ -1,8 +1,12 @@
 """Fine-tuning without a federation: train, classify, generate, export, by their commands."""
 
 import json
+import re
 import shutil
 import stat
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,9 @@ from support.small_models import one_round, plan_for, save_decoder
 from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from umbel_client.cli import app
+from umbel_client.cli import app, doctor
 from umbel_client.models.adapters.folder import read_adapter
+from umbel_client.site.config import load_config
 from umbel_common.errors import DataError, ModelError, StorageError
 from umbel_common.plans.plan import (
     Adam,
@@ -302,3 +307,25 @@ def test_a_damaged_adapter_is_named(labelling: Site, labels: Path) -> None:
     config = ("--config", labelling.config)
     error = refused(ModelError, "classify", "--adapter", folder, "--text", "x", *config)
     assert "does not fit its plan" in error.message
+
+
+def test_the_doctor_measures_the_steps_of_a_plan(labelling: Site) -> None:
+    """The other checks find a site without keys or a server, and say so."""
+    plan = labelling.folder / "plan.json"
+    # In a process of its own: it gives its network away.
+    command = (sys.executable, "-m", "umbel_client.cli", "doctor", "--config", labelling.config)
+    done = subprocess.run([*command, "--plan", plan], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr + done.stdout
+    told = done.stdout.partition("ok    plan")[2]
+    assert re.search(r"\d+ records of 16 tokens, computed at once, take [\d.]+ s", told)
+    assert "a step on 12 records takes about" in told
+    assert "GiB of memory in use" in told
+
+
+def test_the_doctor_says_that_a_plan_does_not_fit_the_model(labelling: Site, llama: Path) -> None:
+    plan = labelling.folder / "other.json"
+    plan.write_text(plan_to_json(plan_for(llama, LM)))
+    check = partial(doctor._plan, path=plan)
+    finding = doctor._tried("plan", check, load_config(labelling.config))
+    assert finding.verdict is doctor.Verdict.BROKEN
+    assert "not the one that the plan" in finding.text

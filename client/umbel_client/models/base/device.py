@@ -100,6 +100,22 @@ def _no_cuda(choice: str, field: str, root: Path) -> ConfigError:
     )
 
 
+def memory_in_use(device: torch.device) -> str | None:
+    """The memory that is in use, for people; None: the system does not say.
+
+    On a GPU, that of all processes; on the processor, what this process has in memory.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return f"{(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB"
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    pages = next((line for line in lines if line.startswith("VmRSS:")), None)
+    return None if pages is None else f"{int(pages.split()[1]) / 2**20:.1f} GiB"
+
+
 def described(device: torch.device) -> str:
     """A device for people: its name, and for a GPU its model and memory.
 

@@ -27,10 +27,10 @@ class Int8Weight(nn.Parameter):
 class Int8Linear(nn.Linear):
     """A frozen linear layer whose weight is an `Int8Weight`."""
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """See `nn.Linear`; computed in the precision of autocast, or else of the inputs."""
         weight: Any = self.weight
-        product: torch.Tensor = _Product.apply(inputs, weight, weight.scale, self.bias)  # type: ignore[no-untyped-call]  # torch
+        product: torch.Tensor = _Product.apply(input, weight, weight.scale, self.bias)  # type: ignore[no-untyped-call]  # torch
         return product
 
 
