@@ -189,7 +189,7 @@ def data(draft: Path, tiny_model: Path) -> PublicData:
 def test_a_trial_trains_under_the_noise_of_the_public_size(draft: Path, data: PublicData) -> None:
     """The same records, and a site so small that its noise drowns what they say; four of them
     average some of it away."""
-    text = draft.read_text().replace("epsilon = 8.0", "epsilon = 2.0")
+    text = draft.read_text().replace("epsilon = 8.0", "epsilon = 1.0")
     draft.write_text(text.replace("local_steps = 3", "local_steps = 10"))
     plan = with_values(
         read_plan(draft), {"adapter_learning_rate": 1e-4, "head_learning_rate": 0.02}
