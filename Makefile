@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # The tests start hundreds of processes; without bytecode each would compile all of Umbel again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo federation medical-qa lint test test-full soak fuzz docs vectors bench utility sensitivity \
+.PHONY: help demo federation medical-qa lint test test-full soak fuzz docs vectors bench utility sensitivity cards \
 	utility-medical-qa exported audit locks dist sbom advisories clean
 
 # Reads this file: `##@ heading` begins a group, `target: ...  ## text` is a line of it.
@@ -99,6 +99,9 @@ bench: $(BIN)/activate-dev  ## Measure speed and memory on this machine, into bu
 
 sensitivity: $(BIN)/activate-dev  ## Move a sum by one record under an adapter that amplifies (minutes).
 	$(BIN)/python tests/benchmarks/sensitivity.py docs/benchmarks/sensitivity.json
+
+cards: $(BIN)/activate-dev  ## Compute which model trains on which card (half an hour).
+	$(BIN)/python tests/benchmarks/cards.py docs/benchmarks/cards.json
 
 utility: $(BIN)/activate-dev  ## Score the quickstart under three seeds (minutes).
 	$(BIN)/python tests/benchmarks/utility.py docs/benchmarks/utility.json

@@ -81,12 +81,20 @@ def measure() -> dict[str, dict[str, Any]]:
 
 
 def saved(folder: Path, shards: int) -> Path:
-    """Writes a model in so many files, and an adapter for it; returns its folder."""
+    """Writes a model in this number of files, and an adapter for it; returns its folder."""
+    write_random(folder, SIZES, shards)
+    plan = plan_for(folder, CausalLm(), {"rank": 8, "layers": (LAYERS - 1,)})
+    write_adapter(folder / "adapter", plan, initial_vector(plan), None, base_model=folder)
+    return folder
+
+
+def write_random(folder: Path, sizes: dict[str, Any], shards: int) -> None:
+    """Writes a Llama of these sizes in bfloat16, with random weights, in this number of files."""
     with quietly():
         save_decoder(folder)
     (folder / "model.safetensors").unlink()
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | SIZES))
+    (folder / "config.json").write_text(json.dumps(config | sizes))
     shapes = {
         name: empty.shape for name, empty in skeleton(folder, CausalLm()).state_dict().items()
     }
@@ -104,9 +112,6 @@ def saved(folder: Path, shards: int) -> Path:
     if shards > 1:
         index = json.dumps({"metadata": {}, "weight_map": weight_map})
         (folder / "model.safetensors.index.json").write_text(index)
-    plan = plan_for(folder, CausalLm(), {"rank": 8, "layers": (LAYERS - 1,)})
-    write_adapter(folder / "adapter", plan, initial_vector(plan), None, base_model=folder)
-    return folder
 
 
 def load(folder: Path, kind: Kind) -> tuple[int, int, float]:
@@ -126,12 +131,16 @@ def load(folder: Path, kind: Kind) -> tuple[int, int, float]:
         quantisation=kind if kind in ("int8", "nf4") else "none",
     )
     seconds = time.process_time() - start
+    return _status("VmHWM") - before, held_bytes(model), seconds
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's parameters and buffers, with those of what its quantised weights need."""
     parts = [*model.parameters(), *model.buffers()]
     states = [state for part in parts if (state := getattr(part, "quant_state", None)) is not None]
     parts += [part for state in states for part in (state.absmax, state.state2.absmax)]
     parts += [part.scale for part in parts if isinstance(part, Int8Weight)]
-    held = sum(part.numel() * part.element_size() for part in parts)
-    return _status("VmHWM") - before, held, seconds
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _status(field: str) -> int:
