@@ -31,7 +31,7 @@ from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.folder import read_adapter, write_adapter
 from umbel_client.models.adapters.merge import merge_adapter
 from umbel_client.models.base.folder import quietly, skeleton
-from umbel_client.models.base.int8 import Int8Weight
+from umbel_client.models.base.int8 import scale_of
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.plans.plan import CausalLm
 
@@ -139,7 +139,7 @@ def held_bytes(model: torch.nn.Module) -> int:
     parts = [*model.parameters(), *model.buffers()]
     states = [state for part in parts if (state := getattr(part, "quant_state", None)) is not None]
     parts += [part for state in states for part in (state.absmax, state.state2.absmax)]
-    parts += [part.scale for part in parts if isinstance(part, Int8Weight)]
+    parts += [scale for part in parts if (scale := scale_of(part)) is not None]
     return sum(part.numel() * part.element_size() for part in parts)
 
 

@@ -21,7 +21,7 @@ from umbel_client.dpsgd.batch_size import record_bytes
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import all_linear
-from umbel_client.models.base.int8 import Int8Linear
+from umbel_client.models.base.int8 import Int8Linear, scale_of
 from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
@@ -278,7 +278,7 @@ def test_eight_bits_leave_gradients_of_records_exact(
     plain, _ = loaded(llama, plan, file, precision=precision)
     for name, layer in model.base.named_modules():
         if isinstance(layer, Int8Linear):
-            values = layer.weight.data * layer.weight.scale
+            values = layer.weight.data * scale_of(layer.weight)
             other = plain.base.get_submodule(name).weight
             assert 1e-4 < difference(values, other.float()) < 0.02
             other.data.copy_(values)

@@ -29,9 +29,11 @@ from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.evaluation.inference import Sampling, answer_prompts, classify_texts
 from umbel_client.evaluation.losses import losses_and_labels, record_losses
 from umbel_client.evaluation.score import options_for, score
+from umbel_client.models import site_model
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.folder import write_adapter
 from umbel_client.models.adapters.merge import merge_adapter
+from umbel_client.planning.trial import PublicData, loss_after_training
 from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
@@ -167,6 +169,7 @@ FULL: dict[str, Case] = {
     "a stock head": ("bert", STOCK, {}, {}),
     "an encoder, ffa": ("bert", LABELLED, {"method": "ffa"}, {}),
     "an encoder, alternate": ("bert", LABELLED, {"method": "alternate"}, {}),
+    "eight bits": ("llama", ANSWERS, {}, {"quantisation": "int8"}),
     "checkpointing": ("llama", ANSWERS, {}, {"checkpointing": True}),
     "a cached language model": ("llama", ANSWERS, {"layers": (1,)}, {}),
 }
@@ -326,6 +329,23 @@ def test_a_merged_model_has_the_cpus_weights(tmp_path: Path, llama: Path) -> Non
         found.append(load_file(out / "model.safetensors"))
     assert found[0].keys() == found[1].keys()
     assert all(np.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
+
+
+@pytest.mark.full
+def test_a_trial_of_the_tuner_is_the_cpus(
+    tiny_model: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_for(tiny_model, LABELLED, training=one_round(4, steps=2))
+    monkeypatch.setattr(site_model, "chosen_device", lambda name, **_: torch.device(name))
+    monkeypatch.setattr(site_model, "prepare_training", lambda *_, **__: None)
+    # A CPU may be faster in bfloat16, which the pretended device does not offer.
+    monkeypatch.setattr(site_model, "fastest_precision", lambda _device: "float32")
+    losses = []
+    for device in ("cpu", THERE):
+        data = PublicData.load(plan, tiny_model, texts, {}, share=0.5, seed=1, device=device)
+        assert str(data.model.device) == device
+        losses.append(loss_after_training(plan, data, public_size=100, sites=1, seed=1))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.full

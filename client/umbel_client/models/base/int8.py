@@ -17,20 +17,14 @@ from umbel_client.models.base.nf4 import layers_to_quantise
 _LARGEST = 127
 
 
-class Int8Weight(nn.Parameter):
-    """A weight in eight bits, int8[out, in], with the scale of each row."""
-
-    scale: torch.Tensor
-    """float32[out, 1]."""
-
-
 class Int8Linear(nn.Linear):
-    """A frozen linear layer whose weight is an `Int8Weight`."""
+    """A frozen linear layer whose weight is one of `eight_bits`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """See `nn.Linear`; computed in the precision of autocast, or else of the inputs."""
-        weight: Any = self.weight
-        product: torch.Tensor = _Product.apply(input, weight, weight.scale, self.bias)  # type: ignore[no-untyped-call]  # torch
+        product: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]  # torch
+            input, self.weight, scale_of(self.weight), self.bias
+        )
         return product
 
 
@@ -44,7 +38,7 @@ def quantise(base: PreTrainedModel) -> None:
             layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
         )
         weight: Any = layer.weight
-        if not isinstance(weight, Int8Weight):
+        if scale_of(weight) is None:
             weight = eight_bits(weight.detach(), weight.device)
         replacement.weight = weight
         replacement.bias = layer.bias
@@ -52,14 +46,23 @@ def quantise(base: PreTrainedModel) -> None:
     base.requires_grad_(False)
 
 
-def eight_bits(values: torch.Tensor, device: torch.device) -> Int8Weight:
-    """A weight in eight bits on a device, from its values, float32[out, in]."""
+def eight_bits(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A weight in eight bits on a device, int8[out, in], from its values, float32[out, in].
+
+    The scale of its rows is an attribute of it; see `scale_of`.
+    """
     largest = values.abs().amax(1, keepdim=True)
     scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
     rounded = (values / scale).round_().to(torch.int8)
-    weight = Int8Weight(rounded.to(device), requires_grad=False)
-    weight.scale = scale.to(device)
-    return weight
+    weight: Any = nn.Parameter(rounded.to(device), requires_grad=False)
+    weight.row_scale = scale.to(device)
+    quantised: torch.Tensor = weight
+    return quantised
+
+
+def scale_of(weight: torch.Tensor) -> torch.Tensor | None:
+    """The scale of each row, float32[out, 1]; None: the weight is not one of `eight_bits`."""
+    return getattr(weight, "row_scale", None)
 
 
 class _Product(torch.autograd.Function):
