@@ -102,18 +102,19 @@ def _model(config: ClientConfig) -> tuple[Verdict, str]:
 
 def _device(config: ClientConfig) -> tuple[Verdict, str]:
     # Only here: the other checks should not wait for what it takes to load PyTorch.
-    from umbel_client.models.base.device import chosen_device, described
+    from umbel_client.models.base.device import chosen_devices, described
     from umbel_client.models.base.precision import chosen_precision
     from umbel_client.training.device_check import try_private_step
 
-    device = chosen_device(config.model.device)
+    devices = chosen_devices(config.model.device)
     # Before a look at its precision, so that a GPU that does not answer is a finding.
-    name = described(device)
-    seconds = try_private_step(device, entropy=os.urandom)
-    precision = chosen_precision(config.model.precision, device)
+    name = described(*devices)
+    times = [try_private_step(device, entropy=os.urandom) for device in devices]
+    precision = chosen_precision(config.model.precision, *devices)
+    took = ", ".join(f"{seconds * 1000:.1f}" for seconds in times)
     return Verdict.FINE, (
         f"{name}, frozen layers in {precision}: a small private step takes"
-        f" {seconds * 1000:.1f} ms, and gives what this machine's processor gives"
+        f" {took} ms, and gives what this machine's processor gives"
     )
 
 

@@ -127,8 +127,8 @@ class PrivateOptimizer:
         }
         # 3. The sum over physical batches; `clipped_sum` is step 2 and this batch's part of step 3.
         sums = clipped_sum(gradients, units, self._clip_norm, self._clipping)
-        # All of them are there, and these take no memory: where memory runs out, and the records are
-        # computed again, none of them was added before.
+        # All of them are there, and to add them takes no memory: of a part that runs out of it, and
+        # is computed again, nothing was added.
         for device, total in sums.items():
             self._sums[device] += total
 

@@ -83,11 +83,11 @@ def run(path: Path, no_isolation: str | None) -> None:
         # Imported only now: errors so far are reported at once, and not after the seconds it takes.
         import torch
 
-        from umbel_client.models.base.device import chosen_device, described
+        from umbel_client.models.base.device import chosen_devices, described
         from umbel_client.trainer.handler import Trainer
 
         torch.set_num_threads(config.threads)
-        device = described(chosen_device(config.model.device))
+        device = described(*chosen_devices(config.model.device))
         trainer = Trainer(config, pinned, identity, observer=log, data=data)
         stack.callback(trainer.close)
         isolated = no_isolation is None and network() is Network.NONE
@@ -97,7 +97,9 @@ def run(path: Path, no_isolation: str | None) -> None:
             server.report_health(True)
             stack.callback(server.stop, _STOPPING_SECONDS)
         log.note(f"the trainer of {config.site} waits at {trainer_socket(relay)}")
-        log.note(f"it computes on {device} (model.device = {config.model.device})")
+        chosen = config.model.device
+        shown = chosen if isinstance(chosen, str) else ", ".join(chosen)
+        log.note(f"it computes on {device} (model.device = {shown})")
         wait_for(stopping)
         log.note("the trainer stops")
         log.stop()
