@@ -62,7 +62,7 @@ def find_physical_batch_size(
 ) -> int:
     """The number of records that fit into memory at once, and are worth computing at once.
 
-    Of several devices, the one decides on which the fewest records fit.
+    Where a model is on several devices, the one on which the fewest records fit decides.
 
     Gradients of records may take half of that memory at most. Where a record's gradient is larger
     than its activations, the gradients would otherwise decide how much memory training takes.

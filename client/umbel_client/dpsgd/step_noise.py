@@ -49,7 +49,7 @@ class _Place(NamedTuple):
 
     device: torch.device
     offset: int
-    """Of its first number, among those of its device."""
+    """The place of its first number among those of the device."""
 
 
 class _Purpose(NamedTuple):

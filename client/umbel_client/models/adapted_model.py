@@ -32,7 +32,7 @@ from umbel_client.models.base.layers import (
 from umbel_client.models.base.nf4 import quantise
 from umbel_client.models.base.placement import AsComputed, Quantisation
 from umbel_client.models.base.precision import Precision, computing, lower_precision
-from umbel_client.models.base.spread import pass_between_devices
+from umbel_client.models.base.spread import pass_between_devices, require_exact_copies
 from umbel_client.models.inputs import (
     HiddenInputs,
     Inputs,
@@ -115,11 +115,13 @@ class AdaptedModel(nn.Module):
 
         Raises:
             ModelError: the folder is incomplete, or has another digest or other tensors than the
-                plan says; or the model mixes records, or cannot be spread over several devices.
+                plan says; or the model mixes records, or cannot be spread over several devices; or
+                copies between devices are not exact.
         """
         # On its device before PEFT adds layers: tensors that move later are not trained.
         names = (device,) if isinstance(device, str) else device
         placement = AsComputed(tuple(map(torch.device, names)), precision, quantisation)
+        require_exact_copies(placement.devices)
         content = read_base(folder, plan.task, placement)
         require_digest(folder, content.digest, plan.model)
         base, files = build_base(content, plan.task), content.files

@@ -233,6 +233,25 @@ def test_layers_that_share_a_weight_are_not_spread(llama: Path) -> None:
     assert "share a weight" in str(error.value.found)
 
 
+def test_devices_that_do_not_reach_each_other_are_found_before_a_model_is_read(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = pretended.Pretended.to
+
+    def zeros(self: Any, *args: Any, **kwargs: Any) -> Any:
+        copied = sound(self, *args, **kwargs)
+        return copied * (str(self.device) != THERE or str(copied.device) != HERE)
+
+    spread.require_exact_copies(tuple(map(torch.device, BOTH)))
+    monkeypatch.setattr(pretended.Pretended, "to", zeros)
+    with pytest.raises(ModelError, match="changes what it copies") as error:
+        AdaptedModel.load(tmp_path / "none", plan_for(llama, ANSWERS), device=BOTH)
+    assert (error.value.field, error.value.found) == ("model.device", f"{THERE} to {HERE}")
+    with pytest.raises(ModelError) as other:
+        AdaptedModel.load(tmp_path / "none", plan_for(llama, ANSWERS), device=HERE)
+    assert other.value.field != "model.device"
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_private_round_is_the_cpus(parts: Any, case: Case) -> None:
     folder, file, task, lora, how = parts(case)

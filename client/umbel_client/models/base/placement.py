@@ -33,7 +33,7 @@ Form: TypeAlias = tuple[torch.dtype, Change | None]
 HOST = torch.device("cpu")
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "nf4": 4.127 / 8}
-"""Of each number; in four bits with the scales, which are quantised too (QLoRA, section 3)."""
+"""Bytes of a number; in four bits with the scales, which are quantised too (QLoRA, section 3)."""
 
 
 class Placement(Protocol):

@@ -7,6 +7,7 @@ device.
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
+from itertools import permutations
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +20,9 @@ from umbel_common.errors import ModelError
 
 _Copies: TypeAlias = MutableMapping[torch.Tensor, tuple[int, torch.Tensor]]
 """Copies on one device, by what was copied, with the version that it had; as long as it lives."""
+
+_COPIED = 1 << 16
+"""Numbers that are copied to see whether they arrive: 256 KiB."""
 
 
 def balanced(
@@ -63,6 +67,25 @@ def _not_spread(empty: PreTrainedModel, found: str, accepted: str) -> ModelError
         found=f"{type(empty).__name__}: {found}",
         accepted=accepted,
     )
+
+
+def require_exact_copies(devices: Sequence[torch.device]) -> None:
+    """Copies numbers from each device to each other one, as layers pass them on.
+
+    Raises:
+        ModelError: other numbers arrive, as on machines whose GPUs only seem to reach each other.
+    """
+    numbers = torch.arange(_COPIED, dtype=torch.int32)
+    for source, to in permutations(devices, 2):
+        if not torch.equal(numbers.to(source).to(to).cpu(), numbers):
+            raise ModelError(
+                "a copy from one device to another changes what it copies",
+                field="model.device",
+                found=f"{source} to {to}",
+                accepted="the same numbers on both",
+                remedy="use one of them alone, or look for the machine's settings of peer-to-peer"
+                " access and IOMMU",
+            )
 
 
 def pass_between_devices(base: PreTrainedModel) -> None:
