@@ -118,10 +118,14 @@ def loaded(
 
 
 def trained(
-    model: AdaptedModel, data: PreparedData, limit: BatchLimit, number: int = 1
+    model: AdaptedModel,
+    data: PreparedData,
+    limit: BatchLimit,
+    number: int = 1,
+    sampling_rate: float = 0.9,
 ) -> RoundResult:
     private = not isinstance(model.plan.privacy, NoPrivacy)
-    noise = SiteNoise(0.9, NEXT_TO_NOTHING if private else None)
+    noise = SiteNoise(sampling_rate, NEXT_TO_NOTHING if private else None)
     trainer = LocalTrainer(model, data, noise, lambda size: bytes(size), limit)
     return trainer.round(number, start_of(model.plan))
 
@@ -269,7 +273,7 @@ def test_a_private_round_is_the_cpus(parts: Any, case: Case) -> None:
         assert difference(there, here) < CLOSE
 
 
-@pytest.mark.parametrize("case", CASES[:2] + CASES[3:4])
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[6]])
 def test_a_plain_round_is_the_cpus(parts: Any, case: Case) -> None:
     folder, file, task, lora, how = parts(case)
     optimizer = Adam(adapter_learning_rate=1e-3, head_learning_rate=1e-2)
@@ -346,7 +350,8 @@ def test_a_model_that_one_device_has_no_room_for_trains_on_two(tmp_path: Path, p
     plan = plan_for(folder, ANSWERS, training=one_round(8))
     saving = {"checkpointing": True}
     model, data = loaded(folder, plan, pairs, HERE, **saving)
-    wanted = trained(model, data, BatchLimit(1)).delta
+    wanted = trained(model, data, BatchLimit(1), sampling_rate=0.4).delta
+    assert np.linalg.norm(wanted) > 1e-3
     size = sum(parameter.numel() * 4 for parameter in model.base.parameters())
     del model, data
     gc.collect()
@@ -357,7 +362,8 @@ def test_a_model_that_one_device_has_no_room_for_trains_on_two(tmp_path: Path, p
         with pytest.raises((torch.OutOfMemoryError, ModelError), match="out of memory"):
             AdaptedModel.load(folder, plan, device=HERE)
         gc.collect()
-        found = trained(*loaded(folder, plan, pairs, BOTH, **saving), BatchLimit(1)).delta
+        model, data = loaded(folder, plan, pairs, BOTH, **saving)
+        found = trained(model, data, BatchLimit(1), sampling_rate=0.4).delta
     assert difference(found, wanted) < CLOSE
 
 
