@@ -132,9 +132,11 @@ class Pretended(torch.Tensor):
         place = _place(wanted)
         if place is None or place == self.block.place:
             return super().to(*args, **kwargs)
+        finish()
         # To autograd both are one device, which copies nothing.
-        assert not (self.requires_grad and torch.is_grad_enabled())
-        return Pretended(self.raw.to(*args, **kwargs | {"device": "cpu"}, copy=True), place)
+        moved = _Copied.apply(self, place)
+        dtype = kwargs.get("dtype", next((one for one in args if type(one) is torch.dtype), None))
+        return moved if dtype is None else moved.to(dtype)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -178,6 +180,19 @@ class Pretended(torch.Tensor):
 
     def __repr__(self, **_: Any) -> str:
         return f"Pretended({self.raw!r}, {self.device})"
+
+
+class _Copied(torch.autograd.Function):
+    """A copy from one pretended device to the other; its gradient is copied back."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Pretended, place: str) -> Pretended:
+        ctx.place = value.block.place
+        return Pretended(value.raw.clone(), place)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0].to(ctx.place), None
 
 
 _queue: deque[Callable[[], object]] = deque()

@@ -112,18 +112,21 @@ def _model(config: ClientConfig) -> tuple[Verdict, str]:
 
 def _device(config: ClientConfig) -> tuple[Verdict, str]:
     # Only here: the other checks should not wait for what it takes to load PyTorch.
-    from umbel_client.models.base.device import chosen_device, described
+    from umbel_client.models.base.device import chosen_devices, described
     from umbel_client.models.base.precision import chosen_precision
+    from umbel_client.models.base.spread import require_exact_copies
     from umbel_client.training.device_check import try_private_step
 
-    device = chosen_device(config.model.device)
+    devices = chosen_devices(config.model.device)
     # Before a look at its precision, so that a GPU that does not answer is a finding.
-    name = described(device)
-    seconds = try_private_step(device, entropy=os.urandom)
-    precision = chosen_precision(config.model.precision, device)
+    name = described(*devices)
+    require_exact_copies(devices)
+    times = [try_private_step(device, entropy=os.urandom) for device in devices]
+    precision = chosen_precision(config.model.precision, *devices)
+    took = ", ".join(f"{seconds * 1000:.1f}" for seconds in times)
     return Verdict.FINE, (
         f"{name}, frozen layers in {precision}: a small private step takes"
-        f" {seconds * 1000:.1f} ms, and gives what this machine's processor gives"
+        f" {took} ms, and gives what this machine's processor gives"
     )
 
 
@@ -136,7 +139,7 @@ def _plan(config: ClientConfig, path: Path) -> tuple[Verdict, str]:
     found = try_plan(config, plan, entropy=os.urandom)
     expected, steps = plan.training.expected_batch_size, plan.training.local_steps
     seconds = found.seconds * math.ceil(expected / found.rows)
-    memory = memory_in_use(found.device)
+    memory = memory_in_use(*found.devices)
     lines = [
         f"{found.rows} records of {plan.task.max_tokens} tokens, computed at once, take"
         f" {found.seconds:.3g} s",

@@ -62,25 +62,30 @@ def find_physical_batch_size(
 ) -> int:
     """The number of records that fit into memory at once, and are worth computing at once.
 
+    Where a model is on several devices, the one on which the fewest records fit decides.
+
     Gradients of records may take half of that memory at most. Where a record's gradient is larger
     than its activations, the gradients would otherwise decide how much memory training takes.
 
     Args:
         records_per_unit: largest number of records of a unit; they are always computed at once.
-        free: bytes of free memory; None: what the system says.
+        free: bytes of free memory of each device; None: what the system says.
 
     Raises:
         ModelError: two records do not fit into memory.
     """
-    free = free_memory(model.device) if free is None else free
     tokens = 1 if model.frozen_output == "pooled" else model.plan.task.max_tokens
-    useful = _largest_useful(model, tokens, records_per_unit)
-    if free is None:
-        return max(min(UNKNOWN, useful), records_per_unit)
-    fixed, activations, gradients = record_bytes(model)
-    budget = max(int(free * SHARE) - fixed, 0)
-    fitting = min(budget // (activations + gradients), budget // 2 // max(gradients, 1))
-    return max(min(fitting, useful), records_per_unit, 1)
+    fitting = _largest_useful(model, tokens, records_per_unit)
+    for device in model.devices:
+        room = free_memory(device) if free is None else free
+        if room is None:
+            fitting = min(fitting, UNKNOWN)
+            continue
+        fixed, activations, gradients = record_bytes(model, device)
+        budget = max(int(room * SHARE) - fixed, 0)
+        here = budget // max(activations + gradients, 1), budget // 2 // max(gradients, 1)
+        fitting = min(fitting, *here)
+    return max(fitting, records_per_unit, 1)
 
 
 def _largest_useful(model: AdaptedModel, tokens: int, records_per_unit: int) -> int:
@@ -93,8 +98,11 @@ def _largest_useful(model: AdaptedModel, tokens: int, records_per_unit: int) -> 
     return min(whole, max(1, TOKENS_AT_ONCE * torch.get_num_threads() // tokens))
 
 
-def record_bytes(model: AdaptedModel) -> tuple[int, int, int]:
-    """The memory of a physical batch, in the kind of round that needs most.
+def record_bytes(model: AdaptedModel, device: torch.device | None = None) -> tuple[int, int, int]:
+    """The memory of a physical batch on one device, in the kind of round that needs most.
+
+    Args:
+        device: one of the model's; None: its first.
 
     Returns:
         Bytes that do not depend on the number of records; bytes of each record's activations, kept
@@ -104,14 +112,15 @@ def record_bytes(model: AdaptedModel) -> tuple[int, int, int]:
         ModelError: two records do not fit into memory.
     """
     plan = model.plan
+    device = model.device if device is None else device
     alternates = plan.lora.method == "alternate" and plan.training.rounds > 1
     private = isinstance(plan.privacy, LocalPrivacy)
     rounds = []
     try:
         for number in (1, 2) if alternates else (1,):
             trained = model.select(number).values()
-            one, two = (saved_bytes(model, _longest(model, n)) for n in (1, 2))
-            elements = sum(parameter.numel() for parameter in trained)
+            one, two = (saved_bytes(model, _longest(model, n), device) for n in (1, 2))
+            elements = sum(one.numel() for one in trained if one.device == device)
             rounds.append((max(2 * one - two, 0), two - one, 4 * elements * private))
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error):
@@ -126,17 +135,21 @@ def record_bytes(model: AdaptedModel) -> tuple[int, int, int]:
     return max(rounds, key=lambda parts: parts[1] + parts[2])
 
 
-def saved_bytes(model: AdaptedModel, batch: Batch) -> int:
-    """Bytes that the forward pass over a batch keeps for its backward pass.
+def saved_bytes(model: AdaptedModel, batch: Batch, device: torch.device | None = None) -> int:
+    """Bytes that the forward pass over a batch keeps on one device for its backward pass.
 
     Each storage counts once; those that the model holds anyway do not count.
+
+    Args:
+        device: one of the model's; None: its first.
     """
+    device = model.device if device is None else device
     constant = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in constant:
+        if tensor.device == device and storage.data_ptr() not in constant:
             kept[storage.data_ptr()] = storage.nbytes()
         # Torch frees no graph that holds its own outputs.
         return tensor.detach()

@@ -16,12 +16,14 @@ This module is part of the core of the privacy guarantee. Never add or change he
 - A division by the realised size of the batch: it would tell that size.
 - A gradient, norm or count that is returned, logged or shown before the noise is added.
 - Noise from another source than `StepNoise`.
+- A norm over the parameters of one device alone: a record has one norm, and one factor of clipping,
+  over everything that is trained.
 
 Nothing here charges: the ledger has reserved the whole round before its first gradient.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ import torch
 
 from umbel_client.data.tokens import Ints
 from umbel_client.dpsgd.fused import NotSeparate
-from umbel_client.dpsgd.step_noise import StepNoise
+from umbel_client.dpsgd.step_noise import StepNoise, by_device
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.tasks.physical_batches import compute_parts
 from umbel_client.tasks.prepared import PreparedData
@@ -67,13 +69,16 @@ class PrivateOptimizer:
         expected_batch_size: float,
         clipping: Clipping = flat,
     ) -> None:
-        """Trains the parameters of `optimizer`, on one device.
+        """Trains the parameters of `optimizer`; each stays on its device.
 
         Args:
             noise: for these parameters.
             noise_multiplier: standard deviation of the noise in units of the clip norm.
             clip_norm: largest contribution of one unit, in the Euclidean norm.
             expected_batch_size: what the noisy sum is divided by, whatever the batch.
+
+        Raises:
+            RuntimeError: the noise is for other parameters.
         """
         self._optimizer = optimizer
         self._noise = noise
@@ -84,13 +89,19 @@ class PrivateOptimizer:
         self.parameters: list[torch.nn.Parameter] = [
             parameter for group in optimizer.param_groups for parameter in group["params"]
         ]
-        sizes = [parameter.numel() for parameter in self.parameters]
-        self._sum = torch.zeros(sum(sizes), device=self.parameters[0].device)
-        self._gradient = torch.zeros_like(self._sum)
-        # Parts of one vector, so that a step writes all of them at once.
-        parts = torch.split(self._gradient, sizes)
-        for parameter, part in zip(self.parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
+        self._there = by_device(self.parameters)
+        self._sums: dict[torch.device, torch.Tensor] = {}
+        self._gradients: dict[torch.device, torch.Tensor] = {}
+        for device, parameters in self._there.items():
+            sizes = [parameter.numel() for parameter in parameters]
+            self._sums[device] = torch.zeros(sum(sizes), device=device)
+            self._gradients[device] = torch.zeros_like(self._sums[device])
+            # Parts of one vector, so that a step writes all of them at once.
+            parts = torch.split(self._gradients[device], sizes)
+            for parameter, part in zip(parameters, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
+        if noise.sizes != {device: len(total) for device, total in self._sums.items()}:
+            raise RuntimeError("the noise is for other parameters than those that are trained")
 
     def accumulate(
         self, records: int, units: Ints | None = None, *, rows: int | None = None
@@ -107,10 +118,19 @@ class PrivateOptimizer:
             ModelError: the parameters do not hold one gradient for each record.
         """
         # 2. One gradient for each record, or none is added.
-        taken = take_gradients(self.parameters, records if rows is None else rows)
-        gradients = [gradient[:records] for gradient in taken]
+        gradients = {
+            device: [
+                taken[:records]
+                for taken in take_gradients(parameters, records if rows is None else rows)
+            ]
+            for device, parameters in self._there.items()
+        }
         # 3. The sum over physical batches; `clipped_sum` is step 2 and this batch's part of step 3.
-        self._sum += clipped_sum(gradients, units, self._clip_norm, self._clipping)
+        sums = clipped_sum(gradients, units, self._clip_norm, self._clipping)
+        # All of them are there, and to add them takes no memory: of a part that runs out of it, and
+        # is computed again, nothing was added.
+        for device, total in sums.items():
+            self._sums[device] += total
 
     def discard(self) -> None:
         """Drops the gradients of a backward pass that did not end; the sum stays as it is."""
@@ -126,23 +146,30 @@ class PrivateOptimizer:
         # 4. The noise, and 5. the division.
         for offset, draws in self._noise.take():
             place = slice(offset, offset + len(draws))
-            draws.mul_(self._deviation).add_(self._sum[place]).div_(self._expected_batch_size)
-            self._gradient[place].copy_(draws)
+            total = self._sums[draws.device][place]
+            draws.mul_(self._deviation).add_(total).div_(self._expected_batch_size)
+            self._gradients[draws.device][place].copy_(draws)
         # 6. The step.
         self._optimizer.step()
-        self._sum.zero_()
+        for total in self._sums.values():
+            total.zero_()
+
+
+Gradients = Mapping[torch.device, list[torch.Tensor]]
+"""For each parameter of each device float32[n, elements], on that device; n is the same for all."""
 
 
 def clipped_sum(
-    gradients: list[torch.Tensor], units: Ints | None, clip_norm: float, clipping: Clipping
-) -> torch.Tensor:
-    """The sum of the units' clipped gradients, float32[trained elements].
+    gradients: Gradients, units: Ints | None, clip_norm: float, clipping: Clipping
+) -> dict[torch.device, torch.Tensor]:
+    """The sum of the units' clipped gradients: float32[trained elements] of each device, there.
 
-    A unit's gradient is the mean over its records, and is clipped once, whatever their number.
-    Adding or removing the unit with all of its records moves the sum by `clip_norm` at most.
+    A unit's gradient is the mean over its records, and is clipped once, whatever their number and
+    on however many devices its parts are. Adding or removing the unit with all of its records moves
+    the sum over all devices by `clip_norm` at most.
 
     Args:
-        gradients: for each parameter float32[n, elements]; may be changed.
+        gradients: of the records; may be changed.
         units: int64[n], the unit of each record, any numbers; None: each record is a unit.
         clip_norm: largest contribution of one unit, in the Euclidean norm.
         clipping: the rule of clipping.
@@ -150,7 +177,7 @@ def clipped_sum(
     # 2. The mean of each unit, and its factor of clipping.
     norms = _finite_norms(gradients)
     if units is not None:
-        gradients = _unit_means(gradients, units)
+        gradients = {there: _unit_means(rows, units) for there, rows in gradients.items()}
         norms = _finite_norms(gradients)
     exact = clipping(norms, clip_norm)
     factors = exact.float()
@@ -159,11 +186,16 @@ def clipped_sum(
     smaller = torch.nextafter(factors, torch.zeros_like(factors))
     factors = torch.where(factors > exact, smaller, factors)
     # 3. Clipped and summed in one product.
-    return torch.cat([factors @ gradient for gradient in gradients])
+    return {
+        device: torch.cat([factors.to(device) @ rows for rows in there])
+        for device, there in gradients.items()
+    }
 
 
-def _finite_norms(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Norm of each row over all parameters, float64[n]; rows without a finite norm become zero.
+def _finite_norms(gradients: Gradients) -> torch.Tensor:
+    """Norm of each row over the parameters of all devices, float64[n], on the first device.
+
+    Rows without a finite norm become zero, on every device.
 
     In float32 the norm of a long tensor comes out too small, and the clipped gradient too long: by
     0.8 % for ten million equal elements.
@@ -171,15 +203,19 @@ def _finite_norms(gradients: list[torch.Tensor]) -> torch.Tensor:
     A gradient that overflowed has no direction to clip. Its NaN would pass through clipping and
     noise, and tell that the record is there.
     """
-    parts = torch.stack(
-        [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in gradients]
-    )
-    norms: torch.Tensor = torch.linalg.vector_norm(parts, dim=0)
+    parts = [
+        torch.stack([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in there])
+        for there in gradients.values()
+    ]
+    every = torch.cat([part.to(parts[0].device) for part in parts])
+    norms: torch.Tensor = torch.linalg.vector_norm(every, dim=0)
     # The sum is finite only if all norms are.
     if not math.isfinite(norms.sum()):
         finite = torch.isfinite(norms)
-        for rows in gradients:
-            rows[~finite] = 0
+        for device, there in gradients.items():
+            broken = ~finite.to(device)
+            for rows in there:
+                rows[broken] = 0
         norms[~finite] = 0
     return norms
 

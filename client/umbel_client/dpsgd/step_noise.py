@@ -2,7 +2,8 @@
 
 Rank 16 in all linear layers of a model with 7 billion parameters trains 40 million numbers. Drawing
 as many takes a processor about as long as a step takes a GPU, so the next step's noise is drawn
-meanwhile, in blocks. Each block has a key of its own, and its own part of the trained numbers.
+meanwhile, in blocks. Each block has a key of its own, and its own part of the trained numbers, all
+of them on one device.
 
 This module is part of the core of the privacy guarantee. Never add or change here:
 
@@ -16,10 +17,10 @@ This module is part of the core of the privacy guarantee. Never add or change he
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 
@@ -32,12 +33,31 @@ BLOCK = 1 << 20
 _THREADS = 4
 
 
+_T = TypeVar("_T", bound=torch.Tensor)
+
+
+def by_device(tensors: Iterable[_T]) -> dict[torch.device, list[_T]]:
+    """The tensors of each device, in their order; the device of the first one comes first."""
+    found: dict[torch.device, list[_T]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(tensor)
+    return found
+
+
+class _Place(NamedTuple):
+    """A block's part of the trained numbers."""
+
+    device: torch.device
+    offset: int
+    """The place of its first number among those of the device."""
+
+
 class _Purpose(NamedTuple):
     """What a block is drawn for."""
 
     round: int
     step: int
-    offset: int
+    place: _Place
 
 
 class _Block:
@@ -90,32 +110,38 @@ class StepNoise:
 
         Args:
             entropy: the source of the keys: 32 bytes for each `BLOCK` numbers.
-            parameters: what is trained, on one device.
+            parameters: what is trained.
             steps: how often noise can be taken.
             round_number: the round, from 1.
         """
-        self._device = parameters[0].device
         self._round = round_number
         self._steps = steps
         self._step = 0
         self._process = os.getpid()
-        size = sum(parameter.numel() for parameter in parameters)
-        pinned = self._device.type == "cuda"
+        self.sizes: Mapping[torch.device, int] = {
+            device: sum(parameter.numel() for parameter in there)
+            for device, there in by_device(parameters).items()
+        }
+        """How many of the trained numbers each device has."""
         self._blocks = {
-            offset: _Block(NoiseSource(entropy), min(BLOCK, size - offset), pinned=pinned)
+            _Place(device, offset): _Block(
+                NoiseSource(entropy), min(BLOCK, size - offset), pinned=device.type == "cuda"
+            )
+            for device, size in self.sizes.items()
             for offset in range(0, size, BLOCK)
         }
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="noise")
-        self._drawn: dict[int, Future[None]] = {}
-        for offset in self._blocks:
-            self._draw_next(offset, _is_there)
+        self._drawn: dict[_Place, Future[None]] = {}
+        for place in self._blocks:
+            self._draw_next(place, _is_there)
 
     def take(self) -> Iterator[tuple[int, torch.Tensor]]:
         """The next step's noise, block by block.
 
         Yields:
-            The place of the block's first number among the trained ones, and its draws on their
-            device, float64[n]. They are the caller's until it asks for the next block.
+            The block's draws on the device of its numbers, float64[n], and before them the place of
+            its first number among the trained ones of that device. The draws are the caller's until
+            it asks for the next block.
 
         Raises:
             RuntimeError: there is no noise for another step, an earlier step did not take all of
@@ -128,26 +154,26 @@ class StepNoise:
             raise RuntimeError(f"the noise of a round is for {self._steps} steps")
         self._step += 1
         copies = {}
-        for offset, block in self._blocks.items():
-            self._drawn[offset].result()
-            draws = block.take(_Purpose(self._round, self._step, offset))
-            there, copies[offset] = _sent(draws, self._device)
-            yield offset, there
+        for place, block in self._blocks.items():
+            self._drawn[place].result()
+            draws = block.take(_Purpose(self._round, self._step, place))
+            there, copies[place] = _sent(draws, place.device)
+            yield place.offset, there
         # Not before: threads that draw would have the processor that adds.
-        for offset, is_copied in copies.items():
-            self._draw_next(offset, is_copied)
+        for place, is_copied in copies.items():
+            self._draw_next(place, is_copied)
 
     def wait(self) -> None:
         """Waits until the next step's noise is drawn."""
         for drawn in self._drawn.values():
             drawn.result()
 
-    def _draw_next(self, offset: int, is_copied: Callable[[], object]) -> None:
+    def _draw_next(self, place: _Place, is_copied: Callable[[], object]) -> None:
         """Has a block drawn for the step after this one, if there is one."""
-        block = self._blocks[offset]
+        block = self._blocks[place]
         if self._step < self._steps:
-            purpose = _Purpose(self._round, self._step + 1, offset)
-            self._drawn[offset] = self._threads.submit(block.draw, purpose, is_copied)
+            purpose = _Purpose(self._round, self._step + 1, place)
+            self._drawn[place] = self._threads.submit(block.draw, purpose, is_copied)
         else:
             is_copied()
             block.wipe()

@@ -32,6 +32,7 @@ from umbel_client.models.base.layers import (
 )
 from umbel_client.models.base.placement import AsComputed, Quantisation
 from umbel_client.models.base.precision import Precision, computing, lower_precision
+from umbel_client.models.base.spread import pass_between_devices, require_exact_copies
 from umbel_client.models.inputs import (
     HiddenInputs,
     Inputs,
@@ -66,6 +67,8 @@ class AdaptedModel(nn.Module):
         """Use `load`."""
         super().__init__()
         self.base = base
+        self.device = base.device
+        """The device where the model computes; of several the first one, where its outputs are."""
         self.head = head
         self.adapter = parameters
         """Trained parameters by the plan's names, in its order."""
@@ -96,7 +99,7 @@ class AdaptedModel(nn.Module):
         folder: Path,
         plan: TrainingPlan,
         *,
-        device: str = "cpu",
+        device: str | tuple[str, ...] = "cpu",
         precision: Precision = "float32",
         checkpointing: bool = False,
         quantisation: Quantisation = "none",
@@ -104,6 +107,7 @@ class AdaptedModel(nn.Module):
         """The plan's model, with an adapter that `set_vector` must fill before use.
 
         Args:
+            device: several: the layers are spread over them, and all else is on the first.
             precision: of the frozen layers; `fastest_precision` where speed counts.
             checkpointing: whether activations are computed again in the backward pass, which saves
                 memory.
@@ -111,10 +115,13 @@ class AdaptedModel(nn.Module):
 
         Raises:
             ModelError: the folder is incomplete, or has another digest or other tensors than the
-                plan says; or the model mixes records.
+                plan says; or the model mixes records, or cannot be spread over several devices; or
+                copies between devices are not exact.
         """
         # On its device before PEFT adds layers: tensors that move later are not trained.
-        placement = AsComputed(torch.device(device), precision, quantisation)
+        names = (device,) if isinstance(device, str) else device
+        placement = AsComputed(tuple(map(torch.device, names)), precision, quantisation)
+        require_exact_copies(placement.devices)
         content = read_base(folder, plan.task, placement)
         require_digest(folder, content.digest, plan.model)
         base, files = build_base(content, plan.task), content.files
@@ -127,6 +134,7 @@ class AdaptedModel(nn.Module):
         with naming_architecture(base):
             parameters, head = attach(folder, base, plan.task, plan.lora)
             require_tensors(folder, parameters, plan.lora)
+            pass_between_devices(base)
             ordered = {tensor.name: parameters[tensor.name] for tensor in plan.lora.tensors}
             return cls(base, head, ordered, plan, precision, files, checkpointing=checkpointing)
 
@@ -156,9 +164,9 @@ class AdaptedModel(nn.Module):
         return positions_of(self.base)
 
     @property
-    def device(self) -> torch.device:
-        """The device where the model computes."""
-        return self.base.device
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices of the model's parameters; the first one is `device`."""
+        return tuple(dict.fromkeys([self.device, *(one.device for one in self.parameters())]))
 
     def train(self, mode: bool = True) -> "AdaptedModel":
         """Keeps the model in evaluation mode, whatever `mode` is."""
@@ -183,7 +191,7 @@ class AdaptedModel(nn.Module):
         """Some tensors of the adapter as one vector, float32[n], in the given order."""
         parameters = [self.adapter[tensor.name].detach().reshape(-1) for tensor in tensors]
         # One copy from the device: for each copy, the host would wait once more.
-        vector: Vector = torch.cat(parameters).cpu().numpy()
+        vector: Vector = torch.cat([one.to(self.device) for one in parameters]).cpu().numpy()
         return vector
 
     def select(self, round_number: int) -> dict[str, nn.Parameter]:
@@ -252,7 +260,7 @@ class AdaptedModel(nn.Module):
         with computing(self.precision, self.device):
             output = module(attention_mask=mask, **arguments)
         first: torch.Tensor = output[0]
-        return first.float()
+        return first.to(self.device).float()
 
     def _head(self, pooled: torch.Tensor) -> torch.Tensor:
         task = self.plan.task

@@ -1,11 +1,11 @@
-"""A plan's model, loaded onto the device that a configuration says, in the precision for it."""
+"""A plan's model, loaded onto the devices that a configuration says, in the precision for it."""
 
 import logging
 from pathlib import Path
 
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.models.base.device import chosen_device, described, prepare_training
-from umbel_client.models.base.precision import chosen_precision, fastest_precision
+from umbel_client.models.base.device import chosen_devices, described, prepare_training
+from umbel_client.models.base.precision import chosen_precision
 from umbel_client.site.config import ModelConfig
 from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 
@@ -23,15 +23,16 @@ def load_site_model(config: ModelConfig, plan: TrainingPlan, *, trains: bool) ->
         ConfigError: the configuration names a device that is not there, or cannot be used so.
         ModelError: see `AdaptedModel.load`.
     """
-    device = chosen_device(config.device)
+    devices = chosen_devices(config.device)
     if trains:
-        prepare_training(device, private=isinstance(plan.privacy, LocalPrivacy))
-    precision = chosen_precision(config.precision, device)
-    _logger.info("the model computes on %s in %s", described(device), precision)
+        for device in devices:
+            prepare_training(device, private=isinstance(plan.privacy, LocalPrivacy))
+    precision = chosen_precision(config.precision, *devices)
+    _logger.info("the model computes on %s in %s", described(*devices), precision)
     return AdaptedModel.load(
         Path(config.path),
         plan,
-        device=str(device),
+        device=tuple(map(str, devices)),
         precision=precision,
         checkpointing=config.gradient_checkpointing,
         quantisation=config.quantisation,
@@ -41,7 +42,7 @@ def load_site_model(config: ModelConfig, plan: TrainingPlan, *, trains: bool) ->
 def load_public(
     folder: Path,
     plan: TrainingPlan,
-    device: str,
+    device: str | tuple[str, ...],
     *,
     field: str = "compute.device",
     trains: bool = False,
@@ -56,7 +57,9 @@ def load_public(
     Raises:
         ConfigError, ModelError: see `load_site_model`.
     """
-    place = chosen_device(device, field=field)
+    places = chosen_devices(device, field=field)
     if trains:
-        prepare_training(place, private=isinstance(plan.privacy, LocalPrivacy), field=field)
-    return AdaptedModel.load(folder, plan, device=str(place), precision=fastest_precision(place))
+        for place in places:
+            prepare_training(place, private=isinstance(plan.privacy, LocalPrivacy), field=field)
+    precision = chosen_precision("fastest", *places)
+    return AdaptedModel.load(folder, plan, device=tuple(map(str, places)), precision=precision)

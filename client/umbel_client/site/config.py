@@ -31,7 +31,7 @@ import msgspec
 from umbel_client.site.policy import Policy
 from umbel_client.site.state_folder import StateFolder
 from umbel_common.canonical import Name, Value
-from umbel_common.device import require_device
+from umbel_common.device import require_devices
 from umbel_common.errors import ConfigError
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import Count, Fraction
@@ -87,9 +87,10 @@ class ModelConfig(Value, frozen=True):
     quantisation: Literal["none", "int8", "nf4"] = "none"
     """`int8`: keep the weights of the frozen layers in eight bits. `nf4`: in four, which needs the
     package bitsandbytes."""
-    device: str = "auto"
+    device: str | tuple[str, ...] = "auto"
     """The device that computes: `cpu`, `cuda` (the first GPU), `cuda:1`, or `mps`, Apple's, without
-    private training. `auto`: the first GPU, or the CPU on a machine without one."""
+    private training. `auto`: the first GPU, or the CPU on a machine without one. A list of GPUs
+    spreads the model's layers over them."""
 
 
 class RelayConfig(Value, frozen=True):
@@ -169,7 +170,7 @@ def load_config(path: Path) -> ClientConfig:
             remedy=f'policy = "{POLICY_FILE}" above the first table, or move that file away',
         )
     config = from_table(table, ClientConfig, path)
-    require_device(config.model.device, field="model.device", file=path)
+    require_devices(config.model.device, field="model.device", file=path)
     if isinstance(named, str):
         policy = read_toml(
             folder / Path(named).expanduser(), Policy, f"see that {path} names this site's policy"

@@ -85,23 +85,25 @@ def run(path: Path, no_isolation: str | None) -> None:
         # Imported only now: errors so far are reported at once, and not after the seconds it takes.
         import torch
 
-        from umbel_client.models.base.device import chosen_device, described, memory_in_use
+        from umbel_client.models.base.device import chosen_devices, described, memory_in_use
         from umbel_client.trainer.handler import Trainer
 
         torch.set_num_threads(config.threads)
-        device = chosen_device(config.model.device)
-        name = described(device)
+        devices = chosen_devices(config.model.device)
+        name = described(*devices)
         trainer = Trainer(config, pinned, identity, observer=log, data=data)
         stack.callback(trainer.close)
         isolated = no_isolation is None and network() is Network.NONE
         service = _Service(config, pinned, trainer, log, isolated, not_apart, name)
-        service.memory = partial(memory_in_use, device)
+        service.memory = partial(memory_in_use, *devices)
         for server in service.servers(trainer_socket(relay)):
             server.start()
             server.report_health(True)
             stack.callback(server.stop, _STOPPING_SECONDS)
         log.note(f"the trainer of {config.site} waits at {trainer_socket(relay)}")
-        log.note(f"it computes on {name} (model.device = {config.model.device})")
+        chosen = config.model.device
+        shown = chosen if isinstance(chosen, str) else ", ".join(chosen)
+        log.note(f"it computes on {name} (model.device = {shown})")
         wait_for(stopping)
         log.note("the trainer stops")
         log.stop()

@@ -149,7 +149,7 @@ class _Trial:
         """
         self.model.set_vector(np.zeros(self.model.plan.lora.size, dtype=np.float32))
         optimizer.step()
-        return -torch.cat([p.detach().flatten() for p in self.parameters.values()]).double().cpu()
+        return -torch.cat([p.detach().flatten().cpu() for p in self.parameters.values()]).double()
 
 
 @contextmanager
@@ -198,8 +198,8 @@ def _gradients_alone(trial: _Trial) -> torch.Tensor:
                 found=", ".join(name for name, gradient in named if gradient is None),
                 remedy="stop: privacy would be spent for nothing; check the version of PEFT",
             )
-        rows.append(torch.cat([gradient.flatten() for gradient in used]))
-    alone = torch.stack(rows).double().cpu()
+        rows.append(torch.cat([gradient.flatten().cpu() for gradient in used]))
+    alone = torch.stack(rows).double()
     norms = alone.norm(dim=1)
     if not (torch.isfinite(norms) & (norms > 0)).all():
         raise ModelError("a record's gradient has no direction", found=f"norms {_shown(norms)}")
@@ -214,7 +214,7 @@ def _check_separate(trial: _Trial, alone: torch.Tensor) -> None:
     """
     trial.losses(EVERY).sum().backward()  # type: ignore[no-untyped-call]  # torch
     gradients = take_gradients(list(trial.parameters.values()), len(EVERY))
-    together = torch.cat(gradients, dim=1).double().cpu()
+    together = torch.cat([rows.cpu() for rows in gradients], dim=1).double()
     errors = (together - alone).norm(dim=1) / alone.norm(dim=1)
     tolerance = TOLERANCES[trial.model.precision]
     if not (errors <= tolerance).all():

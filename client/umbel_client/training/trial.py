@@ -37,7 +37,7 @@ class Trial:
     """Number of records that were computed at once."""
     seconds: float
     """Time of a step on that many records, with clipping and noise where the plan is private."""
-    device: torch.device
+    devices: tuple[torch.device, ...]
 
 
 def try_plan(settings: ClientConfig, plan: TrainingPlan, *, entropy: Entropy) -> Trial:
@@ -73,7 +73,7 @@ def try_plan(settings: ClientConfig, plan: TrainingPlan, *, entropy: Entropy) ->
         LocalTrainer(model, data, noise, entropy, limit).round(
             1, initial_vector(plan), on_step=on_step
         )
-    return Trial(limit.records, moments[1] - moments[0], model.device)
+    return Trial(limit.records, moments[1] - moments[0], model.devices)
 
 
 def _made_up(model: AdaptedModel, records: int) -> PreparedData:

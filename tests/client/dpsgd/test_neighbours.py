@@ -109,7 +109,8 @@ def adding_whole_gradients(
 ) -> None:
     """The sum, and nothing clipped."""
     gradients = take_gradients(self.parameters, rows)
-    self._sum += torch.cat([gradient[:records].sum(dim=0) for gradient in gradients])
+    (total,) = self._sums.values()
+    total += torch.cat([gradient[:records].sum(dim=0) for gradient in gradients])
 
 
 def clipping_records(

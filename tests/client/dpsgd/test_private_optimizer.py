@@ -4,12 +4,17 @@ import numpy as np
 import pytest
 import torch
 from opacus.optimizers import DPOptimizer
+from support import pretended
 
-from umbel_client.dpsgd.private_step import PrivateOptimizer, automatic, clipped_sum, flat
+from umbel_client.dpsgd import private_step
+from umbel_client.dpsgd.private_step import Clipping, PrivateOptimizer, automatic, flat
 from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.privacy.noise import NoiseSource
 
 torch.set_num_threads(1)
+
+CPU = torch.device("cpu")
+HERE, THERE = map(torch.device, pretended.DEVICES)
 
 
 def fixed(byte: int):
@@ -21,6 +26,13 @@ def made_up(records: int, scale: float = 1.0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(records)
     lengths = scale * 10 ** torch.linspace(-2, 1, records)[:, None]
     return [lengths * torch.randn(records, size, generator=generator) for size in (5, 1, 24)]
+
+
+def clipped_sum(
+    gradients: list[torch.Tensor], units: np.ndarray | None, clip_norm: float, clipping: Clipping
+) -> torch.Tensor:
+    """Of one device."""
+    return private_step.clipped_sum({CPU: gradients}, units, clip_norm, clipping)[CPU]
 
 
 @pytest.mark.parametrize("clip_norm", [0.01, 3.0, 1e4])
@@ -192,3 +204,75 @@ def test_a_gradient_near_the_end_of_float32_is_clipped_too(clipping) -> None:
         gradient = torch.full((1, int((norm / 3e38) ** 2)), 3e38)
         found = clipped_sum([gradient], None, clip_norm, clipping).double().norm()
         assert float(found) <= clip_norm * (1 + 1e-6)
+
+
+def divided(gradients: list[torch.Tensor]) -> dict[torch.device, list[torch.Tensor]]:
+    """The first two parameters on one device, the third on another."""
+    first, second, third = (rows.clone() for rows in gradients)
+    return {HERE: [first.to(HERE), second.to(HERE)], THERE: [third.to(THERE)]}
+
+
+@pytest.mark.parametrize("units", [None, np.array([9, 4, 9, 2, 9, 4, 7])])
+@pytest.mark.parametrize("clipping", [flat, automatic])
+def test_a_record_on_two_devices_has_one_norm(clipping: Clipping, units: np.ndarray | None) -> None:
+    gradients = made_up(7)
+    # Where one part is shorter than the clip norm and the whole is longer, a norm of each device's
+    # part would leave the record too long.
+    clip_norm = 1.01 * float(gradients[2].norm(dim=1).median())
+    wanted = clipped_sum([rows.clone() for rows in gradients], units, clip_norm, clipping)
+    found = private_step.clipped_sum(divided(gradients), units, clip_norm, clipping)
+    assert [total.device for total in found.values()] == [HERE, THERE] == list(found)
+    together = torch.cat([total.cpu() for total in found.values()])
+    torch.testing.assert_close(together, wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("overflowing", [0, 2])
+def test_a_record_that_overflows_on_one_device_is_left_out_on_both(overflowing: int) -> None:
+    gradients = made_up(7)
+    gradients[overflowing][3] = torch.inf
+    found = private_step.clipped_sum(divided(gradients), None, 0.5, flat)
+    kept = np.arange(7) != 3
+    wanted = clipped_sum([rows[kept].clone() for rows in gradients], None, 0.5, flat)
+    together = torch.cat([total.cpu() for total in found.values()])
+    torch.testing.assert_close(together, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_a_step_on_two_devices_is_that_on_one() -> None:
+    """With the same noise: one helping for each number, wherever it lies."""
+    shapes, found = [(5,), (1,), (4, 6)], []
+    for devices in ((CPU,) * 3, (HERE, HERE, THERE)):
+        parameters = [
+            torch.nn.Parameter(torch.ones(shape, device=device))
+            for shape, device in zip(shapes, devices, strict=True)
+        ]
+        optimizer = PrivateOptimizer(
+            torch.optim.Adam(parameters, lr=0.1),
+            StepNoise(fixed(1), parameters, steps=2),
+            noise_multiplier=1e-9,
+            clip_norm=3.0,
+            expected_batch_size=7.5,
+        )
+        for _step in range(2):
+            for records in (5, 3):
+                for parameter, rows in zip(parameters, made_up(records), strict=True):
+                    holder = rows.view(records, *parameter.shape).to(parameter.device)
+                    parameter.grad_sample = holder  # type: ignore[attr-defined]  # `per_record`
+                optimizer.accumulate(records)
+            optimizer.step()
+        found.append(torch.cat([one.detach().cpu().flatten() for one in parameters]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("device", [CPU, HERE])
+def test_noise_for_other_parameters_is_refused(device: torch.device) -> None:
+    """Some numbers would have none."""
+    trained = [torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(3))]
+    other = [trained[0], torch.nn.Parameter(torch.zeros(3 - (device == CPU), device=device))]
+    with pytest.raises(RuntimeError, match="the noise is for other parameters"):
+        PrivateOptimizer(
+            torch.optim.SGD(trained, lr=1.0),
+            StepNoise(fixed(1), other, steps=1),
+            noise_multiplier=1.0,
+            clip_norm=1.0,
+            expected_batch_size=1.0,
+        )

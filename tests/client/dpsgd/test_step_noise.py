@@ -15,7 +15,7 @@ from umbel_client.dpsgd.private_step import PrivateOptimizer
 from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.privacy.noise import NoiseSource
 
-HERE = pretended.DEVICES[0]
+HERE, THERE = pretended.DEVICES
 SIZE = 1000
 
 
@@ -119,9 +119,41 @@ def test_a_forked_process_has_no_use_of_it() -> None:
         assert len(taken(noise, vector())) == SIZE
 
 
+@pytest.mark.parametrize("size", [1, 63, 64, 65])
+def test_a_block_lies_on_one_device(size: int) -> None:
+    """Numbers of two devices are counted apart, so that a block never reaches over an end."""
+    parameters = [vector(HERE, 65), vector(THERE, size), vector(HERE, 1)]
+    with StepNoise(os.urandom, parameters, steps=2) as noise:
+        assert noise.sizes == {torch.device(HERE): 66, torch.device(THERE): size}
+        every = []
+        for _step in range(2):
+            places = {HERE: list[int](), THERE: list[int]()}
+            for offset, draws in noise.take():
+                places[str(draws.device)] += range(offset, offset + len(draws))
+                every.append(draws.cpu())
+            assert places == {HERE: list(range(66)), THERE: list(range(size))}
+    assert len(torch.unique(torch.cat(every))) == 2 * (66 + size)
+
+
+def test_noise_drawn_for_one_device_is_refused_on_another() -> None:
+    with StepNoise(os.urandom, [vector(HERE, 4), vector(THERE, 4)], steps=1) as noise:
+        here, there = noise._blocks
+        noise.wait()
+        noise._blocks[here], noise._blocks[there] = noise._blocks[there], noise._blocks[here]
+        with pytest.raises(RuntimeError, match="was asked for"):
+            list(noise.take())
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        pytest.param([vector(HERE)], id="one device"),
+        pytest.param([vector(HERE, 640), vector(THERE, SIZE - 640)], id="two devices"),
+    ],
+)
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_buffer_is_filled_again_after_its_copy_has_ended(
-    waits: bool, monkeypatch: pytest.MonkeyPatch
+    waits: bool, parameters: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a device that copies late. Without the wait, two steps have the same noise, and what a
     server learns of their difference has none."""
@@ -133,14 +165,14 @@ def test_a_buffer_is_filled_again_after_its_copy_has_ended(
 
         monkeypatch.setattr(step_noise._Block, "draw", at_once)
     found = []
-    with StepNoise(counting(), [vector(HERE)], steps=3) as noise, pretended.late():
+    with StepNoise(counting(), parameters, steps=3) as noise, pretended.late():
         for step in range(3):
-            out = vector(HERE).double()
+            outs = {one.device: one.double() for one in parameters}
             for offset, draws in noise.take():
-                out[offset : offset + len(draws)].copy_(draws)
+                outs[draws.device][offset : offset + len(draws)].copy_(draws)
             if step < 2:
                 noise.wait()
-            found.append(out.cpu())
+            found.append(torch.cat([out.cpu() for out in outs.values()]))
     with StepNoise(counting(), [vector()], steps=3) as noise:
         wanted = [taken(noise, vector()) for _ in range(3)]
     if waits:
@@ -158,7 +190,7 @@ def test_a_sum_and_its_noise_are_rounded_once() -> None:
         rows = torch.randn(1, SIZE)
         parameter.grad_sample = rows.clone()  # type: ignore[attr-defined]  # of `per_record`
         optimizer.accumulate(1)
-        total = optimizer._sum.double()
+        total = optimizer._sums[parameter.device].double()
         optimizer.step()
     with StepNoise(counting(), [parameter], steps=1) as noise:
         draws = taken(noise, vector())

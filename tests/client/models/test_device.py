@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from support import pretended
-from support.small_models import plan_for
+from support.small_models import plan_for, save_decoder
 
 from umbel_client.dpsgd.fused import fused_linear
 from umbel_client.models.base import device as module
 from umbel_client.models.base.device import (
     WORKSPACE,
     chosen_device,
+    chosen_devices,
     described,
     has_nvidia_gpu,
     prepare_training,
@@ -24,9 +25,9 @@ from umbel_client.models.site_model import load_site_model
 from umbel_client.site.config import ModelConfig
 from umbel_client.training import device_check
 from umbel_client.training.device_check import try_private_step
-from umbel_common.device import require_device
+from umbel_common.device import require_device, require_devices
 from umbel_common.errors import ConfigError, ModelError
-from umbel_common.plans.plan import Classification, NoPrivacy
+from umbel_common.plans.plan import CausalLm, Classification, NoPrivacy
 
 GPU, MPS = torch.device("cuda:1"), torch.device("mps")
 
@@ -67,6 +68,49 @@ def test_a_text_that_names_no_device_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="names no device") as error:
         require_device(text, field="model.device", file="client.toml")
     assert (error.value.field, error.value.found) == ("model.device", text)
+
+
+@pytest.mark.parametrize(
+    ("devices", "problem", "found"),
+    [
+        ((), "list of devices is empty", "[]"),
+        (("cuda:0", "cpu"), "other things than CUDA devices", "cpu"),
+        (("mps", "cuda:0", "cpu"), "other things than CUDA devices", "mps, cpu"),
+        (("auto", "cuda:1"), "other things than CUDA devices", "auto"),
+        (("auto",), "other things than CUDA devices", "auto"),
+        (("cuda:1", "cuda:1"), "one of them twice", "cuda:1, cuda:1"),
+        (("cuda", "cuda:0"), "one of them twice", "cuda, cuda:0"),
+        (("cuda:0", "cuda:x"), "names no device", "cuda:x"),
+    ],
+)
+def test_a_list_that_is_not_one_of_different_gpus_is_refused(
+    devices: tuple[str, ...], problem: str, found: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem) as error:
+        require_devices(devices, field="model.device", file="client.toml")
+    assert (error.value.field, error.value.found) == ("model.device", found)
+    assert error.value.file == "client.toml"
+    assert error.value.accepted
+    with pytest.raises(ConfigError, match=problem):
+        chosen_devices(devices)
+
+
+def test_a_list_of_gpus_is_each_of_them(two_gpus: None) -> None:
+    both = (torch.device("cuda:0"), torch.device("cuda:1"))
+    assert chosen_devices(("cuda:0", "cuda:1")) == chosen_devices(("cuda", "cuda:1")) == both
+    assert chosen_devices(("cuda:1", "cuda:0")) == both[::-1]
+    assert chosen_devices(("cuda:1",)) == chosen_devices("cuda:1") == both[1:]
+    assert chosen_devices(("cpu",)) == chosen_devices("cpu") == (torch.device("cpu"),)
+    with pytest.raises(ConfigError, match="is not there") as error:
+        chosen_devices(("cuda:0", "cuda:2"))
+    assert (error.value.field, error.value.found) == ("model.device", "cuda:2")
+    assert error.value.accepted == "cuda:0, cuda:1"
+
+
+def test_an_option_takes_one_device_and_says_where_a_list_goes() -> None:
+    with pytest.raises(ConfigError, match="names no device") as error:
+        require_device("cuda:0,cuda:1", field="--device")
+    assert "model.device in client.toml takes several" in str(error.value.remedy)
 
 
 def test_auto_is_the_first_gpu(two_gpus: None) -> None:
@@ -185,6 +229,19 @@ def test_a_site_loads_its_model_onto_its_device_and_says_so(
     assert "the model computes on pretend:1 in float32" in caplog.text
 
 
+def test_a_site_spreads_its_model_over_its_devices_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "require_device", lambda device, **_: None)
+    monkeypatch.setattr(module, "require_devices", lambda devices, **_: None)
+    folder = save_decoder(tmp_path / "m", hidden_size=16)
+    config = ModelConfig(path=str(folder), device=pretended.DEVICES)
+    with caplog.at_level(logging.INFO, "umbel"):
+        model = load_site_model(config, plan_for(folder, CausalLm(max_tokens=32)), trains=True)
+    assert model.devices == tuple(map(torch.device, pretended.DEVICES))
+    assert "the model computes on pretend:0, pretend:1 in float32" in caplog.text
+
+
 def test_a_device_without_bfloat16_computes_in_float32_and_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -197,6 +254,8 @@ def test_a_device_without_bfloat16_computes_in_float32_and_says_so(
     # A CPU that was told to emulate it does, slowly.
     assert chosen_precision("bfloat16", torch.device("cpu")) == "bfloat16"
     assert chosen_precision("float32", GPU) == "float32"
+    # What one device computes, the next one takes.
+    assert chosen_precision("bfloat16", torch.device("cpu"), device) == "float32"
 
 
 def test_a_small_private_step_on_a_device_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,9 @@ def test_the_device_is_one_that_the_sites_people_name(tmp_path: Path) -> None:
     assert load(tmp_path, TEXT).model.device == "auto"
     text = TEXT.replace('path = "models/minilm"\n', 'path = "models/minilm"\ndevice = {}\n')
     assert load(tmp_path, text.replace("{}", '"cuda:1"')).model.device == "cuda:1"
-    for given in ('"gpu"', '["cuda:0", "cuda:1"]'):
+    several = load(tmp_path, text.replace("{}", '["cuda:0", "cuda:1"]'))
+    assert several.model.device == ("cuda:0", "cuda:1")
+    for given in ('"gpu"', "[]", '["cuda:0", "gpu"]', '["cuda:0", "cpu"]', "1", '"cuda:0,cuda:1"'):
         with pytest.raises(ConfigError) as error:
             load(tmp_path, text.replace("{}", given))
         assert (error.value.file, error.value.field) == (tmp_path / "client.toml", "model.device")

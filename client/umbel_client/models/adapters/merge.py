@@ -48,6 +48,10 @@ class _Merged:
 
     device = HOST
 
+    def layer_devices(self, empty: PreTrainedModel, task: Task) -> tuple[torch.device, ...]:
+        """See `Placement`."""
+        return ()
+
     def forms(self, empty: PreTrainedModel, task: Task) -> Mapping[str, Form]:
         """See `Placement`."""
         forms: dict[str, Form] = {

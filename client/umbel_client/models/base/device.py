@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from umbel_common.device import require_device
+from umbel_common.device import require_device, require_devices
 from umbel_common.errors import ConfigError
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -69,6 +69,23 @@ def chosen_device(
     return torch.device(choice)
 
 
+def chosen_devices(
+    choice: str | tuple[str, ...], *, field: str = "model.device", root: Path = Path("/")
+) -> tuple[torch.device, ...]:
+    """The devices that a configuration means on this machine: one, or several that share a model.
+
+    Args:
+        choice: see `chosen_device`; or a list of CUDA devices.
+
+    Raises:
+        ConfigError: see `chosen_device`; or the list is not one of different CUDA devices.
+    """
+    if isinstance(choice, str):
+        return (chosen_device(choice, field=field, root=root),)
+    require_devices(choice, field=field)
+    return tuple(chosen_device(name, field=field, root=root) for name in choice)
+
+
 def has_nvidia_gpu(root: Path = Path("/")) -> bool:
     """Whether this machine has an NVIDIA GPU that nobody hides from this process."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in _HIDDEN:
@@ -100,14 +117,15 @@ def _no_cuda(choice: str, field: str, root: Path) -> ConfigError:
     )
 
 
-def memory_in_use(device: torch.device) -> str | None:
-    """The memory that is in use, for people; None: the system does not say.
+def memory_in_use(*devices: torch.device) -> str | None:
+    """The memory of devices that is in use, for people; None: the system does not say.
 
     On a GPU, that of all processes; on the processor, what this process has in memory.
     """
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return f"{(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB"
+    if devices[0].type == "cuda":
+        each = [torch.cuda.mem_get_info(device) for device in devices]
+        used = ((total - free, total) for free, total in each)
+        return ", ".join(f"{one / 2**30:.1f} of {total / 2**30:.1f} GiB" for one, total in used)
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -116,12 +134,16 @@ def memory_in_use(device: torch.device) -> str | None:
     return None if pages is None else f"{int(pages.split()[1]) / 2**20:.1f} GiB"
 
 
-def described(device: torch.device) -> str:
-    """A device for people: its name, and for a GPU its model and memory.
+def described(*devices: torch.device) -> str:
+    """Devices for people: their names, and for a GPU its model and memory.
 
     Raises:
-        ConfigError: the GPU is there, and does not answer.
+        ConfigError: a GPU is there, and does not answer.
     """
+    return ", ".join(map(_described, devices))
+
+
+def _described(device: torch.device) -> str:
     if device.type != "cuda":
         return str(device)
     try:

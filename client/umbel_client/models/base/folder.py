@@ -29,7 +29,8 @@ from transformers.utils import logging as transformers_logging
 
 from umbel_client.models.base.attention import make_every_mask
 from umbel_client.models.base.files import file_digest, model_digest, shards_of, weights_of
-from umbel_client.models.base.placement import HOST, AsComputed, Placement, places_of
+from umbel_client.models.base.layers import all_layers, without_layers
+from umbel_client.models.base.placement import AsComputed, Placement, places_of
 from umbel_client.models.base.weights import Place, WeightFile, opened_weights
 from umbel_common.errors import ModelError, UmbelError
 from umbel_common.plans.plan import CausalLm, Classification, Task
@@ -84,8 +85,8 @@ class BaseContent:
     tensors: dict[str, torch.Tensor]
     """By their names in the files."""
     files: FileDigests
-    device: torch.device = HOST
-    """The device of the model."""
+    placement: Placement = field(default_factory=AsComputed)
+    """The devices of the model."""
     places: Mapping[str, Place] = field(default_factory=dict)
     """Where tensors were put while they were read, by their names in the files."""
 
@@ -124,8 +125,7 @@ def read_base(
     for name in weights:
         if name not in names:
             files[name] = file_digest(folder / name)
-    device = HOST if placement is None else placement.device
-    return BaseContent(folder, texts, tensors, files, device, places)
+    return BaseContent(folder, texts, tensors, files, placement or AsComputed(), places)
 
 
 def _places(
@@ -154,7 +154,7 @@ def load_base(folder: Path, task: Task) -> PreTrainedModel:
 
 
 def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
-    """The model with its weights: frozen, in evaluation mode, on its device.
+    """The model with its weights: frozen, in evaluation mode, on its devices.
 
     Parameters without a place are float32.
 
@@ -188,7 +188,7 @@ def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
     if not _went_to_their_places(base, empty, places, stand_ins):
         del base
         return build_base(_read_again(content), task)
-    _take_places(base, content, stand_ins)
+    _take_places(base, content, stand_ins, content.placement.layer_devices(empty, task))
     base = _without_pooler(base, task)
     _check_separable(folder, base)
     base.requires_grad_(False)
@@ -233,13 +233,16 @@ def _read_again(content: BaseContent) -> BaseContent:
             accepted=content.digest.hex(),
             remedy="leave the model's folder alone while it is in use, and start again",
         )
-    return replace(again, device=content.device)
+    return replace(again, placement=content.placement)
 
 
 def _take_places(
-    base: PreTrainedModel, content: BaseContent, stand_ins: Mapping[str, torch.Tensor]
+    base: PreTrainedModel,
+    content: BaseContent,
+    stand_ins: Mapping[str, torch.Tensor],
+    layer_devices: tuple[torch.device, ...],
 ) -> None:
-    """Puts the tensors where their stand-ins are, and all others on the model's device."""
+    """Puts the tensors where their stand-ins are, and all others on the devices of the model."""
     names = {stand_in.data_ptr(): name for name, stand_in in stand_ins.items()}
     owners: list[tuple[nn.Module, str, str]] = []
     for module in base.modules():
@@ -248,7 +251,7 @@ def _take_places(
             if name is not None and parameter.data_ptr() != 0:
                 owners.append((module, key, name))
                 setattr(module, key, None)
-    base.to(content.device)  # type: ignore[arg-type]  # wrapped by torch
+    _move(base, content.placement.device, layer_devices)
     made: dict[str, nn.Parameter] = {}
     for module, key, name in owners:
         # One parameter for all layers that share it.
@@ -260,6 +263,19 @@ def _take_places(
                 else nn.Parameter(tensor, requires_grad=False)
             )
         setattr(module, key, made[name])
+
+
+def _move(
+    base: PreTrainedModel, device: torch.device, layer_devices: tuple[torch.device, ...]
+) -> None:
+    layers = all_layers(base) if layer_devices else None
+    if layers is None:
+        base.to(device)  # type: ignore[arg-type]  # wrapped by torch
+        return
+    with without_layers(base):
+        base.to(device)  # type: ignore[arg-type]  # wrapped by torch
+    for layer, there in zip(layers, layer_devices, strict=True):
+        layer.to(there)
 
 
 def _empty(config: PretrainedConfig, task: Task) -> PreTrainedModel:

@@ -38,12 +38,19 @@ def output_layer(base: PreTrainedModel) -> nn.Module | None:
 
 
 def layers_of(base: PreTrainedModel) -> nn.ModuleList | None:
+    """The model's layers, or None if it is built like neither family, or parts would not compute as
+    they do in the whole."""
+    # Layers with other attention windows are chosen by their number, which a part would change.
+    kinds = getattr(base.config, "layer_types", None) or ["one"]
+    return all_layers(base) if len(set(kinds)) == 1 or not _is_decoder(body_of(base)) else None
+
+
+def all_layers(base: PreTrainedModel) -> nn.ModuleList | None:
     """The model's layers, or None if it is built like neither family."""
     body = body_of(base)
     if _is_decoder(body):
-        # Layers with other attention windows are chosen by their number, which a part would change.
-        kinds = getattr(base.config, "layer_types", None) or ["one"]
-        return body.layers if len(set(kinds)) == 1 else None
+        decoders: nn.ModuleList = body.layers
+        return decoders
     layers = getattr(getattr(body, "encoder", None), "layer", None)
     has_embeddings = isinstance(getattr(body, "embeddings", None), nn.Module)
     return layers if has_embeddings and isinstance(layers, nn.ModuleList) else None
@@ -52,6 +59,18 @@ def layers_of(base: PreTrainedModel) -> nn.ModuleList | None:
 def _is_decoder(body: Any) -> bool:
     parts = {"embed_tokens": nn.Embedding, "layers": nn.ModuleList, "norm": nn.Module}
     return all(isinstance(getattr(body, name, None), kind) for name, kind in parts.items())
+
+
+@contextmanager
+def without_layers(base: PreTrainedModel) -> Iterator[None]:
+    """Within the context, the model has none of its layers."""
+    body = body_of(base)
+    if _is_decoder(body):
+        with _replaced(body, layers=nn.ModuleList()):
+            yield
+    else:
+        with _replaced(body.encoder, layer=nn.ModuleList()):
+            yield
 
 
 @contextmanager
@@ -104,13 +123,14 @@ def splits(base: PreTrainedModel, depth: int) -> bool:
     try:
         whole = base(input_ids=ids, attention_mask=mask)[0]
         with lower_part(base, depth):
-            hidden = body_of(base)(input_ids=ids, attention_mask=mask)[0]
+            hidden = body_of(base)(input_ids=ids, attention_mask=mask)[0].to(ids.device)
         with upper_part(base, depth):
-            parts = base(inputs_embeds=hidden, attention_mask=mask)[0]
+            parts = base(inputs_embeds=hidden, attention_mask=mask)[0].to(whole.device)
     except Exception:
         # An architecture's own code may fail in any way where it is taken apart.
         return False
     if whole.dim() == 3:
+        mask = mask.to(whole.device)
         whole, parts = whole * mask[..., None], parts * mask[..., None]
     return bool((whole - parts).abs().max() <= TOLERANCE * whole.abs().max())
 

@@ -33,12 +33,18 @@ def fastest_precision(device: torch.device) -> Precision:
 
 
 def chosen_precision(
-    choice: Literal["float32", "bfloat16", "fastest"], device: torch.device
+    choice: Literal["float32", "bfloat16", "fastest"], *devices: torch.device
 ) -> Precision:
     """The precision that a configuration's `model.precision` means on a device.
 
     An accelerator that does not multiply bfloat16 computes in float32 instead, and the log says so.
+    Several devices compute in the same precision: float32, if one of them does.
     """
+    each = {_chosen(choice, device) for device in devices}
+    return "float32" if "float32" in each else "bfloat16"
+
+
+def _chosen(choice: Literal["float32", "bfloat16", "fastest"], device: torch.device) -> Precision:
     if choice == "float32":
         return choice
     fastest = fastest_precision(device)
