@@ -121,7 +121,7 @@ GPU_CHECK_DEVICE ?= cuda:0
 GPU_VENV := build/gpu-venv
 GPU_PLATFORMS := $(foreach glibc,17 24 27 28 31 34,--platform manylinux_2_$(glibc)_$(GPU_PROCESSOR))
 
-gpu-wheels:  ## Download what gpu-check needs, for a machine without a network (35 MB).
+gpu-wheels:  ## Download what gpu-check needs, for a machine without a network (34 MB).
 	rm -rf $(GPU_WHEELS)
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
 		--implementation cp --python-version $(GPU_PYTHON) $(GPU_PLATFORMS) \

@@ -62,6 +62,8 @@ class Report:
 
     def __init__(self, path: Path, command: str) -> None:
         self._path = path
+        self.is_written = False
+        """Whether a part has ended."""
         self._began = time.monotonic()
         self._document: dict[str, Any] = {
             "command": command,
@@ -109,6 +111,7 @@ class Report:
         partial = self._path.with_name(f".{self._path.name}.partial")
         partial.write_text(json.dumps(self._document, indent=2) + "\n")
         os.replace(partial, self._path)
+        self.is_written = True
 
     def exit_code(self) -> int:
         """1 if a bound is missed, a part failed, or no part could run; else 0."""
@@ -205,7 +208,12 @@ def check(
             started.close()
         if refused is not None:
             print(f"gpu-check: {refused}", file=sys.stderr)
-            return NO_DEVICE
+            if not report.is_written:
+                return NO_DEVICE
+            # It was there when the check began.
+            for name in pending:
+                report.end(name, "failed", 0.0, refused)
+            pending = []
     for name in pending:
         report.end(name, NO_TIME, 0.0)
     code = report.exit_code()

@@ -26,6 +26,7 @@ from gpu_models import (
     Device,
     NotHere,
     PrivateSteps,
+    Shape,
     adapted,
     alone_and_together,
     as_a_site,
@@ -158,8 +159,13 @@ def amplified_here(device: str, *, tiny: bool) -> Figures:
             yield f"{name}_without_defence", _exact(found.before, "clip norms", None)
 
 
-def steps(name: str, most: int) -> Callable[[Device, bool], Figures]:
-    """The part that compares a private step with stock PEFT's, on a model of this shape."""
+def steps(name: str, most: int, seconds: float) -> Callable[[Device, bool], Figures]:
+    """The part that compares a private step with stock PEFT's, on a model of this shape.
+
+    Args:
+        most: the most records of a step.
+        seconds: about how long both are measured.
+    """
 
     def part(device: Device, tiny: bool) -> Figures:
         precision = _precisions(device)[-1]
@@ -175,7 +181,7 @@ def steps(name: str, most: int) -> Callable[[Device, bool], Figures]:
                 precision=precision,
                 most=2 if tiny else most,
                 turns=2 if tiny else 3,
-                seconds=0.0 if tiny else 30.0,
+                seconds=0.0 if tiny else seconds,
             ),
             shape.tokens,
             device,
@@ -233,7 +239,7 @@ def nf4(device: Device, tiny: bool) -> Figures:
         return
     precision = fastest_precision(device.place)
     shape = shape_of("1b", tiny=tiny)
-    found = compare(shape, device, precision=precision, most=8, nf4=True, seconds=20.0)
+    found = compare(shape, device, precision=precision, most=8, nf4=True, seconds=15.0)
     yield from _compared("1b_nf4", found, shape.tokens, device, (None, None))
 
 
@@ -283,37 +289,38 @@ def out_of_memory(device: Device, tiny: bool) -> Figures:
 
 def long_context(device: Device, tiny: bool) -> Figures:
     """One record of 8,192 tokens with gradient checkpointing, on the largest model that fits."""
-    tokens = 48 if tiny else 8192
     for name in ("7b", "1b"):
-        shape = replace(shape_of(name, tiny=tiny), tokens=tokens)
-        precision = _precisions(device)[-1]
-        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        with ExitStack() as stack:
-            try:
-                base = random_base(shape, device, dtype)
-                model = adapted(shape, base, precision=precision, checkpointing=True)
-                del base
-                kind = PrivateSteps(model, device, stack)
-                kind.enter()
-                kind.step(1)
-                device.watch_peak()
-                device.synchronize()
-                began = time.perf_counter()
-                kind.step(1)
-                device.synchronize()
-            except torch.OutOfMemoryError:
-                fits = False
-            else:
-                fits = True
-                seconds = time.perf_counter() - began
-        if fits:
-            figure = f"gpu_dp_8k_tokens_{name}"
-            yield f"{figure}_step_s", entry(seconds, "s", None)
-            if device.has_memory:
-                yield f"{figure}_peak_gb", entry(device.peak() / 1e9, "GB", None)
-            return
+        shape = replace(shape_of(name, tiny=tiny), tokens=48 if tiny else 8192)
+        found = _one_long_record(shape, device)
         device.free()
+        if found is not None:
+            seconds, peak = found
+            yield f"gpu_dp_8k_tokens_{name}_step_s", entry(seconds, "s", None)
+            if device.has_memory:
+                yield f"gpu_dp_8k_tokens_{name}_peak_gb", entry(peak / 1e9, "GB", None)
+            return
     raise NotHere("needs a device with more memory")
+
+
+def _one_long_record(shape: Shape, device: Device) -> tuple[float, int] | None:
+    """Seconds and peak bytes of a private step on one record; None where memory runs out."""
+    precision = _precisions(device)[-1]
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    with ExitStack() as stack:
+        try:
+            base = random_base(shape, device, dtype)
+            model = adapted(shape, base, precision=precision, checkpointing=True)
+            kind = PrivateSteps(model, device, stack)
+            kind.enter()
+            kind.step(1)
+            device.synchronize()
+            device.watch_peak()
+            began = time.perf_counter()
+            kind.step(1)
+            device.synchronize()
+        except torch.OutOfMemoryError:
+            return None
+        return time.perf_counter() - began, device.peak()
 
 
 def federation(device: Device, tiny: bool) -> Figures:
@@ -409,9 +416,9 @@ def _exact(value: float, unit: str, target: float | None) -> dict[str, Any]:
 PARTS: dict[str, Callable[[Device, bool], Figures]] = {
     "gradients": gradients,
     "amplified": amplified,
-    "7b": steps("7b", 8),
-    "1b": steps("1b", 8),
-    "bert_large": steps("bert_large", 32),
+    "7b": steps("7b", 8, 30.0),
+    "1b": steps("1b", 8, 15.0),
+    "bert_large": steps("bert_large", 32, 15.0),
     "nf4": nf4,
     "out_of_memory": out_of_memory,
     "8k_tokens": long_context,

@@ -21,7 +21,7 @@ path, parts = sys.argv[1], sys.argv[3:]
 with os.fdopen(int(sys.argv[2]), "w", buffering=1) as messages:
     def tell(**message):
         messages.write(json.dumps(message) + "\\n")
-    if path == "no device":
+    if path == "no device" or parts[0].startswith("gone="):
         tell(refused="there is none")
         sys.exit(2)
     tell(machine={"gpu": "none"})
@@ -50,7 +50,6 @@ with os.fdopen(int(sys.argv[2]), "w", buffering=1) as messages:
         tell(figure=name, entry=entry)
         tell(status="done")
 """
-DONE = {"status": "done"}
 
 
 @pytest.fixture
@@ -117,6 +116,9 @@ def test_without_a_device_it_says_so_and_writes_nothing(
     assert gpu.check(path, "", [*worker[:-1], "no device"], {"good": 0}) == gpu.NO_DEVICE
     assert not path.exists()
     assert capsys.readouterr().err == "gpu-check: there is none\n"
+    # A device that disappears is another matter.
+    code, ends, _ = checked(path, worker, "raises", "gone")
+    assert (code, ends["gone"]) == (1, ("failed", "there is none"))
     with pytest.raises(RuntimeError, match=r"no GPU to check: PyTorch .*(finds no|without) CUDA"):
         gpu._machine("cuda:0")
 
