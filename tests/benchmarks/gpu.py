@@ -68,7 +68,7 @@ class Report:
         self._document: dict[str, Any] = {
             "command": command,
             "commit": _git("rev-parse", "HEAD"),
-            "clean": not _git("status", "--porcelain"),
+            "clean": _git("status", "--porcelain") == "",
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "seconds": 0.0,
             "machine": {},
@@ -198,7 +198,7 @@ def check(
     end = time.monotonic() + limit
     pending = list(parts)
     while pending:
-        # Known before a worker starts, as far as it is: starting one takes seconds.
+        # Starting a worker takes seconds, and none of the parts would start.
         if end - time.monotonic() < min(parts[name] for name in pending):
             break
         started = Worker(worker, [f"{name}={end - parts[name]}" for name in pending])
@@ -387,9 +387,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny models, also on a CPU")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     given = parser.parse_args(arguments)
+    if not given.tiny and not given.device.startswith("cuda"):
+        # A model with 7 billion weights would fill the host's memory.
+        print(
+            f"gpu-check: {given.device} is no CUDA device; --tiny also takes cpu", file=sys.stderr
+        )
+        return NO_DEVICE
     worker = [sys.executable, __file__, "--worker", given.device, str(int(given.tiny))]
-    command = "make gpu-check" if not given.tiny else "tests/benchmarks/gpu.py --tiny"
-    return check(given.path, command, worker, {name: PARTS[name] for name in given.parts})
+    parts = {name: PARTS[name] for name in given.parts}
+    if given.tiny:
+        # A test of this program, perhaps on a busy machine.
+        command, slowly = "tests/benchmarks/gpu.py --tiny", 10.0
+    else:
+        command, slowly = "make gpu-check", 1.0
+    limits = {"limit": slowly * LIMIT, "part_limit": slowly * PART_LIMIT}
+    return check(given.path, command, worker, parts, **limits)
 
 
 def isolated(device: str, tiny: bool) -> int:

@@ -347,7 +347,7 @@ class PrivateSteps:
         part = data.part(np.arange(count))
         with torch.enable_grad():
             losses = task.losses(self._model, task.batch(data, part))
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            losses.sum().backward()
         self._private.accumulate(count)
         self._private.step()
 
@@ -566,7 +566,7 @@ def alone_and_together(
         with per_record_gradients(model):
             with torch.enable_grad():
                 losses = task.losses(model, task.batch(data, part))
-                losses.sum().backward()  # type: ignore[no-untyped-call]
+                losses.sum().backward()
             holders: list[Any] = list(parameters)
             return torch.cat([one.grad_sample.flatten(1).cpu() for one in holders], 1)
 

@@ -4,6 +4,7 @@ A part yields figures, {value, unit, target, holds}, as soon as each is known. T
 parts have the same code and small models: they test this program, and measure nothing.
 """
 
+import importlib
 import json
 import math
 import os
@@ -119,22 +120,38 @@ def _precisions(device: Device) -> list[Precision]:
 
 
 def amplified(device: Device, tiny: bool) -> Figures:
-    """The amplifying adapter, in a process that is isolated as a site's trainer is."""
-    program = str(Path(__file__).with_name("gpu.py"))
-    command = [sys.executable, program, "--isolated", device.name, str(int(tiny))]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=False, timeout=ISOLATED_SECONDS
-    )
-    isolated = done.returncode == 0 and json.loads(done.stdout)["refused"] is None
-    # 1: CUDA works within the trainer's filter of system calls; 0: see the part's error.
+    """The amplifying adapter, in a process that is isolated as a site's trainer is.
+
+    Where this process cannot compute, the figures are from one that is not isolated, and the part
+    fails.
+    """
+    found, why = _isolated(device, tiny)
+    isolated = found is not None and found["refused"] is None
     yield "gpu_isolated", entry(float(isolated), "1: as a site's trainer, 0: not", None)
-    if done.returncode == 0:
-        yield from json.loads(done.stdout)["figures"]
+    if found is not None:
+        yield from found["figures"]
         return
     yield from amplified_here(device.name, tiny=tiny)
-    raise RuntimeError(
-        f"the isolated process ended with {done.returncode}; the figures are from one that is not"
-    )
+    raise RuntimeError(f"{why}; the figures are from a process that is not isolated")
+
+
+def _isolated(device: Device, tiny: bool) -> tuple[dict[str, Any] | None, str]:
+    """What the isolated process found, and why it found nothing.
+
+    In the first, `refused` says what the kernel refused to close; null: nothing.
+    """
+    program = str(Path(__file__).with_name("gpu.py"))
+    command = [sys.executable, program, "--isolated", device.name, str(int(tiny))]
+    seconds = ISOLATED_SECONDS * (10 if tiny else 1)
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=False, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return None, f"the isolated process did not end within {seconds:g} s"
+    if done.returncode != 0:
+        return None, f"the isolated process ended with {done.returncode}"
+    return json.loads(done.stdout), ""
 
 
 def amplified_here(device: str, *, tiny: bool) -> Figures:
@@ -222,8 +239,8 @@ def _compared(
 
 def nf4(device: Device, tiny: bool) -> Figures:
     """A frozen model in four bits: its gradients, and its step beside PEFT's on the same layers."""
-    import bitsandbytes  # noqa: F401  # where it is missing, this part does not run
-
+    # Where it is missing, this part does not run.
+    importlib.import_module("bitsandbytes")
     if device.place.type == "pretend":
         raise NotHere("needs a device that bitsandbytes knows")
     shape = shape_of("small_llama", tiny=tiny)

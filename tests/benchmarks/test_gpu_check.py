@@ -75,13 +75,13 @@ def test_every_part_is_written_when_it_ends_and_none_keeps_the_rest_from_running
 ) -> None:
     path = tmp_path / "gpu.json"
     parts = ("good", "raises", "dies", "hangs", "lacks", "looks")
-    code, ends, figures = checked(path, worker, *parts, part_limit=1.0)
+    code, ends, figures = checked(path, worker, *parts, part_limit=5.0)
     assert code == 1
     assert ends == {
         "good": ("done", None),
         "raises": ("failed", "ValueError: wrong"),
         "dies": ("failed", "the process ended: 3"),
-        "hangs": ("failed", "it did not end within 1 s"),
+        "hangs": ("failed", "it did not end within 5 s"),
         "lacks": ("not run: needs flwr", None),
         "looks": ("done", None),
     }
@@ -102,8 +102,8 @@ def test_the_exit_code_says_whether_a_bound_is_missed(tmp_path: Path, worker: li
 
 def test_it_ends_within_its_limit_of_time(tmp_path: Path, worker: list[str]) -> None:
     began = time.monotonic()
-    code, ends, _ = checked(tmp_path / "gpu.json", worker, "good", "hangs", "looks", limit=1.0)
-    assert time.monotonic() - began < 5
+    code, ends, _ = checked(tmp_path / "gpu.json", worker, "good", "hangs", "looks", limit=5.0)
+    assert 5 <= time.monotonic() - began < 15
     assert code == 0
     assert ends["good"] == ("done", None)
     assert ends["hangs"] == ends["looks"] == (gpu.NO_TIME, None)
@@ -116,6 +116,8 @@ def test_without_a_device_it_says_so_and_writes_nothing(
     assert gpu.check(path, "", [*worker[:-1], "no device"], {"good": 0}) == gpu.NO_DEVICE
     assert not path.exists()
     assert capsys.readouterr().err == "gpu-check: there is none\n"
+    assert gpu.main([str(path), "--device", "cpu"]) == gpu.NO_DEVICE
+    assert not path.exists()
     # A device that disappears is another matter.
     code, ends, _ = checked(path, worker, "raises", "gone")
     assert (code, ends["gone"]) == (1, ("failed", "there is none"))
@@ -137,6 +139,7 @@ def test_its_parts_run_on_a_pretended_device() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("device", "left_out"),
     [("cpu", {"out_of_memory"}), ("pretend:0", {"nf4", "federation"})],
@@ -149,5 +152,4 @@ def test_the_whole_check_in_its_tiny_form(tmp_path: Path, device: str, left_out:
     assert {name for name, end in written["parts"].items() if end["status"] != "done"} == left_out
     assert all(end["status"] != "failed" for end in written["parts"].values())
     assert written["machine"]["torch"]
-    assert written["seconds"] < gpu.LIMIT
     assert written["figures"]["gpu_isolated"]["value"] == 1
