@@ -10,8 +10,8 @@ export TOKENIZERS_PARALLELISM := false
 # The tests start hundreds of processes; without bytecode each would compile all of Umbel again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo federation medical-qa lint test test-full soak fuzz docs vectors bench utility sensitivity cards \
-	utility-medical-qa exported audit locks dist sbom advisories clean
+.PHONY: help demo federation medical-qa lint test test-full soak fuzz docs vectors bench utility \
+	sensitivity cards utility-medical-qa exported audit gpu-wheels gpu-check locks dist sbom advisories clean
 
 # Reads this file: `##@ heading` begins a group, `target: ...  ## text` is a line of it.
 help:  ## List these targets.
@@ -115,6 +115,36 @@ exported: $(BIN)/activate-dev $(BIN)/activate-medical-qa  ## Load medical-qa's a
 audit: $(BIN)/activate-dev  ## Attack the quickstart (minutes), then ask for advisories.
 	$(BIN)/python tests/benchmarks/audit.py docs/benchmarks/audit.json
 	$(MAKE) advisories
+
+# A machine with a GPU has its own PyTorch, and often no network (docs/gpu.md).
+GPU_WHEELS ?= build/gpu-wheels
+GPU_PYTHON ?= 3.12
+GPU_PROCESSOR ?= x86_64
+GPU_CHECK_DEVICE ?= cuda:0
+GPU_VENV := build/gpu-venv
+GPU_PLATFORMS := $(foreach glibc,17 24 27 28 31 34,--platform manylinux_2_$(glibc)_$(GPU_PROCESSOR))
+
+gpu-wheels:  ## Download what gpu-check needs, for a machine without a network (34 MB).
+	rm -rf $(GPU_WHEELS)
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+		--implementation cp --python-version $(GPU_PYTHON) $(GPU_PLATFORMS) \
+		--platform manylinux2014_$(GPU_PROCESSOR) \
+		-c constraints.txt -r tests/benchmarks/gpu-wheels.txt --dest $(GPU_WHEELS)
+	du -sh $(GPU_WHEELS)
+
+# The machine's own packages are seen in the new environment, also if $(PYTHON) is of one itself.
+$(GPU_VENV)/activate-gpu: tests/benchmarks/gpu-wheels.txt $(wildcard $(GPU_WHEELS))
+	rm -rf $(GPU_VENV)
+	$(PYTHON) -m venv --without-pip $(GPU_VENV)
+	$(PYTHON) -c 'import sys; print(*filter(None, sys.path[1:]), sep="\n")' \
+		> "$$($(GPU_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/machine.pth"
+	test ! -d $(GPU_WHEELS) || $(PYTHON) -m pip --python $(GPU_VENV)/bin/python install --quiet \
+		--disable-pip-version-check --no-index --no-deps --no-compile \
+		--find-links $(GPU_WHEELS) -r tests/benchmarks/gpu-wheels.txt
+	touch $@
+
+gpu-check: $(GPU_VENV)/activate-gpu  ## Check and measure training on one GPU (5 minutes, no network).
+	$(GPU_VENV)/bin/python tests/benchmarks/gpu.py docs/benchmarks/gpu.json --device $(GPU_CHECK_DEVICE)
 
 ##@ Release, as docs/releasing.md describes
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import bench_crypto
 import bench_dp_step
 import bench_load
+import bench_long_context
 import bench_lost_rounds
 import bench_masking
 import bench_memory
@@ -22,6 +23,7 @@ BENCHES = (
     bench_wire,
     bench_memory,
     bench_load,
+    bench_long_context,
     bench_dp_step,
     bench_noise,
     bench_round,

