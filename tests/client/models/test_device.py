@@ -2,14 +2,18 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from support import pretended
 from support.small_models import plan_for, save_decoder
 
+from umbel_client.cli import doctor
 from umbel_client.dpsgd.fused import fused_linear
 from umbel_client.models.base import device as module
 from umbel_client.models.base.device import (
@@ -272,3 +276,14 @@ def test_a_small_private_step_on_a_device_is_the_hosts(monkeypatch: pytest.Monke
         try_private_step(torch.device(pretended.DEVICES[0]), entropy=os.urandom)
     with pretended.memory_of(1000), pytest.raises(ModelError, match="cannot compute"):
         try_private_step(torch.device(pretended.DEVICES[0]), entropy=os.urandom)
+
+
+def test_doctor_names_each_device_of_a_list_and_tries_a_step_on_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "require_device", lambda device, **_: None)
+    monkeypatch.setattr(module, "require_devices", lambda devices, **_: None)
+    config: Any = SimpleNamespace(model=ModelConfig(path="none", device=pretended.DEVICES))
+    verdict, text = doctor.CHECKS["device"](config)
+    assert verdict is doctor.Verdict.FINE
+    assert re.match(r"pretend:0, pretend:1, frozen layers .* takes \d+\.\d, \d+\.\d ms", text)
