@@ -7,7 +7,6 @@ is measured on a GPU. Attention is PyTorch's `scaled_dot_product_attention`, as 
 
 import gc
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -108,52 +107,66 @@ def measured(
     return Measured(held_bytes(model) - 4 * trained, trained, record)
 
 
-def rows_of(shape: Shape, quantisation: Quantisation, checkpointing: bool) -> dict[str, Any]:
-    """A whole model's bytes, and the records that each card computes at once."""
+def whole(shape: Shape, quantisation: Quantisation, *, checkpointing: bool) -> Measured:
+    """A whole model, from one with one layer and one with two."""
     one, two = (measured(shape, layers, quantisation, checkpointing) for layers in (1, 2))
     more = shape.layers - 1
     # Embeddings are held in float32, and the output layer in bfloat16.
     words = 6 * shape.hidden_size * (shape.vocabulary - VOCABULARY)
-    held = one.held + more * (two.held - one.held) + words
-    trained = one.trained + more * (two.trained - one.trained)
-    activations = one.record + more * (two.record - one.record)
+    return Measured(
+        one.held + more * (two.held - one.held) + words,
+        one.trained + more * (two.trained - one.trained),
+        one.record + more * (two.record - one.record),
+    )
+
+
+def fitting(model: Measured, record: float) -> dict[str, int]:
+    """The number of records that each card computes at once.
+
+    Args:
+        record: bytes of a record's activations.
+    """
     # Parameter, gradient and clipped sum, and Adam's two moments, each in float32.
-    fixed = held + 20 * trained
-    each = activations + 4 * trained
-    fitting = {str(card): max(0, int((USABLE * card * 1e9 - fixed) // each)) for card in CARDS}
+    fixed = model.held + 20 * model.trained
+    each = record + 4 * model.trained
+    return {str(card): max(0, int((USABLE * card * 1e9 - fixed) // each)) for card in CARDS}
+
+
+def row(shape: Shape, plain: Measured, checkpointed: Measured) -> dict[str, Any]:
+    """What is written of a model in one precision."""
+    # In its backward pass, a layer's activations are there as well.
+    least = checkpointed.record + plain.record / shape.layers
     return {
-        "held": held,
-        "trained": trained,
-        "activations": activations,
-        "records_at_once": fitting,
+        "held": plain.held,
+        "trained": plain.trained,
+        "activations": plain.record,
+        "activations_checkpointing": round(least),
+        "records_at_once": fitting(plain, plain.record),
+        "records_at_once_checkpointing": fitting(plain, least),
     }
 
 
 def main(path: Path) -> None:
-    """Measures, and writes `path`."""
+    """Measures, and writes `path` after each row."""
     torch.set_num_threads(1)
     rows: dict[str, dict[str, Any]] = {}
-    began = time.monotonic()
-    for name, shape in SHAPES.items():
-        for quantisation in get_args(Quantisation):
-            for checkpointing in (False, True):
-                kind = "bfloat16" if quantisation == "none" else quantisation
-                key = f"{kind}{', checkpointing' if checkpointing else ''}"
-                rows.setdefault(name, {})[key] = found = rows_of(shape, quantisation, checkpointing)
-                gc.collect()
-                print(name, key, found, flush=True)
     document = {
         "command": "make cards",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
-        "seconds": round(time.monotonic() - began),
         "tokens": TOKENS,
         "rank": RANK,
         "usable": USABLE,
         "models": rows,
     }
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    for name, shape in SHAPES.items():
+        for quantisation in get_args(Quantisation):
+            kind = "bfloat16" if quantisation == "none" else quantisation
+            found = [whole(shape, quantisation, checkpointing=one) for one in (False, True)]
+            rows.setdefault(name, {})[kind] = row(shape, *found)
+            gc.collect()
+            path.write_text(json.dumps(document, indent=2) + "\n")
+            print(name, kind, rows[name][kind]["records_at_once_checkpointing"], flush=True)
 
 
 if __name__ == "__main__":
