@@ -51,7 +51,7 @@ def every_step(folder: Path, count: Step) -> Step:
         charged = True
         return reserve(*arguments)
 
-    def trained(self: Quiet, round_number: int, number: int, steps: int) -> None:
+    def trained(self: Quiet, round_number: int, number: int, steps: int, records: float) -> None:
         with open(folder / GRADIENTS, "a") as file:
             file.write(f"{round_number}\n")
         step("gradient")
