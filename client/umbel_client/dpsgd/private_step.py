@@ -149,10 +149,10 @@ class PrivateOptimizer:
             total = self._sums[draws.device][place]
             draws.mul_(self._deviation).add_(total).div_(self._expected_batch_size)
             self._gradients[draws.device][place].copy_(draws)
+            # Now, and not after the step: of one that fails, the next sum would hold this one too.
+            total.zero_()
         # 6. The step.
         self._optimizer.step()
-        for total in self._sums.values():
-            total.zero_()
 
 
 Gradients = Mapping[torch.device, list[torch.Tensor]]

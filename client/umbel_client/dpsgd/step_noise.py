@@ -132,8 +132,10 @@ class StepNoise:
         }
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="noise")
         self._drawn: dict[_Place, Future[None]] = {}
+        self._copies: dict[_Place, Callable[[], object]] = dict.fromkeys(self._blocks, _is_there)
+        """What waits until each block's last draws have left their buffer."""
         for place in self._blocks:
-            self._draw_next(place, _is_there)
+            self._draw_next(place)
 
     def take(self) -> Iterator[tuple[int, torch.Tensor]]:
         """The next step's noise, block by block.
@@ -153,24 +155,23 @@ class StepNoise:
         if self._step == self._steps:
             raise RuntimeError(f"the noise of a round is for {self._steps} steps")
         self._step += 1
-        copies = {}
         for place, block in self._blocks.items():
             self._drawn[place].result()
             draws = block.take(_Purpose(self._round, self._step, place))
-            there, copies[place] = _sent(draws, place.device)
+            there, self._copies[place] = _sent(draws, place.device)
             yield place.offset, there
         # Not before: threads that draw would have the processor that adds.
-        for place, is_copied in copies.items():
-            self._draw_next(place, is_copied)
+        for place in self._blocks:
+            self._draw_next(place)
 
     def wait(self) -> None:
         """Waits until the next step's noise is drawn."""
         for drawn in self._drawn.values():
             drawn.result()
 
-    def _draw_next(self, place: _Place, is_copied: Callable[[], object]) -> None:
+    def _draw_next(self, place: _Place) -> None:
         """Has a block drawn for the step after this one, if there is one."""
-        block = self._blocks[place]
+        block, is_copied = self._blocks[place], self._copies[place]
         if self._step < self._steps:
             purpose = _Purpose(self._round, self._step + 1, place)
             self._drawn[place] = self._threads.submit(block.draw, purpose, is_copied)
@@ -191,6 +192,9 @@ class StepNoise:
         self._steps = self._step
         if os.getpid() == self._process:
             self._threads.shutdown(cancel_futures=True)
+            # A step that just ended may not have had its noise yet: it would have none.
+            for is_copied in self._copies.values():
+                is_copied()
         for block in self._blocks.values():
             block.wipe()
 

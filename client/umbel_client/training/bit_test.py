@@ -142,8 +142,8 @@ class _Trial:
         # that do not.
         few = self._most < len(self._records) and not self._full
         at_once = self._most if few else max(1, self._most // 2)
-        wanted = self._in_rows(self._most, at_once, backwards=False)
-        if self._most > 1 and self._in_rows(self._most, at_once, backwards=True) != wanted:
+        wanted = self._in_rows(self._most, at_once, moved=False)
+        if self._most > 1 and self._in_rows(self._most, at_once, moved=True) != wanted:
             raise ModelError(
                 "a record's bits depend on the records beside it",
                 found=f"{type(self._model.base).__name__}, records of {self._length} tokens,"
@@ -164,27 +164,23 @@ class _Trial:
         smaller = sorted(choices - {self._most})
         return {
             self._most,
-            *(rows for rows in smaller if self._in_rows(rows, rows, backwards=False) == wanted),
+            *(rows for rows in smaller if self._in_rows(rows, rows, moved=False) == wanted),
         }
 
-    def _in_rows(self, rows: int, at_once: int, *, backwards: bool) -> list[bytes]:
+    def _in_rows(self, rows: int, at_once: int, *, moved: bool) -> list[bytes]:
         """The records' bits, computed with at most `at_once` of them and new others.
 
         Args:
-            backwards: whether their places are counted from the end, and the records beside each
-                are others; these have padding then.
+            moved: whether each record is in another row, beside others; these have padding then.
         """
-        at_once = min(at_once, len(self._records))
-        moved = at_once // 2 if backwards else 0
-        records = self._records[moved:] + self._records[:moved]
-        found: list[bytes] = []
-        for start in range(0, len(records), at_once):
-            group = records[start : start + at_once]
-            places = np.linspace(0, rows - 1, len(group)).astype(np.int64)
-            whole = self._full and not backwards
-            company = self._company(rows, group, rows - 1 - places if backwards else places, whole)
-            found += self._bits(self._model, company)
-        return found[len(found) - moved :] + found[: len(found) - moved]
+        count = len(self._records)
+        arranged = _moved(rows, count, at_once) if moved else _arranged(rows, count, at_once)
+        found: dict[int, bytes] = {}
+        for group, places in arranged:
+            records = [self._records[index] for index in group]
+            company = self._company(rows, records, places, self._full and not moved)
+            found |= zip(group, self._bits(self._model, company), strict=True)
+        return [found[index] for index in range(count)]
 
     def _company(
         self, rows: int, records: Sequence[npt.NDArray[np.int32]], places: Ints, whole: bool
@@ -199,6 +195,52 @@ class _Trial:
 
     def _tokens(self, size: int) -> npt.NDArray[np.int32]:
         return self._random.integers(0, self._model.vocabulary, size, dtype=np.int32)
+
+
+_Arranged = list[tuple[list[int], Ints]]
+"""Records that are computed at once, by their numbers, and the row of each."""
+
+
+def _arranged(
+    rows: int, count: int, at_once: int, turned: int = 0, *, backwards: bool = False
+) -> _Arranged:
+    """Records in their order, at most `at_once` of them together, as far apart as there are rows.
+
+    Args:
+        turned: which record comes first.
+        backwards: whether rows are counted from the end.
+    """
+    order = [*range(turned, count), *range(turned)]
+    arranged = []
+    for start in range(0, count, at_once):
+        group = order[start : start + at_once]
+        places = np.linspace(0, rows - 1, len(group)).astype(np.int64)
+        arranged.append((group, rows - 1 - places if backwards else places))
+    return arranged
+
+
+def _moved(rows: int, count: int, at_once: int) -> _Arranged:
+    """The first arrangement in which each record is in another row than in `_arranged`.
+
+    To turn the order and to count from the end may cancel each other out: of two records at once,
+    each would come back to its own row.
+    """
+    former = _rows_of(_arranged(rows, count, at_once))
+    return next(
+        arranged
+        for turned in (min(at_once, count) // 2, *range(1, count))
+        for backwards in (True, False)
+        for arranged in [_arranged(rows, count, at_once, turned, backwards=backwards)]
+        if not former & _rows_of(arranged)
+    )
+
+
+def _rows_of(arranged: _Arranged) -> set[tuple[int, int]]:
+    return {
+        (index, int(place))
+        for group, places in arranged
+        for index, place in zip(group, places, strict=True)
+    }
 
 
 def _company_of(

@@ -39,6 +39,12 @@ _READING = {
     "_pack_padded_sequence": "packs rows by their lengths",
     "_nested_tensor_from_mask": "packs rows by their lengths",
     "_nested_tensor_from_mask_left_aligned": "packs rows by their lengths",
+    "_to_sparse": "keeps as many numbers as are not zero",
+    "_to_sparse_csr": "keeps as many numbers as are not zero",
+    "_to_sparse_csc": "keeps as many numbers as are not zero",
+    "_to_sparse_bsr": "keeps as many numbers as are not zero",
+    "_to_sparse_bsc": "keeps as many numbers as are not zero",
+    "_coalesce": "counts values",
     "equal": "reads numbers to decide what to do",
     "tolist": "reads numbers to decide what to do",
     "numpy": "reads numbers to decide what to do",
@@ -53,7 +59,14 @@ _READING = {
 _BY_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 """Torch's own marks of operations that read values, or whose shape follows from values."""
 
-_INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
+_INDEXING = (
+    "index",
+    "index_put",
+    "index_put_",
+    "_index_put_impl",
+    "_index_put_impl_",
+    "_unsafe_index_put",
+)
 """They may read values: only where they pick by a mask, whatever torch marks them with."""
 
 _UNSEEN = frozenset({"tolist", "numpy", "__array__", "__dlpack__", "apply_", "map_", "map2_"})

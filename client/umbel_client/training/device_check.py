@@ -64,21 +64,22 @@ def _steps(device: torch.device, entropy: Entropy) -> tuple[torch.Tensor, float]
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     layer = layer.to(device)
     records = torch.randn(_RECORDS, _INPUTS, generator=generator).to(device)
-    optimizer = PrivateOptimizer(
-        torch.optim.SGD(layer.parameters(), lr=0.1),
-        StepNoise(entropy, list(layer.parameters()), steps=2),
-        noise_multiplier=1e-9,
-        clip_norm=_CLIP_NORM,
-        expected_batch_size=float(_RECORDS),
-    )
+    with StepNoise(entropy, list(layer.parameters()), steps=2) as noise:
+        optimizer = PrivateOptimizer(
+            torch.optim.SGD(layer.parameters(), lr=0.1),
+            noise,
+            noise_multiplier=1e-9,
+            clip_norm=_CLIP_NORM,
+            expected_batch_size=float(_RECORDS),
+        )
 
-    def step() -> torch.Tensor:
-        with torch.enable_grad():
-            fused_linear(records, layer).square().sum().backward()  # type: ignore[no-untyped-call]
-        optimizer.accumulate(_RECORDS)
-        optimizer.step()
-        return torch.cat([p.detach().flatten() for p in layer.parameters()]).cpu()
+        def step() -> torch.Tensor:
+            with torch.enable_grad():
+                fused_linear(records, layer).square().sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.accumulate(_RECORDS)
+            optimizer.step()
+            return torch.cat([p.detach().flatten() for p in layer.parameters()]).cpu()
 
-    step()
-    began = time.perf_counter()
-    return step(), time.perf_counter() - began
+        step()
+        began = time.perf_counter()
+        return step(), time.perf_counter() - began

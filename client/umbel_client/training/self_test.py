@@ -120,6 +120,7 @@ class _Trial:
             part = Part(indices, int(lengths[indices].max()), len(indices))
             return task.losses(self.model, task.batch(self.data, part))
 
+    @contextmanager
     def optimizer(
         self,
         inner: torch.optim.Optimizer,
@@ -127,16 +128,17 @@ class _Trial:
         noise_multiplier: float,
         expected_batch_size: float = 1.0,
         steps: int = 1,
-    ) -> PrivateOptimizer:
+    ) -> Iterator[PrivateOptimizer]:
         """A round's optimizer, for an expected batch of one record unless the caller says more."""
-        return PrivateOptimizer(
-            inner,
-            StepNoise(self.entropy, list(self.parameters.values()), steps=steps),
-            noise_multiplier=noise_multiplier,
-            clip_norm=self.clip_norm,
-            expected_batch_size=expected_batch_size,
-            clipping=CLIPPINGS[self.clipping],
-        )
+        with StepNoise(self.entropy, list(self.parameters.values()), steps=steps) as noise:
+            yield PrivateOptimizer(
+                inner,
+                noise,
+                noise_multiplier=noise_multiplier,
+                clip_norm=self.clip_norm,
+                expected_batch_size=expected_batch_size,
+                clipping=CLIPPINGS[self.clipping],
+            )
 
     def descent(self) -> torch.optim.Optimizer:
         """An optimizer that subtracts exactly the gradient that it is given."""
@@ -232,9 +234,9 @@ def _check_clipped(trial: _Trial, alone: torch.Tensor) -> None:
     excess = torch.tensor(EXCESS, dtype=torch.float64).unsqueeze(1)
     losses = trial.losses(EVERY)
     (losses * (excess * trial.clip_norm / norms).flatten().to(losses)).sum().backward()
-    optimizer = trial.optimizer(trial.descent(), noise_multiplier=0.0)
-    optimizer.accumulate(len(EVERY))
-    found = trial.step_from_zero(optimizer) / trial.clip_norm
+    with trial.optimizer(trial.descent(), noise_multiplier=0.0) as optimizer:
+        optimizer.accumulate(len(EVERY))
+        found = trial.step_from_zero(optimizer) / trial.clip_norm
     # Other arithmetic than the step's: a fault there must not hide itself here.
     if trial.clipping == "automatic":
         shares = excess * trial.clip_norm / (excess * trial.clip_norm + 0.01)
@@ -255,10 +257,10 @@ def _check_noise(trial: _Trial) -> None:
     The bounds of a chi-squared sum are those of Laurent and Massart (2000, lemma 1).
     """
     steps = math.ceil(DRAWS / sum(parameter.numel() for parameter in trial.parameters.values()))
-    optimizer = trial.optimizer(
+    with trial.optimizer(
         trial.descent(), noise_multiplier=trial.noise_multiplier, steps=steps
-    )
-    draws = torch.cat([trial.step_from_zero(optimizer) for _ in range(steps)])
+    ) as optimizer:
+        draws = torch.cat([trial.step_from_zero(optimizer) for _ in range(steps)])
     wanted = trial.noise_multiplier * trial.clip_norm
     found = float((draws / wanted).square().mean())
     spread = 2 * math.sqrt(ALARM / len(draws))
@@ -278,13 +280,13 @@ def _check_moves(trial: _Trial) -> None:
     plan = trial.model.plan
     trained, noise = plan.trained_tensors(trial.round_number), trial.noise_multiplier
     inner = build_optimizer(plan, trained, trial.parameters, noise)
-    optimizer = trial.optimizer(
+    task = task_of(plan.task)
+    with trial.optimizer(
         inner,
         noise_multiplier=noise,
         expected_batch_size=plan.training.expected_batch_size,
-    )
-    task = task_of(plan.task)
-    private_step(task, trial.model, trial.data, EVERY, optimizer, BatchLimit(2))
+    ) as optimizer:
+        private_step(task, trial.model, trial.data, EVERY, optimizer, BatchLimit(2))
     still = [name for name, value in before.items() if torch.equal(value, trial.parameters[name])]
     if still:
         raise ModelError(

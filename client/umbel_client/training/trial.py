@@ -4,6 +4,7 @@ No private data are read, and nothing is charged. Records are as long as the pla
 on real records takes at most as long.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -66,14 +67,17 @@ def try_plan(settings: ClientConfig, plan: TrainingPlan, *, entropy: Entropy) ->
         model.vector()
         moments.append(time.perf_counter())
 
-    data = _made_up(model, limit.records)
+    records = limit.records
+    data = _made_up(model, records)
     private = isinstance(plan.privacy, LocalPrivacy)
     noise = SiteNoise(sampling_rate=1.0, noise_multiplier=1.0 if private else None)
     with naming_architecture(model.base):
         LocalTrainer(model, data, noise, entropy, limit).round(
             1, initial_vector(plan), on_step=on_step
         )
-    return Trial(limit.records, moments[1] - moments[0], model.devices)
+    # Memory may have run out: then a step took several parts.
+    parts = math.ceil(records / limit.records)
+    return Trial(limit.records, (moments[1] - moments[0]) / parts, model.devices)
 
 
 def _made_up(model: AdaptedModel, records: int) -> PreparedData:

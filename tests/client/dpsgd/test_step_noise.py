@@ -182,6 +182,48 @@ def test_a_buffer_is_filled_again_after_its_copy_has_ended(
         assert torch.equal(found[1], found[2])
 
 
+def test_a_round_that_ends_waits_until_its_noise_has_left_its_buffers() -> None:
+    """A step's copies may be under way when the next thing fails: they would copy wiped buffers."""
+    out = vector(THERE).double()
+
+    def step_that_fails() -> None:
+        with StepNoise(counting(), [vector(THERE)], steps=9) as noise:
+            for offset, draws in noise.take():
+                out[offset : offset + len(draws)].copy_(draws)
+                if offset >= SIZE // 2:
+                    raise KeyboardInterrupt
+
+    with pretended.late():
+        with pytest.raises(KeyboardInterrupt):
+            step_that_fails()
+        found = out.cpu()
+    with StepNoise(counting(), [vector()], steps=9) as noise:
+        wanted = taken(noise, vector())
+    half = int(found.count_nonzero())
+    assert half >= SIZE // 2
+    assert torch.equal(found[:half], wanted[:half])
+
+
+def test_a_sum_is_used_once_though_its_step_fails() -> None:
+    parameter = torch.nn.Parameter(vector())
+    inner = torch.optim.SGD([parameter], lr=1.0)
+
+    def out_of_memory(*_: object) -> None:
+        raise MemoryError
+
+    settings = {"noise_multiplier": 0.0, "clip_norm": 1.0, "expected_batch_size": 1.0}
+    with StepNoise(os.urandom, [parameter], steps=2) as noise:
+        optimizer = PrivateOptimizer(inner, noise, **settings)
+        parameter.grad_sample = torch.ones(1, SIZE)  # type: ignore[attr-defined]
+        optimizer.accumulate(1)
+        failing = inner.register_step_pre_hook(out_of_memory)
+        with pytest.raises(MemoryError):
+            optimizer.step()
+        failing.remove()
+        optimizer.step()
+    assert not parameter.any()
+
+
 def test_a_sum_and_its_noise_are_rounded_once() -> None:
     parameter = torch.nn.Parameter(vector())
     settings = {"noise_multiplier": 0.3, "clip_norm": 0.7, "expected_batch_size": 3.0}

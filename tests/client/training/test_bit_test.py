@@ -70,6 +70,38 @@ def test_a_layer_that_takes_rounding_from_other_records_is_refused(
     whole_test.self_test(model, 1.0, BatchLimit(4), entropy=os.urandom)
 
 
+@pytest.mark.parametrize("most", [2, 3, 4, 5, 6])
+def test_an_adapter_under_which_a_row_has_other_bits_is_refused(
+    tiny_model: Path, most: int
+) -> None:
+    """In few rows, too, no record may come back to the row that it had before."""
+    model, length = loaded(tiny_model), 40
+
+    def last_row(_layer: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        if output.shape[:2] != (most, length):
+            return output
+        return torch.cat([output[:-1], output[-1:] * (1 + 1e-6)])
+
+    first_layer(model).register_forward_hook(last_row)
+    with pytest.raises(ModelError, match="bits depend on the records beside it"):
+        check_round(model, BatchLimit(most), entropy=os.urandom)
+
+
+@pytest.mark.parametrize("count", [4, 8])
+def test_each_record_is_compared_with_itself_in_another_row_beside_others(count: int) -> None:
+    for rows in range(2, 129):
+        for at_once in {rows if rows < count else rows // 2, max(1, rows // 2)}:
+            former = bit_test._arranged(rows, count, at_once)
+            moved = bit_test._moved(rows, count, at_once)
+            for one, other in ((former, moved), (moved, former)):
+                assert sorted(index for group, _ in one for index in group) == list(range(count))
+                assert all(len(set(places) & set(range(rows))) == len(g) for g, places in one)
+                assert not bit_test._rows_of(one) & bit_test._rows_of(other)
+            alone = [{(i, *sorted(g)) for g, _ in one for i in g} for one in (former, moved)]
+            # Where a group fills all rows, no others are there: another group has to be.
+            assert all(len(group) < rows for group, _ in moved) or not alone[0] & alone[1]
+
+
 def test_a_number_of_rows_with_other_bits_is_not_used(tiny_model: Path) -> None:
     model, limit = loaded(tiny_model), BatchLimit(8)
 

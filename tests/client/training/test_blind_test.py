@@ -172,6 +172,9 @@ READERS: dict[str, Callable[[torch.Tensor], object]] = {
     "repeat_interleave": lambda x: torch.repeat_interleave(x.argmax(-1).flatten()),
     "masked_scatter": lambda x: x.masked_scatter(x > 0, x),
     "_nested_tensor_from_mask": lambda x: ENCODER(x, src_key_padding_mask=x[..., 0] > 9),
+    "_to_sparse": lambda x: x[0].relu().to_sparse() @ x[0].T,
+    "_to_sparse_csr": lambda x: x[0].relu().to_sparse_csr() @ x[0].T,
+    "masked_select": lambda x: torch.ops.aten._unsafe_index_put(x, [x > 0], x[0, 0, :1]),
     "umbel_tests::gemm_4bit": lambda x: torch.ops.umbel_tests.gemm_4bit(x),
 }
 

@@ -1,6 +1,7 @@
 """Causal language models through the seam: losses, gradients of records, caches, architectures."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from umbel_client.dpsgd.batch_size import record_bytes
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import all_linear
-from umbel_client.models.base.int8 import Int8Linear, scale_of
+from umbel_client.models.base.int8 import Int8Linear, eight_bits, scale_of
 from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
@@ -283,6 +284,19 @@ def test_eight_bits_leave_gradients_of_records_exact(
             assert 1e-4 < difference(values, other.float()) < 0.02
             other.data.copy_(values)
     assert difference(found, gradients_together(plain, data)) < tolerance
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_eight_bits_show_a_weight_that_is_not_finite(broken: float) -> None:
+    values = torch.full((3, 4), 0.02)
+    values[1, 2] = broken
+    values[2] = 0
+    layer = Int8Linear(4, 3, bias=False, device="meta")
+    layer.weight = eight_bits(values, torch.device("cpu"))  # type: ignore[assignment]
+    first, second, third = layer(torch.ones(1, 4))[0].tolist()
+    assert first == pytest.approx(0.08)
+    assert math.isnan(second)
+    assert third == 0
 
 
 def test_without_its_package_four_bits_are_refused(

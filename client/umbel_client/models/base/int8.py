@@ -52,7 +52,8 @@ def eight_bits(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     The scale of its rows is an attribute of it; see `scale_of`.
     """
     largest = values.abs().amax(1, keepdim=True)
-    scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
+    # A row that is not finite has no finite scale, and shows in what it computes.
+    scale = torch.where(largest == 0, 1.0, largest / _LARGEST)
     rounded = (values / scale).round_().to(torch.int8)
     weight: Any = nn.Parameter(rounded.to(device), requires_grad=False)
     weight.row_scale = scale.to(device)
