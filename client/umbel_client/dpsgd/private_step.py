@@ -128,9 +128,12 @@ class PrivateOptimizer:
         # 3. The sum over physical batches; `clipped_sum` is step 2 and this batch's part of step 3.
         sums = clipped_sum(gradients, units, self._clip_norm, self._clipping)
         # All of them are there, and to add them takes no memory: of a part that runs out of it, and
-        # is computed again, nothing was added.
-        for device, total in sums.items():
-            self._sums[device] += total
+        # is computed again, nothing was added. What fails here all the same ends the round.
+        try:
+            for device, total in sums.items():
+                self._sums[device] += total
+        except (RuntimeError, MemoryError) as error:
+            raise RuntimeError("gradients were added on some devices only") from error
 
     def discard(self) -> None:
         """Drops the gradients of a backward pass that did not end; the sum stays as it is."""

@@ -1,6 +1,7 @@
 """A record's bits in any company: what mixes records by one bit is found, and is not used."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,24 @@ def test_each_record_is_compared_with_itself_in_another_row_beside_others(count:
             alone = [{(i, *sorted(g)) for g, _ in one for i in g} for one in (former, moved)]
             # Where a group fills all rows, no others are there: another group has to be.
             assert all(len(group) < rows for group, _ in moved) or not alone[0] & alone[1]
+
+
+@pytest.mark.parametrize("test", [prove_shapes, check_round])
+def test_a_path_that_is_taken_where_no_row_has_padding_is_found(
+    tiny_model: Path, test: Callable[..., None]
+) -> None:
+    model, full = loaded(tiny_model), False
+
+    def look(_base: object, _args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        nonlocal full
+        full = bool(kwargs["attention_mask"].all())
+
+    model.base.register_forward_pre_hook(look, with_kwargs=True)
+    first_layer(model).register_forward_hook(
+        lambda _layer, _inputs, output: output * (1 + 1e-6) if full else output
+    )
+    with pytest.raises(ModelError, match="bits depend on the records beside it"):
+        test(model, BatchLimit(4), entropy=os.urandom)
 
 
 def test_a_number_of_rows_with_other_bits_is_not_used(tiny_model: Path) -> None:

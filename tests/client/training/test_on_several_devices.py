@@ -16,6 +16,7 @@ import pytest
 import torch
 from support import pretended
 from support.small_models import one_round, plan_for, save_bert, save_decoder
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from umbel_client.data.chat import Chat
 from umbel_client.data.conversations import Turn
@@ -32,6 +33,7 @@ from umbel_client.models.base.folder import skeleton
 from umbel_client.models.base.placement import AsComputed
 from umbel_client.models.inputs import TokenInputs
 from umbel_client.privacy.calibration import SiteNoise
+from umbel_client.tasks.physical_batches import ran_out_of_memory
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.tasks.task import task_of
@@ -441,3 +443,51 @@ def test_the_tests_before_a_job_pass(parts: Any, case: Case) -> None:
         self_test(model, 1.0, limit, entropy=os.urandom)
         choices.append(limit.choices)
     assert choices[0] == choices[1]
+
+
+class RunsOut(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
+    """Memory runs out at one operation."""
+
+    def __init__(self, operation: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
+        self._left = operation
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            raise torch.OutOfMemoryError
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("units", [None, np.array([0, 0, 1])], ids=["records", "units"])
+def test_no_part_is_computed_again_of_which_a_device_has_added_something(
+    units: np.ndarray[Any, Any] | None,
+) -> None:
+    """Its gradients would be in that device's sum twice."""
+    parameters = [torch.nn.Parameter(torch.zeros(2, device=device)) for device in BOTH]
+    outcomes = []
+    for operation in range(1, 200):
+        with StepNoise(os.urandom, parameters, steps=1) as noise:
+            optimizer = PrivateOptimizer(
+                torch.optim.SGD(parameters, lr=1.0),
+                noise,
+                noise_multiplier=1.0,
+                clip_norm=1.0,
+                expected_batch_size=1.0,
+            )
+            for parameter in parameters:
+                holder: Any = parameter
+                holder.grad_sample = torch.ones(3, 2, device=parameter.device)
+            try:
+                with torch.no_grad(), RunsOut(operation):
+                    optimizer.accumulate(3, units)
+            except (RuntimeError, MemoryError) as error:
+                again = ran_out_of_memory(error)
+            else:
+                break
+            added = any(total.any() for total in optimizer._sums.values())
+            assert not (again and added)
+            outcomes.append(again)
+    assert set(outcomes) == {True, False}
