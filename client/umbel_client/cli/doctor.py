@@ -136,7 +136,10 @@ def _plan(config: ClientConfig, path: Path) -> tuple[Verdict, str]:
     from umbel_client.training.trial import try_plan
 
     plan, _ = plan_from_json(read_text(path), path)
-    found = try_plan(config, plan, entropy=os.urandom)
+    try:
+        found = try_plan(config, plan, entropy=os.urandom)
+    except (RuntimeError, MemoryError) as error:
+        return Verdict.BROKEN, f"the model cannot be loaded or computed here: {error}"
     expected, steps = plan.training.expected_batch_size, plan.training.local_steps
     seconds = found.seconds * math.ceil(expected / found.rows)
     memory = memory_in_use(*found.devices)
