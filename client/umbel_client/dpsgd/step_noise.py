@@ -19,7 +19,6 @@ This module is part of the core of the privacy guarantee. Never add or change he
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
 import torch
@@ -182,12 +181,7 @@ class StepNoise:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         """Wipes all that was drawn; no noise can be taken any more."""
         self._steps = self._step
         if os.getpid() == self._process:

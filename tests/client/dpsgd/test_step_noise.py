@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 from support import pretended
+from support.forks import is_refused_in_a_fork
 
 from umbel_client.dpsgd import step_noise
 from umbel_client.dpsgd.private_step import PrivateOptimizer
@@ -102,20 +103,7 @@ def test_the_last_steps_noise_is_wiped_when_it_is_used() -> None:
 def test_a_forked_process_has_no_use_of_it() -> None:
     with StepNoise(os.urandom, [vector()], steps=1) as noise:
         noise.wait()
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                next(noise.take())
-                os.write(writing, b"drawn")
-            except RuntimeError:
-                os.write(writing, b"refused")
-            finally:
-                os._exit(0)
-        os.close(writing)
-        with open(reading, "rb") as answer:
-            assert answer.read() == b"refused"
-        os.waitpid(child, 0)
+        assert is_refused_in_a_fork(lambda: next(noise.take()))
         assert len(taken(noise, vector())) == SIZE
 
 

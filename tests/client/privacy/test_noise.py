@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from support.forks import is_refused_in_a_fork
 
 from umbel_client.privacy.noise import NoiseSource
 
@@ -45,20 +46,7 @@ def test_the_same_source_never_repeats_a_draw() -> None:
 
 def test_a_forked_process_cannot_repeat_the_draws_of_its_parent() -> None:
     source = NoiseSource(os.urandom)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            source.normal(2)
-            os.write(writing, b"drawn")
-        except RuntimeError:
-            os.write(writing, b"refused")
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with open(reading, "rb") as answer:
-        assert answer.read() == b"refused"
-    os.waitpid(child, 0)
+    assert is_refused_in_a_fork(lambda: source.normal(2))
     assert len(source.normal(2)) == 2
 
 

@@ -5,7 +5,6 @@ when its memory ends. What a GPU's own kernels compute is found on a GPU only.
 """
 
 import gc
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from support import pretended
+from support.on_devices import start_of, write_pairs, write_texts, zeros
 from support.small_models import one_round, plan_for, save_decoder
 
 from umbel_client.data.chat import Chat
@@ -70,34 +70,18 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    rows = [{"text": f"w{n} w{n + 1} w{n + 2}", "label": "ab"[n % 2]} for n in range(8)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl")
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [{"prompt": "q" * (n % 3 + 1), "completion": "a" * (n + 1)} for n in range(8)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
 
 
 @pytest.fixture(autouse=True)
 def nothing_stays() -> Iterator[None]:
     yield
     assert all(memory.limit is None for memory in pretended.MEMORY.values())
-
-
-def zeros(size: int) -> bytes:
-    """The same batches and noise for each device."""
-    return bytes(size)
-
-
-def start_of(plan: TrainingPlan) -> Vector:
-    random = np.random.default_rng(0)
-    return random.normal(0, 0.1, plan.lora.size).astype(np.float32)
 
 
 def loaded(

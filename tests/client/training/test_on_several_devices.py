@@ -4,7 +4,6 @@ What two GPUs do, and how fast, is not shown here: see `tests/support/pretended.
 """
 
 import gc
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support import pretended
+from support.on_devices import start_of, write_pairs, write_texts, zeros
 from support.small_models import one_round, plan_for, save_bert, save_decoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,29 +84,18 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    rows = [{"text": f"w{n} w{n + 1} w{n + 2}", "label": "ab"[n % 2]} for n in range(8)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl")
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [{"prompt": "q" * (n % 3 + 1), "completion": "a" * (n + 1)} for n in range(8)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
 
 
 @pytest.fixture(autouse=True)
 def nothing_stays() -> Iterator[None]:
     yield
     assert all(memory.limit is None for memory in pretended.MEMORY.values())
-
-
-def start_of(plan: TrainingPlan) -> Vector:
-    random = np.random.default_rng(0)
-    return random.normal(0, 0.1, plan.lora.size).astype(np.float32)
 
 
 def loaded(
@@ -128,7 +117,7 @@ def trained(
 ) -> RoundResult:
     private = not isinstance(model.plan.privacy, NoPrivacy)
     noise = SiteNoise(sampling_rate, NEXT_TO_NOTHING if private else None)
-    trainer = LocalTrainer(model, data, noise, lambda size: bytes(size), limit)
+    trainer = LocalTrainer(model, data, noise, zeros, limit)
     return trainer.round(number, start_of(model.plan))
 
 
