@@ -70,16 +70,17 @@ class NoiseSource:
         Returns:
             The indices of the batch in rising order, int64[n].
         """
-        words = self._words(records)
+        words = self.words(records)
         if rate >= 1.0:
             return np.arange(records, dtype=np.int64)
         return np.flatnonzero(words < np.uint64(int(rate * 2.0**64))).astype(np.int64)
 
     def _uniform(self, size: int) -> npt.NDArray[np.float64]:
         """Uniform values in the open interval (0, 1), exact multiples of 2**-53."""
-        return ((self._words(size) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+        return ((self.words(size) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
-    def _words(self, size: int) -> npt.NDArray[np.uint64]:
+    def words(self, size: int) -> npt.NDArray[np.uint64]:
+        """Independent uniform words, uint64[size]; read-only."""
         if os.getpid() != self._process:
             # Parent and child would draw the same numbers.
             raise RuntimeError(
