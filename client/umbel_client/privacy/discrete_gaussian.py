@@ -152,4 +152,5 @@ class DiscreteGaussian:
             while len(again):
                 words[again] = self._words(len(again))
                 again = again[words[again] > past]
-        return words % np.uint64(k) == 0
+        hits: npt.NDArray[np.bool_] = words % np.uint64(k) == 0
+        return hits
