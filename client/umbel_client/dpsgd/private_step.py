@@ -178,11 +178,7 @@ def clipped_sum(
         clipping: the rule of clipping.
     """
     # 2. The mean of each unit, and its factor of clipping.
-    norms = _finite_norms(gradients)
-    if units is not None:
-        gradients = {there: _unit_means(rows, units) for there, rows in gradients.items()}
-        norms = _finite_norms(gradients)
-    exact = clipping(norms, clip_norm)
+    gradients, exact = clip_factors(gradients, units, clip_norm, clipping)
     factors = exact.float()
     # Rounded towards zero: of gradients near the end of float32, the factor is so small that the
     # nearest float32 may be twice as large.
@@ -193,6 +189,28 @@ def clipped_sum(
         device: torch.cat([factors.to(device) @ rows for rows in there])
         for device, there in gradients.items()
     }
+
+
+def clip_factors(
+    gradients: Gradients, units: Ints | None, clip_norm: float, clipping: Clipping
+) -> tuple[Gradients, torch.Tensor]:
+    """The gradient of each unit, and the factor that brings it to the clip norm at most.
+
+    Args:
+        gradients: of the records; may be changed.
+        units: int64[n], the unit of each record, any numbers; None: each record is a unit.
+        clip_norm: largest contribution of one unit, in the Euclidean norm.
+        clipping: the rule of clipping.
+
+    Returns:
+        For each parameter of each device float32[units, elements], and the factors
+        float64[units], on the first device.
+    """
+    norms = _finite_norms(gradients)
+    if units is not None:
+        gradients = {there: _unit_means(rows, units) for there, rows in gradients.items()}
+        norms = _finite_norms(gradients)
+    return gradients, clipping(norms, clip_norm)
 
 
 def _finite_norms(gradients: Gradients) -> torch.Tensor:
