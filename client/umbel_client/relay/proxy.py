@@ -11,6 +11,7 @@ from urllib.request import getproxies_environment, proxy_bypass
 
 import httpx
 
+from umbel_common.address import split
 from umbel_common.errors import ConfigError
 
 _SCHEMES = ("http", "https")
@@ -58,7 +59,9 @@ def way_to(server: str) -> Way:
     made = {
         name: _proxy(name, proxies[name]) for name in ("http", "https", "all") if name in proxies
     }
-    if proxy_bypass(server, proxies):
+    host, _ = split(server)
+    # NO_PROXY may name an IPv6 address with brackets or without.
+    if proxy_bypass(server, proxies) or proxy_bypass(host, proxies):
         return Way(server, None)
     return Way(server, made.get("https") or made.get("all"))
 

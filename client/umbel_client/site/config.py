@@ -30,13 +30,13 @@ import msgspec
 
 from umbel_client.site.policy import Policy
 from umbel_client.site.state_folder import StateFolder
+from umbel_common.address import Address, require_reachable
 from umbel_common.canonical import Name, Value
 from umbel_common.device import require_devices
 from umbel_common.errors import ConfigError
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import Count, Fraction
 from umbel_common.toml_values import from_table
-from umbel_common.trust.enrolment import Address
 from umbel_host.files.text_file import read_toml, read_toml_table
 
 POLICY_FILE = "policy.toml"
@@ -182,6 +182,17 @@ def load_config(path: Path) -> ClientConfig:
 
     relay = config.relay
     if relay is not None:
+        try:
+            require_reachable(relay.server)
+        except ValueError as error:
+            raise ConfigError(
+                "a relay has no address that it could connect to",
+                file=path,
+                field="relay.server",
+                found=relay.server,
+                accepted=str(error),
+                remedy="take the server's address from the operator's kit: umbel-client join KIT",
+            ) from None
         files = ("server_ca", "certificate", "key", "socket")
         relay = msgspec.structs.replace(
             relay, **{name: resolve(getattr(relay, name)) for name in files}

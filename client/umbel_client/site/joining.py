@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
 from umbel_client.site.config import ClientConfig, RelayConfig, load_config, require_relay
 from umbel_client.site.kit_certificate import Certificates, check_certificate
 from umbel_client.site.pinned_roster import find_document
+from umbel_common.address import require_reachable
 from umbel_common.errors import ConfigError, IdentityError, StorageError
 from umbel_common.trust.enrolment import (
     SignedKit,
@@ -193,6 +194,17 @@ def _check(signed: SignedKit, settings: ClientConfig, config: Path, file: Path) 
             accepted=f"{settings.site} of {federation}",
             remedy="take the kit that the operator made for this site",
         )
+    try:
+        require_reachable(kit.server)
+    except ValueError as error:
+        raise IdentityError(
+            "a kit has no address that this site could connect to",
+            file=file,
+            field="server",
+            found=kit.server,
+            accepted=str(error),
+            remedy="ask the operator for a new kit",
+        ) from None
     if proposed.roster.federation != kit.federation:
         raise IdentityError(
             "a kit's roster is of another federation",

@@ -29,7 +29,7 @@ from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.operator.admitted_sites import SiteEntry, load_sites, save_sites
 from umbel_server.operator.authority import certificate_pem
 from umbel_server.operator.certificates import good_until, parse, read, to_renew
-from umbel_server.operator.config import ServerConfig, load_config, load_roster
+from umbel_server.operator.config import ServerConfig, load_config, load_roster, public_address
 from umbel_server.operator.files import changing, load_authority, save_roster
 
 sites = typer.Typer(help="Sites: add, list, revoke, renew.", no_args_is_help=True)
@@ -177,7 +177,7 @@ def _admit(
     kit = SiteKit(
         federation=document.roster.federation,
         site=request.site,
-        server=settings.listen.public or settings.listen.address,
+        server=public_address(settings),
         server_ca=certificate_pem(authority.certificate).decode(),
         certificate=pem,
         roster=document_to_json(document),

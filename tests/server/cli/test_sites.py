@@ -71,7 +71,20 @@ def test_init_may_use_a_folder_that_is_there_and_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["host", "host:0", "host:65536", ":1", 'h"x:1', "h\n:1", "::1:9443", "a/b:1"]
+    "address",
+    [
+        *("host", "host:0", "host:65536", ":1", 'h"x:1', "h\n:1", "::1:9443", "a/b:1"),
+        # Nobody can connect to these.
+        *(
+            "0.0.0.0:9443",
+            "[::]:9443",
+            "[::ffff:0.0.0.0]:9443",
+            "0:9443",
+            "0.0:9443",
+            "[ff02::1]:1",
+        ),
+        *("256.1.1.1:1", "10.1:1", "0x7f000001:1", "[1::2::3]:1", "[:]:1", "[1.2.3.4]x:1"),
+    ],
 )
 def test_an_address_that_is_none_is_refused_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
@@ -88,6 +101,7 @@ def test_an_ipv6_address_goes_from_init_to_a_sites_configuration(tmp_path: Path)
     give_command(umbel_server.cli.app, tmp_path, *words)
     config = load_config(tmp_path / "operator" / "server.toml")
     assert config.listen.public == "[2001:db8::1]:9443"
+    assert config.listen.address == "[::]:9443"
     certificate = x509.load_pem_x509_certificate(Path(config.listen.certificate).read_bytes())
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert [str(name) for name in names.get_values_for_type(x509.IPAddress)] == ["2001:db8::1"]
