@@ -7,6 +7,7 @@ other parties are among what commands print, also on the screen on which a perso
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable
+from datetime import UTC, datetime
 from typing import IO
 
 import msgspec
@@ -14,7 +15,7 @@ import typer
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from umbel_common.canonical import Name
@@ -23,6 +24,8 @@ from umbel_common.printable import one_line, printable, printable_json
 from umbel_common.trust.key_statements import OPERATOR
 
 INTERRUPTED = 130
+_NO_LIMIT = 1 << 20
+"""Width where nobody's screen has an edge: in a pipe or a file, a line is as long as it needs."""
 
 
 class Screen(Console):
@@ -46,6 +49,8 @@ class Screen(Console):
             emoji=False,
             highlight=False,
         )
+        if width is None and not _is_terminal(self.file):
+            self.width = _NO_LIMIT
 
     def render_str(self, text: str, **options: object) -> Text:
         """A text in the way that rich lays it out, in a cell too."""
@@ -55,7 +60,10 @@ class Screen(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Everything on its way to the terminal, and so also a `Text` that somebody made."""
+        """Everything on its way to the terminal, and so also a `Text` that somebody made. A table
+        that is too wide for it is folded, never cut off."""
+        if isinstance(renderable, Table):
+            _fold(renderable, (options or self.options).max_width)
         for segment in super().render(renderable, options):
             if segment.control:
                 yield segment
@@ -75,6 +83,37 @@ def say(text: str, *, err: bool = False) -> None:
 def json_text(value: object, indent: int = 2) -> str:
     """A value as JSON for programs, which people read too; below 0, `indent` makes one line."""
     return printable_json(msgspec.json.format(msgspec.json.encode(value), indent=indent).decode())
+
+
+def print_json(value: object) -> None:
+    """Prints a value for programs, indented: the one form of every `--json` (docs/errors.md)."""
+    say(json_text(value))
+
+
+def local_time(seconds: float) -> str:
+    """A moment (seconds since 1970) for people, in this machine's time zone."""
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def json_time(seconds: float | None) -> str | None:
+    """A moment (seconds since 1970) as documents for programs have it: UTC, ISO 8601."""
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def duration(seconds: float) -> str:
+    """A length of time for people, in its two largest units."""
+    whole = max(round(seconds), 0)
+    for size, unit, smaller, its in _UNITS:
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {unit}" + (f" {rest} {its}" if rest else "")
+    return f"{whole} s"
+
+
+_UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
+"""Seconds and name of each unit, and of the next smaller one."""
 
 
 def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") -> int:
@@ -129,8 +168,26 @@ def _cut(text: str, room: int) -> list[str]:
     return parts
 
 
+def _is_terminal(file: IO[str]) -> bool:
+    isatty = getattr(file, "isatty", None)
+    return isatty is not None and isatty()
+
+
+def _fold(rows: Table, width: int) -> None:
+    """Lets every column of a table fold, if those that should stay whole do not fit."""
+    whole = [column for column in rows.columns if column.no_wrap]
+    if sum(_width(column) for column in whole) + 3 * len(rows.columns) > width:
+        for column in whole:
+            column.no_wrap, column.overflow = False, "fold"
+
+
+def _width(column: Column) -> int:
+    cells = (column.header, *column.cells)
+    return max((cell_len(line) for cell in cells for line in str(cell).splitlines()), default=0)
+
+
 def table(*columns: str, folding: Collection[str] = (), right: Collection[str] = ()) -> Table:
-    """A table without borders, whose cells stay on one line.
+    """A table without borders, whose cells stay on one line where they fit.
 
     Args:
         folding: columns whose long cells are broken where the table is too wide, so that the others

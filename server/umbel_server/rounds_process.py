@@ -70,6 +70,7 @@ def run(path: Path) -> None:
         with _probed(rounds_socket(config)) as report_health:
             _logger.info("waiting for jobs in %s", state)
             work(runner, stopping, report_health)
+            _logger.info("stopped; a job under way is resumed at the next start")
 
 
 @contextmanager

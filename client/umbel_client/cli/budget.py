@@ -14,7 +14,7 @@ from msgspec import UnsetType
 from rich.console import Console
 from rich.status import Status
 
-from umbel_client.cli.options import CLIENT_TOML, Config, JsonWithInfinity, print_json
+from umbel_client.cli.options import CLIENT_TOML, Config, JsonWithInfinity
 from umbel_client.cli.state_spend import state_spend
 from umbel_client.ledger.file import read_ledger, require_head
 from umbel_client.ledger.ledger import Ledger
@@ -30,7 +30,7 @@ from umbel_client.privacy.accounting import largest_delta
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.policy import Budget
 from umbel_client.storage.site_state import read_site_state
-from umbel_host.terminal import Screen, print_lines, table
+from umbel_host.terminal import Screen, print_json, print_lines, table
 
 budget = typer.Typer(
     help="The privacy spent on the data set: show, history, verify, carry, state-spend.",

@@ -23,7 +23,7 @@ import httpx
 from cryptography import x509
 
 from umbel_client.data.site_data import SiteData
-from umbel_client.ledger.file import read_ledger
+from umbel_client.ledger.file import read_ledger, require_data_set
 from umbel_client.ledger.register import machine_register, marks_of
 from umbel_client.models.base.files import folder_digest
 from umbel_client.relay.proxy import way_to
@@ -174,6 +174,9 @@ def _ledger(config: ClientConfig) -> tuple[Verdict, str]:
     contents = read_ledger(path)
     if contents.old_copy:
         return Verdict.BROKEN, "an old copy: state what was spent since (docs/budget.md)"
+    data_set = SiteData.load(config).data_set
+    if data_set is not None:
+        require_data_set(path, contents, data_set, config.data.unit_column)
     return Verdict.FINE, f"{len(contents.rounds)} rounds charged, head {contents.head().hex()[:16]}"
 
 
@@ -281,6 +284,13 @@ def _trainer(config: ClientConfig) -> tuple[Verdict, str]:
         return Verdict.CARE, "not running: umbel-client run"
     finally:
         stub.close()
+    if status.starting:
+        return Verdict.CARE, "starting: ask again in a while"
+    if status.pinned is not None and status.pinned != load_pinned(config).mark():
+        return Verdict.CARE, (
+            "another roster, or a revocation, was pinned since it started: stop umbel-client run,"
+            " and start it again"
+        )
     if not status.isolated:
         return Verdict.CARE, "running WITH A WAY OUT"
     if status.not_apart is not None:

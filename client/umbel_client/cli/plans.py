@@ -4,13 +4,13 @@ from typing import Annotated
 
 import typer
 
-from umbel_client.cli.options import CLIENT_TOML, Config, Json, print_json
+from umbel_client.cli.options import CLIENT_TOML, Config, Json
 from umbel_client.site.config import load_config
 from umbel_client.site.decisions import Decisions, Proposal
 from umbel_client.site.policy import judge_plan
 from umbel_common.errors import PolicyRefusal, UmbelError
 from umbel_common.plans.plan_file import plan_lines, privacy_text
-from umbel_host.terminal import Screen, confirm, print_lines, say, table
+from umbel_host.terminal import Screen, confirm, print_json, print_lines, say, table
 
 Job = Annotated[
     str, typer.Argument(help="The job whose plan waits, or the plan's digest or its first digits.")

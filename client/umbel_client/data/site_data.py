@@ -84,6 +84,11 @@ class SiteData:
         """Digest of the data file, 32 bytes; None if no task can use the file."""
         return next((records.source for records in self.read.values()), None)
 
+    @property
+    def data_set(self) -> bytes | None:
+        """The name of the data set in its ledger, 32 bytes; None if no task can use the file."""
+        return next((records.digest() for records in self.read.values()), None)
+
     def warnings(self) -> Iterator[str]:
         """Yields what the site's people should know of the data, a sentence each."""
         for task, error in self.failed.items():

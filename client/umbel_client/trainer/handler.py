@@ -79,6 +79,7 @@ from umbel_client.storage.journal import Journal
 from umbel_client.trainer.checks import (
     check_end,
     check_parties,
+    check_roster,
     check_round,
     check_size_class,
     check_start,
@@ -86,7 +87,7 @@ from umbel_client.trainer.checks import (
 from umbel_client.trainer.job import SiteJob, SiteStatus
 from umbel_client.trainer.last_advert import check_last_advert
 from umbel_client.trainer.observer import Observer
-from umbel_client.trainer.opening import open_job
+from umbel_client.trainer.opening import check_payable, open_job
 from umbel_client.trainer.site import Site
 from umbel_client.trainer.stages import answer_stage
 from umbel_common.canonical import Entropy, decode_canonical, encode
@@ -107,6 +108,7 @@ from umbel_common.protocol.wire import (
     FinishRequest,
     OfferReply,
     OfferRequest,
+    OfferUnderRoster,
     Refusal,
     TrainReply,
     TrainRequest,
@@ -249,7 +251,7 @@ class Trainer:
             limit=self._largest,
         )
         match request:
-            case OfferRequest():
+            case OfferRequest() | OfferUnderRoster():
                 return site.seal(self._offer(request), asked)
             case FinishRequest():
                 return site.seal(self._finish(request), asked)
@@ -266,7 +268,7 @@ class Trainer:
                 job.record_answers(site.journal.published().answers)
                 return reply
 
-    def _offer(self, request: OfferRequest) -> OfferReply:
+    def _offer(self, request: OfferRequest | OfferUnderRoster) -> OfferReply:
         """Accepts a plan, before anything of it takes effect: a job has one plan for ever.
 
         O1. Plan: the operator signed it.
@@ -274,15 +276,20 @@ class Trainer:
         O2. Terms: it is a plan of this federation and does not contradict itself; the policy and
             this site's size class allow it.
             `other-federation`, the checks of `judge_plan`
-        O3. People: the site is not paused, and a person approved the plan where the policy asks for
-            it. A plan that nobody has decided on waits on disk.
-            `site-paused`, `awaiting-approval`, `too-many-waiting`
+        O3. Parties: the roster under which the job would run is one that this site pinned
+            (`checks`).
+            `roster-digest`
         O4. One plan: the job has no other.
             `job-has-other-plan`
-        O5. Load: the site could read its data when it started; model and ledger fit the plan, and
+        O5. People: the site is not paused, and a person approved the plan where the policy asks for
+            it. A plan that nobody has decided on waits on disk, unless the budget could not pay
+            for it.
+            `site-paused`, `budget`, `delta-for-records`, `site-not-ready`, `awaiting-approval`,
+            `too-many-waiting`
+        O6. Load: the site could read its data when it started; model and ledger fit the plan, and
             the budget allows all of it. Nothing looks at a record (`open_job`).
             `budget`, `delta-for-records`, `site-not-ready`
-        O6. Journal: the plan is on disk. From here on, the job can train.
+        O7. Journal: the plan is on disk. From here on, the job can train.
         """
         site = self._site
         # O1
@@ -297,14 +304,18 @@ class Trainer:
         judge_plan(site.policy, plan)
         check_size_class(site, plan)
         # O3
-        self._decisions.require_running()
-        if site.policy.approval == "each-plan":
-            self._decisions.require_approval(plan, request.plan)
+        if isinstance(request, OfferUnderRoster):
+            check_roster(site, request.roster)
         # O4
         site.journal.check_plan(plan.job, request.plan)
         # O5
-        self._load(plan)
+        self._decisions.require_running()
+        if site.policy.approval == "each-plan" and not self._decisions.is_approved(plan):
+            self._check_payable(plan)
+            self._decisions.require_approval(plan, request.plan)
         # O6
+        self._load(plan)
+        # O7
         site.journal.accept_plan(plan.job, request.plan)
         self._largest = max(self._largest, size_limit(plan))
         return OfferReply(plan=plan.digest())
@@ -405,6 +416,12 @@ class Trainer:
         # F6
         site.journal.end_job(plan.job)
         return FinishReply(adapter=release.adapter)
+
+    def _check_payable(self, plan: TrainingPlan) -> None:
+        try:
+            check_payable(self._config, plan)
+        except (DataError, LedgerError, StorageError) as error:
+            raise _NotReady(error) from error
 
     def _plans(self) -> list[TrainingPlan]:
         return [self._accepted(signed) for signed in self._site.journal.plans()]

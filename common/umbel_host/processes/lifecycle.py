@@ -158,7 +158,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
             raise StorageError(
                 f"{what} is already running",
                 file=path,
-                remedy="stop the other process, or give this one a state folder of its own",
+                remedy="stop the other process first: two of them would not know of each other's"
+                " work",
             ) from None
         yield
 

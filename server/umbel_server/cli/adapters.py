@@ -4,6 +4,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from umbel_common.errors import JobUnknown, StorageError
@@ -12,8 +13,8 @@ from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Signed, open_signed
 from umbel_host.files.keys import read_identity
-from umbel_host.terminal import Screen, say, table
-from umbel_server.cli.options import SERVER_TOML, Config
+from umbel_host.terminal import Screen, print_json, say, table
+from umbel_server.cli.options import SERVER_TOML, Config, Json
 from umbel_server.operator.config import ServerConfig, load_config
 from umbel_server.storage.journal import Evaluated, Journal
 from umbel_server.storage.registry import Registry, write_folder
@@ -22,13 +23,17 @@ adapters = typer.Typer(help="Released adapters: list, export.", no_args_is_help=
 
 
 @adapters.command("list")
-def list_command(config: Config = SERVER_TOML) -> None:
+def list_command(config: Config = SERVER_TOML, as_json: Json = False) -> None:
     """List every release of every job."""
     settings = load_config(config)
     with closing(_open_journal(settings)) as journal:
         jobs = journal.jobs()
         figures = {job: {one.round: one for one in journal.evaluations(job)} for job in jobs}
         releases = {job: _releases(journal, settings, job) for job in jobs}
+    if as_json:
+        listed = ((job, one) for job in jobs for one in releases[job])
+        print_json([_release_json(one, figures[job].get(one.round)) for job, one in listed])
+        return
     scored = any(figures.values())
     rows = table("job", "round", "sites", *(("loss", "score") if scored else ()), "adapter")
     for job in jobs:
@@ -42,7 +47,7 @@ def list_command(config: Config = SERVER_TOML) -> None:
                 release.adapter.hex(),
             )
     console = Screen()
-    console.print(rows if rows.rows else "No adapter was released yet.", soft_wrap=True)
+    console.print(rows if rows.rows else "No adapter was released yet.")
 
 
 @adapters.command()
@@ -92,6 +97,17 @@ def export(
     except OSError as error:
         raise StorageError("an adapter cannot be exported", file=out, found=error) from None
     say(f"{job}, round {wanted}: {out}")
+
+
+def _release_json(release: Release, found: Evaluated | None) -> dict[str, object]:
+    return {
+        "job": release.job,
+        "round": release.round,
+        "sites": list(release.survivors),
+        "adapter": release.adapter.hex(),
+        "evaluation": None if found is None else msgspec.to_builtins(found.evaluation),
+        "held_back": found is not None and found.held_back,
+    }
 
 
 def _score(found: Evaluated | None) -> tuple[str, str]:

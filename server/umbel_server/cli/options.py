@@ -7,4 +7,6 @@ import typer
 
 Config = Annotated[Path, typer.Option(help="The operator's server.toml.")]
 
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
 SERVER_TOML = Path("server.toml")

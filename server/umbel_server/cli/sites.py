@@ -1,5 +1,6 @@
 """`umbel-server sites` and `roster`: admit sites, renew and revoke them."""
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +9,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from umbel_common.errors import IdentityError, UmbelError
+from umbel_common.errors import IdentityError, StorageError, UmbelError
 from umbel_common.trust import key_statements
 from umbel_common.trust.enrolment import (
     SignedRequest,
@@ -21,11 +22,11 @@ from umbel_common.trust.enrolment import (
 from umbel_common.trust.identity import Member, fingerprint
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_to_json, revocation_to_json
-from umbel_host.files.durable import all_or_nothing
+from umbel_host.files.durable import all_or_nothing, make_folder
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text, write_new_text
-from umbel_host.terminal import Screen, confirm, print_lines, table
-from umbel_server.cli.options import SERVER_TOML, Config
+from umbel_host.terminal import Screen, confirm, json_time, print_json, print_lines, table
+from umbel_server.cli.options import SERVER_TOML, Config, Json
 from umbel_server.operator.admitted_sites import SiteEntry, load_sites, save_sites
 from umbel_server.operator.authority import certificate_pem
 from umbel_server.operator.certificates import good_until, parse, read, to_renew
@@ -40,45 +41,118 @@ Out = Annotated[Path, typer.Option(help="The new roster file.")]
 
 @sites.command()
 def add(
-    request: Annotated[Path, typer.Argument(help="The site's request file.")],
-    out: Annotated[Path, typer.Option(help="The new kit (enrolment bundle) for the site.")],
+    requests: Annotated[
+        list[Path], typer.Argument(help="The request files of one site or of several.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The new kit (enrolment bundle) for the site; for several sites, the folder for"
+            " their kits. Default: SITE.kit.json here."
+        ),
+    ] = None,
     config: Config = SERVER_TOML,
     weight: Annotated[
         int,
         typer.Option(
-            min=1, max=64, help="The site's public size class; by it a plan may weight the sites."
+            min=1,
+            max=64,
+            help="The public size class of each of these sites; by it a plan may weight the sites.",
         ),
     ] = 1,
     expected: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            "--fingerprint", help="Add without asking, but only a site with this fingerprint."
+            "--fingerprint",
+            help="Add without asking, but only a site with this fingerprint; once for each site.",
         ),
     ] = None,
 ) -> None:
-    """Admit a site after you have compared its fingerprint with its people."""
+    """Admit sites after you have compared each one's fingerprint with its people: one roster with
+    all of them, and a kit for each."""
     settings = load_config(config)
-    asked = request_from_json(read_text(request), request)
-    check_request(asked, request)
-    _check_new(asked, load_roster(settings), load_sites(Path(settings.sites)), request)
-    own = fingerprint(asked.request.identity)
+    known = load_sites(Path(settings.sites))
+    document = load_roster(settings)
+    admitted = [_Asked(request_from_json(read_text(file), file), file) for file in requests]
+    _add_all(document, known, admitted, weight)
     console = Screen()
-    print_lines(console, [("site", asked.request.site), ("fingerprint", own)])
-    _check_fingerprint(console, own, expected, request)
+    for one in admitted:
+        own = fingerprint(one.signed.request.identity)
+        print_lines(console, [("site", one.site), ("fingerprint", own)])
+        _check_fingerprint(console, own, expected, one.file)
+    kits = {one.site: _kit_path(out, one.site, several=len(admitted) > 1) for one in admitted}
     with changing(settings), all_or_nothing() as written:
         # Another command may have added a site while people compared fingerprints.
-        document, known = load_roster(settings), load_sites(Path(settings.sites))
-        _check_new(asked, document, known, request)
-        member = Member(asked.request.site, asked.request.identity, weight)
-        document = _with_member(document, member)
-        _admit(settings, asked, document, out, request, written)
+        known = load_sites(Path(settings.sites))
+        document = _add_all(load_roster(settings), known, admitted, weight)
+        if out is not None and len(admitted) > 1:
+            written += _folder(out)
+        for one in admitted:
+            _admit(settings, one.signed, document, kits[one.site], one.file, written)
         # The roster is last: until it is written, the same command can be given again.
         save_roster(settings, document)
-    print_lines(console, [("kit", str(out)), ("roster", document.roster.digest().hex())])
-    console.print(
-        "\nSend the kit to the site, and the new roster (umbel-server roster export) to all:\n"
-        "each site approves it for itself. Running jobs keep the roster they started with.",
-        soft_wrap=True,
+    kit_lines = [("kit", str(path)) for path in kits.values()]
+    print_lines(console, [*kit_lines, ("roster", document.roster.digest().hex())])
+    console.print(f"\n{_after_adding(document, kits)}", soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request that was read."""
+
+    signed: SignedRequest
+    file: Path
+
+    @property
+    def site(self) -> str:
+        return self.signed.request.site
+
+
+def _add_all(
+    document: RosterDocument, known: dict[str, SiteEntry], admitted: list[_Asked], weight: int
+) -> RosterDocument:
+    """Returns the next roster, after checking each request against all before it."""
+    entries = dict(known)
+    for one in admitted:
+        check_request(one.signed, one.file)
+        _check_new(one.signed, document, entries, one.file)
+        request = one.signed.request
+        document = _with_member(document, Member(request.site, request.identity, weight))
+        entries[request.site] = SiteEntry(request.site, request.relay_key, "")
+    return document
+
+
+def _kit_path(out: Path | None, site: str, *, several: bool) -> Path:
+    if out is not None and not several:
+        return out
+    return (out or Path()) / f"{site}.kit.json"
+
+
+def _folder(path: Path) -> list[Path]:
+    """Makes a folder for kits; returns what was made."""
+    try:
+        return make_folder(path, 0o750)
+    except OSError as error:
+        raise StorageError(
+            "the folder for the kits cannot be made", file=path, found=error.strerror
+        ) from None
+
+
+def _after_adding(document: RosterDocument, kits: dict[str, Path]) -> str:
+    """What people do with the kits. The kits of sites that were added before lack these sites."""
+    names = [member.name for member in document.roster.members]
+    before = [name for name in names if name not in kits]
+    kept = "Running jobs keep the roster they started with."
+    if not before:
+        return (
+            f"Send each site its kit. The roster in it has all of {', '.join(names)}; each site\n"
+            f"approves it for itself. If further sites are to come, add them first. {kept}"
+        )
+    return (
+        f"Send each kit to its site. Its roster has all of {', '.join(names)}. The kits of\n"
+        f"{', '.join(before)} have an older one: send these sites today's (umbel-server roster\n"
+        "export), and each site approves it for itself. A site that has not refuses every plan.\n"
+        f"{kept}"
     )
 
 
@@ -133,15 +207,15 @@ def _check_relay_key(asked: SignedRequest, known: dict[str, SiteEntry], file: Pa
         raise IdentityError("a request's relay key is another site's", file=file, field="relay_key")
 
 
-def _check_fingerprint(console: Console, own: str, expected: str | None, file: Path) -> None:
-    if expected is not None:
-        if expected.strip().lower() != own:
+def _check_fingerprint(console: Console, own: str, expected: list[str] | None, file: Path) -> None:
+    if expected:
+        if own not in {one.strip().lower() for one in expected}:
             raise IdentityError(
                 "a request is not from the site that you want to add: nothing was changed",
                 file=file,
                 field="--fingerprint",
                 found=own,
-                accepted=expected,
+                accepted=tuple(expected),
             )
         return
     confirm(
@@ -190,10 +264,13 @@ def _admit(
 
 
 @sites.command("list")
-def list_command(config: Config = SERVER_TOML) -> None:
+def list_command(config: Config = SERVER_TOML, as_json: Json = False) -> None:
     """List the sites with their fingerprints and certificates."""
     settings, now = load_config(config), datetime.now(UTC)
     document, known = load_roster(settings), load_sites(Path(settings.sites))
+    if as_json:
+        print_json([_site_json(document, entry, settings) for entry in known.values()])
+        return
     keys = table("site", "fingerprint", "", folding=("site", ""))
     certificates = table("site", "certificate", "until", folding=("site", "until"))
     for site, entry in known.items():
@@ -221,6 +298,22 @@ def list_command(config: Config = SERVER_TOML) -> None:
     )
     for sentence in to_renew(settings, now):
         console.print(f"RENEW SOON: {sentence}", soft_wrap=True)
+
+
+def _site_json(
+    document: RosterDocument, entry: SiteEntry, settings: ServerConfig
+) -> dict[str, object]:
+    member = document.roster.find(entry.name)
+    certificate = parse(entry.certificate.encode(), settings.sites)
+    return {
+        "site": entry.name,
+        "fingerprint": None if member is None else fingerprint(member.public_key),
+        "weight": None if member is None else member.weight,
+        "in_roster": member is not None,
+        "revoked": entry.revoked,
+        "certificate": f"{certificate.serial_number:040x}",
+        "certificate_ends": json_time(certificate.not_valid_after_utc.timestamp()),
+    }
 
 
 @sites.command()

@@ -147,6 +147,9 @@ class ServerObserver:
         self._sites = sites
         self._score_adapter = score_adapter
 
+    def on_asked(self, step: Step, sites: tuple[str, ...]) -> None:
+        """See `Observer`."""
+
     def on_answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
         """See `Observer`."""
         self._recorder.emit(

@@ -23,7 +23,7 @@ ANSWERS_SHOWN = 2
 def print_summary(console: Console, summary: RunSummary) -> None:
     """Prints the comparisons and the sites, under a red banner if the run is not private."""
     for warning in warnings_of(summary):
-        console.print(Panel(warning, style="bold white on red", box=box.SQUARE))
+        console.print(Panel.fit(warning, style="bold white on red", box=box.SQUARE))
     for table in (_comparisons(summary), _sites(summary)):
         console.print(table)
         console.print()

@@ -155,6 +155,8 @@ def test_an_operator_who_is_not_the_pinned_one_gives_no_kit(
     forged = clinics.forged(msgspec.structs.replace(kit(clinics), server="evil:1"), thief)
     refused(clinics, forged, SignatureError, "not signed by the operator")
     monkeypatch.setattr(joining, "check_kit", lambda *_: None)
+    refused(clinics, forged, IdentityError, "no address that this site could connect to")
+    monkeypatch.setattr(joining, "require_reachable", lambda _: None)
     clinics.client("north", "join", str(forged))
     assert 'server = "evil:1"' in (clinics.folder / "north/client.toml").read_text()
 

@@ -108,7 +108,9 @@ def test_an_attempt_that_sites_refused_for_its_cohort_spoils_no_transcript(
     make_setting: MakeSetting,
 ) -> None:
     setting = make_setting(6, aggregation=THREE)
-    with pytest.raises(JobFailed, match="aborted too often"):
+    with pytest.raises(
+        JobFailed, match=r"round 1 failed: 6 of 6 sites refused \(threshold-too-low\)"
+    ):
         setting.job().run()
     # Of five sites, three are more than half.
     setting.link.lost = lambda step, site: site == "site-05"
