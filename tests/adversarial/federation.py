@@ -107,11 +107,14 @@ class KeptObserver:
     def preparing(self, what: str, done: int, total: int) -> None:
         assert done <= total
 
-    def charged(self, round_number: int, epsilon: float | None) -> None:
+    def charged(self, round_number: int, epsilon: float | None, *, again: bool) -> None:
         assert epsilon is None or epsilon > 0
 
     def step(self, round_number: int, step: int, steps: int, records: float) -> None:
         self.steps += 1
+
+    def finished(self, job: str, adapter: Path) -> None:
+        assert adapter.is_dir()
 
     def refused(self, error: UmbelError) -> None:
         self.errors.append(error)

@@ -83,10 +83,13 @@ class KeptErrors:
     def preparing(self, what: str, done: int, total: int) -> None:
         """Keeps nothing."""
 
-    def charged(self, round_number: int, epsilon: float | None) -> None:
+    def charged(self, round_number: int, epsilon: float | None, *, again: bool) -> None:
         """Keeps nothing."""
 
     def step(self, round_number: int, step: int, steps: int, records: float) -> None:
+        """Keeps nothing."""
+
+    def finished(self, job: str, adapter: Path) -> None:
         """Keeps nothing."""
 
     def refused(self, error: UmbelError) -> None:

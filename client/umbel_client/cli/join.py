@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from umbel_client.cli import roster
 from umbel_client.cli.options import CLIENT_TOML, Config
 from umbel_client.site.joining import set_up, take_kit
 from umbel_common.trust.identity import fingerprint
@@ -39,9 +40,18 @@ def init(
 def join(
     kit: Annotated[Path, typer.Argument(help="The enrolment kit that the operator sent.")],
     config: Config = CLIENT_TOML,
+    approve: Annotated[
+        bool,
+        typer.Option(
+            "--approve",
+            help="Go on with umbel-client roster approve: only if the operator says that the kit's"
+            " roster has all sites.",
+        ),
+    ] = False,
 ) -> None:
     """Take the certificate from a kit. Which parties to believe stays your own decision."""
     joined = take_kit(config, kit)
+    state = "is pinned" if joined.is_pinned else "which nobody here has approved yet"
     console = Screen()
     print_lines(
         console,
@@ -49,12 +59,25 @@ def join(
             ("server", joined.server),
             ("certificate", str(joined.certificate)),
             ("operator", fingerprint(joined.operator)),
-            ("roster", f"{joined.proposal}, which nobody here has approved yet"),
+            ("roster", f"{joined.proposal}, {state}"),
+            ("sites", ", ".join(joined.sites)),
         ],
     )
+    if joined.is_pinned:
+        return
     console.print(
         "\nCompare the operator's fingerprint with what the operator reads out to you, and each\n"
-        f"site's with that site. Then: umbel-client roster approve {joined.proposal.name}",
+        "site's with that site.",
+        soft_wrap=True,
+    )
+    if approve:
+        console.print()
+        roster.approve(joined.proposal, config)
+        return
+    console.print(
+        "Ask the operator whether these are all sites. If they are:\n"
+        f"umbel-client roster approve {joined.proposal.name}\n"
+        "If more are to come, approve nothing yet: the operator sends a roster with all of them.",
         soft_wrap=True,
     )
 

@@ -5,10 +5,15 @@ from typing import Annotated
 import typer
 
 from umbel_client.cli.options import CLIENT_TOML, Config, Json
-from umbel_client.site.config import load_config
+from umbel_client.ledger.file import read_ledger
+from umbel_client.ledger.plan_cost import budget_of, plan_cost
+from umbel_client.ledger.rows import Contents
+from umbel_client.privacy.calibration import noise_for
+from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.decisions import Decisions, Proposal
 from umbel_client.site.policy import judge_plan
 from umbel_common.errors import PolicyRefusal, UmbelError
+from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_lines, privacy_text
 from umbel_host.terminal import Screen, confirm, print_json, print_lines, say, table
 
@@ -35,7 +40,7 @@ def plans(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
             plan.model.name,
             str(plan.training.rounds),
             privacy_text(plan),
-            proposal.digest.hex()[:16],
+            proposal.digest.hex(),
         )
     console.print(waiting)
 
@@ -56,6 +61,8 @@ def approve(
     proposal = _find(decisions, job)
     console = Screen()
     print_lines(console, plan_lines(proposal.plan), fold=True)
+    console.print()
+    print_lines(console, [("budget", _budget_text(settings, proposal.plan))])
     try:
         judge_plan(settings.policy, proposal.plan)
     except PolicyRefusal as refusal:
@@ -75,6 +82,27 @@ def approve(
         )
     decisions.approve(proposal.digest)
     console.print(f"\napproved: {proposal.digest.hex()}", soft_wrap=True)
+
+
+def _budget_text(settings: ClientConfig, plan: TrainingPlan) -> str:
+    """What was spent on the data set, what the plan costs, and what both are together."""
+    try:
+        path = settings.state_folder.ledger
+        contents = read_ledger(path) if path.exists() else Contents()
+        cost = plan_cost(
+            plan,
+            noise_for(plan, settings.data.public_size),
+            contents.rounds.values(),
+            budget_of(settings, plan),
+            unknown=contents.unknown,
+        )
+        text = (
+            f"spent epsilon {cost.spent():.4g}, this plan {cost.alone():.4g}, after it"
+            f" {cost.after():.4g} of {cost.budget.epsilon:g}, at delta {cost.budget.delta:g}"
+        )
+        return text if cost.after() <= cost.budget.epsilon else f"{text}: IT IS REFUSED"
+    except UmbelError as error:
+        return error.message
 
 
 def reject(job: Job, config: Config = CLIENT_TOML) -> None:

@@ -27,7 +27,7 @@ class SiteEvent(msgspec.Struct, frozen=True):
     time: float
     """Seconds since 1970."""
     kind: str
-    """One of preparing, charged, step, refused and note."""
+    """One of preparing, charged, step, finished, refused and note."""
     text: str
     """A text for people."""
 

@@ -123,6 +123,10 @@ class Joined:
     """Public key of the operator, 32 bytes."""
     proposal: Path
     """The kit's roster, which nobody here has approved yet."""
+    sites: tuple[str, ...]
+    """The sites in it."""
+    is_pinned: bool
+    """Whether it is the roster that this site has pinned."""
 
 
 def take_kit(config: Path, file: Path) -> Joined:
@@ -158,7 +162,16 @@ def take_kit(config: Path, file: Path) -> Joined:
         raise StorageError(
             "the files of a kit cannot be written", file=config.parent, found=error.strerror
         ) from None
-    return Joined(signed.kit.server, Path(relay.certificate), operator, proposal)
+    roster = document_from_json(signed.kit.roster, file).roster
+    pinned = find_document(Path(settings.roster))
+    return Joined(
+        signed.kit.server,
+        Path(relay.certificate),
+        operator,
+        proposal,
+        sites=tuple(member.name for member in roster.members),
+        is_pinned=pinned is not None and pinned.roster == roster,
+    )
 
 
 def _identity(path: Path, made: list[Path]) -> Identity:

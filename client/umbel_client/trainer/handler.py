@@ -406,8 +406,9 @@ class Trainer:
         # F4
         site.journal.keep_release(plan.job, release.round, request.release)
         # F5
+        folder = self._config.state_folder.adapter(plan.job)
         write_adapter(
-            self._config.state_folder.adapter(plan.job),
+            folder,
             plan,
             vector,
             request.release,
@@ -415,6 +416,7 @@ class Trainer:
         )
         # F6
         site.journal.end_job(plan.job)
+        self._observer.finished(plan.job, folder)
         return FinishReply(adapter=release.adapter)
 
     def _check_payable(self, plan: TrainingPlan) -> None:

@@ -92,7 +92,9 @@ def add(
         # The roster is last: until it is written, the same command can be given again.
         save_roster(settings, document)
     kit_lines = [("kit", str(path)) for path in kits.values()]
-    print_lines(console, [*kit_lines, ("roster", document.roster.digest().hex())])
+    names = ", ".join(member.name for member in document.roster.members)
+    roster_lines = [("roster", document.roster.digest().hex()), ("sites", names)]
+    print_lines(console, [*kit_lines, *roster_lines])
     console.print(f"\n{_after_adding(document, kits)}", soft_wrap=True)
 
 
@@ -140,19 +142,17 @@ def _folder(path: Path) -> list[Path]:
 
 def _after_adding(document: RosterDocument, kits: dict[str, Path]) -> str:
     """What people do with the kits. The kits of sites that were added before lack these sites."""
-    names = [member.name for member in document.roster.members]
-    before = [name for name in names if name not in kits]
-    kept = "Running jobs keep the roster they started with."
-    if not before:
+    before = [member.name for member in document.roster.members if member.name not in kits]
+    if before:
         return (
-            f"Send each site its kit. The roster in it has all of {', '.join(names)}; each site\n"
-            f"approves it for itself. If further sites are to come, add them first. {kept}"
+            "Send each kit to its site, and today's roster (umbel-server roster export) to\n"
+            f"{', '.join(before)}, whose kits have an older one: a site refuses every plan\n"
+            "until it has approved today's. Running jobs keep the roster they started with."
         )
     return (
-        f"Send each kit to its site. Its roster has all of {', '.join(names)}. The kits of\n"
-        f"{', '.join(before)} have an older one: send these sites today's (umbel-server roster\n"
-        "export), and each site approves it for itself. A site that has not refuses every plan.\n"
-        f"{kept}"
+        "Send each kit to its site, which approves the roster in it. It has the sites above\n"
+        "and no others: if more are to come, add them first, or send everyone the new roster\n"
+        "then (umbel-server roster export). Running jobs keep the roster they started with."
     )
 
 

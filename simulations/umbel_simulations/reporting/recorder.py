@@ -105,7 +105,7 @@ class SiteObserver:
             )
         )
 
-    def charged(self, round_number: int, epsilon: float | None) -> None:
+    def charged(self, round_number: int, epsilon: float | None, *, again: bool) -> None:
         """See `Observer`."""
         self.epsilon = epsilon
 
@@ -121,6 +121,9 @@ class SiteObserver:
                 steps=steps,
             )
         )
+
+    def finished(self, job: str, adapter: Path) -> None:
+        """See `Observer`."""
 
     def refused(self, error: UmbelError) -> None:
         """See `Observer`."""
