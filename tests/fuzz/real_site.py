@@ -32,6 +32,7 @@ from umbel_common.protocol.wire import (
     FinishRequest,
     MaskRequest,
     OfferRequest,
+    OfferUnderRoster,
     Refusal,
     Reply,
     Request,
@@ -156,6 +157,9 @@ class RealSite:
         self.attempt += 1
         requests: dict[str, Request] = {
             "offer": OfferRequest(plan=sign(OPERATOR, self.plan)),
+            "offer-under-roster": OfferUnderRoster(
+                plan=sign(OPERATOR, self.plan), roster=ROSTER.digest()
+            ),
             "finish": FinishRequest(release=self._release(2), adapter=to_bytes(self.adapter)),
         }
         header = self._header()
