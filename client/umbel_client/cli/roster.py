@@ -125,7 +125,8 @@ def approve(
     kept = pin(path, former, merged)
     lines = [("pinned", str(path)), ("digest", merged.roster.digest().hex())]
     print_lines(console, [*lines, *([("before", str(kept))] if kept else [])])
-    console.print(f"\n{_RESTART}", soft_wrap=True)
+    if former is not None:
+        console.print(f"\n{_RESTART}", soft_wrap=True)
 
 
 @roster.command("propose")
