@@ -3,8 +3,8 @@
 The law: nothing of a message is parsed, and nothing allocated for it, before its seal is verified.
 The set is closed: a party does what a type here says and nothing else, and no type carries code, a
 file name or an open field. Any change to a type here or in `umbel_common.secagg.messages` is
-another `WIRE_VERSION`; a new type is none, since a party that does not know it refuses it
-(`malformed-message`). Nothing here knows how sealed bytes travel.
+another `WIRE_VERSION`. A new type needs no other version, because a party that does not know it
+refuses it (`malformed-message`). Nothing here knows how sealed bytes travel.
 
 A sealed message is `"UMB" | wire version (1) | signature (64) | body`. The signature covers a label
 that names the direction and the site; the label of a reply also names the request. So a message is

@@ -19,7 +19,7 @@ from umbel_server.storage.job_queue import JobQueue, JobState, QueuedJob, SiteAn
 if TYPE_CHECKING:
     from umbel_server.messaging.carrier import Contact
 
-NOT_RUNNING = "No server is running, so no job goes on: umbel-server run"
+NOT_RUNNING = "No server is running, so no job makes progress: umbel-server run"
 _ASK_SECONDS = 2.0
 _AFTER_THE_ROSTER = frozenset(
     {"awaiting-approval", "site-paused", "site-not-ready", "too-many-waiting", "budget"}

@@ -1,7 +1,7 @@
 """When each site's relay spoke last, and whether two relays speak with one identity.
 
-A relay opens its connections anew before it takes its place (`ACTIVATE`). So a relay that still
-asks for messages over a connection from before that moment is another one: somebody copied a
+A relay opens new connections before it takes its place (`ACTIVATE`). So a relay that still asks for
+messages over a connection from before that moment is another one: somebody copied a
 site's folder, and two trainers with a ledger each may train on the same records.
 """
 
