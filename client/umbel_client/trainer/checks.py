@@ -49,14 +49,23 @@ def check_round(site: Site, header: RoundHeader, plan: TrainingPlan) -> None:
         RemoteProtocolError: `other-federation`, `plan-digest`, `not-in-cohort` or
             `round-past-plan`.
     """
-    checks = {
-        "other-federation": header.federation == site.roster.federation,
-        "plan-digest": header.plan == plan.digest(),
-        "not-in-cohort": site.name in header.cohort,
-        "round-past-plan": header.round <= plan.training.rounds,
+    federation, rounds = site.roster.federation, plan.training.rounds
+    checks: dict[str, tuple[bool, object, object]] = {
+        "other-federation": (header.federation == federation, header.federation, federation),
+        "plan-digest": (header.plan == plan.digest(), header.plan.hex(), plan.digest().hex()),
+        "not-in-cohort": (site.name in header.cohort, header.cohort, f"a cohort with {site.name}"),
+        "round-past-plan": (header.round <= rounds, header.round, f"at most {rounds}"),
     }
-    for check, holds in checks.items():
-        require(holds, check, "a round header does not fit what this site knows")
+    for check, (holds, found, accepted) in checks.items():
+        require(
+            holds,
+            check,
+            "a round header does not fit what this site knows",
+            field=plan.job,
+            found=found,
+            accepted=accepted,
+            remedy="the operator's mistake: tell the operator the name of this check",
+        )
 
 
 def check_parties(site: Site, header: RoundHeader) -> None:
@@ -71,7 +80,6 @@ def check_parties(site: Site, header: RoundHeader) -> None:
     pinned = site.pinned
     members = _keys(pinned.roster)
     rosters = _rosters(site)
-    agreed = _keys(rosters.get(header.roster, pinned.roster))
     cohort = {name: members.get(name) for name in header.cohort}
     require(
         header.roster in rosters,
@@ -81,6 +89,7 @@ def check_parties(site: Site, header: RoundHeader) -> None:
         accepted=pinned.roster.digest().hex(),
         remedy=_APPROVE,
     )
+    agreed = _keys(rosters.get(header.roster, pinned.roster))
     strange = sorted(name for name, key in cohort.items() if key is None or agreed.get(name) != key)
     require(
         not strange,
@@ -118,11 +127,15 @@ def check_start(
         found == release.adapter == header.adapter,
         "adapter-digest",
         "an adapter is not what its release says",
+        found=found.hex(),
+        accepted=release.adapter.hex(),
     )
     require(
         (release.plan, release.round) == (plan.digest(), header.round - 1),
         "other-release",
         "a round does not start from its predecessor",
+        found=f"the release of round {release.round}",
+        accepted=f"the release of round {header.round - 1}",
     )
     require(
         release.round > 0 or found == adapter_digest(plan.digest(), initial_vector(plan)),

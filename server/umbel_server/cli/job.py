@@ -12,16 +12,16 @@ from rich.table import Table
 
 from umbel_common.adapters.site_counts import SiteCounts
 from umbel_common.canonical import decode_canonical
-from umbel_common.errors import PlanError
+from umbel_common.errors import PlanError, UmbelError
 from umbel_common.plans.figures import figures_text
 from umbel_common.plans.plan import TrainingPlan
-from umbel_common.plans.plan_file import plan_from_json
+from umbel_common.plans.plan_file import plan_from_json, plan_lines
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.protocol.transcript import Entry, RoundReleased
 from umbel_common.trust.identity import open_signed
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text
-from umbel_host.terminal import Screen, local_time, print_json, print_lines, say, table
+from umbel_host.terminal import Screen, confirm, local_time, print_json, print_lines, say, table
 from umbel_server.cli.job_view import (
     NOT_RUNNING,
     Seen,
@@ -32,6 +32,7 @@ from umbel_server.cli.job_view import (
     state_text,
 )
 from umbel_server.cli.options import SERVER_TOML, Config, Json
+from umbel_server.cli.plan import sign_as_operator
 from umbel_server.jobs.evaluator import check_evaluation
 from umbel_server.operator.config import ServerConfig, load_config, load_roster
 from umbel_server.storage.job_queue import JobQueue, QueuedJob
@@ -46,18 +47,29 @@ Name = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job.")]
 
 @job.command()
 def start(
-    plan: Annotated[Path, typer.Argument(help="A signed plan file.")],
+    plan: Annotated[
+        Path, typer.Argument(help="A plan file; one that is not signed is signed if you type yes.")
+    ],
     config: Config = SERVER_TOML,
 ) -> None:
-    """Queue the job of a signed plan; the running server starts it."""
+    """Queue the job of a plan; the running server starts it."""
     settings = load_config(config)
     made, signed = plan_from_json(read_text(plan), plan)
     if signed is None:
-        raise PlanError(
-            "a plan is not signed",
-            file=plan,
-            remedy="umbel-server plan sign, after you have read what it allows",
+        console = Screen()
+        print_lines(console, plan_lines(made), fold=True)
+        confirm(
+            console,
+            "Type yes to sign this plan: ",
+            unattended=PlanError(
+                "a plan is not signed",
+                file=plan,
+                remedy="umbel-server plan sign, after you have read what it allows; or run this at"
+                " a terminal",
+            ),
+            declined=UmbelError("the plan was not signed: nothing was changed", file=plan),
         )
+        signed = sign_as_operator(settings, made, plan)
     key = read_identity(Path(settings.identity)).public_key
     open_signed(signed, TrainingPlan, key, "operator")
     if made.release_gate is not None:

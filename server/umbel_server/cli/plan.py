@@ -11,13 +11,13 @@ from umbel_common.errors import ConfigError, PlanError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json, plan_lines, plan_to_json
 from umbel_common.secagg.encoding import encoding_of
-from umbel_common.trust.identity import fingerprint, open_signed, sign
+from umbel_common.trust.identity import Signed, fingerprint, open_signed, sign
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text, write_new_text
 from umbel_host.processes.supervisor import our_module
 from umbel_host.terminal import Screen, print_lines
 from umbel_server.cli.options import SERVER_TOML, Config
-from umbel_server.operator.config import load_config, load_roster
+from umbel_server.operator.config import ServerConfig, load_config, load_roster
 
 plan = typer.Typer(help="Training plans: new, sign, show.", no_args_is_help=True)
 
@@ -62,8 +62,24 @@ def sign_command(
     config: Config = SERVER_TOML,
 ) -> None:
     """Sign a plan as the operator; each site then checks it against its own policy."""
-    settings = load_config(config)
     made, _ = plan_from_json(read_text(file), file)
+    signed = sign_as_operator(load_config(config), made, file)
+    write_new_text(out, plan_to_json(made, signed.signature))
+    console = Screen()
+    print_lines(console, plan_lines(made), fold=True)
+    console.print(f"\nsigned plan: {out}", soft_wrap=True)
+
+
+def sign_as_operator(settings: ServerConfig, made: TrainingPlan, file: Path) -> Signed:
+    """A plan with the operator's signature.
+
+    Args:
+        file: where it came from, for errors.
+
+    Raises:
+        PlanError: it is for another federation, or its sum would overflow.
+        IdentityError: the operator's key cannot be used.
+    """
     document = load_roster(settings)
     if made.federation != document.roster.federation:
         raise PlanError(
@@ -75,11 +91,7 @@ def sign_command(
         )
     # The sum of all sites' deltas must fit, or the job would fail in its first round.
     encoding_of(made.aggregation, max(len(document.roster.members), 1)).prove_headroom()
-    signed = sign(read_identity(Path(settings.identity)), made)
-    write_new_text(out, plan_to_json(made, signed.signature))
-    console = Screen()
-    print_lines(console, plan_lines(made), fold=True)
-    console.print(f"\nsigned plan: {out}", soft_wrap=True)
+    return sign(read_identity(Path(settings.identity)), made)
 
 
 @plan.command()

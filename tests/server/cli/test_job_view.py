@@ -12,6 +12,7 @@ from support.enrolling import Enrolling
 from typer.testing import CliRunner
 
 import umbel_server.cli
+from umbel_common.errors import PlanError, UmbelError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_to_json
 from umbel_common.trust.identity import sign
@@ -130,3 +131,36 @@ def test_a_start_names_the_sites_whose_last_known_roster_is_another(
     for site in ("north", "south"):
         queue.add_answer("fifth", SiteAnswer(site, 0, 0, "offer", "", 4.0))
     assert "had not approved" not in start("sixth")
+
+
+@pytest.mark.parametrize("answer", ["yes\n", "no\n", ""])
+def test_a_plan_that_is_not_signed_is_signed_by_a_typed_yes_only(
+    clinics: Enrolling,
+    make_plan: Callable[..., TrainingPlan],
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str,
+) -> None:
+    plan = make_plan(federation="clinics", job="later")
+    (clinics.operator / "later.json").write_text(plan_to_json(plan))
+
+    def queued() -> list[str]:
+        path = clinics.operator / "state" / "queue.sqlite"
+        with closing(JobQueue(path)) as queue:
+            return [job.job for job in queue.jobs()]
+
+    with pytest.raises(PlanError, match="a plan is not signed"):
+        command(clinics, monkeypatch, "job", "start", "later.json")
+
+    def typed(*_: object, declined: UmbelError, **__: object) -> None:
+        if answer != "yes\n":
+            raise declined
+
+    monkeypatch.setattr("umbel_server.cli.job.confirm", typed)
+    if answer == "yes\n":
+        shown, _ = command(clinics, monkeypatch, "job", "start", "later.json")
+        assert plan.digest().hex() in shown
+        assert queued() == ["later"]
+    else:
+        with pytest.raises(UmbelError, match="nothing was changed"):
+            command(clinics, monkeypatch, "job", "start", "later.json")
+        assert queued() == []

@@ -1,5 +1,6 @@
 """`umbel-server init`, `sites`, `roster`, `renew`: what the operator's files are after each."""
 
+import json
 import os
 import threading
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ from typer.testing import CliRunner
 import umbel_server.cli
 import umbel_server.cli.sites
 import umbel_server.operator.files
-from umbel_common.errors import IdentityError, StorageError
+from umbel_common.errors import ConfigError, IdentityError, StorageError
 from umbel_common.trust.enrolment import check_request, request_to_json, sign_request
 from umbel_common.trust.identity import Identity, fingerprint
+from umbel_common.trust.roster_file import document_from_json
 from umbel_host.processes.supervisor import Command
 from umbel_server.operator.admitted_sites import load_sites, save_sites
 from umbel_server.operator.authority import AUTHORITY_DAYS, certificate_pem, new_key
@@ -462,3 +464,64 @@ def test_another_authority_takes_the_place_of_one_whose_key_is_known_to_others(
         (clinics.folder / "former-ca" / "certificate.pem").read_bytes()
     )
     assert former.public_key() != authority.public_key()
+
+
+def test_several_requests_make_one_roster_and_a_kit_for_each(tmp_path: Path) -> None:
+    made = Enrolling(tmp_path)
+    names = ("east", "north", "south")
+    prints = []
+    for site in names:
+        made.ask(site)
+        prints += ["--fingerprint", fingerprint(made.request(site).request.identity)]
+    requests = [f"../{site}/{site}.request.json" for site in names]
+    made.server("sites", "add", *requests, "--out", "kits", *prints)
+    assert [member.name for member in made.roster().roster.members] == list(names)
+    for site in names:
+        kit = made.operator / "kits" / f"{site}.kit.json"
+        made.client(site, "join", str(kit))
+        proposed = made.folder / site / f"{site}.kit.roster.json"
+        assert document_from_json(proposed.read_text(), proposed) == made.roster()
+    listed = json.loads(made.server("sites", "list", "--json"))
+    assert [(one["site"], one["in_roster"], one["revoked"]) for one in listed] == [
+        (site, True, False) for site in names
+    ]
+    assert all(one["certificate_ends"].endswith("Z") for one in listed)
+
+
+@pytest.mark.parametrize("fault", ["one twice", "one that is in", "one fingerprint short"])
+def test_of_several_requests_all_are_added_or_none(clinics: Enrolling, fault: str) -> None:
+    own = fingerprint(clinics.request("south").request.identity)
+    words = {
+        "one twice": ("../south/south.request.json", "../south/south.request.json"),
+        "one that is in": ("../south/south.request.json", "../north/north.request.json"),
+        "one fingerprint short": ("../south/south.request.json", "../west/west.request.json"),
+    }[fault]
+    if "west" in words[1]:
+        clinics.ask("west")
+    said = "not from the site" if "west" in words[1] else "already in the roster"
+    command = ("sites", "add", *words, "--out", "kits", "--fingerprint", own)
+    unchanged(clinics, IdentityError, said, *command)
+    assert not (clinics.operator / "kits").exists()
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:9443", "[::]:9443"])
+def test_no_kit_names_an_address_that_nobody_can_connect_to(
+    clinics: Enrolling, listen: str
+) -> None:
+    path = clinics.operator / "server.toml"
+    text = path.read_text().replace('public = "127.0.0.1:9443"\n', "")
+    path.write_text(text.replace('address = "0.0.0.0:9443"', f'address = "{listen}"'))
+    own = fingerprint(clinics.request("south").request.identity)
+    words = ("sites", "add", "../south/south.request.json", "--fingerprint", own)
+    unchanged(clinics, ConfigError, "which address sites connect to", *words)
+    wrong = {"public": ("[listen]", '[listen]\npublic = "0.0.0.0:1"')}
+    wrong["address"] = ('address = "0.0.0.0:9443"', 'address = "256.1.1.1:1"')
+    for field, (was, becomes) in wrong.items():
+        path.write_text(text.replace(was, becomes, 1))
+        with pytest.raises(ConfigError, match=rf"listen\.{field}"):
+            clinics.server("sites", "list")
+
+
+def test_an_operator_without_an_adapter_lists_none_for_programs(clinics: Enrolling) -> None:
+    (clinics.operator / "state").mkdir(exist_ok=True)
+    assert json.loads(clinics.server("adapters", "list", "--json")) == []
