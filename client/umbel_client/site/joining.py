@@ -67,6 +67,7 @@ models = []
 labels = []
 # A person here approves each plan: umbel-client approve.
 approval = "each-plan"
+# The most for one job, and for all jobs on this data set together: what is spent stays spent.
 max_epsilon = 3.0
 total_epsilon = 3.0
 """

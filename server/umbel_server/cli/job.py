@@ -138,7 +138,7 @@ def status(
         console.print("No job was started yet.")
     else:
         console.print(_job_table(jobs, seen))
-    if not server.running:
+    if server.running is False:
         say(NOT_RUNNING, err=True)
 
 
@@ -217,7 +217,7 @@ def _quality_lines(quality: _Quality) -> list[tuple[str, str]]:
 
 def _tell_if_down(settings: ServerConfig) -> None:
     """Says so where no server runs that would take the job up."""
-    if not look(settings).running:
+    if look(settings).running is False:
         say(NOT_RUNNING, err=True)
 
 

@@ -39,7 +39,8 @@ class Seen:
 class Server:
     """What the running server says now."""
 
-    running: bool
+    running: bool | None
+    """None: this user may not ask."""
     contacts: "dict[str, Contact]" = field(default_factory=dict)
     """What the process with the port saw of each site since it started."""
 
@@ -54,8 +55,8 @@ def look(settings: ServerConfig) -> Server:
 
     try:
         is_healthy(rounds_socket(settings), _ASK_SECONDS)
-    except UnreachableError:
-        return Server(running=False)
+    except UnreachableError as error:
+        return Server(running=None if "denied" in str(error.found) else False)
     try:
         return Server(True, read_contacts(carrier_socket(settings), _ASK_SECONDS))
     except UnreachableError:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 import grpc
 import msgspec
@@ -62,12 +62,16 @@ class _Collected(msgspec.Struct, frozen=True):
     """Whether the reply follows."""
 
 
+Moment = Annotated[float, msgspec.Meta(ge=0, le=1e11)]
+"""Seconds since 1970; what is later is no date, and the process with the port may say anything."""
+
+
 class Contact(msgspec.Struct, frozen=True):
     """What the process with the port saw of one site's relay."""
 
-    last: float
-    """When it spoke last; seconds since 1970."""
-    twice: float | None = None
+    last: Moment
+    """When it spoke last."""
+    twice: Moment | None = None
     """When two relays with the site's keys were last seen at once; None: never."""
     places: tuple[str, ...] = ()
     """The addresses of the two."""
