@@ -90,7 +90,8 @@ def print_job(
     lines = [("job", queued.job), ("state", state_text(queued))]
     lines.append(("changed", local_time(queued.changed)))
     if queued.stage:
-        lines.append(("round", _stage_text(queued, seen.times, limits, now)))
+        name = "round" if queued.round else "stage"
+        lines.append((name, _stage_text(queued, seen.times, limits, now)))
         lines.append(("answered", ", ".join(queued.answered) or "nobody yet"))
     left = seconds_left(queued, seen.times, now)
     if left is not None:
