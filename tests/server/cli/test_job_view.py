@@ -1,6 +1,7 @@
 """What an operator sees of jobs: refusals, times, estimates, and who lags behind."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -24,13 +25,19 @@ from umbel_server.storage.job_queue import JobQueue, JobState, SiteAnswer
 SITES = ("east", "north", "south")
 
 
-@pytest.fixture
-def clinics(tmp_path: Path) -> Enrolling:
-    made = Enrolling(tmp_path)
+@pytest.fixture(scope="module")
+def enrolled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = Enrolling(tmp_path_factory.mktemp("enrolled"))
     for site in SITES:
         made.ask(site)
         made.add(site)
-    return made
+    return made.folder
+
+
+@pytest.fixture
+def clinics(tmp_path: Path, enrolled: Path) -> Enrolling:
+    shutil.copytree(enrolled, tmp_path, dirs_exist_ok=True)
+    return Enrolling(tmp_path, new=False)
 
 
 @pytest.fixture

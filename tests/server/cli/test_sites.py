@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -29,15 +30,22 @@ from umbel_server.operator.config import ServerConfig, load_config
 from umbel_server.operator.files import changing, load_authority
 
 
-@pytest.fixture
-def clinics(tmp_path: Path) -> Enrolling:
-    """An operator, and requests of three sites of which two were added."""
-    made = Enrolling(tmp_path)
+@pytest.fixture(scope="module")
+def enrolled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of an operator and three sites, of which two were added."""
+    made = Enrolling(tmp_path_factory.mktemp("enrolled"))
     for site in ("east", "north", "south"):
         made.ask(site)
     made.add("east")
     made.add("north")
-    return made
+    return made.folder
+
+
+@pytest.fixture
+def clinics(tmp_path: Path, enrolled: Path) -> Enrolling:
+    """An operator, and requests of three sites of which two were added."""
+    shutil.copytree(enrolled, tmp_path, dirs_exist_ok=True)
+    return Enrolling(tmp_path, new=False)
 
 
 def settings(clinics: Enrolling) -> ServerConfig:
