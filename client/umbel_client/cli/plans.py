@@ -1,5 +1,6 @@
 """`umbel-client plans`, `approve` and `reject`: which plans may run at this site."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +12,8 @@ from umbel_client.ledger.rows import Contents
 from umbel_client.privacy.calibration import noise_for
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.decisions import Decisions, Proposal
-from umbel_client.site.policy import judge_plan
+from umbel_client.site.policy import as_asked, judge_plan
+from umbel_client.site.policy_file import PolicyFile
 from umbel_common.errors import PolicyRefusal, UmbelError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_lines, privacy_text
@@ -64,7 +66,7 @@ def approve(
     console.print()
     print_lines(console, [("budget", _budget_text(settings, proposal.plan))])
     try:
-        judge_plan(settings.policy, proposal.plan)
+        judge_plan(as_asked(settings.policy, proposal.plan), proposal.plan)
     except PolicyRefusal as refusal:
         console.print(f"\nThis site's policy refuses it all the same: {refusal.check}.")
     if digest is not None:
@@ -82,6 +84,41 @@ def approve(
         )
     decisions.approve(proposal.digest)
     console.print(f"\napproved: {proposal.digest.hex()}", soft_wrap=True)
+    _offer_policy(console, config, proposal.plan, ask=digest is None)
+
+
+def _offer_policy(console: Screen, config: Path, plan: TrainingPlan, *, ask: bool) -> None:
+    """Shows what the policy has no field for, and writes the plan's values if a person agrees."""
+    policy = PolicyFile(config)
+    values = policy.missing(plan)
+    if not values:
+        return
+    console.print(f"\nThe policy in {policy.path} does not say yet:", soft_wrap=True)
+    for field, value in values.items():
+        console.print(f"{field}:", *(f"\n  {one}" for one in value), sep="", soft_wrap=True)
+    if "labels" in values:
+        console.print("Without labels no plan for a classification runs.")
+    if not ask:
+        console.print(
+            "Write it there by hand: with --digest nothing is asked, and nothing written."
+        )
+        return
+    try:
+        confirm(
+            console,
+            "Type yes to write these values into the policy, which then allows no others: ",
+            unattended=UmbelError("nobody was asked about the policy"),
+            declined=UmbelError("the policy stays as it is"),
+        )
+    except UmbelError as error:
+        console.print(f"\n{error.message}")
+        return
+    policy.add(values)
+    console.print(
+        f"\nwritten: {policy.path}\nA trainer follows the policy that it was started with: stop"
+        " umbel-client run, and start it again.",
+        soft_wrap=True,
+    )
 
 
 def _budget_text(settings: ClientConfig, plan: TrainingPlan) -> str:

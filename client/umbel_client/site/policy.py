@@ -236,6 +236,18 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
     )
 
 
+def as_asked(policy: Policy, plan: TrainingPlan) -> Policy:
+    """The policy by which a plan is judged before people are asked about it.
+
+    Where people approve each plan, and the policy names no labels, those of the plan are what they
+    are asked about (`umbel_client.site.policy_file`). Nothing runs before the policy names them.
+    """
+    asks = policy.approval == "each-plan" and not policy.labels
+    if asks and isinstance(plan.task, Classification):
+        return msgspec.structs.replace(policy, labels=plan.task.labels)
+    return policy
+
+
 def judge_operator(policy: Policy, operator: str) -> None:
     """Refuses to work for an operator that the policy does not name.
 

@@ -74,7 +74,14 @@ from umbel_client.models.adapters.folder import write_adapter
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.decisions import Decisions
 from umbel_client.site.pinned_roster import Pinned, check_own_key
-from umbel_client.site.policy import judge_header, judge_operator, judge_plan, judge_start
+from umbel_client.site.policy import (
+    Policy,
+    as_asked,
+    judge_header,
+    judge_operator,
+    judge_plan,
+    judge_start,
+)
 from umbel_client.storage.journal import Journal
 from umbel_client.trainer.checks import (
     check_end,
@@ -93,6 +100,7 @@ from umbel_client.trainer.stages import answer_stage
 from umbel_common.canonical import Entropy, decode_canonical, encode
 from umbel_common.errors import (
     BudgetError,
+    ConfigError,
     DataError,
     LedgerError,
     PolicyRefusal,
@@ -274,7 +282,7 @@ class Trainer:
         O1. Plan: the operator signed it.
             `pinned-signature`, `malformed-message`
         O2. Terms: it is a plan of this federation and does not contradict itself; the policy and
-            this site's size class allow it.
+            this site's size class allow it. A policy without labels asks its people about them.
             `other-federation`, the checks of `judge_plan`
         O3. Parties: the roster under which the job would run is one that this site pinned
             (`checks`).
@@ -286,6 +294,7 @@ class Trainer:
             for it.
             `site-paused`, `budget`, `delta-for-records`, `site-not-ready`, `awaiting-approval`,
             `too-many-waiting`
+            The policy that this process follows names the labels: `site-not-ready`
         O6. Load: the site could read its data when it started; model and ledger fit the plan, and
             the budget allows all of it. Nothing looks at a record (`open_job`).
             `budget`, `delta-for-records`, `site-not-ready`
@@ -301,7 +310,7 @@ class Trainer:
             "a plan is of another federation",
         )
         check_plan(plan)
-        judge_plan(site.policy, plan)
+        judge_plan(as_asked(site.policy, plan), plan)
         check_size_class(site, plan)
         # O3
         if isinstance(request, OfferUnderRoster):
@@ -313,6 +322,7 @@ class Trainer:
         if site.policy.approval == "each-plan" and not self._decisions.is_approved(plan):
             self._check_payable(plan)
             self._decisions.require_approval(plan, request.plan)
+        _require_complete(site.policy, plan)
         # O6
         self._load(plan)
         # O7
@@ -483,8 +493,20 @@ def _warn_of_simulation(ledgers: Path) -> None:
     )
 
 
+def _require_complete(policy: Policy, plan: TrainingPlan) -> None:
+    if as_asked(policy, plan) != policy:
+        raise _NotReady(
+            ConfigError(
+                "an approved plan has labels, and the policy names none",
+                field="policy.labels",
+                remedy="write them into the policy, unless umbel-client approve did, and start"
+                " umbel-client run again: a trainer follows the policy that it was started with",
+            )
+        )
+
+
 class _NotReady(Exception):
-    """The site's own data or ledger stands in the way of any job, or of this one."""
+    """The site's own data, ledger or policy stands in the way of any job, or of this one."""
 
     def __init__(self, reason: UmbelError) -> None:
         super().__init__(reason.message)
