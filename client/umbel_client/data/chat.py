@@ -201,13 +201,13 @@ class Chat:
         if isinstance(question, Passage):
             if self._everything or self._template is None:
                 return Frame(question.text)
-            self._require_end()
+            self.require_usable()
             made_up = self._template.frame(self._template.example)
             prompt = self._up_to_answer(question.text, row)
             return Frame(prompt, made_up.opening, made_up.left_out, made_up.closing)
         if self._template is None:
             return Frame(question[-1].content, closing="")
-        self._require_end()
+        self.require_usable()
         return self._template.frame(question)
 
     def prompt_ids(self, text: str) -> list[int]:
@@ -342,9 +342,14 @@ class Chat:
         known = () if self._end is None else (self._end,)
         return frozenset([*known, *self._config_ends, *others])
 
-    def _require_end(self) -> None:
-        """Refuses a model whose answers nothing ends."""
-        assert self._template is not None  # `load` asks for the end of a plain one
+    def require_usable(self) -> None:
+        """Refuses a model whose chat template is of no use, or whose answers nothing ends.
+
+        Raises:
+            ModelError: says what is wrong.
+        """
+        if self._template is None:
+            return  # `load` asks for the end of a plain one
         closing = self._template.frame(self._template.example).closing
         endless = closing is not None and not self._end_of(closing).text
         if endless and self._end is None and not self._everything:
