@@ -34,6 +34,18 @@ QWEN3 = (
 """With an empty block of thoughts before the last answer, as in Qwen3."""
 THINKING = QWEN3.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 """With a prompt that opens the block, as in Qwen3-Thinking."""
+ALWAYS_THINKING = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}[THINK][/THINK]{% endif %}"
+    "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+"""With an empty block before every answer."""
+CHANNELS = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final"
+    "{% endif %}<|message|>{{ m.content }}"
+    "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+"""With a channel that the model chooses, and another end behind the last answer, as in gpt-oss."""
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
     "{{ m.content | trim }}<|eot_id|>{% endfor %}"
@@ -96,6 +108,13 @@ SHAPES: dict[str, Shape] = {
     ),
     "qwen3": Shape(QWEN3, _IM, "<|im_end|>", end="<|im_end|>", thoughts=_THINK),
     "thinking": Shape(THINKING, _IM, "<|im_end|>", end="<|im_end|>", thoughts=_THINK),
+    "always thinking": Shape(ALWAYS_THINKING, ("</s>",), "</s>", end="</s>"),
+    "channels": Shape(
+        CHANNELS,
+        ("<|start|>", "<|end|>", "<|channel|>", "<|message|>", "<|return|>"),
+        "<|return|>",
+        end="<|return|>",
+    ),
     "llama3": Shape(
         LLAMA3,
         ("<|begin|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),

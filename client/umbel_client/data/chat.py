@@ -264,7 +264,8 @@ class Chat:
             raise _row_error(
                 row,
                 "is rendered to another prompt with its answer than without",
-                "a chat template that changes earlier turns",
+                "a chat template that changes earlier turns, or that opens thoughts in the prompt"
+                " alone",
             )
         return self._rendered(frame, whole[len(frame.prompt) :])
 

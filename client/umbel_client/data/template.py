@@ -8,15 +8,14 @@ follows from this record alone.
 
 What stands between the prompt and an answer is treated by what it is:
 
-| the template writes | then |
-|---|---|
-| white space | the model has to write it, and it counts with the answer |
-| the header, because it writes none where it is asked for one | it belongs to the prompt |
-| something before the last answer alone, such as an empty block of thoughts | it is left out: a
-model that is asked is not given it, and an earlier answer stands without it |
-| what closes something that the prompt has opened | the model has to write it, and it counts |
+- a header, because the template writes none where it is asked for one, belongs to the prompt;
+- what stands before the last answer alone, and an empty block of thoughts, is left out: a prompt does
+  not have it either;
+- anything else (white space, a channel, the end of thoughts that the prompt opens) counts with the
+  answer: the model has to write it.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
@@ -33,6 +32,8 @@ from umbel_common.errors import DataError, ModelError
 
 _ASKED, _SAID = "204682", "713517"
 """A made-up question and its answer: digits, which no template changes by trimming or casing."""
+_EMPTY_BLOCK = re.compile(r"\W*(\w+)\W*/\1\W*")
+"""An empty block, such as `<think></think>` or `[THINK][/THINK]`."""
 _STARTED = datetime.now()
 
 
@@ -136,17 +137,16 @@ class ChatTemplate:
             return Frame(prompt, opening, False, closing)
         if self.written(turns) == prompt:
             return Frame(prompt + opening, "", False, closing)
-        return Frame(prompt, opening, self._stands_without(prompt, answered), closing)
+        left_out = _EMPTY_BLOCK.fullmatch(opening) is not None or self._lacks(prompt, answered)
+        return Frame(prompt, opening, left_out, closing)
 
-    def _stands_without(self, prompt: str, answered: Sequence[Turn]) -> bool:
-        """Whether an answer that is not the last one follows the same header.
-
-        If so, what the template writes before the last answer closes nothing of the header.
-        """
+    def _lacks(self, prompt: str, answered: Sequence[Turn]) -> bool:
+        """Whether an answer that is not the last one stands right behind the prompt."""
         try:
-            return self.written([*answered, Turn("user", _ASKED)]).startswith(prompt)
+            longer = self.written([*answered, Turn("user", _ASKED)])
         except DataError:
-            return True
+            return False
+        return longer.startswith(prompt + _SAID)
 
     @cached_property
     def example(self) -> tuple[Turn, ...]:

@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.chat_templates import GEMMA, HEADERLESS, PLAIN, SHAPES, Shape, save_shape
+from support.chat_templates import (
+    CHANNELS,
+    GEMMA,
+    HEADERLESS,
+    PLAIN,
+    SHAPES,
+    THINKING,
+    Shape,
+    save_shape,
+)
 from support.small_models import CHATML
 
 from umbel_client.curation.examples import read_examples
@@ -21,6 +30,8 @@ from umbel_host.files.model_folder import ends_of_config, ends_of_generation, re
 
 QUESTION = Turn("user", "What is it?")
 ANSWERS = ("An ulcer.", "bad", "\nAn ulcer.", " Ulcère, 5 mm. ", "one\n\ntwo\n")
+WRITTEN = {THINKING: "</think>\n\n", CHANNELS: "<|channel|>final<|message|>"}
+"""What a model has to write before its answer."""
 CHATTED = [pytest.param(shape, "chat", id=name) for name, shape in SHAPES.items()]
 WITHOUT = [pytest.param(shape, "plain", id=name) for name, shape in PLAIN.items()]
 
@@ -56,7 +67,8 @@ def test_an_answer_is_one_thing_for_training_scoring_and_generating(
         text = decode(counted).rstrip("\n")
         assert text.endswith(shape.end)
         wanted = record.turns[-1].content.strip()
-        assert text.removesuffix(shape.end).removeprefix("\n</think>\n\n").strip() == wanted
+        own = text.removesuffix(shape.end).strip()
+        assert own.removeprefix(WRITTEN.get(shape.template, "")).strip() == wanted
         # A model that writes this has given the record's answer, and ends.
         ends = [place for place, token in enumerate(counted) if token in chat.ends(frame)]
         if chat.end_text(frame) is None:
@@ -86,7 +98,7 @@ def test_a_rendered_text_is_the_tokens_of_its_conversation(tmp_path: Path, name:
     assert chat.prompt_ids(frame.prompt) == chat.prompt_ids(chat.frame([QUESTION]).prompt)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "thinking"])
+@pytest.mark.parametrize("name", ["qwen3", "thinking", "always thinking"])
 def test_thoughts_of_a_template_are_neither_taught_nor_compared(tmp_path: Path, name: str) -> None:
     task = CausalLm()
     chat = Chat.load(save_shape(tmp_path, SHAPES[name]), task)
@@ -98,10 +110,15 @@ def test_thoughts_of_a_template_are_neither_taught_nor_compared(tmp_path: Path, 
     # Left out, unless the prompt has opened them: then a model has to close them.
     assert text.count("<think>") == text.count("</think>") == (name == "thinking")
     assert chat.text(labels[labels != IGNORED].tolist()).count("</think>") == (name == "thinking")
-    block = "\n</think>\n\n" if name == "thinking" else "<think>\n\n</think>\n\n"
+    block = {"thinking": "\n</think>\n\n", "qwen3": "<think>\n\n</think>\n\n"}.get(
+        name, "[THINK][/THINK]"
+    )
     for written in ("red", f"{block}red"):
         assert chat.answer(frame, chat.prompt_ids(written)) == "red"
     # Thoughts that a record has of its own are part of its answer.
+    if name == "always thinking":
+        assert "THINK" not in text
+        return
     own = said("<think>\nwhy\n</think>\n\nred")
     assert chat.reference(own).removeprefix("<think>\n") == "why\n</think>\n\nred"
     assert chat.frame(own.turns[:-1]) == frame
