@@ -9,8 +9,8 @@ follows from this record alone.
 What stands between the prompt and an answer is treated by what it is:
 
 - a header, because the template writes none where it is asked for one, belongs to the prompt;
-- what stands before the last answer alone, and an empty block of thoughts, is left out: a prompt does
-  not have it either;
+- what stands before the last answer alone, and an empty block of thoughts, is left out: a prompt
+  does not have it either;
 - anything else (white space, a channel, the end of thoughts that the prompt opens) counts with the
   answer: the model has to write it.
 """
