@@ -333,7 +333,7 @@ class Chat:
 
     @cached_property
     def _end(self) -> int | None:
-        """The token that ends a text; None: there is none."""
+        """The token that ends a text, if the tokenizer or the model has one."""
         end: object = self.tokenizer.eos_token_id
         return end if isinstance(end, int) else next(iter(self._config_ends), None)
 
