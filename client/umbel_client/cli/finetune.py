@@ -137,11 +137,11 @@ def classify(
 
     settings = _loaded(config, device)
     given = _given(text, file, "--text")
+    texts = given if file is None else _column(file, settings.data.text_column)
     model = _adapted(settings, adapter, base)
     task = model.plan.task
     if not isinstance(task, Classification):
         raise _other_task(adapter, "umbel-client generate")
-    texts = given if file is None else _column(file, settings.data.text_column)
     tokens = tokenise(texts, Path(settings.model.path), task.max_tokens, model.files)
     for prediction in classify_texts(model, tokens):
         say(
@@ -249,13 +249,14 @@ def generate(
     # Below, a logit divided by it may be infinite.
     if temperature != 0 and not temperature >= _COLDEST:
         raise typer.BadParameter(f"0, or {_COLDEST} to 5", param_hint="--temperature")
+    table = None if file is None else read_table(file)
     model = _adapted(settings, adapter, base)
     task = model.plan.task
     if not isinstance(task, CausalLm):
         raise _other_task(adapter, "umbel-client classify")
     questions: list[Question] = [(Turn("user", one),) for one in given]
-    if file is not None:
-        questions = read_questions(file, read_table(file), task, settings.data.format)
+    if file is not None and table is not None:
+        questions = read_questions(file, table, task, settings.data.format)
     chat = Chat.load(Path(settings.model.path), task, model.files)
     said = answer_prompts(model, chat, questions, Sampling(max_new_tokens, temperature, seed))
     for question, answer in zip(questions, said, strict=True):

@@ -273,7 +273,9 @@ def read_questions(
             cannot render.
     """
     order: list[Format] = [record_format, "prompt-completion", *COLUMNS]
-    asking = [name for name in order if name != "auto" and COLUMNS[name][0] in table.columns]
+    asking: list[Format] = [
+        name for name in order if name != "auto" and COLUMNS[name][0] in table.columns
+    ]
     if not asking:
         raise DataError(
             "a data file has no questions",

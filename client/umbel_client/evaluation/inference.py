@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from umbel_client.data.chat import Chat
 from umbel_client.data.conversations import Question
@@ -154,7 +154,7 @@ def _answers(
         yield chat.answer(prompt.frame, row[:length])
 
 
-class _EndText(StoppingCriteria):
+class _EndText:
     """Ends each answer at the text that ends it, where the template has no token for that."""
 
     def __init__(self, chat: Chat, texts: Sequence[str | None], start: int) -> None:
@@ -164,7 +164,7 @@ class _EndText(StoppingCriteria):
         self._start = start
 
     def __call__(
-        self, input_ids: torch.Tensor, scores: torch.Tensor | None, **_options: object
+        self, input_ids: torch.Tensor, _scores: object, **_options: object
     ) -> torch.Tensor:
         """Whether each row has ended, bool[rows]."""
         said = (self._chat.text(row[self._start :].tolist()) for row in input_ids)

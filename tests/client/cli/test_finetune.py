@@ -231,6 +231,14 @@ def test_a_text_of_the_command_line_is_a_text(
     assert (error.field, error.found) == (f"{option}, number 2", found)
 
 
+def test_a_file_without_the_column_of_texts_is_named(labelling: Site) -> None:
+    file = labelling.folder / "other.jsonl"
+    file.write_text('{"sentence": "w1"}\n')
+    arguments = ("--adapter", "alone", "--input", file, "--config", labelling.config)
+    error = refused(DataError, "classify", *arguments)
+    assert (error.message, error.field) == ("a column is missing", "text")
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
