@@ -27,11 +27,14 @@ from umbel_host.files.text_file import read_text
 from umbel_host.terminal import Screen, json_text, say
 
 if TYPE_CHECKING:
+    from umbel_client.data.conversations import Question
     from umbel_client.models.adapted_model import AdaptedModel
 
 Adapter = Annotated[
     str, typer.Option(help="An adapter's folder, or a job whose adapter this site received.")
 ]
+_COLDEST = 0.001
+"""Smallest temperature at which tokens are drawn."""
 Base = Annotated[
     bool, typer.Option("--base", help="Leave the adapter out, to compare with the base model.")
 ]
@@ -133,11 +136,12 @@ def classify(
     from umbel_client.evaluation.inference import classify_texts
 
     settings = _loaded(config, device)
+    given = _given(text, file, "--text")
+    texts = given if file is None else _column(file, settings.data.text_column)
     model = _adapted(settings, adapter, base)
     task = model.plan.task
     if not isinstance(task, Classification):
         raise _other_task(adapter, "umbel-client generate")
-    texts = _texts(text, file, settings.data.text_column)
     tokens = tokenise(texts, Path(settings.model.path), task.max_tokens, model.files)
     for prediction in classify_texts(model, tokens):
         say(
@@ -202,9 +206,20 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="A question; may be repeated.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--input", help="A data file with questions, in a column `prompt`."),
+        typer.Option(
+            "--input",
+            help="A data file with questions, with or without answers: prompts, messages,"
+            " instructions or texts.",
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=131_072,
+            help="Longest answer, in tokens. It ends with the model's context in any case.",
+        ),
+    ] = 128,
     temperature: Annotated[
         float,
         typer.Option(
@@ -212,7 +227,12 @@ def generate(
         ),
     ] = 0.0,
     seed: Annotated[
-        int, typer.Option(help="Seed of random answers; without a temperature it has no effect.")
+        int,
+        typer.Option(
+            min=0,
+            max=2**63 - 1,
+            help="Seed of random answers; without a temperature it has no effect.",
+        ),
     ] = 0,
     base: Base = False,
     device: Device = None,
@@ -220,21 +240,27 @@ def generate(
 ) -> None:
     """Answer questions with an adapter. Prints one JSON object a line, with prompt and answer."""
     from umbel_client.data.chat import Chat
-    from umbel_client.data.conversations import Turn
+    from umbel_client.data.conversations import Question, Turn, read_questions
+    from umbel_client.data.tables import read_table
     from umbel_client.evaluation.inference import Sampling, answer_prompts
 
     settings = _loaded(config, device)
+    given = _given(prompt, file, "--prompt")
+    # Below, a logit divided by it may be infinite.
+    if temperature != 0 and not temperature >= _COLDEST:
+        raise typer.BadParameter(f"0, or {_COLDEST} to 5", param_hint="--temperature")
+    table = None if file is None else read_table(file)
     model = _adapted(settings, adapter, base)
     task = model.plan.task
     if not isinstance(task, CausalLm):
         raise _other_task(adapter, "umbel-client classify")
-    prompts = _texts(prompt, file, "prompt")
+    questions: list[Question] = [(Turn("user", one),) for one in given]
+    if file is not None and table is not None:
+        questions = read_questions(file, table, task, settings.data.format)
     chat = Chat.load(Path(settings.model.path), task, model.files)
-    sampling = Sampling(max_new_tokens, temperature, seed)
-    turns = [[Turn("user", one)] for one in prompts]
-    said = answer_prompts(model, chat, turns, sampling)
-    for question, answer in zip(prompts, said, strict=True):
-        say(json_text({"prompt": question, "answer": answer}, indent=-1))
+    said = answer_prompts(model, chat, questions, Sampling(max_new_tokens, temperature, seed))
+    for question, answer in zip(questions, said, strict=True):
+        say(json_text({"prompt": _as_asked(question), "answer": answer}, indent=-1))
 
 
 def export(
@@ -300,17 +326,36 @@ def _adapted(config: ClientConfig, adapter: str, base: bool) -> "AdaptedModel":
     return model
 
 
-def _texts(given: Sequence[str] | None, file: Path | None, column: str) -> list[str]:
-    """The texts of the command line, or of a column of a data file."""
+def _given(texts: Sequence[str] | None, file: Path | None, option: str) -> list[str]:
+    """The texts of the command line, which are held to what those of a file are held to.
+
+    Raises:
+        DataError: names the text that is empty, or not UTF-8.
+    """
+    if (file is None) == (not texts):
+        raise typer.BadParameter(f"give texts with {option}, or a file with --input")
+    for number, text in enumerate(texts or (), start=1):
+        # Python keeps bytes of the command line that are not UTF-8 as halves of characters.
+        broken = any("\ud800" <= character <= "\udfff" for character in text)
+        if broken or not text.strip():
+            raise DataError(
+                f"text {number} of the command line is no text",
+                field=f"{option}, number {number}",
+                found="a character that is not UTF-8" if broken else "an empty text",
+                accepted="a text in UTF-8 that is not empty",
+            )
+    return list(texts or ())
+
+
+def _column(file: Path, column: str) -> list[str]:
+    """The texts of a column of a data file."""
+    from umbel_client.data.records import require_columns
     from umbel_client.data.tables import read_table
 
-    if (file is None) == (not given):
-        raise typer.BadParameter("give texts on the command line, or a file with --input")
-    if file is None:
-        return list(given or ())
     table = read_table(file)
+    require_columns(file, table, column)
     texts = []
-    for number, row in enumerate(table.rows, start=1):
+    for number, row in enumerate(table.rows, start=table.first):
         value = row.get(column)
         if not isinstance(value, str) or not value.strip():
             raise DataError(
@@ -322,6 +367,16 @@ def _texts(given: Sequence[str] | None, file: Path | None, column: str) -> list[
             )
         texts.append(value)
     return texts
+
+
+def _as_asked(question: "Question") -> object:
+    """A question as its record has it: a text, or messages where it has several."""
+    from umbel_client.data.conversations import Passage
+
+    if isinstance(question, Passage):
+        return question.text
+    lone = len(question) == 1 and question[0].role == "user"
+    return question[0].content if lone else question
 
 
 def _other_task(adapter: str, command: str) -> ConfigError:

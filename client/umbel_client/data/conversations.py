@@ -10,7 +10,7 @@
 `prompt` and `completion` may be lists of messages as well; in CSV a cell of `messages` holds JSON.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -51,6 +51,9 @@ class Passage(Value, frozen=True):
 
 
 LmRecord: TypeAlias = Conversation | Passage
+
+Question: TypeAlias = Sequence[Turn] | Passage
+"""What a model answers: the turns up to an answer; or a text, up to its answer or to continue."""
 
 
 def read_conversations(
@@ -186,15 +189,20 @@ def _prompt_completion(place: _Place, row: Row) -> LmRecord:
 
 
 def _instruction(place: _Place, row: Row) -> LmRecord:
-    question = place.text(row, "instruction", what="has no instruction")
+    question = _instructed(place, row)
     answer = place.text(row, "output", what="has an empty output")
+    return Conversation((question, Turn("assistant", answer)))
+
+
+def _instructed(place: _Place, row: Row) -> Turn:
+    question = place.text(row, "instruction", what="has no instruction")
     more = row.get("input")
     if more is not None and not isinstance(more, str):
         raise place.error("has no text", "input", type(more).__name__, "a text")
-    return _pair(f"{question}\n\n{more}" if more and more.strip() else question, answer)
+    return Turn("user", f"{question}\n\n{more}" if more and more.strip() else question)
 
 
-def _passage(place: _Place, row: Row) -> LmRecord:
+def _passage(place: _Place, row: Row) -> Passage:
     return Passage(text=place.text(row, "text"))
 
 
@@ -249,6 +257,75 @@ def _conversation(place: _Place, turns: tuple[Turn, ...], column: str) -> Conver
 
 def _pair(question: str, answer: str) -> Conversation:
     return Conversation((Turn("user", question), Turn("assistant", answer)))
+
+
+def read_questions(
+    path: Path, table: Table, task: CausalLm, record_format: Format
+) -> list[Question]:
+    """Reads every row up to its answer, which it may have or lack.
+
+    Args:
+        record_format: the format of the records; `auto`, or one that the file does not have: what
+            the columns say, `prompt` before all others.
+
+    Raises:
+        DataError: no column holds questions; or a row has none, or one that the plan's template
+            cannot render.
+    """
+    order: list[Format] = [record_format, "prompt-completion", *COLUMNS]
+    asking: list[Format] = [
+        name for name in order if name != "auto" and COLUMNS[name][0] in table.columns
+    ]
+    if not asking:
+        raise DataError(
+            "a data file has no questions",
+            file=path,
+            found=", ".join(table.columns),
+            accepted=f"one of the columns {', '.join(needed[0] for needed in COLUMNS.values())}",
+            remedy="rename a column of the file",
+        )
+    questions: list[Question] = []
+    for number, row in enumerate(table.rows, start=table.first):
+        asked = _ASKED[asking[0]](_Place(path, number), row)
+        record: LmRecord
+        if isinstance(asked, Passage):
+            record = asked
+        else:
+            record = Conversation((*asked, Turn("assistant", "an answer")))
+        check_template(record, task, number, path)
+        questions.append(asked)
+    return questions
+
+
+def _asked_messages(place: _Place, row: Row) -> Question:
+    turns = _turns(place, row.get("messages"), "messages")
+    return _asked_turns(place, turns[:-1] if turns[-1].role == "assistant" else turns, "messages")
+
+
+def _asked_prompt(place: _Place, row: Row) -> Question:
+    if isinstance(row.get("prompt"), list):
+        return _asked_turns(place, _turns(place, row["prompt"], "prompt"), "prompt")
+    return (Turn("user", place.text(row, "prompt", what="has an empty prompt")),)
+
+
+def _asked_turns(place: _Place, turns: tuple[Turn, ...], column: str) -> Question:
+    empty = next((number for number, turn in enumerate(turns, 1) if not turn.content.strip()), None)
+    if empty is not None:
+        found, accepted = f"message {empty}", "texts that are not empty"
+        raise place.error("has an empty message", column, found, accepted)
+    if not turns:
+        raise place.error(
+            "has nothing to answer", column, "an answer alone", "a question before it"
+        )
+    return turns
+
+
+_ASKED: dict[Format, Callable[[_Place, Row], Question]] = {
+    "messages": _asked_messages,
+    "prompt-completion": _asked_prompt,
+    "instruction": lambda place, row: (_instructed(place, row),),
+    "text": _passage,
+}
 
 
 def check_template(record: LmRecord, task: CausalLm, row: int, path: Path | None = None) -> None:

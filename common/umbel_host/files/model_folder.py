@@ -1,9 +1,10 @@
 """The small files of a base model's folder: configuration, index and tokenizer.
 
 What is loaded is what was hashed. A file is read once, and its bytes are hashed and used; a file
-that does not count, such as a card, settings of generation or further templates, is never read. A
-folder is refused where a file that counts names another one to be read instead: two sites would
-then train two models of one digest.
+that does not count, such as a card or further templates, is never read. One thing is: which tokens
+end an answer by the settings of generation (`ends_of_generation`). A folder is refused where a file
+that counts names another one to be read instead: two sites would then train two models of one
+digest.
 
 Nothing here needs the packages that load a model.
 """
@@ -22,6 +23,7 @@ from umbel_common.errors import ModelError
 from umbel_host.processes.lifecycle import reason
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -117,6 +119,43 @@ def private_folder(folder: Path, texts: Mapping[str, bytes]) -> Iterator[Path]:
             yield Path(name)
         except (OSError, ValueError) as error:
             raise ValueError(str(error).replace(name, str(folder))) from error
+
+
+def ends_of_config(folder: Path, texts: Mapping[str, bytes]) -> list[int]:
+    """The tokens that end a text by a model's configuration.
+
+    Args:
+        folder: where the files were read.
+        texts: what `read_texts` returns.
+
+    Raises:
+        ModelError: the configuration is not JSON.
+    """
+    if CONFIG_FILE not in texts:
+        return []
+    found = parsed_json(folder, CONFIG_FILE, texts[CONFIG_FILE])
+    inner = found.get("text_config")
+    return [*_ends(found), *(_ends(inner) if isinstance(inner, dict) else [])]
+
+
+def ends_of_generation(folder: Path) -> list[int]:
+    """The tokens at which a model's settings of generation end an answer.
+
+    This file is not in the model's digest. Nothing that trains may read it: it only says where an
+    answer stops that a model has begun to write.
+
+    Raises:
+        ModelError: the file cannot be read, or is not JSON.
+    """
+    if not (folder / GENERATION_FILE).is_file():
+        return []
+    with opened(folder / GENERATION_FILE) as file:
+        return _ends(parsed_json(folder, GENERATION_FILE, file.read()))
+
+
+def _ends(settings: Mapping[str, Any]) -> list[int]:
+    found = settings.get("eos_token_id")
+    return [one for one in (found if isinstance(found, list) else [found]) if type(one) is int]
 
 
 def text_digest(text: bytes) -> str:
