@@ -4,6 +4,7 @@ from pathlib import Path
 
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.base.files import folder_digest
+from umbel_common.plans.alike import check_labels
 from umbel_common.plans.plan import (
     Adam,
     Aggregation,
@@ -48,6 +49,7 @@ def make_plan(
             logit_scale=scenario.task.logit_scale,
         )
     )
+    check_labels(task)
     lora = plan_lora(
         model,
         task,
