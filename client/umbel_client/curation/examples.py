@@ -11,16 +11,15 @@ from typing import TypeAlias, TypeVar
 
 from umbel_client.data.conversations import Conversation, LmRecord, format_of
 from umbel_client.data.records import (
-    LONGEST_LABEL,
     Columns,
     LmRecords,
     Records,
     columns_of,
-    label_of,
     label_text,
     records_of,
+    require_label,
 )
-from umbel_client.data.rows import Row, Table
+from umbel_client.data.rows import Table
 from umbel_client.data.tables import columns_text, near_columns, read_table, require_columns
 from umbel_client.site.config import DataConfig
 from umbel_common.errors import DataError
@@ -162,7 +161,7 @@ def row_errors(
     for index, (number, row) in enumerate(table.numbered()):
         try:
             if any_label and isinstance(task, Classification):
-                _require_label(path, data.label_column, number, row)
+                require_label(path, data.label_column, number, row)
             records_of(path, table.alone(index), task, **columns)
         except DataError as error:
             wrong[number] = error
@@ -205,7 +204,7 @@ def _labels_of(path: Path, table: Table, column: str, *, strict: bool) -> tuple[
     found = set()
     for number, row in table.numbered():
         try:
-            found.add(_require_label(path, column, number, row))
+            found.add(require_label(path, column, number, row))
         except DataError:
             if strict:
                 raise
@@ -221,20 +220,6 @@ def _labels_of(path: Path, table: Table, column: str, *, strict: bool) -> tuple[
         )
     # A task has two labels at least, and the rows are looked at one by one.
     return tuple(sorted(found)) if len(found) > 1 else (*found, "", " ")[:2]
-
-
-def _require_label(path: Path, column: str, number: int, row: Row) -> str:
-    value = row.get(column)
-    label = label_of(value)
-    if label is None or not seen(label) or len(label) > LONGEST_LABEL:
-        raise DataError(
-            f"row {number} has no label",
-            file=path,
-            field=f"{column}, row {number}",
-            found=type(value).__name__ if label is None else f"{len(label)} characters",
-            accepted=f"a whole number, or a text of 1 to {LONGEST_LABEL} characters",
-        )
-    return label
 
 
 def repeated(keys: Sequence[Hashable]) -> list[Group]:

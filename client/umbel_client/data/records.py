@@ -12,12 +12,12 @@ from typing import Any, Self, TypedDict, Unpack, overload
 import msgspec
 
 from umbel_client.data.conversations import LmRecord, read_conversations
-from umbel_client.data.rows import Table
+from umbel_client.data.rows import Row, Table
 from umbel_client.data.tables import read_table, require_columns
 from umbel_client.site.config import DataConfig
 from umbel_common.canonical import Digest, Value, digest
 from umbel_common.errors import DataError
-from umbel_common.plans.alike import plain, shown, told
+from umbel_common.plans.alike import plain, seen, shown, told
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import CausalLm, Classification, Task
 
@@ -300,6 +300,25 @@ def label_of(value: object) -> str | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return value if isinstance(value, str) else None
+
+
+def require_label(path: Path, column: str, number: int, row: Row) -> str:
+    """The label of a row where no plan says which labels there are.
+
+    Raises:
+        DataError: its value cannot be a label.
+    """
+    value = row.get(column)
+    label = label_of(value)
+    if label is None or not seen(label) or len(label) > LONGEST_LABEL:
+        raise DataError(
+            f"row {number} has no label",
+            file=path,
+            field=f"{column}, row {number}",
+            found=type(value).__name__ if label is None else f"{len(label)} characters",
+            accepted=f"a whole number, or a text of 1 to {LONGEST_LABEL} characters",
+        )
+    return label
 
 
 def label_text(label: str | None) -> str:
