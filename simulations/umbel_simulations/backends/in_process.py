@@ -10,9 +10,11 @@ import os
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from umbel_client.ledger.register import Register
 from umbel_client.relay.flower import answer_message, whole
@@ -154,6 +156,7 @@ class Federation:
                 since here the developer is also the administrator of every site.
         """
         operator = read_identity(self.folder / "server" / "identity.pem")
+        learn_types()
         # The folder of a run may be moved and copied, and the register names places.
         shutil.rmtree(self._ledgers, ignore_errors=True)
         registry = self.registry()
@@ -214,6 +217,22 @@ class Federation:
             register=Register(self._ledgers),
             entropy=self.entropy(site),
         )
+
+
+def learn_types() -> None:
+    """Lets msgspec learn every type of ours now, in one thread.
+
+    It learns a type when it first decodes it. Sites that do so at the same moment, in threads of
+    one process, can meet a type that is half learnt, which ends the process.
+    """
+    pending = [msgspec.Struct]
+    while pending:
+        kinds = pending.pop().__subclasses__()
+        pending += kinds
+        for kind in kinds:
+            if kind.__module__.startswith("umbel_"):
+                with suppress(TypeError, NameError):  # some are never decoded
+                    msgspec.msgpack.Decoder(kind)
 
 
 def _node(trainer: Trainer) -> Node:
