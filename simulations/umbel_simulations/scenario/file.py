@@ -233,6 +233,18 @@ def _load(path: Path) -> Scenario:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("a scenario cannot be read", file=path, found=error) from error
+    return parse_scenario(text, path)
+
+
+def parse_scenario(text: str, path: Path) -> Scenario:
+    """The scenario of a text.
+
+    Args:
+        path: the file that it is in, or will be; relative paths start at its folder.
+
+    Raises:
+        ConfigError: a field is unknown, missing or wrong, or parts do not fit together.
+    """
     table = read_table(text, path)
     task = table.get("task")
     if isinstance(task, dict):
