@@ -48,7 +48,7 @@ class Example(Value, frozen=True):
     turns: tuple[Turn, ...] = ()
     """The whole conversation, if it is more than one question of a user and its answer."""
     unit: str = ""
-    """Whose record it is, if the scenario names a column of units."""
+    """The unit (patient) that it belongs to, if the scenario names a column of units."""
 
 
 class Corpus(Value, frozen=True):

@@ -14,8 +14,10 @@ from umbel_common.toml_values import parse_toml
 from umbel_simulations.backends.draft import draft_toml
 from umbel_simulations.cli import app
 from umbel_simulations.inputs.new_scenario import Wish, scenario_text
-from umbel_simulations.runs.setup import RunSetup, load_setup
+from umbel_simulations.inputs.sources import load_source
 from umbel_simulations.scenario.file import find_scenario, parse_scenario
+from umbel_simulations.scenario.plan import make_plan, plan_task
+from umbel_simulations.scenario.scenario import Scenario
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +37,11 @@ def lines(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-def init(*arguments: object) -> RunSetup:
-    """What the scenario that the command writes starts from."""
+def init(*arguments: object) -> Scenario:
+    """The scenario that the command writes; it wrote none before it had made its plan."""
     done = CliRunner().invoke(app, ["init", *map(str, arguments)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return load_setup(find_scenario(str(arguments[arguments.index("--out") + 1])))
+    return find_scenario(str(arguments[arguments.index("--out") + 1]))
 
 
 def test_texts_with_labels_of_patients_become_a_scenario(tmp_path: Path, bert: Path) -> None:
@@ -52,14 +54,15 @@ def test_texts_with_labels_of_patients_become_a_scenario(tmp_path: Path, bert: P
         *(tmp_path / "Fragen März.csv", "--test", tmp_path / "test.csv", "--model", bert),
         *("--out", tmp_path / "mine.toml", *columns),
     )
-    assert isinstance(found.plan.task, Classification)
-    assert found.plan.task.labels == ("a\U0001f912", "b\U0001f912")
-    assert sum(map(len, found.sites.values())) == 120
-    assert len(found.corpus.test) == 9
+    corpus = load_source(found)
+    assert corpus.labels == ("a\U0001f912", "b\U0001f912")
+    assert (len(corpus.train), len(corpus.test)) == (120, 9)
+    assert {example.unit for example in corpus.train} == {f"p{n}" for n in range(60)}
     text = (tmp_path / "mine.toml").read_text()
     assert "120 records, 60 units, of 3 tokens" in text
-    draft = parse_toml(draft_toml(found.scenario, found.corpus.labels, bert), Draft, "draft")
-    assert draft.task == found.plan.task
+    draft = parse_toml(draft_toml(found, corpus.labels, bert), Draft, "draft")
+    assert draft.task == plan_task(found, corpus.labels)
+    assert isinstance(draft.task, Classification)
 
 
 def test_questions_of_three_sites_become_a_scenario(tmp_path: Path, llama: Path) -> None:
@@ -77,14 +80,14 @@ def test_questions_of_three_sites_become_a_scenario(tmp_path: Path, llama: Path)
     test = lines(tmp_path / "test.jsonl", [formats[0]] * 5)
     out = tmp_path / "mine.toml"
     found = init(*files, "--test", test, "--model", llama, "--out", out)
-    assert list(found.sites) == ["site-0", "site-1", "site-2"]
-    assert isinstance(found.plan.task, CausalLm)
+    assert found.sites.all_names == ("site-0", "site-1", "site-2")
+    assert isinstance(found.task, CausalLm)
     more = "\n[evaluation]\nnoise_multiplier = 2.0\nmax_records = 5\n"
     more += "\n[release_gate]\nmax_loss_increase = 0.5\n"
     scenario = parse_scenario(out.read_text() + more, out)
     assert scenario.release_gate is not None
     draft = parse_toml(draft_toml(scenario, (), llama, "public.jsonl"), Draft, "draft")
-    plan = load_setup(scenario).plan
+    plan = make_plan(scenario, (), llama, largest_site=20, holdout=b"")
     assert (draft.task, draft.training, draft.privacy) == (plan.task, plan.training, plan.privacy)
     assert draft.evaluation == plan.evaluation is not None
     assert draft.release_gate is not None
