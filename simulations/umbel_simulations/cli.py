@@ -1,6 +1,7 @@
 """`umbel-simulate`: many sites on one machine, with the code that a deployment runs."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from umbel_common.errors import StorageError
 from umbel_host.processes.lifecycle import hide_memory
 from umbel_host.terminal import Screen, exit_code, json_text, say
 
@@ -80,6 +82,65 @@ def run(
         console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
         console.print(f"adapter: {folder / 'adapter'}", soft_wrap=True)
         console.print(f"verify: umbel-simulate verify {folder}", soft_wrap=True)
+
+
+@app.command()
+def init(
+    train: Annotated[
+        list[Path],
+        typer.Argument(help="Training records: one file to divide, or a file for each site."),
+    ],
+    test: Annotated[
+        Path,
+        typer.Option(help="Public test records; `umbel-client data split` makes such a file."),
+    ],
+    out: Annotated[Path, typer.Option(help="The new scenario.")] = Path("mine.toml"),
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the base model; default for labels: the demo's encoder."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the scenario; default: from the file's name.")
+    ] = None,
+    sites: Annotated[
+        int | None, typer.Option(min=2, max=100, help="Number of sites; default: 3.")
+    ] = None,
+    unit: Annotated[
+        str | None, typer.Option(help="Column that says whose a record is, such as a patient.")
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column with the texts to label.")] = "text",
+    label_column: Annotated[str, typer.Option(help="Column with the labels.")] = "label",
+) -> None:
+    """Look at your own records, and write a commented scenario that trains on them."""
+    from umbel_host.files.durable import create
+    from umbel_simulations.inputs.new_scenario import Wish, path_text, scenario_text
+    from umbel_simulations.runs.setup import load_setup
+    from umbel_simulations.scenario.file import parse_scenario
+
+    if out.exists():
+        raise StorageError("a file is in the way", file=out, remedy="give another --out")
+    wish = Wish(
+        train=train,
+        test=test,
+        out=out,
+        model=model,
+        name=name,
+        sites=sites,
+        unit=unit,
+        text_column=text_column,
+        label_column=label_column,
+    )
+    text = scenario_text(wish)
+    # What is written runs: records, model, plan and privacy fit together.
+    setup = load_setup(parse_scenario(text, out))
+    try:
+        create(out, text.encode(), 0o644)
+    except OSError as error:
+        raise StorageError("a scenario cannot be written", file=out, found=error.strerror) from None
+    console = Screen()
+    for site, examples in setup.sites.items():
+        console.print(f"{site}  {len(examples):,} records", soft_wrap=True)
+    console.print(f"run it: umbel-simulate run {shlex.quote(path_text(out))}", soft_wrap=True)
 
 
 @app.command()

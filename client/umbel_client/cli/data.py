@@ -4,6 +4,7 @@ Torch and Transformers are imported inside the commands: other commands should n
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,6 +15,7 @@ import typer
 from umbel_client.cli.options import CLIENT_TOML, Json
 from umbel_client.site.config import ClientConfig, DataConfig, load_config
 from umbel_common.errors import DataError
+from umbel_common.plans.alike import seen, shown
 from umbel_common.plans.plan_file import plan_from_json, task_text
 from umbel_host.files.text_file import read_text
 from umbel_host.terminal import Screen, json_text, print_lines, say
@@ -71,8 +73,8 @@ def check(
     agreed = None if plan is None else plan_from_json(read_text(plan), plan)[0]
     task = None if agreed is None else agreed.task
     if every:
-        errors = islice(row_errors(site.file, site.data, task, site.labels), _MOST_ERRORS)
-        _refuse_rows(site.file, list(errors))
+        errors = row_errors(site.file, site.data, task, site.labels)
+        _refuse_rows(site.file, islice(errors, _MOST_ERRORS))
     examples = read_examples(site.file, site.data, task, site.labels)
     folder = model or site.model
     lines = [] if agreed is None else [("plan", f"{agreed.job}: {task_text(agreed.task)}")]
@@ -83,7 +85,7 @@ def check(
         lines.append(("too long", f"{_records(cut)} cut after {task.max_tokens} tokens"))
     elif task is not None:
         lines.append(("too long", "not counted: give --model, or a client.toml"))
-    found = report(examples, lengths)
+    found = report(examples, lengths, data=site.data, public_size=site.public_size)
     most = site.data.max_records_per_unit
     past = _past(examples.units, most)
     if past:
@@ -107,7 +109,8 @@ def stats(
     site = _Site(config, file, unit)
     examples = read_examples(site.file, site.data, None, site.labels)
     folder = model or site.model
-    found = report(examples, None if folder is None else count_tokens(examples, folder))
+    lengths = None if folder is None else count_tokens(examples, folder)
+    found = report(examples, lengths, data=site.data, public_size=site.public_size)
     if as_json:
         say(json_text(found))
         return
@@ -182,16 +185,21 @@ class _Site:
         self.data = found if unit is None else msgspec.structs.replace(found, unit_column=unit)
         self.file = file or Path(found.path)
         self.labels = settings.policy.labels if settings else ()
+        # It is about the site's own records, not about another file that is looked at here.
+        own = settings is not None and self.file == Path(found.path)
+        self.public_size = found.public_size if own else None
         self.model = Path(settings.model.path) if settings else None
 
 
-def _refuse_rows(path: Path, errors: list[DataError]) -> None:
+def _refuse_rows(path: Path, errors: Iterable[DataError]) -> None:
+    count = 0
     for error in errors:
+        count += 1
         wanted = "" if error.accepted is None else f"; accepted: {error.accepted}"
         say(f"{error.message} ({error.field}): found {error.found}{wanted}", err=True)
-    if errors:
-        more = " or more" if len(errors) == _MOST_ERRORS else ""
-        raise DataError(f"rows of a data file are no records: {len(errors)}{more}", file=path)
+    if count:
+        more = " or more" if count == _MOST_ERRORS else ""
+        raise DataError(f"rows of a data file are no records: {count}{more}", file=path)
 
 
 def _shares(text: str) -> list[float]:
@@ -215,9 +223,9 @@ def _lines(found: "DataReport") -> list[tuple[str, str]]:
         each = _spread(found.records_per_unit)
         lines.append(("units", f"{found.units:,}; records of each: {each}"))
     if found.labels is not None:
-        shown = list(found.labels.items())
-        names = ", ".join(f"{name} {count:,}" for name, count in shown[:_SHOWN])
-        lines.append(("labels", names + _more(len(shown))))
+        counted = list(found.labels.items())
+        names = ", ".join(f"{_name(name)} {count:,}" for name, count in counted[:_SHOWN])
+        lines.append(("labels", names + _more(len(counted))))
     if found.tokens is not None:
         lines.append(("tokens", _spread(found.tokens)))
     lines.append(("repeated", _rows(found.repeated_rows)))
@@ -225,7 +233,17 @@ def _lines(found: "DataReport") -> list[tuple[str, str]]:
         lines.append(("", f"{found.shared_by_units:,} units have a record that another has too"))
     if found.contradictory_rows:
         lines.append(("", f"with another label: {_rows(found.contradictory_rows)}"))
-    return lines
+    if found.alike_rows:
+        alike = f"{_rows(found.alike_rows)}, but for case, width or form of characters"
+        lines.append(("alike", alike))
+    return lines + [
+        ("look" if number == 0 else "", text) for number, text in enumerate(found.remarks)
+    ]
+
+
+def _name(label: str) -> str:
+    """A label between quotes, if nobody could see what it is without them."""
+    return label if seen(label) == label else shown(label)
 
 
 def _cut_line(cut: "Cut") -> tuple[str, str]:

@@ -72,6 +72,7 @@ def train(
     the data.
     """
     from umbel_client.data.records import columns_of, load_records
+    from umbel_client.data.site_data import warnings_of
     from umbel_client.models.adapters.folder import write_adapter
     from umbel_client.training.local import Validation, fine_tune
 
@@ -89,6 +90,10 @@ def train(
     if validation is not None:
         held_out = Validation(load_records(validation, followed.task, **columns), patience)
     console = Screen()
+    public_size = settings.data.public_size if data is None else None
+    labels = followed.task.labels if isinstance(followed.task, Classification) else ()
+    for warning in warnings_of(records, public_size, labels):
+        console.print(f"look: {warning}", soft_wrap=True)
 
     def on_round(done: int, loss: float | None) -> None:
         end = "" if loss is None else f", validation loss {loss:.4f}"
@@ -100,7 +105,7 @@ def train(
         records,
         held_out,
         on_round,
-        public_size=settings.data.public_size if data is None else None,
+        public_size=public_size,
         entropy=os.urandom,
     )
     write_adapter(out, followed, result.adapter, None, base_model=Path(settings.model.path))
@@ -349,13 +354,12 @@ def _given(texts: Sequence[str] | None, file: Path | None, option: str) -> list[
 
 def _column(file: Path, column: str) -> list[str]:
     """The texts of a column of a data file."""
-    from umbel_client.data.records import require_columns
-    from umbel_client.data.tables import read_table
+    from umbel_client.data.tables import read_table, require_columns
 
     table = read_table(file)
     require_columns(file, table, column)
     texts = []
-    for number, row in enumerate(table.rows, start=table.first):
+    for number, row in table.numbered():
         value = row.get(column)
         if not isinstance(value, str) or not value.strip():
             raise DataError(

@@ -16,9 +16,11 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from umbel_client.data.tables import Row, Table
+from umbel_client.data.rows import Row, Table
+from umbel_client.data.tables import columns_text, near_columns, require_columns
 from umbel_common.canonical import Value
 from umbel_common.errors import DataError
+from umbel_common.plans.alike import shown
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import CausalLm
 
@@ -66,18 +68,14 @@ def read_conversations(
             the file, has an empty answer, or is one that the plan's template cannot render.
     """
     chosen = format_of(path, table) if record_format == "auto" else record_format
-    needed = COLUMNS[chosen]
-    missing = [column for column in needed if column not in table.columns]
-    if missing:
-        raise DataError(
-            "a column is missing",
-            file=path,
-            field=missing[0],
-            found=", ".join(table.columns),
-            accepted=f"for data.format {chosen}: {', '.join(needed)}",
-        )
+    try:
+        require_columns(path, table, *COLUMNS[chosen])
+    except DataError as error:
+        error.accepted = f"for data.format {chosen}: {', '.join(COLUMNS[chosen])}"
+        error.remedy = "rename a column of the file, or set data.format"
+        raise
     records: list[LmRecord] = []
-    for number, row in enumerate(table.rows, start=table.first):
+    for number, row in table.numbered():
         place = _Place(path, number)
         record = _READERS[chosen](place, row)
         check_template(record, task, number, path)
@@ -110,8 +108,11 @@ class _Place:
         return value
 
 
-def format_of(path: Path, table: Table) -> Format:
+def format_of(path: Path, table: Table, *, strict: bool = True) -> Format:
     """The format that a file's columns say.
+
+    Args:
+        strict: rows of another format than the first are an error; else the first row decides.
 
     Raises:
         DataError: the columns belong to no format or to several, or a row has another format than
@@ -127,9 +128,9 @@ def format_of(path: Path, table: Table) -> Format:
         raise DataError(
             "the columns of a data file are those of no format",
             file=path,
-            found=", ".join(table.columns),
+            found=columns_text(table.columns),
             accepted=accepted,
-            remedy="rename columns of the file",
+            remedy=f"{_near(table)}rename columns of the file",
         )
     if any(all(_has(row, name) for row in table.rows) for name in found):
         raise DataError(
@@ -140,7 +141,20 @@ def format_of(path: Path, table: Table) -> Format:
             accepted="exactly one of them",
             remedy="set data.format in client.toml",
         )
+    first = next((name for name in found if table.rows and _has(table.rows[0], name)), None)
+    if first is not None and not strict:
+        return first
     raise _mixed(path, table, found)
+
+
+def _near(table: Table) -> str:
+    wanted = dict.fromkeys((*(column for needed in COLUMNS.values() for column in needed), "label"))
+    near = [
+        f"{shown(name)} comes near {column}"
+        for column in wanted
+        for name in near_columns(column, table.columns)
+    ]
+    return "".join(f"{words}; " for words in near)
 
 
 def _has(row: Row, name: Format) -> bool:
@@ -150,8 +164,10 @@ def _has(row: Row, name: Format) -> bool:
 
 def _mixed(path: Path, table: Table, known: list[Format]) -> DataError:
     first: list[Format] = [name for name in known if _has(table.rows[0], name)]
-    number = next(n for n, row in enumerate(table.rows, 1) if not first or not _has(row, first[0]))
-    found = [name for name in known if _has(table.rows[number - 1], name)]
+    number, row = next(
+        (n, row) for n, row in table.numbered() if not first or not _has(row, first[0])
+    )
+    found = [name for name in known if _has(row, name)]
     what = "is of another format than the rows before it" if first else "is of no format"
     return DataError(
         f"row {number} {what}",

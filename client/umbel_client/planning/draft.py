@@ -12,6 +12,7 @@ from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.folder import skeleton
 from umbel_common.canonical import Name, Value
 from umbel_common.errors import DataError, PlanError
+from umbel_common.plans.alike import check_labels
 from umbel_common.plans.plan import (
     Aggregation,
     BaseModel,
@@ -128,6 +129,7 @@ def make_plan(draft: Draft, folder: Path) -> TrainingPlan:
             as the task's; or the parts of the plan do not fit together.
     """
     _check_supported(draft.lora)
+    check_labels(draft.task)
     model = folder / Path(draft.model.path).expanduser()
     require_context(model, skeleton(model, draft.task), draft.task)
     targets = draft.lora.target_modules

@@ -7,7 +7,7 @@ from typing import Literal
 
 from umbel_client.models.base.files import folder_digest
 from umbel_common.plans.plan import NoPrivacy
-from umbel_simulations.scenario.scenario import Scenario
+from umbel_simulations.scenario.scenario import Data, FileData, Scenario
 
 CLIENT_TOML = """\
 site = {site}
@@ -19,7 +19,7 @@ physical_batch_size = {physical_batch_size}
 [data]
 path = {data}
 public_size = {public_size}
-
+{units}
 [model]
 path = {model}
 precision = "fastest"
@@ -33,8 +33,10 @@ labels = {labels}
 max_rank = {rank}
 max_rounds = {rounds}
 max_local_steps = {local_steps}
+max_clip_range = {clip_range}
 {privacy}
 examples_as_weights = {examples}
+federated_evaluation = {evaluation}
 minimum_cohort = {minimum_cohort}
 colluding_sites = {colluding_sites}
 """
@@ -56,7 +58,7 @@ def client_toml(
     """A configuration that allows what the scenario plans, and nothing more.
 
     Args:
-        records: how many the site has; the file says their `public_size`.
+        records: how many the site has, or how many units; the file says their `public_size`.
         data: the data file, from the file's folder.
         server: the address that the site's relay connects to; absent for a site without a relay.
     """
@@ -71,7 +73,11 @@ def client_toml(
         approval=json.dumps(approval),
         digest=json.dumps(folder_digest(model).hex()),
         task=json.dumps(scenario.task.__struct_config__.tag),
-        labels=json.dumps(list(labels)),
+        # Escapes of JSON for characters beyond 16 bits are none of TOML.
+        labels=json.dumps(list(labels), ensure_ascii=False),
+        units=_units(scenario.data),
+        clip_range=scenario.aggregation.clip_range,
+        evaluation=json.dumps(scenario.evaluation is not None),
         rank=scenario.lora.rank,
         rounds=scenario.training.rounds,
         local_steps=scenario.training.local_steps,
@@ -80,6 +86,12 @@ def client_toml(
         minimum_cohort=scenario.site_policy.minimum_cohort,
         colluding_sites=scenario.site_policy.colluding_sites,
     )
+
+
+def _units(data: Data) -> str:
+    if not isinstance(data, FileData) or data.unit_column is None:
+        return ""
+    return f'unit_column = "unit"\nmax_records_per_unit = {data.max_records_per_unit}\n'
 
 
 def public_size(records: int) -> int:

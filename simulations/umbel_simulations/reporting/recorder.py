@@ -195,12 +195,27 @@ class ServerObserver:
         )
 
     def on_counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
-        """See `Observer`. No scenario has a federated evaluation."""
+        """See `Observer`."""
+        self._recorder.emit(
+            events.SitesCounted(
+                seconds=self._recorder.seconds(), round=round_number, text=str(counts)
+            )
+        )
 
     def on_evaluated(
         self, round_number: int, evaluation: Evaluation, gate: GateResult | None
     ) -> None:
-        """See `Observer`. Here the judge scores each release, and no plan has a release gate."""
+        """See `Observer`. The judge scores each release; here the release gate is asked."""
+        if gate is not None:
+            self._recorder.emit(
+                events.Gated(
+                    seconds=self._recorder.seconds(),
+                    round=round_number,
+                    before=gate.before,
+                    after=gate.after,
+                    passed=gate.passed(),
+                )
+            )
 
     def on_unevaluated(self, round_number: int, error: UmbelError) -> None:
         """See `Observer`."""

@@ -30,6 +30,11 @@ def print_summary(console: Console, summary: RunSummary) -> None:
     for asked in summary.answers[:ANSWERS_SHOWN]:
         console.print(_answers(asked))
         console.print()
+    for line in summary.counted:
+        console.print(f"counted at the sites, {line}")
+    if summary.held_back:
+        rounds = ", ".join(map(str, summary.held_back))
+        console.print(f"held back by the release gate: round {rounds}")
     aborted = summary.aborted_attempts
     if aborted:
         console.print(f"{aborted} aborted {'attempt' if aborted == 1 else 'attempts'}")

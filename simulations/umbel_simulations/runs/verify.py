@@ -208,7 +208,7 @@ def _can_be(
     if min(site.records, *site.labels.values(), site.sent_clear_bytes) < 0:
         return False
     try:
-        noise = noise_for(job.plan, public_size(site.records))
+        noise = noise_for(job.plan, public_size(site.units or site.records))
     except UmbelError:
         # With this number of records no site can take part.
         return False
