@@ -104,10 +104,17 @@ def _roster(config: ClientConfig) -> tuple[Verdict, str]:
 
 
 def _model(config: ClientConfig) -> tuple[Verdict, str]:
-    found = folder_digest(Path(config.model.path)).hex()
+    from umbel_client.training.model_look import describe
+
+    folder = Path(config.model.path)
+    found = folder_digest(folder).hex()
+    text = describe(folder)
     if found not in config.policy.models:
-        return Verdict.BROKEN, f"policy.models does not allow the model at hand, {found}"
-    return Verdict.FINE, found
+        return Verdict.BROKEN, (
+            f"policy.models does not allow the model at hand, {found}: if it is the one that was"
+            f' agreed on, put models = ["{found}"] into [policy] of client.toml\n{text}'
+        )
+    return Verdict.FINE, f"{found}\n{text}"
 
 
 def _device(config: ClientConfig) -> tuple[Verdict, str]:

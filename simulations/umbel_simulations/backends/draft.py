@@ -71,7 +71,7 @@ def draft_toml(scenario: Scenario, labels: Sequence[str], model: Path) -> str:
         labels=json.dumps(list(labels)),
         task=scenario.task,
         lora=lora,
-        targets=json.dumps(list(lora.target_modules)),
+        targets=json.dumps(lora.target_modules),
         layers=layers,
         training=training,
         privacy=mode,

@@ -117,13 +117,18 @@ def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster) -> None:
 def _verify_settings(folder: Path, plan: TrainingPlan) -> None:
     """Compares what says how to use an adapter with its plan: with another scaling, or with other
     labels, the same tensors are another model."""
+    wanted = text_files(plan)
     for name in (CONFIG_FILE, TASK_FILE, PLAN_FILE):
+        if name not in wanted:
+            # An adapter is a head alone, and PEFT would add what such a file says.
+            _require(not (folder / name).exists(), folder / name, "it is not what the plan says")
+            continue
         try:
             text = (folder / name).read_text(encoding="utf-8")
             if name == PLAN_FILE:
                 same = plan_from_json(text, folder / name)[0] == plan
             else:
-                same = json.loads(text) == json.loads(text_files(plan)[name])
+                same = json.loads(text) == json.loads(wanted[name])
         except (OSError, ValueError, RecursionError, PlanError) as error:
             raise VerificationError(
                 "an adapter cannot be read", file=folder / name, found=error

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from umbel_client.models.adapters.lora import plan_lora
+from umbel_client.models.adapters.targets import all_linear
 from umbel_client.models.base.files import folder_digest
 from umbel_common.plans.plan import (
     Adam,
@@ -48,12 +49,13 @@ def make_plan(
             logit_scale=scenario.task.logit_scale,
         )
     )
+    targets = () if head_only else scenario.lora.target_modules
     lora = plan_lora(
         model,
         task,
         rank=scenario.lora.rank,
         alpha=scenario.lora.alpha,
-        target_modules=() if head_only else scenario.lora.target_modules,
+        target_modules=all_linear(model, task) if targets == "all-linear" else targets,
         layers=scenario.lora.layers,
         method=scenario.lora.method,
         seed=scenario.seed,

@@ -121,8 +121,8 @@ class LoraSettings(Value, frozen=True):
     rank: Annotated[int, msgspec.Meta(ge=1, le=512)]
     alpha: Positive
     """The adapter's output is scaled by alpha / rank."""
-    target_modules: tuple[str, ...]
-    """Names of the linear layers that get an adapter."""
+    target_modules: tuple[str, ...] | Literal["all-linear"]
+    """Names of the linear layers that get an adapter; `all-linear`: all but the output layer."""
     layers: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] | None = None
     """Indices of the transformer layers that get an adapter; absent: all."""
     method: Method = "alternate"

@@ -10,7 +10,7 @@ import math
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,18 +50,24 @@ _LOADING = threading.Lock()
 """Transformers changes global state while it builds a model, so only one is built at a time."""
 
 
-def skeleton(folder: Path, task: Task) -> PreTrainedModel:
+def skeleton(folder: Path, task: Task, depth: int | None = None) -> PreTrainedModel:
     """The model's modules without weights: enough to see names and shapes.
 
+    Args:
+        depth: number of layers; None: all of them.
+
     Raises:
-        ModelError: the configuration is missing or of an unknown architecture.
+        ModelError: the configuration is missing or of an unknown architecture, or is an
+            encoder-decoder's.
     """
-    return _without_pooler(_skeleton(folder, read_texts(folder), task), task)
+    return _without_pooler(_skeleton(folder, read_texts(folder), task, depth), task)
 
 
-def _skeleton(folder: Path, texts: Mapping[str, bytes], task: Task) -> PreTrainedModel:
+def _skeleton(
+    folder: Path, texts: Mapping[str, bytes], task: Task, depth: int | None = None
+) -> PreTrainedModel:
     with _building(folder):
-        return _empty(_config(folder, texts, task), task)
+        return _empty(_config(folder, texts, task, depth), task)
 
 
 def model_config(folder: Path, task: Task) -> PretrainedConfig:
@@ -153,10 +159,46 @@ def load_base(folder: Path, task: Task) -> PreTrainedModel:
     return build_base(read_base(folder), task)
 
 
-def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
+def made_up_base(folder: Path, task: Task, depth: int | None = None) -> PreTrainedModel:
+    """The model with made-up weights of the shapes that its files have, which take no memory.
+
+    Args:
+        depth: number of layers; None: all of them.
+
+    Raises:
+        ModelError: see `build_base`.
+    """
+    texts = read_texts(folder)
+    tensors: dict[str, torch.Tensor] = {}
+    random = torch.Generator().manual_seed(0)
+    for file in shards_of(folder, texts, weights_of(folder)):
+        with opened_weights(folder / file) as shard, _building(folder):
+            for name, shape in shard.shapes.items():
+                tensors[name] = (
+                    _made_up(name, shape, random)
+                    if shard.are_numbers[name]
+                    else torch.zeros((), dtype=torch.int64).expand(shape)
+                )
+    return build_base(BaseContent(folder, texts, tensors, {}), task, depth)
+
+
+def _made_up(name: str, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
+    """Float32 values as a fresh model has them; rows of a matrix are parts of one vector."""
+    if len(shape) < 2:
+        small = 0.02 * torch.randn(shape, generator=random)
+        # Of a norm, as a rule.
+        return 1 + small if name.endswith("weight") else small
+    values = torch.randn(sum(shape), generator=random) / math.sqrt(math.prod(shape[1:]) or 1)
+    return values.as_strided(shape, [1] * len(shape))
+
+
+def build_base(content: BaseContent, task: Task, depth: int | None = None) -> PreTrainedModel:
     """The model with its weights: frozen, in evaluation mode, on its devices.
 
     Parameters without a place are float32.
+
+    Args:
+        depth: number of layers that are built; None: all of them.
 
     Raises:
         ModelError: the weights do not load, or lack a tensor outside the head: it would be random,
@@ -170,7 +212,7 @@ def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
         name: torch.full((), math.nan).expand(place.shape) for name, place in places.items()
     }
     with _building(folder):
-        empty = _empty(_config(folder, content.texts, task), task)
+        empty = _empty(_config(folder, content.texts, task, depth), task)
         model: Any = type(empty)
         base: PreTrainedModel
         # Without a path, it reads no file: also no adapter, generation settings or other weights.
@@ -291,7 +333,9 @@ def _factory(task: Task) -> Any:
     return AutoModelForSequenceClassification if task.head == "stock" else AutoModel
 
 
-def _config(folder: Path, texts: Mapping[str, bytes], task: Task) -> PretrainedConfig:
+def _config(
+    folder: Path, texts: Mapping[str, bytes], task: Task, depth: int | None = None
+) -> PretrainedConfig:
     config: PretrainedConfig
     config_file = {name: text for name, text in texts.items() if name == CONFIG_FILE}
     with private_folder(folder, config_file) as place:
@@ -302,7 +346,38 @@ def _config(folder: Path, texts: Mapping[str, bytes], task: Task) -> PretrainedC
     elif task.head == "stock":
         config.num_labels = len(task.labels)
     _require_unquantised(folder, config)
+    _require_one_stack(folder, config)
+    if depth is not None:
+        _cut(config, depth)
     return config
+
+
+def _cut(config: PretrainedConfig, depth: int) -> None:
+    """Leaves the first layers of a model, and of each part that has a configuration of its own."""
+    for part in [config, *(getattr(config, name, None) for name in config.sub_configs)]:
+        layers = getattr(part, "num_hidden_layers", None)
+        if not isinstance(part, PretrainedConfig) or not isinstance(layers, int) or layers <= depth:
+            continue
+        for name, value in list(vars(part).items()):
+            # What it says of each layer.
+            if isinstance(value, list) and len(value) == layers:
+                setattr(part, name, value[:depth])
+        # Some families of models count their layers in another way.
+        with suppress(NotImplementedError, AttributeError):
+            part.num_hidden_layers = depth  # type: ignore[attr-defined]  # each family has it
+
+
+def _require_one_stack(folder: Path, config: PretrainedConfig) -> None:
+    """Refuses encoder-decoders: they read two texts of a record, and records here have one."""
+    if config.is_encoder_decoder:
+        raise ModelError(
+            "a base model is an encoder-decoder, which Umbel does not fine-tune",
+            file=folder / CONFIG_FILE,
+            field="model_type",
+            found=config.model_type,
+            accepted="an encoder (as BERT) for a classification, or a decoder (as Llama)",
+            remedy="use another base model",
+        )
 
 
 def _require_unquantised(folder: Path, config: PretrainedConfig) -> None:
