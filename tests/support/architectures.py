@@ -43,8 +43,12 @@ _DEBERTA = {
 _TOWER = {
     "text_config": _LLAMA,
     "vision_config": {
-        **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
-        **{"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
     },
     "mm_tokens_per_image": 4,
     "image_token_index": VOCABULARY - 1,

@@ -25,7 +25,7 @@ from umbel_client.dpsgd.fused import NotSeparate
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.dpsgd.private_step import take_gradients
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.models.adapters.lora import attach, tensors_of
+from umbel_client.models.adapters.lora import attach, tensors_of, without_targets
 from umbel_client.models.adapters.targets import layer_lists
 from umbel_client.models.base.architecture import (
     naming_architecture,
@@ -217,7 +217,7 @@ def _try_steps(model: AdaptedModel) -> None:
                     "a trained tensor has no part in the model's output",
                     field=name,
                     found="no gradient",
-                    remedy=_without(name),
+                    remedy=_without(plan, name),
                 )
         if not private:
             continue
@@ -228,15 +228,16 @@ def _try_steps(model: AdaptedModel) -> None:
         except NotSeparate as error:
             name = next((n for n, one in trained.items() if one is error.parameter), None)
             if name is not None:
-                error.field, error.remedy = name, _without(name)
+                error.field, error.remedy = name, _without(plan, name)
             raise
     if private:
         separation_test(model, entropy=os.urandom)
 
 
-def _without(name: str) -> str:
+def _without(plan: TrainingPlan, name: str) -> str:
     """What to do about a trained tensor."""
-    layer = name.partition(".lora_")[0].rpartition(".")[2]
     if ".lora_" not in name:
         return "use another base model, or another task.head"
-    return f"leave {layer} out of lora.target_modules, or use another base model"
+    layer = name.partition(".lora_")[0]
+    targets = [target for target in plan.lora.target_modules if layer.endswith(f".{target}")]
+    return without_targets(plan.lora, targets)

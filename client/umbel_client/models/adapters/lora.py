@@ -1,6 +1,7 @@
 """LoRA layers (Hu et al. 2021) through PEFT, and the head, by the plan's names."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,7 @@ from umbel_client.models.adapters.targets import (
     HEAD,
     adapted_layers,
     mean_the_same_to_peft,
-    names_for,
+    names_for_peft,
 )
 from umbel_client.models.base.architecture import naming_architecture
 from umbel_client.models.base.folder import peft_quietly, skeleton
@@ -60,8 +61,8 @@ def plan_lora(
     base = skeleton(folder, task)
     with naming_architecture(base):
         if not mean_the_same_to_peft(base, target_modules):
-            names = names_for(base, adapted_layers(folder, base, lora))
-            lora = msgspec.structs.replace(lora, target_modules=names)
+            names = names_for_peft(base, adapted_layers(folder, base, lora))
+            lora = msgspec.structs.replace(lora, target_modules=names, layers=None)
         parameters, _head = attach(folder, base, task, lora)
     return msgspec.structs.replace(lora, tensors=tensors_of(parameters))
 
@@ -133,25 +134,36 @@ def _attach_lora(
             "PEFT does not put an adapter on these layers of the base model",
             file=folder,
             field=f"lora.target_modules: {', '.join(lora.target_modules)}",
-            found=f"{type(error).__name__}: {error}",
-            remedy="leave the layer that it names out of lora.target_modules",
+            found=error,
+            remedy=without_targets(lora, [t for t in lora.target_modules if t in str(error)]),
         ) from error
     placed = {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    if placed != chosen.keys():
+    moved = sorted(placed ^ chosen.keys())
+    if moved:
         # PEFT puts adapters of a mixture of experts on parameters that are no layers.
         raise ModelError(
             "PEFT puts the adapter on other layers than the plan names",
             file=folder,
             field=f"lora.target_modules: {', '.join(lora.target_modules)}",
-            found=", ".join(sorted(placed ^ chosen.keys())[:3]),
+            found=", ".join(moved[:3]),
             accepted="linear layers outside of a mixture of experts",
-            remedy="leave the names of the experts' layers out of lora.target_modules",
+            remedy=without_targets(
+                lora, [t for t in lora.target_modules if any(f".{t}" in name for name in moved)]
+            ),
         )
     return {
         _saved_name(name): parameter
         for name, parameter in adapted.named_parameters()
         if parameter.requires_grad
     }
+
+
+def without_targets(lora: Lora, targets: Collection[str]) -> str:
+    """What to do about targets that cannot be adapted."""
+    others = [target for target in lora.target_modules if target not in targets]
+    if not targets or not others:
+        return "name other layers in lora.target_modules, or use another base model"
+    return f"leave {', '.join(targets)} out: lora.target_modules = {json.dumps(others)}"
 
 
 def _saved_name(live: str) -> str:

@@ -18,7 +18,7 @@ from umbel_client.models.base.layers import output_layer
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import Lora, Task
 
-LINEAR = (nn.Linear, Conv1D)
+LINEAR = (nn.Linear, Conv1D, int8.Int8Linear)
 """Layers that take an adapter; Conv1D is GPT-2's linear layer, its weight stored as [in, out]."""
 HEAD = "classifier"
 """The module of a stock head. It is trained as a whole, so it has no adapter."""
@@ -80,13 +80,37 @@ def all_linear(folder: Path, task: Task) -> tuple[str, ...]:
             accepted="names of its linear layers" if _adaptable(base) else None,
             remedy="use another base model, or name the layers in lora.target_modules",
         )
-    return names_for(base, wanted)
+    towers = _towers(base)
+    every = [name for name in _named(base) if not _below(name, towers)]
+    return _names(wanted, every, _adaptable(base))
 
 
-def names_for(base: PreTrainedModel, wanted: Collection[str]) -> tuple[str, ...]:
-    """The shortest names that mean the `wanted` layers, and no module that cannot be adapted."""
+def names_for_peft(base: PreTrainedModel, wanted: Collection[str]) -> tuple[str, ...]:
+    """The shortest names by which PEFT, which knows names alone, finds exactly the `wanted` layers.
+
+    With a tower beside them, many of them are whole names.
+    """
+    return _names(wanted, _named(base), wanted)
+
+
+def mean_the_same_to_peft(base: PreTrainedModel, targets: Collection[str]) -> bool:
+    """Whether PEFT would find no module by these names that cannot be adapted."""
     adaptable = _adaptable(base)
-    every = [name for name, _ in base.named_modules() if not _in_head(name)]
+    return all(
+        name in adaptable
+        for name in _named(base)
+        if any(_ends_with(name, target) for target in targets)
+    )
+
+
+def _named(base: PreTrainedModel) -> list[str]:
+    return [name for name, _ in base.named_modules() if not _in_head(name)]
+
+
+def _names(
+    wanted: Collection[str], every: Collection[str], allowed: Collection[str]
+) -> tuple[str, ...]:
+    """The shortest ends of the `wanted` names with which no name of `every` ends but `allowed`."""
     fits: dict[str, bool] = {}
     names = set()
     for name in wanted:
@@ -94,19 +118,9 @@ def names_for(base: PreTrainedModel, wanted: Collection[str]) -> tuple[str, ...]
         ends = [".".join(parts[start:]) for start in reversed(range(len(parts)))]
         for end in ends:
             if end not in fits:
-                fits[end] = all(one in adaptable for one in every if _ends_with(one, end))
+                fits[end] = all(one in allowed for one in every if _ends_with(one, end))
         names.add(next((end for end in ends if fits[end]), name))
     return tuple(sorted(names))
-
-
-def mean_the_same_to_peft(base: PreTrainedModel, targets: tuple[str, ...]) -> bool:
-    """Whether PEFT, which knows names alone, would find nothing but layers that can be adapted."""
-    adaptable = _adaptable(base)
-    return all(
-        name in adaptable
-        for name, _ in base.named_modules()
-        if not _in_head(name) and any(_ends_with(name, target) for target in targets)
-    )
 
 
 def layer_lists(base: PreTrainedModel) -> list[str]:
@@ -134,8 +148,10 @@ def layer_of(name: str, lists: Collection[str]) -> int | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, quantised or not."""
-    return type(module) in (*LINEAR, int8.Int8Linear) or type(module).__name__ == nf4.KIND
+    """Whether a module is a linear layer, quantised or not, that computes by its own forward."""
+    known = isinstance(module, LINEAR) or type(module).__name__ == nf4.KIND
+    # The last one is a part of torch's attention, which reads the weight and calls nothing.
+    return known and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def _adaptable(base: PreTrainedModel) -> dict[str, nn.Module]:

@@ -321,9 +321,26 @@ def _move(
 
 
 def _empty(config: PretrainedConfig, task: Task) -> PreTrainedModel:
-    """The model's modules without weights."""
-    with torch.device("meta"):
-        empty: PreTrainedModel = _factory(task).from_config(config, trust_remote_code=False)
+    """The model's modules without weights.
+
+    Raises:
+        ModelError: Transformers has no such model for the task.
+    """
+    try:
+        with torch.device("meta"):
+            empty: PreTrainedModel = _factory(task).from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        # It goes on with the names of all classes that it knows.
+        if not str(error).startswith("Unrecognized configuration class"):
+            raise
+        causal = isinstance(task, CausalLm)
+        raise ModelError(
+            "Transformers cannot use a base model of this kind for the task",
+            field="model_type",
+            found=config.model_type,
+            accepted="a decoder (as Llama)" if causal else "a model with a classification head",
+            remedy="use another base model" if causal else 'use task.head = "mean-pool"',
+        ) from None
     return empty
 
 
