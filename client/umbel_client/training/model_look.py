@@ -12,6 +12,7 @@ that the weights are sound, that the model fits into memory, and its bits on the
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -34,9 +35,11 @@ from umbel_client.models.base.architecture import (
     vocabulary_of,
 )
 from umbel_client.models.base.folder import made_up_base, skeleton
+from umbel_client.models.base.layers import output_layer
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import Part
 from umbel_client.tasks.task import made_up_labels, task_of
+from umbel_client.training.blind_test import blind_test
 from umbel_client.training.self_test import separation_test
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, LocalPrivacy, TrainingPlan
@@ -45,6 +48,7 @@ _RECORDS = 2
 _WORK = 5e11
 """Largest number of operations of the longest step: a few seconds of a processor."""
 _SHORTEST = 16
+_FEW_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,13 @@ def look_at(folder: Path, plan: TrainingPlan) -> Look:
             Chat.load(folder, plan.task)
         depth, tokens = _bounds(folder, whole, plan)
         base = made_up_base(folder, plan.task, depth)
-        _try_steps(_made_up_model(folder, base, plan, tokens, cut=depth is not None))
+        if depth is not None:
+            _leave_few_tokens(base)
+        model = _made_up_model(folder, base, plan, tokens, cut=depth is not None)
+        _try_steps(model)
+        if isinstance(plan.privacy, LocalPrivacy):
+            # The numbers of a large model's gradients are left to the sites.
+            blind_test(model) if depth is not None else separation_test(model, entropy=os.urandom)
     return Look(_depth_of(base), _depth_of(whole), tokens, plan.task.max_tokens)
 
 
@@ -136,13 +146,30 @@ def _bounds(folder: Path, whole: PreTrainedModel, plan: TrainingPlan) -> tuple[i
     if _work(whole, tokens) <= _WORK:
         return None, tokens
     depth = _every_kind(whole)
-    work = _work(skeleton(folder, plan.task, depth), tokens)
-    return depth, min(tokens, max(int(tokens * _WORK / work), _SHORTEST))
+    cut = skeleton(folder, plan.task, depth)
+    _leave_few_tokens(cut)
+    return depth, min(tokens, max(int(tokens * _WORK / _work(cut, tokens)), _SHORTEST))
 
 
 def _work(base: PreTrainedModel, tokens: int) -> float:
     """Operations of a step: two for each weight and token forward, four backward."""
     return 6.0 * _RECORDS * tokens * sum(one.numel() for one in base.parameters())
+
+
+def _leave_few_tokens(base: PreTrainedModel) -> None:
+    """Cuts the embedding and the output layer, which in large models take longest of all."""
+    embedding: Any = base.get_input_embeddings()
+    layers = [embedding, output_layer(base)]
+    cut: dict[int, nn.Parameter] = {}
+    for layer in layers:
+        for name in ("weight", "bias"):
+            whole = getattr(layer, name, None)
+            if isinstance(whole, nn.Parameter) and len(whole) > _FEW_TOKENS:
+                # The same one where the two layers share it.
+                part = nn.Parameter(whole.detach()[:_FEW_TOKENS], requires_grad=False)
+                setattr(layer, name, cut.setdefault(id(whole), part))
+    # It lies beyond the tokens that are left, as a rule.
+    embedding.padding_idx = None
 
 
 def _every_kind(whole: PreTrainedModel) -> int:
@@ -210,28 +237,31 @@ def _try_steps(model: AdaptedModel) -> None:
     for round_number in (1, 2) if alternates else (1,):
         trained = model.select(round_number)
         parameters = list(trained.values())
-        found = torch.autograd.grad(losses().sum(), parameters, allow_unused=True)
-        for name, gradient in zip(trained, found, strict=True):
-            if gradient is None:
-                raise ModelError(
-                    "a trained tensor has no part in the model's output",
-                    field=name,
-                    found="no gradient",
-                    remedy=_without(plan, name),
-                )
         if not private:
+            found = torch.autograd.grad(losses().sum(), parameters, allow_unused=True)
+            for name, gradient in zip(trained, found, strict=True):
+                if gradient is None:
+                    raise _unused(plan, name)
             continue
         try:
             with per_record_gradients(model):
                 losses().sum().backward()  # type: ignore[no-untyped-call]  # torch
                 take_gradients(parameters, _RECORDS)
         except NotSeparate as error:
-            name = next((n for n, one in trained.items() if one is error.parameter), None)
-            if name is not None:
-                error.field, error.remedy = name, _without(plan, name)
+            name = next(n for n, one in trained.items() if one is error.parameter)
+            if error.found is None:
+                raise _unused(plan, name) from None
+            error.field, error.remedy = name, _without(plan, name)
             raise
-    if private:
-        separation_test(model, entropy=os.urandom)
+
+
+def _unused(plan: TrainingPlan, name: str) -> ModelError:
+    return ModelError(
+        "a trained tensor has no part in the model's output",
+        field=name,
+        found="no gradient",
+        remedy=_without(plan, name),
+    )
 
 
 def _without(plan: TrainingPlan, name: str) -> str:

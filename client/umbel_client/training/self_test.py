@@ -201,7 +201,7 @@ def _made_up(model: AdaptedModel) -> PreparedData:
     pad = getattr(config, "pad_token_id", None) or 0
     random = np.random.default_rng(0)
     lengths = [min(length, model.plan.task.max_tokens) for length in LENGTHS]
-    ids = random.integers(0, config.vocab_size - 1, sum(lengths))
+    ids = random.integers(0, model.vocabulary - 1, sum(lengths))
     ids += ids >= pad
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = Tokens(ids.astype(np.int32), starts, pad)
