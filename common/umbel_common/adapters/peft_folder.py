@@ -44,20 +44,16 @@ def is_head_alone(plan: TrainingPlan) -> bool:
     return not plan.lora.target_modules
 
 
-def file_of(plan: TrainingPlan, tensor: str) -> str:
-    """The safetensors file that a tensor of the plan goes into."""
-    return HEAD_FILE if is_head_alone(plan) or tensor.startswith(HEAD_PREFIX) else ADAPTER_FILE
+def file_of(tensor: str) -> str:
+    """The safetensors file that a tensor of a plan goes into."""
+    return HEAD_FILE if tensor.startswith(HEAD_PREFIX) else ADAPTER_FILE
 
 
 def tensor_files(plan: TrainingPlan, vector: Vector) -> dict[str, dict[str, Vector]]:
     """The float32 tensors by name, by the safetensors file that they go into."""
     files: dict[str, dict[str, Vector]] = {}
     for name, value in unflatten(vector, plan.lora.tensors).items():
-        file = file_of(plan, name)
-        if file == HEAD_FILE:
-            # As its owner names them: PEFT's prefix means nothing here.
-            name = name.removeprefix(HEAD_PREFIX).removeprefix(PEFT_PREFIX)
-        files.setdefault(file, {})[name] = value
+        files.setdefault(file_of(name), {})[name.removeprefix(HEAD_PREFIX)] = value
     return files
 
 
@@ -257,7 +253,9 @@ model = PeftModel.from_pretrained(model, folder).eval()
 
 """
 _STOCK_HEAD = """\
-model.load_state_dict(load_file(f"{folder}/head.safetensors"), strict=False)
+head = load_file(f"{folder}/adapter_model.safetensors")
+head = {name.removeprefix("base_model.model."): value for name, value in head.items()}
+model.load_state_dict(head, strict=False)
 model.eval()
 
 """

@@ -153,7 +153,7 @@ def merge_adapter(
                 (partial / name).write_bytes(content.texts[name])
         (partial / TASK_FILE).write_text(text_files(plan)[TASK_FILE], encoding="utf-8")
         head = tensor_files(plan, vector).get(HEAD_FILE)
-        if head is not None and not _has_stock_head(plan.task):
+        if head is not None:
             tensor_file.write(partial / HEAD_FILE, head, {"format": "pt"})
         partial.rename(out)
     except (OSError, SafetensorError) as error:
@@ -170,10 +170,6 @@ def _take_settings(model: PreTrainedModel, content: BaseContent, task: Task) -> 
     else:
         settings = parsed_json(content.folder, CONFIG_FILE, content.texts[CONFIG_FILE])
         model.config.use_cache = settings.get("use_cache", True)
-
-
-def _has_stock_head(task: Task) -> bool:
-    return isinstance(task, Classification) and task.head == "stock"
 
 
 def _merged(
