@@ -45,8 +45,8 @@ from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, LocalPrivacy, TrainingPlan
 
 _RECORDS = 2
-_WORK = 5e11
-"""Largest number of operations of the longest step: a few seconds of a processor."""
+_WORK = 1e11
+"""Largest number of operations of the longest step: seconds of a processor."""
 _SHORTEST = 16
 _FEW_TOKENS = 1024
 

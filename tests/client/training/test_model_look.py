@@ -9,6 +9,7 @@ from support.small_models import plan_for
 from transformers import BertTokenizerFast
 
 from umbel_client.models.adapters.targets import all_linear
+from umbel_client.models.base import folder as base_folder
 from umbel_client.models.base.folder import made_up_base, skeleton
 from umbel_client.training import model_look
 from umbel_client.training.model_look import describe, look_at
@@ -45,14 +46,20 @@ def test_a_large_model_is_cut_to_its_kinds_of_layers_and_says_so(
     assert (look.tokens, look.max_tokens, look.whole) == (5, 16, False)
 
 
-def test_made_up_weights_take_no_memory_and_are_all_there(tmp_path: Path) -> None:
+def test_made_up_weights_share_their_memory_and_are_all_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_folder, "_LARGEST", 300)
     folder = save_architecture(tmp_path / "m", "Llama")
     base = made_up_base(folder, POOLED)
     wanted = {name: one.shape for name, one in skeleton(folder, POOLED).named_parameters()}
     assert {name: one.shape for name, one in base.named_parameters()} == wanted
-    weight = base.get_parameter("layers.0.mlp.up_proj.weight")
-    assert weight.untyped_storage().nbytes() == 4 * sum(weight.shape)
-    assert len(weight.unique()) == sum(weight.shape) - 1
+    one, other = (base.get_parameter(f"layers.{n}.mlp.up_proj.weight") for n in (0, 1))
+    assert one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    assert not one.equal(other)
+    # A large one has fewer values than elements.
+    table = base.get_parameter("embed_tokens.weight")
+    assert table.untyped_storage().nbytes() == 4 * sum(table.shape)
 
 
 @pytest.mark.parametrize(
