@@ -25,12 +25,12 @@ from umbel_client.models import adapted_model
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base import files
 from umbel_client.models.base import folder as base_folder
-from umbel_client.models.base.files import folder_digest, require_digest
 from umbel_client.tasks.prepared import prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Task
 from umbel_host.files import model_folder
+from umbel_host.files.model_digest import folder_digest, require_digest
 
 torch.set_num_threads(1)
 

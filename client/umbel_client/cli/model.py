@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from umbel_client.cli.options import Json
-from umbel_client.models.base.files import folder_files, model_digest
 from umbel_common.errors import ModelError
+from umbel_host.files.model_digest import folder_files, model_digest
 from umbel_host.processes.lifecycle import reason
-from umbel_host.terminal import Screen, json_text, say, table
+from umbel_host.terminal import json_text, say
 
 model = typer.Typer(help="Look at a base model's folder: digest.", no_args_is_help=True)
 
@@ -27,10 +27,8 @@ def digest(
         listed = [{"file": n, "bytes": sizes[n], "sha256": files[n]} for n in sizes]
         say(json_text({"digest": found, "files": listed}))
         return
-    rows = table("file", "bytes", "SHA-256")
     for name, size in sizes.items():
-        rows.add_row(name, f"{size:,}", files[name])
-    Screen().print(rows, soft_wrap=True)
+        say(f"{size:>16,}  {files[name]}  {name}")
     say(f"\ndigest  {found}")
     say(f'\nA site that allows this model has in [policy] of client.toml: models = ["{found}"]')
 

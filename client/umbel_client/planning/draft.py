@@ -9,7 +9,6 @@ from umbel_client.data.tables import read_table
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.adapters.targets import all_linear
 from umbel_client.models.base.architecture import require_context
-from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.folder import skeleton
 from umbel_common.canonical import Name, Value
 from umbel_common.errors import DataError, PlanError
@@ -28,6 +27,7 @@ from umbel_common.plans.plan import (
     TrainingPlan,
     check_plan,
 )
+from umbel_host.files.model_digest import folder_digest
 from umbel_host.files.text_file import read_toml
 
 

@@ -199,13 +199,13 @@ def require_folder(folder: Path) -> None:
 def missing(folder: Path, name: str, accepted: tuple[str, ...]) -> ModelError:
     """The error that a model's folder has no file of one of the accepted names."""
     remedy = "copy all files of the model, as save_pretrained writes them"
-    if name == TOKENIZER_FILE:
+    if any(folder.glob("*.gguf")):
+        remedy = _GGUF
+    elif name == TOKENIZER_FILE:
         remedy = (
             "copy the tokenizer's files too; if the model has none of this name,"
             " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes it"
         )
-    elif any(folder.glob("*.gguf")):
-        remedy = _GGUF
     elif name.endswith(".safetensors") and any(folder.glob("*.bin")):
         remedy = (
             "pickles (.bin) are never read: get the safetensors, or load and save the model with"

@@ -32,7 +32,6 @@ from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.folder import write_adapter
 from umbel_client.models.adapters.lora import plan_lora
-from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.folder import load_base
 from umbel_client.models.inputs import TokenInputs
 from umbel_client.tasks.frozen_cache import frozen_prefix
@@ -51,6 +50,7 @@ from umbel_common.plans.plan import (
     TrainingPlan,
 )
 from umbel_common.trust.identity import Signed
+from umbel_host.files.model_digest import folder_digest
 
 torch.set_num_threads(1)
 

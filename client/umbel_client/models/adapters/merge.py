@@ -20,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 
 from umbel_client.models.adapters.folder import folder_mode, read_to_export
 from umbel_client.models.adapters.lora import attach, fill, fold, require_tensors
-from umbel_client.models.base.files import require_digest
 from umbel_client.models.base.folder import (
     BaseContent,
     build_base,
@@ -40,6 +39,7 @@ from umbel_common.adapters.vector import Vector, unflatten
 from umbel_common.errors import ModelError, StorageError
 from umbel_common.plans.plan import Classification, Lora, Task, TrainingPlan
 from umbel_host.files import tensor_file
+from umbel_host.files.model_digest import require_digest
 from umbel_host.files.model_folder import CONFIG_FILE, TOKENIZER_FILES, parsed_json
 
 GENERATION_FILE = "generation_config.json"

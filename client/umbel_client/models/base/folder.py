@@ -28,12 +28,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from umbel_client.models.base.attention import make_every_mask
-from umbel_client.models.base.files import file_digest, model_digest, shards_of, weights_of
 from umbel_client.models.base.layers import all_layers, without_layers
 from umbel_client.models.base.placement import AsComputed, Placement, places_of
 from umbel_client.models.base.weights import Place, WeightFile, opened_weights
 from umbel_common.errors import ModelError, UmbelError
 from umbel_common.plans.plan import CausalLm, Classification, Task
+from umbel_host.files.model_digest import file_digest, model_digest, shards_of, weights_of
 from umbel_host.files.model_folder import (
     CONFIG_FILE,
     FileDigests,
@@ -113,7 +113,7 @@ def read_base(
             float32.
 
     Raises:
-        ModelError: see `umbel_client.models.base.files.folder_digest`.
+        ModelError: see `umbel_host.files.model_digest.folder_digest`.
     """
     weights = weights_of(folder)
     texts = read_texts(folder)
@@ -197,7 +197,7 @@ def _made_up(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
         size = math.prod(shape)
         if len(shape) > 1 and size <= _LARGEST:
             sizes[math.prod(shape[1:])] = max(sizes.get(math.prod(shape[1:]), 0), size)
-    # One vector for all matrices with so many inputs, each of which begins at another place.
+    # All matrices with as many inputs are parts of one vector; each begins at another place.
     vectors = {
         inputs: torch.randn(size + len(shapes), generator=random) / math.sqrt(inputs or 1)
         for inputs, size in sizes.items()
@@ -207,7 +207,7 @@ def _made_up(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
         size, inputs = math.prod(shape), math.prod(shape[1:])
         if len(shape) < 2:
             small = 0.02 * torch.randn(shape, generator=random)
-            # Of a norm, as a rule.
+            # The weight of a norm, as a rule.
             made[name] = 1 + small if name.endswith("weight") else small
         elif size <= _LARGEST:
             made[name] = vectors[inputs][number : number + size].view(shape)
@@ -355,7 +355,7 @@ def _empty(config: PretrainedConfig, task: Task) -> PreTrainedModel:
         with torch.device("meta"):
             empty: PreTrainedModel = _factory(task).from_config(config, trust_remote_code=False)
     except ValueError as error:
-        # It goes on with the names of all classes that it knows.
+        # The rest of the text lists every class that it knows.
         if not str(error).startswith("Unrecognized configuration class"):
             raise
         causal = isinstance(task, CausalLm)
@@ -406,7 +406,7 @@ def _cut(config: PretrainedConfig, depth: int) -> None:
                 setattr(part, name, value[:depth])
         # Some families of models count their layers in another way.
         with suppress(NotImplementedError, AttributeError):
-            part.num_hidden_layers = depth  # type: ignore[attr-defined]  # each family has it
+            part.num_hidden_layers = depth
 
 
 def _require_one_stack(folder: Path, config: PretrainedConfig) -> None:

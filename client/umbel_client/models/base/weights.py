@@ -88,7 +88,7 @@ class WeightFile:
 
     @property
     def are_numbers(self) -> dict[str, bool]:
-        """Whether each tensor, by its name, has real numbers: indices and masks are none."""
+        """Whether each tensor, by its name, has real numbers; indices and masks do not."""
         whole = ("I", "U", "B")
         return {
             name: entry.dtype == "BF16" or not entry.dtype.startswith(whole)

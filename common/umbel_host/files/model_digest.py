@@ -1,6 +1,6 @@
 """All files of a base model that count: the digest that names them, and the files with weights.
 
-`umbel_host.files.model_folder` says which small files count, and what a folder is refused for.
+`model_folder` says which small files count, and what a folder is refused for.
 Nothing here needs the packages that load a model.
 """
 
