@@ -11,7 +11,6 @@ from vectors.values import IDENTITIES, OPERATOR, ROSTER, SITES
 
 from umbel_client.ledger.register import Register
 from umbel_client.models.adapters.lora import plan_lora
-from umbel_client.models.base.files import folder_digest
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.pinned_roster import Pinned
 from umbel_client.trainer.handler import Trainer
@@ -48,6 +47,7 @@ from umbel_common.secagg import coordinator, participant
 from umbel_common.secagg.rules import Rules
 from umbel_common.toml_values import parse_toml
 from umbel_common.trust.identity import sign
+from umbel_host.files.model_digest import folder_digest
 
 SITE = "site-a"
 PEERS = [site for site in SITES if site != SITE]

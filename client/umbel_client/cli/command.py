@@ -8,6 +8,7 @@ from umbel_client.cli import backup, finetune, join, plans, service
 from umbel_client.cli import keys as keys_cli
 from umbel_client.cli.budget import budget
 from umbel_client.cli.data import data
+from umbel_client.cli.model import model
 from umbel_client.cli.roster import roster
 from umbel_client.trainer.isolation import confine_command
 from umbel_host.processes.lifecycle import hide_memory
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.add_typer(roster, name="roster")
 app.add_typer(budget, name="budget")
 app.add_typer(data, name="data")
+app.add_typer(model, name="model")
 keys_cli.register(app)
 join.register(app)
 service.register(app)

@@ -25,7 +25,6 @@ from cryptography import x509
 from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.file import read_ledger, require_data_set
 from umbel_client.ledger.register import machine_register, marks_of
-from umbel_client.models.base.files import folder_digest
 from umbel_client.relay.proxy import way_to
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.ipc import ControlStub
@@ -35,6 +34,7 @@ from umbel_common.errors import UmbelError, UnreachableError
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.trust.identity import fingerprint
 from umbel_host.files.keys import read_identity
+from umbel_host.files.model_digest import folder_digest
 from umbel_host.files.text_file import read_text
 from umbel_host.processes.lifecycle import reason, user_name
 
@@ -104,10 +104,17 @@ def _roster(config: ClientConfig) -> tuple[Verdict, str]:
 
 
 def _model(config: ClientConfig) -> tuple[Verdict, str]:
-    found = folder_digest(Path(config.model.path)).hex()
+    from umbel_client.training.model_look import describe
+
+    folder = Path(config.model.path)
+    found = folder_digest(folder).hex()
+    text = describe(folder)
     if found not in config.policy.models:
-        return Verdict.BROKEN, f"policy.models does not allow the model at hand, {found}"
-    return Verdict.FINE, found
+        return Verdict.BROKEN, (
+            f"policy.models does not allow the model at hand, {found}: if it is the one that was"
+            f' agreed on, put models = ["{found}"] into [policy] of client.toml\n{text}'
+        )
+    return Verdict.FINE, f"{found}\n{text}"
 
 
 def _device(config: ClientConfig) -> tuple[Verdict, str]:

@@ -18,7 +18,6 @@ from umbel_client.models.base.architecture import (
     require_context,
     vocabulary_of,
 )
-from umbel_client.models.base.files import require_digest
 from umbel_client.models.base.folder import build_base, read_base
 from umbel_client.models.base.layers import (
     body_of,
@@ -44,6 +43,7 @@ from umbel_client.models.token_loss import token_losses
 from umbel_common.adapters.vector import Vector
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Tensor, TrainingPlan
+from umbel_host.files.model_digest import require_digest
 from umbel_host.files.model_folder import FileDigests
 
 

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 import msgspec
 
 from umbel_client.data.tables import read_table
-from umbel_client.models.adapters.lora import all_linear, plan_lora
+from umbel_client.models.adapters.lora import plan_lora
+from umbel_client.models.adapters.targets import all_linear
 from umbel_client.models.base.architecture import require_context
-from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.folder import skeleton
 from umbel_common.canonical import Name, Value
 from umbel_common.errors import DataError, PlanError
@@ -28,6 +28,7 @@ from umbel_common.plans.plan import (
     TrainingPlan,
     check_plan,
 )
+from umbel_host.files.model_digest import folder_digest
 from umbel_host.files.text_file import read_toml
 
 
@@ -130,7 +131,7 @@ def make_plan(draft: Draft, folder: Path) -> TrainingPlan:
     """
     _check_supported(draft.lora)
     check_labels(draft.task)
-    model = folder / Path(draft.model.path).expanduser()
+    model = model_folder(draft, folder)
     require_context(model, skeleton(model, draft.task), draft.task)
     targets = draft.lora.target_modules
     lora = plan_lora(
@@ -160,6 +161,11 @@ def make_plan(draft: Draft, folder: Path) -> TrainingPlan:
     return plan
 
 
+def model_folder(draft: Draft, folder: Path) -> Path:
+    """The base model's folder; a relative path starts at `folder`."""
+    return folder / Path(draft.model.path).expanduser()
+
+
 def _gate(gate: DraftGate | None, folder: Path) -> ReleaseGate | None:
     if gate is None:
         return None
@@ -178,13 +184,24 @@ def _gate(gate: DraftGate | None, folder: Path) -> ReleaseGate | None:
     )
 
 
-def read_plan(path: Path) -> TrainingPlan:
-    """Makes the plan of a draft's file.
+def read_draft(path: Path) -> tuple[Draft, Path]:
+    """Reads a draft's file.
+
+    Returns:
+        The draft, and the folder where its relative paths start.
 
     Raises:
         ConfigError: the file cannot be read, is not TOML, or has an unknown, missing or wrong
             field.
-        DataError, ModelError, PlanError: see `make_plan`.
     """
     draft = read_toml(path, Draft, "give the path of a draft; docs/operator.md describes it")
-    return make_plan(draft, path.absolute().parent)
+    return draft, path.absolute().parent
+
+
+def read_plan(path: Path) -> TrainingPlan:
+    """Makes the plan of a draft's file.
+
+    Raises:
+        ConfigError, DataError, ModelError, PlanError: see `read_draft` and `make_plan`.
+    """
+    return make_plan(*read_draft(path))

@@ -20,7 +20,7 @@ itself confirmed.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import time
 from typing import Annotated, Literal
 
@@ -187,7 +187,8 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
         _one_of(policy.too_long, plan.task.too_long, "too-long-not-allowed", "too_long")
     _at_most(policy.max_rank, plan.lora.rank, "rank-too-large", "max_rank")
     _require(
-        policy.target_modules is None or set(plan.lora.target_modules) <= {*policy.target_modules},
+        policy.target_modules is None
+        or all(_covered(target, policy.target_modules) for target in plan.lora.target_modules),
         "targets-not-allowed",
         field="policy.target_modules",
         found=", ".join(plan.lora.target_modules),
@@ -367,6 +368,11 @@ def judge_survivors(
             found=f"{difference} sites differ from a set that was confirmed before",
             accepted=f"none, or at least {policy.minimum_cohort_difference}",
         )
+
+
+def _covered(target: str, allowed: Collection[str]) -> bool:
+    """Whether a target, which may name a layer's owners too, is one of the names allowed."""
+    return any(target == name or target.endswith(f".{name}") for name in allowed)
 
 
 def _at_most(limit: float, found: float, check: str, field: str) -> None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.file import read_ledger, require_data_set
 from umbel_client.ledger.register import machine_register, marks_of
-from umbel_client.models.base.files import require_model
 from umbel_client.site.config import (
     ClientConfig,
     load_config,
@@ -38,6 +37,7 @@ from umbel_client.trainer.isolation import Network, network
 from umbel_client.trainer.log import SiteLog
 from umbel_common.errors import ConfigError
 from umbel_host.files.keys import read_identity
+from umbel_host.files.model_digest import require_model
 from umbel_host.processes.lifecycle import locked, require_state, stop_on_signals, wait_for
 from umbel_host.transport.sockets import SocketServer
 

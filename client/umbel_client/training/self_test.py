@@ -77,21 +77,8 @@ def self_test(
     if not isinstance(plan.privacy, LocalPrivacy) or noise_multiplier is None:
         return
     blind_test(model)
-    alternates = plan.lora.method == "alternate" and plan.training.rounds > 1
-    data = _made_up(model)
     with _borrowed(model):
-        for round_number in (1, 2) if alternates else (1,):
-            trial = _Trial(
-                model=model,
-                data=data,
-                round_number=round_number,
-                parameters=model.select(round_number),
-                clip_norm=plan.privacy.clip_norm,
-                clipping=plan.privacy.clipping,
-                noise_multiplier=noise_multiplier,
-                entropy=entropy,
-            )
-            _set_random(model)
+        for trial in _trials(model, plan.privacy, noise_multiplier, entropy):
             alone = _gradients_alone(trial)
             with per_record_gradients(model):
                 _check_separate(trial, alone)
@@ -100,6 +87,47 @@ def self_test(
                 _check_moves(trial)
             _set_random(model)
             prove_shapes(model, limit, entropy=entropy)
+
+
+def separation_test(model: AdaptedModel, *, entropy: Entropy) -> None:
+    """Tests what depends on the architecture alone: that records have gradients of their own.
+
+    It is for a plan that is being made. A site takes the whole `self_test`.
+
+    Raises:
+        ModelError: see `self_test`.
+    """
+    plan = model.plan
+    if not isinstance(plan.privacy, LocalPrivacy):
+        return
+    blind_test(model)
+    with _borrowed(model):
+        for trial in _trials(model, plan.privacy, 1.0, entropy):
+            alone = _gradients_alone(trial)
+            with per_record_gradients(model):
+                _check_separate(trial, alone)
+
+
+def _trials(
+    model: AdaptedModel, privacy: LocalPrivacy, noise_multiplier: float, entropy: Entropy
+) -> "Iterator[_Trial]":
+    """Each kind of round that the plan has, with a random adapter that it sets."""
+    plan = model.plan
+    alternates = plan.lora.method == "alternate" and plan.training.rounds > 1
+    data = _made_up(model)
+    for round_number in (1, 2) if alternates else (1,):
+        trial = _Trial(
+            model=model,
+            data=data,
+            round_number=round_number,
+            parameters=model.select(round_number),
+            clip_norm=privacy.clip_norm,
+            clipping=privacy.clipping,
+            noise_multiplier=noise_multiplier,
+            entropy=entropy,
+        )
+        _set_random(model)
+        yield trial
 
 
 @dataclass(frozen=True)
@@ -169,11 +197,11 @@ def _borrowed(model: AdaptedModel) -> Iterator[None]:
 
 def _made_up(model: AdaptedModel) -> PreparedData:
     """Three records of random tokens, none of them the padding token."""
-    config = model.base.config
+    config = model.base.config.get_text_config()
     pad = getattr(config, "pad_token_id", None) or 0
     random = np.random.default_rng(0)
     lengths = [min(length, model.plan.task.max_tokens) for length in LENGTHS]
-    ids = random.integers(0, config.vocab_size - 1, sum(lengths))
+    ids = random.integers(0, model.vocabulary - 1, sum(lengths))
     ids += ids >= pad
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = Tokens(ids.astype(np.int32), starts, pad)

@@ -41,7 +41,7 @@ class BaseModel(Value, frozen=True):
     """The model's name among people; `base_model_name_or_path` of the released adapter."""
     digest: Digest
     """Digest of the folder's weights, configuration and tokenizer
-    (`umbel_client.models.base.files.folder_digest`)."""
+    (`umbel_host.files.model_digest.folder_digest`)."""
 
 
 class Classification(Value, frozen=True, tag_field="task", tag="classification"):

@@ -12,6 +12,7 @@ Nothing here needs the packages that load a model.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
@@ -38,6 +39,12 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+
+_ACCEPTED = "a folder with config.json, tokenizer.json and weights as safetensors"
+_GGUF = (
+    "get the model's safetensors: GGUF has rounded weights for llama.cpp, which are not fine-tuned"
+)
+_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 FileDigests: TypeAlias = Mapping[str, str]
 """SHA-256 of each file by its name, in hexadecimal digits."""
@@ -80,6 +87,7 @@ def read_texts(folder: Path, expected: FileDigests | None = None) -> dict[str, b
     """
     texts = {}
     try:
+        require_folder(folder)
         if os.path.lexists(folder / _ADAPTER_FILE):
             raise ModelError(
                 "an adapter lies in the folder of a base model, and would be loaded with it",
@@ -194,15 +202,61 @@ def parsed_json(folder: Path, name: str, text: bytes) -> dict[str, Any]:
     return found
 
 
+def require_folder(folder: Path) -> None:
+    """Refuses what is no folder, and says what it looks like.
+
+    Raises:
+        ModelError: there is no such folder, or it is a file.
+        OSError: the system does not say.
+    """
+    if folder.is_dir():
+        return
+    if folder.exists():
+        raise ModelError(
+            "a base model is a folder, and this is a file",
+            file=folder,
+            found="a GGUF file" if folder.suffix == ".gguf" else "a file",
+            accepted=_ACCEPTED,
+            remedy=_GGUF if folder.suffix == ".gguf" else "give the folder that it is in",
+        )
+    remedy = "correct the path; docs/base-model.md says how to get a model"
+    name = f"{folder.parent.name}/{folder.name}"
+    if not folder.parent.exists() and _HUB_NAME.fullmatch(name):
+        remedy = (
+            f"if {name} is a name on the Hugging Face hub, get it first, on a machine with a"
+            f" network: hf download {name} --local-dir models/{folder.name}; then give that folder"
+        )
+    raise ModelError(
+        "there is no such folder of a base model",
+        file=folder,
+        found="no such folder",
+        accepted=_ACCEPTED,
+        remedy=remedy,
+    )
+
+
 def missing(folder: Path, name: str, accepted: tuple[str, ...]) -> ModelError:
     """The error that a model's folder has no file of one of the accepted names."""
+    remedy = "copy all files of the model, as save_pretrained writes them"
+    if any(folder.glob("*.gguf")):
+        remedy = _GGUF
+    elif name == TOKENIZER_FILE:
+        remedy = (
+            "copy the tokenizer's files too; if the model has none of this name,"
+            " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes it"
+        )
+    elif name.endswith(".safetensors") and any(folder.glob("*.bin")):
+        remedy = (
+            "pickles (.bin) are never read: get the safetensors, or load and save the model with"
+            " Transformers, on a machine without private data"
+        )
     return ModelError(
         "a model folder lacks a file",
         file=folder,
         field=name,
-        found="missing" if folder.is_dir() else "no such folder",
+        found="missing",
         accepted=", ".join(accepted),
-        remedy="point model.path at a folder that save_pretrained wrote as safetensors",
+        remedy=remedy,
     )
 
 

@@ -7,12 +7,14 @@ from typing import Annotated
 import msgspec
 import typer
 
-from umbel_common.errors import JobUnknown, StorageError
+from umbel_common.errors import JobUnknown, ModelError, StorageError
 from umbel_common.plans.figures import ClassificationFigures, loss_text
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Signed, open_signed
 from umbel_host.files.keys import read_identity
+from umbel_host.files.model_digest import folder_files, model_digest
+from umbel_host.files.model_folder import TOKENIZER_FILES, read_texts, text_digest
 from umbel_host.terminal import Screen, print_json, say, table
 from umbel_server.cli.options import SERVER_TOML, Config, Json
 from umbel_server.operator.config import ServerConfig, load_config
@@ -88,6 +90,9 @@ def export(
         # The digest names the vector alone. All else follows from the plan.
         out.parent.mkdir(parents=True, exist_ok=True)
         write_folder(out, plan, vector)
+        tokenizer = tokenizer_files(settings, plan)
+        for name, text in tokenizer.items():
+            (out / name).write_bytes(text)
     except FileExistsError:
         raise StorageError(
             "a folder exists already and is never overwritten",
@@ -97,6 +102,24 @@ def export(
     except OSError as error:
         raise StorageError("an adapter cannot be exported", file=out, found=error) from None
     say(f"{job}, round {wanted}: {out}")
+    if not tokenizer:
+        say("The tokenizer is not in it: it is in the base model's folder.")
+
+
+def tokenizer_files(settings: ServerConfig, plan: TrainingPlan) -> dict[str, bytes]:
+    """The tokenizer's files, if the operator evaluates with exactly the plan's base model."""
+    if settings.evaluation is None:
+        return {}
+    folder = Path(settings.evaluation.model)
+    try:
+        texts = read_texts(folder)
+        files = folder_files(folder)
+    except ModelError:
+        return {}
+    read = {name: text_digest(text) for name, text in texts.items()}
+    if model_digest({**files, **read}) != plan.model.digest:
+        return {}
+    return {name: texts[name] for name in TOKENIZER_FILES if name in texts}
 
 
 def _release_json(release: Release, found: Evaluated | None) -> dict[str, object]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from umbel_client.models.base.files import folder_digest
 from umbel_common.plans.plan import NoPrivacy
+from umbel_host.files.model_digest import folder_digest
 from umbel_simulations.scenario.scenario import Data, FileData, Scenario
 
 CLIENT_TOML = """\

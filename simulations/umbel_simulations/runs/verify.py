@@ -15,6 +15,7 @@ from umbel_common.adapters.peft_folder import (
     HEAD_FILE,
     PLAN_FILE,
     TASK_FILE,
+    is_head_alone,
     text_files,
 )
 from umbel_common.adapters.reach import require_reachable
@@ -117,13 +118,18 @@ def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster) -> None:
 def _verify_settings(folder: Path, plan: TrainingPlan) -> None:
     """Compares what says how to use an adapter with its plan: with another scaling, or with other
     labels, the same tensors are another model."""
-    for name in (CONFIG_FILE, TASK_FILE, PLAN_FILE):
+    wanted = text_files(plan)
+    names = [CONFIG_FILE, TASK_FILE, PLAN_FILE]
+    if is_head_alone(plan):
+        names.remove(CONFIG_FILE)
+        _require_no_layers(folder / CONFIG_FILE)
+    for name in names:
         try:
             text = (folder / name).read_text(encoding="utf-8")
             if name == PLAN_FILE:
                 same = plan_from_json(text, folder / name)[0] == plan
             else:
-                same = json.loads(text) == json.loads(text_files(plan)[name])
+                same = json.loads(text) == json.loads(wanted[name])
         except (OSError, ValueError, RecursionError, PlanError) as error:
             raise VerificationError(
                 "an adapter cannot be read", file=folder / name, found=error
@@ -137,6 +143,16 @@ def _verify_settings(folder: Path, plan: TrainingPlan) -> None:
             path,
             "an adapter of this plan has no such file",
         )
+
+
+def _require_no_layers(path: Path) -> None:
+    """A head alone needs no configuration of PEFT's; one that is there may not add layers to it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise VerificationError("an adapter cannot be read", file=path, found=error) from None
+    layers = found.get("target_modules") if isinstance(found, dict) else found
+    _require(not layers, path, "it is not what the plan says")
 
 
 def _verify_summary(path: Path, job: VerifiedJob, roster: Roster) -> None:

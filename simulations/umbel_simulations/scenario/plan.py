@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from umbel_client.models.adapters.lora import all_linear, plan_lora
-from umbel_client.models.base.files import folder_digest
+from umbel_client.models.adapters.lora import plan_lora
+from umbel_client.models.adapters.targets import all_linear
 from umbel_common.plans.alike import check_labels
 from umbel_common.plans.plan import (
     Adam,
@@ -20,6 +20,7 @@ from umbel_common.plans.plan import (
     check_plan,
 )
 from umbel_common.secagg.encoding import encoding_of
+from umbel_host.files.model_digest import folder_digest
 from umbel_simulations.scenario.scenario import Scenario
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from umbel_client.models.base.files import file_digest, folder_digest, require_model
 from umbel_client.models.base.folder import load_base, read_base
 from umbel_client.models.base.weights import read_weights
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import Classification
+from umbel_host.files.model_digest import file_digest, folder_digest, require_model
 from umbel_host.files.model_folder import read_texts
 
 LABELS = Classification(labels=("a", "b"))

@@ -7,11 +7,11 @@ import pytest
 from support import warm_python
 from support.small_models import save_decoder
 
-from umbel_client.models.base.files import folder_digest
 from umbel_client.planning.draft import read_plan
 from umbel_common.errors import ConfigError, DataError, ModelError, PlanError
 from umbel_common.plans.plan import CausalLm, ReleaseGate
 from umbel_common.plans.plan_file import plan_from_json
+from umbel_host.files.model_digest import folder_digest
 
 DRAFT = """
 federation = "clinics"

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from umbel_common.adapters.peft_folder import ADAPTER_FILE, PLAN_FILE, text_files
+from umbel_common.adapters.peft_folder import PLAN_FILE, file_of, text_files
 from umbel_common.adapters.vector import Vector, adapter_digest
 from umbel_common.canonical import decode_canonical, encode
 from umbel_common.errors import ModelError, RemoteProtocolError, StorageError
@@ -54,22 +54,27 @@ def read_adapter(folder: Path) -> tuple[TrainingPlan, Vector]:
         ModelError: the folder is missing, was not written by Umbel, or does not fit its plan.
         PlanError: its plan is malformed.
     """
-    for name in (PLAN_FILE, ADAPTER_FILE):
-        if not (folder / name).is_file():
-            raise ModelError(
-                "a folder holds no adapter of Umbel",
-                file=folder,
-                field=name,
-                found="missing" if folder.is_dir() else "no such folder",
-                remedy="give a folder that a federation or `umbel-client train` wrote",
-            )
+    _require_file(folder, PLAN_FILE)
     plan, _ = plan_from_json(read_text(folder / PLAN_FILE), folder / PLAN_FILE)
+    for name in {file_of(tensor.name) for tensor in plan.lora.tensors}:
+        _require_file(folder, name)
     try:
         return plan, read_vector(folder, plan)
     except StorageError as error:
         raise ModelError(
             "an adapter does not fit its plan", file=folder, found=error.found
         ) from error
+
+
+def _require_file(folder: Path, name: str) -> None:
+    if not (folder / name).is_file():
+        raise ModelError(
+            "a folder holds no adapter of Umbel",
+            file=folder,
+            field=name,
+            found="missing" if folder.is_dir() else "no such folder",
+            remedy="give a folder that a federation or `umbel-client train` wrote",
+        )
 
 
 def read_to_export(folder: Path) -> tuple[TrainingPlan, Vector, Signed | None]:

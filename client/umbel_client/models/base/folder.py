@@ -10,7 +10,7 @@ import math
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from umbel_client.models.base.attention import make_every_mask
-from umbel_client.models.base.files import file_digest, model_digest, shards_of, weights_of
 from umbel_client.models.base.layers import all_layers, without_layers
 from umbel_client.models.base.placement import AsComputed, Placement, places_of
 from umbel_client.models.base.weights import Place, WeightFile, opened_weights
 from umbel_common.errors import ModelError, UmbelError
 from umbel_common.plans.plan import CausalLm, Classification, Task
+from umbel_host.files.model_digest import file_digest, model_digest, shards_of, weights_of
 from umbel_host.files.model_folder import (
     CONFIG_FILE,
     FileDigests,
@@ -50,18 +50,24 @@ _LOADING = threading.Lock()
 """Transformers changes global state while it builds a model, so only one is built at a time."""
 
 
-def skeleton(folder: Path, task: Task) -> PreTrainedModel:
+def skeleton(folder: Path, task: Task, depth: int | None = None) -> PreTrainedModel:
     """The model's modules without weights: enough to see names and shapes.
 
+    Args:
+        depth: number of layers; None: all of them.
+
     Raises:
-        ModelError: the configuration is missing or of an unknown architecture.
+        ModelError: the configuration is missing or of an unknown architecture, or is an
+            encoder-decoder's.
     """
-    return _without_pooler(_skeleton(folder, read_texts(folder), task), task)
+    return _without_pooler(_skeleton(folder, read_texts(folder), task, depth), task)
 
 
-def _skeleton(folder: Path, texts: Mapping[str, bytes], task: Task) -> PreTrainedModel:
+def _skeleton(
+    folder: Path, texts: Mapping[str, bytes], task: Task, depth: int | None = None
+) -> PreTrainedModel:
     with _building(folder):
-        return _empty(_config(folder, texts, task), task)
+        return _empty(_config(folder, texts, task, depth), task)
 
 
 def model_config(folder: Path, task: Task) -> PretrainedConfig:
@@ -107,7 +113,7 @@ def read_base(
             float32.
 
     Raises:
-        ModelError: see `umbel_client.models.base.files.folder_digest`.
+        ModelError: see `umbel_host.files.model_digest.folder_digest`.
     """
     weights = weights_of(folder)
     texts = read_texts(folder)
@@ -153,10 +159,71 @@ def load_base(folder: Path, task: Task) -> PreTrainedModel:
     return build_base(read_base(folder), task)
 
 
-def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
+def made_up_base(folder: Path, task: Task, depth: int | None = None) -> PreTrainedModel:
+    """The model with made-up weights of the shapes that its files have.
+
+    Weights share their memory: together they take about that of the largest one.
+
+    Args:
+        depth: number of layers; None: all of them.
+
+    Raises:
+        ModelError: see `build_base`.
+    """
+    texts = read_texts(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for file in shards_of(folder, texts, weights_of(folder)):
+        with opened_weights(folder / file) as shard:
+            for name, shape in shard.shapes.items():
+                if shard.are_numbers[name]:
+                    shapes[name] = shape
+                else:
+                    tensors[name] = torch.zeros((), dtype=torch.int64).expand(shape)
+    with _building(folder):
+        tensors |= _made_up(shapes)
+    return build_base(BaseContent(folder, texts, tensors, {}), task, depth)
+
+
+_LARGEST = 1 << 28
+"""Number of elements above which a made-up weight, mostly an embedding, has rows that overlap."""
+
+
+def _made_up(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Float32 tensors with values as a fresh model has them, by name."""
+    random = torch.Generator().manual_seed(0)
+    sizes: dict[int, int] = {}
+    for shape in shapes.values():
+        size = math.prod(shape)
+        if len(shape) > 1 and size <= _LARGEST:
+            sizes[math.prod(shape[1:])] = max(sizes.get(math.prod(shape[1:]), 0), size)
+    # All matrices with as many inputs are parts of one vector; each begins at another place.
+    vectors = {
+        inputs: torch.randn(size + len(shapes), generator=random) / math.sqrt(inputs or 1)
+        for inputs, size in sizes.items()
+    }
+    made: dict[str, torch.Tensor] = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        size, inputs = math.prod(shape), math.prod(shape[1:])
+        if len(shape) < 2:
+            small = 0.02 * torch.randn(shape, generator=random)
+            # The weight of a norm, as a rule.
+            made[name] = 1 + small if name.endswith("weight") else small
+        elif size <= _LARGEST:
+            made[name] = vectors[inputs][number : number + size].view(shape)
+        else:
+            values = torch.randn(sum(shape), generator=random) / math.sqrt(inputs)
+            made[name] = values.as_strided(shape, [1] * len(shape))
+    return made
+
+
+def build_base(content: BaseContent, task: Task, depth: int | None = None) -> PreTrainedModel:
     """The model with its weights: frozen, in evaluation mode, on its devices.
 
     Parameters without a place are float32.
+
+    Args:
+        depth: number of layers that are built; None: all of them.
 
     Raises:
         ModelError: the weights do not load, or lack a tensor outside the head: it would be random,
@@ -170,7 +237,7 @@ def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
         name: torch.full((), math.nan).expand(place.shape) for name, place in places.items()
     }
     with _building(folder):
-        empty = _empty(_config(folder, content.texts, task), task)
+        empty = _empty(_config(folder, content.texts, task, depth), task)
         model: Any = type(empty)
         base: PreTrainedModel
         # Without a path, it reads no file: also no adapter, generation settings or other weights.
@@ -279,9 +346,26 @@ def _move(
 
 
 def _empty(config: PretrainedConfig, task: Task) -> PreTrainedModel:
-    """The model's modules without weights."""
-    with torch.device("meta"):
-        empty: PreTrainedModel = _factory(task).from_config(config, trust_remote_code=False)
+    """The model's modules without weights.
+
+    Raises:
+        ModelError: Transformers has no such model for the task.
+    """
+    try:
+        with torch.device("meta"):
+            empty: PreTrainedModel = _factory(task).from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        # The rest of the text lists every class that it knows.
+        if not str(error).startswith("Unrecognized configuration class"):
+            raise
+        causal = isinstance(task, CausalLm)
+        raise ModelError(
+            "Transformers cannot use a base model of this kind for the task",
+            field="model_type",
+            found=config.model_type,
+            accepted="a decoder (as Llama)" if causal else "a model with a classification head",
+            remedy="use another base model" if causal else 'use task.head = "mean-pool"',
+        ) from None
     return empty
 
 
@@ -291,7 +375,9 @@ def _factory(task: Task) -> Any:
     return AutoModelForSequenceClassification if task.head == "stock" else AutoModel
 
 
-def _config(folder: Path, texts: Mapping[str, bytes], task: Task) -> PretrainedConfig:
+def _config(
+    folder: Path, texts: Mapping[str, bytes], task: Task, depth: int | None = None
+) -> PretrainedConfig:
     config: PretrainedConfig
     config_file = {name: text for name, text in texts.items() if name == CONFIG_FILE}
     with private_folder(folder, config_file) as place:
@@ -302,7 +388,38 @@ def _config(folder: Path, texts: Mapping[str, bytes], task: Task) -> PretrainedC
     elif task.head == "stock":
         config.num_labels = len(task.labels)
     _require_unquantised(folder, config)
+    _require_one_stack(folder, config)
+    if depth is not None:
+        _cut(config, depth)
     return config
+
+
+def _cut(config: PretrainedConfig, depth: int) -> None:
+    """Leaves the first layers of a model, and of each part that has a configuration of its own."""
+    for part in [config, *(getattr(config, name, None) for name in config.sub_configs)]:
+        layers = getattr(part, "num_hidden_layers", None)
+        if not isinstance(part, PretrainedConfig) or not isinstance(layers, int) or layers <= depth:
+            continue
+        for name, value in list(vars(part).items()):
+            # What it says of each layer.
+            if isinstance(value, list) and len(value) == layers:
+                setattr(part, name, value[:depth])
+        # Some families of models count their layers in another way.
+        with suppress(NotImplementedError, AttributeError):
+            part.num_hidden_layers = depth
+
+
+def _require_one_stack(folder: Path, config: PretrainedConfig) -> None:
+    """Refuses encoder-decoders: they read two texts of a record, and records here have one."""
+    if config.is_encoder_decoder:
+        raise ModelError(
+            "a base model is an encoder-decoder, which Umbel does not fine-tune",
+            file=folder / CONFIG_FILE,
+            field="model_type",
+            found=config.model_type,
+            accepted="an encoder (as BERT) for a classification, or a decoder (as Llama)",
+            remedy="use another base model",
+        )
 
 
 def _require_unquantised(folder: Path, config: PretrainedConfig) -> None:

@@ -153,7 +153,8 @@ def output_is_plain(base: PreTrainedModel) -> bool:
 
 def made_up_inputs(base: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask, int64[2, 7] each, of two made-up records, one of them padded."""
-    ids = torch.arange(5, 19, device=base.device).reshape(2, 7) % base.config.vocab_size
+    ids = torch.arange(5, 19, device=base.device).reshape(2, 7)
+    ids %= base.config.get_text_config().vocab_size
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
     return ids, mask

@@ -1,6 +1,6 @@
 """All files of a base model that count: the digest that names them, and the files with weights.
 
-`umbel_host.files.model_folder` says which small files count, and what a folder is refused for.
+`model_folder` says which small files count, and what a folder is refused for.
 Nothing here needs the packages that load a model.
 """
 
@@ -22,6 +22,7 @@ from umbel_host.files.model_folder import (
     other_file,
     parsed_json,
     read_texts,
+    require_folder,
     text_digest,
     unreadable,
 )
@@ -33,13 +34,22 @@ def folder_digest(folder: Path) -> bytes:
     Other files (a card, weights in other formats) do not count: they are never read.
 
     Raises:
+        ModelError: see `folder_files`.
+    """
+    return model_digest(folder_files(folder))
+
+
+def folder_files(folder: Path) -> FileDigests:
+    """Digests of all files of a model that count, by name.
+
+    Raises:
         ModelError: see `read_texts`; or weights are missing or unreadable.
     """
     weights = weights_of(folder)
     texts = read_texts(folder)
     shards_of(folder, texts, weights)
     digests = {name: text_digest(text) for name, text in texts.items()}
-    return model_digest(digests | {name: file_digest(folder / name) for name in weights})
+    return digests | {name: file_digest(folder / name) for name in weights}
 
 
 def model_digest(digests: FileDigests) -> bytes:
@@ -86,6 +96,7 @@ def weights_of(folder: Path) -> list[str]:
             cannot be read.
     """
     try:
+        require_folder(folder)
         names = sorted(path.name for path in folder.glob("*.safetensors"))
         accepted = {
             CONFIG_FILE: (folder / CONFIG_FILE).is_file(),
