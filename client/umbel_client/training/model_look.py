@@ -120,9 +120,12 @@ def require_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerFast, vocabul
     Raises:
         ModelError: names a token.
     """
+    in_records = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.cls_token)
     special = {
-        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-    } - {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.cls_token_id}
+        number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and str(token) not in in_records
+    }
     beyond = {
         token: number
         for token, number in tokenizer.get_vocab().items()

@@ -56,7 +56,7 @@ def read_adapter(folder: Path) -> tuple[TrainingPlan, Vector]:
     """
     _require_file(folder, PLAN_FILE)
     plan, _ = plan_from_json(read_text(folder / PLAN_FILE), folder / PLAN_FILE)
-    for name in {file_of(tensor.name) for tensor in plan.lora.tensors}:
+    for name in sorted({file_of(tensor.name) for tensor in plan.lora.tensors}):
         _require_file(folder, name)
     try:
         return plan, read_vector(folder, plan)
