@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -223,11 +224,11 @@ def plain_step(
         expected_batch_size: what the sum of the gradients is divided by, whatever the batch.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    others = model.in_copies(optimizer)
-    for parameter in (one for copy in (parameters, *others) for one in copy):
+    of_each: list[list[Any]] = [parameters, *model.in_copies(optimizer)]
+    for parameter in (one for own in of_each for one in own):
         parameter.grad = torch.zeros_like(parameter)
 
-    def compute(copy: AdaptedModel, own: list[torch.nn.Parameter], part: Part) -> None:
+    def compute(copy: AdaptedModel, own: list[Any], part: Part) -> None:
         with torch.enable_grad():
             losses = task.losses(copy, task.batch(data, part))
             losses = losses * data.unit_shares(part.records).to(losses.device)
@@ -239,13 +240,10 @@ def plain_step(
                 parameter.grad += gradient
 
     units = None if data.units is None else data.units.of_record
-    on_each = [
-        partial(compute, copy, own)
-        for copy, own in zip(model.copies, (parameters, *others), strict=True)
-    ]
+    on_each = [partial(compute, copy, own) for copy, own in zip(model.copies, of_each, strict=True)]
     compute_parts(data, chosen, limit, units, compute=on_each, discard=lambda: None)
-    for copy in others:
-        for parameter, there in zip(parameters, copy, strict=True):
+    for own in of_each[1:]:
+        for parameter, there in zip(parameters, own, strict=True):
             parameter.grad += there.grad.to(parameter.device)
     optimizer.step()
     model.update_copies()
