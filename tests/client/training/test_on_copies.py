@@ -176,7 +176,6 @@ def parts(bert: Path, llama: Path, texts: Path, pairs: Path) -> Callable[[str], 
 IN_EVERY_RUN = {
     ("a cached encoder", True),
     ("a head alone", False),
-    ("a cached language model", False),
 }
 
 
