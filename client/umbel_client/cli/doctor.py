@@ -119,7 +119,7 @@ def _model(config: ClientConfig) -> tuple[Verdict, str]:
 
 def _device(config: ClientConfig) -> tuple[Verdict, str]:
     # Only here: the other checks should not wait for what it takes to load PyTorch.
-    from umbel_client.models.base.device import chosen_devices, described
+    from umbel_client.models.base.device import chosen_devices, described, require_alike
     from umbel_client.models.base.precision import chosen_precision
     from umbel_client.models.base.spread import require_exact_copies
     from umbel_client.training.device_check import try_private_step
@@ -128,6 +128,9 @@ def _device(config: ClientConfig) -> tuple[Verdict, str]:
     # Before a look at its precision, so that a GPU that does not answer is a finding.
     name = described(*devices)
     require_exact_copies(devices)
+    if config.model.split == "records":
+        require_alike(devices)
+        name += ", each with a copy of the model"
     times = [try_private_step(device, entropy=os.urandom) for device in devices]
     precision = chosen_precision(config.model.precision, *devices)
     took = ", ".join(f"{seconds * 1000:.1f}" for seconds in times)

@@ -306,9 +306,8 @@ def _loaded(file: Path, device: str | None) -> ClientConfig:
     if device is None:
         return config
     require_device(device, field="--device")
-    return msgspec.structs.replace(
-        config, model=msgspec.structs.replace(config.model, device=device)
-    )
+    model = msgspec.structs.replace(config.model, device=device, split="layers")
+    return msgspec.structs.replace(config, model=model)
 
 
 def _folder_of(config: ClientConfig, adapter: str) -> Path:

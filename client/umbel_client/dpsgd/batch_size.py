@@ -62,7 +62,8 @@ def find_physical_batch_size(
 ) -> int:
     """The number of records that fit into memory at once, and are worth computing at once.
 
-    Where a model is on several devices, the one on which the fewest records fit decides.
+    Where a model or its copies are on several devices, the one on which the fewest records fit
+    decides.
 
     Gradients of records may take half of that memory at most. Where a record's gradient is larger
     than its activations, the gradients would otherwise decide how much memory training takes.
@@ -76,12 +77,13 @@ def find_physical_batch_size(
     """
     tokens = 1 if model.frozen_output == "pooled" else model.plan.task.max_tokens
     fitting = _largest_useful(model, tokens, records_per_unit)
-    for device in model.devices:
+    places = [(one, device) for one in model.copies for device in one.devices]
+    for copy, device in places:
         room = free_memory(device) if free is None else free
         if room is None:
             fitting = min(fitting, UNKNOWN)
             continue
-        fixed, activations, gradients = record_bytes(model, device)
+        fixed, activations, gradients = record_bytes(copy, device)
         budget = max(int(room * SHARE) - fixed, 0)
         here = budget // max(activations + gradients, 1), budget // 2 // max(gradients, 1)
         fitting = min(fitting, *here)
@@ -89,10 +91,13 @@ def find_physical_batch_size(
 
 
 def _largest_useful(model: AdaptedModel, tokens: int, records_per_unit: int) -> int:
-    """A batch is hardly ever larger than its mean plus four standard deviations."""
+    """A batch is hardly ever larger than its mean plus four standard deviations.
+
+    Each copy of the model computes its share of it.
+    """
     plan = model.plan
     mean = plan.training.expected_batch_size
-    whole = math.ceil(mean + 4 * math.sqrt(mean)) * records_per_unit
+    whole = math.ceil((mean + 4 * math.sqrt(mean)) / len(model.copies)) * records_per_unit
     if model.device.type != "cpu":
         return whole
     return min(whole, max(1, TOKENS_AT_ONCE * torch.get_num_threads() // tokens))

@@ -90,7 +90,11 @@ class ModelConfig(Value, frozen=True):
     device: str | tuple[str, ...] = "auto"
     """The device that computes: `cpu`, `cuda` (the first GPU), `cuda:1`, or `mps`, Apple's, without
     private training. `auto`: the first GPU, or the CPU on a machine without one. A list of GPUs
-    spreads the model's layers over them."""
+    divides the work as `split` says."""
+    split: Literal["layers", "records"] = "layers"
+    """What a list of GPUs divides among them. `layers`: each GPU holds some of the model's layers,
+    which makes room. `records`: each GPU holds the whole model, and computes some of a step's
+    records, which is faster."""
 
 
 class RelayConfig(Value, frozen=True):
@@ -171,6 +175,14 @@ def load_config(path: Path) -> ClientConfig:
         )
     config = from_table(table, ClientConfig, path)
     require_devices(config.model.device, field="model.device", file=path)
+    if config.model.split == "records" and isinstance(config.model.device, str):
+        raise ConfigError(
+            "only several devices can divide records",
+            file=path,
+            field="model.split",
+            found=f'"records", and model.device = "{config.model.device}"',
+            accepted='"layers"; or a list in model.device, such as ["cuda:0", "cuda:1"]',
+        )
     if isinstance(named, str):
         policy = read_toml(
             folder / Path(named).expanduser(), Policy, f"see that {path} names this site's policy"

@@ -89,12 +89,20 @@ def run(path: Path, no_isolation: str | None) -> None:
         # Imported only now: errors so far are reported at once, and not after the seconds it takes.
         import torch
 
-        from umbel_client.models.base.device import chosen_devices, described, memory_in_use
+        from umbel_client.models.base.device import (
+            chosen_devices,
+            described,
+            memory_in_use,
+            require_alike,
+        )
         from umbel_client.trainer.handler import Trainer
 
         torch.set_num_threads(config.threads)
         devices = chosen_devices(config.model.device)
         name = described(*devices)
+        if config.model.split == "records":
+            require_alike(devices)
+            name += ", each with a copy of the model"
         trainer = Trainer(config, pinned, identity, observer=log, data=data)
         stack.callback(trainer.close)
         service.device, service.memory = name, partial(memory_in_use, *devices)

@@ -80,7 +80,7 @@ def self_test(
     with _borrowed(model):
         for trial in _trials(model, plan.privacy, noise_multiplier, entropy):
             alone = _gradients_alone(trial)
-            with per_record_gradients(model):
+            with per_record_gradients(*model.copies):
                 _check_separate(trial, alone)
                 _check_clipped(trial, alone)
                 _check_noise(trial)
@@ -166,6 +166,7 @@ class _Trial:
                 clip_norm=self.clip_norm,
                 expected_batch_size=expected_batch_size,
                 clipping=CLIPPINGS[self.clipping],
+                copies=self.model.in_copies(inner),
             )
 
     def descent(self) -> torch.optim.Optimizer:
@@ -190,9 +191,10 @@ def _borrowed(model: AdaptedModel) -> Iterator[None]:
         yield
     finally:
         model.set_vector(vector)
-        for name, parameter in model.adapter.items():
-            parameter.requires_grad_(trained[name])
-            parameter.grad = None
+        for copy in model.copies:
+            for name, parameter in copy.adapter.items():
+                parameter.requires_grad_(trained[name])
+                parameter.grad = None
 
 
 def _made_up(model: AdaptedModel) -> PreparedData:
@@ -322,6 +324,15 @@ def _check_moves(trial: _Trial) -> None:
             found=", ".join(still),
             accepted="every trained tensor changes",
             remedy="stop: privacy would be spent for nothing; check learning rates and device",
+        )
+    vector = trial.model.vector()
+    if not all(np.array_equal(copy.vector(), vector) for copy in trial.model.copies):
+        raise ModelError(
+            "the copies of the model have different adapters after a training step",
+            field="model.split",
+            found=", ".join(str(copy.device) for copy in trial.model.copies),
+            accepted="the same values on each device",
+            remedy="stop: how a record is computed would follow from the other records",
         )
 
 

@@ -88,6 +88,23 @@ def test_the_device_is_one_that_the_sites_people_name(tmp_path: Path) -> None:
         assert (error.value.file, error.value.field) == (tmp_path / "client.toml", "model.device")
 
 
+def test_only_several_devices_divide_records(tmp_path: Path) -> None:
+    assert load(tmp_path, TEXT).model.split == "layers"
+    text = TEXT.replace(
+        'path = "models/minilm"\n', 'path = "models/minilm"\nsplit = "records"\ndevice = {}\n'
+    )
+    both = load(tmp_path, text.replace("{}", '["cuda:0", "cuda:1"]'))
+    assert both.model.split == "records"
+    assert load(tmp_path, text.replace("{}", '["cuda:0"]')).model.split == "records"
+    for given in ('"auto"', '"cuda:1"', '"cpu"'):
+        with pytest.raises(ConfigError, match="only several devices") as error:
+            load(tmp_path, text.replace("{}", given))
+        assert (error.value.file, error.value.field) == (tmp_path / "client.toml", "model.split")
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, text.replace("device = {}", "").replace('"records"', '"tokens"'))
+    assert error.value.field == "model.split"
+
+
 @pytest.mark.parametrize(("given", "found"), [("24", 24), ('"auto"', "auto")])
 def test_a_physical_batch_size_is_a_number_or_found_out(
     tmp_path: Path, given: str, found: object
