@@ -50,7 +50,7 @@ def check_round(site: Site, header: RoundHeader, plan: TrainingPlan) -> None:
             `round-past-plan`.
     """
     federation, rounds = site.roster.federation, plan.training.rounds
-    checks: dict[str, tuple[bool, object, object]] = {
+    checks = {
         "other-federation": (header.federation == federation, header.federation, federation),
         "plan-digest": (header.plan == plan.digest(), header.plan.hex(), plan.digest().hex()),
         "not-in-cohort": (site.name in header.cohort, header.cohort, f"a cohort with {site.name}"),
