@@ -50,7 +50,6 @@ def test_an_answer_is_one_thing_for_training_scoring_and_generating(
 ) -> None:
     task = CausalLm(template=template)
     chat = Chat.load(save_shape(tmp_path, shape), task)
-    decode = chat.tokenizer.decode
     records = [said(answer) for answer in ANSWERS]
     if template == "chat":
         records += [said("bad", QUESTION, Turn("assistant", "An ulcer."))]
@@ -64,18 +63,19 @@ def test_an_answer_is_one_thing_for_training_scoring_and_generating(
         assert not counts[: len(prompt)].any()
         # The answer and its end count, and nothing else.
         counted = [token for token, one in zip(ids, counts, strict=True) if one]
-        text = decode(counted).rstrip("\n")
+        text = chat.text(counted).rstrip("\n")
         assert text.endswith(shape.end)
         wanted = record.turns[-1].content.strip()
         own = text.removesuffix(shape.end).strip()
-        assert own.removeprefix(WRITTEN.get(shape.template, "")).strip() == wanted
+        assert own.removeprefix(WRITTEN.get(str(shape.template), "")).strip() == wanted
         # A model that writes this has given the record's answer, and ends.
         ends = [place for place, token in enumerate(counted) if token in chat.ends(frame)]
-        if chat.end_text(frame) is None:
+        end = chat.end_text(frame)
+        if end is None:
             assert ends == [len(counted) - 1]
         else:
             assert ends == []
-            assert chat.end_text(frame) in decode(counted)
+            assert end in text
         assert chat.answer(frame, counted[: ends[0] if ends else None]) == wanted
         assert chat.reference(record) == wanted
 
