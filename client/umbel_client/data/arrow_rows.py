@@ -61,7 +61,8 @@ def folder_rows(path: Path, on_wrong_row: OnWrongRow) -> Table:
     plain_values = found.with_format("arrow")
 
     def column(name: str) -> Any:
-        return plain_values.select_columns([name])[:].column(name)
+        found: Any = plain_values.select_columns([name])[:]
+        return found.column(name)
 
     return _arrow_table(path, found.column_names, len(found), column)
 

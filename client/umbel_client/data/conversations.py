@@ -141,9 +141,10 @@ def format_of(path: Path, table: Table, *, strict: bool = True) -> Format:
             accepted="exactly one of them",
             remedy="set data.format in client.toml",
         )
-    first = next((name for name in found if table.rows and _has(table.rows[0], name)), None)
-    if first is not None and not strict:
-        return first
+    if not strict and table.rows:
+        for name in found:
+            if _has(table.rows[0], name):
+                return name
     raise _mixed(path, table, found)
 
 

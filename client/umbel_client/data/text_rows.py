@@ -23,6 +23,7 @@ from umbel_client.data.rows import (
 )
 from umbel_common.errors import DataError
 
+_SPREAD = "write one object a line: jq -c '.[]' FILE does it for a list, jq -c . FILE for objects"
 _MOST_DIGITS = 4000
 """Digits of the longest whole number that Python reads as one."""
 
@@ -75,7 +76,8 @@ def _lenient(path: Path, number: int, line: bytes, problem: str) -> object:
     try:
         row = json.loads(line.decode("utf-8", "surrogateescape"), parse_int=_whole)
     except (ValueError, RecursionError):
-        raise malformed(path, number, problem) from None
+        spread = number == 1 and line.strip() in (b"[", b"{", b"[{")
+        raise malformed(path, number, problem, _SPREAD if spread else None) from None
     return _Doubtful(path, number, number, row) if isinstance(row, dict) else row
 
 

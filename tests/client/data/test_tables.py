@@ -324,6 +324,7 @@ def test_columns_of_one_name_are_kept_apart(tmp_path: Path) -> None:
         ("a.csv", b"text\tlabel\na\tb\n", "tabs", "comma delimited"),
         ("a.csv", b"PK\x03\x04xlsx", "spreadsheet", "CSV"),
         ("a.csv", b"\x1f\x8b\x08", "gzip", "unpack"),
+        ("a.jsonl", b'[\n{"text": "a"}\n]\n', "truncated", "one object a line"),
         ("a.jsonl", b"PAR1data", "Parquet", ".parquet"),
         ("a.tsv", b"text\tlabel\n", ".tsv", "tabs"),
         ("a.xlsx", b"PK", ".xlsx", "spreadsheet"),
