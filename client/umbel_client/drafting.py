@@ -48,17 +48,19 @@ max_loss_increase = 0.05
 import sys
 from pathlib import Path
 
-from umbel_client.planning.draft import read_plan
 from umbel_client.trainer.isolation import confine_command
-from umbel_common.plans.plan_file import plan_to_json
-from umbel_host.terminal import exit_code
+from umbel_host.entry import enter, exit_code
 
 
 def main() -> int:
     """Writes the plan of the draft named on the command line to standard output."""
     confine_command()
+
+    from umbel_client.planning.draft import read_plan
+    from umbel_common.plans.plan_file import plan_to_json
+
     return exit_code(lambda: print(plan_to_json(read_plan(Path(sys.argv[1]))), end=""))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

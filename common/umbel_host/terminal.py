@@ -1,12 +1,11 @@
-"""How a command talks to people, and how it ends: with a documented exit code.
+"""How a command talks to people.
 
 The law: nothing reaches a terminal but through `Screen`, `say` or `json_text`. Names and texts of
 other parties are among what commands print, also on the screen on which a person approves a plan.
 """
 
 import sys
-import traceback
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import IO
 
 import msgspec
@@ -21,8 +20,6 @@ from umbel_common.canonical import Name
 from umbel_common.errors import UmbelError
 from umbel_common.printable import one_line, printable, printable_json
 from umbel_common.trust.key_statements import OPERATOR
-
-INTERRUPTED = 130
 
 
 class Screen(Console):
@@ -75,30 +72,6 @@ def say(text: str, *, err: bool = False) -> None:
 def json_text(value: object, indent: int = 2) -> str:
     """A value as JSON for programs, which people read too; below 0, `indent` makes one line."""
     return printable_json(msgspec.json.format(msgspec.json.encode(value), indent=indent).decode())
-
-
-def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") -> int:
-    """Runs a command and maps its end to the exit codes of docs/errors.md.
-
-    Args:
-        interrupted: text to print after Ctrl-C.
-    """
-    console = Screen(stderr=True)
-    try:
-        command()
-    except UmbelError as error:
-        console.print(f"error: {error.diagnostics()}", soft_wrap=True)
-        return error.exit_code
-    except SystemExit as end:
-        # Typer turned Ctrl-C into this code.
-        if end.code == INTERRUPTED:
-            console.print(interrupted)
-        return end.code if isinstance(end.code, int) else 1
-    except Exception:
-        # A mistake of ours, whose text may quote another party all the same.
-        console.print(traceback.format_exc().rstrip(), soft_wrap=True)
-        return 1
-    return 0
 
 
 def print_lines(console: Console, lines: Iterable[tuple[str, str]], *, fold: bool = False) -> None:

@@ -9,6 +9,8 @@ import socket
 import sys
 from pathlib import Path
 
+from umbel_host.entry import enter, exit_code
+
 FLOWER_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -23,7 +25,6 @@ def main() -> int:
 
     from umbel_host.processes.lifecycle import give_memory_back, hide_memory
     from umbel_host.processes.log import configure
-    from umbel_host.terminal import exit_code
 
     hide_memory()
     give_memory_back()
@@ -86,4 +87,4 @@ def bound(address: str, file: Path) -> socket.socket:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

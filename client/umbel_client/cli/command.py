@@ -10,8 +10,8 @@ from umbel_client.cli.budget import budget
 from umbel_client.cli.data import data
 from umbel_client.cli.roster import roster
 from umbel_client.trainer.isolation import confine_command
+from umbel_host.entry import exit_code
 from umbel_host.processes.lifecycle import hide_memory
-from umbel_host.terminal import exit_code
 
 SPEAKING = ("run", "status", "watch", "doctor")
 """The commands that reach other processes or the server. `doctor` confines itself before it opens
@@ -35,8 +35,8 @@ finetune.register(app)
 backup.register(app)
 
 
-def main() -> None:
-    """The console script: every error is text for people, with its own exit code.
+def run_command() -> int:
+    """Runs the command of the command line; returns the exit code.
 
     A command has no network, and no other way out, unless it cannot do without.
     """
@@ -44,4 +44,4 @@ def main() -> None:
         hide_memory()
     else:
         confine_command()
-    sys.exit(exit_code(app))
+    return exit_code(app)

@@ -36,7 +36,7 @@ from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.trust.identity import fingerprint
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text
-from umbel_host.processes.lifecycle import reason, user_name
+from umbel_host.processes.lifecycle import reason, refused, user_name
 
 _SOON = timedelta(days=30)
 _ENOUGH_BYTES = 1 << 30
@@ -89,6 +89,8 @@ def _tried(name: str, check: Check, config: ClientConfig) -> Finding:
         verdict, text = check(config)
     except UmbelError as error:
         verdict, text = Verdict.BROKEN, error.diagnostics()
+    except OSError as error:
+        verdict, text = Verdict.BROKEN, refused(error).diagnostics()
     return Finding(name, verdict, text)
 
 

@@ -134,7 +134,8 @@ def doctor(
 def adapters(config: Config = CLIENT_TOML) -> None:
     """List the adapters that this site received."""
     folder = load_config(config).state_folder.adapters
-    found = sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+    there = folder.iterdir() if folder.exists() else ()
+    found = sorted(path for path in there if not path.name.startswith("."))
     for path in found:
         say(f"{path.name}  {path}")
     if not found:

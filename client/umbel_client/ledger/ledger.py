@@ -414,8 +414,7 @@ class Ledger:
                 found=data_set.hex(),
                 accepted=self._contents.data_set.hex(),
                 remedy="if the data changed, run `umbel-client budget carry --data-set"
-                f" {data_set.hex()}`: what was spent stays spent. If it is other data, give it a"
-                " state folder of its own",
+                f" {data_set.hex()}`: what was spent stays spent (docs/budget.md)",
             )
 
     def _error(self, message: str, **details: object) -> LedgerError:

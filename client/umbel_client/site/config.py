@@ -37,7 +37,7 @@ from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import Count, Fraction
 from umbel_common.toml_values import from_table
 from umbel_common.trust.enrolment import Address
-from umbel_host.files.text_file import read_toml, read_toml_table
+from umbel_host.files.text_file import from_home, read_toml, read_toml_table
 
 POLICY_FILE = "policy.toml"
 """Name of a file with the policy."""
@@ -173,12 +173,12 @@ def load_config(path: Path) -> ClientConfig:
     require_devices(config.model.device, field="model.device", file=path)
     if isinstance(named, str):
         policy = read_toml(
-            folder / Path(named).expanduser(), Policy, f"see that {path} names this site's policy"
+            folder / from_home(named, path), Policy, f"see that {path} names this site's policy"
         )
         config = msgspec.structs.replace(config, policy=policy)
 
     def resolve(name: str) -> str:
-        return str(folder / Path(name).expanduser())
+        return str(folder / from_home(name, path))
 
     relay = config.relay
     if relay is not None:

@@ -25,6 +25,7 @@ from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_from_json, document_to_json
 from umbel_host.files.durable import replace
 from umbel_host.files.text_file import find_text
+from umbel_host.processes.lifecycle import reason, remedy
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ def _locked(path: Path) -> Iterator[None]:
         raise StorageError(
             "the pinned roster cannot be written",
             file=path,
-            found=error.strerror,
-            remedy="see that the disk has space and the folder is writable",
+            found=reason(error),
+            remedy=remedy(error, "see that the disk has space and the folder is writable"),
         ) from error
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 from umbel_common.errors import ConfigError, IdentityError, StorageError
 from umbel_common.toml_values import from_table, read_table
 from umbel_host.files.durable import create
-from umbel_host.processes.lifecycle import reason
+from umbel_host.processes.lifecycle import reason, remedy
 
 _MOST_BYTES = 1 << 26
 """Size of the largest text file: another party may have named or sent it."""
@@ -26,7 +26,9 @@ def find_text(path: Path) -> str | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         found = reason(error) if isinstance(error, OSError) else "not UTF-8 text"
-        raise IdentityError("a file cannot be read", file=path, found=found) from None
+        raise IdentityError(
+            "a file cannot be read", file=path, found=found, remedy=remedy(error)
+        ) from None
 
 
 def read_text(path: Path) -> str:
@@ -56,27 +58,49 @@ def write_new_text(path: Path, text: str) -> None:
             remedy="give another --out, or move the file away",
         ) from None
     except OSError as error:
-        raise StorageError("a file cannot be written", file=path, found=error.strerror) from None
+        raise StorageError(
+            "a file cannot be written", file=path, found=reason(error), remedy=remedy(error)
+        ) from None
+
+
+def from_home(name: str, file: object) -> Path:
+    """The path of a configuration, in which `~` may stand for a home folder.
+
+    Args:
+        file: where it was written, for the error.
+
+    Raises:
+        ConfigError: the user has no home folder, as in a container.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            "a path begins with ~, and this user has no home folder",
+            file=file,
+            found=name,
+            accepted="a path without ~",
+        ) from None
 
 
 T = TypeVar("T")
 
 
-def read_toml(path: Path, kind: type[T], remedy: str) -> T:
+def read_toml(path: Path, kind: type[T], advice: str) -> T:
     """The value that a TOML file describes.
 
     Args:
         kind: see `parse_toml`.
-        remedy: advice for a file that cannot be read.
+        advice: what to do about a file that cannot be read.
 
     Raises:
         ConfigError: the file cannot be read, is not TOML, or has an unknown, missing or wrong
             field.
     """
-    return from_table(read_toml_table(path, remedy), kind, path)
+    return from_table(read_toml_table(path, advice), kind, path)
 
 
-def read_toml_table(path: Path, remedy: str) -> dict[str, object]:
+def read_toml_table(path: Path, advice: str) -> dict[str, object]:
     """The table that a TOML file describes, with any fields.
 
     Raises:
@@ -89,7 +113,7 @@ def read_toml_table(path: Path, remedy: str) -> dict[str, object]:
             "a configuration file cannot be read",
             file=path,
             found=reason(error) if isinstance(error, OSError) else "not UTF-8 text",
-            remedy=remedy,
+            remedy=remedy(error, otherwise=advice),
         ) from None
     return read_table(text, path)
 

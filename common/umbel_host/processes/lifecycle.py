@@ -63,6 +63,45 @@ def reason(error: OSError) -> str:
     return f"{text}, for user {this_user()}" if isinstance(error, PermissionError) else text
 
 
+def refused(error: OSError) -> StorageError:
+    """The error that the system refused a file, for whoever did not expect it."""
+    what = "a file cannot be used" if error.filename is not None else "the system refused a step"
+    advice = None
+    if isinstance(error, PermissionError):
+        what = "a file or folder is closed to the user that gave this command"
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what, advice = "there is no space left", "make room on the disk, then repeat the command"
+    elif error.filename is None and isinstance(error, FileNotFoundError):
+        what, advice = "the folder that this command runs in is gone", "cd to one that is there"
+    return StorageError(
+        what, file=error.filename, found=reason(error), remedy=remedy(error, otherwise=advice)
+    )
+
+
+def remedy(error: BaseException, otherwise: str | None = None) -> str | None:
+    """What to do about a file that cannot be used: if permissions forbid it, who may.
+
+    Args:
+        otherwise: advice for any other reason.
+    """
+    if not isinstance(error, PermissionError):
+        return otherwise
+    owner = None if error.filename is None else _owner(Path(os.fsdecode(error.filename)))
+    if owner is None or owner == os.geteuid():
+        return "run this as the user that the file belongs to, or change its permissions"
+    return f"run this as {user_name(owner)}, who owns it: sudo -u {user_name(owner)} ..."
+
+
+def _owner(path: Path) -> int | None:
+    """Who owns a file, or the innermost folder around it that this user can look at."""
+    for one in (path.absolute(), *path.absolute().parents):
+        try:
+            return one.stat().st_uid
+        except OSError:
+            continue
+    return None
+
+
 def require_state(folder: Path) -> None:
     """Makes the folder for a process' state, or checks that it can be used.
 
@@ -150,7 +189,9 @@ def locked(path: Path, what: str) -> Iterator[None]:
         require_own(path)
         lock = open(path, "ab", opener=_private)  # noqa: SIM115  # closed below
     except OSError as error:
-        raise StorageError("a lock cannot be opened", file=path, found=reason(error)) from None
+        raise StorageError(
+            "a lock cannot be opened", file=path, found=reason(error), remedy=remedy(error)
+        ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -158,7 +199,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
             raise StorageError(
                 f"{what} is already running",
                 file=path,
-                remedy="stop the other process, or give this one a state folder of its own",
+                remedy="stop the other process first: two must never share a state",
             ) from None
         yield
 

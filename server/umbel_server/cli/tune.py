@@ -1,7 +1,6 @@
 """`umbel-server tune`: search for hyper-parameters on public records."""
 
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,8 @@ import typer
 from umbel_common.device import require_device
 from umbel_common.errors import ConfigError
 from umbel_common.plans.requests import TuningRequest
+from umbel_host.installation import install
+from umbel_host.processes.supervisor import belong_to_parent, our_module
 
 
 def tune(
@@ -55,8 +56,7 @@ def tune(
         raise ConfigError(
             "the search for hyper-parameters needs packages that are not installed here",
             found=f"no {', '.join(missing)}",
-            remedy="pip install 'umbel[server,tune]', or tune on another machine and copy the"
-            " draft",
+            remedy=f"{install('server', 'tune')}, or tune on another machine and copy the draft",
         )
     require_device(device, field="--device")
     request = {
@@ -76,10 +76,11 @@ def tune(
         checked = msgspec.convert(request, TuningRequest)
     except msgspec.ValidationError as error:
         raise typer.BadParameter(str(error)) from None
-    done = subprocess.run(  # our own module
-        [sys.executable, "-P", "-m", "umbel_client.tuning"],
+    done = subprocess.run(  # noqa: S603  # our own module
+        our_module("umbel_client.tuning"),
         input=msgspec.json.encode(checked),
         check=False,
+        preexec_fn=belong_to_parent,
     )
     if done.returncode:
         # The process has printed its error.

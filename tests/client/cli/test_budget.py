@@ -17,7 +17,7 @@ from umbel_client.site.policy import Budget
 from umbel_client.storage.journal import Journal
 from umbel_common.errors import LedgerError
 from umbel_common.plans.statements import RoundHeader
-from umbel_host.terminal import exit_code
+from umbel_host.entry import exit_code
 
 DATA_SET = bytes(range(32))
 PLAN = b"\x01" * 32

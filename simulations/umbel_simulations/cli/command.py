@@ -1,15 +1,15 @@
 """`umbel-simulate`: many sites on one machine, with the code that a deployment runs."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from umbel_host.entry import exit_code
 from umbel_host.processes.lifecycle import hide_memory
-from umbel_host.terminal import Screen, exit_code, json_text, say
+from umbel_host.terminal import Screen, json_text, say
 
 app = typer.Typer(
     name="umbel-simulate",
@@ -182,7 +182,7 @@ def audit(
     check(results)
 
 
-def main() -> None:
-    """The console script. It shows every error as a text for people, with its own exit code."""
+def run_command() -> int:
+    """Runs the command of the command line; returns the exit code."""
     hide_memory()
-    sys.exit(exit_code(app, interrupted="interrupted: the same command resumes the run"))
+    return exit_code(app, interrupted="interrupted: the same command resumes the run")
