@@ -121,10 +121,10 @@ def _failed(error: Exception) -> int:
 def _known(error: Exception) -> "UmbelError":
     """The error of ours that says the same."""
     from umbel_common.errors import ConfigError, UmbelError
-    from umbel_host.processes.lifecycle import refused
+    from umbel_host.processes.lifecycle import explained, refused
 
     if isinstance(error, UmbelError):
-        return error
+        return explained(error)
     if isinstance(error, OSError):
         return refused(error)
     if isinstance(error, MemoryError):

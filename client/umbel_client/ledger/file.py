@@ -17,7 +17,6 @@ from umbel_client.ledger.rows import Contents, Row
 from umbel_common.canonical import encode
 from umbel_common.errors import LedgerError, RemoteProtocolError, StorageError
 from umbel_host.files.database import Schema, migrate, read_only, schema_version, transaction
-from umbel_host.processes.lifecycle import reason, remedy
 
 _JOURNAL = """
 CREATE TABLE journal (answers INTEGER NOT NULL) STRICT;
@@ -194,8 +193,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(
             "the privacy ledger cannot be used",
             file=path,
-            found=reason(error) if isinstance(error, OSError) else error,
-            remedy=remedy(error, "see that the disk has space and the file is writable"),
+            found=error,
+            remedy="see that the disk has space and the file is writable",
         ) from error
     except sqlite3.Error as error:
         raise damaged(path, error) from error

@@ -25,7 +25,6 @@ from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_from_json, document_to_json
 from umbel_host.files.durable import replace
 from umbel_host.files.text_file import find_text
-from umbel_host.processes.lifecycle import reason, remedy
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,8 @@ def _locked(path: Path) -> Iterator[None]:
         raise StorageError(
             "the pinned roster cannot be written",
             file=path,
-            found=reason(error),
-            remedy=remedy(error, "see that the disk has space and the folder is writable"),
+            found=error.strerror,
+            remedy="see that the disk has space and the folder is writable",
         ) from error
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbel_common.errors import RemoteProtocolError, StorageError
-from umbel_host.processes.lifecycle import reason, remedy, require_own
+from umbel_host.processes.lifecycle import require_own
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,8 @@ def storage_errors(path: Path, kind: str) -> Iterator[None]:
         raise StorageError(
             f"the {kind} cannot be used",
             file=path,
-            found=reason(error) if isinstance(error, OSError) else error,
-            remedy=remedy(
-                error, "check that the disk has space, and that the file is writable and intact"
-            ),
+            found=error,
+            remedy="check that the disk has space, and that the file is writable and intact",
         ) from error
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 from umbel_common.errors import ConfigError, IdentityError, StorageError
 from umbel_common.toml_values import from_table, read_table
 from umbel_host.files.durable import create
-from umbel_host.processes.lifecycle import reason, remedy
+from umbel_host.processes.lifecycle import reason
 
 _MOST_BYTES = 1 << 26
 """Size of the largest text file: another party may have named or sent it."""
@@ -26,9 +26,7 @@ def find_text(path: Path) -> str | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         found = reason(error) if isinstance(error, OSError) else "not UTF-8 text"
-        raise IdentityError(
-            "a file cannot be read", file=path, found=found, remedy=remedy(error)
-        ) from None
+        raise IdentityError("a file cannot be read", file=path, found=found) from None
 
 
 def read_text(path: Path) -> str:
@@ -58,9 +56,7 @@ def write_new_text(path: Path, text: str) -> None:
             remedy="give another --out, or move the file away",
         ) from None
     except OSError as error:
-        raise StorageError(
-            "a file cannot be written", file=path, found=reason(error), remedy=remedy(error)
-        ) from None
+        raise StorageError("a file cannot be written", file=path, found=error.strerror) from None
 
 
 def from_home(name: str, file: object) -> Path:
@@ -86,21 +82,21 @@ def from_home(name: str, file: object) -> Path:
 T = TypeVar("T")
 
 
-def read_toml(path: Path, kind: type[T], advice: str) -> T:
+def read_toml(path: Path, kind: type[T], remedy: str) -> T:
     """The value that a TOML file describes.
 
     Args:
         kind: see `parse_toml`.
-        advice: what to do about a file that cannot be read.
+        remedy: advice for a file that cannot be read.
 
     Raises:
         ConfigError: the file cannot be read, is not TOML, or has an unknown, missing or wrong
             field.
     """
-    return from_table(read_toml_table(path, advice), kind, path)
+    return from_table(read_toml_table(path, remedy), kind, path)
 
 
-def read_toml_table(path: Path, advice: str) -> dict[str, object]:
+def read_toml_table(path: Path, remedy: str) -> dict[str, object]:
     """The table that a TOML file describes, with any fields.
 
     Raises:
@@ -113,7 +109,7 @@ def read_toml_table(path: Path, advice: str) -> dict[str, object]:
             "a configuration file cannot be read",
             file=path,
             found=reason(error) if isinstance(error, OSError) else "not UTF-8 text",
-            remedy=remedy(error, otherwise=advice),
+            remedy=remedy,
         ) from None
     return read_table(text, path)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from umbel_common.errors import StorageError
+from umbel_common.errors import StorageError, UmbelError
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 """Options of mallopt, from glibc's malloc.h."""
@@ -64,28 +64,32 @@ def reason(error: OSError) -> str:
 
 
 def refused(error: OSError) -> StorageError:
-    """The error that the system refused a file, for whoever did not expect it."""
+    """The error that the system refused something, where the code did not expect it."""
     what = "a file cannot be used" if error.filename is not None else "the system refused a step"
     advice = None
     if isinstance(error, PermissionError):
-        what = "a file or folder is closed to the user that gave this command"
+        what, advice = (
+            "a file or folder is closed to the user that gave this command",
+            _whose(error),
+        )
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         what, advice = "there is no space left", "make room on the disk, then repeat the command"
     elif error.filename is None and isinstance(error, FileNotFoundError):
         what, advice = "the folder that this command runs in is gone", "cd to one that is there"
-    return StorageError(
-        what, file=error.filename, found=reason(error), remedy=remedy(error, otherwise=advice)
-    )
+    return StorageError(what, file=error.filename, found=reason(error), remedy=advice)
 
 
-def remedy(error: BaseException, otherwise: str | None = None) -> str | None:
-    """What to do about a file that cannot be used: if permissions forbid it, who may.
+def explained(error: UmbelError) -> UmbelError:
+    """An error of ours; if the system gave the reason for it, with this user and the owner."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, OSError) and error.found is cause:
+        error.found = reason(cause)
+    if isinstance(cause, PermissionError):
+        error.found, error.remedy = reason(cause), _whose(cause)
+    return error
 
-    Args:
-        otherwise: advice for any other reason.
-    """
-    if not isinstance(error, PermissionError):
-        return otherwise
+
+def _whose(error: PermissionError) -> str:
     owner = None if error.filename is None else _owner(Path(os.fsdecode(error.filename)))
     if owner is None or owner == os.geteuid():
         return "run this as the user that the file belongs to, or change its permissions"
@@ -189,9 +193,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         require_own(path)
         lock = open(path, "ab", opener=_private)  # noqa: SIM115  # closed below
     except OSError as error:
-        raise StorageError(
-            "a lock cannot be opened", file=path, found=reason(error), remedy=remedy(error)
-        ) from None
+        raise StorageError("a lock cannot be opened", file=path, found=reason(error)) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
