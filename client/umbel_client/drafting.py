@@ -1,7 +1,8 @@
 """Makes a plan from its draft, a TOML file, and the base model's folder.
 
-`umbel-server plan new` runs this in a process of its own: the model's classes are needed to know
-the tensors of an adapter.
+`umbel-server plan new` runs this in a process of its own, with the draft's file. With the packages
+that load a model it builds the model, and without them it reads what the model's files say
+(`planning.untried`). `umbel-server plan try` gives a plan and a folder, whose model is loaded.
 
 ```toml
 federation = "north"
@@ -46,6 +47,7 @@ max_loss_increase = 0.05
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from umbel_client.trainer.isolation import confine_command
@@ -53,13 +55,45 @@ from umbel_host.entry import enter, exit_code
 
 
 def main() -> int:
-    """Writes the plan of the draft named on the command line to standard output."""
+    """Writes the plan of the draft or plan on the command line to standard output."""
     confine_command()
+    paths = [Path(argument) for argument in sys.argv[1:]]
+    return exit_code(lambda: print(made(*paths), end=""))
 
-    from umbel_client.planning.draft import read_plan
-    from umbel_common.plans.plan_file import plan_to_json
 
-    return exit_code(lambda: print(plan_to_json(read_plan(Path(sys.argv[1]))), end=""))
+def made(file: Path, model: Path | None = None) -> str:
+    """The text of a plan's file.
+
+    Args:
+        file: a draft; or a plan, with `model`.
+        model: the folder of the plan's base model, which is loaded to try it.
+
+    Raises:
+        UmbelError: the file or the model does not make a plan.
+    """
+    from umbel_common.plans.plan_file import plan_from_json, plan_to_json
+    from umbel_host.files.text_file import read_text
+
+    if model is not None:
+        plan, _ = plan_from_json(read_text(file), file)
+
+        from umbel_client.models.site_model import load_public
+
+        load_public(model, plan, "cpu", field="--model", trains=True)
+        return plan_to_json(plan)
+
+    from umbel_client.planning.draft_file import read_draft
+
+    # Before the packages are imported, which takes seconds.
+    draft, folder = read_draft(file), file.absolute().parent
+    if find_spec("torch") is None:
+        from umbel_client.planning.untried import untried_plan
+
+        return plan_to_json(untried_plan(draft, folder), not_tried=True)
+
+    from umbel_client.planning.draft import make_plan
+
+    return plan_to_json(make_plan(draft, folder))
 
 
 if __name__ == "__main__":

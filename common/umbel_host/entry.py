@@ -4,19 +4,20 @@ The law: no traceback reaches a person who did not ask for it with UMBEL_TRACEBA
 record or another party, and says nothing to a reader who does not know the code.
 
 Nothing that takes time is imported above: a program enters before it imports the rest, and from
-then on Ctrl-C ends it with one word.
+then on Ctrl-C ends it with one word. Until then, Ctrl-C is the interpreter's.
 """
 
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable
-from contextlib import suppress
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable
+    from types import FrameType
+    from typing import NoReturn
+
     from umbel_common.errors import UmbelError
 
 INTERRUPTED = 130
@@ -29,15 +30,19 @@ _told: list[int] = []
 """Each Ctrl-C that this process was told of as it ran a command."""
 
 
-def enter(program: Callable[[], int]) -> NoReturn:
+def enter(program: "Callable[[], int]") -> "NoReturn":
     """Runs a program to its end, and ends this process with its exit code.
 
     Args:
         program: imports what it needs, and returns what `exit_code` returned.
     """
-    _open_standard_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_at_once)
+
+    _open_standard_streams()
+
+    import threading
+
     threading.excepthook = _in_a_thread
     sys.unraisablehook = _nowhere_to_raise
     code = _ended(program, "interrupted")
@@ -47,7 +52,7 @@ def enter(program: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
-def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") -> int:
+def exit_code(command: "Callable[[], None]", *, interrupted: str = "interrupted") -> int:
     """Runs a command and maps its end to the exit codes of docs/errors.md.
 
     Args:
@@ -65,7 +70,7 @@ def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") 
     return _ended(to_its_end, interrupted)
 
 
-def _ended(program: Callable[[], int], interrupted: str) -> int:
+def _ended(program: "Callable[[], int]", interrupted: str) -> int:
     try:
         code = program()
         for stream in (sys.stdout, sys.stderr):
@@ -160,8 +165,10 @@ def _print(text: str) -> None:
     """Prints to standard error, if anybody reads it still."""
     from umbel_host.terminal import Screen
 
-    with suppress(OSError, ValueError):
+    try:
         Screen(stderr=True).print(text, soft_wrap=True)
+    except (OSError, ValueError):
+        return
 
 
 def _let_go_of_output() -> None:
@@ -171,35 +178,33 @@ def _let_go_of_output() -> None:
         try:
             stream.flush()
         except (OSError, ValueError):
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _open_standard_streams() -> None:
     """Opens those that were closed, as with `>&-`: a file would else get their number, and what is
     printed would be written into it."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            with suppress(OSError):
-                os.close(number)
-            os.open(os.devnull, os.O_RDWR)
-            mode = "r" if number == 0 else "w"
+            # The lowest number that is free, which is that of the stream.
+            number = os.open(os.devnull, os.O_RDWR)
+            mode = "r" if name == "stdin" else "w"
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
-def _end_at_once(number: int, frame: FrameType | None) -> None:
+def _end_at_once(number: int, frame: "FrameType | None") -> None:
     """While modules are imported nothing is open, and what libraries make of an interrupt differs:
     one swallows it, another raises an error of its own."""
     os.write(2, b"interrupted\n")
     os._exit(INTERRUPTED)
 
 
-def _raise_interrupt(number: int, frame: FrameType | None) -> NoReturn:
+def _raise_interrupt(number: int, frame: "FrameType | None") -> "NoReturn":
     _told.append(number)
     raise KeyboardInterrupt
 
 
-def _in_a_thread(arguments: threading.ExceptHookArgs) -> None:
+def _in_a_thread(arguments: "threading.ExceptHookArgs") -> None:
     if isinstance(arguments.exc_value, Exception):
         _failed(arguments.exc_value)
 

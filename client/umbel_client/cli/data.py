@@ -15,6 +15,7 @@ from umbel_client.cli.options import CLIENT_TOML, Json
 from umbel_client.site.config import ClientConfig, DataConfig, load_config
 from umbel_common.errors import DataError
 from umbel_common.plans.plan_file import plan_from_json, task_text
+from umbel_host.files.output import require_new
 from umbel_host.files.text_file import read_text
 from umbel_host.terminal import Screen, json_text, print_lines, say
 
@@ -146,6 +147,7 @@ def split(
     from umbel_client.curation.examples import read_examples
     from umbel_client.curation.split import PARTS, split_examples, write_parts
 
+    require_new(out)
     site = _Site(config, file, None if by == "record" else by)
     wanted = _shares(shares)
     if by == "record":

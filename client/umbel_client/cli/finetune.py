@@ -14,7 +14,7 @@ import typer
 from umbel_client.cli.options import CLIENT_TOML, Config, Device, Json
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_common.device import require_device
-from umbel_common.errors import ConfigError, DataError, StorageError
+from umbel_common.errors import ConfigError, DataError
 from umbel_common.plans.plan import (
     Adam,
     CausalLm,
@@ -23,6 +23,7 @@ from umbel_common.plans.plan import (
     TrainingPlan,
 )
 from umbel_common.plans.plan_file import plan_from_json
+from umbel_host.files.output import require_new
 from umbel_host.files.text_file import read_text
 from umbel_host.terminal import Screen, json_text, say
 
@@ -77,8 +78,7 @@ def train(
             "training in a federation is `umbel-client run`", param_hint="--local"
         )
     settings = _loaded(config, device)
-    if out.exists():
-        raise StorageError("a file or folder is in the way", file=out, remedy="give a new name")
+    require_new(out)
     followed = _followed(plan, without_privacy)
     columns = columns_of(settings.data)
     records = load_records(data or Path(settings.data.path), followed.task, **columns)
@@ -261,6 +261,7 @@ def export(
 
     settings = load_config(config)
     folder = _folder_of(settings, adapter)
+    require_new(out)
     if merge:
         place = chosen_device(device, field="--device")
         merge_adapter(folder, Path(settings.model.path), out, dtype=dtype, device=place)

@@ -11,6 +11,7 @@ import typer
 from umbel_common.device import require_device
 from umbel_common.errors import ConfigError
 from umbel_common.plans.requests import TuningRequest
+from umbel_host.files.output import require_new, require_place
 from umbel_host.installation import install
 from umbel_host.processes.supervisor import belong_to_parent, our_module
 
@@ -59,11 +60,14 @@ def tune(
             remedy=f"{install('server', 'tune')}, or tune on another machine and copy the draft",
         )
     require_device(device, field="--device")
+    trials_file = study or out.with_suffix(".study.sqlite")
+    require_new(out)
+    require_place(trials_file)
     request = {
         "draft": str(draft.absolute()),
         "data": str(data.absolute()),
         "out": str(out.absolute()),
-        "study": str((study or out.with_suffix(".study.sqlite")).absolute()),
+        "study": str(trials_file.absolute()),
         "trials": trials,
         "public_size": public_size,
         "sites": sites,

@@ -1,14 +1,15 @@
 """`umbel-simulate`: commands parse, call and print. Nobody imports them."""
 
-from typing import TYPE_CHECKING, NoReturn
-
 from umbel_host.entry import enter
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     import typer
 
 
-def main() -> NoReturn:
+def main() -> "NoReturn":
     """The console script: every error is text for people, with its own exit code."""
     enter(_program)
 

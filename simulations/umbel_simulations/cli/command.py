@@ -59,12 +59,14 @@ def run(
 ) -> None:
     """Run a scenario, compare its adapter with others, and write a report."""
     # Imported here, so that `list`, `--help` and errors in a scenario do not wait for torch.
+    from umbel_host.files.output import require_place
     from umbel_simulations.scenario.file import find_scenario, override
     from umbel_simulations.scenario.run_folder import check_free, free_name
 
     chosen = override(find_scenario(scenario), sites=sites, rounds=rounds, seed=seed, no_dp=no_dp)
     folder = runs / (name if name is not None else free_name(runs, chosen))
-    check_free(folder, chosen)
+    if not check_free(folder, chosen):
+        require_place(folder / "adapter")
 
     from umbel_simulations.reporting.live import view_for
     from umbel_simulations.reporting.table import print_summary
@@ -90,12 +92,17 @@ def federation(
     ] = Path("federation"),
 ) -> None:
     """Run a scenario as real processes: a server and its sites, with certificates and approvals."""
-    from umbel_simulations.backends.processes import run_federation
+    from umbel_host.files.output import require_place
     from umbel_simulations.scenario.file import find_scenario
+
+    chosen = find_scenario(scenario)
+    require_place(folder / "adapter")
+
+    from umbel_simulations.backends.processes import run_federation
 
     console = Screen()
     adapter = run_federation(
-        find_scenario(scenario),
+        chosen,
         folder.absolute(),
         lambda text: console.print(text, soft_wrap=True),
     )
