@@ -12,7 +12,7 @@ import msgspec
 import typer
 
 from umbel_client.cli.options import CLIENT_TOML, Json
-from umbel_client.site.config import ClientConfig, DataConfig, load_config
+from umbel_client.site.config import ClientConfig, DataConfig, load_local_config
 from umbel_common.errors import DataError
 from umbel_common.plans.plan_file import plan_from_json, task_text
 from umbel_host.files.output import require_new
@@ -179,7 +179,7 @@ class _Site:
         settings: ClientConfig | None = None
         # Without both, the error names the file that would say where the records are.
         if config is not None or CLIENT_TOML.exists() or file is None:
-            settings = load_config(config or CLIENT_TOML)
+            settings = load_local_config(config or CLIENT_TOML)
         found = settings.data if settings else DataConfig(path=str(file), public_size=1)
         self.data = found if unit is None else msgspec.structs.replace(found, unit_column=unit)
         self.file = file or Path(found.path)

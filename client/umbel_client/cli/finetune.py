@@ -12,7 +12,7 @@ import msgspec
 import typer
 
 from umbel_client.cli.options import CLIENT_TOML, Config, Device, Json
-from umbel_client.site.config import ClientConfig, load_config
+from umbel_client.site.config import ClientConfig, load_local_config
 from umbel_common.device import require_device
 from umbel_common.errors import ConfigError, DataError
 from umbel_common.plans.plan import (
@@ -44,7 +44,8 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="The new folder for the adapter.")],
     local: Annotated[
-        bool, typer.Option("--local", help="Train on this machine alone. Always give this option.")
+        bool,
+        typer.Option("--local", help="Train on this machine alone, as this command always does."),
     ] = False,
     data: Annotated[
         Path | None, typer.Option(help="Records; default: data.path of client.toml.")
@@ -59,7 +60,9 @@ def train(
     ] = 2,
     without_privacy: Annotated[
         bool,
-        typer.Option(help="Neither clip nor add noise, whatever the plan says."),
+        typer.Option(
+            "--without-privacy", help="Neither clip nor add noise, whatever the plan says."
+        ),
     ] = False,
     device: Device = None,
     config: Config = CLIENT_TOML,
@@ -69,17 +72,14 @@ def train(
     Nothing leaves this machine and no privacy budget is charged, so the adapter is as private as
     the data.
     """
+    settings = _loaded(config, device)
+    require_new(out)
+    followed = _followed(plan, without_privacy)
+
     from umbel_client.data.records import columns_of, load_records
     from umbel_client.models.adapters.folder import write_adapter
     from umbel_client.training.local import Validation, fine_tune
 
-    if not local:
-        raise typer.BadParameter(
-            "training in a federation is `umbel-client run`", param_hint="--local"
-        )
-    settings = _loaded(config, device)
-    require_new(out)
-    followed = _followed(plan, without_privacy)
     columns = columns_of(settings.data)
     records = load_records(data or Path(settings.data.path), followed.task, **columns)
     held_out = None
@@ -129,10 +129,11 @@ def classify(
     config: Config = CLIENT_TOML,
 ) -> None:
     """Label texts with an adapter. Prints one JSON object a line, with label and probability."""
+    settings = _loaded(config, device)
+
     from umbel_client.data.tokens import tokenise
     from umbel_client.evaluation.inference import classify_texts
 
-    settings = _loaded(config, device)
     model = _adapted(settings, adapter, base)
     task = model.plan.task
     if not isinstance(task, Classification):
@@ -172,6 +173,8 @@ def evaluate(
     config: Config = CLIENT_TOML,
 ) -> None:
     """Score an adapter on this site's own held-out records. The scores stay on this machine."""
+    settings = _loaded(config, device)
+
     from umbel_client.data.records import columns_of
     from umbel_client.evaluation.score import options_for, score
     from umbel_client.models.adapters.folder import read_adapter
@@ -179,7 +182,6 @@ def evaluate(
     from umbel_common.adapters.vector import initial_vector
     from umbel_common.plans.figures import figures_text
 
-    settings = _loaded(config, device)
     plan, vector = read_adapter(_folder_of(settings, adapter))
     options = options_for(
         plan.task,
@@ -219,11 +221,12 @@ def generate(
     config: Config = CLIENT_TOML,
 ) -> None:
     """Answer questions with an adapter. Prints one JSON object a line, with prompt and answer."""
+    settings = _loaded(config, device)
+
     from umbel_client.data.chat import Chat
     from umbel_client.data.conversations import Turn
     from umbel_client.evaluation.inference import Sampling, answer_prompts
 
-    settings = _loaded(config, device)
     model = _adapted(settings, adapter, base)
     task = model.plan.task
     if not isinstance(task, CausalLm):
@@ -255,13 +258,14 @@ def export(
     config: Config = CLIENT_TOML,
 ) -> None:
     """Write an adapter as a PEFT folder, or merged into a model that Transformers and vLLM load."""
+    settings = load_local_config(config)
+    folder = _folder_of(settings, adapter)
+    require_new(out)
+
     from umbel_client.models.adapters.folder import export_adapter
     from umbel_client.models.adapters.merge import merge_adapter
     from umbel_client.models.base.device import chosen_device
 
-    settings = load_config(config)
-    folder = _folder_of(settings, adapter)
-    require_new(out)
     if merge:
         place = chosen_device(device, field="--device")
         merge_adapter(folder, Path(settings.model.path), out, dtype=dtype, device=place)
@@ -272,7 +276,7 @@ def export(
 
 def _loaded(file: Path, device: str | None) -> ClientConfig:
     """The site's configuration, with the device of the command line if one is given."""
-    config = load_config(file)
+    config = load_local_config(file)
     if device is None:
         return config
     require_device(device, field="--device")

@@ -61,8 +61,6 @@ def tune(
         )
     require_device(device, field="--device")
     trials_file = study or out.with_suffix(".study.sqlite")
-    require_new(out)
-    require_place(trials_file)
     request = {
         "draft": str(draft.absolute()),
         "data": str(data.absolute()),
@@ -80,6 +78,8 @@ def tune(
         checked = msgspec.convert(request, TuningRequest)
     except msgspec.ValidationError as error:
         raise typer.BadParameter(str(error)) from None
+    require_new(out)
+    require_place(trials_file)
     done = subprocess.run(  # noqa: S603  # our own module
         our_module("umbel_client.tuning"),
         input=msgspec.json.encode(checked),

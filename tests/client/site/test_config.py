@@ -180,4 +180,6 @@ def test_a_policys_file_does_not_hide_that_the_rest_is_wrong(tmp_path: Path) -> 
     (tmp_path / "policy.toml").write_text("")
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, 'policy = "policy.toml"\nsite = "north"\n')
-    assert caught.value.field == "state"
+    assert caught.value.field == (
+        "state, identity, roster, data.path, data.public_size, model.path"
+    )
