@@ -6,7 +6,8 @@ other parties are among what commands print, also on the screen on which a perso
 
 import sys
 from collections.abc import Collection, Iterable
-from typing import IO
+from importlib.metadata import version
+from typing import IO, Annotated
 
 import msgspec
 import typer
@@ -58,6 +59,41 @@ class Screen(Console):
                 yield segment
             else:
                 yield Segment(printable(segment.text), segment.style)
+
+
+def command_line(name: str, text: str) -> typer.Typer:
+    """The app of a console script, with what people expect of one: `-h`, `--version`, completion.
+
+    Args:
+        text: what its help says first.
+    """
+    app = typer.Typer(
+        name=name,
+        help=text,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        # Click suggests a command that is spelled alike, and once is enough.
+        suggest_commands=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    def show_version(asked: bool) -> None:
+        if asked:
+            say(f"{name} {version('umbel')}")
+            raise typer.Exit
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool,
+            typer.Option(
+                "--version", callback=show_version, is_eager=True, help="Show the version and exit."
+            ),
+        ] = False,
+    ) -> None:
+        pass
+
+    return app
 
 
 def say(text: str, *, err: bool = False) -> None:

@@ -6,6 +6,7 @@ from umbel_host.entry import exit_code
 from umbel_host.processes.lifecycle import hide_memory
 from umbel_host.processes.log import configure
 from umbel_host.processes.supervisor import Command, supervise
+from umbel_host.terminal import command_line
 from umbel_server.cli import backup, setup, sites
 from umbel_server.cli.adapters import adapters
 from umbel_server.cli.job import job
@@ -14,13 +15,7 @@ from umbel_server.cli.plan import plan
 from umbel_server.cli.tune import tune
 from umbel_server.operator.config import load_config
 
-app = typer.Typer(
-    name="umbel-server",
-    help="Aggregates what sites train together, and learns only the sum.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = command_line("umbel-server", "Aggregates what sites train together, and learns only the sum.")
 setup.register(app)
 sites.register(app)
 backup.register(app)

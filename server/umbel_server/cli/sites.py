@@ -18,7 +18,7 @@ from umbel_common.trust.enrolment import (
     request_from_json,
     sign_kit,
 )
-from umbel_common.trust.identity import Member, fingerprint
+from umbel_common.trust.identity import Member, fingerprint, is_fingerprint_of
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_to_json, revocation_to_json
 from umbel_host.files.durable import all_or_nothing
@@ -61,10 +61,10 @@ def add(
     asked = request_from_json(read_text(request), request)
     check_request(asked, request)
     _check_new(asked, load_roster(settings), load_sites(Path(settings.sites)), request)
-    own = fingerprint(asked.request.identity)
+    key = asked.request.identity
     console = Screen()
-    print_lines(console, [("site", asked.request.site), ("fingerprint", own)])
-    _check_fingerprint(console, own, expected, request)
+    print_lines(console, [("site", asked.request.site), ("fingerprint", fingerprint(key))])
+    _check_fingerprint(console, key, expected, request)
     with changing(settings), all_or_nothing() as written:
         # Another command may have added a site while people compared fingerprints.
         document, known = load_roster(settings), load_sites(Path(settings.sites))
@@ -133,14 +133,14 @@ def _check_relay_key(asked: SignedRequest, known: dict[str, SiteEntry], file: Pa
         raise IdentityError("a request's relay key is another site's", file=file, field="relay_key")
 
 
-def _check_fingerprint(console: Console, own: str, expected: str | None, file: Path) -> None:
+def _check_fingerprint(console: Console, key: bytes, expected: str | None, file: Path) -> None:
     if expected is not None:
-        if expected.strip().lower() != own:
+        if not is_fingerprint_of(expected, key):
             raise IdentityError(
                 "a request is not from the site that you want to add: nothing was changed",
                 file=file,
                 field="--fingerprint",
-                found=own,
+                found=fingerprint(key),
                 accepted=expected,
             )
         return

@@ -9,14 +9,10 @@ from rich.table import Table
 
 from umbel_host.entry import exit_code
 from umbel_host.processes.lifecycle import hide_memory
-from umbel_host.terminal import Screen, json_text, say
+from umbel_host.terminal import Screen, command_line, json_text, say
 
-app = typer.Typer(
-    name="umbel-simulate",
-    help="Simulate private federated fine-tuning, with many sites on this machine.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+app = command_line(
+    "umbel-simulate", "Simulate private federated fine-tuning, with many sites on this machine."
 )
 
 ScenarioName = Annotated[

@@ -1,5 +1,6 @@
 """`umbel-client budget`: true figures from a ledger alone, and a ledger that lies is named."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -227,3 +228,16 @@ def test_without_a_ledger_the_command_ends_with_its_exit_code(
 ) -> None:
     assert exit_code(lambda: app(["budget", "verify"], standalone_mode=False)) == 33
     assert "no privacy ledger" in capsys.readouterr().err
+
+
+def test_a_new_site_has_spent_nothing(state: Path) -> None:
+    done = CliRunner().invoke(app, ["budget", "show"])
+    assert (done.exit_code, "Nothing was spent yet" in done.stdout) == (0, True)
+    found = json.loads(CliRunner().invoke(app, ["budget", "show", "--json"]).stdout)
+    assert (found["spent"], found["left"], found["jobs"]) == (0.0, found["total"], [])
+
+
+def test_a_ledger_that_a_journal_knows_is_missing_and_not_new(state: Path) -> None:
+    state.mkdir(exist_ok=True)
+    (state / "session.sqlite").write_bytes(b"")
+    assert exit_code(lambda: app(["budget", "show"], standalone_mode=False)) in (33, 50)
