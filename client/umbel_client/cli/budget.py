@@ -167,7 +167,7 @@ def _print_nothing(settings: ClientConfig, as_json: bool) -> None:
         print_json({"data_set": None, "spent": 0.0, "left": total, "total": total, "jobs": []})
     else:
         say(
-            f"Nothing was spent yet, of epsilon {_number(total)}: the first plan makes the ledger.\n"
+            f"Nothing was spent yet, of epsilon {_number(total)}: the first plan makes a ledger.\n"
             "If this site had one, bring back the latest copy."
         )
 

@@ -150,7 +150,7 @@ def test_a_ledger_without_releases_has_its_whole_budget(state: Path) -> None:
     assert run("history") == "No round was charged yet.\n"
 
 
-@pytest.mark.parametrize("command", ["show", "history", "verify"])
+@pytest.mark.parametrize("command", ["history", "verify"])
 def test_where_there_is_no_ledger_none_is_made(state: Path, command: str) -> None:
     assert "no privacy ledger" in refusal(command).message
     assert list(state.iterdir()) == []
@@ -235,6 +235,7 @@ def test_a_new_site_has_spent_nothing(state: Path) -> None:
     assert (done.exit_code, "Nothing was spent yet" in done.stdout) == (0, True)
     found = json.loads(CliRunner().invoke(app, ["budget", "show", "--json"]).stdout)
     assert (found["spent"], found["left"], found["jobs"]) == (0.0, found["total"], [])
+    assert list(state.iterdir()) == []
 
 
 def test_a_ledger_that_a_journal_knows_is_missing_and_not_new(state: Path) -> None:
