@@ -45,7 +45,12 @@ def texts() -> dict[str, str]:
 
 
 def install_lines() -> list[tuple[str, str]]:
-    return [(name, found.strip()) for name, text in texts().items() for found in LINE.findall(text)]
+    continued = re.compile(r"\\\n\s*")
+    return [
+        (name, found.strip())
+        for name, text in texts().items()
+        for found in LINE.findall(continued.sub("", text))
+    ]
 
 
 def is_right(line: str) -> bool:
