@@ -71,11 +71,12 @@ def made(file: Path, model: Path | None = None) -> str:
     Raises:
         UmbelError: the file or the model does not make a plan.
     """
+    from umbel_common.errors import PlanError
     from umbel_common.plans.plan_file import plan_from_json, plan_to_json
     from umbel_host.files.text_file import read_text
 
     if model is not None:
-        plan, _ = plan_from_json(read_text(file), file)
+        plan, _ = plan_from_json(read_text(file, PlanError), file)
 
         from umbel_client.models.site_model import load_public
 

@@ -14,6 +14,7 @@ import typer
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -108,6 +109,11 @@ def say(text: str, *, err: bool = False) -> None:
 def json_text(value: object, indent: int = 2) -> str:
     """A value as JSON for programs, which people read too; below 0, `indent` makes one line."""
     return printable_json(msgspec.json.format(msgspec.json.encode(value), indent=indent).decode())
+
+
+def working(text: str) -> Status:
+    """Shows a person at a terminal, while a block runs, that something takes its time."""
+    return Screen(stderr=True).status(text)
 
 
 def print_lines(console: Console, lines: Iterable[tuple[str, str]], *, fold: bool = False) -> None:

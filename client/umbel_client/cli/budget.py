@@ -30,7 +30,7 @@ from umbel_client.privacy.accounting import largest_delta
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.policy import Budget
 from umbel_client.storage.site_state import read_site_state
-from umbel_host.terminal import Screen, print_lines, say, table
+from umbel_host.terminal import Screen, print_lines, say, table, working
 
 budget = typer.Typer(
     help="The privacy spent on the data set: show, history, verify, carry, state-spend.",
@@ -181,8 +181,8 @@ def _allowed(settings: ClientConfig) -> Budget:
 
 
 def _computing() -> Status:
-    """Shows a person at a terminal that the accountant needs some seconds: it imports torch."""
-    return Screen(stderr=True).status("computing epsilon")
+    """The accountant needs some seconds: it imports torch."""
+    return working("computing epsilon")
 
 
 def print_spending(console: Console, ledger: str, spent: Spending) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from umbel_client.cli.options import CLIENT_TOML, Json
 from umbel_client.site.config import ClientConfig, DataConfig, load_local_config
-from umbel_common.errors import DataError
+from umbel_common.errors import DataError, PlanError
 from umbel_common.plans.plan_file import plan_from_json, task_text
 from umbel_host.files.output import require_new
 from umbel_host.files.text_file import read_text
@@ -69,7 +69,7 @@ def check(
     from umbel_client.curation.report import report
 
     site = _Site(config, file, unit)
-    agreed = None if plan is None else plan_from_json(read_text(plan), plan)[0]
+    agreed = None if plan is None else plan_from_json(read_text(plan, PlanError), plan)[0]
     task = None if agreed is None else agreed.task
     if every:
         errors = islice(row_errors(site.file, site.data, task, site.labels), _MOST_ERRORS)

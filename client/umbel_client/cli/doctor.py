@@ -32,7 +32,7 @@ from umbel_client.site.config import ClientConfig
 from umbel_client.site.ipc import ControlStub
 from umbel_client.site.pinned_roster import check_own_key, load_pinned
 from umbel_client.trainer.isolation import confine_command
-from umbel_common.errors import UmbelError, UnreachableError
+from umbel_common.errors import PlanError, UmbelError, UnreachableError
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.trust.identity import fingerprint
 from umbel_host.files.keys import read_identity
@@ -111,7 +111,10 @@ def _roster(config: ClientConfig) -> tuple[Verdict, str]:
 def _model(config: ClientConfig) -> tuple[Verdict, str]:
     found = folder_digest(Path(config.model.path)).hex()
     if found not in config.policy.models:
-        return Verdict.BROKEN, f"policy.models does not allow the model at hand, {found}"
+        return Verdict.BROKEN, (
+            f"policy.models does not allow the model at hand, {found}: add it there, if it is the"
+            " model that you agreed on (docs/base-model.md)"
+        )
     return Verdict.FINE, found
 
 
@@ -140,7 +143,7 @@ def _plan(config: ClientConfig, path: Path) -> tuple[Verdict, str]:
     from umbel_client.models.base.device import memory_in_use
     from umbel_client.training.trial import try_plan
 
-    plan, _ = plan_from_json(read_text(path), path)
+    plan, _ = plan_from_json(read_text(path, PlanError), path)
     try:
         found = try_plan(config, plan, entropy=os.urandom)
     except (RuntimeError, MemoryError) as error:

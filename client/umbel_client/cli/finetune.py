@@ -14,7 +14,7 @@ import typer
 from umbel_client.cli.options import CLIENT_TOML, Config, Device, Json
 from umbel_client.site.config import ClientConfig, load_local_config
 from umbel_common.device import require_device
-from umbel_common.errors import ConfigError, DataError
+from umbel_common.errors import ConfigError, DataError, PlanError
 from umbel_common.plans.plan import (
     Adam,
     CausalLm,
@@ -25,7 +25,7 @@ from umbel_common.plans.plan import (
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_host.files.output import require_new
 from umbel_host.files.text_file import read_text
-from umbel_host.terminal import Screen, json_text, say
+from umbel_host.terminal import Screen, json_text, say, working
 
 if TYPE_CHECKING:
     from umbel_client.models.adapted_model import AdaptedModel
@@ -106,7 +106,7 @@ def train(
 
 
 def _followed(path: Path, without_privacy: bool) -> TrainingPlan:
-    plan, _ = plan_from_json(read_text(path), path)
+    plan, _ = plan_from_json(read_text(path, PlanError), path)
     if not without_privacy:
         return plan
     training = plan.training
@@ -192,7 +192,8 @@ def evaluate(
     )
     model = load_site_model(settings.model, plan, trains=False)
     model.set_vector(initial_vector(plan) if base else vector)
-    found = score(model, Path(settings.model.path), data or Path(settings.data.path), options)
+    with working("scoring"):
+        found = score(model, Path(settings.model.path), data or Path(settings.data.path), options)
     if as_json:
         say(json_text(found))
     else:

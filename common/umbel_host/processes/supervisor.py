@@ -105,6 +105,7 @@ def supervise(commands: Sequence[Command], *, stopping_seconds: float = 60.0) ->
             code = next((code for code in codes if code is not None), None)
     finally:
         _end([child.process for child in reversed(children)], stopping_seconds)
+        _logger.info("stopped")
     return code or 0
 
 

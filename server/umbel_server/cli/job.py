@@ -43,7 +43,7 @@ def start(
 ) -> None:
     """Queue the job of a signed plan; the running server starts it."""
     settings = load_config(config)
-    made, signed = plan_from_json(read_text(plan), plan)
+    made, signed = plan_from_json(read_text(plan, PlanError), plan)
     if signed is None:
         raise PlanError(
             "a plan is not signed",

@@ -105,7 +105,7 @@ def sign_command(
 ) -> None:
     """Sign a plan as the operator; each site then checks it against its own policy."""
     settings = load_config(config)
-    text = read_text(file)
+    text = read_text(file, PlanError)
     made, _ = plan_from_json(text, file)
     if is_not_tried(text) and not unchecked:
         raise PlanError(
@@ -137,7 +137,7 @@ def sign_command(
 @plan.command()
 def show(file: PlanFile, config: Config = SERVER_TOML) -> None:
     """Show a plan, and whether this operator signed it."""
-    made, signed = plan_from_json(read_text(file), file)
+    made, signed = plan_from_json(read_text(file, PlanError), file)
     console = Screen()
     print_lines(console, plan_lines(made), fold=True)
     if signed is None:
