@@ -71,3 +71,9 @@ def test_nothing_is_made_where_there_is_no_place_for_it(operator: Enrolling) -> 
     for out in ("server.toml", "/proc/plan.json", "x" * 300):
         with pytest.raises(StorageError):
             operator.server("plan", "new", "draft.toml", "--out", out)
+
+
+@pytest.mark.parametrize("words", [("plan", "show"), ("job", "start")])
+def test_a_plan_that_is_missing_is_a_plans_error(operator: Enrolling, words: tuple[str]) -> None:
+    with pytest.raises(PlanError, match="a file is missing"):
+        operator.server(*words, "nowhere.json")
