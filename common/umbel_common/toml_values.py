@@ -59,6 +59,11 @@ def _config_error(message: str, data: object, kind: type, file: object) -> Confi
     if found := re.fullmatch(r"Object contains unknown field `(.*)`", what):
         return _unknown_field(found[1], path, kind, file)
     if found := re.fullmatch(r"Object missing required field `(.*)`", what):
+        missing = _missing([inspect.type_info(kind)], data) or [_dotted([*path, found[1]])]
+        if len(missing) > 1:
+            return ConfigError(
+                "fields are missing", file=file, field=", ".join(missing), remedy="add each of them"
+            )
         return ConfigError(
             "a field is missing",
             file=file,
@@ -71,8 +76,37 @@ def _config_error(message: str, data: object, kind: type, file: object) -> Confi
         file=file,
         field=_dotted(path) or None,
         found=_shown(data, path),
-        accepted=_plain(expected[1]) if expected else what,
+        accepted=_plain(expected[1]) if expected else _choices(kind, path) or what,
     )
+
+
+def _missing(types: list[inspect.Type], data: object, above: str = "") -> list[str]:
+    """Every field that a table lacks, and that each lacking table would need."""
+    structs = [one for one in _alternatives(types) if isinstance(one, inspect.StructType)]
+    if len(structs) != 1 or not isinstance(data, dict):
+        # Which fields are needed depends on what the table is.
+        return []
+    found = []
+    for field in structs[0].fields:
+        name = f"{above}{field.encode_name}"
+        if field.encode_name in data:
+            found += _missing([field.type], data[field.encode_name], f"{name}.")
+        elif field.required:
+            found += _missing([field.type], {}, f"{name}.") or [name]
+    return found
+
+
+def _choices(kind: type, path: list[str]) -> str | None:
+    """The words that a field may have, if these are few: of a choice, or of the kind of a table."""
+    *above, name = path or [""]
+    words: list[object] = []
+    for one in _types_at(kind, above):
+        if isinstance(one, inspect.StructType) and one.tag_field == name:
+            words.append(one.tag)
+    for one in _types_at(kind, path):
+        if isinstance(one, inspect.LiteralType):
+            words += one.values
+    return ", ".join(sorted(map(str, words))) or None
 
 
 def _unknown_field(name: str, path: list[str], kind: type, file: object) -> ConfigError:
@@ -88,8 +122,8 @@ def _unknown_field(name: str, path: list[str], kind: type, file: object) -> Conf
     )
 
 
-def _fields_at(kind: type, path: list[str]) -> list[str]:
-    """Names of all fields that the table at `path` may have, whichever type it is of."""
+def _types_at(kind: type, path: list[str]) -> list[inspect.Type]:
+    """Whatever types the value at `path` may have."""
     types: list[inspect.Type] = [inspect.type_info(kind)]
     for step in path:
         types = [
@@ -97,9 +131,14 @@ def _fields_at(kind: type, path: list[str]) -> list[str]:
             for outer in _alternatives(types)
             for inner in _inside(outer, None if step.startswith("[") else step)
         ]
+    return _alternatives(types)
+
+
+def _fields_at(kind: type, path: list[str]) -> list[str]:
+    """Names of all fields that the table at `path` may have, whichever type it is of."""
     names = [
         field.encode_name
-        for outer in _alternatives(types)
+        for outer in _types_at(kind, path)
         if isinstance(outer, inspect.StructType)
         for field in outer.fields
     ]

@@ -1,20 +1,21 @@
-"""How a command talks to people, and how it ends: with a documented exit code.
+"""How a command talks to people.
 
 The law: nothing reaches a terminal but through `Screen`, `say` or `json_text`. Names and texts of
 other parties are among what commands print, also on the screen on which a person approves a plan.
 """
 
 import sys
-import traceback
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
-from typing import IO
+from importlib.metadata import version
+from typing import IO, Annotated
 
 import msgspec
 import typer
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.status import Status
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -23,7 +24,6 @@ from umbel_common.errors import UmbelError
 from umbel_common.printable import one_line, printable, printable_json
 from umbel_common.trust.key_statements import OPERATOR
 
-INTERRUPTED = 130
 _NO_LIMIT = 1 << 20
 """Width where nobody's screen has an edge: in a pipe or a file, a line is as long as it needs."""
 
@@ -71,6 +71,41 @@ class Screen(Console):
                 yield Segment(printable(segment.text), segment.style)
 
 
+def command_line(name: str, text: str) -> typer.Typer:
+    """The app of a console script, with what people expect of one: `-h`, `--version`, completion.
+
+    Args:
+        text: what its help says first.
+    """
+    app = typer.Typer(
+        name=name,
+        help=text,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        # Click suggests a command that is spelled alike, and once is enough.
+        suggest_commands=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    def show_version(asked: bool) -> None:
+        if asked:
+            say(f"{name} {version('umbel')}")
+            raise typer.Exit
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool,
+            typer.Option(
+                "--version", callback=show_version, is_eager=True, help="Show the version and exit."
+            ),
+        ] = False,
+    ) -> None:
+        pass
+
+    return app
+
+
 def say(text: str, *, err: bool = False) -> None:
     """Prints a line.
 
@@ -116,28 +151,9 @@ _UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
 """Seconds and name of each unit, and of the next smaller one."""
 
 
-def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") -> int:
-    """Runs a command and maps its end to the exit codes of docs/errors.md.
-
-    Args:
-        interrupted: text to print after Ctrl-C.
-    """
-    console = Screen(stderr=True)
-    try:
-        command()
-    except UmbelError as error:
-        console.print(f"error: {error.diagnostics()}", soft_wrap=True)
-        return error.exit_code
-    except SystemExit as end:
-        # Typer turned Ctrl-C into this code.
-        if end.code == INTERRUPTED:
-            console.print(interrupted)
-        return end.code if isinstance(end.code, int) else 1
-    except Exception:
-        # A mistake of ours, whose text may quote another party all the same.
-        console.print(traceback.format_exc().rstrip(), soft_wrap=True)
-        return 1
-    return 0
+def working(text: str) -> Status:
+    """Shows a person at a terminal, while a block runs, that something takes its time."""
+    return Screen(stderr=True).status(text)
 
 
 def print_lines(console: Console, lines: Iterable[tuple[str, str]], *, fold: bool = False) -> None:

@@ -12,6 +12,7 @@ from ipaddress import IPv6Address
 from pathlib import Path
 
 from umbel_common.address import is_every, numeric, split
+from umbel_host.entry import enter, exit_code
 
 FLOWER_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -28,7 +29,6 @@ def main() -> int:
 
     from umbel_host.processes.lifecycle import give_memory_back, hide_memory
     from umbel_host.processes.log import configure
-    from umbel_host.terminal import exit_code
 
     hide_memory()
     give_memory_back()
@@ -125,4 +125,4 @@ def _remedy(error: Exception, host: str, port: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

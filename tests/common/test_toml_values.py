@@ -1,6 +1,6 @@
 """The error for a wrong configuration has file, field, what was found and what is accepted."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import pytest
@@ -34,6 +34,16 @@ class Config(Value, frozen=True):
     def __post_init__(self) -> None:
         if self.threads > 8:
             raise ValueError("threads must be at most 8")
+
+
+class Choice(Value, frozen=True):
+    kind: Literal["a", "b"]
+
+
+class Pair(Value, frozen=True):
+    title: str
+    first: Site
+    second: Site
 
 
 GOOD = 'title = "t"\n[privacy]\nmode = "local"\nepsilon = 3\n[[sites]]\nname = "a"\n'
@@ -118,3 +128,22 @@ def test_any_text_is_accepted_or_a_config_error(text: str) -> None:
         parse_toml(text, Config, "run.toml")
     except ConfigError as error:
         assert "run.toml" in error.diagnostics()  # noqa: PT017  # accepted or this, nothing else
+
+
+def test_a_choice_names_its_words() -> None:
+    error = refusal(GOOD.replace('mode = "local"', 'mode = "locale"'))
+    assert (error.field, error.found, error.accepted) == (
+        "privacy.mode",
+        "'locale'",
+        "local, open",
+    )
+    with pytest.raises(ConfigError) as caught:
+        parse_toml('kind = "c"', Choice, "run.toml")
+    assert (caught.value.field, caught.value.accepted) == ("kind", "a, b")
+
+
+def test_all_missing_fields_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_toml("[first]\n", Pair, "run.toml")
+    assert caught.value.field == "title, first.name, second.name"
+    assert caught.value.remedy == "add each of them"

@@ -22,7 +22,7 @@ from umbel_client.site.ipc import TrainerStub
 from umbel_client.trainer.isolation import Network, network
 from umbel_common.errors import ConfigError, UnreachableError
 from umbel_common.protocol.wire import MAGIC
-from umbel_host.terminal import INTERRUPTED
+from umbel_host.entry import INTERRUPTED
 from umbel_host.transport.sockets import is_healthy
 from umbel_server.storage.job_queue import JobState
 

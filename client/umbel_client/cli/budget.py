@@ -30,7 +30,7 @@ from umbel_client.privacy.accounting import largest_delta
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.policy import Budget
 from umbel_client.storage.site_state import read_site_state
-from umbel_host.terminal import Screen, print_json, print_lines, table
+from umbel_host.terminal import Screen, print_json, print_lines, say, table, working
 
 budget = typer.Typer(
     help="The privacy spent on the data set: show, history, verify, carry, state-spend.",
@@ -53,7 +53,12 @@ def _digest(value: str | None) -> str | None:
 def show(config: Config = CLIENT_TOML, as_json: JsonWithInfinity = False) -> None:
     """Show the epsilon that is spent, what is left, and each job's part."""
     settings = load_config(config)
-    contents, _ = read_site_state(settings.state_folder)
+    state = settings.state_folder
+    if not state.ledger.exists() and not state.journal.exists():
+        # With a journal there was a ledger, and it is missing.
+        _print_nothing(settings, as_json)
+        return
+    contents, _ = read_site_state(state)
     with _computing():
         spent = spending(contents, _allowed(settings))
     if as_json:
@@ -156,6 +161,17 @@ def carry(
         )
 
 
+def _print_nothing(settings: ClientConfig, as_json: bool) -> None:
+    total = settings.policy.total_epsilon
+    if as_json:
+        print_json({"data_set": None, "spent": 0.0, "left": total, "total": total, "jobs": []})
+    else:
+        say(
+            f"Nothing was spent yet, of epsilon {_number(total)}: the first plan makes a ledger.\n"
+            "If this site had one, bring back the latest copy."
+        )
+
+
 def _allowed(settings: ClientConfig) -> Budget:
     """The budget that the ledger holds every plan with differential privacy to."""
     policy = settings.policy
@@ -165,8 +181,8 @@ def _allowed(settings: ClientConfig) -> Budget:
 
 
 def _computing() -> Status:
-    """Shows a person at a terminal that the accountant needs some seconds: it imports torch."""
-    return Screen(stderr=True).status("computing epsilon")
+    """The accountant needs some seconds: it imports torch."""
+    return working("computing epsilon")
 
 
 def print_spending(console: Console, ledger: str, spent: Spending) -> None:

@@ -13,10 +13,11 @@ import msgspec
 import typer
 
 from umbel_client.cli.options import CLIENT_TOML, Json
-from umbel_client.site.config import ClientConfig, DataConfig, load_config
-from umbel_common.errors import DataError
+from umbel_client.site.config import ClientConfig, DataConfig, load_local_config
+from umbel_common.errors import DataError, PlanError
 from umbel_common.plans.alike import seen, shown
 from umbel_common.plans.plan_file import plan_from_json, task_text
+from umbel_host.files.output import require_new
 from umbel_host.files.text_file import read_text
 from umbel_host.terminal import Screen, json_text, print_lines, say
 
@@ -70,7 +71,7 @@ def check(
     from umbel_client.curation.report import report
 
     site = _Site(config, file, unit)
-    agreed = None if plan is None else plan_from_json(read_text(plan), plan)[0]
+    agreed = None if plan is None else plan_from_json(read_text(plan, PlanError), plan)[0]
     task = None if agreed is None else agreed.task
     if every:
         errors = row_errors(site.file, site.data, task, site.labels)
@@ -149,6 +150,7 @@ def split(
     from umbel_client.curation.examples import read_examples
     from umbel_client.curation.split import PARTS, split_examples, write_parts
 
+    require_new(out)
     site = _Site(config, file, None if by == "record" else by)
     wanted = _shares(shares)
     if by == "record":
@@ -180,7 +182,7 @@ class _Site:
         settings: ClientConfig | None = None
         # Without both, the error names the file that would say where the records are.
         if config is not None or CLIENT_TOML.exists() or file is None:
-            settings = load_config(config or CLIENT_TOML)
+            settings = load_local_config(config or CLIENT_TOML)
         found = settings.data if settings else DataConfig(path=str(file), public_size=1)
         self.data = found if unit is None else msgspec.structs.replace(found, unit_column=unit)
         self.file = file or Path(found.path)

@@ -7,6 +7,7 @@ away before it reads.
 
 import math
 import os
+import shlex
 import shutil
 import ssl
 import stat
@@ -30,16 +31,18 @@ from umbel_client.site.config import ClientConfig
 from umbel_client.site.ipc import ControlStub
 from umbel_client.site.pinned_roster import check_own_key, load_pinned
 from umbel_client.trainer.isolation import confine_command
-from umbel_common.errors import UmbelError, UnreachableError
+from umbel_common.errors import PlanError, UmbelError, UnreachableError
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.trust.identity import fingerprint
 from umbel_host.files.keys import read_identity
 from umbel_host.files.model_digest import folder_digest
 from umbel_host.files.text_file import read_text
-from umbel_host.processes.lifecycle import reason, user_name
+from umbel_host.processes.lifecycle import explained, reason, refused, user_name
 
 _SOON = timedelta(days=30)
 _ENOUGH_BYTES = 1 << 30
+
+_NOT_JOINED = "not joined yet: umbel-client join KIT, with the kit that the operator sends"
 
 _DROP = """
 import sys
@@ -88,7 +91,9 @@ def _tried(name: str, check: Check, config: ClientConfig) -> Finding:
     try:
         verdict, text = check(config)
     except UmbelError as error:
-        verdict, text = Verdict.BROKEN, error.diagnostics()
+        verdict, text = Verdict.BROKEN, explained(error).diagnostics()
+    except OSError as error:
+        verdict, text = Verdict.BROKEN, refused(error).diagnostics()
     return Finding(name, verdict, text)
 
 
@@ -145,7 +150,7 @@ def _plan(config: ClientConfig, path: Path) -> tuple[Verdict, str]:
     from umbel_client.models.base.device import memory_in_use
     from umbel_client.training.trial import try_plan
 
-    plan, _ = plan_from_json(read_text(path), path)
+    plan, _ = plan_from_json(read_text(path, PlanError), path)
     try:
         found = try_plan(config, plan, entropy=os.urandom)
     except (RuntimeError, MemoryError) as error:
@@ -210,9 +215,13 @@ def _data_set(config: ClientConfig) -> tuple[Verdict, str]:
 
 
 def _modes(config: ClientConfig) -> tuple[Verdict, str]:
-    for path in (Path(config.data.path), Path(config.state)):
-        if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o007:
-            return Verdict.CARE, f"every user of this machine may read {path}: chmod o= {path}"
+    there = [path for path in (Path(config.data.path), Path(config.state)) if path.exists()]
+    for path in there:
+        if stat.S_IMODE(path.stat().st_mode) & 0o007:
+            change = shlex.join(["chmod", "o=", str(path)])
+            return Verdict.CARE, f"every user of this machine may read {path}: {change}"
+    if not there:
+        return Verdict.CARE, "neither data nor state is there yet"
     return Verdict.FINE, "data and state are closed to other users"
 
 
@@ -260,9 +269,11 @@ def _certificate(config: ClientConfig) -> tuple[Verdict, str]:
     if config.relay is None:
         return Verdict.BROKEN, "client.toml has no table [relay]: umbel-client join KIT"
     path = Path(config.relay.certificate)
+    if not path.exists():
+        return Verdict.BROKEN, _NOT_JOINED
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         return Verdict.BROKEN, f"{path}: {error}; umbel-client join KIT"
     left = certificate.not_valid_after_utc - datetime.now(UTC)
     if left < timedelta():
@@ -274,6 +285,10 @@ def _server(config: ClientConfig) -> tuple[Verdict, str]:
     relay = config.relay
     if relay is None:
         return Verdict.BROKEN, "client.toml has no table [relay]"
+    if not (Path(relay.certificate).exists() and Path(relay.server_ca).exists()):
+        return Verdict.BROKEN, _NOT_JOINED
+    for file in (relay.certificate, relay.server_ca, relay.key):
+        Path(file).open("rb").close()
     way = way_to(relay.server)
     try:
         context = ssl.create_default_context(cafile=relay.server_ca)

@@ -12,9 +12,9 @@ import msgspec
 import typer
 
 from umbel_client.cli.options import CLIENT_TOML, Config, Device, Json
-from umbel_client.site.config import ClientConfig, load_config
+from umbel_client.site.config import ClientConfig, load_local_config
 from umbel_common.device import require_device
-from umbel_common.errors import ConfigError, DataError, StorageError
+from umbel_common.errors import ConfigError, DataError, PlanError
 from umbel_common.plans.plan import (
     Adam,
     CausalLm,
@@ -23,8 +23,9 @@ from umbel_common.plans.plan import (
     TrainingPlan,
 )
 from umbel_common.plans.plan_file import plan_from_json
+from umbel_host.files.output import require_new
 from umbel_host.files.text_file import read_text
-from umbel_host.terminal import Screen, json_text, say
+from umbel_host.terminal import Screen, json_text, say, working
 
 if TYPE_CHECKING:
     from umbel_client.data.conversations import Question
@@ -46,7 +47,8 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="The new folder for the adapter.")],
     local: Annotated[
-        bool, typer.Option("--local", help="Train on this machine alone. Always give this option.")
+        bool,
+        typer.Option("--local", help="Train on this machine alone, as this command always does."),
     ] = False,
     data: Annotated[
         Path | None, typer.Option(help="Records; default: data.path of client.toml.")
@@ -61,7 +63,9 @@ def train(
     ] = 2,
     without_privacy: Annotated[
         bool,
-        typer.Option(help="Neither clip nor add noise, whatever the plan says."),
+        typer.Option(
+            "--without-privacy", help="Neither clip nor add noise, whatever the plan says."
+        ),
     ] = False,
     device: Device = None,
     config: Config = CLIENT_TOML,
@@ -71,19 +75,15 @@ def train(
     Nothing leaves this machine and no privacy budget is charged, so the adapter is as private as
     the data.
     """
+    settings = _loaded(config, device)
+    require_new(out)
+    followed = _followed(plan, without_privacy)
+
     from umbel_client.data.records import columns_of, load_records
     from umbel_client.data.site_data import warnings_of
     from umbel_client.models.adapters.folder import write_adapter
     from umbel_client.training.local import Validation, fine_tune
 
-    if not local:
-        raise typer.BadParameter(
-            "training in a federation is `umbel-client run`", param_hint="--local"
-        )
-    settings = _loaded(config, device)
-    if out.exists():
-        raise StorageError("a file or folder is in the way", file=out, remedy="give a new name")
-    followed = _followed(plan, without_privacy)
     columns = columns_of(settings.data)
     records = load_records(data or Path(settings.data.path), followed.task, **columns)
     held_out = None
@@ -114,7 +114,7 @@ def train(
 
 
 def _followed(path: Path, without_privacy: bool) -> TrainingPlan:
-    plan, _ = plan_from_json(read_text(path), path)
+    plan, _ = plan_from_json(read_text(path, PlanError), path)
     if not without_privacy:
         return plan
     training = plan.training
@@ -137,10 +137,11 @@ def classify(
     config: Config = CLIENT_TOML,
 ) -> None:
     """Label texts with an adapter. Prints one JSON object a line, with label and probability."""
+    settings = _loaded(config, device)
+
     from umbel_client.data.tokens import tokenise
     from umbel_client.evaluation.inference import classify_texts
 
-    settings = _loaded(config, device)
     given = _given(text, file, "--text")
     texts = given if file is None else _column(file, settings.data.text_column)
     model = _adapted(settings, adapter, base)
@@ -181,6 +182,8 @@ def evaluate(
     config: Config = CLIENT_TOML,
 ) -> None:
     """Score an adapter on this site's own held-out records. The scores stay on this machine."""
+    settings = _loaded(config, device)
+
     from umbel_client.data.records import columns_of
     from umbel_client.evaluation.score import options_for, score
     from umbel_client.models.adapters.folder import read_adapter
@@ -188,7 +191,6 @@ def evaluate(
     from umbel_common.adapters.vector import initial_vector
     from umbel_common.plans.figures import figures_text
 
-    settings = _loaded(config, device)
     plan, vector = read_adapter(_folder_of(settings, adapter))
     options = options_for(
         plan.task,
@@ -199,7 +201,8 @@ def evaluate(
     )
     model = load_site_model(settings.model, plan, trains=False)
     model.set_vector(initial_vector(plan) if base else vector)
-    found = score(model, Path(settings.model.path), data or Path(settings.data.path), options)
+    with working("scoring"):
+        found = score(model, Path(settings.model.path), data or Path(settings.data.path), options)
     if as_json:
         say(json_text(found))
     else:
@@ -244,12 +247,13 @@ def generate(
     config: Config = CLIENT_TOML,
 ) -> None:
     """Answer questions with an adapter. Prints one JSON object a line, with prompt and answer."""
+    settings = _loaded(config, device)
+
     from umbel_client.data.chat import Chat
     from umbel_client.data.conversations import Question, Turn, read_questions
     from umbel_client.data.tables import read_table
     from umbel_client.evaluation.inference import Sampling, answer_prompts
 
-    settings = _loaded(config, device)
     given = _given(prompt, file, "--prompt")
     # Below, a logit divided by it may be infinite.
     if temperature != 0 and not temperature >= _COLDEST:
@@ -286,12 +290,14 @@ def export(
     config: Config = CLIENT_TOML,
 ) -> None:
     """Write an adapter as a PEFT folder, or merged into a model that Transformers and vLLM load."""
+    settings = load_local_config(config)
+    folder = _folder_of(settings, adapter)
+    require_new(out)
+
     from umbel_client.models.adapters.folder import export_adapter
     from umbel_client.models.adapters.merge import merge_adapter
     from umbel_client.models.base.device import chosen_device
 
-    settings = load_config(config)
-    folder = _folder_of(settings, adapter)
     if merge:
         place = chosen_device(device, field="--device")
         merge_adapter(folder, Path(settings.model.path), out, dtype=dtype, device=place)
@@ -302,7 +308,7 @@ def export(
 
 def _loaded(file: Path, device: str | None) -> ClientConfig:
     """The site's configuration, with the device of the command line if one is given."""
-    config = load_config(file)
+    config = load_local_config(file)
     if device is None:
         return config
     require_device(device, field="--device")

@@ -1,5 +1,6 @@
 """`umbel-client init` and `join`: a site's keys, its request to the operator, and the answer."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -7,19 +8,42 @@ import typer
 
 from umbel_client.cli import roster
 from umbel_client.cli.options import CLIENT_TOML, Config
-from umbel_client.site.joining import set_up, take_kit
+from umbel_client.site.joining import set_up, set_up_alone, take_kit
 from umbel_common.trust.identity import fingerprint
-from umbel_host.terminal import Screen, name, print_lines, site_name
+from umbel_host.terminal import Screen, name, print_lines, say, site_name
+
+
+def _given(check: Callable[[str], str]) -> Callable[[str | None], str | None]:
+    """The check of an option that may be absent."""
+    return lambda value: None if value is None else check(value)
 
 
 def init(
-    site: Annotated[str, typer.Option(callback=site_name, help="This site's name.")],
-    federation: Annotated[str, typer.Option(callback=name, help="Name of the federation.")],
+    site: Annotated[
+        str | None, typer.Option(callback=_given(site_name), help="This site's name.")
+    ] = None,
+    federation: Annotated[
+        str | None, typer.Option(callback=_given(name), help="Name of the federation.")
+    ] = None,
+    local: Annotated[
+        bool,
+        typer.Option(
+            "--local",
+            help="Write a client.toml for work on this machine alone: no federation, no keys.",
+        ),
+    ] = False,
     folder: Annotated[
         Path, typer.Option(help="This site's folder; it is made if it does not exist.")
     ] = Path(),
 ) -> None:
     """Make this site's keys, and the request that the operator needs."""
+    if local:
+        made = set_up_alone(folder)
+        say(f"configuration  {made}\n\nName your records and a base model's folder in it.")
+        return
+    if site is None or federation is None:
+        missing = "--site" if site is None else "--federation"
+        raise typer.BadParameter(f"give {missing}, or --local to work alone", param_hint=missing)
     identity, request = set_up(folder, site, federation)
     console = Screen()
     print_lines(

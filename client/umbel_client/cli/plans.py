@@ -14,7 +14,7 @@ from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.decisions import Decisions, Proposal
 from umbel_client.site.policy import as_asked, judge_plan
 from umbel_client.site.policy_file import PolicyFile
-from umbel_common.errors import PolicyRefusal, UmbelError
+from umbel_common.errors import JobUnknown, PolicyRefusal, UmbelError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_lines, privacy_text
 from umbel_host.terminal import Screen, confirm, print_json, print_lines, say, table
@@ -154,7 +154,7 @@ def _find(decisions: Decisions, text: str) -> Proposal:
     waiting = decisions.proposals()
     found = [one for one in waiting if text == one.plan.job or one.digest.hex().startswith(text)]
     if len(found) != 1:
-        raise UmbelError(
+        raise JobUnknown(
             "no plan of this name waits for approval" if not found else "several plans match",
             found=text,
             accepted=", ".join(f"{one.plan.job} {one.digest.hex()}" for one in waiting) or None,

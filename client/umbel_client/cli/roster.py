@@ -17,7 +17,7 @@ from umbel_client.site.pinned_roster import (
     revoke_signed,
 )
 from umbel_common.errors import IdentityError, UmbelError
-from umbel_common.trust.identity import Roster, fingerprint
+from umbel_common.trust.identity import Roster, fingerprint, is_fingerprint_of
 from umbel_common.trust.pinning import check_change, merge, propose
 from umbel_common.trust.roster import RosterChange, RosterDocument, compare
 from umbel_common.trust.roster_file import (
@@ -235,7 +235,7 @@ def _find_key(document: RosterDocument, text: str, path: Path) -> bytes:
         *(key for rotation in rotations for key in (rotation.old_key, rotation.new_key)),
     }
     for key in known:
-        if fingerprint(key) == text.lower():
+        if is_fingerprint_of(text, key):
             return key
     raise IdentityError(
         "no key of the pinned roster has this fingerprint",

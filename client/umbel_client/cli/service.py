@@ -182,7 +182,8 @@ def doctor(
 def adapters(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
     """List the adapters that this site received."""
     folder = load_config(config).state_folder.adapters
-    found = sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+    there = folder.iterdir() if folder.exists() else ()
+    found = sorted(path for path in there if not path.name.startswith("."))
     if as_json:
         print_json([{"job": path.name, "folder": str(path)} for path in found])
         return

@@ -302,7 +302,7 @@ def read_questions(
             remedy="rename a column of the file",
         )
     questions: list[Question] = []
-    for number, row in enumerate(table.rows, start=table.first):
+    for number, row in table.numbered():
         asked = _ASKED[asking[0]](_Place(path, number), row)
         record: LmRecord
         if isinstance(asked, Passage):

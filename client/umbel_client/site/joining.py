@@ -73,6 +73,40 @@ total_epsilon = 3.0
 """
 
 
+ALONE = """\
+# For work on this machine alone: train, evaluate, classify, generate, export, data. Relative paths
+# start here. docs/fields.md explains every field.
+
+[data]
+# .jsonl, .csv or .parquet, with a column `text` and a column `label`.
+path = "data.jsonl"
+# About how many records (or patients, with unit_column) there are; noise follows from it.
+public_size = 1000
+
+[model]
+# Folder of the base model (docs/base-model.md).
+path = "model"
+"""
+
+
+def set_up_alone(folder: Path) -> Path:
+    """Makes a configuration for work without a federation; returns its file.
+
+    Raises:
+        StorageError: there is one already, or it cannot be written.
+    """
+    config = folder / "client.toml"
+    with all_or_nothing() as made:
+        try:
+            made += make_folder(folder, 0o750)
+        except OSError as error:
+            raise StorageError(
+                "this folder cannot be made", file=folder, found=error.strerror
+            ) from None
+        write_new_text(config, ALONE)
+    return config
+
+
 def set_up(folder: Path, site: str, federation: str) -> tuple[Identity, Path]:
     """Makes a site's keys, configuration and request; returns its identity and the request's file.
 

@@ -74,7 +74,7 @@ class _Child:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._started, self._died = time.monotonic(), None
-        process = subprocess.Popen(self._command, preexec_fn=end_with_parent)  # noqa: S603
+        process = subprocess.Popen(self._command, preexec_fn=belong_to_parent)  # noqa: S603
         _logger.info("%s is process %d", self.name, process.pid)
         return process
 
@@ -105,7 +105,7 @@ def supervise(commands: Sequence[Command], *, stopping_seconds: float = 60.0) ->
             code = next((code for code in codes if code is not None), None)
     finally:
         _end([child.process for child in reversed(children)], stopping_seconds)
-    _logger.info("stopped")
+        _logger.info("stopped")
     return code or 0
 
 
@@ -125,10 +125,17 @@ def _end(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
 _libc = ctypes.CDLL(None)
 
 
-def end_with_parent() -> None:
-    """Makes a child end when its parent dies; to be called between fork and exec.
+def belong_to_parent() -> None:
+    """Lets only the parent end a child; to be called between fork and exec.
 
-    So a parent that is killed leaves no process behind that holds what its successor needs.
+    A terminal's Ctrl-C goes to parent and child, and only the parent shall speak and decide. And a
+    parent that is killed leaves no process behind that holds what its successor needs.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Makes a child end when its parent dies; to be called between fork and exec."""
     if hasattr(_libc, "prctl"):
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -15,6 +15,7 @@ from umbel_common.trust.identity import Signed, open_signed
 from umbel_host.files.keys import read_identity
 from umbel_host.files.model_digest import folder_files, model_digest
 from umbel_host.files.model_folder import TOKENIZER_FILES, read_texts, text_digest
+from umbel_host.files.output import require_new
 from umbel_host.terminal import Screen, print_json, say, table
 from umbel_server.cli.options import SERVER_TOML, Config, Json
 from umbel_server.operator.config import ServerConfig, load_config
@@ -66,6 +67,7 @@ def export(
 ) -> None:
     """Copy a released adapter into a PEFT folder, after checking it against its release."""
     settings = load_config(config)
+    require_new(out)
     operator = read_identity(Path(settings.identity)).public_key
     with closing(_open_journal(settings)) as journal:
         signed = journal.plan(job)

@@ -32,7 +32,7 @@ from umbel_server.cli.job_view import (
     state_text,
 )
 from umbel_server.cli.options import SERVER_TOML, Config, Json
-from umbel_server.cli.plan import sign_as_operator
+from umbel_server.cli.plan import Unchecked, require_tried, sign_as_operator
 from umbel_server.jobs.evaluator import check_evaluation
 from umbel_server.operator.config import ServerConfig, load_config, load_roster
 from umbel_server.storage.job_queue import JobQueue, QueuedJob
@@ -51,11 +51,15 @@ def start(
         Path, typer.Argument(help="A plan file; one that is not signed is signed if you type yes.")
     ],
     config: Config = SERVER_TOML,
+    unchecked: Unchecked = False,
 ) -> None:
     """Queue the job of a plan; the running server starts it."""
     settings = load_config(config)
-    made, signed = plan_from_json(read_text(plan), plan)
+    text = read_text(plan, PlanError)
+    made, signed = plan_from_json(text, plan)
     if signed is None:
+        if not unchecked:
+            require_tried(text, plan)
         console = Screen()
         print_lines(console, plan_lines(made), fold=True)
         confirm(

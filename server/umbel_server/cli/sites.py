@@ -19,7 +19,7 @@ from umbel_common.trust.enrolment import (
     request_from_json,
     sign_kit,
 )
-from umbel_common.trust.identity import Member, fingerprint
+from umbel_common.trust.identity import Member, fingerprint, is_fingerprint_of
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_to_json, revocation_to_json
 from umbel_host.files.durable import all_or_nothing, make_folder
@@ -77,9 +77,9 @@ def add(
     _add_all(document, known, admitted, weight)
     console = Screen()
     for one in admitted:
-        own = fingerprint(one.signed.request.identity)
-        print_lines(console, [("site", one.site), ("fingerprint", own)])
-        _check_fingerprint(console, own, expected, one.file)
+        key = one.signed.request.identity
+        print_lines(console, [("site", one.site), ("fingerprint", fingerprint(key))])
+        _check_fingerprint(console, key, expected, one.file)
     kits = {one.site: _kit_path(out, one.site, several=len(admitted) > 1) for one in admitted}
     with changing(settings), all_or_nothing() as written:
         # Another command may have added a site while people compared fingerprints.
@@ -207,14 +207,16 @@ def _check_relay_key(asked: SignedRequest, known: dict[str, SiteEntry], file: Pa
         raise IdentityError("a request's relay key is another site's", file=file, field="relay_key")
 
 
-def _check_fingerprint(console: Console, own: str, expected: list[str] | None, file: Path) -> None:
+def _check_fingerprint(
+    console: Console, key: bytes, expected: list[str] | None, file: Path
+) -> None:
     if expected:
-        if own not in {one.strip().lower() for one in expected}:
+        if not any(is_fingerprint_of(one, key) for one in expected):
             raise IdentityError(
                 "a request is not from the site that you want to add: nothing was changed",
                 file=file,
                 field="--fingerprint",
-                found=own,
+                found=fingerprint(key),
                 accepted=tuple(expected),
             )
         return

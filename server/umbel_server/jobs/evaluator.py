@@ -24,6 +24,7 @@ from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_to_json
 from umbel_common.plans.requests import EvaluationRequest, HoldoutColumns
 from umbel_host.files.durable import create
+from umbel_host.installation import install
 from umbel_host.processes.lifecycle import require_own
 from umbel_host.processes.supervisor import end_with_parent, our_module
 from umbel_server.messaging.link import JobStopped
@@ -169,7 +170,7 @@ def check_evaluation(config: EvaluationConfig | None, plan: TrainingPlan) -> Non
             "adapters are evaluated with the client's packages, which are not installed here",
             field="evaluation.python",
             found="none",
-            remedy="pip install 'umbel[client]' into a separate environment, and name its Python in"
+            remedy=f"{install('client')}, into an environment of its own, and its Python in"
             " evaluation.python",
         )
     if config.python is not None and not Path(config.python).is_file():

@@ -27,7 +27,7 @@ from umbel_common.plans.figures import AnswerCount, AnswerTokens, BatchSize, For
 from umbel_common.plans.plan import Count
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_from_json
-from umbel_host.files.text_file import read_text, read_toml
+from umbel_host.files.text_file import from_home, read_text, read_toml
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=30 * 86400)]
 
@@ -139,7 +139,7 @@ def load_config(path: Path) -> ServerConfig:
     folder = path.absolute().parent
 
     def resolved(table: Value, *names: str) -> dict[str, str]:
-        return {name: str(folder / Path(getattr(table, name)).expanduser()) for name in names}
+        return {name: str(folder / from_home(getattr(table, name), path)) for name in names}
 
     _check_addresses(config.listen, path)
     listen = msgspec.structs.replace(

@@ -28,8 +28,9 @@ from umbel_common.trust.roster_file import (
     revocation_to_json,
     rotation_to_json,
 )
+from umbel_host.entry import exit_code
 from umbel_host.files.keys import read_identity, write_identity
-from umbel_host.terminal import Screen, exit_code
+from umbel_host.terminal import Screen
 
 OPERATOR_KEY, NORTH, SOUTH, NEW, THIEF = (Identity(bytes([number]) * 32) for number in range(1, 6))
 

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,15 +9,12 @@ import typer
 from rich.table import Table
 
 from umbel_common.errors import StorageError
+from umbel_host.entry import exit_code
 from umbel_host.processes.lifecycle import hide_memory
-from umbel_host.terminal import Screen, exit_code, json_text, say
+from umbel_host.terminal import Screen, command_line, json_text, say
 
-app = typer.Typer(
-    name="umbel-simulate",
-    help="Simulate private federated fine-tuning, with many sites on this machine.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+app = command_line(
+    "umbel-simulate", "Simulate private federated fine-tuning, with many sites on this machine."
 )
 
 ScenarioName = Annotated[
@@ -61,12 +57,14 @@ def run(
 ) -> None:
     """Run a scenario, compare its adapter with others, and write a report."""
     # Imported here, so that `list`, `--help` and errors in a scenario do not wait for torch.
+    from umbel_host.files.output import require_place
     from umbel_simulations.scenario.file import find_scenario, override
     from umbel_simulations.scenario.run_folder import check_free, free_name
 
     chosen = override(find_scenario(scenario), sites=sites, rounds=rounds, seed=seed, no_dp=no_dp)
     folder = runs / (name if name is not None else free_name(runs, chosen))
-    check_free(folder, chosen)
+    if not check_free(folder, chosen):
+        require_place(folder / "adapter")
 
     from umbel_simulations.reporting.live import view_for
     from umbel_simulations.reporting.table import print_summary
@@ -151,12 +149,17 @@ def federation(
     ] = Path("federation"),
 ) -> None:
     """Run a scenario as real processes: a server and its sites, with certificates and approvals."""
-    from umbel_simulations.backends.processes import run_federation
+    from umbel_host.files.output import require_place
     from umbel_simulations.scenario.file import find_scenario
+
+    chosen = find_scenario(scenario)
+    require_place(folder / "adapter")
+
+    from umbel_simulations.backends.processes import run_federation
 
     console = Screen()
     adapter = run_federation(
-        find_scenario(scenario),
+        chosen,
         folder.absolute(),
         lambda text: console.print(text, soft_wrap=True),
     )
@@ -243,7 +246,7 @@ def audit(
     check(results)
 
 
-def main() -> None:
-    """The console script. It shows every error as a text for people, with its own exit code."""
+def run_command() -> int:
+    """Runs the command of the command line; returns the exit code."""
     hide_memory()
-    sys.exit(exit_code(app, interrupted="interrupted: the same command resumes the run"))
+    return exit_code(app, interrupted="interrupted: the same command resumes the run")
