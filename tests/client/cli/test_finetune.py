@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from umbel_client.cli import app, doctor
+from umbel_client.cli.finetune import _loaded
 from umbel_client.data.conversations import Turn, read_questions
 from umbel_client.data.tables import read_table
 from umbel_client.models.adapters.folder import read_adapter
@@ -446,3 +447,12 @@ def test_the_doctor_says_that_a_plan_does_not_fit_the_model(labelling: Site, lla
     finding = doctor._tried("plan", check, load_config(labelling.config))
     assert finding.verdict is doctor.Verdict.BROKEN
     assert "not the one that the plan" in finding.text
+
+
+def test_a_device_that_is_named_replaces_the_list_and_what_it_divides(tmp_path: Path) -> None:
+    model = 'models/m"\ndevice = ["cuda:0", "cuda:1"]\nsplit = "records'
+    (tmp_path / "client.toml").write_text(CONFIG.format(model=model, size=12))
+    listed = _loaded(tmp_path / "client.toml", None).model
+    assert (listed.device, listed.split) == (("cuda:0", "cuda:1"), "records")
+    named = _loaded(tmp_path / "client.toml", "cuda:1").model
+    assert (named.device, named.split) == ("cuda:1", "layers")

@@ -154,7 +154,7 @@ def records_of_each(model: AdaptedModel) -> Counter[str]:
 Case = tuple[str, Any, dict[str, Any], dict[str, Any]]
 CASES: dict[str, Case] = {
     "an encoder, alternate": ("bert", LABELLED, {"method": "alternate"}, {}),
-    "a cached encoder": ("bert", LABELLED, {"layers": (1,)}, {}),
+    "a cached encoder": ("bert", LABELLED, {"layers": (1,), "method": "ffa"}, {}),
     "a head alone": ("bert", LABELLED, {"target_modules": ()}, {}),
     "a stock head": ("bert", Classification(labels=("a", "b"), head="stock"), {}, {}),
     "a language model": ("llama", ANSWERS, {}, {"checkpointing": True}),
@@ -244,8 +244,9 @@ def test_a_batch_of_fewer_parts_than_devices_is_a_step(bert: Path, texts: Path) 
 def step_of(model: AdaptedModel, data: PreparedData, chosen: np.ndarray, limit: BatchLimit) -> None:
     inner = torch.optim.SGD(list(model.select(1).values()), lr=1.0)
     optimizer = optimizer_of(model, inner)
+    task, units = task_of(model.plan.task), None if data.units is None else data.units.of_record
     with per_record_gradients(*model.copies):
-        private_step(task_of(model.plan.task), model, data, chosen, optimizer, limit)
+        private_step(task, model, data, chosen, optimizer, limit, units)
 
 
 def optimizer_of(model: AdaptedModel, inner: torch.optim.Optimizer) -> PrivateOptimizer:
@@ -401,6 +402,29 @@ def test_whether_a_unit_counts_does_not_follow_from_the_copy_that_it_comes_to(
     assert "records of one unit do not fit into memory" in caplog.text
     with pytest.raises(ModelError, match="records of one unit do not fit"):
         Log(3, 3).run(data, BatchLimit(4))
+
+
+def test_nothing_stays_of_units_that_no_copy_has_memory_for(
+    bert: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each fails on its own copy when its gradients are there, and then on the other copy."""
+    model = loaded(bert, plan_for(bert, LABELLED), BOTH)
+    data = replace(prepared(model, bert, texts), units=Units(np.array([0, 0, 0, 1, 1, 1, 2, 3])))
+    step_of(model, data, np.array([6, 7]), BatchLimit(3))
+    wanted = model.vector()
+    sound, tried = PrivateOptimizer.accumulate, []
+
+    def small(self: PrivateOptimizer, records: int, *units: Any, rows: int, copy: int) -> None:
+        if rows > 2:
+            tried.append(copy)
+            raise torch.OutOfMemoryError("made up")
+        sound(self, records, *units, rows=rows, copy=copy)
+
+    monkeypatch.setattr(PrivateOptimizer, "accumulate", small)
+    model.set_vector(start_of(model.plan))
+    step_of(model, data, np.arange(8), BatchLimit(3))
+    assert sorted(tried) == [0, 0, 1, 1]
+    assert difference(model.vector() - start_of(model.plan), wanted - start_of(model.plan)) < CLOSE
 
 
 def test_an_error_of_one_copy_ends_when_all_have_ended() -> None:
