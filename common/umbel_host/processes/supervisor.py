@@ -6,6 +6,7 @@ processes itself, each under a user of its own.
 
 import ctypes
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -132,10 +133,28 @@ def belong_to_parent() -> None:
     parent that is killed leaves no process behind that holds what its successor needs.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
-
-
-def end_with_parent() -> None:
-    """Makes a child end when its parent dies; to be called between fork and exec."""
     if hasattr(_libc, "prctl"):
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+_BOUND = f"""\
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+if hasattr(libc, "prctl"):
+    libc.prctl({_PR_SET_PDEATHSIG}, {signal.SIGTERM:d})
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent has ended")
+try:
+    os.execv(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"{{sys.argv[2]}}: {{error.strerror}}")
+"""
+
+
+def bound_to_parent(command: Sequence[str]) -> list[str]:
+    """The command of a child of this process that ends when this process dies.
+
+    A process with threads, such as gRPC's, has to start its children by this. With code between
+    fork and exec, as `belong_to_parent`, the child's copy of gRPC fails at times and aborts it.
+    """
+    return [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), *command]

@@ -26,7 +26,7 @@ from umbel_common.plans.requests import EvaluationRequest, HoldoutColumns
 from umbel_host.files.durable import create
 from umbel_host.installation import install
 from umbel_host.processes.lifecycle import require_own
-from umbel_host.processes.supervisor import end_with_parent, our_module
+from umbel_host.processes.supervisor import bound_to_parent, our_module
 from umbel_server.messaging.link import JobStopped
 from umbel_server.operator.config import EvaluationConfig
 
@@ -111,13 +111,12 @@ class ProcessEvaluator:
         command = our_module("umbel_client.evaluating", python=python)
         try:
             process = subprocess.Popen(  # noqa: S603  # the operator's own Python
-                command,
+                bound_to_parent(command),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env={**os.environ, "HF_HUB_OFFLINE": "1"},
                 start_new_session=True,
-                preexec_fn=end_with_parent,  # one system call, which takes no lock
             )
         except OSError as error:
             raise _failed(f"{command[0]}: {error.strerror}") from None
