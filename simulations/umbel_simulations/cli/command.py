@@ -111,16 +111,12 @@ def init(
 ) -> None:
     """Look at your own records, and write a commented scenario that trains on them."""
     from umbel_host.files.durable import create
-    from umbel_host.files.output import require_place
+    from umbel_host.files.output import require_new_file
     from umbel_simulations.inputs.new_scenario import Wish, path_text, scenario_text
     from umbel_simulations.runs.setup import load_setup
     from umbel_simulations.scenario.file import parse_scenario
 
-    if out.exists():
-        raise StorageError("a file is in the way", file=out, remedy="give another --out")
-    if not out.parent.is_dir():
-        raise StorageError("the scenario's folder does not exist", file=out, remedy="create it")
-    require_place(out)
+    require_new_file(out)
     wish = Wish(
         train=train,
         test=test,

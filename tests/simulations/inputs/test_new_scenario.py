@@ -94,11 +94,11 @@ def test_questions_of_three_sites_become_a_scenario(tmp_path: Path, llama: Path)
     assert plan.release_gate is not None
     done = CliRunner().invoke(app, ["init", str(test), "--test", str(test), "--out", str(out)])
     assert isinstance(done.exception, UmbelError)
-    assert done.exception.message == "a file is in the way"
+    assert done.exception.message.startswith("a file or folder is in the way")
     nowhere = tmp_path / "nowhere" / "mine.toml"
     done = CliRunner().invoke(app, ["init", str(test), "--test", str(test), "--out", str(nowhere)])
     assert isinstance(done.exception, UmbelError)
-    assert done.exception.message == "the scenario's folder does not exist"
+    assert done.exception.message == "the folder of a new file does not exist"
 
 
 def test_what_does_not_become_a_scenario_is_named(tmp_path: Path, bert: Path) -> None:
