@@ -74,12 +74,23 @@ def made(file: Path, model: Path | None = None) -> str:
     Raises:
         UmbelError: the file or the model does not make a plan.
     """
-    from umbel_common.errors import PlanError
+    from umbel_common.errors import ModelError, PlanError
     from umbel_common.plans.plan_file import plan_from_json, plan_to_json
+    from umbel_host.files.model_digest import folder_digest, require_digest
     from umbel_host.files.text_file import read_text
+    from umbel_host.installation import install
 
     if model is not None:
         plan, _ = plan_from_json(read_text(file, PlanError), file)
+        require_digest(model, folder_digest(model), plan.model)
+        if not _can_load():
+            raise ModelError(
+                "a plan is tried with the packages that load a model, which are not installed here",
+                file=model,
+                remedy="name a Python that has them in evaluation.python of server.toml"
+                f" ({install('client')}), or copy the plan and the model to such a machine, and"
+                " the tried plan back",
+            )
         _look_at(model, plan)
 
         from umbel_client.models.site_model import load_public
@@ -91,7 +102,7 @@ def made(file: Path, model: Path | None = None) -> str:
 
     # Before the packages are imported, which takes seconds.
     draft, folder = read_draft(file), file.absolute().parent
-    if find_spec("torch") is None:
+    if not _can_load():
         from umbel_client.planning.untried import untried_plan
 
         return plan_to_json(untried_plan(draft, folder), not_tried=True)
@@ -101,6 +112,11 @@ def made(file: Path, model: Path | None = None) -> str:
     plan = make_plan(draft, folder)
     _look_at(model_folder(draft, folder), plan)
     return plan_to_json(plan)
+
+
+def _can_load() -> bool:
+    """Whether the packages that load a model are installed."""
+    return find_spec("torch") is not None
 
 
 def _look_at(folder: Path, plan: TrainingPlan) -> None:

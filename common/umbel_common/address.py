@@ -6,17 +6,19 @@ from typing import Annotated
 
 import msgspec
 
+FORM = "host:port; the host is a name or an address, IPv6 in [ ]"
+
 Address = Annotated[
     str,
     msgspec.Meta(
         max_length=300,
         pattern=r"^(?:[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}\Z",
+        description=f"in quotes, {FORM}",
     ),
 ]
 """A host and a port. The host is a name, an IPv4 address, or an IPv6 address in brackets. No
 character has a meaning in TOML, so an address can be written into a configuration as it is."""
 
-FORM = "host:port; the host is a name or an address, IPv6 in [ ]"
 _NUMERIC = re.compile(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?")
 """Names that resolvers read as an IPv4 address in one of its old notations."""
 

@@ -70,14 +70,35 @@ def _config_error(message: str, data: object, kind: type, file: object) -> Confi
             field=_dotted([*path, found[1]]),
             remedy=f"add it{_to_table(path)}",
         )
-    expected = re.fullmatch(r"Expected (.*?)(?:, got .*)?", what)
     return ConfigError(
         "a field has a wrong value",
         file=file,
         field=_dotted(path) or None,
         found=_shown(data, path),
-        accepted=_plain(expected[1]) if expected else _choices(kind, path) or what,
+        accepted=_accepted(what, kind, path),
     )
+
+
+def _accepted(what: str, kind: type, path: list[str]) -> str:
+    expected = re.fullmatch(r"Expected (.*?)(?:, got .*)?", what)
+    if expected is None:
+        return _choices(kind, path) or what
+    described = _descriptions(_types_in(kind, path)) if "matching regex" in what else []
+    return described[0] if described else _plain(expected[1])
+
+
+def _descriptions(types: list[inspect.Type]) -> list[str]:
+    """What fields of these types say of their values: the descriptions of `msgspec.Meta`."""
+    found = []
+    for one in types:
+        if isinstance(one, inspect.Metadata):
+            found += [
+                str(text) for text in [(one.extra_json_schema or {}).get("description")] if text
+            ]
+            one = one.type
+        if isinstance(one, inspect.UnionType):
+            found += _descriptions(list(one.types))
+    return found
 
 
 def _missing(types: list[inspect.Type], data: object, above: str = "") -> list[str]:
@@ -106,7 +127,8 @@ def _choices(kind: type, path: list[str]) -> str | None:
     for one in _types_at(kind, path):
         if isinstance(one, inspect.LiteralType):
             words += one.values
-    return ", ".join(sorted(map(str, words))) or None
+    others = [_OTHERS[type(one)] for one in _types_at(kind, path) if type(one) in _OTHERS]
+    return ", ".join([*sorted(map(str, words)), *others]) or None
 
 
 def _unknown_field(name: str, path: list[str], kind: type, file: object) -> ConfigError:
@@ -123,7 +145,12 @@ def _unknown_field(name: str, path: list[str], kind: type, file: object) -> Conf
 
 
 def _types_at(kind: type, path: list[str]) -> list[inspect.Type]:
-    """Whatever types the value at `path` may have."""
+    """Whatever types the value at `path` may have, each by itself."""
+    return _alternatives(_types_in(kind, path))
+
+
+def _types_in(kind: type, path: list[str]) -> list[inspect.Type]:
+    """The types of the value at `path`, as they are written."""
     types: list[inspect.Type] = [inspect.type_info(kind)]
     for step in path:
         types = [
@@ -131,7 +158,7 @@ def _types_at(kind: type, path: list[str]) -> list[inspect.Type]:
             for outer in _alternatives(types)
             for inner in _inside(outer, None if step.startswith("[") else step)
         ]
-    return _alternatives(types)
+    return types
 
 
 def _fields_at(kind: type, path: list[str]) -> list[str]:
@@ -189,7 +216,18 @@ def _shown(data: object, path: list[str]) -> object:
     return "a list" if isinstance(data, list) else repr(data)
 
 
+_OTHERS: dict[type, str] = {
+    inspect.IntType: "a whole number",
+    inspect.FloatType: "a number",
+    inspect.VarTupleType: "a list in [ ]",
+    inspect.ListType: "a list in [ ]",
+    inspect.DictType: "a table",
+}
+"""What a field may have beside the words of a choice."""
+
+
 def _plain(expected: str) -> str:
+    expected = re.sub(r"`([a-z]+(?: \| [a-z]+)+)`", _each, expected)
     names = {
         "`str`": "a text in quotes",
         "`int`": "a whole number",
@@ -201,3 +239,8 @@ def _plain(expected: str) -> str:
     for technical, plain in names.items():
         expected = expected.replace(technical, plain)
     return expected
+
+
+def _each(types: re.Match[str]) -> str:
+    """Several types of JSON as one phrase; a field is left out where null is meant."""
+    return " or ".join(f"`{name}`" for name in types[1].split(" | ") if name != "null")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from umbel_common.canonical import Value
+from umbel_common.canonical import Name, Value
 from umbel_common.errors import ConfigError
 from umbel_common.toml_values import parse_toml
 
@@ -37,7 +37,10 @@ class Config(Value, frozen=True):
 
 
 class Choice(Value, frozen=True):
-    kind: Literal["a", "b"]
+    kind: Literal["a", "b"] = "a"
+    mixed: tuple[str, ...] | Literal["all"] = "all"
+    perhaps: float | str | None = None
+    names: tuple[Name, ...] | None = None
 
 
 class Pair(Value, frozen=True):
@@ -140,6 +143,20 @@ def test_a_choice_names_its_words() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_toml('kind = "c"', Choice, "run.toml")
     assert (caught.value.field, caught.value.accepted) == ("kind", "a, b")
+
+
+@pytest.mark.parametrize(
+    ("text", "accepted"),
+    [
+        ('mixed = "some"', "all, a list in [ ]"),
+        ("perhaps = []", "a number or a text in quotes"),
+        ('names = ["A b"]', "letters, digits and hyphens, such as north-clinic"),
+    ],
+)
+def test_what_is_accepted_is_said_in_words(text: str, accepted: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_toml(text, Choice, "run.toml")
+    assert accepted in str(caught.value.accepted)
 
 
 def test_all_missing_fields_are_named_at_once() -> None:

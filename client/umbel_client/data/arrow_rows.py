@@ -4,7 +4,8 @@ A column is read when it is asked for, and its values are then plain ones of Pyt
 imported where they are needed: it takes a second, which other kinds of file need not wait.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from umbel_client.data.rows import (
 )
 from umbel_common.errors import DataError
 
+_FEW = 3
+"""Files of a folder that an error names."""
+
 
 def parquet_rows(path: Path, on_wrong_row: OnWrongRow) -> Table:
     """The rows of a Parquet file; see `tables.read_table`. All of them can be parsed."""
@@ -28,7 +32,11 @@ def parquet_rows(path: Path, on_wrong_row: OnWrongRow) -> Table:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
     except pyarrow.ArrowException as error:
-        raise unreadable(path, type(error).__name__) from None
+        raise unreadable(
+            path,
+            f"no Parquet file, or a part of one ({type(error).__name__})",
+            remedy="copy it again, or write it again",
+        ) from None
 
     places = {own: (name, before) for own, name, before in different(names)}
 
@@ -37,7 +45,7 @@ def parquet_rows(path: Path, on_wrong_row: OnWrongRow) -> Table:
         found = file.read(columns=[name])
         return [found.column(i) for i, one in enumerate(found.column_names) if one == name][before]
 
-    return _arrow_table(path, names, file.metadata.num_rows, column)
+    return _arrow_table(path, file.schema_arrow, file.metadata.num_rows, column)
 
 
 def folder_rows(path: Path, on_wrong_row: OnWrongRow) -> Table:
@@ -48,8 +56,11 @@ def folder_rows(path: Path, on_wrong_row: OnWrongRow) -> Table:
     datasets.disable_progress_bars()
     try:
         found = datasets.load_from_disk(str(path), keep_in_memory=True)
-    except (DatasetsError, ValueError, TypeError, OSError, KeyError) as error:
-        raise unreadable(path, type(error).__name__) from None
+    except (DatasetsError, ValueError, TypeError, OSError, KeyError, IndexError) as error:
+        if isinstance(error, IndexError) and not any(path.glob("*.arrow")):
+            # The library writes a data set without a row, and cannot read it.
+            return table_of((), (), ())
+        raise _no_data_set(path, error) from None
     if isinstance(found, datasets.DatasetDict):
         raise DataError(
             "a folder holds several data sets",
@@ -64,13 +75,44 @@ def folder_rows(path: Path, on_wrong_row: OnWrongRow) -> Table:
         found: Any = plain_values.select_columns([name])[:]
         return found.column(name)
 
-    return _arrow_table(path, found.column_names, len(found), column)
+    return _arrow_table(path, found.data.schema, len(found), column)
 
 
-def _arrow_table(
-    path: Path, names: Sequence[str], count: int, column: Callable[[str], Any]
-) -> Table:
-    columns = _ArrowColumns(path, names, column)
+def _no_data_set(path: Path, error: Exception) -> DataError:
+    """What is wrong with a folder that the library cannot read."""
+    names = sorted(file.name for file in path.iterdir())
+    found = ", ".join(names[:_FEW]) + (f" and {len(names) - _FEW} more" * (len(names) > _FEW))
+    records = [name for name in names if name.endswith((".parquet", ".jsonl", ".csv"))]
+    return unreadable(
+        path,
+        f"{type(error).__name__}; in the folder: {found or 'nothing'}",
+        "a folder that save_to_disk of Hugging Face datasets wrote, with all of its files",
+        f"give one file: {records[0]}" + ", with the rows of all of them" * (len(records) > 1)
+        if records
+        else "copy the whole folder again",
+    )
+
+
+def _class_names(schema: Any) -> dict[str, list[str]]:
+    """The names of the classes of each column whose numbers stand for names.
+
+    Hugging Face `datasets` keeps them beside the columns, also in Parquet. Two sites may number
+    the same names in different ways, so the numbers mean nothing without them.
+    """
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            column: feature["names"]
+            for column, feature in features.items()
+            if feature.get("_type") == "ClassLabel" and feature.get("names")
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _arrow_table(path: Path, schema: Any, count: int, column: Callable[[str], Any]) -> Table:
+    names = schema.names
+    columns = _ArrowColumns(path, names, column, _class_names(schema))
     rows = [_ArrowRow(columns, index) for index in range(count)]
     return table_of(names, rows, range(1, count + 1))
 
@@ -78,10 +120,17 @@ def _arrow_table(
 class _ArrowColumns:
     """The columns of a file of Arrow's, each read when it is asked for."""
 
-    def __init__(self, path: Path, names: Sequence[str], read: Callable[[str], Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        names: Sequence[str],
+        read: Callable[[str], Any],
+        classes: Mapping[str, Sequence[str]],
+    ) -> None:
         self.path = path
         self.names = [own for own, _, _ in different(names)]
         self._read = read
+        self._classes = classes
         self._known: dict[str, list[object]] = {}
         self._arrays: dict[str, Any] = {}
 
@@ -100,7 +149,16 @@ class _ArrowColumns:
                 self._known[name] = [
                     self._value(name, number, scalar) for number, scalar in enumerate(array, 1)
                 ]
+            if name in self._classes:
+                self._known[name] = [self._named(name, value) for value in self._known[name]]
         return self._known[name]
+
+    def _named(self, column: str, value: object) -> object:
+        """The name of a class; -1 stands for none. A number without a name stays one."""
+        names = self._classes[column]
+        if not isinstance(value, int) or value >= len(names):
+            return value
+        return names[value] if value >= 0 else None
 
     def as_text(self, name: str, index: int) -> str:
         """A value that cannot be used, as a text."""

@@ -123,14 +123,13 @@ def format_of(path: Path, table: Table, *, strict: bool = True) -> Format:
     ]
     if len(found) == 1:
         return found[0]
-    accepted = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
     if not found:
         raise DataError(
             "the columns of a data file are those of no format",
             file=path,
             found=columns_text(table.columns),
-            accepted=accepted,
-            remedy=f"{_near(table)}rename columns of the file",
+            accepted="; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items()),
+            remedy=f"{_near(table)}rename columns of the file; in a CSV file, line 1 names them",
         )
     if any(all(_has(row, name) for row in table.rows) for name in found):
         raise DataError(

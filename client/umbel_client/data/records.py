@@ -315,10 +315,28 @@ def require_label(path: Path, column: str, number: int, row: Row) -> str:
             f"row {number} has no label",
             file=path,
             field=f"{column}, row {number}",
-            found=type(value).__name__ if label is None else f"{len(label)} characters",
+            found=_value_text(value) if label is None else _length_text(label),
             accepted=f"a whole number, or a text of 1 to {LONGEST_LABEL} characters",
+            remedy=_LABEL_REMEDIES.get(type(value)),
         )
     return label
+
+
+_LABEL_REMEDIES: dict[type, str] = {
+    float: "write 1 for 1.0: pandas makes such numbers where a row has no label",
+    bool: "write names or numbers, such as yes and no, or 1 and 0",
+    list: "give each record one label",
+}
+
+
+def _value_text(value: object) -> str:
+    """A value that cannot be a label, as it is shown."""
+    kind = type(value).__name__
+    return f"{kind}: {value}" if isinstance(value, bool | float) else kind
+
+
+def _length_text(label: str) -> str:
+    return f"{len(label)} characters" if seen(label) else "an empty text"
 
 
 def label_text(label: str | None) -> str:
@@ -354,6 +372,8 @@ def _unknown_label(
     unknown = {label: n for label, n in label_counts(table, column).items() if label not in labels}
     near = [label for label in labels if name is not None and plain(label) == plain(name)]
     alike = f"{told([(near[0], name)])[0]}. " if near and name is not None else ""
+    if type(value) in _LABEL_REMEDIES:
+        alike = f"{_LABEL_REMEDIES[type(value)]}. "
     return DataError(
         f"row {row} has a label that the plan does not have",
         file=path,

@@ -96,13 +96,24 @@ def not_utf_8(path: Path, place: str, byte: int) -> DataError:
     )
 
 
-def malformed(path: Path, row: int, found: str, remedy: str | None = None) -> DataError:
+def malformed(
+    path: Path, row: int, found: str, remedy: str | None = None, accepted: str | None = None
+) -> DataError:
     """What is wrong with a row that cannot be parsed."""
     return DataError(
-        f"row {row} cannot be read", file=path, field=f"row {row}", found=found, remedy=remedy
+        f"row {row} cannot be read",
+        file=path,
+        field=f"row {row}",
+        found=found,
+        accepted=accepted,
+        remedy=remedy,
     )
 
 
-def unreadable(path: Path, found: str | None) -> DataError:
+def unreadable(
+    path: Path, found: str | None, accepted: str | None = None, remedy: str | None = None
+) -> DataError:
     """What is wrong with a file that cannot be read at all."""
-    return DataError("the data file cannot be read", file=path, found=found)
+    return DataError(
+        "the data file cannot be read", file=path, found=found, accepted=accepted, remedy=remedy
+    )

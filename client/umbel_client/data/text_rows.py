@@ -23,6 +23,7 @@ from umbel_client.data.rows import (
 )
 from umbel_common.errors import DataError
 
+_OBJECT = 'one JSON object on each line, such as {"text": "...", "label": "..."}'
 _SPREAD = "write one object a line: jq -c '.[]' FILE does it for a list, jq -c . FILE for objects"
 _MOST_DIGITS = 4000
 """Digits of the longest whole number that Python reads as one."""
@@ -66,7 +67,8 @@ def _object(path: Path, number: int, line: bytes) -> Row:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         row = _lenient(path, number, line, str(error))
     if not isinstance(row, Mapping):
-        raise malformed(path, number, f"{type(row).__name__}, not an object")
+        spread = _SPREAD if isinstance(row, list) and number == 1 else None
+        raise malformed(path, number, f"{type(row).__name__}, not an object", spread, _OBJECT)
     return row
 
 
@@ -77,7 +79,9 @@ def _lenient(path: Path, number: int, line: bytes, problem: str) -> object:
         row = json.loads(line.decode("utf-8", "surrogateescape"), parse_int=_whole)
     except (ValueError, RecursionError):
         spread = number == 1 and line.strip() in (b"[", b"{", b"[{")
-        raise malformed(path, number, problem, _SPREAD if spread else None) from None
+        if "truncated" in problem:
+            problem = "the JSON does not end on its line (truncated)"
+        raise malformed(path, number, problem, _SPREAD if spread else None, _OBJECT) from None
     return _Doubtful(path, number, number, row) if isinstance(row, dict) else row
 
 
@@ -179,7 +183,7 @@ def csv_rows(path: Path, on_wrong_row: OnWrongRow) -> Table:
                 break
             _require_fields(path, number, line, values, header)
         except csv.Error as error:
-            on_wrong_row(number, malformed(path, number, _csv_error(error, line)))
+            on_wrong_row(number, _csv_error(path, number, line, error))
         except DataError as error:
             on_wrong_row(number, error)
         else:
@@ -219,19 +223,29 @@ def _require_fields(
 ) -> None:
     if len(values) == len(header):
         return
-    found = f"{len(values)} fields under {len(header)} columns (line {line})"
     if not values:
-        raise malformed(path, number, f"an empty line (line {line})")
-    more = len(values) > len(header)
-    raise malformed(
-        path,
-        number,
-        found,
-        'put a text with commas or line breaks between quotation marks: "a, b"' if more else None,
-    )
+        raise malformed(path, number, f"an empty line (line {line})", "remove it")
+    found = f"{_count(values, 'field')} under {_count(header, 'column')} (line {line})"
+    if len(values) < len(header):
+        remedy = "give each line all fields, empty ones too: a,,c"
+    elif not any(values[len(header) :]):
+        remedy = "remove the commas at the ends of the lines"
+    elif len(header) == 1:
+        remedy = "see that line 1 names all columns, such as text,label"
+    else:
+        remedy = 'put a text with commas or line breaks between quotation marks: "a, b"'
+    raise malformed(path, number, found, remedy)
 
 
-def _csv_error(error: csv.Error, line: int) -> str:
-    if "unexpected end" in str(error):
-        return f"a quotation mark that nothing closes (line {line})"
-    return f"{error} (line {line})"
+def _count(values: list[str], what: str) -> str:
+    return f"1 {what}" if len(values) == 1 else f"{len(values)} {what}s"
+
+
+def _csv_error(path: Path, number: int, line: int, error: csv.Error) -> DataError:
+    found = str(error)
+    if "unexpected end" in found:
+        found = "a quotation mark that nothing closes"
+    elif "expected after" in found:
+        found = "a quotation mark within a text that is between quotation marks"
+    remedy = 'write two for each that belongs to a text: "he said ""no"""'
+    return malformed(path, number, f"{found} (line {line})", remedy)

@@ -23,7 +23,7 @@ from umbel_common.errors import ConfigError, ModelError, StorageError
 from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 from umbel_common.plans.requests import TuningRequest
 from umbel_common.toml_values import parse_toml
-from umbel_host.files.output import require_new
+from umbel_host.files.output import require_new_file
 from umbel_host.files.text_file import read_text, write_new_text
 
 RATES = 30.0
@@ -94,7 +94,7 @@ def tune(request: TuningRequest, console: Console) -> None:
         StorageError: the draft to be written exists, or a file cannot be written.
     """
     out, draft = Path(request.out), Path(request.draft)
-    require_new(out)
+    require_new_file(out)
     text = read_text(draft)
     parsed = parse_toml(text, Draft, draft)
     plan = make_plan(parsed, draft.parent)

@@ -131,7 +131,7 @@ class _Model:
                 file=folder,
                 field="model_type",
                 found=f"{kind}, with a stock head" if stock else kind,
-                accepted=", ".join(sorted(_KNOWN)),
+                accepted=", ".join(sorted(_KNOWN)) + (', with head = "mean-pool"' if stock else ""),
                 remedy="name a Python that has them in evaluation.python of server.toml"
                 f" ({install('client')}), or make the plan on such a machine and copy the file: it"
                 " is signed here",

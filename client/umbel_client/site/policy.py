@@ -46,11 +46,21 @@ from umbel_common.printable import is_printable
 _LONGEST_NAME = 256
 
 Hours = Annotated[
-    str, msgspec.Meta(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]\Z")
+    str,
+    msgspec.Meta(
+        pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]\Z",
+        description='two times of a day in quotes, such as "22:00-06:00"',
+    ),
 ]
 """A span of the day, which may pass midnight: its first minute, and the first minute after it."""
 
-HexDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+HexDigest = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^[0-9a-f]{64}\Z",
+        description="64 hexadecimal digits in quotes, with small letters: the whole digest",
+    ),
+]
 """A SHA-256 digest in lower-case hexadecimal."""
 
 TaskName = Literal["classification", "causal-lm"]

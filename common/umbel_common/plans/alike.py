@@ -2,7 +2,8 @@
 
 Programs keep `flu` and `flu ` apart; people do not. Two names are alike if they are equal without
 the spaces around them, however many stand between words, without characters that nobody sees, in
-one Unicode form and width, in one case; or if they are the same number.
+one Unicode form and width, in one case, with one kind of hyphen and of apostrophe; or if they are
+the same number.
 """
 
 import re
@@ -15,6 +16,13 @@ from umbel_common.plans.plan import Classification, Task
 
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
 _SELECTORS = frozenset(map(chr, range(0xFE00, 0xFE10)))
+_AS_TYPED = str.maketrans(
+    dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d", "-")
+    | dict.fromkeys("\u2018\u2019\u201b\u2032\u02bc\u00b4\u0060", "'")
+    | dict.fromkeys("\u201c\u201d\u201e\u201f\u00ab\u00bb\u2033", '"')
+)
+"""Hyphens, apostrophes and quotation marks that word processors put in place of those of a
+keyboard."""
 
 
 def seen(text: str) -> str:
@@ -32,8 +40,10 @@ def _is_unseen(sign: str) -> bool:
 
 
 def folded(text: str) -> str:
-    """As `seen`, and in one case and one width."""
-    return seen(unicodedata.normalize("NFKC", seen(text)).casefold())
+    """As `seen`, and in one case and one width, with the hyphens and quotes of a keyboard."""
+    text = unicodedata.normalize("NFKC", seen(text).translate(_AS_TYPED)).casefold()
+    # A Turkish capital I has a dot, which its small letter keeps as a character of its own.
+    return seen(text.replace("i\u0307", "i"))
 
 
 def plain(name: str) -> object:
@@ -62,6 +72,7 @@ _DIFFERENCES: tuple[tuple[str, Callable[[str], str]], ...] = (
         lambda name: unicodedata.normalize("NFC", name),
     ),
     ("characters that nobody sees", seen),
+    ("hyphens, apostrophes or quotation marks", lambda name: name.translate(_AS_TYPED)),
     ("the width or form of its characters", lambda name: unicodedata.normalize("NFKC", name)),
     ("upper and lower case", str.casefold),
 )

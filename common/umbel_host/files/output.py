@@ -23,6 +23,21 @@ def require_new(path: Path) -> None:
     require_place(path)
 
 
+def require_new_file(path: Path) -> None:
+    """As `require_new`, for a file in a folder that must be there: no command makes it.
+
+    Raises:
+        StorageError: the folder is missing, or see `require_new`.
+    """
+    if not path.absolute().parent.is_dir():
+        raise StorageError(
+            "the folder of a new file does not exist",
+            file=path,
+            remedy="create it, or give another place",
+        )
+    require_new(path)
+
+
 def require_place(path: Path) -> None:
     """Requires that a file or folder can be made, with the folders that lead to it.
 

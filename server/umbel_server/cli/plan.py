@@ -13,7 +13,7 @@ from umbel_common.plans.plan_file import is_not_tried, plan_from_json, plan_line
 from umbel_common.secagg.encoding import encoding_of
 from umbel_common.trust.identity import Signed, fingerprint, open_signed, sign
 from umbel_host.files.keys import read_identity
-from umbel_host.files.output import require_new
+from umbel_host.files.output import require_new_file
 from umbel_host.files.text_file import read_text, write_new_text
 from umbel_host.processes.supervisor import belong_to_parent, our_module
 from umbel_host.terminal import Screen, print_lines
@@ -44,7 +44,7 @@ def new(
     load a model, it reads the names and shapes of the weights from the model's files, and the plan
     is marked as not tried.
     """
-    require_new(out)
+    require_new_file(out)
     text = _made(_python(config), str(draft))
     made, _ = plan_from_json(text, draft)
     write_new_text(out, text)
@@ -71,7 +71,7 @@ def try_command(
     It needs the packages that load a model, in the Python that `evaluation.python` of server.toml
     names, or in this one; or copy plan and model to a machine that has them.
     """
-    require_new(out)
+    require_new_file(out)
     text = _made(_python(config), str(file), str(model))
     write_new_text(out, text)
     Screen().print(f"tried: {out}", soft_wrap=True)

@@ -11,7 +11,7 @@ import typer
 from umbel_common.device import require_device
 from umbel_common.errors import ConfigError
 from umbel_common.plans.requests import TuningRequest
-from umbel_host.files.output import require_new, require_place
+from umbel_host.files.output import require_new_file, require_place
 from umbel_host.installation import install
 from umbel_host.processes.supervisor import belong_to_parent, our_module
 
@@ -78,7 +78,7 @@ def tune(
         checked = msgspec.convert(request, TuningRequest)
     except msgspec.ValidationError as error:
         raise typer.BadParameter(str(error)) from None
-    require_new(out)
+    require_new_file(out)
     require_place(trials_file)
     done = subprocess.run(  # noqa: S603  # our own module
         our_module("umbel_client.tuning"),

@@ -79,7 +79,7 @@ def run(
         print_summary(console, summary)
         console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
         console.print(f"adapter: {folder / 'adapter'}", soft_wrap=True)
-        console.print(f"verify: umbel-simulate verify {folder}", soft_wrap=True)
+        console.print(f"verify: umbel-simulate verify {shlex.quote(str(folder))}", soft_wrap=True)
 
 
 @app.command()
@@ -111,12 +111,12 @@ def init(
 ) -> None:
     """Look at your own records, and write a commented scenario that trains on them."""
     from umbel_host.files.durable import create
+    from umbel_host.files.output import require_new_file
     from umbel_simulations.inputs.new_scenario import Wish, path_text, scenario_text
     from umbel_simulations.runs.setup import load_setup
     from umbel_simulations.scenario.file import parse_scenario
 
-    if out.exists():
-        raise StorageError("a file is in the way", file=out, remedy="give another --out")
+    require_new_file(out)
     wish = Wish(
         train=train,
         test=test,

@@ -22,6 +22,7 @@ from umbel_client.site.config import DataConfig
 from umbel_common.errors import ConfigError, ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Task
 from umbel_simulations.inputs.base_model import model_folder
+from umbel_simulations.inputs.sources import one_label_only
 from umbel_simulations.scenario.file import least_threshold
 from umbel_simulations.scenario.scenario import Model
 
@@ -98,6 +99,8 @@ def _labels(files: Sequence[Path], data: DataConfig) -> tuple[str, ...]:
                 require_label(path, data.label_column, number, row)
                 for number, row in table.numbered()
             }
+    if len(found) == 1:
+        raise one_label_only(files[0], data.label_column, found)
     return tuple(sorted(found))
 
 

@@ -19,6 +19,7 @@ from umbel_client.data.rows import Table
 from umbel_client.data.tables import read_table, require_columns
 from umbel_common.canonical import Value
 from umbel_common.errors import DataError
+from umbel_common.plans.alike import seen
 from umbel_common.plans.plan import CausalLm, Classification
 from umbel_simulations.inputs.hpo import is_for_test as is_test_phenotype
 from umbel_simulations.inputs.hpo import read_phenotypes
@@ -96,6 +97,17 @@ def load_source(scenario: Scenario) -> Corpus:
     )
 
 
+def repeated_for_test(corpus: Corpus) -> int:
+    """Number of test records that are training records too; an answer or a label may differ."""
+
+    def key(example: Example) -> tuple[str, ...]:
+        asked = [turn.content for turn in example.turns[:-1]] or [example.text]
+        return tuple(map(seen, asked))
+
+    known = {key(example) for example in corpus.train}
+    return sum(key(example) in known for example in corpus.test)
+
+
 def _general_of(data: Data) -> Sequence[str]:
     if isinstance(data, HpoData):
         return _general_texts()
@@ -150,8 +162,18 @@ def _own_files(scenario: Scenario, data: FileData) -> tuple[list[Example], list[
     tables = {name: (Path(file), read_table(Path(file))) for name, file in parts.items()}
     task = _task_of(scenario, data, list(tables.values()))
     train: list[Example] = []
+    known: dict[tuple[Example, ...], str] = {}
     for name, (path, table) in tables.items():
         found = _examples(path, table, task, data)
+        same = known.setdefault(tuple(found), name)
+        if same != name:
+            raise DataError(
+                "two sites have the same records: a site takes them for one data set",
+                file=path,
+                field=f"data.train.{name}",
+                found=f"the records of {same}",
+                accepted="records of its own for each site",
+            )
         groups = [name] * len(found) if name else _groups(path, table, scenario.sites.column)
         train += [
             msgspec.structs.replace(example, group=group)
@@ -174,14 +196,19 @@ def _task_of(
             require_label(path, data.label_column, number, row) for number, row in table.numbered()
         }
     if len(labels) < 2:
-        raise DataError(
-            "the training records have one label only: there is nothing to tell apart",
-            file=tables[0][0],
-            field=data.label_column,
-            found=", ".join(map(label_text, labels)),
-            accepted="at least two labels",
-        )
+        raise one_label_only(tables[0][0], data.label_column, labels)
     return Classification(labels=tuple(sorted(labels)))
+
+
+def one_label_only(path: Path, column: str, labels: Iterable[str]) -> DataError:
+    """What is wrong with the training records of all sites if they have one label."""
+    return DataError(
+        "the training records have one label only: there is nothing to tell apart",
+        file=path,
+        field=column,
+        found=", ".join(map(label_text, labels)),
+        accepted="at least two labels",
+    )
 
 
 def _examples(

@@ -46,6 +46,10 @@ def verify_run(folder: Path) -> VerifiedJob:
     Raises:
         VerificationError: a check failed; the error names the file.
     """
+    if not folder.is_dir():
+        raise VerificationError(
+            "there is no such run", file=folder, remedy="give the folder of a finished run"
+        )
     roster = _roster(folder / "roster.json")
     job = verify_transcript(read_signed(folder / "transcript.jsonl"), roster)
     # Its last release is no outcome of the plan: a cut history would look like a finished run.

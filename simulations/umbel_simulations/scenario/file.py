@@ -1,5 +1,6 @@
 """Finds, reads and checks scenario files, and applies the command line's options to them."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def find_scenario(name_or_path: str) -> Scenario:
         ConfigError: there is no such scenario, or its parts do not fit together.
     """
     shipped = SHIPPED / f"{name_or_path}.toml"
-    is_path = name_or_path.endswith(".toml") or len(Path(name_or_path).parts) != 1
+    is_path = name_or_path.endswith(".toml") or os.sep in name_or_path
     path = Path(name_or_path) if is_path else shipped
     if not path.is_file():
         names = ", ".join(file.stem for file in sorted(SHIPPED.glob("*.toml")))

@@ -20,7 +20,13 @@ from umbel_common.plans.plan import (
 )
 
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
-Package = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z")]
+Package = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z",
+        description="the name of a package of Python as it is imported, in quotes",
+    ),
+]
 Baseline = Literal["base", "majority", "head-only", "local-only", "pooled"]
 AnswerCount = Annotated[int, msgspec.Meta(ge=0, le=100)]
 Stage = Literal["train", "share", "mask", "confirm", "unmask"]

@@ -11,7 +11,7 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from umbel_client.data.records import load_records
 from umbel_client.data.tables import json_lines, read_table, require_columns
@@ -178,6 +178,10 @@ def test_a_torn_parquet_file_cannot_be_read(tmp_path: Path) -> None:
 def test_a_folder_must_be_one_data_set(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert refused(tmp_path / "empty").message == "the data file cannot be read"
+    parquet(tmp_path / "empty" / "part-0.parquet", ROWS)
+    assert refused(tmp_path / "empty").remedy == "give one file: part-0.parquet"
+    Dataset.from_dict({"text": []}).save_to_disk(str(tmp_path / "rowless"))
+    assert refused(tmp_path / "rowless").message == "the data file holds no record"
     several = DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS)})
     several.save_to_disk(str(tmp_path / "several"))
     error = refused(tmp_path / "several")
@@ -325,6 +329,13 @@ def test_columns_of_one_name_are_kept_apart(tmp_path: Path) -> None:
         ("a.csv", b"PK\x03\x04xlsx", "spreadsheet", "CSV"),
         ("a.csv", b"\x1f\x8b\x08", "gzip", "unpack"),
         ("a.jsonl", b'[\n{"text": "a"}\n]\n', "truncated", "one object a line"),
+        ("a.jsonl", b'[{"text": "a"}]', "list", "one object a line"),
+        ("a.parquet", b"text,label\n", "no Parquet file", "again"),
+        ("a.csv", b"# export\na,b\n", "2 fields under 1 column ", "line 1"),
+        ("a.csv", b"text,label\na,b,\n", "3 fields under 2 columns", "ends of the lines"),
+        ("a.csv", b"text,label\na b, c,d\n", "3 fields under 2 columns", "quotation marks"),
+        ("a.csv", b"text,label\na\n", "1 field under 2 columns", "empty ones too"),
+        ("a.csv", b'text,label\n"a "b" c",d\n', "within a text", "write two"),
         ("a.jsonl", b"PAR1data", "Parquet", ".parquet"),
         ("a.tsv", b"text\tlabel\n", ".tsv", "tabs"),
         ("a.xlsx", b"PK", ".xlsx", "spreadsheet"),
@@ -379,3 +390,14 @@ def test_the_format_that_a_data_set_remembers_does_not_matter(tmp_path: Path, ki
     Dataset.from_list(rows).with_format(kind, columns=["label"]).save_to_disk(str(tmp_path / "a"))
     records = load_records(tmp_path / "a", Classification(labels=("0", "1")))
     assert (records.texts, records.labels) == (["t"], [1])
+
+
+def test_a_class_is_its_name(tmp_path: Path) -> None:
+    """Another site may number the same names in another way."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["flu", "cough"])})
+    rows = {"text": list("abcd"), "label": [0, 1, -1, None]}
+    found = Dataset.from_dict(rows, features=features)
+    found.save_to_disk(str(tmp_path / "a"))
+    found.to_parquet(tmp_path / "a.parquet")
+    for path in (tmp_path / "a", tmp_path / "a.parquet"):
+        assert [row["label"] for row in read_table(path).rows] == ["flu", "cough", None, None]

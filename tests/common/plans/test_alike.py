@@ -9,12 +9,18 @@ from umbel_common.plans.plan import CausalLm, Classification
 PAIRS = {
     "spaces": [("flu", "flu "), ("flu", "\tflu"), ("no  flu", "no flu"), ("a\u00a0b", "a b")],
     "accents": [("M\u00fcde", "Mu\u0308de")],
-    "case": [("Flu", "fLU"), ("stra\u00dfe", "STRASSE")],
+    "case": [("Flu", "fLU"), ("stra\u00dfe", "STRASSE"), ("di\u015f", "D\u0130\u015e")],
     "nobody sees": [
         ("flu", "fl\u200bu"),
         ("flu", "\ufeffflu"),
         ("flu", "flu\x07"),
         ("a", "a\ufe0f"),
+    ],
+    "hyphens": [
+        ("covid-19", "covid\u201119"),
+        ("a-b", "a\u2013b"),
+        ("Crohn's", "Crohn\u2019s"),
+        ('"no"', "\u201eno\u201c"),
     ],
     "form": [("flu", "\uff46\uff4c\uff55"), ("1", "\uff11"), ("fi", "\ufb01")],
     "number": [("1", "1.0"), ("1", "01"), ("1,50", "1.5"), ("1", "\u0661")],

@@ -68,7 +68,7 @@ def test_the_python_that_evaluates_makes_plans_too(
 
 
 def test_nothing_is_made_where_there_is_no_place_for_it(operator: Enrolling) -> None:
-    for out in ("server.toml", "/proc/plan.json", "x" * 300):
+    for out in ("server.toml", "/proc/plan.json", "x" * 300, "nowhere/plan.json"):
         with pytest.raises(StorageError):
             operator.server("plan", "new", "draft.toml", "--out", out)
 

@@ -67,7 +67,7 @@ def test_texts_with_labels_of_patients_become_a_scenario(tmp_path: Path, bert: P
 
 def test_questions_of_three_sites_become_a_scenario(tmp_path: Path, llama: Path) -> None:
     """Each has a file of its own, of another format; and a draft says the same as the plan."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    turns = [{"role": "user", "content": "d"}, {"role": "assistant", "content": "b"}]
     formats: list[dict[str, object]] = [
         {"prompt": "a", "completion": "b"},
         {"messages": turns},
@@ -94,7 +94,11 @@ def test_questions_of_three_sites_become_a_scenario(tmp_path: Path, llama: Path)
     assert plan.release_gate is not None
     done = CliRunner().invoke(app, ["init", str(test), "--test", str(test), "--out", str(out)])
     assert isinstance(done.exception, UmbelError)
-    assert done.exception.message == "a file is in the way"
+    assert done.exception.message.startswith("a file or folder is in the way")
+    nowhere = tmp_path / "nowhere" / "mine.toml"
+    done = CliRunner().invoke(app, ["init", str(test), "--test", str(test), "--out", str(nowhere)])
+    assert isinstance(done.exception, UmbelError)
+    assert done.exception.message == "the folder of a new file does not exist"
 
 
 def test_what_does_not_become_a_scenario_is_named(tmp_path: Path, bert: Path) -> None:
@@ -107,6 +111,8 @@ def test_what_does_not_become_a_scenario_is_named(tmp_path: Path, bert: Path) ->
             scenario_text(Wish(train=train, test=texts, out=tmp_path / "mine.toml", **more))  # type: ignore[arg-type]
         return caught.value
 
+    same = lines(tmp_path / "c.jsonl", [{"text": "a", "label": "x"}] * 3)
+    assert refused(same, same).message.startswith("the training records have one label only")
     assert refused(pairs).field == "--model"
     assert refused(pairs, texts, model=bert).message.endswith("several tasks")
     assert isinstance(refused(texts, texts, sites=3), ConfigError)

@@ -13,7 +13,7 @@ from umbel_common.plans.plan import CausalLm, Classification
 from umbel_simulations.inputs import icd10
 from umbel_simulations.inputs.icd10 import CHAPTERS, is_for_test, read_diagnoses
 from umbel_simulations.inputs.partition import partition, unit_count, write_site_data
-from umbel_simulations.inputs.sources import Corpus, Example, load_source
+from umbel_simulations.inputs.sources import Corpus, Example, load_source, repeated_for_test
 from umbel_simulations.scenario.file import find_scenario
 from umbel_simulations.scenario.scenario import FileData, Icd10Data, Scenario, Sites
 
@@ -267,3 +267,12 @@ def test_each_site_may_have_a_file_of_its_own(tmp_path: Path) -> None:
     assert {site: len(part) for site, part in parts.items()} == {"north": 2, "east": 6, "south": 2}
     assert [example.text for example in parts["north"]] == ["first", "second"]
     assert [unit_count(part) for part in parts.values()] == [2, 3, 1]
+    assert repeated_for_test(corpus) == 0
+    (tmp_path / "test.jsonl").write_text('{"text": " t0 ", "label": "z"}\n')
+    assert repeated_for_test(load_source(scenario_on(data, sites=sites))) == 1
+    Dataset.from_list(rows).to_parquet(tmp_path / "c.parquet")
+    assert isinstance(data.train, dict)
+    data.train["south"] = str(tmp_path / "c.parquet")
+    with pytest.raises(DataError, match="two sites have the same records") as caught:
+        load_source(scenario_on(data, sites=sites))
+    assert (caught.value.field, caught.value.found) == ("data.train.south", "the records of east")

@@ -300,9 +300,12 @@ south = "/c"
 )
 
 
-def test_files_of_the_sites_say_who_they_are(tmp_path: Path) -> None:
-    (tmp_path / "mine.toml").write_text(OWN, encoding="utf-8")
-    scenario = find_scenario(str(tmp_path / "mine.toml"))
+def test_files_of_the_sites_say_who_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").write_text(OWN, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    scenario = find_scenario("./mine")
     assert scenario.sites.all_names == ("north", "east", "south")
     assert isinstance(scenario.data, FileData)
     assert scenario.data.train == {
