@@ -97,8 +97,8 @@ def print_job(
     if left is not None:
         each = duration(seen.times.round_seconds)
         lines.append(("estimate", f"about {duration(left)} left, at {each} a round"))
-    if queued.detail:
-        lines.append(("why", queued.detail))
+    for number, line in enumerate(queued.detail.splitlines()):
+        lines.append(("" if number else "why", line))
     print_lines(console, lines)
     sites = _sites(queued, seen)
     if not sites:
