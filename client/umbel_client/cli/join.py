@@ -9,7 +9,7 @@ import typer
 from umbel_client.cli import roster
 from umbel_client.cli.options import CLIENT_TOML, Config
 from umbel_client.site.joining import Own, set_up, set_up_alone, take_kit
-from umbel_common.plans.alike import alike, told
+from umbel_common.plans.alike import alike, seen, shown, told
 from umbel_common.trust.identity import fingerprint
 from umbel_host.terminal import Screen, name, print_lines, say, site_name
 
@@ -69,9 +69,8 @@ def init(
     if site is None or federation is None:
         missing = "--site" if site is None else "--federation"
         raise typer.BadParameter(f"give {missing}, or --local to work alone", param_hint=missing)
+    _check_labels(label or [])
     own = Own(data, public_size, model, label or ()) if given else None
-    if pairs := told(alike(label or ())):
-        raise typer.BadParameter(f"labels look alike: {'; '.join(pairs)}", param_hint="--label")
     identity, request = set_up(folder, site, federation, own)
     console = Screen()
     print_lines(
@@ -87,6 +86,20 @@ def init(
         "The private keys stay here: identity.pem for the trainer, relay/key.pem for the relay.",
         soft_wrap=True,
     )
+
+
+def _check_labels(labels: list[str]) -> None:
+    """Refuses labels that no plan can have.
+
+    Raises:
+        typer.BadParameter: says why.
+    """
+    wrong = [f"labels look alike: {pair}" for pair in told(alike(labels))]
+    wrong += [f"a label is empty: {shown(label)}" for label in labels if not seen(label)]
+    if len(labels) == 1:
+        wrong.append("a classification has two labels or more: give --label once for each")
+    if wrong:
+        raise typer.BadParameter("; ".join(wrong), param_hint="--label")
 
 
 def join(

@@ -128,7 +128,7 @@ class Own:
         """The values as TOML, for a configuration in this folder.
 
         Raises:
-            ConfigError: the file with the records is missing.
+            ConfigError: the file with the records is missing, or a name is not UTF-8.
             ModelError: the folder is no base model.
         """
         if self.data is not None and not self.data.exists():
@@ -146,7 +146,18 @@ class Own:
             "models": models,
             "labels": list(self.labels),
         }
-        return {name: tomlkit.item(value).as_string() for name, value in values.items()}
+        fields = {name: tomlkit.item(value).as_string() for name, value in values.items()}
+        for name, text in fields.items():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ConfigError(
+                    "a configuration cannot hold this name",
+                    field=name,
+                    found=ascii(values[name]),
+                    accepted="names and paths in UTF-8",
+                ) from None
+        return fields
 
 
 def _path_in(folder: Path, path: Path) -> str:
