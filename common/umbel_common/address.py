@@ -21,6 +21,10 @@ character has a meaning in TOML, so an address can be written into a configurati
 
 _NUMERIC = re.compile(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?")
 """Names that resolvers read as an IPv4 address in one of its old notations."""
+_PART = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?")
+"""What stands between the dots of a name."""
+_LONGEST_NAME = 253
+_BROADCAST = IPv4Address("255.255.255.255")
 
 
 def split(address: str) -> tuple[str, int]:
@@ -37,9 +41,16 @@ def split(address: str) -> tuple[str, int]:
     if not 0 < int(port) < 65536:
         raise ValueError("a port is a number from 1 to 65535")
     bare = host.strip("[]")
-    if numeric(bare) is None and (host.startswith("[") or _NUMERIC.fullmatch(host)):
+    found, in_brackets = numeric(bare), host.startswith("[")
+    if in_brackets != isinstance(found, IPv6Address) or (found is None and not _is_name(host)):
         raise ValueError(f"{host} is neither an IP address nor a name")
     return bare, int(port)
+
+
+def _is_name(host: str) -> bool:
+    """Whether a resolver could find a host of this name."""
+    parts = all(_PART.fullmatch(part) for part in host.split("."))
+    return parts and len(host) <= _LONGEST_NAME and not _NUMERIC.fullmatch(host)
 
 
 def numeric(host: str) -> IPv4Address | IPv6Address | None:
@@ -66,5 +77,6 @@ def require_reachable(address: str) -> None:
     """
     host, _ = split(address)
     found = numeric(host)
-    if is_every(host) or (found is not None and found.is_multicast):
+    everybody = found is not None and (found.is_multicast or found == _BROADCAST)
+    if is_every(host) or everybody:
         raise ValueError(f"nobody can connect to {host}: give the server's own name or address")

@@ -173,6 +173,11 @@ def _data(config: ClientConfig) -> tuple[Verdict, str]:
     data = SiteData.load(config)
     data.require()
     if not data.read:
+        if config.policy.approval == "each-plan":
+            return Verdict.CARE, (
+                "not read: policy.labels names no labels yet. umbel-client approve offers to write"
+                " those of a plan; until then, umbel-client data check looks at the file"
+            )
         return Verdict.BROKEN, "policy.labels names no labels, so every plan is refused"
     records = next(iter(data.read.values()))
     column = config.data.unit_column

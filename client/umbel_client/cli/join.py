@@ -8,7 +8,8 @@ import typer
 
 from umbel_client.cli import roster
 from umbel_client.cli.options import CLIENT_TOML, Config
-from umbel_client.site.joining import set_up, set_up_alone, take_kit
+from umbel_client.site.joining import Own, set_up, set_up_alone, take_kit
+from umbel_common.plans.alike import alike, seen, shown, told
 from umbel_common.trust.identity import fingerprint
 from umbel_host.terminal import Screen, name, print_lines, say, site_name
 
@@ -35,16 +36,42 @@ def init(
     folder: Annotated[
         Path, typer.Option(help="This site's folder; it is made if it does not exist.")
     ] = Path(),
+    data: Annotated[
+        Path | None, typer.Option(help="The file with the records, for client.toml.")
+    ] = None,
+    public_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=10**9,
+            help="About how many records (or patients) there are, as everybody may know.",
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="The base model's folder, for client.toml; the policy then allows it."),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="A label that the policy allows; once for each label of the plans."),
+    ] = None,
 ) -> None:
-    """Make this site's keys, and the request that the operator needs."""
+    """Make this site's keys, the request that the operator needs, and a client.toml."""
+    given = any(value is not None for value in (data, public_size, model, label))
     if local:
+        if given:
+            raise typer.BadParameter(
+                "with --local, name data and model in client.toml", param_hint="--local"
+            )
         made = set_up_alone(folder)
         say(f"configuration  {made}\n\nName your records and a base model's folder in it.")
         return
     if site is None or federation is None:
         missing = "--site" if site is None else "--federation"
         raise typer.BadParameter(f"give {missing}, or --local to work alone", param_hint=missing)
-    identity, request = set_up(folder, site, federation)
+    _check_labels(label or [])
+    own = Own(data, public_size, model, label or ()) if given else None
+    identity, request = set_up(folder, site, federation, own)
     console = Screen()
     print_lines(
         console,
@@ -59,6 +86,20 @@ def init(
         "The private keys stay here: identity.pem for the trainer, relay/key.pem for the relay.",
         soft_wrap=True,
     )
+
+
+def _check_labels(labels: list[str]) -> None:
+    """Refuses labels that no plan can have.
+
+    Raises:
+        typer.BadParameter: says why.
+    """
+    wrong = [f"labels look alike: {pair}" for pair in told(alike(labels))]
+    wrong += [f"a label is empty: {shown(label)}" for label in labels if not seen(label)]
+    if len(labels) == 1:
+        wrong.append("a classification has two labels or more: give --label once for each")
+    if wrong:
+        raise typer.BadParameter("; ".join(wrong), param_hint="--label")
 
 
 def join(

@@ -12,11 +12,13 @@ from umbel_client.ledger.rows import Contents
 from umbel_client.privacy.calibration import noise_for
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.decisions import Decisions, Proposal
-from umbel_client.site.policy import as_asked, judge_plan
+from umbel_client.site.policy import Policy, as_asked, judge_plan
 from umbel_client.site.policy_file import PolicyFile
 from umbel_common.errors import JobUnknown, PolicyRefusal, UmbelError
+from umbel_common.plans.alike import alike, told
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_lines, privacy_text
+from umbel_common.printable import one_line
 from umbel_host.terminal import Screen, confirm, print_json, print_lines, say, table
 
 Job = Annotated[
@@ -65,10 +67,9 @@ def approve(
     print_lines(console, plan_lines(proposal.plan), fold=True)
     console.print()
     print_lines(console, [("budget", _budget_text(settings, proposal.plan))])
-    try:
-        judge_plan(as_asked(settings.policy, proposal.plan), proposal.plan)
-    except PolicyRefusal as refusal:
-        console.print(f"\nThis site's policy refuses it all the same: {refusal.check}.")
+    refused = _refusal(settings.policy, proposal.plan)
+    if refused is not None:
+        console.print(f"\nThis site's policy refuses it all the same: {refused}.")
     if digest is not None:
         _require_digest(proposal, digest)
     else:
@@ -84,7 +85,17 @@ def approve(
         )
     decisions.approve(proposal.digest)
     console.print(f"\napproved: {proposal.digest.hex()}", soft_wrap=True)
-    _offer_policy(console, config, proposal.plan, ask=digest is None)
+    if refused is None and settings.policy.approval == "each-plan":
+        _offer_policy(console, config, proposal.plan, ask=digest is None)
+
+
+def _refusal(policy: Policy, plan: TrainingPlan) -> str | None:
+    """The rule by which a policy refuses a plan, whatever people say; None: it does not."""
+    try:
+        judge_plan(as_asked(policy, plan), plan)
+    except PolicyRefusal as refusal:
+        return refusal.check
+    return None
 
 
 def _offer_policy(console: Screen, config: Path, plan: TrainingPlan, *, ask: bool) -> None:
@@ -95,8 +106,11 @@ def _offer_policy(console: Screen, config: Path, plan: TrainingPlan, *, ask: boo
         return
     console.print(f"\nThe policy in {policy.path} does not say yet:", soft_wrap=True)
     for field, value in values.items():
-        console.print(f"{field}:", *(f"\n  {one}" for one in value), sep="", soft_wrap=True)
+        shown = (f"\n  {one_line(str(one))}" for one in value)
+        console.print(f"{field}, {len(value)} in all:", *shown, sep="", soft_wrap=True)
     if "labels" in values:
+        for pair in told(alike(map(str, values["labels"]))):
+            console.print(f"LOOK ALIKE: {pair}", soft_wrap=True)
         console.print("Without labels no plan for a classification runs.")
     if not ask:
         console.print(
@@ -114,11 +128,14 @@ def _offer_policy(console: Screen, config: Path, plan: TrainingPlan, *, ask: boo
         console.print(f"\n{error.message}")
         return
     policy.add(values)
-    console.print(
-        f"\nwritten: {policy.path}\nA trainer follows the policy that it was started with: stop"
-        " umbel-client run, and start it again.",
-        soft_wrap=True,
+    now = (
+        "This plan runs only after a restart of the trainer: stop umbel-client run, and start it"
+        " again."
+        if "labels" in values
+        else "A trainer that is running follows the policy that it was started with: the new values"
+        " count from its next start on."
     )
+    console.print(f"\nwritten: {policy.path}\n{now}", soft_wrap=True)
 
 
 def _budget_text(settings: ClientConfig, plan: TrainingPlan) -> str:

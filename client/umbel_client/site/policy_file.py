@@ -4,6 +4,7 @@ This module is part of the core of the privacy guarantee. Never change a value t
 never write anything that a person did not see whole and agree to.
 """
 
+import os
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,7 +14,7 @@ from tomlkit.exceptions import TOMLKitError
 from umbel_common.errors import ConfigError, StorageError
 from umbel_common.plans.plan import CausalLm, Classification, TrainingPlan
 from umbel_host.files.durable import replace
-from umbel_host.files.text_file import read_text
+from umbel_host.files.text_file import from_home, read_text
 
 Values: TypeAlias = dict[str, tuple[str, ...] | tuple[int, ...]]
 """Values by the names of fields of a policy."""
@@ -29,12 +30,13 @@ class PolicyFile:
             ConfigError: a file is not TOML, or has no policy.
             IdentityError: a file cannot be read.
         """
-        self.path = config
-        self._document = _parsed(config)
+        self.path, self._text = config, read_text(config)
+        self._document = _parsed(self._text, config)
         self._table: Any = self._document.get("policy")
         if isinstance(self._table, str):
-            self.path = config.absolute().parent / Path(self._table).expanduser()
-            self._document = self._table = _parsed(self.path)
+            self.path = config.absolute().parent / from_home(self._table, config)
+            self._text = read_text(self.path)
+            self._document = self._table = _parsed(self._text, self.path)
         if self._table is None:
             raise ConfigError("a configuration has no policy", file=config, field="policy")
 
@@ -57,7 +59,8 @@ class PolicyFile:
 
         Raises:
             ConfigError: one of the fields is there already; nothing is written.
-            StorageError: the file cannot be written.
+            StorageError: the file cannot be written, is a link or another user's, or was changed
+                since it was read; nothing is written.
         """
         for name, value in values.items():
             if self._has(name):
@@ -67,6 +70,7 @@ class PolicyFile:
                     field=name,
                 )
             self._table[name] = list(value)
+        self._require_own()
         try:
             replace(self.path, tomlkit.dumps(self._document).encode())
         except OSError as error:
@@ -74,12 +78,30 @@ class PolicyFile:
                 "a policy cannot be written", file=self.path, found=error.strerror
             ) from None
 
+    def _require_own(self) -> None:
+        """Refuses a file whose owner, or whose text, is not what a person here was asked about."""
+        try:
+            own = not self.path.is_symlink() and self.path.stat().st_uid == os.geteuid()
+        except OSError as error:
+            found: str | None = error.strerror
+        else:
+            found = None if own else "a link, or a file of another user"
+        if found is None and read_text(self.path) != self._text:
+            found = "it was changed while you were asked"
+        if found is not None:
+            raise StorageError(
+                "a policy cannot be written, and stays as it is",
+                file=self.path,
+                found=found,
+                remedy="let its owner write these values into it",
+            )
+
     def _has(self, name: str) -> bool:
         return name in self._table and (name != "labels" or bool(self._table[name]))
 
 
-def _parsed(path: Path) -> tomlkit.TOMLDocument:
+def _parsed(text: str, path: Path) -> tomlkit.TOMLDocument:
     try:
-        return tomlkit.parse(read_text(path))
+        return tomlkit.parse(text)
     except TOMLKitError as error:
         raise ConfigError("a configuration is not TOML", file=path, found=error) from None

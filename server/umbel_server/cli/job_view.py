@@ -10,6 +10,7 @@ from rich.console import Console
 from umbel_common.canonical import decode_canonical
 from umbel_common.errors import UnreachableError
 from umbel_common.plans.plan import TrainingPlan
+from umbel_common.printable import one_line
 from umbel_common.trust.identity import Roster
 from umbel_common.trust.roster_file import document_from_json
 from umbel_host.terminal import duration, json_time, local_time, print_lines, table
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 NOT_RUNNING = "No server is running, so no job makes progress: umbel-server run"
 _ASK_SECONDS = 2.0
+_RECENT_SECONDS = 60.0
+"""Time after which two clients with one site's keys are told of as something of the past."""
 _AFTER_THE_ROSTER = frozenset(
     {"awaiting-approval", "site-paused", "site-not-ready", "too-many-waiting", "budget"}
 )
@@ -97,8 +100,8 @@ def print_job(
     if left is not None:
         each = duration(seen.times.round_seconds)
         lines.append(("estimate", f"about {duration(left)} left, at {each} a round"))
-    if queued.detail:
-        lines.append(("why", queued.detail))
+    for number, line in enumerate(queued.detail.splitlines()):
+        lines.append(("" if number else "why", line))
     print_lines(console, lines)
     sites = _sites(queued, seen)
     if not sites:
@@ -112,10 +115,12 @@ def print_job(
     for site in sites:
         contact = server.contacts.get(site)
         if contact is not None and contact.twice is not None:
+            was = "IS" if now - contact.twice < _RECENT_SECONDS else "WAS"
+            places = one_line(" and ".join(contact.places))
             console.print(
-                f"\n{site} IS CONNECTED TWICE, from {' and '.join(contact.places)}, last"
+                f"\n{site} {was} CONNECTED TWICE, from {places}, last"
                 f" seen {local_time(contact.twice)}: two clients have its keys. Its people should"
-                " stop one of them.",
+                " find both, and stop one of them for good.",
                 soft_wrap=True,
             )
 

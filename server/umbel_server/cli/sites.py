@@ -88,7 +88,9 @@ def add(
         if out is not None and len(admitted) > 1:
             written += _folder(out)
         for one in admitted:
-            _admit(settings, one.signed, document, kits[one.site], one.file, written)
+            kit = kits[one.site]
+            known[one.site] = _issue(settings, one.signed, document, kit, one.file, written)
+        save_sites(Path(settings.sites), known)
         # The roster is last: until it is written, the same command can be given again.
         save_roster(settings, document)
     kit_lines = [("kit", str(path)) for path in kits.values()]
@@ -115,6 +117,16 @@ def _add_all(
 ) -> RosterDocument:
     """Returns the next roster, after checking each request against all before it."""
     entries = dict(known)
+    names = [one.site for one in admitted]
+    twice = [one for number, one in enumerate(admitted) if one.site in names[:number]]
+    if twice:
+        raise IdentityError(
+            "two requests are of one site: nothing was changed",
+            file=twice[0].file,
+            field="site",
+            found=twice[0].site,
+            accepted="one request of each site",
+        )
     for one in admitted:
         check_request(one.signed, one.file)
         _check_new(one.signed, document, entries, one.file)
@@ -233,15 +245,15 @@ def _check_fingerprint(
     )
 
 
-def _admit(
+def _issue(
     settings: ServerConfig,
     asked: SignedRequest,
     document: RosterDocument,
     out: Path,
     file: Path,
     written: list[Path],
-) -> None:
-    """Issues the certificate, writes the kit, and admits the relay.
+) -> SiteEntry:
+    """Issues the certificate and writes the kit; returns the entry that admits the relay.
 
     Args:
         written: files to remove if a later step fails; the kit is added to them.
@@ -260,9 +272,7 @@ def _admit(
     )
     write_new_text(out, kit_to_json(sign_kit(kit, read_identity(Path(settings.identity)))))
     written.append(out)
-    entry = SiteEntry(name=request.site, relay_key=request.relay_key, certificate=pem)
-    path = Path(settings.sites)
-    save_sites(path, {**load_sites(path), request.site: entry})
+    return SiteEntry(name=request.site, relay_key=request.relay_key, certificate=pem)
 
 
 @sites.command("list")
@@ -379,7 +389,8 @@ def renew(
     with changing(settings), all_or_nothing() as written:
         document, known = load_roster(settings), load_sites(Path(settings.sites))
         _check_renewal(asked, document, known, request)
-        _admit(settings, asked, document, out, request, written)
+        entry = _issue(settings, asked, document, out, request, written)
+        save_sites(Path(settings.sites), {**known, entry.name: entry})
     console = Screen()
     print_lines(console, [("site", asked.request.site), ("kit", str(out))])
     console.print(

@@ -33,8 +33,13 @@ class ProgressObserver:
         """See `Observer`."""
         refused = reply.check if isinstance(reply, Refusal) else ""
         answer = SiteAnswer(site, step.round, step.attempt, step.stage, refused, time.time())
+        # A plan that people have not decided about is offered again and again, and refused.
+        again = refused in UNDECIDED and any(
+            (former.site, former.stage, former.refused) == (site, step.stage, refused)
+            for former in self._queue.answers(self._job)
+        )
         self._queue.add_answer(self._job, answer)
-        if refused:
+        if refused and not again:
             level = logging.INFO if refused in UNDECIDED else logging.WARNING
             _logger.log(level, "%s: %s refuses %s: %s", self._job, site, step, refused)
 

@@ -10,8 +10,8 @@ UNDECIDED = frozenset({"awaiting-approval", "site-paused", "site-not-ready", "ro
 
 _WHAT_TO_DO = {
     "awaiting-approval": "its people have not decided yet: umbel-client approve",
-    "budget": "its privacy budget does not allow the whole plan: agree on a smaller epsilon, or on"
-    " fewer rounds",
+    "budget": "what is left of its privacy budget does not pay for the whole plan: agree on a"
+    " smaller epsilon",
     "ledger-rolled-back": "its state was put back to an earlier time: its people have to state what"
     " was spent",
     "malformed-message": "it may run an older Umbel, which does not know this message: let it"

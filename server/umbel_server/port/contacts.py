@@ -16,6 +16,9 @@ from umbel_server.port.reply_filter import ACTIVATE, PULL
 _CERTAIN = 3
 """Late requests from which there are two relays: one may have been on the line when the first relay
 was killed."""
+_AT_ONCE_SECONDS = 30.0
+"""Time without a request of the relay that took its place last, after which it counts as gone, and
+the other one as the only one. A relay that waits asks more often than that."""
 _TOLD_SECONDS = 60.0
 
 _logger = logging.getLogger("umbel.port")
@@ -29,6 +32,8 @@ class _Seen:
     """From where the relay took its place."""
     opened: float = -math.inf
     """When the connection was opened over which it did."""
+    heard: float = -math.inf
+    """When it asked last, over such a connection or a newer one."""
     late: int = 0
     twice: float | None = None
     places: tuple[str, ...] = ()
@@ -52,7 +57,10 @@ class Contacts:
         seen.last = time.time()
         if path == ACTIVATE:
             seen.opened, seen.place, seen.late = opened, place, 0
-        elif path == PULL and opened < seen.opened:
+        now = time.monotonic()
+        if opened >= seen.opened:
+            seen.heard = now
+        elif path == PULL and now - seen.heard < _AT_ONCE_SECONDS:
             seen.late += 1
             if seen.late >= _CERTAIN:
                 self._tell(site, seen, tuple(sorted({place, seen.place})))

@@ -18,10 +18,17 @@ from umbel_client.site import joining
 from umbel_client.site.config import load_config
 from umbel_client.site.kit_certificate import Certificates, check_certificate
 from umbel_client.site.pinned_roster import revoke_here
-from umbel_common.errors import ConfigError, IdentityError, SignatureError, StorageError
+from umbel_common.errors import (
+    ConfigError,
+    IdentityError,
+    ModelError,
+    SignatureError,
+    StorageError,
+)
 from umbel_common.trust.enrolment import SiteKit
 from umbel_common.trust.identity import Identity
 from umbel_host.files.keys import read_identity
+from umbel_host.files.model_digest import folder_digest
 from umbel_server.operator.authority import Authority, certificate_pem, new_authority, new_key
 
 NOW = datetime.now(UTC)
@@ -60,6 +67,55 @@ def test_init_goes_on_with_an_identity_and_a_configuration_that_are_there(
     give_command(umbel_client.cli.app, tmp_path, *words)
     assert read_identity(tmp_path / "identity.pem").public_key == key
     assert (tmp_path / "client.toml").read_text() == "# ours\n"
+
+
+def test_init_writes_what_it_is_given_into_a_configuration_that_loads(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    folder, labels = tmp_path / 'a "site"', ("flu", 'so "called"\nmax_epsilon = 9 #')
+    notes = folder / "data" / "nötes.csv"
+    notes.parent.mkdir(parents=True)
+    notes.touch()
+    words = ["init", "--site", "north", "--federation", "clinics", "--folder", str(folder)]
+    words += ["--data", str(notes), "--public-size", "70", "--model", str(tiny_model)]
+    for label in labels:
+        words += ["--label", label]
+    give_command(umbel_client.cli.app, tmp_path, *words)
+    config = load_config(folder / "client.toml")
+    assert (config.data.path, config.data.public_size) == (str(notes), 70)
+    assert config.model.path == str(tiny_model)
+    assert config.policy.models == (folder_digest(tiny_model).hex(),)
+    assert (config.policy.labels, config.policy.max_epsilon) == (labels, 3.0)
+    assert 'path = "data/nötes.csv"' in (folder / "client.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "said"),
+    [
+        (("--data", "nowhere.csv"), ConfigError, "records is missing"),
+        (("--model", "."), ModelError, "lacks a file"),
+        (("--public-size", "9", "--config-there"), StorageError, "there already"),
+        (("--label", "flu", "--label", "Flu"), AssertionError, "look alike"),
+        (("--label", "flu"), AssertionError, "two labels or more"),
+        (("--label", "flu", "--label", " "), AssertionError, "a label is empty"),
+        (("--label", "flu", "--label", "\udcff"), ConfigError, "cannot hold"),
+        (("--data", "/tmp/\udcff/.."), ConfigError, "records is missing"),
+        (("--public-size", "0"), AssertionError, "not in the range"),
+        (("--local", "--label", "flu"), AssertionError, "with --local"),
+    ],
+)
+def test_init_makes_nothing_of_what_it_cannot_use(
+    tmp_path: Path, words: tuple[str, ...], kind: type[Exception], said: str
+) -> None:
+    there = "--config-there" in words
+    if there:
+        (tmp_path / "client.toml").write_text("# ours\n")
+    given = [word for word in words if word != "--config-there"]
+    with pytest.raises(kind, match=said):
+        give_command(
+            umbel_client.cli.app, tmp_path, "init", "--site", "a", "--federation", "b", *given
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["client.toml"] * there
 
 
 @pytest.fixture

@@ -121,3 +121,40 @@ def test_a_policy_that_cannot_be_written_or_is_not_there(
     policy.path = Path("/proc/client.toml")
     with pytest.raises(StorageError, match="cannot be written"):
         policy.add(policy.missing(plan))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["max_epsilon = 1.0\n", 'labels = ["one", "other"]\n', "# Never labels.\n"],
+)
+def test_what_others_wrote_while_a_person_was_asked_is_kept(
+    tmp_path: Path, plan: TrainingPlan, line: str
+) -> None:
+    config = site(tmp_path, "[policy]\n")
+    policy = PolicyFile(config)
+    values = policy.missing(plan)
+    text = config.read_text() + line
+    config.write_text(text)
+    with pytest.raises(StorageError, match="stays as it is") as caught:
+        policy.add(values)
+    assert caught.value.found == "it was changed while you were asked"
+    assert config.read_text() == text
+
+
+def test_a_policy_is_written_in_its_own_place_for_its_own_user(
+    tmp_path: Path, plan: TrainingPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, managed = site(tmp_path, "[policy]\n"), tmp_path / "managed.toml"
+    policy = PolicyFile(config)
+    text = config.read_text()
+    monkeypatch.setattr("os.geteuid", lambda: config.stat().st_uid + 1)
+    with pytest.raises(StorageError, match="stays as it is"):
+        policy.add(policy.missing(plan))
+    monkeypatch.undo()
+    config.rename(managed)
+    config.symlink_to(managed)
+    policy = PolicyFile(config)
+    with pytest.raises(StorageError, match="stays as it is"):
+        policy.add(policy.missing(plan))
+    assert config.is_symlink()
+    assert managed.read_text() == text

@@ -87,6 +87,21 @@ def test_a_changed_file_stops_a_trainer_at_its_start_and_in_doctor(
         assert f"budget carry --data-set {data_set.hex()}" in str(caught.value.remedy)
 
 
+def test_doctor_says_that_people_are_asked_about_labels_where_they_are(
+    site: Callable[..., ClientConfig],
+) -> None:
+    site()
+    config = Path("client.toml")
+    text = config.read_text().replace('labels = ["a", "b"]', "labels = []")
+    for approval, verdict, said in (
+        ("each-plan", doctor.Verdict.CARE, "umbel-client approve offers"),
+        ("none", doctor.Verdict.BROKEN, "every plan is refused"),
+    ):
+        config.write_text(text.replace("[policy]", f'[policy]\napproval = "{approval}"'))
+        found = doctor._tried("data", doctor._data, load_config(config))
+        assert (found.verdict, said in found.text) == (verdict, True)
+
+
 def test_a_file_that_no_task_can_use_is_named_first(site: Callable[..., ClientConfig]) -> None:
     with pytest.raises(DataError):
         _read_data(site(rows=[{"words": "a"}]))

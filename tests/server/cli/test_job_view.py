@@ -71,7 +71,8 @@ def test_a_running_job_shows_stage_times_estimate_and_each_site(
 ) -> None:
     queue.set_state("job", JobState.RUNNING)
     now = time.time()
-    contacts = {"north": Contact(now - 5), "east": Contact(now, now, ("192.0.2.1", "192.0.2.2"))}
+    contacts = {"north": Contact(now - 5), "east": Contact(now, now, ("192.0.2.1", "192.0.2.2\n"))}
+    contacts["north"] = Contact(now - 5, now - 90, ("192.0.2.3",))
     monkeypatch.setattr(job_view, "look", lambda _: job_view.Server(True, contacts))
     monkeypatch.setattr("umbel_server.cli.job.look", job_view.look)
     for began, number in ((now - 300, 1), (now - 80, 2)):
@@ -89,7 +90,9 @@ def test_a_running_job_shows_stage_times_estimate_and_each_site(
     assert "refused train of round 1: site-paused" in shown
     assert "5 s ago" in shown
     assert "none since the server started" in shown
-    assert "east IS CONNECTED TWICE, from 192.0.2.1 and 192.0.2.2" in shown
+    # The process with the port may say anything, and forges no line.
+    assert "east IS CONNECTED TWICE, from 192.0.2.1 and 192.0.2.2\\n, last" in shown
+    assert "north WAS CONNECTED TWICE, from 192.0.2.3, last seen" in shown
     found = json.loads(command(clinics, monkeypatch, "job", "status", "job", "--json")[0])
     assert found["roster"]["federation"] == "clinics"
     assert (found["rounds"], found["round"], found["server_running"]) == (3, 2, True)
@@ -100,6 +103,22 @@ def test_a_running_job_shows_stage_times_estimate_and_each_site(
     assert by_site["north"]["refused"] is None
     assert by_site["east"]["connected_twice"] is not None
     assert by_site["south"]["last_contact"] is None
+
+
+def test_why_a_job_failed_has_a_line_for_each_part(
+    clinics: Enrolling, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = UmbelError("too few", field="job", found="east refused:\nbudget", remedy="agree")
+    queue.set_state("job", JobState.FAILED, error.diagnostics())
+    shown, _ = command(clinics, monkeypatch, "job", "status", "job")
+    lines = [line.split("  ", 1)[1].strip() for line in shown.splitlines() if "  " in line]
+    start = lines.index("too few")
+    assert lines[start : start + 4] == [
+        "too few",
+        "field: job",
+        "found: east refused:\\nbudget",
+        "what to do: agree",
+    ]
 
 
 def test_commands_say_that_no_server_runs_and_print_the_rest_as_ever(

@@ -506,10 +506,27 @@ def test_of_several_requests_all_are_added_or_none(clinics: Enrolling, fault: st
     }[fault]
     if "west" in words[1]:
         clinics.ask("west")
-    said = "not from the site" if "west" in words[1] else "already in the roster"
+    said = {
+        "one twice": "two requests are of one site",
+        "one that is in": "already in the roster",
+        "one fingerprint short": "not from the site",
+    }[fault]
     command = ("sites", "add", *words, "--out", "kits", "--fingerprint", own)
     unchanged(clinics, IdentityError, said, *command)
     assert not (clinics.operator / "kits").exists()
+
+
+def test_no_relay_is_admitted_where_one_of_the_kits_cannot_be_written(clinics: Enrolling) -> None:
+    prints = []
+    for site in ("west", "south"):
+        if site == "west":
+            clinics.ask(site)
+        prints += ["--fingerprint", fingerprint(clinics.request(site).request.identity)]
+    (clinics.operator / "kits").mkdir()
+    (clinics.operator / "kits" / "south.kit.json").touch()
+    requests = [f"../{site}/{site}.request.json" for site in ("west", "south")]
+    command = ("sites", "add", *requests, "--out", "kits", *prints)
+    unchanged(clinics, StorageError, "never overwritten", *command)
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:9443", "[::]:9443"])

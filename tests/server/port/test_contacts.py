@@ -45,3 +45,20 @@ def test_two_relays_with_one_key_are_told_once_a_minute(
     (line,) = caplog.records
     assert "north is connected twice" in line.getMessage()
     assert place in line.getMessage()
+
+
+def test_a_relay_that_is_alone_again_is_one_relay(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("umbel_server.port.contacts.time.monotonic", lambda: now[0])
+    contacts = Contacts()
+    for opened in (1.0, 5.0):
+        contacts.heard("north", ACTIVATE, opened, "192.0.2.1")
+    contacts.heard("north", PULL, 5.0, "192.0.2.1")
+    # The copy is stopped, and the first client asks over the connections that it has.
+    for _ in range(100):
+        now[0] += 31.0
+        contacts.heard("north", PULL, 1.0, "192.0.2.1")
+    assert contacts.read()["north"].twice is None
+    assert caplog.text == ""
