@@ -83,7 +83,7 @@ def look_at(folder: Path, plan: TrainingPlan) -> Look:
         require_context(folder, whole, plan.task)
         require_vocabulary(folder, load_tokenizer(folder), vocabulary_of(whole))
         if isinstance(plan.task, CausalLm):
-            Chat.load(folder, plan.task).require_usable()
+            Chat.load(folder, plan.task).require_one_prompt()
         depth, tokens = _bounds(folder, whole, plan)
         base = made_up_base(folder, plan.task, depth)
         if depth is not None:

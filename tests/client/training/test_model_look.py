@@ -121,6 +121,18 @@ def test_tokens_of_texts_beyond_the_embedding_are_refused_and_others_are_not(
         assert "2 tokens beyond the embedding, such as 'vena'" in str(caught.value.found)
 
 
+def test_a_template_that_opens_thoughts_in_the_prompt_alone_is_refused(tmp_path: Path) -> None:
+    """As that of DeepSeek-R1: every conversation would be refused, at each site."""
+    folder = save_architecture(tmp_path / "m", "Llama", causal=True)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+    )
+    with pytest.raises(ModelError, match="of no use to train on answers") as caught:
+        looked_at(folder, CausalLm(max_tokens=16), "q_proj")
+    assert caught.value.field == "chat_template"
+
+
 def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
     folder = save_architecture(tmp_path / "m", "DistilBert")
     stock = Classification(labels=("a", "b"), max_tokens=16, head="stock")
