@@ -103,10 +103,13 @@ def _choices(kind: type, path: list[str]) -> str | None:
     for one in _types_at(kind, above):
         if isinstance(one, inspect.StructType) and one.tag_field == name:
             words.append(one.tag)
-    for one in _types_at(kind, path):
+    kinds = _types_at(kind, path)
+    for one in kinds:
         if isinstance(one, inspect.LiteralType):
             words += one.values
-    return ", ".join(sorted(map(str, words))) or None
+    lists = words and any(isinstance(one, inspect.VarTupleType) for one in kinds)
+    text = ", ".join(sorted(map(str, words)))
+    return f"{text}, or a list" if lists else text or None
 
 
 def _unknown_field(name: str, path: list[str], kind: type, file: object) -> ConfigError:

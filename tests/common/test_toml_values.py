@@ -38,6 +38,7 @@ class Config(Value, frozen=True):
 
 class Choice(Value, frozen=True):
     kind: Literal["a", "b"]
+    words: tuple[str, ...] | Literal["all"] = "all"
 
 
 class Pair(Value, frozen=True):
@@ -54,6 +55,12 @@ def refusal(text: str) -> ConfigError:
         parse_toml(text, Config, "run.toml")
     assert caught.value.file == "run.toml"
     return caught.value
+
+
+def test_a_word_or_a_list_is_told_as_both() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_toml('kind = "a"\nwords = "some"', Choice, "run.toml")
+    assert caught.value.accepted == "all, or a list"
 
 
 def test_a_right_text_becomes_its_value() -> None:
