@@ -68,6 +68,7 @@ LINES = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 """With nothing but a line feed behind an answer."""
+QUOTED = CHATML.replace("{{ message['content'] }}", "\"{{ message['content'] }}\"")
 WORDS = (
     "{% for m in messages %}### {{ m.role }}\n{{ m.content }} ### end\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant\n{% endif %}"
@@ -140,6 +141,7 @@ SHAPES: dict[str, Shape] = {
     "mistral": Shape(
         MISTRAL, ("<s>", "</s>", "[INST]", "[/INST]"), "</s>", "<s>", around="<s> $A", end="</s>"
     ),
+    "quoted": Shape(QUOTED, _IM, "<|im_end|>", end='"<|im_end|>'),
     "headerless": Shape(HEADERLESS, _IM, "<|im_end|>", end="<|im_end|>"),
     "lines": Shape(LINES, ("</s>",), "</s>", end="</s>"),
     "words": Shape(WORDS, ("</s>",), "</s>", end=" ### end"),

@@ -4,7 +4,8 @@ This is the one definition of an answer, for training, scoring and generating. A
 between the prompt and what the template writes behind it (`umbel_client.data.template`); with a
 plain template, it is all that follows the prompt. It ends at the first token that the template
 writes behind an answer, or where the template writes none, at the token that ends a text. That end
-counts: a model has to write it. What comes after it does not.
+counts: a model has to write it. What comes after it does not. An answer that has its end already is
+not ended twice, and one that goes on behind an end is refused: no model is asked for it.
 
 A record begins with exactly the token ids that a model is given when it answers.
 """
@@ -134,11 +135,11 @@ class Rendered:
     """What comes before the answer."""
     answer: str
     """The answer, its end, and what the template writes after that."""
-    said: int
-    """Number of characters of `answer` that are the answer itself."""
     counts: int
     """Number of characters of `answer` that count: those of the answer and of its end."""
-    ends: bool
+    end: int | None
+    """The token that ends the answer; None: none does, or the whole text counts."""
+    follows: bool
     """Whether the token that ends a text follows."""
 
 
@@ -151,6 +152,8 @@ class Encoded:
     """Number of tokens before the first that counts."""
     last: int
     """Number of tokens up to the last that counts."""
+    goes_on: bool = False
+    """Whether there is an answer behind the end of the answer."""
 
 
 class Chat:
@@ -245,7 +248,7 @@ class Chat:
         if not isinstance(record, Conversation):
             if self._everything:
                 length = len(record.text)
-                return Rendered("", record.text, length, length, self._template is None)
+                return Rendered("", record.text, length, None, self._template is None)
             frame = self.frame(record, row)
             return self._rendered(frame, record.text[len(frame.prompt) :])
         if self._template is None:
@@ -273,38 +276,44 @@ class Chat:
         """A record, from the prompt and from what follows it."""
         if frame.left_out:
             rest = rest.removeprefix(frame.opening)
-        said = counts = len(rest)
-        end = self._end_of(frame.closing or "").text
-        if frame.closing is not None and not end:
+        counts = len(rest)
+        end = self._end_of(frame.closing or "")
+        if frame.closing is not None and not end.text:
             rest = rest.removesuffix(frame.closing)
-            return Rendered(frame.prompt, rest, len(rest), len(rest), self._end is not None)
+            return Rendered(frame.prompt, rest, len(rest), self._end, self._end is not None)
         if frame.closing is not None and rest.endswith(frame.closing):
-            said -= len(frame.closing)
-            counts = said + len(end)
-        elif rest.rstrip().endswith(end):
+            counts += len(end.text) - len(frame.closing)
+        elif rest.rstrip().endswith(end.text):
             # A rendered text may lack the line feed at its end.
             counts = len(rest.rstrip())
-            said = counts - len(end)
-        return Rendered(frame.prompt, rest, said, counts, False)
+        return Rendered(frame.prompt, rest, counts, end.token, False)
 
     def reference(self, record: Conversation) -> str:
-        """The answer of a record, as `answer` reads what a model wrote.
+        """The answer of a record, as `answer` reads it of a model that writes exactly this.
 
         Raises:
-            ModelError, DataError: see `render`.
+            ModelError, DataError: see `render`; or the tokenizer fails on it.
         """
-        rendered = self.render(record, 1)
-        return _bare(rendered.answer[: rendered.said], self.frame(record.turns[:-1]))
+        (found,) = self.encoded([self.render(record, 1)], [1])
+        if isinstance(found, DataError):
+            raise found
+        frame = self.frame(record.turns[:-1])
+        return self.answer(frame, found.ids[len(self.prompt_ids(frame.prompt)) :])
 
     def answer(self, frame: Frame, ids: Sequence[int]) -> str:
         """The answer that a model wrote, without what a template adds to it.
 
         Args:
             frame: of the question.
-            ids: the tokens after the prompt, up to one of `ends`.
+            ids: the tokens after the prompt; the answer ends at the first of `ends`.
         """
-        text, end = self.text(ids), self.end_text(frame)
-        return _bare(text if end is None else text.partition(end)[0], frame)
+        ends, end = self.ends(frame), self._end_of(frame.closing or "")
+        length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+        text, written = self.text(ids[:length]), self.end_text(frame)
+        if written is not None:
+            text = text.partition(written)[0]
+        opening = frame.opening.strip()
+        return text.strip().removeprefix(opening).removesuffix(end.before).strip()
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of tokens, of all of them and as it is."""
@@ -356,13 +365,31 @@ class Chat:
         if endless and self._end is None and not self._everything:
             raise _endless(self._folder)
 
+    def require_one_prompt(self) -> None:
+        """Refuses a template that writes another prompt with an answer than without, whatever the
+        turns are: no conversation could be trained on.
+
+        Raises:
+            ModelError: says so.
+        """
+        self.require_usable()
+        if self._template and self._template.frame(self._template.example).closing is None:
+            raise ModelError(
+                "the chat template of a base model is of no use to train on answers",
+                file=self._folder,
+                field="chat_template",
+                found="another prompt with an answer than without, such as one that opens thoughts",
+                accepted="a template that writes a prompt alone as it writes it before an answer",
+                remedy='use another model, or agree on a plan with task.template = "plain"',
+            )
+
     def _find_end(self, closing: str) -> "_End":
         """The end of an answer, in what a template writes behind it."""
         found = self.tokenizer(closing, add_special_tokens=False, return_offsets_mapping=True)
-        for token, (_, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
             if token in self._own_tokens:
-                return _End(closing[:end].rstrip(), token)
-        return _End(closing.rstrip(), None)
+                return _End(closing[:end].rstrip(), closing[:start].strip(), token)
+        return _End(closing.rstrip(), "", None)
 
     def counted(
         self, found: "Encoded | DataError", row: int, vocabulary: int | None = None
@@ -379,6 +406,14 @@ class Chat:
         """
         if isinstance(found, DataError):
             raise found
+        if found.goes_on:
+            raise _row_error(
+                row,
+                "has text behind the end of its answer",
+                f"{self.text(found.ids[found.last - 1 : found.last])!r} inside the answer",
+                accepted="an end behind the answer, or none: it is written by itself",
+                remedy="leave it out of the answer; no model is asked for what follows it",
+            )
         these = np.array(self._cut(found.ids, row), dtype=np.int32)
         require_known(these, vocabulary, row)
         places = np.arange(len(these))
@@ -441,12 +476,21 @@ class Chat:
                     ((behind, starts),) = self._with_starts([text.answer])
                     ids, past = [*prompt, *behind], text.counts
                 last = len(prompt) + sum(start < past for start in starts)
-                if text.ends:
+                if text.follows:
                     assert self._end is not None  # `render` asks
                     ids, last = [*ids, self._end], len(ids) + 1
-                whole = self._everything
-                found.append(Encoded(ids, 0 if whole else len(prompt), len(ids) if whole else last))
+                if self._everything:
+                    found.append(Encoded(ids, 0, len(ids)))
+                else:
+                    found.append(self._ended(ids, len(prompt), last, text.end))
         return found
+
+    def _ended(self, ids: list[int], first: int, last: int, end: int | None) -> Encoded:
+        """A text's tokens, of which those up to the first end count."""
+        ends = {end, self._end, *self._config_ends}
+        stop = next((place + 1 for place in range(first, last) if ids[place] in ends), last)
+        behind = self.text([token for token in ids[stop:last] if token not in ends])
+        return Encoded(ids, first, stop, bool(behind.strip()))
 
     def _with_starts(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
         """Token ids of texts, and the position in the text where each token starts."""
@@ -495,13 +539,10 @@ class _End:
 
     text: str
     """What counts with the answer; empty: the template writes nothing that is seen."""
+    before: str
+    """The part of it before `token`, such as a quotation mark."""
     token: int | None
     """The token that ends the answer; None: it takes several, or shares one with other text."""
-
-
-def _bare(text: str, frame: Frame) -> str:
-    """An answer without what a template adds to it, and without the white space around it."""
-    return text.strip().removeprefix(frame.opening.strip()).strip()
 
 
 def _endless(folder: Path) -> ModelError:

@@ -15,6 +15,7 @@ import torch
 from umbel_client.data.tokens import Tokens
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.base.architecture import padding_of, width_of
 from umbel_client.models.inputs import Batch, HiddenInputs, Inputs, PooledInputs, TokenInputs
 from umbel_client.tasks.physical_batches import ran_out_of_memory
 from umbel_client.tasks.shapes import BatchLimit
@@ -174,11 +175,11 @@ def saved_bytes(model: AdaptedModel, batch: Batch, device: torch.device | None =
 
 def _longest(model: AdaptedModel, records: int) -> Batch:
     """A batch of made-up records, as long as the plan allows."""
-    tokens, width = model.plan.task.max_tokens, int(model.base.config.hidden_size)
+    tokens, width = model.plan.task.max_tokens, width_of(model.base)
     mask = torch.ones(records, tokens, dtype=torch.int64)
     inputs: Inputs
     if model.frozen_output == "nothing":
-        pad = getattr(model.base.config, "pad_token_id", None)
+        pad = padding_of(model.base)
         inputs = TokenInputs(torch.full_like(mask, 1 if pad == 0 else 0), mask)
     elif model.frozen_output == "pooled":
         inputs = PooledInputs(torch.ones(records, width))

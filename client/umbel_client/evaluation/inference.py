@@ -150,8 +150,7 @@ def _answers(
             stopping_criteria=StoppingCriteriaList([stop] if any(texts) else []),
         )
     for prompt, row in zip(prompts, output[:, inputs.ids.shape[1] :].tolist(), strict=True):
-        length = next((place for place, token in enumerate(row) if token in ends), len(row))
-        yield chat.answer(prompt.frame, row[:length])
+        yield chat.answer(prompt.frame, row)
 
 
 class _EndText:

@@ -48,19 +48,21 @@ class _Architecture:
     """Whether weights are stored as [in, out]."""
     reads: tuple[str, ...] = ("max_position_embeddings",)
     """Fields of the configuration that bound the number of tokens."""
+    reads_ahead: bool = False
+    """Whether it is an encoder, unless its configuration makes it a decoder."""
     unread: bool = False
     """Whether positions are counted from behind that of padding."""
 
 
 _DECODER = _Architecture("model", "layers")
-_BERT = _Architecture("bert", "encoder.layer")
-_ROBERTA = _Architecture("roberta", "encoder.layer", unread=True)
+_BERT = _Architecture("bert", "encoder.layer", reads_ahead=True)
+_ROBERTA = _Architecture("roberta", "encoder.layer", reads_ahead=True, unread=True)
 _KNOWN = {
     "bert": _BERT,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
-    "distilbert": _Architecture("distilbert", "transformer.layer"),
+    "distilbert": _Architecture("distilbert", "transformer.layer", reads_ahead=True),
     "gpt2": _Architecture("transformer", "h", turned=True, reads=("n_positions",)),
     **dict.fromkeys(
         ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "smollm3", "olmo2"),
@@ -125,19 +127,21 @@ class _Model:
         kind = self.config.get("model_type")
         known = _KNOWN.get(kind) if isinstance(kind, str) else None
         stock = isinstance(draft.task, Classification) and draft.task.head == "stock"
-        if known is None or stock or "quantization_config" in self.config:
+        causal = isinstance(draft.task, CausalLm)
+        ahead = causal and known is not None and known.reads_ahead
+        if known is None or stock or ahead or "quantization_config" in self.config:
+            use = ", with a stock head" if stock else ", as a language model" if ahead else ""
             raise ModelError(
                 "this plan needs the packages that load a model, which are not installed here",
                 file=folder,
                 field="model_type",
-                found=f"{kind}, with a stock head" if stock else kind,
-                accepted=", ".join(sorted(_KNOWN)) + (', with head = "mean-pool"' if stock else ""),
+                found=f"{kind}{use}",
+                accepted=", ".join(sorted(_KNOWN)),
                 remedy="name a Python that has them in evaluation.python of server.toml"
                 f" ({install('client')}), or make the plan on such a machine and copy the file: it"
                 " is signed here",
             )
         self.kind = known
-        causal = isinstance(draft.task, CausalLm)
         self.prefix = f"{known.inner}." if causal else ""
         self.head = draft.task.labels if isinstance(draft.task, Classification) else None
         shapes: dict[str, tuple[int, ...]] = {}

@@ -31,6 +31,7 @@ from umbel_client.data.tokens import Ints, Tokens
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.dpsgd.private_step import take_gradients
 from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.base.architecture import padding_of
 from umbel_client.tasks.frozen_cache import frozen_prefix, ignore_progress
 from umbel_client.tasks.physical_batches import in_threads
 from umbel_client.tasks.prepared import PreparedData
@@ -279,8 +280,7 @@ def _company_of(
     most: the largest number of rows, in which frozen layers are computed (`prepare`).
     """
     starts = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int64)
-    pad = getattr(model.base.config, "pad_token_id", None) or 0
-    tokens = Tokens(np.concatenate(ids), starts, pad)
+    tokens = Tokens(np.concatenate(ids), starts, padding_of(model.base))
     labels = made_up_labels(model.plan.task, tokens)
     if len(labels) == rows:
         labels[places] = 0

@@ -35,7 +35,7 @@ from umbel_client.models.base.architecture import (
     vocabulary_of,
 )
 from umbel_client.models.base.folder import made_up_base, skeleton
-from umbel_client.models.base.layers import output_layer
+from umbel_client.models.base.layers import TOLERANCE, made_up_inputs, output_layer
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import Part
 from umbel_client.tasks.task import made_up_labels, task_of
@@ -74,20 +74,22 @@ def look_at(folder: Path, plan: TrainingPlan) -> Look:
 
     Raises:
         ModelError: the tokenizer or its template does not fit the model, the model cannot read as
-            many tokens as the plan allows, the weights lack a tensor, the model cannot compute a
-            record, or, in a private plan, records have no gradients of their own: the error names
-            the trained tensor.
+            many tokens as the plan allows, a language model reads ahead, the weights lack a tensor,
+            the model cannot compute a record, or, in a private plan, records have no gradients of
+            their own: the error names the trained tensor.
     """
     whole = skeleton(folder, plan.task)
     with naming_architecture(whole):
         require_context(folder, whole, plan.task)
         require_vocabulary(folder, load_tokenizer(folder), vocabulary_of(whole))
         if isinstance(plan.task, CausalLm):
-            Chat.load(folder, plan.task).require_usable()
+            Chat.load(folder, plan.task).require_one_prompt()
         depth, tokens = _bounds(folder, whole, plan)
         base = made_up_base(folder, plan.task, depth)
         if depth is not None:
             _leave_few_tokens(base)
+        if isinstance(plan.task, CausalLm):
+            _require_no_look_ahead(folder, base)
         model = _made_up_model(folder, base, plan, tokens, cut=depth is not None)
         _try_steps(model)
         if isinstance(plan.privacy, LocalPrivacy):
@@ -115,12 +117,13 @@ def require_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerFast, vocabul
     """Refuses a tokenizer with tokens of texts that the model has no embedding for.
 
     A special token beyond the embedding, as for images, is in no text; a record that has it all the
-    same is left out.
+    same is left out. One that fills records up is in every batch.
 
     Raises:
         ModelError: names a token.
     """
     in_records = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.cls_token)
+    in_records += (tokenizer.sep_token, tokenizer.pad_token)
     special = {
         number
         for number, token in tokenizer.added_tokens_decoder.items()
@@ -139,7 +142,29 @@ def require_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerFast, vocabul
             found=f"{len(beyond)} tokens beyond the embedding, such as {token!r} ({number})",
             accepted=f"tokens 0 to {vocabulary - 1}",
             remedy="resize the model's embeddings and save it, or use the tokenizer that belongs"
-            " to it",
+            " to it; a pad_token may be one that the model knows, such as its eos_token",
+        )
+
+
+@torch.no_grad()
+def _require_no_look_ahead(folder: Path, base: PreTrainedModel) -> None:
+    """Refuses a language model that sees the tokens that it is to learn to write, as encoders do.
+
+    Raises:
+        ModelError: an output depends on a later token.
+    """
+    ids = made_up_inputs(base)[0][:1].repeat(2, 1)
+    ids[1, -1] = ids[0, 0]
+    logits = base(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+    change = (logits[0, :-1] - logits[1, :-1]).abs().max()
+    if change > TOLERANCE * logits.abs().max():
+        raise ModelError(
+            "a base model reads ahead, so it cannot learn to write answers",
+            file=folder,
+            field="task",
+            found=f"{base.config.model_type}: what it computes for a token depends on later tokens",
+            accepted="a decoder (as Llama) for causal-lm",
+            remedy="use a decoder, or a classification",
         )
 
 

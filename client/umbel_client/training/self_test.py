@@ -26,6 +26,7 @@ from umbel_client.dpsgd.private_step import (
 )
 from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.base.architecture import padding_of
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_client.tasks.task import made_up_labels, task_of
@@ -199,8 +200,7 @@ def _borrowed(model: AdaptedModel) -> Iterator[None]:
 
 def _made_up(model: AdaptedModel) -> PreparedData:
     """Three records of random tokens, none of them the padding token."""
-    config = model.base.config.get_text_config()
-    pad = getattr(config, "pad_token_id", None) or 0
+    pad = padding_of(model.base)
     random = np.random.default_rng(0)
     lengths = [min(length, model.plan.task.max_tokens) for length in LENGTHS]
     ids = random.integers(0, model.vocabulary - 1, sum(lengths))

@@ -5,6 +5,7 @@ Nothing here needs the packages that load a model.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from umbel_host.files.model_folder import (
     text_digest,
     unreadable,
 )
+
+_SHARD = re.compile(r"[\w.-]+-\d+-of-\d+\.safetensors")
+"""One of several files with weights, as save_pretrained names them."""
 
 
 def folder_digest(folder: Path) -> bytes:
@@ -132,7 +136,8 @@ def shards_of(folder: Path, texts: Mapping[str, bytes], weights: Sequence[str]) 
         weights: from `weights_of`.
 
     Raises:
-        ModelError: the index names something else than files of this folder.
+        ModelError: the index names a file that is missing, or something else than files of this
+            folder.
     """
     if WEIGHTS_FILE in weights:
         return [WEIGHTS_FILE]
@@ -142,6 +147,8 @@ def shards_of(folder: Path, texts: Mapping[str, bytes], weights: Sequence[str]) 
     named = index.get("weight_map")
     names = list(named.values()) if isinstance(named, dict) else []
     for name in names or [None]:
+        if isinstance(name, str) and _SHARD.fullmatch(name) and name not in weights:
+            raise missing(folder, name, ("every file that the index names",))
         if name not in weights:
             raise other_file(folder / INDEX_FILE, "weight_map", name)
     return sorted(set(names))

@@ -44,6 +44,8 @@ _ACCEPTED = "a folder with config.json, tokenizer.json and weights as safetensor
 _GGUF = (
     "get the model's safetensors: GGUF has rounded weights for llama.cpp, which are not fine-tuned"
 )
+_POINTER = b"version https://git-lfs"
+"""How a file begins that Git LFS has put in the place of a large one."""
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 FileDigests: TypeAlias = Mapping[str, str]
@@ -175,12 +177,22 @@ def opened(path: Path) -> BufferedReader:
     """A file of a model, for reading.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: it cannot be read, or only stands for the file.
     """
     try:
-        return path.open("rb")
+        file = path.open("rb")
+        is_pointer = file.peek(len(_POINTER)).startswith(_POINTER)
     except OSError as error:
         raise unreadable(path, error) from None
+    if is_pointer:
+        file.close()
+        raise ModelError(
+            "a file of a model was not fetched: it is a pointer of Git LFS",
+            file=path,
+            found=_POINTER.decode(),
+            remedy="in the clone, run: git lfs pull; or get the model with: hf download",
+        )
+    return file
 
 
 def parsed_json(folder: Path, name: str, text: bytes) -> dict[str, Any]:

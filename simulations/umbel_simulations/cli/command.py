@@ -33,15 +33,17 @@ def run(
         ),
     ] = None,
     sites: Annotated[
-        int | None, typer.Option(min=2, help="Number of sites; default: the scenario's.")
+        int | None, typer.Option(min=2, max=100, help="Number of sites; default: the scenario's.")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Number of rounds; default: the scenario's.")
+        int | None,
+        typer.Option(min=1, max=10_000, help="Number of rounds; default: the scenario's."),
     ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
             min=0,
+            max=2**53 - 1,
             help="Public seed of the division of records and of the initial adapter; default: the"
             " scenario's.",
         ),
@@ -56,6 +58,8 @@ def run(
     runs: Runs = Path("runs"),
 ) -> None:
     """Run a scenario, compare its adapter with others, and write a report."""
+    if name is not None and (not name.strip() or name == ".." or Path(name).name != name):
+        raise typer.BadParameter("a name, without folders: see --runs", param_hint="--name")
     # Imported here, so that `list`, `--help` and errors in a scenario do not wait for torch.
     from umbel_host.files.output import require_place
     from umbel_simulations.scenario.file import find_scenario, override

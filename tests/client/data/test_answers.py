@@ -10,6 +10,7 @@ from support.chat_templates import (
     GEMMA,
     HEADERLESS,
     PLAIN,
+    QUOTED,
     SHAPES,
     THINKING,
     Shape,
@@ -30,7 +31,7 @@ from umbel_host.files.model_folder import ends_of_config, ends_of_generation, re
 
 QUESTION = Turn("user", "What is it?")
 ANSWERS = ("An ulcer.", "bad", "\nAn ulcer.", " Ulcère, 5 mm. ", "one\n\ntwo\n")
-WRITTEN = {THINKING: "</think>\n\n", CHANNELS: "<|channel|>final<|message|>"}
+WRITTEN = {THINKING: "</think>\n\n", CHANNELS: "<|channel|>final<|message|>", QUOTED: '"'}
 """What a model has to write before its answer."""
 CHATTED = [pytest.param(shape, "chat", id=name) for name, shape in SHAPES.items()]
 WITHOUT = [pytest.param(shape, "plain", id=name) for name, shape in PLAIN.items()]
@@ -78,6 +79,27 @@ def test_an_answer_is_one_thing_for_training_scoring_and_generating(
             assert end in text
         assert chat.answer(frame, counted[: ends[0] if ends else None]) == wanted
         assert chat.reference(record) == wanted
+
+
+@pytest.mark.parametrize(
+    ("shape", "template", "end"),
+    [
+        pytest.param(PLAIN["ends a text"], "plain", "</s>", id="plain"),
+        pytest.param(SHAPES["gemma"], "chat", "<end_of_turn>\n", id="gemma"),
+        pytest.param(SHAPES["llama3"], "chat", "<|end_of_text|>", id="another end of the model"),
+    ],
+)
+def test_an_answer_ends_once(tmp_path: Path, shape: Shape, template: Any, end: str) -> None:
+    """Some data sets have the end in their texts."""
+    task = CausalLm(template=template)
+    chat = Chat.load(save_shape(tmp_path, shape), task)
+    _, labels = tokenise_answers(of(said(f" red{end}")), tmp_path, task)
+    assert chat.text(labels[labels != IGNORED].tolist()).strip() == f"red{end.strip()}"
+    assert chat.reference(said(f" red{end}")) == "red"
+    with pytest.raises(DataError, match="row 1 has text behind the end of its answer") as caught:
+        tokenise_answers(of(said(f"red{end}blue")), tmp_path, task)
+    assert end.strip() in str(caught.value.found)
+    assert "blue" not in caught.value.diagnostics()
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -12,7 +12,7 @@ from umbel_client.models.adapters.targets import all_linear
 from umbel_client.models.base import folder as base_folder
 from umbel_client.models.base.folder import made_up_base, skeleton
 from umbel_client.training import model_look
-from umbel_client.training.model_look import describe, look_at
+from umbel_client.training.model_look import describe, look_at, require_vocabulary
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, NoPrivacy, Task
 
@@ -83,6 +83,16 @@ def test_what_no_site_could_train_is_refused_with_what_to_do(
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["Bert", "XLNet"])
+def test_a_model_that_sees_what_it_is_to_write_is_refused(tmp_path: Path, kind: str) -> None:
+    folder = save_architecture(tmp_path / "m", kind, causal=True)
+    with pytest.raises(ModelError, match="reads ahead") as caught:
+        looked_at(folder, LANGUAGE)
+    assert kind.lower() in str(caught.value.found)
+    decoder = save_architecture(tmp_path / "d", "Bert", causal=True, is_decoder=True)
+    assert looked_at(decoder, LANGUAGE, "query").whole
+
+
 def test_without_privacy_gradients_need_not_be_separate(tmp_path: Path) -> None:
     folder = save_architecture(tmp_path / "m", "DebertaV2")
     assert looked_at(folder, POOLED, "query_proj", privacy=NoPrivacy()).whole
@@ -114,11 +124,27 @@ def test_tokens_of_texts_beyond_the_embedding_are_refused_and_others_are_not(
     folder = tokens_added(save_architecture(tmp_path / "m", "Bert"), ["<image>"], special=True)
     assert looked_at(folder, POOLED).whole
     assert f"{len(WORDS) + 5} tokens known" in describe(folder)
+    tokenizer = BertTokenizerFast.from_pretrained(folder)
+    tokenizer.pad_token = "<image>"  # every batch would have it
+    with pytest.raises(ModelError, match="more tokens than the model knows"):
+        require_vocabulary(folder, tokenizer, len(WORDS) + 5)
     tokens_added(folder, ["aorta", "vena"], special=False)
     for look in (lambda: looked_at(folder, POOLED), lambda: describe(folder)):
         with pytest.raises(ModelError, match="more tokens than the model knows") as caught:
             look()
         assert "2 tokens beyond the embedding, such as 'vena'" in str(caught.value.found)
+
+
+def test_a_template_that_opens_thoughts_in_the_prompt_alone_is_refused(tmp_path: Path) -> None:
+    """As that of DeepSeek-R1: every conversation would be refused, at each site."""
+    folder = save_architecture(tmp_path / "m", "Llama", causal=True)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+    )
+    with pytest.raises(ModelError, match="of no use to train on answers") as caught:
+        looked_at(folder, CausalLm(max_tokens=16), "q_proj")
+    assert caught.value.field == "chat_template"
 
 
 def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:

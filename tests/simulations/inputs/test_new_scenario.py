@@ -118,3 +118,16 @@ def test_what_does_not_become_a_scenario_is_named(tmp_path: Path, bert: Path) ->
     assert isinstance(refused(texts, texts, sites=3), ConfigError)
     assert isinstance(refused(tmp_path / "bad.csv"), DataError)
     assert refused(tmp_path / "bad.csv").field == "row 2"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--seed", str(2**53)), ("--rounds", "10001"), ("--sites", "101"), ("--name", "../x")]
+    + [("--name", name) for name in ("", " ", "..")],
+)
+def test_an_option_of_a_run_is_held_to_what_a_scenario_is(
+    tmp_path: Path, option: tuple[str, str]
+) -> None:
+    result = CliRunner().invoke(app, ["run", "smoke", "--runs", str(tmp_path / "runs"), *option])
+    assert result.exit_code == 2
+    assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ from umbel_client.models.adapters.targets import (
     mean_the_same_to_peft,
     names_for_peft,
 )
-from umbel_client.models.base.architecture import naming_architecture
+from umbel_client.models.base.architecture import naming_architecture, width_of
 from umbel_client.models.base.folder import peft_quietly, skeleton
 from umbel_common.adapters.peft_folder import PEFT_PREFIX
 from umbel_common.adapters.vector import Vector, unflatten
@@ -100,8 +100,7 @@ def attach(
         }
     head = None
     if isinstance(task, Classification) and task.head == "mean-pool":
-        width = base.config.get_text_config().hidden_size
-        head = nn.Linear(width, len(task.labels), device=base.device)
+        head = nn.Linear(width_of(base), len(task.labels), device=base.device)
         parameters |= {f"head.{name}": parameter for name, parameter in head.named_parameters()}
     return dict(sorted(parameters.items())), head
 

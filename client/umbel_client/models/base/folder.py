@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -37,6 +38,7 @@ from umbel_host.files.model_digest import file_digest, model_digest, shards_of, 
 from umbel_host.files.model_folder import (
     CONFIG_FILE,
     FileDigests,
+    parsed_json,
     private_folder,
     read_texts,
     text_digest,
@@ -378,6 +380,7 @@ def _factory(task: Task) -> Any:
 def _config(
     folder: Path, texts: Mapping[str, bytes], task: Task, depth: int | None = None
 ) -> PretrainedConfig:
+    _require_known(folder, texts)
     config: PretrainedConfig
     config_file = {name: text for name, text in texts.items() if name == CONFIG_FILE}
     with private_folder(folder, config_file) as place:
@@ -392,6 +395,20 @@ def _config(
     if depth is not None:
         _cut(config, depth)
     return config
+
+
+def _require_known(folder: Path, texts: Mapping[str, bytes]) -> None:
+    """Refuses an architecture whose code is in its folder, before Transformers asks to trust it."""
+    settings = parsed_json(folder, CONFIG_FILE, texts.get(CONFIG_FILE, b"{}"))
+    if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
+        raise ModelError(
+            "a base model needs code from its own folder, which is never run",
+            file=folder / CONFIG_FILE,
+            field="model_type",
+            found=settings.get("model_type"),
+            accepted="an architecture of Transformers",
+            remedy="use a base model that needs no trust_remote_code",
+        )
 
 
 def _cut(config: PretrainedConfig, depth: int) -> None:
@@ -450,7 +467,8 @@ def _building(folder: Path) -> Iterator[None]:
         except UmbelError:
             raise
         except Exception as error:  # the libraries promise no classes of errors
-            raise ModelError("a base model cannot be loaded", file=folder, found=error) from error
+            found = f"no {error}" if isinstance(error, KeyError) else error
+            raise ModelError("a base model cannot be loaded", file=folder, found=found) from error
 
 
 @contextmanager

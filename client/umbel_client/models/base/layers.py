@@ -145,8 +145,10 @@ def output_is_plain(base: PreTrainedModel) -> bool:
     whole = base(input_ids=ids, attention_mask=mask)[0]
     hidden = body_of(base)(input_ids=ids, attention_mask=mask)[0]
     layer = output_layer(base)
-    if layer is None or hidden.dim() != whole.dim():
+    if layer is None or hidden.shape[:-1] != whole.shape[:-1]:
         return False
+    if hidden.shape[-1] != getattr(layer, "in_features", hidden.shape[-1]):
+        return False  # what it reads is computed of the hidden state
     logits = layer(hidden)
     return bool((whole - logits).abs().max() <= TOLERANCE * whole.abs().max())
 
