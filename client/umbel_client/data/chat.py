@@ -5,7 +5,7 @@ between the prompt and what the template writes behind it (`umbel_client.data.te
 plain template, it is all that follows the prompt. It ends at the first token that the template
 writes behind an answer, or where the template writes none, at the token that ends a text. That end
 counts: a model has to write it. What comes after it does not. An answer that has its end already is
-not ended twice, and one that goes on behind an end is refused: no model is asked for it.
+not ended twice, and one with more text behind its end is refused: no model is asked for that.
 
 A record begins with exactly the token ids that a model is given when it answers.
 """
@@ -152,8 +152,8 @@ class Encoded:
     """Number of tokens before the first that counts."""
     last: int
     """Number of tokens up to the last that counts."""
-    goes_on: bool = False
-    """Whether there is an answer behind the end of the answer."""
+    has_more: bool = False
+    """Whether more text of the answer follows its end."""
 
 
 class Chat:
@@ -406,13 +406,13 @@ class Chat:
         """
         if isinstance(found, DataError):
             raise found
-        if found.goes_on:
+        if found.has_more:
             raise _row_error(
                 row,
                 "has text behind the end of its answer",
                 f"{self.text(found.ids[found.last - 1 : found.last])!r} inside the answer",
-                accepted="an end behind the answer, or none: it is written by itself",
-                remedy="leave it out of the answer; no model is asked for what follows it",
+                accepted="an answer without its end, or with it at the very end",
+                remedy="leave the end out of the answer: Umbel puts it behind each answer",
             )
         these = np.array(self._cut(found.ids, row), dtype=np.int32)
         require_known(these, vocabulary, row)

@@ -122,8 +122,8 @@ def require_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerFast, vocabul
     Raises:
         ModelError: names a token.
     """
-    in_records = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.cls_token)
-    in_records += (tokenizer.sep_token, tokenizer.pad_token)
+    names = ("eos_token", "bos_token", "cls_token", "sep_token", "pad_token")
+    in_records = [getattr(tokenizer, name) for name in names]
     special = {
         number
         for number, token in tokenizer.added_tokens_decoder.items()
