@@ -380,6 +380,6 @@ def _unknown_label(
         field=f"{column}, row {row}",
         found=repr(value) if name is None else label_text(name),
         accepted=", ".join(labels),
-        remedy=f"{alike}{sum(unknown.values()):,} rows have labels that the plan lacks:"
-        f" {counts_text(unknown)}. Correct them, or agree on a plan that has their labels",
+        remedy=f"{alike}labels of rows that the plan lacks: {counts_text(unknown)}."
+        " Correct them, or agree on a plan that has them",
     )

@@ -260,7 +260,7 @@ def test_labels_without_a_record_and_records_without_a_label_are_counted(
     assert found["look"] == "2 of 4 labels have no record here: 'c', 'd'"
     plan = plan_file(tmp_path, bert, Classification(labels=("a", "B")))
     error = refused(DataError, "check", file, "--plan", plan)
-    assert "10 rows have labels that the plan lacks: 'b' 10" in str(error.remedy)
+    assert "labels of rows that the plan lacks: 'b' 10" in str(error.remedy)
     assert "'B' and 'b' differ only in upper and lower case" in str(error.remedy)
 
 

@@ -108,4 +108,4 @@ def test_records_with_a_label_that_the_policy_lacks_are_counted(tmp_path: Path) 
     found = site(tmp_path, [*ROWS, *[{**ROWS[0], "label": "c"}] * 3])
     with pytest.raises(DataError) as caught:
         found.require()
-    assert "3 rows have labels that the plan lacks: 'c' 3" in str(caught.value.remedy)
+    assert "labels of rows that the plan lacks: 'c' 3" in str(caught.value.remedy)
