@@ -182,9 +182,11 @@ class Trainer:
         )
         self._decisions = Decisions(state)
         self._data = SiteData.load(config) if data is None else data
-        for warning in self._data.warnings():
-            _logger.warning("%s", warning)
-        if register is not None:
+        if register is None:
+            for warning in self._data.warnings():
+                _logger.warning("%s", warning)
+        else:
+            # Its sites have no people, and what they lack is what the scenario dealt them.
             _warn_of_simulation(register.folder)
         self._register = register or machine_register()
         self._job: SiteJob | None = None
