@@ -90,7 +90,7 @@ def compute_parts(
             if half is not None and (units is None or len(np.unique(units[part.records])) > 1):
                 limit.lower(half)
                 left.append(part.records)
-            elif not any(_fits(other, part) for other in compute if other is not failed):
+            elif not _fits_elsewhere(part, compute, failed, discard):
                 error = ModelError(
                     "the records of one unit do not fit into memory",
                     field="physical_batch_size",
@@ -101,10 +101,26 @@ def compute_parts(
                 if not private:
                     raise error
                 _logger.error("%s", error.diagnostics())
-        # What the other copies left behind, where a unit did not fit there either.
-        discard()
         left += [part.records for part in pending]
         pending = _cut(data, np.concatenate(left), limit, units)
+
+
+def _fits_elsewhere(
+    part: Part,
+    compute: Sequence[Callable[[Part], None]],
+    failed: Callable[[Part], None],
+    discard: Callable[[], None],
+) -> bool:
+    """Tries a part on each copy but the one that failed; returns False if it fits on no copy."""
+    for other in compute:
+        if other is failed:
+            continue
+        if _fits(other, part):
+            return True
+        # At once: the next unit that is tried there would find less memory, or be refused for what
+        # was left, and whether it counts would follow from this one.
+        discard()
+    return False
 
 
 def _fits(compute: Callable[[Part], None], part: Part) -> bool:

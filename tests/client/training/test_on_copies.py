@@ -427,6 +427,33 @@ def test_nothing_stays_of_units_that_no_copy_has_memory_for(
     assert difference(model.vector() - start_of(model.plan), wanted - start_of(model.plan)) < CLOSE
 
 
+def test_what_a_unit_left_on_a_copy_is_gone_before_another_unit_is_tried_there() -> None:
+    """With three copies, two units may be tried on the same copy, one after the other."""
+    left, tried = set(), Counter[int]()
+
+    def small(copy: int, part: Part) -> None:
+        assert copy not in left
+        tried[copy] += 1
+        left.add(copy)
+        if part.rows > 3:
+            raise torch.OutOfMemoryError("made up")
+        left.remove(copy)
+
+    owners = np.repeat(np.arange(4), 4)
+    compute_parts(
+        lines(owners),
+        np.arange(16),
+        BatchLimit(4),
+        owners,
+        compute=[partial(small, copy) for copy in range(3)],
+        discard=left.clear,
+        private=True,
+    )
+    # Four units, and each is tried on every copy.
+    assert tried == {0: 4, 1: 4, 2: 4}
+    assert not left
+
+
 def test_an_error_of_one_copy_ends_when_all_have_ended() -> None:
     going, ended = threading.Event(), []
 
