@@ -13,6 +13,7 @@ are.
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -56,6 +57,7 @@ def compute_parts(
 
     A physical batch that runs out of memory is cut in two, and the remaining ones become as small:
     only numbers of rows that give a record the same bits are left to choose from (`BatchLimit`).
+    A unit alone that does not fit in the next of them is computed in a row for each of its records.
     What other copies computed at the same time counts, and is not computed again.
 
     Args:
@@ -90,7 +92,16 @@ def compute_parts(
             if half is not None and (units is None or len(np.unique(units[part.records])) > 1):
                 limit.lower(half)
                 left.append(part.records)
-            elif not _fits_elsewhere(part, compute, failed, discard):
+                continue
+            # Which rows a unit is tried in follows from this unit, never from the limit that others
+            # have left: else one unit more would decide whether this one counts. Nothing shows that
+            # rows of its own give the bits of others, so the first copy that holds them has them.
+            others = [one for one in compute if one is not failed]
+            own = replace(part, rows=len(part))
+            may_have_own = half is not None and own.rows < part.rows
+            if not _fits_any(part, others, discard) and not (
+                may_have_own and _fits_any(own, compute, discard)
+            ):
                 error = ModelError(
                     "the records of one unit do not fit into memory",
                     field="physical_batch_size",
@@ -105,17 +116,12 @@ def compute_parts(
         pending = _cut(data, np.concatenate(left), limit, units)
 
 
-def _fits_elsewhere(
-    part: Part,
-    compute: Sequence[Callable[[Part], None]],
-    failed: Callable[[Part], None],
-    discard: Callable[[], None],
+def _fits_any(
+    part: Part, compute: Sequence[Callable[[Part], None]], discard: Callable[[], None]
 ) -> bool:
-    """Tries a part on each copy but the one that failed; returns False if it fits on no copy."""
-    for other in compute:
-        if other is failed:
-            continue
-        if _fits(other, part):
+    """Tries a part on some copies, in their order; returns False if it fits on none of them."""
+    for one in compute:
+        if _fits(one, part):
             return True
         # At once: the next unit that is tried there would find less memory, or be refused for what
         # was left, and whether it counts would follow from this one.
