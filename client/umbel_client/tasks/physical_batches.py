@@ -76,7 +76,11 @@ def compute_parts(
     """
     pending = _cut(data, chosen, limit, units)
     while pending:
-        dealt = list(zip(compute, pending, strict=False))
+        # Rows above a lowered limit are not tested any more under the adapters that follow, so a
+        # part that has them goes to the first copy that holds it, whatever else is dealt.
+        tested = [part.rows <= limit.records for part in pending[: len(compute)]]
+        at_once = tested.index(False) if False in tested else len(tested)
+        dealt = list(zip(compute, pending[: max(at_once, 1)], strict=False))
         pending = pending[len(dealt) :]
         fitted = in_threads([partial(_fits, *pair) for pair in dealt])
         if all(fitted):

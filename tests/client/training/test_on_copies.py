@@ -454,6 +454,17 @@ def test_what_a_unit_left_on_a_copy_is_gone_before_another_unit_is_tried_there()
     assert not left
 
 
+def test_rows_above_a_lowered_limit_are_computed_by_the_first_copy_that_holds_them() -> None:
+    """The tests of bits before later rounds do not compare them on the copies."""
+    owners = np.repeat(np.arange(7), [2, 2, 3, 1, 1, 4, 3])
+    for most, by in ((16, 0), (2, 1)):
+        log, limit = Log(most, 16), BatchLimit(8)
+        limit.lower(2)
+        assert log.run(lines(owners), limit) == [*range(16)]
+        assert {copy for copy, records in log.added if len(records) > 2} == {by}
+        assert {copy for copy, records in log.added if len(records) <= 2} == {0, 1}
+
+
 def units_that_count(
     sizes: dict[int, int], memory: tuple[int, ...], limit: BatchLimit
 ) -> dict[int, int | None]:
