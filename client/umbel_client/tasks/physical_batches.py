@@ -13,6 +13,7 @@ are.
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -56,6 +57,7 @@ def compute_parts(
 
     A physical batch that runs out of memory is cut in two, and the remaining ones become as small:
     only numbers of rows that give a record the same bits are left to choose from (`BatchLimit`).
+    A unit alone that does not fit in the next of them is computed in a row for each of its records.
     What other copies computed at the same time counts, and is not computed again.
 
     Args:
@@ -74,7 +76,11 @@ def compute_parts(
     """
     pending = _cut(data, chosen, limit, units)
     while pending:
-        dealt = list(zip(compute, pending, strict=False))
+        # Rows above a lowered limit are not tested any more under the adapters that follow, so a
+        # part that has them goes to the first copy that holds it, whatever else is dealt.
+        tested = [part.rows <= limit.records for part in pending[: len(compute)]]
+        at_once = tested.index(False) if False in tested else len(tested)
+        dealt = list(zip(compute, pending[: max(at_once, 1)], strict=False))
         pending = pending[len(dealt) :]
         fitted = in_threads([partial(_fits, *pair) for pair in dealt])
         if all(fitted):
@@ -90,7 +96,16 @@ def compute_parts(
             if half is not None and (units is None or len(np.unique(units[part.records])) > 1):
                 limit.lower(half)
                 left.append(part.records)
-            elif not any(_fits(other, part) for other in compute if other is not failed):
+                continue
+            # Which rows a unit is tried in follows from this unit, never from the limit that others
+            # have left: else one unit more would decide whether this one counts. Nothing shows that
+            # rows of its own give the bits of others, so the first copy that holds them has them.
+            others = [one for one in compute if one is not failed]
+            own = replace(part, rows=len(part))
+            may_have_own = half is not None and own.rows < part.rows
+            if not _fits_any(part, others, discard) and not (
+                may_have_own and _fits_any(own, compute, discard)
+            ):
                 error = ModelError(
                     "the records of one unit do not fit into memory",
                     field="physical_batch_size",
@@ -101,10 +116,21 @@ def compute_parts(
                 if not private:
                     raise error
                 _logger.error("%s", error.diagnostics())
-        # What the other copies left behind, where a unit did not fit there either.
-        discard()
         left += [part.records for part in pending]
         pending = _cut(data, np.concatenate(left), limit, units)
+
+
+def _fits_any(
+    part: Part, compute: Sequence[Callable[[Part], None]], discard: Callable[[], None]
+) -> bool:
+    """Tries a part on some copies, in their order; returns False if it fits on none of them."""
+    for one in compute:
+        if _fits(one, part):
+            return True
+        # At once: the next unit that is tried there would find less memory, or be refused for what
+        # was left, and whether it counts would follow from this one.
+        discard()
+    return False
 
 
 def _fits(compute: Callable[[Part], None], part: Part) -> bool:

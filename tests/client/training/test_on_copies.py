@@ -427,6 +427,101 @@ def test_nothing_stays_of_units_that_no_copy_has_memory_for(
     assert difference(model.vector() - start_of(model.plan), wanted - start_of(model.plan)) < CLOSE
 
 
+def test_what_a_unit_left_on_a_copy_is_gone_before_another_unit_is_tried_there() -> None:
+    """With three copies, two units may be tried on the same copy, one after the other."""
+    left, tried = set(), Counter[int]()
+
+    def small(copy: int, part: Part) -> None:
+        assert copy not in left
+        tried[copy] += 1
+        left.add(copy)
+        if part.rows > 3:
+            raise torch.OutOfMemoryError("made up")
+        left.remove(copy)
+
+    owners = np.repeat(np.arange(4), 4)
+    compute_parts(
+        lines(owners),
+        np.arange(16),
+        BatchLimit(4),
+        owners,
+        compute=[partial(small, copy) for copy in range(3)],
+        discard=left.clear,
+        private=True,
+    )
+    # Four units, and each is tried on every copy.
+    assert tried == {0: 4, 1: 4, 2: 4}
+    assert not left
+
+
+def test_rows_above_a_lowered_limit_are_computed_by_the_first_copy_that_holds_them() -> None:
+    """The tests of bits before later rounds do not compare them on the copies."""
+    owners = np.repeat(np.arange(7), [2, 2, 3, 1, 1, 4, 3])
+    for most, by in ((16, 0), (2, 1)):
+        log, limit = Log(most, 16), BatchLimit(8)
+        limit.lower(2)
+        assert log.run(lines(owners), limit) == [*range(16)]
+        assert {copy for copy, records in log.added if len(records) > 2} == {by}
+        assert {copy for copy, records in log.added if len(records) <= 2} == {0, 1}
+
+
+def units_that_count(
+    sizes: dict[int, int], memory: tuple[int, ...], limit: BatchLimit
+) -> dict[int, int | None]:
+    """The units that a step counts, on copies with memory for some rows of 16 tokens.
+
+    Every other unit has 16 tokens in each record, and the rest 48. Each unit has the number of rows
+    that it was computed in, if these were not shown to give its records the bits of others; None:
+    they were.
+    """
+    shown = limit.choices
+    owners = np.repeat(list(sizes), list(sizes.values()))
+    starts = np.concatenate([[0], np.cumsum(16 + owners % 2 * 32)])
+    tokens = Tokens(np.ones(starts[-1], dtype=np.int32), starts, 0)
+    data = PreparedData(tokens, np.zeros(len(owners), dtype=np.int64), None, Units(owners))
+    found: dict[int, int | None] = {}
+
+    def compute(most: int, part: Part) -> None:
+        if part.rows * part.length > 16 * most:
+            raise torch.OutOfMemoryError("made up")
+        units = np.unique(owners[part.records]).tolist()
+        assert part.rows in shown or len(units) == 1
+        assert found.keys().isdisjoint(units)
+        found.update(dict.fromkeys(units, None if part.rows in shown else part.rows))
+
+    compute_parts(
+        data,
+        np.arange(len(owners)),
+        limit,
+        owners,
+        compute=[partial(compute, most) for most in memory],
+        discard=lambda: None,
+        private=True,
+    )
+    return found
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_no_unit_decides_where_memory_runs_out_whether_another_counts(copies: int) -> None:
+    """One unit beside a larger one had the limit lowered: the larger one then had rows enough."""
+    assert units_that_count({0: 1, 2: 3}, (3,) * copies, BatchLimit(4)) == {0: None, 2: 3}
+    assert units_that_count({2: 3}, (3,) * copies, BatchLimit(4)) == {2: 3}
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        most = int(random.integers(2, 17))
+        memory = tuple(random.integers(1, 3 * most + 2, copies).tolist())
+        kept = random.permutation(BatchLimit(most).choices)[: random.integers(1, 5)].tolist()
+        sizes = {unit: int(random.integers(1, most + 1)) for unit in range(random.integers(1, 7))}
+        counted = []
+        for units in (sizes, {unit: size for unit, size in sizes.items() if unit > 0}):
+            limit = BatchLimit(most)
+            limit.keep(kept)
+            counted.append(units_that_count(units, memory, limit) if units else {})
+        every, others = counted
+        every.pop(0, None)
+        assert every == others
+
+
 def test_an_error_of_one_copy_ends_when_all_have_ended() -> None:
     going, ended = threading.Event(), []
 
