@@ -6,16 +6,8 @@ from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.adapters.targets import all_linear
 from umbel_client.models.base.architecture import require_context
 from umbel_client.models.base.folder import skeleton
-from umbel_client.planning.draft_file import (
-    Draft,
-    check_supported,
-    gate_of,
-    model_folder,
-    read_draft,
-)
-from umbel_common.plans.alike import check_labels
-from umbel_common.plans.plan import BaseModel, TrainingPlan, check_plan
-from umbel_host.files.model_digest import folder_digest
+from umbel_client.planning.draft_file import Draft, model_folder, plan_of, read_draft
+from umbel_common.plans.plan import TrainingPlan
 
 
 def make_plan(draft: Draft, folder: Path) -> TrainingPlan:
@@ -29,8 +21,6 @@ def make_plan(draft: Draft, folder: Path) -> TrainingPlan:
         ModelError, PlanError: the model lacks a target of the draft, or cannot read texts as long
             as the task's; or the parts of the plan do not fit together.
     """
-    check_supported(draft.lora)
-    check_labels(draft.task)
     model = model_folder(draft, folder)
     require_context(model, skeleton(model, draft.task), draft.task)
     targets = draft.lora.target_modules
@@ -45,27 +35,13 @@ def make_plan(draft: Draft, folder: Path) -> TrainingPlan:
         seed=draft.seed,
         scaling=draft.lora.scaling,
     )
-    plan = TrainingPlan(
-        federation=draft.federation,
-        job=draft.job,
-        model=BaseModel(name=draft.model.name, digest=folder_digest(model)),
-        task=draft.task,
-        lora=lora,
-        training=draft.training,
-        privacy=draft.privacy,
-        aggregation=draft.aggregation,
-        evaluation=draft.evaluation,
-        release_gate=gate_of(draft.release_gate, folder),
-    )
-    check_plan(plan)
-    return plan
+    return plan_of(draft, folder, model, lora)
 
 
 def read_plan(path: Path) -> TrainingPlan:
     """Makes the plan of a draft's file.
 
     Raises:
-        ConfigError: the file cannot be read, is not TOML, or has an unknown, missing or wrong
-            field.
+        ConfigError, DataError, ModelError, PlanError: see `read_draft` and `make_plan`.
     """
     return make_plan(read_draft(path), path.absolute().parent)

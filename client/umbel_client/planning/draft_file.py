@@ -11,10 +11,13 @@ import msgspec
 from umbel_client.data.tables import read_table
 from umbel_common.canonical import Name, Value
 from umbel_common.errors import DataError, PlanError
+from umbel_common.plans.alike import check_labels
 from umbel_common.plans.plan import (
     Aggregation,
+    BaseModel,
     FederatedEvaluation,
     LocalPrivacy,
+    Lora,
     Method,
     NoPrivacy,
     ReleaseGate,
@@ -22,7 +25,10 @@ from umbel_common.plans.plan import (
     Scaling,
     Task,
     Training,
+    TrainingPlan,
+    check_plan,
 )
+from umbel_host.files.model_digest import folder_digest
 from umbel_host.files.text_file import from_home, read_toml
 
 
@@ -101,23 +107,56 @@ class Draft(Value, frozen=True):
     release_gate: DraftGate | None = None
 
 
-def check_supported(lora: DraftLora) -> None:
-    """Refuses what no plan can have, with the reason.
+def checked(draft: Draft) -> Draft:
+    """The draft, if it asks for nothing that no plan can have. No model is needed to see that.
 
     Raises:
-        PlanError: the draft asks for it.
+        PlanError: it asks for a kind of LoRA that no plan can have, or has labels that are alike.
     """
     for name, (accepted, reason) in UNSUPPORTED.items():
-        if getattr(lora, name) != accepted:
+        if getattr(draft.lora, name) != accepted:
             raise PlanError(
                 f"a plan cannot have this kind of LoRA: {reason}",
                 field=f"lora.{name}",
-                found=getattr(lora, name),
+                found=getattr(draft.lora, name),
                 accepted="nothing" if accepted == () else str(accepted).lower(),
             )
+    check_labels(draft.task)
+    return draft
 
 
-def gate_of(gate: DraftGate | None, folder: Path) -> ReleaseGate | None:
+def plan_of(draft: Draft, folder: Path, model: Path, lora: Lora) -> TrainingPlan:
+    """The plan of a draft, with what was read from the model's folder.
+
+    Args:
+        folder: where relative paths start.
+        model: the base model's folder.
+        lora: the adapter with its tensors.
+
+    Raises:
+        DataError: the release gate's holdout cannot be read.
+        ModelError: the model's folder cannot be read.
+        PlanError: see `checked`; or the parts of the plan do not fit together.
+    """
+    # Again, for a draft that was not read from a file.
+    checked(draft)
+    plan = TrainingPlan(
+        federation=draft.federation,
+        job=draft.job,
+        model=BaseModel(name=draft.model.name, digest=folder_digest(model)),
+        task=draft.task,
+        lora=lora,
+        training=draft.training,
+        privacy=draft.privacy,
+        aggregation=draft.aggregation,
+        evaluation=draft.evaluation,
+        release_gate=_gate_of(draft.release_gate, folder),
+    )
+    check_plan(plan)
+    return plan
+
+
+def _gate_of(gate: DraftGate | None, folder: Path) -> ReleaseGate | None:
     """A plan's release gate.
 
     Args:
@@ -149,11 +188,10 @@ def read_draft(path: Path) -> Draft:
     Raises:
         ConfigError: the file cannot be read, is not TOML, or has an unknown, missing or wrong
             field.
-        PlanError: it asks for a kind of LoRA that no plan can have.
+        PlanError: see `checked`.
     """
-    draft = read_toml(path, Draft, "give the path of a draft; docs/operator.md describes it")
-    check_supported(draft.lora)
-    return draft
+    hint = "give the path of a draft; docs/operator.md describes it"
+    return checked(read_toml(path, Draft, hint))
 
 
 def model_folder(draft: Draft, folder: Path) -> Path:

@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from umbel_client.data.records import Columns
 from umbel_client.planning.draft import make_plan
-from umbel_client.planning.draft_file import Draft, model_folder
+from umbel_client.planning.draft_file import Draft, checked, model_folder
 from umbel_client.planning.trial import PublicData, loss_after_training
 from umbel_common.canonical import digest
 from umbel_common.errors import ConfigError, ModelError, StorageError
@@ -96,7 +96,7 @@ def tune(request: TuningRequest, console: Console) -> None:
     out, draft = Path(request.out), Path(request.draft)
     require_new_file(out)
     text = read_text(draft)
-    parsed = parse_toml(text, Draft, draft)
+    parsed = checked(parse_toml(text, Draft, draft))
     plan = make_plan(parsed, draft.parent)
     columns = Columns(
         text_column=request.text_column,

@@ -17,18 +17,16 @@ from typing import Any
 import msgspec
 from safetensors import SafetensorError, safe_open
 
-from umbel_client.planning.draft_file import Draft, check_supported, gate_of, model_folder
+from umbel_client.planning.draft_file import Draft, model_folder, plan_of
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import (
-    BaseModel,
     CausalLm,
     Classification,
     Lora,
     Tensor,
     TrainingPlan,
-    check_plan,
 )
-from umbel_host.files.model_digest import folder_digest, shards_of, weights_of
+from umbel_host.files.model_digest import shards_of, weights_of
 from umbel_host.files.model_folder import CONFIG_FILE, parsed_json, read_texts
 from umbel_host.installation import install
 
@@ -85,7 +83,6 @@ def untried_plan(draft: Draft, folder: Path) -> TrainingPlan:
             draft, or cannot read texts as long as the task's; or the parts of the plan do not fit
             together.
     """
-    check_supported(draft.lora)
     model = _Model(model_folder(draft, folder), draft)
     model.require_context(draft.task.max_tokens)
     asked = draft.lora
@@ -100,20 +97,7 @@ def untried_plan(draft: Draft, folder: Path) -> TrainingPlan:
         tensors=model.tensors(targets, asked.layers, asked.rank),
         scaling=asked.scaling,
     )
-    plan = TrainingPlan(
-        federation=draft.federation,
-        job=draft.job,
-        model=BaseModel(name=draft.model.name, digest=folder_digest(model.folder)),
-        task=draft.task,
-        lora=lora,
-        training=draft.training,
-        privacy=draft.privacy,
-        aggregation=draft.aggregation,
-        evaluation=draft.evaluation,
-        release_gate=gate_of(draft.release_gate, folder),
-    )
-    check_plan(plan)
-    return plan
+    return plan_of(draft, folder, model.folder, lora)
 
 
 class _Model:
