@@ -52,6 +52,18 @@ def enter(program: "Callable[[], int]") -> "NoReturn":
     sys.exit(code)
 
 
+def enter_command(module: str) -> "NoReturn":
+    """Enters the program that is the function `run_command` of a module, which is imported then."""
+
+    def program() -> int:
+        from importlib import import_module
+
+        code: int = import_module(module).run_command()
+        return code
+
+    enter(program)
+
+
 def exit_code(command: "Callable[[], None]", *, interrupted: str = "interrupted") -> int:
     """Runs a command and maps its end to the exit codes of docs/errors.md.
 

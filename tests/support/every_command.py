@@ -18,9 +18,9 @@ import click
 import typer
 
 SCRIPTS = {
-    "umbel-client": "umbel_client.cli",
-    "umbel-server": "umbel_server.cli",
-    "umbel-simulate": "umbel_simulations.cli",
+    "umbel-client": "umbel_client.cli.command",
+    "umbel-server": "umbel_server.cli.command",
+    "umbel-simulate": "umbel_simulations.cli.command",
 }
 MADE = ("out", "new", "folder")
 """Parameters that name what a command makes."""

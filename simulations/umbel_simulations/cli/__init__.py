@@ -1,29 +1,12 @@
-"""`umbel-simulate`: commands parse, call and print. Nobody imports them."""
+"""`umbel-simulate`: commands parse, call and print. Nothing imports them."""
 
-from umbel_host.entry import enter
+from umbel_host.entry import enter_command
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-    import typer
-
 
 def main() -> "NoReturn":
     """The console script: every error is text for people, with its own exit code."""
-    enter(_program)
-
-
-def _program() -> int:
-    from umbel_simulations.cli.command import run_command
-
-    return run_command()
-
-
-def __getattr__(name: str) -> "typer.Typer":
-    """`app`, for those that look at the commands. `main` must come before what it imports."""
-    if name != "app":
-        raise AttributeError(name)
-    from umbel_simulations.cli.command import app
-
-    return app
+    enter_command("umbel_simulations.cli.command")

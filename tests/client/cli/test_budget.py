@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from umbel_client.cli import app
+from umbel_client.cli.command import app
 from umbel_client.ledger import spending
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.privacy.accounting import DpEvent, epsilon

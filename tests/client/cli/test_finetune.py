@@ -18,7 +18,8 @@ from support.small_models import one_round, plan_for, save_decoder
 from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from umbel_client.cli import app, doctor
+from umbel_client.cli import doctor
+from umbel_client.cli.command import app
 from umbel_client.cli.finetune import _loaded
 from umbel_client.data.conversations import Turn, read_questions
 from umbel_client.data.tables import read_table

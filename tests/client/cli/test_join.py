@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from support.enrolling import Enrolling, give_command, read_kit
 
-import umbel_client.cli
+import umbel_client.cli.command
 from umbel_client.site import joining
 from umbel_client.site.config import load_config
 from umbel_client.site.kit_certificate import Certificates, check_certificate
@@ -60,11 +60,11 @@ def test_init_makes_keys_for_their_owner_a_request_and_a_configuration(clinics: 
 def test_init_goes_on_with_an_identity_and_a_configuration_that_are_there(
     tmp_path: Path,
 ) -> None:
-    give_command(umbel_client.cli.app, tmp_path, "keygen")
+    give_command(umbel_client.cli.command.app, tmp_path, "keygen")
     key = read_identity(tmp_path / "identity.pem").public_key
     (tmp_path / "client.toml").write_text("# ours\n")
     words = ("init", "--site", "north", "--federation", "clinics")
-    give_command(umbel_client.cli.app, tmp_path, *words)
+    give_command(umbel_client.cli.command.app, tmp_path, *words)
     assert read_identity(tmp_path / "identity.pem").public_key == key
     assert (tmp_path / "client.toml").read_text() == "# ours\n"
 
@@ -80,7 +80,7 @@ def test_init_writes_what_it_is_given_into_a_configuration_that_loads(
     words += ["--data", str(notes), "--public-size", "70", "--model", str(tiny_model)]
     for label in labels:
         words += ["--label", label]
-    give_command(umbel_client.cli.app, tmp_path, *words)
+    give_command(umbel_client.cli.command.app, tmp_path, *words)
     config = load_config(folder / "client.toml")
     assert (config.data.path, config.data.public_size) == (str(notes), 70)
     assert config.model.path == str(tiny_model)
@@ -113,7 +113,14 @@ def test_init_makes_nothing_of_what_it_cannot_use(
     given = [word for word in words if word != "--config-there"]
     with pytest.raises(kind, match=said):
         give_command(
-            umbel_client.cli.app, tmp_path, "init", "--site", "a", "--federation", "b", *given
+            umbel_client.cli.command.app,
+            tmp_path,
+            "init",
+            "--site",
+            "a",
+            "--federation",
+            "b",
+            *given,
         )
     assert [path.name for path in tmp_path.iterdir()] == ["client.toml"] * there
 
@@ -136,7 +143,7 @@ def test_init_on_a_full_disk_leaves_nothing_behind(
     limit(size)
     words = ("init", "--site", "north", "--federation", "clinics", "--folder", "a/b")
     with pytest.raises((StorageError, IdentityError), match="cannot be written"):
-        give_command(umbel_client.cli.app, tmp_path, *words)
+        give_command(umbel_client.cli.command.app, tmp_path, *words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -144,11 +151,13 @@ def test_init_on_a_full_disk_keeps_what_was_there(
     tmp_path: Path, limit: Callable[[int], None]
 ) -> None:
     """It stops at the request, the last of the files."""
-    give_command(umbel_client.cli.app, tmp_path, "keygen")
+    give_command(umbel_client.cli.command.app, tmp_path, "keygen")
     (tmp_path / "client.toml").write_text("# ours\n")
     limit(600)
     with pytest.raises(StorageError):
-        give_command(umbel_client.cli.app, tmp_path, "init", "--site", "a", "--federation", "b")
+        give_command(
+            umbel_client.cli.command.app, tmp_path, "init", "--site", "a", "--federation", "b"
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["client.toml", "identity.pem"]
 
 

@@ -7,7 +7,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from umbel_client.cli import app, plans
+from umbel_client.cli import plans
+from umbel_client.cli.command import app
 from umbel_client.site.config import load_config
 from umbel_client.site.decisions import Decisions
 from umbel_common.errors import PolicyRefusal

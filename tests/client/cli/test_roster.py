@@ -15,7 +15,7 @@ from support import warm_python
 from support.waiting import HANGING
 from typer.testing import CliRunner, Result
 
-from umbel_client.cli import app
+from umbel_client.cli.command import app
 from umbel_client.cli.roster_view import print_roster
 from umbel_client.site.pinned_roster import require_document
 from umbel_common.errors import IdentityError, SignatureError, StorageError, UmbelError

@@ -21,7 +21,7 @@ from support.data_commands import (
 from support.small_models import CHATML, save_bert, save_decoder
 from typer.testing import CliRunner
 
-from umbel_client.cli import app
+from umbel_client.cli.command import app
 from umbel_client.data.chat import tokenise_answers
 from umbel_client.data.records import load_records
 from umbel_client.data.tokens import load_tokenizer

@@ -95,7 +95,7 @@ def tune(draft: Path, *more: str) -> Result:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(umbel_server.cli.tune, "subprocess", SimpleNamespace(run=started_warm))
         words = ("tune", str(draft), "--data", str(draft.parent / "public.jsonl"), *more)
-        return CliRunner().invoke(umbel_server.cli.app, words)
+        return CliRunner().invoke(umbel_server.cli.command.app, words)
 
 
 def rows(shown: str) -> list[tuple[str, str]]:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from umbel_client.cli import app, doctor, service
+from umbel_client.cli import doctor, service
+from umbel_client.cli.command import app
 from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.site.config import ClientConfig, load_config

@@ -12,7 +12,7 @@ import pytest
 from support.enrolling import Enrolling
 from typer.testing import CliRunner
 
-import umbel_server.cli
+import umbel_server.cli.command
 from umbel_common.errors import PlanError, UmbelError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_to_json
@@ -61,7 +61,7 @@ def say(
 
 def command(clinics: Enrolling, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[str, str]:
     monkeypatch.chdir(clinics.operator)
-    done = CliRunner().invoke(umbel_server.cli.app, list(words), catch_exceptions=False)
+    done = CliRunner().invoke(umbel_server.cli.command.app, list(words), catch_exceptions=False)
     assert done.exit_code == 0
     return done.stdout, done.stderr
 

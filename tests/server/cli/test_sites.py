@@ -15,7 +15,7 @@ from support.enrolling import Enrolling, give_command, read_kit
 from support.waiting import HANGING
 from typer.testing import CliRunner
 
-import umbel_server.cli
+import umbel_server.cli.command
 import umbel_server.cli.sites
 import umbel_server.operator.files
 from umbel_common.errors import ConfigError, IdentityError, StorageError
@@ -76,7 +76,7 @@ def test_init_may_use_a_folder_that_is_there_and_empty(tmp_path: Path) -> None:
     (tmp_path / "full" / "notes").write_text("ours")
     words = ("init", "--federation", "c", "--address", "h:1", "--folder", "full")
     with pytest.raises(StorageError, match="nothing is overwritten"):
-        give_command(umbel_server.cli.app, tmp_path, *words)
+        give_command(umbel_server.cli.command.app, tmp_path, *words)
     assert os.listdir(tmp_path / "full") == ["notes"]
 
 
@@ -101,14 +101,14 @@ def test_an_address_that_is_none_is_refused_before_anything_is_made(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["init", "--federation", "clinics", "--address", address]
-    done = CliRunner().invoke(umbel_server.cli.app, words)
+    done = CliRunner().invoke(umbel_server.cli.command.app, words)
     assert done.exit_code == 2
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_ipv6_address_goes_from_init_to_a_sites_configuration(tmp_path: Path) -> None:
     words = ("init", "--federation", "clinics", "--address", "[2001:db8::1]:9443")
-    give_command(umbel_server.cli.app, tmp_path, *words)
+    give_command(umbel_server.cli.command.app, tmp_path, *words)
     config = load_config(tmp_path / "operator" / "server.toml")
     assert config.listen.public == "[2001:db8::1]:9443"
     assert config.listen.address == "[::]:9443"

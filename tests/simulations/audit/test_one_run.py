@@ -30,7 +30,7 @@ from umbel_simulations.audit.canaries import (
 from umbel_simulations.audit.game import flip_coins, log_likelihood_ratios
 from umbel_simulations.audit.one_run import AuditResult, as_table, audit_scenario, check
 from umbel_simulations.backends.in_process import seeded
-from umbel_simulations.cli import app
+from umbel_simulations.cli.command import app
 from umbel_simulations.inputs.sources import Example
 from umbel_simulations.scenario.file import find_scenario, override
 

@@ -12,7 +12,7 @@ from umbel_common.errors import ConfigError, DataError, UmbelError
 from umbel_common.plans.plan import CausalLm, Classification
 from umbel_common.toml_values import parse_toml
 from umbel_simulations.backends.draft import draft_toml
-from umbel_simulations.cli import app
+from umbel_simulations.cli.command import app
 from umbel_simulations.inputs.new_scenario import Wish, scenario_text
 from umbel_simulations.inputs.sources import load_source
 from umbel_simulations.scenario.file import find_scenario, parse_scenario
