@@ -5,7 +5,7 @@ from pathlib import Path
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.adapters.targets import all_linear
 from umbel_client.models.base.architecture import require_context
-from umbel_client.models.base.folder import skeleton
+from umbel_client.models.base.skeleton import skeleton
 from umbel_client.planning.draft_file import Draft, model_folder, plan_of, read_draft
 from umbel_common.plans.plan import TrainingPlan
 

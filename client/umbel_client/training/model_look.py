@@ -34,8 +34,9 @@ from umbel_client.models.base.architecture import (
     require_context,
     vocabulary_of,
 )
-from umbel_client.models.base.folder import made_up_base, skeleton
 from umbel_client.models.base.layers import TOLERANCE, made_up_inputs, output_layer
+from umbel_client.models.base.made_up import made_up_base
+from umbel_client.models.base.skeleton import skeleton
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import Part
 from umbel_client.tasks.task import made_up_labels, task_of

@@ -72,7 +72,7 @@ def _convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from umbel_client.models.base.folder import quietly
+    from umbel_client.models.base.skeleton import quietly
 
     # In a folder of its own: beside a model, Transformers reads other files too.
     with quietly(), TemporaryDirectory(prefix="umbel-gguf-") as alone:

@@ -17,7 +17,7 @@ from umbel_client.data.records import require_label
 from umbel_client.data.tables import read_table
 from umbel_client.data.tokens import load_tokenizer
 from umbel_client.models.base.architecture import require_context
-from umbel_client.models.base.folder import skeleton
+from umbel_client.models.base.skeleton import skeleton
 from umbel_client.site.config import DataConfig
 from umbel_common.errors import ConfigError, ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Task

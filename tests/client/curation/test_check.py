@@ -25,7 +25,7 @@ from umbel_client.cli.command import app
 from umbel_client.data.chat import tokenise_answers
 from umbel_client.data.records import load_records
 from umbel_client.data.tokens import load_tokenizer
-from umbel_client.models.base.folder import skeleton
+from umbel_client.models.base.skeleton import skeleton
 from umbel_common.errors import ConfigError, DataError, ModelError
 from umbel_common.plans.plan import CausalLm, Classification
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from umbel_client.models.base.folder import load_base, read_base, skeleton
+from umbel_client.models.base.folder import load_base, read_base
+from umbel_client.models.base.skeleton import skeleton
 from umbel_client.models.base.weights import read_weights
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import Classification

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BertTokenizerFast, DeepseekV3Conf
 
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.adapters.targets import adapted_layers, all_linear
-from umbel_client.models.base.folder import skeleton
+from umbel_client.models.base.skeleton import skeleton
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Lora, Task
 

@@ -9,8 +9,9 @@ from support.small_models import plan_for
 from transformers import BertTokenizerFast
 
 from umbel_client.models.adapters.targets import all_linear
-from umbel_client.models.base import folder as base_folder
-from umbel_client.models.base.folder import made_up_base, skeleton
+from umbel_client.models.base import made_up
+from umbel_client.models.base.made_up import made_up_base
+from umbel_client.models.base.skeleton import skeleton
 from umbel_client.training import model_look
 from umbel_client.training.model_look import describe, look_at, require_vocabulary
 from umbel_common.errors import ModelError
@@ -49,7 +50,7 @@ def test_a_large_model_is_cut_to_its_kinds_of_layers_and_says_so(
 def test_made_up_weights_share_their_memory_and_are_all_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_folder, "_LARGEST", 300)
+    monkeypatch.setattr(made_up, "_LARGEST", 300)
     folder = save_architecture(tmp_path / "m", "Llama")
     base = made_up_base(folder, POOLED)
     wanted = {name: one.shape for name, one in skeleton(folder, POOLED).named_parameters()}

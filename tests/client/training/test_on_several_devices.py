@@ -29,8 +29,8 @@ from umbel_client.evaluation.inference import Sampling, answer_prompts
 from umbel_client.evaluation.losses import record_losses
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base import spread
-from umbel_client.models.base.folder import skeleton
 from umbel_client.models.base.placement import AsComputed
+from umbel_client.models.base.skeleton import skeleton
 from umbel_client.models.inputs import TokenInputs
 from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.tasks.physical_batches import ran_out_of_memory

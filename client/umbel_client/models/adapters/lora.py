@@ -21,7 +21,7 @@ from umbel_client.models.adapters.targets import (
     names_for_peft,
 )
 from umbel_client.models.base.architecture import naming_architecture, width_of
-from umbel_client.models.base.folder import peft_quietly, skeleton
+from umbel_client.models.base.skeleton import peft_quietly, skeleton
 from umbel_common.adapters.peft_folder import PEFT_PREFIX
 from umbel_common.adapters.vector import Vector, unflatten
 from umbel_common.errors import ModelError, UmbelError

@@ -20,14 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from umbel_client.models.adapters.folder import folder_mode, read_to_export
 from umbel_client.models.adapters.lora import attach, fill, fold, require_tensors
-from umbel_client.models.base.folder import (
-    BaseContent,
-    build_base,
-    empty_base,
-    quietly,
-    read_base,
-)
+from umbel_client.models.base.folder import BaseContent, build_base, empty_base, read_base
 from umbel_client.models.base.placement import HOST, Change, Form
+from umbel_client.models.base.skeleton import quietly
 from umbel_common.adapters.peft_folder import (
     HEAD_FILE,
     PEFT_PREFIX,

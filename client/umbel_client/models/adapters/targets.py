@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from umbel_client.models.base import int8, nf4
-from umbel_client.models.base.folder import skeleton
 from umbel_client.models.base.layers import output_layer
+from umbel_client.models.base.skeleton import skeleton
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import Lora, Task
 
