@@ -24,6 +24,7 @@ from umbel_client.data.tokens import load_tokenizer
 from umbel_client.models import adapted_model
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base import folder as base_folder
+from umbel_client.models.base import skeleton as base_skeleton
 from umbel_client.tasks.prepared import prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_common.errors import ModelError
@@ -188,7 +189,7 @@ def carelessly(patch: pytest.MonkeyPatch) -> Iterator[None]:
         removed.setattr(model_folder, "_ADAPTER_FILE", "none")
         for module in (base_folder, model_digest):
             removed.setattr(module, "shards_of", lambda *_: [])
-        for module in (base_folder, tokens):
+        for module in (base_skeleton, tokens):
             removed.setattr(module, "private_folder", itself)
         for module in (base_folder, adapted_model):
             removed.setattr(module, "build_base", build)

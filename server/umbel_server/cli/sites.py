@@ -1,6 +1,5 @@
 """`umbel-server sites` and `roster`: admit sites, renew and revoke them."""
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -11,15 +10,8 @@ from rich.console import Console
 
 from umbel_common.errors import IdentityError, StorageError, UmbelError
 from umbel_common.trust import key_statements
-from umbel_common.trust.enrolment import (
-    SignedRequest,
-    SiteKit,
-    check_request,
-    kit_to_json,
-    request_from_json,
-    sign_kit,
-)
-from umbel_common.trust.identity import Member, fingerprint, is_fingerprint_of
+from umbel_common.trust.enrolment import request_from_json
+from umbel_common.trust.identity import fingerprint, is_fingerprint_of
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_to_json, revocation_to_json
 from umbel_host.files.durable import all_or_nothing, make_folder
@@ -27,11 +19,11 @@ from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text, write_new_text
 from umbel_host.terminal import Screen, confirm, json_time, print_json, print_lines, table
 from umbel_server.cli.options import SERVER_TOML, Config, Json
+from umbel_server.operator.admission import Asked, check_renewal, issue, with_sites
 from umbel_server.operator.admitted_sites import SiteEntry, load_sites, save_sites
-from umbel_server.operator.authority import certificate_pem
 from umbel_server.operator.certificates import good_until, parse, read, to_renew
-from umbel_server.operator.config import ServerConfig, load_config, load_roster, public_address
-from umbel_server.operator.files import changing, load_authority, save_roster
+from umbel_server.operator.config import ServerConfig, load_config, load_roster
+from umbel_server.operator.files import changing, save_roster
 
 sites = typer.Typer(help="Sites: add, list, revoke, renew.", no_args_is_help=True)
 roster = typer.Typer(help="The operator's roster: export.", no_args_is_help=True)
@@ -73,8 +65,8 @@ def add(
     settings = load_config(config)
     known = load_sites(Path(settings.sites))
     document = load_roster(settings)
-    admitted = [_Asked(request_from_json(read_text(file), file), file) for file in requests]
-    _add_all(document, known, admitted, weight)
+    admitted = [Asked(request_from_json(read_text(file), file), file) for file in requests]
+    with_sites(document, known, admitted, weight)
     console = Screen()
     for one in admitted:
         key = one.signed.request.identity
@@ -84,12 +76,12 @@ def add(
     with changing(settings), all_or_nothing() as written:
         # Another command may have added a site while people compared fingerprints.
         known = load_sites(Path(settings.sites))
-        document = _add_all(load_roster(settings), known, admitted, weight)
+        document = with_sites(load_roster(settings), known, admitted, weight)
         if out is not None and len(admitted) > 1:
             written += _folder(out)
         for one in admitted:
             kit = kits[one.site]
-            known[one.site] = _issue(settings, one.signed, document, kit, one.file, written)
+            known[one.site] = issue(settings, one, document, kit, written)
         save_sites(Path(settings.sites), known)
         # The roster is last: until it is written, the same command can be given again.
         save_roster(settings, document)
@@ -98,42 +90,6 @@ def add(
     roster_lines = [("roster", document.roster.digest().hex()), ("sites", names)]
     print_lines(console, [*kit_lines, *roster_lines])
     console.print(f"\n{_after_adding(document, kits)}", soft_wrap=True)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A request that was read."""
-
-    signed: SignedRequest
-    file: Path
-
-    @property
-    def site(self) -> str:
-        return self.signed.request.site
-
-
-def _add_all(
-    document: RosterDocument, known: dict[str, SiteEntry], admitted: list[_Asked], weight: int
-) -> RosterDocument:
-    """Returns the next roster, after checking each request against all before it."""
-    entries = dict(known)
-    names = [one.site for one in admitted]
-    twice = [one for number, one in enumerate(admitted) if one.site in names[:number]]
-    if twice:
-        raise IdentityError(
-            "two requests are of one site: nothing was changed",
-            file=twice[0].file,
-            field="site",
-            found=twice[0].site,
-            accepted="one request of each site",
-        )
-    for one in admitted:
-        check_request(one.signed, one.file)
-        _check_new(one.signed, document, entries, one.file)
-        request = one.signed.request
-        document = _with_member(document, Member(request.site, request.identity, weight))
-        entries[request.site] = SiteEntry(request.site, request.relay_key, "")
-    return document
 
 
 def _kit_path(out: Path | None, site: str, *, several: bool) -> Path:
@@ -168,57 +124,6 @@ def _after_adding(document: RosterDocument, kits: dict[str, Path]) -> str:
     )
 
 
-def _with_member(document: RosterDocument, member: Member) -> RosterDocument:
-    """Returns the next roster: with the new site, and without sites whose keys are revoked. No site
-    could approve a roster with a revoked key."""
-    roster, dead = document.roster, document.revoked()
-    stay = [other for other in roster.members if other.public_key not in dead]
-    gone = {other.name: other for other in document.departed}
-    gone |= {other.name: other for other in roster.members if other.public_key in dead}
-    members = tuple(sorted((*stay, member), key=lambda each: each.name))
-    return msgspec.structs.replace(
-        document,
-        roster=msgspec.structs.replace(roster, members=members),
-        departed=tuple(gone[name] for name in sorted(gone) if name != member.name),
-    )
-
-
-def _check_new(
-    asked: SignedRequest, document: RosterDocument, known: dict[str, SiteEntry], file: Path
-) -> None:
-    request, current = asked.request, document.roster
-    if request.federation != current.federation:
-        raise IdentityError(
-            "a request is for another federation",
-            file=file,
-            found=request.federation,
-            accepted=current.federation,
-        )
-    former, dead = current.find(request.site), document.revoked()
-    if former is not None and former.public_key not in dead:
-        raise IdentityError(
-            "a site of this name is already in the roster",
-            file=file,
-            field="site",
-            found=request.site,
-            remedy="umbel-server sites renew, if it is the same site with the same identity;"
-            " umbel-server sites revoke first, if its identity is lost; otherwise use another name",
-        )
-    keys = {member.public_key for member in current.members} | {current.operator}
-    if request.identity in keys | dead:
-        raise IdentityError(
-            "a request's identity is another party's, or is revoked", file=file, field="identity"
-        )
-    _check_relay_key(asked, known, file)
-
-
-def _check_relay_key(asked: SignedRequest, known: dict[str, SiteEntry], file: Path) -> None:
-    # An entry of this name that is not in the roster is left over from an interrupted command.
-    others = (entry for owner, entry in known.items() if owner != asked.request.site)
-    if any(asked.request.relay_key == entry.relay_key for entry in others):
-        raise IdentityError("a request's relay key is another site's", file=file, field="relay_key")
-
-
 def _check_fingerprint(
     console: Console, key: bytes, expected: list[str] | None, file: Path
 ) -> None:
@@ -243,36 +148,6 @@ def _check_fingerprint(
         ),
         declined=UmbelError("the site was not added: nothing was changed", file=file),
     )
-
-
-def _issue(
-    settings: ServerConfig,
-    asked: SignedRequest,
-    document: RosterDocument,
-    out: Path,
-    file: Path,
-    written: list[Path],
-) -> SiteEntry:
-    """Issues the certificate and writes the kit; returns the entry that admits the relay.
-
-    Args:
-        written: files to remove if a later step fails; the kit is added to them.
-    """
-    request = asked.request
-    authority = load_authority(settings)
-    certificate = authority.site(request.site, check_request(asked, file), datetime.now(UTC))
-    pem = certificate_pem(certificate).decode()
-    kit = SiteKit(
-        federation=document.roster.federation,
-        site=request.site,
-        server=public_address(settings),
-        server_ca=certificate_pem(authority.certificate).decode(),
-        certificate=pem,
-        roster=document_to_json(document),
-    )
-    write_new_text(out, kit_to_json(sign_kit(kit, read_identity(Path(settings.identity)))))
-    written.append(out)
-    return SiteEntry(name=request.site, relay_key=request.relay_key, certificate=pem)
 
 
 @sites.command("list")
@@ -384,44 +259,19 @@ def renew(
 ) -> None:
     """Issue a new certificate to a site, for the same or another relay key; its identity stays."""
     settings = load_config(config)
-    asked = request_from_json(read_text(request), request)
-    check_request(asked, request)
+    asked = Asked(request_from_json(read_text(request), request), request)
     with changing(settings), all_or_nothing() as written:
         document, known = load_roster(settings), load_sites(Path(settings.sites))
-        _check_renewal(asked, document, known, request)
-        entry = _issue(settings, asked, document, out, request, written)
+        check_renewal(asked, document, known)
+        entry = issue(settings, asked, document, out, written)
         save_sites(Path(settings.sites), {**known, entry.name: entry})
     console = Screen()
-    print_lines(console, [("site", asked.request.site), ("kit", str(out))])
+    print_lines(console, [("site", asked.site), ("kit", str(out))])
     console.print(
         "\nSend the kit to the site: umbel-client join. With the same relay key, the former\n"
         "certificate stays valid until it expires; with another key, it is refused from now on.",
         soft_wrap=True,
     )
-
-
-def _check_renewal(
-    asked: SignedRequest, document: RosterDocument, known: dict[str, SiteEntry], file: Path
-) -> None:
-    request, member = asked.request, document.roster.find(asked.request.site)
-    site, who = request.site, f"{request.site} {fingerprint(request.identity)}"
-    if member is None or site not in known or member.public_key != request.identity:
-        raise IdentityError(
-            "no site of this name and identity takes part",
-            file=file,
-            found=who,
-            remedy="see umbel-server sites list; umbel-server sites add admits a new site",
-        )
-    if request.federation != document.roster.federation:
-        raise IdentityError(
-            "a request is for another federation",
-            file=file,
-            found=request.federation,
-            accepted=document.roster.federation,
-        )
-    if known[site].revoked or member.public_key in document.revoked():
-        raise IdentityError("this site is revoked for good", file=file, found=who)
-    _check_relay_key(asked, known, file)
 
 
 @roster.command()
