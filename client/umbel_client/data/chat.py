@@ -10,15 +10,16 @@ not ended twice, and one with more text behind its end is refused: no model is a
 A record begins with exactly the token ids that a model is given when it answers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
+from umbel_client.data.answer_end import AnswerEnds
 from umbel_client.data.conversations import (
     Conversation,
     LmRecord,
@@ -39,12 +40,7 @@ from umbel_client.data.tokens import (
 )
 from umbel_common.errors import DataError, ModelError
 from umbel_common.plans.plan import CausalLm
-from umbel_host.files.model_folder import (
-    FileDigests,
-    ends_of_config,
-    ends_of_generation,
-    read_texts,
-)
+from umbel_host.files.model_folder import FileDigests
 
 IGNORED = -100
 """Label of a token that does not count, as in Transformers and torch."""
@@ -170,10 +166,9 @@ class Chat:
         self.tokenizer = tokenizer
         self._task = task
         self._folder = folder
-        self._files = files
+        self._ends = AnswerEnds(tokenizer, folder, files)
         self._everything = task.loss_on == "all"
         self._template = ChatTemplate(tokenizer, folder) if task.template == "chat" else None
-        self._end_of: Callable[[str], _End] = cache(self._find_end)
 
     @classmethod
     def load(cls, folder: Path, task: CausalLm, files: FileDigests | None = None) -> "Chat":
@@ -187,8 +182,8 @@ class Chat:
                 tokenizer has none, or no token ends a text and the plan needs one.
         """
         chat = cls(load_tokenizer(folder, files), task, folder, files)
-        if task.template == "plain" and chat._end is None:
-            raise _endless(folder)
+        if task.template == "plain" and chat._ends.of_text is None:
+            raise chat._ends.missing()
         return chat
 
     def frame(self, question: Question, row: int = 1) -> Frame:
@@ -277,10 +272,11 @@ class Chat:
         if frame.left_out:
             rest = rest.removeprefix(frame.opening)
         counts = len(rest)
-        end = self._end_of(frame.closing or "")
+        end = self._ends.behind(frame.closing or "")
         if frame.closing is not None and not end.text:
             rest = rest.removesuffix(frame.closing)
-            return Rendered(frame.prompt, rest, len(rest), self._end, self._end is not None)
+            token = self._ends.of_text
+            return Rendered(frame.prompt, rest, len(rest), token, token is not None)
         if frame.closing is not None and rest.endswith(frame.closing):
             counts += len(end.text) - len(frame.closing)
         elif rest.rstrip().endswith(end.text):
@@ -307,7 +303,7 @@ class Chat:
             frame: of the question.
             ids: the tokens after the prompt; the answer ends at the first of `ends`.
         """
-        ends, end = self.ends(frame), self._end_of(frame.closing or "")
+        ends, end = self.ends(frame), self._ends.behind(frame.closing or "")
         length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
         text, written = self.text(ids[:length]), self.end_text(frame)
         if written is not None:
@@ -321,36 +317,13 @@ class Chat:
 
     def ends(self, frame: Frame) -> frozenset[int]:
         """The tokens at which an answer ends: those of the template, tokenizer and model."""
-        token = self._end_of(frame.closing or "").token
-        return self._model_ends if token is None else self._model_ends | {token}
+        token = self._ends.behind(frame.closing or "").token
+        return self._ends.of_model if token is None else self._ends.of_model | {token}
 
     def end_text(self, frame: Frame) -> str | None:
         """The text at which an answer ends where the template has no token of its own for it."""
-        end = self._end_of(frame.closing or "")
+        end = self._ends.behind(frame.closing or "")
         return end.text.strip() or None if end.token is None else None
-
-    @cached_property
-    def _own_tokens(self) -> frozenset[int]:
-        """The tokens that stand for themselves, and for no text that people write."""
-        return frozenset([*self.tokenizer.added_tokens_decoder, *self.tokenizer.all_special_ids])
-
-    @cached_property
-    def _config_ends(self) -> list[int]:
-        """The tokens that end a text by the model's configuration."""
-        texts = read_texts(self._folder, self._files)
-        return [one for one in ends_of_config(self._folder, texts) if one in self._own_tokens]
-
-    @cached_property
-    def _end(self) -> int | None:
-        """The token that ends a text, if the tokenizer or the model has one."""
-        end: object = self.tokenizer.eos_token_id
-        return end if isinstance(end, int) else next(iter(self._config_ends), None)
-
-    @cached_property
-    def _model_ends(self) -> frozenset[int]:
-        others = self._own_tokens & {*ends_of_generation(self._folder)}
-        known = () if self._end is None else (self._end,)
-        return frozenset([*known, *self._config_ends, *others])
 
     def require_usable(self) -> None:
         """Refuses a model whose chat template is of no use, or whose answers nothing ends.
@@ -361,9 +334,9 @@ class Chat:
         if self._template is None:
             return  # `load` asks for the end of a plain one
         closing = self._template.frame(self._template.example).closing
-        endless = closing is not None and not self._end_of(closing).text
-        if endless and self._end is None and not self._everything:
-            raise _endless(self._folder)
+        endless = closing is not None and not self._ends.behind(closing).text
+        if endless and self._ends.of_text is None and not self._everything:
+            raise self._ends.missing()
 
     def require_one_prompt(self) -> None:
         """Refuses a template that writes another prompt with an answer than without, whatever the
@@ -382,14 +355,6 @@ class Chat:
                 accepted="a template that writes a prompt alone as it writes it before an answer",
                 remedy='use another model, or agree on a plan with task.template = "plain"',
             )
-
-    def _find_end(self, closing: str) -> "_End":
-        """The end of an answer, in what a template writes behind it."""
-        found = self.tokenizer(closing, add_special_tokens=False, return_offsets_mapping=True)
-        for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
-            if token in self._own_tokens:
-                return _End(closing[:end].rstrip(), closing[:start].strip(), token)
-        return _End(closing.rstrip(), "", None)
 
     def counted(
         self, found: "Encoded | DataError", row: int, vocabulary: int | None = None
@@ -477,8 +442,8 @@ class Chat:
                     ids, past = [*prompt, *behind], text.counts
                 last = len(prompt) + sum(start < past for start in starts)
                 if text.follows:
-                    assert self._end is not None  # `render` asks
-                    ids, last = [*ids, self._end], len(ids) + 1
+                    assert self._ends.of_text is not None  # `render` asks
+                    ids, last = [*ids, self._ends.of_text], len(ids) + 1
                 if self._everything:
                     found.append(Encoded(ids, 0, len(ids)))
                 else:
@@ -487,7 +452,7 @@ class Chat:
 
     def _ended(self, ids: list[int], first: int, last: int, end: int | None) -> Encoded:
         """A text's tokens, of which those up to the first end count."""
-        ends = {end, self._end, *self._config_ends}
+        ends = {end, *self._ends.in_records}
         stop = next((place + 1 for place in range(first, last) if ids[place] in ends), last)
         behind = self.text([token for token in ids[stop:last] if token not in ends])
         return Encoded(ids, first, stop, bool(behind.strip()))
@@ -531,28 +496,6 @@ class Chat:
                 accepted=repr(header) if header else "another format than text",
             )
         return text[: start + len(header)]
-
-
-@dataclass(frozen=True)
-class _End:
-    """The end of an answer, as a template writes it."""
-
-    text: str
-    """What counts with the answer; empty: the template writes nothing that is seen."""
-    before: str
-    """The part of it before `token`, such as a quotation mark."""
-    token: int | None
-    """The token that ends the answer; None: it takes several, or shares one with other text."""
-
-
-def _endless(folder: Path) -> ModelError:
-    return ModelError(
-        "the base model's tokenizer has no token that ends a text",
-        file=folder,
-        field="eos_token",
-        found="no eos_token, and no special token that is the eos_token_id of config.json",
-        accepted="an eos_token in tokenizer_config.json, or a chat template that ends an answer",
-    )
 
 
 def _row_error(
