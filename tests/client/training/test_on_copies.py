@@ -21,8 +21,8 @@ import torch
 from adversarial.site_process import Quiet
 from support import amplifying, pretended
 from support.amplifying import CLIPPING, amplifying_adapter, sensitivity
-from support.on_devices import start_of, write_pairs, write_texts, zeros
-from support.small_models import one_round, plan_for, save_bert, save_decoder
+from support.on_devices import save_narrow_bert, start_of, zeros
+from support.small_models import one_round, plan_for, save_decoder
 
 from umbel_client.data.records import load_records
 from umbel_client.data.site_data import SiteData
@@ -87,23 +87,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_bert(
-        tmp_path_factory.mktemp("bert"),
-        [f"w{number}" for number in range(12)],
-        num_hidden_layers=2,
-        hidden_size=16,
-        intermediate_size=32,
-    )
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl")
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
+    return save_narrow_bert(tmp_path_factory.mktemp("bert"), layers=2)
 
 
 @pytest.fixture(autouse=True)
