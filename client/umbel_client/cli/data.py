@@ -19,7 +19,7 @@ from umbel_common.plans.alike import seen, shown
 from umbel_common.plans.plan_file import plan_from_json, task_text
 from umbel_host.files.output import require_new
 from umbel_host.files.text_file import read_text
-from umbel_host.terminal import Screen, json_text, print_lines, say
+from umbel_host.terminal import Screen, print_json, print_lines, say
 
 if TYPE_CHECKING:
     from umbel_client.curation.report import Cut, DataReport, Spread
@@ -113,7 +113,7 @@ def stats(
     lengths = None if folder is None else count_tokens(examples, folder)
     found = report(examples, lengths, data=site.data, public_size=site.public_size)
     if as_json:
-        say(json_text(found))
+        print_json(found)
         return
     cuts = [_cut_line(cut) for cut in found.cuts or ()]
     print_lines(Screen(), [*_lines(found), *cuts])

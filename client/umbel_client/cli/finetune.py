@@ -25,7 +25,7 @@ from umbel_common.plans.plan import (
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_host.files.output import require_new
 from umbel_host.files.text_file import read_text
-from umbel_host.terminal import Screen, json_text, say, working
+from umbel_host.terminal import Screen, json_text, print_json, say, working
 
 if TYPE_CHECKING:
     from umbel_client.data.conversations import Question
@@ -204,7 +204,7 @@ def evaluate(
     with working("scoring"):
         found = score(model, Path(settings.model.path), data or Path(settings.data.path), options)
     if as_json:
-        say(json_text(found))
+        print_json(found)
     else:
         say(f"{found.records:,} records: {figures_text(found)}")
 

@@ -9,7 +9,7 @@ from umbel_client.cli.options import Json
 from umbel_common.errors import ModelError
 from umbel_host.files.model_digest import folder_files, model_digest
 from umbel_host.processes.lifecycle import reason
-from umbel_host.terminal import json_text, say
+from umbel_host.terminal import print_json, say
 
 model = typer.Typer(help="Look at a base model's folder: digest.", no_args_is_help=True)
 
@@ -25,7 +25,7 @@ def digest(
     sizes = {name: _size(folder / name) for name in sorted(files)}
     if as_json:
         listed = [{"file": n, "bytes": sizes[n], "sha256": files[n]} for n in sizes]
-        say(json_text({"digest": found, "files": listed}))
+        print_json({"digest": found, "files": listed})
         return
     for name, size in sizes.items():
         say(f"{size:>16,}  {files[name]}  {name}")

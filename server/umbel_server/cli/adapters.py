@@ -1,5 +1,7 @@
 """`umbel-server adapters`: the adapters that jobs released."""
 
+import os
+import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
@@ -88,20 +90,17 @@ def export(
     registry = Registry(Path(settings.state) / "registry")
     digest = releases[wanted].adapter
     vector = registry.load(plan, digest)
+    tokenizer = tokenizer_files(settings, plan)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         # The digest names the vector alone. All else follows from the plan.
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_folder(out, plan, vector)
-        tokenizer = tokenizer_files(settings, plan)
+        write_folder(partial, plan, vector)
         for name, text in tokenizer.items():
-            (out / name).write_bytes(text)
-    except FileExistsError:
-        raise StorageError(
-            "a folder exists already and is never overwritten",
-            file=out,
-            remedy="give another --out, or move the folder away",
-        ) from None
+            (partial / name).write_bytes(text)
+        partial.rename(out)
     except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise StorageError("an adapter cannot be exported", file=out, found=error) from None
     say(f"{job}, round {wanted}: {out}")
     if not tokenizer:

@@ -25,16 +25,17 @@ from umbel_host.terminal import Screen, confirm, local_time, print_json, print_l
 from umbel_server.cli.job_view import (
     NOT_RUNNING,
     Seen,
+    Server,
     job_json,
     look,
     print_job,
     sites_behind,
     state_text,
 )
-from umbel_server.cli.options import SERVER_TOML, Config, Json
-from umbel_server.cli.plan import Unchecked, require_tried, sign_as_operator
+from umbel_server.cli.options import SERVER_TOML, Config, Json, Unchecked
 from umbel_server.jobs.evaluator import check_evaluation
-from umbel_server.operator.config import ServerConfig, load_config, load_roster
+from umbel_server.operator.config import load_config, load_roster
+from umbel_server.operator.plan_signing import require_tried, sign_as_operator
 from umbel_server.storage.job_queue import JobQueue, QueuedJob
 from umbel_server.storage.journal import Evaluated, Journal
 
@@ -90,7 +91,7 @@ def start(
             " send it umbel-server roster export, for umbel-client roster approve.",
             err=True,
         )
-    _tell_if_down(settings)
+    _tell_if_down(look(settings))
 
 
 @job.command()
@@ -105,9 +106,10 @@ def stop(name: Name, config: Config = SERVER_TOML) -> None:
 @job.command()
 def resume(name: Name, config: Config = SERVER_TOML) -> None:
     """Resume a stopped or failed job after its last release."""
+    settings = load_config(config)
     with _queue(config) as queue:
         say(f"{name}: {queue.resume(name).state.value}")
-    _tell_if_down(load_config(config))
+    _tell_if_down(look(settings))
 
 
 @job.command()
@@ -142,8 +144,7 @@ def status(
         console.print("No job was started yet.")
     else:
         console.print(_job_table(jobs, seen))
-    if server.running is False:
-        say(NOT_RUNNING, err=True)
+    _tell_if_down(server)
 
 
 @dataclass(frozen=True)
@@ -219,9 +220,9 @@ def _quality_lines(quality: _Quality) -> list[tuple[str, str]]:
     return lines
 
 
-def _tell_if_down(settings: ServerConfig) -> None:
+def _tell_if_down(server: Server) -> None:
     """Says so where no server runs that would take the job up."""
-    if look(settings).running is False:
+    if server.running is False:
         say(NOT_RUNNING, err=True)
 
 

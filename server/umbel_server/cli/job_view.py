@@ -1,5 +1,6 @@
 """A job as its operator sees it: how far it is, which site answered what, and when."""
 
+import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -50,16 +51,23 @@ class Server:
 
 def look(settings: ServerConfig) -> Server:
     """Asks the two processes of the server, which need not be running."""
+    socket = rounds_socket(settings)
     # gRPC waits for a socket that is not there, and takes a while to load.
-    if not rounds_socket(settings).exists():
+    try:
+        socket.stat()
+    except FileNotFoundError:
         return Server(running=False)
+    except PermissionError:
+        return Server(running=None)
+    if not os.access(socket, os.W_OK):
+        return Server(running=None)
     from umbel_host.transport.sockets import is_healthy
     from umbel_server.messaging.carrier import read_contacts
 
     try:
-        is_healthy(rounds_socket(settings), _ASK_SECONDS)
-    except UnreachableError as error:
-        return Server(running=None if "denied" in str(error.found) else False)
+        is_healthy(socket, _ASK_SECONDS)
+    except UnreachableError:
+        return Server(running=False)
     try:
         return Server(True, read_contacts(carrier_socket(settings), _ASK_SECONDS))
     except UnreachableError:
@@ -145,12 +153,13 @@ def job_json(queued: QueuedJob, seen: Seen, server: Server) -> dict[str, object]
 
 
 def seconds_left(queued: QueuedJob, times: Times, now: float) -> float | None:
-    """About how long a running job will take; None before its first release, or if it rests."""
-    if queued.state is not JobState.RUNNING or not queued.round or not times.round_seconds:
+    """About how long a running job will take; None before its first release, after its last, or if
+    it rests."""
+    runs = queued.state is JobState.RUNNING and queued.stage != "finish"
+    if not runs or not queued.round or not times.round_seconds:
         return None
     rounds = _plan_of(queued).training.rounds - queued.round + 1
-    began = times.round_began if queued.stage != "finish" else now
-    return max(rounds * times.round_seconds - (now - began), 0.0)
+    return max(rounds * times.round_seconds - (now - times.round_began), 0.0)
 
 
 def _site_json(
@@ -162,19 +171,19 @@ def _site_json(
         "attempt": None if answer is None else answer.attempt,
         "stage": None if answer is None else answer.stage,
         "refused": None if answer is None else answer.refused or None,
-        "answered": None if answer is None else json_time(answer.time),
+        "answered_at": None if answer is None else json_time(answer.time),
         "last_contact": None if contact is None else json_time(contact.last),
         "connected_twice": None if contact is None else json_time(contact.twice),
     }
 
 
 def _stage_text(queued: QueuedJob, times: Times, limits: Limits, now: float) -> str:
-    rounds = _plan_of(queued).training.rounds
-    text = (
-        queued.stage
-        if not queued.round
-        else f"{queued.round} of {rounds}, attempt {queued.attempt}, {queued.stage}"
-    )
+    steps = [queued.stage]
+    if queued.attempt:
+        steps.insert(0, f"attempt {queued.attempt}")
+    if queued.round:
+        steps.insert(0, f"{queued.round} of {_plan_of(queued).training.rounds}")
+    text = ", ".join(steps)
     if queued.state is JobState.RUNNING and times.stage_began:
         most = duration(limits.seconds(queued.stage))
         text += f", for {duration(now - times.stage_began)} of at most {most}"

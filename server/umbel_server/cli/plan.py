@@ -10,22 +10,18 @@ import typer
 from umbel_common.errors import PlanError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import is_not_tried, plan_from_json, plan_lines, plan_to_json
-from umbel_common.secagg.encoding import encoding_of
-from umbel_common.trust.identity import Signed, fingerprint, open_signed, sign
-from umbel_host.files.keys import read_identity
+from umbel_common.trust.identity import fingerprint, open_signed
 from umbel_host.files.output import require_new_file
 from umbel_host.files.text_file import read_text, write_new_text
 from umbel_host.processes.supervisor import belong_to_parent, our_module
 from umbel_host.terminal import Screen, print_lines
-from umbel_server.cli.options import SERVER_TOML, Config
-from umbel_server.operator.config import ServerConfig, load_config, load_roster
+from umbel_server.cli.options import SERVER_TOML, Config, Unchecked
+from umbel_server.operator.config import load_config, load_roster
+from umbel_server.operator.plan_signing import require_tried, sign_as_operator
 
 plan = typer.Typer(help="Training plans: new, try, sign, show.", no_args_is_help=True)
 
 PlanFile = Annotated[Path, typer.Argument(help="A plan file.")]
-Unchecked = Annotated[
-    bool, typer.Option("--unchecked", help="Sign a plan whose base model nobody has loaded.")
-]
 
 
 @plan.command()
@@ -78,8 +74,11 @@ def try_command(
 
 
 def _python(config: Path) -> str:
-    """The Python that has the packages that load a model, if server.toml is there and names it."""
-    evaluation = load_config(config).evaluation if config.exists() else None
+    """The Python that has the packages that load a model, if server.toml names it. Where no
+    operator's folder is, plans are made with this one."""
+    if config == SERVER_TOML and not config.exists():
+        return sys.executable
+    evaluation = load_config(config).evaluation
     return sys.executable if evaluation is None else evaluation.python or sys.executable
 
 
@@ -115,47 +114,6 @@ def sign_command(
     console = Screen()
     print_lines(console, plan_lines(made), fold=True)
     console.print(f"\nsigned plan: {out}", soft_wrap=True)
-
-
-def require_tried(text: str, file: Path) -> None:
-    """Refuses a plan's file that says that nobody has loaded the base model with it.
-
-    Raises:
-        PlanError: it does.
-    """
-    if is_not_tried(text):
-        raise PlanError(
-            "a plan was made without loading its base model, and would fail at each site if the"
-            " model is not what its files say",
-            file=file,
-            field="not_tried",
-            remedy="umbel-server plan try, on a machine with the packages that load a model; or"
-            " --unchecked, if you take that risk",
-        )
-
-
-def sign_as_operator(settings: ServerConfig, made: TrainingPlan, file: Path) -> Signed:
-    """A plan with the operator's signature.
-
-    Args:
-        file: where it came from, for errors.
-
-    Raises:
-        PlanError: it is for another federation, or its sum would overflow.
-        IdentityError: the operator's key cannot be used.
-    """
-    document = load_roster(settings)
-    if made.federation != document.roster.federation:
-        raise PlanError(
-            "a plan is for another federation",
-            file=file,
-            field="federation",
-            found=made.federation,
-            accepted=document.roster.federation,
-        )
-    # The sum of all sites' deltas must fit, or the job would fail in its first round.
-    encoding_of(made.aggregation, max(len(document.roster.members), 1)).prove_headroom()
-    return sign(read_identity(Path(settings.identity)), made)
 
 
 @plan.command()

@@ -16,6 +16,7 @@ from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_to_json, revocation_to_json
 from umbel_host.files.durable import all_or_nothing, make_folder
 from umbel_host.files.keys import read_identity
+from umbel_host.files.output import require_new, require_new_file
 from umbel_host.files.text_file import read_text, write_new_text
 from umbel_host.terminal import Screen, confirm, json_time, print_json, print_lines, table
 from umbel_server.cli.options import SERVER_TOML, Config, Json
@@ -67,21 +68,23 @@ def add(
     document = load_roster(settings)
     admitted = [Asked(request_from_json(read_text(file), file), file) for file in requests]
     with_sites(document, known, admitted, weight)
+    several = len(admitted) > 1
+    kits = {one.site: _kit_path(out, one.site, several=several) for one in admitted}
+    for kit in kits.values():
+        require_new(kit) if several else require_new_file(kit)
     console = Screen()
     for one in admitted:
         key = one.signed.request.identity
         print_lines(console, [("site", one.site), ("fingerprint", fingerprint(key))])
         _check_fingerprint(console, key, expected, one.file)
-    kits = {one.site: _kit_path(out, one.site, several=len(admitted) > 1) for one in admitted}
     with changing(settings), all_or_nothing() as written:
         # Another command may have added a site while people compared fingerprints.
         known = load_sites(Path(settings.sites))
         document = with_sites(load_roster(settings), known, admitted, weight)
-        if out is not None and len(admitted) > 1:
+        if out is not None and several:
             written += _folder(out)
         for one in admitted:
-            kit = kits[one.site]
-            known[one.site] = issue(settings, one, document, kit, written)
+            known[one.site] = issue(settings, one, document, kits[one.site], written)
         save_sites(Path(settings.sites), known)
         # The roster is last: until it is written, the same command can be given again.
         save_roster(settings, document)

@@ -30,6 +30,7 @@ request is sent again.
 
 from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 
 from umbel_common.adapters.site_counts import vector_length
 from umbel_common.adapters.vector import adapter_digest, initial_vector, to_bytes
@@ -232,11 +233,10 @@ class Job:
                 return self._release(header, signed_header, outcome)
             except _Aborted as abort:
                 failures.append(abort)
-                abort.attempt, abort.cohort = header.attempt, len(header.cohort)
                 event = AttemptAborted(
                     header=signed_header,
                     check=abort.check,
-                    refusals=tuple(sorted(abort.refusals.items())),
+                    refusals=tuple(sorted(abort.refused.items())),
                 )
                 self._journal.record_event(self._operator, self.plan.job, event)
                 self._observer.on_aborted(round_number, header.attempt, abort.check)
@@ -304,7 +304,12 @@ class Job:
                 lost = owners_to_leave_out(error)
                 refused = {**current.refusals, **dict.fromkeys(lost, error.check)}
                 raise _Aborted(
-                    error, refused, current.unwilling | lost, current.waiting, current.stage
+                    error,
+                    current.header,
+                    refused,
+                    current.unwilling | lost,
+                    current.waiting,
+                    current.stage,
                 ) from error
         return state
 
@@ -330,7 +335,7 @@ class Job:
                 vector,
             )
         except RoundAborted as error:
-            raise _Aborted(error, {}, frozenset()) from error
+            raise _Aborted(error, header) from error
         # Step 5.
         judged = self._assessment.judge(header.round, vector, load)
         if judged.held_back:
@@ -401,44 +406,43 @@ class _Aborted(Exception):
     """An attempt ended without a release.
 
     Args:
-        refusals: site -> reason code, for the transcript.
+        header: the attempt's.
+        refused: site -> reason code, for the transcript.
         left_out: sites that are not in the cohort of the round's next attempt.
         silent: sites that had not answered the attempt's last stage.
         stage: the attempt's last stage.
     """
 
-    attempt = 0
-    cohort = 0
-    """Number of sites in the attempt's cohort."""
-
     def __init__(
         self,
         error: RoundAborted,
-        refusals: Mapping[str, str],
-        left_out: frozenset[str],
+        header: RoundHeader,
+        refused: Mapping[str, str] = MappingProxyType({}),
+        left_out: frozenset[str] = frozenset(),
         silent: frozenset[str] = frozenset(),
         stage: str = "",
     ) -> None:
         super().__init__(error.check)
         self.check = error.check
         self.reason = error.message if error.field is None else f"{error.message}: {error.field}"
-        self.refusals = refusals
+        self.header = header
+        self.refused = refused
         self.left_out = left_out
         self.silent = silent
         self.stage = stage
 
     def __str__(self) -> str:
         """The attempt's number, what ended it, and what each site had to do with it."""
-        sites = refusals.told(self.refusals, self.silent, self.stage)
-        return f"attempt {self.attempt}, {self.check}: {sites or self.reason}"
+        sites = refusals.told(self.refused, self.silent, self.stage)
+        return f"attempt {self.header.attempt}, {self.check}: {sites or self.reason}"
 
     def summary(self) -> str:
         """Why the attempt ended, in a few words."""
-        found = refusals.counted(self.refusals, self.silent, self.cohort)
+        found = refusals.counted(self.refused, self.silent, len(self.header.cohort))
         return found or f"{self.check}, {self.reason}"
 
     def remedy(self, job: str) -> str:
         """What the operator can do."""
-        known = refusals.remedy(self.refusals, self.silent)
+        known = refusals.remedy(self.refused, self.silent)
         resumed = f"umbel-server job resume {job} begins this round again"
         return f"{known}; then {resumed}" if known else resumed

@@ -1,6 +1,5 @@
 """The draft of a plan, as an operator writes it by hand for `umbel-server plan new`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import msgspec
 
 from umbel_simulations.scenario.plan import plan_optimizer, plan_task
 from umbel_simulations.scenario.scenario import Scenario
+from umbel_simulations.scenario.toml_text import toml_text
 
 
 def draft_toml(scenario: Scenario, labels: Sequence[str], model: Path, holdout: str = "") -> str:
@@ -47,10 +47,7 @@ def _fields(part: msgspec.Struct) -> dict[str, object]:
 
 def _table(name: str, fields: Mapping[str, object]) -> str:
     head = f"[{name}]\n" if name else ""
-    # Escapes of JSON for characters beyond 16 bits are none of TOML.
     lines = [
-        f"{field} = {json.dumps(value, ensure_ascii=False)}\n"
-        for field, value in fields.items()
-        if value is not None
+        f"{field} = {toml_text(value)}\n" for field, value in fields.items() if value is not None
     ]
     return head + "".join(lines)

@@ -1,6 +1,5 @@
 """`client.toml` of a simulated site: what its administrator would write by hand."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -8,6 +7,7 @@ from typing import Literal
 from umbel_common.plans.plan import NoPrivacy
 from umbel_host.files.model_digest import folder_digest
 from umbel_simulations.scenario.scenario import Data, FileData, Scenario
+from umbel_simulations.scenario.toml_text import toml_text
 
 CLIENT_TOML = """\
 site = {site}
@@ -63,26 +63,25 @@ def client_toml(
         server: the address that the site's relay connects to; absent for a site without a relay.
     """
     return CLIENT_TOML.format(
-        site=json.dumps(site),
-        data=json.dumps(data),
-        physical_batch_size=json.dumps(physical_batch_size),
+        site=toml_text(site),
+        data=toml_text(data),
+        physical_batch_size=toml_text(physical_batch_size),
         public_size=public_size(records),
-        model=json.dumps(str(model.resolve())),
-        device=json.dumps(device),
-        relay="" if server is None else f"\n[relay]\nserver = {json.dumps(server)}\n",
-        approval=json.dumps(approval),
-        digest=json.dumps(folder_digest(model).hex()),
-        task=json.dumps(scenario.task.__struct_config__.tag),
-        # Escapes of JSON for characters beyond 16 bits are none of TOML.
-        labels=json.dumps(list(labels), ensure_ascii=False),
+        model=toml_text(str(model.resolve())),
+        device=toml_text(device),
+        relay="" if server is None else f"\n[relay]\nserver = {toml_text(server)}\n",
+        approval=toml_text(approval),
+        digest=toml_text(folder_digest(model).hex()),
+        task=toml_text(scenario.task.__struct_config__.tag),
+        labels=toml_text(list(labels)),
         units=_units(scenario.data),
         clip_range=scenario.aggregation.clip_range,
-        evaluation=json.dumps(scenario.evaluation is not None),
+        evaluation=toml_text(scenario.evaluation is not None),
         rank=scenario.lora.rank,
         rounds=scenario.training.rounds,
         local_steps=scenario.training.local_steps,
         privacy=_privacy_policy(scenario),
-        examples=json.dumps(scenario.aggregation.weights == "examples"),
+        examples=toml_text(scenario.aggregation.weights == "examples"),
         minimum_cohort=scenario.site_policy.minimum_cohort,
         colluding_sites=scenario.site_policy.colluding_sites,
     )

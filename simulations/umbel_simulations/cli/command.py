@@ -11,7 +11,7 @@ from rich.table import Table
 from umbel_common.errors import StorageError
 from umbel_host.entry import exit_code
 from umbel_host.processes.lifecycle import hide_memory
-from umbel_host.terminal import Screen, command_line, json_text, say
+from umbel_host.terminal import Screen, command_line, print_json
 
 app = command_line(
     "umbel-simulate", "Simulate private federated fine-tuning, with many sites on this machine."
@@ -78,7 +78,7 @@ def run(
     with view_for(console) as view:
         summary = run_scenario(chosen, folder, view.on_event)
     if as_json:
-        say(json_text(summary))
+        print_json(summary)
     else:
         print_summary(console, summary)
         console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
@@ -244,7 +244,7 @@ def audit(
             lambda unit, step, steps: status.update(f"per {unit}: step {step} of {steps}"),
         )
     if as_json:
-        say(json_text(results))
+        print_json(results)
     else:
         console.print(as_table(results))
     check(results)

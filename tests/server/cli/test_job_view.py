@@ -103,6 +103,11 @@ def test_a_running_job_shows_stage_times_estimate_and_each_site(
     assert by_site["north"]["refused"] is None
     assert by_site["east"]["connected_twice"] is not None
     assert by_site["south"]["last_contact"] is None
+    assert by_site["north"]["answered_at"].endswith("Z")
+    queue.begin_stage("job", 3, 0, "finish")
+    shown, _ = command(clinics, monkeypatch, "job", "status", "job")
+    assert "3 of 3, finish, for" in shown
+    assert "estimate" not in shown
 
 
 def test_why_a_job_failed_has_a_line_for_each_part(

@@ -9,7 +9,7 @@ import pytest
 from support.enrolling import Enrolling
 
 import umbel_server.cli.plan
-from umbel_common.errors import PlanError, StorageError
+from umbel_common.errors import ConfigError, PlanError, StorageError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import is_not_tried, plan_from_json, plan_to_json
 from umbel_host.processes.supervisor import belong_to_parent
@@ -65,6 +65,12 @@ def test_the_python_that_evaluates_makes_plans_too(
     assert used == [(python or sys.executable, ["umbel_client.drafting", "draft.toml"])]
     assert "not tried: " in shown
     assert is_not_tried((operator.operator / "plan.json").read_text())
+
+
+def test_a_configuration_that_was_named_must_be_there(operator: Enrolling) -> None:
+    with pytest.raises(ConfigError) as caught:
+        operator.server("plan", "new", "draft.toml", "--out", "plan.json", "--config", "typo.toml")
+    assert str(caught.value.file) == "typo.toml"
 
 
 def test_nothing_is_made_where_there_is_no_place_for_it(operator: Enrolling) -> None:

@@ -35,10 +35,12 @@ from umbel_common.errors import ModelError, StorageError
 from umbel_common.plans.plan import Classification, Lora, Task, TrainingPlan
 from umbel_host.files import tensor_file
 from umbel_host.files.model_digest import require_digest
-from umbel_host.files.model_folder import CONFIG_FILE, TOKENIZER_FILES, parsed_json
-
-GENERATION_FILE = "generation_config.json"
-"""How a language model answers, as its publisher recommends."""
+from umbel_host.files.model_folder import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    TOKENIZER_FILES,
+    parsed_json,
+)
 
 
 @dataclass(frozen=True)
