@@ -1,7 +1,7 @@
 """How a program of ours begins and ends: with a documented exit code, whatever happens to it.
 
-The law: no traceback reaches a person who did not ask for it with UMBEL_TRACEBACK=1. It may quote a
-record or another party, and says nothing to a reader who does not know the code.
+The invariant: no traceback reaches a person who did not ask for it with UMBEL_TRACEBACK=1. It may
+quote a record or another party, and says nothing to a reader who does not know the code.
 
 Nothing that takes time is imported above: a program enters before it imports the rest, and from
 then on Ctrl-C ends it with one word. Until then, Ctrl-C is the interpreter's.

@@ -126,7 +126,7 @@ def default(field: msgspec.structs.FieldInfo) -> str:
     if value is None:
         return "absent"
     if isinstance(value, msgspec.Struct):
-        return "its own"
+        return "defaults below"
     return f"`{json.dumps(value)}`"
 
 
@@ -141,7 +141,11 @@ def rows(kind: type) -> list[str]:
         if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
             meaning = meaning or "A table, below."
         assert meaning, (kind, field.name)
-        meaning = meaning.replace("|", "\\|").replace("None: ", "Absent: ")
+        meaning = (
+            meaning.replace("|", "\\|")
+            .replace("; None: ", ". None: ")
+            .replace("None: ", "Absent: ")
+        )
         lines.append(f"| `{field.name}` | {default(field)} | {meaning} |")
     return lines
 

@@ -109,8 +109,8 @@ def join(
         bool,
         typer.Option(
             "--approve",
-            help="Go on with umbel-client roster approve: only if the operator says that the kit's"
-            " roster has all sites.",
+            help="Continue with umbel-client roster approve: only if the operator says that the"
+            " kit's roster has all sites.",
         ),
     ] = False,
 ) -> None:

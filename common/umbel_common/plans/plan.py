@@ -243,7 +243,8 @@ class FederatedEvaluation(Value, frozen=True):
     """
 
     noise_multiplier: Positive
-    """Standard deviation of the noise on a count, divided by `SENSITIVITY`, sqrt(2)."""
+    """Standard deviation of the noise on a count, divided by sqrt(2), the sensitivity of
+    the two counts."""
     max_records: Count
     """Bound to which a site's counts are clipped, and the scale on which they are rounded."""
     largest_loss: Scale = 10.0

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NOT_RUNNING = "No server is running, so no job makes progress: umbel-server run"
 _ASK_SECONDS = 2.0
 _RECENT_SECONDS = 60.0
-"""Time after which two clients with one site's keys are told of as something of the past."""
+"""Time since two clients used one site's keys, after which `job status` says WAS instead of IS."""
 _AFTER_THE_ROSTER = frozenset(
     {"awaiting-approval", "site-paused", "site-not-ready", "too-many-waiting", "budget"}
 )

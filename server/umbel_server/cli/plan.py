@@ -62,7 +62,7 @@ def try_command(
     out: Annotated[Path, typer.Option(help="The new plan file, without the mark.")],
     config: Config = SERVER_TOML,
 ) -> None:
-    """Load the base model of a plan, and attach the plan's adapter to it.
+    """Load the plan's base model, and try the plan on made-up records.
 
     It needs the packages that load a model, in the Python that `evaluation.python` of server.toml
     names, or in this one; or copy plan and model to a machine that has them.

@@ -1,6 +1,6 @@
 """What an operator reads about the sites that refuse or are silent, and what to do about it.
 
-A refusal is the name of a rule and nothing else: why a site holds to it, its own log says.
+A refusal is the name of a rule and nothing else. The site's own log says why.
 """
 
 from collections.abc import Collection, Mapping

@@ -45,7 +45,8 @@ class ListenConfig(Value, frozen=True):
     client_ca: str = "ca/certificate.pem"
     """The authority that issued the sites' certificates."""
     public: Address | None = None
-    """The address that sites connect to; absent: `address`."""
+    """The address that sites connect to. Absent: `address`, if that is one that sites can reach; it
+    must be given where `address` is 0.0.0.0 or [::]."""
 
 
 class Limits(Value, frozen=True):

@@ -34,8 +34,8 @@ WORDS = 3
 def site_records(examples: Sequence[Example], task: Task, unit: Unit) -> AnyRecords:
     """The records as the site itself reads them from its file.
 
-    Hardly a scenario names the patient of a record, so this function makes patients up: each has
-    `RECORDS_OF_A_PATIENT` consecutive records, and the last patient has the rest.
+    Few scenarios name the patient of a record; this function makes patients up for all of them.
+    Each has `RECORDS_OF_A_PATIENT` consecutive records, and the last patient has the rest.
     """
     rows = [
         {**row, "patient": number // RECORDS_OF_A_PATIENT}

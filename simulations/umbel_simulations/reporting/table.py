@@ -110,7 +110,7 @@ def against(difference: Difference | None) -> str:
 
 def _caption(summary: RunSummary, measure: Measure) -> str:
     if measure is ACCURACY and not summary.standard_error:
-        return "no standard error can be said: all test records are right, or all are wrong"
+        return "no standard error can be given: all test records are right, or all are wrong"
     if measure is ACCURACY:
         return (
             f"standard error of an accuracy: {100 * summary.standard_error:.1f} points;"
