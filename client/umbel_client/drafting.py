@@ -82,7 +82,6 @@ def made(file: Path, model: Path | None = None) -> str:
 
     if model is not None:
         plan, _ = plan_from_json(read_text(file, PlanError), file)
-        require_digest(model, folder_digest(model), plan.model)
         if not _can_load():
             raise ModelError(
                 "a plan is tried with the packages that load a model, which are not installed here",
@@ -91,6 +90,7 @@ def made(file: Path, model: Path | None = None) -> str:
                 f" ({install('client')}), or copy the plan and the model to such a machine, and"
                 " the tried plan back",
             )
+        require_digest(model, folder_digest(model), plan.model)
         _look_at(model, plan)
 
         from umbel_client.models.site_model import load_public

@@ -18,6 +18,7 @@ from umbel_client.cli.options import CLIENT_TOML, Config, JsonWithInfinity
 from umbel_client.cli.state_spend import state_spend
 from umbel_client.ledger.file import read_ledger, require_head
 from umbel_client.ledger.ledger import Ledger
+from umbel_client.ledger.rows import Contents
 from umbel_client.ledger.spending import (
     FEW_ROUNDS,
     ReleaseCost,
@@ -162,12 +163,12 @@ def carry(
 
 
 def _print_nothing(settings: ClientConfig, as_json: bool) -> None:
-    total = settings.policy.total_epsilon
     if as_json:
-        print_json({"data_set": None, "spent": 0.0, "left": total, "total": total, "jobs": []})
+        print_json(spending(Contents(), _allowed(settings)))
     else:
+        total = _number(settings.policy.total_epsilon)
         say(
-            f"Nothing was spent yet, of epsilon {_number(total)}: the first plan makes a ledger.\n"
+            f"Nothing was spent yet, of epsilon {total}: the first plan makes a ledger.\n"
             "If this site had one, bring back the latest copy."
         )
 
@@ -191,9 +192,9 @@ def print_spending(console: Console, ledger: str, spent: Spending) -> None:
         console,
         [
             ("ledger", ledger),
-            ("data set", spent.data_set),
+            ("data set", spent.data_set or "none"),
             ("unit", "record" if spent.unit is None else f"column {spent.unit}"),
-            ("head", spent.head),
+            ("head", spent.head or "none"),
             ("spent", f"epsilon {_number(spent.spent)} at delta {spent.delta:g}"),
             ("left", f"epsilon {_number(spent.left)} of {_number(spent.total)}"),
             *(("stated", text) for text in spent.stated),

@@ -188,7 +188,7 @@ class _Site:
         self.file = file or Path(found.path)
         self.labels = settings.policy.labels if settings else ()
         # It is about the site's own records, not about another file that is looked at here.
-        own = settings is not None and self.file == Path(found.path)
+        own = settings is not None and self.file.resolve() == Path(found.path).resolve()
         self.public_size = found.public_size if own else None
         self.model = Path(settings.model.path) if settings else None
 

@@ -59,9 +59,10 @@ def init(
     """Make this site's keys, the request that the operator needs, and a client.toml."""
     given = any(value is not None for value in (data, public_size, model, label))
     if local:
-        if given:
+        if given or site is not None or federation is not None:
             raise typer.BadParameter(
-                "with --local, name data and model in client.toml", param_hint="--local"
+                "takes no other option but --folder: name data and model in client.toml",
+                param_hint="--local",
             )
         made = set_up_alone(folder)
         say(f"configuration  {made}\n\nName your records and a base model's folder in it.")

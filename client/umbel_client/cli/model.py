@@ -6,9 +6,8 @@ from typing import Annotated
 import typer
 
 from umbel_client.cli.options import Json
-from umbel_common.errors import ModelError
 from umbel_host.files.model_digest import folder_files, model_digest
-from umbel_host.processes.lifecycle import reason
+from umbel_host.files.model_folder import unreadable
 from umbel_host.terminal import print_json, say
 
 model = typer.Typer(help="Look at a base model's folder: digest.", no_args_is_help=True)
@@ -37,4 +36,4 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise ModelError("a model cannot be read", file=path, found=reason(error)) from None
+        raise unreadable(path, error) from None

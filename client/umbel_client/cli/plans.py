@@ -6,10 +6,7 @@ from typing import Annotated
 import typer
 
 from umbel_client.cli.options import CLIENT_TOML, Config, Json
-from umbel_client.ledger.file import read_ledger
-from umbel_client.ledger.plan_cost import budget_of, plan_cost
-from umbel_client.ledger.rows import Contents
-from umbel_client.privacy.calibration import noise_for
+from umbel_client.ledger.plan_cost import cost_here
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.decisions import Decisions, Proposal
 from umbel_client.site.policy import Policy, as_asked, judge_plan
@@ -141,20 +138,13 @@ def _offer_policy(console: Screen, config: Path, plan: TrainingPlan, *, ask: boo
 def _budget_text(settings: ClientConfig, plan: TrainingPlan) -> str:
     """What was spent on the data set, what the plan costs, and what both are together."""
     try:
-        path = settings.state_folder.ledger
-        contents = read_ledger(path) if path.exists() else Contents()
-        cost = plan_cost(
-            plan,
-            noise_for(plan, settings.data.public_size),
-            contents.rounds.values(),
-            budget_of(settings, plan),
-            unknown=contents.unknown,
-        )
+        cost = cost_here(settings, plan)
+        after = cost.after()
         text = (
             f"spent epsilon {cost.spent():.4g}, this plan {cost.alone():.4g}, after it"
-            f" {cost.after():.4g} of {cost.budget.epsilon:g}, at delta {cost.budget.delta:g}"
+            f" {after:.4g} of {cost.budget.epsilon:g}, at delta {cost.budget.delta:g}"
         )
-        return text if cost.after() <= cost.budget.epsilon else f"{text}: IT IS REFUSED"
+        return text if after <= cost.budget.epsilon else f"{text}: IT IS REFUSED"
     except UmbelError as error:
         return error.message
 

@@ -99,7 +99,7 @@ def _key(record: LmRecord) -> Key:
     return tuple(part for turn in record.turns for part in (turn.role, seen(turn.content)))
 
 
-def alike(keys: Sequence[Key]) -> Group:
+def alike_records(keys: Sequence[Key]) -> Group:
     """The records that differ from an earlier one only in case, width, or the form of characters:
     to people they are the same."""
     first: dict[Key, Key] = {}

@@ -8,7 +8,7 @@ from collections import Counter
 import msgspec
 import numpy as np
 
-from umbel_client.curation.examples import Examples, alike, label_remark, repeated
+from umbel_client.curation.examples import Examples, alike_records, label_remark, repeated
 from umbel_client.curation.lengths import Lengths
 from umbel_client.data.site_data import warnings_of
 from umbel_client.data.tokens import Ints
@@ -99,7 +99,7 @@ def report(
         repeated_rows=sorted(rows[row] for group in groups for row in group[1:]),
         shared_by_units=len(shared) if by_unit else 0,
         contradictory_rows=sorted(rows[row] for row in contradictory),
-        alike_rows=[rows[row] for row in alike(keys)],
+        alike_rows=[rows[row] for row in alike_records(keys)],
         remarks=[
             *([] if remark is None else [remark]),
             *warnings_of(examples.records, public_size, named),

@@ -200,7 +200,7 @@ class Chat:
             if self._everything or self._template is None:
                 return Frame(question.text)
             self.require_usable()
-            made_up = self._template.frame(self._template.example)
+            made_up = self._template.made_up
             prompt = self._up_to_answer(question.text, row)
             return Frame(prompt, made_up.opening, made_up.left_out, made_up.closing)
         if self._template is None:
@@ -333,7 +333,7 @@ class Chat:
         """
         if self._template is None:
             return  # `load` asks for the end of a plain one
-        closing = self._template.frame(self._template.example).closing
+        closing = self._template.made_up.closing
         endless = closing is not None and not self._ends.behind(closing).text
         if endless and self._ends.of_text is None and not self._everything:
             raise self._ends.missing()
@@ -346,7 +346,7 @@ class Chat:
             ModelError: says so.
         """
         self.require_usable()
-        if self._template and self._template.frame(self._template.example).closing is None:
+        if self._template and self._template.made_up.closing is None:
             raise ModelError(
                 "the chat template of a base model is of no use to train on answers",
                 file=self._folder,

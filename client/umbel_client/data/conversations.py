@@ -296,10 +296,11 @@ def read_questions(
         raise DataError(
             "a data file has no questions",
             file=path,
-            found=", ".join(table.columns),
+            found=columns_text(table.columns),
             accepted=f"one of the columns {', '.join(needed[0] for needed in COLUMNS.values())}",
             remedy="rename a column of the file",
         )
+    require_columns(path, table, COLUMNS[asking[0]][0])
     questions: list[Question] = []
     for number, row in table.numbered():
         asked = _ASKED[asking[0]](_Place(path, number), row)

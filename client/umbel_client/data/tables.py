@@ -11,6 +11,7 @@ without network.
 """
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ import msgspec
 from umbel_client.data.arrow_rows import folder_rows, parquet_rows
 from umbel_client.data.kinds import FOLDER, kind_of
 from umbel_client.data.rows import GuardedRow, OnWrongRow, Row, Table, unreadable
-from umbel_client.data.text_rows import csv_rows, json_line_rows, lines_of
+from umbel_client.data.text_rows import csv_rows, json_line_rows, lines_in
 from umbel_common.errors import DataError
 from umbel_common.plans.alike import plain, seen, shown
 from umbel_host.processes.lifecycle import reason
@@ -153,9 +154,10 @@ def json_lines(path: Path, table: Table) -> list[bytes]:
     """
     if kind_of(path) != ".jsonl":
         return [_json_line(row) for row in table.rows]
-    if _source(path) != table.source:
+    data = path.read_bytes()
+    if hashlib.sha256(data).digest() != table.source:
         raise DataError("the data file changes while it is read", file=path, remedy="try again")
-    return [line.removesuffix(b"\n") + b"\n" for line in lines_of(path)]
+    return [line.removesuffix(b"\n") + b"\n" for line in lines_in(io.BytesIO(data), path)]
 
 
 def _json_line(row: Row) -> bytes:

@@ -122,10 +122,8 @@ class ChatTemplate:
         """What the template writes around the answer to a conversation.
 
         Raises:
-            ModelError: the template renders no conversation at all.
             DataError: the template cannot render these turns.
         """
-        self.require_usable()
         prompt = self.written(turns, asked=True)
         answered = (*turns, Turn("assistant", _SAID))
         whole = self.written(answered)
@@ -178,13 +176,14 @@ class ChatTemplate:
             ' task.template = "plain"',
         )
 
-    def require_usable(self) -> None:
-        """Refuses a template that renders no conversation, whatever its turns are.
+    @cached_property
+    def made_up(self) -> Frame:
+        """What the template writes around the answer to `example`.
 
         Raises:
-            ModelError: says what happened.
+            ModelError: the template renders no conversation at all.
         """
-        assert self.example
+        return self.frame(self.example)
 
     @cached_property
     def header(self) -> str:
@@ -193,7 +192,7 @@ class ChatTemplate:
         Raises:
             ModelError: the template renders no conversation at all.
         """
-        prompt, without = self.frame(self.example).prompt, self.written(self.example)
+        prompt, without = self.made_up.prompt, self.written(self.example)
         header = prompt.removeprefix(without) if prompt.startswith(without) else ""
         if not header.strip():
             # Some write no header: an answer follows what ends a question.

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -47,13 +47,22 @@ def json_line_rows(path: Path, on_wrong_row: OnWrongRow) -> Table:
 def lines_of(path: Path) -> Iterator[bytes]:
     """The lines of a file, without a byte-order mark. Old programs end them with CR alone."""
     with path.open("rb") as file:
-        first = file.readline().removeprefix(b"\xef\xbb\xbf")
-        require_utf_8(path, first)
-        if not first.endswith(b"\n") and b"\r" in first.strip():
-            yield from first.removesuffix(b"\r").split(b"\r")
-            return
-        yield first
-        yield from file
+        yield from lines_in(file, path)
+
+
+def lines_in(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """As `lines_of`, of an open file.
+
+    Args:
+        path: the file's, for errors.
+    """
+    first = file.readline().removeprefix(b"\xef\xbb\xbf")
+    require_utf_8(path, first)
+    if not first.endswith(b"\n") and b"\r" in first.strip():
+        yield from first.removesuffix(b"\r").split(b"\r")
+        return
+    yield first
+    yield from file
 
 
 def _object(path: Path, number: int, line: bytes) -> Row:

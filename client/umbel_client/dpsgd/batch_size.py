@@ -119,11 +119,10 @@ def record_bytes(model: AdaptedModel, device: torch.device | None = None) -> tup
     """
     plan = model.plan
     device = model.device if device is None else device
-    alternates = plan.lora.method == "alternate" and plan.training.rounds > 1
     private = isinstance(plan.privacy, LocalPrivacy)
     rounds = []
     try:
-        for number in (1, 2) if alternates else (1,):
+        for number in plan.kinds_of_rounds:
             trained = model.select(number).values()
             one, two = (saved_bytes(model, _longest(model, n), device) for n in (1, 2))
             elements = sum(one.numel() for one in trained if one.device == device)

@@ -8,9 +8,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from umbel_client.ledger.rows import EVALUATION, Reservation
+from umbel_client.ledger.file import read_ledger
+from umbel_client.ledger.rows import EVALUATION, Contents, Reservation
 from umbel_client.privacy.accounting import DpEvent, largest_delta, total_epsilon
-from umbel_client.privacy.calibration import SiteNoise, evaluation_event
+from umbel_client.privacy.calibration import SiteNoise, evaluation_event, noise_for
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.policy import Budget
 from umbel_common.errors import BudgetError
@@ -69,6 +70,24 @@ def plan_cost(
     if plan.evaluation is not None:
         own.append(evaluation_event(plan, rounds=plan.training.rounds))
     return PlanCost((*former, *([None] if unknown else [])), tuple(own), budget)
+
+
+def cost_here(config: ClientConfig, plan: TrainingPlan) -> PlanCost:
+    """The cost of a plan on this site's data set, whose ledger need not exist yet.
+
+    Raises:
+        CalibrationError, PolicyRefusal, DataError: see `noise_for`.
+        LedgerError, StorageError: the ledger cannot be read.
+    """
+    path = config.state_folder.ledger
+    contents = read_ledger(path) if path.exists() else Contents()
+    return plan_cost(
+        plan,
+        noise_for(plan, config.data.public_size),
+        contents.rounds.values(),
+        budget_of(config, plan),
+        unknown=contents.unknown,
+    )
 
 
 def require_payable(cost: PlanCost, plan: TrainingPlan, config: ClientConfig) -> None:

@@ -111,8 +111,16 @@ def checked(draft: Draft) -> Draft:
     """The draft, if it asks for nothing that no plan can have. No model is needed to see that.
 
     Raises:
-        PlanError: it asks for a kind of LoRA that no plan can have, or has labels that are alike.
+        PlanError: it asks for a kind of LoRA that no plan can have, for an adapter in no layer, or
+            has labels that are alike.
     """
+    if draft.lora.layers == ():
+        raise PlanError(
+            "an adapter is asked for in no layer",
+            field="lora.layers",
+            found="[]",
+            accepted="numbers of layers, or no such field for all of them",
+        )
     for name, (accepted, reason) in UNSUPPORTED.items():
         if getattr(draft.lora, name) != accepted:
             raise PlanError(
@@ -167,7 +175,7 @@ def _gate_of(gate: DraftGate | None, folder: Path) -> ReleaseGate | None:
     """
     if gate is None:
         return None
-    path = folder / from_home(gate.holdout, "release_gate.holdout")
+    path = folder / from_home(gate.holdout, field="release_gate.holdout")
     if path.is_dir():
         raise DataError(
             "a holdout is named by the digest of its file",
@@ -203,4 +211,4 @@ def model_folder(draft: Draft, folder: Path) -> Path:
     Raises:
         ConfigError: the path begins with ~, and this user has no home folder.
     """
-    return folder / from_home(draft.model.path, "model.path")
+    return folder / from_home(draft.model.path, field="model.path")

@@ -95,7 +95,7 @@ def tune(request: TuningRequest, console: Console) -> None:
     """
     out, draft = Path(request.out), Path(request.draft)
     require_new_file(out)
-    text = read_text(draft)
+    text = read_text(draft, ConfigError)
     parsed = checked(parse_toml(text, Draft, draft))
     plan = make_plan(parsed, draft.parent)
     columns = Columns(

@@ -18,6 +18,7 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 
 from umbel_client.planning.draft_file import Draft, model_folder, plan_of
+from umbel_common.adapters.peft_folder import PEFT_PREFIX
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import (
     CausalLm,
@@ -29,9 +30,6 @@ from umbel_common.plans.plan import (
 from umbel_host.files.model_digest import shards_of, weights_of
 from umbel_host.files.model_folder import CONFIG_FILE, parsed_json, read_texts
 from umbel_host.installation import install
-
-_SAVED = "base_model.model."
-"""Prefix of every name that PEFT saves."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +217,7 @@ class _Model:
                     raise self._no_target(target, layer)
                 for name in chosen:
                     inside, out = self.linear[name]
-                    saved = f"{_SAVED}{self.prefix}{name}"
+                    saved = f"{PEFT_PREFIX}{self.prefix}{name}"
                     found[f"{saved}.lora_A.weight"] = ((rank, inside), "lora_A")
                     found[f"{saved}.lora_B.weight"] = ((out, rank), "lora_B")
         if self.head is not None:
@@ -250,6 +248,6 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
     except (SafetensorError, OSError) as error:
         raise ModelError("the weights of a model cannot be read", file=path, found=error) from None

@@ -219,12 +219,11 @@ def _config(path: Path, table: dict[str, object]) -> ClientConfig:
             require_reachable(relay.server)
         except ValueError as error:
             raise ConfigError(
-                "a relay has no address that it could connect to",
+                f"a relay could not connect to its server's address: {error}",
                 file=path,
                 field="relay.server",
                 found=relay.server,
-                accepted=str(error),
-                remedy="take the server's address from the operator's kit: umbel-client join KIT",
+                remedy="write the address that the operator names",
             ) from None
         files = ("server_ca", "certificate", "key", "socket")
         relay = msgspec.structs.replace(

@@ -319,11 +319,10 @@ def _check(signed: SignedKit, settings: ClientConfig, config: Path, file: Path) 
         require_reachable(kit.server)
     except ValueError as error:
         raise IdentityError(
-            "a kit has no address that this site could connect to",
+            f"a site could not connect to the address in a kit: {error}",
             file=file,
             field="server",
             found=kit.server,
-            accepted=str(error),
             remedy="ask the operator for a new kit",
         ) from None
     if proposed.roster.federation != kit.federation:

@@ -27,15 +27,14 @@ class PolicyFile:
         """Reads the policy of this client.toml.
 
         Raises:
-            ConfigError: a file is not TOML, or has no policy.
-            IdentityError: a file cannot be read.
+            ConfigError: a file cannot be read, is not TOML, or has no policy.
         """
-        self.path, self._text = config, read_text(config)
+        self.path, self._text = config, read_text(config, ConfigError)
         self._document = _parsed(self._text, config)
         self._table: Any = self._document.get("policy")
         if isinstance(self._table, str):
             self.path = config.absolute().parent / from_home(self._table, config)
-            self._text = read_text(self.path)
+            self._text = read_text(self.path, ConfigError)
             self._document = self._table = _parsed(self._text, self.path)
         if self._table is None:
             raise ConfigError("a configuration has no policy", file=config, field="policy")
@@ -86,7 +85,7 @@ class PolicyFile:
             found: str | None = error.strerror
         else:
             found = None if own else "a link, or a file of another user"
-        if found is None and read_text(self.path) != self._text:
+        if found is None and read_text(self.path, ConfigError) != self._text:
             found = "it was changed while you were asked"
         if found is not None:
             raise StorageError(

@@ -12,11 +12,9 @@ from pathlib import Path
 
 from umbel_client.data.site_data import SiteData
 from umbel_client.dpsgd.batch_size import choose_batch_limit
-from umbel_client.ledger.file import read_ledger
 from umbel_client.ledger.ledger import Ledger
-from umbel_client.ledger.plan_cost import budget_of, plan_cost, require_payable
+from umbel_client.ledger.plan_cost import budget_of, cost_here, plan_cost, require_payable
 from umbel_client.ledger.register import Register, marks_of
-from umbel_client.ledger.rows import Contents
 from umbel_client.models.base.architecture import naming_architecture
 from umbel_client.models.site_model import load_site_model
 from umbel_client.privacy.calibration import noise_for
@@ -152,16 +150,7 @@ def check_payable(config: ClientConfig, plan: TrainingPlan) -> None:
         BudgetError: the whole plan would exceed the data set's budget.
         LedgerError, StorageError: the ledger cannot be read.
     """
-    noise, path = noise_for(plan, config.data.public_size), config.state_folder.ledger
-    contents = read_ledger(path) if path.exists() else Contents()
-    cost = plan_cost(
-        plan,
-        noise,
-        contents.rounds.values(),
-        budget_of(config, plan),
-        unknown=contents.unknown,
-    )
-    require_payable(cost, plan, config)
+    require_payable(cost_here(config, plan), plan, config)
 
 
 def _weight(plan: TrainingPlan, roster: Roster, site: str, records: int) -> int:

@@ -262,8 +262,7 @@ def _try_steps(model: AdaptedModel) -> None:
             part = Part(np.arange(_RECORDS), length, _RECORDS)
             return task.losses(model, task.batch(data, part))
 
-    alternates = plan.lora.method == "alternate" and plan.training.rounds > 1
-    for round_number in (1, 2) if alternates else (1,):
+    for round_number in plan.kinds_of_rounds:
         trained = model.select(round_number)
         parameters = list(trained.values())
         if not private:

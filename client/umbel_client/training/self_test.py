@@ -114,9 +114,8 @@ def _trials(
 ) -> "Iterator[_Trial]":
     """Each kind of round that the plan has, with a random adapter that it sets."""
     plan = model.plan
-    alternates = plan.lora.method == "alternate" and plan.training.rounds > 1
     data = _made_up(model)
-    for round_number in (1, 2) if alternates else (1,):
+    for round_number in plan.kinds_of_rounds:
         trial = _Trial(
             model=model,
             data=data,

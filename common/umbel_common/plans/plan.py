@@ -285,6 +285,12 @@ class TrainingPlan(Value, frozen=True):
         """The digest by which all parties know that they follow the same plan, 32 bytes."""
         return digest(label_of(TrainingPlan), encode(self))
 
+    @property
+    def kinds_of_rounds(self) -> tuple[int, ...]:
+        """A round of each kind: one, or two where rounds alternate what they train."""
+        alternates = self.lora.method == "alternate" and self.training.rounds > 1
+        return (1, 2) if alternates else (1,)
+
     def trained_tensors(self, round_number: int) -> tuple[Tensor, ...]:
         """The tensors that a round (from 1) changes, in the order in which they are flattened."""
         frozen: tuple[str, ...] = ()

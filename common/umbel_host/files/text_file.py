@@ -65,11 +65,11 @@ def write_new_text(path: Path, text: str) -> None:
         raise StorageError("a file cannot be written", file=path, found=error.strerror) from None
 
 
-def from_home(name: str, file: object) -> Path:
+def from_home(name: str, file: object = None, *, field: str | None = None) -> Path:
     """The path of a configuration, in which `~` may stand for a home folder.
 
     Args:
-        file: where it was written, for the error.
+        file: where it was written, for the error; `field` names the value in it.
 
     Raises:
         ConfigError: the user has no home folder, as in a container.
@@ -80,6 +80,7 @@ def from_home(name: str, file: object) -> Path:
         raise ConfigError(
             "a path begins with ~, and this user has no home folder",
             file=file,
+            field=field,
             found=name,
             accepted="a path without ~",
         ) from None

@@ -85,7 +85,7 @@ def explained(error: UmbelError) -> UmbelError:
     if isinstance(cause, OSError) and error.found is cause:
         error.found = reason(cause)
     if isinstance(cause, PermissionError):
-        error.found, error.remedy = reason(cause), _whose(cause)
+        error.found, error.remedy = reason(cause), error.remedy or _whose(cause)
     return error
 
 
@@ -93,6 +93,8 @@ def _whose(error: PermissionError) -> str:
     owner = None if error.filename is None else _owner(Path(os.fsdecode(error.filename)))
     if owner is None or owner == os.geteuid():
         return "run this as the user that the file belongs to, or change its permissions"
+    if owner == 0:
+        return "it belongs to root: change its permissions, or choose another place"
     return f"run this as {user_name(owner)}, who owns it: sudo -u {user_name(owner)} ..."
 
 

@@ -235,6 +235,7 @@ def test_a_new_site_has_spent_nothing(state: Path) -> None:
     assert (done.exit_code, "Nothing was spent yet" in done.stdout) == (0, True)
     found = json.loads(CliRunner().invoke(app, ["budget", "show", "--json"]).stdout)
     assert (found["spent"], found["left"], found["jobs"]) == (0.0, found["total"], [])
+    assert (found["data_set"], found["head"], found["old_copy"]) == (None, None, False)
     assert list(state.iterdir()) == []
 
 

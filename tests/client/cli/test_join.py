@@ -101,7 +101,7 @@ def test_init_writes_what_it_is_given_into_a_configuration_that_loads(
         (("--label", "flu", "--label", "\udcff"), ConfigError, "cannot hold"),
         (("--data", "/tmp/\udcff/.."), ConfigError, "records is missing"),
         (("--public-size", "0"), AssertionError, "not in the range"),
-        (("--local", "--label", "flu"), AssertionError, "with --local"),
+        (("--local", "--label", "flu"), AssertionError, "takes no other option"),
     ],
 )
 def test_init_makes_nothing_of_what_it_cannot_use(
@@ -264,7 +264,7 @@ def test_no_address_writes_a_second_line_into_the_configuration(
     )
     monkeypatch.setattr(joining, "kit_from_json", lambda *_: lenient)
     monkeypatch.setattr(joining, "check_kit", lambda *_: None)
-    refused(clinics, forged, IdentityError, "no address that this site could connect to")
+    refused(clinics, forged, IdentityError, "could not connect to the address in a kit")
     monkeypatch.setattr(joining, "require_reachable", lambda _: None)
     clinics.client("north", "join", str(forged))
     assert '\nsocket2 = "x"\n' in (clinics.folder / "north/client.toml").read_text()

@@ -128,6 +128,7 @@ def test_of_other_encoders(tmp_path: Path, tiny_model: Path) -> None:
         ({"task": {"max_tokens": 4000}}, ModelError, "longer texts"),
         ({"task": {"head": "stock"}}, ModelError, "evaluation.python"),
         ({"task": {"labels": ("flu", "Flu ")}}, PlanError, "alike"),
+        ({"lora": {"target_modules": ("query",), "layers": ()}}, PlanError, "in no layer"),
     ],
 )
 def test_what_does_not_fit_is_refused_as_it_is_with_the_model(

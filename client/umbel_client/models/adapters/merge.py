@@ -41,6 +41,7 @@ from umbel_host.files.model_folder import (
     TOKENIZER_FILES,
     parsed_json,
 )
+from umbel_host.files.output import require_new
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,7 @@ def merge_adapter(
         StorageError: `out` exists, or the disk does not take it.
     """
     plan, vector, release = read_to_export(adapter)
-    if out.exists():
-        raise StorageError("a file or folder is in the way", file=out, remedy="give a new name")
+    require_new(out)
     model, content = _merged(base, plan, vector, getattr(torch, dtype), device)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
