@@ -6,6 +6,7 @@ import itertools
 import os
 import resource
 import runpy
+import signal
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What a test says of the CPU is true of the CPU: a GPU of this machine is not for tests.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As in a job that a shell put into the background. Programs that tests interrupt inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

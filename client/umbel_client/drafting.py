@@ -1,7 +1,9 @@
 """Makes a plan from its draft, a TOML file, and the base model's folder.
 
-`umbel-server plan new` runs this in a process of its own: the model's classes are needed to know
-the tensors of an adapter.
+`umbel-server plan new` runs this in a process of its own, with the draft's file. With the packages
+that load a model it builds the model and looks at it (`umbel_client.training.model_look`). Without
+them it reads what the model's files say (`planning.untried`). `umbel-server plan try` gives a plan
+and a folder, whose model is loaded.
 
 ```toml
 federation = "north"
@@ -46,19 +48,89 @@ max_loss_increase = 0.05
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-from umbel_client.planning.draft import read_plan
 from umbel_client.trainer.isolation import confine_command
-from umbel_common.plans.plan_file import plan_to_json
-from umbel_host.terminal import exit_code
+from umbel_common.plans.plan import TrainingPlan
+from umbel_host.entry import enter, exit_code
+from umbel_host.terminal import say
 
 
 def main() -> int:
-    """Writes the plan of the draft named on the command line to standard output."""
+    """Writes the plan of the draft or plan on the command line to standard output."""
     confine_command()
-    return exit_code(lambda: print(plan_to_json(read_plan(Path(sys.argv[1]))), end=""))
+    paths = [Path(argument) for argument in sys.argv[1:]]
+    return exit_code(lambda: print(made(*paths), end=""))
+
+
+def made(file: Path, model: Path | None = None) -> str:
+    """The text of a plan's file.
+
+    Args:
+        file: a draft; or a plan, with `model`.
+        model: the folder of the plan's base model, which is loaded to try it.
+
+    Raises:
+        UmbelError: the file or the model does not make a plan.
+    """
+    from umbel_common.errors import ModelError, PlanError
+    from umbel_common.plans.plan_file import plan_from_json, plan_to_json
+    from umbel_host.files.model_digest import folder_digest, require_digest
+    from umbel_host.files.text_file import read_text
+    from umbel_host.installation import install
+
+    if model is not None:
+        plan, _ = plan_from_json(read_text(file, PlanError), file)
+        if not _can_load():
+            raise ModelError(
+                "a plan is tried with the packages that load a model, which are not installed here",
+                file=model,
+                remedy="name a Python that has them in evaluation.python of server.toml"
+                f" ({install('client')}), or copy the plan and the model to such a machine, and"
+                " the tried plan back",
+            )
+        require_digest(model, folder_digest(model), plan.model)
+        _look_at(model, plan)
+
+        from umbel_client.models.site_model import load_public
+
+        load_public(model, plan, "cpu", field="--model", trains=True)
+        return plan_to_json(plan)
+
+    from umbel_client.planning.draft_file import model_folder, read_draft
+
+    # Before the packages are imported, which takes seconds.
+    draft, folder = read_draft(file), file.absolute().parent
+    if not _can_load():
+        from umbel_client.planning.untried import untried_plan
+
+        return plan_to_json(untried_plan(draft, folder), not_tried=True)
+
+    from umbel_client.planning.draft import make_plan
+
+    plan = make_plan(draft, folder)
+    _look_at(model_folder(draft, folder), plan)
+    return plan_to_json(plan)
+
+
+def _can_load() -> bool:
+    """Whether the packages that load a model are installed."""
+    return find_spec("torch") is not None
+
+
+def _look_at(folder: Path, plan: TrainingPlan) -> None:
+    """Tries the model on made-up records, and says where it was too large to be tried whole."""
+    from umbel_client.training.model_look import look_at
+
+    look = look_at(folder, plan)
+    if not look.whole:
+        say(
+            f"The model is large: its first {look.layers} of {look.all_layers} layers were tried,"
+            f" on records of {look.tokens} of {look.max_tokens} tokens.",
+            err=True,
+        )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from umbel_client.trainer.isolation import drop_network
+from umbel_host.entry import enter, exit_code
 from umbel_host.processes.lifecycle import hide_memory
 
 
@@ -19,11 +20,10 @@ def main() -> int:
 
     from umbel_client.trainer.service import run
     from umbel_host.processes.log import configure
-    from umbel_host.terminal import exit_code
 
     configure()
     return exit_code(lambda: run(Path(sys.argv[1]), refused))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

@@ -7,18 +7,20 @@ TPE (Bergstra et al. 2011); its first trial is the draft as it is.
 
 import sys
 
-import msgspec
-
-from umbel_client.planning.search import tune
 from umbel_client.trainer.isolation import confine_command
-from umbel_common.errors import ConfigError
-from umbel_common.plans.requests import TuningRequest
-from umbel_host.terminal import Screen, exit_code
+from umbel_host.entry import enter, exit_code
 
 
 def main() -> int:
     """Answers the request on standard input."""
     confine_command()
+
+    import msgspec
+
+    from umbel_client.planning.search import tune
+    from umbel_common.errors import ConfigError
+    from umbel_common.plans.requests import TuningRequest
+    from umbel_host.terminal import Screen
 
     def command() -> None:
         try:
@@ -31,4 +33,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

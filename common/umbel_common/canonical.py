@@ -25,7 +25,14 @@ Entropy = Callable[[int], bytes]
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 """A SHA-256 digest."""
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?\Z")]
+Name = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?\Z",
+        description="a text in quotes of at most 64 small letters, digits and hyphens, such as"
+        " north-clinic; no hyphen first or last",
+    ),
+]
 """A name of a federation, job or site: lower-case letters, digits, inner hyphens; at most 64."""
 
 T = TypeVar("T")

@@ -59,20 +59,76 @@ def _config_error(message: str, data: object, kind: type, file: object) -> Confi
     if found := re.fullmatch(r"Object contains unknown field `(.*)`", what):
         return _unknown_field(found[1], path, kind, file)
     if found := re.fullmatch(r"Object missing required field `(.*)`", what):
+        missing = _missing([inspect.type_info(kind)], data) or [_dotted([*path, found[1]])]
+        if len(missing) > 1:
+            return ConfigError(
+                "fields are missing", file=file, field=", ".join(missing), remedy="add each of them"
+            )
         return ConfigError(
             "a field is missing",
             file=file,
             field=_dotted([*path, found[1]]),
             remedy=f"add it{_to_table(path)}",
         )
-    expected = re.fullmatch(r"Expected (.*?)(?:, got .*)?", what)
     return ConfigError(
         "a field has a wrong value",
         file=file,
         field=_dotted(path) or None,
         found=_shown(data, path),
-        accepted=_plain(expected[1]) if expected else what,
+        accepted=_accepted(what, kind, path),
     )
+
+
+def _accepted(what: str, kind: type, path: list[str]) -> str:
+    expected = re.fullmatch(r"Expected (.*?)(?:, got .*)?", what)
+    if expected is None:
+        return _choices(kind, path) or what
+    described = _descriptions(_types_in(kind, path)) if "matching regex" in what else []
+    return described[0] if described else _plain(expected[1])
+
+
+def _descriptions(types: list[inspect.Type]) -> list[str]:
+    """What fields of these types say of their values: the descriptions of `msgspec.Meta`."""
+    found = []
+    for one in types:
+        if isinstance(one, inspect.Metadata):
+            found += [
+                str(text) for text in [(one.extra_json_schema or {}).get("description")] if text
+            ]
+            one = one.type
+        if isinstance(one, inspect.UnionType):
+            found += _descriptions(list(one.types))
+    return found
+
+
+def _missing(types: list[inspect.Type], data: object, above: str = "") -> list[str]:
+    """Every field that a table lacks, and that each lacking table would need."""
+    structs = [one for one in _alternatives(types) if isinstance(one, inspect.StructType)]
+    if len(structs) != 1 or not isinstance(data, dict):
+        # Which fields are needed depends on what the table is.
+        return []
+    found = []
+    for field in structs[0].fields:
+        name = f"{above}{field.encode_name}"
+        if field.encode_name in data:
+            found += _missing([field.type], data[field.encode_name], f"{name}.")
+        elif field.required:
+            found += _missing([field.type], {}, f"{name}.") or [name]
+    return found
+
+
+def _choices(kind: type, path: list[str]) -> str | None:
+    """The words that a field may have, if these are few: of a choice, or of the kind of a table."""
+    *above, name = path or [""]
+    words: list[object] = []
+    for one in _types_at(kind, above):
+        if isinstance(one, inspect.StructType) and one.tag_field == name:
+            words.append(one.tag)
+    for one in _types_at(kind, path):
+        if isinstance(one, inspect.LiteralType):
+            words += one.values
+    others = [_OTHERS[type(one)] for one in _types_at(kind, path) if type(one) in _OTHERS]
+    return ", ".join([*sorted(map(str, words)), *others]) or None
 
 
 def _unknown_field(name: str, path: list[str], kind: type, file: object) -> ConfigError:
@@ -88,8 +144,13 @@ def _unknown_field(name: str, path: list[str], kind: type, file: object) -> Conf
     )
 
 
-def _fields_at(kind: type, path: list[str]) -> list[str]:
-    """Names of all fields that the table at `path` may have, whichever type it is of."""
+def _types_at(kind: type, path: list[str]) -> list[inspect.Type]:
+    """Whatever types the value at `path` may have, each by itself."""
+    return _alternatives(_types_in(kind, path))
+
+
+def _types_in(kind: type, path: list[str]) -> list[inspect.Type]:
+    """The types of the value at `path`, as they are written."""
     types: list[inspect.Type] = [inspect.type_info(kind)]
     for step in path:
         types = [
@@ -97,9 +158,14 @@ def _fields_at(kind: type, path: list[str]) -> list[str]:
             for outer in _alternatives(types)
             for inner in _inside(outer, None if step.startswith("[") else step)
         ]
+    return types
+
+
+def _fields_at(kind: type, path: list[str]) -> list[str]:
+    """Names of all fields that the table at `path` may have, whichever type it is of."""
     names = [
         field.encode_name
-        for outer in _alternatives(types)
+        for outer in _types_at(kind, path)
         if isinstance(outer, inspect.StructType)
         for field in outer.fields
     ]
@@ -150,7 +216,18 @@ def _shown(data: object, path: list[str]) -> object:
     return "a list" if isinstance(data, list) else repr(data)
 
 
+_OTHERS: dict[type, str] = {
+    inspect.IntType: "a whole number",
+    inspect.FloatType: "a number",
+    inspect.VarTupleType: "a list in [ ]",
+    inspect.ListType: "a list in [ ]",
+    inspect.DictType: "a table",
+}
+"""What a field may have beside the words of a choice."""
+
+
 def _plain(expected: str) -> str:
+    expected = re.sub(r"`([a-z]+(?: \| [a-z]+)+)`", _each, expected)
     names = {
         "`str`": "a text in quotes",
         "`int`": "a whole number",
@@ -162,3 +239,8 @@ def _plain(expected: str) -> str:
     for technical, plain in names.items():
         expected = expected.replace(technical, plain)
     return expected
+
+
+def _each(types: re.Match[str]) -> str:
+    """Several types of JSON as one phrase; a field is left out where null is meant."""
+    return " or ".join(f"`{name}`" for name in types[1].split(" | ") if name != "null")

@@ -8,9 +8,7 @@ answer. The question is grpc.health.v1, which other probes can ask too.
 import sys
 from pathlib import Path
 
-from umbel_common.errors import ConfigError, UmbelError
-from umbel_host.terminal import say
-from umbel_host.transport.sockets import is_healthy
+from umbel_host.entry import enter
 
 SCHEME = "unix:"
 SECONDS = 5.0
@@ -28,6 +26,9 @@ def probe(address: str) -> None:
         UnreachableError: nothing answers there.
         UmbelError: the process that answers is not well.
     """
+    from umbel_common.errors import ConfigError, UmbelError
+    from umbel_host.transport.sockets import is_healthy
+
     if not address.startswith(SCHEME) or address == SCHEME:
         raise ConfigError(
             "a probe needs the address of a socket",
@@ -45,6 +46,9 @@ def probe(address: str) -> None:
 
 def main() -> int:
     """Prints one line, and returns the exit code."""
+    from umbel_common.errors import UmbelError
+    from umbel_host.terminal import say
+
     address = " ".join(sys.argv[1:])
     try:
         probe(address)
@@ -56,4 +60,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

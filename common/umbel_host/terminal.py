@@ -1,20 +1,22 @@
-"""How a command talks to people, and how it ends: with a documented exit code.
+"""How a command talks to people.
 
 The law: nothing reaches a terminal but through `Screen`, `say` or `json_text`. Names and texts of
 other parties are among what commands print, also on the screen on which a person approves a plan.
 """
 
 import sys
-import traceback
-from collections.abc import Callable, Collection, Iterable
-from typing import IO
+from collections.abc import Collection, Iterable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import IO, Annotated
 
 import msgspec
 import typer
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
-from rich.table import Table
+from rich.status import Status
+from rich.table import Column, Table
 from rich.text import Text
 
 from umbel_common.canonical import Name
@@ -22,7 +24,8 @@ from umbel_common.errors import UmbelError
 from umbel_common.printable import one_line, printable, printable_json
 from umbel_common.trust.key_statements import OPERATOR
 
-INTERRUPTED = 130
+_NO_LIMIT = 1 << 20
+"""Width where nobody's screen has an edge: in a pipe or a file, a line is as long as it needs."""
 
 
 class Screen(Console):
@@ -46,6 +49,8 @@ class Screen(Console):
             emoji=False,
             highlight=False,
         )
+        if width is None and not _is_terminal(self.file):
+            self.width = _NO_LIMIT
 
     def render_str(self, text: str, **options: object) -> Text:
         """A text in the way that rich lays it out, in a cell too."""
@@ -55,12 +60,50 @@ class Screen(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Everything on its way to the terminal, and so also a `Text` that somebody made."""
+        """Everything on its way to the terminal, and so also a `Text` that somebody made. A table
+        that is too wide for it is folded, never cut off."""
+        if isinstance(renderable, Table):
+            _fold(renderable, (options or self.options).max_width)
         for segment in super().render(renderable, options):
             if segment.control:
                 yield segment
             else:
                 yield Segment(printable(segment.text), segment.style)
+
+
+def command_line(name: str, text: str) -> typer.Typer:
+    """The app of a console script, with what people expect of one: `-h`, `--version`, completion.
+
+    Args:
+        text: what its help says first.
+    """
+    app = typer.Typer(
+        name=name,
+        help=text,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        # Click suggests a command that is spelled alike, and once is enough.
+        suggest_commands=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    def show_version(asked: bool) -> None:
+        if asked:
+            say(f"{name} {version('umbel')}")
+            raise typer.Exit
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool,
+            typer.Option(
+                "--version", callback=show_version, is_eager=True, help="Show the version and exit."
+            ),
+        ] = False,
+    ) -> None:
+        pass
+
+    return app
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -77,28 +120,40 @@ def json_text(value: object, indent: int = 2) -> str:
     return printable_json(msgspec.json.format(msgspec.json.encode(value), indent=indent).decode())
 
 
-def exit_code(command: Callable[[], None], *, interrupted: str = "interrupted") -> int:
-    """Runs a command and maps its end to the exit codes of docs/errors.md.
+def print_json(value: object) -> None:
+    """Prints a value for programs, indented: the one form of every `--json` (docs/errors.md)."""
+    say(json_text(value))
 
-    Args:
-        interrupted: text to print after Ctrl-C.
-    """
-    console = Screen(stderr=True)
-    try:
-        command()
-    except UmbelError as error:
-        console.print(f"error: {error.diagnostics()}", soft_wrap=True)
-        return error.exit_code
-    except SystemExit as end:
-        # Typer turned Ctrl-C into this code.
-        if end.code == INTERRUPTED:
-            console.print(interrupted)
-        return end.code if isinstance(end.code, int) else 1
-    except Exception:
-        # A mistake of ours, whose text may quote another party all the same.
-        console.print(traceback.format_exc().rstrip(), soft_wrap=True)
-        return 1
-    return 0
+
+def local_time(seconds: float) -> str:
+    """A moment (seconds since 1970) for people, in this machine's time zone."""
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def json_time(seconds: float | None) -> str | None:
+    """A moment (seconds since 1970) as documents for programs have it: UTC, ISO 8601."""
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def duration(seconds: float) -> str:
+    """A length of time for people, in its two largest units."""
+    whole = max(round(seconds), 0)
+    for size, unit, smaller, its in _UNITS:
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {unit}" + (f" {rest} {its}" if rest else "")
+    return f"{whole} s"
+
+
+_UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
+"""Seconds and name of each unit, and of the next smaller one."""
+
+
+def working(text: str) -> Status:
+    """Shows a person at a terminal, while a block runs, that something takes its time."""
+    return Screen(stderr=True).status(text)
 
 
 def print_lines(console: Console, lines: Iterable[tuple[str, str]], *, fold: bool = False) -> None:
@@ -129,8 +184,26 @@ def _cut(text: str, room: int) -> list[str]:
     return parts
 
 
+def _is_terminal(file: IO[str]) -> bool:
+    isatty = getattr(file, "isatty", None)
+    return isatty is not None and isatty()
+
+
+def _fold(rows: Table, width: int) -> None:
+    """Lets every column of a table fold, if those that should stay whole do not fit."""
+    whole = [column for column in rows.columns if column.no_wrap]
+    if sum(_width(column) for column in whole) + 3 * len(rows.columns) > width:
+        for column in whole:
+            column.no_wrap, column.overflow = False, "fold"
+
+
+def _width(column: Column) -> int:
+    cells = (column.header, *column.cells)
+    return max((cell_len(line) for cell in cells for line in str(cell).splitlines()), default=0)
+
+
 def table(*columns: str, folding: Collection[str] = (), right: Collection[str] = ()) -> Table:
-    """A table without borders, whose cells stay on one line.
+    """A table without borders, whose cells stay on one line where they fit.
 
     Args:
         folding: columns whose long cells are broken where the table is too wide, so that the others

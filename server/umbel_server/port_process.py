@@ -4,10 +4,15 @@
 server.toml`. It has the server's TLS key, and must never have the operator's key.
 """
 
+import errno
 import os
 import socket
 import sys
+from ipaddress import IPv6Address
 from pathlib import Path
+
+from umbel_common.address import is_every, numeric, split
+from umbel_host.entry import enter, exit_code
 
 FLOWER_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -15,6 +20,7 @@ FLOWER_ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
 """Variables that Flower reads when it is imported."""
+_BACKLOG = 1024
 
 
 def main() -> int:
@@ -23,7 +29,6 @@ def main() -> int:
 
     from umbel_host.processes.lifecycle import give_memory_back, hide_memory
     from umbel_host.processes.log import configure
-    from umbel_host.terminal import exit_code
 
     hide_memory()
     give_memory_back()
@@ -72,18 +77,52 @@ def bound(address: str, file: Path) -> socket.socket:
     """
     from umbel_common.errors import ConfigError
 
-    host, _, port = address.rpartition(":")
+    host, port = split(address)
     try:
-        return socket.create_server((host.strip("[]"), int(port)), backlog=1024)
-    except (OSError, OverflowError) as error:
+        return _opened(host, port)
+    except (OSError, UnicodeError) as error:
         raise ConfigError(
             "the port cannot be opened",
             file=file,
             field="listen.address",
             found=f"{address}: {getattr(error, 'strerror', None) or error}",
-            remedy="end the process that uses it, or give another port",
+            remedy=_remedy(error, host, port),
         ) from None
 
 
+def _opened(host: str, port: int) -> socket.socket:
+    """A socket for one address; for every address of both families where `host` is [::]."""
+    if is_every(host) and isinstance(numeric(host), IPv6Address):
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True
+            )
+        # Every address of this machine is an IPv4 address.
+        return socket.create_server(("", port), backlog=_BACKLOG)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    # A name of both families, such as localhost, is reached over IPv4 everywhere.
+    family, _, _, _, place = min(found, key=lambda one: one[0] != socket.AF_INET)
+    return socket.create_server(place, family=family, backlog=_BACKLOG)
+
+
+def _remedy(error: Exception, host: str, port: int) -> str:
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        return "give an address of this machine, or a name that it knows"
+    match getattr(error, "errno", None):
+        case errno.EADDRINUSE:
+            return "end the process that uses it, or give another port"
+        case errno.EADDRNOTAVAIL:
+            return (
+                "listen at an address of this machine, 0.0.0.0 or [::]; what sites connect to goes"
+                " into listen.public"
+            )
+        case errno.EACCES if port < 1024:
+            return "give a port from 1024 on, or the right CAP_NET_BIND_SERVICE"
+        case errno.EAFNOSUPPORT:
+            return "this machine has no IPv6: listen at an IPv4 address, such as 0.0.0.0"
+        case _:
+            return f"see that this process may listen at {host}, port {port}"
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

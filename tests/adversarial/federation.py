@@ -18,7 +18,6 @@ from umbel_client.data.records import load_records
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.ledger.register import Register
 from umbel_client.models.adapters.lora import plan_lora
-from umbel_client.models.base.files import folder_digest
 from umbel_client.site.config import load_config
 from umbel_client.site.pinned_roster import Pinned
 from umbel_client.trainer.handler import Trainer
@@ -58,6 +57,7 @@ from umbel_common.secagg.messages import RevealedShare
 from umbel_common.trust.identity import Identity, Member, Roster, Signed, sign
 from umbel_common.trust.roster_file import roster_to_json
 from umbel_host.files.keys import write_identity
+from umbel_host.files.model_digest import folder_digest
 from umbel_server.aggregation.attempt import Attempt, AttemptOutcome, Evidence
 
 
@@ -107,11 +107,14 @@ class KeptObserver:
     def preparing(self, what: str, done: int, total: int) -> None:
         assert done <= total
 
-    def charged(self, round_number: int, epsilon: float | None) -> None:
+    def charged(self, round_number: int, epsilon: float | None, *, again: bool) -> None:
         assert epsilon is None or epsilon > 0
 
     def step(self, round_number: int, step: int, steps: int, records: float) -> None:
         self.steps += 1
+
+    def finished(self, job: str, adapter: Path) -> None:
+        assert adapter.is_dir()
 
     def refused(self, error: UmbelError) -> None:
         self.errors.append(error)

@@ -25,7 +25,6 @@ from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.ledger.register import Register
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.models.base.files import folder_digest
 from umbel_client.site.config import ClientConfig, ModelConfig, load_config
 from umbel_client.site.pinned_roster import Pinned
 from umbel_client.tasks import prepared
@@ -51,6 +50,7 @@ from umbel_common.protocol.wire import (
     size_limit,
 )
 from umbel_common.trust.identity import Identity, Member, Roster, sign
+from umbel_host.files.model_digest import folder_digest
 
 SITE = "site-00"
 OPERATOR = Identity(bytes(31) + b"\x01")

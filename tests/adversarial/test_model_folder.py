@@ -23,14 +23,14 @@ from umbel_client.data.records import load_records
 from umbel_client.data.tokens import load_tokenizer
 from umbel_client.models import adapted_model
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.models.base import files
 from umbel_client.models.base import folder as base_folder
-from umbel_client.models.base.files import folder_digest, require_digest
+from umbel_client.models.base import skeleton as base_skeleton
 from umbel_client.tasks.prepared import prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Task
-from umbel_host.files import model_folder
+from umbel_host.files import model_digest, model_folder
+from umbel_host.files.model_digest import folder_digest, require_digest
 
 torch.set_num_threads(1)
 
@@ -187,9 +187,9 @@ def carelessly(patch: pytest.MonkeyPatch) -> Iterator[None]:
         removed.setattr(model_folder, "_check_stands_alone", lambda *_: None)
         removed.setattr(model_folder, "_check_unchanged", lambda *_: None)
         removed.setattr(model_folder, "_ADAPTER_FILE", "none")
-        for module in (base_folder, files):
+        for module in (base_folder, model_digest):
             removed.setattr(module, "shards_of", lambda *_: [])
-        for module in (base_folder, tokens):
+        for module in (base_skeleton, tokens):
             removed.setattr(module, "private_folder", itself)
         for module in (base_folder, adapted_model):
             removed.setattr(module, "build_base", build)
@@ -233,7 +233,7 @@ def test_one_digest_is_one_model(
         assert loaded(version(1), task) == loaded(version(2), task) == loaded(model, task)
         return
     folder = version(1)
-    for read in (folder_digest, files.require_model, lambda path: loaded(path, task)):
+    for read in (folder_digest, model_digest.require_model, lambda path: loaded(path, task)):
         with pytest.raises(ModelError) as caught:
             read(folder)
         assert caught.value.field == field
@@ -244,7 +244,7 @@ def test_a_name_cannot_stand_for_two_files_of_the_digest(
 ) -> None:
     """The digest has a line for each file. A name with a line break in it writes two of them."""
     folder = tmp_path / "model"
-    honest = files.file_digest(decoder / WEIGHTS)
+    honest = model_digest.file_digest(decoder / WEIGHTS)
     joined = f"model.a.safetensors\n{honest}  {WEIGHTS}"
 
     def version(number: int) -> Path:
@@ -260,11 +260,11 @@ def test_a_name_cannot_stand_for_two_files_of_the_digest(
         return folder
 
     with monkeypatch.context() as removed:
-        removed.setattr(files, "_is_plain", lambda _: True)
+        removed.setattr(model_digest, "_is_plain", lambda _: True)
         one, two = (loaded(version(number), LM) for number in (1, 2))
         assert one[0] == two[0]
         assert one[1] != two[1]
-    for read in (folder_digest, files.require_model, lambda path: loaded(path, LM)):
+    for read in (folder_digest, model_digest.require_model, lambda path: loaded(path, LM)):
         with pytest.raises(ModelError, match="not printable"):
             read(version(2))
 

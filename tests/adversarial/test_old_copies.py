@@ -13,7 +13,7 @@ import pytest
 from adversarial.federation import Federation, moved
 from typer.testing import CliRunner
 
-from umbel_client.cli import app
+from umbel_client.cli.command import app
 from umbel_client.ledger.file import read_ledger
 from umbel_client.ledger.register import machine_register
 from umbel_client.storage.journal import read_published

@@ -6,6 +6,7 @@ from datetime import datetime
 from adversarial.federation import Federation
 
 from umbel_client.site.decisions import Decisions
+from umbel_client.site.policy_file import PolicyFile
 from umbel_client.site.state_folder import StateFolder
 from umbel_common.protocol.wire import OfferReply, OfferRequest, TrainReply
 from umbel_common.trust.identity import Identity, sign
@@ -31,6 +32,39 @@ def test_a_plan_runs_only_after_a_person_approved_it(open_federation: OpenFedera
     assert federation.spent_rounds(SITE) == 0
     decisions(federation).approve(federation.plan.digest())
     assert isinstance(federation.send(SITE, offer(federation)), OfferReply)
+
+
+def test_labels_run_only_after_people_put_them_into_the_policy(
+    open_federation: OpenFederation,
+) -> None:
+    federation = open_federation(policies={SITE: 'approval = "each-plan"'})
+    config = federation.folder / SITE / "client.toml"
+    config.write_text(config.read_text().replace('labels = ["a", "b"]', "labels = []"))
+    federation.start(SITE)
+    # A person is asked about the plan and its labels; the approval alone is not enough.
+    assert federation.refusal(SITE, offer(federation)) == "awaiting-approval"
+    (waiting,) = decisions(federation).proposals()
+    decisions(federation).approve(waiting.digest)
+    assert federation.refusal(SITE, offer(federation)) == "site-not-ready"
+    policy = PolicyFile(config)
+    policy.add(policy.missing(waiting.plan))
+    assert federation.refusal(SITE, offer(federation)) == "site-not-ready"
+    assert federation.spent_rounds(SITE) == 0
+    federation.start(SITE)
+    assert isinstance(federation.send(SITE, offer(federation)), OfferReply)
+
+
+def test_where_nobody_is_asked_a_policy_without_labels_refuses(
+    open_federation: OpenFederation,
+) -> None:
+    federation = open_federation(policies={SITE: 'approval = "none"'})
+    config = federation.folder / SITE / "client.toml"
+    config.write_text(config.read_text().replace('labels = ["a", "b"]', "labels = []"))
+    text = config.read_text()
+    federation.start(SITE)
+    assert federation.refusal(SITE, offer(federation)) == "labels-not-allowed"
+    assert decisions(federation).proposals() == []
+    assert config.read_text() == text
 
 
 def test_a_paused_site_begins_nothing(federation: Federation) -> None:

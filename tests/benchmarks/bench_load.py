@@ -30,8 +30,8 @@ from support.small_models import plan_for, save_decoder
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.folder import read_adapter, write_adapter
 from umbel_client.models.adapters.merge import merge_adapter
-from umbel_client.models.base.folder import quietly, skeleton
 from umbel_client.models.base.int8 import scale_of
+from umbel_client.models.base.skeleton import quietly, skeleton
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.plans.plan import CausalLm
 

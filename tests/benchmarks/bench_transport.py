@@ -26,9 +26,9 @@ from bench_masking import entry
 from e2e.daemons import SITES, Clinics, Daemon
 from toy_federation import RANK, WIDTH, make_plan
 
-from umbel_client.models.base.files import folder_digest
 from umbel_common.plans.plan import BaseModel, NoPrivacy, TrainingPlan
 from umbel_common.trust.identity import sign
+from umbel_host.files.model_digest import folder_digest
 from umbel_server.storage.job_queue import JobState
 
 MEGABYTES = 200

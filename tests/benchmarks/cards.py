@@ -23,7 +23,7 @@ from support.small_models import plan_for
 
 from umbel_client.dpsgd.batch_size import record_bytes
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.models.adapters.lora import all_linear
+from umbel_client.models.adapters.targets import all_linear
 from umbel_client.models.base.placement import Quantisation
 from umbel_common.plans.plan import CausalLm
 

@@ -84,7 +84,7 @@ def main(adapter: Path, path: Path) -> None:
     assert isinstance(plan.task, CausalLm)
     base = model_folder(find_scenario("medical-qa").model)
     chat = Chat.load(base, plan.task)
-    prompts = [chat.prompt_ids(chat.prompt([Turn("user", text)])) for text in QUESTIONS]
+    prompts = [chat.prompt_ids(chat.frame([Turn("user", text)]).prompt) for text in QUESTIONS]
     own = own_logits(plan, base, vector, prompts)
     bare = own_logits(plan, base, initial_vector(plan), prompts)
     with tempfile.TemporaryDirectory() as name:

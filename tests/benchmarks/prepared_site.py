@@ -26,8 +26,8 @@ from umbel_common.adapters.vector import Vector, size_of
 from umbel_common.canonical import Entropy
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.trust.identity import Roster
+from umbel_host.entry import exit_code
 from umbel_host.processes.log import configure
-from umbel_host.terminal import exit_code
 
 SPREAD = np.float32(1e-3)
 

@@ -25,7 +25,7 @@ from umbel_common.protocol.wire import (
     MaskReply,
     MaskRequest,
     OfferReply,
-    OfferRequest,
+    OfferUnderRoster,
     Reply,
     Request,
     ShareReply,
@@ -130,7 +130,7 @@ class ToySite:
     def _answer(self, request: Request, identity: Identity) -> Reply:
         plan, roster = self._federation.plan, self._federation.roster
         match request:
-            case OfferRequest():
+            case OfferUnderRoster():
                 return OfferReply(plan=plan.digest())
             case FinishRequest():
                 release = open_signed(request.release, Release, roster.operator)
@@ -162,6 +162,9 @@ class ToySite:
 
 class Quiet:
     """An observer that nothing is told to."""
+
+    def on_asked(self, *_: object) -> None:
+        """See `umbel_server.jobs.job.Observer`."""
 
     def on_answered(self, *_: object) -> None:
         """See `umbel_server.jobs.job.Observer`."""

@@ -1,13 +1,13 @@
 """The error for a wrong configuration has file, field, what was found and what is accepted."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from umbel_common.canonical import Value
+from umbel_common.canonical import Name, Value
 from umbel_common.errors import ConfigError
 from umbel_common.toml_values import parse_toml
 
@@ -34,6 +34,19 @@ class Config(Value, frozen=True):
     def __post_init__(self) -> None:
         if self.threads > 8:
             raise ValueError("threads must be at most 8")
+
+
+class Choice(Value, frozen=True):
+    kind: Literal["a", "b"] = "a"
+    mixed: tuple[str, ...] | Literal["all"] = "all"
+    perhaps: float | str | None = None
+    names: tuple[Name, ...] | None = None
+
+
+class Pair(Value, frozen=True):
+    title: str
+    first: Site
+    second: Site
 
 
 GOOD = 'title = "t"\n[privacy]\nmode = "local"\nepsilon = 3\n[[sites]]\nname = "a"\n'
@@ -118,3 +131,36 @@ def test_any_text_is_accepted_or_a_config_error(text: str) -> None:
         parse_toml(text, Config, "run.toml")
     except ConfigError as error:
         assert "run.toml" in error.diagnostics()  # noqa: PT017  # accepted or this, nothing else
+
+
+def test_a_choice_names_its_words() -> None:
+    error = refusal(GOOD.replace('mode = "local"', 'mode = "locale"'))
+    assert (error.field, error.found, error.accepted) == (
+        "privacy.mode",
+        "'locale'",
+        "local, open",
+    )
+    with pytest.raises(ConfigError) as caught:
+        parse_toml('kind = "c"', Choice, "run.toml")
+    assert (caught.value.field, caught.value.accepted) == ("kind", "a, b")
+
+
+@pytest.mark.parametrize(
+    ("text", "accepted"),
+    [
+        ('mixed = "some"', "all, a list in [ ]"),
+        ("perhaps = []", "a number or a text in quotes"),
+        ('names = ["A b"]', "letters, digits and hyphens, such as north-clinic"),
+    ],
+)
+def test_what_is_accepted_is_said_in_words(text: str, accepted: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_toml(text, Choice, "run.toml")
+    assert accepted in str(caught.value.accepted)
+
+
+def test_all_missing_fields_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_toml("[first]\n", Pair, "run.toml")
+    assert caught.value.field == "title, first.name, second.name"
+    assert caught.value.remedy == "add each of them"

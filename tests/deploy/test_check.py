@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import typer.testing
 
-import umbel_client.cli
-import umbel_server.cli
+import umbel_client.cli.command
+import umbel_server.cli.command
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "compose"
 SERVER = {
@@ -46,13 +46,13 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / ".env").write_text(text.replace("site-a,site-b,site-c", "site-a"))
     operator, site = tmp_path / "operator", tmp_path / "site-a"
     command(
-        umbel_server.cli.app,
+        umbel_server.cli.command.app,
         *("init", "--federation", "clinics", "--address", "operator:9443", "--folder", operator),
     )
     (operator / "sites").mkdir()
     edit(operator / "server.toml", SERVER)
     command(
-        umbel_client.cli.app,
+        umbel_client.cli.command.app,
         *("init", "--site", "north", "--federation", "clinics", "--folder", site),
     )
     edit(site / "client.toml", CLIENT)

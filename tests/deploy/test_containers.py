@@ -19,7 +19,7 @@ from deploy.test_check import CLIENT, SERVER, edit
 from deploy.test_compose import engine
 from e2e.daemons import DRAFT
 
-from umbel_client.models.base.files import folder_digest
+from umbel_host.files.model_digest import folder_digest
 
 IMAGES = os.environ.get("UMBEL_IMAGES", "").split(",")
 SITES = ("a", "b", "c")

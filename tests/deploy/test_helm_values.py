@@ -73,7 +73,7 @@ def test_the_server_reads_what_the_operator_wrote_with_the_pods_paths(tmp_path: 
     rendered = server_config.load_config(tmp_path / "server.toml")
     assert rendered.limits.train_seconds == 7200
     assert rendered.listen.public == "umbel.example:9443"
-    assert rendered.listen.address == "0.0.0.0:9443"
+    assert rendered.listen.address == "[::]:9443"
     mounted = containers(pod_of(render("umbel-operator", tmp_path)))
     for name, paths in {
         "rounds": (rendered.state, rendered.identity, rendered.roster, rendered.socket),

@@ -8,10 +8,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import umbel_client.cli
-import umbel_server.cli
+import umbel_client.cli.command
+import umbel_server.cli.command
 from umbel_common import errors
-from umbel_simulations.cli import app
+from umbel_simulations.cli.command import app
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,7 +66,7 @@ def test_every_command_of_the_readme_exists_with_its_options() -> None:
             assert option in shown.stdout, line
 
 
-APPS = {"umbel-client": umbel_client.cli.app, "umbel-server": umbel_server.cli.app}
+APPS = {"umbel-client": umbel_client.cli.command.app, "umbel-server": umbel_server.cli.command.app}
 
 
 def commands(script: str) -> list[str]:

@@ -19,7 +19,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from support import warm_python
 from support.waiting import HANGING
 
-from umbel_client.models.base.files import folder_digest
 from umbel_client.planning.draft import read_plan
 from umbel_client.site.ipc import ControlStub, TrainerStatus, TrainerStub
 from umbel_common.errors import UnreachableError
@@ -28,6 +27,7 @@ from umbel_common.trust.identity import Identity, Member, Roster, sign
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import roster_to_json
 from umbel_host.files.keys import write_identity
+from umbel_host.files.model_digest import folder_digest
 from umbel_server.jobs.runner import JobRunner
 from umbel_server.messaging.link import JobStopped, Link, Step
 from umbel_server.operator.admitted_sites import SiteEntry, save_sites

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from umbel_simulations.cli import main
+from umbel_simulations.cli.command import run_command
 
 
 def last_lines(tiny: Any, name: str, row: dict[str, object]) -> None:
@@ -37,17 +37,17 @@ CASES: dict[str, tuple[Callable[[Any], None], int, list[str]]] = {
     "a row that is no JSON": (
         lambda tiny: (tiny.folder / "train.jsonl").write_text("{broken\n"),
         11,
-        ["train.jsonl", "line 1"],
+        ["train.jsonl", "row 1"],
     ),
     "an empty text": (
         lambda tiny: last_lines(tiny, "train", {"text": " ", "label": "a"}),
         11,
-        ["train.jsonl", "record 241"],
+        ["train.jsonl", "row 241"],
     ),
     "a test label that training never saw": (
         lambda tiny: last_lines(tiny, "test", {"text": "w1", "label": "new"}),
         11,
-        ["test.jsonl", "record 41", "new", "a, b"],
+        ["test.jsonl", "row 41", "new", "a, b"],
     ),
     "a site without records": (
         lambda tiny: tiny.change('partition = "iid"', 'partition = "column"\ncolumn = "ward"'),
@@ -98,10 +98,9 @@ def test_bad_input_is_one_clear_error_and_leaves_nothing(
     spoil(tiny)
     command = ["umbel-simulate", "run", tiny.path, "--runs", tiny.folder / "runs", "--name", "run"]
     monkeypatch.setattr(sys, "argv", [str(part) for part in command])
-    with pytest.raises(SystemExit) as ended:
-        main()
+    ended = run_command()
     said = capsys.readouterr().err
-    assert ended.value.code == code, said
+    assert ended == code, said
     assert said.count("error: ") == 1
     assert "Traceback" not in said
     for word in words:
@@ -130,4 +129,4 @@ def test_a_folder_that_is_no_run_is_not_written_into(tiny: Any) -> None:
 def test_verify_of_something_else_is_a_verification_error(simulate: Any, tmp_path: Path) -> None:
     result = simulate("verify", tmp_path / "nothing")
     assert result.returncode == 52
-    assert "roster.json" in result.stderr
+    assert "there is no such run" in result.stderr

@@ -1,7 +1,9 @@
 """A whole run with a language model, from the scenario's file to its report."""
 
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ from rich.console import Console
 from support.small_models import save_decoder
 
 from umbel_common.errors import ConfigError
+from umbel_simulations.audit.one_run import audit_scenario
+from umbel_simulations.backends.processes import run_federation
 from umbel_simulations.reporting.table import print_summary
 from umbel_simulations.runs.run import run_scenario
 from umbel_simulations.scenario.file import find_scenario
@@ -146,3 +150,74 @@ def test_a_scenario_that_does_not_fit_together_is_refused(
     with pytest.raises(ConfigError) as caught:
         find_scenario(str(path))
     assert field is None or caught.value.field == field
+
+
+OWN_FILES = """
+source = "files"
+test = "{folder}/test.jsonl"
+unit_column = "who"
+answers = 1
+
+[data.train]
+north = "{folder}/a.jsonl"
+east = "{folder}/b.jsonl"
+south = "{folder}/c.jsonl"
+"""
+MORE = """
+[evaluation]
+noise_multiplier = 2.0
+max_records = 10
+
+[release_gate]
+max_loss_increase = 5.0
+"""
+
+
+def own_files(folder: Path) -> Path:
+    """A scenario of three sites with files of their own: conversations of patients."""
+    roles = ("system", "user", "assistant")
+    for site in "abc":
+        rows = [
+            {
+                "messages": [{"role": role, "content": f"{site} {n}"} for role in roles[n % 2 :]],
+                "who": n // 2,
+                "when": float("nan"),
+            }
+            for n in range(24)
+        ]
+        (folder / f"{site}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "test.jsonl").write_text('{"prompt": "q", "completion": "a"}\n' * 4)
+    model = save_decoder(folder / "model")
+    text = SCENARIO.format(model=model)
+    data = OWN_FILES.format(folder=folder)
+    text = text.replace('source = "hpo"\nanswers = 2\n', data)
+    text = text.replace('count = 3\npartition = "column"\ncolumn = "system"\n', "")
+    text = text.replace('["base", "local-only", "pooled"]', '["base", "pooled"]')
+    (folder / "mine.toml").write_text(text + MORE)
+    return folder / "mine.toml"
+
+
+@pytest.mark.full  # each round starts a process that scores; a minute
+def test_own_conversations_of_patients_run_with_a_gate_and_an_evaluation(tmp_path: Path) -> None:
+    scenario = find_scenario(str(own_files(tmp_path)))
+    summary = run_scenario(scenario, tmp_path / "run", lambda event: None)
+    assert [(site.name, site.records, site.units) for site in summary.sites] == [
+        ("east", 24, 12),
+        ("north", 24, 12),
+        ("south", 24, 12),
+    ]
+    assert len(summary.counted) == 2
+    assert summary.held_back == []
+    assert len(summary.answers) == 1
+    assert summary.comparisons[0].score.general_perplexity is None
+    assert all(site.sent_clear_bytes == 0 for site in summary.sites)
+    results = audit_scenario(scenario, 20, os.urandom, lambda unit, step, steps: None)
+    assert [result.unit for result in results] == ["record", "patient"]
+
+
+@pytest.mark.soak
+def test_a_language_model_runs_as_real_processes(tmp_path: Path) -> None:
+    scenario = find_scenario(str(own_files(tmp_path)))
+    with tempfile.TemporaryDirectory(prefix="umbel-") as short:
+        adapter = run_federation(scenario, Path(short) / "federation", lambda text: None)
+        assert (adapter / "adapter_model.safetensors").exists()

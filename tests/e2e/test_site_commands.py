@@ -22,7 +22,7 @@ from umbel_client.site.ipc import TrainerStub
 from umbel_client.trainer.isolation import Network, network
 from umbel_common.errors import ConfigError, UnreachableError
 from umbel_common.protocol.wire import MAGIC
-from umbel_host.terminal import INTERRUPTED
+from umbel_host.entry import INTERRUPTED
 from umbel_host.transport.sockets import is_healthy
 from umbel_server.storage.job_queue import JobState
 
@@ -132,6 +132,7 @@ def watched(clinics: Clinics) -> list[str]:
             done = client(site, "approve", "triage", "--digest", digest)
             assert done.returncode == 0, done.stderr
             assert f"approved: {digest}" in done.stdout
+            assert "budget  spent epsilon 0, this plan " in done.stdout
             assert "No plan waits" in client(site, "plans").stdout
         queued = clinics.wait("triage", JobState.FINISHED, JobState.FAILED)
         assert queued.state is JobState.FINISHED, (queued.detail, clinics.logs())
@@ -148,11 +149,26 @@ def test_a_plan_goes_from_its_draft_to_everybodys_adapter_by_commands_only(
     assert "finished" in server(clinics, "job", "status").stdout
     rows = json.loads(server(clinics, "job", "status", "--json").stdout)
     assert [(row["job"], row["state"], row["round"]) for row in rows] == [("triage", "finished", 2)]
+    assert rows[0]["server_running"]
+    assert {
+        one["site"]: (one["stage"], one["refused"]) for one in rows[0]["sites"]
+    } == dict.fromkeys(clinics.sites, ("finish", None))
+    assert all(one["last_contact"] is not None for one in rows[0]["sites"])
+    detailed = server(clinics, "job", "status", "triage")
+    assert "finish of round 2" in detailed.stdout
+    assert " s ago" in detailed.stdout
+    assert "No server is running" not in detailed.stderr
+    assert len(json.loads(server(clinics, "adapters", "list", "--json").stdout)) == 3
     listed = server(clinics, "adapters", "list").stdout
     assert len([line for line in listed.splitlines() if line.startswith("triage")]) == 3
     exported = server(clinics, "adapters", "export", "triage", "--out", "adapter")
     assert exported.returncode == 0, exported.stderr
-    received = clinics.sites["north"].folder / "state" / "adapters" / "triage"
+    north = clinics.sites["north"]
+    received = north.folder / "state" / "adapters" / "triage"
+    assert json.loads(client(north, "adapters", "--json").stdout) == [
+        {"job": "triage", "folder": str(received)}
+    ]
+    assert f"triage is finished; its adapter is in {received}" in north.trainer.log.read_text()
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         ours = (clinics.operator_folder / "adapter" / name).read_bytes()
         assert ours == (received / name).read_bytes()

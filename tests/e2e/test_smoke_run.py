@@ -293,6 +293,9 @@ CHANGED_FIGURES: dict[str, Callable[[Summary], Any]] = {
     "twice the records": lambda summary: summary["sites"][0].update(
         records=2 * summary["sites"][0]["records"]
     ),
+    "fewer records than units": lambda summary: summary["sites"][0].update(
+        units=summary["sites"][0]["records"], records=summary["sites"][0]["records"] // 2
+    ),
     "a tenth less epsilon": lambda summary: summary["sites"][0].update(epsilon=7.2),
     "a sampling rate above 1": lambda summary: summary["sites"][0].update(sampling_rate=5.0),
     "records below zero": lambda summary: summary["sites"][0].update(records=-5),

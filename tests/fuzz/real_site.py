@@ -11,7 +11,6 @@ from vectors.values import IDENTITIES, OPERATOR, ROSTER, SITES
 
 from umbel_client.ledger.register import Register
 from umbel_client.models.adapters.lora import plan_lora
-from umbel_client.models.base.files import folder_digest
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.pinned_roster import Pinned
 from umbel_client.trainer.handler import Trainer
@@ -32,6 +31,7 @@ from umbel_common.protocol.wire import (
     FinishRequest,
     MaskRequest,
     OfferRequest,
+    OfferUnderRoster,
     Refusal,
     Reply,
     Request,
@@ -47,6 +47,7 @@ from umbel_common.secagg import coordinator, participant
 from umbel_common.secagg.rules import Rules
 from umbel_common.toml_values import parse_toml
 from umbel_common.trust.identity import sign
+from umbel_host.files.model_digest import folder_digest
 
 SITE = "site-a"
 PEERS = [site for site in SITES if site != SITE]
@@ -83,10 +84,13 @@ class KeptErrors:
     def preparing(self, what: str, done: int, total: int) -> None:
         """Keeps nothing."""
 
-    def charged(self, round_number: int, epsilon: float | None) -> None:
+    def charged(self, round_number: int, epsilon: float | None, *, again: bool) -> None:
         """Keeps nothing."""
 
     def step(self, round_number: int, step: int, steps: int, records: float) -> None:
+        """Keeps nothing."""
+
+    def finished(self, job: str, adapter: Path) -> None:
         """Keeps nothing."""
 
     def refused(self, error: UmbelError) -> None:
@@ -153,6 +157,9 @@ class RealSite:
         self.attempt += 1
         requests: dict[str, Request] = {
             "offer": OfferRequest(plan=sign(OPERATOR, self.plan)),
+            "offer-under-roster": OfferUnderRoster(
+                plan=sign(OPERATOR, self.plan), roster=ROSTER.digest()
+            ),
             "finish": FinishRequest(release=self._release(2), adapter=to_bytes(self.adapter)),
         }
         header = self._header()

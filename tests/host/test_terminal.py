@@ -2,12 +2,13 @@
 
 import io
 import sys
+from collections import Counter
 
 import pytest
 from rich.console import Console
 
 from umbel_common.errors import UmbelError
-from umbel_host.terminal import confirm, table
+from umbel_host.terminal import Screen, confirm, duration, json_time, table
 
 UNATTENDED, DECLINED = UmbelError("nobody is there"), UmbelError("it was declined")
 LONG = "a-site-with-a-name-of-its-own"
@@ -60,6 +61,42 @@ def test_a_table_has_no_borders_and_numbers_on_the_right() -> None:
         f"{'site':<29}  {'fingerprint':<39}  weight",
         f"{LONG}  {FINGERPRINT}       3",
     ]
+
+
+WIDE = ("j" * 64, "sentence-transformers/all-MiniLM-L6-v2", "7" * 64)
+
+
+def wide(file: io.StringIO, **options: int) -> str:
+    rows = table("job", "model", "adapter", folding=("model",))
+    rows.add_row(*WIDE)
+    Screen(file=file, **options).print(rows)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("columns", ["", "20", "80"])
+def test_in_a_pipe_no_cell_of_a_table_is_cut_or_broken(
+    monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    _, row = wide(io.StringIO()).splitlines()
+    assert row.split() == list(WIDE)
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_on_a_terminal_a_table_that_is_too_wide_folds_and_keeps_each_character(width: int) -> None:
+    shown = wide(io.StringIO(), width=width)
+    assert max(map(len, shown.splitlines())) <= width
+    letters = Counter(shown.replace("job", "").replace("model", "").replace("adapter", ""))
+    for character in "j7M":
+        assert letters[character] == sum(cell.count(character) for cell in WIDE)
+
+
+def test_times_are_short_for_people_and_exact_for_programs() -> None:
+    assert [duration(s) for s in (0.4, 59, 60, 80, 3600, 3700, 86400, 90000)] == [
+        *("0 s", "59 s", "1 min", "1 min 20 s", "1 h", "1 h 1 min", "1 d", "1 d 1 h")
+    ]
+    assert json_time(0.0) == "1970-01-01T00:00:00Z"
+    assert json_time(None) is None
 
 
 def test_only_a_folding_column_is_broken() -> None:

@@ -18,8 +18,9 @@ from umbel_common.adapters.peft_folder import text_files
 from umbel_common.errors import ConfigError
 from umbel_common.plans.plan import BaseModel, TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json, plan_lines, plan_to_json
+from umbel_host.entry import TRACEBACK, exit_code
 from umbel_host.processes.log import _Lines
-from umbel_host.terminal import Screen, exit_code, json_text, print_lines, say, table
+from umbel_host.terminal import Screen, json_text, print_lines, say, table
 
 ROOT = Path(__file__).parents[2]
 MARKS = ["\x1b", "\x9b", "\x85", "\u2028", "\u202e", "\u200b"]
@@ -88,8 +89,12 @@ def test_a_text_is_its_characters(
 
 
 def test_a_line_that_is_said_or_that_ends_a_command(
-    capfd: pytest.CaptureFixture[str], replace_everywhere: Replace
+    capfd: pytest.CaptureFixture[str],
+    replace_everywhere: Replace,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv(TRACEBACK, "1")
+
     def fails() -> None:
         raise RuntimeError(EVIL)
 

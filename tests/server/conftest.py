@@ -21,7 +21,7 @@ from umbel_common.protocol.wire import (
     MaskReply,
     MaskRequest,
     OfferReply,
-    OfferRequest,
+    OfferUnderRoster,
     Refusal,
     Reply,
     Request,
@@ -80,7 +80,7 @@ class ToySite:
 
     def answer(self, request: Request) -> Reply:
         match self.state, request:
-            case _, OfferRequest():
+            case _, OfferUnderRoster():
                 return OfferReply(plan=self.plan.digest())
             case _, FinishRequest():
                 release = open_signed(request.release, Release, self.roster.operator)
@@ -145,6 +145,9 @@ class Silent:
         self.counts: list[tuple[int, SiteCounts, int]] = []
         self.unevaluated_rounds: list[tuple[int, UmbelError]] = []
         self.early_ends: list[tuple[int, int]] = []
+
+    def on_asked(self, step: Step, sites: tuple[str, ...]) -> None:
+        assert sites
 
     def on_answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
         assert received > 0

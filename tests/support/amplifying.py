@@ -277,15 +277,17 @@ def _clipped_sum(
 ) -> np.ndarray:
     """float64[elements that a step trains]."""
     parameters = list(model.select(1).values())
+    inner = torch.optim.SGD(parameters, lr=0.0)
     optimizer = PrivateOptimizer(
-        torch.optim.SGD(parameters, lr=0.0),
+        inner,
         StepNoise(bytes, parameters, steps=1),
         noise_multiplier=0.0,
         clip_norm=clip_norm,
         expected_batch_size=1.0,
+        copies=model.in_copies(inner),
     )
     task = task_of(model.plan.task)
-    with per_record_gradients(model):
+    with per_record_gradients(*model.copies):
         private_step(task, model, data, np.arange(len(data)), optimizer, limit)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return torch.cat([gradient.flatten() for gradient in gradients]).cpu().double().numpy()

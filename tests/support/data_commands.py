@@ -10,7 +10,7 @@ from datasets import Dataset
 from support.small_models import plan_for
 from typer.testing import CliRunner
 
-from umbel_client.cli import app
+from umbel_client.cli.command import app
 from umbel_common.errors import UmbelError
 from umbel_common.plans.plan import Task
 from umbel_common.plans.plan_file import plan_to_json

@@ -10,8 +10,8 @@ from pathlib import Path
 import typer
 from typer.testing import CliRunner
 
-import umbel_client.cli
-import umbel_server.cli
+import umbel_client.cli.command
+import umbel_server.cli.command
 from umbel_common.errors import UmbelError
 from umbel_common.trust.enrolment import (
     SignedKit,
@@ -54,15 +54,15 @@ class Enrolling:
         self.folder, self.operator = folder, folder / "operator"
         if new:
             words = ("init", "--federation", "clinics", "--address", "127.0.0.1:9443")
-            give_command(umbel_server.cli.app, folder, *words)
+            give_command(umbel_server.cli.command.app, folder, *words)
 
     def server(self, *words: str) -> str:
         """A command of the operator."""
-        return give_command(umbel_server.cli.app, self.operator, *words)
+        return give_command(umbel_server.cli.command.app, self.operator, *words)
 
     def client(self, site: str, *words: str) -> str:
         """A command of a site."""
-        return give_command(umbel_client.cli.app, self.folder / site, *words)
+        return give_command(umbel_client.cli.command.app, self.folder / site, *words)
 
     def ask(self, site: str) -> Path:
         """A site's new request."""

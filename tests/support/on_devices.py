@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from support.small_models import save_bert
 
 from umbel_common.adapters.vector import Vector
 from umbel_common.plans.plan import TrainingPlan
@@ -21,6 +22,17 @@ def write_pairs(path: Path) -> Path:
     rows = [{"prompt": "q" * (n % 3 + 1), "completion": "a" * (n + 1)} for n in range(8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def save_narrow_bert(folder: Path, *, layers: int) -> Path:
+    """Saves a narrow BERT that knows the words of `write_texts`, and returns its folder."""
+    return save_bert(
+        folder,
+        [f"w{number}" for number in range(12)],
+        num_hidden_layers=layers,
+        hidden_size=16,
+        intermediate_size=32,
+    )
 
 
 def start_of(plan: TrainingPlan) -> Vector:

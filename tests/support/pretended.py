@@ -5,7 +5,8 @@ on a GPU, an operation on tensors of two places is an error, a device's memory h
 value that the host reads is counted, because there the host would wait for the device. Kernels,
 precision and speed are those of the CPU: nothing here tells what a GPU computes, or how fast.
 
-It uses PyTorch's own key for backends that are written in Python, which a process has once.
+It uses PyTorch's own key for backends that are written in Python, which a process has once. Threads
+may use both devices at the same time.
 """
 
 import threading
@@ -21,6 +22,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 NAME = "pretend"
 COUNT = 2
 _UNLIMITED = 1 << 40
+
+_counting = threading.RLock()
 DEVICES = tuple(f"{NAME}:{index}" for index in range(COUNT))
 
 
@@ -42,27 +45,31 @@ class Memory:
             torch.OutOfMemoryError: the device has no room for it.
         """
         storage = raw.untyped_storage()
-        known = self._blocks.get(storage._cdata)
-        if known is not None:
-            return known
-        size = storage.nbytes()
-        if self.limit is not None and self.used + size > self.limit:
-            raise torch.OutOfMemoryError(
-                f"pretended device out of memory: {size} bytes beside {self.used} of {self.limit}"
-            )
-        block = self._blocks[storage._cdata] = _Block(self, storage, size)
-        return block
+        with _counting:
+            known = self._blocks.get(storage._cdata)
+            if known is not None:
+                return known
+            size = storage.nbytes()
+            if self.limit is not None and self.used + size > self.limit:
+                raise torch.OutOfMemoryError(
+                    f"pretended device out of memory: {size} bytes beside {self.used}"
+                    f" of {self.limit}"
+                )
+            block = self._blocks[storage._cdata] = _Block(self, storage, size)
+            return block
 
 
 class _Block:
     def __init__(self, memory: Memory, storage: torch.UntypedStorage, size: int) -> None:
         self.place = memory.place
         self._memory, self._storage, self._size = memory, storage, size
+        self._counting = _counting
         memory.used += size
         memory.peak = max(memory.peak, memory.used)
 
     def __del__(self) -> None:
-        self._memory.used -= self._size
+        with self._counting:
+            self._memory.used -= self._size
 
 
 MEMORY = {name: Memory(name) for name in DEVICES}
@@ -258,8 +265,20 @@ def _place(device: Any) -> str | None:
     return f"{NAME}:{wanted.index or 0}" if wanted.type == NAME else None
 
 
-_lately = threading.local()
-"""The device of this thread's last operator."""
+_lately: dict[int, str] = {}
+"""The device of the last operator of each backward pass; they all run in one thread."""
+
+_with_other_bits: set[str] = set()
+
+
+@contextmanager
+def other_bits(device: str) -> Iterator[None]:
+    """Within the context, the matrix products of a device are rounded otherwise."""
+    _with_other_bits.add(device)
+    try:
+        yield
+    finally:
+        _with_other_bits.remove(device)
 
 
 def _is_device(value: Any) -> bool:
@@ -299,7 +318,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if len(seen) > 1 or (numbers and "cpu" in seen):
         raise RuntimeError(f"mixed devices in {name}: {', '.join(sorted(seen))}")
     if name in _READING or (name.startswith("aten::index") and _by_mask(args)):
-        READS[name] += bool(seen - {"cpu"})
+        with _counting:
+            READS[name] += bool(seen - {"cpu"})
     changes_first = name.endswith("_") and args and isinstance(args[0], Pretended)
     if _is_late and changes_first:
         _later(func, plain_args, plain_kwargs)
@@ -308,12 +328,15 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         finish()
     out = func(*plain_args, **plain_kwargs)
     place = next(iter(seen - {"cpu"}), None)
+    backward = torch._C._current_graph_task_id()
     if place is not None:
         # For what is made like a tensor, PyTorch's own code names the first device.
-        _lately.place = place
-    elif here == DEVICES[0] and torch._C._current_graph_task_id() != -1:
+        _lately[backward] = place
+        if place in _with_other_bits and name in ("aten::mm", "aten::addmm"):
+            out.mul_(1 + 2**-23)
+    elif here == DEVICES[0] and backward != -1:
         # So does its backward pass for zeros, and goes on with tensors of one device.
-        place = getattr(_lately, "place", here)
+        place = _lately.get(backward, here)
     else:
         place = here
     return out if place is None else _wrap(out, place, known)
@@ -343,10 +366,11 @@ def _wrap(value: Any, place: str, known: dict[int, Pretended]) -> Any:
 
 
 def _count(name: str, source: str | None, to: str | None) -> None:
-    if source is not None and to is None:
-        READS[name] += 1
-    if source is None and to is not None:
-        WRITES[name] += 1
+    with _counting:
+        if source is not None and to is None:
+            READS[name] += 1
+        if source is None and to is not None:
+            WRITES[name] += 1
 
 
 def _is_view(func: Any) -> bool:

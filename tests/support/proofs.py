@@ -69,9 +69,9 @@ def _remembered(
     entropy: Entropy,
 ) -> None:
     key: Hashable = None
-    if _is_stateless(entropy) and not _is_changed(model):
+    if _is_stateless(entropy) and not any(map(_is_changed, model.copies)):
         rows = (limit.records, limit.choices)
-        key = (_of_model(model), what, rows, _of(entropy), _Parts())
+        key = (tuple(map(_of_model, model.copies)), what, rows, _of(entropy), _Parts())
     kept = _proofs.get(key)
     if kept is None:
         records = limit.records

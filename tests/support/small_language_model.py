@@ -10,7 +10,6 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from umbel_client.models.adapters.lora import plan_lora
-from umbel_client.models.base.files import folder_digest
 from umbel_common.plans.plan import (
     Adam,
     Aggregation,
@@ -20,6 +19,7 @@ from umbel_common.plans.plan import (
     Training,
     TrainingPlan,
 )
+from umbel_host.files.model_digest import folder_digest
 
 WORDS = tuple(f"w{number}" for number in range(20))
 TEMPLATE = (

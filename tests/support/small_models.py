@@ -27,7 +27,6 @@ from transformers import (
 )
 
 from umbel_client.models.adapters.lora import plan_lora
-from umbel_client.models.base.files import folder_digest
 from umbel_common.plans.plan import (
     Aggregation,
     BaseModel,
@@ -38,6 +37,7 @@ from umbel_common.plans.plan import (
     Training,
     TrainingPlan,
 )
+from umbel_host.files.model_digest import folder_digest
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """The first tokens of every vocabulary."""

@@ -37,6 +37,7 @@ from umbel_common.protocol.wire import (
     MaskRequest,
     OfferReply,
     OfferRequest,
+    OfferUnderRoster,
     Refusal,
     Reply,
     Request,
@@ -267,6 +268,7 @@ REQUESTS: tuple[Request, ...] = (
     ConfirmRequest(context=CONTEXT, survivors=SITES[:2]),
     UnmaskRequest(context=CONTEXT, signatures=(CONFIRMATION,)),
     FinishRequest(release=signed_by_operator(RELEASE), adapter=memoryview(sample("adapter", 300))),
+    OfferUnderRoster(plan=signed_by_operator(PLAN), roster=ROSTER.digest()),
 )
 REPLIES: tuple[Reply, ...] = (
     OfferReply(plan=PLAN.digest()),

@@ -14,10 +14,11 @@ from msgspec import UnsetType
 from rich.console import Console
 from rich.status import Status
 
-from umbel_client.cli.options import CLIENT_TOML, Config, JsonWithInfinity, print_json
+from umbel_client.cli.options import CLIENT_TOML, Config, JsonWithInfinity
 from umbel_client.cli.state_spend import state_spend
 from umbel_client.ledger.file import read_ledger, require_head
 from umbel_client.ledger.ledger import Ledger
+from umbel_client.ledger.rows import Contents
 from umbel_client.ledger.spending import (
     FEW_ROUNDS,
     ReleaseCost,
@@ -30,7 +31,7 @@ from umbel_client.privacy.accounting import largest_delta
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.policy import Budget
 from umbel_client.storage.site_state import read_site_state
-from umbel_host.terminal import Screen, print_lines, table
+from umbel_host.terminal import Screen, print_json, print_lines, say, table, working
 
 budget = typer.Typer(
     help="The privacy spent on the data set: show, history, verify, carry, state-spend.",
@@ -53,7 +54,12 @@ def _digest(value: str | None) -> str | None:
 def show(config: Config = CLIENT_TOML, as_json: JsonWithInfinity = False) -> None:
     """Show the epsilon that is spent, what is left, and each job's part."""
     settings = load_config(config)
-    contents, _ = read_site_state(settings.state_folder)
+    state = settings.state_folder
+    if not state.ledger.exists() and not state.journal.exists():
+        # With a journal there was a ledger, and it is missing.
+        _print_nothing(settings, as_json)
+        return
+    contents, _ = read_site_state(state)
     with _computing():
         spent = spending(contents, _allowed(settings))
     if as_json:
@@ -156,6 +162,17 @@ def carry(
         )
 
 
+def _print_nothing(settings: ClientConfig, as_json: bool) -> None:
+    if as_json:
+        print_json(spending(Contents(), _allowed(settings)))
+    else:
+        total = _number(settings.policy.total_epsilon)
+        say(
+            f"Nothing was spent yet, of epsilon {total}: the first plan makes a ledger.\n"
+            "If this site had one, bring back the latest copy."
+        )
+
+
 def _allowed(settings: ClientConfig) -> Budget:
     """The budget that the ledger holds every plan with differential privacy to."""
     policy = settings.policy
@@ -165,8 +182,8 @@ def _allowed(settings: ClientConfig) -> Budget:
 
 
 def _computing() -> Status:
-    """Shows a person at a terminal that the accountant needs some seconds: it imports torch."""
-    return Screen(stderr=True).status("computing epsilon")
+    """The accountant needs some seconds: it imports torch."""
+    return working("computing epsilon")
 
 
 def print_spending(console: Console, ledger: str, spent: Spending) -> None:
@@ -175,9 +192,9 @@ def print_spending(console: Console, ledger: str, spent: Spending) -> None:
         console,
         [
             ("ledger", ledger),
-            ("data set", spent.data_set),
+            ("data set", spent.data_set or "none"),
             ("unit", "record" if spent.unit is None else f"column {spent.unit}"),
-            ("head", spent.head),
+            ("head", spent.head or "none"),
             ("spent", f"epsilon {_number(spent.spent)} at delta {spent.delta:g}"),
             ("left", f"epsilon {_number(spent.left)} of {_number(spent.total)}"),
             *(("stated", text) for text in spent.stated),

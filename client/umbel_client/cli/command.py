@@ -2,31 +2,28 @@
 
 import sys
 
-import typer
-
 from umbel_client.cli import backup, finetune, join, plans, service
 from umbel_client.cli import keys as keys_cli
 from umbel_client.cli.budget import budget
 from umbel_client.cli.data import data
+from umbel_client.cli.model import model
 from umbel_client.cli.roster import roster
 from umbel_client.trainer.isolation import confine_command
+from umbel_host.entry import exit_code
 from umbel_host.processes.lifecycle import hide_memory
-from umbel_host.terminal import exit_code
+from umbel_host.terminal import command_line
 
 SPEAKING = ("run", "status", "watch", "doctor")
 """The commands that reach other processes or the server. `doctor` confines itself before it opens
 data; the others open none."""
 
-app = typer.Typer(
-    name="umbel-client",
-    help="Runs a site: its keys, its decisions, its training and its privacy budget.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+app = command_line(
+    "umbel-client", "Runs a site: its keys, its decisions, its training and its privacy budget."
 )
 app.add_typer(roster, name="roster")
 app.add_typer(budget, name="budget")
 app.add_typer(data, name="data")
+app.add_typer(model, name="model")
 keys_cli.register(app)
 join.register(app)
 service.register(app)
@@ -35,8 +32,8 @@ finetune.register(app)
 backup.register(app)
 
 
-def main() -> None:
-    """The console script: every error is text for people, with its own exit code.
+def run_command() -> int:
+    """Runs the command of the command line; returns the exit code.
 
     A command has no network, and no other way out, unless it cannot do without.
     """
@@ -44,4 +41,4 @@ def main() -> None:
         hide_memory()
     else:
         confine_command()
-    sys.exit(exit_code(app))
+    return exit_code(app)

@@ -4,6 +4,7 @@ Torch and Transformers are imported inside the commands: other commands should n
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,11 +13,13 @@ import msgspec
 import typer
 
 from umbel_client.cli.options import CLIENT_TOML, Json
-from umbel_client.site.config import ClientConfig, DataConfig, load_config
-from umbel_common.errors import DataError
+from umbel_client.site.config import ClientConfig, DataConfig, load_local_config
+from umbel_common.errors import DataError, PlanError
+from umbel_common.plans.alike import seen, shown
 from umbel_common.plans.plan_file import plan_from_json, task_text
+from umbel_host.files.output import require_new
 from umbel_host.files.text_file import read_text
-from umbel_host.terminal import Screen, json_text, print_lines, say
+from umbel_host.terminal import Screen, print_json, print_lines, say
 
 if TYPE_CHECKING:
     from umbel_client.curation.report import Cut, DataReport, Spread
@@ -68,11 +71,11 @@ def check(
     from umbel_client.curation.report import report
 
     site = _Site(config, file, unit)
-    agreed = None if plan is None else plan_from_json(read_text(plan), plan)[0]
+    agreed = None if plan is None else plan_from_json(read_text(plan, PlanError), plan)[0]
     task = None if agreed is None else agreed.task
     if every:
-        errors = islice(row_errors(site.file, site.data, task, site.labels), _MOST_ERRORS)
-        _refuse_rows(site.file, list(errors))
+        errors = row_errors(site.file, site.data, task, site.labels)
+        _refuse_rows(site.file, islice(errors, _MOST_ERRORS))
     examples = read_examples(site.file, site.data, task, site.labels)
     folder = model or site.model
     lines = [] if agreed is None else [("plan", f"{agreed.job}: {task_text(agreed.task)}")]
@@ -83,7 +86,7 @@ def check(
         lines.append(("too long", f"{_records(cut)} cut after {task.max_tokens} tokens"))
     elif task is not None:
         lines.append(("too long", "not counted: give --model, or a client.toml"))
-    found = report(examples, lengths)
+    found = report(examples, lengths, data=site.data, public_size=site.public_size)
     most = site.data.max_records_per_unit
     past = _past(examples.units, most)
     if past:
@@ -107,9 +110,10 @@ def stats(
     site = _Site(config, file, unit)
     examples = read_examples(site.file, site.data, None, site.labels)
     folder = model or site.model
-    found = report(examples, None if folder is None else count_tokens(examples, folder))
+    lengths = None if folder is None else count_tokens(examples, folder)
+    found = report(examples, lengths, data=site.data, public_size=site.public_size)
     if as_json:
-        say(json_text(found))
+        print_json(found)
         return
     cuts = [_cut_line(cut) for cut in found.cuts or ()]
     print_lines(Screen(), [*_lines(found), *cuts])
@@ -146,6 +150,7 @@ def split(
     from umbel_client.curation.examples import read_examples
     from umbel_client.curation.split import PARTS, split_examples, write_parts
 
+    require_new(out)
     site = _Site(config, file, None if by == "record" else by)
     wanted = _shares(shares)
     if by == "record":
@@ -177,21 +182,26 @@ class _Site:
         settings: ClientConfig | None = None
         # Without both, the error names the file that would say where the records are.
         if config is not None or CLIENT_TOML.exists() or file is None:
-            settings = load_config(config or CLIENT_TOML)
+            settings = load_local_config(config or CLIENT_TOML)
         found = settings.data if settings else DataConfig(path=str(file), public_size=1)
         self.data = found if unit is None else msgspec.structs.replace(found, unit_column=unit)
         self.file = file or Path(found.path)
         self.labels = settings.policy.labels if settings else ()
+        # It is about the site's own records, not about another file that is looked at here.
+        own = settings is not None and self.file.resolve() == Path(found.path).resolve()
+        self.public_size = found.public_size if own else None
         self.model = Path(settings.model.path) if settings else None
 
 
-def _refuse_rows(path: Path, errors: list[DataError]) -> None:
+def _refuse_rows(path: Path, errors: Iterable[DataError]) -> None:
+    count = 0
     for error in errors:
+        count += 1
         wanted = "" if error.accepted is None else f"; accepted: {error.accepted}"
         say(f"{error.message} ({error.field}): found {error.found}{wanted}", err=True)
-    if errors:
-        more = " or more" if len(errors) == _MOST_ERRORS else ""
-        raise DataError(f"rows of a data file are no records: {len(errors)}{more}", file=path)
+    if count:
+        more = " or more" if count == _MOST_ERRORS else ""
+        raise DataError(f"rows of a data file are no records: {count}{more}", file=path)
 
 
 def _shares(text: str) -> list[float]:
@@ -215,9 +225,9 @@ def _lines(found: "DataReport") -> list[tuple[str, str]]:
         each = _spread(found.records_per_unit)
         lines.append(("units", f"{found.units:,}; records of each: {each}"))
     if found.labels is not None:
-        shown = list(found.labels.items())
-        names = ", ".join(f"{name} {count:,}" for name, count in shown[:_SHOWN])
-        lines.append(("labels", names + _more(len(shown))))
+        counted = list(found.labels.items())
+        names = ", ".join(f"{_name(name)} {count:,}" for name, count in counted[:_SHOWN])
+        lines.append(("labels", names + _more(len(counted))))
     if found.tokens is not None:
         lines.append(("tokens", _spread(found.tokens)))
     lines.append(("repeated", _rows(found.repeated_rows)))
@@ -225,7 +235,17 @@ def _lines(found: "DataReport") -> list[tuple[str, str]]:
         lines.append(("", f"{found.shared_by_units:,} units have a record that another has too"))
     if found.contradictory_rows:
         lines.append(("", f"with another label: {_rows(found.contradictory_rows)}"))
-    return lines
+    if found.alike_rows:
+        alike = f"{_rows(found.alike_rows)}, but for case, width or form of characters"
+        lines.append(("alike", alike))
+    return lines + [
+        ("look" if number == 0 else "", text) for number, text in enumerate(found.remarks)
+    ]
+
+
+def _name(label: str) -> str:
+    """A label between quotes, if nobody could see what it is without them."""
+    return label if seen(label) == label else shown(label)
 
 
 def _cut_line(cut: "Cut") -> tuple[str, str]:

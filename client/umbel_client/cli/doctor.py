@@ -7,6 +7,7 @@ away before it reads.
 
 import math
 import os
+import shlex
 import shutil
 import ssl
 import stat
@@ -23,23 +24,25 @@ import httpx
 from cryptography import x509
 
 from umbel_client.data.site_data import SiteData
-from umbel_client.ledger.file import read_ledger
+from umbel_client.ledger.file import read_ledger, require_data_set
 from umbel_client.ledger.register import machine_register, marks_of
-from umbel_client.models.base.files import folder_digest
 from umbel_client.relay.proxy import way_to
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.ipc import ControlStub
 from umbel_client.site.pinned_roster import check_own_key, load_pinned
 from umbel_client.trainer.isolation import confine_command
-from umbel_common.errors import UmbelError, UnreachableError
+from umbel_common.errors import PlanError, UmbelError, UnreachableError
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.trust.identity import fingerprint
 from umbel_host.files.keys import read_identity
+from umbel_host.files.model_digest import folder_digest
 from umbel_host.files.text_file import read_text
-from umbel_host.processes.lifecycle import reason, user_name
+from umbel_host.processes.lifecycle import explained, reason, refused, user_name
 
 _SOON = timedelta(days=30)
 _ENOUGH_BYTES = 1 << 30
+
+_NOT_JOINED = "not joined yet: umbel-client join KIT, with the kit that the operator sends"
 
 _DROP = """
 import sys
@@ -88,7 +91,9 @@ def _tried(name: str, check: Check, config: ClientConfig) -> Finding:
     try:
         verdict, text = check(config)
     except UmbelError as error:
-        verdict, text = Verdict.BROKEN, error.diagnostics()
+        verdict, text = Verdict.BROKEN, explained(error).diagnostics()
+    except OSError as error:
+        verdict, text = Verdict.BROKEN, refused(error).diagnostics()
     return Finding(name, verdict, text)
 
 
@@ -104,15 +109,22 @@ def _roster(config: ClientConfig) -> tuple[Verdict, str]:
 
 
 def _model(config: ClientConfig) -> tuple[Verdict, str]:
-    found = folder_digest(Path(config.model.path)).hex()
+    from umbel_client.training.model_look import describe
+
+    folder = Path(config.model.path)
+    found = folder_digest(folder).hex()
+    text = describe(folder)
     if found not in config.policy.models:
-        return Verdict.BROKEN, f"policy.models does not allow the model at hand, {found}"
-    return Verdict.FINE, found
+        return Verdict.BROKEN, (
+            f"policy.models does not allow the model at hand, {found}: if it is the one that was"
+            f' agreed on, put models = ["{found}"] into [policy] of client.toml\n{text}'
+        )
+    return Verdict.FINE, f"{found}\n{text}"
 
 
 def _device(config: ClientConfig) -> tuple[Verdict, str]:
     # Only here: the other checks should not wait for what it takes to load PyTorch.
-    from umbel_client.models.base.device import chosen_devices, described
+    from umbel_client.models.base.device import chosen_devices, described, require_alike
     from umbel_client.models.base.precision import chosen_precision
     from umbel_client.models.base.spread import require_exact_copies
     from umbel_client.training.device_check import try_private_step
@@ -121,6 +133,9 @@ def _device(config: ClientConfig) -> tuple[Verdict, str]:
     # Before a look at its precision, so that a GPU that does not answer is a finding.
     name = described(*devices)
     require_exact_copies(devices)
+    if config.model.split == "records":
+        require_alike(devices)
+        name += ", each with a copy of the model"
     times = [try_private_step(device, entropy=os.urandom) for device in devices]
     precision = chosen_precision(config.model.precision, *devices)
     took = ", ".join(f"{seconds * 1000:.1f}" for seconds in times)
@@ -135,7 +150,7 @@ def _plan(config: ClientConfig, path: Path) -> tuple[Verdict, str]:
     from umbel_client.models.base.device import memory_in_use
     from umbel_client.training.trial import try_plan
 
-    plan, _ = plan_from_json(read_text(path), path)
+    plan, _ = plan_from_json(read_text(path, PlanError), path)
     try:
         found = try_plan(config, plan, entropy=os.urandom)
     except (RuntimeError, MemoryError) as error:
@@ -158,6 +173,11 @@ def _data(config: ClientConfig) -> tuple[Verdict, str]:
     data = SiteData.load(config)
     data.require()
     if not data.read:
+        if config.policy.approval == "each-plan":
+            return Verdict.CARE, (
+                "not read: policy.labels names no labels yet. umbel-client approve offers to write"
+                " those of a plan; until then, umbel-client data check looks at the file"
+            )
         return Verdict.BROKEN, "policy.labels names no labels, so every plan is refused"
     records = next(iter(data.read.values()))
     column = config.data.unit_column
@@ -174,6 +194,9 @@ def _ledger(config: ClientConfig) -> tuple[Verdict, str]:
     contents = read_ledger(path)
     if contents.old_copy:
         return Verdict.BROKEN, "an old copy: state what was spent since (docs/budget.md)"
+    data_set = SiteData.load(config).data_set
+    if data_set is not None:
+        require_data_set(path, contents, data_set, config.data.unit_column)
     return Verdict.FINE, f"{len(contents.rounds)} rounds charged, head {contents.head().hex()[:16]}"
 
 
@@ -197,9 +220,13 @@ def _data_set(config: ClientConfig) -> tuple[Verdict, str]:
 
 
 def _modes(config: ClientConfig) -> tuple[Verdict, str]:
-    for path in (Path(config.data.path), Path(config.state)):
-        if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o007:
-            return Verdict.CARE, f"every user of this machine may read {path}: chmod o= {path}"
+    there = [path for path in (Path(config.data.path), Path(config.state)) if path.exists()]
+    for path in there:
+        if stat.S_IMODE(path.stat().st_mode) & 0o007:
+            change = shlex.join(["chmod", "o=", str(path)])
+            return Verdict.CARE, f"every user of this machine may read {path}: {change}"
+    if not there:
+        return Verdict.CARE, "neither data nor state is there yet"
     return Verdict.FINE, "data and state are closed to other users"
 
 
@@ -247,9 +274,11 @@ def _certificate(config: ClientConfig) -> tuple[Verdict, str]:
     if config.relay is None:
         return Verdict.BROKEN, "client.toml has no table [relay]: umbel-client join KIT"
     path = Path(config.relay.certificate)
+    if not path.exists():
+        return Verdict.BROKEN, _NOT_JOINED
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         return Verdict.BROKEN, f"{path}: {error}; umbel-client join KIT"
     left = certificate.not_valid_after_utc - datetime.now(UTC)
     if left < timedelta():
@@ -261,6 +290,10 @@ def _server(config: ClientConfig) -> tuple[Verdict, str]:
     relay = config.relay
     if relay is None:
         return Verdict.BROKEN, "client.toml has no table [relay]"
+    if not (Path(relay.certificate).exists() and Path(relay.server_ca).exists()):
+        return Verdict.BROKEN, _NOT_JOINED
+    for file in (relay.certificate, relay.server_ca, relay.key):
+        Path(file).open("rb").close()
     way = way_to(relay.server)
     try:
         context = ssl.create_default_context(cafile=relay.server_ca)
@@ -281,6 +314,13 @@ def _trainer(config: ClientConfig) -> tuple[Verdict, str]:
         return Verdict.CARE, "not running: umbel-client run"
     finally:
         stub.close()
+    if status.starting:
+        return Verdict.CARE, "starting: ask again in a while"
+    if status.pinned is not None and status.pinned != load_pinned(config).mark():
+        return Verdict.CARE, (
+            "another roster, or a revocation, was pinned since it started: stop umbel-client run,"
+            " and start it again"
+        )
     if not status.isolated:
         return Verdict.CARE, "running WITH A WAY OUT"
     if status.not_apart is not None:

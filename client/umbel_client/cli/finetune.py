@@ -12,9 +12,9 @@ import msgspec
 import typer
 
 from umbel_client.cli.options import CLIENT_TOML, Config, Device, Json
-from umbel_client.site.config import ClientConfig, load_config
+from umbel_client.site.config import ClientConfig, load_local_config
 from umbel_common.device import require_device
-from umbel_common.errors import ConfigError, DataError, StorageError
+from umbel_common.errors import ConfigError, DataError, PlanError
 from umbel_common.plans.plan import (
     Adam,
     CausalLm,
@@ -23,15 +23,19 @@ from umbel_common.plans.plan import (
     TrainingPlan,
 )
 from umbel_common.plans.plan_file import plan_from_json
+from umbel_host.files.output import require_new
 from umbel_host.files.text_file import read_text
-from umbel_host.terminal import Screen, json_text, say
+from umbel_host.terminal import Screen, json_text, print_json, say, working
 
 if TYPE_CHECKING:
+    from umbel_client.data.conversations import Question
     from umbel_client.models.adapted_model import AdaptedModel
 
 Adapter = Annotated[
     str, typer.Option(help="An adapter's folder, or a job whose adapter this site received.")
 ]
+_COLDEST = 0.001
+"""Smallest temperature at which tokens are drawn."""
 Base = Annotated[
     bool, typer.Option("--base", help="Leave the adapter out, to compare with the base model.")
 ]
@@ -43,7 +47,8 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="The new folder for the adapter.")],
     local: Annotated[
-        bool, typer.Option("--local", help="Train on this machine alone. Always give this option.")
+        bool,
+        typer.Option("--local", help="Train on this machine alone, as this command always does."),
     ] = False,
     data: Annotated[
         Path | None, typer.Option(help="Records; default: data.path of client.toml.")
@@ -58,7 +63,9 @@ def train(
     ] = 2,
     without_privacy: Annotated[
         bool,
-        typer.Option(help="Neither clip nor add noise, whatever the plan says."),
+        typer.Option(
+            "--without-privacy", help="Neither clip nor add noise, whatever the plan says."
+        ),
     ] = False,
     device: Device = None,
     config: Config = CLIENT_TOML,
@@ -68,24 +75,25 @@ def train(
     Nothing leaves this machine and no privacy budget is charged, so the adapter is as private as
     the data.
     """
+    settings = _loaded(config, device)
+    require_new(out)
+    followed = _followed(plan, without_privacy)
+
     from umbel_client.data.records import columns_of, load_records
+    from umbel_client.data.site_data import warnings_of
     from umbel_client.models.adapters.folder import write_adapter
     from umbel_client.training.local import Validation, fine_tune
 
-    if not local:
-        raise typer.BadParameter(
-            "training in a federation is `umbel-client run`", param_hint="--local"
-        )
-    settings = _loaded(config, device)
-    if out.exists():
-        raise StorageError("a file or folder is in the way", file=out, remedy="give a new name")
-    followed = _followed(plan, without_privacy)
     columns = columns_of(settings.data)
     records = load_records(data or Path(settings.data.path), followed.task, **columns)
     held_out = None
     if validation is not None:
         held_out = Validation(load_records(validation, followed.task, **columns), patience)
     console = Screen()
+    public_size = settings.data.public_size if data is None else None
+    labels = followed.task.labels if isinstance(followed.task, Classification) else ()
+    for warning in warnings_of(records, public_size, labels):
+        console.print(f"look: {warning}", soft_wrap=True)
 
     def on_round(done: int, loss: float | None) -> None:
         end = "" if loss is None else f", validation loss {loss:.4f}"
@@ -97,7 +105,7 @@ def train(
         records,
         held_out,
         on_round,
-        public_size=settings.data.public_size if data is None else None,
+        public_size=public_size,
         entropy=os.urandom,
     )
     write_adapter(out, followed, result.adapter, None, base_model=Path(settings.model.path))
@@ -106,7 +114,7 @@ def train(
 
 
 def _followed(path: Path, without_privacy: bool) -> TrainingPlan:
-    plan, _ = plan_from_json(read_text(path), path)
+    plan, _ = plan_from_json(read_text(path, PlanError), path)
     if not without_privacy:
         return plan
     training = plan.training
@@ -129,15 +137,17 @@ def classify(
     config: Config = CLIENT_TOML,
 ) -> None:
     """Label texts with an adapter. Prints one JSON object a line, with label and probability."""
+    settings = _loaded(config, device)
+
     from umbel_client.data.tokens import tokenise
     from umbel_client.evaluation.inference import classify_texts
 
-    settings = _loaded(config, device)
+    given = _given(text, file, "--text")
+    texts = given if file is None else _column(file, settings.data.text_column)
     model = _adapted(settings, adapter, base)
     task = model.plan.task
     if not isinstance(task, Classification):
         raise _other_task(adapter, "umbel-client generate")
-    texts = _texts(text, file, settings.data.text_column)
     tokens = tokenise(texts, Path(settings.model.path), task.max_tokens, model.files)
     for prediction in classify_texts(model, tokens):
         say(
@@ -172,6 +182,8 @@ def evaluate(
     config: Config = CLIENT_TOML,
 ) -> None:
     """Score an adapter on this site's own held-out records. The scores stay on this machine."""
+    settings = _loaded(config, device)
+
     from umbel_client.data.records import columns_of
     from umbel_client.evaluation.score import options_for, score
     from umbel_client.models.adapters.folder import read_adapter
@@ -179,7 +191,6 @@ def evaluate(
     from umbel_common.adapters.vector import initial_vector
     from umbel_common.plans.figures import figures_text
 
-    settings = _loaded(config, device)
     plan, vector = read_adapter(_folder_of(settings, adapter))
     options = options_for(
         plan.task,
@@ -190,9 +201,10 @@ def evaluate(
     )
     model = load_site_model(settings.model, plan, trains=False)
     model.set_vector(initial_vector(plan) if base else vector)
-    found = score(model, Path(settings.model.path), data or Path(settings.data.path), options)
+    with working("scoring"):
+        found = score(model, Path(settings.model.path), data or Path(settings.data.path), options)
     if as_json:
-        say(json_text(found))
+        print_json(found)
     else:
         say(f"{found.records:,} records: {figures_text(found)}")
 
@@ -202,9 +214,20 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="A question; may be repeated.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--input", help="A data file with questions, in a column `prompt`."),
+        typer.Option(
+            "--input",
+            help="A data file with questions, with or without answers: prompts, messages,"
+            " instructions or texts.",
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=131_072,
+            help="Longest answer, in tokens. It ends with the model's context in any case.",
+        ),
+    ] = 128,
     temperature: Annotated[
         float,
         typer.Option(
@@ -212,29 +235,41 @@ def generate(
         ),
     ] = 0.0,
     seed: Annotated[
-        int, typer.Option(help="Seed of random answers; without a temperature it has no effect.")
+        int,
+        typer.Option(
+            min=0,
+            max=2**63 - 1,
+            help="Seed of random answers; without a temperature it has no effect.",
+        ),
     ] = 0,
     base: Base = False,
     device: Device = None,
     config: Config = CLIENT_TOML,
 ) -> None:
     """Answer questions with an adapter. Prints one JSON object a line, with prompt and answer."""
+    settings = _loaded(config, device)
+
     from umbel_client.data.chat import Chat
-    from umbel_client.data.conversations import Turn
+    from umbel_client.data.conversations import Question, Turn, read_questions
+    from umbel_client.data.tables import read_table
     from umbel_client.evaluation.inference import Sampling, answer_prompts
 
-    settings = _loaded(config, device)
+    given = _given(prompt, file, "--prompt")
+    # Below, a logit divided by it may be infinite.
+    if temperature != 0 and not temperature >= _COLDEST:
+        raise typer.BadParameter(f"0, or {_COLDEST} to 5", param_hint="--temperature")
+    table = None if file is None else read_table(file)
     model = _adapted(settings, adapter, base)
     task = model.plan.task
     if not isinstance(task, CausalLm):
         raise _other_task(adapter, "umbel-client classify")
-    prompts = _texts(prompt, file, "prompt")
+    questions: list[Question] = [(Turn("user", one),) for one in given]
+    if file is not None and table is not None:
+        questions = read_questions(file, table, task, settings.data.format)
     chat = Chat.load(Path(settings.model.path), task, model.files)
-    sampling = Sampling(max_new_tokens, temperature, seed)
-    turns = [[Turn("user", one)] for one in prompts]
-    said = answer_prompts(model, chat, turns, sampling)
-    for question, answer in zip(prompts, said, strict=True):
-        say(json_text({"prompt": question, "answer": answer}, indent=-1))
+    said = answer_prompts(model, chat, questions, Sampling(max_new_tokens, temperature, seed))
+    for question, answer in zip(questions, said, strict=True):
+        say(json_text({"prompt": _as_asked(question), "answer": answer}, indent=-1))
 
 
 def export(
@@ -255,12 +290,14 @@ def export(
     config: Config = CLIENT_TOML,
 ) -> None:
     """Write an adapter as a PEFT folder, or merged into a model that Transformers and vLLM load."""
+    settings = load_local_config(config)
+    folder = _folder_of(settings, adapter)
+    require_new(out)
+
     from umbel_client.models.adapters.folder import export_adapter
     from umbel_client.models.adapters.merge import merge_adapter
     from umbel_client.models.base.device import chosen_device
 
-    settings = load_config(config)
-    folder = _folder_of(settings, adapter)
     if merge:
         place = chosen_device(device, field="--device")
         merge_adapter(folder, Path(settings.model.path), out, dtype=dtype, device=place)
@@ -271,13 +308,12 @@ def export(
 
 def _loaded(file: Path, device: str | None) -> ClientConfig:
     """The site's configuration, with the device of the command line if one is given."""
-    config = load_config(file)
+    config = load_local_config(file)
     if device is None:
         return config
     require_device(device, field="--device")
-    return msgspec.structs.replace(
-        config, model=msgspec.structs.replace(config.model, device=device)
-    )
+    model = msgspec.structs.replace(config.model, device=device, split="layers")
+    return msgspec.structs.replace(config, model=model)
 
 
 def _folder_of(config: ClientConfig, adapter: str) -> Path:
@@ -300,17 +336,35 @@ def _adapted(config: ClientConfig, adapter: str, base: bool) -> "AdaptedModel":
     return model
 
 
-def _texts(given: Sequence[str] | None, file: Path | None, column: str) -> list[str]:
-    """The texts of the command line, or of a column of a data file."""
-    from umbel_client.data.tables import read_table
+def _given(texts: Sequence[str] | None, file: Path | None, option: str) -> list[str]:
+    """The texts of the command line, which are held to what those of a file are held to.
 
-    if (file is None) == (not given):
-        raise typer.BadParameter("give texts on the command line, or a file with --input")
-    if file is None:
-        return list(given or ())
+    Raises:
+        DataError: names the text that is empty, or not UTF-8.
+    """
+    if (file is None) == (not texts):
+        raise typer.BadParameter(f"give texts with {option}, or a file with --input")
+    for number, text in enumerate(texts or (), start=1):
+        # Python keeps bytes of the command line that are not UTF-8 as halves of characters.
+        broken = any("\ud800" <= character <= "\udfff" for character in text)
+        if broken or not text.strip():
+            raise DataError(
+                f"text {number} of the command line is no text",
+                field=f"{option}, number {number}",
+                found="a character that is not UTF-8" if broken else "an empty text",
+                accepted="a text in UTF-8 that is not empty",
+            )
+    return list(texts or ())
+
+
+def _column(file: Path, column: str) -> list[str]:
+    """The texts of a column of a data file."""
+    from umbel_client.data.tables import read_table, require_columns
+
     table = read_table(file)
+    require_columns(file, table, column)
     texts = []
-    for number, row in enumerate(table.rows, start=1):
+    for number, row in table.numbered():
         value = row.get(column)
         if not isinstance(value, str) or not value.strip():
             raise DataError(
@@ -322,6 +376,16 @@ def _texts(given: Sequence[str] | None, file: Path | None, column: str) -> list[
             )
         texts.append(value)
     return texts
+
+
+def _as_asked(question: "Question") -> object:
+    """A question as its record has it: a text, or messages where it has several."""
+    from umbel_client.data.conversations import Passage
+
+    if isinstance(question, Passage):
+        return question.text
+    lone = len(question) == 1 and question[0].role == "user"
+    return question[0].content if lone else question
 
 
 def _other_task(adapter: str, command: str) -> ConfigError:

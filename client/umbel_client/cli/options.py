@@ -1,11 +1,9 @@
-"""Options that several commands of `umbel-client` take, and the one form of `--json`."""
+"""Options that several commands of `umbel-client` take."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from umbel_host.terminal import json_text, say
 
 Config = Annotated[Path, typer.Option(help="This site's client.toml.")]
 
@@ -21,8 +19,3 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 JsonWithInfinity = Annotated[
     bool, typer.Option("--json", help="Print one JSON document; null means infinite.")
 ]
-
-
-def print_json(value: object) -> None:
-    """Prints a value for programs, indented."""
-    say(json_text(value))

@@ -1,16 +1,22 @@
 """`umbel-client plans`, `approve` and `reject`: which plans may run at this site."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from umbel_client.cli.options import CLIENT_TOML, Config, Json, print_json
-from umbel_client.site.config import load_config
+from umbel_client.cli.options import CLIENT_TOML, Config, Json
+from umbel_client.ledger.plan_cost import cost_here
+from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.decisions import Decisions, Proposal
-from umbel_client.site.policy import judge_plan
-from umbel_common.errors import PolicyRefusal, UmbelError
+from umbel_client.site.policy import Policy, as_asked, judge_plan
+from umbel_client.site.policy_file import PolicyFile
+from umbel_common.errors import JobUnknown, PolicyRefusal, UmbelError
+from umbel_common.plans.alike import alike, told
+from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_lines, privacy_text
-from umbel_host.terminal import Screen, confirm, print_lines, say, table
+from umbel_common.printable import one_line
+from umbel_host.terminal import Screen, confirm, print_json, print_lines, say, table
 
 Job = Annotated[
     str, typer.Argument(help="The job whose plan waits, or the plan's digest or its first digits.")
@@ -35,7 +41,7 @@ def plans(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
             plan.model.name,
             str(plan.training.rounds),
             privacy_text(plan),
-            proposal.digest.hex()[:16],
+            proposal.digest.hex(),
         )
     console.print(waiting)
 
@@ -56,10 +62,11 @@ def approve(
     proposal = _find(decisions, job)
     console = Screen()
     print_lines(console, plan_lines(proposal.plan), fold=True)
-    try:
-        judge_plan(settings.policy, proposal.plan)
-    except PolicyRefusal as refusal:
-        console.print(f"\nThis site's policy refuses it all the same: {refusal.check}.")
+    console.print()
+    print_lines(console, [("budget", _budget_text(settings, proposal.plan))])
+    refused = _refusal(settings.policy, proposal.plan)
+    if refused is not None:
+        console.print(f"\nThis site's policy refuses it all the same: {refused}.")
     if digest is not None:
         _require_digest(proposal, digest)
     else:
@@ -75,6 +82,71 @@ def approve(
         )
     decisions.approve(proposal.digest)
     console.print(f"\napproved: {proposal.digest.hex()}", soft_wrap=True)
+    if refused is None and settings.policy.approval == "each-plan":
+        _offer_policy(console, config, proposal.plan, ask=digest is None)
+
+
+def _refusal(policy: Policy, plan: TrainingPlan) -> str | None:
+    """The rule by which a policy refuses a plan, whatever people say; None: it does not."""
+    try:
+        judge_plan(as_asked(policy, plan), plan)
+    except PolicyRefusal as refusal:
+        return refusal.check
+    return None
+
+
+def _offer_policy(console: Screen, config: Path, plan: TrainingPlan, *, ask: bool) -> None:
+    """Shows what the policy has no field for, and writes the plan's values if a person agrees."""
+    policy = PolicyFile(config)
+    values = policy.missing(plan)
+    if not values:
+        return
+    console.print(f"\nThe policy in {policy.path} does not say yet:", soft_wrap=True)
+    for field, value in values.items():
+        shown = (f"\n  {one_line(str(one))}" for one in value)
+        console.print(f"{field}, {len(value)} in all:", *shown, sep="", soft_wrap=True)
+    if "labels" in values:
+        for pair in told(alike(map(str, values["labels"]))):
+            console.print(f"LOOK ALIKE: {pair}", soft_wrap=True)
+        console.print("Without labels no plan for a classification runs.")
+    if not ask:
+        console.print(
+            "Write it there by hand: with --digest nothing is asked, and nothing written."
+        )
+        return
+    try:
+        confirm(
+            console,
+            "Type yes to write these values into the policy, which then allows no others: ",
+            unattended=UmbelError("nobody was asked about the policy"),
+            declined=UmbelError("the policy stays as it is"),
+        )
+    except UmbelError as error:
+        console.print(f"\n{error.message}")
+        return
+    policy.add(values)
+    now = (
+        "This plan runs only after a restart of the trainer: stop umbel-client run, and start it"
+        " again."
+        if "labels" in values
+        else "A trainer that is running follows the policy that it was started with: the new values"
+        " count from its next start on."
+    )
+    console.print(f"\nwritten: {policy.path}\n{now}", soft_wrap=True)
+
+
+def _budget_text(settings: ClientConfig, plan: TrainingPlan) -> str:
+    """What was spent on the data set, what the plan costs, and what both are together."""
+    try:
+        cost = cost_here(settings, plan)
+        after = cost.after()
+        text = (
+            f"spent epsilon {cost.spent():.4g}, this plan {cost.alone():.4g}, after it"
+            f" {after:.4g} of {cost.budget.epsilon:g}, at delta {cost.budget.delta:g}"
+        )
+        return text if after <= cost.budget.epsilon else f"{text}: IT IS REFUSED"
+    except UmbelError as error:
+        return error.message
 
 
 def reject(job: Job, config: Config = CLIENT_TOML) -> None:
@@ -89,7 +161,7 @@ def _find(decisions: Decisions, text: str) -> Proposal:
     waiting = decisions.proposals()
     found = [one for one in waiting if text == one.plan.job or one.digest.hex().startswith(text)]
     if len(found) != 1:
-        raise UmbelError(
+        raise JobUnknown(
             "no plan of this name waits for approval" if not found else "several plans match",
             found=text,
             accepted=", ".join(f"{one.plan.job} {one.digest.hex()}" for one in waiting) or None,

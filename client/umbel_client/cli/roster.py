@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from umbel_client.cli.options import CLIENT_TOML, Config
-from umbel_client.cli.roster_view import print_change, print_roster
+from umbel_client.cli.options import CLIENT_TOML, Config, Json
+from umbel_client.cli.roster_view import print_change, print_roster, roster_json
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.pinned_roster import (
     find_document,
@@ -17,7 +17,7 @@ from umbel_client.site.pinned_roster import (
     revoke_signed,
 )
 from umbel_common.errors import IdentityError, UmbelError
-from umbel_common.trust.identity import Roster, fingerprint
+from umbel_common.trust.identity import Roster, fingerprint, is_fingerprint_of
 from umbel_common.trust.pinning import check_change, merge, propose
 from umbel_common.trust.roster import RosterChange, RosterDocument, compare
 from umbel_common.trust.roster_file import (
@@ -28,13 +28,17 @@ from umbel_common.trust.roster_file import (
 )
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text, write_new_text
-from umbel_host.terminal import Screen, confirm, print_lines
+from umbel_host.terminal import Screen, confirm, print_json, print_lines
 
 roster = typer.Typer(
     help="The parties that this site believes: show, diff, approve, propose, revoke.",
     no_args_is_help=True,
 )
 
+_RESTART = (
+    "A trainer believes what was pinned when it started: if umbel-client run is running, stop it\n"
+    "and start it again (umbel-client status says whether that is needed)."
+)
 RosterFile = Annotated[Path, typer.Argument(help="The proposed roster file.")]
 
 
@@ -44,11 +48,15 @@ def show(
         Path | None, typer.Argument(help="A roster file; default: the pinned one.")
     ] = None,
     config: Config = CLIENT_TOML,
+    as_json: Json = False,
 ) -> None:
     """Show a roster with everyone's fingerprint."""
     settings = load_config(config)
     document = require_document(Path(settings.roster)) if file is None else _read(file)
-    print_roster(Screen(), document, settings.site)
+    if as_json:
+        print_json(roster_json(document, settings.site))
+    else:
+        print_roster(Screen(), document, settings.site)
 
 
 @roster.command()
@@ -117,6 +125,8 @@ def approve(
     kept = pin(path, former, merged)
     lines = [("pinned", str(path)), ("digest", merged.roster.digest().hex())]
     print_lines(console, [*lines, *([("before", str(kept))] if kept else [])])
+    if former is not None:
+        console.print(f"\n{_RESTART}", soft_wrap=True)
 
 
 @roster.command("propose")
@@ -176,6 +186,7 @@ def revoke(
                 f"compare it with {party}, and revoke it too if it is not theirs.",
                 soft_wrap=True,
             )
+    console.print(f"\n{_RESTART}", soft_wrap=True)
 
 
 def _read(file: Path) -> RosterDocument:
@@ -224,7 +235,7 @@ def _find_key(document: RosterDocument, text: str, path: Path) -> bytes:
         *(key for rotation in rotations for key in (rotation.old_key, rotation.new_key)),
     }
     for key in known:
-        if fingerprint(key) == text.lower():
+        if is_fingerprint_of(text, key):
             return key
     raise IdentityError(
         "no key of the pinned roster has this fingerprint",

@@ -29,6 +29,27 @@ def print_roster(console: Console, document: RosterDocument, site: str) -> None:
         print_revocations(console, document, revoked)
 
 
+def roster_json(document: RosterDocument, site: str) -> dict[str, object]:
+    """A roster as a document for programs."""
+    roster, revoked = document.roster, document.revoked()
+    weights = {member.name: member.weight for member in roster.members}
+    return {
+        "federation": roster.federation,
+        "digest": roster.digest().hex(),
+        "parties": [
+            {
+                "party": party,
+                "fingerprint": fingerprint(key),
+                "weight": weights.get(party),
+                "this_site": party == site,
+                "revoked": key in revoked,
+            }
+            for party, key in document.parties().items()
+        ],
+        "revoked": [fingerprint(key) for key in sorted(revoked)],
+    }
+
+
 def print_revocations(console: Console, document: RosterDocument, keys: Iterable[bytes]) -> None:
     """Revoked keys of a document, and by whose decision."""
     signers = {entry.revocation.key: entry.signer for entry in document.revocations}

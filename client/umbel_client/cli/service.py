@@ -1,22 +1,25 @@
 """`umbel-client run`, and what the site's people do while it runs: status, watch, pause, doctor."""
 
-import time
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
-from umbel_client.cli.options import CLIENT_TOML, Config, Json, print_json
+from umbel_client.cli.options import CLIENT_TOML, Config, Json
 from umbel_client.site.config import ClientConfig, load_config, relay_socket, require_relay
 from umbel_client.site.decisions import Decisions
 from umbel_client.site.ipc import ControlStub, SiteEvent, TrainerStatus
-from umbel_common.errors import UnreachableError
+from umbel_client.site.pinned_roster import load_pinned
+from umbel_common.errors import UmbelError, UnreachableError
 from umbel_host.processes.log import configure
 from umbel_host.processes.supervisor import Command, supervise
-from umbel_host.terminal import Screen, print_lines, say
+from umbel_host.terminal import Screen, json_time, local_time, print_json, print_lines, say
 from umbel_host.transport.sockets import is_healthy
 
 PROBE_SECONDS = 5.0
+_NOT_RUNNING = "not running: umbel-client run"
+_STALE = "ANOTHER WAS PINNED SINCE THE TRAINER STARTED: stop umbel-client run, and start it again"
 
 
 def run(config: Config = CLIENT_TOML) -> None:
@@ -37,16 +40,48 @@ def run(config: Config = CLIENT_TOML) -> None:
 def status(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
     """Show the state of trainer and relay."""
     settings = load_config(config)
+    relay = _relay_state(settings, config)
+    trainer = _trainer_status(settings)
+    if trainer is None:
+        if as_json:
+            print_json({"trainer": None, "relay": relay})
+        else:
+            lines = [("site", settings.site), ("relay", relay), ("trainer", _NOT_RUNNING)]
+            print_lines(Screen(), lines)
+        raise typer.Exit(UnreachableError.exit_code)
+    stale = _is_stale(settings, trainer)
+    if as_json:
+        shown = msgspec.to_builtins(trainer)
+        if trainer.last is not None:
+            shown["last"]["time"] = json_time(trainer.last.time)
+        print_json({"trainer": {**shown, "restart_for_roster": stale}, "relay": relay})
+        return
+    lines = _status_lines(trainer, relay)
+    print_lines(Screen(), [*lines, ("roster", _STALE)] if stale else lines)
+
+
+def _trainer_status(settings: ClientConfig) -> TrainerStatus | None:
+    """The state of the trainer; None if it does not run."""
     stub = ControlStub(settings.state_folder.control_socket)
     try:
-        trainer = stub.status()
+        return stub.status()
+    except UnreachableError as error:
+        # Another user's trainer may run, whose socket this user cannot open.
+        if "denied" in str(error.found).lower():
+            raise
+        return None
     finally:
         stub.close()
-    relay = _relay_state(settings, config)
-    if as_json:
-        print_json({"trainer": trainer, "relay": relay})
-        return
-    print_lines(Screen(), _status_lines(trainer, relay))
+
+
+def _is_stale(settings: ClientConfig, trainer: TrainerStatus) -> bool:
+    """Whether another roster is pinned than the trainer believes, or more keys are revoked."""
+    if trainer.pinned is None:
+        return False
+    try:
+        return load_pinned(settings).mark() != trainer.pinned
+    except UmbelError:
+        return True
 
 
 def _relay_state(settings: ClientConfig, config: Path) -> str:
@@ -61,7 +96,7 @@ def _status_lines(trainer: TrainerStatus, relay: str) -> list[tuple[str, str]]:
     lines = [
         ("site", f"{trainer.site} of {trainer.federation}"),
         ("relay", relay),
-        ("trainer", "paused" if trainer.paused else "ready"),
+        ("trainer", _trainer_text(trainer)),
         ("network", "none" if trainer.isolated else "THE TRAINER HAS A WAY OUT"),
     ]
     if trainer.device is not None:
@@ -78,6 +113,12 @@ def _status_lines(trainer: TrainerStatus, relay: str) -> list[tuple[str, str]]:
     return lines
 
 
+def _trainer_text(trainer: TrainerStatus) -> str:
+    if trainer.starting:
+        return "starting"
+    return "paused" if trainer.paused else "ready"
+
+
 def watch(config: Config = CLIENT_TOML) -> None:
     """Print what happens at the trainer, until Ctrl-C."""
     stub = ControlStub(load_config(config).state_folder.control_socket)
@@ -90,8 +131,7 @@ def watch(config: Config = CLIENT_TOML) -> None:
 
 
 def _line(event: SiteEvent) -> str:
-    moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.time))
-    return f"{moment}  {event.text.partition(chr(10))[0]}"
+    return f"{local_time(event.time)}  {event.text.partition(chr(10))[0]}"
 
 
 def pause(config: Config = CLIENT_TOML) -> None:
@@ -114,6 +154,7 @@ def doctor(
             help="A plan file: load the model, and measure steps of this plan on made-up records."
         ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Try everything that this site needs, one by one; change nothing."""
     # It reads models and data; no other command should wait for what that takes to load.
@@ -121,20 +162,31 @@ def doctor(
 
     console = Screen()
     broken = 0
+    found: list[dict[str, str]] = []
     for finding in examine(load_config(config), plan):
         broken += finding.verdict is Verdict.BROKEN
+        if as_json:
+            verdict = finding.verdict.value
+            found.append({"check": finding.name, "verdict": verdict, "text": finding.text})
+            continue
         first, *more = finding.text.splitlines()
         console.print(f"{finding.verdict.value:<5} {finding.name:<12} {first}", soft_wrap=True)
         for line in more:
             console.print(f"      {'':<12} {line}", soft_wrap=True)
+    if as_json:
+        print_json(found)
     if broken:
         raise typer.Exit(1)
 
 
-def adapters(config: Config = CLIENT_TOML) -> None:
+def adapters(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
     """List the adapters that this site received."""
     folder = load_config(config).state_folder.adapters
-    found = sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+    there = folder.iterdir() if folder.exists() else ()
+    found = sorted(path for path in there if not path.name.startswith("."))
+    if as_json:
+        print_json([{"job": path.name, "folder": str(path)} for path in found])
+        return
     for path in found:
         say(f"{path.name}  {path}")
     if not found:

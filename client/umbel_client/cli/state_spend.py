@@ -17,6 +17,7 @@ from umbel_client.ledger.statement import stated_rounds, statement_text
 from umbel_client.site.config import load_config
 from umbel_client.storage.journal import Journal
 from umbel_common.canonical import decode_canonical
+from umbel_common.errors import PlanError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.trust.identity import Signed
@@ -64,7 +65,7 @@ def state_spend(
     path = settings.state_folder.ledger
     contents = read_ledger(path)
     reached = {job: int(last) for job, _, last in (text.partition("=") for text in rounds or [])}
-    given = [plan_from_json(read_text(file), file)[0] for file in plan or []]
+    given = [plan_from_json(read_text(file, PlanError), file)[0] for file in plan or []]
     plans = [*given, *_accepted(settings.state_folder.journal)]
     stated = Stated(
         rounds=stated_rounds(contents, reached, plans, settings.data.public_size),

@@ -10,10 +10,20 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from umbel_client.data.conversations import Conversation, LmRecord, format_of
-from umbel_client.data.records import Columns, LmRecords, Records, columns_of, label_of, records_of
-from umbel_client.data.tables import Table, read_table
+from umbel_client.data.records import (
+    Columns,
+    LmRecords,
+    Records,
+    columns_of,
+    label_text,
+    records_of,
+    require_label,
+)
+from umbel_client.data.rows import Table
+from umbel_client.data.tables import columns_text, near_columns, read_table, require_columns
 from umbel_client.site.config import DataConfig
 from umbel_common.errors import DataError
+from umbel_common.plans.alike import folded, seen, shown
 from umbel_common.plans.plan import CausalLm, Classification, Task
 
 T = TypeVar("T")
@@ -21,10 +31,11 @@ T = TypeVar("T")
 Key: TypeAlias = tuple[str, ...]
 """Two records are the same if their keys are equal."""
 
+Group: TypeAlias = list[int]
+"""Indices of records in rising order."""
+
 _EVERY_RECORD = 1_000_000
 """A number of records that no unit reaches, so that none is left out."""
-_LONGEST_LABEL = 200
-"""Characters of the longest label. Labels are shown; a longer one is a text from a wrong column."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +67,47 @@ class Examples:
 
     @property
     def keys(self) -> list[Key]:
-        """The key of each record; the spaces between its words do not count.
+        """The key of each record. The spaces between its words do not count, nor how its accents
+        are composed, nor characters that nobody sees.
 
         In a classification the text alone is the key, without the label. Else a text with two
         labels could be in two parts of a split, and a test would ask what training has shown.
         """
         if isinstance(self.records, Records):
-            return [(_plain(text),) for text in self.records.texts]
+            return [(seen(text),) for text in self.records.texts]
         return [_key(record) for record in self.records.records]
+
+
+def label_remark(examples: Examples, data: DataConfig) -> str | None:
+    """What the owner of texts without labels should know, if the file has other columns too."""
+    columns = examples.table.columns
+    others = [name for name in columns if name not in ("text", data.unit_column)]
+    if examples.format != "text" or not others or data.format != "auto":
+        return None
+    near = near_columns(data.label_column, columns)
+    come = "comes near it: rename it" if len(near) == 1 else "come near it: rename one of them"
+    which = f"{' and '.join(map(shown, near))} {come}" if near else "to use another, rename it"
+    return (
+        f"no column `{data.label_column}`: found {columns_text(columns)}; read as whole texts;"
+        f" {which}, or set data.label_column in client.toml"
+    )
 
 
 def _key(record: LmRecord) -> Key:
     if not isinstance(record, Conversation):
-        return (_plain(record.text),)
-    return tuple(part for turn in record.turns for part in (turn.role, _plain(turn.content)))
+        return (seen(record.text),)
+    return tuple(part for turn in record.turns for part in (turn.role, seen(turn.content)))
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.split())
+def alike_records(keys: Sequence[Key]) -> Group:
+    """The records that differ from an earlier one only in case, width, or the form of characters:
+    to people they are the same."""
+    first: dict[Key, Key] = {}
+    return [
+        index
+        for index, key in enumerate(keys)
+        if first.setdefault(tuple(map(folded, key)), key) != key
+    ]
 
 
 def read_examples(
@@ -109,65 +143,83 @@ def row_errors(
         DataError: the file cannot be read at all, or lacks a column, or it is not clear what its
             columns are.
     """
-    table = read_table(path)
-    task, _, columns = _understood(path, table, data, task, labels)
+    unparsed: dict[int, DataError] = {}
+    table = read_table(path, unparsed.__setitem__)
+    if not table.rows:
+        yield from unparsed.values()
+        return
+    any_label = task is None and not labels
+    try:
+        task, _, columns = _understood(path, table, data, task, labels, strict=False)
+    except DataError:
+        # What the columns are cannot be said of a file with rows that are of several formats.
+        yield from unparsed.values()
+        raise
     # First without any row: an error here is not one of a row.
-    records_of(path, Table(table.columns, [], table.source), task, **columns)
-    for number, row in enumerate(table.rows, start=1):
+    records_of(path, table.empty(), task, **columns)
+    wrong = dict(unparsed)
+    for index, (number, row) in enumerate(table.numbered()):
         try:
-            records_of(path, Table(table.columns, [row], table.source, number), task, **columns)
+            if any_label and isinstance(task, Classification):
+                require_label(path, data.label_column, number, row)
+            records_of(path, table.alone(index), task, **columns)
         except DataError as error:
-            yield error
+            wrong[number] = error
+    for number in sorted(wrong):
+        yield wrong[number]
 
 
 def _understood(
-    path: Path, table: Table, data: DataConfig, task: Task | None, labels: Sequence[str]
+    path: Path,
+    table: Table,
+    data: DataConfig,
+    task: Task | None,
+    labels: Sequence[str],
+    *,
+    strict: bool = True,
 ) -> tuple[Task, str, Columns]:
-    """How a file is read: the task, the name of its format, and where the records are."""
+    """How a file is read: the task, the name of its format, and where the records are.
+
+    Args:
+        strict: rows without a label are errors, and so is a file with one label only.
+    """
     columns = columns_of(data)
     columns["max_records_per_unit"] = _EVERY_RECORD
     if task is None:
         task = CausalLm(loss_on="all")
         if data.format == "auto" and {data.text_column, data.label_column} <= set(table.columns):
+            require_columns(path, table, data.text_column, data.label_column)
             task = Classification(
-                labels=tuple(labels) or _labels_of(path, table, data.label_column)
+                labels=tuple(labels) or _labels_of(path, table, data.label_column, strict=strict)
             )
     if isinstance(task, Classification):
         return task, "classification", columns
-    chosen = format_of(path, table) if data.format == "auto" else data.format
+    chosen = format_of(path, table, strict=strict) if data.format == "auto" else data.format
     columns["record_format"] = chosen
     return task, chosen, columns
 
 
-def _labels_of(path: Path, table: Table, column: str) -> tuple[str, ...]:
+def _labels_of(path: Path, table: Table, column: str, *, strict: bool) -> tuple[str, ...]:
     """All labels of a file, in alphabetical order."""
     found = set()
-    for number, row in enumerate(table.rows, start=1):
-        label = label_of(row.get(column))
-        if label is None or not label.strip() or len(label) > _LONGEST_LABEL:
-            raise DataError(
-                f"row {number} has no label",
-                file=path,
-                field=f"{column}, row {number}",
-                found=type(row.get(column)).__name__
-                if label is None
-                else f"{len(label)} characters",
-                accepted=f"a whole number, or a text of 1 to {_LONGEST_LABEL} characters",
-            )
-        found.add(label)
-    if len(found) < 2:
+    for number, row in table.numbered():
+        try:
+            found.add(require_label(path, column, number, row))
+        except DataError:
+            if strict:
+                raise
+    if len(found) < 2 and strict:
         raise DataError(
             "a data file has one label only: there is nothing to tell apart",
             file=path,
             field=column,
-            found=", ".join(found),
+            found=", ".join(map(label_text, found)),
             accepted="at least two labels",
+            remedy="where the other labels are at other sites, name all of them: labels ="
+            ' ["...", "..."] in [policy] of client.toml (umbel-client init writes one)',
         )
-    return tuple(sorted(found))
-
-
-Group: TypeAlias = list[int]
-"""Indices of records in rising order."""
+    # A task has two labels at least, and the rows are looked at one by one.
+    return tuple(sorted(found)) if len(found) > 1 else (*found, "", " ")[:2]
 
 
 def repeated(keys: Sequence[Hashable]) -> list[Group]:

@@ -13,7 +13,7 @@ from umbel_client.data.conversations import Conversation
 from umbel_client.data.records import LmRecords, Records, refuse
 from umbel_client.data.tokens import AT_ONCE, Ints, fitting_texts, load_tokenizer
 from umbel_client.models.base.architecture import require_context, vocabulary_of
-from umbel_client.models.base.folder import quietly, skeleton
+from umbel_client.models.base.skeleton import quietly, skeleton
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import CausalLm, Task
 

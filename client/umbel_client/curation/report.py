@@ -8,10 +8,12 @@ from collections import Counter
 import msgspec
 import numpy as np
 
-from umbel_client.curation.examples import Examples, repeated
+from umbel_client.curation.examples import Examples, alike_records, label_remark, repeated
 from umbel_client.curation.lengths import Lengths
+from umbel_client.data.site_data import warnings_of
 from umbel_client.data.tokens import Ints
-from umbel_common.plans.plan import CausalLm
+from umbel_client.site.config import DataConfig
+from umbel_common.plans.plan import CausalLm, Classification
 
 _SMALLEST_CUT = 32
 
@@ -52,14 +54,33 @@ class DataReport(msgspec.Struct, frozen=True):
     """Number of units with a record that another unit has too."""
     contradictory_rows: list[int]
     """Rows whose text an earlier row has with another label."""
+    alike_rows: list[int] = []
+    """Rows that differ from an earlier one only in case, or in the width or form of characters."""
+    remarks: list[str] = []
+    """What the records' owner should know besides, a sentence each."""
     tokens: Spread | None = None
     """Tokens of a record; None: no model was given whose tokenizer could count."""
     cuts: list[Cut] | None = None
 
 
-def report(examples: Examples, lengths: Lengths | None = None) -> DataReport:
-    """The figures of a file of records."""
-    groups = repeated(examples.keys)
+def report(
+    examples: Examples,
+    lengths: Lengths | None = None,
+    *,
+    data: DataConfig,
+    public_size: int | None = None,
+) -> DataReport:
+    """The figures of a file of records.
+
+    Args:
+        data: where in the file the records are.
+        public_size: number of units that everyone may know; None: it is not used.
+    """
+    keys = examples.keys
+    groups = repeated(keys)
+    task = examples.task
+    named = task.labels if isinstance(task, Classification) else ()
+    remark = label_remark(examples, data)
     rows, units, labels = examples.records.rows, examples.units, examples.labels
     by_unit = examples.records.unit_column is not None
     contradictory = (
@@ -78,6 +99,11 @@ def report(examples: Examples, lengths: Lengths | None = None) -> DataReport:
         repeated_rows=sorted(rows[row] for group in groups for row in group[1:]),
         shared_by_units=len(shared) if by_unit else 0,
         contradictory_rows=sorted(rows[row] for row in contradictory),
+        alike_rows=[rows[row] for row in alike_records(keys)],
+        remarks=[
+            *([] if remark is None else [remark]),
+            *warnings_of(examples.records, public_size, named),
+        ],
         tokens=None if lengths is None else spread(lengths.whole),
         cuts=None if lengths is None else _cuts(lengths, isinstance(examples.task, CausalLm)),
     )

@@ -17,6 +17,7 @@ from umbel_client.data.tables import json_lines
 from umbel_common.canonical import digest
 from umbel_common.errors import DataError, StorageError
 from umbel_host.files.durable import create, sync_folder
+from umbel_host.files.output import require_new
 
 PARTS = ("train", "validation", "test")
 """Names of the files, in the order of the shares."""
@@ -134,15 +135,10 @@ def write_parts(folder: Path, examples: Examples, parts: Sequence[Group]) -> Non
     The folder appears on disk complete, or not at all.
 
     Raises:
-        DataError: a row holds a value that JSON cannot.
+        DataError: the data file changed since it was read.
         StorageError: the folder exists, or cannot be written.
     """
-    if folder.exists() or folder.is_symlink():
-        raise StorageError(
-            "a file or folder is in the way",
-            file=folder,
-            remedy="give another --out, or move it away",
-        )
+    require_new(folder)
     lines = json_lines(examples.path, examples.table)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:

@@ -10,15 +10,17 @@
 `prompt` and `completion` may be lists of messages as well; in CSV a cell of `messages` holds JSON.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import msgspec
 
-from umbel_client.data.tables import Row, Table
+from umbel_client.data.rows import Row, Table
+from umbel_client.data.tables import columns_text, near_columns, require_columns
 from umbel_common.canonical import Value
 from umbel_common.errors import DataError
+from umbel_common.plans.alike import shown
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import CausalLm
 
@@ -52,6 +54,9 @@ class Passage(Value, frozen=True):
 
 LmRecord: TypeAlias = Conversation | Passage
 
+Question: TypeAlias = Sequence[Turn] | Passage
+"""What a model answers: the turns up to an answer; or a text, up to its answer or to continue."""
+
 
 def read_conversations(
     path: Path, table: Table, task: CausalLm, record_format: Format
@@ -63,18 +68,14 @@ def read_conversations(
             the file, has an empty answer, or is one that the plan's template cannot render.
     """
     chosen = format_of(path, table) if record_format == "auto" else record_format
-    needed = COLUMNS[chosen]
-    missing = [column for column in needed if column not in table.columns]
-    if missing:
-        raise DataError(
-            "a column is missing",
-            file=path,
-            field=missing[0],
-            found=", ".join(table.columns),
-            accepted=f"for data.format {chosen}: {', '.join(needed)}",
-        )
+    try:
+        require_columns(path, table, *COLUMNS[chosen])
+    except DataError as error:
+        error.accepted = f"for data.format {chosen}: {', '.join(COLUMNS[chosen])}"
+        error.remedy = "rename a column of the file, or set data.format"
+        raise
     records: list[LmRecord] = []
-    for number, row in enumerate(table.rows, start=table.first):
+    for number, row in table.numbered():
         place = _Place(path, number)
         record = _READERS[chosen](place, row)
         check_template(record, task, number, path)
@@ -107,8 +108,11 @@ class _Place:
         return value
 
 
-def format_of(path: Path, table: Table) -> Format:
+def format_of(path: Path, table: Table, *, strict: bool = True) -> Format:
     """The format that a file's columns say.
+
+    Args:
+        strict: rows of another format than the first are an error; else the first row decides.
 
     Raises:
         DataError: the columns belong to no format or to several, or a row has another format than
@@ -119,14 +123,13 @@ def format_of(path: Path, table: Table) -> Format:
     ]
     if len(found) == 1:
         return found[0]
-    accepted = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
     if not found:
         raise DataError(
             "the columns of a data file are those of no format",
             file=path,
-            found=", ".join(table.columns),
-            accepted=accepted,
-            remedy="rename columns of the file",
+            found=columns_text(table.columns),
+            accepted="; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items()),
+            remedy=f"{_near(table)}rename columns of the file; in a CSV file, line 1 names them",
         )
     if any(all(_has(row, name) for row in table.rows) for name in found):
         raise DataError(
@@ -137,7 +140,21 @@ def format_of(path: Path, table: Table) -> Format:
             accepted="exactly one of them",
             remedy="set data.format in client.toml",
         )
+    if not strict and table.rows:
+        for name in found:
+            if _has(table.rows[0], name):
+                return name
     raise _mixed(path, table, found)
+
+
+def _near(table: Table) -> str:
+    wanted = dict.fromkeys((*(column for needed in COLUMNS.values() for column in needed), "label"))
+    near = [
+        f"{shown(name)} comes near {column}"
+        for column in wanted
+        for name in near_columns(column, table.columns)
+    ]
+    return "".join(f"{words}; " for words in near)
 
 
 def _has(row: Row, name: Format) -> bool:
@@ -147,8 +164,10 @@ def _has(row: Row, name: Format) -> bool:
 
 def _mixed(path: Path, table: Table, known: list[Format]) -> DataError:
     first: list[Format] = [name for name in known if _has(table.rows[0], name)]
-    number = next(n for n, row in enumerate(table.rows, 1) if not first or not _has(row, first[0]))
-    found = [name for name in known if _has(table.rows[number - 1], name)]
+    number, row = next(
+        (n, row) for n, row in table.numbered() if not first or not _has(row, first[0])
+    )
+    found = [name for name in known if _has(row, name)]
     what = "is of another format than the rows before it" if first else "is of no format"
     return DataError(
         f"row {number} {what}",
@@ -186,15 +205,20 @@ def _prompt_completion(place: _Place, row: Row) -> LmRecord:
 
 
 def _instruction(place: _Place, row: Row) -> LmRecord:
-    question = place.text(row, "instruction", what="has no instruction")
+    question = _instructed(place, row)
     answer = place.text(row, "output", what="has an empty output")
+    return Conversation((question, Turn("assistant", answer)))
+
+
+def _instructed(place: _Place, row: Row) -> Turn:
+    question = place.text(row, "instruction", what="has no instruction")
     more = row.get("input")
     if more is not None and not isinstance(more, str):
         raise place.error("has no text", "input", type(more).__name__, "a text")
-    return _pair(f"{question}\n\n{more}" if more and more.strip() else question, answer)
+    return Turn("user", f"{question}\n\n{more}" if more and more.strip() else question)
 
 
-def _passage(place: _Place, row: Row) -> LmRecord:
+def _passage(place: _Place, row: Row) -> Passage:
     return Passage(text=place.text(row, "text"))
 
 
@@ -249,6 +273,76 @@ def _conversation(place: _Place, turns: tuple[Turn, ...], column: str) -> Conver
 
 def _pair(question: str, answer: str) -> Conversation:
     return Conversation((Turn("user", question), Turn("assistant", answer)))
+
+
+def read_questions(
+    path: Path, table: Table, task: CausalLm, record_format: Format
+) -> list[Question]:
+    """Reads every row up to its answer, which it may have or lack.
+
+    Args:
+        record_format: the format of the records; `auto`, or one that the file does not have: what
+            the columns say, `prompt` before all others.
+
+    Raises:
+        DataError: no column holds questions; or a row has none, or one that the plan's template
+            cannot render.
+    """
+    order: list[Format] = [record_format, "prompt-completion", *COLUMNS]
+    asking: list[Format] = [
+        name for name in order if name != "auto" and COLUMNS[name][0] in table.columns
+    ]
+    if not asking:
+        raise DataError(
+            "a data file has no questions",
+            file=path,
+            found=columns_text(table.columns),
+            accepted=f"one of the columns {', '.join(needed[0] for needed in COLUMNS.values())}",
+            remedy="rename a column of the file",
+        )
+    require_columns(path, table, COLUMNS[asking[0]][0])
+    questions: list[Question] = []
+    for number, row in table.numbered():
+        asked = _ASKED[asking[0]](_Place(path, number), row)
+        record: LmRecord
+        if isinstance(asked, Passage):
+            record = asked
+        else:
+            record = Conversation((*asked, Turn("assistant", "an answer")))
+        check_template(record, task, number, path)
+        questions.append(asked)
+    return questions
+
+
+def _asked_messages(place: _Place, row: Row) -> Question:
+    turns = _turns(place, row.get("messages"), "messages")
+    return _asked_turns(place, turns[:-1] if turns[-1].role == "assistant" else turns, "messages")
+
+
+def _asked_prompt(place: _Place, row: Row) -> Question:
+    if isinstance(row.get("prompt"), list):
+        return _asked_turns(place, _turns(place, row["prompt"], "prompt"), "prompt")
+    return (Turn("user", place.text(row, "prompt", what="has an empty prompt")),)
+
+
+def _asked_turns(place: _Place, turns: tuple[Turn, ...], column: str) -> Question:
+    empty = next((number for number, turn in enumerate(turns, 1) if not turn.content.strip()), None)
+    if empty is not None:
+        found, accepted = f"message {empty}", "texts that are not empty"
+        raise place.error("has an empty message", column, found, accepted)
+    if not turns:
+        raise place.error(
+            "has nothing to answer", column, "an answer alone", "a question before it"
+        )
+    return turns
+
+
+_ASKED: dict[Format, Callable[[_Place, Row], Question]] = {
+    "messages": _asked_messages,
+    "prompt-completion": _asked_prompt,
+    "instruction": lambda place, row: (_instructed(place, row),),
+    "text": _passage,
+}
 
 
 def check_template(record: LmRecord, task: CausalLm, row: int, path: Path | None = None) -> None:

@@ -5,23 +5,27 @@ Error texts name the row, not its text; they are for the site's own log and neve
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from decimal import Decimal
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack, overload
 
 import msgspec
 
 from umbel_client.data.conversations import LmRecord, read_conversations
-from umbel_client.data.tables import Table, read_table
+from umbel_client.data.rows import Row, Table
+from umbel_client.data.tables import read_table, require_columns
 from umbel_client.site.config import DataConfig
 from umbel_common.canonical import Digest, Value, digest
 from umbel_common.errors import DataError
+from umbel_common.plans.alike import plain, seen, shown, told
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import CausalLm, Classification, Task
 
 _NO_NAMES = frozenset({"", "nan", "none", "null", "n/a", "na", "<na>", "#n/a", "nat"})
 """What other programs write where a unit is missing, in lower case; it would be one unit of all."""
+LONGEST_LABEL = 200
+"""Characters of the longest label that is shown."""
+_SHOWN = 10
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Categories of characters that are not seen: control, format, halves of others, separators."""
 
@@ -198,7 +202,7 @@ def records_of(
     common: dict[str, Any] = {
         "source": table.source,
         "path": str(path),
-        "rows": tuple(row + table.first for row in kept),
+        "rows": tuple(table.numbers[row] for row in kept),
         "units": () if unit_column is None else tuple(numbers[units[row]] for row in kept),
         "unit_names": () if unit_column is None else tuple(numbers),
         "unit_column": unit_column,
@@ -221,31 +225,15 @@ def _labelled(
 ) -> list[Record]:
     require_columns(path, table, text_column, label_column)
     index_of = {label: index for index, label in enumerate(task.labels)}
-    return [
-        Record(
-            text=_text(path, text_column, number, row.get(text_column)),
-            label=_label(path, label_column, number, row.get(label_column), index_of),
-        )
-        for number, row in enumerate(table.rows, start=table.first)
-    ]
-
-
-def require_columns(path: Path, table: Table, *columns: str) -> None:
-    """Refuses a file that lacks a column.
-
-    Raises:
-        DataError: names it, and the columns of the file.
-    """
-    for column in columns:
-        if column not in table.columns:
-            raise DataError(
-                "a column is missing",
-                file=path,
-                field=column,
-                found=", ".join(table.columns),
-                remedy="rename a column of the file, or set data.text_column, data.label_column or "
-                "data.unit_column",
-            )
+    records = []
+    for number, row in table.numbered():
+        text = _text(path, text_column, number, row.get(text_column))
+        name = label_of(row.get(label_column))
+        if name is None or name not in index_of:
+            value = row.get(label_column)
+            raise _unknown_label(path, label_column, number, value, table, task.labels)
+        records.append(Record(text=text, label=index_of[name]))
+    return records
 
 
 def _units(path: Path, table: Table, column: str | None) -> list[str]:
@@ -253,10 +241,7 @@ def _units(path: Path, table: Table, column: str | None) -> list[str]:
     if column is None:
         return [str(number) for number in range(len(table.rows))]
     require_columns(path, table, column)
-    return [
-        _unit(path, column, number, row.get(column))
-        for number, row in enumerate(table.rows, start=table.first)
-    ]
+    return [_unit(path, column, number, row.get(column)) for number, row in table.numbered()]
 
 
 def _first_of_each(units: list[str], most: int) -> list[int]:
@@ -294,28 +279,6 @@ def _unit(path: Path, column: str, row: int, unit: object) -> str:
     )
 
 
-def alike_units(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of units whose names differ only in case, or are the same number: perhaps one person.
-
-    A person who is two units has twice the influence that the guarantee speaks of.
-    """
-    first: dict[object, str] = {}
-    pairs = []
-    for name in names:
-        known = first.setdefault(_plain_unit(name), name)
-        if known != name:
-            pairs.append((known, name))
-    return pairs
-
-
-def _plain_unit(name: str) -> object:
-    try:
-        number = Decimal(name)
-    except ArithmeticError:
-        return unicodedata.normalize("NFKC", name).casefold()
-    return number if number.is_finite() else name.casefold()
-
-
 def _text(path: Path, column: str, row: int, text: object) -> str:
     if not isinstance(text, str) or not text.strip():
         found = type(text).__name__ if not isinstance(text, str) else "an empty text"
@@ -339,14 +302,84 @@ def label_of(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _label(path: Path, column: str, row: int, label: object, index_of: dict[str, int]) -> int:
-    name = label_of(label)
-    if name is None or name not in index_of:
+def require_label(path: Path, column: str, number: int, row: Row) -> str:
+    """The label of a row where no plan says which labels there are.
+
+    Raises:
+        DataError: its value cannot be a label.
+    """
+    value = row.get(column)
+    label = label_of(value)
+    if label is None or not seen(label) or len(label) > LONGEST_LABEL:
         raise DataError(
-            f"row {row} has a label that the plan does not have",
+            f"row {number} has no label",
             file=path,
-            field=f"{column}, row {row}",
-            found=repr(label),
-            accepted=", ".join(index_of),
+            field=f"{column}, row {number}",
+            found=_value_text(value) if label is None else _length_text(label),
+            accepted=f"a whole number, or a text of 1 to {LONGEST_LABEL} characters",
+            remedy=_LABEL_REMEDIES.get(type(value)),
         )
-    return index_of[name]
+    return label
+
+
+_LABEL_REMEDIES: dict[type, str] = {
+    float: "write 1 for 1.0: pandas makes such numbers where a row has no label",
+    bool: "write names or numbers, such as yes and no, or 1 and 0",
+    list: "give each record one label",
+}
+
+
+def _value_text(value: object) -> str:
+    """A value that cannot be a label, as it is shown."""
+    kind = type(value).__name__
+    return f"{kind}: {value}" if isinstance(value, bool | float) else kind
+
+
+def _length_text(label: str) -> str:
+    return f"{len(label)} characters" if seen(label) else "an empty text"
+
+
+def label_text(label: str | None) -> str:
+    """A label as it is shown; a long one is a text from a wrong column, and is not."""
+    if label is None:
+        return "no label"
+    return shown(label) if len(label) <= LONGEST_LABEL else f"{len(label)} characters"
+
+
+def label_counts(table: Table, column: str) -> Counter[str | None]:
+    """Number of rows with each label; None: rows whose value cannot be a label."""
+    counts = Counter[str | None]()
+    for row in table.rows:
+        try:
+            counts[label_of(row.get(column))] += 1
+        except DataError:
+            counts[None] += 1
+    return counts
+
+
+def counts_text(counts: Mapping[str | None, int]) -> str:
+    """The commonest labels, each with its number of rows."""
+    most = Counter(counts).most_common()
+    more = f" and {len(most) - _SHOWN} more" if len(most) > _SHOWN else ""
+    return ", ".join(f"{label_text(label)} {count:,}" for label, count in most[:_SHOWN]) + more
+
+
+def _unknown_label(
+    path: Path, column: str, row: int, value: object, table: Table, labels: Sequence[str]
+) -> DataError:
+    """What is wrong with a row's label, and how many rows have a label that the plan lacks."""
+    name = label_of(value)
+    unknown = {label: n for label, n in label_counts(table, column).items() if label not in labels}
+    near = [label for label in labels if name is not None and plain(label) == plain(name)]
+    alike = f"{told([(near[0], name)])[0]}. " if near and name is not None else ""
+    if type(value) in _LABEL_REMEDIES:
+        alike = f"{_LABEL_REMEDIES[type(value)]}. "
+    return DataError(
+        f"row {row} has a label that the plan does not have",
+        file=path,
+        field=f"{column}, row {row}",
+        found=repr(value) if name is None else label_text(name),
+        accepted=", ".join(labels),
+        remedy=f"{alike}labels of rows that the plan lacks: {counts_text(unknown)}."
+        " Correct them, or agree on a plan that has them",
+    )

@@ -10,26 +10,33 @@ would mend it. Whether a record fits a plan is asked later, when its round is pa
 site starts again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from umbel_client.data.records import (
     LmRecords,
     Records,
-    alike_units,
     columns_of,
+    label_text,
     records_of,
 )
-from umbel_client.data.tables import Table, read_table
+from umbel_client.data.rows import Table
+from umbel_client.data.tables import read_table
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.policy import TaskName
 from umbel_common.errors import DataError
+from umbel_common.plans.alike import alike, shown, told
 from umbel_common.plans.plan import CausalLm, Classification, Task
 
 _FAR_OFF = 2.0
 """Factor between the number of units and the public size from which a person is told."""
 _SHOWN = 5
+_NOBODY = frozenset(
+    {"-", "--", ".", "?", "??", "unknown", "missing", "undefined", "anonymous", "x"}
+)
+"""What people write where they do not know whose a record is."""
 
 
 # No generated repr: it would write records into whatever log it is printed to.
@@ -40,6 +47,8 @@ class SiteData:
     read: Mapping[TaskName, Records | LmRecords]
     failed: Mapping[TaskName, DataError]
     public_size: int
+    labels: Sequence[str] = ()
+    """The labels that the policy names."""
 
     @classmethod
     def load(cls, config: ClientConfig) -> "SiteData":
@@ -54,7 +63,7 @@ class SiteData:
                 read[name] = records_of(path, table, task, **columns_of(config.data))
             except DataError as error:
                 failed[name] = error
-        return cls(read, failed, config.data.public_size)
+        return cls(read, failed, config.data.public_size, config.policy.labels)
 
     def records(self, task: Task) -> Records | LmRecords:
         """The records for a plan's task.
@@ -84,13 +93,18 @@ class SiteData:
         """Digest of the data file, 32 bytes; None if no task can use the file."""
         return next((records.source for records in self.read.values()), None)
 
+    @property
+    def data_set(self) -> bytes | None:
+        """The name of the data set in its ledger, 32 bytes; None if no task can use the file."""
+        return next((records.digest() for records in self.read.values()), None)
+
     def warnings(self) -> Iterator[str]:
         """Yields what the site's people should know of the data, a sentence each."""
         for task, error in self.failed.items():
             if self.read:
                 yield f"no plan for {task} can run with these records: {error.message}"
         for records in list(self.read.values())[:1]:
-            yield from _warnings(records, self.public_size)
+            yield from warnings_of(records, self.public_size, self.labels)
 
 
 def _tasks(config: ClientConfig) -> Iterator[tuple[TaskName, Task]]:
@@ -102,20 +116,56 @@ def _tasks(config: ClientConfig) -> Iterator[tuple[TaskName, Task]]:
         yield "causal-lm", CausalLm(loss_on="all")
 
 
-def _warnings(records: Records | LmRecords, public_size: int) -> Iterator[str]:
+def warnings_of(
+    records: Records | LmRecords, public_size: int | None, labels: Sequence[str] = ()
+) -> Iterator[str]:
+    """Yields what the owner of records should know of them, a sentence each.
+
+    Args:
+        public_size: the number of units that everyone may know; None: it is not used.
+        labels: those of the plan or the policy.
+    """
     found = records.unit_count
     kind = "records" if records.unit_column is None else "units"
-    if not public_size / _FAR_OFF <= found <= public_size * _FAR_OFF:
+    if public_size and not public_size / _FAR_OFF <= found <= public_size * _FAR_OFF:
         yield (
             f"data.public_size is {public_size:,}, and there are {found:,} {kind}: batches are"
             f" {found / public_size:.2g} times as large as planned, and delta is held to one tenth"
             " of 1 / public_size"
         )
-    pairs = alike_units(records.unit_names)
+    pairs = alike(records.unit_names)
     if pairs:
-        shown = ", ".join(f"{one!r} and {other!r}" for one, other in pairs[:_SHOWN])
-        more = f" and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else ""
         yield (
-            f"units look alike: {shown}{more}. If they are one person, this person counts twice:"
-            f" give {records.unit_column} one value for each person"
+            f"units look alike: {_some(told(pairs))}. If they are one person, this person counts"
+            f" twice: give {records.unit_column} one value for each person"
         )
+    yield from _nobodies(records)
+    yield from label_warnings(records, labels)
+
+
+def _nobodies(records: Records | LmRecords) -> Iterator[str]:
+    counts = Counter(records.units)
+    for number, name in enumerate(records.unit_names):
+        if name.casefold() in _NOBODY and counts[number] > 1:
+            yield (
+                f"the unit {shown(name)} has {counts[number]:,} records: if it says that nobody"
+                " knows whose they are, give each record a value of its own, or leave it out"
+            )
+
+
+def label_warnings(records: Records | LmRecords, labels: Sequence[str]) -> Iterator[str]:
+    """Yields which labels of a plan or a policy look alike, or have no record."""
+    pairs = alike(labels)
+    if pairs:
+        yield f"labels look alike: {_some(told(pairs))}"
+    if not isinstance(records, Records) or not labels:
+        return
+    known = {record.label for record in records.records}
+    absent = [label_text(label) for index, label in enumerate(labels) if index not in known]
+    if absent:
+        yield f"{len(absent)} of {len(labels)} labels have no record here: {_some(absent)}"
+
+
+def _some(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return ", ".join(texts[:_SHOWN]) + more

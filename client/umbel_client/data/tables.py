@@ -1,45 +1,40 @@
 """Rows of a file of records, whatever its kind: JSON lines, CSV, Parquet, or a data set's folder.
 
-Every kind is checked equally strictly, and errors name the row. Reading leaves no copy of private
-data anywhere, not even for a moment: its folder need not be writable. Folders that `save_to_disk`
-of Hugging Face `datasets` wrote go through that library, without network.
+Every command that takes a file of records reads it here, so that all of them see the same rows,
+refuse the same rows, and number them in the same way. Every kind is checked equally strictly, and
+errors name the row. A row's values are looked at when a column is asked for: what stands in a
+column that nobody asks for does not matter.
+
+Reading leaves no copy of private data anywhere, not even for a moment: its folder need not be
+writable. Folders that `save_to_disk` of Hugging Face `datasets` wrote go through that library,
+without network.
 """
 
-import csv
 import hashlib
 import io
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from umbel_common.canonical import Digest
+from umbel_client.data.arrow_rows import folder_rows, parquet_rows
+from umbel_client.data.kinds import FOLDER, kind_of
+from umbel_client.data.rows import GuardedRow, OnWrongRow, Row, Table, unreadable
+from umbel_client.data.text_rows import csv_rows, json_line_rows, lines_in
 from umbel_common.errors import DataError
+from umbel_common.plans.alike import plain, seen, shown
 from umbel_host.processes.lifecycle import reason
 
-KINDS = (".jsonl", ".csv", ".parquet", "a folder that save_to_disk wrote")
-"""The kinds that can be read."""
+_NAMED = 20
+"""Columns that an error names."""
+_LONGEST_NAME = 40
+"""Characters of a column's name in an error: where the header is missing, it is a text."""
 
-Row = Mapping[str, object]
-"""A row's values by column; in a CSV file all are texts. JSON lines may leave columns out."""
 
-
-@dataclass(frozen=True)
-class Table:
-    """All rows of a file."""
-
-    columns: tuple[str, ...]
-    """The columns that occur, in the order of their first appearance."""
-    rows: Sequence[Row]
-    """The rows in the order of the file; people count them from 1, without a header."""
-    source: Digest
-    """SHA-256 of the file; for a folder, over its Arrow files in their order."""
-    first: int = 1
-    """Number of the first row, as people count."""
+def _refuse(number: int, error: DataError) -> None:
+    raise error
 
 
 def require_file(path: Path) -> None:
@@ -64,196 +59,119 @@ def require_file(path: Path) -> None:
         ) from None
 
 
-def read_table(path: Path) -> Table:
-    """Reads every row of a file.
+def read_table(path: Path, on_wrong_row: OnWrongRow = _refuse) -> Table:
+    """Reads the rows of a file.
+
+    Args:
+        on_wrong_row: takes each row that cannot be parsed, and leaves it out of the table; without
+            it, the first such row is an error.
 
     Raises:
-        DataError: the file is missing, unreadable, of another kind, malformed, not UTF-8, or
-            empty.
+        DataError: the file is missing, unreadable, of another kind, not UTF-8, or empty; or a row
+            cannot be parsed.
     """
     require_file(path)
     try:
-        rows = _rows_of(path)
-        if not rows:
-            raise DataError("the data file holds no record", file=path)
-        columns = dict.fromkeys(column for row in rows for column in row)
-        return Table(tuple(columns), rows, _source(path))
+        wrong: list[int] = []
+
+        def on_wrong(number: int, error: DataError) -> None:
+            on_wrong_row(number, error)
+            wrong.append(number)
+
+        kind = kind_of(path)
+        if kind != FOLDER and path.stat().st_size == 0:
+            raise _empty(path)
+        table = _READERS[kind](path, on_wrong)
+        if not table.rows and not wrong:
+            raise _empty(path)
+        return replace(table, source=_source(path))
     except OSError as error:
-        raise _unreadable(path, error.strerror or type(error).__name__) from None
+        raise unreadable(path, error.strerror or type(error).__name__) from None
 
 
-def _rows_of(path: Path) -> list[Row]:
-    rows: list[Row]
-    if path.is_dir():
-        rows = _folder(path)
-    elif path.suffix in KINDS and path.stat().st_size == 0:
-        rows = []
-    elif path.suffix == ".jsonl":
-        rows = _json_lines(path)
-    elif path.suffix == ".csv":
-        rows = _csv(path)
-    elif path.suffix == ".parquet":
-        rows = _parquet(path)
-    else:
-        raise DataError(
-            "the data file is of an unknown kind",
-            file=path,
-            found=path.suffix or "no suffix",
-            accepted=", ".join(KINDS),
-        )
-    return rows
+def _empty(path: Path) -> DataError:
+    return DataError("the data file holds no record", file=path)
 
 
-def _json_lines(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            _text(path, line, number)
-            if not line.strip():
-                raise _malformed(path, number, "an empty line")
-            try:
-                row = msgspec.json.decode(line)
-            except msgspec.DecodeError as error:
-                raise _malformed(path, number, str(error)) from None
-            except RecursionError:
-                raise _malformed(path, number, "values within values without end") from None
-            if not isinstance(row, dict):
-                raise _malformed(path, number, f"{type(row).__name__}, not an object")
-            rows.append(row)
-    return rows
+def require_columns(path: Path, table: Table, *columns: str) -> None:
+    """Refuses a file that lacks a column, or that has it twice.
+
+    Raises:
+        DataError: names it, and the columns of the file.
+    """
+    for column in columns:
+        if column in table.twice:
+            raise DataError(
+                "a data file names a column twice",
+                file=path,
+                field=column,
+                found=columns_text(table.columns),
+                remedy="rename or remove one of them",
+            )
+        if column not in table.columns:
+            near = near_columns(column, table.columns)
+            rename = f"{' and '.join(map(shown, near))} comes near: " if near else ""
+            raise DataError(
+                "a column is missing",
+                file=path,
+                field=column,
+                found=columns_text(table.columns),
+                remedy=f"{rename}rename a column of the file, or set data.text_column,"
+                " data.label_column or data.unit_column",
+            )
 
 
-def _csv(path: Path) -> list[Row]:
-    """Every value is a text: a reader that guesses would make numbers of codes, and drop NA."""
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    # Clinical notes are longer than the 128 KiB that a field may have by default.
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(_text(path, data, 1), newline=""), strict=True)
-    rows: list[Row] = []
-    try:
-        header = next(reader, [])
-        _require_different(path, header)
-        for values in reader:
-            if len(values) != len(header):
-                raise _malformed(
-                    path, len(rows) + 1, f"{len(values)} fields under {len(header)} columns"
-                )
-            rows.append(dict(zip(header, values, strict=True)))
-    except csv.Error as error:
-        raise _malformed(path, len(rows) + 1, str(error)) from None
-    return rows
+def near_columns(wanted: str, columns: Sequence[str]) -> list[str]:
+    """Columns whose names are nearly the one that is wanted: `labels`, ` label`, `Label`."""
+
+    def stem(name: str) -> str:
+        return str(plain(name)).removesuffix("s")
+
+    return [name for name in columns if name != wanted and stem(name) == stem(wanted)]
+
+
+def columns_text(columns: Sequence[str]) -> str:
+    """Names of columns for an error, none of them long: one may be a text of a first line."""
+    names = [name if name and name == seen(name) else shown(name) for name in columns[:_NAMED]]
+    short = [
+        name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}\N{HORIZONTAL ELLIPSIS}"
+        for name in names
+    ]
+    more = len(columns) - _NAMED
+    return ", ".join(short) + (f" and {more} more" if more > 0 else "")
 
 
 def json_lines(path: Path, table: Table) -> list[bytes]:
     """Each row as a line of JSON with its newline; a file of JSON lines gives its own bytes.
 
+    A value that JSON cannot hold becomes a text.
+
     Args:
         path: the file that the table was read from.
 
     Raises:
-        DataError: a row holds a value that JSON cannot, such as an image.
+        DataError: the file changed since.
     """
-    if path.suffix != ".jsonl" or path.is_dir():
-        return [_json_line(path, number, row) for number, row in enumerate(table.rows, start=1)]
+    if kind_of(path) != ".jsonl":
+        return [_json_line(row) for row in table.rows]
     data = path.read_bytes()
     if hashlib.sha256(data).digest() != table.source:
         raise DataError("the data file changes while it is read", file=path, remedy="try again")
-    lines = data.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n")
-    return [line + b"\n" for line in lines]
+    return [line.removesuffix(b"\n") + b"\n" for line in lines_in(io.BytesIO(data), path)]
 
 
-def _json_line(path: Path, number: int, row: Row) -> bytes:
+def _json_line(row: Row) -> bytes:
+    written = {column: _written(row, column) for column in row}
+    return msgspec.json.encode(written, enc_hook=str) + b"\n"
+
+
+def _written(row: Row, column: str) -> object:
     try:
-        return msgspec.json.encode(row) + b"\n"
-    except (TypeError, ValueError, OverflowError) as error:
-        raise DataError(
-            f"row {number} cannot be written as JSON",
-            file=path,
-            field=f"row {number}",
-            found=error,
-            accepted="texts, numbers, dates, lists and objects of them",
-        ) from None
-
-
-def _text(path: Path, data: bytes, first_line: int) -> str:
-    """Decodes UTF-8; names the line of the first byte that is not."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = first_line + data[: error.start].count(b"\n")
-        raise DataError(
-            f"line {line} is not UTF-8",
-            file=path,
-            field=f"line {line}",
-            found=f"byte 0x{data[error.start]:02x}",
-            accepted="UTF-8",
-            remedy="convert the file, for example with iconv",
-        ) from None
-
-
-def _parquet(path: Path) -> list[Row]:
-    # Imported here, as below: it takes a second, which other kinds of file need not wait.
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path).read()
-    except pyarrow.ArrowException as error:
-        raise _unreadable(path, type(error).__name__) from None
-    _require_different(path, table.column_names)
-    try:
-        rows: list[Row] = table.to_pylist()
-    except UnicodeDecodeError:
-        # Row by row it takes ten times as long, but tells which row it is.
-        rows = []
-        for number in range(1, table.num_rows + 1):
-            with _decoding(path, number):
-                rows += table.slice(number - 1, 1).to_pylist()
-    return rows
-
-
-def _folder(path: Path) -> list[Row]:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    datasets.disable_progress_bars()
-    try:
-        found = datasets.load_from_disk(str(path), keep_in_memory=True)
-    except (DatasetsError, ValueError, TypeError, OSError, KeyError) as error:
-        raise _unreadable(path, type(error).__name__) from None
-    if isinstance(found, datasets.DatasetDict):
-        raise DataError(
-            "a folder holds several data sets",
-            file=path,
-            found=", ".join(map(str, found)),
-            accepted="the folder of one of them",
-        )
-    rows: list[Row] = []
-    for number in range(1, len(found) + 1):
-        with _decoding(path, number):
-            rows.append(found[number - 1])
-    return rows
-
-
-@contextmanager
-def _decoding(path: Path, row: int) -> Iterator[None]:
-    """Names the row whose bytes are not text: Arrow does not check them."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"row {row} is not UTF-8",
-            file=path,
-            field=f"row {row}",
-            found=f"byte 0x{error.object[error.start]:02x}",
-            accepted="UTF-8",
-        ) from None
-
-
-def _require_different(path: Path, columns: Sequence[str]) -> None:
-    if len(set(columns)) != len(columns):
-        raise DataError("a data file names a column twice", file=path, found=", ".join(columns))
+        return row[column]
+    except DataError:
+        if isinstance(row, GuardedRow):
+            return row.as_text(column)
+        raise
 
 
 def _source(path: Path) -> bytes:
@@ -267,9 +185,9 @@ def _source(path: Path) -> bytes:
     return combined.digest()
 
 
-def _malformed(path: Path, row: int, found: str) -> DataError:
-    return DataError(f"row {row} cannot be read", file=path, field=f"row {row}", found=found)
-
-
-def _unreadable(path: Path, found: str | None) -> DataError:
-    return DataError("the data file cannot be read", file=path, found=found)
+_READERS: dict[str, Callable[[Path, OnWrongRow], Table]] = {
+    ".jsonl": json_line_rows,
+    ".csv": csv_rows,
+    ".parquet": parquet_rows,
+    FOLDER: folder_rows,
+}

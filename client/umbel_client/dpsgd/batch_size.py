@@ -15,6 +15,7 @@ import torch
 from umbel_client.data.tokens import Tokens
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.base.architecture import padding_of, width_of
 from umbel_client.models.inputs import Batch, HiddenInputs, Inputs, PooledInputs, TokenInputs
 from umbel_client.tasks.physical_batches import ran_out_of_memory
 from umbel_client.tasks.shapes import BatchLimit
@@ -62,7 +63,8 @@ def find_physical_batch_size(
 ) -> int:
     """The number of records that fit into memory at once, and are worth computing at once.
 
-    Where a model is on several devices, the one on which the fewest records fit decides.
+    Where a model or its copies are on several devices, the one on which the fewest records fit
+    decides.
 
     Gradients of records may take half of that memory at most. Where a record's gradient is larger
     than its activations, the gradients would otherwise decide how much memory training takes.
@@ -76,12 +78,13 @@ def find_physical_batch_size(
     """
     tokens = 1 if model.frozen_output == "pooled" else model.plan.task.max_tokens
     fitting = _largest_useful(model, tokens, records_per_unit)
-    for device in model.devices:
+    places = [(one, device) for one in model.copies for device in one.devices]
+    for copy, device in places:
         room = free_memory(device) if free is None else free
         if room is None:
             fitting = min(fitting, UNKNOWN)
             continue
-        fixed, activations, gradients = record_bytes(model, device)
+        fixed, activations, gradients = record_bytes(copy, device)
         budget = max(int(room * SHARE) - fixed, 0)
         here = budget // max(activations + gradients, 1), budget // 2 // max(gradients, 1)
         fitting = min(fitting, *here)
@@ -89,10 +92,13 @@ def find_physical_batch_size(
 
 
 def _largest_useful(model: AdaptedModel, tokens: int, records_per_unit: int) -> int:
-    """A batch is hardly ever larger than its mean plus four standard deviations."""
+    """A batch is hardly ever larger than its mean plus four standard deviations.
+
+    Each copy of the model computes its share of it.
+    """
     plan = model.plan
     mean = plan.training.expected_batch_size
-    whole = math.ceil(mean + 4 * math.sqrt(mean)) * records_per_unit
+    whole = math.ceil((mean + 4 * math.sqrt(mean)) / len(model.copies)) * records_per_unit
     if model.device.type != "cpu":
         return whole
     return min(whole, max(1, TOKENS_AT_ONCE * torch.get_num_threads() // tokens))
@@ -113,11 +119,10 @@ def record_bytes(model: AdaptedModel, device: torch.device | None = None) -> tup
     """
     plan = model.plan
     device = model.device if device is None else device
-    alternates = plan.lora.method == "alternate" and plan.training.rounds > 1
     private = isinstance(plan.privacy, LocalPrivacy)
     rounds = []
     try:
-        for number in (1, 2) if alternates else (1,):
+        for number in plan.kinds_of_rounds:
             trained = model.select(number).values()
             one, two = (saved_bytes(model, _longest(model, n), device) for n in (1, 2))
             elements = sum(one.numel() for one in trained if one.device == device)
@@ -169,11 +174,11 @@ def saved_bytes(model: AdaptedModel, batch: Batch, device: torch.device | None =
 
 def _longest(model: AdaptedModel, records: int) -> Batch:
     """A batch of made-up records, as long as the plan allows."""
-    tokens, width = model.plan.task.max_tokens, int(model.base.config.hidden_size)
+    tokens, width = model.plan.task.max_tokens, width_of(model.base)
     mask = torch.ones(records, tokens, dtype=torch.int64)
     inputs: Inputs
     if model.frozen_output == "nothing":
-        pad = getattr(model.base.config, "pad_token_id", None)
+        pad = padding_of(model.base)
         inputs = TokenInputs(torch.full_like(mask, 1 if pad == 0 else 0), mask)
     elif model.frozen_output == "pooled":
         inputs = PooledInputs(torch.ones(records, width))

@@ -50,7 +50,7 @@ def plain_lora(layer: nn.Module) -> FusedLora | None:
 
 
 @contextmanager
-def per_record_gradients(model: nn.Module) -> Iterator[None]:
+def per_record_gradients(*models: nn.Module) -> Iterator[None]:
     """Within the context, backward passes fill each trained parameter's `grad_sample`.
 
     Its shape is float32[n, *shape of the parameter] for n records. The loss must be a sum over
@@ -61,31 +61,41 @@ def per_record_gradients(model: nn.Module) -> Iterator[None]:
         ModelError: a trained module has no gradient for each record.
     """
     with ExitStack() as attached:
-        taken: set[int] = set()
-        for name, module in model.named_modules():
-            _check_lora(name, module)
-            lora = plain_lora(module)
-            if lora is not None and (lora.A.requires_grad or lora.B.requires_grad):
-                taken |= {id(lora.A), id(lora.B)}
-                attached.enter_context(_with_forward(module, lora.forward))
-        for name, module in model.named_modules():
-            trained = [p for p in module.parameters(recurse=False) if p.requires_grad]
-            if not trained or taken.issuperset(map(id, trained)):
-                continue
-            if type(module) is nn.Linear:
-                attached.enter_context(_with_forward(module, partial(fused_linear, layer=module)))
-            else:
-                attached.enter_context(_hooked(name, module))
+        for model in models:
+            _attach(model, attached)
+        named = [pair for model in models for pair in model.named_parameters()]
         try:
             yield
         except NotSeparate as error:
-            named = model.named_parameters()
             error.field = next((name for name, one in named if one is error.parameter), None)
             raise
         finally:
-            for parameter in model.parameters():
+            for _, parameter in named:
                 for attribute in ("grad_sample", "grad_sample_pass"):
                     vars(parameter).pop(attribute, None)
+
+
+def _attach(model: nn.Module, attached: ExitStack) -> None:
+    """Lets the model's trained modules keep the gradients of records apart, until the stack ends.
+
+    Raises:
+        ModelError: see `per_record_gradients`.
+    """
+    taken: set[int] = set()
+    for name, module in model.named_modules():
+        _check_lora(name, module)
+        lora = plain_lora(module)
+        if lora is not None and (lora.A.requires_grad or lora.B.requires_grad):
+            taken |= {id(lora.A), id(lora.B)}
+            attached.enter_context(_with_forward(module, lora.forward))
+    for name, module in model.named_modules():
+        trained = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        if not trained or taken.issuperset(map(id, trained)):
+            continue
+        if type(module) is nn.Linear:
+            attached.enter_context(_with_forward(module, partial(fused_linear, layer=module)))
+        else:
+            attached.enter_context(_hooked(name, module))
 
 
 def _check_lora(name: str, module: nn.Module) -> None:

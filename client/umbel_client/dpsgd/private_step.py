@@ -1,13 +1,14 @@
 """One step of DP-SGD (Abadi et al. 2016, algorithm 1).
 
-1. Compute the gradient of each record, one physical batch after the other. A unit lies in one
-   physical batch (ModelError); one that does not fit into memory counts as zero.
+1. Compute the gradient of each record, one physical batch after the other; where the model has
+   copies, as many at once as there are copies. A unit lies in one physical batch (ModelError); one
+   that does not fit into memory counts as zero.
 2. Average the gradients of each unit's records, and clip each unit's gradient to the clip norm. One
    gradient for each record is there (ModelError).
-3. Sum the clipped gradients over all physical batches.
+3. Sum the clipped gradients over all physical batches, and over the copies of the model.
 4. Add Gaussian noise once, with the standard deviation noise multiplier times clip norm.
 5. Divide by the expected batch size, whatever the size of the batch.
-6. Let the optimizer take the step.
+6. Let the optimizer take the step, and give the copies its values.
 
 This module is part of the core of the privacy guarantee. Never add or change here:
 
@@ -18,12 +19,15 @@ This module is part of the core of the privacy guarantee. Never add or change he
 - Noise from another source than `StepNoise`.
 - A norm over the parameters of one device alone: a record has one norm, and one factor of clipping,
   over everything that is trained.
+- A copy of the model with other values, or one that was not shown to give a record the same bits
+  (`umbel_client.training.bit_test`): which copy computes a record follows from the other records.
 
 Nothing here charges: the ledger has reserved the whole round before its first gradient.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,17 +72,19 @@ class PrivateOptimizer:
         clip_norm: float,
         expected_batch_size: float,
         clipping: Clipping = flat,
+        copies: Sequence[Sequence[torch.nn.Parameter]] = (),
     ) -> None:
         """Trains the parameters of `optimizer`; each stays on its device.
 
         Args:
-            noise: for these parameters.
+            noise: for these parameters; there is no other, however many copies there are.
             noise_multiplier: standard deviation of the noise in units of the clip norm.
             clip_norm: largest contribution of one unit, in the Euclidean norm.
             expected_batch_size: what the noisy sum is divided by, whatever the batch.
+            copies: the same parameters in other copies of the model, each on a device of its own.
 
         Raises:
-            RuntimeError: the noise is for other parameters.
+            RuntimeError: the noise is for other parameters, or two copies are on one device.
         """
         self._optimizer = optimizer
         self._noise = noise
@@ -89,30 +95,42 @@ class PrivateOptimizer:
         self.parameters: list[torch.nn.Parameter] = [
             parameter for group in optimizer.param_groups for parameter in group["params"]
         ]
-        self._there = by_device(self.parameters)
+        self._copies = [by_device(parameters) for parameters in (self.parameters, *copies)]
         self._sums: dict[torch.device, torch.Tensor] = {}
+        for copy in self._copies:
+            if not self._sums.keys().isdisjoint(copy):
+                raise RuntimeError("two copies of a model are on one device")
+            for device, parameters in copy.items():
+                size = sum(parameter.numel() for parameter in parameters)
+                self._sums[device] = torch.zeros(size, device=device)
         self._gradients: dict[torch.device, torch.Tensor] = {}
-        for device, parameters in self._there.items():
-            sizes = [parameter.numel() for parameter in parameters]
-            self._sums[device] = torch.zeros(sum(sizes), device=device)
+        for device, parameters in self._copies[0].items():
             self._gradients[device] = torch.zeros_like(self._sums[device])
             # Parts of one vector, so that a step writes all of them at once.
-            parts = torch.split(self._gradients[device], sizes)
+            parts = torch.split(self._gradients[device], [one.numel() for one in parameters])
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
-        if noise.sizes != {device: len(total) for device, total in self._sums.items()}:
+        if noise.sizes != {device: len(own) for device, own in self._gradients.items()}:
             raise RuntimeError("the noise is for other parameters than those that are trained")
 
     def accumulate(
-        self, records: int, units: Ints | None = None, *, rows: int | None = None
+        self,
+        records: int,
+        units: Ints | None = None,
+        *,
+        rows: int | None = None,
+        copy: int = 0,
     ) -> None:
-        """Adds one physical batch's clipped gradients to the sum, and clears them.
+        """Adds one physical batch's clipped gradients to the sum of a copy, and clears them.
+
+        Copies may do so at the same time: each has its own gradients, and its own sum.
 
         Args:
             records: number of records that the losses were summed over.
             units: see `clipped_sum`.
             rows: number of rows that the backward pass was over; those after the records only fill
                 a shape, and their gradients are dropped. None: as many as records.
+            copy: the copy that has computed it; 0: the one whose parameters are trained.
 
         Raises:
             ModelError: the parameters do not hold one gradient for each record.
@@ -123,7 +141,7 @@ class PrivateOptimizer:
                 taken[:records]
                 for taken in take_gradients(parameters, records if rows is None else rows)
             ]
-            for device, parameters in self._there.items()
+            for device, parameters in self._copies[copy].items()
         }
         # 3. The sum over physical batches; `clipped_sum` is step 2 and this batch's part of step 3.
         sums = clipped_sum(gradients, units, self._clip_norm, self._clipping)
@@ -136,16 +154,23 @@ class PrivateOptimizer:
             raise RuntimeError("gradients were added on some devices only") from error
 
     def discard(self) -> None:
-        """Drops the gradients of a backward pass that did not end; the sum stays as it is."""
-        for parameter in self.parameters:
-            holder: Any = parameter
-            holder.grad_sample = None
+        """Drops the gradients of backward passes that did not end; the sums stay as they are."""
+        for copy in self._copies:
+            for parameters in copy.values():
+                for parameter in parameters:
+                    holder: Any = parameter
+                    holder.grad_sample = None
 
     def step(self) -> None:
         """Takes the step with the noisy sum, and starts a new sum.
 
         Sum and noise are added and divided in float64, and rounded once to float32.
         """
+        # 3. The sum over the copies, in their order.
+        for copy in self._copies[1:]:
+            for device, first in zip(copy, self._copies[0], strict=True):
+                self._sums[first] += self._sums[device].to(first)
+                self._sums[device].zero_()
         # 4. The noise, and 5. the division.
         for offset, draws in self._noise.take():
             place = slice(offset, offset + len(draws))
@@ -297,17 +322,19 @@ def private_step(
         ModelError: a unit's records are in several physical batches.
     """
 
-    def compute(part: Part) -> None:
+    def compute(copy: int, part: Part) -> None:
         # 1. Each record's gradient.
         with torch.enable_grad():
-            task.losses(model, task.batch(data, part)).sum().backward()  # type: ignore[no-untyped-call]  # torch
+            losses = task.losses(model.copies[copy], task.batch(data, part))
+            losses.sum().backward()  # type: ignore[no-untyped-call]  # torch
         # 2. Clipped, and 3. added to the sum.
-        optimizer.accumulate(
-            len(part), None if units is None else units[part.records], rows=part.rows
-        )
+        own = None if units is None else units[part.records]
+        optimizer.accumulate(len(part), own, rows=part.rows, copy=copy)
 
+    on_each = [partial(compute, copy) for copy in range(len(model.copies))]
     compute_parts(
-        data, chosen, limit, units, compute=compute, discard=optimizer.discard, private=True
+        data, chosen, limit, units, compute=on_each, discard=optimizer.discard, private=True
     )
-    # 4. Noise, 5. division, 6. step.
+    # 3. The sum over the copies, 4. noise, 5. division, 6. step.
     optimizer.step()
+    model.update_copies()

@@ -18,6 +18,7 @@ class Answer:
 
     found: str
     wanted: str
+    """The record's, as the chat template writes it."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ def generate_answers(
     chat = Chat.load(folder, task, model.files)
     asked = []
     for record in [one for one in records if isinstance(one, Conversation)][:most]:
-        prompt = chat.prompt(record.turns[:-1])
+        prompt = chat.frame(record.turns[:-1]).prompt
         if len(chat.prompt_ids(prompt)) < task.max_tokens:
             asked.append(record)
     turns = [record.turns[:-1] for record in asked]
     found = answer_prompts(model, chat, turns, Sampling(max_new_tokens=longest))
-    return [Answer(one, record.turns[-1].content) for one, record in zip(found, asked, strict=True)]
+    return [Answer(one, chat.reference(record)) for one, record in zip(found, asked, strict=True)]
 
 
 def score_answers(given: Sequence[Answer]) -> AnswerScores | None:

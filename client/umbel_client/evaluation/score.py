@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 
 from umbel_client.data.chat import tokenise_answers
-from umbel_client.data.records import Columns, LmRecords, Records, load_records, require_columns
-from umbel_client.data.tables import read_table
+from umbel_client.data.records import Columns, LmRecords, Records, load_records
+from umbel_client.data.tables import read_table, require_columns
 from umbel_client.data.tokens import tokenise
 from umbel_client.evaluation.answers import generate_answers, score_answers
 from umbel_client.evaluation.losses import losses_and_labels, mean_token_loss
@@ -179,5 +179,6 @@ def _groups(path: Path, records: Records, column: str | None) -> Sequence[str]:
     table = read_table(path)
     require_columns(path, table, column)
     # Records without an entry form a group of their own.
-    entries = [table.rows[row - 1].get(column) for row in records.rows]
+    of_row = dict(table.numbered())
+    entries = [of_row[row].get(column) for row in records.rows]
     return ["(none)" if entry in (None, "") else str(entry) for entry in entries]

@@ -130,6 +130,38 @@ def read_rows(path: Path, database: sqlite3.Connection) -> Contents:
     return contents
 
 
+def require_data_set(path: Path, contents: Contents, data_set: bytes, unit: str | None) -> None:
+    """Checks that a ledger is about the data at hand.
+
+    Args:
+        data_set: digest of the data set, 32 bytes.
+        unit: column that says whose a record is; None: each record is its own unit.
+
+    Raises:
+        LedgerError: it counts by another unit, or is about other data.
+    """
+    if contents.unit != unit:
+        raise LedgerError(
+            "a privacy ledger counts by another unit",
+            file=path,
+            field="data.unit_column",
+            found=unit or "none: by record",
+            accepted=contents.unit or "none: by record",
+            remedy="set it back: what was charged by one unit says nothing about another",
+        )
+    if contents.data_set != data_set:
+        raise LedgerError(
+            "a privacy ledger belongs to another data set",
+            file=path,
+            field="data set digest",
+            found=data_set.hex(),
+            accepted=contents.data_set.hex(),
+            remedy="if the data changed, run `umbel-client budget carry --data-set"
+            f" {data_set.hex()}`: what was spent stays spent. Only data of which no record is the"
+            " same are another data set (docs/budget.md)",
+        )
+
+
 def require_head(path: Path, contents: Contents, published: bytes) -> None:
     """Checks that a history continues the one that was published under a head.
 
@@ -169,8 +201,8 @@ def require_journal(path: Path, contents: Contents, answers: int) -> None:
             found=f"{answers} in the journal",
             accepted=f"at least {contents.answers}, as the ledger counts",
             remedy="session.sqlite was rolled back or replaced: bring back the latest copy. If it"
-            " is lost, start a new state folder, and state there with `umbel-client budget"
-            " state-spend` what was spent",
+            " is lost, what was spent has to be stated: `umbel-client budget state-spend`"
+            " (docs/budget.md)",
         )
 
 

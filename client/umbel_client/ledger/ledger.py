@@ -54,6 +54,7 @@ from umbel_client.ledger.file import (
     create,
     lock_file,
     read_rows,
+    require_data_set,
     require_head,
     require_journal,
     storage_errors,
@@ -124,7 +125,7 @@ class Ledger:
         ledger = cls(path, lock, database, entropy)
         try:
             ledger._load()
-            ledger._check_data_set(data_set, unit)
+            require_data_set(path, ledger._contents, data_set, unit)
         except BaseException:
             ledger.close()
             raise
@@ -397,26 +398,6 @@ class Ledger:
             self._database.execute("PRAGMA synchronous = FULL")
             if self._contents.schema != SCHEMA.version:
                 migrate(self._database, SCHEMA, self._path)
-
-    def _check_data_set(self, data_set: bytes, unit: str | None) -> None:
-        if self._contents.unit != unit:
-            raise self._error(
-                "a privacy ledger counts by another unit",
-                field="data.unit_column",
-                found=unit or "none: by record",
-                accepted=self._contents.unit or "none: by record",
-                remedy="set it back: what was charged by one unit says nothing about another",
-            )
-        if self._contents.data_set != data_set:
-            raise self._error(
-                "a privacy ledger belongs to another data set",
-                field="data set digest",
-                found=data_set.hex(),
-                accepted=self._contents.data_set.hex(),
-                remedy="if the data changed, run `umbel-client budget carry --data-set"
-                f" {data_set.hex()}`: what was spent stays spent. If it is other data, give it a"
-                " state folder of its own",
-            )
 
     def _error(self, message: str, **details: object) -> LedgerError:
         return LedgerError(message, file=self._path, **details)  # type: ignore[arg-type]  # by name

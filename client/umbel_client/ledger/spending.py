@@ -24,12 +24,12 @@ class JobCost(Value, frozen=True):
 class Spending(Value, frozen=True):
     """What a data set has cost. Epsilon is infinite after a round without differential privacy."""
 
-    data_set: str
-    """Its digest, 64 hexadecimal digits."""
+    data_set: str | None
+    """Its digest, 64 hexadecimal digits; None before the first plan, which makes the ledger."""
     unit: str | None
     """The column that says whose a record is; None: each record is its own unit."""
-    head: str
-    """Head of the ledger, 64 hexadecimal digits."""
+    head: str | None
+    """Head of the ledger, 64 hexadecimal digits; None before the first plan."""
     delta: float
     total: float
     """Epsilon that the policy allows."""
@@ -79,9 +79,9 @@ def spending(contents: Contents, allowed: Budget) -> Spending:
     for entry in rounds:
         jobs.setdefault(entry.job, []).append(entry)
     return Spending(
-        data_set=contents.data_set.hex(),
+        data_set=contents.data_set.hex() or None,
         unit=contents.unit,
-        head=contents.head().hex(),
+        head=contents.head().hex() if contents.heads else None,
         delta=allowed.delta,
         total=allowed.epsilon,
         spent=spent,

@@ -1,6 +1,7 @@
 """The base model with its adapter, from a local folder: the model that a site trains."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,6 @@ from umbel_client.models.base.architecture import (
     require_context,
     vocabulary_of,
 )
-from umbel_client.models.base.files import require_digest
 from umbel_client.models.base.folder import build_base, read_base
 from umbel_client.models.base.layers import (
     body_of,
@@ -44,6 +44,7 @@ from umbel_client.models.token_loss import token_losses
 from umbel_common.adapters.vector import Vector
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import CausalLm, Classification, Tensor, TrainingPlan
+from umbel_host.files.model_digest import require_digest
 from umbel_host.files.model_folder import FileDigests
 
 
@@ -51,6 +52,9 @@ class AdaptedModel(nn.Module):
     """A frozen base model, its LoRA layers and its head; always in evaluation mode.
 
     Dropout never runs in training, so that a step is a function of batch and noise alone.
+
+    It may have copies on other devices, which always have its adapter: a step divides its records
+    among them (`umbel_client.tasks.physical_batches`).
     """
 
     def __init__(
@@ -87,6 +91,8 @@ class AdaptedModel(nn.Module):
             layer is adapted, or float16 does not hold the hidden states of a made-up record)."""
             self._plain_output = isinstance(plan.task, CausalLm) and output_is_plain(base)
         self._checkpointed: list[nn.Module] = []
+        # A tuple, whose modules are no parts of this one.
+        self._others: tuple[AdaptedModel, ...] = ()
         self.eval()
         if self.frozen_output == "hidden" and not self._fits_float16():
             self.frozen_output = "nothing"
@@ -151,7 +157,31 @@ class AdaptedModel(nn.Module):
                 found=plan.job,
                 accepted=f"a plan that differs from {self.plan.job} in training or privacy alone",
             )
-        self.plan = plan
+        for copy in self.copies:
+            copy.plan = plan
+
+    @property
+    def copies(self) -> tuple["AdaptedModel", ...]:
+        """This model, and after it its copies on other devices."""
+        return (self, *self._others)
+
+    def add_copies(self, others: Iterable["AdaptedModel"]) -> None:
+        """Takes models that were loaded from the same folder for the same plan, as its copies."""
+        self._others = tuple(others)
+
+    def in_copies(self, optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
+        """For each other copy, the parameters that an optimizer of this model trains, in order."""
+        names = {id(parameter): name for name, parameter in self.adapter.items()}
+        trained = [names[id(one)] for group in optimizer.param_groups for one in group["params"]]
+        return [[other.adapter[name] for name in trained] for other in self._others]
+
+    @torch.no_grad()
+    def update_copies(self) -> None:
+        """Gives the other copies the values of the parameters that are trained."""
+        for other in self._others:
+            for name, parameter in self.adapter.items():
+                if parameter.requires_grad:
+                    other.adapter[name].copy_(parameter)
 
     @property
     def vocabulary(self) -> int:
@@ -165,7 +195,8 @@ class AdaptedModel(nn.Module):
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """The devices of the model's parameters; the first one is `device`."""
+        """The devices of the model's parameters; the first one is `device`. Those of other copies
+        are not among them."""
         return tuple(dict.fromkeys([self.device, *(one.device for one in self.parameters())]))
 
     def train(self, mode: bool = True) -> "AdaptedModel":
@@ -181,7 +212,8 @@ class AdaptedModel(nn.Module):
         Raises:
             PlanError: the vector has another length.
         """
-        fill(self.adapter, vector, self.plan.lora)
+        for copy in self.copies:
+            fill(copy.adapter, vector, self.plan.lora)
 
     def vector(self) -> Vector:
         """The whole adapter, float32[plan.lora.size]."""
@@ -197,9 +229,10 @@ class AdaptedModel(nn.Module):
     def select(self, round_number: int) -> dict[str, nn.Parameter]:
         """Selects exactly the parameters of a round for training, and returns them by name."""
         names = [tensor.name for tensor in self.plan.trained_tensors(round_number)]
-        for name, parameter in self.adapter.items():
-            parameter.requires_grad_(name in names)
-            parameter.grad = None
+        for copy in self.copies:
+            for name, parameter in copy.adapter.items():
+                parameter.requires_grad_(name in names)
+                parameter.grad = None
         return {name: self.adapter[name] for name in names}
 
     def logits(self, inputs: Inputs) -> torch.Tensor:

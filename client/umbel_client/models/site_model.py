@@ -1,11 +1,18 @@
 """A plan's model, loaded onto the devices that a configuration says, in the precision for it."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.models.base.device import chosen_devices, described, prepare_training
+from umbel_client.models.base.device import (
+    chosen_devices,
+    described,
+    prepare_training,
+    require_alike,
+)
 from umbel_client.models.base.precision import chosen_precision
+from umbel_client.models.base.spread import require_exact_copies
 from umbel_client.site.config import ModelConfig
 from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 
@@ -17,26 +24,37 @@ def load_site_model(config: ModelConfig, plan: TrainingPlan, *, trains: bool) ->
 
     Args:
         trains: whether steps of training follow; a private plan then allows no device that cannot
-            keep its promises.
+            keep its promises. Only then are there copies of the model.
 
     Raises:
         ConfigError: the configuration names a device that is not there, or cannot be used so.
         ModelError: see `AdaptedModel.load`.
     """
     devices = chosen_devices(config.device)
+    copies = config.split == "records"
+    if copies:
+        devices = devices if trains else devices[:1]
+        require_alike(devices)
+        require_exact_copies(devices)
     if trains:
         for device in devices:
             prepare_training(device, private=isinstance(plan.privacy, LocalPrivacy))
     precision = chosen_precision(config.precision, *devices)
     _logger.info("the model computes on %s in %s", described(*devices), precision)
-    return AdaptedModel.load(
+    load = partial(
+        AdaptedModel.load,
         Path(config.path),
         plan,
-        device=tuple(map(str, devices)),
         precision=precision,
         checkpointing=config.gradient_checkpointing,
         quantisation=config.quantisation,
     )
+    if not copies:
+        return load(device=tuple(map(str, devices)))
+    # Each is read, and its digest compared, by itself.
+    model, *others = (load(device=str(device)) for device in devices)
+    model.add_copies(others)
+    return model
 
 
 def load_public(

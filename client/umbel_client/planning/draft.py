@@ -1,119 +1,13 @@
-"""A plan's draft, and the plan that is made of it with the base model's folder."""
+"""The plan that is made of a draft with the base model's folder."""
 
 from pathlib import Path
-from typing import Annotated, Literal
 
-import msgspec
-
-from umbel_client.data.tables import read_table
-from umbel_client.models.adapters.lora import all_linear, plan_lora
+from umbel_client.models.adapters.lora import plan_lora
+from umbel_client.models.adapters.targets import all_linear
 from umbel_client.models.base.architecture import require_context
-from umbel_client.models.base.files import folder_digest
-from umbel_client.models.base.folder import skeleton
-from umbel_common.canonical import Name, Value
-from umbel_common.errors import DataError, PlanError
-from umbel_common.plans.plan import (
-    Aggregation,
-    BaseModel,
-    FederatedEvaluation,
-    LocalPrivacy,
-    Method,
-    NoPrivacy,
-    ReleaseGate,
-    Scale,
-    Scaling,
-    Task,
-    Training,
-    TrainingPlan,
-    check_plan,
-)
-from umbel_host.files.text_file import read_toml
-
-
-class DraftModel(Value, frozen=True):
-    """`[model]`."""
-
-    name: str
-    """The base model's usual name; the released adapter names it so."""
-    path: str
-    """The base model's folder; a relative path starts at the draft's folder."""
-
-
-class DraftLora(Value, frozen=True):
-    """`[lora]`; see `umbel_common.plans.plan.Lora`."""
-
-    rank: Annotated[int, msgspec.Meta(ge=1, le=512)]
-    alpha: Scale
-    target_modules: tuple[str, ...] | Literal["all-linear"]
-    """Names of linear layers; `all-linear`: all but the output layer."""
-    layers: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] | None = None
-    method: Method = "alternate"
-    scaling: Scaling = "standard"
-    use_dora: bool = False
-    lora_dropout: float = 0.0
-    bias: str = "none"
-    modules_to_save: tuple[str, ...] = ()
-    """`use_dora`, `lora_dropout`, `bias` and `modules_to_save` are fields so that they can be
-    refused with a reason: see `UNSUPPORTED`."""
-
-
-UNSUPPORTED: dict[str, tuple[object, str]] = {
-    "use_dora": (
-        False,
-        "DoRA divides by a norm of the whole weight, so that the weights and not the records pass"
-        " through A and B: a record has no gradient of its own",
-    ),
-    "lora_dropout": (
-        0.0,
-        "a step must be a function of batch and noise alone; the noise regularises",
-    ),
-    "bias": (
-        "none",
-        "trained biases are not in the adapter that sites sum: adapt the layer instead",
-    ),
-    "modules_to_save": (
-        (),
-        "embeddings, norms and whole layers are large, and each record's gradient would be as"
-        " large: adapt linear layers instead",
-    ),
-}
-"""Settings of PEFT that a plan cannot have: the accepted value of each, and the reason."""
-
-
-class DraftGate(Value, frozen=True):
-    """`[release_gate]`; see `umbel_common.plans.plan.ReleaseGate`."""
-
-    holdout: str
-    """The file of public records; a relative path starts at the draft's folder."""
-    max_loss_increase: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
-
-
-class Draft(Value, frozen=True):
-    """A plan without what is read from the model's folder."""
-
-    federation: Name
-    job: Name
-    model: DraftModel
-    task: Task
-    lora: DraftLora
-    training: Training
-    privacy: LocalPrivacy | NoPrivacy
-    aggregation: Aggregation
-    seed: Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)] = 0
-    """Public seed of the initial adapter."""
-    evaluation: FederatedEvaluation | None = None
-    release_gate: DraftGate | None = None
-
-
-def _check_supported(lora: DraftLora) -> None:
-    for name, (accepted, reason) in UNSUPPORTED.items():
-        if getattr(lora, name) != accepted:
-            raise PlanError(
-                f"a plan cannot have this kind of LoRA: {reason}",
-                field=f"lora.{name}",
-                found=getattr(lora, name),
-                accepted=accepted or "nothing",
-            )
+from umbel_client.models.base.skeleton import skeleton
+from umbel_client.planning.draft_file import Draft, model_folder, plan_of, read_draft
+from umbel_common.plans.plan import TrainingPlan
 
 
 def make_plan(draft: Draft, folder: Path) -> TrainingPlan:
@@ -127,8 +21,7 @@ def make_plan(draft: Draft, folder: Path) -> TrainingPlan:
         ModelError, PlanError: the model lacks a target of the draft, or cannot read texts as long
             as the task's; or the parts of the plan do not fit together.
     """
-    _check_supported(draft.lora)
-    model = folder / Path(draft.model.path).expanduser()
+    model = model_folder(draft, folder)
     require_context(model, skeleton(model, draft.task), draft.task)
     targets = draft.lora.target_modules
     lora = plan_lora(
@@ -142,47 +35,13 @@ def make_plan(draft: Draft, folder: Path) -> TrainingPlan:
         seed=draft.seed,
         scaling=draft.lora.scaling,
     )
-    plan = TrainingPlan(
-        federation=draft.federation,
-        job=draft.job,
-        model=BaseModel(name=draft.model.name, digest=folder_digest(model)),
-        task=draft.task,
-        lora=lora,
-        training=draft.training,
-        privacy=draft.privacy,
-        aggregation=draft.aggregation,
-        evaluation=draft.evaluation,
-        release_gate=_gate(draft.release_gate, folder),
-    )
-    check_plan(plan)
-    return plan
-
-
-def _gate(gate: DraftGate | None, folder: Path) -> ReleaseGate | None:
-    if gate is None:
-        return None
-    path = folder / Path(gate.holdout).expanduser()
-    if path.is_dir():
-        raise DataError(
-            "a holdout is named by the digest of its file",
-            file=path,
-            field="release_gate.holdout",
-            found="a folder",
-            accepted=".jsonl, .csv or .parquet",
-        )
-    return ReleaseGate(
-        holdout=read_table(path).source,
-        max_loss_increase=gate.max_loss_increase,
-    )
+    return plan_of(draft, folder, model, lora)
 
 
 def read_plan(path: Path) -> TrainingPlan:
     """Makes the plan of a draft's file.
 
     Raises:
-        ConfigError: the file cannot be read, is not TOML, or has an unknown, missing or wrong
-            field.
-        DataError, ModelError, PlanError: see `make_plan`.
+        ConfigError, DataError, ModelError, PlanError: see `read_draft` and `make_plan`.
     """
-    draft = read_toml(path, Draft, "give the path of a draft; docs/operator.md describes it")
-    return make_plan(draft, path.absolute().parent)
+    return make_plan(read_draft(path), path.absolute().parent)

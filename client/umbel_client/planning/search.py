@@ -15,13 +15,15 @@ from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 
 from umbel_client.data.records import Columns
-from umbel_client.planning.draft import Draft, make_plan
+from umbel_client.planning.draft import make_plan
+from umbel_client.planning.draft_file import Draft, checked, model_folder
 from umbel_client.planning.trial import PublicData, loss_after_training
 from umbel_common.canonical import digest
 from umbel_common.errors import ConfigError, ModelError, StorageError
 from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 from umbel_common.plans.requests import TuningRequest
 from umbel_common.toml_values import parse_toml
+from umbel_host.files.output import require_new_file
 from umbel_host.files.text_file import read_text, write_new_text
 
 RATES = 30.0
@@ -92,14 +94,9 @@ def tune(request: TuningRequest, console: Console) -> None:
         StorageError: the draft to be written exists, or a file cannot be written.
     """
     out, draft = Path(request.out), Path(request.draft)
-    if out.exists():
-        raise StorageError(
-            "a file exists already and is never overwritten",
-            file=out,
-            remedy="give another --out, or move the file away",
-        )
-    text = read_text(draft)
-    parsed = parse_toml(text, Draft, draft)
+    require_new_file(out)
+    text = read_text(draft, ConfigError)
+    parsed = checked(parse_toml(text, Draft, draft))
     plan = make_plan(parsed, draft.parent)
     columns = Columns(
         text_column=request.text_column,
@@ -108,7 +105,7 @@ def tune(request: TuningRequest, console: Console) -> None:
     )
     data = PublicData.load(
         plan,
-        draft.parent / Path(parsed.model.path).expanduser(),
+        model_folder(parsed, draft.parent),
         Path(request.data),
         columns,
         share=request.validation_share,

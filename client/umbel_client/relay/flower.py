@@ -167,7 +167,11 @@ def serve(
         except Exception as error:
             # A server may send anything, and Flower and httpx may raise anything at it. Never may a
             # server decide when a relay ends.
-            _logger.warning("%s is not reached: %s", way, _reason(error))
+            turned_away = (
+                isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 403
+            )
+            text = "%s turns this site away: %s" if turned_away else "%s is not reached: %s"
+            _logger.warning(text, way, _reason(error))
         on_connected(False)
         stopping.wait(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
@@ -178,7 +182,8 @@ def _reason(error: Exception) -> str:
         code = error.response.status_code
         hints = {
             401: "it does not know this site's relay key, or the clocks differ by minutes",
-            403: "it does not admit this site (not yet, or not any more)",
+            403: "the operator has not admitted this site yet, or has revoked it; a relay whose"
+            " certificate is of another key needs a new kit (umbel-client join KIT)",
         }
         # Not `response.text`: its decoder is one that the server names.
         said = error.response.content[:200].decode("utf-8", "replace")

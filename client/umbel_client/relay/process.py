@@ -24,6 +24,7 @@ from umbel_client.site.config import (
 from umbel_client.site.ipc import TrainerStub
 from umbel_client.site.separation import judge_separation, relay_not_apart
 from umbel_common.errors import UnreachableError
+from umbel_host.entry import exit_code
 from umbel_host.processes.lifecycle import (
     give_memory_back,
     hide_memory,
@@ -31,7 +32,6 @@ from umbel_host.processes.lifecycle import (
     stop_on_signals,
 )
 from umbel_host.processes.log import adopt, configure
-from umbel_host.terminal import exit_code
 from umbel_host.transport.flower import regrouped
 from umbel_host.transport.sockets import SocketServer
 

@@ -7,10 +7,12 @@ that it cannot open.
 
 import ssl
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 from urllib.request import getproxies_environment, proxy_bypass
 
 import httpx
 
+from umbel_common.address import numeric, split
 from umbel_common.errors import ConfigError
 
 _SCHEMES = ("http", "https")
@@ -51,16 +53,29 @@ def way_to(server: str) -> Way:
     """The way that HTTPS_PROXY, else ALL_PROXY, and NO_PROXY name; lower-case names come first.
 
     Raises:
-        ConfigError: a proxy is named in a way that cannot be used.
+        ConfigError: a proxy is named in a way that cannot be used, or would be asked for an IPv6
+            address.
     """
     proxies = getproxies_environment()
     # All of them are checked, because Flower's client reads all of them when it is made.
     made = {
         name: _proxy(name, proxies[name]) for name in ("http", "https", "all") if name in proxies
     }
-    if proxy_bypass(server, proxies):
+    host, _ = split(server)
+    # NO_PROXY may name an IPv6 address with brackets or without.
+    if proxy_bypass(server, proxies) or proxy_bypass(host, proxies):
         return Way(server, None)
-    return Way(server, made.get("https") or made.get("all"))
+    proxy = made.get("https") or made.get("all")
+    if proxy is not None and isinstance(numeric(host), IPv6Address):
+        # httpcore asks the proxy for the address without its brackets, which no proxy understands.
+        raise ConfigError(
+            "a server is not reached by an IPv6 address through a proxy",
+            field="relay.server",
+            found=server,
+            accepted="a name, or an IPv4 address; or a way without a proxy",
+            remedy="ask the operator for a name of the server, or name the address in NO_PROXY",
+        )
+    return Way(server, proxy)
 
 
 def _proxy(name: str, value: str) -> httpx.Proxy:

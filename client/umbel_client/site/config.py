@@ -30,17 +30,20 @@ import msgspec
 
 from umbel_client.site.policy import Policy
 from umbel_client.site.state_folder import StateFolder
+from umbel_common.address import Address, require_reachable
 from umbel_common.canonical import Name, Value
 from umbel_common.device import require_devices
 from umbel_common.errors import ConfigError
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import Count, Fraction
 from umbel_common.toml_values import from_table
-from umbel_common.trust.enrolment import Address
-from umbel_host.files.text_file import read_toml, read_toml_table
+from umbel_host.files.text_file import from_home, read_toml, read_toml_table
 
 POLICY_FILE = "policy.toml"
 """Name of a file with the policy."""
+
+_ALONE = {"site": "alone", "state": "state", "identity": "identity.pem", "roster": "roster.json"}
+"""What a site without a federation has, and does not use."""
 
 
 class DataConfig(Value, frozen=True):
@@ -90,7 +93,11 @@ class ModelConfig(Value, frozen=True):
     device: str | tuple[str, ...] = "auto"
     """The device that computes: `cpu`, `cuda` (the first GPU), `cuda:1`, or `mps`, Apple's, without
     private training. `auto`: the first GPU, or the CPU on a machine without one. A list of GPUs
-    spreads the model's layers over them."""
+    divides the work as `split` says."""
+    split: Literal["layers", "records"] = "layers"
+    """What a list of GPUs divides among them. `layers`: each GPU holds some of the model's layers,
+    which makes room. `records`: each GPU holds the whole model, and computes some of a step's
+    records, which is faster."""
 
 
 class RelayConfig(Value, frozen=True):
@@ -148,6 +155,16 @@ class ClientConfig(Value, frozen=True):
         return StateFolder(Path(self.state))
 
 
+def load_local_config(path: Path) -> ClientConfig:
+    """Reads what work without a federation needs of client.toml: `[data]` and `[model]`. The rest
+    may be absent, and then has the values that `umbel-client init` writes.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return _config(path, {**_ALONE, "policy": {}, **_table(path)})
+
+
 def load_config(path: Path) -> ClientConfig:
     """Reads client.toml.
 
@@ -155,33 +172,59 @@ def load_config(path: Path) -> ClientConfig:
         ConfigError: the file, or the policy's, cannot be read, is not TOML, or has an unknown,
             missing or wrong field; or there are two policies.
     """
+    return _config(path, _table(path))
+
+
+def _table(path: Path) -> dict[str, object]:
     table = read_toml_table(path, "give the path of this site's client.toml")
-    folder = path.absolute().parent
-    named = table.get("policy")
-    if isinstance(named, str):
-        # A placeholder, until the file with the rest is known to be right.
-        table["policy"] = {}
-    elif "policy" in table and (folder / POLICY_FILE).exists():
+    beside = path.absolute().with_name(POLICY_FILE)
+    if "policy" in table and not isinstance(table["policy"], str) and beside.exists():
         raise ConfigError(
             "a site has two policies: a table in its configuration, and a file beside it",
             file=path,
             field="policy",
-            found=f"the table [policy], and {folder / POLICY_FILE}",
+            found=f"the table [policy], and {beside}",
             remedy=f'policy = "{POLICY_FILE}" above the first table, or move that file away',
         )
+    return table
+
+
+def _config(path: Path, table: dict[str, object]) -> ClientConfig:
+    folder, named = path.absolute().parent, table.get("policy")
+    if isinstance(named, str):
+        # A placeholder, until the file with the rest is known to be right.
+        table["policy"] = {}
     config = from_table(table, ClientConfig, path)
     require_devices(config.model.device, field="model.device", file=path)
+    if config.model.split == "records" and isinstance(config.model.device, str):
+        raise ConfigError(
+            "only several devices can divide records",
+            file=path,
+            field="model.split",
+            found=f'"records", and model.device = "{config.model.device}"',
+            accepted='"layers"; or a list in model.device, such as ["cuda:0", "cuda:1"]',
+        )
     if isinstance(named, str):
         policy = read_toml(
-            folder / Path(named).expanduser(), Policy, f"see that {path} names this site's policy"
+            folder / from_home(named, path), Policy, f"see that {path} names this site's policy"
         )
         config = msgspec.structs.replace(config, policy=policy)
 
     def resolve(name: str) -> str:
-        return str(folder / Path(name).expanduser())
+        return str(folder / from_home(name, path))
 
     relay = config.relay
     if relay is not None:
+        try:
+            require_reachable(relay.server)
+        except ValueError as error:
+            raise ConfigError(
+                f"a relay could not connect to its server's address: {error}",
+                file=path,
+                field="relay.server",
+                found=relay.server,
+                remedy="write the address that the operator names",
+            ) from None
         files = ("server_ca", "certificate", "key", "socket")
         relay = msgspec.structs.replace(
             relay, **{name: resolve(getattr(relay, name)) for name in files}

@@ -69,6 +69,10 @@ class Decisions:
                 remedy="umbel-client resume",
             )
 
+    def is_approved(self, plan: TrainingPlan) -> bool:
+        """Whether a person has approved this plan."""
+        return (self._approved / plan.digest().hex()).exists()
+
     def require_approval(self, plan: TrainingPlan, signed: Signed) -> None:
         """Refuses a plan that no person approved, and keeps it for their decision.
 
@@ -79,9 +83,9 @@ class Decisions:
             PolicyRefusal: `awaiting-approval`, or `too-many-waiting`.
             StorageError: the plan cannot be kept.
         """
-        digest = plan.digest()
-        if (self._approved / digest.hex()).exists():
+        if self.is_approved(plan):
             return
+        digest = plan.digest()
         waiting = self._waiting / digest.hex()
         if not waiting.exists():
             if len(self._names(self._waiting)) >= MOST_WAITING:

@@ -27,7 +27,7 @@ class SiteEvent(msgspec.Struct, frozen=True):
     time: float
     """Seconds since 1970."""
     kind: str
-    """One of preparing, charged, step, refused and note."""
+    """One of preparing, charged, step, finished, refused and note."""
     text: str
     """A text for people."""
 
@@ -53,6 +53,10 @@ class TrainerStatus(msgspec.Struct, frozen=True):
     """The device that trains, with its model and memory where it is a GPU."""
     memory: str | None = None
     """The memory in use: of a GPU, or of the trainer's process."""
+    starting: bool = False
+    """Whether it does not take requests yet: it reads data and model."""
+    pinned: str | None = None
+    """Digest of what the trainer holds for the pinned roster and for revoked keys."""
 
 
 Handle = Callable[[bytes], bytes]

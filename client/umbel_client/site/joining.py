@@ -1,10 +1,12 @@
 """How a site joins a federation: its keys, its request to the operator, and the kit in return."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import tomlkit
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -15,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 from umbel_client.site.config import ClientConfig, RelayConfig, load_config, require_relay
 from umbel_client.site.kit_certificate import Certificates, check_certificate
 from umbel_client.site.pinned_roster import find_document
+from umbel_common.address import require_reachable
 from umbel_common.errors import ConfigError, IdentityError, StorageError
 from umbel_common.trust.enrolment import (
     SignedKit,
@@ -28,6 +31,7 @@ from umbel_common.trust.identity import Identity, fingerprint
 from umbel_common.trust.roster_file import document_from_json
 from umbel_host.files.durable import all_or_nothing, create, make_folder, replace
 from umbel_host.files.keys import read_identity, read_tls_key, write_identity
+from umbel_host.files.model_digest import folder_digest
 from umbel_host.files.text_file import find_text, read_text, write_new_text
 
 TEMPLATE = """\
@@ -43,14 +47,14 @@ roster = "roster.json"
 # What you call the data set, the same for all its versions and federations: it has one ledger.
 name = "{site}"
 # .jsonl, .csv or .parquet, with a column `text` and a column `label`.
-path = "data.jsonl"
+path = {data}
 # About how many records (or patients, with unit_column) there are, as everybody may know.
-public_size = 1000
+public_size = {public_size}
 # unit_column = "patient"
 
 [model]
 # Folder of the base model, which every site gets by itself.
-path = "model"
+path = {model}
 
 [relay]
 # Where the server is; `umbel-client join` fills it in.
@@ -62,23 +66,120 @@ socket = "run/trainer.sock"
 
 [policy]
 # Nothing runs until these say so: digests of base models, and the labels of a classification.
-models = []
-labels = []
+models = {models}
+labels = {labels}
 # A person here approves each plan: umbel-client approve.
 approval = "each-plan"
+# The most for one job, and for all jobs on this data set together: what is spent stays spent.
 max_epsilon = 3.0
 total_epsilon = 3.0
 """
 
 
-def set_up(folder: Path, site: str, federation: str) -> tuple[Identity, Path]:
+ALONE = """\
+# For work on this machine alone: train, evaluate, classify, generate, export, data. Relative paths
+# start here. docs/fields.md explains every field.
+
+[data]
+# .jsonl, .csv or .parquet, with a column `text` and a column `label`.
+path = "data.jsonl"
+# About how many records (or patients, with unit_column) there are; noise follows from it.
+public_size = 1000
+
+[model]
+# Folder of the base model (docs/base-model.md).
+path = "model"
+"""
+
+
+def set_up_alone(folder: Path) -> Path:
+    """Makes a configuration for work without a federation; returns its file.
+
+    Raises:
+        StorageError: there is one already, or it cannot be written.
+    """
+    config = folder / "client.toml"
+    with all_or_nothing() as made:
+        try:
+            made += make_folder(folder, 0o750)
+        except OSError as error:
+            raise StorageError(
+                "this folder cannot be made", file=folder, found=error.strerror
+            ) from None
+        write_new_text(config, ALONE)
+    return config
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a new configuration says of a site's own data and model; None: it is for people to fill
+    in."""
+
+    data: Path | None = None
+    """The file with the records."""
+    public_size: int | None = None
+    """About how many there are."""
+    model: Path | None = None
+    """Folder of the base model, which the policy then allows."""
+    labels: Sequence[str] = ()
+    """The labels that the policy allows."""
+
+    def fields(self, folder: Path) -> dict[str, str]:
+        """The values as TOML, for a configuration in this folder.
+
+        Raises:
+            ConfigError: the file with the records is missing, or a name is not UTF-8.
+            ModelError: the folder is no base model.
+        """
+        if self.data is not None and not self.data.exists():
+            raise ConfigError(
+                "a file with records is missing",
+                file=self.data,
+                field="--data",
+                remedy="give the path of the file",
+            )
+        models = [] if self.model is None else [folder_digest(self.model).hex()]
+        values = {
+            "data": _path_in(folder, self.data or folder / "data.jsonl"),
+            "public_size": self.public_size or 1000,
+            "model": _path_in(folder, self.model or folder / "model"),
+            "models": models,
+            "labels": list(self.labels),
+        }
+        fields = {name: tomlkit.item(value).as_string() for name, value in values.items()}
+        for name, text in fields.items():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ConfigError(
+                    "a configuration cannot hold this name",
+                    field=name,
+                    found=ascii(values[name]),
+                    accepted="names and paths in UTF-8",
+                ) from None
+        return fields
+
+
+def _path_in(folder: Path, path: Path) -> str:
+    """A path for a configuration in a folder: relative where it leads into this folder."""
+    whole, root = path.absolute(), folder.absolute()
+    return str(whole.relative_to(root) if whole.is_relative_to(root) else whole)
+
+
+def set_up(
+    folder: Path, site: str, federation: str, own: Own | None = None
+) -> tuple[Identity, Path]:
     """Makes a site's keys, configuration and request; returns its identity and the request's file.
 
     An identity and a configuration that are there already are kept.
 
+    Args:
+        own: what the configuration says, which must be a new one; None: keep one that is there.
+
     Raises:
         StorageError: the site was set up before, or a file cannot be written; nothing is left.
         IdentityError: the identity that is there cannot be used.
+        ConfigError, ModelError: see `Own.fields`.
     """
     identity_file, key_file = folder / "identity.pem", folder / "relay" / "key.pem"
     config, out = folder / "client.toml", folder / f"{site}.request.json"
@@ -90,6 +191,14 @@ def set_up(folder: Path, site: str, federation: str) -> tuple[Identity, Path]:
                 remedy="give another --folder; for a new relay key, move both the old one and the"
                 " old request away",
             )
+    if own is not None and config.exists():
+        raise StorageError(
+            "a configuration is there already, and nothing is written over",
+            file=config,
+            remedy="leave out --data, --public-size, --model and --label; change the file by hand",
+        )
+    fields = (own or Own()).fields(folder)
+    text = TEMPLATE.format(site=site, server="server.invalid:9443", **fields)
     with all_or_nothing() as made:
         try:
             made += make_folder(folder, 0o750)
@@ -100,7 +209,7 @@ def set_up(folder: Path, site: str, federation: str) -> tuple[Identity, Path]:
             create(key_file, pem, mode=0o600)
             made.append(key_file)
             if not config.exists():
-                create(config, TEMPLATE.format(site=site, server="server.invalid:9443").encode())
+                create(config, text.encode())
                 made.append(config)
         except OSError as error:
             raise StorageError(
@@ -122,6 +231,10 @@ class Joined:
     """Public key of the operator, 32 bytes."""
     proposal: Path
     """The kit's roster, which nobody here has approved yet."""
+    sites: tuple[str, ...]
+    """The sites in it."""
+    is_pinned: bool
+    """Whether it is the roster that this site has pinned."""
 
 
 def take_kit(config: Path, file: Path) -> Joined:
@@ -157,7 +270,16 @@ def take_kit(config: Path, file: Path) -> Joined:
         raise StorageError(
             "the files of a kit cannot be written", file=config.parent, found=error.strerror
         ) from None
-    return Joined(signed.kit.server, Path(relay.certificate), operator, proposal)
+    roster = document_from_json(signed.kit.roster, file).roster
+    pinned = find_document(Path(settings.roster))
+    return Joined(
+        signed.kit.server,
+        Path(relay.certificate),
+        operator,
+        proposal,
+        sites=tuple(member.name for member in roster.members),
+        is_pinned=pinned is not None and pinned.roster == roster,
+    )
 
 
 def _identity(path: Path, made: list[Path]) -> Identity:
@@ -193,6 +315,16 @@ def _check(signed: SignedKit, settings: ClientConfig, config: Path, file: Path) 
             accepted=f"{settings.site} of {federation}",
             remedy="take the kit that the operator made for this site",
         )
+    try:
+        require_reachable(kit.server)
+    except ValueError as error:
+        raise IdentityError(
+            f"a site could not connect to the address in a kit: {error}",
+            file=file,
+            field="server",
+            found=kit.server,
+            remedy="ask the operator for a new kit",
+        ) from None
     if proposed.roster.federation != kit.federation:
         raise IdentityError(
             "a kit's roster is of another federation",

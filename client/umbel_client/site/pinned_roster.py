@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from umbel_client.site.config import ClientConfig
+from umbel_common.canonical import digest
 from umbel_common.errors import IdentityError, StorageError
 from umbel_common.trust.identity import Identity, Roster, fingerprint
 from umbel_common.trust.key_statements import SignedRevocation
@@ -36,6 +37,12 @@ class Pinned:
     """Public keys, 32 bytes each, that must not speak even where the roster lists them."""
     former: tuple[Roster, ...] = ()
     """Rosters that this site pinned before: a job that began under one continues under it."""
+
+    def mark(self) -> str:
+        """A digest that differs where a trainer would have to start again to believe the same."""
+        rosters = sorted(roster.digest() for roster in self.former)
+        parts = (self.roster.digest(), *rosters, *sorted(self.revoked))
+        return digest("pinned", b"".join(parts)).hex()
 
 
 def load_pinned(config: ClientConfig) -> Pinned:

@@ -20,7 +20,7 @@ itself confirmed.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import time
 from typing import Annotated, Literal
 
@@ -46,11 +46,21 @@ from umbel_common.printable import is_printable
 _LONGEST_NAME = 256
 
 Hours = Annotated[
-    str, msgspec.Meta(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]\Z")
+    str,
+    msgspec.Meta(
+        pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]\Z",
+        description='two times of a day in quotes, such as "22:00-06:00"',
+    ),
 ]
 """A span of the day, which may pass midnight: its first minute, and the first minute after it."""
 
-HexDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+HexDigest = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^[0-9a-f]{64}\Z",
+        description="64 hexadecimal digits in quotes, with small letters: the whole digest",
+    ),
+]
 """A SHA-256 digest in lower-case hexadecimal."""
 
 TaskName = Literal["classification", "causal-lm"]
@@ -187,7 +197,8 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
         _one_of(policy.too_long, plan.task.too_long, "too-long-not-allowed", "too_long")
     _at_most(policy.max_rank, plan.lora.rank, "rank-too-large", "max_rank")
     _require(
-        policy.target_modules is None or set(plan.lora.target_modules) <= {*policy.target_modules},
+        policy.target_modules is None
+        or all(_covered(target, policy.target_modules) for target in plan.lora.target_modules),
         "targets-not-allowed",
         field="policy.target_modules",
         found=", ".join(plan.lora.target_modules),
@@ -234,6 +245,18 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
         found="weights by number of records",
         accepted="equal or size-class",
     )
+
+
+def as_asked(policy: Policy, plan: TrainingPlan) -> Policy:
+    """The policy by which a plan is judged before people are asked about it.
+
+    Where people approve each plan, and the policy names no labels, those of the plan are what they
+    are asked about (`umbel_client.site.policy_file`). Nothing runs before the policy names them.
+    """
+    asks = policy.approval == "each-plan" and not policy.labels
+    if asks and isinstance(plan.task, Classification):
+        return msgspec.structs.replace(policy, labels=plan.task.labels)
+    return policy
 
 
 def judge_operator(policy: Policy, operator: str) -> None:
@@ -355,6 +378,11 @@ def judge_survivors(
             found=f"{difference} sites differ from a set that was confirmed before",
             accepted=f"none, or at least {policy.minimum_cohort_difference}",
         )
+
+
+def _covered(target: str, allowed: Collection[str]) -> bool:
+    """Whether a target, which may name a layer's owners too, is one of the names allowed."""
+    return any(target == name or target.endswith(f".{name}") for name in allowed)
 
 
 def _at_most(limit: float, found: float, check: str, field: str) -> None:

@@ -121,6 +121,8 @@ class Journal:
             known is None or known.statement == plan.statement,
             "job-has-other-plan",
             f"job {job} was accepted with another plan",
+            field=job,
+            remedy="the operator has to give the new plan another job name",
         )
 
     def accept_plan(self, job: str, plan: Signed) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from umbel_client.data.tokens import Ints, Tokens
 from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.base.architecture import width_of
 from umbel_client.models.inputs import HiddenInputs, PooledInputs, TokenInputs
 from umbel_client.tasks.shapes import Part
 from umbel_common.canonical import digest
@@ -90,7 +91,7 @@ def frozen_prefix(
     if model.frozen_output == "nothing":
         return None
     pooled = model.frozen_output == "pooled"
-    shape = (len(tokens) if pooled else len(tokens.ids), int(model.base.config.hidden_size))
+    shape = (len(tokens) if pooled else len(tokens.ids), width_of(model.base))
     if folder is None:
         values = np.empty(shape, dtype=np.float16)
         _fill(values, model, tokens, parts, on_progress)

@@ -63,6 +63,7 @@ class BatchLimit:
         """Records are computed in as many rows as a power of two, or in `records` rows."""
         self.records = records
         self._rows = [rows for rows in (1 << n for n in range(31)) if rows < records] + [records]
+        self._larger: list[int] = []
         self._was_lowered = False
 
     @property
@@ -73,9 +74,11 @@ class BatchLimit:
     def rows(self, records: int) -> int:
         """The number of rows in which this number of records is computed.
 
-        The records of a unit that is larger than the limit have rows of their own.
+        The records of a unit that is larger than a lowered limit have the rows that they had
+        before: else their bits would follow from the records that lowered it.
         """
-        return next((rows for rows in self._rows if rows >= records), records)
+        shown = (*self._rows, *self._larger)
+        return next((rows for rows in shown if rows >= records), records)
 
     def keep(self, choices: Iterable[int]) -> None:
         """Keeps only the numbers of rows that gave the same bits; `records` is always one."""
@@ -102,5 +105,6 @@ class BatchLimit:
             records,
         )
         self.records = records
+        self._larger = [rows for rows in self._rows if rows > records] + self._larger
         self._rows = [rows for rows in self._rows if rows <= records]
         self._was_lowered = True

@@ -1,4 +1,5 @@
-"""Does an attempt fit what this site knows? The checks of steps 5, 6 and 10 of `handler`.
+"""Does an offer or an attempt fit what this site knows? The checks of steps O3, 5, 6 and 10 of
+`handler`.
 
 This module is part of the core of the privacy guarantee. Never drop a check, or move it behind
 training.
@@ -16,6 +17,30 @@ from umbel_common.protocol.transcript import final_round
 from umbel_common.protocol.wire import FinishRequest, TrainRequest
 from umbel_common.trust.identity import Roster
 
+_APPROVE = (
+    "ask the operator for the new roster (umbel-server roster export), compare it with the others,"
+    " then: umbel-client roster approve FILE, and restart umbel-client run"
+)
+
+
+def check_roster(site: Site, roster: bytes) -> None:
+    """Step O3: the job would run under a roster that this site pinned, now or before.
+
+    Args:
+        roster: its digest, 32 bytes.
+
+    Raises:
+        RemoteProtocolError: `roster-digest`.
+    """
+    require(
+        roster in _rosters(site),
+        "roster-digest",
+        "the operator's roster is not one that this site has approved",
+        found=roster.hex(),
+        accepted=site.roster.digest().hex(),
+        remedy=_APPROVE,
+    )
+
 
 def check_round(site: Site, header: RoundHeader, plan: TrainingPlan) -> None:
     """Step 5: the header is for this federation, for the accepted plan, and for this site.
@@ -24,14 +49,23 @@ def check_round(site: Site, header: RoundHeader, plan: TrainingPlan) -> None:
         RemoteProtocolError: `other-federation`, `plan-digest`, `not-in-cohort` or
             `round-past-plan`.
     """
+    federation, rounds = site.roster.federation, plan.training.rounds
     checks = {
-        "other-federation": header.federation == site.roster.federation,
-        "plan-digest": header.plan == plan.digest(),
-        "not-in-cohort": site.name in header.cohort,
-        "round-past-plan": header.round <= plan.training.rounds,
+        "other-federation": (header.federation == federation, header.federation, federation),
+        "plan-digest": (header.plan == plan.digest(), header.plan.hex(), plan.digest().hex()),
+        "not-in-cohort": (site.name in header.cohort, header.cohort, f"a cohort with {site.name}"),
+        "round-past-plan": (header.round <= rounds, header.round, f"at most {rounds}"),
     }
-    for check, holds in checks.items():
-        require(holds, check, "a round header does not fit what this site knows")
+    for check, (holds, found, accepted) in checks.items():
+        require(
+            holds,
+            check,
+            "a round header does not fit what this site knows",
+            field=plan.job,
+            found=found,
+            accepted=accepted,
+            remedy="the operator's mistake: tell the operator the name of this check",
+        )
 
 
 def check_parties(site: Site, header: RoundHeader) -> None:
@@ -45,16 +79,35 @@ def check_parties(site: Site, header: RoundHeader) -> None:
     """
     pinned = site.pinned
     members = _keys(pinned.roster)
-    rosters = {roster.digest(): roster for roster in (*pinned.former, pinned.roster)}
-    agreed = _keys(rosters.get(header.roster, pinned.roster))
+    rosters = _rosters(site)
     cohort = {name: members.get(name) for name in header.cohort}
-    checks = {
-        "roster-digest": header.roster in rosters,
-        "not-in-roster": None not in cohort.values() and cohort.items() <= agreed.items(),
-        "revoked-key": pinned.revoked.isdisjoint(cohort.values()),
-    }
-    for check, holds in checks.items():
-        require(holds, check, "an attempt has other parties than this site believes")
+    require(
+        header.roster in rosters,
+        "roster-digest",
+        "an attempt is made under a roster that this site has not approved",
+        found=header.roster.hex(),
+        accepted=pinned.roster.digest().hex(),
+        remedy=_APPROVE,
+    )
+    agreed = _keys(rosters.get(header.roster, pinned.roster))
+    strange = sorted(name for name, key in cohort.items() if key is None or agreed.get(name) != key)
+    require(
+        not strange,
+        "not-in-roster",
+        "an attempt has sites that are not in this site's roster, or have other keys there",
+        found=tuple(strange),
+        accepted=tuple(sorted(members)),
+        remedy="compare the operator's roster with the others, and approve it: umbel-client roster"
+        " diff FILE",
+    )
+    revoked = sorted(name for name, key in cohort.items() if key in pinned.revoked)
+    require(
+        not revoked,
+        "revoked-key",
+        "an attempt has sites whose keys are revoked here",
+        found=tuple(revoked),
+        remedy="tell the operator: umbel-server sites revoke",
+    )
 
 
 def check_start(
@@ -74,11 +127,15 @@ def check_start(
         found == release.adapter == header.adapter,
         "adapter-digest",
         "an adapter is not what its release says",
+        found=found.hex(),
+        accepted=release.adapter.hex(),
     )
     require(
         (release.plan, release.round) == (plan.digest(), header.round - 1),
         "other-release",
         "a round does not start from its predecessor",
+        found=f"the release of round {release.round}",
+        accepted=f"the release of round {header.round - 1}",
     )
     require(
         release.round > 0 or found == adapter_digest(plan.digest(), initial_vector(plan)),
@@ -126,6 +183,11 @@ def check_size_class(site: Site, plan: TrainingPlan) -> None:
             found=plan.aggregation.max_weight,
             accepted=f"at least {weight}",
         )
+
+
+def _rosters(site: Site) -> dict[bytes, Roster]:
+    """The rosters that this site pinned, by digest: a job continues under the one it began with."""
+    return {roster.digest(): roster for roster in (*site.pinned.former, site.pinned.roster)}
 
 
 def _keys(roster: Roster) -> dict[str, bytes]:

@@ -74,11 +74,19 @@ from umbel_client.models.adapters.folder import write_adapter
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.decisions import Decisions
 from umbel_client.site.pinned_roster import Pinned, check_own_key
-from umbel_client.site.policy import judge_header, judge_operator, judge_plan, judge_start
+from umbel_client.site.policy import (
+    Policy,
+    as_asked,
+    judge_header,
+    judge_operator,
+    judge_plan,
+    judge_start,
+)
 from umbel_client.storage.journal import Journal
 from umbel_client.trainer.checks import (
     check_end,
     check_parties,
+    check_roster,
     check_round,
     check_size_class,
     check_start,
@@ -86,12 +94,13 @@ from umbel_client.trainer.checks import (
 from umbel_client.trainer.job import SiteJob, SiteStatus
 from umbel_client.trainer.last_advert import check_last_advert
 from umbel_client.trainer.observer import Observer
-from umbel_client.trainer.opening import open_job
+from umbel_client.trainer.opening import check_payable, open_job
 from umbel_client.trainer.site import Site
 from umbel_client.trainer.stages import answer_stage
 from umbel_common.canonical import Entropy, decode_canonical, encode
 from umbel_common.errors import (
     BudgetError,
+    ConfigError,
     DataError,
     LedgerError,
     PolicyRefusal,
@@ -107,6 +116,7 @@ from umbel_common.protocol.wire import (
     FinishRequest,
     OfferReply,
     OfferRequest,
+    OfferUnderRoster,
     Refusal,
     TrainReply,
     TrainRequest,
@@ -172,9 +182,11 @@ class Trainer:
         )
         self._decisions = Decisions(state)
         self._data = SiteData.load(config) if data is None else data
-        for warning in self._data.warnings():
-            _logger.warning("%s", warning)
-        if register is not None:
+        if register is None:
+            for warning in self._data.warnings():
+                _logger.warning("%s", warning)
+        else:
+            # Its sites have no people, and what they lack is what the scenario dealt them.
             _warn_of_simulation(register.folder)
         self._register = register or machine_register()
         self._job: SiteJob | None = None
@@ -249,7 +261,7 @@ class Trainer:
             limit=self._largest,
         )
         match request:
-            case OfferRequest():
+            case OfferRequest() | OfferUnderRoster():
                 return site.seal(self._offer(request), asked)
             case FinishRequest():
                 return site.seal(self._finish(request), asked)
@@ -266,23 +278,29 @@ class Trainer:
                 job.record_answers(site.journal.published().answers)
                 return reply
 
-    def _offer(self, request: OfferRequest) -> OfferReply:
+    def _offer(self, request: OfferRequest | OfferUnderRoster) -> OfferReply:
         """Accepts a plan, before anything of it takes effect: a job has one plan for ever.
 
         O1. Plan: the operator signed it.
             `pinned-signature`, `malformed-message`
         O2. Terms: it is a plan of this federation and does not contradict itself; the policy and
-            this site's size class allow it.
+            this site's size class allow it. A policy without labels asks its people about them.
             `other-federation`, the checks of `judge_plan`
-        O3. People: the site is not paused, and a person approved the plan where the policy asks for
-            it. A plan that nobody has decided on waits on disk.
-            `site-paused`, `awaiting-approval`, `too-many-waiting`
+        O3. Parties: the roster under which the job would run is one that this site pinned
+            (`checks`).
+            `roster-digest`
         O4. One plan: the job has no other.
             `job-has-other-plan`
-        O5. Load: the site could read its data when it started; model and ledger fit the plan, and
+        O5. People: the site is not paused, and a person approved the plan where the policy asks for
+            it. A plan that nobody has decided on waits on disk, unless the budget could not pay
+            for it.
+            `site-paused`, `budget`, `delta-for-records`, `site-not-ready`, `awaiting-approval`,
+            `too-many-waiting`
+            The policy that this process follows names the labels: `site-not-ready`
+        O6. Load: the site could read its data when it started; model and ledger fit the plan, and
             the budget allows all of it. Nothing looks at a record (`open_job`).
             `budget`, `delta-for-records`, `site-not-ready`
-        O6. Journal: the plan is on disk. From here on, the job can train.
+        O7. Journal: the plan is on disk. From here on, the job can train.
         """
         site = self._site
         # O1
@@ -294,17 +312,22 @@ class Trainer:
             "a plan is of another federation",
         )
         check_plan(plan)
-        judge_plan(site.policy, plan)
+        judge_plan(as_asked(site.policy, plan), plan)
         check_size_class(site, plan)
         # O3
-        self._decisions.require_running()
-        if site.policy.approval == "each-plan":
-            self._decisions.require_approval(plan, request.plan)
+        if isinstance(request, OfferUnderRoster):
+            check_roster(site, request.roster)
         # O4
         site.journal.check_plan(plan.job, request.plan)
         # O5
-        self._load(plan)
+        self._decisions.require_running()
+        if site.policy.approval == "each-plan" and not self._decisions.is_approved(plan):
+            self._check_payable(plan)
+            self._decisions.require_approval(plan, request.plan)
+        _require_complete(site.policy, plan)
         # O6
+        self._load(plan)
+        # O7
         site.journal.accept_plan(plan.job, request.plan)
         self._largest = max(self._largest, size_limit(plan))
         return OfferReply(plan=plan.digest())
@@ -395,8 +418,9 @@ class Trainer:
         # F4
         site.journal.keep_release(plan.job, release.round, request.release)
         # F5
+        folder = self._config.state_folder.adapter(plan.job)
         write_adapter(
-            self._config.state_folder.adapter(plan.job),
+            folder,
             plan,
             vector,
             request.release,
@@ -404,7 +428,14 @@ class Trainer:
         )
         # F6
         site.journal.end_job(plan.job)
+        self._observer.finished(plan.job, folder)
         return FinishReply(adapter=release.adapter)
+
+    def _check_payable(self, plan: TrainingPlan) -> None:
+        try:
+            check_payable(self._config, plan)
+        except (DataError, LedgerError, StorageError) as error:
+            raise _NotReady(error) from error
 
     def _plans(self) -> list[TrainingPlan]:
         return [self._accepted(signed) for signed in self._site.journal.plans()]
@@ -464,8 +495,20 @@ def _warn_of_simulation(ledgers: Path) -> None:
     )
 
 
+def _require_complete(policy: Policy, plan: TrainingPlan) -> None:
+    if as_asked(policy, plan) != policy:
+        raise _NotReady(
+            ConfigError(
+                "an approved plan has labels, and the policy names none",
+                field="policy.labels",
+                remedy="write them into the policy, unless umbel-client approve did, and start"
+                " umbel-client run again: a trainer follows the policy that it was started with",
+            )
+        )
+
+
 class _NotReady(Exception):
-    """The site's own data or ledger stands in the way of any job, or of this one."""
+    """The site's own data, ledger or policy stands in the way of any job, or of this one."""
 
     def __init__(self, reason: UmbelError) -> None:
         super().__init__(reason.message)

@@ -260,7 +260,7 @@ class SiteJob:
             name = self.plan.job + EVALUATION
             self._ledger.reserve(name, self.plan.digest(), number, evaluation, self._budget)
         self._ledger.reserve(self.plan.job, self.plan.digest(), number, event, self._budget)
-        self._observer.charged(number, self._spent())
+        self._observer.charged(number, self._spent(), again=reserved is not None)
         return event
 
     def prepare(self) -> None:

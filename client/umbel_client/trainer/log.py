@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from umbel_client.site.ipc import SiteEvent
 from umbel_common.errors import UmbelError
@@ -39,12 +40,17 @@ class SiteLog:
         """See `Observer`."""
         self._tell("preparing", f"{what}: {done} of {total}", logging.DEBUG)
 
-    def charged(self, round_number: int, epsilon: float | None) -> None:
+    def charged(self, round_number: int, epsilon: float | None, *, again: bool) -> None:
         """See `Observer`."""
         self.epsilon = epsilon
         self._began = time.monotonic()
         spent = "without differential privacy" if epsilon is None else f"epsilon {epsilon:.4g}"
-        self._tell("charged", f"round {round_number} is charged: {spent} in all", logging.INFO)
+        text = (
+            f"round {round_number} was charged before, nothing is charged now: {spent} in all"
+            if again
+            else f"round {round_number} is charged: {spent} in all"
+        )
+        self._tell("charged", text, logging.INFO)
 
     def step(self, round_number: int, step: int, steps: int, records: float) -> None:
         """See `Observer`. The speed is the round's so far, for the expected size of a batch: the
@@ -58,6 +64,10 @@ class SiteLog:
         speed = records * step / max(time.monotonic() - self._began, 1e-6)
         text = f"round {round_number}: step {step} of {steps}, about {speed:.3g} records/s"
         self._tell("step", text, logging.DEBUG)
+
+    def finished(self, job: str, adapter: Path) -> None:
+        """See `Observer`."""
+        self._tell("finished", f"{job} is finished; its adapter is in {adapter}", logging.INFO)
 
     def refused(self, error: UmbelError) -> None:
         """See `Observer`. A refusal that repeats, as of a plan that waits for approval, is logged

@@ -1,5 +1,6 @@
 """Receives what happens at a site: its log, its live view and its tests implement this."""
 
+from pathlib import Path
 from typing import Protocol
 
 from umbel_common.errors import UmbelError
@@ -12,14 +13,22 @@ class Observer(Protocol):
         """Work before training, such as filling the cache of the frozen layers."""
         ...
 
-    def charged(self, round_number: int, epsilon: float | None) -> None:
+    def charged(self, round_number: int, epsilon: float | None, *, again: bool) -> None:
         """The ledger has reserved a round; `epsilon` is what all jobs together have spent on this
-        data set by now (None without differential privacy)."""
+        data set by now (None without differential privacy).
+
+        Args:
+            again: whether it was reserved before, so that nothing is charged now.
+        """
         ...
 
     def step(self, round_number: int, step: int, steps: int, records: float) -> None:
         """`step` of the round's `steps` local steps are done, each on `records` records or units by
         expectation."""
+        ...
+
+    def finished(self, job: str, adapter: Path) -> None:
+        """A job has ended here, and its adapter is in this folder."""
         ...
 
     def refused(self, error: UmbelError) -> None:

@@ -7,21 +7,18 @@ This module is part of the core of the privacy guarantee. Never add or change he
 - A job that opens without a check of the ledger, of the budget of the whole plan, or of the model.
 """
 
-import math
 from contextlib import ExitStack
 from pathlib import Path
 
 from umbel_client.data.site_data import SiteData
 from umbel_client.dpsgd.batch_size import choose_batch_limit
 from umbel_client.ledger.ledger import Ledger
+from umbel_client.ledger.plan_cost import budget_of, cost_here, plan_cost, require_payable
 from umbel_client.ledger.register import Register, marks_of
-from umbel_client.ledger.rows import EVALUATION
 from umbel_client.models.base.architecture import naming_architecture
 from umbel_client.models.site_model import load_site_model
-from umbel_client.privacy.accounting import largest_delta, total_epsilon
-from umbel_client.privacy.calibration import SiteNoise, evaluation_event, noise_for
+from umbel_client.privacy.calibration import noise_for
 from umbel_client.site.config import ClientConfig
-from umbel_client.site.policy import Budget
 from umbel_client.storage.deltas import DeltaCache
 from umbel_client.storage.journal import Published
 from umbel_client.tasks.prepared import prepare
@@ -31,7 +28,6 @@ from umbel_client.training.answer_time import WHEN_DONE, measure_answer_time
 from umbel_client.training.largest_record import largest_record_test
 from umbel_client.training.self_test import self_test
 from umbel_common.canonical import Entropy
-from umbel_common.errors import BudgetError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.trust.identity import Roster
 
@@ -99,8 +95,9 @@ def open_job(
             ledger.verify(published.ledger_head)
         ledger.require_stated()
         ledger.keep_pace(published.answers)
-        budget = _budget(config, plan)
-        _check_budget(config, plan, noise, ledger, budget)
+        budget = budget_of(config, plan)
+        cost = plan_cost(plan, noise, ledger.history(), budget, unknown=ledger.unknown)
+        require_payable(cost, plan, config)
         # c. Load the model, and find the number of records computed at once.
         model = load_site_model(config.model, plan, trains=True)
         has_units = records.unit_column is not None or bool(records.units)
@@ -141,35 +138,19 @@ def open_job(
         return job
 
 
-def _budget(config: ClientConfig, plan: TrainingPlan) -> Budget:
-    budget = config.policy.budget(plan)
-    # The bound on one plan's delta holds for the budget too: with probability delta anything may be
-    # revealed, of any record.
-    return Budget(budget.epsilon, min(budget.delta, largest_delta(config.data.public_size)))
+def check_payable(config: ClientConfig, plan: TrainingPlan) -> None:
+    """Asks whether the budget allows the whole plan, before people are asked about the plan.
 
+    `open_job` asks again, of the ledger that it opens.
 
-def _check_budget(
-    config: ClientConfig, plan: TrainingPlan, noise: SiteNoise, ledger: Ledger, budget: Budget
-) -> None:
-    """Refuses, before the first round, what the ledger would refuse in some later round."""
-    if budget.epsilon == math.inf:
-        return
-    own = (plan.job, plan.job + EVALUATION)
-    former = [entry.event for entry in ledger.history() if entry.job not in own]
-    unknown = [None] if ledger.unknown else []
-    events = [*former, *unknown, noise.event(plan.training.steps)]
-    if plan.evaluation is not None:
-        events.append(evaluation_event(plan, rounds=plan.training.rounds))
-    cost = total_epsilon(events, budget.delta)
-    if cost > budget.epsilon:
-        raise BudgetError(
-            "the privacy budget of this data set does not allow the whole plan",
-            file=config.data.path,
-            field="policy.total_epsilon",
-            found=f"{cost:.4g} with the plan {plan.job}",
-            accepted=f"at most {budget.epsilon:g} at delta {budget.delta:g}",
-            remedy="agree on a plan with a smaller epsilon; what is spent does not come back",
-        )
+    Raises:
+        CalibrationError: the plan's epsilon cannot be had with this data set.
+        PolicyRefusal: `delta-for-records`, if the plan's delta is too large for this data set.
+        DataError: the plan expects a larger batch than this data set has.
+        BudgetError: the whole plan would exceed the data set's budget.
+        LedgerError, StorageError: the ledger cannot be read.
+    """
+    require_payable(cost_here(config, plan), plan, config)
 
 
 def _weight(plan: TrainingPlan, roster: Roster, site: str, records: int) -> int:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from umbel_client.data.site_data import SiteData
+from umbel_client.ledger.file import read_ledger, require_data_set
 from umbel_client.ledger.register import machine_register, marks_of
-from umbel_client.models.base.files import require_model
 from umbel_client.site.config import (
     ClientConfig,
     load_config,
@@ -37,6 +37,7 @@ from umbel_client.trainer.isolation import Network, network
 from umbel_client.trainer.log import SiteLog
 from umbel_common.errors import ConfigError
 from umbel_host.files.keys import read_identity
+from umbel_host.files.model_digest import require_model
 from umbel_host.processes.lifecycle import locked, require_state, stop_on_signals, wait_for
 from umbel_host.transport.sockets import SocketServer
 
@@ -71,35 +72,45 @@ def run(path: Path, no_isolation: str | None) -> None:
     judge_separation(config, path, not_apart, logger.name)
     state = config.state_folder
     require_state(state.root)
-    require_model(Path(config.model.path))
-    data = SiteData.load(config)
-    data.require()
-    if data.source is not None:
-        machine_register().require_free(state.ledger, marks_of(config, data.source))
-    identity = read_identity(Path(config.identity))
     log = SiteLog(logger)
     stopping = stop_on_signals()
     with ExitStack() as stack:
         stack.enter_context(locked(state.lock, "this site's trainer"))
         pinned = load_pinned(config)
+        isolated = no_isolation is None and network() is Network.NONE
+        service = _Service(config, pinned, log, isolated, not_apart)
+        # From now on its people see that it starts, which can take long.
+        control = service.control()
+        control.start()
+        stack.callback(control.stop, _STOPPING_SECONDS)
+        require_model(Path(config.model.path))
+        data = _read_data(config)
+        identity = read_identity(Path(config.identity))
         # Imported only now: errors so far are reported at once, and not after the seconds it takes.
         import torch
 
-        from umbel_client.models.base.device import chosen_devices, described, memory_in_use
+        from umbel_client.models.base.device import (
+            chosen_devices,
+            described,
+            memory_in_use,
+            require_alike,
+        )
         from umbel_client.trainer.handler import Trainer
 
         torch.set_num_threads(config.threads)
         devices = chosen_devices(config.model.device)
         name = described(*devices)
+        if config.model.split == "records":
+            require_alike(devices)
+            name += ", each with a copy of the model"
         trainer = Trainer(config, pinned, identity, observer=log, data=data)
         stack.callback(trainer.close)
-        isolated = no_isolation is None and network() is Network.NONE
-        service = _Service(config, pinned, trainer, log, isolated, not_apart, name)
-        service.memory = partial(memory_in_use, *devices)
-        for server in service.servers(trainer_socket(relay)):
-            server.start()
+        service.device, service.memory = name, partial(memory_in_use, *devices)
+        relayed = service.relayed(trainer, trainer_socket(relay))
+        relayed.start()
+        stack.callback(relayed.stop, _STOPPING_SECONDS)
+        for server in (relayed, control):
             server.report_health(True)
-            stack.callback(server.stop, _STOPPING_SECONDS)
         log.note(f"the trainer of {config.site} waits at {trainer_socket(relay)}")
         chosen = config.model.device
         shown = chosen if isinstance(chosen, str) else ", ".join(chosen)
@@ -107,6 +118,24 @@ def run(path: Path, no_isolation: str | None) -> None:
         wait_for(stopping)
         log.note("the trainer stops")
         log.stop()
+
+
+def _read_data(config: ClientConfig) -> SiteData:
+    """Reads the site's records, if the ledger that they belong to is the one here.
+
+    Raises:
+        DataError: no task can use the file.
+        LedgerError: the data set has its ledger elsewhere, or the ledger here is about other data:
+            the file has changed.
+        StorageError: the ledger or the register cannot be read.
+    """
+    data, path = SiteData.load(config), config.state_folder.ledger
+    data.require()
+    if data.source is not None and data.data_set is not None:
+        machine_register().require_free(path, marks_of(config, data.source))
+        if path.exists():
+            require_data_set(path, read_ledger(path), data.data_set, config.data.unit_column)
+    return data
 
 
 def _judge_isolation(
@@ -133,40 +162,42 @@ class _Service:
         self,
         config: ClientConfig,
         pinned: Pinned,
-        trainer: "Trainer",
         log: SiteLog,
         isolated: bool,
         not_apart: str | None,
-        device: str,
     ) -> None:
         self._config = config
         self._pinned = pinned
-        self._trainer = trainer
         self._log = log
         self._not_apart = not_apart
-        self._device = device
+        self.device: str | None = None
+        """The device that trains; None while the trainer starts."""
         self.memory: Callable[[], str | None] = lambda: None
         """Returns the memory in use, for people."""
         self._decisions = Decisions(config.state_folder)
         self._isolated = isolated
 
-    def servers(self, relay_socket: Path) -> tuple[SocketServer, SocketServer]:
-        """A server for the relay, and one for the site's people."""
-        relay = SocketServer(relay_socket, RELAY_MODE)
-        largest = self._trainer.largest_request
-        relay.add(
+    def relayed(self, trainer: "Trainer", socket: Path) -> SocketServer:
+        """The server for the relay."""
+        server = SocketServer(socket, RELAY_MODE)
+        largest = trainer.largest_request
+        server.add(
             TRAINER,
             {
-                "Handle": handle_method(self._trainer.handle, largest),
+                "Handle": handle_method(trainer.handle, largest),
                 "Largest": largest_method(largest),
             },
         )
-        control = SocketServer(self._config.state_folder.control_socket, CONTROL_MODE)
-        control.add(
+        return server
+
+    def control(self) -> SocketServer:
+        """The server for the site's people."""
+        server = SocketServer(self._config.state_folder.control_socket, CONTROL_MODE)
+        server.add(
             CONTROL,
             {"Status": status_method(self._status), "Watch": watch_method(self._log.events)},
         )
-        return relay, control
+        return server
 
     def _status(self) -> TrainerStatus:
         return TrainerStatus(
@@ -178,6 +209,8 @@ class _Service:
             epsilon=self._log.epsilon,
             last=self._log.last,
             not_apart=self._not_apart,
-            device=self._device,
+            device=self.device,
             memory=self.memory(),
+            starting=self.device is None,
+            pinned=self._pinned.mark(),
         )

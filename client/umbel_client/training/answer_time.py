@@ -67,20 +67,27 @@ def measure_answer_time(
     began = time.monotonic()
     made_up_gradients(model, longest, limit.records)
     part = time.monotonic() - began
-    parts = most_parts(model.plan, limit, records_per_unit, scored_units)
+    copies = len(model.copies)
+    parts = most_parts(model.plan, limit, records_per_unit, scored_units, copies=copies)
     answer_time = AnswerTime(MARGIN * parts * part)
     _logger.info("answers to rounds leave at multiples of %.1f s", answer_time.seconds)
     return answer_time
 
 
 def most_parts(
-    plan: TrainingPlan, limit: BatchLimit, records_per_unit: int, scored_units: float
+    plan: TrainingPlan,
+    limit: BatchLimit,
+    records_per_unit: int,
+    scored_units: float,
+    *,
+    copies: int = 1,
 ) -> int:
-    """The number of physical batches of a round that hardly any round exceeds.
+    """The number of physical batches, one after the other, that hardly any round exceeds.
 
     A batch is hardly ever larger than its mean plus four standard deviations, and as little is the
     number of units that are held out. Each length that records are padded to may have one physical
-    batch that is not full. The records of a unit are in one of them.
+    batch that is not full. The records of a unit are in one of them. Each copy of the model
+    computes one at the same time; held-out records are computed by the first.
     """
     lengths = len(lengths_up_to(plan.task.max_tokens))
     at_once = max(limit.records // records_per_unit, 1)
@@ -88,5 +95,6 @@ def most_parts(
     def parts(mean: float) -> int:
         return math.ceil(math.ceil(mean + 4 * math.sqrt(mean)) / at_once) + lengths
 
-    in_steps = plan.training.local_steps * parts(plan.training.expected_batch_size)
+    in_a_step = math.ceil(parts(plan.training.expected_batch_size) / copies)
+    in_steps = plan.training.local_steps * in_a_step
     return in_steps + (parts(scored_units) if scored_units else 0)

@@ -1,4 +1,5 @@
-"""Tests that a record's results have the same bits in any company, and in any shape that is used.
+"""Tests that a record's results have the same bits in any company, in any shape that is used, and
+on each copy of the model.
 
 This module is part of the core of the privacy guarantee. Never test on real records, never allow a
 difference, however small, and never leave out a path that private results take.
@@ -7,7 +8,8 @@ One bit is enough for an attack: a server can make an adapter that turns the las
 state into a whole gradient. If that bit followed from the other records of a physical batch, one
 record more would change the gradients of its neighbours, and the sum would move by many clip norms.
 The order of floating-point sums follows from the shapes of tensors and from the kernels that the
-machine chooses for them, so it is tested on the machine and the model that train.
+machine chooses for them, so it is tested on the machine and the model that train. Where the model
+has copies, the other records decide which of them computes a record, so all of them are compared.
 
 Two kernels may differ in bits and agree on some record: rounding to bfloat16 hides most of a
 difference. So several records are compared in each shape, and new ones each time: nobody can make
@@ -29,7 +31,9 @@ from umbel_client.data.tokens import Ints, Tokens
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.dpsgd.private_step import take_gradients
 from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.base.architecture import padding_of
 from umbel_client.tasks.frozen_cache import frozen_prefix, ignore_progress
+from umbel_client.tasks.physical_batches import in_threads
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import PADDED_LENGTHS, BatchLimit, Part
 from umbel_client.tasks.task import made_up_labels, task_of
@@ -55,7 +59,8 @@ def prove_shapes(model: AdaptedModel, limit: BatchLimit, *, entropy: Entropy) ->
         entropy: the source of made-up records.
 
     Raises:
-        ModelError: a record's bits depend on the records beside it, or on its place among them.
+        ModelError: a record's bits depend on the records beside it, on its place among them, or on
+            the copy of the model.
     """
     kept = set(limit.choices)
     for length, bits in product(lengths_up_to(model.plan.task.max_tokens), _paths(model)):
@@ -78,7 +83,8 @@ def check_round(model: AdaptedModel, limit: BatchLimit, *, entropy: Entropy) -> 
         entropy: the source of made-up records.
 
     Raises:
-        ModelError: a record's bits depend on the records beside it, or on its place among them.
+        ModelError: a record's bits depend on the records beside it, on its place among them, or on
+            the copy of the model.
     """
     lengths = lengths_up_to(model.plan.task.max_tokens)
     kept = set(limit.choices)
@@ -136,14 +142,25 @@ class _Trial:
         """The records' bits in the largest number of rows.
 
         Raises:
-            ModelError: they are not the same beside others, and in other places.
+            ModelError: they are not the same beside others, in other places, and on each copy of
+                the model.
         """
         # Each has others beside it when it is computed again; where all fill their length, others
         # that do not.
         few = self._most < len(self._records) and not self._full
         at_once = self._most if few else max(1, self._most // 2)
-        wanted = self._in_rows(self._most, at_once, moved=False)
-        if self._most > 1 and self._in_rows(self._most, at_once, moved=True) != wanted:
+        wanted, *others = self._in_rows(self._most, at_once, moved=False)
+        if any(other != wanted for other in others):
+            raise ModelError(
+                "a record's bits depend on the device that computes it",
+                field="model.split",
+                found=", ".join(str(copy.device) for copy in self._model.copies)
+                + f", records of {self._length} tokens",
+                accepted="the same bits on each device",
+                remedy="use GPUs of one kind, one of them alone (model.device), or"
+                ' split = "layers"',
+            )
+        if self._most > 1 and not self._has(wanted, self._most, at_once, moved=True):
             raise ModelError(
                 "a record's bits depend on the records beside it",
                 found=f"{type(self._model.base).__name__}, records of {self._length} tokens,"
@@ -164,23 +181,31 @@ class _Trial:
         smaller = sorted(choices - {self._most})
         return {
             self._most,
-            *(rows for rows in smaller if self._in_rows(rows, rows, moved=False) == wanted),
+            *(rows for rows in smaller if self._has(wanted, rows, rows, moved=False)),
         }
 
-    def _in_rows(self, rows: int, at_once: int, *, moved: bool) -> list[bytes]:
-        """The records' bits, computed with at most `at_once` of them and new others.
+    def _has(self, wanted: list[bytes], rows: int, at_once: int, *, moved: bool) -> bool:
+        """Whether each copy gives the records these bits; see `_in_rows`."""
+        return all(found == wanted for found in self._in_rows(rows, at_once, moved=moved))
+
+    def _in_rows(self, rows: int, at_once: int, *, moved: bool) -> list[list[bytes]]:
+        """The records' bits on each copy, computed with at most `at_once` of them and new others.
+
+        The copies compute at the same time, as in a step.
 
         Args:
             moved: whether each record is in another row, beside others; these have padding then.
         """
         count = len(self._records)
         arranged = _moved(rows, count, at_once) if moved else _arranged(rows, count, at_once)
-        found: dict[int, bytes] = {}
+        found: list[dict[int, bytes]] = [{} for _ in self._model.copies]
         for group, places in arranged:
             records = [self._records[index] for index in group]
             company = self._company(rows, records, places, self._full and not moved)
-            found |= zip(group, self._bits(self._model, company), strict=True)
-        return [found[index] for index in range(count)]
+            every = _on_each_copy(self._bits, self._model, company)
+            for own, bits in zip(found, every, strict=True):
+                own |= zip(group, bits, strict=True)
+        return [[own[index] for index in range(count)] for own in found]
 
     def _company(
         self, rows: int, records: Sequence[npt.NDArray[np.int32]], places: Ints, whole: bool
@@ -255,8 +280,7 @@ def _company_of(
     most: the largest number of rows, in which frozen layers are computed (`prepare`).
     """
     starts = np.concatenate([[0], np.cumsum([len(one) for one in ids])]).astype(np.int64)
-    pad = getattr(model.base.config, "pad_token_id", None) or 0
-    tokens = Tokens(np.concatenate(ids), starts, pad)
+    tokens = Tokens(np.concatenate(ids), starts, padding_of(model.base))
     labels = made_up_labels(model.plan.task, tokens)
     if len(labels) == rows:
         labels[places] = 0
@@ -279,12 +303,19 @@ def lengths_up_to(longest: int) -> list[int]:
 def made_up_gradients(model: AdaptedModel, length: int, rows: int) -> None:
     """Computes the gradients of as many made-up records of `length` tokens, and drops them.
 
+    Each copy of the model does so, all at the same time.
+
     Args:
         model: with the parameters of a round selected.
     """
     random = np.random.default_rng(length)
     ids = [random.integers(0, model.vocabulary, length, dtype=np.int32) for _ in range(rows)]
-    _gradient_bits(model, _company_of(model, ids, length, rows, rows, np.arange(1)))
+    company = _company_of(model, ids, length, rows, rows, np.arange(1))
+    _on_each_copy(_gradient_bits, model, company)
+
+
+def _on_each_copy(bits: Bits, model: AdaptedModel, company: _Company) -> list[list[bytes]]:
+    return in_threads([partial(bits, copy, company) for copy in model.copies])
 
 
 def _gradient_bits(model: AdaptedModel, company: _Company) -> list[bytes]:

@@ -14,6 +14,8 @@ This module is part of the core of the privacy guarantee. Never add or change he
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -192,7 +194,7 @@ class LocalTrainer:
             self.entropy, parameters, steps=plan.training.local_steps, round_number=number
         )
         units = None if data.units is None else data.units.of_record
-        with noise, per_record_gradients(model):
+        with noise, per_record_gradients(*model.copies):
             private = PrivateOptimizer(
                 optimizer,
                 noise,
@@ -200,6 +202,7 @@ class LocalTrainer:
                 clip_norm=plan.privacy.clip_norm,
                 expected_batch_size=expected,
                 clipping=CLIPPINGS[plan.privacy.clipping],
+                copies=model.in_copies(optimizer),
             )
             yield lambda chosen: private_step(task, model, data, chosen, private, self.limit, units)
 
@@ -221,23 +224,29 @@ def plain_step(
         expected_batch_size: what the sum of the gradients is divided by, whatever the batch.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter in parameters:
+    of_each: list[list[Any]] = [parameters, *model.in_copies(optimizer)]
+    for parameter in (one for own in of_each for one in own):
         parameter.grad = torch.zeros_like(parameter)
 
-    def compute(part: Part) -> None:
+    def compute(copy: AdaptedModel, own: list[Any], part: Part) -> None:
         with torch.enable_grad():
-            losses = task.losses(model, task.batch(data, part))
+            losses = task.losses(copy, task.batch(data, part))
             losses = losses * data.unit_shares(part.records).to(losses.device)
             total = losses.sum() / expected_batch_size
         # A backward pass that fails midway would already have added some of its gradients.
-        found = torch.autograd.grad(total, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, found, strict=True):
+        found = torch.autograd.grad(total, own, allow_unused=True)
+        for parameter, gradient in zip(own, found, strict=True):
             if gradient is not None:
                 parameter.grad += gradient
 
     units = None if data.units is None else data.units.of_record
-    compute_parts(data, chosen, limit, units, compute=compute, discard=lambda: None)
+    on_each = [partial(compute, copy, own) for copy, own in zip(model.copies, of_each, strict=True)]
+    compute_parts(data, chosen, limit, units, compute=on_each, discard=lambda: None)
+    for own in of_each[1:]:
+        for parameter, there in zip(parameters, own, strict=True):
+            parameter.grad += there.grad.to(parameter.device)
     optimizer.step()
+    model.update_copies()
 
 
 def _check_noise(plan: TrainingPlan, noise_multiplier: float | None) -> None:

@@ -26,6 +26,7 @@ from umbel_client.dpsgd.private_step import (
 )
 from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.base.architecture import padding_of
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_client.tasks.task import made_up_labels, task_of
@@ -77,29 +78,56 @@ def self_test(
     if not isinstance(plan.privacy, LocalPrivacy) or noise_multiplier is None:
         return
     blind_test(model)
-    alternates = plan.lora.method == "alternate" and plan.training.rounds > 1
-    data = _made_up(model)
     with _borrowed(model):
-        for round_number in (1, 2) if alternates else (1,):
-            trial = _Trial(
-                model=model,
-                data=data,
-                round_number=round_number,
-                parameters=model.select(round_number),
-                clip_norm=plan.privacy.clip_norm,
-                clipping=plan.privacy.clipping,
-                noise_multiplier=noise_multiplier,
-                entropy=entropy,
-            )
-            _set_random(model)
+        for trial in _trials(model, plan.privacy, noise_multiplier, entropy):
             alone = _gradients_alone(trial)
-            with per_record_gradients(model):
+            with per_record_gradients(*model.copies):
                 _check_separate(trial, alone)
                 _check_clipped(trial, alone)
                 _check_noise(trial)
                 _check_moves(trial)
             _set_random(model)
             prove_shapes(model, limit, entropy=entropy)
+
+
+def separation_test(model: AdaptedModel, *, entropy: Entropy) -> None:
+    """Tests what depends on the architecture alone: that records have gradients of their own.
+
+    It is for a plan that is being made. A site takes the whole `self_test`.
+
+    Raises:
+        ModelError: see `self_test`.
+    """
+    plan = model.plan
+    if not isinstance(plan.privacy, LocalPrivacy):
+        return
+    blind_test(model)
+    with _borrowed(model):
+        for trial in _trials(model, plan.privacy, 1.0, entropy):
+            alone = _gradients_alone(trial)
+            with per_record_gradients(model):
+                _check_separate(trial, alone)
+
+
+def _trials(
+    model: AdaptedModel, privacy: LocalPrivacy, noise_multiplier: float, entropy: Entropy
+) -> "Iterator[_Trial]":
+    """Each kind of round that the plan has, with a random adapter that it sets."""
+    plan = model.plan
+    data = _made_up(model)
+    for round_number in plan.kinds_of_rounds:
+        trial = _Trial(
+            model=model,
+            data=data,
+            round_number=round_number,
+            parameters=model.select(round_number),
+            clip_norm=privacy.clip_norm,
+            clipping=privacy.clipping,
+            noise_multiplier=noise_multiplier,
+            entropy=entropy,
+        )
+        _set_random(model)
+        yield trial
 
 
 @dataclass(frozen=True)
@@ -138,6 +166,7 @@ class _Trial:
                 clip_norm=self.clip_norm,
                 expected_batch_size=expected_batch_size,
                 clipping=CLIPPINGS[self.clipping],
+                copies=self.model.in_copies(inner),
             )
 
     def descent(self) -> torch.optim.Optimizer:
@@ -162,18 +191,18 @@ def _borrowed(model: AdaptedModel) -> Iterator[None]:
         yield
     finally:
         model.set_vector(vector)
-        for name, parameter in model.adapter.items():
-            parameter.requires_grad_(trained[name])
-            parameter.grad = None
+        for copy in model.copies:
+            for name, parameter in copy.adapter.items():
+                parameter.requires_grad_(trained[name])
+                parameter.grad = None
 
 
 def _made_up(model: AdaptedModel) -> PreparedData:
     """Three records of random tokens, none of them the padding token."""
-    config = model.base.config
-    pad = getattr(config, "pad_token_id", None) or 0
+    pad = padding_of(model.base)
     random = np.random.default_rng(0)
     lengths = [min(length, model.plan.task.max_tokens) for length in LENGTHS]
-    ids = random.integers(0, config.vocab_size - 1, sum(lengths))
+    ids = random.integers(0, model.vocabulary - 1, sum(lengths))
     ids += ids >= pad
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = Tokens(ids.astype(np.int32), starts, pad)
@@ -294,6 +323,15 @@ def _check_moves(trial: _Trial) -> None:
             found=", ".join(still),
             accepted="every trained tensor changes",
             remedy="stop: privacy would be spent for nothing; check learning rates and device",
+        )
+    vector = trial.model.vector()
+    if not all(np.array_equal(copy.vector(), vector) for copy in trial.model.copies):
+        raise ModelError(
+            "the copies of the model have different adapters after a training step",
+            field="model.split",
+            found=", ".join(str(copy.device) for copy in trial.model.copies),
+            accepted="the same values on each device",
+            remedy="stop: how a record is computed would follow from the other records",
         )
 
 

@@ -35,7 +35,7 @@ class Trial:
     """What was measured."""
 
     rows: int
-    """Number of records that were computed at once."""
+    """Number of records that were computed at once, on all copies of the model together."""
     seconds: float
     """Time of a step on that many records, with clipping and noise where the plan is private."""
     devices: tuple[torch.device, ...]
@@ -67,7 +67,8 @@ def try_plan(settings: ClientConfig, plan: TrainingPlan, *, entropy: Entropy) ->
         model.vector()
         moments.append(time.perf_counter())
 
-    records = limit.records
+    copies = len(model.copies)
+    records = limit.records * copies
     data = _made_up(model, records)
     private = isinstance(plan.privacy, LocalPrivacy)
     noise = SiteNoise(sampling_rate=1.0, noise_multiplier=1.0 if private else None)
@@ -76,8 +77,10 @@ def try_plan(settings: ClientConfig, plan: TrainingPlan, *, entropy: Entropy) ->
             1, initial_vector(plan), on_step=on_step
         )
     # Memory may have run out: then a step took several parts.
-    parts = math.ceil(records / limit.records)
-    return Trial(limit.records, (moments[1] - moments[0]) / parts, model.devices)
+    rows = limit.records * copies
+    parts = math.ceil(records / rows)
+    devices = tuple(device for copy in model.copies for device in copy.devices)
+    return Trial(rows, (moments[1] - moments[0]) / parts, devices)
 
 
 def _made_up(model: AdaptedModel, records: int) -> PreparedData:

@@ -41,7 +41,7 @@ class BaseModel(Value, frozen=True):
     """The model's name among people; `base_model_name_or_path` of the released adapter."""
     digest: Digest
     """Digest of the folder's weights, configuration and tokenizer
-    (`umbel_client.models.base.files.folder_digest`)."""
+    (`umbel_host.files.model_digest.folder_digest`)."""
 
 
 class Classification(Value, frozen=True, tag_field="task", tag="classification"):
@@ -243,7 +243,8 @@ class FederatedEvaluation(Value, frozen=True):
     """
 
     noise_multiplier: Positive
-    """Standard deviation of the noise on a count, divided by `SENSITIVITY`, sqrt(2)."""
+    """Standard deviation of the noise on a count, divided by sqrt(2), the sensitivity of
+    the two counts."""
     max_records: Count
     """Bound to which a site's counts are clipped, and the scale on which they are rounded."""
     largest_loss: Scale = 10.0
@@ -283,6 +284,12 @@ class TrainingPlan(Value, frozen=True):
     def digest(self) -> bytes:
         """The digest by which all parties know that they follow the same plan, 32 bytes."""
         return digest(label_of(TrainingPlan), encode(self))
+
+    @property
+    def kinds_of_rounds(self) -> tuple[int, ...]:
+        """A round of each kind: one, or two where rounds alternate what they train."""
+        alternates = self.lora.method == "alternate" and self.training.rounds > 1
+        return (1, 2) if alternates else (1,)
 
     def trained_tensors(self, round_number: int) -> tuple[Tensor, ...]:
         """The tensors that a round (from 1) changes, in the order in which they are flattened."""

@@ -25,15 +25,23 @@ from umbel_common.trust.identity import SIGNATURE_BYTES, Signed
 class _PlanEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     plan: dict[str, Any]
     signature: str | None = None
+    not_tried: bool = False
+    """Beside the plan, which is signed and has no such field."""
 
 
-def plan_to_json(plan: TrainingPlan, signature: bytes | None = None) -> str:
-    """A plan as indented JSON with a newline at its end; digest and signature in hexadecimal."""
+def plan_to_json(
+    plan: TrainingPlan, signature: bytes | None = None, *, not_tried: bool = False
+) -> str:
+    """A plan as indented JSON with a newline at its end; digest and signature in hexadecimal.
+
+    Args:
+        not_tried: whether the plan was made without loading its base model; see `is_not_tried`.
+    """
     parts = msgspec.to_builtins(plan, builtin_types=(bytes,))
     parts["model"]["digest"] = plan.model.digest.hex()
     if plan.release_gate is not None:
         parts["release_gate"]["holdout"] = plan.release_gate.holdout.hex()
-    entry = _PlanEntry(parts, None if signature is None else signature.hex())
+    entry = _PlanEntry(parts, None if signature is None else signature.hex(), not_tried)
     text = msgspec.json.format(msgspec.json.encode(entry), indent=2).decode("utf-8")
     return printable_json(text) + "\n"
 
@@ -67,6 +75,12 @@ def plan_from_json(text: str, file: object) -> tuple[TrainingPlan, Signed | None
         ) from None
     check_plan(plan)
     return plan, None if signature is None else Signed(encode(plan), signature)
+
+
+def is_not_tried(text: str) -> bool:
+    """Whether the text of a plan's file, which `plan_from_json` read, says that nobody has loaded
+    the plan's base model. It is a note to the operator, whom it warns before a signature."""
+    return msgspec.json.decode(text, type=_PlanEntry).not_tried
 
 
 def plan_lines(plan: TrainingPlan) -> list[tuple[str, str]]:

@@ -3,7 +3,8 @@
 The law: nothing of a message is parsed, and nothing allocated for it, before its seal is verified.
 The set is closed: a party does what a type here says and nothing else, and no type carries code, a
 file name or an open field. Any change to a type here or in `umbel_common.secagg.messages` is
-another `WIRE_VERSION`. Nothing here knows how sealed bytes travel.
+another `WIRE_VERSION`. A new type needs no other version, because a party that does not know it
+refuses it (`malformed-message`). Nothing here knows how sealed bytes travel.
 
 A sealed message is `"UMB" | wire version (1) | signature (64) | body`. The signature covers a label
 that names the direction and the site; the label of a reply also names the request. So a message is
@@ -53,6 +54,14 @@ class OfferRequest(Message, frozen=True, tag="offer"):
     """A plan that the operator wants to run. The site judges it by its own policy."""
 
     plan: Signed
+
+
+class OfferUnderRoster(Message, frozen=True, tag="offer-under-roster"):
+    """An offer that names the roster under which the job would run, so that a site which has not
+    approved this roster refuses the plan before anybody approves it or is charged for it."""
+
+    plan: Signed
+    roster: Digest
 
 
 class OfferReply(Message, frozen=True, tag="offer-accepted"):
@@ -168,6 +177,7 @@ class Refusal(Message, frozen=True, tag="refused"):
 
 Request: TypeAlias = (
     OfferRequest
+    | OfferUnderRoster
     | TrainRequest
     | ShareRequest
     | MaskRequest

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from umbel_common.address import Address
 from umbel_common.canonical import Name, V, Value, digest, encode
 from umbel_common.errors import IdentityError, SignatureError
 from umbel_common.trust.identity import (
@@ -29,16 +30,6 @@ from umbel_common.trust.identity import (
 from umbel_common.trust.key_statements import OPERATOR
 
 Pem = Annotated[str, msgspec.Meta(max_length=8192)]
-
-Address = Annotated[
-    str,
-    msgspec.Meta(
-        max_length=300,
-        pattern=r"^(?:[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}\Z",
-    ),
-]
-"""A host and a port. The host is a name, an IPv4 address, or an IPv6 address in brackets. No
-character has a meaning in TOML, so an address can be written into a configuration as it is."""
 
 
 class SiteRequest(Value, frozen=True):

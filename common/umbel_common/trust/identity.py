@@ -7,6 +7,7 @@ key is ever taken from a message. `Signed`, `Member` and `Roster` never get a fi
 """
 
 import base64
+import re
 from typing import Annotated
 
 import msgspec
@@ -26,6 +27,11 @@ def fingerprint(public_key: bytes) -> str:
     """A public key for people to compare: eight groups of four base32 letters (160 bits)."""
     text = base64.b32encode(digest("fingerprint", public_key)[:20]).decode("ascii").lower()
     return "-".join(text[start : start + 4] for start in range(0, len(text), 4))
+
+
+def is_fingerprint_of(text: str, public_key: bytes) -> bool:
+    """Whether a person wrote a key's fingerprint; case, blanks and hyphens are as they like."""
+    return re.sub(r"[\s-]", "", text).lower() == fingerprint(public_key).replace("-", "")
 
 
 class Identity:

@@ -1,9 +1,10 @@
 """The small files of a base model's folder: configuration, index and tokenizer.
 
 What is loaded is what was hashed. A file is read once, and its bytes are hashed and used; a file
-that does not count, such as a card, settings of generation or further templates, is never read. A
-folder is refused where a file that counts names another one to be read instead: two sites would
-then train two models of one digest.
+that does not count, such as a card or further templates, is never read. One thing is: which tokens
+end an answer by the settings of generation (`ends_of_generation`). A folder is refused where a file
+that counts names another one to be read instead: two sites would then train two models of one
+digest.
 
 Nothing here needs the packages that load a model.
 """
@@ -11,6 +12,7 @@ Nothing here needs the packages that load a model.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
@@ -22,6 +24,7 @@ from umbel_common.errors import ModelError
 from umbel_host.processes.lifecycle import reason
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -36,6 +39,14 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+
+_ACCEPTED = "a folder with config.json, tokenizer.json and weights as safetensors"
+_GGUF = (
+    "get the model's safetensors: GGUF has rounded weights for llama.cpp, which are not fine-tuned"
+)
+_POINTER = b"version https://git-lfs"
+"""How a file begins that Git LFS has put in the place of a large one."""
+_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 FileDigests: TypeAlias = Mapping[str, str]
 """SHA-256 of each file by its name, in hexadecimal digits."""
@@ -78,6 +89,7 @@ def read_texts(folder: Path, expected: FileDigests | None = None) -> dict[str, b
     """
     texts = {}
     try:
+        require_folder(folder)
         if os.path.lexists(folder / _ADAPTER_FILE):
             raise ModelError(
                 "an adapter lies in the folder of a base model, and would be loaded with it",
@@ -119,6 +131,43 @@ def private_folder(folder: Path, texts: Mapping[str, bytes]) -> Iterator[Path]:
             raise ValueError(str(error).replace(name, str(folder))) from error
 
 
+def ends_of_config(folder: Path, texts: Mapping[str, bytes]) -> list[int]:
+    """The tokens that end a text by a model's configuration.
+
+    Args:
+        folder: where the files were read.
+        texts: what `read_texts` returns.
+
+    Raises:
+        ModelError: the configuration is not JSON.
+    """
+    if CONFIG_FILE not in texts:
+        return []
+    found = parsed_json(folder, CONFIG_FILE, texts[CONFIG_FILE])
+    inner = found.get("text_config")
+    return [*_ends(found), *(_ends(inner) if isinstance(inner, dict) else [])]
+
+
+def ends_of_generation(folder: Path) -> list[int]:
+    """The tokens at which a model's settings of generation end an answer.
+
+    This file is not in the model's digest. Nothing that trains may read it: it only says where an
+    answer stops that a model has begun to write.
+
+    Raises:
+        ModelError: the file cannot be read, or is not JSON.
+    """
+    if not (folder / GENERATION_FILE).is_file():
+        return []
+    with opened(folder / GENERATION_FILE) as file:
+        return _ends(parsed_json(folder, GENERATION_FILE, file.read()))
+
+
+def _ends(settings: Mapping[str, Any]) -> list[int]:
+    found = settings.get("eos_token_id")
+    return [one for one in (found if isinstance(found, list) else [found]) if type(one) is int]
+
+
 def text_digest(text: bytes) -> str:
     """SHA-256, in hexadecimal digits."""
     return hashlib.sha256(text).hexdigest()
@@ -128,12 +177,22 @@ def opened(path: Path) -> BufferedReader:
     """A file of a model, for reading.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: it cannot be read, or only stands for the file.
     """
     try:
-        return path.open("rb")
+        file = path.open("rb")
+        is_pointer = file.peek(len(_POINTER)).startswith(_POINTER)
     except OSError as error:
         raise unreadable(path, error) from None
+    if is_pointer:
+        file.close()
+        raise ModelError(
+            "a file of a model was not fetched: it is a pointer of Git LFS",
+            file=path,
+            found=_POINTER.decode(),
+            remedy="in the clone, run: git lfs pull; or get the model with: hf download",
+        )
+    return file
 
 
 def parsed_json(folder: Path, name: str, text: bytes) -> dict[str, Any]:
@@ -155,15 +214,61 @@ def parsed_json(folder: Path, name: str, text: bytes) -> dict[str, Any]:
     return found
 
 
+def require_folder(folder: Path) -> None:
+    """Refuses what is no folder, and says what it looks like.
+
+    Raises:
+        ModelError: there is no such folder, or it is a file.
+        OSError: the system does not say.
+    """
+    if folder.is_dir():
+        return
+    if folder.exists():
+        raise ModelError(
+            "a base model is a folder, and this is a file",
+            file=folder,
+            found="a GGUF file" if folder.suffix == ".gguf" else "a file",
+            accepted=_ACCEPTED,
+            remedy=_GGUF if folder.suffix == ".gguf" else "give the folder that it is in",
+        )
+    remedy = "correct the path; docs/base-model.md says how to get a model"
+    name = f"{folder.parent.name}/{folder.name}"
+    if not folder.parent.exists() and _HUB_NAME.fullmatch(name):
+        remedy = (
+            f"if {name} is a name on the Hugging Face hub, get it first, on a machine with a"
+            f" network: hf download {name} --local-dir models/{folder.name}; then give that folder"
+        )
+    raise ModelError(
+        "there is no such folder of a base model",
+        file=folder,
+        found="no such folder",
+        accepted=_ACCEPTED,
+        remedy=remedy,
+    )
+
+
 def missing(folder: Path, name: str, accepted: tuple[str, ...]) -> ModelError:
     """The error that a model's folder has no file of one of the accepted names."""
+    remedy = "copy all files of the model, as save_pretrained writes them"
+    if any(folder.glob("*.gguf")):
+        remedy = _GGUF
+    elif name == TOKENIZER_FILE:
+        remedy = (
+            "copy the tokenizer's files too; if the model has none of this name,"
+            " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes it"
+        )
+    elif name.endswith(".safetensors") and any(folder.glob("*.bin")):
+        remedy = (
+            "pickles (.bin) are never read: get the safetensors, or load and save the model with"
+            " Transformers, on a machine without private data"
+        )
     return ModelError(
         "a model folder lacks a file",
         file=folder,
         field=name,
-        found="missing" if folder.is_dir() else "no such folder",
+        found="missing",
         accepted=", ".join(accepted),
-        remedy="point model.path at a folder that save_pretrained wrote as safetensors",
+        remedy=remedy,
     )
 
 

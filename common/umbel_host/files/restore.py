@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from umbel_common.errors import StorageError, UmbelError
-from umbel_common.trust.identity import fingerprint
+from umbel_common.trust.identity import fingerprint, is_fingerprint_of
 from umbel_host.files.backup import Manifest, unpack
 from umbel_host.files.durable import all_or_nothing, create, make_folder, sync_folder
 from umbel_host.files.keys import read_identity
@@ -124,7 +124,7 @@ def require_consent(
     print_lines(console, [who, *intent.lines()])
     if expected is not None:
         found = "nobody" if intent.signer is None else fingerprint(intent.signer)
-        if found != expected.lower():
+        if intent.signer is None or not is_fingerprint_of(expected, intent.signer):
             raise StorageError(
                 "a backup is not signed by the key that was named; nothing was changed",
                 field="--fingerprint",

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TypeVar
 
-from umbel_common.errors import ConfigError, IdentityError, StorageError
+from umbel_common.errors import ConfigError, IdentityError, StorageError, UmbelError
 from umbel_common.toml_values import from_table, read_table
 from umbel_host.files.durable import create
 from umbel_host.processes.lifecycle import reason
@@ -14,11 +14,14 @@ _MOST_BYTES = 1 << 26
 """Size of the largest text file: another party may have named or sent it."""
 
 
-def find_text(path: Path) -> str | None:
+def find_text(path: Path, kind: type[UmbelError] = IdentityError) -> str | None:
     """The text of a file; None if the file is missing.
 
+    Args:
+        kind: the error of what the file holds.
+
     Raises:
-        IdentityError: the file cannot be read, or is not text.
+        UmbelError: of this kind, if the file cannot be read, or is not text.
     """
     try:
         return _text(path)
@@ -26,18 +29,21 @@ def find_text(path: Path) -> str | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         found = reason(error) if isinstance(error, OSError) else "not UTF-8 text"
-        raise IdentityError("a file cannot be read", file=path, found=found) from None
+        raise kind("a file cannot be read", file=path, found=found) from None
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, kind: type[UmbelError] = IdentityError) -> str:
     """The text of a file.
 
+    Args:
+        kind: the error of what the file holds.
+
     Raises:
-        IdentityError: the file is missing, cannot be read, or is not text.
+        UmbelError: of this kind, if the file is missing, cannot be read, or is not text.
     """
-    text = find_text(path)
+    text = find_text(path, kind)
     if text is None:
-        raise IdentityError("a file is missing", file=path, remedy="give the path of the file")
+        raise kind("a file is missing", file=path, remedy="give the path of the file")
     return text
 
 
@@ -57,6 +63,27 @@ def write_new_text(path: Path, text: str) -> None:
         ) from None
     except OSError as error:
         raise StorageError("a file cannot be written", file=path, found=error.strerror) from None
+
+
+def from_home(name: str, file: object = None, *, field: str | None = None) -> Path:
+    """The path of a configuration, in which `~` may stand for a home folder.
+
+    Args:
+        file: where it was written, for the error; `field` names the value in it.
+
+    Raises:
+        ConfigError: the user has no home folder, as in a container.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            "a path begins with ~, and this user has no home folder",
+            file=file,
+            field=field,
+            found=name,
+            accepted="a path without ~",
+        ) from None
 
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from umbel_common.errors import StorageError
+from umbel_common.errors import StorageError, UmbelError
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 """Options of mallopt, from glibc's malloc.h."""
@@ -61,6 +61,51 @@ def reason(error: OSError) -> str:
     """Why a file cannot be used, as text for an error; with the user if permissions forbid it."""
     text = error.strerror or str(error)
     return f"{text}, for user {this_user()}" if isinstance(error, PermissionError) else text
+
+
+def refused(error: OSError) -> StorageError:
+    """The error that the system refused something, where the code did not expect it."""
+    what = "a file cannot be used" if error.filename is not None else "the system refused a step"
+    advice = None
+    if isinstance(error, PermissionError):
+        what, advice = (
+            "a file or folder is closed to the user that gave this command",
+            _whose(error),
+        )
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what, advice = "there is no space left", "make room on the disk, then repeat the command"
+    elif error.filename is None and isinstance(error, FileNotFoundError):
+        what, advice = "the folder that this command runs in is gone", "cd to one that is there"
+    return StorageError(what, file=error.filename, found=reason(error), remedy=advice)
+
+
+def explained(error: UmbelError) -> UmbelError:
+    """An error of ours; if the system gave the reason for it, with this user and the owner."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, OSError) and error.found is cause:
+        error.found = reason(cause)
+    if isinstance(cause, PermissionError):
+        error.found, error.remedy = reason(cause), error.remedy or _whose(cause)
+    return error
+
+
+def _whose(error: PermissionError) -> str:
+    owner = None if error.filename is None else _owner(Path(os.fsdecode(error.filename)))
+    if owner is None or owner == os.geteuid():
+        return "run this as the user that the file belongs to, or change its permissions"
+    if owner == 0:
+        return "it belongs to root: change its permissions, or choose another place"
+    return f"run this as {user_name(owner)}, who owns it: sudo -u {user_name(owner)} ..."
+
+
+def _owner(path: Path) -> int | None:
+    """Who owns a file, or the innermost folder around it that this user can look at."""
+    for one in (path.absolute(), *path.absolute().parents):
+        try:
+            return one.stat().st_uid
+        except OSError:
+            continue
+    return None
 
 
 def require_state(folder: Path) -> None:
@@ -158,7 +203,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
             raise StorageError(
                 f"{what} is already running",
                 file=path,
-                remedy="stop the other process, or give this one a state folder of its own",
+                remedy="stop the other process first: two of them would not know of each other's"
+                " work",
             ) from None
         yield
 

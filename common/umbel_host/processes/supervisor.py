@@ -6,6 +6,7 @@ processes itself, each under a user of its own.
 
 import ctypes
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -74,7 +75,7 @@ class _Child:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._started, self._died = time.monotonic(), None
-        process = subprocess.Popen(self._command, preexec_fn=end_with_parent)  # noqa: S603
+        process = subprocess.Popen(self._command, preexec_fn=belong_to_parent)  # noqa: S603
         _logger.info("%s is process %d", self.name, process.pid)
         return process
 
@@ -105,6 +106,7 @@ def supervise(commands: Sequence[Command], *, stopping_seconds: float = 60.0) ->
             code = next((code for code in codes if code is not None), None)
     finally:
         _end([child.process for child in reversed(children)], stopping_seconds)
+        _logger.info("stopped")
     return code or 0
 
 
@@ -124,10 +126,35 @@ def _end(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
 _libc = ctypes.CDLL(None)
 
 
-def end_with_parent() -> None:
-    """Makes a child end when its parent dies; to be called between fork and exec.
+def belong_to_parent() -> None:
+    """Lets only the parent end a child; to be called between fork and exec.
 
-    So a parent that is killed leaves no process behind that holds what its successor needs.
+    A terminal's Ctrl-C goes to parent and child, and only the parent shall speak and decide. And a
+    parent that is killed leaves no process behind that holds what its successor needs.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(_libc, "prctl"):
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+_BOUND = f"""\
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+if hasattr(libc, "prctl"):
+    libc.prctl({_PR_SET_PDEATHSIG}, {signal.SIGTERM:d})
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent has ended")
+try:
+    os.execv(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"{{sys.argv[2]}}: {{error.strerror}}")
+"""
+
+
+def bound_to_parent(command: Sequence[str]) -> list[str]:
+    """The command of a child of this process that ends when this process dies.
+
+    A process with threads, such as gRPC's, has to start its children by this. With code between
+    fork and exec, as `belong_to_parent`, the child's copy of gRPC fails at times and aborts it.
+    """
+    return [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), *command]

@@ -1,5 +1,12 @@
-"""`umbel-server`: commands parse, call and print. Nothing may import them."""
+"""`umbel-server`: commands parse, call and print. Nothing imports them."""
 
-from umbel_server.cli.command import app, main
+from umbel_host.entry import enter_command
 
-__all__ = ["app", "main"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+
+def main() -> "NoReturn":
+    """The console script: every error is text for people, with its own exit code."""
+    enter_command("umbel_server.cli.command")

@@ -1,6 +1,6 @@
 """`python -m umbel_server.cli`: the same as `umbel-server`."""
 
-from umbel_server.cli.command import main
+from umbel_server.cli import main
 
 if __name__ == "__main__":
     main()

@@ -1,19 +1,25 @@
 """`umbel-server adapters`: the adapters that jobs released."""
 
+import os
+import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
-from umbel_common.errors import JobUnknown, StorageError
+from umbel_common.errors import JobUnknown, ModelError, StorageError
 from umbel_common.plans.figures import ClassificationFigures, loss_text
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Signed, open_signed
 from umbel_host.files.keys import read_identity
-from umbel_host.terminal import Screen, say, table
-from umbel_server.cli.options import SERVER_TOML, Config
+from umbel_host.files.model_digest import folder_files, model_digest
+from umbel_host.files.model_folder import TOKENIZER_FILES, read_texts, text_digest
+from umbel_host.files.output import require_new
+from umbel_host.terminal import Screen, print_json, say, table
+from umbel_server.cli.options import SERVER_TOML, Config, Json
 from umbel_server.operator.config import ServerConfig, load_config
 from umbel_server.storage.journal import Evaluated, Journal
 from umbel_server.storage.registry import Registry, write_folder
@@ -22,13 +28,17 @@ adapters = typer.Typer(help="Released adapters: list, export.", no_args_is_help=
 
 
 @adapters.command("list")
-def list_command(config: Config = SERVER_TOML) -> None:
+def list_command(config: Config = SERVER_TOML, as_json: Json = False) -> None:
     """List every release of every job."""
     settings = load_config(config)
     with closing(_open_journal(settings)) as journal:
         jobs = journal.jobs()
         figures = {job: {one.round: one for one in journal.evaluations(job)} for job in jobs}
         releases = {job: _releases(journal, settings, job) for job in jobs}
+    if as_json:
+        listed = ((job, one) for job in jobs for one in releases[job])
+        print_json([_release_json(one, figures[job].get(one.round)) for job, one in listed])
+        return
     scored = any(figures.values())
     rows = table("job", "round", "sites", *(("loss", "score") if scored else ()), "adapter")
     for job in jobs:
@@ -42,7 +52,7 @@ def list_command(config: Config = SERVER_TOML) -> None:
                 release.adapter.hex(),
             )
     console = Screen()
-    console.print(rows if rows.rows else "No adapter was released yet.", soft_wrap=True)
+    console.print(rows if rows.rows else "No adapter was released yet.")
 
 
 @adapters.command()
@@ -59,6 +69,7 @@ def export(
 ) -> None:
     """Copy a released adapter into a PEFT folder, after checking it against its release."""
     settings = load_config(config)
+    require_new(out)
     operator = read_identity(Path(settings.identity)).public_key
     with closing(_open_journal(settings)) as journal:
         signed = journal.plan(job)
@@ -79,19 +90,48 @@ def export(
     registry = Registry(Path(settings.state) / "registry")
     digest = releases[wanted].adapter
     vector = registry.load(plan, digest)
+    tokenizer = tokenizer_files(settings, plan)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         # The digest names the vector alone. All else follows from the plan.
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_folder(out, plan, vector)
-    except FileExistsError:
-        raise StorageError(
-            "a folder exists already and is never overwritten",
-            file=out,
-            remedy="give another --out, or move the folder away",
-        ) from None
+        write_folder(partial, plan, vector)
+        for name, text in tokenizer.items():
+            (partial / name).write_bytes(text)
+        partial.rename(out)
     except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise StorageError("an adapter cannot be exported", file=out, found=error) from None
     say(f"{job}, round {wanted}: {out}")
+    if not tokenizer:
+        say("The tokenizer is not in it: it is in the base model's folder.")
+
+
+def tokenizer_files(settings: ServerConfig, plan: TrainingPlan) -> dict[str, bytes]:
+    """The tokenizer's files, if the operator evaluates with exactly the plan's base model."""
+    if settings.evaluation is None:
+        return {}
+    folder = Path(settings.evaluation.model)
+    try:
+        texts = read_texts(folder)
+        files = folder_files(folder)
+    except ModelError:
+        return {}
+    read = {name: text_digest(text) for name, text in texts.items()}
+    if model_digest({**files, **read}) != plan.model.digest:
+        return {}
+    return {name: texts[name] for name in TOKENIZER_FILES if name in texts}
+
+
+def _release_json(release: Release, found: Evaluated | None) -> dict[str, object]:
+    return {
+        "job": release.job,
+        "round": release.round,
+        "sites": list(release.survivors),
+        "adapter": release.adapter.hex(),
+        "evaluation": None if found is None else msgspec.to_builtins(found.evaluation),
+        "held_back": found is not None and found.held_back,
+    }
 
 
 def _score(found: Evaluated | None) -> tuple[str, str]:

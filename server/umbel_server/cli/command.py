@@ -1,13 +1,12 @@
 """`umbel-server`: the commands of an operator."""
 
-import sys
-
 import typer
 
+from umbel_host.entry import exit_code
 from umbel_host.processes.lifecycle import hide_memory
 from umbel_host.processes.log import configure
 from umbel_host.processes.supervisor import Command, supervise
-from umbel_host.terminal import exit_code
+from umbel_host.terminal import command_line
 from umbel_server.cli import backup, setup, sites
 from umbel_server.cli.adapters import adapters
 from umbel_server.cli.job import job
@@ -16,13 +15,7 @@ from umbel_server.cli.plan import plan
 from umbel_server.cli.tune import tune
 from umbel_server.operator.config import load_config
 
-app = typer.Typer(
-    name="umbel-server",
-    help="Aggregates what sites train together, and learns only the sum.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = command_line("umbel-server", "Aggregates what sites train together, and learns only the sum.")
 setup.register(app)
 sites.register(app)
 backup.register(app)
@@ -50,7 +43,7 @@ def run(
         raise typer.Exit(code)
 
 
-def main() -> None:
-    """The console script: it prints errors as text for people, and exits with their code."""
+def run_command() -> int:
+    """Runs the command of the command line; returns the exit code."""
     hide_memory()
-    sys.exit(exit_code(app))
+    return exit_code(app)

@@ -1,6 +1,5 @@
 """`umbel-server job`: start, stop, resume, status. The server need not be running."""
 
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -13,19 +12,30 @@ from rich.table import Table
 
 from umbel_common.adapters.site_counts import SiteCounts
 from umbel_common.canonical import decode_canonical
-from umbel_common.errors import PlanError
+from umbel_common.errors import PlanError, UmbelError
 from umbel_common.plans.figures import figures_text
 from umbel_common.plans.plan import TrainingPlan
-from umbel_common.plans.plan_file import plan_from_json
+from umbel_common.plans.plan_file import plan_from_json, plan_lines
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.protocol.transcript import Entry, RoundReleased
 from umbel_common.trust.identity import open_signed
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import read_text
-from umbel_host.terminal import Screen, json_text, print_lines, say, table
-from umbel_server.cli.options import SERVER_TOML, Config
+from umbel_host.terminal import Screen, confirm, local_time, print_json, print_lines, say, table
+from umbel_server.cli.job_view import (
+    NOT_RUNNING,
+    Seen,
+    Server,
+    job_json,
+    look,
+    print_job,
+    sites_behind,
+    state_text,
+)
+from umbel_server.cli.options import SERVER_TOML, Config, Json, Unchecked
 from umbel_server.jobs.evaluator import check_evaluation
-from umbel_server.operator.config import load_config
+from umbel_server.operator.config import load_config, load_roster
+from umbel_server.operator.plan_signing import require_tried, sign_as_operator
 from umbel_server.storage.job_queue import JobQueue, QueuedJob
 from umbel_server.storage.journal import Evaluated, Journal
 
@@ -38,25 +48,50 @@ Name = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job.")]
 
 @job.command()
 def start(
-    plan: Annotated[Path, typer.Argument(help="A signed plan file.")],
+    plan: Annotated[
+        Path, typer.Argument(help="A plan file; one that is not signed is signed if you type yes.")
+    ],
     config: Config = SERVER_TOML,
+    unchecked: Unchecked = False,
 ) -> None:
-    """Queue the job of a signed plan; the running server starts it."""
+    """Queue the job of a plan; the running server starts it."""
     settings = load_config(config)
-    made, signed = plan_from_json(read_text(plan), plan)
+    text = read_text(plan, PlanError)
+    made, signed = plan_from_json(text, plan)
     if signed is None:
-        raise PlanError(
-            "a plan is not signed",
-            file=plan,
-            remedy="umbel-server plan sign, after you have read what it allows",
+        if not unchecked:
+            require_tried(text, plan)
+        console = Screen()
+        print_lines(console, plan_lines(made), fold=True)
+        confirm(
+            console,
+            "Type yes to sign this plan: ",
+            unattended=PlanError(
+                "a plan is not signed",
+                file=plan,
+                remedy="umbel-server plan sign, after you have read what it allows; or run this at"
+                " a terminal",
+            ),
+            declined=UmbelError("the plan was not signed: nothing was changed", file=plan),
         )
+        signed = sign_as_operator(settings, made, plan)
     key = read_identity(Path(settings.identity)).public_key
     open_signed(signed, TrainingPlan, key, "operator")
     if made.release_gate is not None:
         check_evaluation(settings.evaluation, made)
     with _queue(config) as queue:
         queue.add(made.job, signed)
+        roster = load_roster(settings).roster
+        behind = sites_behind(queue, roster)
     say(f"queued: {made.job}")
+    if behind:
+        say(
+            f"\nThese sites had not approved today's roster, {roster.digest().hex()},"
+            f" when they last answered: {', '.join(behind)}.\nEach refuses the plan until it has:"
+            " send it umbel-server roster export, for umbel-client roster approve.",
+            err=True,
+        )
+    _tell_if_down(look(settings))
 
 
 @job.command()
@@ -71,8 +106,10 @@ def stop(name: Name, config: Config = SERVER_TOML) -> None:
 @job.command()
 def resume(name: Name, config: Config = SERVER_TOML) -> None:
     """Resume a stopped or failed job after its last release."""
+    settings = load_config(config)
     with _queue(config) as queue:
         say(f"{name}: {queue.resume(name).state.value}")
+    _tell_if_down(look(settings))
 
 
 @job.command()
@@ -81,23 +118,33 @@ def status(
         str | None, typer.Argument(metavar="JOB", help="Name of a job; default: all.")
     ] = None,
     config: Config = SERVER_TOML,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show all jobs, or one job with the sites that it waits for and its figures."""
+    settings = load_config(config)
     with _queue(config) as queue:
         jobs = queue.jobs() if name is None else [queue.job(name)]
+        seen = {one.job: Seen(queue.answers(one.job), queue.times(one.job)) for one in jobs}
     found = {queued.job: _read_quality(config, queued.job) for queued in jobs}
+    server = look(settings)
     if as_json:
-        rows = [_public(queued, found[queued.job]) for queued in jobs]
-        say(json_text(rows if name is None else rows[0]))
+        rows = [
+            {**job_json(queued, seen[queued.job], server), **_quality_json(found[queued.job])}
+            for queued in jobs
+        ]
+        print_json(rows if name is None else rows[0])
         return
     console = Screen()
     if name is not None:
-        print_lines(console, _details(jobs[0], found[name]))
+        print_job(console, jobs[0], seen[name], server, settings.limits)
+        if quality := _quality_lines(found[name]):
+            console.print()
+            print_lines(console, quality)
     elif not jobs:
         console.print("No job was started yet.")
     else:
-        console.print(_job_table(jobs), soft_wrap=True)
+        console.print(_job_table(jobs, seen))
+    _tell_if_down(server)
 
 
 @dataclass(frozen=True)
@@ -128,37 +175,32 @@ def _counts(journal: Journal, job: str) -> Iterator[tuple[int, SiteCounts]]:
             yield header.round - 1, event.counts
 
 
-def _public(queued: QueuedJob, quality: _Quality) -> dict[str, object]:
-    parts: dict[str, object] = msgspec.to_builtins(queued)
-    del parts["plan"]
-    parts["evaluations"] = [
-        {**msgspec.to_builtins(one), "held_back": one.held_back} for one in quality.evaluations
-    ]
-    parts["final_round"] = quality.final_round
-    parts["counts"] = [
-        {"round": number, **msgspec.to_builtins(counts)} for number, counts in quality.counts
-    ]
-    return parts
+def _quality_json(quality: _Quality) -> dict[str, object]:
+    return {
+        "evaluations": [
+            {**msgspec.to_builtins(one), "held_back": one.held_back} for one in quality.evaluations
+        ],
+        "final_round": quality.final_round,
+        "counts": [
+            {"round": number, **msgspec.to_builtins(counts)} for number, counts in quality.counts
+        ],
+    }
 
 
-def _job_table(jobs: list[QueuedJob]) -> Table:
-    rows = table("job", "state", "round", "stage", "answered")
+def _job_table(jobs: list[QueuedJob], seen: dict[str, Seen]) -> Table:
+    rows = table("job", "state", "round", "stage", "answered", "refused", "changed")
     for queued in jobs:
+        refused = [one.site for one in seen[queued.job].answers if one.refused]
         rows.add_row(
-            queued.job, _state(queued), str(queued.round), queued.stage, str(len(queued.answered))
+            queued.job,
+            state_text(queued),
+            str(queued.round),
+            queued.stage,
+            str(len(queued.answered)),
+            str(len(refused)),
+            local_time(queued.changed),
         )
     return rows
-
-
-def _details(queued: QueuedJob, quality: _Quality) -> list[tuple[str, str]]:
-    moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(queued.changed))
-    lines = [("job", queued.job), ("state", _state(queued)), ("changed", moment)]
-    if queued.stage:
-        lines.append(("round", f"{queued.round}, attempt {queued.attempt}, {queued.stage}"))
-        lines.append(("answered", ", ".join(queued.answered) or "nobody yet"))
-    if queued.detail:
-        lines.append(("why", queued.detail))
-    return [*lines, *_quality_lines(quality)]
 
 
 def _quality_lines(quality: _Quality) -> list[tuple[str, str]]:
@@ -178,8 +220,10 @@ def _quality_lines(quality: _Quality) -> list[tuple[str, str]]:
     return lines
 
 
-def _state(queued: QueuedJob) -> str:
-    return f"{queued.state.value}, stopping" if queued.stop else queued.state.value
+def _tell_if_down(server: Server) -> None:
+    """Says so where no server runs that would take the job up."""
+    if server.running is False:
+        say(NOT_RUNNING, err=True)
 
 
 @contextmanager

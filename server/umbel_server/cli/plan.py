@@ -1,25 +1,25 @@
 """`umbel-server plan`: make, sign and show what a job may do with a site's data."""
 
 import subprocess
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from umbel_common.errors import ConfigError, PlanError
+from umbel_common.errors import PlanError
 from umbel_common.plans.plan import TrainingPlan
-from umbel_common.plans.plan_file import plan_from_json, plan_lines, plan_to_json
-from umbel_common.secagg.encoding import encoding_of
-from umbel_common.trust.identity import fingerprint, open_signed, sign
-from umbel_host.files.keys import read_identity
+from umbel_common.plans.plan_file import is_not_tried, plan_from_json, plan_lines, plan_to_json
+from umbel_common.trust.identity import fingerprint, open_signed
+from umbel_host.files.output import require_new_file
 from umbel_host.files.text_file import read_text, write_new_text
-from umbel_host.processes.supervisor import our_module
+from umbel_host.processes.supervisor import belong_to_parent, our_module
 from umbel_host.terminal import Screen, print_lines
-from umbel_server.cli.options import SERVER_TOML, Config
+from umbel_server.cli.options import SERVER_TOML, Config, Unchecked
 from umbel_server.operator.config import load_config, load_roster
+from umbel_server.operator.plan_signing import require_tried, sign_as_operator
 
-plan = typer.Typer(help="Training plans: new, sign, show.", no_args_is_help=True)
+plan = typer.Typer(help="Training plans: new, try, sign, show.", no_args_is_help=True)
 
 PlanFile = Annotated[Path, typer.Argument(help="A plan file.")]
 
@@ -31,28 +31,69 @@ def new(
         typer.Argument(help="The draft of a plan, a TOML file; docs/operator.md describes it."),
     ],
     out: Annotated[Path, typer.Option(help="The new plan file.")],
+    config: Config = SERVER_TOML,
 ) -> None:
     """Make a plan from a draft and the base model's folder.
 
-    The adapter's tensors depend on the model. A separate process with the client's packages finds
-    them; the server itself does not have these packages.
+    The adapter's tensors depend on the model. A separate process finds them, in the Python that
+    `evaluation.python` of server.toml names, or in this one. If it does not have the packages that
+    load a model, it reads the names and shapes of the weights from the model's files, and the plan
+    is marked as not tried.
     """
-    if find_spec("torch") is None:
-        raise ConfigError(
-            "a plan is made with the client's packages, which are not installed here",
-            remedy="pip install 'umbel[client]' beside the server, or make the plan on another"
-            " machine and copy the file: it is signed here",
-        )
-    command = our_module("umbel_client.drafting", str(draft))
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)  # noqa: S603
-    if done.returncode:
-        # The process has printed its error.
-        raise typer.Exit(done.returncode)
-    made, _ = plan_from_json(done.stdout, draft)
-    write_new_text(out, plan_to_json(made))
+    require_new_file(out)
+    text = _made(_python(config), str(draft))
+    made, _ = plan_from_json(text, draft)
+    write_new_text(out, text)
     console = Screen()
     print_lines(console, plan_lines(made), fold=True)
     console.print(f"\nplan: {out}", soft_wrap=True)
+    if is_not_tried(text):
+        console.print(
+            "not tried: it was made from the model's files, without loading the model.\n"
+            f"Before it is signed: umbel-server plan try {out} --model FOLDER --out TRIED",
+            soft_wrap=True,
+        )
+
+
+@plan.command("try")
+def try_command(
+    file: PlanFile,
+    model: Annotated[Path, typer.Option(help="Folder of the plan's base model.")],
+    out: Annotated[Path, typer.Option(help="The new plan file, without the mark.")],
+    config: Config = SERVER_TOML,
+) -> None:
+    """Load the plan's base model, and try the plan on made-up records.
+
+    It needs the packages that load a model, in the Python that `evaluation.python` of server.toml
+    names, or in this one; or copy plan and model to a machine that has them.
+    """
+    require_new_file(out)
+    text = _made(_python(config), str(file), str(model))
+    write_new_text(out, text)
+    Screen().print(f"tried: {out}", soft_wrap=True)
+
+
+def _python(config: Path) -> str:
+    """The Python that has the packages that load a model, if server.toml names it. Where no
+    operator's folder is, plans are made with this one."""
+    if config == SERVER_TOML and not config.exists():
+        return sys.executable
+    evaluation = load_config(config).evaluation
+    return sys.executable if evaluation is None else evaluation.python or sys.executable
+
+
+def _made(python: str, *arguments: str) -> str:
+    """What a process of `umbel_client.drafting` prints; it prints its own errors."""
+    done = subprocess.run(  # noqa: S603  # the operator's own Python
+        our_module("umbel_client.drafting", *arguments, python=python),
+        stdout=subprocess.PIPE,
+        check=False,
+        text=True,
+        preexec_fn=belong_to_parent,
+    )
+    if done.returncode:
+        raise typer.Exit(done.returncode)
+    return done.stdout
 
 
 @plan.command("sign")
@@ -60,22 +101,15 @@ def sign_command(
     file: PlanFile,
     out: Annotated[Path, typer.Option(help="The new signed plan file.")],
     config: Config = SERVER_TOML,
+    unchecked: Unchecked = False,
 ) -> None:
     """Sign a plan as the operator; each site then checks it against its own policy."""
     settings = load_config(config)
-    made, _ = plan_from_json(read_text(file), file)
-    document = load_roster(settings)
-    if made.federation != document.roster.federation:
-        raise PlanError(
-            "a plan is for another federation",
-            file=file,
-            field="federation",
-            found=made.federation,
-            accepted=document.roster.federation,
-        )
-    # The sum of all sites' deltas must fit, or the job would fail in its first round.
-    encoding_of(made.aggregation, max(len(document.roster.members), 1)).prove_headroom()
-    signed = sign(read_identity(Path(settings.identity)), made)
+    text = read_text(file, PlanError)
+    made, _ = plan_from_json(text, file)
+    if not unchecked:
+        require_tried(text, file)
+    signed = sign_as_operator(settings, made, file)
     write_new_text(out, plan_to_json(made, signed.signature))
     console = Screen()
     print_lines(console, plan_lines(made), fold=True)
@@ -85,7 +119,7 @@ def sign_command(
 @plan.command()
 def show(file: PlanFile, config: Config = SERVER_TOML) -> None:
     """Show a plan, and whether this operator signed it."""
-    made, signed = plan_from_json(read_text(file), file)
+    made, signed = plan_from_json(read_text(file, PlanError), file)
     console = Screen()
     print_lines(console, plan_lines(made), fold=True)
     if signed is None:

@@ -4,10 +4,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 
-from umbel_common.trust.enrolment import Address
+from umbel_common.address import require_reachable
 from umbel_common.trust.identity import fingerprint
 from umbel_host.terminal import Screen, name, print_lines, say
 from umbel_server.cli.options import SERVER_TOML, Config
@@ -40,12 +39,10 @@ def renew(
 
 def _address(value: str) -> str:
     try:
-        address = msgspec.convert(value, Address)
-    except msgspec.ValidationError:
-        address = ":0"
-    if not 0 < int(address.rpartition(":")[2]) < 65536:
-        raise typer.BadParameter("host:port; the host is a name or an address, IPv6 in [ ]")
-    return address
+        require_reachable(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return value
 
 
 def init(

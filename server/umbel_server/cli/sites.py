@@ -8,29 +8,23 @@ import msgspec
 import typer
 from rich.console import Console
 
-from umbel_common.errors import IdentityError, UmbelError
+from umbel_common.errors import IdentityError, StorageError, UmbelError
 from umbel_common.trust import key_statements
-from umbel_common.trust.enrolment import (
-    SignedRequest,
-    SiteKit,
-    check_request,
-    kit_to_json,
-    request_from_json,
-    sign_kit,
-)
-from umbel_common.trust.identity import Member, fingerprint
+from umbel_common.trust.enrolment import request_from_json
+from umbel_common.trust.identity import fingerprint, is_fingerprint_of
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_to_json, revocation_to_json
-from umbel_host.files.durable import all_or_nothing
+from umbel_host.files.durable import all_or_nothing, make_folder
 from umbel_host.files.keys import read_identity
+from umbel_host.files.output import require_new, require_new_file
 from umbel_host.files.text_file import read_text, write_new_text
-from umbel_host.terminal import Screen, confirm, print_lines, table
-from umbel_server.cli.options import SERVER_TOML, Config
+from umbel_host.terminal import Screen, confirm, json_time, print_json, print_lines, table
+from umbel_server.cli.options import SERVER_TOML, Config, Json
+from umbel_server.operator.admission import Asked, check_renewal, issue, with_sites
 from umbel_server.operator.admitted_sites import SiteEntry, load_sites, save_sites
-from umbel_server.operator.authority import certificate_pem
 from umbel_server.operator.certificates import good_until, parse, read, to_renew
 from umbel_server.operator.config import ServerConfig, load_config, load_roster
-from umbel_server.operator.files import changing, load_authority, save_roster
+from umbel_server.operator.files import changing, save_roster
 
 sites = typer.Typer(help="Sites: add, list, revoke, renew.", no_args_is_help=True)
 roster = typer.Typer(help="The operator's roster: export.", no_args_is_help=True)
@@ -40,108 +34,110 @@ Out = Annotated[Path, typer.Option(help="The new roster file.")]
 
 @sites.command()
 def add(
-    request: Annotated[Path, typer.Argument(help="The site's request file.")],
-    out: Annotated[Path, typer.Option(help="The new kit (enrolment bundle) for the site.")],
+    requests: Annotated[
+        list[Path], typer.Argument(help="The request files of one site or of several.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The new kit (enrolment bundle) for the site; for several sites, the folder for"
+            " their kits. Default: SITE.kit.json here."
+        ),
+    ] = None,
     config: Config = SERVER_TOML,
     weight: Annotated[
         int,
         typer.Option(
-            min=1, max=64, help="The site's public size class; by it a plan may weight the sites."
+            min=1,
+            max=64,
+            help="The public size class of each of these sites; by it a plan may weight the sites.",
         ),
     ] = 1,
     expected: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            "--fingerprint", help="Add without asking, but only a site with this fingerprint."
+            "--fingerprint",
+            help="Add without asking, but only a site with this fingerprint; once for each site.",
         ),
     ] = None,
 ) -> None:
-    """Admit a site after you have compared its fingerprint with its people."""
+    """Admit sites after you have compared each one's fingerprint with its people: one roster with
+    all of them, and a kit for each."""
     settings = load_config(config)
-    asked = request_from_json(read_text(request), request)
-    check_request(asked, request)
-    _check_new(asked, load_roster(settings), load_sites(Path(settings.sites)), request)
-    own = fingerprint(asked.request.identity)
+    known = load_sites(Path(settings.sites))
+    document = load_roster(settings)
+    admitted = [Asked(request_from_json(read_text(file), file), file) for file in requests]
+    with_sites(document, known, admitted, weight)
+    several = len(admitted) > 1
+    kits = {one.site: _kit_path(out, one.site, several=several) for one in admitted}
+    for kit in kits.values():
+        require_new(kit) if several else require_new_file(kit)
     console = Screen()
-    print_lines(console, [("site", asked.request.site), ("fingerprint", own)])
-    _check_fingerprint(console, own, expected, request)
+    for one in admitted:
+        key = one.signed.request.identity
+        print_lines(console, [("site", one.site), ("fingerprint", fingerprint(key))])
+        _check_fingerprint(console, key, expected, one.file)
     with changing(settings), all_or_nothing() as written:
         # Another command may have added a site while people compared fingerprints.
-        document, known = load_roster(settings), load_sites(Path(settings.sites))
-        _check_new(asked, document, known, request)
-        member = Member(asked.request.site, asked.request.identity, weight)
-        document = _with_member(document, member)
-        _admit(settings, asked, document, out, request, written)
+        known = load_sites(Path(settings.sites))
+        document = with_sites(load_roster(settings), known, admitted, weight)
+        if out is not None and several:
+            written += _folder(out)
+        for one in admitted:
+            known[one.site] = issue(settings, one, document, kits[one.site], written)
+        save_sites(Path(settings.sites), known)
         # The roster is last: until it is written, the same command can be given again.
         save_roster(settings, document)
-    print_lines(console, [("kit", str(out)), ("roster", document.roster.digest().hex())])
-    console.print(
-        "\nSend the kit to the site, and the new roster (umbel-server roster export) to all:\n"
-        "each site approves it for itself. Running jobs keep the roster they started with.",
-        soft_wrap=True,
+    kit_lines = [("kit", str(path)) for path in kits.values()]
+    names = ", ".join(member.name for member in document.roster.members)
+    roster_lines = [("roster", document.roster.digest().hex()), ("sites", names)]
+    print_lines(console, [*kit_lines, *roster_lines])
+    console.print(f"\n{_after_adding(document, kits)}", soft_wrap=True)
+
+
+def _kit_path(out: Path | None, site: str, *, several: bool) -> Path:
+    if out is not None and not several:
+        return out
+    return (out or Path()) / f"{site}.kit.json"
+
+
+def _folder(path: Path) -> list[Path]:
+    """Makes a folder for kits; returns what was made."""
+    try:
+        return make_folder(path, 0o750)
+    except OSError as error:
+        raise StorageError(
+            "the folder for the kits cannot be made", file=path, found=error.strerror
+        ) from None
+
+
+def _after_adding(document: RosterDocument, kits: dict[str, Path]) -> str:
+    """What people do with the kits. The kits of sites that were added before lack these sites."""
+    before = [member.name for member in document.roster.members if member.name not in kits]
+    if before:
+        return (
+            "Send each kit to its site, and today's roster (umbel-server roster export) to\n"
+            f"{', '.join(before)}, whose kits have an older one: a site refuses every plan\n"
+            "until it has approved today's. Running jobs keep the roster they started with."
+        )
+    return (
+        "Send each kit to its site, which approves the roster in it. It has the sites above\n"
+        "and no others: if more are to come, add them first, or send everyone the new roster\n"
+        "then (umbel-server roster export). Running jobs keep the roster they started with."
     )
 
 
-def _with_member(document: RosterDocument, member: Member) -> RosterDocument:
-    """Returns the next roster: with the new site, and without sites whose keys are revoked. No site
-    could approve a roster with a revoked key."""
-    roster, dead = document.roster, document.revoked()
-    stay = [other for other in roster.members if other.public_key not in dead]
-    gone = {other.name: other for other in document.departed}
-    gone |= {other.name: other for other in roster.members if other.public_key in dead}
-    members = tuple(sorted((*stay, member), key=lambda each: each.name))
-    return msgspec.structs.replace(
-        document,
-        roster=msgspec.structs.replace(roster, members=members),
-        departed=tuple(gone[name] for name in sorted(gone) if name != member.name),
-    )
-
-
-def _check_new(
-    asked: SignedRequest, document: RosterDocument, known: dict[str, SiteEntry], file: Path
+def _check_fingerprint(
+    console: Console, key: bytes, expected: list[str] | None, file: Path
 ) -> None:
-    request, current = asked.request, document.roster
-    if request.federation != current.federation:
-        raise IdentityError(
-            "a request is for another federation",
-            file=file,
-            found=request.federation,
-            accepted=current.federation,
-        )
-    former, dead = current.find(request.site), document.revoked()
-    if former is not None and former.public_key not in dead:
-        raise IdentityError(
-            "a site of this name is already in the roster",
-            file=file,
-            field="site",
-            found=request.site,
-            remedy="umbel-server sites renew, if it is the same site with the same identity;"
-            " umbel-server sites revoke first, if its identity is lost; otherwise use another name",
-        )
-    keys = {member.public_key for member in current.members} | {current.operator}
-    if request.identity in keys | dead:
-        raise IdentityError(
-            "a request's identity is another party's, or is revoked", file=file, field="identity"
-        )
-    _check_relay_key(asked, known, file)
-
-
-def _check_relay_key(asked: SignedRequest, known: dict[str, SiteEntry], file: Path) -> None:
-    # An entry of this name that is not in the roster is left over from an interrupted command.
-    others = (entry for owner, entry in known.items() if owner != asked.request.site)
-    if any(asked.request.relay_key == entry.relay_key for entry in others):
-        raise IdentityError("a request's relay key is another site's", file=file, field="relay_key")
-
-
-def _check_fingerprint(console: Console, own: str, expected: str | None, file: Path) -> None:
-    if expected is not None:
-        if expected.strip().lower() != own:
+    if expected:
+        if not any(is_fingerprint_of(one, key) for one in expected):
             raise IdentityError(
                 "a request is not from the site that you want to add: nothing was changed",
                 file=file,
                 field="--fingerprint",
-                found=own,
-                accepted=expected,
+                found=fingerprint(key),
+                accepted=tuple(expected),
             )
         return
     confirm(
@@ -157,43 +153,14 @@ def _check_fingerprint(console: Console, own: str, expected: str | None, file: P
     )
 
 
-def _admit(
-    settings: ServerConfig,
-    asked: SignedRequest,
-    document: RosterDocument,
-    out: Path,
-    file: Path,
-    written: list[Path],
-) -> None:
-    """Issues the certificate, writes the kit, and admits the relay.
-
-    Args:
-        written: files to remove if a later step fails; the kit is added to them.
-    """
-    request = asked.request
-    authority = load_authority(settings)
-    certificate = authority.site(request.site, check_request(asked, file), datetime.now(UTC))
-    pem = certificate_pem(certificate).decode()
-    kit = SiteKit(
-        federation=document.roster.federation,
-        site=request.site,
-        server=settings.listen.public or settings.listen.address,
-        server_ca=certificate_pem(authority.certificate).decode(),
-        certificate=pem,
-        roster=document_to_json(document),
-    )
-    write_new_text(out, kit_to_json(sign_kit(kit, read_identity(Path(settings.identity)))))
-    written.append(out)
-    entry = SiteEntry(name=request.site, relay_key=request.relay_key, certificate=pem)
-    path = Path(settings.sites)
-    save_sites(path, {**load_sites(path), request.site: entry})
-
-
 @sites.command("list")
-def list_command(config: Config = SERVER_TOML) -> None:
+def list_command(config: Config = SERVER_TOML, as_json: Json = False) -> None:
     """List the sites with their fingerprints and certificates."""
     settings, now = load_config(config), datetime.now(UTC)
     document, known = load_roster(settings), load_sites(Path(settings.sites))
+    if as_json:
+        print_json([_site_json(document, entry, settings) for entry in known.values()])
+        return
     keys = table("site", "fingerprint", "", folding=("site", ""))
     certificates = table("site", "certificate", "until", folding=("site", "until"))
     for site, entry in known.items():
@@ -221,6 +188,22 @@ def list_command(config: Config = SERVER_TOML) -> None:
     )
     for sentence in to_renew(settings, now):
         console.print(f"RENEW SOON: {sentence}", soft_wrap=True)
+
+
+def _site_json(
+    document: RosterDocument, entry: SiteEntry, settings: ServerConfig
+) -> dict[str, object]:
+    member = document.roster.find(entry.name)
+    certificate = parse(entry.certificate.encode(), settings.sites)
+    return {
+        "site": entry.name,
+        "fingerprint": None if member is None else fingerprint(member.public_key),
+        "weight": None if member is None else member.weight,
+        "in_roster": member is not None,
+        "revoked": entry.revoked,
+        "certificate": f"{certificate.serial_number:040x}",
+        "certificate_ends": json_time(certificate.not_valid_after_utc.timestamp()),
+    }
 
 
 @sites.command()
@@ -279,43 +262,19 @@ def renew(
 ) -> None:
     """Issue a new certificate to a site, for the same or another relay key; its identity stays."""
     settings = load_config(config)
-    asked = request_from_json(read_text(request), request)
-    check_request(asked, request)
+    asked = Asked(request_from_json(read_text(request), request), request)
     with changing(settings), all_or_nothing() as written:
         document, known = load_roster(settings), load_sites(Path(settings.sites))
-        _check_renewal(asked, document, known, request)
-        _admit(settings, asked, document, out, request, written)
+        check_renewal(asked, document, known)
+        entry = issue(settings, asked, document, out, written)
+        save_sites(Path(settings.sites), {**known, entry.name: entry})
     console = Screen()
-    print_lines(console, [("site", asked.request.site), ("kit", str(out))])
+    print_lines(console, [("site", asked.site), ("kit", str(out))])
     console.print(
         "\nSend the kit to the site: umbel-client join. With the same relay key, the former\n"
         "certificate stays valid until it expires; with another key, it is refused from now on.",
         soft_wrap=True,
     )
-
-
-def _check_renewal(
-    asked: SignedRequest, document: RosterDocument, known: dict[str, SiteEntry], file: Path
-) -> None:
-    request, member = asked.request, document.roster.find(asked.request.site)
-    site, who = request.site, f"{request.site} {fingerprint(request.identity)}"
-    if member is None or site not in known or member.public_key != request.identity:
-        raise IdentityError(
-            "no site of this name and identity takes part",
-            file=file,
-            found=who,
-            remedy="see umbel-server sites list; umbel-server sites add admits a new site",
-        )
-    if request.federation != document.roster.federation:
-        raise IdentityError(
-            "a request is for another federation",
-            file=file,
-            found=request.federation,
-            accepted=document.roster.federation,
-        )
-    if known[site].revoked or member.public_key in document.revoked():
-        raise IdentityError("this site is revoked for good", file=file, found=who)
-    _check_relay_key(asked, known, file)
 
 
 @roster.command()

@@ -1,7 +1,6 @@
 """`umbel-server tune`: search for hyper-parameters on public records."""
 
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,9 @@ import typer
 from umbel_common.device import require_device
 from umbel_common.errors import ConfigError
 from umbel_common.plans.requests import TuningRequest
+from umbel_host.files.output import require_new_file, require_place
+from umbel_host.installation import install
+from umbel_host.processes.supervisor import belong_to_parent, our_module
 
 
 def tune(
@@ -55,15 +57,15 @@ def tune(
         raise ConfigError(
             "the search for hyper-parameters needs packages that are not installed here",
             found=f"no {', '.join(missing)}",
-            remedy="pip install 'umbel[server,tune]', or tune on another machine and copy the"
-            " draft",
+            remedy=f"{install('server', 'tune')}, or tune on another machine and copy the draft",
         )
     require_device(device, field="--device")
+    trials_file = study or out.with_suffix(".study.sqlite")
     request = {
         "draft": str(draft.absolute()),
         "data": str(data.absolute()),
         "out": str(out.absolute()),
-        "study": str((study or out.with_suffix(".study.sqlite")).absolute()),
+        "study": str(trials_file.absolute()),
         "trials": trials,
         "public_size": public_size,
         "sites": sites,
@@ -76,10 +78,13 @@ def tune(
         checked = msgspec.convert(request, TuningRequest)
     except msgspec.ValidationError as error:
         raise typer.BadParameter(str(error)) from None
-    done = subprocess.run(  # our own module
-        [sys.executable, "-P", "-m", "umbel_client.tuning"],
+    require_new_file(out)
+    require_place(trials_file)
+    done = subprocess.run(  # noqa: S603  # our own module
+        our_module("umbel_client.tuning"),
         input=msgspec.json.encode(checked),
         check=False,
+        preexec_fn=belong_to_parent,
     )
     if done.returncode:
         # The process has printed its error.

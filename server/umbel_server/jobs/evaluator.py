@@ -24,8 +24,9 @@ from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_to_json
 from umbel_common.plans.requests import EvaluationRequest, HoldoutColumns
 from umbel_host.files.durable import create
+from umbel_host.installation import install
 from umbel_host.processes.lifecycle import require_own
-from umbel_host.processes.supervisor import end_with_parent, our_module
+from umbel_host.processes.supervisor import bound_to_parent, our_module
 from umbel_server.messaging.link import JobStopped
 from umbel_server.operator.config import EvaluationConfig
 
@@ -110,13 +111,12 @@ class ProcessEvaluator:
         command = our_module("umbel_client.evaluating", python=python)
         try:
             process = subprocess.Popen(  # noqa: S603  # the operator's own Python
-                command,
+                bound_to_parent(command),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env={**os.environ, "HF_HUB_OFFLINE": "1"},
                 start_new_session=True,
-                preexec_fn=end_with_parent,  # one system call, which takes no lock
             )
         except OSError as error:
             raise _failed(f"{command[0]}: {error.strerror}") from None
@@ -169,7 +169,7 @@ def check_evaluation(config: EvaluationConfig | None, plan: TrainingPlan) -> Non
             "adapters are evaluated with the client's packages, which are not installed here",
             field="evaluation.python",
             found="none",
-            remedy="pip install 'umbel[client]' into a separate environment, and name its Python in"
+            remedy=f"{install('client')}, into an environment of its own, and its Python in"
             " evaluation.python",
         )
     if config.python is not None and not Path(config.python).is_file():

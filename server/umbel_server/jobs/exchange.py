@@ -70,6 +70,7 @@ class Exchange:
 
         largest = self._largest_reply if step.stage == _VECTOR_STAGE else size_limit(None)
         step = replace(step, largest_reply=largest)
+        self._observer.on_asked(step, tuple(requests))
         for site, data in self._link.exchange(step, sealed(), self._limits.seconds(step.stage)):
             if site not in asked:
                 continue

@@ -16,6 +16,10 @@ from umbel_server.messaging.link import Step
 class Observer(Protocol):
     """Learns what happens in a job, for logs, dashboards and live views."""
 
+    def on_asked(self, step: Step, sites: tuple[str, ...]) -> None:
+        """A step begins: its requests are about to be sent to these sites."""
+        ...
+
     def on_answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
         """A site's reply was opened.
 

@@ -30,6 +30,7 @@ request is sent again.
 
 from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 
 from umbel_common.adapters.site_counts import vector_length
 from umbel_common.adapters.vector import adapter_digest, initial_vector, to_bytes
@@ -41,7 +42,7 @@ from umbel_common.protocol.wire import (
     FinishReply,
     FinishRequest,
     OfferReply,
-    OfferRequest,
+    OfferUnderRoster,
     Refusal,
     TrainReply,
     TrainRequest,
@@ -55,6 +56,7 @@ from umbel_server.aggregation.attempt import (
     open_attempt,
     owners_to_leave_out,
 )
+from umbel_server.jobs import refusals
 from umbel_server.jobs.assessment import Assessment
 from umbel_server.jobs.exchange import Exchange
 from umbel_server.jobs.interfaces import Evaluator, Observer
@@ -62,9 +64,6 @@ from umbel_server.messaging.link import Link, Step
 from umbel_server.operator.config import Limits
 from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
-
-UNDECIDED = frozenset({"awaiting-approval", "site-paused", "site-not-ready"})
-"""Refusals of a plan that people at the site may still take back."""
 
 
 class Job:
@@ -202,7 +201,8 @@ class Job:
         plan = self._journal.plan(self.plan.job)
         assert plan is not None  # recorded by _start_or_resume
         accepted, refused = set(), {}
-        requests = dict.fromkeys(self._sites, OfferRequest(plan=plan))
+        offer = OfferUnderRoster(plan=plan, roster=self._roster.digest())
+        requests = dict.fromkeys(self._sites, offer)
         for site, reply in self._exchange.ask(Step("offer"), requests):
             if isinstance(reply, OfferReply) and reply.plan == self.plan.digest():
                 accepted.add(site)
@@ -210,24 +210,21 @@ class Job:
                 refused[site] = reply.check if isinstance(reply, Refusal) else "stage-order"
         if len(accepted) < self.plan.aggregation.threshold:
             silent = requests.keys() - accepted - refused.keys()
-            undecided = {site for site, check in refused.items() if check in UNDECIDED}
+            undecided = {site for site, check in refused.items() if check in refusals.UNDECIDED}
             may_accept = silent | undecided
             hopeless = len(accepted | may_accept) < self.plan.aggregation.threshold
             raise JobFailed(
                 "too few sites accept the plan",
                 may_accept=() if hopeless else tuple(sorted(may_accept)),
                 field=self.plan.job,
-                found="; ".join(
-                    [f"{site} refused: {check}" for site, check in sorted(refused.items())]
-                    + [f"{site} did not answer" for site in sorted(silent)]
-                ),
+                found=refusals.told(refused, silent),
                 accepted=f"at least {self.plan.aggregation.threshold} sites",
-                remedy="each site's log says why it refused",
+                remedy=refusals.remedy(refused, silent),
             )
         return tuple(sorted(accepted))
 
     def _run_round(self, round_number: int, last: Release, sites: tuple[str, ...]) -> Release:
-        reason = ""
+        failures: list[_Aborted] = []
         for _ in range(self._limits.attempts):
             # Step 1.
             header, signed_header = self._open_attempt(round_number, sites, last)
@@ -235,22 +232,23 @@ class Job:
                 outcome = self._run_stages(self._first_stage(header, signed_header))
                 return self._release(header, signed_header, outcome)
             except _Aborted as abort:
-                reason = f"{abort.check}: {abort.reason}"
+                failures.append(abort)
                 event = AttemptAborted(
                     header=signed_header,
                     check=abort.check,
-                    refusals=tuple(sorted(abort.refusals.items())),
+                    refusals=tuple(sorted(abort.refused.items())),
                 )
                 self._journal.record_event(self._operator, self.plan.job, event)
                 self._observer.on_aborted(round_number, header.attempt, abort.check)
                 sites = tuple(site for site in sites if site not in abort.left_out)
                 if len(sites) < self.plan.aggregation.threshold:
                     break
+        last_failure = failures[-1]
         raise JobFailed(
-            f"round {round_number} was aborted too often",
+            f"round {round_number} failed: {last_failure.summary()}",
             field=self.plan.job,
-            found=reason,
-            remedy="see the transcript for each attempt; the job resumes at this round",
+            found="; ".join(map(str, failures)),
+            remedy=last_failure.remedy(self.plan.job),
         )
 
     def _open_attempt(
@@ -304,8 +302,15 @@ class Job:
                 # A site that refused after training may have been wronged by a peer, and a site
                 # that was late may be back: both are asked again.
                 lost = owners_to_leave_out(error)
-                refusals = {**current.refusals, **dict.fromkeys(lost, error.check)}
-                raise _Aborted(error, refusals, current.unwilling | lost) from error
+                refused = {**current.refusals, **dict.fromkeys(lost, error.check)}
+                raise _Aborted(
+                    error,
+                    current.header,
+                    refused,
+                    current.unwilling | lost,
+                    current.waiting,
+                    current.stage,
+                ) from error
         return state
 
     def _keep_advert(self, attempt: Attempt, site: str, reply: TrainReply) -> None:
@@ -330,7 +335,7 @@ class Job:
                 vector,
             )
         except RoundAborted as error:
-            raise _Aborted(error, {}, frozenset()) from error
+            raise _Aborted(error, header) from error
         # Step 5.
         judged = self._assessment.judge(header.round, vector, load)
         if judged.held_back:
@@ -401,15 +406,43 @@ class _Aborted(Exception):
     """An attempt ended without a release.
 
     Args:
-        refusals: site -> reason code, for the transcript.
+        header: the attempt's.
+        refused: site -> reason code, for the transcript.
         left_out: sites that are not in the cohort of the round's next attempt.
+        silent: sites that had not answered the attempt's last stage.
+        stage: the attempt's last stage.
     """
 
     def __init__(
-        self, error: RoundAborted, refusals: Mapping[str, str], left_out: frozenset[str]
+        self,
+        error: RoundAborted,
+        header: RoundHeader,
+        refused: Mapping[str, str] = MappingProxyType({}),
+        left_out: frozenset[str] = frozenset(),
+        silent: frozenset[str] = frozenset(),
+        stage: str = "",
     ) -> None:
         super().__init__(error.check)
         self.check = error.check
         self.reason = error.message if error.field is None else f"{error.message}: {error.field}"
-        self.refusals = refusals
+        self.header = header
+        self.refused = refused
         self.left_out = left_out
+        self.silent = silent
+        self.stage = stage
+
+    def __str__(self) -> str:
+        """The attempt's number, what ended it, and what each site had to do with it."""
+        sites = refusals.told(self.refused, self.silent, self.stage)
+        return f"attempt {self.header.attempt}, {self.check}: {sites or self.reason}"
+
+    def summary(self) -> str:
+        """Why the attempt ended, in a few words."""
+        found = refusals.counted(self.refused, self.silent, len(self.header.cohort))
+        return found or f"{self.check}, {self.reason}"
+
+    def remedy(self, job: str) -> str:
+        """What the operator can do."""
+        known = refusals.remedy(self.refused, self.silent)
+        resumed = f"umbel-server job resume {job} begins this round again"
+        return f"{known}; then {resumed}" if known else resumed

@@ -1,6 +1,7 @@
 """The observer of a server's job: it writes progress to the log and to the queue."""
 
 import logging
+import time
 
 from umbel_common.adapters.site_counts import SiteCounts
 from umbel_common.adapters.vector import Vector
@@ -10,9 +11,9 @@ from umbel_common.plans.statements import Release
 from umbel_common.protocol.wire import Refusal, Reply
 from umbel_common.secagg.unmasking import WrongShare
 from umbel_server.jobs.exchange import WRONG_VERSION
-from umbel_server.jobs.job import UNDECIDED
+from umbel_server.jobs.refusals import UNDECIDED
 from umbel_server.messaging.link import Step
-from umbel_server.storage.job_queue import JobQueue
+from umbel_server.storage.job_queue import JobQueue, SiteAnswer
 
 _logger = logging.getLogger("umbel.rounds")
 
@@ -23,25 +24,24 @@ class ProgressObserver:
     def __init__(self, queue: JobQueue, job: str) -> None:
         self._queue = queue
         self._job = job
-        self._step: Step | None = None
-        self._answered: list[str] = []
+
+    def on_asked(self, step: Step, sites: tuple[str, ...]) -> None:
+        """See `Observer`."""
+        self._queue.begin_stage(self._job, step.round, step.attempt, step.stage)
 
     def on_answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
         """See `Observer`."""
-        if step != self._step:
-            self._step, self._answered = step, []
-        if isinstance(reply, Refusal):
-            level = logging.INFO if reply.check in UNDECIDED else logging.WARNING
-            _logger.log(level, "%s: %s refuses %s: %s", self._job, site, step, reply.check)
-            return
-        self._answered.append(site)
-        self._queue.set_progress(
-            self._job,
-            round_number=step.round,
-            attempt=step.attempt,
-            stage=step.stage,
-            answered=tuple(self._answered),
+        refused = reply.check if isinstance(reply, Refusal) else ""
+        answer = SiteAnswer(site, step.round, step.attempt, step.stage, refused, time.time())
+        # A plan that people have not decided about is offered again and again, and refused.
+        again = refused in UNDECIDED and any(
+            (former.site, former.stage, former.refused) == (site, step.stage, refused)
+            for former in self._queue.answers(self._job)
         )
+        self._queue.add_answer(self._job, answer)
+        if refused and not again:
+            level = logging.INFO if refused in UNDECIDED else logging.WARNING
+            _logger.log(level, "%s: %s refuses %s: %s", self._job, site, step, refused)
 
     def on_strayed(self, step: Step, site: str, error: RemoteProtocolError) -> None:
         """See `Observer`."""
@@ -107,6 +107,7 @@ class ProgressObserver:
 
     def on_released(self, release: Release, adapter: Vector) -> None:
         """See `Observer`."""
+        self._queue.end_round(self._job)
         _logger.info(
             "%s: round %d is released: %d sites, adapter %s",
             self._job,

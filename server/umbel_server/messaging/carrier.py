@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 import grpc
 import msgspec
 
+from umbel_common.errors import UnreachableError
 from umbel_host.transport.polling import pause
-from umbel_host.transport.sockets import channel, joined, pieces
+from umbel_host.transport.sockets import channel, joined, pieces, unreachable
 from umbel_server.messaging.link import JobStopped, Step
 
 CARRIER = "umbel.v1.Carrier"
@@ -59,6 +60,21 @@ class _Collected(msgspec.Struct, frozen=True):
     """Whether the waiting is over: the reply follows, or none will ever come."""
     replied: bool = False
     """Whether the reply follows."""
+
+
+Moment = Annotated[float, msgspec.Meta(ge=0, le=1e11)]
+"""Seconds since 1970; what is later is no date, and the process with the port may say anything."""
+
+
+class Contact(msgspec.Struct, frozen=True):
+    """What the process with the port saw of one site's relay."""
+
+    last: Moment
+    """When it spoke last."""
+    twice: Moment | None = None
+    """When two relays with the site's keys were last seen at once; None: never."""
+    places: tuple[str, ...] = ()
+    """The addresses of the two."""
 
 
 class Mailbox(Protocol):
@@ -112,6 +128,27 @@ def methods(mailbox: Mailbox) -> dict[str, grpc.RpcMethodHandler]:
         "Collect": grpc.unary_stream_rpc_method_handler(collect),
         "Forget": grpc.unary_unary_rpc_method_handler(forget),
     }
+
+
+def contacts_method(read: Callable[[], dict[str, Contact]]) -> grpc.RpcMethodHandler:
+    """Method `Contacts`: what was seen of each site's relay, for the operator's commands."""
+    return grpc.unary_unary_rpc_method_handler(lambda _, __: msgspec.json.encode(read()))
+
+
+def read_contacts(path: Path, seconds: float) -> dict[str, Contact]:
+    """What the process with the port saw of each site's relay since it started.
+
+    Raises:
+        UnreachableError: it does not answer, or not as it should.
+    """
+    with channel(path) as connection:
+        call = connection.unary_unary(f"/{CARRIER}/Contacts")
+        try:
+            return msgspec.json.decode(call(b"", timeout=seconds), type=dict[str, Contact])
+        except grpc.RpcError as error:
+            raise unreachable(path, error) from None
+        except (msgspec.MsgspecError, UnicodeError):
+            raise UnreachableError("the process with the port gives no answer", file=path) from None
 
 
 class _Waiting:

@@ -21,6 +21,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 365
 SITE_DAYS = 90
+SITE_URI = "umbel:site:"
+"""Beginning of the name by which a certificate names a site."""
 _BACKDATED = timedelta(hours=1)
 """How long before its issue a certificate is already valid, because clocks differ."""
 
@@ -78,7 +80,7 @@ class Authority:
 
     def site(self, name: str, key: ec.EllipticCurvePublicKey, now: datetime) -> x509.Certificate:
         """Issues a certificate for a site's relay."""
-        uri = x509.UniformResourceIdentifier(f"umbel:site:{name}")
+        uri = x509.UniformResourceIdentifier(f"{SITE_URI}{name}")
         names = x509.SubjectAlternativeName([uri])
         return self._issue(name, key, now, SITE_DAYS, names, ExtendedKeyUsageOID.CLIENT_AUTH)
 

@@ -19,14 +19,15 @@ from typing import Annotated
 
 import msgspec
 
+from umbel_common.address import Address, is_every, require_reachable, split
 from umbel_common.canonical import Value
 from umbel_common.device import require_device
+from umbel_common.errors import ConfigError
 from umbel_common.plans.figures import AnswerCount, AnswerTokens, BatchSize, Format
 from umbel_common.plans.plan import Count
-from umbel_common.trust.enrolment import Address
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_from_json
-from umbel_host.files.text_file import read_text, read_toml
+from umbel_host.files.text_file import from_home, read_text, read_toml
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=30 * 86400)]
 
@@ -35,7 +36,8 @@ class ListenConfig(Value, frozen=True):
     """The `[listen]` table: the one port that sites reach."""
 
     address: Address = "0.0.0.0:9443"
-    """Where the SuperLink listens, with TLS 1.3 and only for client certificates of sites."""
+    """Where the SuperLink listens, with TLS 1.3 and only for client certificates of sites. 0.0.0.0
+    means every IPv4 address of this machine, [::] every address of both families."""
     certificate: str = "tls/certificate.pem"
     """The server's certificate, issued by its own authority."""
     key: str = "tls/key.pem"
@@ -43,7 +45,8 @@ class ListenConfig(Value, frozen=True):
     client_ca: str = "ca/certificate.pem"
     """The authority that issued the sites' certificates."""
     public: Address | None = None
-    """The address that sites connect to; absent: `address`."""
+    """The address that sites connect to. Absent: `address`, if that is one that sites can reach; it
+    must be given where `address` is 0.0.0.0 or [::]."""
 
 
 class Limits(Value, frozen=True):
@@ -137,8 +140,9 @@ def load_config(path: Path) -> ServerConfig:
     folder = path.absolute().parent
 
     def resolved(table: Value, *names: str) -> dict[str, str]:
-        return {name: str(folder / Path(getattr(table, name)).expanduser()) for name in names}
+        return {name: str(folder / from_home(getattr(table, name), path)) for name in names}
 
+    _check_addresses(config.listen, path)
     listen = msgspec.structs.replace(
         config.listen, **resolved(config.listen, "certificate", "key", "client_ca")
     )
@@ -155,6 +159,40 @@ def load_config(path: Path) -> ServerConfig:
     if config.socket is not None:
         files |= resolved(config, "socket")
     return msgspec.structs.replace(config, listen=listen, evaluation=evaluation, **files)
+
+
+def _check_addresses(listen: ListenConfig, file: Path) -> None:
+    for field, check in (("address", split), ("public", require_reachable)):
+        address = getattr(listen, field)
+        try:
+            if address is not None:
+                check(address)
+        except ValueError as error:
+            raise ConfigError(
+                "an address cannot be used",
+                file=file,
+                field=f"listen.{field}",
+                found=address,
+                accepted=str(error),
+            ) from None
+
+
+def public_address(config: ServerConfig) -> str:
+    """The address that sites connect to, as it is written into their kits.
+
+    Raises:
+        ConfigError: the configuration only says where this server listens.
+    """
+    address = config.listen.public or config.listen.address
+    if is_every(split(address)[0]):
+        raise ConfigError(
+            "the configuration does not say which address sites connect to",
+            field="listen.public",
+            found=f"listen.address = {address}, which means every address of this machine",
+            accepted="this server's name or address, with the port that sites reach",
+            remedy='add public = "HOST:PORT" to [listen] in server.toml',
+        )
+    return address
 
 
 def carrier_socket(config: ServerConfig) -> Path:

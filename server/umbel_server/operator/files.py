@@ -6,10 +6,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from cryptography import x509
 
+from umbel_common.address import numeric, split
 from umbel_common.errors import IdentityError, StorageError
 from umbel_common.trust.identity import Identity, Roster
 from umbel_common.trust.roster import RosterDocument
@@ -40,7 +42,8 @@ sites = "sites.json"
 # socket = "state/carrier.sock"
 
 [listen]
-# Where sites reach this server: with TLS 1.3 and a certificate of the authority in ca/ only.
+# Where this server listens, with TLS 1.3 and for certificates of the authority in ca/ only:
+# 0.0.0.0 is every IPv4 address of this machine, [::] is every address.
 address = "{listen}"
 certificate = "tls/certificate.pem"
 key = "tls/key.pem"
@@ -85,10 +88,10 @@ def set_up(folder: Path, federation: str, address: str) -> Identity:
             file=folder,
             remedy="give another --folder",
         )
-    host, _, port = address.rpartition(":")
+    host, port = split(address)
     now, authority_key, server_key = datetime.now(UTC), new_key(), new_key()
     authority = Authority(new_authority(federation, authority_key, now), authority_key)
-    server = authority.server(server_key.public_key(), [host.strip("[]")], now)
+    server = authority.server(server_key.public_key(), [host], now)
     identity = Identity.generate(os.urandom)
     roster = Roster(federation=federation, operator=identity.public_key, members=())
     with _whole(folder):
@@ -102,11 +105,17 @@ def set_up(folder: Path, federation: str, address: str) -> Identity:
                 "tls/certificate.pem": certificate_pem(server),
                 "roster.json": roster_to_json(roster).encode(),
                 "server.toml": SERVER_TOML.format(
-                    listen=f"0.0.0.0:{port}", public=address
+                    listen=_listening(host, port), public=address
                 ).encode(),
             },
         )
     return identity
+
+
+def _listening(host: str, port: int) -> str:
+    """Where a server listens for sites that connect to `host`, whose name may stand for an IPv6
+    address."""
+    return f"0.0.0.0:{port}" if isinstance(numeric(host), IPv4Address) else f"[::]:{port}"
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from umbel_host.transport.pieces import FLOWER_PIECE_BYTES
-from umbel_server.port.listener import CONNECTION, Connection
+from umbel_server.port.listener import CONNECTION, Connection, Peer
 from umbel_server.port.reply_filter import ACTIVATE, PULL, PUSH, PUSH_OBJECT
 
 _SMALL_BODY = 1 << 12
@@ -61,7 +61,7 @@ _PER_SECOND, _BURST = 40.0, 80.0
 process time that other sites do not get."""
 _WAITING = 8
 """Requests of one key that wait for that."""
-_TOLD_SECONDS = 10.0
+_TOLD_SECONDS = 60.0
 _REQUEST_SECONDS = 600.0
 """Time for a body to come, and for an answer to be taken: a piece over a very slow line."""
 
@@ -94,15 +94,19 @@ class Gate:
         fleet: ASGIApp,
         read_admitted: Callable[[], Mapping[str, str]],
         on_refused: Callable[[str], None],
+        on_heard: Callable[[str, str, float, str], None] = lambda *_: None,
     ) -> None:
         """Args:
         fleet: Flower's application.
         read_admitted: returns relay public key (PEM) -> site, for the relays that may connect now.
         on_refused: called with a few words about a relay that was turned away, now and then.
+        on_heard: called with the site, the path, when the connection was opened and the address at
+            its other end, for each request that passes.
         """
         self._fleet = fleet
         self._read_admitted = read_admitted
         self._on_refused = on_refused
+        self._on_heard = on_heard
         self._told: dict[str, float] = {}
         self._under_way: dict[str, _UnderWay] = {}
 
@@ -189,15 +193,17 @@ class Gate:
         ):
             return 413
         # 4
-        peer = _connection(scope).peer
+        connection = _connection(scope)
+        peer = connection.peer
         site = self._read_admitted().get(peer.key) if peer and peer.is_valid() else None
         if peer is None or site is None:
-            self._tell("a certificate of a relay that is not admitted, or not any more")
+            self._tell(_who(peer))
             return 403
         # 5
         if _claimed_key(headers.get(_KEY_HEADER, b"")) != peer.key:
             self._tell(f"{site} speaks with another key than its certificate's")
             return 403
+        self._on_heard(site, scope["path"], connection.opened, connection.place())
         return None
 
     def _tell(self, reason: str) -> None:
@@ -206,6 +212,15 @@ class Gate:
         if now - self._told.get(reason, -math.inf) >= _TOLD_SECONDS:
             self._told[reason] = now
             self._on_refused(reason)
+
+
+def _who(peer: Peer | None) -> str:
+    """A relay that is not admitted, by the name in the certificate that the authority gave it."""
+    if peer is None:
+        return "a connection without a certificate"
+    if not peer.is_valid():
+        return f"the relay of {peer.site}: its certificate has expired (umbel-server sites renew)"
+    return f"the relay of {peer.site}, which is revoked, not admitted, or has another key by now"
 
 
 def _connection(scope: Scope) -> Connection:

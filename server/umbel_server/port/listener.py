@@ -33,6 +33,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from umbel_common.errors import ConfigError
 from umbel_host.files.keys import read_tls_key
 from umbel_host.processes.log import adopt
+from umbel_server.operator.authority import SITE_URI
 
 CONNECTION = "umbel.connection"
 """Name of the `Connection` in a request's scope."""
@@ -66,11 +67,22 @@ class Peer:
         public = parsed.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
         self.key = public.decode()
         """The public key, PEM."""
+        self.site = _site_of(parsed)
+        """The site that the authority issued it to, for people."""
         self._ends = parsed.not_valid_after_utc
 
     def is_valid(self) -> bool:
         """Whether the certificate has not expired: a connection may outlive it."""
         return datetime.now(UTC) <= self._ends
+
+
+def _site_of(certificate: x509.Certificate) -> str:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (x509.ExtensionNotFound, ValueError):
+        return "a site without a name"
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    return next((uri.removeprefix(SITE_URI) for uri in uris), "a site without a name")
 
 
 class Connection(H11Protocol):
@@ -83,10 +95,13 @@ class Connection(H11Protocol):
         self._lingering: int | None = None
         """Bytes that may still come of a refused request; None: no request was refused."""
         self.peer: Peer | None = None
+        self.opened = 0.0
+        """When the connection was opened, on the event loop's clock."""
 
     def connection_made(self, transport: Any) -> None:
         """See `asyncio.Protocol`."""
         super().connection_made(transport)
+        self.opened = self.loop.time()
         connection = transport.get_extra_info("ssl_object")
         certificate = connection.getpeercert(binary_form=True) if connection is not None else None
         if certificate is not None:
@@ -122,6 +137,10 @@ class Connection(H11Protocol):
             others.remove(self)
             if not others:
                 del self._of_key[self.peer.key]
+
+    def place(self) -> str:
+        """The address at the other end; through a proxy, the proxy's."""
+        return self.client[0] if self.client else "an unknown address"
 
     def abort(self) -> None:
         """Ends the connection at once."""

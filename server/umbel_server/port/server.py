@@ -14,10 +14,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from umbel_common.errors import UmbelError
 from umbel_host.processes.log import adopt
 from umbel_host.transport.sockets import SocketServer
-from umbel_server.messaging.carrier import CARRIER, methods
+from umbel_server.messaging.carrier import CARRIER, contacts_method, methods
 from umbel_server.operator.admitted_sites import load_sites
 from umbel_server.operator.certificates import to_renew
 from umbel_server.operator.config import ServerConfig, carrier_socket
+from umbel_server.port.contacts import Contacts
 from umbel_server.port.gate import Gate
 from umbel_server.port.listener import server
 from umbel_server.port.mailbox import NodeMailbox
@@ -148,14 +149,17 @@ def serve(
     superlink.make_way = nodes.make_way
     admitted = AdmittedSites(Path(config.sites), superlink)
     admitted.look()
+    contacts = Contacts()
     gate = Gate(
         superlink.fleet,
         read_admitted=admitted.keys,
         on_refused=lambda reason: _logger.warning("turned away: %s", reason),
+        on_heard=contacts.heard,
     )
     web = server(gate, context)
     carrier = SocketServer(carrier_socket(config), _CARRIER_MODE, workers=16)
-    carrier.add(CARRIER, methods(SiteMailbox(nodes, admitted)))
+    mailbox = methods(SiteMailbox(nodes, admitted))
+    carrier.add(CARRIER, {**mailbox, "Contacts": contacts_method(contacts.read)})
     carrier.start()
     thread = threading.Thread(target=web.run, args=([listener],), name="listener")
     thread.start()
@@ -173,3 +177,4 @@ def serve(
         web.should_exit = True
         thread.join(_STOPPING_SECONDS)
         superlink.close()
+        _logger.info("the port is closed")

@@ -24,7 +24,17 @@ CREATE TABLE jobs (
     detail TEXT NOT NULL DEFAULT '', changed REAL NOT NULL
 ) STRICT;
 """
-QUEUE_SCHEMA = Schema("job queue", _TABLES)
+_SEEN = """
+CREATE TABLE answers (
+    job TEXT NOT NULL, site TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
+    stage TEXT NOT NULL, refused TEXT NOT NULL, time REAL NOT NULL, PRIMARY KEY (job, site)
+) STRICT;
+CREATE TABLE times (
+    job TEXT PRIMARY KEY, stage_began REAL NOT NULL, round_began REAL NOT NULL,
+    round_seconds REAL NOT NULL
+) STRICT;
+"""
+QUEUE_SCHEMA = Schema("job queue", _TABLES + _SEEN, (_SEEN,))
 
 
 class JobState(Enum):
@@ -60,6 +70,28 @@ class QueuedJob(msgspec.Struct, frozen=True):
     """Why it failed or waits, for people."""
     changed: float
     """Time of the last change, seconds since 1970."""
+
+
+class SiteAnswer(msgspec.Struct, frozen=True):
+    """The last answer of a site to a job."""
+
+    site: str
+    round: int
+    attempt: int
+    stage: str
+    refused: str
+    """Name of the rule by which the site refused; empty: it did not refuse."""
+    time: float
+    """Seconds since 1970."""
+
+
+class Times(msgspec.Struct, frozen=True):
+    """When a job's stage and round began; seconds since 1970, or 0 if none has begun."""
+
+    stage_began: float = 0.0
+    round_began: float = 0.0
+    round_seconds: float = 0.0
+    """How long the last round took that was released; 0 before the first."""
 
 
 class JobQueue:
@@ -162,12 +194,58 @@ class JobQueue:
         """Sets the state of a job."""
         self._update(name, state=state.value, detail=detail, stop=0)
 
-    def set_progress(
-        self, name: str, *, round_number: int, attempt: int, stage: str, answered: tuple[str, ...]
-    ) -> None:
-        """Sets the progress of a running job."""
-        self._update(
-            name, round=round_number, attempt=attempt, stage=stage, answered=" ".join(answered)
+    def begin_stage(self, name: str, round_number: int, attempt: int, stage: str) -> None:
+        """Records that a stage of a running job begins: no site has answered it."""
+        now, former, row = time.time(), self.times(name), self._row(name)
+        goes_on = stage != "train" or (row is not None and _queued(row).round == round_number)
+        times = Times(now, former.round_began if goes_on else now, former.round_seconds)
+        with self._database.transaction():
+            self._set(name, round=round_number, attempt=attempt, stage=stage, answered="")
+            self._set_times(name, times)
+
+    def add_answer(self, name: str, answer: SiteAnswer) -> None:
+        """Records a site's answer to the current stage."""
+        with self._database.transaction():
+            self._database.execute(
+                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (name, *msgspec.structs.astuple(answer)),
+            )
+            if not answer.refused:
+                self._database.execute(
+                    "UPDATE jobs SET answered = TRIM(answered || ' ' || ?), changed = ?"
+                    " WHERE job = ?",
+                    (answer.site, answer.time, name),
+                )
+
+    def end_round(self, name: str) -> None:
+        """Records how long the round took that was just released."""
+        times = self.times(name)
+        seconds = max(time.time() - times.round_began, 0.0)
+        with self._database.transaction():
+            self._set_times(name, msgspec.structs.replace(times, round_seconds=seconds))
+
+    def answers(self, name: str) -> tuple[SiteAnswer, ...]:
+        """The last answer of each site to a job, by site."""
+        with self._database.errors():
+            rows = self._database.execute(
+                "SELECT site, round, attempt, stage, refused, time FROM answers WHERE job = ?"
+                " ORDER BY site",
+                (name,),
+            ).fetchall()
+        return tuple(SiteAnswer(*row) for row in rows)
+
+    def times(self, name: str) -> Times:
+        """When a job's stage and round began."""
+        with self._database.errors():
+            row = self._database.execute(
+                "SELECT stage_began, round_began, round_seconds FROM times WHERE job = ?", (name,)
+            ).fetchone()
+        return Times() if row is None else Times(*row)
+
+    def _set_times(self, name: str, times: Times) -> None:
+        self._database.execute(
+            "INSERT OR REPLACE INTO times VALUES (?, ?, ?, ?)",
+            (name, *msgspec.structs.astuple(times)),
         )
 
     def stop_all(self, detail: str) -> tuple[str, ...]:
@@ -187,13 +265,16 @@ class JobQueue:
         return self.job(name).stop
 
     def _update(self, name: str, **values: object) -> None:
+        with self._database.transaction():
+            self._set(name, **values)
+
+    def _set(self, name: str, **values: object) -> None:
         columns = {**values, "changed": time.time()}
         assignments = ", ".join(f"{column} = ?" for column in columns)
-        with self._database.transaction():
-            self._database.execute(
-                f"UPDATE jobs SET {assignments} WHERE job = ?",  # noqa: S608  # our own names
-                (*columns.values(), name),
-            )
+        self._database.execute(
+            f"UPDATE jobs SET {assignments} WHERE job = ?",  # noqa: S608  # our own names
+            (*columns.values(), name),
+        )
 
     def _row(self, name: str) -> tuple[object, ...] | None:
         row: tuple[object, ...] | None = self._database.execute(

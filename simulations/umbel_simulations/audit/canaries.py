@@ -13,10 +13,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from umbel_client.data.records import Record, Records, load_records
-from umbel_common.plans.plan import Classification, TrainingPlan
+from umbel_client.data.conversations import Conversation, LmRecord, Passage, Turn
+from umbel_client.data.records import LmRecords, Record, Records, load_records
+from umbel_common.plans.plan import Classification, Task, TrainingPlan
+from umbel_simulations.inputs.partition import site_rows
 from umbel_simulations.inputs.sources import Example
 from umbel_simulations.scenario.run_folder import write
+
+AnyRecords = Records | LmRecords
 
 Unit = Literal["record", "patient"]
 """What the privacy claim is about. `patient` is also the name of the site's `data.unit_column`."""
@@ -27,19 +31,15 @@ WORDS = 3
 """Words in a canary's text. The fewer they are, the less two canaries resemble each other."""
 
 
-def site_records(examples: Sequence[Example], task: Classification, unit: Unit) -> Records:
+def site_records(examples: Sequence[Example], task: Task, unit: Unit) -> AnyRecords:
     """The records as the site itself reads them from its file.
 
-    No scenario names the patient of a record, so this function makes patients up: each has
-    `RECORDS_OF_A_PATIENT` consecutive records, and the last patient has the rest.
+    Few scenarios name the patient of a record; this function makes patients up for all of them.
+    Each has `RECORDS_OF_A_PATIENT` consecutive records, and the last patient has the rest.
     """
     rows = [
-        {
-            "text": example.text,
-            "label": example.label,
-            "patient": number // RECORDS_OF_A_PATIENT,
-        }
-        for number, example in enumerate(examples)
+        {**row, "patient": number // RECORDS_OF_A_PATIENT}
+        for number, row in enumerate(site_rows(examples))
     ]
     with TemporaryDirectory(prefix="umbel-audit-") as folder:
         path = Path(folder) / "data.jsonl"
@@ -52,17 +52,17 @@ def records_of_a_unit(unit: Unit) -> int:
     return 1 if unit == "record" else RECORDS_OF_A_PATIENT
 
 
-def unit_of_each(records: Records) -> npt.NDArray[np.int64]:
+def unit_of_each(records: AnyRecords) -> npt.NDArray[np.int64]:
     """The unit of each record: int64[records], numbered from 0."""
     return np.array(records.units or range(len(records)), dtype=np.int64)
 
 
-def unit_count(records: Records) -> int:
+def unit_count(records: AnyRecords) -> int:
     """How many units the records belong to."""
     return int(unit_of_each(records).max()) + 1
 
 
-def first_units(records: Records, most: int) -> Records:
+def first_units(records: AnyRecords, most: int) -> AnyRecords:
     """The first units, each with all its records: `most` records at most, but at least one unit.
 
     Without some of its records, a unit would have another gradient.
@@ -78,26 +78,31 @@ def first_units(records: Records, most: int) -> Records:
     )
 
 
-def make_canaries(records: Records, plan: TrainingPlan, count: int, seed: int) -> Records:
+def make_canaries(records: AnyRecords, plan: TrainingPlan, count: int, seed: int) -> AnyRecords:
     """Makes `count` units, each with copies of one record: random words from the site's texts under
-    a random label.
+    a random label, or as question and answer.
 
     No model fits these records. So their gradients stay far longer than the clip norm and are
     nearly orthogonal: canaries come close to the worst case. The gradients of copies point in one
     direction, so an error that clips each copy, and not their mean, shows at full length.
     """
     generator = np.random.default_rng(seed)
-    assert isinstance(plan.task, Classification)  # site_records reads no other task
-    labels = len(plan.task.labels)
-    words = sorted({word for text in records.texts for word in text.split()})
+    words = sorted({word for text in _texts(records) for word in text.split()})
     copies = RECORDS_OF_A_PATIENT if records.units else 1
-    made = [
-        Record(
-            text=" ".join(generator.choice(words, WORDS)),
-            label=int(generator.integers(labels)),
-        )
-        for _ in range(count)
-    ]
+    of_passages = isinstance(records.records[0], Passage)
+
+    def made_up() -> str:
+        return " ".join(generator.choice(words, WORDS))
+
+    def canary() -> Record | LmRecord:
+        text = made_up()
+        if isinstance(plan.task, Classification):
+            return Record(text=text, label=int(generator.integers(len(plan.task.labels))))
+        if of_passages:
+            return Passage(text=text)
+        return Conversation((Turn("user", text), Turn("assistant", made_up())))
+
+    made = [canary() for _ in range(count)]
     return msgspec.structs.replace(
         records,
         records=tuple(record for record in made for _ in range(copies)),
@@ -108,7 +113,24 @@ def make_canaries(records: Records, plan: TrainingPlan, count: int, seed: int) -
     )
 
 
-def with_included(records: Records, canaries: Records, included: npt.NDArray[np.bool_]) -> Records:
+def _texts(records: AnyRecords) -> list[str]:
+    """Every text of some records."""
+    if isinstance(records, Records):
+        return records.texts
+    return [
+        text
+        for record in records.records
+        for text in (
+            [turn.content for turn in record.turns]
+            if isinstance(record, Conversation)
+            else [record.text]
+        )
+    ]
+
+
+def with_included(
+    records: AnyRecords, canaries: AnyRecords, included: npt.NDArray[np.bool_]
+) -> AnyRecords:
     """The site's records and those of the included canaries.
 
     Args:

@@ -157,7 +157,7 @@ class _Check:
 def _embedded(model: AdaptedModel, positions: int) -> Iterator[torch.Tensor]:
     """The first layer's input for each token at each position, float32[n, positions, in]."""
     embeddings: Any = body_of(model.base).embeddings
-    for tokens in torch.split(torch.arange(model.base.config.vocab_size), _TOKENS_AT_ONCE):
+    for tokens in torch.split(torch.arange(model.vocabulary), _TOKENS_AT_ONCE):
         yield embeddings(input_ids=tokens[:, None].expand(-1, positions))
 
 

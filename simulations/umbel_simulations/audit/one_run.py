@@ -18,7 +18,6 @@ import torch
 from rich import box
 from rich.table import Table
 
-from umbel_client.data.records import Records
 from umbel_client.models.site_model import load_public
 from umbel_client.privacy.accounting import DpEvent, epsilon
 from umbel_client.privacy.calibration import SiteNoise, noise_for
@@ -27,9 +26,10 @@ from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training.round import LocalTrainer
 from umbel_common.canonical import Entropy, Value
 from umbel_common.errors import ConfigError, VerificationError
-from umbel_common.plans.plan import Classification, LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 from umbel_simulations.audit.bound import epsilon_lower_bound
 from umbel_simulations.audit.canaries import (
+    AnyRecords,
     Unit,
     first_units,
     make_canaries,
@@ -49,7 +49,6 @@ from umbel_simulations.backends.site_config import public_size
 from umbel_simulations.inputs.base_model import model_folder
 from umbel_simulations.inputs.partition import partition
 from umbel_simulations.inputs.sources import Example, load_source
-from umbel_simulations.scenario.file import require_classification
 from umbel_simulations.scenario.plan import make_plan
 from umbel_simulations.scenario.scenario import Scenario
 
@@ -129,11 +128,10 @@ def audit_scenario(
         One result for each unit: record, patient.
 
     Raises:
-        ConfigError: the scenario claims no privacy, or trains a language model.
+        ConfigError: the scenario claims no privacy.
         DataError, CalibrationError, PolicyRefusal: the site has too few units for the privacy of
             the scenario.
     """
-    require_classification(scenario, "audit")
     if not isinstance(scenario.privacy, LocalPrivacy):
         raise ConfigError(
             "without differential privacy there is no claim to audit",
@@ -146,9 +144,7 @@ def audit_scenario(
     audited = _smallest_site(scenario)
     results = []
     for unit in get_args(Unit):
-        task = audited.plan.task
-        assert isinstance(task, Classification)  # require_classification
-        records = site_records(audited.examples, task, unit)
+        records = site_records(audited.examples, audited.plan.task, unit)
         known = first_units(records, KNOWN_RECORDS)
         plan = _counting(audited.plan, unit)
         noise = noise_for(plan, public_size(unit_count(records)))
@@ -173,7 +169,7 @@ def audit_scenario(
 def play(
     plan: TrainingPlan,
     model: Path,
-    records: Records,
+    records: AnyRecords,
     noise: SiteNoise,
     *,
     canaries: int,
@@ -197,7 +193,7 @@ def play(
     made = make_canaries(records, plan, canaries, seed)
     included = flip_coins(canaries, entropy)
 
-    def prepared(chosen: Records) -> PreparedData:
+    def prepared(chosen: AnyRecords) -> PreparedData:
         return prepare(adapted, model, chosen, limit, cache=None)
 
     data = prepared(with_included(records, made, included))
@@ -219,7 +215,7 @@ def judge(
     *,
     scenario: str,
     site: str,
-    records: Records,
+    records: AnyRecords,
 ) -> AuditResult:
     """Counts the right guesses on the canaries with the strongest evidence, and bounds epsilon.
 
@@ -308,6 +304,8 @@ def _smallest_site(scenario: Scenario) -> Audited:
     sites = partition(corpus.train, scenario.sites, scenario.seed)
     site = min(sites, key=lambda name: len(sites[name]))
     largest = max(len(examples) for examples in sites.values())
+    # What is summed and released beside the steps is not audited.
+    scenario = msgspec.structs.replace(scenario, evaluation=None, release_gate=None)
     plan = make_plan(scenario, corpus.labels, model, largest_site=largest)
     return Audited(site, sites[site], plan, model)
 

@@ -1,79 +1,53 @@
 """The draft of a plan, as an operator writes it by hand for `umbel-server plan new`."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from umbel_common.plans.plan import NoPrivacy
+import msgspec
+
+from umbel_simulations.scenario.plan import plan_optimizer, plan_task
 from umbel_simulations.scenario.scenario import Scenario
-
-DRAFT_TOML = """\
-federation = {name}
-job = {name}
-seed = {seed}
-
-[model]
-name = {model_name}
-path = {model}
-
-[task]
-task = "classification"
-labels = {labels}
-max_tokens = {task.max_tokens}
-head = "{task.head}"
-logit_scale = {task.logit_scale}
-
-[lora]
-rank = {lora.rank}
-alpha = {lora.alpha}
-target_modules = {targets}
-{layers}method = "{lora.method}"
-
-[training]
-rounds = {training.rounds}
-local_steps = {training.local_steps}
-expected_batch_size = {training.expected_batch_size}
-final_learning_rate = {training.final_learning_rate}
-
-[training.optimizer]
-optimizer = "adam"
-adapter_learning_rate = {training.adapter_learning_rate}
-head_learning_rate = {training.head_learning_rate}
-beta1 = {training.beta1}
-beta2 = {training.beta2}
-
-[privacy]
-{privacy}
-
-[aggregation]
-threshold = {aggregation.threshold}
-clip_range = {aggregation.clip_range}
-step = {aggregation.step}
-ring_bits = {aggregation.ring_bits}
-"""
+from umbel_simulations.scenario.toml_text import toml_text
 
 
-def draft_toml(scenario: Scenario, labels: Sequence[str], model: Path) -> str:
-    """A draft of the scenario's plan."""
-    training, lora, privacy = scenario.training, scenario.lora, scenario.privacy
-    layers = "" if lora.layers is None else f"layers = {list(lora.layers)}\n"
-    mode = (
-        'mode = "none"'
-        if isinstance(privacy, NoPrivacy)
-        else f'mode = "local"\nepsilon = {privacy.epsilon}\ndelta = {privacy.delta}\n'
-        f"clip_norm = {privacy.clip_norm}"
-    )
-    return DRAFT_TOML.format(
-        name=json.dumps(scenario.name),
-        seed=scenario.seed,
-        model_name=json.dumps(scenario.model.name),
-        model=json.dumps(str(model)),
-        labels=json.dumps(list(labels)),
-        task=scenario.task,
-        lora=lora,
-        targets=json.dumps(list(lora.target_modules)),
-        layers=layers,
-        training=training,
-        privacy=mode,
-        aggregation=scenario.aggregation,
-    )
+def draft_toml(scenario: Scenario, labels: Sequence[str], model: Path, holdout: str = "") -> str:
+    """A draft of the scenario's plan.
+
+    Args:
+        holdout: file of the public records that a release gate asks.
+    """
+    training = scenario.training
+    tables: dict[str, Mapping[str, object]] = {
+        "": {"federation": scenario.name, "job": scenario.name, "seed": scenario.seed},
+        "model": {"name": scenario.model.name, "path": str(model)},
+        "task": _fields(plan_task(scenario, tuple(labels))),
+        "lora": _fields(scenario.lora),
+        "training": {
+            "rounds": training.rounds,
+            "local_steps": training.local_steps,
+            "expected_batch_size": training.expected_batch_size,
+            "final_learning_rate": training.final_learning_rate,
+            "average_decay": training.average_decay,
+        },
+        "training.optimizer": _fields(plan_optimizer(scenario)),
+        "privacy": _fields(scenario.privacy),
+        "aggregation": _fields(scenario.aggregation),
+    }
+    if scenario.evaluation is not None:
+        tables["evaluation"] = _fields(scenario.evaluation)
+    if scenario.release_gate is not None:
+        tables["release_gate"] = {"holdout": holdout, **_fields(scenario.release_gate)}
+    return "\n".join(_table(name, fields) for name, fields in tables.items())
+
+
+def _fields(part: msgspec.Struct) -> dict[str, object]:
+    found: dict[str, object] = msgspec.to_builtins(part)
+    return found
+
+
+def _table(name: str, fields: Mapping[str, object]) -> str:
+    head = f"[{name}]\n" if name else ""
+    lines = [
+        f"{field} = {toml_text(value)}\n" for field, value in fields.items() if value is not None
+    ]
+    return head + "".join(lines)

@@ -10,9 +10,11 @@ import os
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from umbel_client.ledger.register import Register
 from umbel_client.relay.flower import answer_message, whole
@@ -28,6 +30,7 @@ from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Identity, Member, Roster, sign
 from umbel_common.trust.roster_file import roster_from_json, roster_to_json
 from umbel_host.files.keys import read_identity, write_identity
+from umbel_server.jobs.interfaces import Evaluator
 from umbel_server.jobs.job import Job
 from umbel_server.operator.config import Limits
 from umbel_server.storage.journal import Journal
@@ -36,7 +39,7 @@ from umbel_simulations.backends.faults import planned_losses
 from umbel_simulations.backends.grid import InProcessGrid, Node
 from umbel_simulations.backends.grid_link import GridLink
 from umbel_simulations.backends.site_config import client_toml
-from umbel_simulations.inputs.partition import write_site_data
+from umbel_simulations.inputs.partition import unit_count, write_site_data
 from umbel_simulations.inputs.sources import Example
 from umbel_simulations.reporting.recorder import ServerObserver, SiteObserver
 from umbel_simulations.scenario.run_folder import write, write_plan, write_signed
@@ -93,7 +96,7 @@ class Federation:
             config = client_toml(
                 self._scenario,
                 site,
-                records=len(sites[site]),
+                records=unit_count(sites[site]),
                 labels=labels,
                 model=model,
                 approval="none",
@@ -139,18 +142,21 @@ class Federation:
         workers: int,
         dropouts: Sequence[Dropout],
         stop: threading.Event,
+        evaluator: Evaluator | None = None,
     ) -> JobOutcome:
         """Runs the job, or resumes it, and writes its evidence into the folder.
 
         Args:
             workers: number of sites that work at the same time.
             stop: set when the job is over, so that sites still at work stop.
+            evaluator: scores adapters for the plan's release gate.
 
         Raises:
             UmbelError: what made the job fail. If sites refused, it is the first site's own error,
                 since here the developer is also the administrator of every site.
         """
         operator = read_identity(self.folder / "server" / "identity.pem")
+        learn_types()
         # The folder of a run may be moved and copied, and the register names places.
         shutil.rmtree(self._ledgers, ignore_errors=True)
         registry = self.registry()
@@ -178,6 +184,7 @@ class Federation:
                 link=GridLink(grid, nodes, poll_seconds=POLL_SECONDS),
                 observer=observer,
                 limits=LIMITS,
+                evaluator=evaluator,
             )
             write_plan(self.folder, plan, sign(operator, plan))
             try:
@@ -210,6 +217,22 @@ class Federation:
             register=Register(self._ledgers),
             entropy=self.entropy(site),
         )
+
+
+def learn_types() -> None:
+    """Lets msgspec learn every type of ours now, in one thread.
+
+    It learns a type when it first decodes it. Sites that do so at the same moment, in threads of
+    one process, can meet a type that is half learnt, which ends the process.
+    """
+    pending = [msgspec.Struct]
+    while pending:
+        kinds = pending.pop().__subclasses__()
+        pending += kinds
+        for kind in kinds:
+            if kind.__module__.startswith("umbel_"):
+                with suppress(TypeError, NameError):  # some are never decoded
+                    msgspec.msgpack.Decoder(kind)
 
 
 def _node(trainer: Trainer) -> Node:

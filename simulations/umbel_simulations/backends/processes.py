@@ -23,11 +23,12 @@ from umbel_host.processes.supervisor import our_module
 from umbel_simulations.backends.draft import draft_toml
 from umbel_simulations.backends.site_config import client_toml
 from umbel_simulations.inputs.base_model import model_folder
-from umbel_simulations.inputs.partition import partition, write_site_data
+from umbel_simulations.inputs.partition import partition, site_data, unit_count, write_site_data
 from umbel_simulations.inputs.sources import load_source
-from umbel_simulations.scenario.file import require_classification
 from umbel_simulations.scenario.scenario import Scenario
 
+HOLDOUT = "public.jsonl"
+"""Where the operator has the public records."""
 MODULES = {"umbel-server": "umbel_server.cli", "umbel-client": "umbel_client.cli"}
 _POLL_SECONDS = 0.5
 _STOPPING_SECONDS = 90.0
@@ -94,25 +95,25 @@ def run_federation(scenario: Scenario, folder: Path, say: Say) -> Path:
     """Sets up all parties, runs the scenario's job, and returns the folder of the adapter.
 
     Raises:
-        ConfigError: the scenario trains a language model.
         RunExists: the folder is not empty.
         UmbelError: the reason why a command or the job failed.
     """
-    require_classification(scenario, "federation")
     if folder.exists() and any(folder.iterdir()):
         raise RunExists(
             "the folder of a federation must be new or empty",
             file=folder,
             remedy="give another --folder, or delete this one",
         )
-    folder.mkdir(parents=True, exist_ok=True)
     model = model_folder(scenario.model).resolve()
     corpus = load_source(scenario)
     data = partition(corpus.train, scenario.sites, scenario.seed)
+    folder.mkdir(parents=True, exist_ok=True)
     top = Party(folder, say)
     address = f"127.0.0.1:{_free_port()}"
     top.run("umbel-server", "init", "--federation", scenario.name, "--address", address)
     operator = Party(folder / "operator", say)
+    if scenario.release_gate is not None:
+        _score_on(operator.folder, site_data(corpus.test), model)
     sites = {name: Party(folder / name, say) for name in sorted(data)}
     for number, (name, site) in enumerate(sites.items()):
         site.folder.mkdir()
@@ -124,7 +125,7 @@ def run_federation(scenario: Scenario, folder: Path, say: Say) -> Path:
         config = client_toml(
             scenario,
             name,
-            records=len(data[name]),
+            records=unit_count(data[name]),
             labels=corpus.labels,
             model=model,
             approval="each-plan",
@@ -146,6 +147,14 @@ def run_federation(scenario: Scenario, folder: Path, say: Say) -> Path:
     out = folder / "adapter"
     operator.run("umbel-server", "adapters", "export", scenario.name, "--out", "../adapter")
     return out
+
+
+def _score_on(operator: Path, public: bytes, model: Path) -> None:
+    """Lets the operator's server score adapters, which a release gate asks for."""
+    (operator / HOLDOUT).write_bytes(public)
+    table = f'holdout = "{HOLDOUT}"\nmodel = {json.dumps(str(model))}\nanswers = 0\n'
+    with (operator / "server.toml").open("a", encoding="utf-8") as file:
+        file.write(f"\n[evaluation]\n{table}")
 
 
 def _enrol(operator: Party, site: Party, name: str, federation: str) -> None:
@@ -184,7 +193,7 @@ def _work(
 ) -> None:
     """Takes the job from the plan's draft to its last release."""
     draft = operator.folder / "draft.toml"
-    draft.write_text(draft_toml(scenario, labels, model), encoding="utf-8")
+    draft.write_text(draft_toml(scenario, labels, model, HOLDOUT), encoding="utf-8")
     operator.run("umbel-server", "plan", "new", draft.name, "--out", "plan.json")
     operator.run("umbel-server", "plan", "sign", "plan.json", "--out", "signed.json")
     operator.run("umbel-server", "job", "start", "signed.json")

@@ -1,13 +1,13 @@
 """`client.toml` of a simulated site: what its administrator would write by hand."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from umbel_client.models.base.files import folder_digest
 from umbel_common.plans.plan import NoPrivacy
-from umbel_simulations.scenario.scenario import Scenario
+from umbel_host.files.model_digest import folder_digest
+from umbel_simulations.scenario.scenario import Data, FileData, Scenario
+from umbel_simulations.scenario.toml_text import toml_text
 
 CLIENT_TOML = """\
 site = {site}
@@ -19,7 +19,7 @@ physical_batch_size = {physical_batch_size}
 [data]
 path = {data}
 public_size = {public_size}
-
+{units}
 [model]
 path = {model}
 precision = "fastest"
@@ -33,8 +33,10 @@ labels = {labels}
 max_rank = {rank}
 max_rounds = {rounds}
 max_local_steps = {local_steps}
+max_clip_range = {clip_range}
 {privacy}
 examples_as_weights = {examples}
+federated_evaluation = {evaluation}
 minimum_cohort = {minimum_cohort}
 colluding_sites = {colluding_sites}
 """
@@ -56,30 +58,39 @@ def client_toml(
     """A configuration that allows what the scenario plans, and nothing more.
 
     Args:
-        records: how many the site has; the file says their `public_size`.
+        records: how many the site has, or how many units; the file says their `public_size`.
         data: the data file, from the file's folder.
         server: the address that the site's relay connects to; absent for a site without a relay.
     """
     return CLIENT_TOML.format(
-        site=json.dumps(site),
-        data=json.dumps(data),
-        physical_batch_size=json.dumps(physical_batch_size),
+        site=toml_text(site),
+        data=toml_text(data),
+        physical_batch_size=toml_text(physical_batch_size),
         public_size=public_size(records),
-        model=json.dumps(str(model.resolve())),
-        device=json.dumps(device),
-        relay="" if server is None else f"\n[relay]\nserver = {json.dumps(server)}\n",
-        approval=json.dumps(approval),
-        digest=json.dumps(folder_digest(model).hex()),
-        task=json.dumps(scenario.task.__struct_config__.tag),
-        labels=json.dumps(list(labels)),
+        model=toml_text(str(model.resolve())),
+        device=toml_text(device),
+        relay="" if server is None else f"\n[relay]\nserver = {toml_text(server)}\n",
+        approval=toml_text(approval),
+        digest=toml_text(folder_digest(model).hex()),
+        task=toml_text(scenario.task.__struct_config__.tag),
+        labels=toml_text(list(labels)),
+        units=_units(scenario.data),
+        clip_range=scenario.aggregation.clip_range,
+        evaluation=toml_text(scenario.evaluation is not None),
         rank=scenario.lora.rank,
         rounds=scenario.training.rounds,
         local_steps=scenario.training.local_steps,
         privacy=_privacy_policy(scenario),
-        examples=json.dumps(scenario.aggregation.weights == "examples"),
+        examples=toml_text(scenario.aggregation.weights == "examples"),
         minimum_cohort=scenario.site_policy.minimum_cohort,
         colluding_sites=scenario.site_policy.colluding_sites,
     )
+
+
+def _units(data: Data) -> str:
+    if not isinstance(data, FileData) or data.unit_column is None:
+        return ""
+    return f'unit_column = "unit"\nmax_records_per_unit = {data.max_records_per_unit}\n'
 
 
 def public_size(records: int) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from umbel_common.errors import ModelError
+from umbel_host.installation import install
 from umbel_simulations.inputs.packages import package_folder
 from umbel_simulations.scenario.scenario import Model
 
@@ -28,7 +29,7 @@ def model_folder(model: Model) -> Path:
         spec = importlib.util.find_spec(package)
         places = spec.submodule_search_locations if spec is not None else None
         folder = Path(places[0] if places else package) / "model"
-        remedy = 'install the package; pip install "umbel[demo]" installs the one of the demo'
+        remedy = f"install the package; the demo's comes with {install('demo')}"
     if not folder.is_dir():
         raise ModelError("the base model is missing", file=folder, field="model", remedy=remedy)
     return folder
@@ -71,7 +72,7 @@ def _convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from umbel_client.models.base.folder import quietly
+    from umbel_client.models.base.skeleton import quietly
 
     # In a folder of its own: beside a model, Transformers reads other files too.
     with quietly(), TemporaryDirectory(prefix="umbel-gguf-") as alone:

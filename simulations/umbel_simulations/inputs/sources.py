@@ -1,21 +1,32 @@
 """The records of a scenario: a training set, to be divided among sites, and a public test set."""
 
-import csv
-import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
+from umbel_client.data.conversations import Conversation, LmRecord, Passage, Turn
+from umbel_client.data.records import (
+    Record,
+    label_text,
+    load_records,
+    records_of,
+    require_label,
+)
+from umbel_client.data.rows import Table
+from umbel_client.data.tables import read_table, require_columns
 from umbel_common.canonical import Value
 from umbel_common.errors import DataError
+from umbel_common.plans.alike import seen
+from umbel_common.plans.plan import CausalLm, Classification
 from umbel_simulations.inputs.hpo import is_for_test as is_test_phenotype
 from umbel_simulations.inputs.hpo import read_phenotypes
 from umbel_simulations.inputs.icd10 import is_for_test, read_diagnoses
 from umbel_simulations.inputs.near_duplicates import nearly_repeated
 from umbel_simulations.inputs.packages import package_folder
-from umbel_simulations.scenario.scenario import FileData, HpoData, Icd10Data, Scenario
+from umbel_simulations.scenario.scenario import Data, FileData, HpoData, Icd10Data, Scenario
 
 SHARED_WORDS = 0.5
 """A definition in the test set is less similar than this to each one in the training set."""
@@ -34,7 +45,11 @@ class Example(Value, frozen=True):
     """The answer to the question in `text`, for a language model."""
     group: str = ""
     """What a partition by column divides by: the value of `sites.column`, the ICD-10-CM category or
-    the organ system. Otherwise empty."""
+    the organ system. Where each site has a file of its own: the site. Otherwise empty."""
+    turns: tuple[Turn, ...] = ()
+    """The whole conversation, if it is more than one question of a user and its answer."""
+    unit: str = ""
+    """The unit (patient) that it belongs to, if the scenario names a column of units."""
 
 
 class Corpus(Value, frozen=True):
@@ -69,18 +84,37 @@ def load_source(scenario: Scenario) -> Corpus:
         name = "ICD-10-CM, diagnosis text to chapter"
         train, test = _icd10(data.records_per_label, cap)
     else:
-        name = f"{Path(data.train).name}, {data.text_column} to {data.label_column}"
-        column = scenario.sites.column
-        train = _at_most(_read_file(Path(data.train), data, column), data.records_per_label, cap)
-        test = _read_file(Path(data.test), data, None)
-        _check_test(Path(data.test), data, train, test)
+        files = [data.train] if isinstance(data.train, str) else list(data.train.values())
+        name = ", ".join(Path(file).name for file in files)
+        own, test = _own_files(scenario, data)
+        train = _at_most(own, data.records_per_label, cap)
     return Corpus(
         name=name,
         labels=tuple(sorted({example.label for example in train} - {""})),
         train=tuple(_sample(train, data.train_records, train_sample)),
         test=tuple(_sample(test, data.test_records, test_sample)),
-        general=tuple(_general_texts()) if isinstance(data, HpoData) else (),
+        general=tuple(_general_of(data)),
     )
+
+
+def repeated_for_test(corpus: Corpus) -> int:
+    """Number of test records that are training records too; an answer or a label may differ."""
+
+    def key(example: Example) -> tuple[str, ...]:
+        asked = [turn.content for turn in example.turns[:-1]] or [example.text]
+        return tuple(map(seen, asked))
+
+    known = {key(example) for example in corpus.train}
+    return sum(key(example) in known for example in corpus.test)
+
+
+def _general_of(data: Data) -> Sequence[str]:
+    if isinstance(data, HpoData):
+        return _general_texts()
+    if not isinstance(data, FileData) or data.general is None:
+        return ()
+    passages = load_records(Path(data.general), CausalLm(loss_on="all"), record_format="text")
+    return [passage.text for passage in passages.records if isinstance(passage, Passage)]
 
 
 def _hpo() -> tuple[list[Example], list[Example]]:
@@ -122,87 +156,117 @@ def _icd10(
     return train, test
 
 
-def _read_file(path: Path, data: FileData, group_column: str | None) -> list[Example]:
-    readers: dict[str, Callable[[Path], Iterator[Mapping[str, object]]]] = {
-        ".jsonl": _json_rows,
-        ".csv": _csv_rows,
-    }
-    reader = readers.get(path.suffix)
-    if reader is None:
-        raise DataError(
-            "a data file has an unknown format",
-            file=path,
-            found=path.suffix or "no suffix",
-            accepted=", ".join(readers),
-        )
-    try:
-        examples = [
-            Example(
-                text=_cell(path, number, row, data.text_column),
-                label=_cell(path, number, row, data.label_column),
-                group="" if group_column is None else _cell(path, number, row, group_column),
-            )
-            for number, row in enumerate(reader(path), start=1)
-        ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            "a data file cannot be read", file=path, found=type(error).__name__
-        ) from error
-    if not examples:
-        raise DataError("a data file has no records", file=path)
-    return examples
-
-
-def _json_rows(path: Path) -> Iterator[Mapping[str, object]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise DataError(
-                    "a line is not a JSON object",
-                    file=path,
-                    field=f"line {number}",
-                    accepted='{"text": "…", "label": "…"}',
-                )
-            yield row
-
-
-def _csv_rows(path: Path) -> Iterator[Mapping[str, object]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file, strict=True)
-
-
-def _cell(path: Path, number: int, row: Mapping[str, object], column: str) -> str:
-    value = row.get(column)
-    # Labels such as 0 and 1 are numbers in JSON.
-    text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
-    if not text.strip():
-        raise DataError(
-            "a record has no usable text" if column in row else "a record has no such column",
-            file=path,
-            field=f"{column}, record {number}",
-            found=type(value).__name__ if column in row else ", ".join(map(str, row)),
-            accepted="a text that is not empty",
-        )
-    return text
-
-
-def _check_test(path: Path, data: FileData, train: list[Example], test: list[Example]) -> None:
-    known = {example.label for example in train}
-    for number, example in enumerate(test, start=1):
-        if example.label not in known:
+def _own_files(scenario: Scenario, data: FileData) -> tuple[list[Example], list[Example]]:
+    """The records of a developer's own files, as a site reads them."""
+    parts = {"": data.train} if isinstance(data.train, str) else data.train
+    tables = {name: (Path(file), read_table(Path(file))) for name, file in parts.items()}
+    task = _task_of(scenario, data, list(tables.values()))
+    train: list[Example] = []
+    known: dict[tuple[Example, ...], str] = {}
+    for name, (path, table) in tables.items():
+        found = _examples(path, table, task, data)
+        same = known.setdefault(tuple(found), name)
+        if same != name:
             raise DataError(
-                "a test record has a label that no training record has",
+                "two sites have the same records: a site takes them for one data set",
                 file=path,
-                field=f"{data.label_column}, record {number}",
-                found=example.label,
-                accepted=", ".join(sorted(known)),
+                field=f"data.train.{name}",
+                found=f"the records of {same}",
+                accepted="records of its own for each site",
             )
+        groups = [name] * len(found) if name else _groups(path, table, scenario.sites.column)
+        train += [
+            msgspec.structs.replace(example, group=group)
+            for example, group in zip(found, groups, strict=True)
+        ]
+    path = Path(data.test)
+    return train, _examples(path, read_table(path), task, data, units=False)
+
+
+def _task_of(
+    scenario: Scenario, data: FileData, tables: Sequence[tuple[Path, Table]]
+) -> Classification | CausalLm:
+    """The task that says how the files are read; a classification's labels are theirs."""
+    if isinstance(scenario.task, CausalLm):
+        return scenario.task
+    return Classification(labels=labels_of(tables, data.text_column, data.label_column))
+
+
+def labels_of(
+    tables: Sequence[tuple[Path, Table]], text_column: str, label_column: str
+) -> tuple[str, ...]:
+    """All labels of all training files, sorted. A site may have one label only, all sites may not.
+
+    Raises:
+        DataError: a file lacks a column, a row has no label, or all rows have the same one.
+    """
+    labels = set[str]()
+    for path, table in tables:
+        require_columns(path, table, text_column, label_column)
+        labels |= {
+            require_label(path, label_column, number, row) for number, row in table.numbered()
+        }
+    if len(labels) < 2:
+        raise DataError(
+            "the training records have one label only: there is nothing to tell apart",
+            file=tables[0][0],
+            field=label_column,
+            found=", ".join(map(label_text, labels)),
+            accepted="at least two labels",
+        )
+    return tuple(sorted(labels))
+
+
+def _examples(
+    path: Path, table: Table, task: Classification | CausalLm, data: FileData, *, units: bool = True
+) -> list[Example]:
+    records = records_of(
+        path,
+        table,
+        task,
+        text_column=data.text_column,
+        label_column=data.label_column,
+        record_format=data.format,
+        unit_column=data.unit_column if units else None,
+        # What is past the most records of a unit is left out by the site itself.
+        max_records_per_unit=len(table.rows),
+    )
+    names = [records.unit_names[unit] for unit in records.units] or [""] * len(records)
+    return [
+        msgspec.structs.replace(_example(record, task), unit=name)
+        for record, name in zip(records.records, names, strict=True)
+    ]
+
+
+def _example(record: Record | LmRecord, task: Classification | CausalLm) -> Example:
+    if isinstance(record, Conversation):
+        *asked, answer = record.turns
+        pair = [turn.role for turn in asked] == ["user"]
+        turns = () if pair else record.turns
+        return Example(text=asked[-1].content, answer=answer.content, turns=turns)
+    if isinstance(record, Record) and isinstance(task, Classification):
+        return Example(text=record.text, label=task.labels[record.label])
+    return Example(text=record.text)
+
+
+def _groups(path: Path, table: Table, column: str | None) -> list[str]:
+    """What a partition by column divides by."""
+    if column is None:
+        return [""] * len(table.rows)
+    require_columns(path, table, column)
+    groups = []
+    for number, row in table.numbered():
+        value = row.get(column)
+        if not isinstance(value, str | int | float) or not str(value).strip():
+            raise DataError(
+                f"row {number} has no value in the column that divides the records",
+                file=path,
+                field=f"{column}, row {number}",
+                found="an empty text" if isinstance(value, str) else type(value).__name__,
+                accepted="a text or a number",
+            )
+        groups.append(str(value))
+    return groups
 
 
 def _at_most(

@@ -93,6 +93,23 @@ class SharesDisputed(RunEvent, frozen=True, tag="shares-disputed"):
     """(The site whose secret the share belongs to, the site that revealed the share.)"""
 
 
+class SitesCounted(RunEvent, frozen=True, tag="sites-counted"):
+    """The noisy sum of what the sites counted on records that they hold out."""
+
+    round: int
+    text: str
+
+
+class Gated(RunEvent, frozen=True, tag="gated"):
+    """The release gate was asked about a round's adapter."""
+
+    round: int
+    before: float | None
+    """Mean loss of the adapter before, on the public records, in nats."""
+    after: float | None
+    passed: bool
+
+
 class BaselineStep(RunEvent, frozen=True, tag="baseline-step"):
     """Progress of a comparison that is trained."""
 
@@ -109,5 +126,7 @@ AnyEvent: TypeAlias = (
     | RoundReleased
     | AttemptAborted
     | SharesDisputed
+    | SitesCounted
+    | Gated
     | BaselineStep
 )

@@ -105,7 +105,7 @@ class SiteObserver:
             )
         )
 
-    def charged(self, round_number: int, epsilon: float | None) -> None:
+    def charged(self, round_number: int, epsilon: float | None, *, again: bool) -> None:
         """See `Observer`."""
         self.epsilon = epsilon
 
@@ -121,6 +121,9 @@ class SiteObserver:
                 steps=steps,
             )
         )
+
+    def finished(self, job: str, adapter: Path) -> None:
+        """See `Observer`."""
 
     def refused(self, error: UmbelError) -> None:
         """See `Observer`."""
@@ -146,6 +149,9 @@ class ServerObserver:
         self._recorder = recorder
         self._sites = sites
         self._score_adapter = score_adapter
+
+    def on_asked(self, step: Step, sites: tuple[str, ...]) -> None:
+        """See `Observer`."""
 
     def on_answered(self, step: Step, site: str, reply: Reply, received: int, sent: int) -> None:
         """See `Observer`."""
@@ -189,12 +195,27 @@ class ServerObserver:
         )
 
     def on_counted(self, round_number: int, counts: SiteCounts, sites: int) -> None:
-        """See `Observer`. No scenario has a federated evaluation."""
+        """See `Observer`."""
+        self._recorder.emit(
+            events.SitesCounted(
+                seconds=self._recorder.seconds(), round=round_number, text=str(counts)
+            )
+        )
 
     def on_evaluated(
         self, round_number: int, evaluation: Evaluation, gate: GateResult | None
     ) -> None:
-        """See `Observer`. Here the judge scores each release, and no plan has a release gate."""
+        """See `Observer`. The judge scores each release; here the release gate is asked."""
+        if gate is not None:
+            self._recorder.emit(
+                events.Gated(
+                    seconds=self._recorder.seconds(),
+                    round=round_number,
+                    before=gate.before,
+                    after=gate.after,
+                    passed=gate.passed(),
+                )
+            )
 
     def on_unevaluated(self, round_number: int, error: UmbelError) -> None:
         """See `Observer`."""

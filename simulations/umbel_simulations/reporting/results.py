@@ -14,7 +14,7 @@ class Score(msgspec.Struct, frozen=True, omit_defaults=True):
     perplexity_error: float | None = None
     """Standard error of the perplexity, from the standard deviation of the records' losses."""
     general_perplexity: float | None = None
-    """Perplexity on text that is not medical: it rises as a model forgets."""
+    """Perplexity on text about something else: it rises as a model forgets. None without one."""
 
 
 class Answers(msgspec.Struct, frozen=True):
@@ -78,6 +78,8 @@ class SiteResult(msgspec.Struct, frozen=True):
     sent_protocol_bytes: int
     """Bytes of keys, encrypted shares and signatures that left."""
     received_bytes: int
+    units: int | None = None
+    """Number of units, such as patients; null where each record is its own unit."""
 
 
 class RunSummary(msgspec.Struct, frozen=True):
@@ -112,5 +114,10 @@ class RunSummary(msgspec.Struct, frozen=True):
     """Versions of the packages that influence the result."""
     answers: list[Answers] = []
     """For a language model: some questions of the public set, and each model's answers."""
+    counted: list[str] = []
+    """What the sites counted on records that they hold out, with its noise: a line for each round
+    of a plan with a federated evaluation."""
+    held_back: list[int] = []
+    """Rounds whose adapter the release gate held back."""
     differences: dict[str, Difference] = {}
     """For a language model: each comparison against the federated adapter."""

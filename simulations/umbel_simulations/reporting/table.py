@@ -23,13 +23,18 @@ ANSWERS_SHOWN = 2
 def print_summary(console: Console, summary: RunSummary) -> None:
     """Prints the comparisons and the sites, under a red banner if the run is not private."""
     for warning in warnings_of(summary):
-        console.print(Panel(warning, style="bold white on red", box=box.SQUARE))
+        console.print(Panel.fit(warning, style="bold white on red", box=box.SQUARE))
     for table in (_comparisons(summary), _sites(summary)):
         console.print(table)
         console.print()
     for asked in summary.answers[:ANSWERS_SHOWN]:
         console.print(_answers(asked))
         console.print()
+    for line in summary.counted:
+        console.print(f"counted at the sites, {line}")
+    if summary.held_back:
+        rounds = ", ".join(map(str, summary.held_back))
+        console.print(f"held back by the release gate: round {rounds}")
     aborted = summary.aborted_attempts
     if aborted:
         console.print(f"{aborted} aborted {'attempt' if aborted == 1 else 'attempts'}")
@@ -104,6 +109,8 @@ def against(difference: Difference | None) -> str:
 
 
 def _caption(summary: RunSummary, measure: Measure) -> str:
+    if measure is ACCURACY and not summary.standard_error:
+        return "no standard error can be given: all test records are right, or all are wrong"
     if measure is ACCURACY:
         return (
             f"standard error of an accuracy: {100 * summary.standard_error:.1f} points;"

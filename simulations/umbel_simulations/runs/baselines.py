@@ -14,8 +14,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from umbel_client.data.records import load_records
+from umbel_client.data.records import columns_of, load_records
 from umbel_client.data.tokens import Tokens
+from umbel_client.data.units import Units
 from umbel_client.models.site_model import load_public
 from umbel_client.privacy.calibration import noise_alone
 from umbel_client.site.config import ClientConfig
@@ -126,7 +127,7 @@ def _site_data(
     return prepare(
         load_public(model, plan, config.model.device),
         model,
-        load_records(Path(config.data.path), plan.task),
+        load_records(Path(config.data.path), plan.task, **columns_of(config.data)),
         limit,
         cache=config.state_folder.cache,
     )
@@ -145,6 +146,12 @@ def _pool(sites: Mapping[str, PreparedData]) -> PreparedData:
     parts = [sites[site] for site in sorted(sites)]
     prefixes = [part.prefix for part in parts if part.prefix is not None]
     lengths = np.concatenate([part.tokens.lengths for part in parts])
+    firsts = np.cumsum([0, *(part.unit_count for part in parts)])[:-1]
+    owners = [
+        part.units.of_record + first
+        for part, first in zip(parts, firsts, strict=True)
+        if part.units is not None
+    ]
     return PreparedData(
         tokens=Tokens(
             ids=np.concatenate([part.tokens.ids for part in parts]),
@@ -158,5 +165,7 @@ def _pool(sites: Mapping[str, PreparedData]) -> PreparedData:
         )
         if len(prefixes) == len(parts)
         else None,
+        # A name may be that of two units at two sites.
+        units=Units(np.concatenate(owners)) if owners else None,
         longest=parts[0].longest,
     )

@@ -58,11 +58,11 @@ class Judge:
         self._model_folder = model
         self._model = load_public(model, plan, device)
         write_site_data(folder, test)
-        records = load_records(folder / "data.jsonl", plan.task)
+        records = load_records(self.records, plan.task)
         self._labels = np.array(records.labels if isinstance(records, Records) else ())
         self._data = self._prepared(records)
         self._general: PreparedData | None = None
-        if isinstance(plan.task, CausalLm):
+        if isinstance(plan.task, CausalLm) and general:
             rows = [{"text": text} for text in general]
             lines = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
             write(folder / "general.jsonl", lines)
@@ -72,6 +72,11 @@ class Judge:
 
         self._known: dict[bytes, Score] = {}
         self._losses: dict[bytes, Losses] = {}
+
+    @property
+    def records(self) -> Path:
+        """The file of the public records."""
+        return self._folder / "data.jsonl"
 
     def _prepared(self, records: Records | LmRecords, task: CausalLm | None = None) -> PreparedData:
         return prepare(
@@ -103,29 +108,35 @@ class Judge:
 
     def _score(self, adapter: Vector) -> Score:
         self._model.set_vector(adapter)
-        if self._general is None:
+        if not isinstance(self._model.plan.task, CausalLm):
             predicted = predicted_labels(
                 self._model, self._data, BatchLimit(BATCH["classification"])
             )
             return score(self._labels, predicted)
         losses = self.losses(adapter)
         perplexity = math.exp(losses.mean())
-        general = record_losses(self._model, self._general, BatchLimit(BATCH["causal-lm"]))
+        general = None
+        if self._general is not None:
+            found = record_losses(self._model, self._general, BatchLimit(BATCH["causal-lm"]))
+            general = math.exp(found.mean())
         return Score(
             perplexity=perplexity,
             perplexity_error=perplexity * float(losses.std()) / math.sqrt(len(losses)),
-            general_perplexity=math.exp(general.mean()),
+            general_perplexity=general,
         )
 
-    def answer(self, adapter: Vector, questions: Sequence[str]) -> list[str]:
-        """A language model's answer to each question; each token is the most likely one."""
+    def answer(self, adapter: Vector, questions: Sequence[Sequence[Turn]]) -> list[str]:
+        """A language model's answer to each question; each token is the most likely one.
+
+        Args:
+            questions: the turns before each answer.
+        """
         task = self._model.plan.task
         assert isinstance(task, CausalLm)  # a classifier is asked no questions
         self._model.set_vector(adapter)
-        turns = [[Turn("user", question)] for question in questions]
         sampling = Sampling(max_new_tokens=ANSWER_TOKENS)
         chat = Chat.load(self._model_folder, task, self._model.files)
-        return list(answer_prompts(self._model, chat, turns, sampling))
+        return list(answer_prompts(self._model, chat, questions, sampling))
 
 
 def _name(adapter: Vector) -> bytes:

@@ -12,9 +12,13 @@ import msgspec
 import numpy as np
 import torch
 
+from umbel_client.data.conversations import Turn
 from umbel_common.adapters.vector import Vector, initial_vector
 from umbel_common.plans.plan import CausalLm, TrainingPlan
+from umbel_server.jobs.evaluator import ProcessEvaluator
+from umbel_server.operator.config import EvaluationConfig
 from umbel_simulations.backends.in_process import Federation, JobOutcome
+from umbel_simulations.inputs.partition import site_data
 from umbel_simulations.reporting import events
 from umbel_simulations.reporting.recorder import OnEvent, Recorder, ServerObserver, SiteObserver
 from umbel_simulations.reporting.report import write_report
@@ -27,7 +31,7 @@ from umbel_simulations.runs.summary import Findings, summarise
 from umbel_simulations.runs.verify import verify_run
 from umbel_simulations.scenario.plan import make_plan
 from umbel_simulations.scenario.run_folder import claim, write
-from umbel_simulations.scenario.scenario import HpoData, Scenario
+from umbel_simulations.scenario.scenario import Icd10Data, Scenario
 
 
 def run_scenario(scenario: Scenario, folder: Path, on_event: OnEvent) -> RunSummary:
@@ -109,6 +113,11 @@ class Run:
     def _federate(
         self, federation: Federation, plan: TrainingPlan, recorder: Recorder, judge: Judge
     ) -> JobOutcome:
+        """Runs a plan's job among the sites.
+
+        Args:
+            judge: its folder has the public records that a release gate asks.
+        """
         federation.set_up(self.setup.sites, self.setup.corpus.labels, self.setup.model)
         stop = threading.Event()
         observers = {site: SiteObserver(site, recorder, stop) for site in self.setup.sites}
@@ -119,15 +128,28 @@ class Run:
             workers=self._workers,
             dropouts=self.setup.scenario.faults.dropouts,
             stop=stop,
+            evaluator=None if plan.release_gate is None else self._evaluator(judge),
         )
+
+    def _evaluator(self, judge: Judge) -> ProcessEvaluator:
+        """What asks a release gate, as an operator's server has it."""
+        config = EvaluationConfig(
+            holdout=str(judge.records.absolute()),
+            model=str(self.setup.model),
+            answers=0,
+            device=self.setup.scenario.compute.devices[0],
+        )
+        return ProcessEvaluator(config, judge.records.parent.absolute() / "scratch")
 
     def _answers(self, judge: Judge, outcome: JobOutcome) -> list[Answers]:
         """Some test questions, with the answer of each model."""
         data = self.setup.scenario.data
-        if not isinstance(data, HpoData) or not data.answers:
+        if isinstance(data, Icd10Data) or not data.answers:
             return []
-        asked = self.setup.corpus.test[: data.answers]
-        questions = [example.text for example in asked]
+        asked = [example for example in self.setup.corpus.test if example.answer][: data.answers]
+        if not asked:
+            return []
+        questions = [example.turns[:-1] or (Turn("user", example.text),) for example in asked]
         models = {"base": initial_vector(self.setup.plan)}
         first = next(iter(self.setup.sites))
         if first in self.alone:
@@ -211,6 +233,7 @@ class Run:
             self.setup.corpus.labels,
             self.setup.model,
             largest_site=largest,
+            holdout=site_data(self.setup.corpus.test),
             head_only=True,
         )
         rounds = plan.training.rounds

@@ -1,5 +1,6 @@
 """What a run starts from: everything that follows from its scenario without training."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,12 @@ from umbel_common.errors import UmbelError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_simulations.backends.site_config import public_size
 from umbel_simulations.inputs.base_model import model_folder
-from umbel_simulations.inputs.partition import partition
-from umbel_simulations.inputs.sources import Corpus, Example, load_source
+from umbel_simulations.inputs.partition import partition, site_data, unit_count
+from umbel_simulations.inputs.sources import Corpus, Example, load_source, repeated_for_test
 from umbel_simulations.scenario.plan import make_plan
 from umbel_simulations.scenario.scenario import Scenario
+
+_logger = logging.getLogger("umbel.simulation")
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,18 @@ def load_setup(scenario: Scenario) -> RunSetup:
     """
     model = model_folder(scenario.model)
     corpus = load_source(scenario)
+    repeated = repeated_for_test(corpus)
+    if repeated:
+        _logger.warning(
+            "%d of %d test records are training records too: what is measured on them may be"
+            " remembered",
+            repeated,
+            len(corpus.test),
+        )
     sites = partition(corpus.train, scenario.sites, scenario.seed)
     largest = max(len(examples) for examples in sites.values())
-    plan = make_plan(scenario, corpus.labels, model, largest_site=largest)
+    holdout = site_data(corpus.test)
+    plan = make_plan(scenario, corpus.labels, model, largest_site=largest, holdout=holdout)
     _check_sites(plan, sites)
     return RunSetup(scenario, model, corpus, sites, plan)
 
@@ -51,7 +63,7 @@ def _check_sites(plan: TrainingPlan, sites: Mapping[str, Sequence[Example]]) -> 
     """Finds out early what a site would refuse the plan for."""
     for site, examples in sites.items():
         try:
-            noise_for(plan, public_size(len(examples)))
+            noise_for(plan, public_size(unit_count(examples)))
         except UmbelError as error:
             error.field = f"{site}, {error.field}"
             raise

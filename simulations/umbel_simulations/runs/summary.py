@@ -10,6 +10,7 @@ from umbel_common.adapters.vector import size_of
 from umbel_common.plans.plan import LocalPrivacy
 from umbel_common.protocol.verification import VerifiedJob, verify_transcript
 from umbel_simulations.backends.in_process import Federation, JobOutcome
+from umbel_simulations.inputs.partition import unit_count
 from umbel_simulations.reporting import events
 from umbel_simulations.reporting.measures import ACCURACY, measure_of
 from umbel_simulations.reporting.recorder import read_metrics
@@ -80,6 +81,13 @@ def summarise(
         versions={name: version(name) for name in VERSIONS_OF},
         answers=findings.answers,
         differences=findings.differences,
+        counted=[
+            f"round {number}: {text}"
+            for number, text in {
+                event.round: event.text for event in kept if isinstance(event, events.SitesCounted)
+            }.items()
+        ],
+        held_back=list(job.held_back),
     )
 
 
@@ -129,6 +137,7 @@ def _site_result(
         sent_masked_bytes=masked,
         sent_protocol_bytes=sum(answer.sent_bytes for answer in answers) - masked - clear,
         received_bytes=sum(answer.received_bytes for answer in answers),
+        units=unit_count(examples) if any(example.unit for example in examples) else None,
     )
 
 

@@ -15,6 +15,7 @@ from umbel_common.adapters.peft_folder import (
     HEAD_FILE,
     PLAN_FILE,
     TASK_FILE,
+    is_head_alone,
     text_files,
 )
 from umbel_common.adapters.reach import require_reachable
@@ -45,6 +46,10 @@ def verify_run(folder: Path) -> VerifiedJob:
     Raises:
         VerificationError: a check failed; the error names the file.
     """
+    if not folder.is_dir():
+        raise VerificationError(
+            "there is no such run", file=folder, remedy="give the folder of a finished run"
+        )
     roster = _roster(folder / "roster.json")
     job = verify_transcript(read_signed(folder / "transcript.jsonl"), roster)
     # Its last release is no outcome of the plan: a cut history would look like a finished run.
@@ -117,13 +122,18 @@ def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster) -> None:
 def _verify_settings(folder: Path, plan: TrainingPlan) -> None:
     """Compares what says how to use an adapter with its plan: with another scaling, or with other
     labels, the same tensors are another model."""
-    for name in (CONFIG_FILE, TASK_FILE, PLAN_FILE):
+    wanted = text_files(plan)
+    names = [CONFIG_FILE, TASK_FILE, PLAN_FILE]
+    if is_head_alone(plan):
+        names.remove(CONFIG_FILE)
+        _require_no_layers(folder / CONFIG_FILE)
+    for name in names:
         try:
             text = (folder / name).read_text(encoding="utf-8")
             if name == PLAN_FILE:
                 same = plan_from_json(text, folder / name)[0] == plan
             else:
-                same = json.loads(text) == json.loads(text_files(plan)[name])
+                same = json.loads(text) == json.loads(wanted[name])
         except (OSError, ValueError, RecursionError, PlanError) as error:
             raise VerificationError(
                 "an adapter cannot be read", file=folder / name, found=error
@@ -137,6 +147,16 @@ def _verify_settings(folder: Path, plan: TrainingPlan) -> None:
             path,
             "an adapter of this plan has no such file",
         )
+
+
+def _require_no_layers(path: Path) -> None:
+    """A head alone needs no configuration of PEFT's; one that is there may not add layers to it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise VerificationError("an adapter cannot be read", file=path, found=error) from None
+    layers = found.get("target_modules") if isinstance(found, dict) else found
+    _require(not layers, path, "it is not what the plan says")
 
 
 def _verify_summary(path: Path, job: VerifiedJob, roster: Roster) -> None:
@@ -207,8 +227,10 @@ def _can_be(
     rounds = sum(site.name in release.survivors for release in job.releases)
     if min(site.records, *site.labels.values(), site.sent_clear_bytes) < 0:
         return False
+    if site.units is not None and not 1 <= site.units <= site.records:
+        return False
     try:
-        noise = noise_for(job.plan, public_size(site.records))
+        noise = noise_for(job.plan, public_size(site.units or site.records))
     except UmbelError:
         # With this number of records no site can take part.
         return False

@@ -1,5 +1,6 @@
 """Finds, reads and checks scenario files, and applies the command line's options to them."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from umbel_common.errors import ConfigError
 from umbel_common.plans.plan import CausalLm, NoPrivacy
 from umbel_common.toml_values import from_table, read_table
 from umbel_simulations.scenario.scenario import (
-    ClassificationSettings,
     FileData,
     HpoData,
     Icd10Data,
@@ -32,7 +32,7 @@ def find_scenario(name_or_path: str) -> Scenario:
         ConfigError: there is no such scenario, or its parts do not fit together.
     """
     shipped = SHIPPED / f"{name_or_path}.toml"
-    is_path = name_or_path.endswith(".toml") or len(Path(name_or_path).parts) != 1
+    is_path = name_or_path.endswith(".toml") or os.sep in name_or_path
     path = Path(name_or_path) if is_path else shipped
     if not path.is_file():
         names = ", ".join(file.stem for file in sorted(SHIPPED.glob("*.toml")))
@@ -150,13 +150,19 @@ def _check_sources(scenario: Scenario, require: Require) -> None:
             sites.column,
             f'{column}, with data.source = "{source}"',
         )
-    answers = isinstance(scenario.task, CausalLm)
+    answers, data = isinstance(scenario.task, CausalLm), scenario.data
     require(
-        isinstance(scenario.data, HpoData) == answers,
+        isinstance(data, FileData) or isinstance(data, HpoData) == answers,
         "data.source",
-        scenario.data.__struct_config__.tag,
-        'hpo if task = "causal-lm", otherwise another source',
+        data.__struct_config__.tag,
+        'hpo or files if task = "causal-lm", otherwise icd10cm or files',
     )
+    if isinstance(data, FileData):
+        _check_files(scenario, data, require)
+    else:
+        require(
+            sites.partition != "files", "sites.partition", "files", 'a data.source = "files" for it'
+        )
     fitting = {"base", "local-only", "pooled"} if answers else {"majority", "head-only"}
     others = {"local-only", "pooled"} | fitting
     require(
@@ -173,20 +179,31 @@ def _check_sources(scenario: Scenario, require: Require) -> None:
     )
 
 
-def require_classification(scenario: Scenario, command: str) -> None:
-    """Refuses a scenario of a language model for a command that takes classifications only.
-
-    Raises:
-        ConfigError: the scenario trains a language model.
-    """
-    if not isinstance(scenario.task, ClassificationSettings):
-        raise ConfigError(
-            f"umbel-simulate {command} takes classification scenarios only",
-            field=f"task, scenario {scenario.name}",
-            found=scenario.task.__struct_config__.tag,
-            accepted="classification",
-            remedy="umbel-simulate run takes every scenario",
+def _check_files(scenario: Scenario, data: FileData, require: Require) -> None:
+    sites = scenario.sites
+    several = isinstance(data.train, dict)
+    require(
+        several == (sites.partition == "files"),
+        "sites.partition",
+        sites.partition,
+        '"files" if data.train names a file for each site, otherwise another one',
+    )
+    if isinstance(data.train, dict):
+        require(
+            set(data.train) == set(sites.all_names),
+            "data.train",
+            ", ".join(data.train),
+            f"a file for each of {', '.join(sites.all_names)}",
         )
+    if isinstance(scenario.task, CausalLm):
+        require(
+            data.records_per_label is None,
+            "data.records_per_label",
+            data.records_per_label,
+            "none for a language model, whose records have no label",
+        )
+    else:
+        require(data.general is None, "data.general", data.general, "none for a classification")
 
 
 def _check_protocol(scenario: Scenario, require: Require) -> None:
@@ -217,11 +234,29 @@ def _load(path: Path) -> Scenario:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("a scenario cannot be read", file=path, found=error) from error
+    return parse_scenario(text, path)
+
+
+def parse_scenario(text: str, path: Path) -> Scenario:
+    """The scenario of a text.
+
+    Args:
+        path: the file that it is in, or will be; relative paths start at its folder.
+
+    Raises:
+        ConfigError: a field is unknown, missing or wrong, or parts do not fit together.
+    """
     table = read_table(text, path)
     task = table.get("task")
     if isinstance(task, dict):
         # Most scenarios are classifications, and need not say so.
         task.setdefault("task", "classification")
+    data, sites = table.get("data"), table.get("sites")
+    if isinstance(data, dict) and isinstance(sites, dict) and isinstance(data.get("train"), dict):
+        # The files say who the sites are.
+        names = list(data["train"])
+        for field, value in (("count", len(names)), ("names", names), ("partition", "files")):
+            sites.setdefault(field, value)
     scenario = _anchored(from_table(table, Scenario, path), path.resolve().parent)
     check_scenario(scenario, path)
     return scenario
@@ -234,5 +269,11 @@ def _anchored(scenario: Scenario, folder: Path) -> Scenario:
     if model.path is not None:
         model = replace(model, path=str(folder / model.path))
     if isinstance(data, FileData):
-        data = replace(data, train=str(folder / data.train), test=str(folder / data.test))
+        train = (
+            str(folder / data.train)
+            if isinstance(data.train, str)
+            else {site: str(folder / file) for site, file in data.train.items()}
+        )
+        general = None if data.general is None else str(folder / data.general)
+        data = replace(data, train=train, test=str(folder / data.test), general=general)
     return replace(scenario, model=model, data=data)

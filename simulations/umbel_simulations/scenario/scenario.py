@@ -6,9 +6,11 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from umbel_common.canonical import Name, Value
+from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import (
     CausalLm,
     Count,
+    FederatedEvaluation,
     Fraction,
     LocalPrivacy,
     Method,
@@ -18,8 +20,15 @@ from umbel_common.plans.plan import (
 )
 
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
-Package = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z")]
+Package = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z",
+        description="the name of a package of Python as it is imported, in quotes",
+    ),
+]
 Baseline = Literal["base", "majority", "head-only", "local-only", "pooled"]
+AnswerCount = Annotated[int, msgspec.Meta(ge=0, le=100)]
 Stage = Literal["train", "share", "mask", "confirm", "unmask"]
 
 
@@ -56,19 +65,30 @@ class HpoData(Data, frozen=True, tag_field="source", tag="hpo"):
     """`source = "hpo"`: asks what a phenotype is; the answer is its definition in the Human
     Phenotype Ontology."""
 
-    answers: Annotated[int, msgspec.Meta(ge=0, le=100)] = 6
+    answers: AnswerCount = 6
     """Number of test questions that each model answers in the report."""
 
 
 class FileData(Data, frozen=True, tag_field="source", tag="files", kw_only=True):
-    """`source = "files"`: a .jsonl or .csv file for training and one for scoring."""
+    """`source = "files"`: own files, of every kind and format that a site takes."""
 
-    train: str
-    """Path of the training file, relative to the scenario file."""
+    train: str | dict[Name, str]
+    """Path of the training file, relative to the scenario file; or the file of each site."""
     test: str
     """Path of the test file. It is assumed to be public: the server scores on it."""
     text_column: str = "text"
     label_column: str = "label"
+    format: Format = "auto"
+    """Format of a language model's records; `auto`: what the columns show."""
+    unit_column: str | None = None
+    """The column that says whose a record is. A unit's records are at one site, and privacy is
+    promised for the unit."""
+    max_records_per_unit: Count = 32
+    """Most records of a unit that a site uses."""
+    general: str | None = None
+    """A file with a column `text`, about something else: it shows what a language model forgets."""
+    answers: AnswerCount = 6
+    """Number of test questions that each language model answers in the report."""
 
 
 class Sites(Value, frozen=True):
@@ -78,9 +98,10 @@ class Sites(Value, frozen=True):
     """Number of sites."""
     names: tuple[Name, ...] | None = None
     """One name for each site; absent: hospital-a, hospital-b and so on."""
-    partition: Literal["iid", "dirichlet", "column"] = "dirichlet"
+    partition: Literal["iid", "dirichlet", "column", "files"] = "dirichlet"
     """`iid`: at random. `dirichlet`: each label in random shares (Hsu et al. 2019, section 2).
-    `column`: all records with the same value of `column` go to one site."""
+    `column`: all records with the same value of `column` go to one site. `files`: each site has the
+    file that `data.train` names for it."""
     alpha: Positive = 0.5
     """Concentration of the Dirichlet distribution: the smaller, the more the sites differ."""
     column: str | None = None
@@ -121,8 +142,8 @@ class LoraSettings(Value, frozen=True):
     rank: Annotated[int, msgspec.Meta(ge=1, le=512)]
     alpha: Positive
     """The adapter's output is scaled by alpha / rank."""
-    target_modules: tuple[str, ...]
-    """Names of the linear layers that get an adapter."""
+    target_modules: tuple[str, ...] | Literal["all-linear"]
+    """Names of the linear layers that get an adapter; `all-linear`: all but the output layer."""
     layers: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] | None = None
     """Indices of the transformer layers that get an adapter; absent: all."""
     method: Method = "alternate"
@@ -195,6 +216,14 @@ class Dropout(Value, frozen=True):
     """The first stage of the round that the site does not answer."""
 
 
+class GateSettings(Value, frozen=True):
+    """`[release_gate]`: holds back what scores worse on the test set; see
+    `umbel_common.plans.plan.ReleaseGate`."""
+
+    max_loss_increase: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+    """Largest allowed increase of the mean loss over the predecessor's, in nats."""
+
+
 class Faults(Value, frozen=True):
     """`[faults]`: faults that the simulation causes on purpose."""
 
@@ -250,6 +279,10 @@ class Scenario(Value, frozen=True, kw_only=True):
     privacy: LocalPrivacy | NoPrivacy
     """`mode = "local"` with epsilon, delta, clip_norm and clipping, or `mode = "none"`."""
     aggregation: AggregationSettings
+    evaluation: FederatedEvaluation | None = None
+    """`[evaluation]`: each site scores adapters on records that it holds out; absent: none does."""
+    release_gate: GateSettings | None = None
+    """Absent: each round's adapter is released."""
     site_policy: SitePolicy = SitePolicy()
     faults: Faults = Faults()
     compute: Compute = Compute()

@@ -1,5 +1,6 @@
 """`umbel-client budget`: true figures from a ledger alone, and a ledger that lies is named."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from umbel_client.cli import app
+from umbel_client.cli.command import app
 from umbel_client.ledger import spending
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.privacy.accounting import DpEvent, epsilon
@@ -17,7 +18,7 @@ from umbel_client.site.policy import Budget
 from umbel_client.storage.journal import Journal
 from umbel_common.errors import LedgerError
 from umbel_common.plans.statements import RoundHeader
-from umbel_host.terminal import exit_code
+from umbel_host.entry import exit_code
 
 DATA_SET = bytes(range(32))
 PLAN = b"\x01" * 32
@@ -149,7 +150,7 @@ def test_a_ledger_without_releases_has_its_whole_budget(state: Path) -> None:
     assert run("history") == "No round was charged yet.\n"
 
 
-@pytest.mark.parametrize("command", ["show", "history", "verify"])
+@pytest.mark.parametrize("command", ["history", "verify"])
 def test_where_there_is_no_ledger_none_is_made(state: Path, command: str) -> None:
     assert "no privacy ledger" in refusal(command).message
     assert list(state.iterdir()) == []
@@ -226,4 +227,22 @@ def test_without_a_ledger_the_command_ends_with_its_exit_code(
     state: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code(lambda: app(["budget", "verify"], standalone_mode=False)) == 33
+    assert "no privacy ledger" in capsys.readouterr().err
+
+
+def test_a_new_site_has_spent_nothing(state: Path) -> None:
+    done = CliRunner().invoke(app, ["budget", "show"])
+    assert (done.exit_code, "Nothing was spent yet" in done.stdout) == (0, True)
+    found = json.loads(CliRunner().invoke(app, ["budget", "show", "--json"]).stdout)
+    assert (found["spent"], found["left"], found["jobs"]) == (0.0, found["total"], [])
+    assert (found["data_set"], found["head"], found["old_copy"]) == (None, None, False)
+    assert list(state.iterdir()) == []
+
+
+def test_a_ledger_that_a_journal_knows_is_missing_and_not_new(
+    state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state.mkdir(exist_ok=True)
+    Journal(state / "session.sqlite").close()
+    assert exit_code(lambda: app(["budget", "show"], standalone_mode=False)) == 33
     assert "no privacy ledger" in capsys.readouterr().err

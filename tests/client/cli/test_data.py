@@ -10,7 +10,7 @@ from support.data_commands import KINDS, PAIRS, TEXTS, command, config_file, ref
 from support.small_models import save_decoder
 from typer.testing import CliRunner
 
-from umbel_client.cli import app
+from umbel_client.cli.command import app
 from umbel_client.data.chat import tokenise_answers
 from umbel_client.data.records import load_records
 from umbel_common.errors import DataError, ModelError

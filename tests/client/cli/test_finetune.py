@@ -18,7 +18,11 @@ from support.small_models import one_round, plan_for, save_decoder
 from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from umbel_client.cli import app, doctor
+from umbel_client.cli import doctor
+from umbel_client.cli.command import app
+from umbel_client.cli.finetune import _loaded
+from umbel_client.data.conversations import Turn, read_questions
+from umbel_client.data.tables import read_table
 from umbel_client.models.adapters.folder import read_adapter
 from umbel_client.site.config import load_config
 from umbel_common.errors import DataError, ModelError, StorageError
@@ -145,6 +149,121 @@ def test_questions_come_from_a_file_too(answering: Site, answers: Path) -> None:
     file = answering.folder / "data.jsonl"
     found = answering.run("generate", "--adapter", answers, "--input", file, "--max-new-tokens", 3)
     assert [row["prompt"] for row in found] == [row["prompt"] for row in PAIRS]
+
+
+QUESTIONS: dict[str, tuple[list[dict[str, Any]], list[Any]]] = {
+    "messages": (
+        [
+            {"messages": [{"role": "user", "content": "say yes"}]},
+            {
+                "messages": [
+                    {"role": "user", "content": "say no"},
+                    {"role": "assistant", "content": "n"},
+                ]
+            },
+        ],
+        ["say yes", "say no"],
+    ),
+    "turns": (
+        [{"prompt": [{"role": role, "content": "say yes"} for role in ("system", "user")]}],
+        [[{"role": role, "content": "say yes"} for role in ("system", "user")]],
+    ),
+    "instruction": ([{"instruction": "say", "input": "yes"}, {"instruction": "say no"}], None),
+    "text": (
+        [{"text": "<|im_start|>user\nsay yes<|im_end|>\n<|im_start|>assistant\nn<|im_end|>\n"}],
+        ["<|im_start|>user\nsay yes<|im_end|>\n<|im_start|>assistant\nn<|im_end|>\n"],
+    ),
+    "prompt before others": ([{"text": "a passage", "prompt": "say yes"}], ["say yes"]),
+}
+
+
+def test_questions_come_in_every_format(answering: Site, answers: Path) -> None:
+    """Up to their answer, which a row may have or lack."""
+    file = answering.folder / "questions.jsonl"
+    asked = ("generate", "--adapter", answers, "--input", file, "--max-new-tokens", 3)
+    for name, (rows, shown) in QUESTIONS.items():
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = answering.run(*asked)
+        assert [row["prompt"] for row in found] == (shown or ["say\n\nyes", "say no"]), name
+        if name in ("messages", "text", "prompt before others"):
+            assert found[0]["answer"] == "yes", name
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "a"}, "has no questions"),
+        ({"prompt": " "}, "row 1 has an empty prompt"),
+        ({"prompt": None}, "row 1 has an empty prompt"),
+        ({"messages": []}, "row 1 has no messages"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "row 1 has nothing to answer"),
+        ({"messages": [{"role": "user", "content": " "}]}, "row 1 has an empty message"),
+        ({"instruction": 5}, "row 1 has no instruction"),
+    ],
+)
+def test_a_row_without_a_question_is_named(tmp_path: Path, row: Any, message: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=message) as caught:
+        read_questions(file, read_table(file), LM, "auto")
+    assert caught.value.file == file
+
+
+def test_a_plain_plan_takes_plain_questions(tmp_path: Path) -> None:
+    file, plain = tmp_path / "a.jsonl", CausalLm(template="plain")
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n")
+    assert read_questions(file, read_table(file), plain, "auto") == [(Turn("user", "a"),)]
+    turns = [{"role": role, "content": "a"} for role in ("system", "user")]
+    file.write_text(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(DataError, match="takes a template"):
+        read_questions(file, read_table(file), plain, "auto")
+
+
+@pytest.mark.parametrize("name", ["generate", "classify"])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("", "an empty text"), (" \n", "an empty text"), ("a\udc80", "a character that is not UTF-8")],
+)
+def test_a_text_of_the_command_line_is_a_text(
+    answering: Site, name: str, text: str, found: str
+) -> None:
+    option = "--prompt" if name == "generate" else "--text"
+    arguments = ("--adapter", "alone", option, "a", option, text, "--config", answering.config)
+    error = refused(DataError, name, *arguments)
+    assert (error.field, error.found) == (f"{option}, number 2", found)
+
+
+def test_a_file_without_the_column_of_texts_is_named(labelling: Site) -> None:
+    file = labelling.folder / "other.jsonl"
+    file.write_text('{"sentence": "w1"}\n')
+    arguments = ("--adapter", "alone", "--input", file, "--config", labelling.config)
+    error = refused(DataError, "classify", *arguments)
+    assert (error.message, error.field) == ("a column is missing", "text")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--seed", -1),
+        ("--seed", 2**63),
+        ("--temperature", "nan"),
+        ("--temperature", -1),
+        ("--temperature", 1e-9),
+        ("--temperature", "inf"),
+        ("--max-new-tokens", 0),
+        ("--max-new-tokens", 10**9),
+        ("--input", "also-a-file.jsonl"),
+    ],
+)
+def test_a_word_out_of_range_is_a_wrong_command_line(answering: Site, wrong: Any) -> None:
+    asked = ("generate", "--adapter", "alone", "--prompt", "a", "--config", answering.config)
+    done = CliRunner().invoke(app, [str(one) for one in (*asked, *wrong)])
+    assert done.exit_code == 2
+
+
+def test_the_largest_seed_is_one(answering: Site, answers: Path) -> None:
+    asked = ("generate", "--adapter", answers, "--prompt", "a", "--temperature", 0.001)
+    assert len(answering.run(*asked, "--max-new-tokens", 1, "--seed", 2**63 - 1)) == 1
 
 
 def test_sampling_follows_its_seed(answering: Site, answers: Path) -> None:
@@ -329,3 +448,12 @@ def test_the_doctor_says_that_a_plan_does_not_fit_the_model(labelling: Site, lla
     finding = doctor._tried("plan", check, load_config(labelling.config))
     assert finding.verdict is doctor.Verdict.BROKEN
     assert "not the one that the plan" in finding.text
+
+
+def test_a_device_that_is_named_replaces_the_list_and_what_it_divides(tmp_path: Path) -> None:
+    model = 'models/m"\ndevice = ["cuda:0", "cuda:1"]\nsplit = "records'
+    (tmp_path / "client.toml").write_text(CONFIG.format(model=model, size=12))
+    listed = _loaded(tmp_path / "client.toml", None).model
+    assert (listed.device, listed.split) == (("cuda:0", "cuda:1"), "records")
+    named = _loaded(tmp_path / "client.toml", "cuda:1").model
+    assert (named.device, named.split) == ("cuda:1", "layers")

@@ -13,15 +13,22 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from support.enrolling import Enrolling, give_command, read_kit
 
-import umbel_client.cli
+import umbel_client.cli.command
 from umbel_client.site import joining
 from umbel_client.site.config import load_config
 from umbel_client.site.kit_certificate import Certificates, check_certificate
 from umbel_client.site.pinned_roster import revoke_here
-from umbel_common.errors import ConfigError, IdentityError, SignatureError, StorageError
+from umbel_common.errors import (
+    ConfigError,
+    IdentityError,
+    ModelError,
+    SignatureError,
+    StorageError,
+)
 from umbel_common.trust.enrolment import SiteKit
 from umbel_common.trust.identity import Identity
 from umbel_host.files.keys import read_identity
+from umbel_host.files.model_digest import folder_digest
 from umbel_server.operator.authority import Authority, certificate_pem, new_authority, new_key
 
 NOW = datetime.now(UTC)
@@ -53,13 +60,69 @@ def test_init_makes_keys_for_their_owner_a_request_and_a_configuration(clinics: 
 def test_init_goes_on_with_an_identity_and_a_configuration_that_are_there(
     tmp_path: Path,
 ) -> None:
-    give_command(umbel_client.cli.app, tmp_path, "keygen")
+    give_command(umbel_client.cli.command.app, tmp_path, "keygen")
     key = read_identity(tmp_path / "identity.pem").public_key
     (tmp_path / "client.toml").write_text("# ours\n")
     words = ("init", "--site", "north", "--federation", "clinics")
-    give_command(umbel_client.cli.app, tmp_path, *words)
+    give_command(umbel_client.cli.command.app, tmp_path, *words)
     assert read_identity(tmp_path / "identity.pem").public_key == key
     assert (tmp_path / "client.toml").read_text() == "# ours\n"
+
+
+def test_init_writes_what_it_is_given_into_a_configuration_that_loads(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    folder, labels = tmp_path / 'a "site"', ("flu", 'so "called"\nmax_epsilon = 9 #')
+    notes = folder / "data" / "nötes.csv"
+    notes.parent.mkdir(parents=True)
+    notes.touch()
+    words = ["init", "--site", "north", "--federation", "clinics", "--folder", str(folder)]
+    words += ["--data", str(notes), "--public-size", "70", "--model", str(tiny_model)]
+    for label in labels:
+        words += ["--label", label]
+    give_command(umbel_client.cli.command.app, tmp_path, *words)
+    config = load_config(folder / "client.toml")
+    assert (config.data.path, config.data.public_size) == (str(notes), 70)
+    assert config.model.path == str(tiny_model)
+    assert config.policy.models == (folder_digest(tiny_model).hex(),)
+    assert (config.policy.labels, config.policy.max_epsilon) == (labels, 3.0)
+    assert 'path = "data/nötes.csv"' in (folder / "client.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "said"),
+    [
+        (("--data", "nowhere.csv"), ConfigError, "records is missing"),
+        (("--model", "."), ModelError, "lacks a file"),
+        (("--public-size", "9", "--config-there"), StorageError, "there already"),
+        (("--label", "flu", "--label", "Flu"), AssertionError, "look alike"),
+        (("--label", "flu"), AssertionError, "two labels or more"),
+        (("--label", "flu", "--label", " "), AssertionError, "a label is empty"),
+        (("--label", "flu", "--label", "\udcff"), ConfigError, "cannot hold"),
+        (("--data", "/tmp/\udcff/.."), ConfigError, "records is missing"),
+        (("--public-size", "0"), AssertionError, "not in the range"),
+        (("--local", "--label", "flu"), AssertionError, "takes no other option"),
+    ],
+)
+def test_init_makes_nothing_of_what_it_cannot_use(
+    tmp_path: Path, words: tuple[str, ...], kind: type[Exception], said: str
+) -> None:
+    there = "--config-there" in words
+    if there:
+        (tmp_path / "client.toml").write_text("# ours\n")
+    given = [word for word in words if word != "--config-there"]
+    with pytest.raises(kind, match=said):
+        give_command(
+            umbel_client.cli.command.app,
+            tmp_path,
+            "init",
+            "--site",
+            "a",
+            "--federation",
+            "b",
+            *given,
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["client.toml"] * there
 
 
 @pytest.fixture
@@ -80,7 +143,7 @@ def test_init_on_a_full_disk_leaves_nothing_behind(
     limit(size)
     words = ("init", "--site", "north", "--federation", "clinics", "--folder", "a/b")
     with pytest.raises((StorageError, IdentityError), match="cannot be written"):
-        give_command(umbel_client.cli.app, tmp_path, *words)
+        give_command(umbel_client.cli.command.app, tmp_path, *words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,11 +151,13 @@ def test_init_on_a_full_disk_keeps_what_was_there(
     tmp_path: Path, limit: Callable[[int], None]
 ) -> None:
     """It stops at the request, the last of the files."""
-    give_command(umbel_client.cli.app, tmp_path, "keygen")
+    give_command(umbel_client.cli.command.app, tmp_path, "keygen")
     (tmp_path / "client.toml").write_text("# ours\n")
     limit(600)
     with pytest.raises(StorageError):
-        give_command(umbel_client.cli.app, tmp_path, "init", "--site", "a", "--federation", "b")
+        give_command(
+            umbel_client.cli.command.app, tmp_path, "init", "--site", "a", "--federation", "b"
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["client.toml", "identity.pem"]
 
 
@@ -199,6 +264,8 @@ def test_no_address_writes_a_second_line_into_the_configuration(
     )
     monkeypatch.setattr(joining, "kit_from_json", lambda *_: lenient)
     monkeypatch.setattr(joining, "check_kit", lambda *_: None)
+    refused(clinics, forged, IdentityError, "could not connect to the address in a kit")
+    monkeypatch.setattr(joining, "require_reachable", lambda _: None)
     clinics.client("north", "join", str(forged))
     assert '\nsocket2 = "x"\n' in (clinics.folder / "north/client.toml").read_text()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from umbel_client.cli import app
+from umbel_client.cli.command import app
 from umbel_common.errors import IdentityError, StorageError, UmbelError
 from umbel_common.trust.identity import Identity, fingerprint
 from umbel_common.trust.key_statements import revoke
@@ -137,7 +137,8 @@ def test_an_error_ends_with_its_code_and_its_diagnostics_on_stderr(site: Path) -
 
 def test_the_command_starts_without_torch() -> None:
     script = (
-        "import sys; from umbel_client.cli import app; app(['--help'], standalone_mode=False);"
+        "import sys; from umbel_client.cli.command import app;"
+        "app(['--help'], standalone_mode=False);"
         "heavy = {'torch', 'opacus', 'transformers', 'flwr', 'datasets'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

@@ -1,5 +1,6 @@
 """`umbel-client roster` as its users meet it: at a terminal, without one, and on disk."""
 
+import io
 import os
 import pty
 import re
@@ -14,7 +15,8 @@ from support import warm_python
 from support.waiting import HANGING
 from typer.testing import CliRunner, Result
 
-from umbel_client.cli import app
+from umbel_client.cli.command import app
+from umbel_client.cli.roster_view import print_roster
 from umbel_client.site.pinned_roster import require_document
 from umbel_common.errors import IdentityError, SignatureError, StorageError, UmbelError
 from umbel_common.trust.identity import Identity, Member, Roster, fingerprint
@@ -26,8 +28,9 @@ from umbel_common.trust.roster_file import (
     revocation_to_json,
     rotation_to_json,
 )
+from umbel_host.entry import exit_code
 from umbel_host.files.keys import read_identity, write_identity
-from umbel_host.terminal import exit_code
+from umbel_host.terminal import Screen
 
 OPERATOR_KEY, NORTH, SOUTH, NEW, THIEF = (Identity(bytes([number]) * 32) for number in range(1, 6))
 
@@ -152,7 +155,12 @@ def test_the_longest_name_folds_and_the_fingerprints_stay_whole_and_aligned(site
     roster = Roster("clinics", OPERATOR_KEY.public_key, members)
     proposed = RosterDocument(roster, revoked_here=(SOUTH.public_key,))
     write(site / "long.json", proposed)
-    lines = run("roster show long.json").stdout.splitlines()
+    piped = run("roster show long.json").stdout.splitlines()
+    own = fingerprint(SOUTH.public_key)
+    assert any(line.startswith("a" * 64) and own in line for line in piped)
+    shown = io.StringIO()
+    print_roster(Screen(file=shown, width=80), proposed, "north")
+    lines = shown.getvalue().splitlines()
     table = [line for line in lines if not line.startswith("digest")]
     assert max(len(line.rstrip()) for line in table) <= 80
     columns = {

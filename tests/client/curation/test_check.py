@@ -21,11 +21,11 @@ from support.data_commands import (
 from support.small_models import CHATML, save_bert, save_decoder
 from typer.testing import CliRunner
 
-from umbel_client.cli import app
+from umbel_client.cli.command import app
 from umbel_client.data.chat import tokenise_answers
 from umbel_client.data.records import load_records
 from umbel_client.data.tokens import load_tokenizer
-from umbel_client.models.base.folder import skeleton
+from umbel_client.models.base.skeleton import skeleton
 from umbel_common.errors import ConfigError, DataError, ModelError
 from umbel_common.plans.plan import CausalLm, Classification
 
@@ -192,6 +192,117 @@ def test_a_byte_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
 def test_labels_that_are_none_are_named(tmp_path: Path, labels: list[Any], message: str) -> None:
     file = written(tmp_path / "a.jsonl", [{"text": "secret", "label": x} for x in labels])
     assert refused(DataError, "check", file).message == message
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (["flu", "flu ", "b"], "'flu' and 'flu ' differ only in spaces"),
+        (["Flu", "flu", "b"], "'Flu' and 'flu' differ only in upper and lower case"),
+        (["1", "1.0", "b"], "'1' and '1.0' differ only in how the same number is written"),
+        (["u\u0308", "\u00fc", "b"], "'u\\u0308' and '\u00fc' differ only in how its accents"),
+    ],
+)
+def test_labels_that_look_alike_are_told(tmp_path: Path, labels: list[str], told: str) -> None:
+    rows = [{"text": f"secret {n}", "label": label} for n, label in enumerate(labels)]
+    found = shown("check", written(tmp_path / "a.jsonl", rows))
+    assert "labels look alike" in found["look"]
+    assert told in found["look"]
+
+
+def test_units_that_look_alike_and_those_of_nobody_are_told(tmp_path: Path) -> None:
+    names = ["p1", "P1", "p 2", "p  2", "unknown", "unknown", "p3"]
+    rows = [{**row, "patient": name} for row, name in zip(PAIRS, names, strict=False)]
+    text = command("check", written(tmp_path / "a.csv", rows), "--unit", "patient")
+    assert "'p1' and 'P1' differ only in upper and lower case" in text
+    assert "'p 2' and 'p  2' differ only in spaces" in text
+    assert "the unit 'unknown' has 2 records" in text
+
+
+def test_texts_that_look_alike_are_told(tmp_path: Path) -> None:
+    same = [" secret  3", "s\u00adecret 3", "SECRET 3", "\uff53ecret 3", "secr\u0117t 3"]
+    rows = [*TEXTS, *[{**TEXTS[3], "text": text} for text in [*same, "secre\u0307t 3"]]]
+    lines = shown("check", written(tmp_path / "a.jsonl", rows))
+    assert lines["repeated"] == "3 records: rows 21, 22, 26"
+    assert lines["alike"].startswith("2 records: rows 23, 24, but for case")
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        (("text", "labels"), "'labels' comes near it"),
+        (("text", " label"), "' label' comes near it"),
+        (("text", "LABEL", "Labels"), "'LABEL' and 'Labels' come near it"),
+        (("text", "category"), "found text, category; read as whole texts"),
+    ],
+)
+def test_texts_beside_other_columns_are_told_to_have_no_label(
+    tmp_path: Path, columns: tuple[str, ...], told: str
+) -> None:
+    rows = [dict.fromkeys(columns, f"secret {n}") for n in range(4)]
+    found = shown("check", written(tmp_path / "a.csv", rows))
+    assert found["format"] == "text"
+    assert "no column `label`" in found["look"]
+    assert told in found["look"]
+
+
+def test_texts_alone_are_told_nothing(tmp_path: Path) -> None:
+    rows = [{"text": f"secret {n}", "patient": n} for n in range(4)]
+    assert "look" not in shown("check", written(tmp_path / "a.csv", rows), "--unit", "patient")
+
+
+def test_labels_without_a_record_and_records_without_a_label_are_counted(
+    tmp_path: Path, bert: Path
+) -> None:
+    file = written(tmp_path / "a.csv", TEXTS)
+    plan = plan_file(tmp_path, bert, Classification(labels=("a", "b", "c", "d")))
+    found = shown("check", file, "--plan", plan)
+    assert found["look"] == "2 of 4 labels have no record here: 'c', 'd'"
+    plan = plan_file(tmp_path, bert, Classification(labels=("a", "B")))
+    error = refused(DataError, "check", file, "--plan", plan)
+    assert "labels of rows that the plan lacks: 'b' 10" in str(error.remedy)
+    assert "'B' and 'b' differ only in upper and lower case" in str(error.remedy)
+
+
+def test_a_public_size_far_off_is_told_of_the_sites_own_file(tmp_path: Path, bert: Path) -> None:
+    file = written(tmp_path / "a.csv", TEXTS)
+    config = config_file(tmp_path, file, bert)
+    assert "public_size is 100, and there are 20" in shown("check", "--config", config)["look"]
+    other = written(tmp_path / "b.csv", TEXTS)
+    assert "look" not in shown("check", other, "--config", config)
+
+
+def test_a_site_of_one_label_names_the_others(tmp_path: Path, bert: Path) -> None:
+    file = written(tmp_path / "a.csv", [{**row, "label": "a"} for row in TEXTS])
+    error = refused(DataError, "check", file)
+    assert "labels = [" in str(error.remedy)
+    config = config_file(tmp_path, file, bert, labels=("a", "b"))
+    found = shown("check", "--config", config)
+    assert found["labels"] == "a 20"
+    assert "1 of 2 labels have no record here: 'b'" in command("check", "--config", config)
+
+
+def test_rows_of_every_kind_of_fault_are_counted_together(tmp_path: Path) -> None:
+    """Those that cannot be parsed, those without a text, and those without a label."""
+    good = '{"text": "secret", "label": "a"}\n{"text": "secret", "label": "b"}\n'
+    bad = '{\n[1]\n\n{"text": ""}\n{"text": "secret", "label": 1.5}\n'
+    bad += '{"text": "\\ud83d", "label": "a"}\n'
+    (tmp_path / "a.jsonl").write_text(good + bad)
+    (tmp_path / "a.csv").write_text('text,label\nsecret,a\n"secret,b\nc,d,e\n')
+    for name, numbers in (("a.jsonl", [3, 4, 5, 6, 7, 8]), ("a.csv", [2])):
+        done = CliRunner().invoke(app, ["data", "check", str(tmp_path / name), "--all"])
+        assert isinstance(done.exception, DataError)
+        rows = [int(line.split()[1]) for line in done.stderr.splitlines()]
+        assert rows == numbers
+        assert "secret" not in done.stderr
+
+
+def test_formats_that_mix_are_counted_too(tmp_path: Path) -> None:
+    rows = [PAIRS[0], {"text": "secret"}, PAIRS[1], {"text": "secret"}]
+    done = CliRunner().invoke(
+        app, ["data", "check", str(written(tmp_path / "a.jsonl", rows)), "--all"]
+    )
+    assert [line.split()[1] for line in done.stderr.splitlines()] == ["2", "4"]
 
 
 def test_a_plan_is_met(tmp_path: Path, llama: Path) -> None:

@@ -65,7 +65,7 @@ def test_the_same_record_is_the_same_tokens_in_every_format(
     tokenizer = load_tokenizer(folder)
     assert tokenizer.decode(tokens.ids) == TEXT
     counted = labels[labels != IGNORED]
-    assert tokenizer.decode(counted) == (f"{ANSWER}<|im_end|>\n" if loss_on == "answer" else TEXT)
+    assert tokenizer.decode(counted) == (f"{ANSWER}<|im_end|>" if loss_on == "answer" else TEXT)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_earlier_turns_are_context(tmp_path: Path, folder: Path) -> None:
     records = read(jsonl(tmp_path / "a.jsonl", {"messages": turns}))
     tokens, labels = tokenise_answers(records, folder, CausalLm(max_tokens=512))
     tokenizer = load_tokenizer(folder)
-    assert tokenizer.decode(labels[labels != IGNORED]) == f"{ANSWER}<|im_end|>\n"
+    assert tokenizer.decode(labels[labels != IGNORED]) == f"{ANSWER}<|im_end|>"
     assert tokenizer.decode(tokens.ids).endswith(TEXT)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from umbel_client.data.records import Record, alike_units, load_records
+from umbel_client.data.records import Record, load_records
 from umbel_common.errors import DataError
+from umbel_common.plans.alike import alike
 from umbel_common.plans.plan import Classification
 
 TASK = Classification(labels=("heart", "lung"))
@@ -84,6 +85,11 @@ def test_the_digest_is_of_the_file_whatever_its_columns_are_called(
         ({"label": "lung"}, "text, row 2", "NoneType"),
         ({"text": "secret", "label": "liver"}, "label, row 2", "'liver'"),
         ({"text": "secret", "label": None}, "label, row 2", "None"),
+        ({"text": float("nan"), "label": "lung"}, "text, row 2", "float"),
+        ({"text": "secret", "label": float("nan")}, "label, row 2", "nan"),
+        ({"text": "\ud83d", "label": "lung"}, "text, row 2", "half a character (U+D83D)"),
+        ({"text": "secret", "label": "\ud83d"}, "label, row 2", "half a character (U+D83D)"),
+        ({"text": "secret", "label": "lung" * 60}, "label, row 2", "240 characters"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, row: object, field: str, found: str) -> None:
@@ -250,7 +256,7 @@ def test_two_ways_to_write_a_name_are_one_unit(tmp_path: Path) -> None:
 
 
 def test_units_that_look_alike_are_found() -> None:
-    found = alike_units(["p1", "P1", "1", "1.0", "01", "p2", "\uff50\uff12", "1e400", "2"])
+    found = alike(["p1", "P1", "1", "1.0", "01", "p2", "\uff50\uff12", "1e400", "2"])
     assert found == [("p1", "P1"), ("1", "1.0"), ("1", "01"), ("p2", "\uff50\uff12")]
 
 

@@ -89,3 +89,23 @@ def test_units_that_look_alike_are_told(tmp_path: Path) -> None:
 
 def test_what_is_printed_shows_no_record(tmp_path: Path) -> None:
     assert "w1" not in repr(site(tmp_path, ROWS))
+
+
+def test_labels_without_a_record_and_units_of_nobody_are_told(tmp_path: Path) -> None:
+    rows = [*ROWS, *[{**ROWS[0], "patient": "unknown"}] * 2]
+    policy = Policy(labels=("a", "b", "c", "A"))
+    found = list(
+        site(tmp_path, rows, unit_column="patient", public_size=5, policy=policy).warnings()
+    )
+    assert [text for text in found if "no record" in text] == [
+        "2 of 4 labels have no record here: 'c', 'A'"
+    ]
+    assert any("labels look alike: 'a' and 'A'" in text for text in found)
+    assert any("the unit 'unknown' has 2 records" in text for text in found)
+
+
+def test_records_with_a_label_that_the_policy_lacks_are_counted(tmp_path: Path) -> None:
+    found = site(tmp_path, [*ROWS, *[{**ROWS[0], "label": "c"}] * 3])
+    with pytest.raises(DataError) as caught:
+        found.require()
+    assert "labels of rows that the plan lacks: 'c' 3" in str(caught.value.remedy)

@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from support.architectures import save_architecture
 from support.small_models import one_round, plan_for
 
 from umbel_client.dpsgd.batch_size import (
@@ -19,6 +20,7 @@ from umbel_client.dpsgd.batch_size import (
     saved_bytes,
 )
 from umbel_client.models.adapted_model import AdaptedModel
+from umbel_client.models.adapters.targets import all_linear
 from umbel_client.models.inputs import Batch, PooledInputs, TokenInputs
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import Classification, NoPrivacy, TrainingPlan
@@ -46,6 +48,14 @@ def loaded(folder: Path, plan: TrainingPlan) -> AdaptedModel:
 def tokens_batch(records: int, tokens: int) -> Batch:
     mask = torch.ones(records, tokens, dtype=torch.int64)
     return Batch(TokenInputs(mask, mask), torch.zeros(records, dtype=torch.int64))
+
+
+def test_the_width_of_a_model_with_a_tower_is_that_of_its_text(tmp_path: Path) -> None:
+    folder = save_architecture(tmp_path / "m", "Gemma3")
+    task = Classification(labels=("a", "b", "c"), max_tokens=16)
+    for targets in ((), all_linear(folder, task)):
+        model = loaded(folder, plan_of(folder, lora={"target_modules": targets}))
+        assert find_physical_batch_size(model) > 1
 
 
 def test_a_head_alone_keeps_what_can_be_counted_by_hand(tiny_model: Path) -> None:

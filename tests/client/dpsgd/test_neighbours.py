@@ -105,7 +105,7 @@ def mean_over_tokens(self: ClassificationTask, model: AdaptedModel, batch: Batch
 
 
 def adding_whole_gradients(
-    self: PrivateOptimizer, records: int, units: object = None, *, rows: int
+    self: PrivateOptimizer, records: int, units: object = None, *, rows: int, copy: int
 ) -> None:
     """The sum, and nothing clipped."""
     gradients = take_gradients(self.parameters, rows)
@@ -114,7 +114,7 @@ def adding_whole_gradients(
 
 
 def clipping_records(
-    self: PrivateOptimizer, records: int, units: object = None, *, rows: int
+    self: PrivateOptimizer, records: int, units: object = None, *, rows: int, copy: int
 ) -> None:
     """As if each record were its own unit, while steps sample patients."""
     own_accumulate(self, records, rows=rows)

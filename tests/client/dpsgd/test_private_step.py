@@ -17,7 +17,6 @@ from umbel_client.dpsgd.private_step import (
 from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import plan_lora
-from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.precision import Precision
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.frozen_cache import frozen_prefix
@@ -36,6 +35,7 @@ from umbel_common.plans.plan import (
     Training,
     TrainingPlan,
 )
+from umbel_host.files.model_digest import folder_digest
 
 torch.set_num_threads(1)
 

@@ -126,7 +126,9 @@ def noise_shared_by(sites: int) -> type[PrivateOptimizer]:
 class ClippingRecords(PrivateOptimizer):
     """As if each record were its own unit, while steps sample patients."""
 
-    def accumulate(self, records: int, units: object = None, *, rows: int | None = None) -> None:
+    def accumulate(
+        self, records: int, units: object = None, *, rows: int | None = None, copy: int = 0
+    ) -> None:
         super().accumulate(records, rows=rows)
 
 

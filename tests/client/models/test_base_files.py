@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from umbel_client.models.base.files import file_digest, folder_digest, require_model
 from umbel_client.models.base.folder import load_base, read_base
+from umbel_client.models.base.skeleton import skeleton
 from umbel_client.models.base.weights import read_weights
 from umbel_common.errors import ModelError
 from umbel_common.plans.plan import Classification
+from umbel_host.files.model_digest import file_digest, folder_digest, require_model
 from umbel_host.files.model_folder import read_texts
 
 LABELS = Classification(labels=("a", "b"))
@@ -108,6 +109,31 @@ def test_a_file_that_names_itself_is_no_other(tmp_path: Path) -> None:
         "tokenizer_config.json": '{"fast_tokenizer_files": ["tokenizer.json"]}',
     }
     require_model(folder_of(tmp_path / "m", **names))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors"]
+)
+def test_what_was_not_fetched_is_told(tmp_path: Path, name: str) -> None:
+    """A clone without Git LFS has pointers; a copy may lack one of several files with weights."""
+    folder = folder_of(tmp_path / "m")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n")
+    with pytest.raises(ModelError, match="pointer of Git LFS") as caught:
+        require_model(folder)
+    assert caught.value.file == folder / name
+    (folder / name).unlink()
+    with pytest.raises(ModelError, match="lacks a file") as caught:
+        require_model(folder)
+    assert caught.value.field == name
+
+
+def test_code_of_a_folder_is_never_asked_for(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "m")
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (folder / "config.json").write_text(json.dumps(own))
+    with pytest.raises(ModelError, match="code from its own folder") as caught:
+        skeleton(folder, LABELS)
+    assert (caught.value.field, caught.value.found) == ("model_type", "own")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\xff", "[" * 100_000])

@@ -23,6 +23,7 @@ from umbel_client.models.base.device import (
     described,
     has_nvidia_gpu,
     prepare_training,
+    require_alike,
 )
 from umbel_client.models.base.precision import chosen_precision, fastest_precision
 from umbel_client.models.site_model import load_site_model
@@ -246,6 +247,44 @@ def test_a_site_spreads_its_model_over_its_devices_and_says_so(
     assert "the model computes on pretend:0, pretend:1 in float32" in caplog.text
 
 
+def test_a_site_that_divides_records_has_the_whole_model_on_each_device(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "require_device", lambda device, **_: None)
+    monkeypatch.setattr(module, "require_devices", lambda devices, **_: None)
+    plan = plan_for(tiny_model, Classification(labels=("a", "b")))
+    config = ModelConfig(path=str(tiny_model), device=pretended.DEVICES, split="records")
+    model = load_site_model(config, plan, trains=True)
+    places = tuple(torch.device(name) for name in pretended.DEVICES)
+    assert tuple(copy.devices for copy in model.copies) == tuple((place,) for place in places)
+    # To score or to answer, one is enough.
+    model = load_site_model(config, plan, trains=False)
+    assert model.copies == (model,)
+    assert model.device == places[0]
+
+
+def test_copies_of_a_model_are_on_gpus_of_one_kind(
+    tmp_path: Path, two_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["A 40GB", "A 40GB"]
+
+    def properties(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(name=names[device.index], total_memory=40 << 30)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    both = (torch.device("cuda:0"), torch.device("cuda:1"))
+    require_alike(both)
+    names[1] = "B 40GB"
+    for devices in (both[:1], both[1:]):
+        require_alike(devices)
+    config = ModelConfig(path=str(tmp_path), device=("cuda:0", "cuda:1"), split="records")
+    plan: Any = None
+    with pytest.raises(ConfigError, match="different kinds of GPU") as error:
+        load_site_model(config, plan, trains=True)
+    assert error.value.field == "model.device"
+    assert error.value.found == "cuda:0 (A 40GB, 40 GiB), cuda:1 (B 40GB, 40 GiB)"
+
+
 def test_a_device_without_bfloat16_computes_in_float32_and_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -287,3 +326,6 @@ def test_doctor_names_each_device_of_a_list_and_tries_a_step_on_each(
     verdict, text = doctor.CHECKS["device"](config)
     assert verdict is doctor.Verdict.FINE
     assert re.match(r"pretend:0, pretend:1, frozen layers .* takes \d+\.\d, \d+\.\d ms", text)
+    config.model = ModelConfig(path="none", device=pretended.DEVICES, split="records")
+    _, text = doctor.CHECKS["device"](config)
+    assert text.startswith("pretend:0, pretend:1, each with a copy of the model, frozen layers")

@@ -7,11 +7,13 @@ import pytest
 from support import warm_python
 from support.small_models import save_decoder
 
-from umbel_client.models.base.files import folder_digest
+from umbel_client import drafting
+from umbel_client.drafting import made
 from umbel_client.planning.draft import read_plan
 from umbel_common.errors import ConfigError, DataError, ModelError, PlanError
 from umbel_common.plans.plan import CausalLm, ReleaseGate
-from umbel_common.plans.plan_file import plan_from_json
+from umbel_common.plans.plan_file import is_not_tried, plan_from_json, plan_to_json
+from umbel_host.files.model_digest import folder_digest
 
 DRAFT = """
 federation = "clinics"
@@ -181,3 +183,21 @@ def test_a_gates_holdout_is_named_by_the_digest_of_its_file(draft: Path) -> None
     holdout.mkdir()
     with pytest.raises(DataError, match="a folder"):
         read_plan(draft)
+
+
+def test_a_plan_is_tried_with_the_model_that_it_names(
+    draft: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = plan_to_json(read_plan(draft), not_tried=True)
+    (tmp_path / "plan.json").write_text(text)
+    tried = made(tmp_path / "plan.json", tiny_model)
+    assert is_not_tried(text)
+    assert not is_not_tried(tried)
+    assert plan_from_json(tried, "tried")[0] == plan_from_json(text, "text")[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(drafting, "find_spec", lambda name: None)
+        with pytest.raises(ModelError, match=r"evaluation\.python"):
+            made(tmp_path / "plan.json", tiny_model)
+    other = save_decoder(tmp_path / "other")
+    with pytest.raises(ModelError, match="not the one that the plan names"):
+        made(tmp_path / "plan.json", other)

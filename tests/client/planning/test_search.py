@@ -26,6 +26,7 @@ from umbel_client.planning.trial import PublicData, loss_after_training
 from umbel_common.errors import ConfigError, DataError, ModelError, StorageError
 from umbel_common.plans.plan import LocalPrivacy
 from umbel_common.plans.requests import TuningRequest
+from umbel_host.processes.supervisor import belong_to_parent
 
 DRAFT = """\
 federation = "clinics"
@@ -80,9 +81,10 @@ def draft(tmp_path: Path, tiny_model: Path) -> Path:
     return path
 
 
-def started_warm(command: list[str], *, input: bytes, check: bool) -> object:
+def started_warm(command: list[str], *, input: bytes, check: bool, preexec_fn: object) -> object:
     """In the place of `subprocess.run`: the process that the command starts is started warm."""
     assert (command[0], check) == (sys.executable, False)
+    assert preexec_fn is belong_to_parent
     done = warm_python.run(*command[1:], input=input.decode())
     print(done.stdout, end="")
     print(done.stderr, end="", file=sys.stderr)
@@ -93,7 +95,7 @@ def tune(draft: Path, *more: str) -> Result:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(umbel_server.cli.tune, "subprocess", SimpleNamespace(run=started_warm))
         words = ("tune", str(draft), "--data", str(draft.parent / "public.jsonl"), *more)
-        return CliRunner().invoke(umbel_server.cli.app, words)
+        return CliRunner().invoke(umbel_server.cli.command.app, words)
 
 
 def rows(shown: str) -> list[tuple[str, str]]:
@@ -120,7 +122,8 @@ def test_the_command_writes_the_draft_with_the_best_values(draft: Path) -> None:
     assert "# Too low" in out.read_text()
     # Nothing is written over.
     again = tune(draft, *options, "--trials", "3")
-    assert again.exit_code == 50
+    assert isinstance(again.exception, StorageError)
+    assert again.exception.exit_code == 50
     assert tune(draft, *options, "--trials", "0").exit_code == 2
 
 

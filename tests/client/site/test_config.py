@@ -4,9 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from umbel_client.site.config import ClientConfig, DataConfig, ModelConfig, load_config
+from umbel_client.site.config import (
+    ClientConfig,
+    DataConfig,
+    ModelConfig,
+    load_config,
+    load_local_config,
+)
+from umbel_client.site.joining import set_up_alone
 from umbel_client.site.policy import Policy
-from umbel_common.errors import ConfigError
+from umbel_common.errors import ConfigError, StorageError
 
 TEXT = """
 site = "north"
@@ -86,6 +93,23 @@ def test_the_device_is_one_that_the_sites_people_name(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as error:
             load(tmp_path, text.replace("{}", given))
         assert (error.value.file, error.value.field) == (tmp_path / "client.toml", "model.device")
+
+
+def test_only_several_devices_divide_records(tmp_path: Path) -> None:
+    assert load(tmp_path, TEXT).model.split == "layers"
+    text = TEXT.replace(
+        'path = "models/minilm"\n', 'path = "models/minilm"\nsplit = "records"\ndevice = {}\n'
+    )
+    both = load(tmp_path, text.replace("{}", '["cuda:0", "cuda:1"]'))
+    assert both.model.split == "records"
+    assert load(tmp_path, text.replace("{}", '["cuda:0"]')).model.split == "records"
+    for given in ('"auto"', '"cuda:1"', '"cpu"'):
+        with pytest.raises(ConfigError, match="only several devices") as error:
+            load(tmp_path, text.replace("{}", given))
+        assert (error.value.file, error.value.field) == (tmp_path / "client.toml", "model.split")
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, text.replace("device = {}", "").replace('"records"', '"tokens"'))
+    assert error.value.field == "model.split"
 
 
 @pytest.mark.parametrize(("given", "found"), [("24", 24), ('"auto"', "auto")])
@@ -180,4 +204,41 @@ def test_a_policys_file_does_not_hide_that_the_rest_is_wrong(tmp_path: Path) -> 
     (tmp_path / "policy.toml").write_text("")
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, 'policy = "policy.toml"\nsite = "north"\n')
-    assert caught.value.field == "state"
+    assert caught.value.field == (
+        "state, identity, roster, data.path, data.public_size, model.path"
+    )
+
+
+ALONE = '[data]\npath = "d.jsonl"\npublic_size = 8\n[model]\npath = "m"\n'
+
+
+def test_work_alone_needs_data_and_model_only(tmp_path: Path) -> None:
+    path = tmp_path / "client.toml"
+    path.write_text(ALONE)
+    found = load_local_config(path)
+    assert (found.data.path, found.model.path) == (str(tmp_path / "d.jsonl"), str(tmp_path / "m"))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert caught.value.field == "site, state, identity, roster, policy"
+    path.write_text("")
+    with pytest.raises(ConfigError) as caught:
+        load_local_config(path)
+    assert caught.value.field == "data.path, data.public_size, model.path"
+
+
+def test_work_alone_takes_what_a_site_has(tmp_path: Path) -> None:
+    path = tmp_path / "client.toml"
+    path.write_text('policy = "policy.toml"\nthreads = 3\n' + ALONE)
+    (tmp_path / "policy.toml").write_text('labels = ["a"]\n')
+    found = load_local_config(path)
+    assert (found.policy.labels, found.threads) == (("a",), 3)
+    path.write_text(ALONE + "[policy]\n")
+    with pytest.raises(ConfigError, match="two policies"):
+        load_local_config(path)
+
+
+def test_init_alone_writes_such_a_file(tmp_path: Path) -> None:
+    path = set_up_alone(tmp_path / "new")
+    assert load_local_config(path).data.public_size == 1000
+    with pytest.raises(StorageError):
+        set_up_alone(tmp_path / "new")

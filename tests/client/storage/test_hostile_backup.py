@@ -18,7 +18,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from umbel_client.cli import app
+from umbel_client.cli.command import app
 from umbel_client.ledger.file import read_ledger
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.storage import backup as site_backup

@@ -27,7 +27,6 @@ from transformers.utils import ModelOutput
 from umbel_client.data.tokens import Tokens, tokenise
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import plan_lora
-from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.layers import splits
 from umbel_client.models.inputs import HiddenInputs, PooledInputs
 from umbel_client.tasks import frozen_cache
@@ -44,6 +43,7 @@ from umbel_common.plans.plan import (
     Training,
     TrainingPlan,
 )
+from umbel_host.files.model_digest import folder_digest
 
 torch.set_num_threads(1)
 

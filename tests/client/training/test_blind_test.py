@@ -15,7 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from umbel_client.data.tokens import Tokens
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.models.base import folder as base_folder
+from umbel_client.models.base import skeleton
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_client.training import bit_test, self_test
@@ -106,7 +106,7 @@ def test_layers_of_another_package_that_read_values_are_refused(
     with pytest.raises(ModelError, match="asks for quantised layers"):
         plan_for(folder, TASK)
     with monkeypatch.context() as removed:
-        removed.setattr(base_folder, "_require_unquantised", lambda *_: None)
+        removed.setattr(skeleton, "_require_unquantised", lambda *_: None)
         model = loaded(folder)
     with pytest.raises(ModelError, match="bitsandbytes::int8"):
         blind_test(model)

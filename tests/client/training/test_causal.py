@@ -21,7 +21,7 @@ from umbel_client.data.records import load_records
 from umbel_client.dpsgd.batch_size import record_bytes
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.models.adapted_model import AdaptedModel
-from umbel_client.models.adapters.lora import all_linear
+from umbel_client.models.adapters.targets import all_linear
 from umbel_client.models.base.int8 import Int8Linear, eight_bits, scale_of
 from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.tasks.prepared import PreparedData, prepare

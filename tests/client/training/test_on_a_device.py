@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from support import pretended
-from support.on_devices import start_of, write_pairs, write_texts, zeros
+from support.on_devices import start_of, zeros
 from support.small_models import one_round, plan_for, save_decoder
 
 from umbel_client.data.chat import Chat
@@ -66,16 +66,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_decoder(tmp_path_factory.mktemp("llama"), num_hidden_layers=2, hidden_size=16)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl")
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
 
 
 @pytest.fixture(autouse=True)

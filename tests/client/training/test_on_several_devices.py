@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from support import pretended
-from support.on_devices import start_of, write_pairs, write_texts, zeros
-from support.small_models import one_round, plan_for, save_bert, save_decoder
+from support.on_devices import save_narrow_bert, start_of, zeros
+from support.small_models import one_round, plan_for, save_decoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from umbel_client.data.chat import Chat
@@ -29,8 +29,8 @@ from umbel_client.evaluation.inference import Sampling, answer_prompts
 from umbel_client.evaluation.losses import record_losses
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base import spread
-from umbel_client.models.base.folder import skeleton
 from umbel_client.models.base.placement import AsComputed
+from umbel_client.models.base.skeleton import skeleton
 from umbel_client.models.inputs import TokenInputs
 from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.tasks.physical_batches import ran_out_of_memory
@@ -73,23 +73,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_bert(
-        tmp_path_factory.mktemp("bert"),
-        [f"w{number}" for number in range(12)],
-        num_hidden_layers=4,
-        hidden_size=16,
-        intermediate_size=32,
-    )
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl")
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
+    return save_narrow_bert(tmp_path_factory.mktemp("bert"), layers=4)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,6 @@ from umbel_client.data.units import Units
 from umbel_client.evaluation.losses import predicted_labels
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import plan_lora
-from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.precision import Precision
 from umbel_client.privacy.calibration import SiteNoise, sampling_rate
 from umbel_client.privacy.noise import NoiseSource
@@ -37,6 +36,7 @@ from umbel_common.plans.plan import (
     Training,
     TrainingPlan,
 )
+from umbel_host.files.model_digest import folder_digest
 
 torch.set_num_threads(1)
 

@@ -14,7 +14,6 @@ from transformers import RobertaConfig, RobertaModel
 from umbel_client.dpsgd import fused, private_step
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import plan_lora
-from umbel_client.models.base.files import folder_digest
 from umbel_client.models.base.precision import Precision
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.shapes import BatchLimit
@@ -31,6 +30,7 @@ from umbel_common.plans.plan import (
     Training,
     TrainingPlan,
 )
+from umbel_host.files.model_digest import folder_digest
 
 torch.set_num_threads(1)
 

@@ -6,11 +6,11 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from umbel_common.address import Address
 from umbel_common.canonical import encode
 from umbel_common.errors import IdentityError, SignatureError
 from umbel_common.trust import enrolment
 from umbel_common.trust.enrolment import (
-    Address,
     SignedKit,
     SignedRequest,
     SiteKit,

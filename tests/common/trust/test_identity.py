@@ -10,6 +10,7 @@ from umbel_common.trust.identity import (
     Roster,
     Signed,
     fingerprint,
+    is_fingerprint_of,
     open_signed,
     sign,
     verifies,
@@ -92,3 +93,18 @@ def test_a_roster_says_who_it_does_not_know() -> None:
     roster = Roster(federation="f", operator=a, members=(Member(name="x", public_key=b),))
     with pytest.raises(IdentityError, match="accepted: x"):
         roster.member("y")
+
+
+def test_a_fingerprint_is_recognised_however_it_is_written() -> None:
+    key = bytes(range(32))
+    shown = fingerprint(key)
+    for text in (
+        shown,
+        shown.upper(),
+        f"  {shown} ",
+        shown.replace("-", " "),
+        shown.replace("-", ""),
+    ):
+        assert is_fingerprint_of(text, key)
+    for text in ("", shown[:-1], shown[:-1] + "!", fingerprint(bytes(32))):
+        assert not is_fingerprint_of(text, key)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from support.waiting import HANGING
 
+from umbel_host.processes.supervisor import bound_to_parent
+
 SUPERVISOR = """
 import os, sys
 
@@ -155,3 +157,36 @@ def test_a_module_in_the_working_folder_does_not_run(
         timeout=HANGING,
     )
     assert done.returncode == code
+
+
+_PARENT = """\
+import subprocess, sys
+from umbel_host.processes.supervisor import bound_to_parent
+child = subprocess.Popen(bound_to_parent(["/bin/sleep", "600"]), stdout=subprocess.DEVNULL)
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+def test_a_bound_child_ends_with_its_parent() -> None:
+    with subprocess.Popen([sys.executable, "-c", _PARENT], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        deadline = time.monotonic() + HANGING
+        command = Path(f"/proc/{child}/cmdline")
+        # Before it has become the program, it may not be bound yet.
+        while not command.read_bytes().startswith(b"/bin/sleep"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        parent.kill()
+    while command.exists() and Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_program_that_cannot_be_started_is_named(tmp_path: Path) -> None:
+    done = subprocess.run(
+        bound_to_parent([str(tmp_path / "none")]), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"{tmp_path / 'none'}: No such file or directory\n"

@@ -1,6 +1,8 @@
 """`umbel-server init`, `sites`, `roster`, `renew`: what the operator's files are after each."""
 
+import json
 import os
+import shutil
 import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -13,13 +15,15 @@ from support.enrolling import Enrolling, give_command, read_kit
 from support.waiting import HANGING
 from typer.testing import CliRunner
 
-import umbel_server.cli
+import umbel_server.cli.command
 import umbel_server.cli.sites
 import umbel_server.operator.files
-from umbel_common.errors import IdentityError, StorageError
+from umbel_common.errors import ConfigError, IdentityError, StorageError
 from umbel_common.trust.enrolment import check_request, request_to_json, sign_request
 from umbel_common.trust.identity import Identity, fingerprint
+from umbel_common.trust.roster_file import document_from_json
 from umbel_host.processes.supervisor import Command
+from umbel_server.operator import admission
 from umbel_server.operator.admitted_sites import load_sites, save_sites
 from umbel_server.operator.authority import AUTHORITY_DAYS, certificate_pem, new_key
 from umbel_server.operator.certificates import to_renew
@@ -27,15 +31,22 @@ from umbel_server.operator.config import ServerConfig, load_config
 from umbel_server.operator.files import changing, load_authority
 
 
-@pytest.fixture
-def clinics(tmp_path: Path) -> Enrolling:
-    """An operator, and requests of three sites of which two were added."""
-    made = Enrolling(tmp_path)
+@pytest.fixture(scope="module")
+def enrolled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of an operator and three sites, of which two were added."""
+    made = Enrolling(tmp_path_factory.mktemp("enrolled"))
     for site in ("east", "north", "south"):
         made.ask(site)
     made.add("east")
     made.add("north")
-    return made
+    return made.folder
+
+
+@pytest.fixture
+def clinics(tmp_path: Path, enrolled: Path) -> Enrolling:
+    """An operator, and requests of three sites of which two were added."""
+    shutil.copytree(enrolled, tmp_path, dirs_exist_ok=True)
+    return Enrolling(tmp_path, new=False)
 
 
 def settings(clinics: Enrolling) -> ServerConfig:
@@ -66,28 +77,42 @@ def test_init_may_use_a_folder_that_is_there_and_empty(tmp_path: Path) -> None:
     (tmp_path / "full" / "notes").write_text("ours")
     words = ("init", "--federation", "c", "--address", "h:1", "--folder", "full")
     with pytest.raises(StorageError, match="nothing is overwritten"):
-        give_command(umbel_server.cli.app, tmp_path, *words)
+        give_command(umbel_server.cli.command.app, tmp_path, *words)
     assert os.listdir(tmp_path / "full") == ["notes"]
 
 
 @pytest.mark.parametrize(
-    "address", ["host", "host:0", "host:65536", ":1", 'h"x:1', "h\n:1", "::1:9443", "a/b:1"]
+    "address",
+    [
+        *("host", "host:0", "host:65536", ":1", 'h"x:1', "h\n:1", "::1:9443", "a/b:1"),
+        # Nobody can connect to these.
+        *(
+            "0.0.0.0:9443",
+            "[::]:9443",
+            "[::ffff:0.0.0.0]:9443",
+            "0:9443",
+            "0.0:9443",
+            "[ff02::1]:1",
+        ),
+        *("256.1.1.1:1", "10.1:1", "0x7f000001:1", "[1::2::3]:1", "[:]:1", "[1.2.3.4]x:1"),
+    ],
 )
 def test_an_address_that_is_none_is_refused_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["init", "--federation", "clinics", "--address", address]
-    done = CliRunner().invoke(umbel_server.cli.app, words)
+    done = CliRunner().invoke(umbel_server.cli.command.app, words)
     assert done.exit_code == 2
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_ipv6_address_goes_from_init_to_a_sites_configuration(tmp_path: Path) -> None:
     words = ("init", "--federation", "clinics", "--address", "[2001:db8::1]:9443")
-    give_command(umbel_server.cli.app, tmp_path, *words)
+    give_command(umbel_server.cli.command.app, tmp_path, *words)
     config = load_config(tmp_path / "operator" / "server.toml")
     assert config.listen.public == "[2001:db8::1]:9443"
+    assert config.listen.address == "[::]:9443"
     certificate = x509.load_pem_x509_certificate(Path(config.listen.certificate).read_bytes())
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert [str(name) for name in names.get_values_for_type(x509.IPAddress)] == ["2001:db8::1"]
@@ -112,8 +137,11 @@ def test_the_weight_is_the_operators_to_give(clinics: Enrolling) -> None:
 def test_a_kit_that_cannot_be_written_adds_nobody(clinics: Enrolling) -> None:
     own = fingerprint(clinics.request("south").request.identity)
     words = ("sites", "add", "../south/south.request.json", "--fingerprint", own, "--out")
-    unchanged(clinics, StorageError, "cannot be written", *words, "../nowhere/kit.json")
-    unchanged(clinics, StorageError, "never overwritten", *words, "../north.kit.json")
+    unchanged(clinics, StorageError, "folder of a new file", *words, "../nowhere/kit.json")
+    unchanged(clinics, StorageError, "ever overwritten", *words, "../north.kit.json")
+    # Before people compare fingerprints: nobody is asked here.
+    unasked = ("sites", "add", "../south/south.request.json", "--out")
+    unchanged(clinics, StorageError, "ever overwritten", *unasked, "../north.kit.json")
 
 
 @pytest.mark.parametrize("fails", ["save_sites", "save_roster"])
@@ -177,7 +205,7 @@ def test_a_relay_key_is_one_sites_only(clinics: Enrolling, monkeypatch: pytest.M
     with pytest.raises(IdentityError, match="relay key is another site's"):
         clinics.add("twin-b", requests[1])
     assert clinics.files() == before
-    monkeypatch.setattr(umbel_server.cli.sites, "_check_relay_key", lambda *_: None)
+    monkeypatch.setattr(admission, "_check_relay_key", lambda *_: None)
     clinics.add("twin-b", requests[1])
 
 
@@ -343,7 +371,7 @@ def test_a_renewal_is_for_the_same_identity_only(
     words = ("sites", "renew", str(thief), "--out", "../renewed.json")
     unchanged(clinics, IdentityError, "of this name and identity", *words)
     former = load_sites(clinics.operator / "sites.json")["east"]
-    monkeypatch.setattr(umbel_server.cli.sites, "_check_renewal", lambda *_: None)
+    monkeypatch.setattr(umbel_server.cli.sites, "check_renewal", lambda *_: None)
     clinics.server(*words)
     assert load_sites(clinics.operator / "sites.json")["east"].relay_key != former.relay_key
 
@@ -448,3 +476,81 @@ def test_another_authority_takes_the_place_of_one_whose_key_is_known_to_others(
         (clinics.folder / "former-ca" / "certificate.pem").read_bytes()
     )
     assert former.public_key() != authority.public_key()
+
+
+def test_several_requests_make_one_roster_and_a_kit_for_each(tmp_path: Path) -> None:
+    made = Enrolling(tmp_path)
+    names = ("east", "north", "south")
+    prints = []
+    for site in names:
+        made.ask(site)
+        prints += ["--fingerprint", fingerprint(made.request(site).request.identity)]
+    requests = [f"../{site}/{site}.request.json" for site in names]
+    made.server("sites", "add", *requests, "--out", "kits", *prints)
+    assert [member.name for member in made.roster().roster.members] == list(names)
+    for site in names:
+        kit = made.operator / "kits" / f"{site}.kit.json"
+        made.client(site, "join", str(kit))
+        proposed = made.folder / site / f"{site}.kit.roster.json"
+        assert document_from_json(proposed.read_text(), proposed) == made.roster()
+    listed = json.loads(made.server("sites", "list", "--json"))
+    assert [(one["site"], one["in_roster"], one["revoked"]) for one in listed] == [
+        (site, True, False) for site in names
+    ]
+    assert all(one["certificate_ends"].endswith("Z") for one in listed)
+
+
+@pytest.mark.parametrize("fault", ["one twice", "one that is in", "one fingerprint short"])
+def test_of_several_requests_all_are_added_or_none(clinics: Enrolling, fault: str) -> None:
+    own = fingerprint(clinics.request("south").request.identity)
+    words = {
+        "one twice": ("../south/south.request.json", "../south/south.request.json"),
+        "one that is in": ("../south/south.request.json", "../north/north.request.json"),
+        "one fingerprint short": ("../south/south.request.json", "../west/west.request.json"),
+    }[fault]
+    if "west" in words[1]:
+        clinics.ask("west")
+    said = {
+        "one twice": "two requests are of one site",
+        "one that is in": "already in the roster",
+        "one fingerprint short": "not from the site",
+    }[fault]
+    command = ("sites", "add", *words, "--out", "kits", "--fingerprint", own)
+    unchanged(clinics, IdentityError, said, *command)
+    assert not (clinics.operator / "kits").exists()
+
+
+def test_no_relay_is_admitted_where_one_of_the_kits_cannot_be_written(clinics: Enrolling) -> None:
+    prints = []
+    for site in ("west", "south"):
+        if site == "west":
+            clinics.ask(site)
+        prints += ["--fingerprint", fingerprint(clinics.request(site).request.identity)]
+    (clinics.operator / "kits").mkdir()
+    (clinics.operator / "kits" / "south.kit.json").touch()
+    requests = [f"../{site}/{site}.request.json" for site in ("west", "south")]
+    command = ("sites", "add", *requests, "--out", "kits", *prints)
+    unchanged(clinics, StorageError, "ever overwritten", *command)
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:9443", "[::]:9443"])
+def test_no_kit_names_an_address_that_nobody_can_connect_to(
+    clinics: Enrolling, listen: str
+) -> None:
+    path = clinics.operator / "server.toml"
+    text = path.read_text().replace('public = "127.0.0.1:9443"\n', "")
+    path.write_text(text.replace('address = "0.0.0.0:9443"', f'address = "{listen}"'))
+    own = fingerprint(clinics.request("south").request.identity)
+    words = ("sites", "add", "../south/south.request.json", "--fingerprint", own)
+    unchanged(clinics, ConfigError, "which address sites connect to", *words)
+    wrong = {"public": ("[listen]", '[listen]\npublic = "0.0.0.0:1"')}
+    wrong["address"] = ('address = "0.0.0.0:9443"', 'address = "256.1.1.1:1"')
+    for field, (was, becomes) in wrong.items():
+        path.write_text(text.replace(was, becomes, 1))
+        with pytest.raises(ConfigError, match=rf"listen\.{field}"):
+            clinics.server("sites", "list")
+
+
+def test_an_operator_without_an_adapter_lists_none_for_programs(clinics: Enrolling) -> None:
+    (clinics.operator / "state").mkdir(exist_ok=True)
+    assert json.loads(clinics.server("adapters", "list", "--json")) == []

@@ -13,6 +13,7 @@ from umbel_common.protocol.wire import (
     FinishRequest,
     MaskRequest,
     OfferReply,
+    OfferUnderRoster,
     Refusal,
     TrainRequest,
     UnmaskReply,
@@ -108,7 +109,9 @@ def test_an_attempt_that_sites_refused_for_its_cohort_spoils_no_transcript(
     make_setting: MakeSetting,
 ) -> None:
     setting = make_setting(6, aggregation=THREE)
-    with pytest.raises(JobFailed, match="aborted too often"):
+    with pytest.raises(
+        JobFailed, match=r"round 1 failed: 6 of 6 sites refused \(threshold-too-low\)"
+    ):
         setting.job().run()
     # Of five sites, three are more than half.
     setting.link.lost = lambda step, site: site == "site-05"
@@ -159,6 +162,61 @@ def test_too_few_accepting_sites_fail_the_job_with_each_reason(make_setting: Mak
     )
     with pytest.raises(JobFailed, match="site-01 refused: epsilon-too-large"):
         setting.job().run()
+
+
+@pytest.mark.parametrize(
+    ("check", "advice", "waits"),
+    [
+        ("roster-digest", "umbel-server roster export", True),
+        ("awaiting-approval", "umbel-client approve", True),
+        ("site-not-ready", "its own log says", True),
+        ("budget", "agree on a smaller epsilon", False),
+        ("malformed-message", "an older Umbel", False),
+        ("labels-not-allowed", "the log of each site that refused says why", False),
+    ],
+)
+def test_an_operator_reads_what_to_do_about_each_refusal(
+    make_setting: MakeSetting, check: str, advice: str, waits: bool
+) -> None:
+    setting = make_setting(3, aggregation=THREE)
+    site = setting.sites["site-01"]
+    setting.link.sites["site-01"] = lambda sealed: seal_reply(
+        site.identity, "site-01", Refusal(check=check), request_digest(sealed)
+    )
+    with pytest.raises(JobFailed) as caught:
+        setting.job().run()
+    assert caught.value.found == f"site-01 refused: {check}"
+    assert advice in str(caught.value.remedy)
+    assert caught.value.may_accept == (("site-01",) if waits else ())
+    # The roster that the site judged is the one that the job runs under.
+    (offer,) = setting.sites["site-00"].requests
+    assert isinstance(offer, OfferUnderRoster)
+    assert offer.roster == setting.roster.digest()
+
+
+def test_a_failed_round_says_who_refused_who_was_silent_and_when(
+    make_setting: MakeSetting,
+) -> None:
+    setting = make_setting(4, aggregation=THREE)
+    site = setting.sites["site-01"]
+    honest = setting.link.sites["site-01"]
+
+    def refusing(sealed: bytes) -> bytes:
+        if setting.link.steps[-1].stage != "train":
+            return honest(sealed)
+        refusal = Refusal(check="roster-digest")
+        return seal_reply(site.identity, "site-01", refusal, request_digest(sealed))
+
+    setting.link.sites["site-01"] = refusing
+    setting.link.lost = lambda step, name: step.stage == "train" and name == "site-03"
+    with pytest.raises(JobFailed) as caught:
+        setting.job(attempts=1).run()
+    assert caught.value.message == "round 1 failed: 1 of 4 sites refused (roster-digest)"
+    assert caught.value.found == (
+        "attempt 1, too-few-adverts: site-01 refused: roster-digest; site-03 did not answer (train)"
+    )
+    assert "umbel-server roster export" in str(caught.value.remedy)
+    assert f"umbel-server job resume {setting.plan.job}" in str(caught.value.remedy)
 
 
 def test_a_reply_sealed_by_another_site_is_none(make_setting: MakeSetting) -> None:

@@ -18,7 +18,7 @@ from umbel_common.trust.identity import Signed, fingerprint, sign
 from umbel_host.files.keys import read_identity
 from umbel_host.files.restore import require_inside
 from umbel_host.processes.lifecycle import locked
-from umbel_server.cli import app
+from umbel_server.cli.command import app
 from umbel_server.storage.job_queue import JobQueue, JobState
 from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry

@@ -1,6 +1,7 @@
 """The job queue: what is wanted and how far it is, over restarts and from several processes."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from umbel_common.errors import JobUnknown, RunExists, StorageError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.trust.identity import Identity, sign
-from umbel_server.storage.job_queue import JobQueue, JobState
+from umbel_server.storage.job_queue import JobQueue, JobState, SiteAnswer, Times
 
 MakePlan = Callable[..., TrainingPlan]
 OPERATOR = Identity.generate(os.urandom)
@@ -93,14 +94,43 @@ def test_a_stop_that_was_not_carried_out_yet_can_be_taken_back(queue: JobQueue) 
 
 
 def test_another_process_sees_what_was_written(queue: JobQueue, tmp_path: Path) -> None:
-    queue.set_progress("a", round_number=2, attempt=1, stage="mask", answered=("north", "south"))
+    queue.begin_stage("a", 2, 1, "mask")
+    for site, refused in (("north", ""), ("east", "roster-digest"), ("south", "")):
+        queue.add_answer("a", SiteAnswer(site, 2, 1, "mask", refused, 1.0))
     other = JobQueue(tmp_path / "queue.sqlite")
     found = other.job("a")
     other.ask_to_stop("a")
     other.close()
     assert (found.round, found.attempt, found.stage) == (2, 1, "mask")
     assert found.answered == ("north", "south")
+    assert [(one.site, one.refused) for one in queue.answers("a")] == [
+        ("east", "roster-digest"),
+        ("north", ""),
+        ("south", ""),
+    ]
+    assert queue.answers("b") == ()
     assert queue.job("a").state is JobState.STOPPED
+
+
+def test_a_stage_that_begins_has_no_answers_and_a_round_its_time(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    for moment, (round_number, stage) in enumerate(
+        [(0, "offer"), (1, "train"), (1, "share"), (1, "train"), (1, "mask")]
+    ):
+        now = 100.0 + 10 * moment
+        queue.begin_stage("a", round_number, 1, stage)
+        queue.add_answer("a", SiteAnswer("north", round_number, 1, stage, "", now))
+    assert queue.job("a").answered == ("north",)
+    # A second attempt belongs to the round that began with the first.
+    assert queue.times("a") == Times(140.0, 110.0, 0.0)
+    queue.end_round("a")
+    assert queue.times("a").round_seconds == 30.0
+    queue.begin_stage("a", 2, 1, "train")
+    assert queue.job("a").answered == ()
+    assert queue.times("a") == Times(140.0, 140.0, 30.0)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

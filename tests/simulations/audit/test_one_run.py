@@ -14,9 +14,10 @@ from rich.console import Console
 from support.small_models import save_telling_bert
 from typer.testing import CliRunner
 
-from umbel_client.data.records import Record, Records
+from umbel_client.data.conversations import Conversation, Passage
+from umbel_client.data.records import LmRecords, Record, Records
 from umbel_common.errors import ConfigError, VerificationError
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import CausalLm, TrainingPlan
 from umbel_simulations.audit.bound import chance_of, epsilon_lower_bound
 from umbel_simulations.audit.canaries import (
     RECORDS_OF_A_PATIENT,
@@ -29,7 +30,7 @@ from umbel_simulations.audit.canaries import (
 from umbel_simulations.audit.game import flip_coins, log_likelihood_ratios
 from umbel_simulations.audit.one_run import AuditResult, as_table, audit_scenario, check
 from umbel_simulations.backends.in_process import seeded
-from umbel_simulations.cli import app
+from umbel_simulations.cli.command import app
 from umbel_simulations.inputs.sources import Example
 from umbel_simulations.scenario.file import find_scenario, override
 
@@ -203,6 +204,26 @@ def test_records_that_are_their_own_units_are_cut_anywhere() -> None:
     assert first.records == records.records[:4]
     assert (first.units, unit_count(first), unit_count(records)) == ((), 4, 6)
     assert first_units(records, 100) == records
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["questions", "passages"])
+def test_a_language_models_canaries_are_made_of_its_words(
+    make_plan: Callable[..., TrainingPlan], whole: bool
+) -> None:
+    examples = [
+        Example(text=f"w{n} w{n + 1}", answer="" if whole else f"v{n}")
+        for n in range(2 * RECORDS_OF_A_PATIENT)
+    ]
+    task = CausalLm(loss_on="all")
+    records = site_records(examples, task, "patient")
+    assert isinstance(records, LmRecords)
+    assert unit_count(records) == 2
+    canaries = make_canaries(records, make_plan(task=task), 4, seed=1)
+    kind = Passage if whole else Conversation
+    assert all(isinstance(record, kind) for record in canaries.records)
+    assert len(set(canaries.records)) == unit_count(canaries) == 4
+    joined = with_included(records, canaries, np.array([False, True, False, True]))
+    assert len(joined) == 4 * RECORDS_OF_A_PATIENT
 
 
 def test_both_levels_audit_the_same_records(make_plan: Callable[..., TrainingPlan]) -> None:

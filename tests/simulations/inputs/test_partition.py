@@ -61,6 +61,20 @@ def test_a_seed_gives_the_same_partition_everywhere(kind: str, expected: str) ->
     assert digest(partition(EXAMPLES, sites, 8)) != expected
 
 
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "column"])
+def test_a_units_records_are_at_one_site(kind: str) -> None:
+    examples = [
+        msgspec.structs.replace(example, unit=f"p{number // 5}")
+        for number, example in enumerate(EXAMPLES)
+    ]
+    column = "ward" if kind == "column" else None
+    sites = msgspec.convert({"count": 4, "partition": kind, "column": column}, Sites)
+    parts = partition(examples, sites, 7)
+    units = [{example.unit for example in part} for part in parts.values()]
+    assert sum(map(len, units)) == len(set().union(*units)) == 120
+    assert sum(map(len, parts.values())) == 600
+
+
 def test_iid_sites_have_equal_sizes_and_all_labels() -> None:
     parts = partition(EXAMPLES, Sites(count=4, partition="iid"), 7)
     assert {len(part) for part in parts.values()} == {150}

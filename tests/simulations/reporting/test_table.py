@@ -78,6 +78,7 @@ def test_every_comparison_has_its_scores_in_percent(width: int) -> None:
     assert row(text, "federated")[:3] == ["federated", "71.5", "69.0"]
     assert row(text, "local-only")[:3] == ["local-only", "51.2", "48.0"]
     assert "standard error of an accuracy: 1.2 points" in text
+    assert "no standard error can be given" in printed(summary(standard_error=0.0), width)
 
 
 @pytest.mark.parametrize("width", [80, 120])

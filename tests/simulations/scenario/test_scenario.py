@@ -282,3 +282,53 @@ def test_the_check_says_where_the_contradiction_is() -> None:
         check_scenario(wrong, "somewhere")
     assert caught.value.file == "somewhere"
     assert caught.value.found == "neither package nor path"
+
+
+OWN = (
+    SMOKE[: SMOKE.index("[data]")]
+    + """
+[data]
+source = "files"
+test = "t.jsonl"
+[data.train]
+north = "a.csv"
+east = "b.parquet"
+south = "/c"
+[sites]
+"""
+    + SMOKE[SMOKE.index("[task]") :]
+)
+
+
+def test_files_of_the_sites_say_who_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").write_text(OWN, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    scenario = find_scenario("./mine")
+    assert scenario.sites.all_names == ("north", "east", "south")
+    assert isinstance(scenario.data, FileData)
+    assert scenario.data.train == {
+        "north": str(tmp_path / "a.csv"),
+        "east": str(tmp_path / "b.parquet"),
+        "south": "/c",
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field"),
+    [
+        ("[sites]\n", '[sites]\npartition = "iid"\n', "sites.partition"),
+        ("[sites]\n", "[sites]\ncount = 4\n", "sites.names"),
+        ("[sites]\n", '[sites]\nnames = ["a", "b", "c"]\n', "data.train"),
+        ('test = "t.jsonl"', 'test = "t.jsonl"\ngeneral = "g.csv"', "data.general"),
+    ],
+)
+def test_files_that_do_not_fit_the_sites_are_refused(
+    tmp_path: Path, old: str, new: str, field: str
+) -> None:
+    assert old in OWN
+    (tmp_path / "mine.toml").write_text(OWN.replace(old, new), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        find_scenario(str(tmp_path / "mine.toml"))
+    assert caught.value.field == field

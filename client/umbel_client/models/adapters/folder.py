@@ -9,16 +9,17 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from umbel_common.adapters.peft_folder import ADAPTER_FILE, PLAN_FILE, text_files
+from umbel_common.adapters.peft_folder import PLAN_FILE, file_of, text_files
 from umbel_common.adapters.vector import Vector, adapter_digest
 from umbel_common.canonical import decode_canonical, encode
-from umbel_common.errors import ModelError, RemoteProtocolError, StorageError
+from umbel_common.errors import ModelError, PlanError, RemoteProtocolError, StorageError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Signed
 from umbel_host.files.adapter_folder import RELEASE_FILE, read_vector, write_vector
 from umbel_host.files.model_folder import TOKENIZER_FILES
+from umbel_host.files.output import require_new
 from umbel_host.files.text_file import read_text
 
 
@@ -54,22 +55,27 @@ def read_adapter(folder: Path) -> tuple[TrainingPlan, Vector]:
         ModelError: the folder is missing, was not written by Umbel, or does not fit its plan.
         PlanError: its plan is malformed.
     """
-    for name in (PLAN_FILE, ADAPTER_FILE):
-        if not (folder / name).is_file():
-            raise ModelError(
-                "a folder holds no adapter of Umbel",
-                file=folder,
-                field=name,
-                found="missing" if folder.is_dir() else "no such folder",
-                remedy="give a folder that a federation or `umbel-client train` wrote",
-            )
-    plan, _ = plan_from_json(read_text(folder / PLAN_FILE), folder / PLAN_FILE)
+    _require_file(folder, PLAN_FILE)
+    plan, _ = plan_from_json(read_text(folder / PLAN_FILE, PlanError), folder / PLAN_FILE)
+    for name in sorted({file_of(tensor.name) for tensor in plan.lora.tensors}):
+        _require_file(folder, name)
     try:
         return plan, read_vector(folder, plan)
     except StorageError as error:
         raise ModelError(
             "an adapter does not fit its plan", file=folder, found=error.found
         ) from error
+
+
+def _require_file(folder: Path, name: str) -> None:
+    if not (folder / name).is_file():
+        raise ModelError(
+            "a folder holds no adapter of Umbel",
+            file=folder,
+            field=name,
+            found="missing" if folder.is_dir() else "no such folder",
+            remedy="give a folder that a federation or `umbel-client train` wrote",
+        )
 
 
 def read_to_export(folder: Path) -> tuple[TrainingPlan, Vector, Signed | None]:
@@ -122,8 +128,7 @@ def export_adapter(folder: Path, out: Path) -> None:
         StorageError: `out` exists, or the disk does not take it.
     """
     plan, vector, release = read_to_export(folder)
-    if out.exists():
-        raise StorageError("a file or folder is in the way", file=out, remedy="give a new name")
+    require_new(out)
     try:
         tokenizer = _tokenizer(folder)
     except OSError as error:

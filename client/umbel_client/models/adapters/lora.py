@@ -1,7 +1,7 @@
 """LoRA layers (Hu et al. 2021) through PEFT, and the head, by the plan's names."""
 
-import re
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -14,18 +14,18 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from umbel_client.models.base import int8, nf4
-from umbel_client.models.base.architecture import naming_architecture
-from umbel_client.models.base.folder import peft_quietly, skeleton
-from umbel_client.models.base.layers import output_layer
+from umbel_client.models.adapters.targets import (
+    HEAD,
+    adapted_layers,
+    mean_the_same_to_peft,
+    names_for_peft,
+)
+from umbel_client.models.base.architecture import naming_architecture, width_of
+from umbel_client.models.base.skeleton import peft_quietly, skeleton
+from umbel_common.adapters.peft_folder import PEFT_PREFIX
 from umbel_common.adapters.vector import Vector, unflatten
-from umbel_common.errors import ModelError
+from umbel_common.errors import ModelError, UmbelError
 from umbel_common.plans.plan import CausalLm, Classification, Lora, Method, Scaling, Task, Tensor
-
-PEFT_PREFIX = "base_model.model."
-"""Prefix of every name that PEFT saves."""
-LINEAR = (nn.Linear, Conv1D)
-"""Layers that take an adapter; Conv1D is GPT-2's linear layer, its weight stored as [in, out]."""
 
 
 def plan_lora(
@@ -60,6 +60,9 @@ def plan_lora(
     )
     base = skeleton(folder, task)
     with naming_architecture(base):
+        if not mean_the_same_to_peft(base, target_modules):
+            names = names_for_peft(base, adapted_layers(folder, base, lora))
+            lora = msgspec.structs.replace(lora, target_modules=names, layers=None)
         parameters, _head = attach(folder, base, task, lora)
     return msgspec.structs.replace(lora, tensors=tensors_of(parameters))
 
@@ -78,47 +81,75 @@ def attach(
     """
     base.requires_grad_(False)
     head_kind = task.head if isinstance(task, Classification) else "none"
-    if head_kind == "stock" and not isinstance(getattr(base, "classifier", None), nn.Module):
+    if head_kind == "stock" and not isinstance(getattr(base, HEAD, None), nn.Module):
         raise ModelError(
             "a base model has no classification head of the usual name",
             file=folder,
-            field="classifier",
+            field=HEAD,
             found=type(base).__name__,
             accepted="task.head: mean-pool",
         )
     parameters: dict[str, nn.Parameter] = {}
     if lora.target_modules:
-        check_targets(folder, base, lora)
-        parameters = _attach_lora(base, task, lora)
+        parameters = _attach_lora(folder, base, task, lora)
     elif head_kind == "stock":
-        classifier = base.get_submodule("classifier").requires_grad_(True)
+        classifier = base.get_submodule(HEAD).requires_grad_(True)
         parameters = {
-            f"{PEFT_PREFIX}classifier.{name}": parameter
+            f"{PEFT_PREFIX}{HEAD}.{name}": parameter
             for name, parameter in classifier.named_parameters()
         }
     head = None
     if isinstance(task, Classification) and task.head == "mean-pool":
-        head = nn.Linear(base.config.hidden_size, len(task.labels), device=base.device)
+        head = nn.Linear(width_of(base), len(task.labels), device=base.device)
         parameters |= {f"head.{name}": parameter for name, parameter in head.named_parameters()}
     return dict(sorted(parameters.items())), head
 
 
-def _attach_lora(base: PreTrainedModel, task: Task, lora: Lora) -> dict[str, nn.Parameter]:
+def _attach_lora(
+    folder: Path, base: PreTrainedModel, task: Task, lora: Lora
+) -> dict[str, nn.Parameter]:
+    chosen = adapted_layers(folder, base, lora)
     stock = isinstance(task, Classification) and task.head == "stock"
     kind = "CAUSAL_LM" if isinstance(task, CausalLm) else "FEATURE_EXTRACTION"
     config = LoraConfig(
         task_type="SEQ_CLS" if stock else kind,
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT only divides by it
-        target_modules=list(lora.target_modules),
-        layers_to_transform=None if lora.layers is None else list(lora.layers),
+        # Each layer by its whole name: PEFT reads no number from `layers.0.mlp`, for one.
+        target_modules=list(chosen),
         lora_dropout=0.0,
         use_rslora=lora.scaling == "rank-stabilised",
-        fan_in_fan_out=_stores_weights_turned(base, lora),
-        modules_to_save=["classifier"] if stock else None,
+        # PEFT would notice by itself, but warn.
+        fan_in_fan_out=any(type(layer) is Conv1D for layer in chosen.values()),
+        modules_to_save=[HEAD] if stock else None,
     )
-    with peft_quietly():
-        adapted = get_peft_model(base, config)
+    try:
+        with peft_quietly():
+            adapted = get_peft_model(base, config)
+    except UmbelError:
+        raise
+    except Exception as error:  # the library promises no classes of errors
+        raise ModelError(
+            "PEFT does not put an adapter on these layers of the base model",
+            file=folder,
+            field=f"lora.target_modules: {', '.join(lora.target_modules)}",
+            found=error,
+            remedy=without_targets(lora, [t for t in lora.target_modules if t in str(error)]),
+        ) from error
+    placed = {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    moved = sorted(placed ^ chosen.keys())
+    if moved:
+        # PEFT puts adapters of a mixture of experts on parameters that are no layers.
+        raise ModelError(
+            "PEFT puts the adapter on other layers than the plan names",
+            file=folder,
+            field=f"lora.target_modules: {', '.join(lora.target_modules)}",
+            found=", ".join(moved[:3]),
+            accepted="linear layers outside of a mixture of experts",
+            remedy=without_targets(
+                lora, [t for t in lora.target_modules if any(f".{t}" in name for name in moved)]
+            ),
+        )
     return {
         _saved_name(name): parameter
         for name, parameter in adapted.named_parameters()
@@ -126,10 +157,12 @@ def _attach_lora(base: PreTrainedModel, task: Task, lora: Lora) -> dict[str, nn.
     }
 
 
-def _stores_weights_turned(base: PreTrainedModel, lora: Lora) -> bool:
-    """Whether the targets are Conv1D; PEFT would notice by itself, but warn."""
-    found = (_modules_named(base, target) for target in lora.target_modules)
-    return any(type(module) is Conv1D for modules in found for module in modules.values())
+def without_targets(lora: Lora, targets: Collection[str]) -> str:
+    """What to do about targets that cannot be adapted."""
+    others = [target for target in lora.target_modules if target not in targets]
+    if not targets or not others:
+        return "name other layers in lora.target_modules, or use another base model"
+    return f"leave {', '.join(targets)} out: lora.target_modules = {json.dumps(others)}"
 
 
 def _saved_name(live: str) -> str:
@@ -198,86 +231,3 @@ def fold(base: PreTrainedModel) -> None:
             continue
         parent, _, last = name.rpartition(".")
         setattr(base.get_submodule(parent), last, plain)
-
-
-def check_targets(folder: Path, base: PreTrainedModel, lora: Lora) -> None:
-    """Requires each target, in each layer of the plan, to be a linear layer outside the head.
-
-    Raises:
-        ModelError: one is not; the error names it, and the linear layers of the model.
-    """
-    linear = {name for name, module in base.named_modules() if _is_linear(module)}
-    for target in lora.target_modules:
-        found = _modules_named(base, target)
-        wanted = [None] if lora.layers is None else list(lora.layers)
-        for layer in wanted:
-            matches = [name for name in found if layer is None or _layer_of(name) == layer]
-            if not matches:
-                unnumbered = found and all(_layer_of(name) is None for name in found)
-                what = "its layers have no number that PEFT can read" if unnumbered else None
-                raise _no_target(folder, linear, target, layer, what or "no module of that name")
-            for name in matches:
-                is_output = _is_output(base, found[name])
-                if name not in linear or name.startswith("classifier") or is_output:
-                    kind = type(found[name]).__name__
-                    if name in linear:
-                        kind = "the output layer" if is_output else "the head"
-                    raise _no_target(folder, linear, target, layer, f"{name}: {kind}")
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) in (*LINEAR, int8.Int8Linear) or type(module).__name__ == nf4.KIND
-
-
-def _is_output(base: PreTrainedModel, module: nn.Module) -> bool:
-    """Whether a module is a language model's output layer.
-
-    It sees the tokens of all records in one list, and often shares its weight with the embeddings:
-    a record has no gradient of its own there.
-    """
-    return module is output_layer(base)
-
-
-def all_linear(folder: Path, task: Task) -> tuple[str, ...]:
-    """Names of all linear layers that may have an adapter, for `target_modules`.
-
-    Raises:
-        ModelError: the configuration is missing or of an unknown architecture.
-    """
-    base = skeleton(folder, task)
-    names = {
-        name.rpartition(".")[2]
-        for name, module in base.named_modules()
-        if _is_linear(module) and _layer_of(name) is not None and not _is_output(base, module)
-    }
-    return tuple(sorted(names))
-
-
-def _modules_named(base: PreTrainedModel, target: str) -> dict[str, nn.Module]:
-    """The modules that PEFT would match with a target."""
-    return {
-        name: module
-        for name, module in base.named_modules()
-        if name == target or name.endswith(f".{target}")
-    }
-
-
-def _layer_of(name: str) -> int | None:
-    """Index of the transformer layer that a module is part of, as PEFT reads it."""
-    match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
-    return int(match.group(1)) if match else None
-
-
-def _no_target(
-    folder: Path, linear: set[str], target: str, layer: int | None, found: str
-) -> ModelError:
-    kinds = {name.rpartition(".")[2] for name in linear if not name.startswith("classifier")}
-    layers = sorted({index for name in linear if (index := _layer_of(name)) is not None})
-    return ModelError(
-        "an adapter's target is not a linear layer of the base model",
-        file=folder,
-        field=f"lora.target_modules: {target}" + ("" if layer is None else f" in layer {layer}"),
-        found=found,
-        accepted=f"linear layers {', '.join(sorted(kinds))} in "
-        + (f"layers {layers}" if layers else "all layers: leave lora.layers out"),
-    )

@@ -19,22 +19,29 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from umbel_client.models.adapters.folder import folder_mode, read_to_export
-from umbel_client.models.adapters.lora import PEFT_PREFIX, attach, fill, fold, require_tensors
-from umbel_client.models.base.files import require_digest
-from umbel_client.models.base.folder import (
-    BaseContent,
-    build_base,
-    empty_base,
-    quietly,
-    read_base,
-)
+from umbel_client.models.adapters.lora import attach, fill, fold, require_tensors
+from umbel_client.models.base.folder import BaseContent, build_base, empty_base, read_base
 from umbel_client.models.base.placement import HOST, Change, Form
-from umbel_common.adapters.peft_folder import HEAD_FILE, TASK_FILE, tensor_files, text_files
+from umbel_client.models.base.skeleton import quietly
+from umbel_common.adapters.peft_folder import (
+    HEAD_FILE,
+    PEFT_PREFIX,
+    TASK_FILE,
+    tensor_files,
+    text_files,
+)
 from umbel_common.adapters.vector import Vector, unflatten
 from umbel_common.errors import ModelError, StorageError
-from umbel_common.plans.plan import Lora, Task, TrainingPlan
+from umbel_common.plans.plan import Classification, Lora, Task, TrainingPlan
 from umbel_host.files import tensor_file
-from umbel_host.files.model_folder import TOKENIZER_FILES
+from umbel_host.files.model_digest import require_digest
+from umbel_host.files.model_folder import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    TOKENIZER_FILES,
+    parsed_json,
+)
+from umbel_host.files.output import require_new
 
 
 @dataclass(frozen=True)
@@ -125,15 +132,19 @@ def merge_adapter(
         StorageError: `out` exists, or the disk does not take it.
     """
     plan, vector, release = read_to_export(adapter)
-    if out.exists():
-        raise StorageError("a file or folder is in the way", file=out, remedy="give a new name")
+    require_new(out)
     model, content = _merged(base, plan, vector, getattr(torch, dtype), device)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(mode=folder_mode(release), parents=True)
+        _take_settings(model, content, plan.task)
         with quietly():
             model.save_pretrained(partial)
+        # Not a part of the base model that was agreed on, but of what its owner took from it.
+        settings = base / GENERATION_FILE
+        if settings.is_file():
+            (partial / GENERATION_FILE).write_bytes(settings.read_bytes())
         for name in TOKENIZER_FILES:
             if name in content.texts:
                 (partial / name).write_bytes(content.texts[name])
@@ -146,6 +157,16 @@ def merge_adapter(
         raise StorageError("a model cannot be stored", file=out, found=error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_settings(model: PreTrainedModel, content: BaseContent, task: Task) -> None:
+    """Gives the configuration what programs read of it: names of labels, and the base's cache."""
+    if isinstance(task, Classification):
+        model.config.id2label = dict(enumerate(task.labels))
+        model.config.label2id = {label: index for index, label in enumerate(task.labels)}
+    else:
+        settings = parsed_json(content.folder, CONFIG_FILE, content.texts[CONFIG_FILE])
+        model.config.use_cache = settings.get("use_cache", True)
 
 
 def _merged(

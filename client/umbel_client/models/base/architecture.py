@@ -50,6 +50,17 @@ def _layer(get: Callable[[], object]) -> object:
         return None
 
 
+def width_of(base: PreTrainedModel) -> int:
+    """Number of values that a model computes for each token."""
+    return int(base.config.get_text_config().hidden_size)
+
+
+def padding_of(base: PreTrainedModel) -> int:
+    """The token that a model takes for padding; 0 if its configuration names none that it knows."""
+    pad = getattr(base.config.get_text_config(), "pad_token_id", None)
+    return pad if isinstance(pad, int) and 0 <= pad < vocabulary_of(base) else 0
+
+
 def positions_of(base: PreTrainedModel) -> int | None:
     """Number of tokens that a model can read at once; None: any.
 

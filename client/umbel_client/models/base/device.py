@@ -8,6 +8,7 @@ drawn on the host, are the same on each.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,24 @@ def _no_cuda(choice: str, field: str, root: Path) -> ConfigError:
         accepted=f"a GPU with a driver for CUDA {builds.cuda}, or {field} = cpu",
         remedy="let this process use the devices /dev/nvidia* and update the driver (docs/gpu.md)",
     )
+
+
+def require_alike(devices: Sequence[torch.device]) -> None:
+    """Requires GPUs that are to hold copies of one model to be of one model themselves.
+
+    Others round differently, and a record would have other bits on each.
+
+    Raises:
+        ConfigError: they have different names, or one of them does not answer.
+    """
+    shown = list(map(_described, devices))
+    if len({one.partition(" ")[2] for one in shown}) > 1:
+        raise ConfigError(
+            "copies of a model cannot be on different kinds of GPU",
+            field="model.device",
+            found=", ".join(shown),
+            accepted='GPUs of one kind, or split = "layers"',
+        )
 
 
 def memory_in_use(*devices: torch.device) -> str | None:

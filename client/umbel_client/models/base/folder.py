@@ -1,4 +1,4 @@
-"""A base model from a local folder: its empty skeleton, or with its weights.
+"""A base model with its weights, from a local folder.
 
 What is loaded is what was hashed (`umbel_host.files.model_folder`): Transformers gets no path into
 the folder. It gets the bytes of the small files in a private folder, and the weights as tensors.
@@ -7,10 +7,8 @@ Only safetensors are read, never pickles. Code in the folder is never run.
 """
 
 import math
-import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,61 +16,22 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import logging as transformers_logging
 
 from umbel_client.models.base.attention import make_every_mask
-from umbel_client.models.base.files import file_digest, model_digest, shards_of, weights_of
 from umbel_client.models.base.layers import all_layers, without_layers
 from umbel_client.models.base.placement import AsComputed, Placement, places_of
+from umbel_client.models.base.skeleton import building, empty_model, without_pooler
 from umbel_client.models.base.weights import Place, WeightFile, opened_weights
-from umbel_common.errors import ModelError, UmbelError
-from umbel_common.plans.plan import CausalLm, Classification, Task
+from umbel_common.errors import ModelError
+from umbel_common.plans.plan import Classification, Task
+from umbel_host.files.model_digest import file_digest, model_digest, shards_of, weights_of
 from umbel_host.files.model_folder import (
-    CONFIG_FILE,
     FileDigests,
-    private_folder,
     read_texts,
     text_digest,
 )
-from umbel_host.processes.log import make_printable
-
-_REPORTS: Any = transformers_logging
-"""Transformers leaves these functions untyped."""
-
-_LOADING = threading.Lock()
-"""Transformers changes global state while it builds a model, so only one is built at a time."""
-
-
-def skeleton(folder: Path, task: Task) -> PreTrainedModel:
-    """The model's modules without weights: enough to see names and shapes.
-
-    Raises:
-        ModelError: the configuration is missing or of an unknown architecture.
-    """
-    return _without_pooler(_skeleton(folder, read_texts(folder), task), task)
-
-
-def _skeleton(folder: Path, texts: Mapping[str, bytes], task: Task) -> PreTrainedModel:
-    with _building(folder):
-        return _empty(_config(folder, texts, task), task)
-
-
-def model_config(folder: Path, task: Task) -> PretrainedConfig:
-    """The model's configuration, for a task.
-
-    Raises:
-        ModelError: it is missing or of an unknown architecture.
-    """
-    texts = read_texts(folder)
-    with _building(folder):
-        return _config(folder, texts, task)
 
 
 @dataclass(frozen=True)
@@ -107,7 +66,7 @@ def read_base(
             float32.
 
     Raises:
-        ModelError: see `umbel_client.models.base.files.folder_digest`.
+        ModelError: see `umbel_host.files.model_digest.folder_digest`.
     """
     weights = weights_of(folder)
     texts = read_texts(folder)
@@ -137,7 +96,9 @@ def _places(
 ) -> Mapping[str, Place]:
     shapes = {name: shape for shard in shards for name, shape in shard.shapes.items()}
     try:
-        return places_of(_skeleton(folder, texts, task), task, placement, shapes)
+        with building(folder):
+            empty = empty_model(folder, texts, task)
+        return places_of(empty, task, placement, shapes)
     except ModelError:
         # It is raised again when the model is built, after its digest was compared with a plan's.
         return {}
@@ -145,7 +106,8 @@ def _places(
 
 def empty_base(content: BaseContent, task: Task) -> PreTrainedModel:
     """The same as `skeleton` gives, from what was read."""
-    return _without_pooler(_skeleton(content.folder, content.texts, task), task)
+    with building(content.folder):
+        return without_pooler(empty_model(content.folder, content.texts, task), task)
 
 
 def load_base(folder: Path, task: Task) -> PreTrainedModel:
@@ -153,10 +115,13 @@ def load_base(folder: Path, task: Task) -> PreTrainedModel:
     return build_base(read_base(folder), task)
 
 
-def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
+def build_base(content: BaseContent, task: Task, depth: int | None = None) -> PreTrainedModel:
     """The model with its weights: frozen, in evaluation mode, on its devices.
 
     Parameters without a place are float32.
+
+    Args:
+        depth: number of layers that are built; None: all of them.
 
     Raises:
         ModelError: the weights do not load, or lack a tensor outside the head: it would be random,
@@ -169,8 +134,8 @@ def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
     stand_ins = {
         name: torch.full((), math.nan).expand(place.shape) for name, place in places.items()
     }
-    with _building(folder):
-        empty = _empty(_config(folder, content.texts, task), task)
+    with building(folder):
+        empty = empty_model(folder, content.texts, task, depth)
         model: Any = type(empty)
         base: PreTrainedModel
         # Without a path, it reads no file: also no adapter, generation settings or other weights.
@@ -189,7 +154,7 @@ def build_base(content: BaseContent, task: Task) -> PreTrainedModel:
         del base
         return build_base(_read_again(content), task)
     _take_places(base, content, stand_ins, content.placement.layer_devices(empty, task))
-    base = _without_pooler(base, task)
+    base = without_pooler(base, task)
     _check_separable(folder, base)
     base.requires_grad_(False)
     base.train(False)
@@ -276,100 +241,6 @@ def _move(
         base.to(device)  # type: ignore[arg-type]  # wrapped by torch
     for layer, there in zip(layers, layer_devices, strict=True):
         layer.to(there)
-
-
-def _empty(config: PretrainedConfig, task: Task) -> PreTrainedModel:
-    """The model's modules without weights."""
-    with torch.device("meta"):
-        empty: PreTrainedModel = _factory(task).from_config(config, trust_remote_code=False)
-    return empty
-
-
-def _factory(task: Task) -> Any:
-    if isinstance(task, CausalLm):
-        return AutoModelForCausalLM
-    return AutoModelForSequenceClassification if task.head == "stock" else AutoModel
-
-
-def _config(folder: Path, texts: Mapping[str, bytes], task: Task) -> PretrainedConfig:
-    config: PretrainedConfig
-    config_file = {name: text for name, text in texts.items() if name == CONFIG_FILE}
-    with private_folder(folder, config_file) as place:
-        config = AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-    if isinstance(task, CausalLm):
-        # Training reads each record once, whole, so that a cache would never be read.
-        config.use_cache = False
-    elif task.head == "stock":
-        config.num_labels = len(task.labels)
-    _require_unquantised(folder, config)
-    return config
-
-
-def _require_unquantised(folder: Path, config: PretrainedConfig) -> None:
-    """Refuses a configuration that asks Transformers for quantised layers.
-
-    Some compute a record by the values of all records (LLM.int8), and what is computed depends on
-    the packages of the machine.
-    """
-    # Where Transformers looks for it.
-    for part in (config, config.get_text_config(decoder=True)):
-        if getattr(part, "quantization_config", None) is not None:
-            raise ModelError(
-                "the configuration of a base model asks for quantised layers",
-                file=folder / CONFIG_FILE,
-                field="quantization_config",
-                accepted="none",
-                remedy="use the model's weights in float32, float16 or bfloat16; a site may set"
-                ' model.quantisation = "nf4"',
-            )
-
-
-@contextmanager
-def _building(folder: Path) -> Iterator[None]:
-    """Builds one model at a time, quietly, and turns errors into `ModelError`."""
-    with quietly():
-        try:
-            yield
-        except UmbelError:
-            raise
-        except Exception as error:  # the libraries promise no classes of errors
-            raise ModelError("a base model cannot be loaded", file=folder, found=error) from error
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Switches off Transformers' progress bars and reports.
-
-    This is global to the process, so there is one caller at a time.
-    """
-    with _LOADING:
-        make_printable("transformers")
-        level = _REPORTS.get_verbosity()
-        bars = _REPORTS.is_progress_bar_enabled()
-        _REPORTS.set_verbosity_error()
-        _REPORTS.disable_progress_bar()
-        try:
-            yield
-        finally:
-            _REPORTS.set_verbosity(level)
-            if bars:
-                _REPORTS.enable_progress_bar()
-
-
-@contextmanager
-def peft_quietly() -> Iterator[None]:
-    """Hides the warning that PEFT uses the old name of a Transformers property."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
-        yield
-
-
-def _without_pooler(base: PreTrainedModel, task: Task) -> PreTrainedModel:
-    """Removes the pooler where mean pooling does not use it; the weights may then lack it."""
-    mean_pool = isinstance(task, Classification) and task.head == "mean-pool"
-    if mean_pool and getattr(base, "pooler", None) is not None:
-        base.pooler = None  # type: ignore[assignment]  # as add_pooling_layer=False leaves it
-    return base
 
 
 def _check_complete(folder: Path, task: Task, report: dict[str, Any]) -> None:

@@ -145,15 +145,18 @@ def output_is_plain(base: PreTrainedModel) -> bool:
     whole = base(input_ids=ids, attention_mask=mask)[0]
     hidden = body_of(base)(input_ids=ids, attention_mask=mask)[0]
     layer = output_layer(base)
-    if layer is None or hidden.dim() != whole.dim():
+    if layer is None or hidden.shape[:-1] != whole.shape[:-1]:
         return False
+    if hidden.shape[-1] != getattr(layer, "in_features", hidden.shape[-1]):
+        return False  # what it reads is computed of the hidden state
     logits = layer(hidden)
     return bool((whole - logits).abs().max() <= TOLERANCE * whole.abs().max())
 
 
 def made_up_inputs(base: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask, int64[2, 7] each, of two made-up records, one of them padded."""
-    ids = torch.arange(5, 19, device=base.device).reshape(2, 7) % base.config.vocab_size
+    ids = torch.arange(5, 19, device=base.device).reshape(2, 7)
+    ids %= base.config.get_text_config().vocab_size
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
     return ids, mask

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from umbel_client.models.base.layers import output_layer
 from umbel_common.errors import ModelError
+from umbel_host.installation import install
 
 KIND = "Linear4bit"
 """Name of the class that replaces linear layers; comparing it does not need the package."""
@@ -90,6 +91,6 @@ def _four_bit() -> Any:
             field="model.quantisation",
             found=error,
             accepted="none",
-            remedy='pip install "umbel[client,quantised]"',
+            remedy=install("client", "quantised"),
         ) from None
     return four_bit

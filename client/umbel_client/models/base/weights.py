@@ -86,6 +86,15 @@ class WeightFile:
         """The shape of each tensor by its name."""
         return {name: entry.shape for name, entry in self._entries}
 
+    @property
+    def are_numbers(self) -> dict[str, bool]:
+        """Whether each tensor, by its name, has real numbers; indices and masks do not."""
+        whole = ("I", "U", "B")
+        return {
+            name: entry.dtype == "BF16" or not entry.dtype.startswith(whole)
+            for name, entry in self._entries
+        }
+
     def read(self, places: Mapping[str, Place]) -> tuple[dict[str, torch.Tensor], str]:
         """Reads the rest of the file, once.
 

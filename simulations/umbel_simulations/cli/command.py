@@ -1,22 +1,20 @@
 """`umbel-simulate`: many sites on one machine, with the code that a deployment runs."""
 
 import os
-import sys
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from umbel_common.errors import StorageError
+from umbel_host.entry import exit_code
 from umbel_host.processes.lifecycle import hide_memory
-from umbel_host.terminal import Screen, exit_code, json_text, say
+from umbel_host.terminal import Screen, command_line, print_json
 
-app = typer.Typer(
-    name="umbel-simulate",
-    help="Simulate private federated fine-tuning, with many sites on this machine.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+app = command_line(
+    "umbel-simulate", "Simulate private federated fine-tuning, with many sites on this machine."
 )
 
 ScenarioName = Annotated[
@@ -35,15 +33,17 @@ def run(
         ),
     ] = None,
     sites: Annotated[
-        int | None, typer.Option(min=2, help="Number of sites; default: the scenario's.")
+        int | None, typer.Option(min=2, max=100, help="Number of sites; default: the scenario's.")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Number of rounds; default: the scenario's.")
+        int | None,
+        typer.Option(min=1, max=10_000, help="Number of rounds; default: the scenario's."),
     ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
             min=0,
+            max=2**53 - 1,
             help="Public seed of the division of records and of the initial adapter; default: the"
             " scenario's.",
         ),
@@ -58,13 +58,17 @@ def run(
     runs: Runs = Path("runs"),
 ) -> None:
     """Run a scenario, compare its adapter with others, and write a report."""
+    if name is not None and (not name.strip() or name == ".." or Path(name).name != name):
+        raise typer.BadParameter("a name, without folders: see --runs", param_hint="--name")
     # Imported here, so that `list`, `--help` and errors in a scenario do not wait for torch.
+    from umbel_host.files.output import require_place
     from umbel_simulations.scenario.file import find_scenario, override
     from umbel_simulations.scenario.run_folder import check_free, free_name
 
     chosen = override(find_scenario(scenario), sites=sites, rounds=rounds, seed=seed, no_dp=no_dp)
     folder = runs / (name if name is not None else free_name(runs, chosen))
-    check_free(folder, chosen)
+    if not check_free(folder, chosen):
+        require_place(folder / "adapter")
 
     from umbel_simulations.reporting.live import view_for
     from umbel_simulations.reporting.table import print_summary
@@ -74,12 +78,71 @@ def run(
     with view_for(console) as view:
         summary = run_scenario(chosen, folder, view.on_event)
     if as_json:
-        say(json_text(summary))
+        print_json(summary)
     else:
         print_summary(console, summary)
         console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
         console.print(f"adapter: {folder / 'adapter'}", soft_wrap=True)
-        console.print(f"verify: umbel-simulate verify {folder}", soft_wrap=True)
+        console.print(f"verify: umbel-simulate verify {shlex.quote(str(folder))}", soft_wrap=True)
+
+
+@app.command()
+def init(
+    train: Annotated[
+        list[Path],
+        typer.Argument(help="Training records: one file to divide, or a file for each site."),
+    ],
+    test: Annotated[
+        Path,
+        typer.Option(help="Public test records; `umbel-client data split` makes such a file."),
+    ],
+    out: Annotated[Path, typer.Option(help="The new scenario.")] = Path("mine.toml"),
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the base model; default for labels: the demo's encoder."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the scenario; default: from the file's name.")
+    ] = None,
+    sites: Annotated[
+        int | None, typer.Option(min=2, max=100, help="Number of sites; default: 3.")
+    ] = None,
+    unit: Annotated[
+        str | None, typer.Option(help="Column that says whose a record is, such as a patient.")
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column with the texts to label.")] = "text",
+    label_column: Annotated[str, typer.Option(help="Column with the labels.")] = "label",
+) -> None:
+    """Look at your own records, and write a commented scenario that trains on them."""
+    from umbel_host.files.durable import create
+    from umbel_host.files.output import require_new_file
+    from umbel_simulations.inputs.new_scenario import Wish, path_text, scenario_text
+    from umbel_simulations.runs.setup import load_setup
+    from umbel_simulations.scenario.file import parse_scenario
+
+    require_new_file(out)
+    wish = Wish(
+        train=train,
+        test=test,
+        out=out,
+        model=model,
+        name=name,
+        sites=sites,
+        unit=unit,
+        text_column=text_column,
+        label_column=label_column,
+    )
+    text = scenario_text(wish)
+    # What is written runs: records, model, plan and privacy fit together.
+    setup = load_setup(parse_scenario(text, out))
+    try:
+        create(out, text.encode(), 0o644)
+    except OSError as error:
+        raise StorageError("a scenario cannot be written", file=out, found=error.strerror) from None
+    console = Screen()
+    for site, examples in setup.sites.items():
+        console.print(f"{site}  {len(examples):,} records", soft_wrap=True)
+    console.print(f"run it: umbel-simulate run {shlex.quote(path_text(out))}", soft_wrap=True)
 
 
 @app.command()
@@ -90,12 +153,17 @@ def federation(
     ] = Path("federation"),
 ) -> None:
     """Run a scenario as real processes: a server and its sites, with certificates and approvals."""
-    from umbel_simulations.backends.processes import run_federation
+    from umbel_host.files.output import require_place
     from umbel_simulations.scenario.file import find_scenario
+
+    chosen = find_scenario(scenario)
+    require_place(folder / "adapter")
+
+    from umbel_simulations.backends.processes import run_federation
 
     console = Screen()
     adapter = run_federation(
-        find_scenario(scenario),
+        chosen,
         folder.absolute(),
         lambda text: console.print(text, soft_wrap=True),
     )
@@ -176,13 +244,13 @@ def audit(
             lambda unit, step, steps: status.update(f"per {unit}: step {step} of {steps}"),
         )
     if as_json:
-        say(json_text(results))
+        print_json(results)
     else:
         console.print(as_table(results))
     check(results)
 
 
-def main() -> None:
-    """The console script. It shows every error as a text for people, with its own exit code."""
+def run_command() -> int:
+    """Runs the command of the command line; returns the exit code."""
     hide_memory()
-    sys.exit(exit_code(app, interrupted="interrupted: the same command resumes the run"))
+    return exit_code(app, interrupted="interrupted: the same command resumes the run")

@@ -1,10 +1,11 @@
 """All files of a base model that count: the digest that names them, and the files with weights.
 
-`umbel_host.files.model_folder` says which small files count, and what a folder is refused for.
+`model_folder` says which small files count, and what a folder is refused for.
 Nothing here needs the packages that load a model.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,9 +23,13 @@ from umbel_host.files.model_folder import (
     other_file,
     parsed_json,
     read_texts,
+    require_folder,
     text_digest,
     unreadable,
 )
+
+_SHARD = re.compile(r"[\w.-]+-\d+-of-\d+\.safetensors")
+"""One of several files with weights, as save_pretrained names them."""
 
 
 def folder_digest(folder: Path) -> bytes:
@@ -33,13 +38,22 @@ def folder_digest(folder: Path) -> bytes:
     Other files (a card, weights in other formats) do not count: they are never read.
 
     Raises:
+        ModelError: see `folder_files`.
+    """
+    return model_digest(folder_files(folder))
+
+
+def folder_files(folder: Path) -> FileDigests:
+    """Digests of all files of a model that count, by name.
+
+    Raises:
         ModelError: see `read_texts`; or weights are missing or unreadable.
     """
     weights = weights_of(folder)
     texts = read_texts(folder)
     shards_of(folder, texts, weights)
     digests = {name: text_digest(text) for name, text in texts.items()}
-    return model_digest(digests | {name: file_digest(folder / name) for name in weights})
+    return digests | {name: file_digest(folder / name) for name in weights}
 
 
 def model_digest(digests: FileDigests) -> bytes:
@@ -86,6 +100,7 @@ def weights_of(folder: Path) -> list[str]:
             cannot be read.
     """
     try:
+        require_folder(folder)
         names = sorted(path.name for path in folder.glob("*.safetensors"))
         accepted = {
             CONFIG_FILE: (folder / CONFIG_FILE).is_file(),
@@ -121,7 +136,8 @@ def shards_of(folder: Path, texts: Mapping[str, bytes], weights: Sequence[str]) 
         weights: from `weights_of`.
 
     Raises:
-        ModelError: the index names something else than files of this folder.
+        ModelError: the index names a file that is missing, or something else than files of this
+            folder.
     """
     if WEIGHTS_FILE in weights:
         return [WEIGHTS_FILE]
@@ -131,6 +147,8 @@ def shards_of(folder: Path, texts: Mapping[str, bytes], weights: Sequence[str]) 
     named = index.get("weight_map")
     names = list(named.values()) if isinstance(named, dict) else []
     for name in names or [None]:
+        if isinstance(name, str) and _SHARD.fullmatch(name) and name not in weights:
+            raise missing(folder, name, ("every file that the index names",))
         if name not in weights:
             raise other_file(folder / INDEX_FILE, "weight_map", name)
     return sorted(set(names))
