@@ -65,12 +65,25 @@ def decode(data: bytes | memoryview, kind: type[T]) -> T:
         ) from None
 
 
-def decode_canonical(data: bytes, kind: type[V]) -> V:
+def decode_canonical(data: bytes, kind: type[V] | tuple[type[V], ...]) -> V:
     """Decodes a value that is hashed or signed; also refuses every encoding but that of `encode`.
+
+    Args:
+        kind: the type, or the versions of one; each names its version, so at most one decodes.
 
     Raises:
         RemoteProtocolError: `malformed-message`.
     """
+    first, *later = kind if isinstance(kind, tuple) else (kind,)
+    for version in later:
+        try:
+            return _decode_one(data, version)
+        except RemoteProtocolError:
+            continue
+    return _decode_one(data, first)
+
+
+def _decode_one(data: bytes, kind: type[V]) -> V:
     value = decode(data, kind)
     require(
         encode(value) == data,

@@ -16,7 +16,7 @@ from umbel_common.plans.plan import (
     Training,
     TrainingPlan,
 )
-from umbel_common.plans.statements import Release, RoundHeader
+from umbel_common.plans.statements import HEADER_VERSIONS, RELEASE_VERSIONS
 from umbel_common.protocol.wire import (
     ConfirmReply,
     ConfirmRequest,
@@ -133,10 +133,10 @@ class ToySite:
             case OfferUnderRoster():
                 return OfferReply(plan=plan.digest())
             case FinishRequest():
-                release = open_signed(request.release, Release, roster.operator)
+                release = open_signed(request.release, RELEASE_VERSIONS, roster.operator)
                 return FinishReply(adapter=release.adapter)
             case TrainRequest():
-                header = open_signed(request.header, RoundHeader, roster.operator)
+                header = open_signed(request.header, HEADER_VERSIONS, roster.operator)
                 rules = Rules(threshold=plan.aggregation.threshold, colluding=0, minimum_cohort=2)
                 self._cohort = len(header.cohort)
                 self._state, advert = participant.advertise(

@@ -13,7 +13,7 @@ from umbel_client.models.base.precision import fastest_precision
 from umbel_client.site.config import load_config
 from umbel_common.canonical import decode_canonical
 from umbel_common.device import require_device
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import PLAN_VERSIONS
 from umbel_common.trust.identity import Signed
 from umbel_host.files.adapter_folder import read_vector
 from umbel_simulations.runs.run import run_scenario
@@ -38,7 +38,7 @@ def test_sites_on_two_devices_release_the_adapter_of_sites_on_the_cpu(
         folder = tmp_path / name
         run_scenario(msgspec.structs.replace(scenario, compute=compute), folder, lambda _: None)
         signed = decode_canonical((folder / "plan.msgpack").read_bytes(), Signed)
-        plan = decode_canonical(signed.statement, TrainingPlan)
+        plan = decode_canonical(signed.statement, PLAN_VERSIONS)
         released.append(read_vector(folder / "adapter", plan))
         chosen = {
             load_config(site / "client.toml").model.device for site in (folder / "sites").iterdir()

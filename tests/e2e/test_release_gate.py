@@ -23,7 +23,7 @@ from umbel_common.adapters.vector import initial_vector
 from umbel_common.canonical import decode_canonical
 from umbel_common.plans.plan import ReleaseGate, Sgd, Training, TrainingPlan
 from umbel_common.plans.plan_file import plan_to_json
-from umbel_common.plans.statements import Release
+from umbel_common.plans.statements import RELEASE_VERSIONS
 from umbel_common.protocol.verification import VerifiedJob, verify_transcript
 from umbel_common.trust.identity import Signed, open_signed
 from umbel_host.files.adapter_folder import RELEASE_FILE
@@ -160,7 +160,9 @@ def test_an_update_that_was_made_worse_is_held_back_and_charged_all_the_same(
         folder = site.folder / "state" / "adapters" / "worse"
         np.testing.assert_array_equal(read_vector(folder, plan), initial_vector(plan))
         signed = decode_canonical((folder / RELEASE_FILE).read_bytes(), Signed)
-        assert open_signed(signed, Release, clinics.operator.public_key) == job.releases[-1]
+        assert (
+            open_signed(signed, RELEASE_VERSIONS, clinics.operator.public_key) == job.releases[-1]
+        )
 
     shown = server(clinics, "job", "status", "worse").stdout
     assert "held back: mean-loss" in shown

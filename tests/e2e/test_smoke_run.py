@@ -24,8 +24,8 @@ from umbel_client.tasks.task import ClassificationTask
 from umbel_common.adapters.vector import adapter_digest, flatten
 from umbel_common.canonical import decode_canonical, encode
 from umbel_common.errors import VerificationError
-from umbel_common.plans.plan import TrainingPlan
-from umbel_common.plans.statements import Release
+from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan
+from umbel_common.plans.statements import RELEASE_VERSIONS
 from umbel_common.protocol.transcript import (
     GENESIS,
     Entry,
@@ -51,7 +51,7 @@ TEXTS = ["acute appendicitis with peritonitis", "open-angle glaucoma", "iron def
 
 def plan_of(run: Path) -> TrainingPlan:
     signed = decode_canonical((run / "plan.msgpack").read_bytes(), Signed)
-    return decode_canonical(signed.statement, TrainingPlan)
+    return decode_canonical(signed.statement, PLAN_VERSIONS)
 
 
 def test_a_run_leaves_everything_that_the_readme_names(smoke_run: Path) -> None:
@@ -329,7 +329,7 @@ def plant_adapter(run: Path, operator: Identity, by: float) -> None:
     for signed in read_signed(run / "transcript.jsonl"):
         match decode_canonical(signed.statement, Entry).event:
             case RoundReleased() as event if len(events) == plan.training.rounds:
-                release = decode_canonical(event.release.statement, Release)
+                release = decode_canonical(event.release.statement, RELEASE_VERSIONS)
                 release = msgspec.structs.replace(release, adapter=adapter)
                 (run / "adapter" / RELEASE_FILE).write_bytes(encode(sign(operator, release)))
                 events.append(msgspec.structs.replace(event, release=sign(operator, release)))
@@ -367,7 +367,7 @@ def cut_history(run: Path, registry: Path) -> None:
     write_signed(run / "transcript.jsonl", kept)
     (*_, last) = (decode_canonical(signed.statement, Entry) for signed in kept)
     assert isinstance(last.event, RoundReleased)
-    release = decode_canonical(last.event.release.statement, Release)
+    release = decode_canonical(last.event.release.statement, RELEASE_VERSIONS)
     write_vector(run / "adapter", plan, Registry(registry).load(plan, release.adapter))
     (run / "adapter" / RELEASE_FILE).write_bytes(encode(last.event.release))
     summary = json.loads((run / "summary.json").read_text())

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.canonical import decode_canonical
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan
 from umbel_common.trust.identity import Signed
 from umbel_host.files.adapter_folder import read_vector
 
@@ -23,7 +23,7 @@ def summary_of(tiny: Any) -> Any:
 
 def plan_of(tiny: Any) -> TrainingPlan:
     signed = decode_canonical((tiny.run_folder / "plan.msgpack").read_bytes(), Signed)
-    return decode_canonical(signed.statement, TrainingPlan)
+    return decode_canonical(signed.statement, PLAN_VERSIONS)
 
 
 # In `make test`, client/training/test_round.py holds what each method changes.

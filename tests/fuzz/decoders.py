@@ -12,7 +12,8 @@ from vectors.values import IDENTITIES, OPERATOR, REPLIES, REQUESTS, ROSTER, STAT
 from umbel_common.adapters.vector import from_bytes, initial_vector, size_of, to_bytes
 from umbel_common.canonical import Value, decode_canonical, encode
 from umbel_common.errors import PlanError, RemoteProtocolError
-from umbel_common.plans.plan import TrainingPlan, check_plan
+from umbel_common.plans.check import check_plan
+from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan
 from umbel_common.protocol.wire import (
     HEADER_BYTES,
     MAGIC,
@@ -108,7 +109,7 @@ def _plans(_: Place) -> Property:
     )
 
     def prove(data: bytes) -> None:
-        plan = decode_canonical(_body(data, honest), TrainingPlan)
+        plan = decode_canonical(_body(data, honest), PLAN_VERSIONS)
         check_plan(plan)
         assert size_limit(plan) > HEADER_BYTES + 4 * plan.lora.size
         for number in (1, 2):

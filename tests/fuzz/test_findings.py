@@ -10,7 +10,7 @@ from vectors.values import HEADER, IDENTITIES, PLAN, ROSTER
 
 from umbel_client.site.config import ClientConfig
 from umbel_common.errors import ConfigError, PlanError, RemoteProtocolError
-from umbel_common.plans.plan import check_plan
+from umbel_common.plans.check import check_plan
 from umbel_common.secagg import participant
 from umbel_common.secagg.rules import Rules
 from umbel_common.toml_values import parse_toml

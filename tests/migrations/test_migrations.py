@@ -19,7 +19,7 @@ from umbel_client.storage.journal import Journal as SiteJournal
 from umbel_client.storage.journal import journal_schema, read_published
 from umbel_common.canonical import decode_canonical
 from umbel_common.errors import LedgerError, StorageError
-from umbel_common.plans.statements import RoundHeader
+from umbel_common.plans.statements import HEADER_VERSIONS, RoundHeader
 from umbel_common.trust.identity import Signed
 from umbel_host.files.database import Schema
 from umbel_server.storage.job_queue import QUEUE_SCHEMA, JobQueue, JobState
@@ -171,7 +171,7 @@ def test_a_former_round_journal_knows_what_it_knew(tmp_path: Path) -> None:
         assert store.next_attempt("job", 1) == 2
         assert len(store.transcript("job")) == 2
         (header,) = store.headers("job")
-        assert decode_canonical(header.statement, RoundHeader).attempt == 1
+        assert decode_canonical(header.statement, HEADER_VERSIONS).attempt == 1
         assert store.last_adverts() == {}
         advert = Signed(statement=b"advert", signature=bytes(64))
         store.keep_advert("a", header, advert)

@@ -12,7 +12,7 @@ from umbel_common.adapters.vector import Vector, size_of
 from umbel_common.errors import RemoteProtocolError, UmbelError
 from umbel_common.plans.figures import Evaluation, GateResult
 from umbel_common.plans.plan import TrainingPlan
-from umbel_common.plans.statements import Release, RoundHeader
+from umbel_common.plans.statements import HEADER_VERSIONS, RELEASE_VERSIONS, Release, RoundHeader
 from umbel_common.protocol.wire import (
     ConfirmReply,
     ConfirmRequest,
@@ -83,10 +83,10 @@ class ToySite:
             case _, OfferUnderRoster():
                 return OfferReply(plan=self.plan.digest())
             case _, FinishRequest():
-                release = open_signed(request.release, Release, self.roster.operator)
+                release = open_signed(request.release, RELEASE_VERSIONS, self.roster.operator)
                 return FinishReply(adapter=release.adapter)
             case _, TrainRequest():
-                self.header = open_signed(request.header, RoundHeader, self.roster.operator)
+                self.header = open_signed(request.header, HEADER_VERSIONS, self.roster.operator)
                 rules = Rules(
                     threshold=self.plan.aggregation.threshold, colluding=0, minimum_cohort=2
                 )

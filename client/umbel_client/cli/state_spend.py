@@ -18,7 +18,7 @@ from umbel_client.site.config import load_config
 from umbel_client.storage.journal import Journal
 from umbel_common.canonical import decode_canonical
 from umbel_common.errors import PlanError
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.trust.identity import Signed
 from umbel_host.files.text_file import read_text
@@ -96,4 +96,4 @@ def _accepted(path: Path) -> list[TrainingPlan]:
 
 
 def _plan(signed: Signed) -> TrainingPlan:
-    return decode_canonical(signed.statement, TrainingPlan)
+    return decode_canonical(signed.statement, PLAN_VERSIONS)

@@ -12,6 +12,7 @@ from umbel_client.data.tables import read_table
 from umbel_common.canonical import Name, Value
 from umbel_common.errors import DataError, PlanError
 from umbel_common.plans.alike import check_labels
+from umbel_common.plans.check import check_plan
 from umbel_common.plans.plan import (
     Aggregation,
     BaseModel,
@@ -21,13 +22,12 @@ from umbel_common.plans.plan import (
     Method,
     NoPrivacy,
     ReleaseGate,
-    Scale,
     Scaling,
     Task,
     Training,
     TrainingPlan,
-    check_plan,
 )
+from umbel_common.plans.ranges import Scale
 from umbel_host.files.model_digest import folder_digest
 from umbel_host.files.text_file import from_home, read_toml
 

@@ -35,7 +35,7 @@ from umbel_common.canonical import Name, Value
 from umbel_common.device import require_devices
 from umbel_common.errors import ConfigError
 from umbel_common.plans.figures import Format
-from umbel_common.plans.plan import Count, Fraction
+from umbel_common.plans.ranges import Count, Fraction
 from umbel_common.toml_values import from_table
 from umbel_host.files.text_file import from_home, read_toml, read_toml_table
 

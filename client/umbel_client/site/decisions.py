@@ -13,7 +13,7 @@ from pathlib import Path
 from umbel_client.site.state_folder import StateFolder
 from umbel_common.canonical import decode_canonical, encode
 from umbel_common.errors import PolicyRefusal, RemoteProtocolError, StorageError
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan
 from umbel_common.trust.identity import Signed
 from umbel_host.files.durable import replace, sync_folder
 
@@ -130,7 +130,7 @@ class Decisions:
     def _proposal(self, path: Path) -> Proposal:
         try:
             signed = decode_canonical(path.read_bytes(), Signed)
-            plan = decode_canonical(signed.statement, TrainingPlan)
+            plan = decode_canonical(signed.statement, PLAN_VERSIONS)
         except (OSError, RemoteProtocolError) as error:
             raise StorageError(
                 "a plan that waits for approval cannot be read",

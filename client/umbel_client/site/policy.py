@@ -31,15 +31,13 @@ from umbel_common.errors import PolicyRefusal
 from umbel_common.plans.plan import (
     CausalLm,
     Classification,
-    Count,
-    Fraction,
     LossOn,
     NoPrivacy,
-    Positive,
     Template,
     TooLong,
     TrainingPlan,
 )
+from umbel_common.plans.ranges import Count, Fraction, Positive
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.printable import is_printable
 

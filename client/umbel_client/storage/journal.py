@@ -26,7 +26,7 @@ import msgspec
 
 from umbel_common.canonical import Value, decode, decode_canonical, encode
 from umbel_common.errors import RemoteProtocolError, require
-from umbel_common.plans.statements import RoundHeader
+from umbel_common.plans.statements import HEADER_VERSIONS, RoundHeader
 from umbel_common.trust.identity import Signed
 from umbel_host.files.database import (
     Database,
@@ -180,7 +180,7 @@ class Journal:
         if row is None:
             raise RemoteProtocolError("unknown-attempt", "a stage of an attempt that never began")
         with self.errors():
-            return decode_canonical(row[0], RoundHeader)
+            return decode_canonical(row[0], HEADER_VERSIONS)
 
     def state(self, context: bytes) -> bytes:
         """The secret state of an open attempt.

@@ -12,7 +12,7 @@ from umbel_common.adapters.reach import require_reachable
 from umbel_common.adapters.vector import Vector, adapter_digest, from_bytes, initial_vector
 from umbel_common.errors import PlanError, require
 from umbel_common.plans.plan import TrainingPlan
-from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.plans.statements import RELEASE_VERSIONS, EarlyEnd, Release, RoundHeader
 from umbel_common.protocol.transcript import final_round
 from umbel_common.protocol.wire import FinishRequest, TrainRequest
 from umbel_common.trust.identity import Roster
@@ -46,13 +46,14 @@ def check_round(site: Site, header: RoundHeader, plan: TrainingPlan) -> None:
     """Step 5: the header is for this federation, for the accepted plan, and for this site.
 
     Raises:
-        RemoteProtocolError: `other-federation`, `plan-digest`, `not-in-cohort` or
-            `round-past-plan`.
+        RemoteProtocolError: `other-federation`, `plan-digest`, `header-version`, `not-in-cohort`
+            or `round-past-plan`.
     """
     federation, rounds = site.roster.federation, plan.training.rounds
     checks = {
         "other-federation": (header.federation == federation, header.federation, federation),
         "plan-digest": (header.plan == plan.digest(), header.plan.hex(), plan.digest().hex()),
+        "header-version": (header.version == plan.version, header.version, plan.version),
         "not-in-cohort": (site.name in header.cohort, header.cohort, f"a cohort with {site.name}"),
         "round-past-plan": (header.round <= rounds, header.round, f"at most {rounds}"),
     }
@@ -120,7 +121,7 @@ def check_start(
             `adapter-values`, `adapter-digest`, `other-release`, `initial-adapter` or
             `adapter-too-far`.
     """
-    release = site.open(request.release, Release)
+    release = site.open(request.release, RELEASE_VERSIONS)
     vector = from_bytes(request.adapter, plan.lora.size)
     found = adapter_digest(plan.digest(), vector)
     require(
@@ -131,11 +132,12 @@ def check_start(
         accepted=release.adapter.hex(),
     )
     require(
-        (release.plan, release.round) == (plan.digest(), header.round - 1),
+        (release.plan, release.round, release.version)
+        == (plan.digest(), header.round - 1, plan.version),
         "other-release",
         "a round does not start from its predecessor",
-        found=f"the release of round {release.round}",
-        accepted=f"the release of round {header.round - 1}",
+        found=f"the release of round {release.round}, version {release.version}",
+        accepted=f"the release of round {header.round - 1}, version {plan.version}",
     )
     require(
         release.round > 0 or found == adapter_digest(plan.digest(), initial_vector(plan)),

@@ -109,8 +109,9 @@ from umbel_common.errors import (
     UmbelError,
     require,
 )
-from umbel_common.plans.plan import TrainingPlan, check_plan
-from umbel_common.plans.statements import Release, RoundHeader
+from umbel_common.plans.check import check_plan
+from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan
+from umbel_common.plans.statements import HEADER_VERSIONS, RELEASE_VERSIONS
 from umbel_common.protocol.wire import (
     FinishReply,
     FinishRequest,
@@ -304,7 +305,7 @@ class Trainer:
         """
         site = self._site
         # O1
-        plan = site.open(request.plan, TrainingPlan)
+        plan = site.open(request.plan, PLAN_VERSIONS)
         # O2
         require(
             plan.federation == site.roster.federation,
@@ -336,7 +337,7 @@ class Trainer:
         """Steps 2 to 16, in the order of the list at the top of this module."""
         site, journal = self._site, self._site.journal
         # 2
-        header = site.open(request.header, RoundHeader)
+        header = site.open(request.header, HEADER_VERSIONS)
         # 3
         plan = self._accepted_plan(header.job)
         # 4
@@ -410,7 +411,7 @@ class Trainer:
         """
         site = self._site
         # F1
-        release = site.open(request.release, Release)
+        release = site.open(request.release, RELEASE_VERSIONS)
         # F2
         plan = self._accepted_plan(release.job)
         # F3
@@ -455,7 +456,7 @@ class Trainer:
         """A plan from this site's own journal. Its signature was verified on acceptance, against
         the operator's key of that time, which may have been rotated since."""
         with self._site.journal.errors():
-            return decode_canonical(signed.statement, TrainingPlan)
+            return decode_canonical(signed.statement, PLAN_VERSIONS)
 
     def _loaded_job(self, name: str) -> SiteJob:
         """The job with its model, under the plan that was accepted and no other."""

@@ -13,7 +13,7 @@ nothing is noticed here.
 from umbel_client.trainer.job import SiteJob
 from umbel_common.canonical import decode_canonical
 from umbel_common.errors import RemoteProtocolError, require
-from umbel_common.plans.statements import RoundHeader
+from umbel_common.plans.statements import HEADER_VERSIONS
 from umbel_common.protocol.wire import LastAdvert
 from umbel_common.secagg.messages import KeyAdvert
 from umbel_common.trust.identity import Identity, label_of, verifies
@@ -35,7 +35,7 @@ def check_last_advert(last: LastAdvert, job: SiteJob, identity: Identity) -> Non
         return
     signed = decode_canonical(advert.statement, KeyAdvert)
     # The site's own signature over the context binds the header, which others signed too.
-    header = decode_canonical(last.header.statement, RoundHeader)
+    header = decode_canonical(last.header.statement, HEADER_VERSIONS)
     require(header.context() == signed.context, "other-context", "an advert is of another attempt")
     try:
         require(

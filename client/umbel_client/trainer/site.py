@@ -31,8 +31,11 @@ class Site:
         """The pinned roster."""
         return self.pinned.roster
 
-    def open(self, signed: Signed, kind: type[V]) -> V:
+    def open(self, signed: Signed, kind: type[V] | tuple[type[V], ...]) -> V:
         """The statement in something that the operator of the pinned roster signed.
+
+        Args:
+            kind: its type, or the versions of one.
 
         Raises:
             RemoteProtocolError: `pinned-signature` or `malformed-message`.

@@ -86,6 +86,12 @@ def adapter_digest(plan_digest: bytes, vector: Vector) -> bytes:
     return digest("adapter", plan_digest, to_bytes(vector))
 
 
+def start_digest(vector: Vector) -> bytes:
+    """The digest by which a plan names the public tensor that it starts from, 32 bytes. Unlike
+    `adapter_digest`, it does not depend on the plan."""
+    return digest("start", to_bytes(vector))
+
+
 def to_bytes(vector: Vector) -> memoryview:
     """A vector as it travels, float32 little-endian; copied only if it is not that already."""
     return np.ascontiguousarray(vector, dtype="<f4").view(np.uint8).data

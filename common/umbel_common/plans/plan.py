@@ -13,19 +13,21 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from umbel_common.canonical import Digest, Name, Value, digest, encode
-from umbel_common.errors import PlanError
+from umbel_common.plans.ranges import (
+    Count,
+    Delta,
+    Fraction,
+    LearningRate,
+    Positive,
+    Scale,
+    Version1,
+    Version2,
+)
+from umbel_common.plans.server_optimizer import Average, ServerOptimizer
+from umbel_common.plans.start import SeedStart, Start
 from umbel_common.trust.identity import label_of
 
-# The bounds keep every product of these values in the range of float32. An overflow in one record's
-# gradient would be a signal that no noise covers, and a denormal clip norm would not clip.
-Positive = Annotated[float, msgspec.Meta(ge=1e-12, le=1e6)]
-Scale = Annotated[float, msgspec.Meta(ge=1e-4, le=1e4)]
-LearningRate = Annotated[float, msgspec.Meta(ge=1e-12, le=100)]
-Fraction = Annotated[float, msgspec.Meta(gt=0, lt=1)]
-Delta = Annotated[float, msgspec.Meta(ge=1e-15, lt=1)]
-Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
-
-Method = Literal["both", "ffa", "alternate"]
+Method = Literal["both", "ffa", "alternate", "fedsvd"]
 Scaling = Literal["standard", "rank-stabilised"]
 """Factor of an adapter: alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023)."""
 Clipping = Literal["flat", "automatic"]
@@ -115,7 +117,8 @@ class Lora(Value, frozen=True):
     """Matrices that are trained. `both`: A and B in each round. `ffa`: B alone, A stays as
     initialised (Sun et al. 2024). `alternate`: B in odd rounds, A in even ones (RoLoRA, Chen et al.
     2024). B comes first, because with B = 0 the gradient of A is zero, and a round of A would
-    release noise alone."""
+    release noise alone. `fedsvd`: B alone, and each release re-factorises the product B A by its
+    singular values, so that A has orthonormal rows (FedSVD, Lee et al. 2025, arXiv 2505.12805)."""
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
     """Public seed of the initial adapter: A with orthonormal rows, B zero."""
     tensors: tuple[Tensor, ...]
@@ -157,15 +160,20 @@ class Sgd(Value, frozen=True, tag_field="optimizer", tag="sgd"):
     momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
 
 
+class NoOptimizer(Value, frozen=True, tag_field="optimizer", tag="none"):
+    """No step at the site: it sends its gradient, and the server's optimizer takes the step."""
+
+
 class Training(Value, frozen=True):
     """What a site computes in each round."""
 
     rounds: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
     local_steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
     expected_batch_size: Count
-    """Mean number of records in a Poisson batch. A site of public size N samples each of its
-    records with probability expected_batch_size / N, its sampling rate."""
-    optimizer: Adam | Sgd
+    """Mean number of records in a Poisson batch. In local mode a site of public size N samples each
+    of its records with probability expected_batch_size / N, its sampling rate. In distributed mode
+    it is the public number by which the sum over all sites is divided."""
+    optimizer: Adam | Sgd | NoOptimizer
     final_learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     """Share of their first value to which learning rates fall linearly over the whole job."""
     average_decay: Fraction | None = None
@@ -185,12 +193,8 @@ class Training(Value, frozen=True):
         return 1.0 - (1.0 - self.final_learning_rate) * step / (self.steps - 1)
 
 
-class LocalPrivacy(Value, frozen=True, tag_field="mode", tag="local"):
-    """Each site's own DP-SGD (Abadi et al. 2016) protects its records against everyone.
-
-    (epsilon, delta) holds for the whole job at each site, under add/remove adjacency. A site
-    calibrates its noise multiplier to its own sampling rate.
-    """
+class DifferentialPrivacy(Value, frozen=True):
+    """What the modes of DP-SGD (Abadi et al. 2016) have in common."""
 
     epsilon: Positive
     delta: Delta
@@ -200,6 +204,37 @@ class LocalPrivacy(Value, frozen=True, tag_field="mode", tag="local"):
     """Kind of clipping. `flat`: a gradient longer than the clip norm is shortened to it.
     `automatic`: each gradient is brought to nearly the clip norm (AUTO-S, Bu et al. 2023), so the
     clip norm only scales the learning rate. Both cost the same privacy."""
+
+
+class LocalPrivacy(DifferentialPrivacy, frozen=True, tag_field="mode", tag="local"):
+    """Each site's own DP-SGD protects its records against everyone.
+
+    (epsilon, delta) holds for the whole job at each site, under add/remove adjacency. A site
+    calibrates its noise multiplier to its own sampling rate.
+    """
+
+
+class DistributedPrivacy(
+    DifferentialPrivacy, frozen=True, kw_only=True, tag_field="mode", tag="distributed"
+):
+    """Sites share the noise: each adds a part of it, and masks show the sum alone.
+
+    (epsilon, delta) holds for the whole job against those who read the sums, as long as the noise
+    of `honest` sites in each sum is unknown to them. Each number is fixed here. A site computes
+    epsilon from them, and none follows from a size that anybody states.
+    """
+
+    sampling_rate: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    """Probability with which each site draws each of its units into a batch."""
+    noise_bits: Annotated[int, msgspec.Meta(ge=2, le=24)]
+    """Scale of the noise that each site adds to a coordinate: 2^noise_bits steps
+    (`Aggregation.step`) of a discrete Gaussian."""
+    honest: Annotated[int, msgspec.Meta(ge=1, le=100)]
+    """Number of sites in each sum whose noise the reader does not know."""
+    least_survivors: Annotated[int, msgspec.Meta(ge=2, le=100)]
+    """Fewest sites whose vectors may be in a sum. A site signs no smaller set."""
+    most_attempts: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+    """Largest number of attempts of the whole job. Each costs its own part of epsilon."""
 
 
 class NoPrivacy(Value, frozen=True, tag_field="mode", tag="none"):
@@ -273,17 +308,27 @@ class TrainingPlan(Value, frozen=True):
     task: Task
     lora: Lora
     training: Training
-    privacy: LocalPrivacy | NoPrivacy
+    privacy: LocalPrivacy | NoPrivacy | DistributedPrivacy
     aggregation: Aggregation
     evaluation: FederatedEvaluation | None = None
     """Evaluation at the sites; None: nothing but adapters is summed."""
     release_gate: ReleaseGate | None = None
     """Gate before each release; None: each round's adapter is released, however bad it is."""
-    version: Literal[1] = 1
+    version: Version1 = 1
 
     def digest(self) -> bytes:
         """The digest by which all parties know that they follow the same plan, 32 bytes."""
-        return digest(label_of(TrainingPlan), encode(self))
+        return digest(label_of(type(self)), encode(self))
+
+    @property
+    def start(self) -> Start:
+        """The adapter from which the job starts."""
+        return SeedStart()
+
+    @property
+    def server(self) -> ServerOptimizer:
+        """How the server's step follows from a round's sum."""
+        return Average()
 
     @property
     def kinds_of_rounds(self) -> tuple[int, ...]:
@@ -294,96 +339,41 @@ class TrainingPlan(Value, frozen=True):
     def trained_tensors(self, round_number: int) -> tuple[Tensor, ...]:
         """The tensors that a round (from 1) changes, in the order in which they are flattened."""
         frozen: tuple[str, ...] = ()
-        if self.lora.method == "ffa":
+        if self.lora.method in ("ffa", "fedsvd"):
             frozen = ("lora_A",)
         elif self.lora.method == "alternate":
             frozen = ("lora_A",) if round_number % 2 == 1 else ("lora_B",)
         return tuple(tensor for tensor in self.lora.tensors if tensor.role not in frozen)
 
 
-def check_plan(plan: TrainingPlan) -> None:
-    """Refuses a plan whose parts do not fit together. The type of each field checks its own range.
+class LoraAdapter(Lora, frozen=True, tag_field="adapter", tag="lora"):
+    """The adapter of a plan of version 2, which names its kind."""
 
-    Raises:
-        PlanError: names the field.
+
+class ScoreEvaluation(FederatedEvaluation, frozen=True, tag_field="evaluation", tag="score"):
+    """The evaluation of a plan of version 2, which names its kind."""
+
+
+class LossGate(ReleaseGate, frozen=True, tag_field="gate", tag="loss"):
+    """The release gate of a plan of version 2, which names its kind."""
+
+
+class TrainingPlan2(TrainingPlan, frozen=True, kw_only=True):
+    """A plan of version 2: it can name a start and an optimizer of the server.
+
+    Its attempts and releases are `RoundHeader2` and `Release2`.
     """
-    if plan.aggregation.weights == "examples" and isinstance(plan.privacy, LocalPrivacy):
-        raise PlanError(
-            "example counts as weights would release an exact count beside the private delta",
-            field="aggregation.weights",
-            found="examples",
-            accepted="equal or size-class while privacy.mode is local",
-        )
-    optimizer = plan.training.optimizer
-    if isinstance(optimizer, Adam) and optimizer.unbiased and isinstance(plan.privacy, NoPrivacy):
-        raise PlanError(
-            "without differential privacy there is no noise to subtract from Adam's second moment",
-            field="training.optimizer.unbiased",
-            found=True,
-            accepted="false unless privacy.mode is local",
-        )
-    if plan.evaluation is not None and plan.aggregation.weights != "equal":
-        raise PlanError(
-            "an evaluation sums counts, so all sites must have the same weight",
-            field="aggregation.weights",
-            found=plan.aggregation.weights,
-            accepted="equal with an evaluation",
-        )
-    if plan.aggregation.weights == "equal" and plan.aggregation.max_weight != 1:
-        raise PlanError(
-            "with equal weights, each weight is 1",
-            field="aggregation.max_weight",
-            found=plan.aggregation.max_weight,
-            accepted=1,
-        )
-    # A coordinate is rounded to whole steps, so a long step would let an adapter move by far more
-    # than the clip range, which is what a site's policy bounds.
-    if plan.aggregation.step > plan.aggregation.clip_range:
-        raise PlanError(
-            "a quantisation step is longer than the clip range",
-            field="aggregation.step",
-            found=plan.aggregation.step,
-            accepted=f"at most clip_range = {plan.aggregation.clip_range:g}",
-        )
-    if isinstance(plan.task, CausalLm):
-        if any(tensor.role == "head" for tensor in plan.lora.tensors):
-            raise PlanError(
-                "a causal language model has no head beside its adapter",
-                field="lora.tensors",
-                accepted="lora_A and lora_B",
-            )
-        if not plan.lora.target_modules:
-            raise PlanError(
-                "a causal language model without an adapter has nothing to train",
-                field="lora.target_modules",
-                found="none",
-                accepted="names of linear layers, such as q_proj and v_proj",
-            )
-    for tensor in plan.lora.tensors:
-        if not _has_rank(tensor, plan.lora.rank):
-            raise PlanError(
-                "a matrix of the adapter does not have the plan's rank",
-                field=tensor.name,
-                found=tensor.shape,
-                accepted=f"({plan.lora.rank}, in) for lora_A, (out, {plan.lora.rank}) for lora_B",
-            )
-    names = [tensor.name for tensor in plan.lora.tensors]
-    if not names or len(set(names)) != len(names):
-        raise PlanError(
-            "an adapter needs at least one tensor, and a name of its own for each",
-            field="lora.tensors",
-            found=f"{len(names)} names, {len(set(names))} different",
-        )
+
+    lora: LoraAdapter
+    evaluation: ScoreEvaluation | None = None
+    release_gate: LossGate | None = None
+    start: Start = SeedStart()
+    server: ServerOptimizer = Average()
+    version: Version2 = 2
 
 
-def _has_rank(tensor: Tensor, rank: int) -> bool:
-    match tensor.role, tensor.shape:
-        case ("lora_A", (found, _)) | ("lora_B", (_, found)):
-            return found == rank
-        case "head", _:
-            return True
-        case _:
-            return False
+PLAN_VERSIONS = (TrainingPlan, TrainingPlan2)
+"""Every version of a plan that is read, for `open_signed` and `decode_canonical`."""
 
 
 SENSITIVITY = math.sqrt(2)

@@ -10,12 +10,12 @@ import msgspec
 
 from umbel_common.canonical import encode
 from umbel_common.errors import PlanError
+from umbel_common.plans.check import check_plan
 from umbel_common.plans.plan import (
     Classification,
     LocalPrivacy,
     Task,
     TrainingPlan,
-    check_plan,
     standard_deviation,
 )
 from umbel_common.printable import printable_json

@@ -6,7 +6,7 @@ import msgspec
 
 from umbel_common.canonical import Value
 from umbel_common.plans.figures import AnswerCount, AnswerTokens, BatchSize, Format
-from umbel_common.plans.plan import Count
+from umbel_common.plans.ranges import Count
 
 
 class TuningRequest(Value, frozen=True):

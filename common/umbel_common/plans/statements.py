@@ -1,15 +1,17 @@
 """What the operator signs about a job: the header of an attempt, and the release it leads to.
 
 The law: these types are signed and hashed. None ever gets, loses or renames a field, and none is
-renamed itself: its label is its name, and every context, mask and signature hangs on it. What else
-a request must say goes into `protocol.wire`. `tests/vectors` holds every byte.
+renamed itself: its label is its name, and every context, mask and signature hangs on it. A next
+version is a class beside the old one, with a name of its own. What else a request must say goes
+into `protocol.wire`. `tests/vectors` holds every byte.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
 from umbel_common.canonical import Digest, Name, Value, digest, encode
+from umbel_common.plans.ranges import Version1, Version2
 from umbel_common.trust.identity import label_of
 
 RoundNumber = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
@@ -40,7 +42,7 @@ class RoundHeader(Value, frozen=True):
     adapter: Digest
     """Digest of the global adapter that training starts from."""
     cohort: Cohort
-    version: Literal[1] = 1
+    version: Version1 = 1
 
     def __post_init__(self) -> None:
         check_sorted(self.cohort)
@@ -51,7 +53,29 @@ class RoundHeader(Value, frozen=True):
         Two sites that were shown different headers derive masks that do not cancel, so an
         inconsistent server gets noise (against Pasquini et al. 2022, arXiv 2111.07380).
         """
-        return digest(label_of(RoundHeader), encode(self))
+        return digest(label_of(type(self)), encode(self))
+
+
+class RoundHeader2(RoundHeader, frozen=True, kw_only=True):
+    """An attempt under a plan of version 2: sites that are shown two histories find out."""
+
+    transcript: Digest
+    """Hash of the last entry of the operator's transcript before this attempt."""
+    version: Version2 = 2
+
+
+def chained(header: RoundHeader, transcript: bytes) -> RoundHeader2:
+    """The header in version 2.
+
+    Args:
+        transcript: hash of the last entry of the transcript, 32 bytes.
+    """
+    fields = msgspec.structs.asdict(header) | {"version": 2}
+    return RoundHeader2(**fields, transcript=transcript)
+
+
+HEADER_VERSIONS = (RoundHeader, RoundHeader2)
+"""Every version of a header that is read, for `open_signed` and `decode_canonical`."""
 
 
 class Release(Value, frozen=True):
@@ -69,10 +93,33 @@ class Release(Value, frozen=True):
     survivors: Annotated[tuple[Name, ...], msgspec.Meta(max_length=100)]
     """The sites whose deltas are in the sum."""
     total_weight: Annotated[int, msgspec.Meta(ge=0)]
-    version: Literal[1] = 1
+    version: Version1 = 1
 
     def __post_init__(self) -> None:
         check_sorted(self.survivors)
+
+
+class Release2(Release, frozen=True, kw_only=True):
+    """A release under a plan of version 2: anybody who has the sums can compute it again."""
+
+    sum: Digest
+    """Digest of the sum of the attempt (`umbel_common.secagg.encoding.sum_digest`); zeros for
+    round 0."""
+    version: Version2 = 2
+
+
+def with_sum(release: Release, sum_digest: bytes) -> Release2:
+    """The release in version 2.
+
+    Args:
+        sum_digest: digest of the sum of its attempt, 32 bytes; zeros for round 0.
+    """
+    fields = msgspec.structs.asdict(release) | {"version": 2}
+    return Release2(**fields, sum=sum_digest)
+
+
+RELEASE_VERSIONS = (Release, Release2)
+"""Every version of a release that is read, for `open_signed` and `decode_canonical`."""
 
 
 class EarlyEnd(Value, frozen=True):
@@ -83,4 +130,4 @@ class EarlyEnd(Value, frozen=True):
     plan: Digest
     round: Annotated[int, msgspec.Meta(ge=0, le=10_000)]
     """The round whose release is the job's last one; it need not be the latest round."""
-    version: Literal[1] = 1
+    version: Version1 = 1

@@ -13,9 +13,18 @@ from umbel_common.adapters.site_counts import SiteCounts
 from umbel_common.adapters.vector import adapter_digest, initial_vector
 from umbel_common.canonical import Digest, Value, decode
 from umbel_common.errors import IdentityError, PlanError, RemoteProtocolError, VerificationError
+from umbel_common.plans.check import check_plan
 from umbel_common.plans.figures import GateResult, Loss
-from umbel_common.plans.plan import TrainingPlan, check_plan
-from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan, TrainingPlan2
+from umbel_common.plans.statements import (
+    HEADER_VERSIONS,
+    RELEASE_VERSIONS,
+    EarlyEnd,
+    Release,
+    RoundHeader,
+    RoundHeader2,
+    with_sum,
+)
 from umbel_common.protocol.transcript import (
     GENESIS,
     AttemptAborted,
@@ -78,15 +87,15 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
             entry = open_signed(signed, Entry, roster.operator)
             _require(entry.index == index, "its index is out of order")
             _require(entry.previous == head, "it does not follow the entry before")
-            head = entry.digest()
+            before, head = head, entry.digest()
             match entry.event:
                 case JobStarted():
                     _require(index == 0, "a job starts once, at the beginning")
                     job = _Job(entry.event, roster)
                 case RoundReleased() if job is not None:
-                    job.release(entry.event)
+                    job.release(entry.event, before)
                 case AttemptAborted() if job is not None:
-                    job.abort(entry.event)
+                    job.abort(entry.event, before)
                 case JobFinished() if job is not None:
                     _require(index == len(entries) - 1, "something follows the end of the job")
                     job.finish(entry.event)
@@ -106,11 +115,11 @@ class _Job:
 
     def __init__(self, event: JobStarted, roster: Roster) -> None:
         self._roster = roster
-        self._plan = plan = open_signed(event.plan, TrainingPlan, roster.operator)
+        self._plan = plan = open_signed(event.plan, PLAN_VERSIONS, roster.operator)
         check_plan(plan)
         _require(plan.federation == roster.federation, "its plan is of another federation")
         _require(event.roster == roster.digest(), "it names another roster")
-        release = open_signed(event.release, Release, roster.operator)
+        release = open_signed(event.release, RELEASE_VERSIONS, roster.operator)
         _require(
             release.round == 0 and release.plan == plan.digest(),
             "release 0 belongs to another plan",
@@ -126,6 +135,8 @@ class _Job:
             survivors=(),
             total_weight=0,
         )
+        if isinstance(plan, TrainingPlan2):
+            first = with_sum(first, bytes(32))
         _require(release == first, "release 0 does not follow from the plan's public seed")
         self._releases = [release]
         self._attempt = 0
@@ -136,23 +147,27 @@ class _Job:
         self._final_round: int | None = None
         self._delivered: tuple[str, ...] = ()
 
-    def release(self, event: RoundReleased) -> None:
-        """An attempt that gave a sum."""
+    def release(self, event: RoundReleased, before: bytes) -> None:
+        """An attempt that gave a sum.
+
+        Args:
+            before: hash of the entry before, 32 bytes.
+        """
         former = self._releases[-1]
-        header = self._next_attempt(event.header)
+        header = self._next_attempt(event.header, before)
         # What every site demands of a cohort, whatever its policy adds. An attempt that sites
         # refused for it was aborted, and says nothing.
         rules = Rules(threshold=self._plan.aggregation.threshold, colluding=0, minimum_cohort=1)
         rules.check_cohort(header.cohort, header.cohort[0])
-        release = open_signed(event.release, Release, self._roster.operator)
+        release = open_signed(event.release, RELEASE_VERSIONS, self._roster.operator)
         context = header.context()
         _require(
             (event.counts is None) == (self._plan.evaluation is None),
             "its counts are not what the plan asks for",
         )
         _require(
-            (release.federation, release.job, release.plan)
-            == (header.federation, header.job, header.plan)
+            (release.federation, release.job, release.plan, release.version)
+            == (header.federation, header.job, header.plan, header.version)
             and (release.round, release.attempt, release.context)
             == (header.round, header.attempt, context),
             "its release does not belong to this attempt",
@@ -189,9 +204,13 @@ class _Job:
         self._releases.append(release)
         self._attempt = 0
 
-    def abort(self, event: AttemptAborted) -> None:
-        """An attempt that gave nothing."""
-        header = self._next_attempt(event.header)
+    def abort(self, event: AttemptAborted, before: bytes) -> None:
+        """An attempt that gave nothing.
+
+        Args:
+            before: hash of the entry before, 32 bytes.
+        """
+        header = self._next_attempt(event.header, before)
         refusing = [site for site, _ in event.refusals]
         _require(_distinct_of(refusing, header.cohort), "a site that was not asked refused")
         self._aborted += 1
@@ -227,11 +246,14 @@ class _Job:
             untold_attempts=self._untold,
         )
 
-    def _next_attempt(self, signed: Signed) -> RoundHeader:
+    def _next_attempt(self, signed: Signed, before: bytes) -> RoundHeader:
         """The header of an attempt at the round after the latest release."""
-        header = open_signed(signed, RoundHeader, self._roster.operator)
+        header = open_signed(signed, HEADER_VERSIONS, self._roster.operator)
         plan, former = self._plan, self._releases[-1]
         _require(header.plan == plan.digest(), "its header names another plan")
+        _require(header.version == plan.version, "its header has another version than its plan")
+        if isinstance(header, RoundHeader2):
+            _require(header.transcript == before, "its header names another transcript")
         _require(
             (header.federation, header.job) == (plan.federation, plan.job),
             "its header names another job",

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from umbel_common.adapters.vector import Vector
-from umbel_common.canonical import Entropy, Value
+from umbel_common.canonical import Entropy, Value, digest
 from umbel_common.errors import LocalProtocolError, PlanError, require
-from umbel_common.plans.plan import Aggregation, Positive, levels
+from umbel_common.plans.plan import Aggregation, levels
+from umbel_common.plans.ranges import Positive
 from umbel_common.secagg.primitives import KEY_BYTES, Keystream, draw
 
 RingVector: TypeAlias = np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]
@@ -171,6 +172,14 @@ def decode_sum(total: RingVector, encoding: Encoding) -> tuple[int, Vector]:
     mean = np.zeros(total.size - 1, dtype=np.float32)
     add_mean(total, encoding, [mean])
     return weight, mean
+
+
+def sum_digest(total: RingVector) -> bytes:
+    """The digest by which a sum of vectors is named in a signed release, 32 bytes.
+
+    Its label has the size of the ring, so that no sum of one ring is one of another.
+    """
+    return digest(f"sum-{8 * total.itemsize}", np.ascontiguousarray(total).view(np.uint8).data)
 
 
 def total_weight(total: RingVector, encoding: Encoding) -> int:

@@ -3,7 +3,8 @@
 The law: a statement is signed over a label that names its type, so a signature made for one purpose
 fits no other, and a type that is signed is never renamed. Nothing is parsed before its signature is
 verified. Signatures are verified against keys from the roster that the verifier itself pinned; no
-key is ever taken from a message. `Signed`, `Member` and `Roster` never get a field.
+key is ever taken from a message. `Signed`, `Member`, `Roster` and their next versions never get a
+field.
 """
 
 import base64
@@ -89,24 +90,39 @@ def sign(identity: Identity, statement: Value) -> Signed:
     return Signed(statement=data, signature=identity.sign(label_of(type(statement)), data))
 
 
-def open_signed(signed: Signed, kind: type[V], public_key: bytes, signer: str | None = None) -> V:
+def open_signed(
+    signed: Signed,
+    kind: type[V] | tuple[type[V], ...],
+    public_key: bytes,
+    signer: str | None = None,
+) -> V:
     """Verifies a statement, then decodes it; nothing unverified is parsed.
 
     Args:
+        kind: the type, or the versions of one; the signature says which version it is, because each
+            is signed under its own label.
         signer: name of the key's party, for errors.
 
     Raises:
         RemoteProtocolError: `pinned-signature` if `public_key` did not sign it as a statement of
             this kind; `malformed-message` if it did, but the statement does not decode.
     """
-    label = label_of(kind)
+    versions = kind if isinstance(kind, tuple) else (kind,)
+    version = next(
+        (
+            one
+            for one in versions
+            if verifies(public_key, label_of(one), signed.statement, signed.signature)
+        ),
+        None,
+    )
     require(
-        verifies(public_key, label, signed.statement, signed.signature),
+        version is not None,
         "pinned-signature",
-        f"a {label} is not signed by the pinned identity",
+        f"a {label_of(versions[0])} is not signed by the pinned identity",
         field=signer,
     )
-    return decode_canonical(signed.statement, kind)
+    return decode_canonical(signed.statement, version or versions)
 
 
 def label_of(kind: type[Value]) -> str:
@@ -140,7 +156,7 @@ class Roster(Value, frozen=True):
 
     def digest(self) -> bytes:
         """The digest by which parties know that they pinned the same roster, 32 bytes."""
-        return digest(label_of(Roster), encode(self))
+        return digest(label_of(type(self)), encode(self))
 
     def member(self, name: str) -> Member:
         """The member of that name.
@@ -161,3 +177,40 @@ class Roster(Value, frozen=True):
     def find(self, name: str) -> Member | None:
         """The member of that name, or None."""
         return next((member for member in self.members if member.name == name), None)
+
+
+class Member2(Member, frozen=True, kw_only=True):
+    """One site of a roster of version 2."""
+
+    public_size: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)] | None = None
+    """Number of records, about, that the site has told everybody; None: it told nobody. It helps an
+    operator to choose a plan's numbers, and no promise depends on it."""
+
+
+class Approver(Value, frozen=True):
+    """A person of the operator whose signature approves what the operator does."""
+
+    name: Name
+    public_key: PublicKey
+
+
+class Roster2(Roster, frozen=True, kw_only=True):
+    """A roster of version 2: it can name public sizes and the operator's approvers."""
+
+    members: tuple[Member2, ...]
+    approvers: tuple[Approver, ...] = ()
+    approvals: Annotated[int, msgspec.Meta(ge=0, le=10)] = 0
+    """Number of different approvers who must sign before the operator starts a job."""
+    version: Annotated[int, msgspec.Meta(ge=2, le=2)] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [approver.name for approver in self.approvers]
+        parties = [self.operator, *(member.public_key for member in self.members)]
+        keys = [*parties, *(approver.public_key for approver in self.approvers)]
+        if names != sorted(set(names)):
+            raise ValueError("approvers must be unique and sorted by name")
+        if len(set(keys)) != len(keys):
+            raise ValueError("an approver may not share a key with another party")
+        if self.approvals > len(self.approvers):
+            raise ValueError("a roster asks for more approvals than it has approvers")

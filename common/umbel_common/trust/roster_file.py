@@ -10,7 +10,7 @@ import msgspec
 
 from umbel_common.canonical import Name, V
 from umbel_common.errors import IdentityError
-from umbel_common.trust.identity import SIGNATURE_BYTES, Member, Roster
+from umbel_common.trust.identity import SIGNATURE_BYTES, Member, Member2, Roster, Roster2
 from umbel_common.trust.key_statements import SignedRevocation, SignedRotation
 from umbel_common.trust.roster import RosterDocument
 
@@ -28,6 +28,12 @@ class _MemberEntry(_Entry):
     name: Name
     public_key: str
     weight: int = 1
+    public_size: int | None = None
+
+
+class _ApproverEntry(_Entry):
+    name: Name
+    public_key: str
 
 
 class _RotationEntry(_Entry):
@@ -54,11 +60,14 @@ class _RosterEntry(_Entry):
     revocations: list[_RevocationEntry] = []
     revoked_here: list[str] = []
     departed: list[_MemberEntry] = []
+    approvers: list[_ApproverEntry] = []
+    approvals: int = 0
 
 
 def document_to_json(document: RosterDocument) -> str:
     """A document as indented JSON with a newline at its end, without fields that are empty."""
     roster = document.roster
+    second = roster if isinstance(roster, Roster2) else None
     return _to_json(
         _RosterEntry(
             federation=roster.federation,
@@ -68,6 +77,11 @@ def document_to_json(document: RosterDocument) -> str:
             revocations=[_revocation_entry(signed) for signed in document.revocations],
             revoked_here=[key.hex() for key in document.revoked_here],
             departed=[_member_entry(member) for member in document.departed],
+            approvers=[
+                _ApproverEntry(name=approver.name, public_key=approver.public_key.hex())
+                for approver in (second.approvers if second else ())
+            ],
+            approvals=second.approvals if second else 0,
         )
     )
 
@@ -85,11 +99,7 @@ def document_from_json(text: str, file: object) -> RosterDocument:
     """
     entry = _from_json(text, _RosterEntry, file, "a roster file")
     parts: dict[str, object] = {
-        "roster": {
-            "federation": entry.federation,
-            "operator": _key(entry.operator, "operator", file),
-            "members": _member_parts(entry.members, file),
-        },
+        "roster": _roster(entry, file),
         "rotations": [_rotation_parts(rotation, file) for rotation in entry.rotations],
         "revocations": [_revocation_parts(revocation, file) for revocation in entry.revocations],
         "revoked_here": [_key(key, "revoked_here", file) for key in entry.revoked_here],
@@ -98,8 +108,33 @@ def document_from_json(text: str, file: object) -> RosterDocument:
     return _convert(parts, RosterDocument, file, "a roster file")
 
 
+def _roster(entry: _RosterEntry, file: object) -> Roster:
+    """The roster of a file: of version 2 only if it says what version 1 cannot, so that a roster
+    has one digest."""
+    parts: dict[str, object] = {
+        "federation": entry.federation,
+        "operator": _key(entry.operator, "operator", file),
+        "members": _member_parts(entry.members, file),
+    }
+    sized = any(member.public_size is not None for member in entry.members)
+    if not (sized or entry.approvers or entry.approvals):
+        return _convert(parts, Roster, file, "a roster file")
+    parts["approvers"] = [
+        {"name": one.name, "public_key": _key(one.public_key, one.name, file)}
+        for one in sorted(entry.approvers, key=lambda one: one.name)
+    ]
+    parts["approvals"] = entry.approvals
+    return _convert(parts, Roster2, file, "a roster file")
+
+
 def _member_entry(member: Member) -> _MemberEntry:
-    return _MemberEntry(name=member.name, public_key=member.public_key.hex(), weight=member.weight)
+    size = member.public_size if isinstance(member, Member2) else None
+    return _MemberEntry(
+        name=member.name,
+        public_key=member.public_key.hex(),
+        weight=member.weight,
+        public_size=size,
+    )
 
 
 def _member_parts(entries: list[_MemberEntry], file: object) -> list[dict[str, object]]:
@@ -109,6 +144,7 @@ def _member_parts(entries: list[_MemberEntry], file: object) -> list[dict[str, o
             "public_key": _key(entry.public_key, entry.name, file),
             "weight": entry.weight,
         }
+        | ({} if entry.public_size is None else {"public_size": entry.public_size})
         for entry in sorted(entries, key=lambda entry: entry.name)
     ]
 

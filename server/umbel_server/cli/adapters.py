@@ -11,8 +11,8 @@ import typer
 
 from umbel_common.errors import JobUnknown, ModelError, StorageError
 from umbel_common.plans.figures import ClassificationFigures, loss_text
-from umbel_common.plans.plan import TrainingPlan
-from umbel_common.plans.statements import Release
+from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan
+from umbel_common.plans.statements import RELEASE_VERSIONS, Release
 from umbel_common.trust.identity import Signed, open_signed
 from umbel_host.files.keys import read_identity
 from umbel_host.files.model_digest import folder_files, model_digest
@@ -76,7 +76,7 @@ def export(
         if signed is None:
             known = ", ".join(journal.jobs())
             raise JobUnknown("no job of this name", field=job, accepted=known or "none yet")
-        plan = open_signed(signed, TrainingPlan, operator, "operator")
+        plan = open_signed(signed, PLAN_VERSIONS, operator, "operator")
         releases = {release.round: release for release in _releases(journal, settings, job)}
         final = journal.final_round(job)
     last = max(releases) if final is None else final
@@ -153,4 +153,4 @@ def _open_journal(settings: ServerConfig) -> Journal:
 def _releases(journal: Journal, settings: ServerConfig, job: str) -> list[Release]:
     key = read_identity(Path(settings.identity)).public_key
     signed: list[Signed] = journal.releases(job)
-    return [open_signed(one, Release, key, "operator") for one in signed]
+    return [open_signed(one, RELEASE_VERSIONS, key, "operator") for one in signed]

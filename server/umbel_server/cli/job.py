@@ -14,9 +14,9 @@ from umbel_common.adapters.site_counts import SiteCounts
 from umbel_common.canonical import decode_canonical
 from umbel_common.errors import PlanError, UmbelError
 from umbel_common.plans.figures import figures_text
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import PLAN_VERSIONS
 from umbel_common.plans.plan_file import plan_from_json, plan_lines
-from umbel_common.plans.statements import RoundHeader
+from umbel_common.plans.statements import HEADER_VERSIONS
 from umbel_common.protocol.transcript import Entry, RoundReleased
 from umbel_common.trust.identity import open_signed
 from umbel_host.files.keys import read_identity
@@ -76,7 +76,7 @@ def start(
         )
         signed = sign_as_operator(settings, made, plan)
     key = read_identity(Path(settings.identity)).public_key
-    open_signed(signed, TrainingPlan, key, "operator")
+    open_signed(signed, PLAN_VERSIONS, key, "operator")
     if made.release_gate is not None:
         check_evaluation(settings.evaluation, made)
     with _queue(config) as queue:
@@ -171,7 +171,7 @@ def _counts(journal: Journal, job: str) -> Iterator[tuple[int, SiteCounts]]:
     for signed in journal.transcript(job):
         event = decode_canonical(signed.statement, Entry).event
         if isinstance(event, RoundReleased) and event.counts is not None:
-            header = decode_canonical(event.header.statement, RoundHeader)
+            header = decode_canonical(event.header.statement, HEADER_VERSIONS)
             yield header.round - 1, event.counts
 
 

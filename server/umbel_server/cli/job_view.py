@@ -10,7 +10,7 @@ from rich.console import Console
 
 from umbel_common.canonical import decode_canonical
 from umbel_common.errors import UnreachableError
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan
 from umbel_common.printable import one_line
 from umbel_common.trust.identity import Roster
 from umbel_common.trust.roster_file import document_from_json
@@ -219,4 +219,4 @@ def _roster_of(queued: QueuedJob) -> Roster | None:
 
 
 def _plan_of(queued: QueuedJob) -> TrainingPlan:
-    return decode_canonical(queued.plan.statement, TrainingPlan)
+    return decode_canonical(queued.plan.statement, PLAN_VERSIONS)

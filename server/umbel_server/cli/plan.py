@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from umbel_common.errors import PlanError
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import PLAN_VERSIONS
 from umbel_common.plans.plan_file import is_not_tried, plan_from_json, plan_lines, plan_to_json
 from umbel_common.trust.identity import fingerprint, open_signed
 from umbel_host.files.output import require_new_file
@@ -126,5 +126,5 @@ def show(file: PlanFile, config: Config = SERVER_TOML) -> None:
         console.print("\nnot signed")
         return
     key = load_roster(load_config(config)).roster.operator
-    open_signed(signed, TrainingPlan, key, "operator")
+    open_signed(signed, PLAN_VERSIONS, key, "operator")
     console.print(f"\nsigned by {fingerprint(key)}", soft_wrap=True)

@@ -35,8 +35,16 @@ from types import MappingProxyType
 from umbel_common.adapters.site_counts import vector_length
 from umbel_common.adapters.vector import adapter_digest, initial_vector, to_bytes
 from umbel_common.errors import JobFailed, PlanError, RoundAborted
-from umbel_common.plans.plan import TrainingPlan, check_plan
-from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.plans.check import check_plan
+from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan, TrainingPlan2
+from umbel_common.plans.statements import (
+    RELEASE_VERSIONS,
+    EarlyEnd,
+    Release,
+    RoundHeader,
+    chained,
+    with_sum,
+)
 from umbel_common.protocol.transcript import AttemptAborted, JobFinished, JobStarted, RoundReleased
 from umbel_common.protocol.wire import (
     FinishReply,
@@ -48,6 +56,7 @@ from umbel_common.protocol.wire import (
     TrainRequest,
     size_limit,
 )
+from umbel_common.secagg.encoding import sum_digest
 from umbel_common.trust.identity import Identity, Roster, Signed, open_signed, sign
 from umbel_server.aggregation import update
 from umbel_server.aggregation.attempt import (
@@ -155,7 +164,7 @@ class Job:
     def _start_or_resume(self) -> None:
         known = self._journal.plan(self.plan.job)
         if known is not None:
-            if open_signed(known, TrainingPlan, self._operator.public_key) != self.plan:
+            if open_signed(known, PLAN_VERSIONS, self._operator.public_key) != self.plan:
                 raise PlanError(
                     "a job of this name exists with another plan",
                     field="job",
@@ -175,6 +184,8 @@ class Job:
             survivors=(),
             total_weight=0,
         )
+        if isinstance(self.plan, TrainingPlan2):
+            release = with_sum(release, bytes(32))
         signed_plan, signed_release = sign(self._operator, self.plan), sign(self._operator, release)
         self._registry.publish(self.plan, vector)
         self._journal.start_job(
@@ -194,7 +205,7 @@ class Job:
         return self._open_release(self._signed_release())
 
     def _open_release(self, signed: Signed) -> Release:
-        return open_signed(signed, Release, self._operator.public_key)
+        return open_signed(signed, RELEASE_VERSIONS, self._operator.public_key)
 
     def _offer(self) -> tuple[str, ...]:
         """The sites that accept the plan."""
@@ -265,6 +276,8 @@ class Job:
             adapter=last.adapter,
             cohort=sites,
         )
+        if isinstance(self.plan, TrainingPlan2):
+            header = chained(header, self._journal.transcript_head(self.plan.job))
         signed = sign(self._operator, header)
         # The attempt number is used up now, whatever happens next.
         self._journal.record_attempt(self.plan.job, round_number, number, signed)
@@ -351,6 +364,8 @@ class Job:
             survivors=outcome.aggregate.survivors,
             total_weight=weight,
         )
+        if isinstance(self.plan, TrainingPlan2):
+            release = with_sum(release, sum_digest(outcome.aggregate.total))
         # Step 6.
         signed = sign(self._operator, release)
         self._registry.publish(self.plan, vector)

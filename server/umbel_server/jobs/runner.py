@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbel_common.errors import JobFailed, UmbelError
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import PLAN_VERSIONS
 from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Identity, Roster, open_signed
 from umbel_common.trust.roster import RosterDocument
@@ -85,7 +85,7 @@ class JobRunner:
         return True
 
     def _run(self, queued: QueuedJob) -> Release:
-        plan = open_signed(queued.plan, TrainingPlan, self.operator.public_key, "operator")
+        plan = open_signed(queued.plan, PLAN_VERSIONS, self.operator.public_key, "operator")
         roster, revoked = self._parties(queued)
 
         def should_stop() -> bool:

@@ -24,7 +24,7 @@ from umbel_common.canonical import Value
 from umbel_common.device import require_device
 from umbel_common.errors import ConfigError
 from umbel_common.plans.figures import AnswerCount, AnswerTokens, BatchSize, Format
-from umbel_common.plans.plan import Count
+from umbel_common.plans.ranges import Count
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_from_json
 from umbel_host.files.text_file import from_home, read_text, read_toml

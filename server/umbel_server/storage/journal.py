@@ -237,6 +237,10 @@ class Journal:
                 for number, evaluation, gate in rows
             ]
 
+    def transcript_head(self, job: str) -> bytes:
+        """Hash of the last entry of the job's transcript, 32 bytes; `GENESIS` before the first."""
+        return self._end(job)[1]
+
     def headers(self, job: str) -> list[Signed]:
         """All signed headers of the job, in order."""
         return self._all("SELECT header FROM attempts WHERE job = ? ORDER BY round, attempt", job)
@@ -246,11 +250,7 @@ class Journal:
         return self._all("SELECT entry FROM transcript WHERE job = ? ORDER BY position", job)
 
     def _append(self, operator: Identity, job: str, event: TranscriptEvent) -> None:
-        row = self._database.execute(
-            "SELECT position, head FROM transcript WHERE job = ? ORDER BY position DESC LIMIT 1",
-            (job,),
-        ).fetchone()
-        position, head = (0, GENESIS) if row is None else (row[0] + 1, row[1])
+        position, head = self._end(job)
         new_head, entry = append(operator, position, head, event)
         self._execute(
             "INSERT INTO transcript (job, position, head, entry) VALUES (?, ?, ?, ?)",
@@ -259,6 +259,14 @@ class Journal:
             new_head,
             encode(entry),
         )
+
+    def _end(self, job: str) -> tuple[int, bytes]:
+        """Position of the next entry of a job's transcript, and the hash of the one before it."""
+        row = self._database.execute(
+            "SELECT position, head FROM transcript WHERE job = ? ORDER BY position DESC LIMIT 1",
+            (job,),
+        ).fetchone()
+        return (0, GENESIS) if row is None else (row[0] + 1, row[1])
 
     def _insert_release(self, job: str, round_number: int, adapter: bytes, release: Signed) -> None:
         self._execute(

@@ -28,9 +28,9 @@ from umbel_common.errors import (
     UmbelError,
     VerificationError,
 )
-from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import PLAN_VERSIONS, LocalPrivacy, TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json
-from umbel_common.plans.statements import Release, RoundHeader
+from umbel_common.plans.statements import HEADER_VERSIONS, RELEASE_VERSIONS
 from umbel_common.protocol.verification import VerifiedJob, verify_transcript
 from umbel_common.trust.identity import Roster, Signed, open_signed
 from umbel_common.trust.roster_file import roster_from_json
@@ -55,7 +55,7 @@ def verify_run(folder: Path) -> VerifiedJob:
     # Its last release is no outcome of the plan: a cut history would look like a finished run.
     _require(job.final_round is not None, folder / "transcript.jsonl", "the job has not ended")
     _require(
-        _open(read_plan(folder), TrainingPlan, roster) == job.plan,
+        _open(read_plan(folder), PLAN_VERSIONS, roster) == job.plan,
         folder / "plan.msgpack",
         "the plan is not the one that the transcript starts with",
     )
@@ -73,7 +73,7 @@ def _roster(path: Path) -> Roster:
 
 
 def _verify_headers(path: Path, job: VerifiedJob, roster: Roster) -> None:
-    headers = [_open(signed, RoundHeader, roster) for signed in read_signed(path)]
+    headers = [_open(signed, HEADER_VERSIONS, roster) for signed in read_signed(path)]
     _require(
         all(header.plan == job.plan.digest() for header in headers),
         path,
@@ -97,7 +97,7 @@ def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster) -> None:
         found = error.found if isinstance(error, StorageError) else error
         raise VerificationError("an adapter cannot be read", file=folder, found=found) from error
     _require(
-        _open(signed, Release, roster) == job.last,
+        _open(signed, RELEASE_VERSIONS, roster) == job.last,
         folder,
         "its release is not the last one of the transcript",
     )
@@ -261,11 +261,12 @@ def _cost(plan: TrainingPlan, noise: SiteNoise, rounds: int) -> float:
     return total_epsilon(events, plan.privacy.delta)
 
 
-def _open(signed: Signed, kind: type[V], roster: Roster) -> V:
+def _open(signed: Signed, versions: tuple[type[V], ...], roster: Roster) -> V:
     try:
-        return open_signed(signed, kind, roster.operator)
+        return open_signed(signed, versions, roster.operator)
     except RemoteProtocolError as error:
-        raise VerificationError(f"a {kind.__name__} does not verify: {error.message}") from None
+        name = versions[0].__name__
+        raise VerificationError(f"a {name} does not verify: {error.message}") from None
 
 
 def _require(condition: bool, file: Path, what: str) -> None:

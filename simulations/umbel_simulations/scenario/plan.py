@@ -6,6 +6,7 @@ from pathlib import Path
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.adapters.targets import all_linear
 from umbel_common.plans.alike import check_labels
+from umbel_common.plans.check import check_plan
 from umbel_common.plans.plan import (
     Adam,
     Aggregation,
@@ -17,7 +18,6 @@ from umbel_common.plans.plan import (
     Task,
     Training,
     TrainingPlan,
-    check_plan,
 )
 from umbel_common.secagg.encoding import encoding_of
 from umbel_host.files.model_digest import folder_digest

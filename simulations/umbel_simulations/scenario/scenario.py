@@ -9,15 +9,13 @@ from umbel_common.canonical import Name, Value
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import (
     CausalLm,
-    Count,
     FederatedEvaluation,
-    Fraction,
     LocalPrivacy,
     Method,
     NoPrivacy,
-    Positive,
     Scaling,
 )
+from umbel_common.plans.ranges import Count, Fraction, Positive
 
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
 Package = Annotated[

@@ -32,7 +32,8 @@ from umbel_client.training.self_test import self_test
 from umbel_common.adapters.peft_folder import tensor_files, text_files
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.errors import ModelError, PlanError
-from umbel_common.plans.plan import CausalLm, NoPrivacy, TrainingPlan, check_plan
+from umbel_common.plans.check import check_plan
+from umbel_common.plans.plan import CausalLm, NoPrivacy, TrainingPlan
 
 TASK = CausalLm(max_tokens=64)
 SEAM = CausalLmTask()

@@ -9,7 +9,8 @@ import pytest
 from umbel_common.adapters.reach import require_reachable
 from umbel_common.adapters.vector import Vector, initial_vector, merge, unflatten
 from umbel_common.errors import PlanError, RemoteProtocolError
-from umbel_common.plans.plan import Aggregation, TrainingPlan, check_plan
+from umbel_common.plans.check import check_plan
+from umbel_common.plans.plan import Aggregation, TrainingPlan
 
 MakePlan = Callable[..., TrainingPlan]
 RANGE = 0.7

@@ -8,11 +8,11 @@ import pytest
 
 from umbel_common.adapters.site_counts import SiteCounts, counts_of, vector_length, with_counts
 from umbel_common.errors import PlanError
+from umbel_common.plans.check import check_plan
 from umbel_common.plans.plan import (
     Aggregation,
     FederatedEvaluation,
     TrainingPlan,
-    check_plan,
     standard_deviation,
 )
 from umbel_common.secagg.encoding import add_mean, encode, encoding_of

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from umbel_common.errors import PlanError, RemoteProtocolError
-from umbel_common.plans.plan import NoPrivacy, ReleaseGate, Sgd, TrainingPlan
+from umbel_common.plans.plan import PLAN_VERSIONS, NoPrivacy, ReleaseGate, Sgd, TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json, plan_lines, plan_to_json
 from umbel_common.trust.identity import Identity, open_signed, sign
 
@@ -26,7 +26,7 @@ def test_a_signature_holds_over_what_stands_in_the_file(make_plan: MakePlan) -> 
     text = plan_to_json(plan, sign(OPERATOR, plan).signature)
     read, signed = plan_from_json(text, "plan.json")
     assert signed is not None
-    assert open_signed(signed, TrainingPlan, OPERATOR.public_key) == read == plan
+    assert open_signed(signed, PLAN_VERSIONS, OPERATOR.public_key) == read == plan
 
 
 def test_no_change_to_the_text_keeps_the_signature(make_plan: MakePlan) -> None:
@@ -37,7 +37,7 @@ def test_no_change_to_the_text_keeps_the_signature(make_plan: MakePlan) -> None:
     assert changed != plan
     assert signed is not None
     with pytest.raises(RemoteProtocolError) as caught:
-        open_signed(signed, TrainingPlan, OPERATOR.public_key)
+        open_signed(signed, PLAN_VERSIONS, OPERATOR.public_key)
     assert caught.value.check == "pinned-signature"
 
 

@@ -17,7 +17,7 @@ from umbel_common.adapters.vector import adapter_digest, initial_vector, merge
 from umbel_common.canonical import decode
 from umbel_common.errors import JobFailed
 from umbel_common.plans.plan import Aggregation
-from umbel_common.plans.statements import RoundHeader
+from umbel_common.plans.statements import HEADER_VERSIONS
 from umbel_common.protocol.transcript import AttemptAborted, Entry
 from umbel_common.protocol.verification import verify_transcript
 from umbel_common.protocol.wire import (
@@ -94,7 +94,7 @@ def check_releases(setting: Any, job: Any) -> None:
     headers = {
         (header.round, header.attempt): header
         for signed in setting.journal.headers("job")
-        for header in [open_signed(signed, RoundHeader, setting.roster.operator)]
+        for header in [open_signed(signed, HEADER_VERSIONS, setting.roster.operator)]
     }
     assert len(headers) == len(setting.journal.headers("job"))
     for release in job.releases[1:]:

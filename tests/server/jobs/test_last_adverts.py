@@ -9,7 +9,7 @@ import pytest
 
 from umbel_common.errors import JobFailed
 from umbel_common.plans.plan import Aggregation
-from umbel_common.plans.statements import RoundHeader
+from umbel_common.plans.statements import HEADER_VERSIONS
 from umbel_common.protocol.wire import TrainRequest
 from umbel_common.secagg.messages import KeyAdvert
 from umbel_common.trust.identity import open_signed
@@ -29,7 +29,7 @@ def shown(setting: Any, site: str) -> list[int | None]:
                 continue
             key = setting.sites[site].identity.public_key
             advert = open_signed(request.last.advert, KeyAdvert, key)
-            header = open_signed(request.last.header, RoundHeader, setting.roster.operator)
+            header = open_signed(request.last.header, HEADER_VERSIONS, setting.roster.operator)
             assert (advert.site, advert.context) == (site, header.context())
             rounds.append(header.round)
     return rounds

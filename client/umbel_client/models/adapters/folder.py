@@ -15,7 +15,7 @@ from umbel_common.canonical import decode_canonical, encode
 from umbel_common.errors import ModelError, PlanError, RemoteProtocolError, StorageError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json
-from umbel_common.plans.statements import Release
+from umbel_common.plans.statements import RELEASE_VERSIONS
 from umbel_common.trust.identity import Signed
 from umbel_host.files.adapter_folder import RELEASE_FILE, read_vector, write_vector
 from umbel_host.files.model_folder import TOKENIZER_FILES
@@ -109,7 +109,7 @@ def _release(folder: Path, plan: TrainingPlan, vector: Vector) -> Signed | None:
         return None
     try:
         signed = decode_canonical(path.read_bytes(), Signed)
-        named = decode_canonical(signed.statement, Release).adapter
+        named = decode_canonical(signed.statement, RELEASE_VERSIONS).adapter
     except (OSError, RemoteProtocolError) as error:
         raise ModelError("an adapter's release cannot be read", file=path, found=error) from None
     found = adapter_digest(plan.digest(), vector)

@@ -1,0 +1,119 @@
+"""Which parts of a plan fit together."""
+
+from umbel_common.errors import PlanError
+from umbel_common.plans.plan import (
+    Adam,
+    CausalLm,
+    DistributedPrivacy,
+    LocalPrivacy,
+    NoOptimizer,
+    NoPrivacy,
+    Tensor,
+    TrainingPlan,
+    TrainingPlan2,
+)
+
+
+def check_plan(plan: TrainingPlan) -> None:
+    """Refuses a plan whose parts do not fit together. The type of each field checks its own range.
+
+    Raises:
+        PlanError: names the field.
+    """
+    _check_version(plan)
+    if plan.aggregation.weights == "examples" and isinstance(plan.privacy, LocalPrivacy):
+        raise PlanError(
+            "example counts as weights would release an exact count beside the private delta",
+            field="aggregation.weights",
+            found="examples",
+            accepted="equal or size-class while privacy.mode is local",
+        )
+    optimizer = plan.training.optimizer
+    if isinstance(optimizer, Adam) and optimizer.unbiased and isinstance(plan.privacy, NoPrivacy):
+        raise PlanError(
+            "without differential privacy there is no noise to subtract from Adam's second moment",
+            field="training.optimizer.unbiased",
+            found=True,
+            accepted="false unless privacy.mode is local",
+        )
+    if plan.evaluation is not None and plan.aggregation.weights != "equal":
+        raise PlanError(
+            "an evaluation sums counts, so all sites must have the same weight",
+            field="aggregation.weights",
+            found=plan.aggregation.weights,
+            accepted="equal with an evaluation",
+        )
+    if plan.aggregation.weights == "equal" and plan.aggregation.max_weight != 1:
+        raise PlanError(
+            "with equal weights, each weight is 1",
+            field="aggregation.max_weight",
+            found=plan.aggregation.max_weight,
+            accepted=1,
+        )
+    # A coordinate is rounded to whole steps, so a long step would let an adapter move by far more
+    # than the clip range, which is what a site's policy bounds.
+    if plan.aggregation.step > plan.aggregation.clip_range:
+        raise PlanError(
+            "a quantisation step is longer than the clip range",
+            field="aggregation.step",
+            found=plan.aggregation.step,
+            accepted=f"at most clip_range = {plan.aggregation.clip_range:g}",
+        )
+    if isinstance(plan.task, CausalLm):
+        if any(tensor.role == "head" for tensor in plan.lora.tensors):
+            raise PlanError(
+                "a causal language model has no head beside its adapter",
+                field="lora.tensors",
+                accepted="lora_A and lora_B",
+            )
+        if not plan.lora.target_modules:
+            raise PlanError(
+                "a causal language model without an adapter has nothing to train",
+                field="lora.target_modules",
+                found="none",
+                accepted="names of linear layers, such as q_proj and v_proj",
+            )
+    for tensor in plan.lora.tensors:
+        if not _has_rank(tensor, plan.lora.rank):
+            raise PlanError(
+                "a matrix of the adapter does not have the plan's rank",
+                field=tensor.name,
+                found=tensor.shape,
+                accepted=f"({plan.lora.rank}, in) for lora_A, (out, {plan.lora.rank}) for lora_B",
+            )
+    names = [tensor.name for tensor in plan.lora.tensors]
+    if not names or len(set(names)) != len(names):
+        raise PlanError(
+            "an adapter needs at least one tensor, and a name of its own for each",
+            field="lora.tensors",
+            found=f"{len(names)} names, {len(set(names))} different",
+        )
+
+
+def _has_rank(tensor: Tensor, rank: int) -> bool:
+    match tensor.role, tensor.shape:
+        case ("lora_A", (found, _)) | ("lora_B", (_, found)):
+            return found == rank
+        case "head", _:
+            return True
+        case _:
+            return False
+
+
+def _check_version(plan: TrainingPlan) -> None:
+    """Version 1 promises nothing about what came after it: its releases do not name their sums."""
+    if isinstance(plan, TrainingPlan2):
+        return
+    later = {
+        "privacy.mode": (isinstance(plan.privacy, DistributedPrivacy), "distributed"),
+        "training.optimizer": (isinstance(plan.training.optimizer, NoOptimizer), "none"),
+        "lora.method": (plan.lora.method == "fedsvd", "fedsvd"),
+    }
+    for field, (found, name) in later.items():
+        if found:
+            raise PlanError(
+                "a plan of version 1 names what only version 2 has",
+                field=field,
+                found=name,
+                remedy="make the plan again with `umbel-server plan new`",
+            )
