@@ -49,7 +49,7 @@ def search_space(plan: TrainingPlan) -> dict[str, Range]:
     `clip_norm` is searched with flat clipping only: else it is one more factor of the learning
     rates.
     """
-    optimizer = plan.training.optimizer
+    optimizer = plan.training.site_optimizer
     rate = optimizer.adapter_learning_rate
     space = {"adapter_learning_rate": _around(rate, RATES, 1e-12, 100.0)}
     if any(tensor.role == "head" for tensor in plan.lora.tensors):

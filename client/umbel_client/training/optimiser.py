@@ -16,7 +16,7 @@ from torch import nn
 from umbel_client.storage.deltas import OptimizerState
 from umbel_client.training.dp_adam_bc import UnbiasedAdam
 from umbel_common.errors import PlanError
-from umbel_common.plans.plan import Adam, LocalPrivacy, NoOptimizer, Tensor, TrainingPlan
+from umbel_common.plans.plan import Adam, LocalPrivacy, Tensor, TrainingPlan
 
 
 def build_optimizer(
@@ -36,17 +36,10 @@ def build_optimizer(
             without privacy.
 
     Raises:
-        PlanError: the plan has no optimizer at the sites; or it subtracts the noise's variance from Adam's second moment, and there is
-            no noise.
+        PlanError: the plan has no optimizer at the sites; or it subtracts the noise's variance from
+            Adam's second moment, and there is no noise.
     """
-    settings = plan.training.optimizer
-    if isinstance(settings, NoOptimizer):
-        raise PlanError(
-            "a site takes no step of its own under this plan",
-            field="training.optimizer",
-            found="none",
-            accepted="adam or sgd unless privacy.mode is distributed",
-        )
+    settings = plan.training.site_optimizer
     adapter_rate = settings.adapter_learning_rate
     rates = {True: settings.head_learning_rate or adapter_rate, False: adapter_rate}
     groups = [

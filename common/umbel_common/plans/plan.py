@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from umbel_common.canonical import Digest, Name, Value, digest, encode
+from umbel_common.errors import PlanError
 from umbel_common.plans.ranges import (
     Count,
     Delta,
@@ -180,6 +181,22 @@ class Training(Value, frozen=True):
     """Decay of the exponential moving average of the parameters over a round's local steps, without
     the bias of its start (De et al. 2022, section 3), which a site then releases. None: a site
     releases the parameters of the last step."""
+
+    @property
+    def site_optimizer(self) -> Adam | Sgd:
+        """The optimizer of a site that takes steps of its own.
+
+        Raises:
+            PlanError: the plan has none.
+        """
+        if isinstance(self.optimizer, NoOptimizer):
+            raise PlanError(
+                "a site takes no step of its own under this plan",
+                field="training.optimizer",
+                found="none",
+                accepted="adam or sgd",
+            )
+        return self.optimizer
 
     @property
     def steps(self) -> int:
