@@ -42,6 +42,7 @@ from umbel_client.privacy.accounting import DpEvent
 from umbel_client.privacy.calibration import SiteNoise, evaluation_event
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.site.config import ClientConfig
+from umbel_client.site.ipc import SharedEpsilon
 from umbel_client.site.policy import Budget
 from umbel_client.storage.deltas import DeltaCache, OptimizerState
 from umbel_client.tasks.prepared import PreparedData, prepare
@@ -61,7 +62,7 @@ from umbel_common.errors import (
     UmbelError,
     require,
 )
-from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import DifferentialPrivacy, LocalPrivacy, TrainingPlan
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg.encoding import RingVector, encode, encoding_of
 
@@ -78,7 +79,10 @@ class SiteStatus:
 
     noise: SiteNoise
     epsilon: float | None
-    """Spent on the data set by now, all jobs together; None without differential privacy."""
+    """Spent on the data set by now, all jobs together, against everybody; None without differential
+    privacy."""
+    shared: SharedEpsilon | None = None
+    """The second total; None: nothing was charged in distributed mode."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -132,7 +136,7 @@ class SiteJob:
 
     def status(self) -> SiteStatus:
         """Returns what the site's own people may know."""
-        return SiteStatus(self.noise, self._spent())
+        return SiteStatus(self.noise, self._spent(), self._shared_spent())
 
     def ledger_head(self) -> bytes:
         """Returns what the site's next signed statement says about its ledger, 32 bytes."""
@@ -260,7 +264,9 @@ class SiteJob:
             name = self.plan.job + EVALUATION
             self._ledger.reserve(name, self.plan.digest(), number, evaluation, self._budget)
         self._ledger.reserve(self.plan.job, self.plan.digest(), number, event, self._budget)
-        self._observer.charged(number, self._spent(), again=reserved is not None)
+        self._observer.charged(
+            number, self._spent(), again=reserved is not None, shared=self._shared_spent()
+        )
         return event
 
     def prepare(self) -> None:
@@ -427,7 +433,15 @@ class SiteJob:
 
     def _spent(self) -> float | None:
         privacy = self.plan.privacy
-        return self._ledger.spent(privacy.delta) if isinstance(privacy, LocalPrivacy) else None
+        if not isinstance(privacy, DifferentialPrivacy):
+            return None
+        return self._ledger.spent(privacy.delta)
+
+    def _shared_spent(self) -> SharedEpsilon | None:
+        privacy, honest = self.plan.privacy, self._ledger.honest
+        if not isinstance(privacy, DifferentialPrivacy) or honest is None:
+            return None
+        return SharedEpsilon(self._ledger.shared_spent(privacy.delta), honest)
 
 
 def _tell(misfits: list[DataError], records: int) -> None:
