@@ -13,6 +13,7 @@ from umbel_common.errors import PlanError
 from umbel_common.plans.check import check_plan
 from umbel_common.plans.plan import (
     Classification,
+    DistributedPrivacy,
     LocalPrivacy,
     Task,
     TrainingPlan,
@@ -136,4 +137,10 @@ def privacy_text(plan: TrainingPlan) -> str:
     privacy = plan.privacy
     if isinstance(privacy, LocalPrivacy):
         return f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
+    if isinstance(privacy, DistributedPrivacy):
+        return (
+            f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} against readers of the sums,"
+            f" while {privacy.honest} of at least {privacy.least_survivors} sites in each keep"
+            " their noise secret; more against everybody"
+        )
     return "NONE: gradients are neither clipped nor noised"
