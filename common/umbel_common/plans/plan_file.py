@@ -101,9 +101,23 @@ def plan_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("training", f"{training.rounds} rounds of {training.local_steps} steps"),
         ("batch", f"{training.expected_batch_size} on average"),
         ("privacy", privacy_text(plan)),
+        *_attempt_lines(plan),
         ("sum", f"of at least {plan.aggregation.threshold} sites, weights {weights}"),
         *_evaluation_lines(plan),
         *_gate_lines(plan),
+    ]
+
+
+def _attempt_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
+    privacy = plan.privacy
+    if not isinstance(privacy, DistributedPrivacy):
+        return []
+    return [
+        (
+            "attempts",
+            f"at most {privacy.most_attempts} attempts, each with a new batch at sampling rate"
+            f" {privacy.sampling_rate:g}, summed over at least {privacy.least_survivors} sites",
+        )
     ]
 
 
