@@ -115,7 +115,7 @@ def _attempt_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
     return [
         (
             "attempts",
-            f"at most {privacy.most_attempts} attempts, each with a new batch at sampling rate"
+            f"at most {privacy.most_attempts}, each with a new batch at sampling rate"
             f" {privacy.sampling_rate:g}, summed over at least {privacy.least_survivors} sites",
         )
     ]

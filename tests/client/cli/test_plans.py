@@ -110,7 +110,7 @@ def test_a_plan_that_shares_noise_is_shown_with_both_figures(
         "epsilon 1 at delta 1e-05 against readers of the sums, while 3 sites in each keep their"
         f" noise secret; epsilon {everybody:.4g} against everybody" in shown
     )
-    assert "at most 100 attempts, each with a new batch at sampling rate 0.0927" in shown
+    assert "at most 100, each with a new batch at sampling rate 0.0927" in shown
     assert f"after it {everybody:.4g} of 3, at delta 1e-05, against everybody" in shown
     assert f"after it {shared:.4g} of 1.5, at delta 1e-05, against readers of the sums" in shown
     assert "refuses" not in shown
