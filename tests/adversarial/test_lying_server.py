@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from adversarial.federation import moved
+from support.shared_noise_plans import shared_noise_plan
 
 from umbel_client.ledger.register import machine_register
+from umbel_client.site.config import load_config
+from umbel_client.site.decisions import Decisions
 from umbel_client.trainer import checks
 from umbel_common.adapters.vector import adapter_digest, initial_vector, to_bytes
 from umbel_common.errors import LocalProtocolError, StorageError
-from umbel_common.plans.plan import LocalPrivacy, NoPrivacy, Sgd
+from umbel_common.plans.plan import LocalPrivacy, NoPrivacy, Sgd, TrainingPlan2
 from umbel_common.plans.statements import EarlyEnd
 from umbel_common.protocol.wire import (
     ConfirmRequest,
@@ -532,3 +535,45 @@ def test_a_site_does_not_start_on_a_journal_with_a_damaged_plan(federation: Any)
     with pytest.raises(StorageError) as refusal:
         federation.start(SITE)
     assert "session.sqlite" in refusal.value.diagnostics()
+
+
+def sharing(federation: Any, **fields: Any) -> TrainingPlan2:
+    """A plan of distributed mode for this federation, with other numbers in its promise."""
+    plan = shared_noise_plan(
+        federation.make_plan(), delta=1e-4, honest=2, least_survivors=3, attempts=4
+    )
+    privacy = msgspec.structs.replace(plan.privacy, **fields)
+    return msgspec.structs.replace(plan, privacy=privacy)
+
+
+@pytest.mark.parametrize(
+    ("policy", "fields", "check"),
+    [
+        ("", {}, "distributed-not-allowed"),
+        ("max_shared_epsilon = 1.0", {}, "distributed-not-allowed"),
+        ("max_shared_epsilon = 0.9\ntotal_shared_epsilon = 8.0", {}, "claim-too-large"),
+        ("max_shared_epsilon = 1.0\ntotal_shared_epsilon = 8.0", {"honest": 3}, "too-many-honest"),
+        (
+            "max_shared_epsilon = 1.0\ntotal_shared_epsilon = 8.0",
+            {"least_survivors": 2, "honest": 1},
+            "survivors-below-minimum",
+        ),
+        (
+            "max_shared_epsilon = 1.0\ntotal_shared_epsilon = 8.0",
+            {"most_attempts": 5},
+            "claim-exceeded",
+        ),
+        ("max_shared_epsilon = 1.0\ntotal_shared_epsilon = 0.9", {}, "budget"),
+    ],
+)
+def test_noise_that_sites_share_is_judged_before_anybody_is_asked_or_charged(
+    federation: Any, policy: str, fields: dict[str, Any], check: str
+) -> None:
+    path = federation.folder / SITE / "client.toml"
+    text = path.read_text().replace('approval = "none"', 'approval = "each-plan"')
+    path.write_text(text.replace("[policy]", f"[policy]\n{policy}"))
+    federation.start(SITE)
+    request = OfferRequest(plan=sign(federation.operator, sharing(federation, **fields)))
+    assert federation.refusal(SITE, request) == check
+    assert federation.spent_rounds(SITE) == 0
+    assert Decisions(load_config(path).state_folder).proposals() == []

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 from umbel_client.cli.command import app
 from umbel_client.ledger.file import read_ledger
 from umbel_client.ledger.ledger import Ledger
-from umbel_client.ledger.rows import RoundState
+from umbel_client.ledger.rows import AttemptKey, RoundState
 from umbel_client.privacy.accounting import DpEvent, epsilon
+from umbel_client.privacy.attempt_cost import AttemptCost
 from umbel_client.site.policy import Budget
 from umbel_client.storage.journal import Journal, read_published
 from umbel_common.errors import BudgetError, LedgerError, RemoteProtocolError, StorageError
@@ -471,3 +472,24 @@ def test_backups_of_a_site_that_trains_are_each_of_one_moment(site: Path) -> Non
         published = read_published(site / "state" / "session.sqlite")
         assert published.ledger_head in contents.heads
         assert published.answers >= contents.answers
+
+
+def test_a_backup_keeps_both_totals_and_a_restored_attempt_never_leaves(site: Path) -> None:
+    cost = AttemptCost(EVENT, DpEvent(2.0, 0.05, 10), honest=4, counts=None, most_attempts=9)
+    key = AttemptKey("shared", 1, 1)
+    path = site / "state" / "ledger.sqlite"
+    with Ledger.open(path, ZEROS) as ledger:
+        ledger.reserve_attempt(key, ZEROS, cost, Budget(math.inf, 1e-5, math.inf))
+        ledger.record_vector(key, b"\x07" * 32)
+        totals = ledger.spent(1e-5), ledger.shared_spent(1e-5)
+    assert "2 rounds and 1 attempts charged" in run("backup --out b.tar")
+    (site / "state").rename(site / "lost")
+    run("restore b.tar")
+    with pytest.raises(BudgetError, match="have to be counted"):
+        run("budget state-spend --by eve --why disk --rounds shared=1")
+    run("budget state-spend --by eve --why disk --rounds shared=1 --attempts shared=1")
+    with Ledger.open(path, ZEROS) as ledger:
+        assert (ledger.spent(1e-5), ledger.shared_spent(1e-5)) == totals
+        assert totals[1] < totals[0]
+        with pytest.raises(LedgerError, match="no vector to send"):
+            ledger.record_vector_sent(key)

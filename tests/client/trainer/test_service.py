@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
@@ -14,7 +15,7 @@ from umbel_client.cli.command import app
 from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.site.config import ClientConfig, load_config
-from umbel_client.site.ipc import TrainerStatus
+from umbel_client.site.ipc import SharedEpsilon, TrainerStatus
 from umbel_client.site.pinned_roster import Pinned
 from umbel_client.trainer.log import SiteLog
 from umbel_client.trainer.service import _read_data
@@ -174,3 +175,31 @@ def test_the_log_says_what_is_charged_once_and_where_an_adapter_is(
     ]
     assert log.last is not None
     assert log.last.kind == "finished"
+
+
+def test_the_log_and_the_status_tell_both_totals_once_noise_was_shared(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    log = SiteLog(logging.getLogger("umbel.trainer"))
+    log.charged(3, 1.25, again=False, shared=SharedEpsilon(0.625, 4))
+    readers = (
+        "epsilon 0.625 against readers of the sums, while 4 sites in each keep their noise secret"
+    )
+    assert [record.getMessage() for record in caplog.records] == [
+        f"round 3 is charged: epsilon 1.25 against everybody, and {readers}, in all"
+    ]
+    told = TrainerStatus(
+        site="north",
+        federation="clinics",
+        isolated=True,
+        paused=False,
+        waiting=(),
+        epsilon=log.epsilon,
+        last=None,
+        shared=log.shared,
+    )
+    lines = service._status_lines(told, "connected")
+    assert lines[-2:] == [("spent", "epsilon 1.25 against everybody"), ("", readers)]
+    alone = msgspec.structs.replace(told, shared=None)
+    assert service._status_lines(alone, "connected")[-1] == ("spent", "epsilon 1.25")
