@@ -8,7 +8,9 @@ from pathlib import Path
 from support import warm_python
 
 from umbel_client.ledger.ledger import Ledger
+from umbel_client.ledger.rows import AttemptKey
 from umbel_client.privacy.accounting import DpEvent
+from umbel_client.privacy.attempt_cost import AttemptCost
 from umbel_client.site.policy import Budget
 from umbel_client.storage.journal import Journal
 from umbel_common.plans.statements import RoundHeader
@@ -36,10 +38,16 @@ ROUNDS = [
 """Of two plans, the second in its last round: that is charged and not sent."""
 
 
-def sessions(page: str) -> list[tuple[str, str]]:
-    """Command and output, in the page's order."""
-    blocks = re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    return re.findall(r"^north\$ (.*)\n((?:(?!north\$ ).*\n)*)", "".join(blocks), re.MULTILINE)
+SHARED = AttemptCost(
+    DpEvent(0.8, 0.1, 1), DpEvent(1.385, 0.1, 1), honest=3, counts=None, most_attempts=40
+)
+"""Of a job of distributed mode at another site, whose second round was tried twice."""
+
+
+def sessions(page: str, site: str = "north") -> list[tuple[str, str]]:
+    """Command and output at a site, in the page's order."""
+    blocks = re.findall(rf"^```console\n({site}.*?)^```", page, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^{site}\$ (.*)\n((?:(?!{site}\$ ).*\n)*)", "".join(blocks), re.MULTILINE)
 
 
 def make_site(folder: Path) -> None:
@@ -58,6 +66,26 @@ def make_site(folder: Path) -> None:
         header = RoundHeader("clinics", "thyroid", 3, 1, zeros, zeros, zeros, ("a", "b", "c"))
         session.open_attempt(header, ledger.head(), b"state", b"request", b"reply")
         session.close()
+
+
+def make_sharing_site(folder: Path) -> None:
+    """A site with rounds of local mode, and attempts of distributed mode after them."""
+    (folder / "client.toml").write_text(f"{CLIENT_TOML}total_shared_epsilon = 9\n")
+    (folder / "state").mkdir()
+    zeros = bytes(32)
+    unlimited = Budget(math.inf, 1e-5, math.inf)
+    with Ledger.open(folder / "state" / "ledger.sqlite", zeros) as ledger:
+        for job, number, event in ROUNDS[6:]:
+            ledger.reserve(job, zeros, number, event, unlimited)
+            ledger.record_delta(job, number, zeros)
+            ledger.record_sent(job, number)
+        for number, attempt in ((1, 1), (2, 1), (2, 2), (3, 1)):
+            key = AttemptKey("notes", number, attempt)
+            ledger.reserve_attempt(key, zeros, SHARED, unlimited)
+            if (number, attempt) != (2, 1):
+                ledger.record_vector(key, bytes([number, *zeros[1:]]))
+                ledger.record_vector_sent(key)
+        Journal(folder / "state" / "session.sqlite").close()
 
 
 def output(folder: Path, command: str) -> str:
@@ -83,5 +111,13 @@ def test_every_session_of_the_page_replays_as_it_is_printed(tmp_path: Path) -> N
     make_site(tmp_path)
     printed = sessions(PAGE.read_text())
     assert len(printed) >= 5
+    for command, text in printed:
+        assert without_digests(text) == without_digests(output(tmp_path, command)), command
+
+
+def test_the_sessions_of_a_site_that_shares_noise_replay_too(tmp_path: Path) -> None:
+    make_sharing_site(tmp_path)
+    printed = sessions(PAGE.read_text(), "south")
+    assert len(printed) == 2
     for command, text in printed:
         assert without_digests(text) == without_digests(output(tmp_path, command)), command

@@ -263,8 +263,7 @@ def print_history(console: Console, releases: Sequence[ReleaseCost], delta: floa
     console.print(f"\nEach epsilon covers everything up to its round, at delta {delta:g}.")
     if two:
         console.print(
-            "A round of distributed mode has its attempts behind a dot. Its noise is this site's,"
-            " against everybody;\nits sums have more for their readers."
+            "In distributed mode, the attempt is behind a dot, and the noise is this site's own."
         )
 
 

@@ -22,7 +22,7 @@ _ASK_AGAIN = "nothing: it stays charged, and the server may ask for another atte
 def require_round(
     path: Path, contents: Contents, job: str, event: DpEvent | None, budget: Budget
 ) -> None:
-    """Admits a round of local mode, whose event is the same whoever looks.
+    """Admits a round of local mode, whose event is the same in both totals.
 
     Args:
         path: the ledger's file, for errors.
@@ -84,7 +84,7 @@ def require_attempt(
             field="privacy.most_attempts",
             found=f"{count} attempts were charged",
             accepted=f"at most {cost.most_attempts}",
-            remedy="the job ends here: its epsilon is that of so many attempts",
+            remedy="the job ends here: its epsilon was computed for this number",
         )
     if budget.shared is None:
         raise BudgetError(

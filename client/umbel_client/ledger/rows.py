@@ -429,7 +429,7 @@ def events_of(charges: Iterable[Charge], *, shared: bool) -> list[DpEvent | None
 
     Args:
         shared: whether against readers of the sums; otherwise against everybody. A round of local
-            mode costs the same whoever looks: its protection does not depend on others.
+            mode costs the same in both: its protection does not depend on others.
     """
     found: list[DpEvent | None] = []
     for charge in charges:

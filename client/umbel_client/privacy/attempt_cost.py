@@ -13,7 +13,7 @@ This module is part of the core of the privacy guarantee. Never add or change he
 - A figure that does not stand in the plan, such as a size that somebody states.
 - A number of coordinates below that of the largest round, or of attempts below the plan's.
 - A cost of the sums without that of the counts that travel in them. Each site's counts have all
-  their noise, so they cost the same whoever looks.
+  their noise, so they cost the same in both totals.
 """
 
 from typing import Annotated, NamedTuple

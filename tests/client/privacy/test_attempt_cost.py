@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from umbel_common.plans.plan import LoraAdapter, ScoreEvaluation, TrainingPlan
 
 MakePlan = Callable[..., TrainingPlan]
 LAW = Policy(max_epsilon=100.0)
+PAGE = Path(__file__).parents[3] / "docs" / "privacy.md"
 
 
 def cost_of(plan: TrainingPlan) -> AttemptCost:
@@ -37,24 +39,19 @@ def refusal(plan: TrainingPlan, law: Policy = LAW) -> str:
 
 
 @pytest.mark.parametrize(
-    ("claim", "everybody"),
-    [
-        (1.0, {2: "1.5", 3: "2.0", 7: "3.7"}),
-        (8.0, {2: "17", 3: "27", 7: "74"}),
-    ],
+    ("honest", "of_1", "of_8"), [(2, "1.5", "17"), (3, "2.0", "27"), (7, "3.7", "74")]
 )
-def test_the_table_of_the_page(
-    make_plan: MakePlan, claim: float, everybody: dict[int, str]
+def test_what_a_claim_costs_against_everybody_is_what_the_page_says(
+    make_plan: MakePlan, honest: int, of_1: str, of_8: str
 ) -> None:
-    """docs/privacy.md shows these figures; `tests/docs/test_two_totals.py` holds them there."""
-    for honest, shown in everybody.items():
+    for claim, digits, shown in ((1.0, 1, of_1), (8.0, 0, of_8)):
         plan = shared_noise_plan(
             make_plan(), epsilon=claim, honest=honest, least_survivors=honest + 1
         )
         found = cost_of(plan).epsilons(1e-5)
         assert 0.999 * claim < found.shared <= claim
-        digits = 0 if "." not in shown else 1
         assert f"{found.everybody:.{digits}f}" == shown
+    assert f"\n| {honest} | {of_1} | {of_8} |\n" in PAGE.read_text()
 
 
 def test_the_cost_follows_from_the_plan_and_from_no_size(make_plan: MakePlan) -> None:
