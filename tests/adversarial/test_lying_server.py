@@ -387,7 +387,7 @@ def test_a_refused_offer_changes_nothing_of_the_attempt_under_way(federation: An
         )["delta"]
         for site in federation.identities
     ]
-    encoding = encoding_of(federation.plan.aggregation, 3)
+    encoding = encoding_of(federation.plan, 3)
     _, mean = decode_sum(outcome.aggregate.total, encoding)
     assert np.abs(mean - np.mean(deltas, axis=0)).max() < 2 * encoding.step
 

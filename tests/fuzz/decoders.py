@@ -114,7 +114,7 @@ def _plans(_: Place) -> Property:
         assert size_limit(plan) > HEADER_BYTES + 4 * plan.lora.size
         for number in (1, 2):
             assert size_of(plan.trained_tensors(number)) <= plan.lora.size
-        encoding_of(plan.aggregation, 3).prove_headroom()
+        encoding_of(plan, 3).prove_headroom()
         if plan.lora.size <= 2000:
             vector = initial_vector(plan)
             assert vector.size == plan.lora.size

@@ -100,7 +100,7 @@ class ToySite:
             case participant.Shared() as state, MaskRequest():
                 header = self.header
                 assert header is not None
-                encoding = encoding_of(self.plan.aggregation, len(header.cohort))
+                encoding = encoding_of(self.plan, len(header.cohort))
                 counts = SiteCounts(score=30.0, records=40.0)
                 delta = with_counts(self.delta(header.round), counts, self.plan)
                 vector = encode(delta, 1, encoding, os.urandom)

@@ -354,7 +354,7 @@ class Trainer:
         # 8: judged again, because a site may have tightened its policy since it accepted the plan.
         judge_plan(site.policy, plan)
         judge_header(site.policy, plan, header)
-        encoding_of(plan.aggregation, len(header.cohort)).prove_headroom()
+        encoding_of(plan, len(header.cohort)).prove_headroom()
         # 9
         self._decisions.require_running()
         judge_start(site.policy, self._clock().time(), journal.seconds_trained(plan.job))

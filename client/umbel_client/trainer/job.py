@@ -369,7 +369,7 @@ class SiteJob:
             LedgerError: its training failed, or its delta is lost or not what was recorded.
         """
         _, delta, _ = self._stored(header.round, with_state=False)
-        encoding = encoding_of(self.plan.aggregation, len(header.cohort))
+        encoding = encoding_of(self.plan, len(header.cohort))
         return encode(delta, self._weight, encoding, self._entropy)
 
     def record_sent(self, round_number: int) -> None:

@@ -46,7 +46,7 @@ def apply_sum(
         RoundAborted: `weight-mismatch` if the weight in the sum is not the public weight of the
             survivors: the vector of some site is not what the plan requires.
     """
-    encoding = encoding_of(plan.aggregation, cohort_size)
+    encoding = encoding_of(plan, cohort_size)
     try:
         weight = total_weight(aggregate.total, encoding)
     except RemoteProtocolError as error:

@@ -92,7 +92,7 @@ def make_plan(
         ),
     )
     check_plan(plan)
-    encoding_of(plan.aggregation, scenario.sites.count).prove_headroom()
+    encoding_of(plan, scenario.sites.count).prove_headroom()
     return plan
 
 
