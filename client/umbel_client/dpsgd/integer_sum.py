@@ -27,9 +27,7 @@ from umbel_client.dpsgd.private_step import (
     clip_factors,
     flat,
 )
-
-MOST_STEPS = 2.0**24
-"""Largest clip norm in steps of the grid: float32 holds every integer up to it."""
+from umbel_common.plans.plan import MOST_STEPS
 
 
 class IntegerSum(GradientSum):
@@ -55,7 +53,7 @@ class IntegerSum(GradientSum):
             RuntimeError: two copies are on one device.
         """
         if not clip_norm / grid <= MOST_STEPS:
-            raise ValueError(f"a clip norm of {clip_norm / grid:g} steps, accepted: {MOST_STEPS:g}")
+            raise ValueError(f"a clip norm of {clip_norm / grid:g} steps, accepted: {MOST_STEPS}")
         # float64 holds every integer up to 2^53: a sum of 2^29 units at the clip norm.
         super().__init__(
             parameters,

@@ -173,7 +173,12 @@ class AdaptedModel(nn.Module):
         """For each other copy, the parameters that an optimizer of this model trains, in order."""
         names = {id(parameter): name for name, parameter in self.adapter.items()}
         trained = [names[id(one)] for group in optimizer.param_groups for one in group["params"]]
-        return [[other.adapter[name] for name in trained] for other in self._others]
+        return self.named_in_copies(trained)
+
+    def named_in_copies(self, names: Iterable[str]) -> list[list[nn.Parameter]]:
+        """For each other copy, the parameters of these tensors, in order."""
+        every = list(names)
+        return [[other.adapter[name] for name in every] for other in self._others]
 
     @torch.no_grad()
     def update_copies(self) -> None:

@@ -7,8 +7,9 @@ noise down, or give a federated plan its noise without the cost of its evaluatio
 from dataclasses import dataclass
 
 from umbel_client.privacy.accounting import DpEvent, calibrate, require_delta
+from umbel_client.privacy.shared_noise import shares_of
 from umbel_common.errors import DataError
-from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import DistributedPrivacy, LocalPrivacy, TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,17 @@ class SiteNoise:
 def noise_for(plan: TrainingPlan, public_size: int) -> SiteNoise:
     """Noise for the plan's epsilon at the sampling rate of a site with this public size (ADR 3).
 
+    In distributed mode, the plan says the numbers, and no size does: it is what this site's own
+    share of the noise is worth by itself.
+
     Raises:
         DataError: the plan expects a larger batch.
         CalibrationError, PolicyRefusal: the plan's epsilon or delta cannot be had with this size.
     """
+    if isinstance(plan.privacy, DistributedPrivacy):
+        require_delta(plan.privacy.delta, public_size)
+        alone = shares_of(plan).noise_multiplier(1)
+        return SiteNoise(plan.privacy.sampling_rate, alone)
     rate = sampling_rate(plan, public_size)
     if not isinstance(plan.privacy, LocalPrivacy):
         return SiteNoise(rate, None)

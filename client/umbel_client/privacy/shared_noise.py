@@ -29,6 +29,8 @@ import math
 from dataclasses import dataclass
 
 from umbel_client.privacy.accounting import DpEvent
+from umbel_common.errors import PlanError
+from umbel_common.plans.plan import DistributedPrivacy, TrainingPlan
 
 _ROUNDED = 16.0
 """r^2, the variance in squared steps that part 2 gives up. With r = 4, the sum of a Gaussian over
@@ -77,6 +79,30 @@ class NoiseShares:
     def event(self, honest: int, sample_rate: float, steps: int = 1) -> DpEvent:
         """The DP event of some steps against who knows the noise of all but `honest` sites."""
         return DpEvent(self.noise_multiplier(honest), sample_rate, steps)
+
+
+def shares_of(plan: TrainingPlan) -> NoiseShares:
+    """The noise of a plan whose sites share it.
+
+    The number of coordinates is that of the round that trains most.
+
+    Raises:
+        PlanError: its sites do not.
+    """
+    privacy = plan.privacy
+    if not isinstance(privacy, DistributedPrivacy):
+        raise PlanError(
+            "sites do not share their noise under this plan",
+            field="privacy.mode",
+            accepted="distributed",
+        )
+    trained = (plan.trained_tensors(number) for number in plan.kinds_of_rounds)
+    return NoiseShares(
+        bits=privacy.noise_bits,
+        grid=plan.aggregation.step,
+        clip_norm=privacy.clip_norm,
+        coordinates=max(sum(tensor.size for tensor in tensors) for tensors in trained),
+    )
 
 
 def grid_for(

@@ -379,7 +379,7 @@ class Trainer:
             Rules(
                 threshold=plan.aggregation.threshold,
                 colluding=site.policy.colluding_sites,
-                minimum_cohort=site.policy.minimum_cohort,
+                minimum_cohort=max(site.policy.minimum_cohort, plan.least_survivors),
             ),
             site.identity,
             head,

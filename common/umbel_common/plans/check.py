@@ -2,6 +2,7 @@
 
 from umbel_common.errors import PlanError
 from umbel_common.plans.plan import (
+    MOST_STEPS,
     Adam,
     CausalLm,
     DistributedPrivacy,
@@ -12,6 +13,7 @@ from umbel_common.plans.plan import (
     TrainingPlan,
     TrainingPlan2,
 )
+from umbel_common.plans.server_optimizer import Average
 
 
 def check_plan(plan: TrainingPlan) -> None:
@@ -21,6 +23,7 @@ def check_plan(plan: TrainingPlan) -> None:
         PlanError: names the field.
     """
     _check_version(plan)
+    _check_shared_noise(plan)
     if plan.aggregation.weights == "examples" and isinstance(plan.privacy, LocalPrivacy):
         raise PlanError(
             "example counts as weights would release an exact count beside the private delta",
@@ -98,6 +101,103 @@ def _has_rank(tensor: Tensor, rank: int) -> bool:
             return True
         case _:
             return False
+
+
+def _check_shared_noise(plan: TrainingPlan) -> None:
+    """What distributed mode is proven for: one step in each round, in a sum without weights."""
+    training, privacy = plan.training, plan.privacy
+    takes_steps = not isinstance(training.optimizer, NoOptimizer)
+    if not isinstance(privacy, DistributedPrivacy):
+        if not takes_steps:
+            raise PlanError(
+                "sites that send deltas need an optimizer of their own",
+                field="training.optimizer",
+                found="none",
+                accepted="adam or sgd unless privacy.mode is distributed",
+            )
+        return
+    aggregation = plan.aggregation
+    _require_shared(
+        training.local_steps == 1,
+        "a second step would start from a gradient that the site's own share of the noise covers"
+        " alone",
+        field="training.local_steps",
+        found=training.local_steps,
+        accepted=1,
+    )
+    _require_shared(
+        not takes_steps,
+        "the step is the server's",
+        field="training.optimizer",
+        found="adam or sgd",
+        accepted="none",
+    )
+    _require_shared(
+        training.average_decay is None,
+        "a site takes no steps that could be averaged",
+        field="training.average_decay",
+        found=training.average_decay,
+        accepted="no such field",
+    )
+    _require_shared(
+        training.final_learning_rate == 1.0,
+        "the learning rate is the server's",
+        field="training.final_learning_rate",
+        found=training.final_learning_rate,
+        accepted="1, and server.schedule instead",
+    )
+    _require_shared(
+        not isinstance(plan.server, Average),
+        "a sum of gradients needs a learning rate",
+        field="server.optimizer",
+        found="average",
+        accepted="sgd, adam or yogi",
+    )
+    _require_shared(
+        aggregation.weights == "equal",
+        "a site with a weight would add more than its share",
+        field="aggregation.weights",
+        found=aggregation.weights,
+        accepted="equal",
+    )
+    _require_shared(
+        privacy.honest <= privacy.least_survivors,
+        "more sites are relied on than a sum may have",
+        field="privacy.honest",
+        found=privacy.honest,
+        accepted=f"at most least_survivors = {privacy.least_survivors}",
+    )
+    _require_shared(
+        aggregation.threshold <= privacy.least_survivors,
+        "a sum may have fewer sites than recover a secret",
+        field="privacy.least_survivors",
+        found=privacy.least_survivors,
+        accepted=f"at least the threshold, {aggregation.threshold}",
+    )
+    _require_shared(
+        privacy.most_attempts >= training.rounds,
+        "there are fewer attempts than rounds",
+        field="privacy.most_attempts",
+        found=privacy.most_attempts,
+        accepted=f"at least rounds = {training.rounds}",
+    )
+    _require_shared(
+        privacy.clip_norm / aggregation.step <= MOST_STEPS,
+        "the grid is finer than a gradient's numbers",
+        field="aggregation.step",
+        found=aggregation.step,
+        accepted=f"at least {privacy.clip_norm / MOST_STEPS:.3g}",
+    )
+
+
+def _require_shared(holds: bool, why: str, *, field: str, found: object, accepted: object) -> None:
+    if not holds:
+        raise PlanError(
+            f"sites cannot share their noise under this plan: {why}",
+            field=field,
+            found=found,
+            accepted=accepted,
+        )
 
 
 def _check_version(plan: TrainingPlan) -> None:

@@ -231,6 +231,10 @@ class LocalPrivacy(DifferentialPrivacy, frozen=True, tag_field="mode", tag="loca
     """
 
 
+MOST_STEPS = 2**24
+"""Largest clip norm of distributed mode in steps: float32 holds every integer up to it."""
+
+
 class DistributedPrivacy(
     DifferentialPrivacy, frozen=True, kw_only=True, tag_field="mode", tag="distributed"
 ):
@@ -346,6 +350,14 @@ class TrainingPlan(Value, frozen=True):
     def server(self) -> ServerOptimizer:
         """How the server's step follows from a round's sum."""
         return Average()
+
+    @property
+    def least_survivors(self) -> int:
+        """Fewest sites whose vectors may be in a sum."""
+        privacy, threshold = self.privacy, self.aggregation.threshold
+        if isinstance(privacy, DistributedPrivacy):
+            return max(threshold, privacy.least_survivors)
+        return threshold
 
     @property
     def kinds_of_rounds(self) -> tuple[int, ...]:

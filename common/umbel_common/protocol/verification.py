@@ -197,6 +197,11 @@ class _Job:
             len(confirmed) >= threshold,
             f"only {len(confirmed)} sites confirmed, the threshold is {threshold}",
         )
+        least = self._plan.least_survivors
+        _require(
+            len(survivors) >= least,
+            f"its sum has {len(survivors)} sites, and its plan asks for {least}",
+        )
         self._check_weight(release)
         if event.counts is not None:
             self._check_counts(event.counts, len(survivors))

@@ -247,7 +247,12 @@ def open_attempt(
     if header.plan != plan.digest() or header.roster != roster.digest():
         raise LocalProtocolError("header", "a header names another plan or roster than its job")
     machine = coordinator.open_attempt(
-        header, roster, plan.aggregation.threshold, plan.aggregation.ring_bits, vector_length
+        header,
+        roster,
+        plan.aggregation.threshold,
+        plan.aggregation.ring_bits,
+        vector_length,
+        least=plan.least_survivors,
     )
     return Attempt(
         header=header,

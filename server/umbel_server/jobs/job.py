@@ -112,6 +112,13 @@ class Job:
                 found=plan.aggregation.threshold,
                 accepted=f"at most {len(sites)}",
             )
+        if plan.least_survivors > len(sites):
+            raise PlanError(
+                "the plan asks for more sites in each sum than the roster has",
+                field="privacy.least_survivors",
+                found=plan.least_survivors,
+                accepted=f"at most {len(sites)}",
+            )
         heaviest = max((member.weight for member in roster.members), default=0)
         if plan.aggregation.weights == "size-class" and heaviest > plan.aggregation.max_weight:
             raise PlanError(
@@ -219,17 +226,17 @@ class Job:
                 accepted.add(site)
             else:
                 refused[site] = reply.check if isinstance(reply, Refusal) else "stage-order"
-        if len(accepted) < self.plan.aggregation.threshold:
+        if len(accepted) < self.plan.least_survivors:
             silent = requests.keys() - accepted - refused.keys()
             undecided = {site for site, check in refused.items() if check in refusals.UNDECIDED}
             may_accept = silent | undecided
-            hopeless = len(accepted | may_accept) < self.plan.aggregation.threshold
+            hopeless = len(accepted | may_accept) < self.plan.least_survivors
             raise JobFailed(
                 "too few sites accept the plan",
                 may_accept=() if hopeless else tuple(sorted(may_accept)),
                 field=self.plan.job,
                 found=refusals.told(refused, silent),
-                accepted=f"at least {self.plan.aggregation.threshold} sites",
+                accepted=f"at least {self.plan.least_survivors} sites",
                 remedy=refusals.remedy(refused, silent),
             )
         return tuple(sorted(accepted))
@@ -252,7 +259,7 @@ class Job:
                 self._journal.record_event(self._operator, self.plan.job, event)
                 self._observer.on_aborted(round_number, header.attempt, abort.check)
                 sites = tuple(site for site in sites if site not in abort.left_out)
-                if len(sites) < self.plan.aggregation.threshold:
+                if len(sites) < self.plan.least_survivors:
                     break
         last_failure = failures[-1]
         raise JobFailed(
