@@ -13,7 +13,7 @@ step 1; `_reserved` guards steps 3 and 4; `_append` guards the step that calls i
 
 1. `reserve`: the whole round is charged against the budget. RESERVED is on disk before the first
    gradient.
-2. The round is trained, and its delta is stored (`umbel_client.trainer.job`).
+2. The round is trained, and its delta is stored (`umbel_client.trainer.local_job`).
 3. `record_delta`: the digest of the noisy delta is recorded. COMPUTED is on disk before the first
    byte leaves.
 4. `record_sent`: the delta is about to leave. SENT.

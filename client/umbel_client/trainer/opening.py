@@ -23,6 +23,7 @@ from umbel_client.storage.deltas import DeltaCache
 from umbel_client.storage.journal import Published
 from umbel_client.tasks.prepared import prepare
 from umbel_client.trainer.job import SiteJob
+from umbel_client.trainer.local_job import LocalJob
 from umbel_client.trainer.observer import Observer
 from umbel_client.training.answer_time import WHEN_DONE, measure_answer_time
 from umbel_client.training.largest_record import largest_record_test
@@ -119,7 +120,7 @@ def open_job(
                 records_per_unit=records_per_unit,
                 scored_units=0.0 if plan.evaluation is None else held_out,
             )
-        job = SiteJob(
+        job = LocalJob(
             plan=plan,
             noise=noise,
             _config=config,

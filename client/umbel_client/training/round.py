@@ -8,7 +8,7 @@ This module is part of the core of the privacy guarantee. Never add or change he
 - The randomness. Batches come from `NoiseSource` alone, and noise from `StepNoise`, with other
   keys. They are drawn once for each step, also for a step whose batch is empty.
 - The accounting. Nothing here charges: the caller has reserved the whole round, or attempt, in the
-  ledger before (`umbel_client.trainer.job`).
+  ledger before (`umbel_client.trainer.local_job` and `distributed_job`).
 - A batch or noise that is kept for another attempt: the difference of two sums over one batch is
   noise alone, and their mean has half of its variance.
 """
