@@ -19,6 +19,7 @@ from umbel_client.ledger.ledger import Ledger
 from umbel_client.ledger.register import Register
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.site.config import load_config
+from umbel_client.site.ipc import SharedEpsilon
 from umbel_client.site.pinned_roster import Pinned
 from umbel_client.trainer.handler import Trainer
 from umbel_common.adapters.vector import (
@@ -107,7 +108,14 @@ class KeptObserver:
     def preparing(self, what: str, done: int, total: int) -> None:
         assert done <= total
 
-    def charged(self, round_number: int, epsilon: float | None, *, again: bool) -> None:
+    def charged(
+        self,
+        round_number: int,
+        epsilon: float | None,
+        *,
+        again: bool,
+        shared: SharedEpsilon | None = None,
+    ) -> None:
         assert epsilon is None or epsilon > 0
 
     def step(self, round_number: int, step: int, steps: int, records: float) -> None:

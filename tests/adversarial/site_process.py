@@ -10,6 +10,7 @@ from typing import Any
 
 from umbel_client.privacy.calibration import noise_for
 from umbel_client.site.config import load_config
+from umbel_client.site.ipc import SharedEpsilon
 from umbel_client.site.pinned_roster import load_pinned
 from umbel_client.trainer.handler import Trainer
 from umbel_common.errors import UmbelError
@@ -25,7 +26,14 @@ class Quiet:
 
     def preparing(self, what: str, done: int, total: int) -> None: ...
 
-    def charged(self, round_number: int, epsilon: float | None, *, again: bool) -> None: ...
+    def charged(
+        self,
+        round_number: int,
+        epsilon: float | None,
+        *,
+        again: bool,
+        shared: SharedEpsilon | None = None,
+    ) -> None: ...
 
     def step(self, round_number: int, step: int, steps: int, records: float) -> None: ...
 

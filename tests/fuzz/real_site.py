@@ -12,6 +12,7 @@ from vectors.values import IDENTITIES, OPERATOR, ROSTER, SITES
 from umbel_client.ledger.register import Register
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.site.config import ClientConfig
+from umbel_client.site.ipc import SharedEpsilon
 from umbel_client.site.pinned_roster import Pinned
 from umbel_client.trainer.handler import Trainer
 from umbel_common.adapters.vector import adapter_digest, initial_vector, size_of, to_bytes
@@ -84,7 +85,14 @@ class KeptErrors:
     def preparing(self, what: str, done: int, total: int) -> None:
         """Keeps nothing."""
 
-    def charged(self, round_number: int, epsilon: float | None, *, again: bool) -> None:
+    def charged(
+        self,
+        round_number: int,
+        epsilon: float | None,
+        *,
+        again: bool,
+        shared: SharedEpsilon | None = None,
+    ) -> None:
         """Keeps nothing."""
 
     def step(self, round_number: int, step: int, steps: int, records: float) -> None:

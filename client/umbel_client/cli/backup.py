@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from umbel_client.cli.options import CLIENT_TOML, Config
+from umbel_client.ledger.spending import charged_text
 from umbel_client.storage.backup import back_up
 from umbel_client.storage.backup import restore as put_back
 from umbel_host.files.restore import Intent, Signer, Unsigned, require_consent
@@ -28,7 +29,7 @@ def backup(
             ("backup", str(out)),
             ("site", manifest.party),
             ("made", manifest.made),
-            ("ledger", f"{len(contents.rounds)} rounds charged, head {contents.head().hex()}"),
+            ("ledger", f"{charged_text(contents)}, head {contents.head().hex()}"),
             ("keys", "in it: keep it like the keys" if with_keys else "not in it (--with-keys)"),
         ],
     )

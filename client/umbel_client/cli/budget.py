@@ -21,6 +21,7 @@ from umbel_client.ledger.ledger import Ledger
 from umbel_client.ledger.rows import Contents
 from umbel_client.ledger.spending import (
     FEW_ROUNDS,
+    JobCost,
     ReleaseCost,
     Spending,
     Verified,
@@ -32,6 +33,8 @@ from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.policy import Budget
 from umbel_client.storage.site_state import read_site_state
 from umbel_host.terminal import Screen, print_json, print_lines, say, table, working
+
+_READERS = "against readers of the sums"
 
 budget = typer.Typer(
     help="The privacy spent on the data set: show, history, verify, carry, state-spend.",
@@ -176,9 +179,8 @@ def _print_nothing(settings: ClientConfig, as_json: bool) -> None:
 def _allowed(settings: ClientConfig) -> Budget:
     """The budget that the ledger holds every plan with differential privacy to."""
     policy = settings.policy
-    return Budget(
-        policy.total_epsilon, min(policy.max_delta, largest_delta(settings.data.public_size))
-    )
+    delta = min(policy.max_delta, largest_delta(settings.data.public_size))
+    return Budget(policy.total_epsilon, delta, policy.total_shared_epsilon)
 
 
 def _computing() -> Status:
@@ -195,20 +197,49 @@ def print_spending(console: Console, ledger: str, spent: Spending) -> None:
             ("data set", spent.data_set or "none"),
             ("unit", "record" if spent.unit is None else f"column {spent.unit}"),
             ("head", spent.head or "none"),
-            ("spent", f"epsilon {_number(spent.spent)} at delta {spent.delta:g}"),
-            ("left", f"epsilon {_number(spent.left)} of {_number(spent.total)}"),
+            *_totals(spent),
             *(("stated", text) for text in spent.stated),
             *([("old copy", "state what was spent since")] if spent.old_copy else []),
         ],
     )
     if spent.jobs:
         console.print()
-        jobs = table(
-            "job", "rounds", "epsilon alone", folding=("job",), right=("rounds", "epsilon alone")
-        )
+        # A second total, where there is one, has its column beside the first.
+        shared = () if spent.shared is None else ("attempts", "for readers")
+        columns = ("rounds", *shared[:1], "epsilon alone", *shared[1:])
+        jobs = table("job", *columns, folding=("job",), right=columns)
         for job in spent.jobs:
-            jobs.add_row(job.job, str(job.rounds), _number(job.epsilon))
+            jobs.add_row(job.job, *_job_row(job))
         console.print(jobs)
+
+
+def _totals(spent: Spending) -> list[tuple[str, str]]:
+    shared = spent.shared
+    if shared is None:
+        return [
+            ("spent", f"epsilon {_number(spent.spent)} at delta {spent.delta:g}"),
+            ("left", f"epsilon {_number(spent.left)} of {_number(spent.total)}"),
+        ]
+    left = "nothing: policy.total_shared_epsilon is not there"
+    if shared.total is not None and shared.left is not None:
+        left = f"epsilon {_number(shared.left)} of {_number(shared.total)}"
+    return [
+        ("spent", f"epsilon {_number(spent.spent)} at delta {spent.delta:g}, against everybody"),
+        ("left", f"epsilon {_number(spent.left)} of {_number(spent.total)}, against everybody"),
+        ("spent", f"epsilon {_number(shared.spent)} at delta {spent.delta:g}, {_READERS}"),
+        ("left", f"{left}, {_READERS}"),
+        (
+            "readers",
+            f"do not know the noise of {shared.honest} sites in each sum, this one included",
+        ),
+    ]
+
+
+def _job_row(job: JobCost) -> list[str]:
+    if job.shared_epsilon is None:
+        return [str(job.rounds), _number(job.epsilon)]
+    attempts = "" if job.attempts is None else str(job.attempts)
+    return [str(job.rounds), attempts, _number(job.epsilon), _number(job.shared_epsilon)]
 
 
 def print_history(console: Console, releases: Sequence[ReleaseCost], delta: float) -> None:
@@ -216,18 +247,38 @@ def print_history(console: Console, releases: Sequence[ReleaseCost], delta: floa
     if not releases:
         console.print("No round was charged yet.")
         return
-    numbers = ("round", "noise", "sampling rate", "steps", "epsilon")
+    two = any(not isinstance(one.shared_noise_multiplier, UnsetType) for one in releases)
+    shared = ("for readers",) if two else ()
+    numbers = ("round", "noise", "sampling rate", "steps", "epsilon", *shared)
     rounds = table("job", "round", "state", *numbers[1:], folding=("job",), right=numbers)
     for release in releases:
-        rounds.add_row(
+        row = [
             release.job,
-            str(release.round),
+            _round(release),
             release.state.value,
             *_noise(release),
-            "" if isinstance(release.epsilon, UnsetType) else _number(release.epsilon),
-        )
+            _epsilon(release.epsilon),
+        ]
+        rounds.add_row(*row, *([_epsilon(release.shared_epsilon)] if two else []))
     console.print(rounds)
     console.print(f"\nEach epsilon covers everything up to its round, at delta {delta:g}.")
+    if two:
+        console.print(
+            "A round of distributed mode has its attempts behind a dot. Its noise is this site's,"
+            " against everybody;\nits sums have more for their readers."
+        )
+
+
+def _round(release: ReleaseCost) -> str:
+    if not isinstance(release.attempts, UnsetType):
+        return f"to {release.round}, {release.attempts} attempts"
+    if not isinstance(release.attempt, UnsetType):
+        return f"{release.round}.{release.attempt}"
+    return str(release.round)
+
+
+def _epsilon(value: float | UnsetType) -> str:
+    return "" if isinstance(value, UnsetType) else _number(value)
 
 
 def _noise(release: ReleaseCost) -> tuple[str, str, str]:

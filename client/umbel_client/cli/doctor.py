@@ -26,6 +26,7 @@ from cryptography import x509
 from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.file import read_ledger, require_data_set
 from umbel_client.ledger.register import machine_register, marks_of
+from umbel_client.ledger.spending import charged_text
 from umbel_client.relay.proxy import way_to
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.ipc import ControlStub
@@ -197,7 +198,7 @@ def _ledger(config: ClientConfig) -> tuple[Verdict, str]:
     data_set = SiteData.load(config).data_set
     if data_set is not None:
         require_data_set(path, contents, data_set, config.data.unit_column)
-    return Verdict.FINE, f"{len(contents.rounds)} rounds charged, head {contents.head().hex()[:16]}"
+    return Verdict.FINE, f"{charged_text(contents)}, head {contents.head().hex()[:16]}"
 
 
 def _data_set(config: ClientConfig) -> tuple[Verdict, str]:

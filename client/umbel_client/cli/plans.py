@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from umbel_client.cli.options import CLIENT_TOML, Config, Json
-from umbel_client.ledger.plan_cost import cost_here
+from umbel_client.ledger.plan_cost import Total, cost_here
+from umbel_client.privacy.attempt_cost import judge_cost
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.decisions import Decisions, Proposal
 from umbel_client.site.policy import Policy, as_asked, judge_plan
@@ -63,7 +64,7 @@ def approve(
     console = Screen()
     print_lines(console, plan_lines(proposal.plan), fold=True)
     console.print()
-    print_lines(console, [("budget", _budget_text(settings, proposal.plan))])
+    print_lines(console, _budget_lines(settings, proposal.plan))
     refused = _refusal(settings.policy, proposal.plan)
     if refused is not None:
         console.print(f"\nThis site's policy refuses it all the same: {refused}.")
@@ -90,6 +91,7 @@ def _refusal(policy: Policy, plan: TrainingPlan) -> str | None:
     """The rule by which a policy refuses a plan, whatever people say; None: it does not."""
     try:
         judge_plan(as_asked(policy, plan), plan)
+        judge_cost(policy, plan)
     except PolicyRefusal as refusal:
         return refusal.check
     return None
@@ -135,18 +137,38 @@ def _offer_policy(console: Screen, config: Path, plan: TrainingPlan, *, ask: boo
     console.print(f"\nwritten: {policy.path}\n{now}", soft_wrap=True)
 
 
-def _budget_text(settings: ClientConfig, plan: TrainingPlan) -> str:
-    """What was spent on the data set, what the plan costs, and what both are together."""
+def _budget_lines(settings: ClientConfig, plan: TrainingPlan) -> list[tuple[str, str]]:
+    """What was spent on the data set, what the plan costs, and what both are together; against
+    everybody, and against readers of the sums where a job is of distributed mode."""
     try:
         cost = cost_here(settings, plan)
-        after = cost.after()
-        text = (
-            f"spent epsilon {cost.spent():.4g}, this plan {cost.alone():.4g}, after it"
-            f" {after:.4g} of {cost.budget.epsilon:g}, at delta {cost.budget.delta:g}"
+        if cost.honest is None:
+            return [("budget", _total_text(cost.everybody, cost.budget.epsilon))]
+        readers = (
+            f"against readers of the sums, while {cost.honest} sites in each keep their noise"
+            " secret"
         )
-        return text if after <= cost.budget.epsilon else f"{text}: IT IS REFUSED"
+        return [
+            ("budget", f"{_total_text(cost.everybody, cost.budget.epsilon)}, against everybody"),
+            ("", f"{_total_text(cost.shared, cost.budget.shared)}, {readers}"),
+        ]
     except UmbelError as error:
-        return error.message
+        return [("budget", error.message)]
+
+
+def _total_text(total: Total, most: float | None) -> str:
+    """One total.
+
+    Args:
+        most: what the policy allows; None: it names nothing.
+    """
+    after = total.after()
+    allowed = "nothing: the policy names none" if most is None else f"{most:g}"
+    text = (
+        f"spent epsilon {total.spent():.4g}, this plan {total.alone():.4g}, after it"
+        f" {after:.4g} of {allowed}, at delta {total.delta:g}"
+    )
+    return text if most is not None and after <= most else f"{text}: IT IS REFUSED"
 
 
 def reject(job: Job, config: Config = CLIENT_TOML) -> None:

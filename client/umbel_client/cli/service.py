@@ -107,7 +107,10 @@ def _status_lines(trainer: TrainerStatus, relay: str) -> list[tuple[str, str]]:
     if trainer.waiting:
         lines.append(("to approve", ", ".join(trainer.waiting)))
     if trainer.epsilon is not None:
-        lines.append(("spent", f"epsilon {trainer.epsilon:.4g}"))
+        whom = "" if trainer.shared is None else " against everybody"
+        lines.append(("spent", f"epsilon {trainer.epsilon:.4g}{whom}"))
+    if trainer.shared is not None:
+        lines.append(("", trainer.shared.text()))
     if trainer.last is not None:
         lines.append(("last", _line(trainer.last)))
     return lines

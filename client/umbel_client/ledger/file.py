@@ -32,7 +32,8 @@ SCHEMA = Schema(
     (
         # Rows stay as they are, whatever the version: their heads were published.
         _JOURNAL,
-        # Version 3 has kinds of rows that version 2 does not know.
+        # Version 3 has kinds of rows that version 2 does not know, and so has version 4.
+        "",
         "",
     ),
 )

@@ -7,9 +7,9 @@ What this module must keep, whatever is changed in it:
 - Nothing is taken back. Rows are appended; no method deletes or changes one.
 
 There is one ledger for each data set, used by one process at a time. A round of a job passes these
-steps, and each numbered method says which step it is. `open`, `verify` and `require_stated` guard
-step 1; `_reserved` guards steps 3 and 4; `_append` guards the step that calls it.
-`charge_statement` is no step of a round.
+steps, and each numbered method says which step it is. `open`, `verify`, `require_stated` and
+`umbel_client.ledger.admission` guard step 1; `_reserved` and `_reserved_attempt` guard steps 3 and
+4; `_append` guards the step that calls it. `charge_statement` is no step of a round.
 
 1. `reserve`: the whole round is charged against the budget. RESERVED is on disk before the first
    gradient.
@@ -33,6 +33,18 @@ file of delta and optimizer state, and starts from the state before the round. F
 only the delta with the recorded digest may leave, as often as a retry needs: the same bytes again
 cost nothing.
 
+An attempt of distributed mode passes the same steps under its own key, (job, round, attempt):
+`reserve_attempt`, `record_vector`, `record_vector_sent`, `keep_pace`. It differs in this:
+
+- Each attempt is charged, and has one noisy integer vector. Two sums over one batch would average
+  its noise away, so an attempt that follows another draws a batch and noise of its own.
+- A RESERVED attempt is never computed again, not even after a crash: `reserve_attempt` takes an
+  attempt once, and `record_vector` takes a vector only from the process that reserved it. What was
+  lost stays charged, and the server may ask for another attempt.
+- No job has more attempts than its plan says.
+- Everything is charged against two totals: against everybody, and against readers of the sums
+  (`umbel_client.privacy.attempt_cost`). A round of local mode costs the same in both.
+
 Rows form a hash chain, each with a random salt, so that a published head commits to the whole
 history and reveals nothing about it. The chain notices damage. A process that may write the file
 can also forge a chain, which only a head that was published before reveals (`verify`). Beside the
@@ -40,7 +52,6 @@ chain stands the number of answers that left the site, so that an old copy of th
 is noticed (`keep_pace`).
 """
 
-import math
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -49,6 +60,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from umbel_client.ledger.admission import (
+    require_attempt,
+    require_round,
+    require_stated_attempts,
+)
 from umbel_client.ledger.file import (
     SCHEMA,
     create,
@@ -61,8 +77,14 @@ from umbel_client.ledger.file import (
 )
 from umbel_client.ledger.rows import (
     GENESIS,
+    Attempt,
+    AttemptComputed,
+    AttemptKey,
+    AttemptReserved,
+    AttemptSent,
     Carried,
     Change,
+    Charge,
     Computed,
     Contents,
     Opened,
@@ -73,11 +95,13 @@ from umbel_client.ledger.rows import (
     Row,
     Sent,
     Stated,
+    StatedWithAttempts,
 )
 from umbel_client.privacy.accounting import DpEvent, total_epsilon
+from umbel_client.privacy.attempt_cost import AttemptCost
 from umbel_client.site.policy import Budget
 from umbel_common.canonical import Entropy, decode_canonical, encode
-from umbel_common.errors import BudgetError, LedgerError, RemoteProtocolError
+from umbel_common.errors import LedgerError, RemoteProtocolError
 from umbel_host.files.database import migrate, transaction
 from umbel_host.processes.lifecycle import require_own
 
@@ -95,6 +119,8 @@ class Ledger:
         self._entropy = entropy
         self._contents = Contents()
         self._report: Callable[[bytes], None] | None = None
+        self._begun: set[AttemptKey] = set()
+        """Attempts that this process reserved: no other may have computed on them."""
 
     @classmethod
     def open(
@@ -179,7 +205,7 @@ class Ledger:
                     remedy="run another plan under another job name",
                 )
             return known
-        self._check_budget(event, budget)
+        require_round(self._path, self._contents, job, event, budget)
         self._append(Reserved(job, plan, round_number, event))
         return self._contents.rounds[job, round_number]
 
@@ -221,17 +247,120 @@ class Ledger:
         if known.state is not RoundState.SENT:
             self._append(Sent(job, round_number))
 
+    def reserve_attempt(
+        self, key: AttemptKey, plan: bytes, cost: AttemptCost, budget: Budget
+    ) -> Attempt:
+        """Step 1 in distributed mode: charges an attempt; on disk when this returns.
+
+        It returns once for each attempt. So what computes after it has returned is the only thing
+        that ever computes on this attempt.
+
+        Args:
+            plan: digest of the plan.
+            cost: what each attempt of the plan costs.
+            budget: the limits of everything ever released from this data set, with this attempt.
+
+        Raises:
+            BudgetError: one of the two budgets does not allow it, or the plan's most attempts are
+                used up; nothing was written.
+            LedgerError: the attempt was reserved before, or is at a round that a statement closed,
+                or the job has another plan, cost or mode, or the ledger is an old copy.
+            StorageError: it could not be written; nothing is reserved.
+        """
+        self.require_stated()
+        require_attempt(self._path, self._contents, key, plan, cost, budget)
+        self._append(AttemptReserved(key.job, plan, key.round, key.attempt, cost))
+        self._begun.add(key)
+        return self._contents.attempts[key]
+
+    def record_vector(self, key: AttemptKey, vector: bytes) -> None:
+        """Step 3 in distributed mode: fixes the one vector that may leave in an attempt.
+
+        A second call with the same digest changes nothing.
+
+        Args:
+            vector: digest of the noisy integer vector, 32 bytes.
+
+        Raises:
+            LedgerError: the attempt was not reserved by this process, or has another vector, or
+                another attempt has this vector.
+            StorageError: it could not be written; the vector may not leave.
+        """
+        known = self._reserved_attempt(key)
+        if known.vector == vector:
+            return
+        if known.vector is not None:
+            raise self._error(
+                f"{key} already has another vector",
+                field="vector digest",
+                found=vector.hex(),
+                accepted=known.vector.hex(),
+                remedy="resend the cached vector; another one needs an attempt of its own",
+            )
+        if key not in self._begun:
+            raise self._error(
+                f"{key} was reserved by a process that ended before its vector was recorded",
+                remedy="nothing: it stays charged, and the server may ask for another attempt",
+            )
+        if self._contents.has_vector(vector):
+            raise self._error(
+                f"{key} would send the vector of another attempt",
+                field="vector digest",
+                found=vector.hex(),
+                remedy="this is a bug: report it. Each attempt draws a batch and noise of its own",
+            )
+        self._append(AttemptComputed(*key, vector))
+        self._begun.discard(key)
+
+    def record_vector_sent(self, key: AttemptKey) -> None:
+        """Step 4 in distributed mode: records that the vector is about to leave. A second call
+        changes nothing.
+
+        Raises:
+            LedgerError: no vector was fixed, or it is lost.
+            StorageError: it could not be written.
+        """
+        known = self._reserved_attempt(key)
+        if known.state is RoundState.COMPUTED:
+            self._append(AttemptSent(*key))
+        elif known.state is not RoundState.SENT:
+            raise self._error(
+                f"{key} has no vector to send",
+                field="state",
+                found=known.state.value,
+                remedy="nothing: it stays charged, and the server may ask for another attempt",
+            )
+
+    def attempt(self, key: AttemptKey) -> Attempt | None:
+        """The attempt of this key; None before `reserve_attempt`."""
+        return self._contents.attempts.get(key)
+
+    def charges(self) -> list[Charge]:
+        """Everything that was charged, in its order."""
+        return self._contents.charges()
+
     def state(self, job: str, round_number: int) -> Reservation | None:
-        """The reservation of this round; None before `reserve`."""
+        """The reservation of this round of local mode; None before `reserve`."""
         return self._contents.rounds.get((job, round_number))
 
     def history(self) -> tuple[Reservation, ...]:
-        """Every reservation, in the order in which they were made."""
+        """Every reservation of local mode, in the order in which they were made."""
         return tuple(self._contents.rounds.values())
 
     def spent(self, delta: float) -> float:
-        """Epsilon at `delta` of everything ever reserved; infinite without privacy."""
-        return total_epsilon(self._events(), delta)
+        """Epsilon at `delta` of everything ever reserved, against everybody; infinite without
+        privacy."""
+        return total_epsilon(self._contents.events(), delta)
+
+    def shared_spent(self, delta: float) -> float:
+        """As `spent`, against readers of the sums; the same where nothing was reserved in
+        distributed mode."""
+        return total_epsilon(self._contents.events(shared=True), delta)
+
+    @property
+    def honest(self) -> int | None:
+        """See `Contents.honest`."""
+        return self._contents.honest
 
     def head(self) -> bytes:
         """Head of the chain, 32 bytes: commits to the history, reveals nothing about it."""
@@ -329,12 +458,16 @@ class Ledger:
         charged.
 
         Raises:
-            LedgerError: it names a round that is in these rows.
+            LedgerError: it names a round that is in these rows, more attempts than a plan has, or
+                a job of these rows with another plan, cost or mode.
             StorageError: it could not be written.
         """
         for added in stated.rounds:
             if (added.job, added.round) in self._contents.rounds:
                 raise self._error(f"round {added.round} of job {added.job} is charged already")
+        if isinstance(stated, StatedWithAttempts):
+            for counted in stated.attempts:
+                require_stated_attempts(self._path, self._contents, counted)
         self._append(stated)
 
     def knows(self, head: bytes, job: str, round_number: int) -> bool:
@@ -343,24 +476,18 @@ class Ledger:
         if head in self._contents.heads:
             return True
         known = self.state(job, round_number)
-        return known is not None and known.state is RoundState.LOST
+        attempts = self._contents.jobs.get(job)
+        closed = attempts is not None and round_number <= attempts.closed
+        return closed or (known is not None and known.state is RoundState.LOST)
 
-    def _check_budget(self, event: DpEvent | None, budget: Budget) -> None:
-        if budget.epsilon == math.inf:
-            return
-        events = self._events()
-        after = total_epsilon([*events, event], budget.delta)
-        if not after <= budget.epsilon:
-            before = total_epsilon(events, budget.delta)
-            raise BudgetError(
-                "the privacy budget of this data set does not allow another round",
-                file=self._path,
-                field="epsilon",
-                found=f"{before:.4g} spent, {after:.4g} with this round",
-                accepted=f"at most {budget.epsilon:g} at delta {budget.delta:g}",
-                remedy="what is spent does not come back: stop, or let the people who answer for"
-                " the data raise the total in the site's policy",
+    def _reserved_attempt(self, key: AttemptKey) -> Attempt:
+        known = self._contents.attempts.get(key)
+        if known is None:
+            raise self._error(
+                f"{key} was never reserved",
+                remedy="this is a bug: report it",
             )
+        return known
 
     def _reserved(self, job: str, round_number: int) -> Reservation:
         known = self.state(job, round_number)
@@ -370,9 +497,6 @@ class Ledger:
                 remedy="this is a bug: report it",
             )
         return known
-
-    def _events(self) -> list[DpEvent | None]:
-        return self._contents.events()
 
     def _append(self, change: Change) -> None:
         row = Row(self.head(), self._entropy(16), change)

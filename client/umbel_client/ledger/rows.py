@@ -6,13 +6,15 @@ changes; a new kind of row takes a new schema version (`umbel_client.ledger.file
 of the chain that `Contents` checks stays: a chain that breaks one is damaged.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
 from umbel_client.privacy.accounting import DpEvent
+from umbel_client.privacy.attempt_cost import AttemptCost
 from umbel_common.canonical import Digest, Value, decode_canonical, digest, encode
 from umbel_common.errors import RemoteProtocolError
 
@@ -21,6 +23,7 @@ EVALUATION = "#evaluation"
 """Suffix of the ledger entry for a job's evaluation counts. `#` cannot occur in a job's name."""
 LOST = digest("lost round", b"")
 """Digest in the place of a delta that was lost with a former state of this site."""
+_EARLY = "an old copy is charged before its spend is stated"
 
 
 class RoundState(StrEnum):
@@ -31,6 +34,17 @@ class RoundState(StrEnum):
     SENT = "sent"
     LOST = "lost"
     """The round is charged, and nothing of it may leave any more: its delta is not here."""
+
+
+class AttemptKey(NamedTuple):
+    """Which attempt of distributed mode: each has a batch and noise of its own."""
+
+    job: str
+    round: int
+    attempt: int
+
+    def __str__(self) -> str:
+        return f"attempt {self.attempt} at round {self.round} of job {self.job}"
 
 
 class Reservation(Value, frozen=True):
@@ -46,6 +60,24 @@ class Reservation(Value, frozen=True):
     """Digest of the noisy delta; None while RESERVED."""
 
 
+class Attempt(Value, frozen=True):
+    """One attempt of distributed mode in the ledger."""
+
+    job: str
+    plan: Digest
+    round: int
+    attempt: int
+    cost: AttemptCost
+    state: RoundState = RoundState.RESERVED
+    vector: Digest | None = None
+    """Digest of the noisy integer vector that may leave; None while RESERVED."""
+
+    @property
+    def key(self) -> AttemptKey:
+        """Which attempt it is."""
+        return AttemptKey(self.job, self.round, self.attempt)
+
+
 class Opened(Value, frozen=True, tag_field="row", tag="opened"):
     """Row 0: which data set the ledger is about."""
 
@@ -53,7 +85,7 @@ class Opened(Value, frozen=True, tag_field="row", tag="opened"):
     unit: str | None
     """The column that says whose a record is; None: each record is its own unit. It never changes:
     what was charged by one unit says nothing about another."""
-    schema: Literal[2, 3] = 3
+    schema: Literal[2, 3, 4] = 4
     """The schema version at creation. It is hashed, so it is never updated."""
 
 
@@ -87,6 +119,33 @@ class Sent(Value, frozen=True, tag_field="row", tag="sent"):
     round: int
 
 
+class AttemptReserved(Value, frozen=True, tag_field="row", tag="attempt-reserved"):
+    """An attempt of distributed mode was charged."""
+
+    job: str
+    plan: Digest
+    round: Annotated[int, msgspec.Meta(ge=1)]
+    attempt: Annotated[int, msgspec.Meta(ge=1)]
+    cost: AttemptCost
+
+
+class AttemptComputed(Value, frozen=True, tag_field="row", tag="attempt-computed"):
+    """The one noisy integer vector that may leave in an attempt."""
+
+    job: str
+    round: int
+    attempt: int
+    vector: Digest
+
+
+class AttemptSent(Value, frozen=True, tag_field="row", tag="attempt-sent"):
+    """The vector is about to leave, or has left."""
+
+    job: str
+    round: int
+    attempt: int
+
+
 class Restored(Value, frozen=True, tag_field="row", tag="restored"):
     """These rows are an old copy, and what was spent since is not in them. Nothing is charged
     before somebody states it."""
@@ -118,7 +177,43 @@ class Stated(Value, frozen=True, tag_field="row", tag="stated"):
     why: Annotated[str, msgspec.Meta(min_length=1, max_length=2000)]
 
 
-Change = Opened | Carried | Reserved | Computed | Sent | Restored | Stated
+class StatedAttempts(Value, frozen=True):
+    """Attempts that somebody states to have been charged, or that may have been."""
+
+    job: str
+    plan: Digest
+    round: int
+    """The last round that this site was asked for: no attempt at it, or at one before, follows."""
+    attempts: Annotated[int, msgspec.Meta(ge=0)]
+    """How many attempts there were besides those in the rows before."""
+    cost: AttemptCost
+
+
+class StatedWithAttempts(
+    Stated, frozen=True, kw_only=True, tag_field="row", tag="stated-with-attempts"
+):
+    """A statement that counts attempts of distributed mode too."""
+
+    attempts: tuple[StatedAttempts, ...]
+
+
+AttemptChange = AttemptReserved | AttemptComputed | AttemptSent
+Change = (
+    Opened
+    | Carried
+    | Reserved
+    | Computed
+    | Sent
+    | AttemptReserved
+    | AttemptComputed
+    | AttemptSent
+    | Restored
+    | Stated
+    | StatedWithAttempts
+)
+Charge = Reservation | Attempt | StatedAttempts
+"""What was charged: a round of local mode, an attempt of distributed mode, or attempts that
+somebody stated."""
 
 
 class Row(Value, frozen=True):
@@ -147,6 +242,19 @@ class _FirstRow(Value, frozen=True):
 
 
 @dataclass
+class JobAttempts:
+    """All attempts of one job of distributed mode."""
+
+    plan: bytes
+    """Digest of the plan, 32 bytes."""
+    cost: AttemptCost
+    count: int = 0
+    """How many were charged, those included that somebody stated."""
+    closed: int = 0
+    """Last round that a statement closed: nothing of it, or of one before, may leave any more."""
+
+
+@dataclass
 class Contents:
     """What follows from the rows of a ledger, taken one by one."""
 
@@ -156,7 +264,11 @@ class Contents:
     heads: list[bytes] = field(default_factory=list)
     """Head of the chain after each row."""
     rounds: dict[tuple[str, int], Reservation] = field(default_factory=dict)
-    """Each round by job and number, in the order of their reservations."""
+    """Each round of local mode by job and number, in the order of their reservations."""
+    attempts: dict[AttemptKey, Attempt] = field(default_factory=dict)
+    """Each attempt of distributed mode, in the order of their reservations."""
+    jobs: dict[str, JobAttempts] = field(default_factory=dict)
+    """What the attempts of each job of distributed mode have in common."""
     answers: int = 0
     """How many answers the session journal had recorded when this site last sent one."""
     schema: int = 0
@@ -166,6 +278,9 @@ class Contents:
     unknown: bool = False
     """Whether it was stated that nobody knows what was spent."""
     statements: list[Stated] = field(default_factory=list)
+    _order: list[tuple[str, int] | AttemptKey | StatedAttempts] = field(default_factory=list)
+    """What was charged, in its order."""
+    _vectors: set[bytes] = field(default_factory=set)
 
     def head(self) -> bytes:
         """Head of the chain, 32 bytes."""
@@ -201,29 +316,129 @@ class Contents:
                 self.old_copy = True
             case Stated():
                 self._follow_statement(row.change)
-            case _:
-                _require(not self.old_copy, "an old copy is charged before its spend is stated")
+            case Reserved() | Computed() | Sent():
+                _require(not self.old_copy, _EARLY)
+                if isinstance(row.change, Reserved):
+                    _require(row.change.job not in self.jobs, "a job has two modes")
+                    self._order.append((row.change.job, row.change.round))
                 _apply(self.rounds, row.change)
+            case _:
+                _require(not self.old_copy, _EARLY)
+                self._follow_attempt(row.change)
         self.heads.append(row.head())
 
-    def events(self) -> list[DpEvent | None]:
-        """The DP event of every charge, for the accountant."""
+    def charges(self) -> list[Charge]:
+        """Everything that was charged, in its order."""
+        found: list[Charge] = []
+        for key in self._order:
+            if isinstance(key, StatedAttempts):
+                found.append(key)
+            elif isinstance(key, AttemptKey):
+                found.append(self.attempts[key])
+            else:
+                found.append(self.rounds[key])
+        return found
+
+    def events(self, *, shared: bool = False) -> list[DpEvent | None]:
+        """The DP event of every charge, for the accountant; None without privacy.
+
+        Args:
+            shared: whether against readers of the sums; otherwise against everybody.
+        """
         unknown = [None] if self.unknown else []
-        return [*(entry.event for entry in self.rounds.values()), *unknown]
+        return [*events_of(self.charges(), shared=shared), *unknown]
+
+    def has_vector(self, vector: bytes) -> bool:
+        """Whether an attempt has a vector of this digest."""
+        return vector in self._vectors
+
+    @property
+    def honest(self) -> int | None:
+        """Number of sites in each sum whose noise its readers must not know, for the total against
+        them to hold: the largest of any job. None: nothing was charged in distributed mode."""
+        return max((job.cost.honest for job in self.jobs.values()), default=None)
+
+    def _follow_attempt(self, change: AttemptChange) -> None:
+        key = AttemptKey(change.job, change.round, change.attempt)
+        known = self.attempts.get(key)
+        match change:
+            case AttemptReserved():
+                _require(known is None, "an attempt is reserved twice")
+                job = self._job_of(change)
+                _require(change.round > job.closed, "an attempt at a round that a statement closed")
+                job.count += 1
+                _require(job.count <= job.cost.most_attempts, "an attempt past the plan's most")
+                self.attempts[key] = Attempt(
+                    change.job, change.plan, change.round, change.attempt, change.cost
+                )
+                self._order.append(key)
+            case AttemptComputed() if known is not None and known.state is RoundState.RESERVED:
+                _require(change.vector not in self._vectors, "two attempts have one vector")
+                self._vectors.add(change.vector)
+                self.attempts[key] = msgspec.structs.replace(
+                    known, state=RoundState.COMPUTED, vector=change.vector
+                )
+            case AttemptSent() if known is not None and known.state is RoundState.COMPUTED:
+                self.attempts[key] = msgspec.structs.replace(known, state=RoundState.SENT)
+            case _:
+                raise ValueError("an attempt skips a state")
+
+    def _job_of(self, charged: AttemptReserved | StatedAttempts) -> JobAttempts:
+        if charged.job not in self.jobs:
+            _require(all(job != charged.job for job, _ in self.rounds), "a job has two modes")
+            self.jobs[charged.job] = JobAttempts(charged.plan, charged.cost)
+        job = self.jobs[charged.job]
+        _require(
+            (job.plan, job.cost) == (charged.plan, charged.cost),
+            "attempts of a job have two plans or costs",
+        )
+        return job
 
     def _follow_statement(self, stated: Stated) -> None:
         for added in stated.rounds:
             _require((added.job, added.round) not in self.rounds, "a round is stated twice")
+            _require(added.job not in self.jobs, "a job has two modes")
             self.rounds[added.job, added.round] = Reservation(
                 added.job, added.plan, added.round, added.event
             )
+            self._order.append((added.job, added.round))
         for key, known in self.rounds.items():
             self.rounds[key] = msgspec.structs.replace(
                 known, state=RoundState.LOST, delta_digest=LOST
             )
+        if isinstance(stated, StatedWithAttempts):
+            for counted in stated.attempts:
+                job = self._job_of(counted)
+                job.count += counted.attempts
+                _require(job.count <= job.cost.most_attempts, "an attempt past the plan's most")
+                job.closed = max(job.closed, counted.round)
+                self._order.append(counted)
+        for attempt, found in self.attempts.items():
+            self.attempts[attempt] = msgspec.structs.replace(
+                found, state=RoundState.LOST, vector=LOST
+            )
+            job = self.jobs[attempt.job]
+            job.closed = max(job.closed, attempt.round)
         self.old_copy = False
         self.unknown |= stated.everything
         self.statements.append(stated)
+
+
+def events_of(charges: Iterable[Charge], *, shared: bool) -> list[DpEvent | None]:
+    """The DP events of some charges; None for a release without differential privacy.
+
+    Args:
+        shared: whether against readers of the sums; otherwise against everybody. A round of local
+            mode costs the same whoever looks: its protection does not depend on others.
+    """
+    found: list[DpEvent | None] = []
+    for charge in charges:
+        if isinstance(charge, Reservation):
+            found.append(charge.event)
+            continue
+        count = charge.attempts if isinstance(charge, StatedAttempts) else 1
+        found += (charge.cost.for_readers if shared else charge.cost.for_everybody)(count)
+    return found
 
 
 def _begun_by_version_1(entry: bytes) -> bytes | None:

@@ -32,6 +32,27 @@ class SiteEvent(msgspec.Struct, frozen=True):
     """A text for people."""
 
 
+def against_readers(honest: int) -> str:
+    """Whom an epsilon holds against, for people.
+
+    Args:
+        honest: number of sites in each sum, this one included, whose noise they must not know.
+    """
+    return f"against readers of the sums, while {honest} sites in each keep their noise secret"
+
+
+class SharedEpsilon(msgspec.Struct, frozen=True):
+    """What was spent on the data set against readers of the sums whose noise sites share."""
+
+    epsilon: float
+    honest: int
+    """Number of sites in each sum, this one included, whose noise those readers must not know."""
+
+    def text(self) -> str:
+        """The figure for people, with what it rests on."""
+        return f"epsilon {self.epsilon:.4g} {against_readers(self.honest)}"
+
+
 class TrainerStatus(msgspec.Struct, frozen=True):
     """The state of the trainer, for the site's own people."""
 
@@ -43,8 +64,8 @@ class TrainerStatus(msgspec.Struct, frozen=True):
     waiting: tuple[str, ...]
     """Jobs whose plans wait for approval."""
     epsilon: float | None
-    """Epsilon spent on the data set when a round was last charged; `umbel-client budget` reads the
-    ledger itself."""
+    """Epsilon spent on the data set, against everybody, when a round was last charged;
+    `umbel-client budget` reads the ledger itself."""
     last: SiteEvent | None
     """The last event."""
     not_apart: str | None = None
@@ -57,6 +78,8 @@ class TrainerStatus(msgspec.Struct, frozen=True):
     """Whether it does not take requests yet: it reads data and model."""
     pinned: str | None = None
     """Digest of what the trainer holds for the pinned roster and for revoked keys."""
+    shared: SharedEpsilon | None = None
+    """The second total at that moment; None: nothing was charged in distributed mode."""
 
 
 Handle = Callable[[bytes], bytes]

@@ -31,6 +31,7 @@ from umbel_common.errors import PolicyRefusal
 from umbel_common.plans.plan import (
     CausalLm,
     Classification,
+    DistributedPrivacy,
     LossOn,
     NoPrivacy,
     Template,
@@ -68,7 +69,11 @@ class Budget(Value, frozen=True):
     """The most that all releases from one data set may cost together; epsilon may be infinite."""
 
     epsilon: float
+    """Against everybody."""
     delta: float
+    shared: float | None = None
+    """Epsilon against readers of the sums; None: the policy names none, so no sum may be released
+    whose noise sites share."""
 
 
 class Policy(Value, frozen=True):
@@ -113,10 +118,17 @@ class Policy(Value, frozen=True):
     allowed_hours: Hours | None = None
     """When a round may begin, by this machine's clock, such as "20:00-06:00"; absent: always."""
     max_epsilon: Positive = 3.0
-    """Largest epsilon of one plan."""
+    """Largest epsilon of one plan against everybody: all other parties together. In distributed
+    mode, this is as if all other sites told their noise."""
     total_epsilon: Positive = 3.0
     """Largest epsilon of everything ever released from the data set, over all jobs, composed at
-    `max_delta`."""
+    `max_delta`, against everybody."""
+    max_shared_epsilon: Positive | None = None
+    """Largest claim of one plan of distributed mode: its epsilon against readers of the sums, who
+    do not know the noise of the plan's honest sites. Absent: no such plan may run."""
+    total_shared_epsilon: Positive | None = None
+    """Largest epsilon of everything ever released from the data set, over all jobs of either mode,
+    against readers of the sums. Absent: no plan of distributed mode may run."""
     max_delta: Fraction = 1e-5
     """Largest delta of one plan; 1 / (10 x records) is another limit."""
     allow_without_privacy: bool = False
@@ -126,7 +138,8 @@ class Policy(Value, frozen=True):
     """Fewest sites that may be summed, this one included."""
     colluding_sites: Annotated[int, msgspec.Meta(ge=0, le=100)] = 1
     """Number of sites that may secretly work with the server: the threshold t of a cohort of n must
-    satisfy 2 t > n + this number."""
+    satisfy 2 t > n + this number. In distributed mode, they may tell their noise: the plan's honest
+    sites and this number are at most the fewest survivors of a sum."""
     minimum_cohort_difference: Annotated[int, msgspec.Meta(ge=1, le=100)] = 2
     """Without differential privacy: number of sites by which a survivor set must differ from every
     other set that this site ever confirmed; 1 allows any."""
@@ -139,8 +152,9 @@ class Policy(Value, frozen=True):
 
     def budget(self, plan: TrainingPlan) -> Budget:
         """The budget for `plan` in the ledger; infinite for an allowed plan without privacy."""
-        unlimited = self.allow_without_privacy and isinstance(plan.privacy, NoPrivacy)
-        return Budget(math.inf if unlimited else self.total_epsilon, self.max_delta)
+        if self.allow_without_privacy and isinstance(plan.privacy, NoPrivacy):
+            return Budget(math.inf, self.max_delta)
+        return Budget(self.total_epsilon, self.max_delta, self.total_shared_epsilon)
 
 
 def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
@@ -150,9 +164,10 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
         PolicyRefusal: `model-not-allowed`, `model-name`, `task-not-allowed`, `rank-too-large`,
             `targets-not-allowed`, `clip-range-too-large`, `too-many-rounds`,
             `too-many-local-steps`, `privacy-required`, `epsilon-too-large`, `delta-too-large`,
-            `evaluation-not-allowed`, `example-weights`, `labels-not-allowed`,
-            `max-tokens-not-allowed`, `template-not-allowed`, `loss-not-allowed`,
-            `too-long-not-allowed` or `threshold-below-minimum`.
+            `distributed-not-allowed`, `claim-too-large`, `too-many-honest`,
+            `survivors-below-minimum`, `evaluation-not-allowed`, `example-weights`,
+            `labels-not-allowed`, `max-tokens-not-allowed`, `template-not-allowed`,
+            `loss-not-allowed`, `too-long-not-allowed` or `threshold-below-minimum`.
     """
     privacy = plan.privacy
     _require(
@@ -217,6 +232,8 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
             found="a plan without differential privacy",
             accepted="plans with privacy.mode local",
         )
+    elif isinstance(privacy, DistributedPrivacy):
+        _judge_shared_noise(policy, privacy)
     else:
         _at_most(policy.max_epsilon, privacy.epsilon, "epsilon-too-large", "max_epsilon")
         _at_most(policy.max_delta, privacy.delta, "delta-too-large", "max_delta")
@@ -242,6 +259,40 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
         field="policy.examples_as_weights",
         found="weights by number of records",
         accepted="equal or size-class",
+    )
+
+
+def _judge_shared_noise(policy: Policy, privacy: DistributedPrivacy) -> None:
+    """Judges what a plan of distributed mode says. What it costs against everybody, and whether its
+    claim is true, is computed beside this (`umbel_client.privacy.attempt_cost.judge_cost`)."""
+    for field in ("max_shared_epsilon", "total_shared_epsilon"):
+        _require(
+            getattr(policy, field) is not None,
+            "distributed-not-allowed",
+            field=f"policy.{field}",
+            found="a plan with privacy.mode distributed, and a policy that does not name it",
+            accepted="plans with privacy.mode local",
+            remedy=f"agree on a plan of local mode, or write {field} into this site's policy, after"
+            " you have read who is protected against whom (docs/privacy.md)",
+        )
+    _at_most(
+        policy.max_shared_epsilon or 0.0, privacy.epsilon, "claim-too-large", "max_shared_epsilon"
+    )
+    _at_most(policy.max_delta, privacy.delta, "delta-too-large", "max_delta")
+    _require(
+        privacy.honest <= privacy.least_survivors - policy.colluding_sites,
+        "too-many-honest",
+        field="policy.colluding_sites",
+        found=f"{privacy.honest} honest sites of at least {privacy.least_survivors} in a sum",
+        accepted=f"at most {privacy.least_survivors - policy.colluding_sites}: the fewest survivors"
+        f" without {policy.colluding_sites} that may tell their noise",
+    )
+    _require(
+        privacy.least_survivors >= policy.minimum_cohort,
+        "survivors-below-minimum",
+        field="policy.minimum_cohort",
+        found=f"sums of {privacy.least_survivors} sites",
+        accepted=f"at least {policy.minimum_cohort}",
     )
 
 

@@ -33,7 +33,8 @@ site's data or its ledger is `site-not-ready`. Every other fault, also a check o
  7. Attempt: neither its number nor a later one was used (journal).
     `attempt-reused`
  8. Policy: plan and cohort are judged again, and the sum of the deltas cannot overflow.
-    the checks of `judge_plan`, `cohort-too-small`, `threshold-too-high`, `threshold-too-low`
+    the checks of `judge_plan` and `judge_cost`, `cohort-too-small`, `threshold-too-high`,
+    `threshold-too-low`
  9. People: the site is not paused, and it may train now (decisions, policy).
     `site-paused`, `outside-hours`, `too-many-hours`
 10. Start: the operator signed the predecessor's release, and the adapter is the one that release
@@ -71,6 +72,7 @@ from pathlib import Path
 from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.register import Register, machine_register
 from umbel_client.models.adapters.folder import write_adapter
+from umbel_client.privacy.attempt_cost import judge_cost
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.decisions import Decisions
 from umbel_client.site.pinned_roster import Pinned, check_own_key
@@ -286,7 +288,7 @@ class Trainer:
             `pinned-signature`, `malformed-message`
         O2. Terms: it is a plan of this federation and does not contradict itself; the policy and
             this site's size class allow it. A policy without labels asks its people about them.
-            `other-federation`, the checks of `judge_plan`
+            `other-federation`, the checks of `judge_plan` and `judge_cost`
         O3. Parties: the roster under which the job would run is one that this site pinned
             (`checks`).
             `roster-digest`
@@ -314,6 +316,7 @@ class Trainer:
         )
         check_plan(plan)
         judge_plan(as_asked(site.policy, plan), plan)
+        judge_cost(site.policy, plan)
         check_size_class(site, plan)
         # O3
         if isinstance(request, OfferUnderRoster):
@@ -353,6 +356,7 @@ class Trainer:
         journal.check_new(header)
         # 8: judged again, because a site may have tightened its policy since it accepted the plan.
         judge_plan(site.policy, plan)
+        judge_cost(site.policy, plan)
         judge_header(site.policy, plan, header)
         encoding_of(plan, len(header.cohort)).prove_headroom()
         # 9

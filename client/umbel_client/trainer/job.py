@@ -22,6 +22,7 @@ from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.site.config import ClientConfig
+from umbel_client.site.ipc import SharedEpsilon
 from umbel_client.site.policy import Budget
 from umbel_client.storage.deltas import DeltaCache
 from umbel_client.tasks.prepared import PreparedData, prepare
@@ -48,7 +49,10 @@ class SiteStatus:
 
     noise: SiteNoise
     epsilon: float | None
-    """Spent on the data set by now, all jobs together; None without differential privacy."""
+    """Spent on the data set by now, all jobs together, against everybody; None without differential
+    privacy."""
+    shared: SharedEpsilon | None = None
+    """The second total; None: nothing was charged in distributed mode."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -113,7 +117,7 @@ class SiteJob(ABC):
 
     def status(self) -> SiteStatus:
         """Returns what the site's own people may know."""
-        return SiteStatus(self.noise, self._spent())
+        return SiteStatus(self.noise, self._spent(), self._shared_spent())
 
     def ledger_head(self) -> bytes:
         """Returns what the site's next signed statement says about its ledger, 32 bytes."""
@@ -199,9 +203,15 @@ class SiteJob(ABC):
 
     def _spent(self) -> float | None:
         privacy = self.plan.privacy
-        return (
-            self._ledger.spent(privacy.delta) if isinstance(privacy, DifferentialPrivacy) else None
-        )
+        if not isinstance(privacy, DifferentialPrivacy):
+            return None
+        return self._ledger.spent(privacy.delta)
+
+    def _shared_spent(self) -> SharedEpsilon | None:
+        privacy, honest = self.plan.privacy, self._ledger.honest
+        if not isinstance(privacy, DifferentialPrivacy) or honest is None:
+            return None
+        return SharedEpsilon(self._ledger.shared_spent(privacy.delta), honest)
 
 
 def _tell(misfits: list[DataError], records: int) -> None:

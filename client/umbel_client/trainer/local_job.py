@@ -168,7 +168,9 @@ class LocalJob(SiteJob):
             name = self.plan.job + EVALUATION
             self._ledger.reserve(name, self.plan.digest(), number, evaluation, self._budget)
         self._ledger.reserve(self.plan.job, self.plan.digest(), number, event, self._budget)
-        self._observer.charged(number, self._spent(), again=reserved is not None)
+        self._observer.charged(
+            number, self._spent(), again=reserved is not None, shared=self._shared_spent()
+        )
         return event
 
     def train(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from umbel_client.site.ipc import SiteEvent
+from umbel_client.site.ipc import SharedEpsilon, SiteEvent
 from umbel_common.errors import UmbelError
 
 _MOST_PENDING = 1000
@@ -30,7 +30,9 @@ class SiteLog:
         self.last: SiteEvent | None = None
         self._began = time.monotonic()
         self.epsilon: float | None = None
-        """Epsilon spent on the data set when a round was last charged."""
+        """Epsilon spent on the data set, against everybody, when a round was last charged."""
+        self.shared: SharedEpsilon | None = None
+        """The second total at that moment."""
 
     def stop(self) -> None:
         """Ends all watching, and the training under way at its next step."""
@@ -40,11 +42,20 @@ class SiteLog:
         """See `Observer`."""
         self._tell("preparing", f"{what}: {done} of {total}", logging.DEBUG)
 
-    def charged(self, round_number: int, epsilon: float | None, *, again: bool) -> None:
+    def charged(
+        self,
+        round_number: int,
+        epsilon: float | None,
+        *,
+        again: bool,
+        shared: SharedEpsilon | None = None,
+    ) -> None:
         """See `Observer`."""
-        self.epsilon = epsilon
+        self.epsilon, self.shared = epsilon, shared
         self._began = time.monotonic()
         spent = "without differential privacy" if epsilon is None else f"epsilon {epsilon:.4g}"
+        if shared is not None:
+            spent = f"{spent} against everybody, and {shared.text()},"
         text = (
             f"round {round_number} was charged before, nothing is charged now: {spent} in all"
             if again

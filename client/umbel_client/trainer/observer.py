@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
+from umbel_client.site.ipc import SharedEpsilon
 from umbel_common.errors import UmbelError
 
 
@@ -13,12 +14,21 @@ class Observer(Protocol):
         """Work before training, such as filling the cache of the frozen layers."""
         ...
 
-    def charged(self, round_number: int, epsilon: float | None, *, again: bool) -> None:
-        """The ledger has reserved a round; `epsilon` is what all jobs together have spent on this
-        data set by now (None without differential privacy).
+    def charged(
+        self,
+        round_number: int,
+        epsilon: float | None,
+        *,
+        again: bool,
+        shared: SharedEpsilon | None = None,
+    ) -> None:
+        """The ledger has reserved a round, or an attempt of distributed mode; `epsilon` is what all
+        jobs together have spent on this data set by now, against everybody (None without
+        differential privacy).
 
         Args:
             again: whether it was reserved before, so that nothing is charged now.
+            shared: the second total; None: nothing was charged in distributed mode.
         """
         ...
 

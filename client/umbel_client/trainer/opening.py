@@ -97,7 +97,7 @@ def open_job(
         ledger.require_stated()
         ledger.keep_pace(published.answers)
         budget = budget_of(config, plan)
-        cost = plan_cost(plan, noise, ledger.history(), budget, unknown=ledger.unknown)
+        cost = plan_cost(plan, noise, ledger.charges(), budget, unknown=ledger.unknown)
         require_payable(cost, plan, config)
         # c. Load the model, and find the number of records computed at once.
         model = load_site_model(config.model, plan, trains=True)

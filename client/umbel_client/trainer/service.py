@@ -213,4 +213,5 @@ class _Service:
             memory=self.memory(),
             starting=self.device is None,
             pinned=self._pinned.mark(),
+            shared=self._log.shared,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from umbel_client.site.ipc import SharedEpsilon
 from umbel_common.adapters.site_counts import SiteCounts
 from umbel_common.adapters.vector import Vector
 from umbel_common.errors import RemoteProtocolError, UmbelError
@@ -90,6 +91,7 @@ class SiteObserver:
         self._recorder = recorder
         self._stop = stop
         self.epsilon: float | None = None
+        self.shared: SharedEpsilon | None = None
         self.errors: list[UmbelError] = []
 
     def preparing(self, what: str, done: int, total: int) -> None:
@@ -105,9 +107,16 @@ class SiteObserver:
             )
         )
 
-    def charged(self, round_number: int, epsilon: float | None, *, again: bool) -> None:
+    def charged(
+        self,
+        round_number: int,
+        epsilon: float | None,
+        *,
+        again: bool,
+        shared: SharedEpsilon | None = None,
+    ) -> None:
         """See `Observer`."""
-        self.epsilon = epsilon
+        self.epsilon, self.shared = epsilon, shared
 
     def step(self, round_number: int, step: int, steps: int, records: float) -> None:
         """See `Observer`."""
