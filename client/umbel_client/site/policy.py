@@ -371,6 +371,14 @@ def judge_header(policy: Policy, plan: TrainingPlan, header: RoundHeader) -> Non
         found=f"{sites} sites",
         accepted=f"at least {policy.minimum_cohort}",
     )
+    _require(
+        sites >= plan.least_survivors or plan.least_survivors == plan.aggregation.threshold,
+        "cohort-too-small",
+        field="privacy.least_survivors",
+        found=f"{sites} sites",
+        accepted=f"at least {plan.least_survivors}",
+        remedy="nothing: the server asks again with more sites",
+    )
     threshold = plan.aggregation.threshold
     _require(
         threshold <= sites,

@@ -26,7 +26,7 @@ site's data or its ledger is `site-not-ready`. Every other fault, also a check o
     11) and they are counted (step 15). Another request for the same attempt is refused.
     `second-answer`
  5. Round: federation, plan, cohort and round are ones that this site knows (`checks`).
-    `other-federation`, `plan-digest`, `not-in-cohort`, `round-past-plan`
+    `other-federation`, `plan-digest`, `header-version`, `not-in-cohort`, `round-past-plan`
  6. Parties: each site of the cohort is in the pinned roster, with a key that is not revoked
     (`checks`).
     `roster-digest`, `not-in-roster`, `revoked-key`
@@ -47,8 +47,9 @@ site's data or its ledger is `site-not-ready`. Every other fault, also a check o
     `malformed-message`
 12. Training: this adapter keeps made-up records apart, and the ledger reserves the round. Only then
     are the records looked at: the round is trained, its delta is stored, and the ledger records its
-    digest (`job`). The journal counts the time.
-    `budget`, `other-adapter`
+    digest (`local_job`). In distributed mode, all of this is an attempt's (`distributed_job`). The
+    journal counts the time.
+    `budget`, `other-adapter`, `attempt-lost`
 13. Advert: fresh public keys, signed together with the ledger's head. Secure aggregation judges the
     cohort again, by its own rules.
     `not-in-cohort`, `cohort-too-small`, `threshold-too-high`, `threshold-too-low`

@@ -24,7 +24,6 @@ from umbel_client.privacy.noise import NoiseSource
 from umbel_client.site.config import ClientConfig
 from umbel_client.site.ipc import SharedEpsilon
 from umbel_client.site.policy import Budget
-from umbel_client.storage.deltas import DeltaCache
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.trainer.observer import Observer
@@ -75,10 +74,8 @@ class SiteJob(ABC):
     _records: Records | LmRecords
     _model: AdaptedModel
     _limit: BatchLimit
-    _weight: int
     _budget: Budget
     _ledger: Ledger
-    _deltas: DeltaCache
     _observer: Observer
     _entropy: Entropy
     _answer_time: AnswerTime

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field, replace
 from umbel_client.ledger.rows import EVALUATION, LOST
 from umbel_client.privacy.accounting import DpEvent
 from umbel_client.privacy.calibration import SiteNoise, evaluation_event
-from umbel_client.storage.deltas import OptimizerState
+from umbel_client.storage.deltas import DeltaCache, OptimizerState
 from umbel_client.trainer.job import SiteJob
 from umbel_common.adapters.site_counts import with_counts
 from umbel_common.adapters.vector import Vector
@@ -58,6 +58,8 @@ FAILED = digest("failed round", b"")
 class LocalJob(SiteJob):
     """A job whose sites protect their records by their own noise alone: the law of its rounds."""
 
+    _weight: int
+    _deltas: DeltaCache
     _spoiled: set[int] = field(default_factory=set)
     """Rounds that failed in this process."""
 

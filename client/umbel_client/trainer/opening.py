@@ -9,6 +9,7 @@ This module is part of the core of the privacy guarantee. Never add or change he
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from umbel_client.data.site_data import SiteData
 from umbel_client.dpsgd.batch_size import choose_batch_limit
@@ -17,11 +18,14 @@ from umbel_client.ledger.plan_cost import budget_of, cost_here, plan_cost, requi
 from umbel_client.ledger.register import Register, marks_of
 from umbel_client.models.base.architecture import naming_architecture
 from umbel_client.models.site_model import load_site_model
+from umbel_client.privacy.attempt_cost import attempt_cost
 from umbel_client.privacy.calibration import noise_for
 from umbel_client.site.config import ClientConfig
 from umbel_client.storage.deltas import DeltaCache
 from umbel_client.storage.journal import Published
+from umbel_client.storage.noisy_sums import NoisySums
 from umbel_client.tasks.prepared import prepare
+from umbel_client.trainer.distributed_job import DistributedJob
 from umbel_client.trainer.job import SiteJob
 from umbel_client.trainer.local_job import LocalJob
 from umbel_client.trainer.observer import Observer
@@ -120,21 +124,26 @@ def open_job(
                 records_per_unit=records_per_unit,
                 scored_units=0.0 if plan.evaluation is None else held_out,
             )
-        job = LocalJob(
-            plan=plan,
-            noise=noise,
-            _config=config,
-            _records=records,
-            _model=model,
-            _limit=limit,
-            _weight=_weight(plan, roster, config.site, len(records)),
-            _budget=budget,
-            _ledger=ledger,
-            _deltas=DeltaCache(state.deltas(plan.job)),
-            _observer=observer,
-            _entropy=entropy,
-            _answer_time=answer_time,
-        )
+        parts: dict[str, Any] = {
+            "plan": plan,
+            "noise": noise,
+            "_config": config,
+            "_records": records,
+            "_model": model,
+            "_limit": limit,
+            "_budget": budget,
+            "_ledger": ledger,
+            "_observer": observer,
+            "_entropy": entropy,
+            "_answer_time": answer_time,
+        }
+        attempts = attempt_cost(plan)
+        job: SiteJob
+        if attempts is None:
+            weight = _weight(plan, roster, config.site, len(records))
+            job = LocalJob(**parts, _weight=weight, _deltas=DeltaCache(state.deltas(plan.job)))
+        else:
+            job = DistributedJob(**parts, _cost=attempts, _sums=NoisySums(state.deltas(plan.job)))
         opened.pop_all()
         return job
 

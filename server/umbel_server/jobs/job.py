@@ -36,7 +36,12 @@ from umbel_common.adapters.site_counts import vector_length
 from umbel_common.adapters.vector import adapter_digest, initial_vector, to_bytes
 from umbel_common.errors import JobFailed, PlanError, RoundAborted
 from umbel_common.plans.check import check_plan
-from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan, TrainingPlan2
+from umbel_common.plans.plan import (
+    PLAN_VERSIONS,
+    DistributedPrivacy,
+    TrainingPlan,
+    TrainingPlan2,
+)
 from umbel_common.plans.statements import (
     RELEASE_VERSIONS,
     EarlyEnd,
@@ -244,6 +249,8 @@ class Job:
     def _run_round(self, round_number: int, last: Release, sites: tuple[str, ...]) -> Release:
         failures: list[_Aborted] = []
         for _ in range(self._limits.attempts):
+            if self._attempts_left() == 0:
+                break
             # Step 1.
             header, signed_header = self._open_attempt(round_number, sites, last)
             try:
@@ -261,6 +268,15 @@ class Job:
                 sites = tuple(site for site in sites if site not in abort.left_out)
                 if len(sites) < self.plan.least_survivors:
                     break
+        if not failures:
+            raise JobFailed(
+                f"round {round_number} cannot begin: the plan's attempts are used up",
+                field=self.plan.job,
+                accepted="as many attempts as privacy.most_attempts says, whose cost the sites"
+                " agreed to",
+                remedy="end the job with what it released: umbel-server job finish"
+                f" {self.plan.job}",
+            )
         last_failure = failures[-1]
         raise JobFailed(
             f"round {round_number} failed: {last_failure.summary()}",
@@ -268,6 +284,13 @@ class Job:
             found="; ".join(map(str, failures)),
             remedy=last_failure.remedy(self.plan.job),
         )
+
+    def _attempts_left(self) -> int | None:
+        """How many attempts the plan still allows; None: any number."""
+        privacy = self.plan.privacy
+        if not isinstance(privacy, DistributedPrivacy):
+            return None
+        return max(privacy.most_attempts - len(self._journal.headers(self.plan.job)), 0)
 
     def _open_attempt(
         self, round_number: int, sites: tuple[str, ...], last: Release
