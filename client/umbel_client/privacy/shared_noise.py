@@ -92,16 +92,3 @@ def grid_for(
         return None
     # One part in 2^40 more than the quotient, for the rounding of the same formula backwards.
     return clip_norm / steps * (1 + 2.0**-40)
-
-
-def largest_noise(bits: int, *, sites: int, draws: float) -> int:
-    """A number of steps that the noise of `sites` sites exceeds with probability 2^-40 at most.
-
-    The tail of a discrete Gaussian is no heavier than exp(-x^2 / (2 s^2)) on each side (Canonne,
-    Kamath and Steinke 2020 prove that it is subgaussian), and neither is that of a sum.
-
-    Args:
-        draws: number of coordinates over all attempts of a job: the probability is that of any.
-    """
-    scale = math.sqrt(sites) * 2.0**bits
-    return math.ceil(scale * math.sqrt(2 * math.log(2 * draws * 2.0**40)))

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from umbel_common.adapters.server_step import Integers, add_scaled
 from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy, Value, digest
 from umbel_common.errors import LocalProtocolError, PlanError, require
@@ -182,14 +183,18 @@ def sum_digest(total: RingVector) -> bytes:
     return digest(f"sum-{8 * total.itemsize}", np.ascontiguousarray(total).view(np.uint8).data)
 
 
-def total_weight(total: RingVector, encoding: Encoding) -> int:
+def total_weight(total: RingVector, encoding: Encoding, *, noise: int = 0) -> int:
     """The total weight in a sum of vectors, after a check of the whole sum.
 
     A sum that is refused is not one of honest vectors, or has masks that do not cancel.
 
+    Args:
+        noise: bound of the noise that sites add after they clip, in steps
+            (`umbel_common.adapters.largest_sum.noise_in_sum`).
+
     Raises:
         RemoteProtocolError: `total-weight` if the weight is 0 or more than all sites may have;
-            `sum-out-of-range` if a coordinate exceeds weight * levels.
+            `sum-out-of-range` if a coordinate exceeds weight * levels + noise.
     """
     weight = int(total[0])
     require(
@@ -199,8 +204,8 @@ def total_weight(total: RingVector, encoding: Encoding) -> int:
         found=weight,
         accepted=f"1 to {encoding.sites * encoding.max_weight}",
     )
-    signed = total[1:].view(np.dtype(f"<i{total.itemsize}"))
-    bound = weight * encoding.levels
+    signed = signed_part(total)
+    bound = weight * encoding.levels + noise
     require(
         signed.size == 0 or (-bound <= int(signed.min()) and int(signed.max()) <= bound),
         "sum-out-of-range",
@@ -217,16 +222,10 @@ def add_mean(total: RingVector, encoding: Encoding, targets: Sequence[Vector]) -
         total: a sum that `total_weight` accepted.
         targets: consecutive parts of a vector as long as a delta; float32, contiguous, writeable.
     """
-    scale = np.float64(encoding.step / int(total[0]))
-    signed = total[1:].view(np.dtype(f"<i{total.itemsize}"))
-    mean = np.empty(CHUNK, dtype=np.float32)
-    position = 0
-    for target in targets:
-        flat = target.reshape(-1, copy=False)
-        for start in range(0, flat.size, CHUNK):
-            part = flat[start : start + CHUNK]
-            chunk = mean[: part.size]
-            source = signed[position : position + part.size]
-            np.multiply(source, scale, out=chunk, casting="same_kind")
-            np.add(part, chunk, out=part)
-            position += part.size
+    add_scaled(signed_part(total), encoding.step / int(total[0]), targets)
+
+
+def signed_part(total: RingVector) -> Integers:
+    """A sum without its weight, as signed integers: a view."""
+    signed: Integers = total[1:].view(np.dtype(f"<i{total.itemsize}"))
+    return signed
