@@ -42,9 +42,9 @@ rounds up to a release are summed.
 with an A of orthonormal rows, and the product moves by D A for the step D of B. Since A has
 orthonormal rows, |D A| = |D| in the Frobenius norm, and |D| is at most sqrt(size of B) times the
 bound of one element. Rotations keep norms: B's, which is that of the product, and the momentum's.
-So the norm of B is at most its initial norm plus sqrt(size) times the summed bounds. (The first
-moment and the second of adam and yogi are reset for B: each step is a first one.) The rows of A
-stay orthonormal, and stay in the space of the initial A's rows, since those of each A are combinations of the rows before.
+So the norm of B is at most its initial norm plus sqrt(size) times the summed bounds. (The moments
+of adam and yogi are reset for B: each step is a first one.) The rows of each A are combinations of
+those before, so they stay in the space of the initial A's rows.
 """
 
 import math

@@ -14,7 +14,6 @@ import msgspec
 from umbel_common.canonical import Value
 from umbel_common.plans.ranges import Fraction, LearningRate, Positive
 
-
 _PI = Decimal("3.14159265358979323846264338327950288419716939937511")
 
 
