@@ -14,6 +14,7 @@ from umbel_common.plans.plan import (
     TrainingPlan2,
 )
 from umbel_common.plans.server_optimizer import Average
+from umbel_common.plans.start import LabelNamesStart, SeedStart
 
 
 def check_plan(plan: TrainingPlan) -> None:
@@ -84,6 +85,9 @@ def check_plan(plan: TrainingPlan) -> None:
                 found=tensor.shape,
                 accepted=f"({plan.lora.rank}, in) for lora_A, (out, {plan.lora.rank}) for lora_B",
             )
+    _check_server(plan)
+    if plan.lora.method == "fedsvd":
+        _check_fedsvd(plan)
     names = [tensor.name for tensor in plan.lora.tensors]
     if not names or len(set(names)) != len(names):
         raise PlanError(
@@ -198,6 +202,48 @@ def _require_shared(holds: bool, why: str, *, field: str, found: object, accepte
             found=found,
             accepted=accepted,
         )
+
+
+def _check_server(plan: TrainingPlan) -> None:
+    if isinstance(plan.server, Average):
+        return
+    warmup, rounds = plan.server.schedule.warmup_rounds, plan.training.rounds
+    if warmup >= rounds:
+        raise PlanError(
+            "a warm-up is as long as the job, so its learning rate never reaches the planned one",
+            field="server.schedule.warmup_rounds",
+            found=warmup,
+            accepted=f"less than training.rounds = {rounds}",
+        )
+
+
+def _check_fedsvd(plan: TrainingPlan) -> None:
+    """A has orthonormal rows from the start on, and each product has as many singular values."""
+    if not isinstance(plan.start, SeedStart | LabelNamesStart):
+        raise PlanError(
+            "the method fedsvd needs a start whose matrices A have orthonormal rows",
+            field="start",
+            found="released",
+            accepted="seed or label-names",
+        )
+    names = {tensor.name for tensor in plan.lora.tensors}
+    for tensor in plan.lora.tensors:
+        if tensor.role == "head":
+            continue
+        other = "lora_B" if tensor.role == "lora_A" else "lora_A"
+        if tensor.name.replace(tensor.role, other) not in names:
+            raise PlanError(
+                "the method fedsvd needs both matrices of each layer",
+                field=tensor.name,
+                accepted=f"one named {tensor.name.replace(tensor.role, other)} beside it",
+            )
+        if plan.lora.rank > min(tensor.shape):
+            raise PlanError(
+                "a rank is larger than a layer, so a product of it has fewer singular values",
+                field="lora.rank",
+                found=plan.lora.rank,
+                accepted=f"at most {min(tensor.shape)}, for {tensor.name}",
+            )
 
 
 def _check_version(plan: TrainingPlan) -> None:

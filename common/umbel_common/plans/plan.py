@@ -8,7 +8,7 @@ so a server that shows two sites different plans gets masks that do not cancel.
 """
 
 import math
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
@@ -399,6 +399,31 @@ class TrainingPlan2(TrainingPlan, frozen=True, kw_only=True):
     start: Start = SeedStart()
     server: ServerOptimizer = Average()
     version: Version2 = 2
+
+
+def second_version(
+    plan: TrainingPlan, *, start: Start | None = None, server: ServerOptimizer | None = None
+) -> TrainingPlan2:
+    """The plan in version 2.
+
+    Args:
+        start: None: the plan's own.
+        server: None: the plan's own.
+    """
+    gate, evaluation = plan.release_gate, plan.evaluation
+    parts = {
+        "lora": LoraAdapter(**_fields(plan.lora)),
+        "evaluation": None if evaluation is None else ScoreEvaluation(**_fields(evaluation)),
+        "release_gate": None if gate is None else LossGate(**_fields(gate)),
+        "start": plan.start if start is None else start,
+        "server": plan.server if server is None else server,
+        "version": 2,
+    }
+    return TrainingPlan2(**(_fields(plan) | parts))
+
+
+def _fields(value: Value) -> dict[str, Any]:
+    return msgspec.structs.asdict(value)
 
 
 PLAN_VERSIONS = (TrainingPlan, TrainingPlan2)

@@ -7,10 +7,13 @@ to the range that an honest one has.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeAlias
 
+from umbel_common.adapters import fedsvd
+from umbel_common.adapters.server_step import ServerState
 from umbel_common.adapters.site_counts import SiteCounts
-from umbel_common.adapters.vector import adapter_digest, initial_vector
+from umbel_common.adapters.vector import Vector, adapter_digest, initial_vector
 from umbel_common.canonical import Digest, Value, decode
 from umbel_common.errors import IdentityError, PlanError, RemoteProtocolError, VerificationError
 from umbel_common.plans.check import check_plan
@@ -21,6 +24,7 @@ from umbel_common.plans.statements import (
     RELEASE_VERSIONS,
     EarlyEnd,
     Release,
+    Release2,
     RoundHeader,
     RoundHeader2,
     with_sum,
@@ -34,12 +38,19 @@ from umbel_common.protocol.transcript import (
     RoundReleased,
     final_round,
 )
+from umbel_common.secagg import sums as secagg_sums
+from umbel_common.secagg.encoding import RingVector, sum_digest
 from umbel_common.secagg.messages import KeyAdvert, Survivors
 from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Roster, Signed, open_signed
 
 _ROUNDING = 1e-6
 """Relative rounding of a count in float32."""
+
+Sums: TypeAlias = Callable[[bytes], RingVector | None]
+"""Returns the sum of a digest; None: it is not known."""
+Adapters: TypeAlias = Callable[[bytes], Vector | None]
+"""Returns the released adapter of a digest, float32[plan.lora.size]; None: it is not known."""
 
 
 class VerifiedJob(Value, frozen=True):
@@ -58,13 +69,22 @@ class VerifiedJob(Value, frozen=True):
     """Attempt numbers that were used up, and are in no entry: the server was killed in these
     attempts, or its operator does not tell how they ended."""
 
+    not_recomputed: tuple[int, ...] = ()
+    """Rounds whose adapter and counts are the operator's word: their sum, or that of a round before
+    them, was not at hand."""
+
     @property
     def last(self) -> Release:
         """The release that the job ended with; of a job that has not ended, the latest one."""
         return self.releases[-1 if self.final_round is None else self.final_round]
 
 
-def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
+def verify_transcript(
+    entries: Sequence[Signed],
+    roster: Roster,
+    sums: Sums | None = None,
+    adapters: Adapters | None = None,
+) -> VerifiedJob:
     """Checks the chain, every signature, and that each release follows from what sites signed.
 
     Release 0 follows from the plan's public seed. For each attempt: the header names the plan, the
@@ -76,6 +96,14 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
     their range. Where the plan has a release gate, each round has its result, and a round that was
     held back releases the adapter before once more. The job ends with its plan's last round, or
     with a signed early end.
+
+    Where the plan is of version 2 and the sums are at hand, each adapter follows from them: to the
+    bit, or with the method fedsvd within `umbel_common.adapters.fedsvd.TOLERANCE`.
+
+    Args:
+        sums: None: no adapter is recomputed.
+        adapters: asked with the method fedsvd alone, whose next round starts from the bits that
+            were released.
 
     Raises:
         VerificationError: an entry does not verify; the message says which and why.
@@ -91,7 +119,7 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
             match entry.event:
                 case JobStarted():
                     _require(index == 0, "a job starts once, at the beginning")
-                    job = _Job(entry.event, roster)
+                    job = _Job(entry.event, roster, sums, adapters)
                 case RoundReleased() if job is not None:
                     job.release(entry.event, before)
                 case AttemptAborted() if job is not None:
@@ -113,7 +141,9 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
 class _Job:
     """A job as far as its entries have been read."""
 
-    def __init__(self, event: JobStarted, roster: Roster) -> None:
+    def __init__(
+        self, event: JobStarted, roster: Roster, sums: Sums | None, adapters: Adapters | None
+    ) -> None:
         self._roster = roster
         self._plan = plan = open_signed(event.plan, PLAN_VERSIONS, roster.operator)
         check_plan(plan)
@@ -124,6 +154,7 @@ class _Job:
             release.round == 0 and release.plan == plan.digest(),
             "release 0 belongs to another plan",
         )
+        vector = initial_vector(plan)
         first = Release(
             federation=plan.federation,
             job=plan.job,
@@ -131,7 +162,7 @@ class _Job:
             round=0,
             attempt=0,
             context=bytes(32),
-            adapter=adapter_digest(plan.digest(), initial_vector(plan)),
+            adapter=adapter_digest(plan.digest(), vector),
             survivors=(),
             total_weight=0,
         )
@@ -144,6 +175,7 @@ class _Job:
         self._aborted = 0
         self._untold = 0
         self._gates = _Gates(plan)
+        self._steps = _Steps(plan, vector, sums, adapters)
         self._final_round: int | None = None
         self._delivered: tuple[str, ...] = ()
 
@@ -206,6 +238,8 @@ class _Job:
         if event.counts is not None:
             self._check_counts(event.counts, len(survivors))
         self._gates.verify(event.gate, release, former)
+        held_back = event.gate is not None and not event.gate.passed()
+        self._steps.verify(release, len(cohort), event.counts, held_back=held_back)
         self._releases.append(release)
         self._attempt = 0
 
@@ -249,6 +283,7 @@ class _Job:
             held_back=tuple(self._gates.held_back),
             final_round=self._final_round,
             untold_attempts=self._untold,
+            not_recomputed=tuple(self._steps.not_recomputed),
         )
 
     def _next_attempt(self, signed: Signed, before: bytes) -> RoundHeader:
@@ -304,6 +339,84 @@ class _Job:
             all(abs(figure) <= bound for figure in (counts.score, counts.records)),
             "its counts are larger than its sites' can be",
         )
+
+
+class _Steps:
+    """The adapters of a job, made again from the sums round by round."""
+
+    def __init__(
+        self, plan: TrainingPlan, start: Vector, sums: Sums | None, adapters: Adapters | None
+    ) -> None:
+        self.not_recomputed: list[int] = []
+        self._plan = plan
+        self._sums = sums
+        self._adapters = adapters
+        self._state = ServerState()
+        # None from the first round on that is not recomputed: the next ones start from it.
+        self._vector: Vector | None = start
+
+    def verify(
+        self, release: Release, cohort: int, counts: SiteCounts | None, *, held_back: bool
+    ) -> None:
+        """Requires that a release follows from its sum.
+
+        Args:
+            cohort: number of sites of the attempt.
+            counts: the summed counts of the sites, if the plan asks for them.
+            held_back: whether the release gate held the adapter of the round back.
+
+        Raises:
+            RemoteProtocolError, VerificationError: it does not.
+        """
+        total = self._total(release)
+        if total is None:
+            self.not_recomputed.append(release.round)
+            # A round that was held back changed nothing that the next ones start from.
+            self._vector = self._vector if held_back else None
+            return
+        plan, survivors = self._plan, len(release.survivors)
+        weight = secagg_sums.read_sum(plan, release.round, total, cohort=cohort)
+        _require(weight == release.total_weight, "its weight is not the one in its sum")
+        if counts is not None:
+            found = secagg_sums.counts_in(plan, total, cohort=cohort, survivors=survivors)
+            _require(counts == found, "its counts are not those in its sum")
+        if held_back or self._vector is None:
+            return
+        if plan.lora.method == "fedsvd":
+            self._follow(release, total, self._vector)
+            return
+        secagg_sums.move(plan, release.round, total, self._vector, self._state)
+        _require(
+            adapter_digest(plan.digest(), self._vector) == release.adapter,
+            "its adapter does not follow from its sum",
+        )
+
+    def _total(self, release: Release) -> RingVector | None:
+        if self._sums is None or self._vector is None or not isinstance(release, Release2):
+            return None
+        total = self._sums(release.sum)
+        _require(
+            total is None or sum_digest(total) == release.sum, "its sum is not the one it names"
+        )
+        return total
+
+    def _follow(self, release: Release, total: RingVector, before: Vector) -> None:
+        """Compares a released adapter of the method fedsvd, and starts the next round from it."""
+        plan = self._plan
+        released = None if self._adapters is None else self._adapters(release.adapter)
+        if released is None:
+            self.not_recomputed.append(release.round)
+            self._vector = None
+            return
+        _require(
+            adapter_digest(plan.digest(), released) == release.adapter,
+            "its adapter is not the one it names",
+        )
+        moved = before.copy()
+        secagg_sums.move(plan, release.round, total, moved, self._state)
+        fedsvd.require_refactorised(plan, moved, released)
+        fedsvd.carry_state(plan, before, released, self._state)
+        self._vector = released.copy()
 
 
 class _Gates:

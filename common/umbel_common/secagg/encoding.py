@@ -15,6 +15,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from umbel_common.adapters.largest_sum import noise_in_sum
+from umbel_common.adapters.server_step import Integers, add_scaled
 from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy, Value, digest
 from umbel_common.errors import LocalProtocolError, PlanError, require
@@ -88,7 +90,7 @@ class NoisyEncoding(Encoding, frozen=True, kw_only=True):
 
     largest_noise: Annotated[int, msgspec.Meta(ge=0)]
     """Magnitude, in steps, that the noise in no coordinate of any sum of the job exceeds, but with
-    probability 2^-40 (`largest_noise`)."""
+    probability 2^-40 (`umbel_common.adapters.largest_sum`)."""
 
     def bound(self, weight: int) -> int:
         """Largest magnitude of a coordinate of a sum with this total weight, in steps."""
@@ -105,23 +107,9 @@ class NoisyEncoding(Encoding, frozen=True, kw_only=True):
         )
 
 
-def largest_noise(bits: int, *, sites: int, draws: float) -> int:
-    """A number of steps that the noise of `sites` sites exceeds with probability 2^-40 at most.
-
-    The tail of a discrete Gaussian of scale s = 2^bits is no heavier than exp(-x^2 / (2 s^2)) on
-    each side (Canonne, Kamath and Steinke 2020 prove that it is subgaussian), and neither is that
-    of a sum.
-
-    Args:
-        draws: number of coordinates over all attempts of a job: the probability is that of any.
-    """
-    scale = math.sqrt(sites) * 2.0**bits
-    return math.ceil(scale * math.sqrt(2 * math.log(2 * draws * 2.0**40)))
-
-
 def encoding_of(plan: TrainingPlan, sites: int) -> Encoding:
     """The encoding that a plan prescribes for a cohort of at most `sites` sites."""
-    aggregation, privacy = plan.aggregation, plan.privacy
+    aggregation = plan.aggregation
     encoding = Encoding(
         clip_range=aggregation.clip_range,
         step=aggregation.step,
@@ -129,11 +117,9 @@ def encoding_of(plan: TrainingPlan, sites: int) -> Encoding:
         max_weight=aggregation.max_weight,
         sites=sites,
     )
-    if not isinstance(privacy, DistributedPrivacy):
+    if not isinstance(plan.privacy, DistributedPrivacy):
         return encoding
-    noise = largest_noise(
-        privacy.noise_bits, sites=sites, draws=plan.lora.size * privacy.most_attempts
-    )
+    noise = noise_in_sum(plan, sites)
     return NoisyEncoding(**msgspec.structs.asdict(encoding), largest_noise=noise)
 
 
@@ -272,7 +258,7 @@ def total_weight(total: RingVector, encoding: Encoding) -> int:
         found=weight,
         accepted=f"1 to {encoding.sites * encoding.max_weight}",
     )
-    signed = total[1:].view(np.dtype(f"<i{total.itemsize}"))
+    signed = signed_part(total)
     bound = encoding.bound(weight)
     require(
         signed.size == 0 or (-bound <= int(signed.min()) and int(signed.max()) <= bound),
@@ -290,16 +276,10 @@ def add_mean(total: RingVector, encoding: Encoding, targets: Sequence[Vector]) -
         total: a sum that `total_weight` accepted.
         targets: consecutive parts of a vector as long as a delta; float32, contiguous, writeable.
     """
-    scale = np.float64(encoding.step / int(total[0]))
-    signed = total[1:].view(np.dtype(f"<i{total.itemsize}"))
-    mean = np.empty(CHUNK, dtype=np.float32)
-    position = 0
-    for target in targets:
-        flat = target.reshape(-1, copy=False)
-        for start in range(0, flat.size, CHUNK):
-            part = flat[start : start + CHUNK]
-            chunk = mean[: part.size]
-            source = signed[position : position + part.size]
-            np.multiply(source, scale, out=chunk, casting="same_kind")
-            np.add(part, chunk, out=part)
-            position += part.size
+    add_scaled(signed_part(total), encoding.step / int(total[0]), targets)
+
+
+def signed_part(total: RingVector) -> Integers:
+    """A sum without its weight, as signed integers: a view."""
+    signed: Integers = total[1:].view(np.dtype(f"<i{total.itemsize}"))
+    return signed

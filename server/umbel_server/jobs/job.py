@@ -1,7 +1,7 @@
 """A job from its plan to its last release: rounds, attempts, journal, transcript.
 
 Two rules may never be broken here. No plan, round header or release is sent before it is in the
-journal. The journal names no adapter that is not in the registry before it.
+journal. The journal names no adapter and no sum that is not in the registry before it.
 
 A round is released in these steps, in this order; a comment marks each where it happens. The codes
 in parentheses end the attempt or the job at that step:
@@ -12,11 +12,11 @@ in parentheses end the attempt or the job at that step:
 2. Send the requests of each stage to the cohort (`aggregation.attempt` has the stages).
 3. Collect the replies; journal each site's advert before the next stage is sent. Close each stage
    with enough sites (the codes of C1.3 to C5.3 and C5.5 of `secagg.coordinator`).
-4. Sum: the mean of the deltas changes the adapter that the round started from (`total-weight`,
-   `sum-out-of-range`, `weight-mismatch`).
+4. Sum: the optimizer's step changes the adapter that the round started from (`sum-length`,
+   `total-weight`, `sum-out-of-range`, `weight-mismatch`).
 5. Ask the release gate, if the plan has one: an adapter that it holds back is replaced by the one
-   before (JobFailed if the gate cannot evaluate it).
-6. Sign the release, and write its adapter to the registry.
+   before, and so is the optimizer's state (JobFailed if the gate cannot evaluate it).
+6. Sign the release, and write its adapter and its sum to the registry.
 7. Journal the release, its transcript entry and what the release gate found, all of it or nothing.
 8. Tell the observer. Without a release gate, the adapter is evaluated now.
 9. Send the release: with the next round's train request, or with the finish request after the last.
@@ -61,7 +61,6 @@ from umbel_common.protocol.wire import (
     TrainRequest,
     size_limit,
 )
-from umbel_common.secagg.encoding import sum_digest
 from umbel_common.trust.identity import Identity, Roster, Signed, open_signed, sign
 from umbel_server.aggregation import update
 from umbel_server.aggregation.attempt import (
@@ -74,6 +73,7 @@ from umbel_server.jobs import refusals
 from umbel_server.jobs.assessment import Assessment
 from umbel_server.jobs.exchange import Exchange
 from umbel_server.jobs.interfaces import Evaluator, Observer
+from umbel_server.jobs.optimizer_state import OptimizerState
 from umbel_server.messaging.link import Link, Step
 from umbel_server.operator.config import Limits
 from umbel_server.storage.journal import Journal
@@ -144,6 +144,7 @@ class Job:
             link, operator, roster, observer=observer, limits=limits, largest_reply=size_limit(plan)
         )
         self._assessment = Assessment(plan, journal, evaluator, observer)
+        self._state = OptimizerState(plan, operator, journal, registry)
 
     def run(self) -> Release:
         """Runs the job, or what is left of it, and returns its last release.
@@ -367,6 +368,8 @@ class Job:
         # Read only now: while masked vectors came in, the sum and one of them were in memory.
         load = partial(self._registry.load, self.plan, header.adapter)
         vector = load()
+        state = self._state.take(header.round - 1)
+        before = None if self.plan.release_gate is None else state.copy()
         # Step 4.
         try:
             weight, counts = update.apply_sum(
@@ -376,13 +379,14 @@ class Job:
                 header.round,
                 len(header.cohort),
                 vector,
+                state,
             )
         except RoundAborted as error:
             raise _Aborted(error, header) from error
         # Step 5.
         judged = self._assessment.judge(header.round, vector, load)
-        if judged.held_back:
-            vector = load()
+        if judged.held_back and before is not None:
+            vector, state = load(), before
         release = Release(
             federation=self.plan.federation,
             job=self.plan.job,
@@ -394,9 +398,9 @@ class Job:
             survivors=outcome.aggregate.survivors,
             total_weight=weight,
         )
-        if isinstance(self.plan, TrainingPlan2):
-            release = with_sum(release, sum_digest(outcome.aggregate.total))
         # Step 6.
+        if isinstance(self.plan, TrainingPlan2):
+            release = with_sum(release, self._registry.keep_sum(outcome.aggregate.total))
         signed = sign(self._operator, release)
         self._registry.publish(self.plan, vector)
         # Step 7.
@@ -417,6 +421,7 @@ class Job:
             evaluation=judged.evaluation,
             gate=judged.gate,
         )
+        self._state.keep(header.round, state)
         # Step 8.
         if outcome.aggregate.wrong_shares:
             self._observer.on_disputed(header.round, header.attempt, outcome.aggregate.wrong_shares)
