@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 import msgspec
 
 from umbel_client.data.tables import read_table
+from umbel_client.planning.distributed import DraftAggregation, DraftDistributed, planned
 from umbel_common.canonical import Name, Value
 from umbel_common.errors import DataError, PlanError
 from umbel_common.plans.alike import check_labels
 from umbel_common.plans.check import check_plan
 from umbel_common.plans.plan import (
-    Aggregation,
     BaseModel,
     FederatedEvaluation,
     LocalPrivacy,
@@ -99,8 +99,8 @@ class Draft(Value, frozen=True):
     task: Task
     lora: DraftLora
     training: Training
-    privacy: LocalPrivacy | NoPrivacy
-    aggregation: Aggregation
+    privacy: LocalPrivacy | NoPrivacy | DraftDistributed
+    aggregation: DraftAggregation
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)] = 0
     """Public seed of the initial adapter."""
     evaluation: FederatedEvaluation | None = None
@@ -148,6 +148,9 @@ def plan_of(draft: Draft, folder: Path, model: Path, lora: Lora) -> TrainingPlan
     """
     # Again, for a draft that was not read from a file.
     checked(draft)
+    privacy, aggregation = planned(
+        draft.privacy, draft.aggregation, draft.training, lora, draft.evaluation
+    )
     plan = TrainingPlan(
         federation=draft.federation,
         job=draft.job,
@@ -155,8 +158,8 @@ def plan_of(draft: Draft, folder: Path, model: Path, lora: Lora) -> TrainingPlan
         task=draft.task,
         lora=lora,
         training=draft.training,
-        privacy=draft.privacy,
-        aggregation=draft.aggregation,
+        privacy=privacy,
+        aggregation=aggregation,
         evaluation=draft.evaluation,
         release_gate=_gate_of(draft.release_gate, folder),
     )

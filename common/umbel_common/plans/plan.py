@@ -35,6 +35,7 @@ Clipping = Literal["flat", "automatic"]
 Template = Literal["chat", "plain"]
 LossOn = Literal["answer", "all"]
 TooLong = Literal["refuse", "truncate"]
+Weights = Literal["equal", "size-class", "examples"]
 
 
 class BaseModel(Value, frozen=True):
@@ -132,6 +133,19 @@ class Lora(Value, frozen=True):
     def size(self) -> int:
         """Number of elements of the whole adapter."""
         return sum(tensor.size for tensor in self.tensors)
+
+    def kinds_of_rounds(self, rounds: int) -> tuple[int, ...]:
+        """A round of each kind that a job of so many has: one, or two where they alternate."""
+        return (1, 2) if self.method == "alternate" and rounds > 1 else (1,)
+
+    def trained(self, round_number: int) -> tuple[Tensor, ...]:
+        """The tensors that a round (from 1) changes, in the order in which they are flattened."""
+        frozen: tuple[str, ...] = ()
+        if self.method in ("ffa", "fedsvd"):
+            frozen = ("lora_A",)
+        elif self.method == "alternate":
+            frozen = ("lora_A",) if round_number % 2 == 1 else ("lora_B",)
+        return tuple(tensor for tensor in self.tensors if tensor.role not in frozen)
 
 
 class Adam(Value, frozen=True, tag_field="optimizer", tag="adam"):
@@ -278,7 +292,7 @@ class Aggregation(Value, frozen=True):
     step: Positive
     """Quantisation step, in units of the delta."""
     ring_bits: Literal[16, 32] = 32
-    weights: Literal["equal", "size-class", "examples"] = "equal"
+    weights: Weights = "equal"
     """Weight of a site: `equal`, `size-class` (public, from the roster), or `examples`, its number
     of records, masked. `examples` is refused with differential privacy, because the exact sum of
     the numbers is a release of its own."""
@@ -362,17 +376,11 @@ class TrainingPlan(Value, frozen=True):
     @property
     def kinds_of_rounds(self) -> tuple[int, ...]:
         """A round of each kind: one, or two where rounds alternate what they train."""
-        alternates = self.lora.method == "alternate" and self.training.rounds > 1
-        return (1, 2) if alternates else (1,)
+        return self.lora.kinds_of_rounds(self.training.rounds)
 
     def trained_tensors(self, round_number: int) -> tuple[Tensor, ...]:
         """The tensors that a round (from 1) changes, in the order in which they are flattened."""
-        frozen: tuple[str, ...] = ()
-        if self.lora.method in ("ffa", "fedsvd"):
-            frozen = ("lora_A",)
-        elif self.lora.method == "alternate":
-            frozen = ("lora_A",) if round_number % 2 == 1 else ("lora_B",)
-        return tuple(tensor for tensor in self.lora.tensors if tensor.role not in frozen)
+        return self.lora.trained(round_number)
 
 
 class LoraAdapter(Lora, frozen=True, tag_field="adapter", tag="lora"):
