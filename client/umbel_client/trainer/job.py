@@ -108,6 +108,9 @@ class SiteJob:
     _observer: Observer
     _entropy: Entropy
     _answer_time: AnswerTime
+    own_start: Vector | None = None
+    """The start that this site computed for a head at its labels' names, float32[plan.lora.size];
+    None: the plan has another start."""
     _spoiled: set[int] = field(default_factory=set)
     """Rounds that failed in this process."""
     _prepared: Prepared | None = None

@@ -10,12 +10,14 @@ import math
 from collections.abc import Collection, Sequence
 
 from umbel_common.adapters.site_counts import SiteCounts
-from umbel_common.adapters.vector import adapter_digest, initial_vector
+from umbel_common.adapters.start import require_start, seed_origin
+from umbel_common.adapters.vector import Vector, adapter_digest
 from umbel_common.canonical import Digest, Value, decode
 from umbel_common.errors import IdentityError, PlanError, RemoteProtocolError, VerificationError
 from umbel_common.plans.check import check_plan
 from umbel_common.plans.figures import GateResult, Loss
 from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan, TrainingPlan2
+from umbel_common.plans.start import LabelNamesStart, ReleasedStart, SeedStart
 from umbel_common.plans.statements import (
     HEADER_VERSIONS,
     RELEASE_VERSIONS,
@@ -57,6 +59,8 @@ class VerifiedJob(Value, frozen=True):
     untold_attempts: int = 0
     """Attempt numbers that were used up, and are in no entry: the server was killed in these
     attempts, or its operator does not tell how they ended."""
+    not_recomputed: tuple[str, ...] = ()
+    """What the start of the job rests on beside this: a verifier has no base model."""
 
     @property
     def last(self) -> Release:
@@ -64,10 +68,13 @@ class VerifiedJob(Value, frozen=True):
         return self.releases[-1 if self.final_round is None else self.final_round]
 
 
-def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
+def verify_transcript(
+    entries: Sequence[Signed], roster: Roster, start: Vector | None = None
+) -> VerifiedJob:
     """Checks the chain, every signature, and that each release follows from what sites signed.
 
-    Release 0 follows from the plan's public seed. For each attempt: the header names the plan, the
+    Release 0 follows from the plan's public seed; or it is the tensor that the plan names, with the
+    norms that it says, and the rest from the seed. For each attempt: the header names the plan, the
     roster, the next round of the plan and the adapter of the release before; its cohort is of the
     roster; its number is larger than those of the round before it. For each released round: no two
     survivor sets of its cohort can both reach the threshold; every advert is signed by its site for
@@ -76,6 +83,10 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
     their range. Where the plan has a release gate, each round has its result, and a round that was
     held back releases the adapter before once more. The job ends with its plan's last round, or
     with a signed early end.
+
+    Args:
+        start: the tensor that the plan names as its start, float32[plan.lora.size]; None where it
+            is not at hand, or the plan names none.
 
     Raises:
         VerificationError: an entry does not verify; the message says which and why.
@@ -91,7 +102,7 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
             match entry.event:
                 case JobStarted():
                     _require(index == 0, "a job starts once, at the beginning")
-                    job = _Job(entry.event, roster)
+                    job = _Job(entry.event, roster, start)
                 case RoundReleased() if job is not None:
                     job.release(entry.event, before)
                 case AttemptAborted() if job is not None:
@@ -113,7 +124,7 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
 class _Job:
     """A job as far as its entries have been read."""
 
-    def __init__(self, event: JobStarted, roster: Roster) -> None:
+    def __init__(self, event: JobStarted, roster: Roster, start: Vector | None) -> None:
         self._roster = roster
         self._plan = plan = open_signed(event.plan, PLAN_VERSIONS, roster.operator)
         check_plan(plan)
@@ -124,6 +135,11 @@ class _Job:
             release.round == 0 and release.plan == plan.digest(),
             "release 0 belongs to another plan",
         )
+        self._not_recomputed = _not_recomputed(plan, start)
+        if isinstance(plan.start, SeedStart):
+            start = seed_origin(plan).vector
+        elif start is not None:
+            require_start(plan, start)
         first = Release(
             federation=plan.federation,
             job=plan.job,
@@ -131,13 +147,14 @@ class _Job:
             round=0,
             attempt=0,
             context=bytes(32),
-            adapter=adapter_digest(plan.digest(), initial_vector(plan)),
+            adapter=release.adapter if start is None else adapter_digest(plan.digest(), start),
             survivors=(),
             total_weight=0,
         )
         if isinstance(plan, TrainingPlan2):
             first = with_sum(first, bytes(32))
-        _require(release == first, "release 0 does not follow from the plan's public seed")
+        source = "public seed" if isinstance(plan.start, SeedStart) else "start"
+        _require(release == first, f"release 0 does not follow from the plan's {source}")
         self._releases = [release]
         self._attempt = 0
         """Number of the last attempt at the round after the latest release."""
@@ -244,6 +261,7 @@ class _Job:
             held_back=tuple(self._gates.held_back),
             final_round=self._final_round,
             untold_attempts=self._untold,
+            not_recomputed=self._not_recomputed,
         )
 
     def _next_attempt(self, signed: Signed, before: bytes) -> RoundHeader:
@@ -299,6 +317,18 @@ class _Job:
             all(abs(figure) <= bound for figure in (counts.score, counts.records)),
             "its counts are larger than its sites' can be",
         )
+
+
+def _not_recomputed(plan: TrainingPlan, start: Vector | None) -> tuple[str, ...]:
+    match plan.start:
+        case SeedStart():
+            return ()
+        case LabelNamesStart():
+            believed = "whether the head's rows are the embeddings of the labels' names"
+        case ReleasedStart() as named:
+            believed = f"whether round {named.round} of plan {named.plan.hex()} released the start"
+    whole = "the start itself, whose tensor is not at hand"
+    return (believed,) if start is not None else (whole, believed)
 
 
 class _Gates:
