@@ -14,6 +14,7 @@ from umbel_common.canonical import Name, Value
 from umbel_common.errors import DataError, PlanError
 from umbel_common.plans.alike import check_labels
 from umbel_common.plans.check import check_plan
+from umbel_common.plans.drafted_start import DraftedStart
 from umbel_common.plans.plan import (
     BaseModel,
     FederatedEvaluation,
@@ -105,6 +106,8 @@ class Draft(Value, frozen=True):
     """Public seed of the initial adapter."""
     evaluation: FederatedEvaluation | None = None
     release_gate: DraftGate | None = None
+    start: DraftedStart | None = None
+    """The adapter that the job starts from; absent: that of the seed."""
 
 
 def checked(draft: Draft) -> Draft:

@@ -17,10 +17,11 @@ from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.site_model import load_public
 from umbel_client.privacy.calibration import SiteNoise, noise_for, sampling_rate
 from umbel_client.storage.deltas import OptimizerState
+from umbel_client.tasks.label_names import computed_start
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training.round import LocalTrainer
-from umbel_common.adapters.vector import Vector, initial_vector, merge
+from umbel_common.adapters.vector import Vector, merge
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import TrainingPlan
 
@@ -35,6 +36,8 @@ class PublicData:
     model: AdaptedModel
     training: PreparedData
     validation: PreparedData
+    start: Vector
+    """The adapter that each trial starts from, float32[plan.lora.size]."""
 
     @classmethod
     def load(
@@ -79,7 +82,8 @@ class PublicData:
             )
             for indices in (order[count:], order[:count])
         )
-        return cls(model, *parts)
+        training, validation = parts
+        return cls(model, training, validation, computed_start(model, model_folder, plan))
 
 
 def _chosen(records: Records | LmRecords, indices: Ints) -> Records | LmRecords:
@@ -119,7 +123,7 @@ def loss_after_training(
     ]
     states: list[OptimizerState | None] = [None] * sites
     limit = plan.aggregation.clip_range
-    adapter = initial_vector(plan)
+    adapter = data.start
     for number in range(1, plan.training.rounds + 1):
         total: Vector | None = None
         for site, trainer in enumerate(trainers):

@@ -79,6 +79,9 @@ class SiteJob(ABC):
     _observer: Observer
     _entropy: Entropy
     _answer_time: AnswerTime
+    own_start: Vector | None = None
+    """The start that this site computed for a head at its labels' names, float32[plan.lora.size];
+    None: the plan has another start."""
     _prepared: Prepared | None = None
     """None before the first round of this process: nothing looks at the records before one is
     reserved."""

@@ -24,6 +24,7 @@ from umbel_client.site.config import ClientConfig
 from umbel_client.storage.deltas import DeltaCache
 from umbel_client.storage.journal import Published
 from umbel_client.storage.noisy_sums import NoisySums
+from umbel_client.tasks.label_names import computed_start
 from umbel_client.tasks.prepared import prepare
 from umbel_client.trainer.distributed_job import DistributedJob
 from umbel_client.trainer.job import SiteJob
@@ -34,6 +35,7 @@ from umbel_client.training.largest_record import largest_record_test
 from umbel_client.training.self_test import self_test
 from umbel_common.canonical import Entropy
 from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.start import LabelNamesStart
 from umbel_common.trust.identity import Roster
 
 
@@ -58,6 +60,7 @@ def open_job(
     d. Test the model on made-up records: on the longest that the plan allows, on the checks of a
        private step, and on their bits in every shape.
     e. Prepare no record at all: what is wrong with the tokenizer or its template shows here.
+       Compute the head from the names of its labels, which are in the plan, if it starts there.
     f. Find when answers leave, where this site wants that to tell nothing.
 
     The answer to an offer is what becomes of these steps, and costs nothing. So none of them looks
@@ -114,6 +117,9 @@ def open_job(
             self_test(model, noise.noise_multiplier, limit, entropy=entropy)
         # e. Prepare no record at all.
         prepare(model, Path(config.model.path), records.only(()), limit, cache=None)
+        own_start = None
+        if isinstance(plan.start, LabelNamesStart):
+            own_start = computed_start(model, Path(config.model.path), plan)
         # f. Find when answers leave, where this site wants that to tell nothing.
         answer_time = WHEN_DONE
         if config.answer_time == "even":
@@ -136,6 +142,7 @@ def open_job(
             "_observer": observer,
             "_entropy": entropy,
             "_answer_time": answer_time,
+            "own_start": own_start,
         }
         attempts = attempt_cost(plan)
         job: SiteJob

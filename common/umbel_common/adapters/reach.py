@@ -55,16 +55,20 @@ from itertools import count, islice
 import numpy as np
 
 from umbel_common.adapters.largest_sum import largest_sum
-from umbel_common.adapters.vector import Vector, initial_vector, unflatten
+from umbel_common.adapters.start import LABEL_ROWS, Origin, seed_origin
+from umbel_common.adapters.vector import Vector, unflatten
 from umbel_common.errors import require
 from umbel_common.plans.plan import DistributedPrivacy, Tensor, TrainingPlan
 from umbel_common.plans.server_optimizer import Average, ServerAdam, ServerSgd, ServerYogi
+from umbel_common.plans.start import SeedStart
 
 MOST_SITES = 100
 """Most sites of a cohort."""
 
 _ROUNDING = 1e-6
 """Rounding of each addition in float32, relative to the largest value that is added to."""
+_NORM_ROUNDING = 1e-5
+"""Relative rounding of a norm in float32."""
 
 
 def largest_change(plan: TrainingPlan, sites: int) -> float:
@@ -145,47 +149,103 @@ def _ratios(server: ServerAdam | ServerYogi) -> Iterator[float]:
 
 
 def require_reachable(
-    plan: TrainingPlan, round_number: int, vector: Vector, *, sites: int = MOST_SITES
+    plan: TrainingPlan,
+    round_number: int,
+    vector: Vector,
+    origin: Origin | None = None,
+    *,
+    sites: int = MOST_SITES,
 ) -> None:
     """Requires that an adapter can be what a plan's rounds lead to.
+
+    An adapter is accepted exactly if some start within the origin's distances lies within the
+    reach of the rounds: what the rounds cannot have added is held to these distances.
 
     Args:
         round_number: the number of rounds that the adapter comes after.
         vector: float32[plan.lora.size], finite.
+        origin: the adapter that the plan starts from; None for one that starts from its seed.
         sites: the most sites that can be in a sum. Only distributed mode depends on it.
 
     Raises:
         RemoteProtocolError: `adapter-too-far`.
     """
-    start = unflatten(_initial(plan), plan.lora.tensors)
+    if origin is None:
+        assert isinstance(plan.start, SeedStart)  # no other start follows from the plan alone
+        origin = seed_origin(plan)
+    start = unflatten(origin.vector, plan.lora.tensors)
     values = unflatten(vector, plan.lora.tensors)
     most = {
         role: _summed(plan, role, round_number, sites)
         for role in {tensor.role for tensor in plan.lora.tensors}
     }
+    squares = 0.0
     for tensor in plan.lora.tensors:
         first, last = start[tensor.name], values[tensor.name]
         trained, limit = most[tensor.role]
-        match plan.lora.method, tensor.role:
-            case "fedsvd", "lora_A":
-                _require_same_rows(plan, tensor, first, last, round_number)
-                continue
-            case "fedsvd", "lora_B":
-                bound = float(np.linalg.norm(first)) + limit * math.sqrt(tensor.size)
-                rounding = _ROUNDING * trained * bound * math.sqrt(plan.lora.rank)
-                found = float(np.linalg.norm(last.astype(np.float64)))
-            case _:
-                bound = limit
-                rounding = _ROUNDING * trained * (bound + float(np.abs(first).max()))
-                found = float(np.abs(last - first).max())
-        require(
-            found <= bound + rounding,
-            "adapter-too-far",
-            "an adapter is further from its initial value than the plan's rounds can bring it",
-            field=tensor.name,
-            found=f"{found:.6g} after {round_number} rounds",
-            accepted=f"at most {bound:.6g}, for clip_range {plan.aggregation.clip_range:g}",
-        )
+        if plan.lora.method == "fedsvd" and tensor.role != "head":
+            _require_product(plan, tensor, first, last, round_number, trained, limit)
+            continue
+        largest = float(np.abs(first).max()) + origin.radius
+        reach = limit + _ROUNDING * trained * (limit + largest)
+        distances = np.abs(last - first)
+        if origin.radius > 0:
+            squares += _beyond(distances, reach)
+            continue
+        if origin.row_radius > 0 and tensor.name == LABEL_ROWS:
+            # The rows have one length, and the distance of the furthest decides.
+            found = math.sqrt(max(_beyond(row, reach) for row in distances))
+            require(
+                found <= origin.row_radius,
+                "adapter-too-far",
+                "a head is further from the embeddings of its labels' names, as this side computes"
+                " them, than the plan's tolerance and rounds can bring it",
+                field=tensor.name,
+                found=f"{found:.6g} after {round_number} rounds",
+                accepted=f"at most {origin.row_radius:.6g}, start.tolerance x start.scale",
+            )
+            continue
+        _require_within(plan, tensor, float(distances.max()), limit, reach, round_number)
+    require(
+        math.sqrt(squares) <= origin.radius * (1 + _NORM_ROUNDING),
+        "adapter-too-far",
+        "an adapter is longer than the plan's start and rounds can make it",
+        found=f"{math.sqrt(squares):.6g} after {round_number} rounds, beyond what these can add",
+        accepted=f"at most {origin.radius:.6g}, start.largest_norm",
+    )
+
+
+def _require_within(
+    plan: TrainingPlan, tensor: Tensor, found: float, bound: float, reach: float, number: int
+) -> None:
+    """Requires a distance of at most `reach`, which is the bound with its rounding."""
+    require(
+        found <= reach,
+        "adapter-too-far",
+        "an adapter is further from its initial value than the plan's rounds can bring it",
+        field=tensor.name,
+        found=f"{found:.6g} after {number} rounds",
+        accepted=f"at most {bound:.6g}, for clip_range {plan.aggregation.clip_range:g}",
+    )
+
+
+def _require_product(
+    plan: TrainingPlan,
+    tensor: Tensor,
+    first: Vector,
+    last: Vector,
+    round_number: int,
+    trained: int,
+    limit: float,
+) -> None:
+    """Requires that a matrix of the method fedsvd can be what rounds and rotations lead to."""
+    if tensor.role == "lora_A":
+        _require_same_rows(plan, tensor, first, last, round_number)
+        return
+    bound = float(np.linalg.norm(first)) + limit * math.sqrt(tensor.size)
+    rounding = _ROUNDING * trained * bound * math.sqrt(plan.lora.rank)
+    found = float(np.linalg.norm(last.astype(np.float64)))
+    _require_within(plan, tensor, found, bound, bound + rounding, round_number)
 
 
 @lru_cache(maxsize=16)
@@ -217,9 +277,6 @@ def _require_same_rows(
     )
 
 
-@lru_cache(maxsize=1)
-def _initial(plan: TrainingPlan) -> Vector:
-    """The plan's initial adapter, kept for its next round: it takes longer than the comparison."""
-    vector = initial_vector(plan)
-    vector.flags.writeable = False
-    return vector
+def _beyond(distances: Vector, reach: float) -> float:
+    """The square of the Euclidean length of what lies beyond the reach of a plan's rounds."""
+    return float(np.square(np.maximum(distances - reach, 0), dtype=np.float64).sum())

@@ -5,6 +5,7 @@ from umbel_common.plans.plan import (
     MOST_STEPS,
     Adam,
     CausalLm,
+    Classification,
     DistributedPrivacy,
     LocalPrivacy,
     NoOptimizer,
@@ -94,6 +95,36 @@ def check_plan(plan: TrainingPlan) -> None:
             "an adapter needs at least one tensor, and a name of its own for each",
             field="lora.tensors",
             found=f"{len(names)} names, {len(set(names))} different",
+        )
+    _check_start(plan)
+
+
+def _check_start(plan: TrainingPlan) -> None:
+    start = plan.start
+    if not isinstance(start, LabelNamesStart):
+        return
+    task = plan.task
+    if not isinstance(task, Classification):
+        raise PlanError(
+            "a language model has no labels, whose names its head could start at",
+            field="start",
+            found="label-names",
+            accepted="seed or released with a causal-lm",
+        )
+    if task.head != "mean-pool":
+        raise PlanError(
+            "a stock head reads what its pooler makes of a text, and no pretrained pooler puts a"
+            " text where its label's row should be",
+            field="start",
+            found="label-names",
+            accepted='seed or released, or task.head = "mean-pool"',
+        )
+    if len(start.names) != len(task.labels):
+        raise PlanError(
+            "a head that starts at its labels' names needs one for each label",
+            field="start.names",
+            found=f"{len(start.names)} names",
+            accepted=f"{len(task.labels)}, in the order of task.labels",
         )
 
 

@@ -16,10 +16,21 @@ from umbel_common.plans.plan import (
     LocalPrivacy,
     Task,
     TrainingPlan,
+    TrainingPlan2,
     standard_deviation,
 )
+from umbel_common.plans.start import LabelNamesStart, ReleasedStart
 from umbel_common.printable import printable_json
 from umbel_common.trust.identity import SIGNATURE_BYTES, Signed
+
+_DIGESTS = (
+    ("model", "digest"),
+    ("release_gate", "holdout"),
+    ("start", "tensor"),
+    ("start", "adapter"),
+    ("start", "plan"),
+)
+"""Where a plan has a digest, which a file has in hexadecimal."""
 
 
 class _PlanEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -38,9 +49,10 @@ def plan_to_json(
         not_tried: whether the plan was made without loading its base model; see `is_not_tried`.
     """
     parts = msgspec.to_builtins(plan, builtin_types=(bytes,))
-    parts["model"]["digest"] = plan.model.digest.hex()
-    if plan.release_gate is not None:
-        parts["release_gate"]["holdout"] = plan.release_gate.holdout.hex()
+    for name, field in _DIGESTS:
+        part = parts.get(name)
+        if part is not None and field in part:
+            part[field] = part[field].hex()
     entry = _PlanEntry(parts, None if signature is None else signature.hex(), not_tried)
     text = msgspec.json.format(msgspec.json.encode(entry), indent=2).decode("utf-8")
     return printable_json(text) + "\n"
@@ -58,11 +70,12 @@ def plan_from_json(text: str, file: object) -> tuple[TrainingPlan, Signed | None
     """
     try:
         entry = msgspec.json.decode(text, type=_PlanEntry)
-        for name, field in (("model", "digest"), ("release_gate", "holdout")):
+        for name, field in _DIGESTS:
             part = entry.plan.get(name)
             if isinstance(part, dict) and isinstance(part.get(field), str):
                 part[field] = bytes.fromhex(part[field])
-        plan = msgspec.convert(entry.plan, TrainingPlan)
+        kind = TrainingPlan2 if entry.plan.get("version") == 2 else TrainingPlan
+        plan = msgspec.convert(entry.plan, kind)
         signature = None if entry.signature is None else bytes.fromhex(entry.signature)
         if signature is not None and len(signature) != SIGNATURE_BYTES:
             raise ValueError(f"a signature has {2 * SIGNATURE_BYTES} hexadecimal digits")
@@ -97,6 +110,7 @@ def plan_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("", plan.model.digest.hex()),
         ("task", task_text(plan.task)),
         ("adapter", f"rank {lora.rank} on {targets}, {layers}; {lora.size:,} numbers"),
+        *_start_lines(plan),
         ("training", f"{training.rounds} rounds of {training.local_steps} steps"),
         ("batch", f"{training.expected_batch_size} on average"),
         ("privacy", privacy_text(plan)),
@@ -104,6 +118,31 @@ def plan_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
         *_evaluation_lines(plan),
         *_gate_lines(plan),
     ]
+
+
+def _start_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
+    match plan.start:
+        case LabelNamesStart() as start:
+            assert isinstance(plan.task, Classification)  # `check_plan` refuses any other
+            own = start.names == plan.task.labels
+            what = "the labels" if own else "these names of the labels"
+            lines = [
+                (
+                    "starts from",
+                    f"the embeddings of {what}, of length {start.scale:g},"
+                    f" within {start.tolerance:g} of what a site computes",
+                ),
+                ("", start.tensor.hex()),
+            ]
+            return lines if own else [*lines, ("", "; ".join(start.names))]
+        case ReleasedStart() as start:
+            return [
+                ("starts from", f"the adapter that round {start.round} of an earlier job released"),
+                ("", start.adapter.hex()),
+                ("its plan", start.plan.hex()),
+                ("its norm", f"at most {start.largest_norm:g}"),
+            ]
+    return []
 
 
 def _evaluation_lines(plan: TrainingPlan) -> list[tuple[str, str]]:

@@ -13,12 +13,14 @@ from typing import TypeAlias
 from umbel_common.adapters import fedsvd
 from umbel_common.adapters.server_step import ServerState
 from umbel_common.adapters.site_counts import SiteCounts
-from umbel_common.adapters.vector import Vector, adapter_digest, initial_vector
+from umbel_common.adapters.start import require_start, seed_origin
+from umbel_common.adapters.vector import Vector, adapter_digest
 from umbel_common.canonical import Digest, Value, decode
 from umbel_common.errors import IdentityError, PlanError, RemoteProtocolError, VerificationError
 from umbel_common.plans.check import check_plan
 from umbel_common.plans.figures import GateResult, Loss
 from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan, TrainingPlan2
+from umbel_common.plans.start import LabelNamesStart, ReleasedStart, SeedStart
 from umbel_common.plans.statements import (
     HEADER_VERSIONS,
     RELEASE_VERSIONS,
@@ -68,7 +70,8 @@ class VerifiedJob(Value, frozen=True):
     untold_attempts: int = 0
     """Attempt numbers that were used up, and are in no entry: the server was killed in these
     attempts, or its operator does not tell how they ended."""
-
+    believed: tuple[str, ...] = ()
+    """What the start of the job rests on beside this: a verifier has no base model."""
     not_recomputed: tuple[int, ...] = ()
     """Rounds whose adapter and counts are the operator's word: their sum, or that of a round before
     them, was not at hand."""
@@ -84,10 +87,12 @@ def verify_transcript(
     roster: Roster,
     sums: Sums | None = None,
     adapters: Adapters | None = None,
+    start: Vector | None = None,
 ) -> VerifiedJob:
     """Checks the chain, every signature, and that each release follows from what sites signed.
 
-    Release 0 follows from the plan's public seed. For each attempt: the header names the plan, the
+    Release 0 follows from the plan's public seed; or it is the tensor that the plan names, with the
+    norms that it says, and the rest from the seed. For each attempt: the header names the plan, the
     roster, the next round of the plan and the adapter of the release before; its cohort is of the
     roster; its number is larger than those of the round before it. For each released round: no two
     survivor sets of its cohort can both reach the threshold; every advert is signed by its site for
@@ -104,6 +109,8 @@ def verify_transcript(
         sums: None: no adapter is recomputed.
         adapters: asked with the method fedsvd alone, whose next round starts from the bits that
             were released.
+        start: the tensor that the plan names as its start, float32[plan.lora.size]; None where it
+            is not at hand, or the plan names none.
 
     Raises:
         VerificationError: an entry does not verify; the message says which and why.
@@ -119,7 +126,7 @@ def verify_transcript(
             match entry.event:
                 case JobStarted():
                     _require(index == 0, "a job starts once, at the beginning")
-                    job = _Job(entry.event, roster, sums, adapters)
+                    job = _Job(entry.event, roster, sums, adapters, start)
                 case RoundReleased() if job is not None:
                     job.release(entry.event, before)
                 case AttemptAborted() if job is not None:
@@ -142,7 +149,12 @@ class _Job:
     """A job as far as its entries have been read."""
 
     def __init__(
-        self, event: JobStarted, roster: Roster, sums: Sums | None, adapters: Adapters | None
+        self,
+        event: JobStarted,
+        roster: Roster,
+        sums: Sums | None,
+        adapters: Adapters | None,
+        start: Vector | None,
     ) -> None:
         self._roster = roster
         self._plan = plan = open_signed(event.plan, PLAN_VERSIONS, roster.operator)
@@ -154,7 +166,11 @@ class _Job:
             release.round == 0 and release.plan == plan.digest(),
             "release 0 belongs to another plan",
         )
-        vector = initial_vector(plan)
+        self._believed = _believed(plan, start)
+        if isinstance(plan.start, SeedStart):
+            start = seed_origin(plan).vector
+        elif start is not None:
+            require_start(plan, start)
         first = Release(
             federation=plan.federation,
             job=plan.job,
@@ -162,20 +178,21 @@ class _Job:
             round=0,
             attempt=0,
             context=bytes(32),
-            adapter=adapter_digest(plan.digest(), vector),
+            adapter=release.adapter if start is None else adapter_digest(plan.digest(), start),
             survivors=(),
             total_weight=0,
         )
         if isinstance(plan, TrainingPlan2):
             first = with_sum(first, bytes(32))
-        _require(release == first, "release 0 does not follow from the plan's public seed")
+        source = "public seed" if isinstance(plan.start, SeedStart) else "start"
+        _require(release == first, f"release 0 does not follow from the plan's {source}")
         self._releases = [release]
         self._attempt = 0
         """Number of the last attempt at the round after the latest release."""
         self._aborted = 0
         self._untold = 0
         self._gates = _Gates(plan)
-        self._steps = _Steps(plan, vector, sums, adapters)
+        self._steps = _Steps(plan, None if start is None else start.copy(), sums, adapters)
         self._final_round: int | None = None
         self._delivered: tuple[str, ...] = ()
 
@@ -284,6 +301,7 @@ class _Job:
             final_round=self._final_round,
             untold_attempts=self._untold,
             not_recomputed=tuple(self._steps.not_recomputed),
+            believed=self._believed,
         )
 
     def _next_attempt(self, signed: Signed, before: bytes) -> RoundHeader:
@@ -345,7 +363,11 @@ class _Steps:
     """The adapters of a job, made again from the sums round by round."""
 
     def __init__(
-        self, plan: TrainingPlan, start: Vector, sums: Sums | None, adapters: Adapters | None
+        self,
+        plan: TrainingPlan,
+        start: Vector | None,
+        sums: Sums | None,
+        adapters: Adapters | None,
     ) -> None:
         self.not_recomputed: list[int] = []
         self._plan = plan
@@ -353,7 +375,7 @@ class _Steps:
         self._adapters = adapters
         self._state = ServerState()
         # None from the first round on that is not recomputed: the next ones start from it.
-        self._vector: Vector | None = start
+        self._vector = start
 
     def verify(
         self, release: Release, cohort: int, counts: SiteCounts | None, *, held_back: bool
@@ -417,6 +439,18 @@ class _Steps:
         fedsvd.require_refactorised(plan, moved, released)
         fedsvd.carry_state(plan, before, released, self._state)
         self._vector = released.copy()
+
+
+def _believed(plan: TrainingPlan, start: Vector | None) -> tuple[str, ...]:
+    match plan.start:
+        case SeedStart():
+            return ()
+        case LabelNamesStart():
+            believed = "whether the head's rows are the embeddings of the labels' names"
+        case ReleasedStart() as named:
+            believed = f"whether round {named.round} of plan {named.plan.hex()} released the start"
+    whole = "the start itself, whose tensor is not at hand"
+    return (believed,) if start is not None else (whole, believed)
 
 
 class _Gates:

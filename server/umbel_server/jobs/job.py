@@ -33,7 +33,7 @@ from functools import partial
 from types import MappingProxyType
 
 from umbel_common.adapters.site_counts import vector_length
-from umbel_common.adapters.vector import adapter_digest, initial_vector, to_bytes
+from umbel_common.adapters.vector import adapter_digest, to_bytes
 from umbel_common.errors import JobFailed, PlanError, RoundAborted
 from umbel_common.plans.check import check_plan
 from umbel_common.plans.plan import (
@@ -185,7 +185,7 @@ class Job:
                     remedy="give the new plan another job name",
                 )
             return
-        vector = initial_vector(self.plan)
+        vector = self._registry.start(self.plan)
         release = Release(
             federation=self.plan.federation,
             job=self.plan.job,

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from umbel_common.adapters.peft_folder import text_files
-from umbel_common.adapters.vector import Vector, adapter_digest
-from umbel_common.errors import StorageError
+from umbel_common.adapters.start import require_start
+from umbel_common.adapters.vector import Vector, adapter_digest, initial_vector, start_digest
+from umbel_common.errors import RemoteProtocolError, StorageError
 from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.start import LabelNamesStart, ReleasedStart
 from umbel_common.secagg.encoding import RingVector, sum_digest
 from umbel_host.files.adapter_folder import read_vector, write_vector
 from umbel_host.processes.lifecycle import require_own
@@ -51,9 +53,48 @@ class Registry:
             StorageError: it cannot be written; nothing half-written is left.
         """
         digest = adapter_digest(plan.digest(), vector)
+        self._store(digest, plan, vector)
+        return digest
+
+    def keep_start(self, plan: TrainingPlan, vector: Vector) -> None:
+        """Stores the tensor that a plan names as its start, which no release names yet.
+
+        Raises:
+            StorageError: it cannot be written; nothing half-written is left.
+        """
+        self._store(start_digest(vector), plan, vector)
+
+    def start(self, plan: TrainingPlan) -> Vector:
+        """The adapter that a plan starts from, float32[plan.lora.size].
+
+        Raises:
+            StorageError: it is a tensor that is not here, or is not what the plan names.
+        """
+        match plan.start:
+            case LabelNamesStart() as start:
+                folder = self.folder(start.tensor)
+            case ReleasedStart() as start:
+                folder = self.folder(start.adapter)
+            case _:
+                return initial_vector(plan)
+        try:
+            require_own(folder)
+            vector = read_vector(folder, plan)
+            require_start(plan, vector)
+        except (StorageError, RemoteProtocolError) as error:
+            raise StorageError(
+                "the adapter that a plan starts from is not in the registry",
+                file=folder,
+                found=error.message,
+                remedy="start the job beside the file that `umbel-server plan new` wrote, or at the"
+                " operator whose job released the adapter",
+            ) from None
+        return vector
+
+    def _store(self, digest: bytes, plan: TrainingPlan, vector: Vector) -> None:
         target = self.folder(digest)
         if target.exists():
-            return digest
+            return
         partial = target.with_suffix(f".partial-{os.getpid()}")
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -65,7 +106,6 @@ class Registry:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise _not_stored("an adapter", target, error) from error
-        return digest
 
     def load(self, plan: TrainingPlan, digest: bytes) -> Vector:
         """Reads a stored adapter, float32[plan.lora.size]; the caller may change the vector.

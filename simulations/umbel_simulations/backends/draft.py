@@ -5,15 +5,23 @@ from pathlib import Path
 
 import msgspec
 
+from umbel_common.plans.drafted_start import DraftedLabelNames
 from umbel_simulations.scenario.plan import plan_optimizer, plan_task
 from umbel_simulations.scenario.scenario import Scenario
 from umbel_simulations.scenario.toml_text import toml_text
 
 
-def draft_toml(scenario: Scenario, labels: Sequence[str], model: Path, holdout: str = "") -> str:
+def draft_toml(
+    scenario: Scenario,
+    labels: Sequence[str],
+    model: Path,
+    holdout: str = "",
+    titles: Mapping[str, str] | None = None,
+) -> str:
     """A draft of the scenario's plan.
 
     Args:
+        titles: the text of each label, where the data have one.
         holdout: file of the public records that a release gate asks.
     """
     training = scenario.training
@@ -37,6 +45,10 @@ def draft_toml(scenario: Scenario, labels: Sequence[str], model: Path, holdout: 
         tables["evaluation"] = _fields(scenario.evaluation)
     if scenario.release_gate is not None:
         tables["release_gate"] = {"holdout": holdout, **_fields(scenario.release_gate)}
+    if isinstance(scenario.start, DraftedLabelNames):
+        texts = tuple((titles or {}).get(label, label) for label in labels)
+        names = scenario.start.names or texts
+        tables["start"] = _fields(msgspec.structs.replace(scenario.start, names=names))
     return "\n".join(_table(name, fields) for name, fields in tables.items())
 
 

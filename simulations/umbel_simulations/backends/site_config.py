@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from umbel_common.plans.drafted_start import DraftedLabelNames
 from umbel_common.plans.plan import NoPrivacy
 from umbel_host.files.model_digest import folder_digest
 from umbel_simulations.scenario.scenario import Data, FileData, Scenario
@@ -34,7 +35,7 @@ max_rank = {rank}
 max_rounds = {rounds}
 max_local_steps = {local_steps}
 max_clip_range = {clip_range}
-{privacy}
+{start}{privacy}
 examples_as_weights = {examples}
 federated_evaluation = {evaluation}
 minimum_cohort = {minimum_cohort}
@@ -80,6 +81,7 @@ def client_toml(
         rank=scenario.lora.rank,
         rounds=scenario.training.rounds,
         local_steps=scenario.training.local_steps,
+        start=_start_policy(scenario),
         privacy=_privacy_policy(scenario),
         examples=toml_text(scenario.aggregation.weights == "examples"),
         minimum_cohort=scenario.site_policy.minimum_cohort,
@@ -97,6 +99,16 @@ def public_size(records: int) -> int:
     """The size that a simulated site makes public: two digits, the rest zeros."""
     unit = int(10 ** max(0, len(str(records)) - 2))
     return records // unit * unit
+
+
+def _start_policy(scenario: Scenario) -> str:
+    start = scenario.start
+    if not isinstance(start, DraftedLabelNames):
+        return ""
+    return (
+        'starts = ["label-names"]\n'
+        f"max_start_scale = {start.scale}\nmax_start_tolerance = {start.tolerance}\n"
+    )
 
 
 def _privacy_policy(scenario: Scenario) -> str:

@@ -214,6 +214,8 @@ def verify(
             f"  round {release.round}: {len(release.survivors)} sites,"
             f" adapter {release.adapter.hex()[:16]}{held_back}"
         )
+    for what in job.not_recomputed:
+        console.print(f"  not recomputed: {what}", soft_wrap=True)
     console.print(f"  transcript head {job.head.hex()}", soft_wrap=True)
 
 

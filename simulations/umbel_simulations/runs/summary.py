@@ -55,7 +55,9 @@ def summarise(
     scenario, plan, corpus = setup.scenario, setup.plan, setup.corpus
     kept = read_metrics(folder / "metrics.jsonl")
     federation = Federation(folder, scenario)
-    job = verify_transcript(read_signed(folder / "transcript.jsonl"), federation.roster())
+    job = verify_transcript(
+        read_signed(folder / "transcript.jsonl"), federation.roster(), start=setup.start
+    )
     federated = next(row.score for row in findings.comparisons if row.name == "federated")
     return RunSummary(
         name=folder.name,

@@ -19,7 +19,8 @@ from umbel_common.adapters.peft_folder import (
     text_files,
 )
 from umbel_common.adapters.reach import require_reachable
-from umbel_common.adapters.vector import adapter_digest, size_of
+from umbel_common.adapters.start import Origin
+from umbel_common.adapters.vector import Vector, adapter_digest, size_of
 from umbel_common.canonical import V, decode_canonical
 from umbel_common.errors import (
     PlanError,
@@ -30,14 +31,16 @@ from umbel_common.errors import (
 )
 from umbel_common.plans.plan import PLAN_VERSIONS, LocalPrivacy, TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json
+from umbel_common.plans.start import SeedStart
 from umbel_common.plans.statements import HEADER_VERSIONS, RELEASE_VERSIONS
 from umbel_common.protocol.verification import VerifiedJob, verify_transcript
 from umbel_common.trust.identity import Roster, Signed, open_signed
 from umbel_common.trust.roster_file import roster_from_json
 from umbel_host.files.adapter_folder import RELEASE_FILE, read_vector
+from umbel_host.files.start_file import read_start
 from umbel_simulations.backends.site_config import public_size
 from umbel_simulations.reporting.results import CurvePoint, RunSummary, SiteResult
-from umbel_simulations.scenario.run_folder import read_plan, read_signed
+from umbel_simulations.scenario.run_folder import START_FILE, read_plan, read_signed
 
 
 def verify_run(folder: Path) -> VerifiedJob:
@@ -51,16 +54,18 @@ def verify_run(folder: Path) -> VerifiedJob:
             "there is no such run", file=folder, remedy="give the folder of a finished run"
         )
     roster = _roster(folder / "roster.json")
-    job = verify_transcript(read_signed(folder / "transcript.jsonl"), roster)
+    signed_plan = _open(read_plan(folder), PLAN_VERSIONS, roster)
+    start = _start(folder / START_FILE, signed_plan)
+    job = verify_transcript(read_signed(folder / "transcript.jsonl"), roster, start=start)
     # Its last release is no outcome of the plan: a cut history would look like a finished run.
     _require(job.final_round is not None, folder / "transcript.jsonl", "the job has not ended")
     _require(
-        _open(read_plan(folder), PLAN_VERSIONS, roster) == job.plan,
+        signed_plan == job.plan,
         folder / "plan.msgpack",
         "the plan is not the one that the transcript starts with",
     )
     _verify_headers(folder / "headers.jsonl", job, roster)
-    _verify_adapter(folder / "adapter", job, roster)
+    _verify_adapter(folder / "adapter", job, roster, start)
     _verify_summary(folder / "summary.json", job, roster)
     return job
 
@@ -89,7 +94,17 @@ def _verify_headers(path: Path, job: VerifiedJob, roster: Roster) -> None:
     )
 
 
-def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster) -> None:
+def _start(path: Path, plan: TrainingPlan) -> Vector | None:
+    """The tensor that the plan names as its start; None: it names none."""
+    if isinstance(plan.start, SeedStart):
+        return None
+    try:
+        return read_start(path, plan)
+    except StorageError as error:
+        raise VerificationError(error.message, file=path, found=error.found) from None
+
+
+def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster, start: Vector | None) -> None:
     try:
         vector = read_vector(folder, job.plan)
         signed = decode_canonical((folder / RELEASE_FILE).read_bytes(), Signed)
@@ -108,7 +123,8 @@ def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster) -> None:
     )
     _verify_settings(folder, job.plan)
     try:
-        require_reachable(job.plan, job.last.round, vector)
+        origin = None if start is None else Origin(start)
+        require_reachable(job.plan, job.last.round, vector, origin)
     except RemoteProtocolError as error:
         raise VerificationError(
             error.message,

@@ -1,12 +1,18 @@
 """Makes the training plan of a scenario, which its operator signs."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+
+import msgspec
 
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.adapters.targets import all_linear
+from umbel_client.planning.start import with_label_names
+from umbel_common.adapters.vector import Vector
 from umbel_common.plans.alike import check_labels
 from umbel_common.plans.check import check_plan
+from umbel_common.plans.drafted_start import DraftedLabelNames
 from umbel_common.plans.plan import (
     Adam,
     Aggregation,
@@ -33,7 +39,7 @@ def make_plan(
     holdout: bytes = b"",
     head_only: bool = False,
 ) -> TrainingPlan:
-    """The plan of a scenario.
+    """The plan of a scenario, without its `[start]` (`with_start`).
 
     Args:
         largest_site: number of records of the largest site; used if record counts are the weights.
@@ -94,6 +100,32 @@ def make_plan(
     check_plan(plan)
     encoding_of(plan, scenario.sites.count).prove_headroom()
     return plan
+
+
+def with_start(
+    plan: TrainingPlan, scenario: Scenario, titles: Mapping[str, str], model: Path
+) -> tuple[TrainingPlan, Vector | None]:
+    """A scenario's plan with what it starts from, and that start if it is a tensor.
+
+    Args:
+        titles: the text of each label, where the data have one.
+
+    Raises:
+        DataError, ModelError, PlanError: the start does not fit the plan.
+    """
+    if not isinstance(scenario.start, DraftedLabelNames):
+        return plan, None
+    return with_label_names(plan, model, _titled(scenario.start, plan, titles), Path())
+
+
+def _titled(
+    start: DraftedLabelNames, plan: TrainingPlan, titles: Mapping[str, str]
+) -> DraftedLabelNames:
+    task = plan.task
+    if start.names is not None or not isinstance(task, Classification):
+        return start
+    names = tuple(titles.get(label, label) for label in task.labels)
+    return msgspec.structs.replace(start, names=names)
 
 
 def plan_task(scenario: Scenario, labels: tuple[str, ...]) -> Task:

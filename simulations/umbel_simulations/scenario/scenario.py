@@ -6,6 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from umbel_common.canonical import Name, Value
+from umbel_common.plans.drafted_start import DraftedLabelNames, DraftedSeed
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import (
     CausalLm,
@@ -56,7 +57,12 @@ class Data(Value, frozen=True):
 
 
 class Icd10Data(Data, frozen=True, tag_field="source", tag="icd10cm"):
-    """`source = "icd10cm"`: classifies the ICD-10-CM text of a diagnosis by its chapter."""
+    """`source = "icd10cm"`: classifies the ICD-10-CM text of a diagnosis."""
+
+    label: Literal["chapter", "category"] = "chapter"
+    """`chapter`: 19 labels; the test set has other three-character categories than the training
+    set. `category`: these categories are the labels, over a thousand; the test set has other
+    codes."""
 
 
 class HpoData(Data, frozen=True, tag_field="source", tag="hpo"):
@@ -281,6 +287,9 @@ class Scenario(Value, frozen=True, kw_only=True):
     """`[evaluation]`: each site scores adapters on records that it holds out; absent: none does."""
     release_gate: GateSettings | None = None
     """Absent: each round's adapter is released."""
+    start: DraftedSeed | DraftedLabelNames | None = None
+    """`[start]`: absent, the adapter follows from the seed. With `start = "label-names"` and
+    without `names`, an icd10cm label's text is its title in the list."""
     site_policy: SitePolicy = SitePolicy()
     faults: Faults = Faults()
     compute: Compute = Compute()
