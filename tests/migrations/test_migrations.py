@@ -12,8 +12,9 @@ import pytest
 from umbel_client.ledger.file import SCHEMA as LEDGER
 from umbel_client.ledger.file import read_ledger
 from umbel_client.ledger.ledger import Ledger
-from umbel_client.ledger.rows import RoundState
+from umbel_client.ledger.rows import AttemptKey, RoundState
 from umbel_client.privacy.accounting import DpEvent, epsilon
+from umbel_client.privacy.attempt_cost import AttemptCost
 from umbel_client.site.policy import Budget
 from umbel_client.storage.journal import Journal as SiteJournal
 from umbel_client.storage.journal import journal_schema, read_published
@@ -138,6 +139,32 @@ def test_a_former_ledger_is_charged_as_before_and_goes_on(name: str, tmp_path: P
     with Ledger.open(path, ZEROS) as ledger:
         ledger.verify(head)
         assert len(ledger.history()) == 3
+
+
+def test_a_ledger_of_version_3_keeps_its_statement_and_takes_attempts(tmp_path: Path) -> None:
+    path = stored("ledger-3.sqlite", tmp_path)
+    counts, cost = DpEvent(2.0, 1.0, 1), AttemptCost(EVENT, EVENT, 2, None, 5)
+    read = read_ledger(path)
+    assert (read.schema, read.answers, read.honest) == (3, 4, None)
+    with Ledger.open(path, ZEROS) as ledger:
+        assert tuple(read.rounds.values()) == ledger.history()
+        assert [(one.job, one.round, one.state) for one in ledger.history()] == [
+            ("job", 1, RoundState.LOST),
+            ("job", 2, RoundState.LOST),
+            ("job#evaluation", 1, RoundState.LOST),
+            ("job", 3, RoundState.LOST),
+            ("job", 4, RoundState.RESERVED),
+        ]
+        before = epsilon([EVENT] * 4 + [counts], 1e-5)
+        assert ledger.spent(1e-5) == ledger.shared_spent(1e-5) == before
+        head = ledger.head()
+        ledger.reserve_attempt(
+            AttemptKey("other", 1, 1), ZEROS, cost, Budget(math.inf, 1e-5, math.inf)
+        )
+    with Ledger.open(path, ZEROS) as ledger:
+        ledger.verify(head)
+        assert len(ledger.charges()) == 6
+        assert ledger.spent(1e-5) > before
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])

@@ -30,11 +30,10 @@ from umbel_client.ledger.spending import (
 )
 from umbel_client.privacy.accounting import largest_delta
 from umbel_client.site.config import ClientConfig, load_config
+from umbel_client.site.ipc import against_readers
 from umbel_client.site.policy import Budget
 from umbel_client.storage.site_state import read_site_state
 from umbel_host.terminal import Screen, print_json, print_lines, say, table, working
-
-_READERS = "against readers of the sums"
 
 budget = typer.Typer(
     help="The privacy spent on the data set: show, history, verify, carry, state-spend.",
@@ -226,12 +225,12 @@ def _totals(spent: Spending) -> list[tuple[str, str]]:
     return [
         ("spent", f"epsilon {_number(spent.spent)} at delta {spent.delta:g}, against everybody"),
         ("left", f"epsilon {_number(spent.left)} of {_number(spent.total)}, against everybody"),
-        ("spent", f"epsilon {_number(shared.spent)} at delta {spent.delta:g}, {_READERS}"),
-        ("left", f"{left}, {_READERS}"),
         (
-            "readers",
-            f"do not know the noise of {shared.honest} sites in each sum, this one included",
+            "spent",
+            f"epsilon {_number(shared.spent)} at delta {spent.delta:g},"
+            f" {against_readers(shared.honest)}",
         ),
+        ("left", f"{left}, against readers of the sums"),
     ]
 
 

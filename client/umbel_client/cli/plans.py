@@ -7,17 +7,18 @@ import typer
 
 from umbel_client.cli.options import CLIENT_TOML, Config, Json
 from umbel_client.ledger.plan_cost import Total, cost_here
-from umbel_client.privacy.attempt_cost import judge_cost
+from umbel_client.privacy.attempt_cost import attempt_cost, judge_cost
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.decisions import Decisions, Proposal
+from umbel_client.site.ipc import against_readers
 from umbel_client.site.policy import Policy, as_asked, judge_plan
 from umbel_client.site.policy_file import PolicyFile
 from umbel_common.errors import JobUnknown, PolicyRefusal, UmbelError
 from umbel_common.plans.alike import alike, told
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import DistributedPrivacy, TrainingPlan
 from umbel_common.plans.plan_file import plan_lines, privacy_text
 from umbel_common.printable import one_line
-from umbel_host.terminal import Screen, confirm, print_json, print_lines, say, table
+from umbel_host.terminal import Screen, confirm, print_json, print_lines, say, table, working
 
 Job = Annotated[
     str, typer.Argument(help="The job whose plan waits, or the plan's digest or its first digits.")
@@ -41,7 +42,7 @@ def plans(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
             plan.job,
             plan.model.name,
             str(plan.training.rounds),
-            privacy_text(plan),
+            _promise(plan),
             proposal.digest.hex(),
         )
     console.print(waiting)
@@ -62,7 +63,9 @@ def approve(
     decisions = Decisions(settings.state_folder)
     proposal = _find(decisions, job)
     console = Screen()
-    print_lines(console, plan_lines(proposal.plan), fold=True)
+    promise = ("privacy", _promise(proposal.plan))
+    lines = [promise if line[0] == "privacy" else line for line in plan_lines(proposal.plan)]
+    print_lines(console, lines, fold=True)
     console.print()
     print_lines(console, _budget_lines(settings, proposal.plan))
     refused = _refusal(settings.policy, proposal.plan)
@@ -85,6 +88,23 @@ def approve(
     console.print(f"\napproved: {proposal.digest.hex()}", soft_wrap=True)
     if refused is None and settings.policy.approval == "each-plan":
         _offer_policy(console, config, proposal.plan, ask=digest is None)
+
+
+def _promise(plan: TrainingPlan) -> str:
+    """What a plan promises; in distributed mode against whom, and what it is against everybody."""
+    privacy = plan.privacy
+    try:
+        cost = attempt_cost(plan)
+        if cost is None or not isinstance(privacy, DistributedPrivacy):
+            return privacy_text(plan)
+        with working("computing epsilon"):
+            found = cost.epsilons(privacy.delta)
+    except UmbelError as error:
+        return error.message
+    return (
+        f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} {against_readers(cost.honest)};"
+        f" epsilon {found.everybody:.4g} against everybody"
+    )
 
 
 def _refusal(policy: Policy, plan: TrainingPlan) -> str | None:
@@ -144,10 +164,7 @@ def _budget_lines(settings: ClientConfig, plan: TrainingPlan) -> list[tuple[str,
         cost = cost_here(settings, plan)
         if cost.honest is None:
             return [("budget", _total_text(cost.everybody, cost.budget.epsilon))]
-        readers = (
-            f"against readers of the sums, while {cost.honest} sites in each keep their noise"
-            " secret"
-        )
+        readers = against_readers(cost.honest)
         return [
             ("budget", f"{_total_text(cost.everybody, cost.budget.epsilon)}, against everybody"),
             ("", f"{_total_text(cost.shared, cost.budget.shared)}, {readers}"),

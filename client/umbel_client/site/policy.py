@@ -452,16 +452,26 @@ def judge_survivors(
     same_round: Sequence[tuple[str, ...]],
     ever: Sequence[tuple[str, ...]],
 ) -> None:
-    """Refuses a sum that would single out a site, beside a sum that this site confirmed before.
+    """Refuses a sum that would single out a site, beside a sum that this site confirmed before; and
+    one with fewer shares of the noise than the plan of distributed mode says.
 
     Args:
         same_round: the survivor sets that this site confirmed in earlier attempts of the round.
         ever: the survivor sets that it confirmed in any round of any job.
 
     Raises:
-        PolicyRefusal: `survivors-differ` within a round; `cohort-difference` between rounds,
-            without differential privacy.
+        PolicyRefusal: `survivors-below-plan`; `survivors-differ` within a round;
+            `cohort-difference` between rounds, without differential privacy.
     """
+    if isinstance(plan.privacy, DistributedPrivacy):
+        _require(
+            len(set(survivors)) >= plan.privacy.least_survivors,
+            "survivors-below-plan",
+            field="privacy.least_survivors",
+            found=f"{len(set(survivors))} sites",
+            accepted=f"at least {plan.privacy.least_survivors}",
+            remedy="nothing: the noise of so few sites is less than the plan promises",
+        )
     for earlier in same_round:
         _require(
             set(earlier) == set(survivors),

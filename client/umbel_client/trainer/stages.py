@@ -12,8 +12,9 @@ checked the parties of the attempt before.
    and gives the next state and the reply. Two stages do something of their own:
    3a. masking: the delta is loaded before it is masked: a lost, failed or damaged one stops here
        (LedgerError). After the checks, the ledger records that the delta leaves;
-   3b. confirming: before the checks, the policy judges the set of survivors (`survivors-differ`,
-       `cohort-difference`); after them, the journal keeps it.
+   3b. confirming: before the checks, the policy judges the set of survivors
+       (`survivors-below-plan`, `survivors-differ`, `cohort-difference`); after them, the journal
+       keeps it.
 4. Journal: the sealed reply and the next state are on disk. The secrets of an attempt are deleted
    with its last answer.
 5. The caller counts the reply in the ledger, and then it leaves (`handler`, step 15).
@@ -52,7 +53,7 @@ def answer_stage(
         asked: digest of the sealed request, 32 bytes.
 
     Raises:
-        PolicyRefusal: `survivors-differ` or `cohort-difference` (step 3b).
+        PolicyRefusal: see `judge_survivors` (step 3b).
         RemoteProtocolError: the check of the journal (steps 1 and 2) or of secure aggregation
             (step 3) that failed; or `stage-order`. The state on disk is as it was.
         LedgerError: the round's training failed, or its delta is lost or damaged (step 3a); or the

@@ -13,6 +13,7 @@ from umbel_common.errors import PlanError
 from umbel_common.plans.check import check_plan
 from umbel_common.plans.plan import (
     Classification,
+    DistributedPrivacy,
     LocalPrivacy,
     Task,
     TrainingPlan,
@@ -114,6 +115,7 @@ def plan_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("training", f"{training.rounds} rounds of {training.local_steps} steps"),
         ("batch", f"{training.expected_batch_size} on average"),
         ("privacy", privacy_text(plan)),
+        *_attempt_lines(plan),
         ("sum", f"of at least {plan.aggregation.threshold} sites, weights {weights}"),
         *_evaluation_lines(plan),
         *_gate_lines(plan),
@@ -143,6 +145,19 @@ def _start_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
                 ("its norm", f"at most {start.largest_norm:g}"),
             ]
     return []
+
+
+def _attempt_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
+    privacy = plan.privacy
+    if not isinstance(privacy, DistributedPrivacy):
+        return []
+    return [
+        (
+            "attempts",
+            f"at most {privacy.most_attempts}, each with a new batch at sampling rate"
+            f" {privacy.sampling_rate:g}, summed over at least {privacy.least_survivors} sites",
+        )
+    ]
 
 
 def _evaluation_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
@@ -175,4 +190,10 @@ def privacy_text(plan: TrainingPlan) -> str:
     privacy = plan.privacy
     if isinstance(privacy, LocalPrivacy):
         return f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
+    if isinstance(privacy, DistributedPrivacy):
+        return (
+            f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} against readers of the sums,"
+            f" while {privacy.honest} of at least {privacy.least_survivors} sites in each keep"
+            " their noise secret; more against everybody"
+        )
     return "NONE: gradients are neither clipped nor noised"

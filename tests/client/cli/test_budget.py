@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 from umbel_client.cli.command import app
 from umbel_client.ledger import spending
 from umbel_client.ledger.ledger import Ledger
+from umbel_client.ledger.rows import AttemptKey
 from umbel_client.privacy.accounting import DpEvent, epsilon
+from umbel_client.privacy.attempt_cost import AttemptCost
 from umbel_client.site.policy import Budget
 from umbel_client.storage.journal import Journal
-from umbel_common.errors import LedgerError
+from umbel_common.errors import BudgetError, LedgerError
 from umbel_common.plans.statements import RoundHeader
 from umbel_host.entry import exit_code
 
@@ -246,3 +248,103 @@ def test_a_ledger_that_a_journal_knows_is_missing_and_not_new(
     Journal(state / "session.sqlite").close()
     assert exit_code(lambda: app(["budget", "show"], standalone_mode=False)) == 33
     assert "no privacy ledger" in capsys.readouterr().err
+
+
+OWN, SHARED = DpEvent(1.0, 0.05, 1), DpEvent(1.7, 0.05, 1)
+COST = AttemptCost(OWN, SHARED, honest=3, counts=None, most_attempts=9)
+
+
+@pytest.fixture
+def two_totals(state: Path) -> Path:
+    """A job of local mode, and one of distributed mode with two attempts at its first round."""
+    with (state.parent / "client.toml").open("a") as file:
+        file.write("total_shared_epsilon = 6\n")
+    unlimited = Budget(math.inf, 1e-5, math.inf)
+    with Ledger.open(state / "ledger.sqlite", DATA_SET) as ledger:
+        charge(ledger, "first", 1, FIRST)
+        for attempt in (1, 2):
+            ledger.reserve_attempt(AttemptKey("shared", 1, attempt), PLAN, COST, unlimited)
+        ledger.record_vector(AttemptKey("shared", 1, 2), b"\x03" * 32)
+    return state / "ledger.sqlite"
+
+
+def test_show_tells_both_totals_once_noise_was_shared(two_totals: Path) -> None:
+    spent = epsilon([FIRST, OWN, OWN], DELTA)
+    shared = epsilon([FIRST, SHARED, SHARED], DELTA)
+    found = asked("show")
+    assert found["spent"] == pytest.approx(spent)
+    assert found["shared"] == {
+        "total": 6.0,
+        "spent": pytest.approx(shared),
+        "left": pytest.approx(6 - shared),
+        "honest": 3,
+    }
+    first, second = found["jobs"]
+    assert (first["epsilon"], first["attempts"]) == (first["shared_epsilon"], None)
+    assert (second["rounds"], second["attempts"]) == (1, 2)
+    assert second["epsilon"] == pytest.approx(epsilon([OWN, OWN], DELTA))
+    assert second["shared_epsilon"] == pytest.approx(epsilon([SHARED, SHARED], DELTA))
+    shown = " ".join(run("show").split())
+    assert f"epsilon {spent:.4g} at delta 2e-06, against everybody" in shown
+    assert (
+        f"epsilon {shared:.4g} at delta 2e-06, against readers of the sums, while 3 sites in each"
+        " keep their noise secret" in shown
+    )
+
+
+def test_show_has_one_total_while_no_noise_was_shared(ledger: Path) -> None:
+    assert asked("show")["shared"] is None
+    shown = run("show")
+    assert "everybody" not in shown
+    assert "readers" not in shown
+
+
+def test_history_tells_each_attempt_and_both_totals_after_it(two_totals: Path) -> None:
+    local, first, second = asked("history")
+    assert "attempt" not in local
+    assert [(one["round"], one["attempt"], one["state"]) for one in (first, second)] == [
+        (1, 1, "reserved"),
+        (1, 2, "computed"),
+    ]
+    assert (first["noise_multiplier"], first["shared_noise_multiplier"]) == (1.0, 1.7)
+    assert second["epsilon"] == pytest.approx(epsilon([FIRST, OWN, OWN], DELTA))
+    assert second["shared_epsilon"] == pytest.approx(epsilon([FIRST, SHARED, SHARED], DELTA))
+    shown = run("history")
+    assert "1.1" in shown
+    assert "1.2" in shown
+    assert f"{second['shared_epsilon']:.4g}" in shown
+
+
+def state_spend(line: str) -> str:
+    command = ["budget", "state-spend", "--by", "weber", "--why", "disk", *line.split()]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return " ".join(result.stdout.split())
+
+
+def test_a_statement_counts_the_attempts_of_a_job_that_shares_noise(two_totals: Path) -> None:
+    with pytest.raises(BudgetError, match="have to be counted") as caught:
+        state_spend("--rounds shared=4")
+    assert caught.value.accepted == "2 (as the ledger has) to 9"
+    with pytest.raises(BudgetError, match="have to be counted"):
+        state_spend("--rounds shared=4 --attempts shared=1")
+    with pytest.raises(BudgetError, match="local mode"):
+        state_spend("--rounds first=4 --attempts first=4")
+    with pytest.raises(BudgetError, match="last round is not"):
+        state_spend("--nothing --attempts shared=4")
+    printed = state_spend("--rounds shared=4 --rounds first=2 --attempts shared=6")
+    assert "first came to round 2, shared came to round 4, with 4 attempts more" in printed
+    assert "1 rounds more, 2 in all; 4 attempts more" in printed
+    found = asked("show")
+    assert found["spent"] == pytest.approx(epsilon([FIRST, FIRST, *[OWN] * 6], DELTA))
+    shared = epsilon([FIRST, FIRST, *[SHARED] * 6], DELTA)
+    assert found["shared"]["spent"] == pytest.approx(shared)
+    assert [job["attempts"] for job in found["jobs"]] == [None, 6]
+    last = asked("history")[-1]
+    assert (last["round"], last["attempts"], last["state"]) == (4, 4, "lost")
+    assert "to 4, 4 attempts" in run("history")
+
+
+def test_a_count_is_a_number(state: Path) -> None:
+    line = ["budget", "state-spend", "--by", "a", "--why", "b", "--attempts", "shared=x"]
+    assert CliRunner().invoke(app, line).exit_code == 2

@@ -258,10 +258,10 @@ def test_the_ledger_of_another_data_set_is_refused(path: Path) -> None:
 
 def test_a_later_schema_version_is_refused(path: Path) -> None:
     filled(path)
-    edit(path, "PRAGMA user_version = 4")
+    edit(path, "PRAGMA user_version = 5")
     with pytest.raises(LedgerError) as caught:
         Ledger.open(path, DATA_SET)
-    assert (caught.value.found, caught.value.accepted) == (4, "at most 3")
+    assert (caught.value.found, caught.value.accepted) == (5, "at most 4")
     assert "upgrade Umbel" in caught.value.diagnostics()
 
 

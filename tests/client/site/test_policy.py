@@ -6,8 +6,10 @@ from datetime import time
 
 import msgspec
 import pytest
+from support.shared_noise_plans import shared_noise_plan
 
 from umbel_client.site.policy import (
+    Budget,
     Policy,
     judge_header,
     judge_operator,
@@ -343,3 +345,61 @@ def test_one_delta_goes_into_one_set_of_survivors(make_plan: MakePlan, private: 
         for survivors in ("ab", "abcd", "def"):
             former = {"same_round": ("abc",), "ever": ("abc",)}
             assert survivors_refusal(law, plan, survivors, **former) == "survivors-differ"
+
+
+SHARING = msgspec.structs.replace(
+    LAW, max_shared_epsilon=1.0, total_shared_epsilon=2.0, colluding_sites=1, minimum_cohort=2
+)
+
+
+@pytest.mark.parametrize("missing", ["max_shared_epsilon", "total_shared_epsilon"])
+def test_a_policy_that_does_not_name_shared_noise_refuses_it(
+    make_plan: MakePlan, missing: str
+) -> None:
+    plan = shared_noise_plan(make_plan())
+    judge_plan(SHARING, plan)
+    with pytest.raises(PolicyRefusal) as caught:
+        judge_plan(msgspec.structs.replace(SHARING, **{missing: None}), plan)
+    assert (caught.value.check, caught.value.field) == (
+        "distributed-not-allowed",
+        f"policy.{missing}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        ({"max_shared_epsilon": 0.999}, "claim-too-large"),
+        ({"max_delta": 0.99e-5}, "delta-too-large"),
+        ({"colluding_sites": 2}, "too-many-honest"),
+        ({"minimum_cohort": 5}, "survivors-below-minimum"),
+    ],
+)
+def test_shared_noise_past_a_limit_is_refused(
+    make_plan: MakePlan, change: dict[str, object], check: str
+) -> None:
+    """At these limits, with three honest sites of at least four, the plan is allowed."""
+    plan = shared_noise_plan(make_plan())
+    # The floor of survivors is another number than the threshold of shares.
+    aggregation = msgspec.structs.replace(plan.aggregation, threshold=5)
+    plan = msgspec.structs.replace(plan, aggregation=aggregation)
+    judge_plan(msgspec.structs.replace(SHARING, minimum_cohort=4), plan)
+    assert refusal(msgspec.structs.replace(SHARING, **change), plan) == check
+
+
+def test_the_budget_of_a_plan_has_both_totals(make_plan: MakePlan) -> None:
+    open_law = msgspec.structs.replace(SHARING, allow_without_privacy=True)
+    assert open_law.budget(make_plan()) == Budget(8.0, 1e-5, 2.0)
+    assert open_law.budget(make_plan(privacy=NoPrivacy())) == Budget(math.inf, 1e-5)
+    assert LAW.budget(make_plan()) == Budget(8.0, 1e-5)
+
+
+def test_a_site_confirms_no_sum_with_fewer_shares_of_noise_than_the_plan_says(
+    make_plan: MakePlan,
+) -> None:
+    plan = shared_noise_plan(make_plan())
+    judge_survivors(SHARING, plan, ("a", "b", "c", "d"), same_round=(), ever=())
+    for few in (("a", "b", "c"), ("a", "b", "c", "c")):
+        with pytest.raises(PolicyRefusal) as caught:
+            judge_survivors(SHARING, plan, few, same_round=(), ever=())
+        assert caught.value.check == "survivors-below-plan"
