@@ -144,7 +144,7 @@ def check_start(
         "initial-adapter",
         "release 0 does not follow from the plan's public seed",
     )
-    require_reachable(plan, release.round, vector)
+    require_reachable(plan, release.round, vector, sites=_most_sites(site))
     return release, vector
 
 
@@ -167,7 +167,7 @@ def check_end(site: Site, request: FinishRequest, release: Release, plan: Traini
         "other-release",
         "this is not the last release of the plan",
     )
-    require_reachable(plan, release.round, vector)
+    require_reachable(plan, release.round, vector, sites=_most_sites(site))
     return vector
 
 
@@ -190,6 +190,11 @@ def check_size_class(site: Site, plan: TrainingPlan) -> None:
 def _rosters(site: Site) -> dict[bytes, Roster]:
     """The rosters that this site pinned, by digest: a job continues under the one it began with."""
     return {roster.digest(): roster for roster in (*site.pinned.former, site.pinned.roster)}
+
+
+def _most_sites(site: Site) -> int:
+    """The most sites that can be in a sum: those of the largest roster of a job under way."""
+    return max(len(roster.members) for roster in _rosters(site).values())
 
 
 def _keys(roster: Roster) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from umbel_client.privacy.accounting import total_epsilon
 from umbel_client.privacy.calibration import SiteNoise, evaluation_event, noise_for
@@ -19,7 +20,7 @@ from umbel_common.adapters.peft_folder import (
     text_files,
 )
 from umbel_common.adapters.reach import require_reachable
-from umbel_common.adapters.vector import adapter_digest, size_of
+from umbel_common.adapters.vector import Vector, adapter_digest, size_of
 from umbel_common.canonical import V, decode_canonical
 from umbel_common.errors import (
     PlanError,
@@ -32,9 +33,11 @@ from umbel_common.plans.plan import PLAN_VERSIONS, LocalPrivacy, TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.plans.statements import HEADER_VERSIONS, RELEASE_VERSIONS
 from umbel_common.protocol.verification import VerifiedJob, verify_transcript
+from umbel_common.secagg.encoding import RingVector
 from umbel_common.trust.identity import Roster, Signed, open_signed
 from umbel_common.trust.roster_file import roster_from_json
 from umbel_host.files.adapter_folder import RELEASE_FILE, read_vector
+from umbel_server.storage.registry import SUMS
 from umbel_simulations.backends.site_config import public_size
 from umbel_simulations.reporting.results import CurvePoint, RunSummary, SiteResult
 from umbel_simulations.scenario.run_folder import read_plan, read_signed
@@ -42,6 +45,9 @@ from umbel_simulations.scenario.run_folder import read_plan, read_signed
 
 def verify_run(folder: Path) -> VerifiedJob:
     """Checks the plan, headers, transcript, adapter and summary of a run again.
+
+    Each adapter is made again from the sum of its round, if the operator's registry is in the
+    folder; `VerifiedJob.not_recomputed` has the other rounds.
 
     Raises:
         VerificationError: a check failed; the error names the file.
@@ -51,11 +57,18 @@ def verify_run(folder: Path) -> VerifiedJob:
             "there is no such run", file=folder, remedy="give the folder of a finished run"
         )
     roster = _roster(folder / "roster.json")
-    job = verify_transcript(read_signed(folder / "transcript.jsonl"), roster)
+    plan = _open(read_plan(folder), PLAN_VERSIONS, roster)
+    registry = folder / "server" / "registry"
+    job = verify_transcript(
+        read_signed(folder / "transcript.jsonl"),
+        roster,
+        sums=lambda digest: _sum(registry / SUMS / digest.hex(), plan),
+        adapters=lambda digest: _adapter(registry / digest.hex(), plan),
+    )
     # Its last release is no outcome of the plan: a cut history would look like a finished run.
     _require(job.final_round is not None, folder / "transcript.jsonl", "the job has not ended")
     _require(
-        _open(read_plan(folder), PLAN_VERSIONS, roster) == job.plan,
+        plan == job.plan,
         folder / "plan.msgpack",
         "the plan is not the one that the transcript starts with",
     )
@@ -70,6 +83,26 @@ def _roster(path: Path) -> Roster:
         return roster_from_json(path.read_text(encoding="utf-8"), path)
     except OSError as error:
         raise VerificationError("a roster cannot be read", file=path, found=error) from error
+
+
+def _sum(path: Path, plan: TrainingPlan) -> RingVector | None:
+    """A sum that the operator kept; None: it is not there."""
+    try:
+        return np.fromfile(path, dtype=f"<u{plan.aggregation.ring_bits // 8}")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise VerificationError("a sum cannot be read", file=path, found=error) from error
+
+
+def _adapter(folder: Path, plan: TrainingPlan) -> Vector | None:
+    """An adapter that the operator kept; None: it is not there."""
+    if not folder.exists():
+        return None
+    try:
+        return read_vector(folder, plan)
+    except StorageError as error:
+        raise VerificationError(error.message, file=folder, found=error.found) from error
 
 
 def _verify_headers(path: Path, job: VerifiedJob, roster: Roster) -> None:
@@ -108,7 +141,7 @@ def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster) -> None:
     )
     _verify_settings(folder, job.plan)
     try:
-        require_reachable(job.plan, job.last.round, vector)
+        require_reachable(job.plan, job.last.round, vector, sites=len(roster.members))
     except RemoteProtocolError as error:
         raise VerificationError(
             error.message,
