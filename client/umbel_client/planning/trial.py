@@ -20,7 +20,9 @@ from umbel_client.storage.deltas import OptimizerState
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training.round import LocalTrainer
-from umbel_common.adapters.vector import Vector, initial_vector, merge
+from umbel_common.adapters.fedsvd import next_adapter
+from umbel_common.adapters.server_step import ServerState
+from umbel_common.adapters.vector import Vector, initial_vector
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import TrainingPlan
 
@@ -119,7 +121,7 @@ def loss_after_training(
     ]
     states: list[OptimizerState | None] = [None] * sites
     limit = plan.aggregation.clip_range
-    adapter = initial_vector(plan)
+    adapter, server = initial_vector(plan), ServerState()
     for number in range(1, plan.training.rounds + 1):
         total: Vector | None = None
         for site, trainer in enumerate(trainers):
@@ -128,6 +130,7 @@ def loss_after_training(
             delta = np.clip(result.delta, -limit, limit)
             total = delta if total is None else total + delta
         assert total is not None  # there is at least one site
-        adapter = merge(adapter, total / np.float32(sites), plan, number)
+        steps = np.rint(total / plan.aggregation.step).astype(np.int64)
+        next_adapter(plan, number, steps, sites, adapter, server)
     data.model.set_vector(adapter)
     return mean_loss(data.model, data.validation, BatchLimit(BATCH))
