@@ -158,7 +158,7 @@ def test_an_adapter_that_no_round_leads_to_is_refused(
         assert federation.refusal(SITE, request) == "adapter-too-far"
         assert federation.spent_rounds(SITE) == 0
     else:
-        monkeypatch.setattr(checks, "require_reachable", lambda *given: None)
+        monkeypatch.setattr(checks, "require_reachable", lambda *given, **named: None)
         federation.ask(SITE, request)
         assert federation.spent_rounds(SITE) == 1
 

@@ -27,8 +27,10 @@ from umbel_common.plans.plan import (
     Task,
     Training,
     TrainingPlan,
+    second_version,
 )
 from umbel_common.plans.ranges import Scale
+from umbel_common.plans.server_optimizer import Average, ServerOptimizer
 from umbel_host.files.model_digest import folder_digest
 from umbel_host.files.text_file import from_home, read_toml
 
@@ -108,6 +110,9 @@ class Draft(Value, frozen=True):
     release_gate: DraftGate | None = None
     start: DraftedStart | None = None
     """The adapter that the job starts from; absent: that of the seed."""
+    server: ServerOptimizer = Average()
+    """The optimizer of the server: how the adapter moves by a round's sum. Absent, or `optimizer =
+    "average"`: by the mean of the deltas."""
 
 
 def checked(draft: Draft) -> Draft:
@@ -166,6 +171,8 @@ def plan_of(draft: Draft, folder: Path, model: Path, lora: Lora) -> TrainingPlan
         evaluation=draft.evaluation,
         release_gate=_gate_of(draft.release_gate, folder),
     )
+    if draft.server != Average() or draft.lora.method == "fedsvd":
+        plan = second_version(plan, server=draft.server)
     check_plan(plan)
     return plan
 

@@ -17,11 +17,15 @@ from umbel_common.plans.drafted_start import (
     DraftedSeed,
     DraftedStart,
 )
-from umbel_common.plans.plan import Classification, Task, TrainingPlan
+from umbel_common.plans.plan import (
+    Classification,
+    Task,
+    TrainingPlan,
+    second_version,
+)
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.plans.requests import EarlierAdapter
 from umbel_common.plans.start import LabelNamesStart, ReleasedStart
-from umbel_common.plans.versions import second_version
 from umbel_host.files.text_file import from_home
 
 _DIGITS = 3

@@ -21,7 +21,9 @@ from umbel_client.tasks.label_names import computed_start
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training.round import LocalTrainer
-from umbel_common.adapters.vector import Vector, merge
+from umbel_common.adapters.fedsvd import next_adapter
+from umbel_common.adapters.server_step import ServerState
+from umbel_common.adapters.vector import Vector
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import TrainingPlan
 
@@ -123,7 +125,7 @@ def loss_after_training(
     ]
     states: list[OptimizerState | None] = [None] * sites
     limit = plan.aggregation.clip_range
-    adapter = data.start
+    adapter, server = data.start, ServerState()
     for number in range(1, plan.training.rounds + 1):
         total: Vector | None = None
         for site, trainer in enumerate(trainers):
@@ -132,6 +134,7 @@ def loss_after_training(
             delta = np.clip(result.delta, -limit, limit)
             total = delta if total is None else total + delta
         assert total is not None  # there is at least one site
-        adapter = merge(adapter, total / np.float32(sites), plan, number)
+        steps = np.rint(total / plan.aggregation.step).astype(np.int64)
+        next_adapter(plan, number, steps, sites, adapter, server)
     data.model.set_vector(adapter)
     return mean_loss(data.model, data.validation, BatchLimit(BATCH))

@@ -69,7 +69,7 @@ class NoiseShares:
             honest: number of sites in the sum whose noise the reader does not know.
 
         Raises:
-            ValueError: there is none.
+            ValueError: no such mechanism exists.
         """
         if honest < 1:
             raise ValueError("a sum without the noise of an honest site promises nothing")
@@ -110,7 +110,7 @@ def grid_for(
 ) -> float | None:
     """The grid with which `honest` shares of 2^bits steps give a noise multiplier, or more.
 
-    None: the rounding of so many coordinates alone is too large for noise of this scale.
+    None: the rounding of the coordinates alone is too large for noise of this scale.
     """
     reach = math.sqrt(honest * 4.0**bits - _ROUNDED) / (noise_multiplier * _FLOAT)
     steps = (reach - math.sqrt(coordinates) / 2) / _FLOAT

@@ -152,7 +152,7 @@ def check_start(
     )
     if release.round == 0:
         require_start(plan, vector)
-    require_reachable(plan, release.round, vector, origin())
+    require_reachable(plan, release.round, vector, origin(), sites=_most_sites(site))
     return release, vector
 
 
@@ -184,7 +184,7 @@ def check_end(
         "other-release",
         "this is not the last release of the plan",
     )
-    require_reachable(plan, release.round, vector, origin())
+    require_reachable(plan, release.round, vector, origin(), sites=_most_sites(site))
     return vector
 
 
@@ -207,6 +207,11 @@ def check_size_class(site: Site, plan: TrainingPlan) -> None:
 def _rosters(site: Site) -> dict[bytes, Roster]:
     """The rosters that this site pinned, by digest: a job continues under the one it began with."""
     return {roster.digest(): roster for roster in (*site.pinned.former, site.pinned.roster)}
+
+
+def _most_sites(site: Site) -> int:
+    """The most sites that can be in a sum: those of the largest roster of a job under way."""
+    return max(len(roster.members) for roster in _rosters(site).values())
 
 
 def _keys(roster: Roster) -> dict[str, bytes]:

@@ -40,6 +40,7 @@ from umbel_client.tasks.task import Task, task_of
 from umbel_client.training.averaging import MovingAverage
 from umbel_client.training.optimiser import (
     build_optimizer,
+    carried_state,
     extract_state,
     restore_state,
     set_learning_rates,
@@ -134,6 +135,7 @@ class LocalTrainer:
         before = self.model.values(trained)
         # 2. The optimizer, and the average.
         optimizer = build_optimizer(plan, trained, parameters, noise_multiplier)
+        state = carried_state(plan, state)
         restore_state(optimizer, parameters, state)
         decay = plan.training.average_decay
         average = None if decay is None else MovingAverage(decay)

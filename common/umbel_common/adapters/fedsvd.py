@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from umbel_common.adapters.server_step import ServerState
+from umbel_common.adapters.server_step import Integers, ServerState, take_step
 from umbel_common.adapters.vector import Vector, unflatten
 from umbel_common.errors import require
 from umbel_common.plans.plan import Lora, Tensor, TrainingPlan
@@ -39,6 +39,24 @@ def pairs(lora: Lora) -> Iterator[tuple[Tensor, Tensor]]:
     for tensor in lora.tensors:
         if tensor.role == "lora_A":
             yield tensor, named[tensor.name.replace("lora_A", "lora_B")]
+
+
+def next_adapter(
+    plan: TrainingPlan,
+    round_number: int,
+    total: Integers,
+    weight: int,
+    adapter: Vector,
+    state: ServerState,
+) -> None:
+    """Makes the adapter that a round releases from the one that it started from, in place.
+
+    Args:
+        total, weight, adapter, state: see `server_step.take_step`.
+    """
+    take_step(plan, round_number, total, weight, adapter, state)
+    if plan.lora.method == "fedsvd":
+        refactorise(plan, adapter, state)
 
 
 def refactorise(plan: TrainingPlan, adapter: Vector, state: ServerState) -> None:
@@ -62,7 +80,7 @@ def refactorise(plan: TrainingPlan, adapter: Vector, state: ServerState) -> None
 
 def _divided(A: Matrix, B: Matrix) -> tuple[Matrix, Matrix]:
     """The same product with orthonormal rows in A, and the longest columns of B first."""
-    # A = L Q, with orthonormal rows in Q. Of the product, only B L has to be divided.
+    # With A = L Q, and orthonormal rows in Q, only B L has to be divided.
     transposed, triangle = np.linalg.qr(A.T)
     left, values, right = np.linalg.svd(B @ triangle.T, full_matrices=False)
     rows = right @ transposed.T

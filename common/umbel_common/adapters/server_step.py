@@ -65,7 +65,7 @@ def change_scale(plan: TrainingPlan, weight: int) -> float:
     """The change of an element for each step of the grid in a sum.
 
     In local mode the change is the weighted mean of the deltas. In distributed mode it is the
-    negative mean gradient: the sum divided by a public number, whoever took part.
+    negative mean gradient: the sum divided by a number that no site's part in it changes.
 
     Args:
         weight: the total weight in the sum.

@@ -73,9 +73,7 @@ def release_of(
         total: a sum that `read_sum` accepted.
         adapter: float32[plan.lora.size], writeable.
     """
-    move(plan, round_number, total, adapter, state)
-    if plan.lora.method == "fedsvd":
-        fedsvd.refactorise(plan, adapter, state)
+    fedsvd.next_adapter(plan, round_number, signed_part(total), int(total[0]), adapter, state)
 
 
 def counts_in(plan: TrainingPlan, total: RingVector, *, cohort: int, survivors: int) -> SiteCounts:

@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 
 from umbel_common.plans.drafted_start import DraftedLabelNames
+from umbel_common.plans.server_optimizer import Average
 from umbel_simulations.scenario.plan import plan_optimizer, plan_task
 from umbel_simulations.scenario.scenario import Scenario
 from umbel_simulations.scenario.toml_text import toml_text
@@ -41,6 +42,9 @@ def draft_toml(
         "privacy": _fields(scenario.privacy),
         "aggregation": _fields(scenario.aggregation),
     }
+    if scenario.server != Average():
+        tables["server"] = _fields(scenario.server)
+        tables["server.schedule"] = tables["server"].pop("schedule")
     if scenario.evaluation is not None:
         tables["evaluation"] = _fields(scenario.evaluation)
     if scenario.release_gate is not None:

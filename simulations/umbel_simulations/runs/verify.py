@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from umbel_client.privacy.accounting import total_epsilon
 from umbel_client.privacy.calibration import SiteNoise, evaluation_event, noise_for
@@ -34,10 +35,12 @@ from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.plans.start import SeedStart
 from umbel_common.plans.statements import HEADER_VERSIONS, RELEASE_VERSIONS
 from umbel_common.protocol.verification import VerifiedJob, verify_transcript
+from umbel_common.secagg.encoding import RingVector
 from umbel_common.trust.identity import Roster, Signed, open_signed
 from umbel_common.trust.roster_file import roster_from_json
 from umbel_host.files.adapter_folder import RELEASE_FILE, read_vector
 from umbel_host.files.start_file import read_start
+from umbel_server.storage.registry import SUMS
 from umbel_simulations.backends.site_config import public_size
 from umbel_simulations.reporting.results import CurvePoint, RunSummary, SiteResult
 from umbel_simulations.scenario.run_folder import START_FILE, read_plan, read_signed
@@ -45,6 +48,9 @@ from umbel_simulations.scenario.run_folder import START_FILE, read_plan, read_si
 
 def verify_run(folder: Path) -> VerifiedJob:
     """Checks the plan, headers, transcript, adapter and summary of a run again.
+
+    Each adapter is made again from the sum of its round, if the operator's registry is in the
+    folder; `VerifiedJob.not_recomputed` has the other rounds.
 
     Raises:
         VerificationError: a check failed; the error names the file.
@@ -56,7 +62,14 @@ def verify_run(folder: Path) -> VerifiedJob:
     roster = _roster(folder / "roster.json")
     signed_plan = _open(read_plan(folder), PLAN_VERSIONS, roster)
     start = _start(folder / START_FILE, signed_plan)
-    job = verify_transcript(read_signed(folder / "transcript.jsonl"), roster, start=start)
+    registry = folder / "server" / "registry"
+    job = verify_transcript(
+        read_signed(folder / "transcript.jsonl"),
+        roster,
+        sums=lambda digest: _sum(registry / SUMS / digest.hex(), signed_plan),
+        adapters=lambda digest: _adapter(registry / digest.hex(), signed_plan),
+        start=start,
+    )
     # Its last release is no outcome of the plan: a cut history would look like a finished run.
     _require(job.final_round is not None, folder / "transcript.jsonl", "the job has not ended")
     _require(
@@ -75,6 +88,26 @@ def _roster(path: Path) -> Roster:
         return roster_from_json(path.read_text(encoding="utf-8"), path)
     except OSError as error:
         raise VerificationError("a roster cannot be read", file=path, found=error) from error
+
+
+def _sum(path: Path, plan: TrainingPlan) -> RingVector | None:
+    """A sum that the operator kept; None: it is not there."""
+    try:
+        return np.fromfile(path, dtype=f"<u{plan.aggregation.ring_bits // 8}")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise VerificationError("a sum cannot be read", file=path, found=error) from error
+
+
+def _adapter(folder: Path, plan: TrainingPlan) -> Vector | None:
+    """An adapter that the operator kept; None: it is not there."""
+    if not folder.exists():
+        return None
+    try:
+        return read_vector(folder, plan)
+    except StorageError as error:
+        raise VerificationError(error.message, file=folder, found=error.found) from error
 
 
 def _verify_headers(path: Path, job: VerifiedJob, roster: Roster) -> None:
@@ -124,7 +157,8 @@ def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster, start: Vecto
     _verify_settings(folder, job.plan)
     try:
         origin = None if start is None else Origin(start)
-        require_reachable(job.plan, job.last.round, vector, origin)
+        most = len(roster.members)
+        require_reachable(job.plan, job.last.round, vector, origin, sites=most)
     except RemoteProtocolError as error:
         raise VerificationError(
             error.message,

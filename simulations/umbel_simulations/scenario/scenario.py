@@ -17,6 +17,7 @@ from umbel_common.plans.plan import (
     Scaling,
 )
 from umbel_common.plans.ranges import Count, Fraction, Positive
+from umbel_common.plans.server_optimizer import Average, ServerOptimizer
 
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
 Package = Annotated[
@@ -151,7 +152,8 @@ class LoraSettings(Value, frozen=True):
     layers: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] | None = None
     """Indices of the transformer layers that get an adapter; absent: all."""
     method: Method = "alternate"
-    """`both`, `ffa` (A frozen) or `alternate` (B in odd rounds, A in even ones)."""
+    """`both`, `ffa` (A frozen), `alternate` (B in odd rounds, A in even ones), or `fedsvd` (A
+    frozen in a round, and rotated with B by the server after it)."""
     scaling: Scaling = "standard"
     """`standard` (alpha / rank) or `rank-stabilised` (alpha / sqrt(rank))."""
 
@@ -283,6 +285,9 @@ class Scenario(Value, frozen=True, kw_only=True):
     privacy: LocalPrivacy | NoPrivacy
     """`mode = "local"` with epsilon, delta, clip_norm and clipping, or `mode = "none"`."""
     aggregation: AggregationSettings
+    server: ServerOptimizer = Average()
+    """`[server]`: the server's optimizer; see `umbel_common.plans.server_optimizer`. Absent: the
+    mean of the deltas is the step."""
     evaluation: FederatedEvaluation | None = None
     """`[evaluation]`: each site scores adapters on records that it holds out; absent: none does."""
     release_gate: GateSettings | None = None

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,18 +120,16 @@ def kill_at(setting: Any, write: int) -> list[str]:
         the writes as they happen.
     """
     done: list[str] = []
+
+    def counted(name: str, kept: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        if len(done) >= write:
+            raise Killed
+        done.append(name)
+        return kept(*given, **named)
+
     for owner, name in WRITES:
         part = getattr(setting, owner)
-
-        def counted(
-            *given: Any, name: str = name, kept: Any = getattr(part, name), **named: Any
-        ) -> Any:
-            if len(done) >= write:
-                raise Killed
-            done.append(name)
-            return kept(*given, **named)
-
-        setattr(part, name, counted)
+        setattr(part, name, partial(counted, name, getattr(part, name)))
     return done
 
 
