@@ -26,11 +26,13 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from umbel_common.adapters.reach import largest_step
 from umbel_common.canonical import Value
 from umbel_common.errors import PolicyRefusal
 from umbel_common.plans.plan import (
     CausalLm,
     Classification,
+    DistributedPrivacy,
     LossOn,
     NoPrivacy,
     Template,
@@ -103,7 +105,8 @@ class Policy(Value, frozen=True):
     target_modules: tuple[str, ...] | None = None
     """Names of the layers that may have an adapter; absent: every linear layer."""
     max_clip_range: Positive = 1.0
-    """Largest clip range: how far one round may move each number of the adapter."""
+    """Largest clip range: how far one round may move each number of the adapter. With an optimizer
+    at the server, the longest step that it can take."""
     max_rounds: Count = 100
     """Most rounds of one plan."""
     max_local_steps: Count = 100
@@ -202,9 +205,10 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
         found=", ".join(plan.lora.target_modules),
         accepted=", ".join(policy.target_modules or ()),
     )
-    _at_most(
-        policy.max_clip_range, plan.aggregation.clip_range, "clip-range-too-large", "max_clip_range"
-    )
+    moved = plan.aggregation.clip_range
+    if not isinstance(privacy, DistributedPrivacy):
+        moved = largest_step(plan.server, moved, plan.training.rounds)
+    _at_most(policy.max_clip_range, moved, "clip-range-too-large", "max_clip_range")
     _at_most(policy.max_rounds, plan.training.rounds, "too-many-rounds", "max_rounds")
     _at_most(
         policy.max_local_steps, plan.training.local_steps, "too-many-local-steps", "max_local_steps"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from umbel_common.adapters.reach import largest_step
 from umbel_common.plans.plan import NoPrivacy
 from umbel_host.files.model_digest import folder_digest
 from umbel_simulations.scenario.scenario import Data, FileData, Scenario
@@ -75,7 +76,12 @@ def client_toml(
         task=toml_text(scenario.task.__struct_config__.tag),
         labels=toml_text(list(labels)),
         units=_units(scenario.data),
-        clip_range=scenario.aggregation.clip_range,
+        clip_range=max(
+            scenario.aggregation.clip_range,
+            largest_step(
+                scenario.server, scenario.aggregation.clip_range, scenario.training.rounds
+            ),
+        ),
         evaluation=toml_text(scenario.evaluation is not None),
         rank=scenario.lora.rank,
         rounds=scenario.training.rounds,
