@@ -17,6 +17,7 @@ from umbel_common.plans.check import check_plan
 from umbel_common.plans.drafted_start import DraftedStart
 from umbel_common.plans.plan import (
     BaseModel,
+    DistributedPrivacy,
     FederatedEvaluation,
     LocalPrivacy,
     Lora,
@@ -171,7 +172,8 @@ def plan_of(draft: Draft, folder: Path, model: Path, lora: Lora) -> TrainingPlan
         evaluation=draft.evaluation,
         release_gate=_gate_of(draft.release_gate, folder),
     )
-    if draft.server != Average() or draft.lora.method == "fedsvd":
+    shared = isinstance(privacy, DistributedPrivacy)
+    if shared or draft.server != Average() or draft.lora.method == "fedsvd":
         plan = second_version(plan, server=draft.server)
     check_plan(plan)
     return plan

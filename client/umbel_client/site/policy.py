@@ -26,6 +26,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from umbel_common.adapters.reach import longest_step
 from umbel_common.canonical import Value
 from umbel_common.errors import PolicyRefusal
 from umbel_common.plans.plan import (
@@ -121,7 +122,9 @@ class Policy(Value, frozen=True):
     """Largest Euclidean norm (`start.largest_norm`) of an earlier adapter that a plan may start
     from although this site does not have it; absent: only from adapters that this site has."""
     max_clip_range: Positive = 1.0
-    """Largest clip range: how far one round may move each number of the adapter."""
+    """Largest clip range: how far one round may move each number of the adapter. With an optimizer
+    at the server, the longest step that it can take; in distributed mode, that by a mean of
+    gradients at the clip norm."""
     max_rounds: Count = 100
     """Most rounds of one plan."""
     max_local_steps: Count = 100
@@ -242,9 +245,7 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
             "start-tolerance-too-large",
             "max_start_tolerance",
         )
-    _at_most(
-        policy.max_clip_range, plan.aggregation.clip_range, "clip-range-too-large", "max_clip_range"
-    )
+    _at_most(policy.max_clip_range, longest_step(plan), "clip-range-too-large", "max_clip_range")
     _at_most(policy.max_rounds, plan.training.rounds, "too-many-rounds", "max_rounds")
     _at_most(
         policy.max_local_steps, plan.training.local_steps, "too-many-local-steps", "max_local_steps"

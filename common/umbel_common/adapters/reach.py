@@ -59,7 +59,13 @@ from umbel_common.adapters.start import LABEL_ROWS, Origin, seed_origin
 from umbel_common.adapters.vector import Vector, unflatten
 from umbel_common.errors import require
 from umbel_common.plans.plan import DistributedPrivacy, Tensor, TrainingPlan
-from umbel_common.plans.server_optimizer import Average, ServerAdam, ServerSgd, ServerYogi
+from umbel_common.plans.server_optimizer import (
+    Average,
+    ServerAdam,
+    ServerOptimizer,
+    ServerSgd,
+    ServerYogi,
+)
 from umbel_common.plans.start import SeedStart
 
 MOST_SITES = 100
@@ -90,7 +96,7 @@ def largest_steps(plan: TrainingPlan, role: str, sites: int) -> Iterator[float]:
         role: the role of the tensor.
     """
     server, change = plan.server, largest_change(plan, sites)
-    gains = _gains(plan, change, resets=plan.lora.method == "fedsvd" and role == "lora_B")
+    gains = _gains(server, change, resets=plan.lora.method == "fedsvd" and role == "lora_B")
     largest = 0.0
     rounds = plan.training.rounds
     for number in count(1):
@@ -107,13 +113,39 @@ def largest_steps(plan: TrainingPlan, role: str, sites: int) -> Iterator[float]:
             )
 
 
-def _gains(plan: TrainingPlan, change: float, *, resets: bool) -> Iterator[float]:
+def largest_step(server: ServerOptimizer, change: float, rounds: int) -> float:
+    """The most that any round of a job moves an element, whatever is trained in it.
+
+    Args:
+        change: largest magnitude of the element's change in a round.
+        rounds: number of rounds of the job.
+    """
+    if isinstance(server, Average):
+        return change
+    rate = max(server.adapter_learning_rate, server.head_learning_rate or 0.0)
+    return rate * max(islice(_gains(server, change, resets=False), rounds))
+
+
+def longest_step(plan: TrainingPlan) -> float:
+    """What a site's `max_clip_range` bounds: the most that a round of a plan may move an element.
+
+    In distributed mode, it is the longest step by a mean of gradients of at most the clip norm. The
+    bound of an adapter (`require_reachable`) is larger there: it holds for every sum that sites
+    can send.
+    """
+    privacy, change = plan.privacy, plan.aggregation.clip_range
+    if isinstance(privacy, DistributedPrivacy):
+        change = privacy.clip_norm
+    return largest_step(plan.server, change, plan.training.rounds)
+
+
+def _gains(server: ServerOptimizer, change: float, *, resets: bool) -> Iterator[float]:
     """For t = 1, 2, ..., the largest t-th step of an element at a learning rate of 1.
 
     Args:
         resets: whether the moments of adam and yogi are reset before each step.
     """
-    match plan.server:
+    match server:
         case Average():
             while True:
                 yield change
@@ -122,7 +154,7 @@ def _gains(plan: TrainingPlan, change: float, *, resets: bool) -> Iterator[float
             while True:
                 total = momentum * total + 1.0
                 yield change * (1.0 + momentum * total if nesterov else total)
-        case ServerAdam() | ServerYogi() as server:
+        case ServerAdam() | ServerYogi():
             ratios = _ratios(server)
             ratio = next(ratios)
             while True:

@@ -7,7 +7,7 @@ import msgspec
 
 from umbel_common.plans.drafted_start import DraftedLabelNames
 from umbel_common.plans.server_optimizer import Average
-from umbel_simulations.scenario.plan import plan_optimizer, plan_task
+from umbel_simulations.scenario.plan import drafted_aggregation, plan_optimizer, plan_task
 from umbel_simulations.scenario.scenario import Scenario
 from umbel_simulations.scenario.toml_text import toml_text
 
@@ -40,11 +40,12 @@ def draft_toml(
         },
         "training.optimizer": _fields(plan_optimizer(scenario)),
         "privacy": _fields(scenario.privacy),
-        "aggregation": _fields(scenario.aggregation),
+        "aggregation": _fields(drafted_aggregation(scenario)),
     }
-    if scenario.server != Average():
-        tables["server"] = _fields(scenario.server)
-        tables["server.schedule"] = tables["server"].pop("schedule")
+    if not isinstance(scenario.server, Average):
+        server = _fields(scenario.server)
+        tables["server"] = {name: of for name, of in server.items() if name != "schedule"}
+        tables["server.schedule"] = _fields(scenario.server.schedule)
     if scenario.evaluation is not None:
         tables["evaluation"] = _fields(scenario.evaluation)
     if scenario.release_gate is not None:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
+from umbel_client.planning.distributed import DraftDistributed
 from umbel_common.canonical import Name, Value
 from umbel_common.plans.drafted_start import DraftedLabelNames, DraftedSeed
 from umbel_common.plans.figures import Format
@@ -166,10 +167,12 @@ class TrainingSettings(Value, frozen=True):
     """Optimizer steps of a site in each round."""
     expected_batch_size: Count
     """Average number of records in a Poisson batch."""
-    adapter_learning_rate: Positive
+    adapter_learning_rate: Positive | None = None
+    """Needed unless `optimizer` is `none`."""
     head_learning_rate: Positive | None = None
     """Learning rate of a classification head; absent: the adapter's."""
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "sgd", "none"] = "adam"
+    """`none`: distributed mode, whose steps the server takes (`[server]`)."""
     beta1: Fraction = 0.9
     """Adam only."""
     beta2: Fraction = 0.99
@@ -193,10 +196,12 @@ class AggregationSettings(Value, frozen=True):
 
     threshold: Annotated[int, msgspec.Meta(ge=2, le=100)]
     """Number of shares that recover a secret, and the smallest number of survivors."""
-    clip_range: Positive = 1.0
-    """Each coordinate of a delta is clipped to [-clip_range, clip_range]."""
-    step: Positive = 1e-6
-    """Quantisation step, in units of the delta."""
+    clip_range: Positive | None = None
+    """Each coordinate of a delta is clipped to [-clip_range, clip_range]; absent: to 1, or in
+    distributed mode to what the ring has room for."""
+    step: Positive | None = None
+    """Quantisation step, in units of the delta; absent: 1e-6. In distributed mode it follows from
+    the noise."""
     ring_bits: Literal[16, 32] = 32
     """Number of bits of a masked coordinate on the wire."""
     weights: Literal["equal", "size-class", "examples"] = "equal"
@@ -282,8 +287,9 @@ class Scenario(Value, frozen=True, kw_only=True):
     task: Task = ClassificationSettings()
     lora: LoraSettings
     training: TrainingSettings
-    privacy: LocalPrivacy | NoPrivacy
-    """`mode = "local"` with epsilon, delta, clip_norm and clipping, or `mode = "none"`."""
+    privacy: LocalPrivacy | NoPrivacy | DraftDistributed
+    """`mode = "local"` with epsilon, delta, clip_norm and clipping; `mode = "distributed"`, which
+    has more; or `mode = "none"`."""
     aggregation: AggregationSettings
     server: ServerOptimizer = Average()
     """`[server]`: the server's optimizer; see `umbel_common.plans.server_optimizer`. Absent: the
