@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from umbel_client.privacy.accounting import total_epsilon
+from umbel_client.privacy.attempt_cost import attempt_cost
 from umbel_client.privacy.calibration import SiteNoise, evaluation_event, noise_for
 from umbel_common.adapters.peft_folder import (
     ADAPTER_FILE,
@@ -30,7 +31,7 @@ from umbel_common.errors import (
     UmbelError,
     VerificationError,
 )
-from umbel_common.plans.plan import PLAN_VERSIONS, LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import PLAN_VERSIONS, DifferentialPrivacy, LocalPrivacy, TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.plans.start import SeedStart
 from umbel_common.plans.statements import HEADER_VERSIONS, RELEASE_VERSIONS
@@ -219,14 +220,14 @@ def _verify_summary(path: Path, job: VerifiedJob, roster: Roster) -> None:
     except (OSError, msgspec.MsgspecError) as error:
         raise VerificationError("a summary cannot be read", file=path, found=error) from error
     plan = job.plan
-    privacy = plan.privacy if isinstance(plan.privacy, LocalPrivacy) else None
+    privacy = plan.privacy if isinstance(plan.privacy, DifferentialPrivacy) else None
     figures = {
         "transcript_head": (summary.transcript_head, job.head.hex()),
         "adapter_digest": (summary.adapter_digest, job.last.adapter.hex()),
         "aborted_attempts": (summary.aborted_attempts, job.aborted_attempts),
         "model": (summary.model, plan.model.name),
         "method": (summary.method, plan.lora.method),
-        "privacy": (summary.privacy, "none" if privacy is None else "local"),
+        "privacy": (summary.privacy, plan.privacy.__struct_config__.tag),
         "rounds": (summary.rounds, plan.training.rounds),
         "local_steps": (summary.local_steps, plan.training.local_steps),
         "trained_parameters": (summary.trained_parameters, size_of(plan.trained_tensors(1))),
@@ -264,7 +265,10 @@ differ by a part of it."""
 
 
 def _can_be(
-    site: SiteResult, curve: Sequence[CurvePoint], job: VerifiedJob, privacy: LocalPrivacy | None
+    site: SiteResult,
+    curve: Sequence[CurvePoint],
+    job: VerifiedJob,
+    privacy: DifferentialPrivacy | None,
 ) -> bool:
     """Whether the figures of a site fit together, and are those of a job of this plan.
 
@@ -286,8 +290,21 @@ def _can_be(
         return False
     if not math.isclose(site.sampling_rate, noise.sampling_rate):
         return False
+    shared = site.shared_epsilon
     if privacy is None:
-        return not known and site.delta is None and site.noise_multiplier is None
+        figures = (site.delta, site.noise_multiplier, shared)
+        return not known and all(figure is None for figure in figures)
+    attempts = attempt_cost(job.plan)
+    if attempts is None:
+        fits = shared is None and all(epsilon <= privacy.epsilon for epsilon in known)
+        least = _cost(job.plan, noise, rounds)
+    else:
+        bounds = attempts.epsilons(privacy.delta)
+        readers = total_epsilon(attempts.for_readers(rounds), privacy.delta)
+        fits = (1 - _TOLERANCE) * readers <= (shared or 0.0) <= privacy.epsilon and all(
+            epsilon <= (1 + _TOLERANCE) * bounds.everybody for epsilon in known
+        )
+        least = total_epsilon(attempts.for_everybody(rounds), privacy.delta)
     return (
         site.delta == privacy.delta
         and site.noise_multiplier is not None
@@ -295,8 +312,9 @@ def _can_be(
         and math.isclose(site.noise_multiplier, noise.noise_multiplier, rel_tol=_TOLERANCE)
         # What was spent never comes back.
         and known == sorted(known)
-        and all(0 <= epsilon <= privacy.epsilon for epsilon in known)
-        and (site.epsilon or 0.0) >= (1 - _TOLERANCE) * _cost(job.plan, noise, rounds)
+        and all(epsilon >= 0 for epsilon in known)
+        and fits
+        and (site.epsilon or 0.0) >= (1 - _TOLERANCE) * least
         and (site.epsilon is not None or rounds == 0)
     )
 
