@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
+import msgspec
 import pytest
 import typer.testing
 
@@ -39,7 +40,10 @@ from umbel_common.plans.plan import (
     Tensor,
     Training,
     TrainingPlan,
+    TrainingPlan2,
+    second_version,
 )
+from umbel_common.plans.server_optimizer import ServerOptimizer
 from umbel_common.trust.identity import Identity, Member, Roster
 
 _limit = resource.setrlimit
@@ -195,6 +199,22 @@ def make_plan() -> Callable[..., TrainingPlan]:
             "aggregation": Aggregation(threshold=2, clip_range=1.0, step=1e-6),
         }
         return TrainingPlan(**{**fields, **parts})  # type: ignore[arg-type]  # fields by name
+
+    return make
+
+
+@pytest.fixture
+def make_plan2(
+    make_plan: Callable[..., TrainingPlan],
+) -> Callable[..., TrainingPlan2]:
+    """Like `make_plan`, in version 2: also with a `server` and a `method`."""
+
+    def make(
+        server: ServerOptimizer | None = None, method: str = "both", **parts: object
+    ) -> TrainingPlan2:
+        plan = make_plan(**parts)
+        lora = msgspec.structs.replace(plan.lora, method=method)
+        return second_version(msgspec.structs.replace(plan, lora=lora), server=server)
 
     return make
 

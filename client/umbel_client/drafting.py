@@ -44,32 +44,50 @@ step = 1e-6
 [release_gate]
 holdout = "public.jsonl"
 max_loss_increase = 0.05
+
+[start]
+start = "label-names"
 ```
+
+A draft with `[start]` comes with `--start FILE`. A head that starts at its labels' names is written
+to this file. For an adapter that an earlier job released, the file says which one it is.
 """
 
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from umbel_client.trainer.isolation import confine_command
 from umbel_common.plans.plan import TrainingPlan
 from umbel_host.entry import enter, exit_code
 from umbel_host.terminal import say
 
+if TYPE_CHECKING:
+    from umbel_common.plans.drafted_start import DraftedStart
+    from umbel_common.plans.requests import EarlierAdapter
+
+START = Path("--start")
+
 
 def main() -> int:
     """Writes the plan of the draft or plan on the command line to standard output."""
     confine_command()
     paths = [Path(argument) for argument in sys.argv[1:]]
+    if START in paths:
+        place = paths.index(START)
+        _, start = paths[place : place + 2]
+        return exit_code(lambda: print(made(*paths[:place], start=start), end=""))
     return exit_code(lambda: print(made(*paths), end=""))
 
 
-def made(file: Path, model: Path | None = None) -> str:
+def made(file: Path, model: Path | None = None, *, start: Path | None = None) -> str:
     """The text of a plan's file.
 
     Args:
         file: a draft; or a plan, with `model`.
         model: the folder of the plan's base model, which is loaded to try it.
+        start: the file of a draft's `[start]`, see above.
 
     Raises:
         UmbelError: the file or the model does not make a plan.
@@ -102,16 +120,51 @@ def made(file: Path, model: Path | None = None) -> str:
 
     # Before the packages are imported, which takes seconds.
     draft, folder = read_draft(file), file.absolute().parent
+    from umbel_client.planning.start import is_computed, started
+
     if not _can_load():
+        if is_computed(draft.start):
+            raise ModelError(
+                "a head starts at the embeddings of its labels' names, for which the model has to"
+                " be loaded, and the packages for that are not installed here",
+                file=file,
+                field="start",
+                found="label-names",
+                remedy="name a Python that has them in evaluation.python of server.toml"
+                f" ({install('client')}), or make the plan on such a machine and copy it with the"
+                " file of its start",
+            )
         from umbel_client.planning.untried import untried_plan
 
-        return plan_to_json(untried_plan(draft, folder), not_tried=True)
+        untried = untried_plan(draft, folder)
+        untried, _ = started(untried, draft, folder, _earlier(draft.start, start))
+        return plan_to_json(untried, not_tried=True)
 
     from umbel_client.planning.draft import make_plan
 
     plan = make_plan(draft, folder)
     _look_at(model_folder(draft, folder), plan)
+    plan, vector = started(plan, draft, folder, _earlier(draft.start, start))
+    if vector is not None and start is not None:
+        from umbel_host.files.start_file import write_start
+
+        write_start(start, plan, vector)
     return plan_to_json(plan)
+
+
+def _earlier(asked: "DraftedStart | None", file: Path | None) -> "EarlierAdapter | None":
+    """What the operator's registry says about the adapter that a draft names."""
+    from umbel_common.errors import PlanError
+    from umbel_common.plans.drafted_start import DraftedReleased
+    from umbel_common.plans.requests import EarlierAdapter
+    from umbel_common.toml_values import from_table
+    from umbel_host.files.text_file import read_text
+
+    if file is None or not isinstance(asked, DraftedReleased):
+        return None
+    import msgspec
+
+    return from_table(msgspec.json.decode(read_text(file, PlanError)), EarlierAdapter, file)
 
 
 def _can_load() -> bool:

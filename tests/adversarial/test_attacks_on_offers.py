@@ -29,9 +29,9 @@ from umbel_client.site.config import ClientConfig, ModelConfig, load_config
 from umbel_client.site.pinned_roster import Pinned
 from umbel_client.tasks import prepared
 from umbel_client.tasks.physical_batches import BatchLimit
-from umbel_client.trainer import handler, job, opening
+from umbel_client.trainer import handler, opening
 from umbel_client.trainer.handler import Trainer
-from umbel_client.trainer.job import SiteJob
+from umbel_client.trainer.local_job import FAILED, LocalJob
 from umbel_client.training.round import LocalTrainer
 from umbel_common.adapters.vector import adapter_digest, initial_vector, to_bytes
 from umbel_common.errors import DataError, LedgerError, ModelError, StorageError
@@ -205,7 +205,7 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def looking_first(*, misfit: Misfit = refuse) -> Iterator[None]:
     """Takes the fix out: a site reads and prepares its records before it answers an offer."""
 
-    def opened(config: ClientConfig, plan: TrainingPlan, *rest: Any, **options: Any) -> SiteJob:
+    def opened(config: ClientConfig, plan: TrainingPlan, *rest: Any, **options: Any) -> LocalJob:
         roster, _ = rest
         found = opening.open_job(config, plan, roster, SiteData.load(config), **options)
         try:
@@ -407,15 +407,15 @@ def drawn_again() -> Iterator[None]:
     """Takes the fix out: a round ends only with an error of the kind that was foreseen."""
 
     @contextmanager
-    def final(self: SiteJob, number: int, but: Any = ()) -> Iterator[None]:
+    def final(self: LocalJob, number: int, but: Any = ()) -> Iterator[None]:
         try:
             yield
         except ModelError:
-            self.record(number, job.FAILED)
+            self.record(number, FAILED)
             raise
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SiteJob, "_final", final)
+        patch.setattr(LocalJob, "_final", final)
         yield
 
 
@@ -455,7 +455,7 @@ def test_a_failed_round_is_not_drawn_again_whatever_failed(
     assert len(draws) == 1
     assert "is not repeated" in site.observer.errors[-1].diagnostics()
     (entry,) = site.ledger().history()
-    assert entry.delta_digest == job.FAILED
+    assert entry.delta_digest == FAILED
     if isinstance(failure, ModelError):
         return
     draws.clear()
@@ -481,7 +481,7 @@ def test_a_full_disk_before_anything_is_drawn_leaves_the_round_as_it_was(
     assert [entry.delta_digest for entry in site.ledger().history()] == [None]
     site.ask(train_request(plan, 2), size_limit(plan))
     (entry,) = site.ledger().history()
-    assert entry.delta_digest not in (None, job.FAILED)
+    assert entry.delta_digest not in (None, FAILED)
 
 
 @pytest.mark.usefixtures("loaded_once")
@@ -512,12 +512,12 @@ def test_another_offer_does_not_have_a_failed_round_drawn_again(
             assert not site.accepts(asking(plan, max_tokens=16))
     with monkeypatch.context() as patch:
         if not settled:
-            patch.setattr(SiteJob, "settle", lambda _: None)
+            patch.setattr(LocalJob, "settle", lambda _: None)
         site.accepts(asking(plan, max_tokens=16))
     site.ask(train_request(plan, 2), size_limit(plan))
     assert len(draws) == (1 if settled else 2)
     (entry,) = site.ledger().history()
-    assert entry.delta_digest == job.FAILED
+    assert entry.delta_digest == FAILED
 
 
 def test_a_record_that_does_not_fit_changes_no_answer_of_a_round(

@@ -161,7 +161,7 @@ def test_an_adapter_that_no_round_leads_to_is_refused(
         assert federation.refusal(SITE, request) == "adapter-too-far"
         assert federation.spent_rounds(SITE) == 0
     else:
-        monkeypatch.setattr(checks, "require_reachable", lambda *given: None)
+        monkeypatch.setattr(checks, "require_reachable", lambda *given, **named: None)
         federation.ask(SITE, request)
         assert federation.spent_rounds(SITE) == 1
 
@@ -390,7 +390,7 @@ def test_a_refused_offer_changes_nothing_of_the_attempt_under_way(federation: An
         )["delta"]
         for site in federation.identities
     ]
-    encoding = encoding_of(federation.plan.aggregation, 3)
+    encoding = encoding_of(federation.plan, 3)
     _, mean = decode_sum(outcome.aggregate.total, encoding)
     assert np.abs(mean - np.mean(deltas, axis=0)).max() < 2 * encoding.step
 

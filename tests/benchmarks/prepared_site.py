@@ -19,7 +19,7 @@ from umbel_client.privacy.calibration import SiteNoise
 from umbel_client.site.config import ClientConfig
 from umbel_client.storage.deltas import DeltaCache, OptimizerState
 from umbel_client.storage.journal import Published
-from umbel_client.trainer.job import SiteJob
+from umbel_client.trainer.local_job import LocalJob
 from umbel_client.trainer.observer import Observer
 from umbel_client.trainer.service import run
 from umbel_common.adapters.vector import Vector, size_of
@@ -32,7 +32,7 @@ from umbel_host.processes.log import configure
 SPREAD = np.float32(1e-3)
 
 
-class PreparedJob(SiteJob):
+class PreparedJob(LocalJob):
     """A job whose deltas are there at once."""
 
     def prepare(self) -> None:

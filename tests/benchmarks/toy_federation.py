@@ -148,7 +148,7 @@ class ToySite:
                 return ShareReply(context=request.context, shares=shares)
             case MaskRequest():
                 delta = np.zeros(plan.lora.size, dtype=np.float32)
-                encoding = encoding_of(plan.aggregation, self._cohort)
+                encoding = encoding_of(plan, self._cohort)
                 vector = encode(delta, 1, encoding, os.urandom)
                 self._state, masked = self._state.receive(request.shares, vector)
                 return MaskReply(context=request.context, vector=masked.tobytes())

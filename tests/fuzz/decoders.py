@@ -1,14 +1,17 @@
 """Targets: all decoders of bytes that a stranger sent."""
 
+import math
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 from fuzz.choices import Choices
 from fuzz.mutate import damaged, encoded, mutated, trees_of
 from fuzz.target import Place, Property, Target
-from vectors.values import IDENTITIES, OPERATOR, REPLIES, REQUESTS, ROSTER, STATEMENTS
+from vectors.values import IDENTITIES, OPERATOR, REPLIES, REQUESTS, ROSTER, ROSTER2, STATEMENTS
 
+from umbel_common.adapters.reach import largest_steps
 from umbel_common.adapters.vector import from_bytes, initial_vector, size_of, to_bytes
 from umbel_common.canonical import Value, decode_canonical, encode
 from umbel_common.errors import PlanError, RemoteProtocolError
@@ -25,7 +28,7 @@ from umbel_common.protocol.wire import (
     size_limit,
 )
 from umbel_common.secagg.encoding import Encoding, decode_sum, encoding_of
-from umbel_common.trust.identity import Roster, label_of, open_signed, sign
+from umbel_common.trust.identity import Roster, Roster2, label_of, open_signed, sign
 
 LIMIT = 100_000
 ASKED = request_digest(b"a sealed request")
@@ -89,8 +92,8 @@ def _envelopes(_: Place) -> Property:
 
 def _statements(kind: type[Value]) -> Callable[[Place], Property]:
     """No two byte strings decode to one statement, and a statement survives its encoding."""
-    values = [value for _, value in STATEMENTS.values()] + [ROSTER]
-    honest = trees_of([value for value in values if isinstance(value, kind)])
+    values = [*(value for _, value in STATEMENTS.values()), ROSTER, ROSTER2]
+    honest = trees_of([value for value in values if type(value) is kind])
 
     def prove(data: bytes) -> None:
         body = _body(data, honest)
@@ -114,7 +117,11 @@ def _plans(_: Place) -> Property:
         assert size_limit(plan) > HEADER_BYTES + 4 * plan.lora.size
         for number in (1, 2):
             assert size_of(plan.trained_tensors(number)) <= plan.lora.size
-        encoding_of(plan.aggregation, 3).prove_headroom()
+        encoding_of(plan, 3).prove_headroom()
+        for role in ("lora_A", "lora_B", "head"):
+            # Rounds can be many, and the bound of each is a number.
+            for step in islice(largest_steps(plan, role, 3), 5):
+                assert 0 <= step < math.inf
         if plan.lora.size <= 2000:
             vector = initial_vector(plan)
             assert vector.size == plan.lora.size
@@ -159,7 +166,8 @@ def _sums(_: Place) -> Property:
 
 REMOTE = (RemoteProtocolError,)
 STATEMENT_KINDS = sorted(
-    {type(value) for _, value in STATEMENTS.values()} | {Roster}, key=lambda kind: kind.__name__
+    {type(value) for _, value in STATEMENTS.values()} | {Roster, Roster2},
+    key=lambda kind: kind.__name__,
 )
 
 DECODERS = (

@@ -100,7 +100,7 @@ class ToySite:
             case participant.Shared() as state, MaskRequest():
                 header = self.header
                 assert header is not None
-                encoding = encoding_of(self.plan.aggregation, len(header.cohort))
+                encoding = encoding_of(self.plan, len(header.cohort))
                 counts = SiteCounts(score=30.0, records=40.0)
                 delta = with_counts(self.delta(header.round), counts, self.plan)
                 vector = encode(delta, 1, encoding, os.urandom)
@@ -230,14 +230,17 @@ class Setting:
 def make_setting(
     tmp_path: Path,
     make_plan: Callable[..., TrainingPlan],
+    make_plan2: Callable[..., TrainingPlan],
     make_federation: Callable[[int], tuple[Identity, dict[str, Identity], Roster]],
 ) -> Iterator[Callable[..., Setting]]:
-    """A federation of so many toy sites; keyword arguments replace parts of the plan."""
+    """A federation of so many toy sites; keyword arguments replace parts of the plan, which is of
+    version 2 if it has a `server`."""
     settings: list[Setting] = []
 
     def make(count: int, folder: Path = tmp_path, **parts: object) -> Setting:
         operator, identities, roster = make_federation(count)
-        setting = Setting(folder, make_plan(**parts), operator, identities, roster)
+        plan = (make_plan2 if "server" in parts else make_plan)(**parts)
+        setting = Setting(folder, plan, operator, identities, roster)
         settings.append(setting)
         return setting
 

@@ -10,7 +10,7 @@ import msgspec
 
 from umbel_client.planning import draft_file
 from umbel_client.site import config, policy
-from umbel_common.plans import plan
+from umbel_common.plans import plan, server_optimizer
 from umbel_server.operator import config as operator
 
 PAGE = Path(__file__).parents[2] / "docs" / "fields.md"
@@ -27,6 +27,11 @@ DRAFT = (
     ('`[privacy]` with `mode = "local"`', plan.LocalPrivacy),
     ('`[privacy]` with `mode = "none"`', plan.NoPrivacy),
     ("`[aggregation]`", plan.Aggregation),
+    ('`[server]` with `optimizer = "average"`', server_optimizer.Average),
+    ('`[server]` with `optimizer = "sgd"`', server_optimizer.ServerSgd),
+    ('`[server]` with `optimizer = "adam"`', server_optimizer.ServerAdam),
+    ('`[server]` with `optimizer = "yogi"`', server_optimizer.ServerYogi),
+    ("`[server.schedule]`", server_optimizer.Schedule),
     ("`[evaluation]`, counts in each round", plan.FederatedEvaluation),
     ("`[release_gate]`", draft_file.DraftGate),
 )
@@ -76,8 +81,8 @@ SELF_EVIDENT = {
     "rank": "Rank of the adapter's matrices.",
     "alpha": "Scale of the adapter: its product is multiplied by `alpha / rank`.",
     "layers": "Numbers of the layers, from 0, that get an adapter; absent: all.",
-    "method": "Matrices that are trained: `both`, `ffa` (B only), or `alternate` (B in odd rounds,"
-    " A in even ones).",
+    "method": "Matrices that are trained: `both`, `ffa` (B only), `alternate` (B in odd rounds,"
+    " A in even ones), or `fedsvd` (B, and the server rotates both).",
     "scaling": "`standard`, or `rank-stabilised`: `alpha` divided by the root of the rank.",
     "use_dora": "Only this value; see `modules_to_save`.",
     "lora_dropout": "Only this value; see `modules_to_save`.",
@@ -90,6 +95,7 @@ SELF_EVIDENT = {
     "beta1": "Decay of Adam's first moment.",
     "beta2": "Decay of Adam's second moment.",
     "momentum": "Momentum of gradient descent; 0: none.",
+    "schedule": "A table, below.",
     "epsilon": "Epsilon of the whole job at each site.",
     "delta": "Delta of the whole job at each site.",
     "ring_bits": "Bits of each masked number.",
@@ -103,7 +109,16 @@ SELF_EVIDENT = {
 
 
 def meanings(kind: type) -> dict[str, str]:
-    """What the text below each field of a class says."""
+    """What the text below each field of a class says, there or in a class that it inherits from."""
+    return {
+        name: text
+        for one in reversed(kind.__mro__)
+        if one.__module__.startswith("umbel_")
+        for name, text in _own_meanings(one).items()
+    }
+
+
+def _own_meanings(kind: type) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(tree, ast.ClassDef)
     found, name = {}, None

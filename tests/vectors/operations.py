@@ -11,8 +11,8 @@ from vectors.run import Run
 from umbel_common import canonical
 from umbel_common.adapters.vector import from_bytes
 from umbel_common.canonical import Value
-from umbel_common.plans.plan import TrainingPlan
-from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.plans.plan import PLAN_VERSIONS
+from umbel_common.plans.statements import HEADER_VERSIONS, RELEASE_VERSIONS, EarlyEnd
 from umbel_common.protocol import transcript, wire
 from umbel_common.secagg import masking, messages, primitives, shamir
 from umbel_common.secagg.encoding import Encoding, encode
@@ -23,9 +23,10 @@ KINDS: dict[str, type[Value]] = {
     identity.label_of(kind): kind
     for kind in (
         identity.Roster,
-        TrainingPlan,
-        RoundHeader,
-        Release,
+        identity.Roster2,
+        *PLAN_VERSIONS,
+        *HEADER_VERSIONS,
+        *RELEASE_VERSIONS,
         EarlyEnd,
         messages.KeyAdvert,
         messages.Survivors,

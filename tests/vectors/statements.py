@@ -4,7 +4,17 @@ from typing import Any
 
 from vectors.cases import Case, accepted, identity, refused
 from vectors.messagepack import Pairs, Raw, pack
-from vectors.values import ADVERT, HEADER, RELEASE, ROSTER, STATEMENTS, SURVIVORS
+from vectors.values import (
+    ADVERT,
+    HEADER,
+    HEADER2,
+    RELEASE,
+    RELEASE2,
+    ROSTER,
+    ROSTER2,
+    STATEMENTS,
+    SURVIVORS,
+)
 
 from umbel_common.canonical import Value, digest, encode
 from umbel_common.trust.identity import label_of
@@ -13,14 +23,15 @@ MALFORMED = "malformed-message"
 
 
 def statement_cases() -> list[Case]:
-    """Every statement signed and opened, the roster's digest, and refusals."""
+    """Every statement signed and opened, the rosters' digests, and refusals."""
     cases = [
         accepted(
-            "the roster",
+            name,
             "digest-statement",
-            {"label": "Roster", "fields": ROSTER},
-            {"statement": encode(ROSTER), "digest": ROSTER.digest()},
+            {"label": label_of(type(roster)), "fields": roster},
+            {"statement": encode(roster), "digest": roster.digest()},
         )
+        for name, roster in (("the roster", ROSTER), ("the roster of version 2", ROSTER2))
     ]
     for name, (signer, statement) in STATEMENTS.items():
         data, label = encode(statement), label_of(type(statement))
@@ -63,6 +74,11 @@ def _malformed() -> list[Case]:
         "a missing field": ("KeyAdvert", pack(Pairs(entries[:-1]))),
         "a missing version": ("RoundHeader", pack(Pairs(tuple(header.items())[:-1]))),
         "another version": ("RoundHeader", pack({**header, "version": 2})),
+        "version 2 that names version 1": (
+            "RoundHeader2",
+            pack({**_fields(HEADER2), "version": 1}),
+        ),
+        "version 2 without its further field": ("RoundHeader2", encode(HEADER)),
         "another order of the map": ("KeyAdvert", pack(Pairs((*entries[1:], entries[0])))),
         "a duplicate key, same value": ("KeyAdvert", pack(Pairs((*entries, entries[-1])))),
         "a duplicate key, other value": (
@@ -127,6 +143,9 @@ def _wrongly_signed() -> list[Case]:
         "signed as another type": _opening("KeyAdvert", encode(ADVERT), "site-a", "Survivors"),
         "a release signed as a header": _opening(
             "Release", encode(RELEASE), "operator", "RoundHeader"
+        ),
+        "a release of one version signed as another": _opening(
+            "Release2", encode(RELEASE2), "operator", "Release"
         ),
         "one bit of the statement flipped": {
             "statement": good["statement"][:-1] + bytes([good["statement"][-1] ^ 1])

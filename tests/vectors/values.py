@@ -10,16 +10,22 @@ from umbel_common.plans.plan import (
     Aggregation,
     BaseModel,
     Classification,
+    DistributedPrivacy,
+    FederatedEvaluation,
     LocalPrivacy,
     Lora,
+    NoOptimizer,
     NoPrivacy,
     ReleaseGate,
     Sgd,
     Tensor,
     Training,
     TrainingPlan,
+    second_version,
 )
-from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.plans.server_optimizer import Schedule, ServerAdam, ServerSgd, ServerYogi
+from umbel_common.plans.start import LabelNamesStart, ReleasedStart
+from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader, chained, with_sum
 from umbel_common.protocol.transcript import (
     AttemptAborted,
     Entry,
@@ -55,7 +61,7 @@ from umbel_common.secagg.messages import (
     Survivors,
     SurvivorSignature,
 )
-from umbel_common.trust.identity import Member, Roster, Signed, sign
+from umbel_common.trust.identity import Approver, Member, Member2, Roster, Roster2, Signed, sign
 
 SITES = ("site-a", "site-b", "site-c")
 OPERATOR = identity("operator")
@@ -68,6 +74,21 @@ ROSTER = Roster(
         Member(name=site, public_key=IDENTITIES[site].public_key, weight=index + 1)
         for index, site in enumerate(SITES)
     ),
+)
+ROSTER2 = Roster2(
+    federation="clinics",
+    operator=OPERATOR.public_key,
+    members=tuple(
+        Member2(
+            name=site,
+            public_key=IDENTITIES[site].public_key,
+            weight=index + 1,
+            public_size=None if index else 70_000,
+        )
+        for index, site in enumerate(SITES)
+    ),
+    approvers=(Approver(name="person-a", public_key=identity("person-a").public_key),),
+    approvals=1,
 )
 
 PLAN = TrainingPlan(
@@ -126,6 +147,48 @@ GATED_PLAN = msgspec.structs.replace(
     PLAN,
     release_gate=ReleaseGate(holdout=sample("holdout digest", 32), max_loss_increase=0.05),
 )
+PLAN2 = second_version(
+    PLAN,
+    server=ServerAdam(
+        adapter_learning_rate=1e-3,
+        head_learning_rate=0.25,
+        schedule=Schedule(warmup_rounds=1, decay="cosine", final=0.125),
+    ),
+    start=LabelNamesStart(
+        tensor=sample("start digest", 32), names=("no harm", "harm ä"), scale=10.0
+    ),
+)
+"""A plan of version 2 with a start and an optimizer of the server."""
+GATED_PLAN2 = second_version(
+    msgspec.structs.replace(
+        GATED_PLAN, evaluation=FederatedEvaluation(noise_multiplier=4.0, max_records=500)
+    ),
+    server=ServerYogi(adapter_learning_rate=1e-3, beta1=0.5),
+    start=ReleasedStart(
+        tensor=sample("start digest", 32),
+        plan=sample("earlier plan", 32),
+        round=300,
+        largest_norm=12.5,
+    ),
+)
+SHARED_PLAN2 = second_version(
+    msgspec.structs.replace(
+        PLAN,
+        lora=msgspec.structs.replace(PLAN.lora, method="fedsvd"),
+        training=msgspec.structs.replace(PLAN.training, local_steps=1, optimizer=NoOptimizer()),
+        privacy=DistributedPrivacy(
+            epsilon=3.0,
+            delta=1e-5,
+            clip_norm=1.0,
+            sampling_rate=0.09375,
+            noise_bits=12,
+            honest=2,
+            least_survivors=3,
+            most_attempts=300,
+        ),
+    ),
+    server=ServerSgd(adapter_learning_rate=0.5, nesterov=True),
+)
 
 HEADER = RoundHeader(
     federation="clinics",
@@ -148,6 +211,13 @@ RELEASE = Release(
     adapter=sample("next adapter digest", 32),
     survivors=SITES[:2],
     total_weight=2,
+)
+HEADER2 = chained(
+    msgspec.structs.replace(HEADER, plan=PLAN2.digest()), sample("transcript head", 32)
+)
+RELEASE2 = with_sum(
+    msgspec.structs.replace(RELEASE, plan=PLAN2.digest(), context=HEADER2.context()),
+    sample("sum digest", 32),
 )
 ADVERT = KeyAdvert(
     context=CONTEXT,
@@ -174,8 +244,13 @@ STATEMENTS: dict[str, tuple[str, Value]] = {
     "a plan": ("operator", PLAN),
     "a plan without privacy": ("operator", OTHER_PLAN),
     "a plan with a release gate": ("operator", GATED_PLAN),
+    "a plan of version 2": ("operator", PLAN2),
+    "a plan of version 2 with every part": ("operator", GATED_PLAN2),
+    "a plan with shared noise": ("operator", SHARED_PLAN2),
     "a round header": ("operator", HEADER),
+    "a round header of version 2": ("operator", HEADER2),
     "a release": ("operator", RELEASE),
+    "a release of version 2": ("operator", RELEASE2),
     "an early end": ("operator", EARLY_END),
     "a key advert": ("site-a", ADVERT),
     "a survivor set": ("site-a", SURVIVORS),

@@ -21,7 +21,7 @@ from umbel_client.tasks.physical_batches import ran_out_of_memory
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.tasks.task import made_up_labels, task_of
 from umbel_common.errors import ModelError
-from umbel_common.plans.plan import CausalLm, LocalPrivacy
+from umbel_common.plans.plan import CausalLm, DifferentialPrivacy
 
 SHARE = 0.5
 """Share of the free memory that a physical batch may take, as counted here. The rest is for other
@@ -119,7 +119,7 @@ def record_bytes(model: AdaptedModel, device: torch.device | None = None) -> tup
     """
     plan = model.plan
     device = model.device if device is None else device
-    private = isinstance(plan.privacy, LocalPrivacy)
+    private = isinstance(plan.privacy, DifferentialPrivacy)
     rounds = []
     try:
         for number in plan.kinds_of_rounds:
@@ -159,7 +159,7 @@ def saved_bytes(model: AdaptedModel, batch: Batch, device: torch.device | None =
         # Torch frees no graph that holds its own outputs.
         return tensor.detach()
 
-    private = isinstance(model.plan.privacy, LocalPrivacy)
+    private = isinstance(model.plan.privacy, DifferentialPrivacy)
     with (
         per_record_gradients(model) if private else nullcontext(),
         torch.enable_grad(),

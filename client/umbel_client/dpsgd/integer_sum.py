@@ -14,7 +14,6 @@ This module is part of the core of the privacy guarantee. Never add or change he
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,17 +23,14 @@ from umbel_client.data.tokens import Ints
 from umbel_client.dpsgd.private_step import (
     Clipping,
     Gradients,
+    GradientSum,
     clip_factors,
     flat,
-    take_gradients,
 )
-from umbel_client.dpsgd.step_noise import by_device
-
-MOST_STEPS = 2.0**24
-"""Largest clip norm in steps of the grid: float32 holds every integer up to it."""
+from umbel_common.plans.plan import MOST_STEPS
 
 
-class IntegerSum:
+class IntegerSum(GradientSum):
     """Clips, rounds and sums the gradients of one batch, physical batch by physical batch."""
 
     def __init__(
@@ -44,68 +40,49 @@ class IntegerSum:
         clip_norm: float,
         grid: float,
         clipping: Clipping = flat,
+        copies: Sequence[Sequence[torch.nn.Parameter]] = (),
     ) -> None:
         """Sums the gradients of these parameters, in their order.
 
         Args:
-            clip_norm: largest contribution of one unit, in the Euclidean norm.
+            clip_norm, copies: see `GradientSum`.
             grid: one step, in units of the gradient.
 
         Raises:
             ValueError: the clip norm has more steps than `MOST_STEPS`.
+            RuntimeError: two copies are on one device.
         """
         if not clip_norm / grid <= MOST_STEPS:
-            raise ValueError(f"a clip norm of {clip_norm / grid:g} steps, accepted: {MOST_STEPS:g}")
-        self._parameters = list(parameters)
-        self._there = by_device(self._parameters)
-        self._clip_norm = clip_norm
-        self._grid = grid
-        self._clipping = clipping
+            raise ValueError(f"a clip norm of {clip_norm / grid:g} steps, accepted: {MOST_STEPS}")
         # float64 holds every integer up to 2^53: a sum of 2^29 units at the clip norm.
-        self._sums = {
-            parameter: torch.zeros(parameter.numel(), dtype=torch.float64, device=parameter.device)
-            for parameter in self._parameters
-        }
+        super().__init__(
+            parameters,
+            clip_norm=clip_norm,
+            clipping=clipping,
+            copies=copies,
+            dtype=torch.float64,
+        )
+        self._grid = grid
 
-    def accumulate(
-        self, records: int, units: Ints | None = None, *, rows: int | None = None
-    ) -> None:
-        """Adds one physical batch to the sum, and clears its gradients.
-
-        Args:
-            records: number of records that the losses were summed over.
-            units: int64[records], the unit of each record; None: each record is a unit.
-            rows: number of rows that the backward pass was over; those after the records only fill
-                a shape. None: as many as records.
-
-        Raises:
-            ModelError: the parameters do not hold one gradient for each record.
-        """
-        count = records if rows is None else rows
-        taken: Gradients = {
-            device: [one[:records] for one in take_gradients(parameters, count)]
-            for device, parameters in self._there.items()
-        }
+    def _part(self, gradients: Gradients, units: Ints | None) -> dict[torch.device, torch.Tensor]:
         # 1. The mean of each unit, and its factor of clipping.
-        gradients, factors = clip_factors(taken, units, self._clip_norm, self._clipping)
+        gradients, factors = clip_factors(gradients, units, self._clip_norm, self._clipping)
         # 2. Rounded, each unit by itself, and 3. summed.
         steps = (factors / self._grid).float().unsqueeze(1)
-        sums = {
-            parameter: rows.mul_(steps.to(device)).round_().sum(0, dtype=torch.float64)
+        return {
+            device: torch.cat(
+                [rows.mul_(steps.to(device)).round_().sum(0, dtype=torch.float64) for rows in there]
+            )
             for device, there in gradients.items()
-            for parameter, rows in zip(self._there[device], there, strict=True)
         }
-        # All of them are there, and to add them takes no memory: a part that runs out of it, and is
-        # computed again, has added nothing.
-        for parameter, part in sums.items():
-            self._sums[parameter] += part
-
-    def discard(self) -> None:
-        """Drops the gradients of a backward pass that did not end; the sum stays as it is."""
-        for parameter in self._parameters:
-            holder: Any = parameter
-            holder.grad_sample = None
 
     def values(self) -> npt.NDArray[np.int64]:
-        """The sum in steps of the grid, int64[elements of all parameters]."""
-        return np.concatenate([one.cpu().numpy() for one in self._sums.values()]).astype(np.int64)
+        """The sum in steps of the grid, int64[elements of all parameters], in their order."""
+        self._sum_copies()
+        left = {
+            device: iter(torch.split(total, [one.numel() for one in self._copies[0][device]]))
+            for device, total in self._sums.items()
+            if device in self._copies[0]
+        }
+        parts = [next(left[parameter.device]).cpu().numpy() for parameter in self.parameters]
+        return np.concatenate(parts).astype(np.int64)

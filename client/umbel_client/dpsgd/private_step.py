@@ -60,58 +60,46 @@ CLIPPINGS: dict[str, Clipping] = {"flat": flat, "automatic": automatic}
 """The rules of clipping by their names in a plan."""
 
 
-class PrivateOptimizer:
-    """Steps 2 to 6: clips and sums over physical batches, then adds noise once and moves."""
+Gradients = Mapping[torch.device, list[torch.Tensor]]
+"""For each parameter of each device float32[n, elements], on that device; n is the same for all."""
+
+
+class GradientSum:
+    """Steps 2 and 3: clips the gradients of units, and sums them over physical batches and copies.
+
+    A subclass says in `_part` how the units of one physical batch are summed.
+    """
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
-        noise: StepNoise,
+        parameters: Sequence[torch.nn.Parameter],
         *,
-        noise_multiplier: float,
         clip_norm: float,
-        expected_batch_size: float,
-        clipping: Clipping = flat,
-        copies: Sequence[Sequence[torch.nn.Parameter]] = (),
+        clipping: Clipping,
+        copies: Sequence[Sequence[torch.nn.Parameter]],
+        dtype: torch.dtype,
     ) -> None:
-        """Trains the parameters of `optimizer`; each stays on its device.
+        """Sums the gradients of these parameters, in their order; each stays on its device.
 
         Args:
-            noise: for these parameters; there is no other, however many copies there are.
-            noise_multiplier: standard deviation of the noise in units of the clip norm.
             clip_norm: largest contribution of one unit, in the Euclidean norm.
-            expected_batch_size: what the noisy sum is divided by, whatever the batch.
             copies: the same parameters in other copies of the model, each on a device of its own.
+            dtype: of the sums.
 
         Raises:
-            RuntimeError: the noise is for other parameters, or two copies are on one device.
+            RuntimeError: two copies are on one device.
         """
-        self._optimizer = optimizer
-        self._noise = noise
-        self._deviation = noise_multiplier * clip_norm
+        self.parameters = list(parameters)
         self._clip_norm = clip_norm
-        self._expected_batch_size = expected_batch_size
         self._clipping = clipping
-        self.parameters: list[torch.nn.Parameter] = [
-            parameter for group in optimizer.param_groups for parameter in group["params"]
-        ]
-        self._copies = [by_device(parameters) for parameters in (self.parameters, *copies)]
+        self._copies = [by_device(own) for own in (self.parameters, *copies)]
         self._sums: dict[torch.device, torch.Tensor] = {}
         for copy in self._copies:
             if not self._sums.keys().isdisjoint(copy):
                 raise RuntimeError("two copies of a model are on one device")
-            for device, parameters in copy.items():
-                size = sum(parameter.numel() for parameter in parameters)
-                self._sums[device] = torch.zeros(size, device=device)
-        self._gradients: dict[torch.device, torch.Tensor] = {}
-        for device, parameters in self._copies[0].items():
-            self._gradients[device] = torch.zeros_like(self._sums[device])
-            # Parts of one vector, so that a step writes all of them at once.
-            parts = torch.split(self._gradients[device], [one.numel() for one in parameters])
-            for parameter, part in zip(parameters, parts, strict=True):
-                parameter.grad = part.view_as(parameter)
-        if noise.sizes != {device: len(own) for device, own in self._gradients.items()}:
-            raise RuntimeError("the noise is for other parameters than those that are trained")
+            for device, own in copy.items():
+                size = sum(parameter.numel() for parameter in own)
+                self._sums[device] = torch.zeros(size, device=device, dtype=dtype)
 
     def accumulate(
         self,
@@ -127,7 +115,8 @@ class PrivateOptimizer:
 
         Args:
             records: number of records that the losses were summed over.
-            units: see `clipped_sum`.
+            units: int64[records], the unit of each record, any numbers; None: each record is a
+                unit.
             rows: number of rows that the backward pass was over; those after the records only fill
                 a shape, and their gradients are dropped. None: as many as records.
             copy: the copy that has computed it; 0: the one whose parameters are trained.
@@ -143,8 +132,8 @@ class PrivateOptimizer:
             ]
             for device, parameters in self._copies[copy].items()
         }
-        # 3. The sum over physical batches; `clipped_sum` is step 2 and this batch's part of step 3.
-        sums = clipped_sum(gradients, units, self._clip_norm, self._clipping)
+        # 3. The sum over physical batches; `_part` is step 2 and this batch's part of step 3.
+        sums = self._part(gradients, units)
         # All of them are there, and to add them takes no memory: of a part that runs out of it, and
         # is computed again, nothing was added. What fails here all the same ends the round.
         try:
@@ -161,16 +150,74 @@ class PrivateOptimizer:
                     holder: Any = parameter
                     holder.grad_sample = None
 
+    def _part(self, gradients: Gradients, units: Ints | None) -> dict[torch.device, torch.Tensor]:
+        """The sum of one physical batch, [trained elements] of each device, there."""
+        raise NotImplementedError
+
+    def _sum_copies(self) -> None:
+        """Step 3: adds the sums of the copies to the first one's, in their order."""
+        for copy in self._copies[1:]:
+            for device, first in zip(copy, self._copies[0], strict=True):
+                self._sums[first] += self._sums[device].to(first)
+                self._sums[device].zero_()
+
+
+class PrivateOptimizer(GradientSum):
+    """Steps 2 to 6: clips and sums over physical batches, then adds noise once and moves."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        noise: StepNoise,
+        *,
+        noise_multiplier: float,
+        clip_norm: float,
+        expected_batch_size: float,
+        clipping: Clipping = flat,
+        copies: Sequence[Sequence[torch.nn.Parameter]] = (),
+    ) -> None:
+        """Trains the parameters of `optimizer`.
+
+        Args:
+            noise: for these parameters; there is no other, however many copies there are.
+            noise_multiplier: standard deviation of the noise in units of the clip norm.
+            clip_norm, copies: see `GradientSum`.
+            expected_batch_size: what the noisy sum is divided by, whatever the batch.
+
+        Raises:
+            RuntimeError: the noise is for other parameters, or two copies are on one device.
+        """
+        super().__init__(
+            [parameter for group in optimizer.param_groups for parameter in group["params"]],
+            clip_norm=clip_norm,
+            clipping=clipping,
+            copies=copies,
+            dtype=torch.float32,
+        )
+        self._optimizer = optimizer
+        self._noise = noise
+        self._deviation = noise_multiplier * clip_norm
+        self._expected_batch_size = expected_batch_size
+        self._gradients: dict[torch.device, torch.Tensor] = {}
+        for device, parameters in self._copies[0].items():
+            self._gradients[device] = torch.zeros_like(self._sums[device])
+            # Parts of one vector, so that a step writes all of them at once.
+            parts = torch.split(self._gradients[device], [one.numel() for one in parameters])
+            for parameter, part in zip(parameters, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
+        if noise.sizes != {device: len(own) for device, own in self._gradients.items()}:
+            raise RuntimeError("the noise is for other parameters than those that are trained")
+
+    def _part(self, gradients: Gradients, units: Ints | None) -> dict[torch.device, torch.Tensor]:
+        return clipped_sum(gradients, units, self._clip_norm, self._clipping)
+
     def step(self) -> None:
         """Takes the step with the noisy sum, and starts a new sum.
 
         Sum and noise are added and divided in float64, and rounded once to float32.
         """
-        # 3. The sum over the copies, in their order.
-        for copy in self._copies[1:]:
-            for device, first in zip(copy, self._copies[0], strict=True):
-                self._sums[first] += self._sums[device].to(first)
-                self._sums[device].zero_()
+        # 3. The sum over the copies.
+        self._sum_copies()
         # 4. The noise, and 5. the division.
         for offset, draws in self._noise.take():
             place = slice(offset, offset + len(draws))
@@ -181,10 +228,6 @@ class PrivateOptimizer:
             total.zero_()
         # 6. The step.
         self._optimizer.step()
-
-
-Gradients = Mapping[torch.device, list[torch.Tensor]]
-"""For each parameter of each device float32[n, elements], on that device; n is the same for all."""
 
 
 def clipped_sum(
@@ -314,6 +357,29 @@ def private_step(
     A step that is skipped would tell that its batch was empty, and break the accounting.
 
     Args:
+        chosen, limit, units: see `sum_batch`.
+
+    Raises:
+        ModelError: a unit's records are in several physical batches.
+    """
+    sum_batch(task, model, data, chosen, optimizer, limit, units)
+    # 3. The sum over the copies, 4. noise, 5. division, 6. step.
+    optimizer.step()
+    model.update_copies()
+
+
+def sum_batch(
+    task: Task,
+    model: AdaptedModel,
+    data: PreparedData,
+    chosen: Ints,
+    total: GradientSum,
+    limit: BatchLimit,
+    units: Ints | None = None,
+) -> None:
+    """Steps 1 to 3: adds the clipped gradients of the chosen records to a sum.
+
+    Args:
         chosen: indices of the batch's records, int64[n].
         limit: the number of records computed at once; lowered where memory runs out.
         units: int64[records of the data], the unit of each record; None: each record is a unit.
@@ -329,12 +395,7 @@ def private_step(
             losses.sum().backward()  # type: ignore[no-untyped-call]  # torch
         # 2. Clipped, and 3. added to the sum.
         own = None if units is None else units[part.records]
-        optimizer.accumulate(len(part), own, rows=part.rows, copy=copy)
+        total.accumulate(len(part), own, rows=part.rows, copy=copy)
 
     on_each = [partial(compute, copy) for copy in range(len(model.copies))]
-    compute_parts(
-        data, chosen, limit, units, compute=on_each, discard=optimizer.discard, private=True
-    )
-    # 3. The sum over the copies, 4. noise, 5. division, 6. step.
-    optimizer.step()
-    model.update_copies()
+    compute_parts(data, chosen, limit, units, compute=on_each, discard=total.discard, private=True)

@@ -13,7 +13,7 @@ steps, and each numbered method says which step it is. `open`, `verify`, `requir
 
 1. `reserve`: the whole round is charged against the budget. RESERVED is on disk before the first
    gradient.
-2. The round is trained, and its delta is stored (`umbel_client.trainer.job`).
+2. The round is trained, and its delta is stored (`umbel_client.trainer.local_job`).
 3. `record_delta`: the digest of the noisy delta is recorded. COMPUTED is on disk before the first
    byte leaves.
 4. `record_sent`: the delta is about to leave. SENT.

@@ -173,7 +173,12 @@ class AdaptedModel(nn.Module):
         """For each other copy, the parameters that an optimizer of this model trains, in order."""
         names = {id(parameter): name for name, parameter in self.adapter.items()}
         trained = [names[id(one)] for group in optimizer.param_groups for one in group["params"]]
-        return [[other.adapter[name] for name in trained] for other in self._others]
+        return self.named_in_copies(trained)
+
+    def named_in_copies(self, names: Iterable[str]) -> list[list[nn.Parameter]]:
+        """For each other copy, the parameters of these tensors, in order."""
+        every = list(names)
+        return [[other.adapter[name] for name in every] for other in self._others]
 
     @torch.no_grad()
     def update_copies(self) -> None:
@@ -281,11 +286,17 @@ class AdaptedModel(nn.Module):
     @torch.no_grad()
     def frozen_forward(self, inputs: TokenInputs) -> torch.Tensor:
         """The frozen output: float32[n, hidden size] if pooled, else float32[n, t, hidden size]."""
-        mask = inputs.mask.to(self.device)
         if self.frozen_output == "pooled":
-            return _pool(self._run(self.base, mask, input_ids=inputs.ids), mask)
+            return self.pooled(inputs)
+        mask = inputs.mask.to(self.device)
         with lower_part(self.base, self.depth):
             return self._run(body_of(self.base), mask, input_ids=inputs.ids)
+
+    @torch.no_grad()
+    def pooled(self, inputs: TokenInputs) -> torch.Tensor:
+        """The vectors that a mean-pool head reads, float32[n, hidden size], at unit length."""
+        mask = inputs.mask.to(self.device)
+        return _pool(self._run(self.base, mask, input_ids=inputs.ids), mask)
 
     def _run(self, module: nn.Module, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """Logits or last hidden state, float32."""

@@ -14,7 +14,7 @@ from umbel_client.models.base.device import (
 from umbel_client.models.base.precision import chosen_precision
 from umbel_client.models.base.spread import require_exact_copies
 from umbel_client.site.config import ModelConfig
-from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import DifferentialPrivacy, TrainingPlan
 
 _logger = logging.getLogger("umbel.model")
 
@@ -38,7 +38,7 @@ def load_site_model(config: ModelConfig, plan: TrainingPlan, *, trains: bool) ->
         require_exact_copies(devices)
     if trains:
         for device in devices:
-            prepare_training(device, private=isinstance(plan.privacy, LocalPrivacy))
+            prepare_training(device, private=isinstance(plan.privacy, DifferentialPrivacy))
     precision = chosen_precision(config.precision, *devices)
     _logger.info("the model computes on %s in %s", described(*devices), precision)
     load = partial(
@@ -78,6 +78,8 @@ def load_public(
     places = chosen_devices(device, field=field)
     if trains:
         for place in places:
-            prepare_training(place, private=isinstance(plan.privacy, LocalPrivacy), field=field)
+            prepare_training(
+                place, private=isinstance(plan.privacy, DifferentialPrivacy), field=field
+            )
     precision = chosen_precision("fastest", *places)
     return AdaptedModel.load(folder, plan, device=tuple(map(str, places)), precision=precision)

@@ -7,11 +7,12 @@ from umbel_client.models.adapters.targets import all_linear
 from umbel_client.models.base.architecture import require_context
 from umbel_client.models.base.skeleton import skeleton
 from umbel_client.planning.draft_file import Draft, model_folder, plan_of, read_draft
+from umbel_client.planning.start import started
 from umbel_common.plans.plan import TrainingPlan
 
 
 def make_plan(draft: Draft, folder: Path) -> TrainingPlan:
-    """Makes the plan of a draft.
+    """Makes the plan of a draft, without its `[start]` (`umbel_client.planning.start`).
 
     Args:
         folder: where relative paths start.
@@ -44,4 +45,5 @@ def read_plan(path: Path) -> TrainingPlan:
     Raises:
         ConfigError, DataError, ModelError, PlanError: see `read_draft` and `make_plan`.
     """
-    return make_plan(read_draft(path), path.absolute().parent)
+    draft, folder = read_draft(path), path.absolute().parent
+    return started(make_plan(draft, folder), draft, folder)[0]

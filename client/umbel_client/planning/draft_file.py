@@ -9,13 +9,15 @@ from typing import Annotated, Literal
 import msgspec
 
 from umbel_client.data.tables import read_table
+from umbel_client.planning.distributed import DraftAggregation, DraftDistributed, planned
 from umbel_common.canonical import Name, Value
 from umbel_common.errors import DataError, PlanError
 from umbel_common.plans.alike import check_labels
 from umbel_common.plans.check import check_plan
+from umbel_common.plans.drafted_start import DraftedStart
 from umbel_common.plans.plan import (
-    Aggregation,
     BaseModel,
+    DistributedPrivacy,
     FederatedEvaluation,
     LocalPrivacy,
     Lora,
@@ -26,8 +28,10 @@ from umbel_common.plans.plan import (
     Task,
     Training,
     TrainingPlan,
+    second_version,
 )
 from umbel_common.plans.ranges import Scale
+from umbel_common.plans.server_optimizer import Average, ServerOptimizer
 from umbel_host.files.model_digest import folder_digest
 from umbel_host.files.text_file import from_home, read_toml
 
@@ -99,12 +103,17 @@ class Draft(Value, frozen=True):
     task: Task
     lora: DraftLora
     training: Training
-    privacy: LocalPrivacy | NoPrivacy
-    aggregation: Aggregation
+    privacy: LocalPrivacy | NoPrivacy | DraftDistributed
+    aggregation: DraftAggregation
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)] = 0
     """Public seed of the initial adapter."""
     evaluation: FederatedEvaluation | None = None
     release_gate: DraftGate | None = None
+    start: DraftedStart | None = None
+    """The adapter that the job starts from; absent: that of the seed."""
+    server: ServerOptimizer = Average()
+    """The optimizer of the server: how the adapter moves by a round's sum. Absent, or `optimizer =
+    "average"`: by the mean of the deltas."""
 
 
 def checked(draft: Draft) -> Draft:
@@ -148,6 +157,9 @@ def plan_of(draft: Draft, folder: Path, model: Path, lora: Lora) -> TrainingPlan
     """
     # Again, for a draft that was not read from a file.
     checked(draft)
+    privacy, aggregation = planned(
+        draft.privacy, draft.aggregation, draft.training, lora, draft.evaluation
+    )
     plan = TrainingPlan(
         federation=draft.federation,
         job=draft.job,
@@ -155,11 +167,14 @@ def plan_of(draft: Draft, folder: Path, model: Path, lora: Lora) -> TrainingPlan
         task=draft.task,
         lora=lora,
         training=draft.training,
-        privacy=draft.privacy,
-        aggregation=draft.aggregation,
+        privacy=privacy,
+        aggregation=aggregation,
         evaluation=draft.evaluation,
         release_gate=_gate_of(draft.release_gate, folder),
     )
+    shared = isinstance(privacy, DistributedPrivacy)
+    if shared or draft.server != Average() or draft.lora.method == "fedsvd":
+        plan = second_version(plan, server=draft.server)
     check_plan(plan)
     return plan
 

@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from umbel_client.data.records import Columns
 from umbel_client.planning.draft import make_plan
 from umbel_client.planning.draft_file import Draft, checked, model_folder
+from umbel_client.planning.start import started
 from umbel_client.planning.trial import PublicData, loss_after_training
 from umbel_common.canonical import digest
 from umbel_common.errors import ConfigError, ModelError, StorageError
@@ -97,7 +98,7 @@ def tune(request: TuningRequest, console: Console) -> None:
     require_new_file(out)
     text = read_text(draft, ConfigError)
     parsed = checked(parse_toml(text, Draft, draft))
-    plan = make_plan(parsed, draft.parent)
+    plan, _ = started(make_plan(parsed, draft.parent), parsed, draft.parent)
     columns = Columns(
         text_column=request.text_column,
         label_column=request.label_column,

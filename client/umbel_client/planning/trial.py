@@ -17,10 +17,13 @@ from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.site_model import load_public
 from umbel_client.privacy.calibration import SiteNoise, noise_for, sampling_rate
 from umbel_client.storage.deltas import OptimizerState
+from umbel_client.tasks.label_names import computed_start
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training.round import LocalTrainer
-from umbel_common.adapters.vector import Vector, initial_vector, merge
+from umbel_common.adapters.fedsvd import next_adapter
+from umbel_common.adapters.server_step import ServerState
+from umbel_common.adapters.vector import Vector
 from umbel_common.errors import DataError
 from umbel_common.plans.plan import TrainingPlan
 
@@ -35,6 +38,8 @@ class PublicData:
     model: AdaptedModel
     training: PreparedData
     validation: PreparedData
+    start: Vector
+    """The adapter that each trial starts from, float32[plan.lora.size]."""
 
     @classmethod
     def load(
@@ -79,7 +84,8 @@ class PublicData:
             )
             for indices in (order[count:], order[:count])
         )
-        return cls(model, *parts)
+        training, validation = parts
+        return cls(model, training, validation, computed_start(model, model_folder, plan))
 
 
 def _chosen(records: Records | LmRecords, indices: Ints) -> Records | LmRecords:
@@ -119,7 +125,7 @@ def loss_after_training(
     ]
     states: list[OptimizerState | None] = [None] * sites
     limit = plan.aggregation.clip_range
-    adapter = initial_vector(plan)
+    adapter, server = data.start, ServerState()
     for number in range(1, plan.training.rounds + 1):
         total: Vector | None = None
         for site, trainer in enumerate(trainers):
@@ -128,6 +134,7 @@ def loss_after_training(
             delta = np.clip(result.delta, -limit, limit)
             total = delta if total is None else total + delta
         assert total is not None  # there is at least one site
-        adapter = merge(adapter, total / np.float32(sites), plan, number)
+        steps = np.rint(total / plan.aggregation.step).astype(np.int64)
+        next_adapter(plan, number, steps, sites, adapter, server)
     data.model.set_vector(adapter)
     return mean_loss(data.model, data.validation, BatchLimit(BATCH))

@@ -69,7 +69,7 @@ class NoiseShares:
             honest: number of sites in the sum whose noise the reader does not know.
 
         Raises:
-            ValueError: there is none.
+            ValueError: no such mechanism exists.
         """
         if honest < 1:
             raise ValueError("a sum without the noise of an honest site promises nothing")
@@ -110,7 +110,7 @@ def grid_for(
 ) -> float | None:
     """The grid with which `honest` shares of 2^bits steps give a noise multiplier, or more.
 
-    None: the rounding of so many coordinates alone is too large for noise of this scale.
+    None: the rounding of the coordinates alone is too large for noise of this scale.
     """
     reach = math.sqrt(honest * 4.0**bits - _ROUNDED) / (noise_multiplier * _FLOAT)
     steps = (reach - math.sqrt(coordinates) / 2) / _FLOAT
@@ -118,16 +118,3 @@ def grid_for(
         return None
     # One part in 2^40 more than the quotient, for the rounding of the same formula backwards.
     return clip_norm / steps * (1 + 2.0**-40)
-
-
-def largest_noise(bits: int, *, sites: int, draws: float) -> int:
-    """A number of steps that the noise of `sites` sites exceeds with probability 2^-40 at most.
-
-    The tail of a discrete Gaussian is no heavier than exp(-x^2 / (2 s^2)) on each side (Canonne,
-    Kamath and Steinke 2020 prove that it is subgaussian), and neither is that of a sum.
-
-    Args:
-        draws: number of coordinates over all attempts of a job: the probability is that of any.
-    """
-    scale = math.sqrt(sites) * 2.0**bits
-    return math.ceil(scale * math.sqrt(2 * math.log(2 * draws * 2.0**40)))

@@ -26,6 +26,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from umbel_common.adapters.reach import longest_step
 from umbel_common.canonical import Value
 from umbel_common.errors import PolicyRefusal
 from umbel_common.plans.plan import (
@@ -38,7 +39,8 @@ from umbel_common.plans.plan import (
     TooLong,
     TrainingPlan,
 )
-from umbel_common.plans.ranges import Count, Fraction, Positive
+from umbel_common.plans.ranges import Count, Fraction, Positive, Scale
+from umbel_common.plans.start import LabelNamesStart, StartName, name_of
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.printable import is_printable
 
@@ -107,8 +109,22 @@ class Policy(Value, frozen=True):
     """Largest LoRA rank."""
     target_modules: tuple[str, ...] | None = None
     """Names of the layers that may have an adapter; absent: every linear layer."""
+    starts: tuple[StartName, ...] = ("seed",)
+    """What plans may start from. `seed`: the plan's public seed. `label-names`: a head at the
+    embeddings of its labels' names, which this site computes again. `released`: an adapter that an
+    earlier job gave this site, or see `max_unknown_start_norm`."""
+    max_start_scale: Scale = 10.0
+    """Largest length of a label's row of a head that starts at its labels' names."""
+    max_start_tolerance: Annotated[float, msgspec.Meta(gt=0, le=0.1)] = 0.02
+    """Largest tolerance of a plan for the distance between such a row and the one that this site
+    computes, as a share of its length."""
+    max_unknown_start_norm: Positive | None = None
+    """Largest Euclidean norm (`start.largest_norm`) of an earlier adapter that a plan may start
+    from although this site does not have it; absent: only from adapters that this site has."""
     max_clip_range: Positive = 1.0
-    """Largest clip range: how far one round may move each number of the adapter."""
+    """Largest clip range: how far one round may move each number of the adapter. With an optimizer
+    at the server, the longest step that it can take; in distributed mode, that by a mean of
+    gradients at the clip norm."""
     max_rounds: Count = 100
     """Most rounds of one plan."""
     max_local_steps: Count = 100
@@ -165,7 +181,8 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
             `targets-not-allowed`, `clip-range-too-large`, `too-many-rounds`,
             `too-many-local-steps`, `privacy-required`, `epsilon-too-large`, `delta-too-large`,
             `distributed-not-allowed`, `claim-too-large`, `too-many-honest`,
-            `survivors-below-minimum`, `evaluation-not-allowed`, `example-weights`,
+            `survivors-below-minimum`, `start-not-allowed`, `start-scale-too-large`,
+            `start-tolerance-too-large`, `evaluation-not-allowed`, `example-weights`,
             `labels-not-allowed`, `max-tokens-not-allowed`, `template-not-allowed`,
             `loss-not-allowed`, `too-long-not-allowed` or `threshold-below-minimum`.
     """
@@ -217,9 +234,18 @@ def judge_plan(policy: Policy, plan: TrainingPlan) -> None:
         found=", ".join(plan.lora.target_modules),
         accepted=", ".join(policy.target_modules or ()),
     )
-    _at_most(
-        policy.max_clip_range, plan.aggregation.clip_range, "clip-range-too-large", "max_clip_range"
-    )
+    _one_of(policy.starts, name_of(plan.start), "start-not-allowed", "starts")
+    if isinstance(plan.start, LabelNamesStart):
+        _at_most(
+            policy.max_start_scale, plan.start.scale, "start-scale-too-large", "max_start_scale"
+        )
+        _at_most(
+            policy.max_start_tolerance,
+            plan.start.tolerance,
+            "start-tolerance-too-large",
+            "max_start_tolerance",
+        )
+    _at_most(policy.max_clip_range, longest_step(plan), "clip-range-too-large", "max_clip_range")
     _at_most(policy.max_rounds, plan.training.rounds, "too-many-rounds", "max_rounds")
     _at_most(
         policy.max_local_steps, plan.training.local_steps, "too-many-local-steps", "max_local_steps"
@@ -293,6 +319,27 @@ def _judge_shared_noise(policy: Policy, privacy: DistributedPrivacy) -> None:
         field="policy.minimum_cohort",
         found=f"sums of {privacy.least_survivors} sites",
         accepted=f"at least {policy.minimum_cohort}",
+    )
+
+
+def judge_unknown_start(policy: Policy, largest_norm: float) -> None:
+    """Refuses a plan that starts from an earlier adapter which this site does not have.
+
+    Args:
+        largest_norm: the plan's bound of the adapter's Euclidean norm.
+
+    Raises:
+        PolicyRefusal: `start-unknown`.
+    """
+    allowed = policy.max_unknown_start_norm
+    _require(
+        allowed is not None and largest_norm <= allowed,
+        "start-unknown",
+        field="policy.max_unknown_start_norm",
+        found=f"an adapter that this site does not have, of norm {largest_norm:g} at most",
+        accepted="adapters that earlier jobs gave this site"
+        if allowed is None
+        else f"norms of at most {allowed:g}",
     )
 
 
@@ -370,6 +417,14 @@ def judge_header(policy: Policy, plan: TrainingPlan, header: RoundHeader) -> Non
         field="policy.minimum_cohort",
         found=f"{sites} sites",
         accepted=f"at least {policy.minimum_cohort}",
+    )
+    _require(
+        sites >= plan.least_survivors or plan.least_survivors == plan.aggregation.threshold,
+        "cohort-too-small",
+        field="privacy.least_survivors",
+        found=f"{sites} sites",
+        accepted=f"at least {plan.least_survivors}",
+        remedy="nothing: the server asks again with more sites",
     )
     threshold = plan.aggregation.threshold
     _require(

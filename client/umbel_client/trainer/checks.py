@@ -7,9 +7,12 @@ training.
 Each raises a `RemoteProtocolError` with the name of the check that failed.
 """
 
+from collections.abc import Callable
+
 from umbel_client.trainer.site import Site
 from umbel_common.adapters.reach import require_reachable
-from umbel_common.adapters.vector import Vector, adapter_digest, from_bytes, initial_vector
+from umbel_common.adapters.start import Origin, require_start
+from umbel_common.adapters.vector import Vector, adapter_digest, from_bytes
 from umbel_common.errors import PlanError, require
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import RELEASE_VERSIONS, EarlyEnd, Release, RoundHeader
@@ -112,14 +115,22 @@ def check_parties(site: Site, header: RoundHeader) -> None:
 
 
 def check_start(
-    site: Site, request: TrainRequest, header: RoundHeader, plan: TrainingPlan
+    site: Site,
+    request: TrainRequest,
+    header: RoundHeader,
+    plan: TrainingPlan,
+    origin: Callable[[], Origin],
 ) -> tuple[Release, Vector]:
     """Step 10: the release to start from and its adapter, which the header names by its digest.
 
+    Args:
+        origin: what this site knows of the adapter that the job starts from.
+
     Raises:
         RemoteProtocolError: `pinned-signature`, `malformed-message`, `adapter-length`,
-            `adapter-values`, `adapter-digest`, `other-release`, `initial-adapter` or
+            `adapter-values`, `adapter-digest`, `other-release`, `initial-adapter`, `start-norm` or
             `adapter-too-far`.
+        UmbelError: this site does not know the start (`origin`).
     """
     release = site.open(request.release, RELEASE_VERSIONS)
     vector = from_bytes(request.adapter, plan.lora.size)
@@ -139,17 +150,23 @@ def check_start(
         found=f"the release of round {release.round}, version {release.version}",
         accepted=f"the release of round {header.round - 1}, version {plan.version}",
     )
-    require(
-        release.round > 0 or found == adapter_digest(plan.digest(), initial_vector(plan)),
-        "initial-adapter",
-        "release 0 does not follow from the plan's public seed",
-    )
-    require_reachable(plan, release.round, vector)
+    if release.round == 0:
+        require_start(plan, vector)
+    require_reachable(plan, release.round, vector, origin(), sites=_most_sites(site))
     return release, vector
 
 
-def check_end(site: Site, request: FinishRequest, release: Release, plan: TrainingPlan) -> Vector:
+def check_end(
+    site: Site,
+    request: FinishRequest,
+    release: Release,
+    plan: TrainingPlan,
+    origin: Callable[[], Origin],
+) -> Vector:
     """The adapter of a job's last release, checked against it.
+
+    Args:
+        origin: what this site knows of the adapter that the job started from.
 
     Raises:
         RemoteProtocolError: `pinned-signature`, `malformed-message`, `adapter-length`,
@@ -167,7 +184,7 @@ def check_end(site: Site, request: FinishRequest, release: Release, plan: Traini
         "other-release",
         "this is not the last release of the plan",
     )
-    require_reachable(plan, release.round, vector)
+    require_reachable(plan, release.round, vector, origin(), sites=_most_sites(site))
     return vector
 
 
@@ -190,6 +207,11 @@ def check_size_class(site: Site, plan: TrainingPlan) -> None:
 def _rosters(site: Site) -> dict[bytes, Roster]:
     """The rosters that this site pinned, by digest: a job continues under the one it began with."""
     return {roster.digest(): roster for roster in (*site.pinned.former, site.pinned.roster)}
+
+
+def _most_sites(site: Site) -> int:
+    """The most sites that can be in a sum: those of the largest roster of a job under way."""
+    return max(len(roster.members) for roster in _rosters(site).values())
 
 
 def _keys(roster: Roster) -> dict[str, bytes]:

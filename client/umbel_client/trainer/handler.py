@@ -26,7 +26,7 @@ site's data or its ledger is `site-not-ready`. Every other fault, also a check o
     11) and they are counted (step 15). Another request for the same attempt is refused.
     `second-answer`
  5. Round: federation, plan, cohort and round are ones that this site knows (`checks`).
-    `other-federation`, `plan-digest`, `not-in-cohort`, `round-past-plan`
+    `other-federation`, `plan-digest`, `header-version`, `not-in-cohort`, `round-past-plan`
  6. Parties: each site of the cohort is in the pinned roster, with a key that is not revoked
     (`checks`).
     `roster-digest`, `not-in-roster`, `revoked-key`
@@ -40,15 +40,18 @@ site's data or its ledger is `site-not-ready`. Every other fault, also a check o
 10. Start: the operator signed the predecessor's release, and the adapter is the one that release
     and header name (`checks`). The journal keeps the release.
     `pinned-signature`, `malformed-message`, `adapter-length`, `adapter-values`, `adapter-digest`,
-    `other-release`, `initial-adapter`, `adapter-too-far`, `two-releases`
+    `other-release`, `initial-adapter`, `start-norm`, `start-unknown`, `adapter-too-far`,
+    `two-releases`
+    Where a head starts at its labels' names, the model of step 11 is loaded now.
 11. Ledger: model and ledger are loaded (`job`), and the ledger knows what this site signed last
     (`last_advert`).
     `budget`, `delta-for-records`, `site-not-ready`, `ledger-rolled-back`, `other-context`,
     `malformed-message`
 12. Training: this adapter keeps made-up records apart, and the ledger reserves the round. Only then
     are the records looked at: the round is trained, its delta is stored, and the ledger records its
-    digest (`job`). The journal counts the time.
-    `budget`, `other-adapter`
+    digest (`local_job`). In distributed mode, all of this is an attempt's (`distributed_job`). The
+    journal counts the time.
+    `budget`, `other-adapter`, `attempt-lost`
 13. Advert: fresh public keys, signed together with the ledger's head. Secure aggregation judges the
     cohort again, by its own rules.
     `not-in-cohort`, `cohort-too-small`, `threshold-too-high`, `threshold-too-low`
@@ -99,6 +102,9 @@ from umbel_client.trainer.observer import Observer
 from umbel_client.trainer.opening import check_payable, open_job
 from umbel_client.trainer.site import Site
 from umbel_client.trainer.stages import answer_stage
+from umbel_client.trainer.start import check_known_start, origin_at
+from umbel_common.adapters.start import Origin
+from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy, decode_canonical, encode
 from umbel_common.errors import (
     BudgetError,
@@ -287,8 +293,9 @@ class Trainer:
         O1. Plan: the operator signed it.
             `pinned-signature`, `malformed-message`
         O2. Terms: it is a plan of this federation and does not contradict itself; the policy and
-            this site's size class allow it. A policy without labels asks its people about them.
-            `other-federation`, the checks of `judge_plan` and `judge_cost`
+            this site's size class allow it. A policy without labels asks its people about them. An
+            earlier adapter that it starts from is one that this site has, or may lack.
+            `other-federation`, the checks of `judge_plan` and `judge_cost`, `start-unknown`
         O3. Parties: the roster under which the job would run is one that this site pinned
             (`checks`).
             `roster-digest`
@@ -318,6 +325,7 @@ class Trainer:
         judge_plan(as_asked(site.policy, plan), plan)
         judge_cost(site.policy, plan)
         check_size_class(site, plan)
+        check_known_start(site, self._config.state_folder, plan)
         # O3
         if isinstance(request, OfferUnderRoster):
             check_roster(site, request.roster)
@@ -358,12 +366,12 @@ class Trainer:
         judge_plan(site.policy, plan)
         judge_cost(site.policy, plan)
         judge_header(site.policy, plan, header)
-        encoding_of(plan.aggregation, len(header.cohort)).prove_headroom()
+        encoding_of(plan, len(header.cohort)).prove_headroom()
         # 9
         self._decisions.require_running()
         judge_start(site.policy, self._clock().time(), journal.seconds_trained(plan.job))
         # 10
-        release, adapter = check_start(site, request, header, plan)
+        release, adapter = check_start(site, request, header, plan, lambda: self._origin(plan))
         journal.keep_release(plan.job, release.round, request.release)
         # 11
         job = self._loaded_job(plan.job)
@@ -383,7 +391,7 @@ class Trainer:
             Rules(
                 threshold=plan.aggregation.threshold,
                 colluding=site.policy.colluding_sites,
-                minimum_cohort=site.policy.minimum_cohort,
+                minimum_cohort=max(site.policy.minimum_cohort, plan.least_survivors),
             ),
             site.identity,
             head,
@@ -419,7 +427,7 @@ class Trainer:
         # F2
         plan = self._accepted_plan(release.job)
         # F3
-        vector = check_end(site, request, release, plan)
+        vector = check_end(site, request, release, plan, lambda: self._origin(plan))
         # F4
         site.journal.keep_release(plan.job, release.round, request.release)
         # F5
@@ -435,6 +443,16 @@ class Trainer:
         site.journal.end_job(plan.job)
         self._observer.finished(plan.job, folder)
         return FinishReply(adapter=release.adapter)
+
+    def _origin(self, plan: TrainingPlan) -> Origin:
+        """What this site knows of the adapter that a plan starts from."""
+
+        def computed() -> Vector:
+            own = self._loaded_job(plan.job).own_start
+            assert own is not None  # a job with such a start computes it when it opens
+            return own
+
+        return origin_at(self._site, self._config.state_folder, plan, computed)
 
     def _check_payable(self, plan: TrainingPlan) -> None:
         try:

@@ -9,6 +9,7 @@ This module is part of the core of the privacy guarantee. Never add or change he
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from umbel_client.data.site_data import SiteData
 from umbel_client.dpsgd.batch_size import choose_batch_limit
@@ -17,18 +18,24 @@ from umbel_client.ledger.plan_cost import budget_of, cost_here, plan_cost, requi
 from umbel_client.ledger.register import Register, marks_of
 from umbel_client.models.base.architecture import naming_architecture
 from umbel_client.models.site_model import load_site_model
+from umbel_client.privacy.attempt_cost import attempt_cost
 from umbel_client.privacy.calibration import noise_for
 from umbel_client.site.config import ClientConfig
 from umbel_client.storage.deltas import DeltaCache
 from umbel_client.storage.journal import Published
+from umbel_client.storage.noisy_sums import NoisySums
+from umbel_client.tasks.label_names import computed_start
 from umbel_client.tasks.prepared import prepare
+from umbel_client.trainer.distributed_job import DistributedJob
 from umbel_client.trainer.job import SiteJob
+from umbel_client.trainer.local_job import LocalJob
 from umbel_client.trainer.observer import Observer
 from umbel_client.training.answer_time import WHEN_DONE, measure_answer_time
 from umbel_client.training.largest_record import largest_record_test
 from umbel_client.training.self_test import self_test
 from umbel_common.canonical import Entropy
 from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.start import LabelNamesStart
 from umbel_common.trust.identity import Roster
 
 
@@ -53,6 +60,7 @@ def open_job(
     d. Test the model on made-up records: on the longest that the plan allows, on the checks of a
        private step, and on their bits in every shape.
     e. Prepare no record at all: what is wrong with the tokenizer or its template shows here.
+       Compute the head from the names of its labels, which are in the plan, if it starts there.
     f. Find when answers leave, where this site wants that to tell nothing.
 
     The answer to an offer is what becomes of these steps, and costs nothing. So none of them looks
@@ -109,6 +117,9 @@ def open_job(
             self_test(model, noise.noise_multiplier, limit, entropy=entropy)
         # e. Prepare no record at all.
         prepare(model, Path(config.model.path), records.only(()), limit, cache=None)
+        own_start = None
+        if isinstance(plan.start, LabelNamesStart):
+            own_start = computed_start(model, Path(config.model.path), plan)
         # f. Find when answers leave, where this site wants that to tell nothing.
         answer_time = WHEN_DONE
         if config.answer_time == "even":
@@ -119,21 +130,27 @@ def open_job(
                 records_per_unit=records_per_unit,
                 scored_units=0.0 if plan.evaluation is None else held_out,
             )
-        job = SiteJob(
-            plan=plan,
-            noise=noise,
-            _config=config,
-            _records=records,
-            _model=model,
-            _limit=limit,
-            _weight=_weight(plan, roster, config.site, len(records)),
-            _budget=budget,
-            _ledger=ledger,
-            _deltas=DeltaCache(state.deltas(plan.job)),
-            _observer=observer,
-            _entropy=entropy,
-            _answer_time=answer_time,
-        )
+        parts: dict[str, Any] = {
+            "plan": plan,
+            "noise": noise,
+            "_config": config,
+            "_records": records,
+            "_model": model,
+            "_limit": limit,
+            "_budget": budget,
+            "_ledger": ledger,
+            "_observer": observer,
+            "_entropy": entropy,
+            "_answer_time": answer_time,
+            "own_start": own_start,
+        }
+        attempts = attempt_cost(plan)
+        job: SiteJob
+        if attempts is None:
+            weight = _weight(plan, roster, config.site, len(records))
+            job = LocalJob(**parts, _weight=weight, _deltas=DeltaCache(state.deltas(plan.job)))
+        else:
+            job = DistributedJob(**parts, _cost=attempts, _sums=NoisySums(state.deltas(plan.job)))
         opened.pop_all()
         return job
 

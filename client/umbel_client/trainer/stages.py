@@ -84,7 +84,7 @@ def answer_stage(
             after, vector = state.receive(request.shares, encoded)
             reply = MaskReply(context=context, vector=vector.view(np.uint8).data)
             # 3a, after the checks.
-            job.record_sent(header.round)
+            job.record_sent(header)
         case participant.Masked(), ConfirmRequest():
             # 3b, before the checks.
             judge_survivors(

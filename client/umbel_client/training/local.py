@@ -18,12 +18,13 @@ from umbel_client.models.base.architecture import naming_architecture
 from umbel_client.models.site_model import load_site_model
 from umbel_client.privacy.calibration import noise_alone
 from umbel_client.site.config import ClientConfig
+from umbel_client.tasks.label_names import computed_start
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training.largest_record import largest_record_test
 from umbel_client.training.round import LocalTrainer
 from umbel_client.training.self_test import self_test
-from umbel_common.adapters.vector import Vector, initial_vector
+from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy
 from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 
@@ -38,7 +39,7 @@ class LocalResult:
     adapter: Vector
     """float32[plan.lora.size]: of the round with the least validation loss, else of the last."""
     round: int
-    """The round that this adapter is from; 0 is the initial adapter."""
+    """The round that this adapter is from; 0 is the adapter that the plan starts from."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,14 @@ def fine_tune(
     with naming_architecture(model.base):
         largest_record_test(model)
         self_test(model, 1.0 if private else None, limit, entropy=entropy)
+    start = computed_start(model, Path(settings.model.path), plan)
     data = _prepare(settings, model, records, limit)
     held_out = None
     if validation is not None:
         held_out = _prepare(settings, model, validation.records, limit)
     noise = noise_alone(plan, data.unit_count if public_size is None else public_size)
     trainer = LocalTrainer(model, data, noise, entropy, limit)
-    best = LocalResult(initial_vector(plan), 0)
+    best = LocalResult(start, 0)
     losses = []
     if held_out is not None:
         losses.append(_loss(trainer, held_out, best.adapter))

@@ -43,7 +43,7 @@ from umbel_client.tasks.task import made_up_labels, task_of
 from umbel_client.training.blind_test import blind_test
 from umbel_client.training.self_test import separation_test
 from umbel_common.errors import ModelError
-from umbel_common.plans.plan import CausalLm, Classification, LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import CausalLm, Classification, DifferentialPrivacy, TrainingPlan
 
 _RECORDS = 2
 _WORK = 1e11
@@ -93,7 +93,7 @@ def look_at(folder: Path, plan: TrainingPlan) -> Look:
             _require_no_look_ahead(folder, base)
         model = _made_up_model(folder, base, plan, tokens, cut=depth is not None)
         _try_steps(model)
-        if isinstance(plan.privacy, LocalPrivacy):
+        if isinstance(plan.privacy, DifferentialPrivacy):
             # The numbers of a large model's gradients are left to the sites.
             blind_test(model) if depth is not None else separation_test(model, entropy=os.urandom)
     return Look(_depth_of(base), _depth_of(whole), tokens, plan.task.max_tokens)
@@ -250,7 +250,7 @@ def _made_up_model(
 def _try_steps(model: AdaptedModel) -> None:
     """Computes two made-up records of the greatest length, and their gradients."""
     plan = model.plan
-    private = isinstance(plan.privacy, LocalPrivacy)
+    private = isinstance(plan.privacy, DifferentialPrivacy)
     length = plan.task.max_tokens
     ids = (np.arange(_RECORDS * length) % model.vocabulary).astype(np.int32)
     tokens = Tokens(ids, np.arange(_RECORDS + 1, dtype=np.int64) * length, pad_id=0)

@@ -5,7 +5,7 @@ gradients reach the state: never add anything else that is computed from the rec
 
 The state is post-processing of noisy gradients. It stays at the site as plain arrays. Each is named
 by its kind and its tensor, so that a round of `alternate` leaves the moments of the other matrix as
-they were.
+they were, and one of `fedsvd` can forget those of B.
 """
 
 from collections.abc import Mapping
@@ -74,6 +74,18 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Sets the learning rate of each group to `factor` times the planned one."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group["planned_lr"]
+
+
+def carried_state(plan: TrainingPlan, state: OptimizerState | None) -> OptimizerState | None:
+    """What of a former round's state the next round starts with.
+
+    With the method fedsvd, the server rotates B with A after each round. The moments of B belong to
+    the elements that it had before, so they start at zero again.
+    """
+    if state is None or plan.lora.method != "fedsvd":
+        return state
+    rotated = {tensor.name for tensor in plan.lora.tensors if tensor.role == "lora_B"}
+    return {key: array for key, array in state.items() if key.partition("/")[2] not in rotated}
 
 
 def restore_state(

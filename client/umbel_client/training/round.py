@@ -1,14 +1,16 @@
-"""A round's training at one site: from the global adapter to this site's noisy delta.
+"""A round's training at one site: from the global adapter to this site's noisy delta or sum.
 
 This module is part of the core of the privacy guarantee. Never add or change here:
 
-- What leaves. Only the delta and the optimizer state are returned. A loss, a gradient norm or the
-  realised size of a batch is a query on the data that nobody has paid for: it is not returned, not
-  logged and not shown.
+- What leaves. Only the delta and the optimizer state, or the noisy sum, are returned. A loss, a
+  gradient norm or the realised size of a batch is a query on the data that nobody has paid for: it
+  is not returned, not logged and not shown.
 - The randomness. Batches come from `NoiseSource` alone, and noise from `StepNoise`, with other
   keys. They are drawn once for each step, also for a step whose batch is empty.
-- The accounting. Nothing here charges: the caller has reserved the whole round in the ledger
-  before (`umbel_client.trainer.job`).
+- The accounting. Nothing here charges: the caller has reserved the whole round, or attempt, in the
+  ledger before (`umbel_client.trainer.local_job` and `distributed_job`).
+- A batch or noise that is kept for another attempt: the difference of two sums over one batch is
+  noise alone, and their mean has half of its variance.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,14 +20,17 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from umbel_client.data.tokens import Ints
+from umbel_client.dpsgd.integer_sum import IntegerSum
 from umbel_client.dpsgd.per_record import per_record_gradients
-from umbel_client.dpsgd.private_step import CLIPPINGS, PrivateOptimizer, private_step
+from umbel_client.dpsgd.private_step import CLIPPINGS, PrivateOptimizer, private_step, sum_batch
 from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.calibration import SiteNoise
+from umbel_client.privacy.discrete_gaussian import DiscreteGaussian
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.storage.deltas import OptimizerState
 from umbel_client.tasks.physical_batches import compute_parts
@@ -35,6 +40,7 @@ from umbel_client.tasks.task import Task, task_of
 from umbel_client.training.averaging import MovingAverage
 from umbel_client.training.optimiser import (
     build_optimizer,
+    carried_state,
     extract_state,
     restore_state,
     set_learning_rates,
@@ -42,10 +48,15 @@ from umbel_client.training.optimiser import (
 from umbel_common.adapters.vector import Vector, merge, unflatten
 from umbel_common.canonical import Entropy
 from umbel_common.errors import ModelError, PlanError
-from umbel_common.plans.plan import LocalPrivacy, Tensor, TrainingPlan
+from umbel_common.plans.plan import DistributedPrivacy, LocalPrivacy, Tensor, TrainingPlan, levels
 
 OnStep = Callable[[int, int], None]
 """Called after each step with (steps done, steps of the round)."""
+
+
+NoisySum = npt.NDArray[np.int64]
+"""What a site sends in one attempt of distributed mode, int64[size of the round's tensors]: its sum
+of clipped gradients in steps of the plan's grid, with its share of the noise."""
 
 
 def ignore_step(step: int, steps: int) -> None:
@@ -124,6 +135,7 @@ class LocalTrainer:
         before = self.model.values(trained)
         # 2. The optimizer, and the average.
         optimizer = build_optimizer(plan, trained, parameters, noise_multiplier)
+        state = carried_state(plan, state)
         restore_state(optimizer, parameters, state)
         decay = plan.training.average_decay
         average = None if decay is None else MovingAverage(decay)
@@ -149,6 +161,69 @@ class LocalTrainer:
                 remedy="lower the learning rates, or look for broken weights of the base model",
             )
         return RoundResult(delta, extract_state(optimizer, parameters, state))
+
+    def noisy_sum(self, number: int, start: Vector) -> NoisySum:
+        """One attempt of distributed mode: one sum over a batch, with this site's share of noise.
+
+        0. The plan shares its noise (PlanError).
+        1. The model takes the adapter that the round starts from, and the round's tensors are
+           selected.
+        2. Draw a Poisson batch of units at exactly the plan's sampling rate. Sum the clipped
+           gradients of its units in whole steps (`IntegerSum`). Records whose gradients are not
+           separate stop it (ModelError).
+        3. Clip each coordinate to the plan's clip range. It comes before the noise: what the noise
+           brings past the range must stay.
+        4. Add the noise (`DiscreteGaussian`), with a key of its own.
+
+        A second call for the same round is another attempt: it draws another batch and other noise,
+        and costs as much again.
+
+        Args:
+            number: the round, from 1.
+            start: the global adapter, float32[plan.lora.size].
+
+        Raises:
+            PlanError: the plan does not share its noise.
+            ModelError: a trained module has no gradient for each record, or the records of one unit
+                are in several physical batches.
+        """
+        plan, model, data = self.model.plan, self.model, self.data
+        # 0. The plan.
+        privacy = plan.privacy
+        if not isinstance(privacy, DistributedPrivacy):
+            raise PlanError(
+                "sites that do not share their noise send no sums of gradients",
+                field="privacy.mode",
+                accepted="distributed",
+            )
+        # 1. The adapter.
+        model.set_vector(start)
+        parameters = model.select(number)
+        # 2. The batch, and its sum.
+        units = NoiseSource(self.entropy).poisson_batch(data.unit_count, privacy.sampling_rate)
+        total = IntegerSum(
+            list(parameters.values()),
+            clip_norm=privacy.clip_norm,
+            grid=plan.aggregation.step,
+            clipping=CLIPPINGS[privacy.clipping],
+            copies=model.named_in_copies(parameters),
+        )
+        with per_record_gradients(*model.copies):
+            sum_batch(
+                task_of(plan.task),
+                model,
+                data,
+                data.records_of(units),
+                total,
+                self.limit,
+                None if data.units is None else data.units.of_record,
+            )
+        # 3. The clipping of coordinates.
+        most = levels(plan.aggregation.clip_range, plan.aggregation.step)
+        noisy = np.clip(total.values(), -most, most)
+        # 4. The noise.
+        noisy += DiscreteGaussian(NoiseSource(self.entropy), privacy.noise_bits).draw(noisy.size)
+        return noisy
 
     def rounds(
         self, start: Vector, on_step: OnStep = ignore_step

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from umbel_client.data.tokens import Ints, Tokens
+from umbel_client.dpsgd.integer_sum import IntegerSum
 from umbel_client.dpsgd.per_record import per_record_gradients
 from umbel_client.dpsgd.private_step import (
     CLIPPINGS,
@@ -27,6 +28,8 @@ from umbel_client.dpsgd.private_step import (
 from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.architecture import padding_of
+from umbel_client.privacy.discrete_gaussian import DiscreteGaussian
+from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_client.tasks.task import made_up_labels, task_of
@@ -35,7 +38,7 @@ from umbel_client.training.blind_test import blind_test
 from umbel_client.training.optimiser import build_optimizer
 from umbel_common.canonical import Entropy
 from umbel_common.errors import ModelError
-from umbel_common.plans.plan import Clipping, LocalPrivacy
+from umbel_common.plans.plan import Clipping, DifferentialPrivacy, DistributedPrivacy
 
 LENGTHS = (9, 4, 7)
 """Tokens of each made-up record. They differ from each other and from the number of records, so
@@ -75,7 +78,7 @@ def self_test(
         ModelError: says which promise does not hold, and by how much.
     """
     plan = model.plan
-    if not isinstance(plan.privacy, LocalPrivacy) or noise_multiplier is None:
+    if not isinstance(plan.privacy, DifferentialPrivacy) or noise_multiplier is None:
         return
     blind_test(model)
     with _borrowed(model):
@@ -83,9 +86,13 @@ def self_test(
             alone = _gradients_alone(trial)
             with per_record_gradients(*model.copies):
                 _check_separate(trial, alone)
-                _check_clipped(trial, alone)
-                _check_noise(trial)
-                _check_moves(trial)
+                if isinstance(plan.privacy, DistributedPrivacy):
+                    _check_whole_steps(trial, alone, plan.aggregation.step)
+                    _check_integers(plan.privacy, entropy)
+                else:
+                    _check_clipped(trial, alone)
+                    _check_noise(trial)
+                    _check_moves(trial)
             _set_random(model)
             prove_shapes(model, limit, entropy=entropy)
 
@@ -99,7 +106,7 @@ def separation_test(model: AdaptedModel, *, entropy: Entropy) -> None:
         ModelError: see `self_test`.
     """
     plan = model.plan
-    if not isinstance(plan.privacy, LocalPrivacy):
+    if not isinstance(plan.privacy, DifferentialPrivacy):
         return
     blind_test(model)
     with _borrowed(model):
@@ -110,7 +117,7 @@ def separation_test(model: AdaptedModel, *, entropy: Entropy) -> None:
 
 
 def _trials(
-    model: AdaptedModel, privacy: LocalPrivacy, noise_multiplier: float, entropy: Entropy
+    model: AdaptedModel, privacy: DifferentialPrivacy, noise_multiplier: float, entropy: Entropy
 ) -> "Iterator[_Trial]":
     """Each kind of round that the plan has, with a random adapter that it sets."""
     plan = model.plan
@@ -259,20 +266,54 @@ def _check_separate(trial: _Trial, alone: torch.Tensor) -> None:
 
 def _check_clipped(trial: _Trial, alone: torch.Tensor) -> None:
     """Checks the clipped sum, with losses scaled so that gradients have the norms of `EXCESS`."""
+    _compute_long_gradients(trial, alone)
+    with trial.optimizer(trial.descent(), noise_multiplier=0.0) as optimizer:
+        optimizer.accumulate(len(EVERY))
+        found = trial.step_from_zero(optimizer) / trial.clip_norm
+    _require_clipped(trial, alone, found, rounding=0.0)
+
+
+def _check_whole_steps(trial: _Trial, alone: torch.Tensor, grid: float) -> None:
+    """Like `_check_clipped`, for sums in whole steps of the grid."""
+    _compute_long_gradients(trial, alone)
+    total = IntegerSum(
+        list(trial.parameters.values()),
+        clip_norm=trial.clip_norm,
+        grid=grid,
+        clipping=CLIPPINGS[trial.clipping],
+        copies=trial.model.named_in_copies(trial.parameters),
+    )
+    total.accumulate(len(EVERY))
+    found = torch.from_numpy(total.values()).double() * grid / trial.clip_norm
+    rounding = len(EVERY) * math.sqrt(len(found)) / 2 * grid / trial.clip_norm
+    _require_clipped(trial, alone, found, rounding=rounding)
+
+
+def _compute_long_gradients(trial: _Trial, alone: torch.Tensor) -> None:
+    """Gives the parameters gradients of the norms of `EXCESS`, in clip norms."""
     norms = alone.norm(dim=1, keepdim=True)
     excess = torch.tensor(EXCESS, dtype=torch.float64).unsqueeze(1)
     losses = trial.losses(EVERY)
     (losses * (excess * trial.clip_norm / norms).flatten().to(losses)).sum().backward()
-    with trial.optimizer(trial.descent(), noise_multiplier=0.0) as optimizer:
-        optimizer.accumulate(len(EVERY))
-        found = trial.step_from_zero(optimizer) / trial.clip_norm
+
+
+def _require_clipped(
+    trial: _Trial, alone: torch.Tensor, found: torch.Tensor, *, rounding: float
+) -> None:
+    """Requires that a sum, float64[elements] in clip norms, is that of clipped gradients.
+
+    Args:
+        rounding: what rounding to whole steps may add to its norm.
+    """
+    norms = alone.norm(dim=1, keepdim=True)
+    excess = torch.tensor(EXCESS, dtype=torch.float64).unsqueeze(1)
     # Other arithmetic than the step's: a fault there must not hide itself here.
     if trial.clipping == "automatic":
         shares = excess * trial.clip_norm / (excess * trial.clip_norm + 0.01)
     else:
         shares = excess.clamp(max=1.0)
     wanted = (shares * alone / norms).sum(0)
-    if not (found - wanted).norm() <= len(EVERY) * TOLERANCES[trial.model.precision]:
+    if not (found - wanted).norm() <= len(EVERY) * TOLERANCES[trial.model.precision] + rounding:
         raise ModelError(
             "the gradients of records are not clipped to the clip norm",
             found=f"{float(found.norm()):.4g} clip norms in sum",
@@ -290,7 +331,17 @@ def _check_noise(trial: _Trial) -> None:
         trial.descent(), noise_multiplier=trial.noise_multiplier, steps=steps
     ) as optimizer:
         draws = torch.cat([trial.step_from_zero(optimizer) for _ in range(steps)])
-    wanted = trial.noise_multiplier * trial.clip_norm
+    _require_deviation(draws, trial.noise_multiplier * trial.clip_norm)
+
+
+def _check_integers(privacy: DistributedPrivacy, entropy: Entropy) -> None:
+    """Like `_check_noise`, for a site's share of integer noise, in steps."""
+    draws = DiscreteGaussian(NoiseSource(entropy), privacy.noise_bits).draw(DRAWS)
+    _require_deviation(torch.from_numpy(draws).double(), 2.0**privacy.noise_bits)
+
+
+def _require_deviation(draws: torch.Tensor, wanted: float) -> None:
+    """Requires that draws, float64[n], have a standard deviation."""
     found = float((draws / wanted).square().mean())
     spread = 2 * math.sqrt(ALARM / len(draws))
     if not 1 - spread <= found <= 1 + spread + 2 * ALARM / len(draws):

@@ -24,7 +24,7 @@ from umbel_client.tasks.task import made_up_labels
 from umbel_client.training.round import LocalTrainer
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.canonical import Entropy
-from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import DifferentialPrivacy, DistributedPrivacy, TrainingPlan
 
 _STEPS = 2
 """The first one loads kernels, and is not measured."""
@@ -53,8 +53,15 @@ def try_plan(settings: ClientConfig, plan: TrainingPlan, *, entropy: Entropy) ->
         ModelError: the model cannot be used or does not fit into memory.
     """
     torch.set_num_threads(settings.threads)
-    training = msgspec.structs.replace(plan.training, local_steps=_STEPS)
-    plan = msgspec.structs.replace(plan, training=training)
+    privacy = plan.privacy
+    shared = isinstance(privacy, DistributedPrivacy)
+    if isinstance(privacy, DistributedPrivacy):
+        plan = msgspec.structs.replace(
+            plan, privacy=msgspec.structs.replace(privacy, sampling_rate=1.0)
+        )
+    else:
+        training = msgspec.structs.replace(plan.training, local_steps=_STEPS)
+        plan = msgspec.structs.replace(plan, training=training)
     model = load_site_model(settings.model, plan, trains=True)
     units = settings.data.unit_column is not None
     limit = choose_batch_limit(
@@ -62,7 +69,7 @@ def try_plan(settings: ClientConfig, plan: TrainingPlan, *, entropy: Entropy) ->
     )
     moments: list[float] = []
 
-    def on_step(_step: int, _steps: int) -> None:
+    def on_step(_step: int = 0, _steps: int = 0) -> None:
         # On a GPU a step has ended when its result is there.
         model.vector()
         moments.append(time.perf_counter())
@@ -70,12 +77,16 @@ def try_plan(settings: ClientConfig, plan: TrainingPlan, *, entropy: Entropy) ->
     copies = len(model.copies)
     records = limit.records * copies
     data = _made_up(model, records)
-    private = isinstance(plan.privacy, LocalPrivacy)
+    private = isinstance(plan.privacy, DifferentialPrivacy)
     noise = SiteNoise(sampling_rate=1.0, noise_multiplier=1.0 if private else None)
     with naming_architecture(model.base):
-        LocalTrainer(model, data, noise, entropy, limit).round(
-            1, initial_vector(plan), on_step=on_step
-        )
+        trainer = LocalTrainer(model, data, noise, entropy, limit)
+        if shared:
+            for _ in range(_STEPS):
+                trainer.noisy_sum(1, initial_vector(plan))
+                on_step()
+        else:
+            trainer.round(1, initial_vector(plan), on_step=on_step)
     # Memory may have run out: then a step took several parts.
     rows = limit.records * copies
     parts = math.ceil(records / rows)

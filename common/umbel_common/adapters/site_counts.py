@@ -8,10 +8,12 @@ score and records. Each is a share of `max_records`, in units of the clip range.
 """
 
 import numpy as np
+import numpy.typing as npt
 
 from umbel_common.adapters.vector import Vector, size_of
 from umbel_common.canonical import Value
-from umbel_common.plans.plan import Aggregation, FederatedEvaluation, TrainingPlan
+from umbel_common.errors import PlanError
+from umbel_common.plans.plan import Aggregation, FederatedEvaluation, TrainingPlan, levels
 
 COORDINATES = 2
 """Number of coordinates of the counts: score and records."""
@@ -48,6 +50,21 @@ def with_counts(delta: Vector, counts: SiteCounts | None, plan: TrainingPlan) ->
         return delta
     shares = np.array([counts.score, counts.records]) * _unit(plan.aggregation, plan.evaluation)
     return np.concatenate([delta, shares.astype(np.float32)])
+
+
+def counts_in_steps(counts: SiteCounts, plan: TrainingPlan) -> npt.NDArray[np.int64]:
+    """The counts as in `with_counts`, in whole steps of the grid, int64[COORDINATES]; clipped to
+    the plan's clip range.
+
+    Raises:
+        PlanError: the plan has no evaluation.
+    """
+    if plan.evaluation is None:
+        raise PlanError("a plan without an evaluation has no counts", field="evaluation")
+    aggregation = plan.aggregation
+    shares = np.array([counts.score, counts.records]) * _unit(aggregation, plan.evaluation)
+    most = levels(aggregation.clip_range, aggregation.step)
+    return np.clip(np.rint(shares / aggregation.step), -most, most).astype(np.int64)
 
 
 def counts_of(

@@ -8,7 +8,7 @@ so a server that shows two sites different plans gets masks that do not cancel.
 """
 
 import math
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
@@ -35,6 +35,7 @@ Clipping = Literal["flat", "automatic"]
 Template = Literal["chat", "plain"]
 LossOn = Literal["answer", "all"]
 TooLong = Literal["refuse", "truncate"]
+Weights = Literal["equal", "size-class", "examples"]
 
 
 class BaseModel(Value, frozen=True):
@@ -132,6 +133,19 @@ class Lora(Value, frozen=True):
     def size(self) -> int:
         """Number of elements of the whole adapter."""
         return sum(tensor.size for tensor in self.tensors)
+
+    def kinds_of_rounds(self, rounds: int) -> tuple[int, ...]:
+        """A round of each kind that a job of so many has: one, or two where they alternate."""
+        return (1, 2) if self.method == "alternate" and rounds > 1 else (1,)
+
+    def trained(self, round_number: int) -> tuple[Tensor, ...]:
+        """The tensors that a round (from 1) changes, in the order in which they are flattened."""
+        frozen: tuple[str, ...] = ()
+        if self.method in ("ffa", "fedsvd"):
+            frozen = ("lora_A",)
+        elif self.method == "alternate":
+            frozen = ("lora_A",) if round_number % 2 == 1 else ("lora_B",)
+        return tuple(tensor for tensor in self.tensors if tensor.role not in frozen)
 
 
 class Adam(Value, frozen=True, tag_field="optimizer", tag="adam"):
@@ -231,6 +245,10 @@ class LocalPrivacy(DifferentialPrivacy, frozen=True, tag_field="mode", tag="loca
     """
 
 
+MOST_STEPS = 2**24
+"""Largest clip norm of distributed mode in steps: float32 holds every integer up to it."""
+
+
 class DistributedPrivacy(
     DifferentialPrivacy, frozen=True, kw_only=True, tag_field="mode", tag="distributed"
 ):
@@ -274,7 +292,7 @@ class Aggregation(Value, frozen=True):
     step: Positive
     """Quantisation step, in units of the delta."""
     ring_bits: Literal[16, 32] = 32
-    weights: Literal["equal", "size-class", "examples"] = "equal"
+    weights: Weights = "equal"
     """Weight of a site: `equal`, `size-class` (public, from the roster), or `examples`, its number
     of records, masked. `examples` is refused with differential privacy, because the exact sum of
     the numbers is a release of its own."""
@@ -348,19 +366,21 @@ class TrainingPlan(Value, frozen=True):
         return Average()
 
     @property
+    def least_survivors(self) -> int:
+        """Fewest sites whose vectors may be in a sum."""
+        privacy, threshold = self.privacy, self.aggregation.threshold
+        if isinstance(privacy, DistributedPrivacy):
+            return max(threshold, privacy.least_survivors)
+        return threshold
+
+    @property
     def kinds_of_rounds(self) -> tuple[int, ...]:
         """A round of each kind: one, or two where rounds alternate what they train."""
-        alternates = self.lora.method == "alternate" and self.training.rounds > 1
-        return (1, 2) if alternates else (1,)
+        return self.lora.kinds_of_rounds(self.training.rounds)
 
     def trained_tensors(self, round_number: int) -> tuple[Tensor, ...]:
         """The tensors that a round (from 1) changes, in the order in which they are flattened."""
-        frozen: tuple[str, ...] = ()
-        if self.lora.method in ("ffa", "fedsvd"):
-            frozen = ("lora_A",)
-        elif self.lora.method == "alternate":
-            frozen = ("lora_A",) if round_number % 2 == 1 else ("lora_B",)
-        return tuple(tensor for tensor in self.lora.tensors if tensor.role not in frozen)
+        return self.lora.trained(round_number)
 
 
 class LoraAdapter(Lora, frozen=True, tag_field="adapter", tag="lora"):
@@ -387,6 +407,31 @@ class TrainingPlan2(TrainingPlan, frozen=True, kw_only=True):
     start: Start = SeedStart()
     server: ServerOptimizer = Average()
     version: Version2 = 2
+
+
+def second_version(
+    plan: TrainingPlan, *, start: Start | None = None, server: ServerOptimizer | None = None
+) -> TrainingPlan2:
+    """The plan in version 2.
+
+    Args:
+        start: None: the plan's own.
+        server: None: the plan's own.
+    """
+    gate, evaluation = plan.release_gate, plan.evaluation
+    parts = {
+        "lora": LoraAdapter(**_fields(plan.lora)),
+        "evaluation": None if evaluation is None else ScoreEvaluation(**_fields(evaluation)),
+        "release_gate": None if gate is None else LossGate(**_fields(gate)),
+        "start": plan.start if start is None else start,
+        "server": plan.server if server is None else server,
+        "version": 2,
+    }
+    return TrainingPlan2(**(_fields(plan) | parts))
+
+
+def _fields(value: Value) -> dict[str, Any]:
+    return msgspec.structs.asdict(value)
 
 
 PLAN_VERSIONS = (TrainingPlan, TrainingPlan2)

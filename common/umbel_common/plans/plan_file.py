@@ -4,6 +4,7 @@ The signature covers the plan's canonical encoding, which anybody can compute fr
 is read and what was signed cannot differ.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -17,8 +18,11 @@ from umbel_common.plans.plan import (
     LocalPrivacy,
     Task,
     TrainingPlan,
+    TrainingPlan2,
     standard_deviation,
 )
+from umbel_common.plans.server_optimizer import Average, ServerOptimizer, ServerSgd
+from umbel_common.plans.start import LabelNamesStart, ReleasedStart
 from umbel_common.printable import printable_json
 from umbel_common.trust.identity import SIGNATURE_BYTES, Signed
 
@@ -39,9 +43,9 @@ def plan_to_json(
         not_tried: whether the plan was made without loading its base model; see `is_not_tried`.
     """
     parts = msgspec.to_builtins(plan, builtin_types=(bytes,))
-    parts["model"]["digest"] = plan.model.digest.hex()
-    if plan.release_gate is not None:
-        parts["release_gate"]["holdout"] = plan.release_gate.holdout.hex()
+    for part, field in _digests(parts):
+        if isinstance(part[field], bytes):
+            part[field] = part[field].hex()
     entry = _PlanEntry(parts, None if signature is None else signature.hex(), not_tried)
     text = msgspec.json.format(msgspec.json.encode(entry), indent=2).decode("utf-8")
     return printable_json(text) + "\n"
@@ -59,11 +63,11 @@ def plan_from_json(text: str, file: object) -> tuple[TrainingPlan, Signed | None
     """
     try:
         entry = msgspec.json.decode(text, type=_PlanEntry)
-        for name, field in (("model", "digest"), ("release_gate", "holdout")):
-            part = entry.plan.get(name)
-            if isinstance(part, dict) and isinstance(part.get(field), str):
+        for part, field in _digests(entry.plan):
+            if isinstance(part[field], str):
                 part[field] = bytes.fromhex(part[field])
-        plan = msgspec.convert(entry.plan, TrainingPlan)
+        later = entry.plan.get("version") == 2
+        plan = msgspec.convert(entry.plan, TrainingPlan2 if later else TrainingPlan)
         signature = None if entry.signature is None else bytes.fromhex(entry.signature)
         if signature is not None and len(signature) != SIGNATURE_BYTES:
             raise ValueError(f"a signature has {2 * SIGNATURE_BYTES} hexadecimal digits")
@@ -76,6 +80,19 @@ def plan_from_json(text: str, file: object) -> tuple[TrainingPlan, Signed | None
         ) from None
     check_plan(plan)
     return plan, None if signature is None else Signed(encode(plan), signature)
+
+
+def _digests(plan: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """The digests in a plan, each as the table that it is in, and its field there."""
+    places = {
+        "model": ["digest"],
+        "release_gate": ["holdout"],
+        "start": ["tensor", "adapter", "plan"],
+    }
+    for name, fields in places.items():
+        part = plan.get(name)
+        if isinstance(part, dict):
+            yield from ((part, field) for field in fields if field in part)
 
 
 def is_not_tried(text: str) -> bool:
@@ -98,7 +115,9 @@ def plan_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("", plan.model.digest.hex()),
         ("task", task_text(plan.task)),
         ("adapter", f"rank {lora.rank} on {targets}, {layers}; {lora.size:,} numbers"),
+        *_start_lines(plan),
         ("training", f"{training.rounds} rounds of {training.local_steps} steps"),
+        *_server_lines(plan.server),
         ("batch", f"{training.expected_batch_size} on average"),
         ("privacy", privacy_text(plan)),
         *_attempt_lines(plan),
@@ -106,6 +125,31 @@ def plan_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
         *_evaluation_lines(plan),
         *_gate_lines(plan),
     ]
+
+
+def _start_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
+    match plan.start:
+        case LabelNamesStart() as start:
+            assert isinstance(plan.task, Classification)  # `check_plan` refuses any other
+            own = start.names == plan.task.labels
+            what = "the labels" if own else "these names of the labels"
+            lines = [
+                (
+                    "starts from",
+                    f"the embeddings of {what}, of length {start.scale:g},"
+                    f" within {start.tolerance:g} of what a site computes",
+                ),
+                ("", start.tensor.hex()),
+            ]
+            return lines if own else [*lines, ("", "; ".join(start.names))]
+        case ReleasedStart() as start:
+            return [
+                ("starts from", f"the adapter that round {start.round} of an earlier job released"),
+                ("", start.adapter.hex()),
+                ("its plan", start.plan.hex()),
+                ("its norm", f"at most {start.largest_norm:g}"),
+            ]
+    return []
 
 
 def _attempt_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
@@ -119,6 +163,33 @@ def _attempt_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
             f" {privacy.sampling_rate:g}, summed over at least {privacy.least_survivors} sites",
         )
     ]
+
+
+def _server_lines(server: ServerOptimizer) -> list[tuple[str, str]]:
+    """The step at the server; nothing where the mean of the deltas is the step."""
+    if isinstance(server, Average):
+        return []
+    head, schedule = server.head_learning_rate, server.schedule
+    rates = f"learning rate {server.adapter_learning_rate:g}"
+    if head is not None:
+        rates += f" ({head:g} for the head)"
+    if schedule.warmup_rounds:
+        rates += f", rising over {schedule.warmup_rounds} rounds"
+    if schedule.final < 1:
+        curve = "in a line" if schedule.decay == "linear" else "on a cosine"
+        rates += f", falling {curve} to {schedule.final:g} of it"
+    return [("server", f"{server_text(server)}, {rates}")]
+
+
+def server_text(server: ServerOptimizer) -> str:
+    """The optimizer of the server in a few words."""
+    if isinstance(server, Average):
+        return "the mean of the deltas"
+    if isinstance(server, ServerSgd):
+        nesterov = "Nesterov's " if server.nesterov else ""
+        return f"gradient descent with {nesterov}momentum {server.momentum:g}"
+    name = str(server.__struct_config__.tag).capitalize()
+    return f"{name} with beta {server.beta1:g} and {server.beta2:g}, eps {server.eps:g}"
 
 
 def _evaluation_lines(plan: TrainingPlan) -> list[tuple[str, str]]:

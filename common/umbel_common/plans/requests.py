@@ -9,6 +9,18 @@ from umbel_common.plans.figures import AnswerCount, AnswerTokens, BatchSize, For
 from umbel_common.plans.ranges import Count
 
 
+class EarlierAdapter(Value, frozen=True):
+    """An adapter that a job released, for the draft of a plan that starts from it; as JSON."""
+
+    plan: str
+    """The text of the earlier plan's file."""
+    adapter: str
+    """Digest of the adapter under that plan, 64 hexadecimal digits."""
+    round: int
+    norm: float
+    """Its Euclidean norm."""
+
+
 class TuningRequest(Value, frozen=True):
     """A search for hyper-parameters on public records, as JSON. Paths are absolute."""
 

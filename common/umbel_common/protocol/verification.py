@@ -7,20 +7,26 @@ to the range that an honest one has.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeAlias
 
+from umbel_common.adapters import fedsvd
+from umbel_common.adapters.server_step import ServerState
 from umbel_common.adapters.site_counts import SiteCounts
-from umbel_common.adapters.vector import adapter_digest, initial_vector
+from umbel_common.adapters.start import require_start, seed_origin
+from umbel_common.adapters.vector import Vector, adapter_digest
 from umbel_common.canonical import Digest, Value, decode
 from umbel_common.errors import IdentityError, PlanError, RemoteProtocolError, VerificationError
 from umbel_common.plans.check import check_plan
 from umbel_common.plans.figures import GateResult, Loss
 from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan, TrainingPlan2
+from umbel_common.plans.start import LabelNamesStart, ReleasedStart, SeedStart
 from umbel_common.plans.statements import (
     HEADER_VERSIONS,
     RELEASE_VERSIONS,
     EarlyEnd,
     Release,
+    Release2,
     RoundHeader,
     RoundHeader2,
     with_sum,
@@ -34,12 +40,19 @@ from umbel_common.protocol.transcript import (
     RoundReleased,
     final_round,
 )
+from umbel_common.secagg import sums as secagg_sums
+from umbel_common.secagg.encoding import RingVector, sum_digest
 from umbel_common.secagg.messages import KeyAdvert, Survivors
 from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Roster, Signed, open_signed
 
 _ROUNDING = 1e-6
 """Relative rounding of a count in float32."""
+
+Sums: TypeAlias = Callable[[bytes], RingVector | None]
+"""Returns the sum of a digest; None: it is not known."""
+Adapters: TypeAlias = Callable[[bytes], Vector | None]
+"""Returns the released adapter of a digest, float32[plan.lora.size]; None: it is not known."""
 
 
 class VerifiedJob(Value, frozen=True):
@@ -57,6 +70,11 @@ class VerifiedJob(Value, frozen=True):
     untold_attempts: int = 0
     """Attempt numbers that were used up, and are in no entry: the server was killed in these
     attempts, or its operator does not tell how they ended."""
+    believed: tuple[str, ...] = ()
+    """What the start of the job rests on beside this: a verifier has no base model."""
+    not_recomputed: tuple[int, ...] = ()
+    """Rounds whose adapter and counts are the operator's word: their sum, or that of a round before
+    them, was not at hand."""
 
     @property
     def last(self) -> Release:
@@ -64,10 +82,17 @@ class VerifiedJob(Value, frozen=True):
         return self.releases[-1 if self.final_round is None else self.final_round]
 
 
-def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
+def verify_transcript(
+    entries: Sequence[Signed],
+    roster: Roster,
+    sums: Sums | None = None,
+    adapters: Adapters | None = None,
+    start: Vector | None = None,
+) -> VerifiedJob:
     """Checks the chain, every signature, and that each release follows from what sites signed.
 
-    Release 0 follows from the plan's public seed. For each attempt: the header names the plan, the
+    Release 0 follows from the plan's public seed; or it is the tensor that the plan names, with the
+    norms that it says, and the rest from the seed. For each attempt: the header names the plan, the
     roster, the next round of the plan and the adapter of the release before; its cohort is of the
     roster; its number is larger than those of the round before it. For each released round: no two
     survivor sets of its cohort can both reach the threshold; every advert is signed by its site for
@@ -76,6 +101,16 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
     their range. Where the plan has a release gate, each round has its result, and a round that was
     held back releases the adapter before once more. The job ends with its plan's last round, or
     with a signed early end.
+
+    Where the plan is of version 2 and the sums are at hand, each adapter follows from them: to the
+    bit, or with the method fedsvd within `umbel_common.adapters.fedsvd.TOLERANCE`.
+
+    Args:
+        sums: None: no adapter is recomputed.
+        adapters: asked with the method fedsvd alone, whose next round starts from the bits that
+            were released.
+        start: the tensor that the plan names as its start, float32[plan.lora.size]; None where it
+            is not at hand, or the plan names none.
 
     Raises:
         VerificationError: an entry does not verify; the message says which and why.
@@ -91,7 +126,7 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
             match entry.event:
                 case JobStarted():
                     _require(index == 0, "a job starts once, at the beginning")
-                    job = _Job(entry.event, roster)
+                    job = _Job(entry.event, roster, sums, adapters, start)
                 case RoundReleased() if job is not None:
                     job.release(entry.event, before)
                 case AttemptAborted() if job is not None:
@@ -113,7 +148,14 @@ def verify_transcript(entries: Sequence[Signed], roster: Roster) -> VerifiedJob:
 class _Job:
     """A job as far as its entries have been read."""
 
-    def __init__(self, event: JobStarted, roster: Roster) -> None:
+    def __init__(
+        self,
+        event: JobStarted,
+        roster: Roster,
+        sums: Sums | None,
+        adapters: Adapters | None,
+        start: Vector | None,
+    ) -> None:
         self._roster = roster
         self._plan = plan = open_signed(event.plan, PLAN_VERSIONS, roster.operator)
         check_plan(plan)
@@ -124,6 +166,11 @@ class _Job:
             release.round == 0 and release.plan == plan.digest(),
             "release 0 belongs to another plan",
         )
+        self._believed = _believed(plan, start)
+        if isinstance(plan.start, SeedStart):
+            start = seed_origin(plan).vector
+        elif start is not None:
+            require_start(plan, start)
         first = Release(
             federation=plan.federation,
             job=plan.job,
@@ -131,19 +178,21 @@ class _Job:
             round=0,
             attempt=0,
             context=bytes(32),
-            adapter=adapter_digest(plan.digest(), initial_vector(plan)),
+            adapter=release.adapter if start is None else adapter_digest(plan.digest(), start),
             survivors=(),
             total_weight=0,
         )
         if isinstance(plan, TrainingPlan2):
             first = with_sum(first, bytes(32))
-        _require(release == first, "release 0 does not follow from the plan's public seed")
+        source = "public seed" if isinstance(plan.start, SeedStart) else "start"
+        _require(release == first, f"release 0 does not follow from the plan's {source}")
         self._releases = [release]
         self._attempt = 0
         """Number of the last attempt at the round after the latest release."""
         self._aborted = 0
         self._untold = 0
         self._gates = _Gates(plan)
+        self._steps = _Steps(plan, None if start is None else start.copy(), sums, adapters)
         self._final_round: int | None = None
         self._delivered: tuple[str, ...] = ()
 
@@ -197,10 +246,17 @@ class _Job:
             len(confirmed) >= threshold,
             f"only {len(confirmed)} sites confirmed, the threshold is {threshold}",
         )
+        least = self._plan.least_survivors
+        _require(
+            len(survivors) >= least,
+            f"its sum has {len(survivors)} sites, and its plan asks for {least}",
+        )
         self._check_weight(release)
         if event.counts is not None:
             self._check_counts(event.counts, len(survivors))
         self._gates.verify(event.gate, release, former)
+        held_back = event.gate is not None and not event.gate.passed()
+        self._steps.verify(release, len(cohort), event.counts, held_back=held_back)
         self._releases.append(release)
         self._attempt = 0
 
@@ -244,6 +300,8 @@ class _Job:
             held_back=tuple(self._gates.held_back),
             final_round=self._final_round,
             untold_attempts=self._untold,
+            not_recomputed=tuple(self._steps.not_recomputed),
+            believed=self._believed,
         )
 
     def _next_attempt(self, signed: Signed, before: bytes) -> RoundHeader:
@@ -299,6 +357,100 @@ class _Job:
             all(abs(figure) <= bound for figure in (counts.score, counts.records)),
             "its counts are larger than its sites' can be",
         )
+
+
+class _Steps:
+    """The adapters of a job, made again from the sums round by round."""
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        start: Vector | None,
+        sums: Sums | None,
+        adapters: Adapters | None,
+    ) -> None:
+        self.not_recomputed: list[int] = []
+        self._plan = plan
+        self._sums = sums
+        self._adapters = adapters
+        self._state = ServerState()
+        # None from the first round on that is not recomputed: the next ones start from it.
+        self._vector = start
+
+    def verify(
+        self, release: Release, cohort: int, counts: SiteCounts | None, *, held_back: bool
+    ) -> None:
+        """Requires that a release follows from its sum.
+
+        Args:
+            cohort: number of sites of the attempt.
+            counts: the summed counts of the sites, if the plan asks for them.
+            held_back: whether the release gate held the adapter of the round back.
+
+        Raises:
+            RemoteProtocolError, VerificationError: it does not.
+        """
+        total = self._total(release)
+        if total is None:
+            self.not_recomputed.append(release.round)
+            # A round that was held back changed nothing that the next ones start from.
+            self._vector = self._vector if held_back else None
+            return
+        plan, survivors = self._plan, len(release.survivors)
+        weight = secagg_sums.read_sum(plan, release.round, total, cohort=cohort)
+        _require(weight == release.total_weight, "its weight is not the one in its sum")
+        if counts is not None:
+            found = secagg_sums.counts_in(plan, total, cohort=cohort, survivors=survivors)
+            _require(counts == found, "its counts are not those in its sum")
+        if held_back or self._vector is None:
+            return
+        if plan.lora.method == "fedsvd":
+            self._follow(release, total, self._vector)
+            return
+        secagg_sums.move(plan, release.round, total, self._vector, self._state)
+        _require(
+            adapter_digest(plan.digest(), self._vector) == release.adapter,
+            "its adapter does not follow from its sum",
+        )
+
+    def _total(self, release: Release) -> RingVector | None:
+        if self._sums is None or self._vector is None or not isinstance(release, Release2):
+            return None
+        total = self._sums(release.sum)
+        _require(
+            total is None or sum_digest(total) == release.sum, "its sum is not the one it names"
+        )
+        return total
+
+    def _follow(self, release: Release, total: RingVector, before: Vector) -> None:
+        """Compares a released adapter of the method fedsvd, and starts the next round from it."""
+        plan = self._plan
+        released = None if self._adapters is None else self._adapters(release.adapter)
+        if released is None:
+            self.not_recomputed.append(release.round)
+            self._vector = None
+            return
+        _require(
+            adapter_digest(plan.digest(), released) == release.adapter,
+            "its adapter is not the one it names",
+        )
+        moved = before.copy()
+        secagg_sums.move(plan, release.round, total, moved, self._state)
+        fedsvd.require_refactorised(plan, moved, released)
+        fedsvd.carry_state(plan, before, released, self._state)
+        self._vector = released.copy()
+
+
+def _believed(plan: TrainingPlan, start: Vector | None) -> tuple[str, ...]:
+    match plan.start:
+        case SeedStart():
+            return ()
+        case LabelNamesStart():
+            believed = "whether the head's rows are the embeddings of the labels' names"
+        case ReleasedStart() as named:
+            believed = f"whether round {named.round} of plan {named.plan.hex()} released the start"
+    whole = "the start itself, whose tensor is not at hand"
+    return (believed,) if start is not None else (whole, believed)
 
 
 class _Gates:

@@ -108,6 +108,9 @@ class Terms:
     context: bytes
     roster: Roster
     threshold: int
+    """Fewest sites that must confirm and reveal: shares that recover a secret."""
+    least: int
+    """Fewest sites whose vectors may be in the sum; at least the threshold."""
     ring_bits: int
     length: int
 
@@ -138,13 +141,13 @@ class Stage(Generic[Answer]):
         )
         require(site not in self.answers, "second-answer", "a site answers twice", field=site)
 
-    def _require_threshold(self, check: str) -> None:
-        if len(self.answers) < self.terms.threshold:
+    def _require(self, check: str, least: int) -> None:
+        if len(self.answers) < least:
             raise RoundAborted(
                 check,
                 "too few sites answered a stage of this attempt",
                 found=f"{len(self.answers)} of {len(self.sites)}",
-                accepted=f"at least {self.terms.threshold}",
+                accepted=f"at least {least}",
                 remedy="retry when more sites are online; the deltas that sites hold are reused",
             )
 
@@ -185,7 +188,7 @@ class Advertising(Stage[tuple[Signed, KeyAdvert]]):
             RoundAborted: `too-few-adverts`.
         """
         # C1.3
-        self._require_threshold("too-few-adverts")
+        self._require("too-few-adverts", self.terms.least)
         return Sharing(self.terms, self.answered, {}, adverts=dict(self.answers))
 
 
@@ -232,7 +235,7 @@ class Sharing(Stage[tuple[EncryptedShare, ...]]):
             RoundAborted: `too-few-shares`.
         """
         # C2.3
-        self._require_threshold("too-few-shares")
+        self._require("too-few-shares", self.terms.least)
         return Masking(
             self.terms,
             self.answered,
@@ -280,7 +283,7 @@ class Masking(Stage[None]):
             RoundAborted: `too-few-vectors`.
         """
         # C3.3
-        self._require_threshold("too-few-vectors")
+        self._require("too-few-vectors", self.terms.least)
         return Confirming(
             self.terms,
             self.answered,
@@ -332,7 +335,7 @@ class Confirming(Stage[SurvivorSignature]):
             RoundAborted: `too-few-confirmations`.
         """
         # C4.3
-        self._require_threshold("too-few-confirmations")
+        self._require("too-few-confirmations", self.terms.threshold)
         return Unmasking(
             self.terms,
             self.answered,
@@ -396,7 +399,7 @@ class Unmasking(Stage[tuple[RevealedShare, ...]]):
             LocalProtocolError: `stale-stage`.
         """
         # C5.3
-        self._require_threshold("too-few-reveals")
+        self._require("too-few-reveals", self.terms.threshold)
         # C5.4
         total = self.total.take(count=len(self.survivors))
         # C5.5, C5.6
@@ -420,7 +423,13 @@ class Unmasking(Stage[tuple[RevealedShare, ...]]):
 
 
 def open_attempt(
-    header: RoundHeader, roster: Roster, threshold: int, ring_bits: int, length: int
+    header: RoundHeader,
+    roster: Roster,
+    threshold: int,
+    ring_bits: int,
+    length: int,
+    *,
+    least: int | None = None,
 ) -> Advertising:
     """A new attempt, waiting for the keys of the header's cohort.
 
@@ -428,6 +437,7 @@ def open_attempt(
         threshold: fewest sites that must answer each stage; shares that recover a secret.
         ring_bits: 16 or 32.
         length: elements of each masked vector.
+        least: fewest sites whose vectors may be in the sum; None: the threshold.
 
     Raises:
         IdentityError: a site of the cohort is not in the roster.
@@ -436,12 +446,13 @@ def open_attempt(
     # C0.0
     for site in header.cohort:
         roster.member(site)
-    if not 2 <= threshold <= len(header.cohort):
+    least = max(threshold, least or threshold)
+    if not 2 <= threshold <= least <= len(header.cohort):
         raise LocalProtocolError(
             "threshold",
             "a cohort cannot be aggregated with this threshold",
-            found=threshold,
+            found=threshold if least == threshold else f"{threshold}, at least {least} in the sum",
             accepted=f"2 to {len(header.cohort)}",
         )
-    terms = Terms(header, header.context(), roster, threshold, ring_bits, length)
+    terms = Terms(header, header.context(), roster, threshold, least, ring_bits, length)
     return Advertising(terms, header.cohort, {})

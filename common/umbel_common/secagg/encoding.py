@@ -9,16 +9,18 @@ and the weighted sum of deltas, and shows neither for any one site.
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, NoReturn, TypeAlias
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from umbel_common.adapters.largest_sum import noise_in_sum
+from umbel_common.adapters.server_step import Integers, add_scaled
 from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy, Value, digest
 from umbel_common.errors import LocalProtocolError, PlanError, require
-from umbel_common.plans.plan import Aggregation, levels
+from umbel_common.plans.plan import DistributedPrivacy, TrainingPlan, levels
 from umbel_common.plans.ranges import Positive
 from umbel_common.secagg.primitives import KEY_BYTES, Keystream, draw
 
@@ -56,6 +58,7 @@ class Encoding(Value, frozen=True):
         a site adds at most max_weight * L in magnitude, and `sites` sites add at most
         S = sites * max_weight * L. Two's complement holds every sum if S < 2^(bits - 1). Since
         L >= 1, the total weight, at most sites * max_weight <= S, fits into the unsigned ring too.
+        With noise (`NoisyEncoding`), its bound is a part of S.
 
         Raises:
             PlanError: S could reach 2^(bits - 1).
@@ -63,28 +66,61 @@ class Encoding(Value, frozen=True):
         limit = 2 ** (self.ring_bits - 1)
         per_level = self.sites * self.max_weight
         # The quotient is compared as a float first, because it may be infinite and have no ceiling.
-        if not self.clip_range / self.step < limit or per_level * self.levels >= limit:
-            raise PlanError(
-                f"a sum of {self.sites} deltas could wrap in a ring of {self.ring_bits} bits",
-                field="aggregation.step",
-                found=f"{self.step} with clip_range {self.clip_range} and "
-                f"max_weight {self.max_weight}",
-                accepted="sites * max_weight * ceil(clip_range / step) below "
-                f"2^{self.ring_bits - 1}",
-                remedy=f"take a step above {per_level * self.clip_range / limit:.3g}, a smaller "
-                "clip_range or max_weight, or ring_bits 32",
-            )
+        if not self.clip_range / self.step < limit or self.bound(per_level) >= limit:
+            self._refuse(limit)
+
+    def bound(self, weight: int) -> int:
+        """Largest magnitude of a coordinate of a sum with this total weight, in steps."""
+        return weight * self.levels
+
+    def _refuse(self, limit: int) -> NoReturn:
+        per_level = self.sites * self.max_weight
+        raise PlanError(
+            f"a sum of {self.sites} deltas could wrap in a ring of {self.ring_bits} bits",
+            field="aggregation.step",
+            found=f"{self.step} with clip_range {self.clip_range} and max_weight {self.max_weight}",
+            accepted=f"sites * max_weight * ceil(clip_range / step) below 2^{self.ring_bits - 1}",
+            remedy=f"take a step above {per_level * self.clip_range / limit:.3g}, a smaller "
+            "clip_range or max_weight, or ring_bits 32",
+        )
 
 
-def encoding_of(aggregation: Aggregation, sites: int) -> Encoding:
+class NoisyEncoding(Encoding, frozen=True, kw_only=True):
+    """How the integer sums of sites that share their noise become elements of one ring."""
+
+    largest_noise: Annotated[int, msgspec.Meta(ge=0)]
+    """Magnitude, in steps, that the noise in no coordinate of any sum of the job exceeds, but with
+    probability 2^-40 (`umbel_common.adapters.largest_sum`)."""
+
+    def bound(self, weight: int) -> int:
+        """Largest magnitude of a coordinate of a sum with this total weight, in steps."""
+        return super().bound(weight) + self.largest_noise
+
+    def _refuse(self, limit: int) -> NoReturn:
+        raise PlanError(
+            f"a sum of {self.sites} noisy vectors could wrap in a ring of {self.ring_bits} bits",
+            field="privacy.noise_bits",
+            found=f"{self.sites} sites of at most {self.levels} steps each, and noise of at most"
+            f" {self.largest_noise} steps",
+            accepted=f"less than 2^{self.ring_bits - 1} in sum",
+            remedy="take a smaller clip_range, fewer noise_bits, or ring_bits 32",
+        )
+
+
+def encoding_of(plan: TrainingPlan, sites: int) -> Encoding:
     """The encoding that a plan prescribes for a cohort of at most `sites` sites."""
-    return Encoding(
+    aggregation = plan.aggregation
+    encoding = Encoding(
         clip_range=aggregation.clip_range,
         step=aggregation.step,
         ring_bits=aggregation.ring_bits,
         max_weight=aggregation.max_weight,
         sites=sites,
     )
+    if not isinstance(plan.privacy, DistributedPrivacy):
+        return encoding
+    noise = noise_in_sum(plan, sites)
+    return NoisyEncoding(**msgspec.structs.asdict(encoding), largest_noise=noise)
 
 
 def encode(delta: Vector, weight: int, encoding: Encoding, entropy: Entropy) -> RingVector:
@@ -125,6 +161,29 @@ def encode(delta: Vector, weight: int, encoding: Encoding, entropy: Entropy) -> 
         # int32 holds the product by the headroom proof; the cast to the ring is modulo 2^bits.
         np.multiply(rounded, np.int32(weight), out=rounded)
         np.copyto(target, rounded, casting="unsafe")
+    return vector
+
+
+def encode_integers(values: npt.NDArray[np.int64], encoding: Encoding) -> RingVector:
+    """The ring vector `[1, values]` of one site, uint[n + 1] of `encoding.ring_bits` bits.
+
+    Args:
+        values: int64[n], clipped before their noise was added.
+
+    Raises:
+        PlanError: a sum could wrap.
+        LocalProtocolError: `delta-type`.
+    """
+    encoding.prove_headroom()
+    if values.dtype != np.int64 or values.ndim != 1:
+        raise LocalProtocolError(
+            "delta-type", "a noisy sum has the wrong type", found=values.dtype, accepted="int64[n]"
+        )
+    vector = np.empty(values.size + 1, dtype=f"<u{encoding.ring_bits // 8}")
+    vector[0] = 1
+    # Noise beyond its bound, which happens with probability 2^-40, wraps and is not clipped: a
+    # clipped value would tell what the noise hid.
+    np.copyto(vector[1:], values, casting="unsafe")
     return vector
 
 
@@ -189,7 +248,7 @@ def total_weight(total: RingVector, encoding: Encoding) -> int:
 
     Raises:
         RemoteProtocolError: `total-weight` if the weight is 0 or more than all sites may have;
-            `sum-out-of-range` if a coordinate exceeds weight * levels.
+            `sum-out-of-range` if a coordinate exceeds `Encoding.bound`.
     """
     weight = int(total[0])
     require(
@@ -199,8 +258,8 @@ def total_weight(total: RingVector, encoding: Encoding) -> int:
         found=weight,
         accepted=f"1 to {encoding.sites * encoding.max_weight}",
     )
-    signed = total[1:].view(np.dtype(f"<i{total.itemsize}"))
-    bound = weight * encoding.levels
+    signed = signed_part(total)
+    bound = encoding.bound(weight)
     require(
         signed.size == 0 or (-bound <= int(signed.min()) and int(signed.max()) <= bound),
         "sum-out-of-range",
@@ -217,16 +276,10 @@ def add_mean(total: RingVector, encoding: Encoding, targets: Sequence[Vector]) -
         total: a sum that `total_weight` accepted.
         targets: consecutive parts of a vector as long as a delta; float32, contiguous, writeable.
     """
-    scale = np.float64(encoding.step / int(total[0]))
-    signed = total[1:].view(np.dtype(f"<i{total.itemsize}"))
-    mean = np.empty(CHUNK, dtype=np.float32)
-    position = 0
-    for target in targets:
-        flat = target.reshape(-1, copy=False)
-        for start in range(0, flat.size, CHUNK):
-            part = flat[start : start + CHUNK]
-            chunk = mean[: part.size]
-            source = signed[position : position + part.size]
-            np.multiply(source, scale, out=chunk, casting="same_kind")
-            np.add(part, chunk, out=part)
-            position += part.size
+    add_scaled(signed_part(total), encoding.step / int(total[0]), targets)
+
+
+def signed_part(total: RingVector) -> Integers:
+    """A sum without its weight, as signed integers: a view."""
+    signed: Integers = total[1:].view(np.dtype(f"<i{total.itemsize}"))
+    return signed

@@ -68,6 +68,10 @@ Machine: TypeAlias = (
 STRAY = frozenset({"other-attempt", "other-context", "stage-order"})
 """Checks that an honest site's reply fails if it was sent twice or came late."""
 
+LOST_ATTEMPT = "attempt-lost"
+"""Refusal of a site that was stopped while it computed in distributed mode. It never computes an
+attempt twice, and takes part in the next one."""
+
 
 class Evidence(Value, frozen=True):
     """What the sites signed in an attempt, for the transcript."""
@@ -166,7 +170,9 @@ class Attempt:
         if site not in self.waiting:
             return self
         if isinstance(reply, Refusal):
-            unwilling = self.unwilling | {site} if self.stage == "train" else self.unwilling
+            unwilling = self.unwilling
+            if self.stage == "train" and reply.check != LOST_ATTEMPT:
+                unwilling |= {site}
             refusals = {**self.refusals, site: reply.check}
             return replace(self, refusals=refusals, unwilling=unwilling)
         try:
@@ -247,7 +253,12 @@ def open_attempt(
     if header.plan != plan.digest() or header.roster != roster.digest():
         raise LocalProtocolError("header", "a header names another plan or roster than its job")
     machine = coordinator.open_attempt(
-        header, roster, plan.aggregation.threshold, plan.aggregation.ring_bits, vector_length
+        header,
+        roster,
+        plan.aggregation.threshold,
+        plan.aggregation.ring_bits,
+        vector_length,
+        least=plan.least_survivors,
     )
     return Attempt(
         header=header,

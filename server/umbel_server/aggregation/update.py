@@ -1,15 +1,14 @@
-"""From the unmasked sum to the new global adapter: FedAvg (McMahan et al. 2017) on deltas.
+"""From the unmasked sum to the new global adapter.
 
 This module is pure, and must stay so. It sees the sum, and never the vector of one site.
 """
 
-import numpy as np
-
-from umbel_common.adapters.site_counts import COORDINATES, SiteCounts, counts_of
-from umbel_common.adapters.vector import Vector, unflatten
+from umbel_common.adapters.server_step import ServerState
+from umbel_common.adapters.site_counts import SiteCounts
+from umbel_common.adapters.vector import Vector
 from umbel_common.errors import RemoteProtocolError, RoundAborted
 from umbel_common.plans.plan import TrainingPlan
-from umbel_common.secagg.encoding import add_mean, encoding_of, total_weight
+from umbel_common.secagg import sums
 from umbel_common.secagg.unmasking import Aggregate
 from umbel_common.trust.identity import Roster
 
@@ -32,23 +31,26 @@ def apply_sum(
     round_number: int,
     cohort_size: int,
     adapter: Vector,
+    state: ServerState,
 ) -> tuple[int, SiteCounts | None]:
     """Makes the new global adapter from the one that the round started from.
 
     Args:
         adapter: float32[plan.lora.size], writeable. It is changed in place: a server that holds it
             and the sum has no room for a third vector.
+        state: the optimizer's; it is changed in place too.
 
     Returns:
         the weight behind it, and the sum of the sites' counts if the plan has an evaluation.
 
     Raises:
         RoundAborted: `weight-mismatch` if the weight in the sum is not the public weight of the
-            survivors: the vector of some site is not what the plan requires.
+            survivors: the vector of some site is not what the plan requires. Then neither adapter
+            nor state was changed.
     """
-    encoding = encoding_of(plan.aggregation, cohort_size)
+    total, survivors = aggregate.total, len(aggregate.survivors)
     try:
-        weight = total_weight(aggregate.total, encoding)
+        weight = sums.read_sum(plan, round_number, total, cohort=cohort_size)
     except RemoteProtocolError as error:
         raise RoundAborted(error.check, error.message) from None
     expected = expected_weight(plan, roster, aggregate.survivors)
@@ -59,11 +61,7 @@ def apply_sum(
             found=weight,
             accepted=expected,
         )
-    values = unflatten(adapter, plan.lora.tensors)
-    trained = [values[tensor.name] for tensor in plan.trained_tensors(round_number)]
+    sums.release_of(plan, round_number, total, adapter, state)
     if plan.evaluation is None:
-        add_mean(aggregate.total, encoding, trained)
         return weight, None
-    shares = np.zeros(COORDINATES, dtype=np.float32)
-    add_mean(aggregate.total, encoding, [*trained, shares])
-    return weight, counts_of(shares, plan.aggregation, plan.evaluation, len(aggregate.survivors))
+    return weight, sums.counts_in(plan, total, cohort=cohort_size, survivors=survivors)

@@ -9,6 +9,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from umbel_common.adapters.vector import Vector
 from umbel_common.errors import JobUnknown, ModelError, StorageError
 from umbel_common.plans.figures import ClassificationFigures, loss_text
 from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan
@@ -70,6 +71,36 @@ def export(
     """Copy a released adapter into a PEFT folder, after checking it against its release."""
     settings = load_config(config)
     require_new(out)
+    plan, release, vector = find_release(settings, job, round_number)
+    tokenizer = tokenizer_files(settings, plan)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        # The digest names the vector alone. All else follows from the plan.
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_folder(partial, plan, vector)
+        for name, text in tokenizer.items():
+            (partial / name).write_bytes(text)
+        partial.rename(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise StorageError("an adapter cannot be exported", file=out, found=error) from None
+    say(f"{job}, round {release.round}: {out}")
+    if not tokenizer:
+        say("The tokenizer is not in it: it is in the base model's folder.")
+
+
+def find_release(
+    settings: ServerConfig, job: str, round_number: int | None
+) -> tuple[TrainingPlan, Release, Vector]:
+    """An adapter that a job released, checked against its release.
+
+    Args:
+        round_number: None: the job's final round, or its latest so far.
+
+    Raises:
+        JobUnknown: there is no such job, or it did not release this round.
+        StorageError: the adapter is missing or damaged.
+    """
     operator = read_identity(Path(settings.identity)).public_key
     with closing(_open_journal(settings)) as journal:
         signed = journal.plan(job)
@@ -88,23 +119,8 @@ def export(
             accepted=f"rounds 0 to {max(releases)}",
         )
     registry = Registry(Path(settings.state) / "registry")
-    digest = releases[wanted].adapter
-    vector = registry.load(plan, digest)
-    tokenizer = tokenizer_files(settings, plan)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        # The digest names the vector alone. All else follows from the plan.
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_folder(partial, plan, vector)
-        for name, text in tokenizer.items():
-            (partial / name).write_bytes(text)
-        partial.rename(out)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise StorageError("an adapter cannot be exported", file=out, found=error) from None
-    say(f"{job}, round {wanted}: {out}")
-    if not tokenizer:
-        say("The tokenizer is not in it: it is in the base model's folder.")
+    release = releases[wanted]
+    return plan, release, registry.load(plan, release.adapter)
 
 
 def tokenizer_files(settings: ServerConfig, plan: TrainingPlan) -> dict[str, bytes]:

@@ -14,12 +14,14 @@ from umbel_common.adapters.site_counts import SiteCounts
 from umbel_common.canonical import decode_canonical
 from umbel_common.errors import PlanError, UmbelError
 from umbel_common.plans.figures import figures_text
-from umbel_common.plans.plan import PLAN_VERSIONS
+from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json, plan_lines
+from umbel_common.plans.start import LabelNamesStart, SeedStart
 from umbel_common.plans.statements import HEADER_VERSIONS
 from umbel_common.protocol.transcript import Entry, RoundReleased
 from umbel_common.trust.identity import open_signed
 from umbel_host.files.keys import read_identity
+from umbel_host.files.start_file import read_start, start_file
 from umbel_host.files.text_file import read_text
 from umbel_host.terminal import Screen, confirm, local_time, print_json, print_lines, say, table
 from umbel_server.cli.job_view import (
@@ -34,10 +36,11 @@ from umbel_server.cli.job_view import (
 )
 from umbel_server.cli.options import SERVER_TOML, Config, Json, Unchecked
 from umbel_server.jobs.evaluator import check_evaluation
-from umbel_server.operator.config import load_config, load_roster
+from umbel_server.operator.config import ServerConfig, load_config, load_roster
 from umbel_server.operator.plan_signing import require_tried, sign_as_operator
 from umbel_server.storage.job_queue import JobQueue, QueuedJob
 from umbel_server.storage.journal import Evaluated, Journal
+from umbel_server.storage.registry import Registry
 
 job = typer.Typer(help="Jobs: start, stop, resume, status.", no_args_is_help=True)
 
@@ -79,6 +82,7 @@ def start(
     open_signed(signed, PLAN_VERSIONS, key, "operator")
     if made.release_gate is not None:
         check_evaluation(settings.evaluation, made)
+    _take_start(settings, plan, made)
     with _queue(config) as queue:
         queue.add(made.job, signed)
         roster = load_roster(settings).roster
@@ -92,6 +96,21 @@ def start(
             err=True,
         )
     _tell_if_down(look(settings))
+
+
+def _take_start(settings: ServerConfig, file: Path, plan: TrainingPlan) -> None:
+    """Puts the tensor that a plan starts from into the registry, before the job is queued.
+
+    Raises:
+        StorageError: it is neither there nor beside the plan's file.
+    """
+    registry = Registry(Path(settings.state) / "registry")
+    if isinstance(plan.start, LabelNamesStart) and not registry.folder(plan.start.tensor).exists():
+        place = start_file(file, plan)
+        assert place is not None  # such a start has a file
+        registry.keep_start(plan, read_start(place, plan))
+    if not isinstance(plan.start, SeedStart):
+        registry.start(plan)
 
 
 @job.command()

@@ -1,20 +1,31 @@
 """`umbel-server plan`: make, sign and show what a job may do with a site's data."""
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
+import msgspec
 import typer
 
-from umbel_common.errors import PlanError
+from umbel_common.adapters.start import norm_of
+from umbel_common.errors import ConfigError, PlanError
+from umbel_common.plans.drafted_start import DraftedReleased
 from umbel_common.plans.plan import PLAN_VERSIONS
 from umbel_common.plans.plan_file import is_not_tried, plan_from_json, plan_lines, plan_to_json
+from umbel_common.plans.requests import EarlierAdapter
+from umbel_common.toml_values import from_table, read_table
 from umbel_common.trust.identity import fingerprint, open_signed
 from umbel_host.files.output import require_new_file
+from umbel_host.files.start_file import start_file
 from umbel_host.files.text_file import read_text, write_new_text
 from umbel_host.processes.supervisor import belong_to_parent, our_module
 from umbel_host.terminal import Screen, print_lines
+from umbel_server.cli.adapters import find_release
 from umbel_server.cli.options import SERVER_TOML, Config, Unchecked
 from umbel_server.operator.config import load_config, load_roster
 from umbel_server.operator.plan_signing import require_tried, sign_as_operator
@@ -41,12 +52,19 @@ def new(
     is marked as not tried.
     """
     require_new_file(out)
-    text = _made(_python(config), str(draft))
-    made, _ = plan_from_json(text, draft)
+    with _start_of(draft, out, config) as start:
+        text = _made(_python(config), str(draft), *([] if start is None else ["--start", start]))
+        made, _ = plan_from_json(text, draft)
+        place = start_file(out, made)
+        if start is not None and place is not None:
+            # Before the plan, which names it; a file of this name has the same content.
+            os.replace(start, place)
     write_new_text(out, text)
     console = Screen()
     print_lines(console, plan_lines(made), fold=True)
     console.print(f"\nplan: {out}", soft_wrap=True)
+    if place is not None:
+        console.print(f"start: {place.name}, which job start needs beside the plan", soft_wrap=True)
     if is_not_tried(text):
         console.print(
             "not tried: it was made from the model's files, without loading the model.\n"
@@ -71,6 +89,38 @@ def try_command(
     text = _made(_python(config), str(file), str(model))
     write_new_text(out, text)
     Screen().print(f"tried: {out}", soft_wrap=True)
+
+
+@contextmanager
+def _start_of(draft: Path, out: Path, config: Path) -> Iterator[str | None]:
+    """The path of the file of a draft's `[start]`, in a folder that is deleted afterwards; None: it
+    has no such table, or cannot be read, which the process that makes the plan says."""
+    try:
+        table = read_table(read_text(draft, ConfigError), draft).get("start")
+    except ConfigError:
+        table = None
+    if not isinstance(table, dict) or table.get("start") not in ("label-names", "released"):
+        yield None
+        return
+    with TemporaryDirectory(prefix=".start-", dir=out.absolute().parent) as folder:
+        file = Path(folder) / "start"
+        if table["start"] == "released":
+            asked = from_table({"start": table}, _Draft, draft).start
+            before, release, vector = find_release(load_config(config), asked.job, asked.round)
+            earlier = EarlierAdapter(
+                plan=plan_to_json(before),
+                adapter=release.adapter.hex(),
+                round=release.round,
+                norm=norm_of(vector),
+            )
+            file.write_bytes(msgspec.json.encode(earlier))
+        yield str(file)
+
+
+class _Draft(msgspec.Struct, frozen=True):
+    """The part of a draft that is asked of the registry."""
+
+    start: DraftedReleased
 
 
 def _python(config: Path) -> str:

@@ -1,7 +1,7 @@
 """A job from its plan to its last release: rounds, attempts, journal, transcript.
 
 Two rules may never be broken here. No plan, round header or release is sent before it is in the
-journal. The journal names no adapter that is not in the registry before it.
+journal. The journal names no adapter and no sum that is not in the registry before it.
 
 A round is released in these steps, in this order; a comment marks each where it happens. The codes
 in parentheses end the attempt or the job at that step:
@@ -12,11 +12,11 @@ in parentheses end the attempt or the job at that step:
 2. Send the requests of each stage to the cohort (`aggregation.attempt` has the stages).
 3. Collect the replies; journal each site's advert before the next stage is sent. Close each stage
    with enough sites (the codes of C1.3 to C5.3 and C5.5 of `secagg.coordinator`).
-4. Sum: the mean of the deltas changes the adapter that the round started from (`total-weight`,
-   `sum-out-of-range`, `weight-mismatch`).
+4. Sum: the optimizer's step changes the adapter that the round started from (`sum-length`,
+   `total-weight`, `sum-out-of-range`, `weight-mismatch`).
 5. Ask the release gate, if the plan has one: an adapter that it holds back is replaced by the one
-   before (JobFailed if the gate cannot evaluate it).
-6. Sign the release, and write its adapter to the registry.
+   before, and so is the optimizer's state (JobFailed if the gate cannot evaluate it).
+6. Sign the release, and write its adapter and its sum to the registry.
 7. Journal the release, its transcript entry and what the release gate found, all of it or nothing.
 8. Tell the observer. Without a release gate, the adapter is evaluated now.
 9. Send the release: with the next round's train request, or with the finish request after the last.
@@ -33,10 +33,15 @@ from functools import partial
 from types import MappingProxyType
 
 from umbel_common.adapters.site_counts import vector_length
-from umbel_common.adapters.vector import adapter_digest, initial_vector, to_bytes
+from umbel_common.adapters.vector import adapter_digest, to_bytes
 from umbel_common.errors import JobFailed, PlanError, RoundAborted
 from umbel_common.plans.check import check_plan
-from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan, TrainingPlan2
+from umbel_common.plans.plan import (
+    PLAN_VERSIONS,
+    DistributedPrivacy,
+    TrainingPlan,
+    TrainingPlan2,
+)
 from umbel_common.plans.statements import (
     RELEASE_VERSIONS,
     EarlyEnd,
@@ -56,7 +61,6 @@ from umbel_common.protocol.wire import (
     TrainRequest,
     size_limit,
 )
-from umbel_common.secagg.encoding import sum_digest
 from umbel_common.trust.identity import Identity, Roster, Signed, open_signed, sign
 from umbel_server.aggregation import update
 from umbel_server.aggregation.attempt import (
@@ -69,6 +73,7 @@ from umbel_server.jobs import refusals
 from umbel_server.jobs.assessment import Assessment
 from umbel_server.jobs.exchange import Exchange
 from umbel_server.jobs.interfaces import Evaluator, Observer
+from umbel_server.jobs.optimizer_state import OptimizerState
 from umbel_server.messaging.link import Link, Step
 from umbel_server.operator.config import Limits
 from umbel_server.storage.journal import Journal
@@ -112,6 +117,13 @@ class Job:
                 found=plan.aggregation.threshold,
                 accepted=f"at most {len(sites)}",
             )
+        if plan.least_survivors > len(sites):
+            raise PlanError(
+                "the plan asks for more sites in each sum than the roster has",
+                field="privacy.least_survivors",
+                found=plan.least_survivors,
+                accepted=f"at most {len(sites)}",
+            )
         heaviest = max((member.weight for member in roster.members), default=0)
         if plan.aggregation.weights == "size-class" and heaviest > plan.aggregation.max_weight:
             raise PlanError(
@@ -132,6 +144,7 @@ class Job:
             link, operator, roster, observer=observer, limits=limits, largest_reply=size_limit(plan)
         )
         self._assessment = Assessment(plan, journal, evaluator, observer)
+        self._state = OptimizerState(plan, operator, journal, registry)
 
     def run(self) -> Release:
         """Runs the job, or what is left of it, and returns its last release.
@@ -172,7 +185,7 @@ class Job:
                     remedy="give the new plan another job name",
                 )
             return
-        vector = initial_vector(self.plan)
+        vector = self._registry.start(self.plan)
         release = Release(
             federation=self.plan.federation,
             job=self.plan.job,
@@ -219,17 +232,17 @@ class Job:
                 accepted.add(site)
             else:
                 refused[site] = reply.check if isinstance(reply, Refusal) else "stage-order"
-        if len(accepted) < self.plan.aggregation.threshold:
+        if len(accepted) < self.plan.least_survivors:
             silent = requests.keys() - accepted - refused.keys()
             undecided = {site for site, check in refused.items() if check in refusals.UNDECIDED}
             may_accept = silent | undecided
-            hopeless = len(accepted | may_accept) < self.plan.aggregation.threshold
+            hopeless = len(accepted | may_accept) < self.plan.least_survivors
             raise JobFailed(
                 "too few sites accept the plan",
                 may_accept=() if hopeless else tuple(sorted(may_accept)),
                 field=self.plan.job,
                 found=refusals.told(refused, silent),
-                accepted=f"at least {self.plan.aggregation.threshold} sites",
+                accepted=f"at least {self.plan.least_survivors} sites",
                 remedy=refusals.remedy(refused, silent),
             )
         return tuple(sorted(accepted))
@@ -237,6 +250,8 @@ class Job:
     def _run_round(self, round_number: int, last: Release, sites: tuple[str, ...]) -> Release:
         failures: list[_Aborted] = []
         for _ in range(self._limits.attempts):
+            if self._attempts_left() == 0:
+                break
             # Step 1.
             header, signed_header = self._open_attempt(round_number, sites, last)
             try:
@@ -252,8 +267,17 @@ class Job:
                 self._journal.record_event(self._operator, self.plan.job, event)
                 self._observer.on_aborted(round_number, header.attempt, abort.check)
                 sites = tuple(site for site in sites if site not in abort.left_out)
-                if len(sites) < self.plan.aggregation.threshold:
+                if len(sites) < self.plan.least_survivors:
                     break
+        if not failures:
+            raise JobFailed(
+                f"round {round_number} cannot begin: the plan's attempts are used up",
+                field=self.plan.job,
+                accepted="as many attempts as privacy.most_attempts says, whose cost the sites"
+                " agreed to",
+                remedy="end the job with what it released: umbel-server job finish"
+                f" {self.plan.job}",
+            )
         last_failure = failures[-1]
         raise JobFailed(
             f"round {round_number} failed: {last_failure.summary()}",
@@ -261,6 +285,13 @@ class Job:
             found="; ".join(map(str, failures)),
             remedy=last_failure.remedy(self.plan.job),
         )
+
+    def _attempts_left(self) -> int | None:
+        """How many attempts the plan still allows; None: any number."""
+        privacy = self.plan.privacy
+        if not isinstance(privacy, DistributedPrivacy):
+            return None
+        return max(privacy.most_attempts - len(self._journal.headers(self.plan.job)), 0)
 
     def _open_attempt(
         self, round_number: int, sites: tuple[str, ...], last: Release
@@ -337,6 +368,8 @@ class Job:
         # Read only now: while masked vectors came in, the sum and one of them were in memory.
         load = partial(self._registry.load, self.plan, header.adapter)
         vector = load()
+        state = self._state.take(header.round - 1)
+        before = None if self.plan.release_gate is None else state.copy()
         # Step 4.
         try:
             weight, counts = update.apply_sum(
@@ -346,13 +379,14 @@ class Job:
                 header.round,
                 len(header.cohort),
                 vector,
+                state,
             )
         except RoundAborted as error:
             raise _Aborted(error, header) from error
         # Step 5.
         judged = self._assessment.judge(header.round, vector, load)
-        if judged.held_back:
-            vector = load()
+        if judged.held_back and before is not None:
+            vector, state = load(), before
         release = Release(
             federation=self.plan.federation,
             job=self.plan.job,
@@ -364,9 +398,9 @@ class Job:
             survivors=outcome.aggregate.survivors,
             total_weight=weight,
         )
-        if isinstance(self.plan, TrainingPlan2):
-            release = with_sum(release, sum_digest(outcome.aggregate.total))
         # Step 6.
+        if isinstance(self.plan, TrainingPlan2):
+            release = with_sum(release, self._registry.keep_sum(outcome.aggregate.total))
         signed = sign(self._operator, release)
         self._registry.publish(self.plan, vector)
         # Step 7.
@@ -387,6 +421,7 @@ class Job:
             evaluation=judged.evaluation,
             gate=judged.gate,
         )
+        self._state.keep(header.round, state)
         # Step 8.
         if outcome.aggregate.wrong_shares:
             self._observer.on_disputed(header.round, header.attempt, outcome.aggregate.wrong_shares)

@@ -9,6 +9,7 @@ UNDECIDED = frozenset({"awaiting-approval", "site-paused", "site-not-ready", "ro
 """Refusals of a plan that people at the site may still take back."""
 
 _WHAT_TO_DO = {
+    "attempt-lost": "it was stopped while it computed: it takes part in the next attempt",
     "awaiting-approval": "its people have not decided yet: umbel-client approve",
     "budget": "what is left of its privacy budget does not pay for the whole plan: agree on a"
     " smaller epsilon",

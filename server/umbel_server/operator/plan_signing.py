@@ -48,5 +48,5 @@ def sign_as_operator(settings: ServerConfig, made: TrainingPlan, file: Path) -> 
             accepted=document.roster.federation,
         )
     # The sum of all sites' deltas must fit, or the job would fail in its first round.
-    encoding_of(made.aggregation, max(len(document.roster.members), 1)).prove_headroom()
+    encoding_of(made, max(len(document.roster.members), 1)).prove_headroom()
     return sign(read_identity(Path(settings.identity)), made)

@@ -69,9 +69,10 @@ def back_up(config: Path, out: Path, *, keys: bool) -> Manifest:
         # Brings both to today's schema, and creates them if the operator never had a job.
         Journal(place / "journal.sqlite").close()
         JobQueue(place / "queue.sqlite").close()
-        # Copied after the journal, which names no adapter that is not in the registry before it.
+        # Copied after the journal, which names nothing that is not in the registry before it.
         for path in sorted((state / "registry").glob("*/*")):
-            if ".partial-" not in path.parent.name and not path.is_symlink():
+            partial = ".partial-" in path.parent.name or ".partial-" in path.name
+            if not partial and not path.is_symlink():
                 sources[f"state/registry/{path.parent.name}/{path.name}"] = path
         sources[CONFIG] = config.absolute()
         places = {**_places(settings), **_key_places(settings)} if keys else _places(settings)

@@ -5,15 +5,24 @@ from pathlib import Path
 
 import msgspec
 
-from umbel_simulations.scenario.plan import plan_optimizer, plan_task
+from umbel_common.plans.drafted_start import DraftedLabelNames
+from umbel_common.plans.server_optimizer import Average
+from umbel_simulations.scenario.plan import drafted_aggregation, plan_optimizer, plan_task
 from umbel_simulations.scenario.scenario import Scenario
 from umbel_simulations.scenario.toml_text import toml_text
 
 
-def draft_toml(scenario: Scenario, labels: Sequence[str], model: Path, holdout: str = "") -> str:
+def draft_toml(
+    scenario: Scenario,
+    labels: Sequence[str],
+    model: Path,
+    holdout: str = "",
+    titles: Mapping[str, str] | None = None,
+) -> str:
     """A draft of the scenario's plan.
 
     Args:
+        titles: the text of each label, where the data have one.
         holdout: file of the public records that a release gate asks.
     """
     training = scenario.training
@@ -31,12 +40,20 @@ def draft_toml(scenario: Scenario, labels: Sequence[str], model: Path, holdout: 
         },
         "training.optimizer": _fields(plan_optimizer(scenario)),
         "privacy": _fields(scenario.privacy),
-        "aggregation": _fields(scenario.aggregation),
+        "aggregation": _fields(drafted_aggregation(scenario)),
     }
+    if not isinstance(scenario.server, Average):
+        server = _fields(scenario.server)
+        tables["server"] = {name: of for name, of in server.items() if name != "schedule"}
+        tables["server.schedule"] = _fields(scenario.server.schedule)
     if scenario.evaluation is not None:
         tables["evaluation"] = _fields(scenario.evaluation)
     if scenario.release_gate is not None:
         tables["release_gate"] = {"holdout": holdout, **_fields(scenario.release_gate)}
+    if isinstance(scenario.start, DraftedLabelNames):
+        texts = tuple((titles or {}).get(label, label) for label in labels)
+        names = scenario.start.names or texts
+        tables["start"] = _fields(msgspec.structs.replace(scenario.start, names=names))
     return "\n".join(_table(name, fields) for name, fields in tables.items())
 
 

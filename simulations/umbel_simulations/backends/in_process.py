@@ -30,6 +30,7 @@ from umbel_common.plans.statements import Release
 from umbel_common.trust.identity import Identity, Member, Roster, sign
 from umbel_common.trust.roster_file import roster_from_json, roster_to_json
 from umbel_host.files.keys import read_identity, write_identity
+from umbel_host.files.start_file import write_start
 from umbel_server.jobs.interfaces import Evaluator
 from umbel_server.jobs.job import Job
 from umbel_server.operator.config import Limits
@@ -42,7 +43,7 @@ from umbel_simulations.backends.site_config import client_toml
 from umbel_simulations.inputs.partition import unit_count, write_site_data
 from umbel_simulations.inputs.sources import Example
 from umbel_simulations.reporting.recorder import ServerObserver, SiteObserver
-from umbel_simulations.scenario.run_folder import write, write_plan, write_signed
+from umbel_simulations.scenario.run_folder import START_FILE, write, write_plan, write_signed
 from umbel_simulations.scenario.scenario import Dropout, Scenario
 
 POLL_SECONDS = 0.02
@@ -143,6 +144,7 @@ class Federation:
         dropouts: Sequence[Dropout],
         stop: threading.Event,
         evaluator: Evaluator | None = None,
+        start: Vector | None = None,
     ) -> JobOutcome:
         """Runs the job, or resumes it, and writes its evidence into the folder.
 
@@ -150,6 +152,8 @@ class Federation:
             workers: number of sites that work at the same time.
             stop: set when the job is over, so that sites still at work stop.
             evaluator: scores adapters for the plan's release gate.
+            start: the tensor that the plan names as its start, as `umbel-server job start` takes it
+                with the plan.
 
         Raises:
             UmbelError: what made the job fail. If sites refused, it is the first site's own error,
@@ -187,6 +191,9 @@ class Federation:
                 evaluator=evaluator,
             )
             write_plan(self.folder, plan, sign(operator, plan))
+            if start is not None:
+                registry.keep_start(plan, start)
+                write_start(self.folder / START_FILE, plan, start)
             try:
                 release = job.run()
             except JobFailed as error:

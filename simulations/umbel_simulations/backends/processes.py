@@ -140,7 +140,8 @@ def run_federation(scenario: Scenario, folder: Path, say: Say) -> Path:
         stack.enter_context(operator.running("umbel-server"))
         for site in sites.values():
             stack.enter_context(site.running("umbel-client"))
-        _work(operator, list(sites.values()), scenario, corpus.labels, model)
+        draft = draft_toml(scenario, corpus.labels, model, HOLDOUT, corpus.titles)
+        _work(operator, list(sites.values()), scenario, draft)
         one = next(iter(sites.values()))
         for arguments in (("status",), ("budget", "show")):
             say(one.run("umbel-client", *arguments))
@@ -184,21 +185,15 @@ def _agree(operator: Party, sites: Sequence[Party]) -> None:
         site.run("umbel-client", "roster", "approve", "../roster.json", "--digest", digest)
 
 
-def _work(
-    operator: Party,
-    sites: Sequence[Party],
-    scenario: Scenario,
-    labels: Sequence[str],
-    model: Path,
-) -> None:
-    """Takes the job from the plan's draft to its last release."""
+def _work(operator: Party, sites: Sequence[Party], scenario: Scenario, text: str) -> None:
+    """Takes the job from the text of its plan's draft to its last release."""
     draft = operator.folder / "draft.toml"
-    draft.write_text(draft_toml(scenario, labels, model, HOLDOUT), encoding="utf-8")
+    draft.write_text(text, encoding="utf-8")
     operator.run("umbel-server", "plan", "new", draft.name, "--out", "plan.json")
     operator.run("umbel-server", "plan", "sign", "plan.json", "--out", "signed.json")
     operator.run("umbel-server", "job", "start", "signed.json")
-    text = (operator.folder / "signed.json").read_text(encoding="utf-8")
-    digest = plan_from_json(text, "signed.json")[0].digest().hex()
+    signed = (operator.folder / "signed.json").read_text(encoding="utf-8")
+    digest = plan_from_json(signed, "signed.json")[0].digest().hex()
     for site in sites:
         _wait_for_plan(site, scenario.name)
         site.run("umbel-client", "approve", scenario.name, "--digest", digest)

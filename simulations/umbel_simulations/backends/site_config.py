@@ -4,10 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from umbel_client.planning.distributed import DraftDistributed
+from umbel_common.adapters.reach import largest_step
+from umbel_common.plans.drafted_start import DraftedLabelNames
 from umbel_common.plans.plan import NoPrivacy
 from umbel_host.files.model_digest import folder_digest
 from umbel_simulations.scenario.scenario import Data, FileData, Scenario
 from umbel_simulations.scenario.toml_text import toml_text
+
+_AGAINST_EVERYBODY = 10_000.0
+"""Bound of a simulated site's epsilon against everybody in distributed mode: it accepts any."""
 
 CLIENT_TOML = """\
 site = {site}
@@ -34,7 +40,7 @@ max_rank = {rank}
 max_rounds = {rounds}
 max_local_steps = {local_steps}
 max_clip_range = {clip_range}
-{privacy}
+{start}{privacy}
 examples_as_weights = {examples}
 federated_evaluation = {evaluation}
 minimum_cohort = {minimum_cohort}
@@ -75,11 +81,12 @@ def client_toml(
         task=toml_text(scenario.task.__struct_config__.tag),
         labels=toml_text(list(labels)),
         units=_units(scenario.data),
-        clip_range=scenario.aggregation.clip_range,
+        clip_range=_longest_step(scenario),
         evaluation=toml_text(scenario.evaluation is not None),
         rank=scenario.lora.rank,
         rounds=scenario.training.rounds,
         local_steps=scenario.training.local_steps,
+        start=_start_policy(scenario),
         privacy=_privacy_policy(scenario),
         examples=toml_text(scenario.aggregation.weights == "examples"),
         minimum_cohort=scenario.site_policy.minimum_cohort,
@@ -99,10 +106,39 @@ def public_size(records: int) -> int:
     return records // unit * unit
 
 
+def _start_policy(scenario: Scenario) -> str:
+    start = scenario.start
+    if not isinstance(start, DraftedLabelNames):
+        return ""
+    return (
+        'starts = ["label-names"]\n'
+        f"max_start_scale = {start.scale}\nmax_start_tolerance = {start.tolerance}\n"
+    )
+
+
+def _longest_step(scenario: Scenario) -> float:
+    """The `max_clip_range` that allows the scenario's plan (`reach.longest_step`)."""
+    change = scenario.aggregation.clip_range or 1.0
+    if isinstance(scenario.privacy, DraftDistributed):
+        change = scenario.privacy.clip_norm
+    return max(change, largest_step(scenario.server, change, scenario.training.rounds))
+
+
 def _privacy_policy(scenario: Scenario) -> str:
     privacy = scenario.privacy
     if isinstance(privacy, NoPrivacy):
         return "allow_without_privacy = true"
+    if isinstance(privacy, DraftDistributed):
+        return "\n".join(
+            (
+                f"max_shared_epsilon = {privacy.epsilon}",
+                f"total_shared_epsilon = {privacy.epsilon}",
+                # What a site's own share is worth alone, which a simulation's table reports.
+                f"max_epsilon = {_AGAINST_EVERYBODY}",
+                f"total_epsilon = {_AGAINST_EVERYBODY}",
+                f"max_delta = {privacy.delta}",
+            )
+        )
     return "\n".join(
         (
             f"max_epsilon = {privacy.epsilon}",

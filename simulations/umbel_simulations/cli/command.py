@@ -214,6 +214,14 @@ def verify(
             f"  round {release.round}: {len(release.survivors)} sites,"
             f" adapter {release.adapter.hex()[:16]}{held_back}"
         )
+    for what in job.believed:
+        console.print(f"  not recomputed: {what}", soft_wrap=True)
+    if job.not_recomputed:
+        rounds = ", ".join(map(str, job.not_recomputed))
+        console.print(
+            f"  not made again from their sums, which are not all at hand: rounds {rounds}",
+            soft_wrap=True,
+        )
     console.print(f"  transcript head {job.head.hex()}", soft_wrap=True)
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import xml.etree.ElementTree as ET  # reads an installed package's own file
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from umbel_common.canonical import Value
 from umbel_common.errors import DataError
@@ -53,36 +54,57 @@ class Diagnosis(Value, frozen=True):
     """One of `CHAPTERS`."""
     category: str
     """The first three characters of its code."""
+    code: str
 
 
-def read_diagnoses() -> list[Diagnosis]:
-    """Every text that occurs in only one chapter, once, in the order of the list.
+def read_diagnoses(label: Literal["chapter", "category"] = "chapter") -> list[Diagnosis]:
+    """Every text that occurs with only one label, once, in the order of the list.
 
     Raises:
         DataError: the package is not installed, or does not hold the list.
     """
-    path = _tabular_list()
-    try:
-        tree = ET.parse(path)  # noqa: S314  # an installed package's own file
-        found = list(_walk(tree.getroot()))
-    except (OSError, ET.ParseError, AttributeError, ValueError) as error:
-        raise DataError("the ICD-10-CM list cannot be read", file=path, found=error) from error
     first: dict[str, Diagnosis] = {}
     ambiguous = set()
-    for diagnosis in found:
+    for diagnosis in _every_text():
         kept = first.setdefault(diagnosis.text.casefold(), diagnosis)
-        if kept.chapter != diagnosis.chapter:
+        if getattr(kept, label) != getattr(diagnosis, label):
             ambiguous.add(diagnosis.text.casefold())
     return [diagnosis for text, diagnosis in first.items() if text not in ambiguous]
 
 
-def is_for_test(category: str) -> bool:
-    """Whether the texts of a category are in the test set.
+def read_titles(label: Literal["chapter", "category"]) -> dict[str, str]:
+    """The public title of each label: of a chapter its name, of a category its description.
 
-    A category is in it as a whole or not at all, so no near-repetition of a training text is in the
-    test set. A fixed public key makes the split the same everywhere.
+    Raises:
+        DataError: see `read_diagnoses`.
     """
-    digest = hashlib.blake2b(category.encode(), key=_SPLIT_KEY, digest_size=8).digest()
+    if label == "chapter":
+        return {name: name.partition(" ")[2] for name in CHAPTERS.values()}
+    titles: dict[str, str] = {}
+    for diagnosis in _every_text():
+        # Its description comes before its other terms.
+        if diagnosis.code == diagnosis.category:
+            titles.setdefault(diagnosis.category, diagnosis.text)
+    return titles
+
+
+def _every_text() -> list[Diagnosis]:
+    path = _tabular_list()
+    try:
+        tree = ET.parse(path)  # noqa: S314  # an installed package's own file
+        return list(_walk(tree.getroot()))
+    except (OSError, ET.ParseError, AttributeError, ValueError) as error:
+        raise DataError("the ICD-10-CM list cannot be read", file=path, found=error) from error
+
+
+def is_for_test(code: str) -> bool:
+    """Whether the texts of a code, or of a whole category, are in the test set.
+
+    Where chapters are the labels, a category is in it as a whole or not at all, so no
+    near-repetition of a training text is in the test set. A fixed public key makes the split the
+    same everywhere.
+    """
+    digest = hashlib.blake2b(code.encode(), key=_SPLIT_KEY, digest_size=8).digest()
     return int.from_bytes(digest, "big") < TEST_SHARE * 2**64
 
 
@@ -115,11 +137,11 @@ def _walk(root: ET.Element) -> Iterator[Diagnosis]:
             continue
         for code in chapter.iter("diag"):
             terms = [code.findtext("desc", ""), *_terms(code)]
-            category = code.findtext("name", "")[:3]
+            name = code.findtext("name", "")
             for term in terms:
                 text = " ".join(term.split())
                 if text:
-                    yield Diagnosis(text=text, chapter=label, category=category)
+                    yield Diagnosis(text=text, chapter=label, category=name[:3], code=name)
 
 
 def _terms(code: ET.Element) -> list[str]:

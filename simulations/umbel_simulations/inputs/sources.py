@@ -1,7 +1,7 @@
 """The records of a scenario: a training set, to be divided among sites, and a public test set."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -23,7 +23,7 @@ from umbel_common.plans.alike import seen
 from umbel_common.plans.plan import CausalLm, Classification
 from umbel_simulations.inputs.hpo import is_for_test as is_test_phenotype
 from umbel_simulations.inputs.hpo import read_phenotypes
-from umbel_simulations.inputs.icd10 import is_for_test, read_diagnoses
+from umbel_simulations.inputs.icd10 import is_for_test, read_diagnoses, read_titles
 from umbel_simulations.inputs.near_duplicates import nearly_repeated
 from umbel_simulations.inputs.packages import package_folder
 from umbel_simulations.scenario.scenario import Data, FileData, HpoData, Icd10Data, Scenario
@@ -62,6 +62,8 @@ class Corpus(Value, frozen=True):
     language model."""
     train: tuple[Example, ...]
     test: tuple[Example, ...]
+    titles: Mapping[str, str] = {}
+    """Public text of each label, where the data have one: what a head may start at."""
     general: tuple[str, ...] = ()
     """Texts about something else, which show what a language model forgets."""
 
@@ -73,6 +75,7 @@ def load_source(scenario: Scenario) -> Corpus:
         DataError: a package, file, column or value is missing, or a test label is unknown.
     """
     data = scenario.data
+    titles: Mapping[str, str] = {}
     # Each draw has its own stream, so that changing one sample does not change the others.
     cap, train_sample, test_sample = (
         np.random.default_rng([scenario.seed, stream]) for stream in range(3)
@@ -81,8 +84,9 @@ def load_source(scenario: Scenario) -> Corpus:
         name = "Human Phenotype Ontology, term to definition"
         train, test = _hpo()
     elif isinstance(data, Icd10Data):
-        name = "ICD-10-CM, diagnosis text to chapter"
-        train, test = _icd10(data.records_per_label, cap)
+        name = f"ICD-10-CM, diagnosis text to {data.label}"
+        train, test = _icd10(data, cap)
+        titles = read_titles(data.label)
     else:
         files = [data.train] if isinstance(data.train, str) else list(data.train.values())
         name = ", ".join(Path(file).name for file in files)
@@ -93,6 +97,7 @@ def load_source(scenario: Scenario) -> Corpus:
         labels=tuple(sorted({example.label for example in train} - {""})),
         train=tuple(_sample(train, data.train_records, train_sample)),
         test=tuple(_sample(test, data.test_records, test_sample)),
+        titles=titles,
         general=tuple(_general_of(data)),
     )
 
@@ -142,17 +147,35 @@ def _general_texts() -> list[str]:
     ]
 
 
-def _icd10(
-    per_label: int | None, generator: np.random.Generator
-) -> tuple[list[Example], list[Example]]:
+def _icd10(data: Icd10Data, generator: np.random.Generator) -> tuple[list[Example], list[Example]]:
+    if data.label == "category":
+        return _icd10_categories(data.records_per_label, generator)
     examples = [
         Example(text=item.text, label=item.chapter, group=item.category)
         for item in read_diagnoses()
     ]
     # The cap comes before the split, so that it limits the labels of both sets in proportion.
-    kept = _at_most(examples, per_label, generator)
+    kept = _at_most(examples, data.records_per_label, generator)
     train = [example for example in kept if not is_for_test(example.group)]
     test = [example for example in kept if is_for_test(example.group)]
+    return train, test
+
+
+def _icd10_categories(
+    per_label: int | None, generator: np.random.Generator
+) -> tuple[list[Example], list[Example]]:
+    """Texts by their category. A code's texts are all in one set; a category's title, which a head
+    may start at, is in neither."""
+    titles = set(read_titles("category").values())
+    found = [item for item in read_diagnoses("category") if item.text not in titles]
+    codes: dict[Example, str] = {
+        Example(text=item.text, label=item.category, group=item.category): item.code
+        for item in found
+    }
+    kept = _at_most(codes, per_label, generator)
+    train = [example for example in kept if not is_for_test(codes[example])]
+    known = {example.label for example in train}
+    test = [example for example in kept if is_for_test(codes[example]) and example.label in known]
     return train, test
 
 

@@ -71,9 +71,13 @@ class RoundReleased(RunEvent, frozen=True, tag="round-released"):
     attempt: int
     survivors: list[str]
     epsilon: dict[str, float | None]
-    """Epsilon that each site has spent so far; null without differential privacy."""
+    """Epsilon that each site has spent so far, against anyone; null without differential
+    privacy."""
     score: Score
     """Score of the adapter on the held-out public set."""
+    shared: dict[str, float | None] = {}
+    """Epsilon that each site has spent so far, against readers of the sums; empty or null unless
+    sites share their noise."""
 
 
 class AttemptAborted(RunEvent, frozen=True, tag="attempt-aborted"):

@@ -202,7 +202,11 @@ def _bars(state: RunState) -> list[RenderableType]:
 
 def _outcome(event: events.RoundReleased) -> str:
     spent = [epsilon for epsilon in event.epsilon.values() if epsilon is not None]
+    shared = [epsilon for epsilon in event.shared.values() if epsilon is not None]
     epsilon = f"epsilon at most {max(spent):.2f}" if spent else "no differential privacy"
+    if shared:
+        epsilon = f"epsilon at most {max(shared):.2f} for readers of the sums, {max(spent):.2f} for"
+        epsilon += " everybody"
     return (
         f"{measure_of(event.score).name} {_value(event.score)}  {_other(event.score)}"
         f"  {len(event.survivors)} of {len(event.epsilon)} sites  {epsilon}"

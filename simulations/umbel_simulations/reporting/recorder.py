@@ -242,6 +242,11 @@ class ServerObserver:
                 survivors=list(release.survivors),
                 epsilon={site: observer.epsilon for site, observer in self._sites.items()},
                 score=self._score_adapter(adapter),
+                shared={
+                    site: observer.shared.epsilon
+                    for site, observer in self._sites.items()
+                    if observer.shared is not None
+                },
             )
         )
 

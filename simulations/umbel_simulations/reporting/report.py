@@ -68,7 +68,7 @@ def write_report(summary: RunSummary, path: Path) -> None:
             row.name: against(summary.differences.get(row.name)) for row in summary.comparisons
         },
         curve=_learning_curve(summary),
-        epsilon=_epsilon_curve(summary) if summary.privacy == "local" else None,
+        epsilon=_epsilon_curve(summary) if summary.privacy != "none" else None,
         sites=[(site, *privacy_of(site)) for site in summary.sites],
         labels=_label_rows(summary),
     )
@@ -104,7 +104,11 @@ def _headlines(summary: RunSummary) -> list[tuple[str, str, str]]:
         headlines.append((f"{gain:+.1f}", f"{what} compared with each site alone", remark))
     spent = [site.epsilon for site in summary.sites if site.epsilon is not None]
     deltas = [site.delta for site in summary.sites if site.delta is not None]
-    if spent and deltas:
+    shared = [site.shared_epsilon for site in summary.sites if site.shared_epsilon is not None]
+    if shared and deltas:
+        remark = f"against everybody {max(spent):.2f}, delta {max(deltas):g}"
+        headlines.append((f"{max(shared):.2f}", "epsilon, against readers of the sums", remark))
+    elif spent and deltas:
         remark = f"largest of any site, delta {max(deltas):g}"
         headlines.append((f"{max(spent):.2f}", "epsilon, against anyone", remark))
     else:
@@ -162,7 +166,8 @@ def _learning_curve(summary: RunSummary) -> Markup:
 
 
 def _epsilon_curve(summary: RunSummary) -> Markup:
-    figure, axes = _figure("round", "epsilon spent")
+    against = "epsilon against everybody" if summary.privacy == "distributed" else "epsilon spent"
+    figure, axes = _figure("round", against)
     rounds = [point.round for point in summary.curve]
     few = len(summary.sites) <= SITES_IN_LEGEND
     for index, site in enumerate(summary.sites):

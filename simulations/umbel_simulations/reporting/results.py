@@ -80,6 +80,9 @@ class SiteResult(msgspec.Struct, frozen=True):
     received_bytes: int
     units: int | None = None
     """Number of units, such as patients; null where each record is its own unit."""
+    shared_epsilon: float | None = None
+    """Epsilon spent over the whole job, against readers of the sums; null unless sites share their
+    noise."""
 
 
 class RunSummary(msgspec.Struct, frozen=True):

@@ -133,12 +133,16 @@ def _sites(summary: RunSummary) -> Table:
         caption_justify="left",
     )
     table.add_column("site", overflow="fold")
-    for heading in ("records", "epsilon", "delta", "noise", "masked", "protocol", "clear"):
+    shared = any(site.shared_epsilon is not None for site in summary.sites)
+    epsilons = ("against readers", "everybody") if shared else ("epsilon",)
+    for heading in ("records", *epsilons, "delta", "noise", "masked", "protocol", "clear"):
         table.add_column(heading, justify="right", no_wrap=True)
     for site in summary.sites:
+        readers = "–" if site.shared_epsilon is None else f"{site.shared_epsilon:.2f}"
         table.add_row(
             Text(site.name),
             f"{site.records:,}",
+            *([readers] if shared else []),
             *privacy_of(site),
             size(site.sent_masked_bytes),
             size(site.sent_protocol_bytes),

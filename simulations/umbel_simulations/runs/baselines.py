@@ -21,10 +21,11 @@ from umbel_client.models.site_model import load_public
 from umbel_client.privacy.calibration import noise_alone
 from umbel_client.site.config import ClientConfig
 from umbel_client.tasks.frozen_cache import FrozenCache
+from umbel_client.tasks.label_names import computed_start
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training.round import LocalTrainer
-from umbel_common.adapters.vector import Vector, initial_vector
+from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy
 from umbel_common.plans.plan import TrainingPlan
 from umbel_simulations.reporting.recorder import Stopped
@@ -111,7 +112,7 @@ def _train(
         if stop.is_set():
             raise Stopped
 
-    adapter = initial_vector(plan)
+    adapter = computed_start(adapted, model, plan)
     trainer = LocalTrainer(
         adapted, party.data, noise, party.entropy, BatchLimit(physical_batch_size)
     )

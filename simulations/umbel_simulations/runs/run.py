@@ -29,7 +29,7 @@ from umbel_simulations.runs.scores import difference, majority_score
 from umbel_simulations.runs.setup import RunSetup, load_setup
 from umbel_simulations.runs.summary import Findings, summarise
 from umbel_simulations.runs.verify import verify_run
-from umbel_simulations.scenario.plan import make_plan
+from umbel_simulations.scenario.plan import make_plan, with_start
 from umbel_simulations.scenario.run_folder import claim, write
 from umbel_simulations.scenario.scenario import Icd10Data, Scenario
 
@@ -85,7 +85,9 @@ class Run:
             )
         federation = Federation(self.folder, self.setup.scenario)
         with self._timed("federation"):
-            outcome = self._federate(federation, self.setup.plan, self.recorder, judge)
+            outcome = self._federate(
+                federation, self.setup.plan, self.setup.start, self.recorder, judge
+            )
         with self._timed("comparisons"):
             self.alone = self._train_baselines(federation)
             findings = Findings(
@@ -111,11 +113,17 @@ class Run:
         return summary
 
     def _federate(
-        self, federation: Federation, plan: TrainingPlan, recorder: Recorder, judge: Judge
+        self,
+        federation: Federation,
+        plan: TrainingPlan,
+        start: Vector | None,
+        recorder: Recorder,
+        judge: Judge,
     ) -> JobOutcome:
         """Runs a plan's job among the sites.
 
         Args:
+            start: the tensor that the plan names as its start, if it names one.
             judge: its folder has the public records that a release gate asks.
         """
         federation.set_up(self.setup.sites, self.setup.corpus.labels, self.setup.model)
@@ -129,6 +137,7 @@ class Run:
             dropouts=self.setup.scenario.faults.dropouts,
             stop=stop,
             evaluator=None if plan.release_gate is None else self._evaluator(judge),
+            start=start,
         )
 
     def _evaluator(self, judge: Judge) -> ProcessEvaluator:
@@ -236,6 +245,9 @@ class Run:
             holdout=site_data(self.setup.corpus.test),
             head_only=True,
         )
+        plan, start = with_start(
+            plan, self.setup.scenario, self.setup.corpus.titles, self.setup.model
+        )
         rounds = plan.training.rounds
 
         def on_event(event: events.AnyEvent) -> None:
@@ -252,7 +264,7 @@ class Run:
         )
         try:
             federation = Federation(folder, self.setup.scenario)
-            return judge(self._federate(federation, plan, recorder, judge).adapter)
+            return judge(self._federate(federation, plan, start, recorder, judge).adapter)
         finally:
             recorder.close()
 

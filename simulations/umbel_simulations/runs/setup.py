@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from umbel_client.privacy.calibration import noise_for
+from umbel_common.adapters.vector import Vector
 from umbel_common.errors import UmbelError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_simulations.backends.site_config import public_size
 from umbel_simulations.inputs.base_model import model_folder
 from umbel_simulations.inputs.partition import partition, site_data, unit_count
 from umbel_simulations.inputs.sources import Corpus, Example, load_source, repeated_for_test
-from umbel_simulations.scenario.plan import make_plan
+from umbel_simulations.scenario.plan import make_plan, with_start
 from umbel_simulations.scenario.scenario import Scenario
 
 _logger = logging.getLogger("umbel.simulation")
@@ -29,6 +30,8 @@ class RunSetup:
     sites: Mapping[str, Sequence[Example]]
     """Training records of each site."""
     plan: TrainingPlan
+    start: Vector | None = None
+    """The adapter that the plan starts from; None: it follows from the plan's seed."""
 
 
 def load_setup(scenario: Scenario) -> RunSetup:
@@ -56,7 +59,8 @@ def load_setup(scenario: Scenario) -> RunSetup:
     holdout = site_data(corpus.test)
     plan = make_plan(scenario, corpus.labels, model, largest_site=largest, holdout=holdout)
     _check_sites(plan, sites)
-    return RunSetup(scenario, model, corpus, sites, plan)
+    plan, start = with_start(plan, scenario, corpus.titles, model)
+    return RunSetup(scenario, model, corpus, sites, plan, start)
 
 
 def _check_sites(plan: TrainingPlan, sites: Mapping[str, Sequence[Example]]) -> None:

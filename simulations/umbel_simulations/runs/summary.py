@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from umbel_common.adapters.vector import size_of
-from umbel_common.plans.plan import LocalPrivacy
+from umbel_common.plans.plan import DifferentialPrivacy
 from umbel_common.protocol.verification import VerifiedJob, verify_transcript
 from umbel_simulations.backends.in_process import Federation, JobOutcome
 from umbel_simulations.inputs.partition import unit_count
@@ -55,7 +55,9 @@ def summarise(
     scenario, plan, corpus = setup.scenario, setup.plan, setup.corpus
     kept = read_metrics(folder / "metrics.jsonl")
     federation = Federation(folder, scenario)
-    job = verify_transcript(read_signed(folder / "transcript.jsonl"), federation.roster())
+    job = verify_transcript(
+        read_signed(folder / "transcript.jsonl"), federation.roster(), start=setup.start
+    )
     federated = next(row.score for row in findings.comparisons if row.name == "federated")
     return RunSummary(
         name=folder.name,
@@ -66,7 +68,7 @@ def summarise(
         data=corpus.name,
         test_records=len(corpus.test),
         method=plan.lora.method,
-        privacy="local" if isinstance(plan.privacy, LocalPrivacy) else "none",
+        privacy=str(plan.privacy.__struct_config__.tag),
         rounds=plan.training.rounds,
         local_steps=plan.training.local_steps,
         trained_parameters=size_of(plan.trained_tensors(1)),
@@ -103,7 +105,7 @@ def _curve(
     A release whose event was lost, because the run was killed, is scored again.
     """
     known = {event.round: event for event in kept if isinstance(event, events.RoundReleased)}
-    unspent = 0.0 if isinstance(setup.plan.privacy, LocalPrivacy) else None
+    unspent = 0.0 if isinstance(setup.plan.privacy, DifferentialPrivacy) else None
     points = []
     for release in job.releases:
         event = known.get(release.round)
@@ -120,7 +122,7 @@ def _site_result(
     setup: RunSetup, site: str, outcome: JobOutcome, kept: Sequence[events.AnyEvent]
 ) -> SiteResult:
     answers = [e for e in kept if isinstance(e, events.SiteStage) and e.site == site]
-    privacy = setup.plan.privacy if isinstance(setup.plan.privacy, LocalPrivacy) else None
+    privacy = setup.plan.privacy if isinstance(setup.plan.privacy, DifferentialPrivacy) else None
     status = outcome.status[site]
     examples = setup.sites[site]
     masked = sum(answer.masked_bytes for answer in answers)
@@ -138,6 +140,7 @@ def _site_result(
         sent_protocol_bytes=sum(answer.sent_bytes for answer in answers) - masked - clear,
         received_bytes=sum(answer.received_bytes for answer in answers),
         units=unit_count(examples) if any(example.unit for example in examples) else None,
+        shared_epsilon=None if status.shared is None else status.shared.epsilon,
     )
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from umbel_client.privacy.accounting import total_epsilon
+from umbel_client.privacy.attempt_cost import attempt_cost
 from umbel_client.privacy.calibration import SiteNoise, evaluation_event, noise_for
 from umbel_common.adapters.peft_folder import (
     ADAPTER_FILE,
@@ -19,7 +21,8 @@ from umbel_common.adapters.peft_folder import (
     text_files,
 )
 from umbel_common.adapters.reach import require_reachable
-from umbel_common.adapters.vector import adapter_digest, size_of
+from umbel_common.adapters.start import Origin
+from umbel_common.adapters.vector import Vector, adapter_digest, size_of
 from umbel_common.canonical import V, decode_canonical
 from umbel_common.errors import (
     PlanError,
@@ -28,20 +31,27 @@ from umbel_common.errors import (
     UmbelError,
     VerificationError,
 )
-from umbel_common.plans.plan import PLAN_VERSIONS, LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import PLAN_VERSIONS, DifferentialPrivacy, LocalPrivacy, TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json
+from umbel_common.plans.start import SeedStart
 from umbel_common.plans.statements import HEADER_VERSIONS, RELEASE_VERSIONS
 from umbel_common.protocol.verification import VerifiedJob, verify_transcript
+from umbel_common.secagg.encoding import RingVector
 from umbel_common.trust.identity import Roster, Signed, open_signed
 from umbel_common.trust.roster_file import roster_from_json
 from umbel_host.files.adapter_folder import RELEASE_FILE, read_vector
+from umbel_host.files.start_file import read_start
+from umbel_server.storage.registry import SUMS
 from umbel_simulations.backends.site_config import public_size
 from umbel_simulations.reporting.results import CurvePoint, RunSummary, SiteResult
-from umbel_simulations.scenario.run_folder import read_plan, read_signed
+from umbel_simulations.scenario.run_folder import START_FILE, read_plan, read_signed
 
 
 def verify_run(folder: Path) -> VerifiedJob:
     """Checks the plan, headers, transcript, adapter and summary of a run again.
+
+    Each adapter is made again from the sum of its round, if the operator's registry is in the
+    folder; `VerifiedJob.not_recomputed` has the other rounds.
 
     Raises:
         VerificationError: a check failed; the error names the file.
@@ -51,16 +61,25 @@ def verify_run(folder: Path) -> VerifiedJob:
             "there is no such run", file=folder, remedy="give the folder of a finished run"
         )
     roster = _roster(folder / "roster.json")
-    job = verify_transcript(read_signed(folder / "transcript.jsonl"), roster)
+    signed_plan = _open(read_plan(folder), PLAN_VERSIONS, roster)
+    start = _start(folder / START_FILE, signed_plan)
+    registry = folder / "server" / "registry"
+    job = verify_transcript(
+        read_signed(folder / "transcript.jsonl"),
+        roster,
+        sums=lambda digest: _sum(registry / SUMS / digest.hex(), signed_plan),
+        adapters=lambda digest: _adapter(registry / digest.hex(), signed_plan),
+        start=start,
+    )
     # Its last release is no outcome of the plan: a cut history would look like a finished run.
     _require(job.final_round is not None, folder / "transcript.jsonl", "the job has not ended")
     _require(
-        _open(read_plan(folder), PLAN_VERSIONS, roster) == job.plan,
+        signed_plan == job.plan,
         folder / "plan.msgpack",
         "the plan is not the one that the transcript starts with",
     )
     _verify_headers(folder / "headers.jsonl", job, roster)
-    _verify_adapter(folder / "adapter", job, roster)
+    _verify_adapter(folder / "adapter", job, roster, start)
     _verify_summary(folder / "summary.json", job, roster)
     return job
 
@@ -70,6 +89,26 @@ def _roster(path: Path) -> Roster:
         return roster_from_json(path.read_text(encoding="utf-8"), path)
     except OSError as error:
         raise VerificationError("a roster cannot be read", file=path, found=error) from error
+
+
+def _sum(path: Path, plan: TrainingPlan) -> RingVector | None:
+    """A sum that the operator kept; None: it is not there."""
+    try:
+        return np.fromfile(path, dtype=f"<u{plan.aggregation.ring_bits // 8}")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise VerificationError("a sum cannot be read", file=path, found=error) from error
+
+
+def _adapter(folder: Path, plan: TrainingPlan) -> Vector | None:
+    """An adapter that the operator kept; None: it is not there."""
+    if not folder.exists():
+        return None
+    try:
+        return read_vector(folder, plan)
+    except StorageError as error:
+        raise VerificationError(error.message, file=folder, found=error.found) from error
 
 
 def _verify_headers(path: Path, job: VerifiedJob, roster: Roster) -> None:
@@ -89,7 +128,17 @@ def _verify_headers(path: Path, job: VerifiedJob, roster: Roster) -> None:
     )
 
 
-def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster) -> None:
+def _start(path: Path, plan: TrainingPlan) -> Vector | None:
+    """The tensor that the plan names as its start; None: it names none."""
+    if isinstance(plan.start, SeedStart):
+        return None
+    try:
+        return read_start(path, plan)
+    except StorageError as error:
+        raise VerificationError(error.message, file=path, found=error.found) from None
+
+
+def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster, start: Vector | None) -> None:
     try:
         vector = read_vector(folder, job.plan)
         signed = decode_canonical((folder / RELEASE_FILE).read_bytes(), Signed)
@@ -108,7 +157,9 @@ def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster) -> None:
     )
     _verify_settings(folder, job.plan)
     try:
-        require_reachable(job.plan, job.last.round, vector)
+        origin = None if start is None else Origin(start)
+        most = len(roster.members)
+        require_reachable(job.plan, job.last.round, vector, origin, sites=most)
     except RemoteProtocolError as error:
         raise VerificationError(
             error.message,
@@ -169,14 +220,14 @@ def _verify_summary(path: Path, job: VerifiedJob, roster: Roster) -> None:
     except (OSError, msgspec.MsgspecError) as error:
         raise VerificationError("a summary cannot be read", file=path, found=error) from error
     plan = job.plan
-    privacy = plan.privacy if isinstance(plan.privacy, LocalPrivacy) else None
+    privacy = plan.privacy if isinstance(plan.privacy, DifferentialPrivacy) else None
     figures = {
         "transcript_head": (summary.transcript_head, job.head.hex()),
         "adapter_digest": (summary.adapter_digest, job.last.adapter.hex()),
         "aborted_attempts": (summary.aborted_attempts, job.aborted_attempts),
         "model": (summary.model, plan.model.name),
         "method": (summary.method, plan.lora.method),
-        "privacy": (summary.privacy, "none" if privacy is None else "local"),
+        "privacy": (summary.privacy, plan.privacy.__struct_config__.tag),
         "rounds": (summary.rounds, plan.training.rounds),
         "local_steps": (summary.local_steps, plan.training.local_steps),
         "trained_parameters": (summary.trained_parameters, size_of(plan.trained_tensors(1))),
@@ -214,7 +265,10 @@ differ by a part of it."""
 
 
 def _can_be(
-    site: SiteResult, curve: Sequence[CurvePoint], job: VerifiedJob, privacy: LocalPrivacy | None
+    site: SiteResult,
+    curve: Sequence[CurvePoint],
+    job: VerifiedJob,
+    privacy: DifferentialPrivacy | None,
 ) -> bool:
     """Whether the figures of a site fit together, and are those of a job of this plan.
 
@@ -236,8 +290,21 @@ def _can_be(
         return False
     if not math.isclose(site.sampling_rate, noise.sampling_rate):
         return False
+    shared = site.shared_epsilon
     if privacy is None:
-        return not known and site.delta is None and site.noise_multiplier is None
+        figures = (site.delta, site.noise_multiplier, shared)
+        return not known and all(figure is None for figure in figures)
+    attempts = attempt_cost(job.plan)
+    if attempts is None:
+        fits = shared is None and all(epsilon <= privacy.epsilon for epsilon in known)
+        least = _cost(job.plan, noise, rounds)
+    else:
+        bounds = attempts.epsilons(privacy.delta)
+        readers = total_epsilon(attempts.for_readers(rounds), privacy.delta)
+        fits = (1 - _TOLERANCE) * readers <= (shared or 0.0) <= privacy.epsilon and all(
+            epsilon <= (1 + _TOLERANCE) * bounds.everybody for epsilon in known
+        )
+        least = total_epsilon(attempts.for_everybody(rounds), privacy.delta)
     return (
         site.delta == privacy.delta
         and site.noise_multiplier is not None
@@ -245,8 +312,9 @@ def _can_be(
         and math.isclose(site.noise_multiplier, noise.noise_multiplier, rel_tol=_TOLERANCE)
         # What was spent never comes back.
         and known == sorted(known)
-        and all(0 <= epsilon <= privacy.epsilon for epsilon in known)
-        and (site.epsilon or 0.0) >= (1 - _TOLERANCE) * _cost(job.plan, noise, rounds)
+        and all(epsilon >= 0 for epsilon in known)
+        and fits
+        and (site.epsilon or 0.0) >= (1 - _TOLERANCE) * least
         and (site.epsilon is not None or rounds == 0)
     )
 

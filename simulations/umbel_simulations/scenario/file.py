@@ -8,6 +8,7 @@ import msgspec
 
 from umbel_common.device import require_device
 from umbel_common.errors import ConfigError
+from umbel_common.plans.drafted_start import DraftedLabelNames
 from umbel_common.plans.plan import CausalLm, NoPrivacy
 from umbel_common.toml_values import from_table, read_table
 from umbel_simulations.scenario.scenario import (
@@ -276,4 +277,7 @@ def _anchored(scenario: Scenario, folder: Path) -> Scenario:
         )
         general = None if data.general is None else str(folder / data.general)
         data = replace(data, train=train, test=str(folder / data.test), general=general)
-    return replace(scenario, model=model, data=data)
+    start = scenario.start
+    if isinstance(start, DraftedLabelNames) and isinstance(start.names, str):
+        start = replace(start, names=str(folder / start.names))
+    return replace(scenario, model=model, data=data, start=start)

@@ -5,6 +5,7 @@
     scenario.json     the scenario as it ran, with the command line's options
     roster.json       the public keys of the parties
     plan.json         the plan, for people; plan.msgpack holds the bytes that the operator signed
+    start.safetensors the head that the job started from, if it follows from its labels' names
     headers.jsonl     every signed round header
     transcript.jsonl  every signed entry of the audit transcript
     adapter/          the last global adapter as a PEFT folder, as the sites received it
@@ -28,6 +29,8 @@ from umbel_common.errors import RemoteProtocolError, RunExists, StorageError, Ve
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.trust.identity import Signed
 from umbel_simulations.scenario.scenario import Scenario
+
+START_FILE = "start.safetensors"
 
 
 class SignedLine(msgspec.Struct, frozen=True):
@@ -129,10 +132,7 @@ def write(path: Path, data: bytes) -> None:
 
 def write_plan(folder: Path, plan: TrainingPlan, signed: Signed) -> None:
     """Writes the plan for people, and the plan as signed."""
-    readable = msgspec.to_builtins(plan)
-    readable["model"]["digest"] = plan.model.digest.hex()
-    if plan.release_gate is not None:
-        readable["release_gate"]["holdout"] = plan.release_gate.holdout.hex()
+    readable = _readable(msgspec.to_builtins(plan, builtin_types=(bytes,)))
     write(folder / "plan.json", msgspec.json.format(msgspec.json.encode(readable), indent=2))
     write(folder / "plan.msgpack", encode(signed))
 

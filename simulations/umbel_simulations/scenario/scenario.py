@@ -5,7 +5,9 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
+from umbel_client.planning.distributed import DraftDistributed
 from umbel_common.canonical import Name, Value
+from umbel_common.plans.drafted_start import DraftedLabelNames, DraftedSeed
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import (
     CausalLm,
@@ -16,6 +18,7 @@ from umbel_common.plans.plan import (
     Scaling,
 )
 from umbel_common.plans.ranges import Count, Fraction, Positive
+from umbel_common.plans.server_optimizer import Average, ServerOptimizer
 
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
 Package = Annotated[
@@ -56,7 +59,12 @@ class Data(Value, frozen=True):
 
 
 class Icd10Data(Data, frozen=True, tag_field="source", tag="icd10cm"):
-    """`source = "icd10cm"`: classifies the ICD-10-CM text of a diagnosis by its chapter."""
+    """`source = "icd10cm"`: classifies the ICD-10-CM text of a diagnosis."""
+
+    label: Literal["chapter", "category"] = "chapter"
+    """`chapter`: 19 labels; the test set has other three-character categories than the training
+    set. `category`: these categories are the labels, over a thousand; the test set has other
+    codes."""
 
 
 class HpoData(Data, frozen=True, tag_field="source", tag="hpo"):
@@ -145,7 +153,8 @@ class LoraSettings(Value, frozen=True):
     layers: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] | None = None
     """Indices of the transformer layers that get an adapter; absent: all."""
     method: Method = "alternate"
-    """`both`, `ffa` (A frozen) or `alternate` (B in odd rounds, A in even ones)."""
+    """`both`, `ffa` (A frozen), `alternate` (B in odd rounds, A in even ones), or `fedsvd` (A
+    frozen in a round, and rotated with B by the server after it)."""
     scaling: Scaling = "standard"
     """`standard` (alpha / rank) or `rank-stabilised` (alpha / sqrt(rank))."""
 
@@ -158,10 +167,12 @@ class TrainingSettings(Value, frozen=True):
     """Optimizer steps of a site in each round."""
     expected_batch_size: Count
     """Average number of records in a Poisson batch."""
-    adapter_learning_rate: Positive
+    adapter_learning_rate: Positive | None = None
+    """Needed unless `optimizer` is `none`."""
     head_learning_rate: Positive | None = None
     """Learning rate of a classification head; absent: the adapter's."""
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "sgd", "none"] = "adam"
+    """`none`: distributed mode, whose steps the server takes (`[server]`)."""
     beta1: Fraction = 0.9
     """Adam only."""
     beta2: Fraction = 0.99
@@ -185,10 +196,12 @@ class AggregationSettings(Value, frozen=True):
 
     threshold: Annotated[int, msgspec.Meta(ge=2, le=100)]
     """Number of shares that recover a secret, and the smallest number of survivors."""
-    clip_range: Positive = 1.0
-    """Each coordinate of a delta is clipped to [-clip_range, clip_range]."""
-    step: Positive = 1e-6
-    """Quantisation step, in units of the delta."""
+    clip_range: Positive | None = None
+    """Each coordinate of a delta is clipped to [-clip_range, clip_range]; absent: to 1, or in
+    distributed mode to what the ring has room for."""
+    step: Positive | None = None
+    """Quantisation step, in units of the delta; absent: 1e-6. In distributed mode it follows from
+    the noise."""
     ring_bits: Literal[16, 32] = 32
     """Number of bits of a masked coordinate on the wire."""
     weights: Literal["equal", "size-class", "examples"] = "equal"
@@ -274,13 +287,20 @@ class Scenario(Value, frozen=True, kw_only=True):
     task: Task = ClassificationSettings()
     lora: LoraSettings
     training: TrainingSettings
-    privacy: LocalPrivacy | NoPrivacy
-    """`mode = "local"` with epsilon, delta, clip_norm and clipping, or `mode = "none"`."""
+    privacy: LocalPrivacy | NoPrivacy | DraftDistributed
+    """`mode = "local"` with epsilon, delta, clip_norm and clipping; `mode = "distributed"`, which
+    has more; or `mode = "none"`."""
     aggregation: AggregationSettings
+    server: ServerOptimizer = Average()
+    """`[server]`: the server's optimizer; see `umbel_common.plans.server_optimizer`. Absent: the
+    mean of the deltas is the step."""
     evaluation: FederatedEvaluation | None = None
     """`[evaluation]`: each site scores adapters on records that it holds out; absent: none does."""
     release_gate: GateSettings | None = None
     """Absent: each round's adapter is released."""
+    start: DraftedSeed | DraftedLabelNames | None = None
+    """`[start]`: absent, the adapter follows from the seed. With `start = "label-names"` and
+    without `names`, an icd10cm label's text is its title in the list."""
     site_policy: SitePolicy = SitePolicy()
     faults: Faults = Faults()
     compute: Compute = Compute()

@@ -13,6 +13,7 @@ from umbel_client.planning.draft import read_plan
 from umbel_common.errors import ConfigError, DataError, ModelError, PlanError
 from umbel_common.plans.plan import CausalLm, ReleaseGate
 from umbel_common.plans.plan_file import is_not_tried, plan_from_json, plan_to_json
+from umbel_common.plans.server_optimizer import Average, Schedule, ServerSgd
 from umbel_host.files.model_digest import folder_digest
 
 DRAFT = """
@@ -67,6 +68,35 @@ def test_a_draft_becomes_a_plan_with_what_the_model_has(draft: Path, tiny_model:
         (2, 16),
         (2, 16),
     ]
+
+
+SERVER = """
+[server]
+optimizer = "sgd"
+adapter_learning_rate = 0.5
+head_learning_rate = 10.0
+
+[server.schedule]
+warmup_rounds = 1
+decay = "cosine"
+final = 0.1
+"""
+
+
+def test_a_draft_names_the_servers_optimizer(draft: Path) -> None:
+    assert read_plan(draft).server == Average()
+    draft.write_text(draft.read_text() + SERVER)
+    assert read_plan(draft).server == ServerSgd(
+        adapter_learning_rate=0.5,
+        head_learning_rate=10.0,
+        schedule=Schedule(warmup_rounds=1, decay="cosine", final=0.1),
+    )
+    draft.write_text(draft.read_text().replace("warmup_rounds = 1", "warmup_rounds = 2"))
+    with pytest.raises(PlanError, match="warm-up"):
+        read_plan(draft)
+    draft.write_text(draft.read_text().replace("decay =", "decline ="))
+    with pytest.raises(ConfigError, match="decline"):
+        read_plan(draft)
 
 
 def test_the_process_prints_the_plans_file_and_nothing_else(draft: Path) -> None:

@@ -27,6 +27,7 @@ from umbel_common.plans.plan import (
     NoPrivacy,
     TrainingPlan,
 )
+from umbel_common.plans.server_optimizer import ServerSgd
 from umbel_common.plans.statements import RoundHeader
 
 MakePlan = Callable[..., TrainingPlan]
@@ -97,6 +98,16 @@ def test_a_plan_past_a_limit_is_refused_by_the_name_of_the_rule(
     make_plan: MakePlan, change: dict[str, object], check: str
 ) -> None:
     assert refusal(msgspec.structs.replace(LAW, **change), make_plan()) == check
+
+
+def test_the_clip_range_bounds_the_servers_steps_too(make_plan2: MakePlan) -> None:
+    """Three rounds of momentum 0.9 make a change 2.71 times as long."""
+
+    def plan(rate: float) -> TrainingPlan:
+        return make_plan2(server=ServerSgd(adapter_learning_rate=1e-3, head_learning_rate=rate))
+
+    judge_plan(LAW, plan(1 / 2.72))
+    assert refusal(LAW, plan(1 / 2.70)) == "clip-range-too-large"
 
 
 @pytest.mark.parametrize("name", ["mini\x1b[8mlm", "mini\u202elm", "a\nb", "m" * 257])

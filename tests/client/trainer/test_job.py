@@ -21,7 +21,7 @@ from umbel_client.storage.journal import Published
 from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit, Part
 from umbel_client.trainer import opening
-from umbel_client.trainer.job import SiteJob
+from umbel_client.trainer.local_job import LocalJob
 from umbel_client.trainer.opening import open_job
 from umbel_client.training import answer_time
 from umbel_client.training.answer_time import AnswerTime
@@ -29,7 +29,7 @@ from umbel_common.adapters.vector import initial_vector
 from umbel_common.errors import LedgerError, ModelError, PlanError, StorageError
 from umbel_common.plans.plan import Classification
 
-Open = Callable[[], SiteJob]
+Open = Callable[[], LocalJob]
 STEPS = (
     "noise_for",
     "Register.require_free",
@@ -51,7 +51,7 @@ def opened(tmp_path: Path, tiny_model: Path) -> Open:
     return lambda: job_of(tmp_path, tiny_model, [f"w{number}" for number in range(12)])
 
 
-def job_of(folder: Path, model: Path, texts: list[str], **settings: Any) -> SiteJob:
+def job_of(folder: Path, model: Path, texts: list[str], **settings: Any) -> LocalJob:
     """A job of a site with these texts; keyword arguments are settings of its client.toml."""
     rows = [{"text": text, "label": "ab"[number % 2]} for number, text in enumerate(texts)]
     data = folder / "data.jsonl"
@@ -165,7 +165,7 @@ def test_a_round_whose_adapter_mixes_records_is_refused_before_it_is_charged(
     # Rounding, from the records beside: what an adapter turns into whole gradients.
     layer.register_forward_hook(lambda _, __, output: output + 1e-6 * output.mean(0, keepdim=True))
     if not tested:
-        monkeypatch.setattr(SiteJob, "check", lambda *_: None)
+        monkeypatch.setattr(LocalJob, "check", lambda *_: None)
     try:
         if tested:
             with pytest.raises(ModelError, match="bits depend on the records beside it"):
@@ -212,7 +212,7 @@ def work_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreparedData, "batch", counted_batch)
 
 
-def first_answer_of(made: SiteJob) -> float:
+def first_answer_of(made: LocalJob) -> float:
     """When a job answers to its first round, by the clock of the work; it is closed then."""
     header: Any = SimpleNamespace(round=1, adapter=b"a" * 32)
     vector = initial_vector(made.plan)
@@ -235,7 +235,7 @@ def test_the_time_of_an_answer_does_not_tell_of_a_long_record(
 ) -> None:
     """Without the option, the same time would be a coincidence: this is the attack."""
     if fails:
-        monkeypatch.setattr(SiteJob, "store", lambda *_: 1 / 0)
+        monkeypatch.setattr(LocalJob, "store", lambda *_: 1 / 0)
 
     def seconds(texts: list[str], name: str) -> float:
         (tmp_path / name).mkdir()
@@ -251,22 +251,22 @@ def test_a_preparation_that_ends_near_an_answer_time_does_not_tell_of_a_long_rec
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, apart: bool
 ) -> None:
     """A server can have records prepared again before each round: it offers another plan."""
-    prepare = SiteJob.prepare
+    prepare = LocalJob.prepare
 
-    def slowly(self: SiteJob) -> None:
+    def slowly(self: LocalJob) -> None:
         prepare(self)
         # Short records, of 16 tokens each, are just in time.
         CLOCK.now += self._answer_time.seconds - len(SHORT) * 16
 
-    monkeypatch.setattr(SiteJob, "prepare", slowly)
+    monkeypatch.setattr(LocalJob, "prepare", slowly)
     if not apart:
-        kept, compute = AnswerTime.kept, SiteJob._compute_reserved
+        kept, compute = AnswerTime.kept, LocalJob._compute_reserved
 
-        def together(self: SiteJob, *arguments: Any) -> None:
+        def together(self: LocalJob, *arguments: Any) -> None:
             with kept(self._answer_time):
                 compute(self, *arguments)
 
-        monkeypatch.setattr(SiteJob, "_compute_reserved", together)
+        monkeypatch.setattr(LocalJob, "_compute_reserved", together)
         monkeypatch.setattr(AnswerTime, "kept", lambda _: nullcontext())
 
     def seconds(texts: list[str], name: str) -> float:
@@ -300,9 +300,9 @@ def test_a_round_that_failed_is_not_drawn_again_though_its_ledger_could_not_be_w
     header: Any = SimpleNamespace(round=1, adapter=b"a" * 32)
     vector = initial_vector(made.plan)
     drawn = []
-    train = SiteJob.train
+    train = LocalJob.train
 
-    def failing(self: SiteJob, *arguments: Any) -> Any:
+    def failing(self: LocalJob, *arguments: Any) -> Any:
         drawn.append(train(self, *arguments))
         raise ModelError("no")
 
@@ -310,7 +310,7 @@ def test_a_round_that_failed_is_not_drawn_again_though_its_ledger_could_not_be_w
         raise StorageError("the disk is full")
 
     try:
-        monkeypatch.setattr(SiteJob, "train", failing)
+        monkeypatch.setattr(LocalJob, "train", failing)
         with monkeypatch.context() as disk:
             disk.setattr(Ledger, "record_delta", full)
             with pytest.raises(StorageError):

@@ -293,6 +293,25 @@ def test_moments_of_the_resting_matrix_rest(folder: Path) -> None:
     assert float(third["step/head.bias"]) == 3
 
 
+def test_the_moments_of_a_rotated_matrix_start_again(folder: Path) -> None:
+    """With fedsvd the server rotates B after each round: its elements are others then."""
+    plan, data = plan_of(folder, method="fedsvd", optimizer=ADAM), ragged()
+    model = AdaptedModel.load(folder, plan)
+    first = train(model, data, plan, round_number=1).state
+    second = train(model, data, plan, round_number=2, state=first).state
+    alone = train(model, data, plan, round_number=2).state
+    (b_moment,) = [key for key in first if key.startswith("exp_avg/") and "lora_B" in key][:1]
+    b_steps = b_moment.replace("exp_avg/", "step/")
+    assert float(first[b_steps]) == float(second[b_steps]) == 1
+    assert np.array_equal(second[b_moment], alone[b_moment])
+    assert float(second["step/head.bias"]) == 2
+    assert not any("lora_A" in key for key in second)
+    # It is the method that forgets: under another one, the moments are carried on.
+    kept = plan_of(folder, method="ffa", optimizer=ADAM)
+    model = AdaptedModel.load(folder, kept)
+    assert float(train(model, data, kept, round_number=2, state=first).state[b_steps]) == 2
+
+
 def test_a_state_that_is_handed_in_is_not_changed(folder: Path) -> None:
     plan, data = plan_of(folder, optimizer=ADAM), ragged()
     model = AdaptedModel.load(folder, plan)

@@ -29,7 +29,7 @@ def test_the_sum_of_counts_comes_back(make_plan: MakePlan) -> None:
     plan = scored(make_plan())
     delta = np.linspace(-0.5, 0.5, vector_length(make_plan(), 1), dtype=np.float32)
     sites = [SiteCounts(812.4, 1003.1), SiteCounts(-2.5, 40.25), SiteCounts(77.0, 99.5)]
-    encoding = encoding_of(plan.aggregation, len(sites))
+    encoding = encoding_of(plan, len(sites))
     vectors = [with_counts(delta, counts, plan) for counts in sites]
     assert all(len(vector) == vector_length(plan, 1) == len(delta) + 2 for vector in vectors)
     total = sum(encode(vector, 1, encoding, np.random.default_rng(1).bytes) for vector in vectors)
@@ -46,7 +46,7 @@ def test_the_sum_of_counts_comes_back(make_plan: MakePlan) -> None:
 def test_more_records_than_the_plan_knows_count_as_so_many(make_plan: MakePlan) -> None:
     plan = scored(make_plan())
     vector = with_counts(np.zeros(3, np.float32), SiteCounts(9000.0, 10_000.0), plan)
-    encoding = encoding_of(plan.aggregation, 2)
+    encoding = encoding_of(plan, 2)
     shares = np.zeros(2, dtype=np.float32)
     total = encode(vector, 1, encoding, np.random.default_rng(1).bytes)
     add_mean(total, encoding, [np.zeros(3, np.float32), shares])

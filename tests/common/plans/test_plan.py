@@ -17,7 +17,9 @@ from umbel_common.plans.plan import (
     Sgd,
     Training,
     TrainingPlan,
+    second_version,
 )
+from umbel_common.plans.server_optimizer import Schedule, ServerSgd
 
 MakePlan = Callable[..., TrainingPlan]
 
@@ -127,3 +129,35 @@ def test_learning_rates_fall_linearly_over_the_whole_job() -> None:
     )
     factors = [training.learning_rate_factor(step) for step in range(training.steps)]
     assert factors == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
+
+
+def test_a_warm_up_ends_before_the_job(make_plan2: MakePlan) -> None:
+    def plan(warmup: int) -> TrainingPlan:
+        schedule = Schedule(warmup_rounds=warmup)
+        return make_plan2(server=ServerSgd(adapter_learning_rate=0.1, schedule=schedule))
+
+    check_plan(plan(2))
+    with pytest.raises(PlanError, match=r"server\.schedule\.warmup_rounds"):
+        check_plan(plan(3))
+
+
+def test_the_first_version_of_a_plan_names_nothing_of_the_second(make_plan: MakePlan) -> None:
+    lora = msgspec.structs.replace(make_plan().lora, method="fedsvd")
+    plan = make_plan(lora=lora)
+    with pytest.raises(PlanError, match=r"lora\.method"):
+        check_plan(plan)
+    check_plan(second_version(plan))
+
+
+def test_the_second_version_keeps_every_part(make_plan: MakePlan) -> None:
+    plan = make_plan()
+    later = second_version(plan)
+    assert later.digest() != plan.digest()
+    assert (later.start, later.server) == (plan.start, plan.server)
+    assert decode_canonical(encode(later), PLAN_VERSIONS) == later
+    first = msgspec.to_builtins(plan) | {"version": 2}
+    found = msgspec.to_builtins(later)
+    assert found.pop("start") == {"start": "seed"}
+    assert found.pop("server") == {"optimizer": "average"}
+    assert found["lora"].pop("adapter") == "lora"
+    assert found == first

@@ -259,9 +259,9 @@ def test_a_sum_that_no_honest_vectors_give_is_refused(total, check):
     assert caught.value.check == check
 
 
-def test_the_encoding_of_a_plan_takes_its_numbers_from_it():
-    plan = Aggregation(threshold=2, clip_range=0.5, step=1e-3, ring_bits=16, max_weight=1)
-    assert encoding_of(plan, 12) == Encoding(
+def test_the_encoding_of_a_plan_takes_its_numbers_from_it(make_plan):
+    aggregation = Aggregation(threshold=2, clip_range=0.5, step=1e-3, ring_bits=16, max_weight=1)
+    assert encoding_of(make_plan(aggregation=aggregation), 12) == Encoding(
         clip_range=0.5, step=1e-3, ring_bits=16, max_weight=1, sites=12
     )
 

@@ -102,7 +102,7 @@ def check_releases(setting: Any, job: Any) -> None:
         vectors = [setting.sites[site].vectors[key] for site in release.survivors]
         assert len(vectors) >= setting.plan.aggregation.threshold
         total = np.sum(vectors, axis=0, dtype=vectors[0].dtype)
-        encoding = encoding_of(setting.plan.aggregation, len(headers[key].cohort))
+        encoding = encoding_of(setting.plan, len(headers[key].cohort))
         weight, mean = decode_sum(total, encoding)
         vector = merge(vector, mean, setting.plan, release.round)
         assert release.total_weight == weight == len(vectors)

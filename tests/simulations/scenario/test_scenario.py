@@ -7,8 +7,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from umbel_client.planning.draft_file import Draft
 from umbel_common.errors import ConfigError, ModelError, RunExists
 from umbel_common.plans.plan import Adam, LocalPrivacy, NoPrivacy
+from umbel_common.plans.server_optimizer import Schedule, ServerAdam
+from umbel_common.toml_values import parse_toml
+from umbel_simulations.backends.draft import draft_toml
 from umbel_simulations.inputs.base_model import model_folder
 from umbel_simulations.scenario.file import (
     SHIPPED,
@@ -50,6 +54,29 @@ def test_a_task_without_its_name_is_a_classification(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(SMOKE.replace(named, "[task]\n"), encoding="utf-8")
     assert find_scenario(str(path)) == find_scenario("smoke")
+
+
+SERVER = """
+[server]
+optimizer = "adam"
+adapter_learning_rate = 1e-3
+
+[server.schedule]
+final = 0.5
+"""
+
+
+def test_a_scenario_and_the_draft_that_it_writes_name_the_servers_optimizer(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(SMOKE + SERVER, encoding="utf-8")
+    scenario = find_scenario(str(path))
+    assert scenario.server == ServerAdam(adapter_learning_rate=1e-3, schedule=Schedule(final=0.5))
+    text = draft_toml(scenario, ("a", "b"), tmp_path)
+    assert parse_toml(text, Draft, "draft").server == scenario.server
+    assert parse_toml(draft_toml(find_scenario("smoke"), ("a", "b"), tmp_path), Draft, "draft")
+    path.write_text(SMOKE + SERVER.replace("final = 0.5", "final = 0"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="final"):
+        find_scenario(str(path))
 
 
 def test_no_shipped_scenario_is_predictable() -> None:
