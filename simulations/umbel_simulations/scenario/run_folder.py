@@ -129,10 +129,7 @@ def write(path: Path, data: bytes) -> None:
 
 def write_plan(folder: Path, plan: TrainingPlan, signed: Signed) -> None:
     """Writes the plan for people, and the plan as signed."""
-    readable = msgspec.to_builtins(plan)
-    readable["model"]["digest"] = plan.model.digest.hex()
-    if plan.release_gate is not None:
-        readable["release_gate"]["holdout"] = plan.release_gate.holdout.hex()
+    readable = _readable(msgspec.to_builtins(plan, builtin_types=(bytes,)))
     write(folder / "plan.json", msgspec.json.format(msgspec.json.encode(readable), indent=2))
     write(folder / "plan.msgpack", encode(signed))
 
