@@ -14,7 +14,7 @@ from umbel_client.ledger.ledger import Ledger
 from umbel_client.privacy.accounting import total_epsilon
 from umbel_common.adapters.start import norm_of
 from umbel_common.adapters.vector import Vector
-from umbel_common.errors import StorageError
+from umbel_common.errors import StorageError, VerificationError
 from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
 from umbel_common.plans.start import ReleasedStart
 from umbel_common.plans.statements import Release
@@ -126,6 +126,8 @@ def test_two_jobs_of_which_the_second_goes_on_cost_what_both_cost(operator: Oper
         f"whether round 1 of plan {first.digest().hex()} released the start",
     )
     assert len(operator.verified("second", None).not_recomputed) == 2
+    with pytest.raises(VerificationError, match="not the adapter that the plan names"):
+        operator.verified("second", after)
 
 
 def test_a_site_goes_on_only_from_an_adapter_that_it_has(operator: Operator) -> None:

@@ -10,7 +10,8 @@ import msgspec
 
 from umbel_client.planning import draft_file
 from umbel_client.site import config, policy
-from umbel_common.plans import plan
+from umbel_common.canonical import Value
+from umbel_common.plans import drafted_start, plan
 from umbel_server.operator import config as operator
 
 PAGE = Path(__file__).parents[2] / "docs" / "fields.md"
@@ -29,6 +30,8 @@ DRAFT = (
     ("`[aggregation]`", plan.Aggregation),
     ("`[evaluation]`, counts in each round", plan.FederatedEvaluation),
     ("`[release_gate]`", draft_file.DraftGate),
+    ('`[start]` with `start = "label-names"`', drafted_start.DraftedLabelNames),
+    ('`[start]` with `start = "released"`', drafted_start.DraftedReleased),
 )
 SITE = (
     ("at its top", config.ClientConfig),
@@ -132,7 +135,8 @@ def default(field: msgspec.structs.FieldInfo) -> str:
 
 def rows(kind: type) -> list[str]:
     """The lines of a class' table."""
-    said = meanings(kind)
+    classes = [one for one in kind.__mro__ if issubclass(one, Value) and one is not Value]
+    said = {name: text for one in reversed(classes) for name, text in meanings(one).items()}
     lines = ["| field | default | meaning |", "|---|---|---|"]
     for field in msgspec.structs.fields(kind):
         meaning = said[field.name]
