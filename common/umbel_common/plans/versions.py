@@ -13,7 +13,7 @@ from umbel_common.plans.plan import (
 )
 
 
-def second_version(plan: TrainingPlan, **parts: object) -> TrainingPlan2:
+def second_version(plan: TrainingPlan, **parts: Any) -> TrainingPlan2:
     """The plan in version 2; a plan of version 2 keeps what `parts` does not replace.
 
     Args:

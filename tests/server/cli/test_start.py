@@ -62,7 +62,7 @@ def test_a_head_travels_beside_its_plan_into_the_registry(
     moved.rename(file)
     assert "queued: triage" in operator.server("job", "start", "signed.json")
     rows = unflatten(registry.start(plan), plan.lora.tensors)[LABEL_ROWS]
-    assert np.linalg.norm(rows, axis=1) == pytest.approx([1, 1])
+    assert np.linalg.norm(rows, axis=1) == pytest.approx([2, 2])
     # What is damaged since is not released.
     assert isinstance(plan.start, LabelNamesStart)
     path = registry.folder(plan.start.tensor) / "head.safetensors"
