@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from adversarial.federation import Federation
 from server.conftest import Silent
-from umbel_common.plans.versions import second_version
 
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.privacy.accounting import total_epsilon
 from umbel_common.adapters.start import norm_of
 from umbel_common.adapters.vector import Vector
 from umbel_common.errors import StorageError, VerificationError
-from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import LocalPrivacy, TrainingPlan, second_version
 from umbel_common.plans.start import ReleasedStart
 from umbel_common.plans.statements import Release
 from umbel_common.protocol.verification import VerifiedJob, verify_transcript

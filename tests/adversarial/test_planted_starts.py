@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 import pytest
 from adversarial.federation import Federation
-from umbel_common.plans.versions import second_version
 
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.tasks.label_names import label_rows
@@ -22,7 +21,7 @@ from umbel_common.adapters.vector import (
     to_bytes,
     unflatten,
 )
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import TrainingPlan, second_version
 from umbel_common.plans.start import LabelNamesStart, ReleasedStart, Start
 from umbel_common.plans.statements import Release, chained, with_sum
 from umbel_common.protocol.wire import OfferRequest, TrainRequest

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 import pytest
-from umbel_common.plans.versions import second_version
 
 from umbel_common.adapters.reach import require_reachable
 from umbel_common.adapters.start import (
@@ -25,7 +24,7 @@ from umbel_common.adapters.vector import (
 )
 from umbel_common.errors import PlanError, RemoteProtocolError
 from umbel_common.plans.check import check_plan
-from umbel_common.plans.plan import CausalLm, Classification, TrainingPlan
+from umbel_common.plans.plan import CausalLm, Classification, TrainingPlan, second_version
 from umbel_common.plans.plan_file import plan_from_json, plan_lines, plan_to_json
 from umbel_common.plans.start import LabelNamesStart, ReleasedStart, Start
 
