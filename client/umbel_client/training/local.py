@@ -16,7 +16,7 @@ from umbel_client.evaluation.losses import mean_loss
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.architecture import naming_architecture
 from umbel_client.models.site_model import load_site_model
-from umbel_client.privacy.calibration import noise_alone
+from umbel_client.privacy.calibration import noise_alone, plan_alone
 from umbel_client.site.config import ClientConfig
 from umbel_client.tasks.label_names import computed_start
 from umbel_client.tasks.prepared import PreparedData, prepare
@@ -26,7 +26,7 @@ from umbel_client.training.round import LocalTrainer
 from umbel_client.training.self_test import self_test
 from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy
-from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import DifferentialPrivacy, TrainingPlan
 
 OnRound = Callable[[int, float | None], None]
 """Called after each round with (rounds done, mean loss on the validation records or None)."""
@@ -85,7 +85,7 @@ def fine_tune(
     torch.set_num_threads(settings.threads)
     model = load_site_model(settings.model, plan, trains=True)
     # The test asks whether a private step keeps its promises; they do not depend on this number.
-    private = isinstance(plan.privacy, LocalPrivacy)
+    private = isinstance(plan.privacy, DifferentialPrivacy)
     has_units = records.unit_column is not None or bool(records.units)
     records_per_unit = settings.data.max_records_per_unit if has_units else 1
     limit = choose_batch_limit(settings.physical_batch_size, model, records_per_unit)
@@ -97,7 +97,10 @@ def fine_tune(
     held_out = None
     if validation is not None:
         held_out = _prepare(settings, model, validation.records, limit)
-    noise = noise_alone(plan, data.unit_count if public_size is None else public_size)
+    size = data.unit_count if public_size is None else public_size
+    plan = plan_alone(plan, size)
+    model.follow(plan)
+    noise = noise_alone(plan, size)
     trainer = LocalTrainer(model, data, noise, entropy, limit)
     best = LocalResult(start, 0)
     losses = []
