@@ -4,10 +4,12 @@ The law: nothing reaches a terminal but through `Screen`, `say` or `json_text`. 
 other parties are among what commands print, also on the screen on which a person approves a plan.
 """
 
+import shlex
 import sys
 from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import IO, Annotated
 
 import msgspec
@@ -154,6 +156,12 @@ _UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
 def working(text: str) -> Status:
     """Shows a person at a terminal, while a block runs, that something takes its time."""
     return Screen(stderr=True).status(text)
+
+
+def enter_folder(folder: Path) -> str:
+    """A line that says where the next commands are given; empty if it is where this one was."""
+    there = "" if folder.resolve() == Path.cwd() else shlex.join(["cd", str(folder)])
+    return there and f"\nGive all other commands in this folder: {there}"
 
 
 def print_lines(console: Console, lines: Iterable[tuple[str, str]], *, fold: bool = False) -> None:

@@ -213,6 +213,9 @@ def test_without_a_home_folder_a_path_from_it_is_refused(tmp_path: Path) -> None
     assert "~nobody-knows" in done.stderr
 
 
+ENTRY = ("umbel_host/__init__.py", "umbel_host/entry.py")
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("moment", [0.05, 0.15, 0.3, 0.5, 0.8, 1.2])
 def test_each_command_is_interrupted_in_its_first_second(
@@ -236,8 +239,11 @@ def test_each_command_is_interrupted_in_its_first_second(
         _, complaints = process.communicate(timeout=HANGING)
         assert "a mistake of Umbel's" not in complaints, words
         if "Traceback" in complaints:
-            # The interpreter was interrupted as it began, or as it read the first line of ours.
-            ours = re.findall(r"/(umbel_\w+/.*)\", line", complaints)
-            assert set(ours) <= {"umbel_client/__init__.py"}, (words, complaints)
+            # The interpreter was interrupted as it began, or as it read what leads to `enter`.
+            package = words[0].replace("-", "_").replace("simulate", "simulations")
+            ours = re.findall(r"/(umbel_\w+/.*)\", line \d+, in (.+)", complaints)
+            assert {function for _, function in ours} <= {"<module>", "main"}, (words, complaints)
+            first = {f"{package}/__init__.py", f"{package}/cli/__init__.py", *ENTRY}
+            assert {file for file, _ in ours} <= first, (words, complaints)
             assert process.returncode == -signal.SIGINT
         assert process.returncode in {-signal.SIGINT, 130, *range(3), *range(10, 60)}, words

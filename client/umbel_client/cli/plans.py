@@ -22,6 +22,10 @@ Job = Annotated[
     str, typer.Argument(help="The job whose plan waits, or the plan's digest or its first digits.")
 ]
 
+Labels = Annotated[
+    bool, typer.Option("--labels", help="Show all labels of a classification, each on a line.")
+]
+
 
 def plans(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
     """List the plans that wait for approval."""
@@ -55,13 +59,14 @@ def approve(
             help="Approve without asking, but only a plan with this digest, 64 hexadecimal digits."
         ),
     ] = None,
+    labels: Labels = False,
 ) -> None:
     """Show a plan that waits for approval, and approve it if you type yes."""
     settings = load_config(config)
     decisions = Decisions(settings.state_folder)
     proposal = _find(decisions, job)
     console = Screen()
-    print_lines(console, plan_lines(proposal.plan), fold=True)
+    print_lines(console, plan_lines(proposal.plan, labels=labels), fold=True)
     console.print()
     print_lines(console, [("budget", _budget_text(settings, proposal.plan))])
     refused = _refusal(settings.policy, proposal.plan)

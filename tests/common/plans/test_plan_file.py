@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from umbel_common.errors import PlanError, RemoteProtocolError
-from umbel_common.plans.plan import NoPrivacy, ReleaseGate, Sgd, TrainingPlan
+from umbel_common.plans.plan import Classification, NoPrivacy, ReleaseGate, Sgd, TrainingPlan
 from umbel_common.plans.plan_file import plan_from_json, plan_lines, plan_to_json
 from umbel_common.trust.identity import Identity, open_signed, sign
 
@@ -84,3 +84,16 @@ def test_a_person_reads_what_matters(make_plan: MakePlan) -> None:
     assert "NONE" in dict(plan_lines(bare))["privacy"]
     gated = make_plan(release_gate=ReleaseGate(holdout=bytes(32), max_loss_increase=0.25))
     assert "rises by 0.25 at most" in dict(plan_lines(gated))["released"]
+
+
+@pytest.mark.parametrize(("count", "named"), [(2, 2), (10, 10), (77, 10)])
+def test_many_labels_hide_nothing_else(make_plan: MakePlan, count: int, named: int) -> None:
+    """The promise stands above them, and they are all shown to whoever asks."""
+    labels = tuple(f"label-{number}" for number in range(count))
+    plan = make_plan(task=Classification(labels=labels))
+    text = "\n".join(f"{name} {value}" for name, value in plan_lines(plan))
+    assert text.index("epsilon 8") < text.index(f"{count} labels")
+    assert text.count("label-") == named
+    assert (f"and {count - named} more" in text) == (count > named)
+    whole = [value for _, value in plan_lines(plan, labels=True)]
+    assert [value for value in whole if value.startswith("label-")] == list(labels)
