@@ -19,6 +19,7 @@ from umbel_common.plans.plan import (
     standard_deviation,
 )
 from umbel_common.printable import printable_json
+from umbel_common.single_keys import decode_document
 from umbel_common.trust.identity import SIGNATURE_BYTES, Signed
 
 _SHOWN = 10
@@ -60,7 +61,7 @@ def plan_from_json(text: str, file: object) -> tuple[TrainingPlan, Signed | None
             together.
     """
     try:
-        entry = msgspec.json.decode(text, type=_PlanEntry)
+        entry = decode_document(text, _PlanEntry)
         for name, field in (("model", "digest"), ("release_gate", "holdout")):
             part = entry.plan.get(name)
             if isinstance(part, dict) and isinstance(part.get(field), str):

@@ -54,6 +54,10 @@ def test_a_digest_is_readable(make_plan: MakePlan) -> None:
         ('"rank": 2', '"rank": 3'),
         ("{", "["),
         ('"plan"', '"plans"'),
+        # Which of the two counts, readers of JSON do not agree on.
+        ('"rounds": ', '"rounds": 9, "rounds": '),
+        ('"plan"', '"plan": {}, "plan"'),
+        ('"job"', '"jo\\u0062": "x", "job"'),
     ],
 )
 def test_a_malformed_file_is_refused_by_its_name(make_plan: MakePlan, old: str, new: str) -> None:
