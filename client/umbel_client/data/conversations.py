@@ -16,7 +16,6 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from umbel_client.data.repeated_keys import has_twice
 from umbel_client.data.rows import Row, Table
 from umbel_client.data.tables import columns_text, near_columns, require_columns
 from umbel_common.canonical import Value
@@ -24,6 +23,7 @@ from umbel_common.errors import DataError
 from umbel_common.plans.alike import shown
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import CausalLm
+from umbel_common.single_keys import has_twice
 
 COLUMNS: dict[Format, tuple[str, ...]] = {
     "messages": ("messages",),

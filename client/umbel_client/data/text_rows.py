@@ -5,13 +5,13 @@ import io
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 
 from umbel_client.data.kinds import require_utf_8, separator_error
-from umbel_client.data.repeated_keys import Twice, may_repeat, object_of, twice_in
 from umbel_client.data.rows import (
     GuardedRow,
     OnWrongRow,
@@ -24,9 +24,11 @@ from umbel_client.data.rows import (
 )
 from umbel_common.errors import DataError
 from umbel_common.plans.alike import shown
+from umbel_common.single_keys import Twice, may_repeat, object_of, twice_in
 
 _OBJECT = 'one JSON object on each line, such as {"text": "...", "label": "..."}'
 _SPREAD = "write one object a line: jq -c '.[]' FILE does it for a list, jq -c . FILE for objects"
+_PIECE = 1 << 17
 _LONGEST_KEY = 40
 """Characters of a key that an error shows."""
 _MOST_DIGITS = 4000
@@ -44,10 +46,23 @@ def json_line_rows(path: Path, on_wrong_row: OnWrongRow) -> Table:
             on_wrong_row(number, error)
         else:
             numbers.append(number)
-    if may_repeat(path, rows):
+    if may_repeat(partial(_pieces, path), rows):
         _require_single_keys(path, rows, numbers)
     columns = dict.fromkeys(column for row in rows for column in row)
     return table_of(tuple(columns), rows, numbers)
+
+
+def _pieces(path: Path, before: int) -> Iterator[memoryview]:
+    """A file in pieces that a processor's cache holds, each after the last bytes of the one before.
+
+    Args:
+        before: how many of them.
+    """
+    view = memoryview(bytearray(before + _PIECE))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(view[before:]):
+            yield view[: before + size]
+            view[:before] = bytes(view[size : size + before])
 
 
 def _require_single_keys(path: Path, rows: list[Row], numbers: list[int]) -> None:
