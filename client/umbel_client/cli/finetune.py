@@ -27,7 +27,7 @@ from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.printable import one_line
 from umbel_host.files.output import require_new
 from umbel_host.files.text_file import read_text
-from umbel_host.terminal import Screen, json_text, print_json, say, table, working
+from umbel_host.terminal import Screen, bar, json_text, print_json, say, table, working
 
 if TYPE_CHECKING:
     from umbel_client.data.conversations import Question
@@ -101,15 +101,17 @@ def train(
         end = "" if loss is None else f", validation loss {loss:.4f}"
         console.print(f"round {done} of {followed.training.rounds}{end}")
 
-    result = fine_tune(
-        settings,
-        followed,
-        records,
-        held_out,
-        on_round,
-        public_size=public_size,
-        entropy=os.urandom,
-    )
+    with bar() as shown:
+        result = fine_tune(
+            settings,
+            followed,
+            records,
+            held_out,
+            on_round,
+            shown.stage,
+            public_size=public_size,
+            entropy=os.urandom,
+        )
     write_adapter(out, followed, result.adapter, None, base_model=Path(settings.model.path))
     console.print(f"adapter of round {result.round}  {out}", soft_wrap=True)
     console.print("It is as private as the data: no ledger was charged for it.")
