@@ -150,6 +150,8 @@ FAILURES = {
     "a package that is missing": ("import umbel_no_such", 1, "a mistake of Umbel's"),
     "another's package": ("import no_such_package", 10, 'pip install -c constraints.txt ".['),
     "a file that is not there": ("open('nowhere')", 50, "file: nowhere"),
+    "a path that no file can have": ("open('a\\0b')", 10, "found: the character U+0000"),
+    "a name that is too long": ("open('n' * 300)", 50, "at most 255 bytes"),
     "an output that is full": ("print('x' * 100000, file=open('/dev/full', 'w'))", 50, "no space"),
     "no memory": ("raise MemoryError", 1, "no memory left"),
     "another thread's": (
