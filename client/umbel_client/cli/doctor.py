@@ -83,7 +83,9 @@ def examine(config: ClientConfig, plan: Path | None = None) -> Iterator[Finding]
     spoken = {name: _tried(name, CHECKS[name], config) for name in _SPEAKING}
     confine_command()
     read = _Once()
-    about_data = {name: partial(check, read=read) for name, check in _ABOUT_DATA.items()}
+    about_data: dict[str, Check] = {
+        name: partial(check, read=read) for name, check in _ABOUT_DATA.items()
+    }
     for name, check in {**CHECKS, **about_data}.items():
         yield spoken[name] if name in spoken else _tried(name, check, config)
     if plan is not None:
