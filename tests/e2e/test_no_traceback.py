@@ -92,7 +92,9 @@ def test_what_is_closed_names_its_owner(said: list[dict[str, Any]]) -> None:
     shut = [one for one in said if one["folder"].endswith("shut")]
     failed = [one for one in shut if one["code"] not in (0, 2)]
     assert len(failed) > 50
-    assert not [one for one in failed if "run this as" not in one["said"]]
+    # These folders are of the user that runs the tests. Nobody is told to act as root.
+    whose = "it belongs to root" if os.geteuid() == 0 else "run this as"
+    assert not [one for one in failed if whose not in one["said"]]
 
 
 def test_no_advice_makes_a_second_ledger(said: list[dict[str, Any]]) -> None:

@@ -87,7 +87,8 @@ def explained(error: UmbelError) -> UmbelError:
     if isinstance(cause, OSError) and error.found is cause:
         error.found = reason(cause)
     if isinstance(cause, PermissionError):
-        error.found, error.remedy = reason(cause), error.remedy or _whose(cause)
+        error.found = reason(cause)
+        error.remedy = "; or ".join(filter(None, (_whose(cause), error.remedy)))
     return error
 
 
