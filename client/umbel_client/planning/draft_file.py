@@ -214,7 +214,12 @@ def read_draft(path: Path) -> Draft:
         PlanError: see `checked`.
     """
     hint = "give the path of a draft; docs/operator.md describes it"
-    return checked(read_toml(path, Draft, hint))
+    draft = checked(read_toml(path, Draft, hint))
+    # Here, where the error can name the draft.
+    from_home(draft.model.path, path, field="model.path")
+    if draft.release_gate is not None:
+        from_home(draft.release_gate.holdout, path, field="release_gate.holdout")
+    return draft
 
 
 def model_folder(draft: Draft, folder: Path) -> Path:

@@ -18,6 +18,7 @@ from support import warm_python
 from typer.testing import CliRunner
 
 import umbel_client.planning.search
+import umbel_server.cli.command
 import umbel_server.cli.tune
 from umbel_client.planning.draft import read_plan
 from umbel_client.planning.search import draft_with, search_space, with_values

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.small_models import save_bert, save_decoder
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from umbel_client.planning.draft import Draft
@@ -79,11 +80,16 @@ def test_questions_of_three_sites_become_a_scenario(tmp_path: Path, llama: Path)
         lines(tmp_path / f"Site {n}.jsonl", [{**row, "number": k} for k in range(20)])
         for n, row in enumerate(formats)
     ]
-    test = lines(tmp_path / "test.jsonl", [formats[0]] * 5)
+    longest = {"prompt": "a" * 60, "completion": "b"}
+    test = lines(tmp_path / "test.jsonl", [formats[0]] * 5 + [longest])
     out = tmp_path / "mine.toml"
     found = init(*files, "--test", test, "--model", llama, "--out", out)
     assert found.sites.all_names == ("site-0", "site-1", "site-2")
     assert isinstance(found.task, CausalLm)
+    # Test records that are longer than all others are scored all the same.
+    turns = [{"role": "user", "content": "a" * 60}, {"role": "assistant", "content": "b"}]
+    ids = AutoTokenizer.from_pretrained(llama).apply_chat_template(turns)["input_ids"]
+    assert found.task.max_tokens >= len(ids)
     more = "\n[evaluation]\nnoise_multiplier = 2.0\nmax_records = 5\n"
     more += "\n[release_gate]\nmax_loss_increase = 0.5\n"
     scenario = parse_scenario(out.read_text() + more, out)
