@@ -169,3 +169,28 @@ def test_the_shipped_scenarios_are_listed(simulate: Any) -> None:
     assert result.returncode == 0
     for name in ("quickstart", "smoke", "dropout"):
         assert name in result.stdout
+
+
+@pytest.mark.soak
+def test_a_run_starts_from_its_labels_names_and_its_verifier_says_what_it_believes(
+    tiny: Any,
+) -> None:
+    tiny.change(
+        "[aggregation]",
+        '[start]\nstart = "label-names"\nnames = ["w1 w2", "w30 w31"]\n\n[aggregation]',
+    )
+    tiny.change("baselines = []", 'baselines = ["head-only", "local-only"]')
+    result = tiny.run()
+    assert result.returncode == 0, result.stderr
+    plan = plan_of(tiny)
+    assert plan.version == 2
+    assert (tiny.run_folder / "start.safetensors").stat().st_size < 1000
+    verified = tiny.simulate("verify", tiny.run_folder)
+    assert verified.returncode == 0, verified.stderr
+    assert "not recomputed: whether the head's rows are the embeddings" in verified.stdout
+    planted = bytearray((tiny.run_folder / "start.safetensors").read_bytes())
+    planted[-1] ^= 1
+    (tiny.run_folder / "start.safetensors").write_bytes(planted)
+    refused = tiny.simulate("verify", tiny.run_folder)
+    assert refused.returncode == 52
+    assert "start.safetensors" in refused.stderr

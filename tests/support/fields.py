@@ -8,9 +8,10 @@ from pathlib import Path
 
 import msgspec
 
-from umbel_client.planning import draft_file
+from umbel_client.planning import distributed, draft_file
 from umbel_client.site import config, policy
-from umbel_common.plans import plan, server_optimizer
+from umbel_common.canonical import Value
+from umbel_common.plans import drafted_start, plan, server_optimizer
 from umbel_server.operator import config as operator
 
 PAGE = Path(__file__).parents[2] / "docs" / "fields.md"
@@ -24,9 +25,11 @@ DRAFT = (
     ("`[training]`", plan.Training),
     ('`training.optimizer` with `optimizer = "adam"`', plan.Adam),
     ('`training.optimizer` with `optimizer = "sgd"`', plan.Sgd),
+    ('`training.optimizer` with `optimizer = "none"`', plan.NoOptimizer),
     ('`[privacy]` with `mode = "local"`', plan.LocalPrivacy),
+    ('`[privacy]` with `mode = "distributed"`', distributed.DraftDistributed),
     ('`[privacy]` with `mode = "none"`', plan.NoPrivacy),
-    ("`[aggregation]`", plan.Aggregation),
+    ("`[aggregation]`", distributed.DraftAggregation),
     ('`[server]` with `optimizer = "average"`', server_optimizer.Average),
     ('`[server]` with `optimizer = "sgd"`', server_optimizer.ServerSgd),
     ('`[server]` with `optimizer = "adam"`', server_optimizer.ServerAdam),
@@ -34,6 +37,8 @@ DRAFT = (
     ("`[server.schedule]`", server_optimizer.Schedule),
     ("`[evaluation]`, counts in each round", plan.FederatedEvaluation),
     ("`[release_gate]`", draft_file.DraftGate),
+    ('`[start]` with `start = "label-names"`', drafted_start.DraftedLabelNames),
+    ('`[start]` with `start = "released"`', drafted_start.DraftedReleased),
 )
 SITE = (
     ("at its top", config.ClientConfig),
@@ -147,7 +152,8 @@ def default(field: msgspec.structs.FieldInfo) -> str:
 
 def rows(kind: type) -> list[str]:
     """The lines of a class' table."""
-    said = meanings(kind)
+    classes = [one for one in kind.__mro__ if issubclass(one, Value) and one is not Value]
+    said = {name: text for one in reversed(classes) for name, text in meanings(one).items()}
     lines = ["| field | default | meaning |", "|---|---|---|"]
     for field in msgspec.structs.fields(kind):
         meaning = said[field.name]

@@ -43,6 +43,7 @@ class DraftDistributed(Value, frozen=True, tag_field="mode", tag="distributed"):
     epsilon: Positive
     """The promise of the whole job against those who read the sums."""
     delta: Delta
+    """Probability with which the promise may fail."""
     clip_norm: Scale
     """Largest contribution of one unit to the sum of a step, in the Euclidean norm."""
     sampling_rate: Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -58,6 +59,7 @@ class DraftDistributed(Value, frozen=True, tag_field="mode", tag="distributed"):
     """Attempts beyond one for each round. All of them are paid for, used or not. Absent: a tenth of
     the rounds, and at least two."""
     clipping: Clipping = "flat"
+    """Kind of clipping: `flat` or `automatic`, as in local mode."""
 
 
 class Numbers(NamedTuple):
@@ -81,6 +83,8 @@ class DraftAggregation(Value, frozen=True):
     step: Positive | None = None
     """Quantisation step. Local mode needs it. In distributed mode it follows from the noise."""
     ring_bits: Literal[16, 32] = 32
+    """Number of bits of a masked coordinate. With 16, distributed mode has room for few numbers
+    only."""
     weights: Weights = "equal"
     """Weight of a site: `equal`, `size-class` (public, from the roster), or `examples`, its number
     of records, masked. `examples` is refused with differential privacy, because the exact sum of
@@ -170,7 +174,7 @@ def numbers_of(
 
     Raises:
         CalibrationError: no noise keeps the promise.
-        PlanError: rounding so many coordinates would cost more than a tenth of the noise.
+        PlanError: rounding the coordinates would cost more than a tenth of the noise.
     """
     spare = draft.spare_attempts
     attempts = training.rounds + (max(2, training.rounds // 10) if spare is None else spare)

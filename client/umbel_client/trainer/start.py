@@ -85,7 +85,7 @@ def _known(
             return None
         if release is None or found != earlier:
             return None
-        # The journal took it when the operator's signature had been verified, with the key of then.
+        # The journal took it after the operator's signature was verified, with that time's key.
         with site.journal.errors():
             kept = [one.statement for one in site.journal.releases(earlier.job)]
         statement = decode_canonical(release.statement, RELEASE_VERSIONS)

@@ -154,12 +154,18 @@ def require_refactorised(plan: TrainingPlan, moved: Vector, released: Vector) ->
         lengths = np.abs(new_A @ new_A.T - np.eye(len(new_A))).max()
         _require(lengths <= TOLERANCE, first, "its rows are not orthonormal")
         # B A - B' A' = [B, -B'] [A; A'], and its norm is that of [B, -B'] L for [A; A'] = L Q.
-        triangle = np.linalg.qr(np.concatenate([old_A, new_A]).T, mode="r")
-        apart = np.linalg.norm(np.concatenate([old_B, -new_B], axis=1) @ triangle.T)
-        whole = np.linalg.norm(old_B @ np.linalg.qr(old_A.T, mode="r").T)
+        triangle = _triangle(np.concatenate([old_A, new_A]))
+        apart = np.linalg.norm(np.concatenate([old_B, -new_B], axis=1) @ triangle)
+        whole = np.linalg.norm(old_B @ _triangle(old_A))
         _require(
             bool(apart <= TOLERANCE * whole), second, "its product is not the one of the round"
         )
+
+
+def _triangle(rows: Matrix) -> Matrix:
+    """L of rows = L Q, with orthonormal rows in Q."""
+    found: Matrix = np.linalg.qr(rows.T).R.T
+    return found
 
 
 def _require(holds: bool, tensor: Tensor, why: str) -> None:

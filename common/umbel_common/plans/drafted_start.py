@@ -26,7 +26,7 @@ class DraftedLabelNames(Value, frozen=True, tag_field="start", tag="label-names"
     """Text that is embedded for each label: a list in the order of the labels; or a file (.jsonl,
     .csv or .parquet) with the columns `label` and `text`, whose relative path starts at the draft's
     folder. Absent: the labels themselves."""
-    scale: Scale = 1.0
+    scale: Scale = 2.0
     """Euclidean norm of each label's row of the head."""
     tolerance: Annotated[float, msgspec.Meta(gt=0, le=0.1)] = TOLERANCE
     """Largest distance between a row and the one that a site computes, divided by `scale`."""

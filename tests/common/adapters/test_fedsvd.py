@@ -239,7 +239,7 @@ def test_a_plan_needs_orthonormal_rows_and_a_layer_larger_than_the_rank(
 ) -> None:
     plan = plan_of(make_plan2, Average())
     check_plan(plan)
-    start = ReleasedStart(tensor=bytes(32), plan=bytes(32), round=1, largest_norm=1.0)
+    start = ReleasedStart(adapter=bytes(32), plan=bytes(32), round=1, largest_norm=1.0)
     narrow = (
         Tensor(name=A, shape=(4, 3), role="lora_A"),
         Tensor(name=B, shape=(7, 4), role="lora_B"),

@@ -302,3 +302,28 @@ def test_a_power_is_a_product() -> None:
     assert power(0.9, 0) == 1.0
     assert power(0.9, 2) == 0.9 * 0.9
     assert power(0.99, 500) == pytest.approx(0.99**500, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("server", "longer"),
+    [(ServerSgd(adapter_learning_rate=0.1), 100), (ServerAdam(adapter_learning_rate=0.1), 1)],
+    ids=["sgd", "adam"],
+)
+def test_a_step_of_adam_is_as_long_whatever_the_noise(
+    make_plan2: MakePlan, server: ServerOptimizer, longer: float
+) -> None:
+    """docs/operator.md says so of changes that are pure noise."""
+    tensors = (Tensor(name="x.lora_A.weight", shape=(2, 5000), role="lora_A"),)
+    plan = plan_of(make_plan2, server)
+    lora = msgspec.structs.replace(plan.lora, tensors=tensors)
+    plan = msgspec.structs.replace(plan, lora=lora)
+    lengths = []
+    for deviation in (1e-3, 1e-1):
+        generator = np.random.default_rng(4)
+        adapter, state = np.zeros(plan.lora.size, np.float32), ServerState()
+        for number in range(1, ROUNDS + 1):
+            before = adapter.copy()
+            noise = generator.normal(0, deviation / STEP * 1000, plan.lora.size)
+            take_step(plan, number, np.rint(noise).astype(np.int64), 1000, adapter, state)
+        lengths.append(float(np.linalg.norm(adapter - before)))
+    assert lengths[1] / lengths[0] == pytest.approx(longer, rel=1e-3)

@@ -143,8 +143,10 @@ def test_the_mean_of_the_deltas_needs_no_line(make_plan: MakePlan, make_plan2: M
 
 def test_both_versions_come_back_from_their_files(make_plan: MakePlan) -> None:
     plan = make_plan(release_gate=ReleaseGate(holdout=bytes(range(32)), max_loss_increase=0.25))
-    names = LabelNamesStart(tensor=bytes(range(32)), names=("x", "y", "z"), scale=10.0)
-    earlier = ReleasedStart(tensor=bytes(32), plan=bytes(range(32)), round=3, largest_norm=2.0)
+    names = LabelNamesStart(
+        tensor=bytes(range(32)), names=("x", "y", "z"), scale=10.0, tolerance=0.01
+    )
+    earlier = ReleasedStart(adapter=bytes(32), plan=bytes(range(32)), round=3, largest_norm=2.0)
     for one in (plan, *(second_version(plan, start=start) for start in (None, names, earlier))):
         text = plan_to_json(one, sign(OPERATOR, one).signature)
         read, signed = plan_from_json(text, "plan.json")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -14,6 +15,7 @@ from umbel_common.errors import StorageError, UmbelError
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Release
 from umbel_common.protocol.transcript import JobStarted
+from umbel_common.secagg.encoding import sum_digest
 from umbel_common.trust.identity import Signed, fingerprint, sign
 from umbel_host.files.keys import read_identity
 from umbel_host.files.restore import require_inside
@@ -23,6 +25,7 @@ from umbel_server.storage.job_queue import JobQueue, JobState
 from umbel_server.storage.journal import Journal
 from umbel_server.storage.registry import Registry
 
+SUM = np.arange(7, dtype="<u4")
 SIGNER: list[str] = []
 """The fingerprint of the operator's key."""
 
@@ -61,7 +64,10 @@ def operator(
     monkeypatch.chdir(folder)
     identity, plan = read_identity(folder / "identity.pem"), make_plan()
     SIGNER[:] = [fingerprint(identity.public_key)]
-    adapter = Registry(folder / "state" / "registry").publish(plan, initial_vector(plan))
+    registry = Registry(folder / "state" / "registry")
+    adapter = registry.publish(plan, initial_vector(plan))
+    half = registry.sum_file(registry.keep_sum(SUM)).with_suffix(".partial-1")
+    half.write_bytes(b"half")
     release = sign(
         identity,
         Release(
@@ -104,7 +110,12 @@ def test_an_operator_comes_back_on_an_empty_machine_with_its_jobs_stopped(
     with closing(Journal(operator / "state" / "journal.sqlite")) as journal:
         number, adapter, _ = journal.last_release("job")
         assert number == 0
-        assert Registry(operator / "state" / "registry").load(plan, adapter).size == plan.lora.size
+        registry = Registry(operator / "state" / "registry")
+        assert registry.load(plan, adapter).size == plan.lora.size
+        kept = registry.sum_file(sum_digest(SUM))
+        assert np.array_equal(registry.load_sum(plan, sum_digest(SUM)), SUM)
+        # What a killed server left half-written stays behind.
+        assert list(kept.parent.iterdir()) == [kept]
         assert journal.last_adverts()["a"].advert.statement == b"advert"
     with closing(JobQueue(operator / "state" / "queue.sqlite")) as queue:
         assert [job.state for job in queue.jobs()] == [
@@ -187,7 +198,7 @@ def test_nothing_is_restored_that_nobody_agreed_to(operator: Path) -> None:
 
 def test_a_backup_follows_no_link(operator: Path) -> None:
     """Root backs up: where a link of the port's user leads, only root may be able to read."""
-    (folder,) = (operator / "state" / "registry").iterdir()
+    folder, _ = sorted((operator / "state" / "registry").iterdir())
     (folder / "shadow").symlink_to(operator / "identity.pem")
     run("backup --out b.tar")
     with tarfile.open(operator / "b.tar") as archive:
