@@ -165,8 +165,7 @@ def plan_of(draft: Draft, folder: Path, model: Path, lora: Lora) -> TrainingPlan
         evaluation=draft.evaluation,
         release_gate=_gate_of(draft.release_gate, folder),
     )
-    if draft.server != Average() or draft.lora.method == "fedsvd":
-        plan = second_version(plan, server=draft.server)
+    plan = second_version(plan, server=draft.server)
     check_plan(plan)
     return plan
 
