@@ -17,7 +17,6 @@ from umbel_common.plans.check import check_plan
 from umbel_common.plans.drafted_start import DraftedStart
 from umbel_common.plans.plan import (
     BaseModel,
-    DistributedPrivacy,
     FederatedEvaluation,
     LocalPrivacy,
     Lora,
@@ -172,9 +171,7 @@ def plan_of(draft: Draft, folder: Path, model: Path, lora: Lora) -> TrainingPlan
         evaluation=draft.evaluation,
         release_gate=_gate_of(draft.release_gate, folder),
     )
-    shared = isinstance(privacy, DistributedPrivacy)
-    if shared or draft.server != Average() or draft.lora.method == "fedsvd":
-        plan = second_version(plan, server=draft.server)
+    plan = second_version(plan, server=draft.server)
     check_plan(plan)
     return plan
 

@@ -5,7 +5,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from umbel_common.plans.versions import second_version
 
 from umbel_common.adapters.site_counts import SiteCounts
 from umbel_common.adapters.start import start_from_rows
@@ -18,6 +17,7 @@ from umbel_common.plans.plan import (
     NoPrivacy,
     ReleaseGate,
     TrainingPlan,
+    second_version,
 )
 from umbel_common.plans.start import LabelNamesStart
 from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader, with_sum

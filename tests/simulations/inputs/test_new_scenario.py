@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from support.small_models import save_bert, save_decoder
 from transformers import AutoTokenizer
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from umbel_client.planning.draft import Draft
 from umbel_common.errors import ConfigError, DataError, UmbelError
-from umbel_common.plans.plan import CausalLm, Classification
+from umbel_common.plans.plan import CausalLm, Classification, FederatedEvaluation
 from umbel_common.toml_values import parse_toml
 from umbel_simulations.backends.draft import draft_toml
 from umbel_simulations.cli.command import app
@@ -97,7 +98,8 @@ def test_questions_of_three_sites_become_a_scenario(tmp_path: Path, llama: Path)
     draft = parse_toml(draft_toml(scenario, (), llama, "public.jsonl"), Draft, "draft")
     plan = make_plan(scenario, (), llama, largest_site=20, holdout=b"")
     assert (draft.task, draft.training, draft.privacy) == (plan.task, plan.training, plan.privacy)
-    assert draft.evaluation == plan.evaluation is not None
+    assert plan.evaluation is not None
+    assert draft.evaluation == FederatedEvaluation(**msgspec.structs.asdict(plan.evaluation))
     assert draft.release_gate is not None
     assert plan.release_gate is not None
     done = CliRunner().invoke(app, ["init", str(test), "--test", str(test), "--out", str(out)])
