@@ -121,10 +121,10 @@ def test_two_jobs_of_which_the_second_goes_on_cost_what_both_cost(operator: Oper
             assert max(apart) < together < sum(apart)
     found = operator.verified("second", adapter)
     assert found.last == last
-    assert found.not_recomputed == (
+    assert found.believed == (
         f"whether round 1 of plan {first.digest().hex()} released the start",
     )
-    assert len(operator.verified("second", None).not_recomputed) == 2
+    assert len(operator.verified("second", None).believed) == 2
     with pytest.raises(VerificationError, match="not the adapter that the plan names"):
         operator.verified("second", after)
 

@@ -125,7 +125,7 @@ def loss_after_training(
     ]
     states: list[OptimizerState | None] = [None] * sites
     limit = plan.aggregation.clip_range
-    adapter, server = data.start, ServerState()
+    adapter, server = data.start.copy(), ServerState()
     for number in range(1, plan.training.rounds + 1):
         total: Vector | None = None
         for site, trainer in enumerate(trainers):

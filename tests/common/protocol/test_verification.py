@@ -650,10 +650,10 @@ def test_a_start_that_is_a_tensor_is_verified_as_far_as_that_needs_no_model(
         return verify_transcript(story.entries(event), story.roster, tensor)
 
     embedded = "whether the head's rows are the embeddings of the labels' names"
-    assert verified(start, start).not_recomputed == (embedded,)
+    assert verified(start, start).believed == (embedded,)
     planted = start_from_rows(plan, rows[::-1])
     # Without the tensor nobody can tell, and the verifier says so.
-    assert verified(planted, None).not_recomputed == (
+    assert verified(planted, None).believed == (
         "the start itself, whose tensor is not at hand",
         embedded,
     )
