@@ -72,7 +72,7 @@ class Operator:
     def verified(self, job: str, start: Vector | None) -> VerifiedJob:
         """The job's transcript, verified with the tensor that it started from."""
         with closing(Journal(self.federation.folder / "server" / "journal.sqlite")) as journal:
-            return verify_transcript(journal.transcript(job), self.federation.roster, start)
+            return verify_transcript(journal.transcript(job), self.federation.roster, start=start)
 
 
 @pytest.fixture
@@ -154,7 +154,8 @@ def test_a_site_goes_on_only_from_an_adapter_that_it_has(operator: Operator) -> 
     renamed = msgspec.structs.replace(tensors[0], name=f"{tensors[0].name}.other")
     for change in ({"tensors": (renamed, *tensors[1:])}, {"alpha": 400.0}):
         lora = msgspec.structs.replace(second.lora, **change)
-        assert answer(second_version(second, lora=lora)) == "start-unknown", change
+        changed = msgspec.structs.replace(second, lora=lora)
+        assert answer(changed) == "start-unknown", change
     folder = federation.folder / SITE / "state" / "adapters" / "first"
     shutil.move(folder, folder.with_name("elsewhere"))
     assert answer(second) == "start-unknown"

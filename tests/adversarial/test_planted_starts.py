@@ -23,7 +23,7 @@ from umbel_common.adapters.vector import (
 )
 from umbel_common.plans.plan import TrainingPlan, second_version
 from umbel_common.plans.start import LabelNamesStart, ReleasedStart, Start
-from umbel_common.plans.statements import Release, chained, with_sum
+from umbel_common.plans.statements import Release, with_sum
 from umbel_common.protocol.wire import OfferRequest, TrainRequest
 from umbel_common.trust.identity import sign
 
@@ -77,7 +77,7 @@ def train(federation: Federation, vector: Vector, number: int = 1) -> None:
         survivors=(),
         total_weight=0,
     )
-    header = chained(federation.header(round=number, adapter=digest), bytes(32))
+    header = federation.header(round=number, adapter=digest)
     request = TrainRequest(
         header=sign(federation.operator, header),
         release=sign(federation.operator, with_sum(release, bytes(32))),

@@ -647,7 +647,7 @@ def test_a_start_that_is_a_tensor_is_verified_as_far_as_that_needs_no_model(
         adapter = adapter_digest(story.plan.digest(), released)
         first = with_sum(story.first_release(adapter=adapter), bytes(32))
         event = story.started(release=sign(story.operator, first))
-        return verify_transcript(story.entries(event), story.roster, tensor)
+        return verify_transcript(story.entries(event), story.roster, start=tensor)
 
     embedded = "whether the head's rows are the embeddings of the labels' names"
     assert verified(start, start).believed == (embedded,)
