@@ -152,8 +152,9 @@ def test_a_site_goes_on_only_from_an_adapter_that_it_has(operator: Operator) -> 
         assert answer(second_version(second, start=start)) == "start-unknown", name
     tensors = second.lora.tensors
     renamed = msgspec.structs.replace(tensors[0], name=f"{tensors[0].name}.other")
-    lora = msgspec.structs.replace(second.lora, tensors=(renamed, *tensors[1:]))
-    assert answer(second_version(second, lora=lora)) == "start-unknown"
+    for change in ({"tensors": (renamed, *tensors[1:])}, {"alpha": 400.0}):
+        lora = msgspec.structs.replace(second.lora, **change)
+        assert answer(second_version(second, lora=lora)) == "start-unknown", change
     folder = federation.folder / SITE / "state" / "adapters" / "first"
     shutil.move(folder, folder.with_name("elsewhere"))
     assert answer(second) == "start-unknown"

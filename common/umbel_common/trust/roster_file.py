@@ -10,6 +10,7 @@ import msgspec
 
 from umbel_common.canonical import Name, V
 from umbel_common.errors import IdentityError
+from umbel_common.single_keys import decode_document
 from umbel_common.trust.identity import SIGNATURE_BYTES, Member, Member2, Roster, Roster2
 from umbel_common.trust.key_statements import SignedRevocation, SignedRotation
 from umbel_common.trust.roster import RosterDocument
@@ -238,8 +239,8 @@ def _to_json(entry: _Entry) -> str:
 
 def _from_json(text: str, kind: type[EntryT], file: object, what: str) -> EntryT:
     try:
-        return msgspec.json.decode(text, type=kind)
-    except msgspec.MsgspecError as error:
+        return decode_document(text, kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise _malformed(error, file, what) from None
 
 
@@ -250,7 +251,9 @@ def _convert(parts: dict[str, object], kind: type[V], file: object, what: str) -
         raise _malformed(error, file, what) from None
 
 
-def _malformed(error: msgspec.MsgspecError, file: object, what: str) -> IdentityError:
+def _malformed(
+    error: msgspec.MsgspecError | RecursionError, file: object, what: str
+) -> IdentityError:
     return IdentityError(
         f"{what} is malformed",
         file=file,

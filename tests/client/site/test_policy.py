@@ -26,8 +26,10 @@ from umbel_common.plans.plan import (
     LocalPrivacy,
     NoPrivacy,
     TrainingPlan,
+    second_version,
 )
 from umbel_common.plans.server_optimizer import ServerSgd
+from umbel_common.plans.start import LabelNamesStart, ReleasedStart
 from umbel_common.plans.statements import RoundHeader
 
 MakePlan = Callable[..., TrainingPlan]
@@ -144,6 +146,21 @@ def test_how_a_language_models_records_are_read_is_the_sites_to_say(
     assert refusal(msgspec.structs.replace(law, **change), plan) == check
     exact = {"max_tokens": (512,), "templates": ("chat",), "loss_on": ("answer",)}
     judge_plan(msgspec.structs.replace(law, **exact, too_long=("refuse",)), plan)
+
+
+def test_a_start_is_one_that_the_policy_names_within_its_numbers(make_plan: MakePlan) -> None:
+    start = LabelNamesStart(tensor=bytes(32), names=("a", "b", "c"), scale=10.0, tolerance=0.02)
+    law = msgspec.structs.replace(LAW, starts=("label-names",))
+    judge_plan(law, second_version(make_plan(), start=start))
+    assert refusal(law, make_plan()) == "start-not-allowed"
+    for kind in (start, ReleasedStart(bytes(32), bytes(32), 1, 1.0)):
+        assert refusal(LAW, second_version(make_plan(), start=kind)) == "start-not-allowed"
+    for change, check in (
+        ({"scale": 10.1}, "start-scale-too-large"),
+        ({"tolerance": 0.021}, "start-tolerance-too-large"),
+    ):
+        other = msgspec.structs.replace(start, **change)
+        assert refusal(law, second_version(make_plan(), start=other)) == check
 
 
 @pytest.mark.parametrize("epsilon", [math.inf, math.nan])
