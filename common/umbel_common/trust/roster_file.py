@@ -139,15 +139,17 @@ def _member_entry(member: Member) -> _MemberEntry:
 
 
 def _member_parts(entries: list[_MemberEntry], file: object) -> list[dict[str, object]]:
-    return [
-        {
+    parts: list[dict[str, object]] = []
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        part: dict[str, object] = {
             "name": entry.name,
             "public_key": _key(entry.public_key, entry.name, file),
             "weight": entry.weight,
         }
-        | ({} if entry.public_size is None else {"public_size": entry.public_size})
-        for entry in sorted(entries, key=lambda entry: entry.name)
-    ]
+        if entry.public_size is not None:
+            part["public_size"] = entry.public_size
+        parts.append(part)
+    return parts
 
 
 def roster_to_json(roster: Roster) -> str:

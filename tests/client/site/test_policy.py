@@ -431,3 +431,12 @@ def test_a_site_confirms_no_sum_with_fewer_shares_of_noise_than_the_plan_says(
         with pytest.raises(PolicyRefusal) as caught:
             judge_survivors(SHARING, plan, few, same_round=(), ever=())
         assert caught.value.check == "survivors-below-plan"
+
+
+def test_attempts_that_share_no_noise_may_have_other_survivors(make_plan: MakePlan) -> None:
+    first, second = ("a", "b", "c", "d"), ("a", "b", "c", "e")
+    earlier = {"same_round": (first,), "ever": (first,)}
+    judge_survivors(SHARING, shared_noise_plan(make_plan()), second, **earlier)
+    with pytest.raises(PolicyRefusal) as caught:
+        judge_survivors(SHARING, make_plan(), second, **earlier)
+    assert caught.value.check == "survivors-differ"
