@@ -121,9 +121,7 @@ def test_two_jobs_of_which_the_second_goes_on_cost_what_both_cost(operator: Oper
             assert max(apart) < together < sum(apart)
     found = operator.verified("second", adapter)
     assert found.last == last
-    assert found.believed == (
-        f"whether round 1 of plan {first.digest().hex()} released the start",
-    )
+    assert found.believed == (f"whether round 1 of plan {first.digest().hex()} released the start",)
     assert len(operator.verified("second", None).believed) == 2
     with pytest.raises(VerificationError, match="not the adapter that the plan names"):
         operator.verified("second", after)

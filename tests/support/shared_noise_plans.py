@@ -73,6 +73,6 @@ def shared_noise_plan(
         ),
         "aggregation": msgspec.structs.replace(plan.aggregation, step=grid, clip_range=1.0),
         "evaluation": evaluation,
-        "server": ServerSgd(adapter_learning_rate=0.1, head_learning_rate=0.1),
+        "own_server": ServerSgd(adapter_learning_rate=0.1, head_learning_rate=0.1),
     }
     return TrainingPlan2(**{**fields, **parts})

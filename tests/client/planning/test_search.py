@@ -25,7 +25,7 @@ from umbel_client.planning.search import draft_with, search_space, with_values
 from umbel_client.planning.search import tune as run
 from umbel_client.planning.trial import PublicData, loss_after_training
 from umbel_common.errors import ConfigError, DataError, ModelError, StorageError
-from umbel_common.plans.plan import LocalPrivacy
+from umbel_common.plans.plan import LocalPrivacy, second_version
 from umbel_common.plans.requests import TuningRequest
 from umbel_common.plans.server_optimizer import Average, ServerOptimizer, ServerSgd
 from umbel_host.processes.supervisor import belong_to_parent
@@ -218,7 +218,7 @@ def test_a_trial_takes_the_servers_steps(draft: Path, data: PublicData) -> None:
     plain = with_values(read_plan(draft), {"head_learning_rate": 0.02})
 
     def loss(server: ServerOptimizer) -> float:
-        plan = msgspec.structs.replace(plain, server=server)
+        plan = second_version(plain, server=server)
         return loss_after_training(plan, data, public_size=1_000, sites=2, seed=1)
 
     same = ServerSgd(adapter_learning_rate=1.0, momentum=0.0)

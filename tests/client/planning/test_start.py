@@ -20,6 +20,7 @@ from umbel_client.tasks.shapes import BatchLimit
 from umbel_common.adapters.start import LABEL_ROWS, norm_of
 from umbel_common.adapters.vector import initial_vector, unflatten
 from umbel_common.errors import ConfigError, DataError, ModelError, PlanError, StorageError
+from umbel_common.plans.plan import second_version
 from umbel_common.plans.plan_file import plan_from_json, plan_to_json
 from umbel_common.plans.requests import EarlierAdapter
 from umbel_common.plans.start import LabelNamesStart, ReleasedStart, SeedStart
@@ -57,7 +58,7 @@ def test_a_head_starts_at_its_labels_names_and_its_file_holds_the_rows(
     # Another start, whole and well-formed, is not this plan's.
     other = msgspec.structs.replace(plan.start, tensor=bytes(32))
     with pytest.raises(StorageError, match="not at hand"):
-        read_start(out, msgspec.structs.replace(plan, start=other))
+        read_start(out, second_version(plan, start=other))
 
 
 def test_without_names_the_labels_themselves_are_embedded(tmp_path: Path, tiny_model: Path) -> None:

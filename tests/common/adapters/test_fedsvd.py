@@ -19,6 +19,7 @@ from umbel_common.plans.plan import (
     NoOptimizer,
     Tensor,
     TrainingPlan,
+    second_version,
 )
 from umbel_common.plans.server_optimizer import (
     Average,
@@ -245,7 +246,7 @@ def test_a_plan_needs_orthonormal_rows_and_a_layer_larger_than_the_rank(
         Tensor(name=B, shape=(7, 4), role="lora_B"),
     )
     for changed, message in (
-        (msgspec.structs.replace(plan, start=start), "needs a start"),
+        (second_version(plan, start=start), "needs a start"),
         (with_tensors(plan, narrow), "larger than a layer"),
         (with_tensors(plan, TENSORS[1:]), "both matrices"),
     ):
