@@ -34,9 +34,11 @@ def draft_toml(scenario: Scenario, labels: Sequence[str], model: Path, holdout: 
         "privacy": _fields(scenario.privacy),
         "aggregation": _fields(scenario.aggregation),
     }
-    if scenario.server != Average():
-        tables["server"] = _fields(scenario.server)
-        tables["server.schedule"] = tables["server"].pop("schedule")
+    if not isinstance(scenario.server, Average):
+        server = _fields(scenario.server)
+        del server["schedule"]
+        tables["server"] = server
+        tables["server.schedule"] = _fields(scenario.server.schedule)
     if scenario.evaluation is not None:
         tables["evaluation"] = _fields(scenario.evaluation)
     if scenario.release_gate is not None:
