@@ -135,7 +135,7 @@ def write_plan(folder: Path, plan: TrainingPlan, signed: Signed) -> None:
 
 
 def begun_plan(folder: Path, plan: TrainingPlan) -> TrainingPlan:
-    """The plan with which a run goes on: that of its folder, if it was begun with version 1.
+    """The plan with which a run continues: that of its folder, if it was begun with version 1.
 
     Args:
         plan: the plan that the run's scenario makes today.
