@@ -275,8 +275,8 @@ class Job:
                 field=self.plan.job,
                 accepted="as many attempts as privacy.most_attempts says, whose cost the sites"
                 " agreed to",
-                remedy="end the job with what it released: umbel-server job finish"
-                f" {self.plan.job}",
+                remedy="take what it released (umbel-server adapters), or agree on a plan with more"
+                " spare attempts",
             )
         last_failure = failures[-1]
         raise JobFailed(
