@@ -138,6 +138,11 @@ class Member(Value, frozen=True):
     weight: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     """Public size class, the weight of this site in a weighted mean."""
 
+    @property
+    def public_size(self) -> int | None:
+        """Number of records, about, that the site has told everybody: none in version 1."""
+        return None
+
 
 class Roster(Value, frozen=True):
     """All parties whose signatures count in a federation, as agreed and pinned by each of them."""
