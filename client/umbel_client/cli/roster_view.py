@@ -94,9 +94,9 @@ def print_change(
         console.print(changes)
     for weight in change.weights:
         console.print(f"weight of {weight.site}: {weight.old_weight} -> {weight.new_weight}")
-    for size in change.sizes:
-        old, new = (_records(one) or "none" for one in (size.old_size, size.new_size))
-        console.print(f"public size of {size.site}: {old} -> {new}")
+    for sized in change.sizes:
+        old, new = (_records(one) or "none" for one in (sized.old_size, sized.new_size))
+        console.print(f"public size of {sized.site}: {old} -> {new}")
     if change.revoked:
         print_revocations(console, merged, change.revoked)
     if change == RosterChange():
