@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from rich.console import Console
 
-from umbel_common.trust.identity import fingerprint
+from umbel_common.trust.identity import fingerprint, public_size
 from umbel_common.trust.key_statements import OPERATOR
 from umbel_common.trust.roster import KeyChange, RosterChange, RosterDocument
 from umbel_host.terminal import print_lines, table
@@ -16,8 +16,8 @@ def print_roster(console: Console, document: RosterDocument, site: str) -> None:
     print_lines(console, [("federation", roster.federation), ("digest", roster.digest().hex())])
     revoked = document.revoked()
     weights = {member.name: str(member.weight) for member in roster.members}
-    sizes = {member.name: _records(member.public_size) for member in roster.members}
-    sized = any(member.public_size is not None for member in roster.members)
+    sizes = {member.name: _records(public_size(member)) for member in roster.members}
+    sized = any(public_size(member) is not None for member in roster.members)
     headings = ("party", "fingerprint", "weight", *(["public size"] if sized else []), "")
     members = table(*headings, folding=("party",))
     for party, key in document.parties().items():
@@ -37,7 +37,7 @@ def roster_json(document: RosterDocument, site: str) -> dict[str, object]:
     """A roster as a document for programs."""
     roster, revoked = document.roster, document.revoked()
     weights = {member.name: member.weight for member in roster.members}
-    sizes = {member.name: member.public_size for member in roster.members}
+    sizes = {member.name: public_size(member) for member in roster.members}
     return {
         "federation": roster.federation,
         "digest": roster.digest().hex(),
@@ -81,8 +81,8 @@ def print_change(
     )
     changes = table("", "party", "fingerprint", "", folding=("party",))
     for member in change.added:
-        size = "" if member.public_size is None else f", public size {member.public_size:,}"
-        note = f"weight {member.weight}{size}"
+        size = _records(public_size(member))
+        note = f"weight {member.weight}" + (f", public size {size}" if size else "")
         changes.add_row("+", member.name, fingerprint(member.public_key), note)
     for member in change.removed:
         changes.add_row("-", member.name, fingerprint(member.public_key), "")

@@ -165,7 +165,7 @@ def plan_with(base: TrainingPlan, draft: Draft, sites: int) -> TrainingPlan:
     """A draft's plan, with the model, task and adapter of another plan.
 
     Raises:
-        CalibrationError, PlanError: the draft makes no plan for so many sites.
+        CalibrationError, PlanError: the draft makes no plan for this number of sites.
     """
     privacy, aggregation = planned(
         draft.privacy, draft.aggregation, draft.training, base.lora, draft.evaluation

@@ -145,13 +145,13 @@ def shape_of(request: CalibrationRequest, cohort: Cohort) -> Shape:
     of them gains nothing.
 
     Raises:
-        ConfigError: a sum may not lack so many sites.
+        ConfigError: a sum may not lack this number of sites.
     """
     most = cohort.sites - cohort.threshold
     dropouts = cohort.usual_dropouts if request.dropouts is None else request.dropouts
     if dropouts > most:
         raise ConfigError(
-            "a sum cannot lack so many sites",
+            "a sum cannot lack this number of sites",
             field="--dropouts",
             found=dropouts,
             accepted=f"at most {most}: the threshold of {cohort.sites} sites, of which"

@@ -138,11 +138,6 @@ class Member(Value, frozen=True):
     weight: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     """Public size class, the weight of this site in a weighted mean."""
 
-    @property
-    def public_size(self) -> int | None:
-        """Number of records, about, that the site has told everybody: none in version 1."""
-        return None
-
 
 class Roster(Value, frozen=True):
     """All parties whose signatures count in a federation, as agreed and pinned by each of them."""
@@ -190,6 +185,11 @@ class Member2(Member, frozen=True, kw_only=True):
     public_size: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)] | None = None
     """Number of records, about, that the site has told everybody; None: it told nobody. It helps an
     operator to choose a plan's numbers, and no promise depends on it."""
+
+
+def public_size(member: Member) -> int | None:
+    """The public size of a member of either version; None: it told nobody."""
+    return member.public_size if isinstance(member, Member2) else None
 
 
 class Approver(Value, frozen=True):

@@ -10,7 +10,7 @@ it.
 from collections.abc import Iterable
 
 from umbel_common.canonical import Value
-from umbel_common.trust.identity import Member, Member2, PublicKey, Roster, Roster2
+from umbel_common.trust.identity import Member, Member2, PublicKey, Roster, Roster2, public_size
 from umbel_common.trust.key_statements import OPERATOR, SignedRevocation, SignedRotation
 
 
@@ -76,7 +76,7 @@ def with_members(roster: Roster, members: Iterable[Member]) -> Roster:
     second = roster if isinstance(roster, Roster2) else None
     approvers = second.approvers if second else ()
     approvals = second.approvals if second else 0
-    if not (approvers or approvals or any(one.public_size is not None for one in ordered)):
+    if not (approvers or approvals or any(public_size(one) is not None for one in ordered)):
         return Roster(
             federation=roster.federation,
             operator=roster.operator,
@@ -90,7 +90,7 @@ def with_members(roster: Roster, members: Iterable[Member]) -> Roster:
                 name=one.name,
                 public_key=one.public_key,
                 weight=one.weight,
-                public_size=one.public_size,
+                public_size=public_size(one),
             )
             for one in ordered
         ),
@@ -170,8 +170,8 @@ def compare(pinned: RosterDocument | None, merged: RosterDocument) -> RosterChan
         ),
         revoked=tuple(sorted(merged.revoked() - pinned.revoked())),
         sizes=tuple(
-            SizeChange(name, former[name].public_size, member.public_size)
+            SizeChange(name, public_size(former[name]), public_size(member))
             for name, member in members.items()
-            if name in former and former[name].public_size != member.public_size
+            if name in former and public_size(former[name]) != public_size(member)
         ),
     )

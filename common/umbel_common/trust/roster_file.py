@@ -10,7 +10,14 @@ import msgspec
 
 from umbel_common.canonical import Name, V, Value
 from umbel_common.errors import IdentityError
-from umbel_common.trust.identity import SIGNATURE_BYTES, Member, PublicKey, Roster, Roster2
+from umbel_common.trust.identity import (
+    SIGNATURE_BYTES,
+    Member,
+    PublicKey,
+    Roster,
+    Roster2,
+    public_size,
+)
 from umbel_common.trust.key_statements import SignedRevocation, SignedRotation
 from umbel_common.trust.roster import RosterDocument
 
@@ -145,20 +152,22 @@ def _member_entry(member: Member) -> _MemberEntry:
         name=member.name,
         public_key=member.public_key.hex(),
         weight=member.weight,
-        public_size=member.public_size,
+        public_size=public_size(member),
     )
 
 
 def _member_parts(entries: list[_MemberEntry], file: object) -> list[dict[str, object]]:
-    return [
-        {
+    parts = []
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        part: dict[str, object] = {
             "name": entry.name,
             "public_key": _key(entry.public_key, entry.name, file),
             "weight": entry.weight,
         }
-        | ({} if entry.public_size is None else {"public_size": entry.public_size})
-        for entry in sorted(entries, key=lambda entry: entry.name)
-    ]
+        if entry.public_size is not None:
+            part["public_size"] = entry.public_size
+        parts.append(part)
+    return parts
 
 
 def roster_to_json(roster: Roster) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from umbel_common.errors import ConfigError, IdentityError
 from umbel_common.plans.requests import Bought, Calibration, CalibrationRequest, TuningRequest
+from umbel_common.trust import identity
 from umbel_host.files.output import require_new_file
 from umbel_host.files.text_file import write_new_text
 from umbel_host.installation import install
@@ -160,7 +161,9 @@ def _sizes(
             found=unknown[0],
             accepted=", ".join(member.name for member in members) or "nobody: no site was added",
         )
-    sizes = {member.name: named.get(member.name, member.public_size) for member in members}
+    sizes = {
+        member.name: named.get(member.name, identity.public_size(member)) for member in members
+    }
     missing = [name for name, size in sizes.items() if size is None]
     if missing or not sizes:
         raise ConfigError(

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from umbel_common.errors import IdentityError, StorageError, UmbelError
-from umbel_common.trust import key_statements
+from umbel_common.trust import identity, key_statements
 from umbel_common.trust.enrolment import request_from_json
 from umbel_common.trust.identity import Member, fingerprint, is_fingerprint_of
 from umbel_common.trust.roster import RosterDocument
@@ -170,7 +170,7 @@ def list_command(config: Config = SERVER_TOML, as_json: Json = False) -> None:
     if as_json:
         print_json([_site_json(document, entry, settings) for entry in known.values()])
         return
-    sized = any(member.public_size is not None for member in document.roster.members)
+    sized = any(records_of(member) for member in document.roster.members)
     headings = ("site", "fingerprint", *(["public size"] if sized else []), "")
     keys = table(*headings, folding=("site", ""))
     certificates = table("site", "certificate", "until", folding=("site", "until"))
@@ -204,7 +204,8 @@ def list_command(config: Config = SERVER_TOML, as_json: Json = False) -> None:
 
 def records_of(member: Member | None) -> str:
     """A site's public size for people; empty without one."""
-    return "" if member is None or member.public_size is None else f"{member.public_size:,}"
+    found = None if member is None else identity.public_size(member)
+    return "" if found is None else f"{found:,}"
 
 
 def _site_json(
@@ -216,7 +217,7 @@ def _site_json(
         "site": entry.name,
         "fingerprint": None if member is None else fingerprint(member.public_key),
         "weight": None if member is None else member.weight,
-        "public_size": None if member is None else member.public_size,
+        "public_size": None if member is None else identity.public_size(member),
         "in_roster": member is not None,
         "revoked": entry.revoked,
         "certificate": f"{certificate.serial_number:040x}",

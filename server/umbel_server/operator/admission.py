@@ -19,7 +19,7 @@ from umbel_common.trust.enrolment import (
     kit_to_json,
     sign_kit,
 )
-from umbel_common.trust.identity import Member, Member2, fingerprint
+from umbel_common.trust.identity import Member, Member2, fingerprint, public_size
 from umbel_common.trust.roster import RosterDocument, with_members, without_size
 from umbel_common.trust.roster_file import document_to_json
 from umbel_host.files.keys import read_identity
@@ -47,14 +47,14 @@ def with_sites(
     known: dict[str, SiteEntry],
     admitted: list[Asked],
     weight: int,
-    public_size: int | None = None,
+    size: int | None = None,
 ) -> RosterDocument:
     """The next roster, with the sites that ask; each request is checked against all before it.
 
     Args:
         known: the relays that were admitted, by the names of their sites.
         weight: the public size class of each of these sites.
-        public_size: what each of them says it has, in records; None: nothing.
+        size: what each of them says it has, in records; None: nothing.
 
     Raises:
         SignatureError, IdentityError: names the request that cannot be admitted.
@@ -78,7 +78,7 @@ def with_sites(
             name=request.site,
             public_key=request.identity,
             weight=weight,
-            public_size=public_size,
+            public_size=size,
         )
         document = _with_member(document, member)
         entries[request.site] = SiteEntry(request.site, request.relay_key, "")
@@ -101,7 +101,7 @@ def _with_member(document: RosterDocument, member: Member) -> RosterDocument:
     )
 
 
-def with_size(document: RosterDocument, site: str, public_size: int) -> RosterDocument:
+def with_size(document: RosterDocument, site: str, size: int) -> RosterDocument:
     """The next roster, in which a site has another public size.
 
     Raises:
@@ -109,17 +109,17 @@ def with_size(document: RosterDocument, site: str, public_size: int) -> RosterDo
     """
     roster = document.roster
     member = roster.member(site)
-    if member.public_size == public_size:
+    if public_size(member) == size:
         raise IdentityError(
             "a site has this public size already: nothing was changed",
             field="--public-size",
-            found=public_size,
+            found=size,
         )
     sized = Member2(
         name=site,
         public_key=member.public_key,
         weight=member.weight,
-        public_size=public_size,
+        public_size=size,
     )
     others = [other for other in roster.members if other.name != site]
     return msgspec.structs.replace(document, roster=with_members(roster, (*others, sized)))
