@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo federation medical-qa lint test test-full soak fuzz docs vectors bench utility \
-	sensitivity cards utility-medical-qa exported audit gpu-wheels gpu-check locks dist sbom advisories clean
+	sensitivity cards modes utility-medical-qa exported audit gpu-wheels gpu-check locks dist sbom advisories clean
 
 # Reads this file: `##@ heading` begins a group, `target: ...  ## text` is a line of it.
 help:  ## List these targets.
@@ -102,6 +102,9 @@ sensitivity: $(BIN)/activate-dev  ## Move a sum by one record under an adapter t
 
 cards: $(BIN)/activate-dev  ## Compute which model trains on which card (half an hour).
 	$(BIN)/python tests/benchmarks/cards.py docs/benchmarks/cards.json
+
+modes: $(BIN)/activate-dev  ## Compare local, distributed and pooled training of a head (an hour).
+	$(BIN)/python tests/benchmarks/modes.py docs/benchmarks/modes.json
 
 utility: $(BIN)/activate-dev  ## Score the quickstart under three seeds (minutes).
 	$(BIN)/python tests/benchmarks/utility.py docs/benchmarks/utility.json

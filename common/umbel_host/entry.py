@@ -144,6 +144,13 @@ def _known(error: Exception) -> "UmbelError":
         return explained(error)
     if isinstance(error, OSError):
         return refused(error)
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        # What Python says of such a path, wherever it came from.
+        return ConfigError(
+            "no file can have this path",
+            found="the character U+0000",
+            accepted="a path without it",
+        )
     if isinstance(error, MemoryError):
         return UmbelError("this machine has no memory left for what was asked of it")
     if isinstance(error, ImportError) and error.name and not error.name.startswith(_OURS):

@@ -4,16 +4,28 @@ The law: nothing reaches a terminal but through `Screen`, `say` or `json_text`. 
 other parties are among what commands print, also on the screen on which a person approves a plan.
 """
 
+import shlex
 import sys
-from collections.abc import Collection, Iterable
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import IO, Annotated
 
 import msgspec
 import typer
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 from rich.status import Status
 from rich.table import Column, Table
@@ -24,6 +36,8 @@ from umbel_common.errors import UmbelError
 from umbel_common.printable import one_line, printable, printable_json
 from umbel_common.trust.key_statements import OPERATOR
 
+_PATIENCE = 2.0
+"""Seconds of work without a bar."""
 _NO_LIMIT = 1 << 20
 """Width where nobody's screen has an edge: in a pipe or a file, a line is as long as it needs."""
 
@@ -154,6 +168,76 @@ _UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
 def working(text: str) -> Status:
     """Shows a person at a terminal, while a block runs, that something takes its time."""
     return Screen(stderr=True).status(text)
+
+
+class Bar:
+    """What a person at a terminal sees of work that takes long: its stage, and how far it is."""
+
+    def __init__(self) -> None:
+        """Shows nothing yet."""
+        console = Screen(stderr=True)
+        self._shown = console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            # What is printed meanwhile stays above it, but a file gets it as ever.
+            redirect_stdout=_is_terminal(sys.stdout),
+        )
+        self._task: TaskID | None = None
+
+    def stage(self, name: str, done: int = 0, whole: int | None = None) -> None:
+        """Says how far the work is.
+
+        Args:
+            name: the stage's.
+            done: what is done of it.
+            whole: how much it is; None: nobody knows.
+        """
+        if not self._shown:
+            return
+        if self._task is None:
+            self._task = self._progress.add_task(name)
+        self._progress.update(self._task, description=name, completed=done, total=whole)
+
+    def follow(self, name: str) -> Callable[[int, int], None]:
+        """A function for work that tells how much of a stage is done, and how much it is."""
+        return lambda done, whole: self.stage(name, done, whole)
+
+    def show(self) -> None:
+        """Shows it from now on, if there is a terminal."""
+        if self._shown:
+            self._progress.start()
+
+    def close(self) -> None:
+        """Takes it off the screen."""
+        if self._progress.live.is_started:
+            self._progress.stop()
+
+
+@contextmanager
+def bar() -> Iterator[Bar]:
+    """Shows how far the work of a block is, if it takes long and a terminal is there. Nothing is
+    left of it when the block ends."""
+    made = Bar()
+    timer = threading.Timer(_PATIENCE, made.show)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield made
+    finally:
+        timer.cancel()
+        timer.join()
+        made.close()
+
+
+def enter_folder(folder: Path) -> str:
+    """A line that says where the next commands are given; empty if it is where this one was."""
+    there = "" if folder.resolve() == Path.cwd() else shlex.join(["cd", str(folder)])
+    return there and f"\nGive all other commands in this folder: {there}"
 
 
 def print_lines(console: Console, lines: Iterable[tuple[str, str]], *, fold: bool = False) -> None:

@@ -39,8 +39,9 @@ from umbel_common.plans.plan import (
     Sgd,
     Training,
     TrainingPlan,
+    TrainingPlan2,
 )
-from umbel_common.plans.statements import Release, RoundHeader
+from umbel_common.plans.statements import Release, RoundHeader, chained, with_sum
 from umbel_common.protocol.wire import (
     OfferRequest,
     Refusal,
@@ -312,7 +313,10 @@ class Federation:
             "survivors": (),
             "total_weight": 0,
         }
-        return sign(self.operator, Release(**{**fields, **parts})), vector
+        release = Release(**{**fields, **parts})
+        if isinstance(self.plan, TrainingPlan2):
+            release = with_sum(release, bytes(32))
+        return sign(self.operator, release), vector
 
     def header(self, **parts: object) -> RoundHeader:
         """A valid header of attempt 1 of round 1; keyword arguments replace its fields."""
@@ -326,7 +330,8 @@ class Federation:
             "adapter": adapter_digest(self.plan.digest(), initial_vector(self.plan)),
             "cohort": tuple(sorted(self.identities)),
         }
-        return RoundHeader(**{**fields, **parts})
+        header = RoundHeader(**{**fields, **parts})
+        return chained(header, bytes(32)) if isinstance(self.plan, TrainingPlan2) else header
 
     def train_request(
         self, header: RoundHeader | None = None, release: tuple[Signed, Vector] | None = None

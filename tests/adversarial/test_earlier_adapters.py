@@ -72,7 +72,7 @@ class Operator:
     def verified(self, job: str, start: Vector | None) -> VerifiedJob:
         """The job's transcript, verified with the tensor that it started from."""
         with closing(Journal(self.federation.folder / "server" / "journal.sqlite")) as journal:
-            return verify_transcript(journal.transcript(job), self.federation.roster, start)
+            return verify_transcript(journal.transcript(job), self.federation.roster, start=start)
 
 
 @pytest.fixture
@@ -121,10 +121,8 @@ def test_two_jobs_of_which_the_second_goes_on_cost_what_both_cost(operator: Oper
             assert max(apart) < together < sum(apart)
     found = operator.verified("second", adapter)
     assert found.last == last
-    assert found.not_recomputed == (
-        f"whether round 1 of plan {first.digest().hex()} released the start",
-    )
-    assert len(operator.verified("second", None).not_recomputed) == 2
+    assert found.believed == (f"whether round 1 of plan {first.digest().hex()} released the start",)
+    assert len(operator.verified("second", None).believed) == 2
     with pytest.raises(VerificationError, match="not the adapter that the plan names"):
         operator.verified("second", after)
 
@@ -152,8 +150,10 @@ def test_a_site_goes_on_only_from_an_adapter_that_it_has(operator: Operator) -> 
         assert answer(second_version(second, start=start)) == "start-unknown", name
     tensors = second.lora.tensors
     renamed = msgspec.structs.replace(tensors[0], name=f"{tensors[0].name}.other")
-    lora = msgspec.structs.replace(second.lora, tensors=(renamed, *tensors[1:]))
-    assert answer(second_version(second, lora=lora)) == "start-unknown"
+    for change in ({"tensors": (renamed, *tensors[1:])}, {"alpha": 400.0}):
+        lora = msgspec.structs.replace(second.lora, **change)
+        changed = msgspec.structs.replace(second, lora=lora)
+        assert answer(changed) == "start-unknown", change
     folder = federation.folder / SITE / "state" / "adapters" / "first"
     shutil.move(folder, folder.with_name("elsewhere"))
     assert answer(second) == "start-unknown"

@@ -16,8 +16,8 @@ from adversarial.federation import Federation, moved
 from adversarial.killable_site import PUBLIC_SIZE, SITE, KillableSite
 from adversarial.site_process import Prepare
 
+from umbel_client.ledger.contents import Contents
 from umbel_client.ledger.file import read_ledger
-from umbel_client.ledger.rows import Contents
 from umbel_client.storage.deltas import DeltaCache
 from umbel_common.adapters.vector import adapter_digest
 from umbel_common.plans.plan import Sgd, Training

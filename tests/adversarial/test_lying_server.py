@@ -555,11 +555,6 @@ def sharing(federation: Any, **fields: Any) -> TrainingPlan2:
         ("max_shared_epsilon = 1.0\ntotal_shared_epsilon = 8.0", {"honest": 3}, "too-many-honest"),
         (
             "max_shared_epsilon = 1.0\ntotal_shared_epsilon = 8.0",
-            {"least_survivors": 2, "honest": 1},
-            "survivors-below-minimum",
-        ),
-        (
-            "max_shared_epsilon = 1.0\ntotal_shared_epsilon = 8.0",
             {"most_attempts": 5},
             "claim-exceeded",
         ),

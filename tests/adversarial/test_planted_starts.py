@@ -23,7 +23,7 @@ from umbel_common.adapters.vector import (
 )
 from umbel_common.plans.plan import TrainingPlan, second_version
 from umbel_common.plans.start import LabelNamesStart, ReleasedStart, Start
-from umbel_common.plans.statements import Release, chained, with_sum
+from umbel_common.plans.statements import Release, with_sum
 from umbel_common.protocol.wire import OfferRequest, TrainRequest
 from umbel_common.trust.identity import sign
 
@@ -77,7 +77,7 @@ def train(federation: Federation, vector: Vector, number: int = 1) -> None:
         survivors=(),
         total_weight=0,
     )
-    header = chained(federation.header(round=number, adapter=digest), bytes(32))
+    header = federation.header(round=number, adapter=digest)
     request = TrainRequest(
         header=sign(federation.operator, header),
         release=sign(federation.operator, with_sum(release, bytes(32))),
@@ -114,6 +114,7 @@ def test_a_head_with_weights_in_the_millions(sites: Federation) -> None:
     train(sites, vector)
 
 
+@pytest.mark.full
 @pytest.mark.attack("initial-adapter", "adapter-too-far")
 def test_matrices_below_an_honest_head_that_are_not_the_seeds(sites: Federation) -> None:
     vector = start_from_rows(sites.plan, honest_rows(sites))
@@ -137,6 +138,7 @@ def test_an_honest_head_that_the_plan_does_not_name(sites: Federation) -> None:
     train(sites, start_from_rows(sites.plan, turned))
 
 
+@pytest.mark.full
 @pytest.mark.attack("start-not-allowed")
 def test_a_kind_of_start_that_no_policy_names(open_federation: Open) -> None:
     federation = open_federation()
@@ -145,6 +147,7 @@ def test_a_kind_of_start_that_no_policy_names(open_federation: Open) -> None:
     train(federation, vector)
 
 
+@pytest.mark.full
 @pytest.mark.attack("start-scale-too-large")
 def test_a_long_head_that_the_plan_admits(sites: Federation) -> None:
     vector = start_from_rows(sites.plan, 1e4 * honest_rows(sites))
@@ -153,6 +156,7 @@ def test_a_long_head_that_the_plan_admits(sites: Federation) -> None:
     train(sites, vector)
 
 
+@pytest.mark.full
 @pytest.mark.attack("start-tolerance-too-large")
 def test_a_tolerance_that_fits_any_machine(sites: Federation) -> None:
     rows = honest_rows(sites)
@@ -214,6 +218,7 @@ def test_what_a_round_leads_to_from_an_unknown_start_is_trained(open_federation:
     train(federation, vector, number=2)
 
 
+@pytest.mark.full
 @pytest.mark.attack("start-unknown")
 def test_an_unknown_adapter_that_is_longer_than_the_policy_says(open_federation: Open) -> None:
     federation = open_federation(policies=ALLOWING)

@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from umbel_client.ledger import contents as contents_module
 from umbel_client.ledger import ledger as ledger_module
-from umbel_client.ledger import rows
+from umbel_client.ledger.contents import Contents
 from umbel_client.ledger.file import read_ledger
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.ledger.register import Register
-from umbel_client.ledger.rows import AttemptKey, Contents
+from umbel_client.ledger.rows import AttemptKey, StatedAttempts, StatedWithAttempts
 from umbel_client.privacy.accounting import DpEvent, epsilon
 from umbel_client.privacy.attempt_cost import AttemptCost
 from umbel_client.site.policy import Budget
@@ -116,7 +117,7 @@ def test_the_vector_of_one_attempt_does_not_leave_in_another(
     vector of the sites between them, under their own noise alone."""
     if not held:
         monkeypatch.setattr(Contents, "has_vector", lambda *_: False)
-        monkeypatch.setattr(rows, "_require", lambda *_: None)
+        monkeypatch.setattr(contents_module, "_require", lambda *_: None)
     with opened(path) as ledger:
         kept = attempt(ledger, FIRST, b"kept")
         if held:
@@ -132,7 +133,7 @@ def test_no_server_has_more_attempts_than_the_claim_was_computed_for(
 ) -> None:
     if not held:
         monkeypatch.setattr(ledger_module, "require_attempt", lambda *_: None)
-        monkeypatch.setattr(rows, "_require", lambda *_: None)
+        monkeypatch.setattr(contents_module, "_require", lambda *_: None)
     with opened(path) as ledger:
         for key in (FIRST, AGAIN):
             attempt(ledger, key, str(key).encode())
@@ -204,9 +205,9 @@ def test_what_a_rolled_back_ledger_lacks_is_stated_and_its_round_is_not_tried_ag
     shutil.rmtree(path.parent)
     shutil.copytree(tmp_path / "before", path.parent)
     with opened(path, register) as ledger:
-        counted = rows.StatedAttempts("job", PLAN, 1, 1, COST)
+        counted = StatedAttempts("job", PLAN, 1, 1, COST)
         ledger.charge_statement(
-            rows.StatedWithAttempts((), False, "now", "weber", "put back", attempts=(counted,))
+            StatedWithAttempts((), False, "now", "weber", "put back", attempts=(counted,))
         )
         register.settle(ledger)
         with pytest.raises(LedgerError, match="closed"):

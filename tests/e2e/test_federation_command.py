@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from e2e.conftest import TinyScenario
 
+from umbel_common.errors import JobFailed
+from umbel_simulations.backends import processes
+
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
@@ -50,3 +53,18 @@ def test_a_folder_that_holds_something_is_left_alone(tiny: TinyScenario, folder:
     done = tiny.simulate("federation", tiny.path, "--folder", folder)
     assert done.returncode == 51
     assert [path.name for path in folder.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("state", ["failed", "stopped"])
+def test_a_job_that_failed_before_a_plan_was_offered_says_why(tmp_path: Path, state: str) -> None:
+    """As where the operator's server cannot score the initial adapter."""
+
+    class Told(processes.Party):
+        def run(self, command: str, *arguments: str, shown: bool = True) -> str:
+            if command == "umbel-client":
+                return "[]"
+            return json.dumps({"state": state, "detail": "row 1 is too long"})
+
+    party = Told(tmp_path, print)
+    with pytest.raises(JobFailed, match="row 1 is too long"):
+        processes._wait_for_plan(party, party, "tiny")

@@ -152,6 +152,8 @@ FAILURES = {
     "a package that is missing": ("import umbel_no_such", 1, "a mistake of Umbel's"),
     "another's package": ("import no_such_package", 10, 'pip install -c constraints.txt ".['),
     "a file that is not there": ("open('nowhere')", 50, "file: nowhere"),
+    "a path that no file can have": ("open('a\\0b')", 10, "found: the character U+0000"),
+    "a name that is too long": ("open('n' * 300)", 50, "at most 255 bytes"),
     "an output that is full": ("print('x' * 100000, file=open('/dev/full', 'w'))", 50, "no space"),
     "no memory": ("raise MemoryError", 1, "no memory left"),
     "another thread's": (
@@ -215,6 +217,9 @@ def test_without_a_home_folder_a_path_from_it_is_refused(tmp_path: Path) -> None
     assert "~nobody-knows" in done.stderr
 
 
+ENTRY = ("umbel_host/__init__.py", "umbel_host/entry.py")
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("moment", [0.05, 0.15, 0.3, 0.5, 0.8, 1.2])
 def test_each_command_is_interrupted_in_its_first_second(
@@ -238,8 +243,11 @@ def test_each_command_is_interrupted_in_its_first_second(
         _, complaints = process.communicate(timeout=HANGING)
         assert "a mistake of Umbel's" not in complaints, words
         if "Traceback" in complaints:
-            # The interpreter was interrupted as it began, or as it read the first line of ours.
-            ours = re.findall(r"/(umbel_\w+/.*)\", line", complaints)
-            assert set(ours) <= {"umbel_client/__init__.py"}, (words, complaints)
+            # The interpreter was interrupted as it began, or as it read what leads to `enter`.
+            package = words[0].replace("-", "_").replace("simulate", "simulations")
+            ours = re.findall(r"/(umbel_\w+/.*)\", line \d+, in (.+)", complaints)
+            assert {function for _, function in ours} <= {"<module>", "main"}, (words, complaints)
+            first = {f"{package}/__init__.py", f"{package}/cli/__init__.py", *ENTRY}
+            assert {file for file, _ in ours} <= first, (words, complaints)
             assert process.returncode == -signal.SIGINT
         assert process.returncode in {-signal.SIGINT, 130, *range(3), *range(10, 60)}, words

@@ -21,7 +21,7 @@ from support.waiting import HANGING
 from umbel_client.ledger.file import read_ledger
 from umbel_common.adapters.vector import initial_vector
 from umbel_common.canonical import decode_canonical
-from umbel_common.plans.plan import ReleaseGate, Sgd, Training, TrainingPlan
+from umbel_common.plans.plan import LossGate, Sgd, Training, TrainingPlan
 from umbel_common.plans.plan_file import plan_to_json
 from umbel_common.plans.statements import RELEASE_VERSIONS
 from umbel_common.protocol.verification import VerifiedJob, verify_transcript
@@ -76,9 +76,9 @@ def no_faults(clinics: Clinics) -> Iterator[None]:
             path.unlink()
 
 
-def gate_of(clinics: Clinics, most: float) -> ReleaseGate:
+def gate_of(clinics: Clinics, most: float) -> LossGate:
     holdout = (clinics.operator_folder / "public.jsonl").read_bytes()
-    return ReleaseGate(holdout=hashlib.sha256(holdout).digest(), max_loss_increase=most)
+    return LossGate(holdout=hashlib.sha256(holdout).digest(), max_loss_increase=most)
 
 
 def training(rate: float, rounds: int = 1) -> Training:
@@ -218,7 +218,7 @@ def test_a_job_can_be_stopped_while_an_adapter_is_evaluated(clinics: Clinics) ->
 
 def test_a_job_whose_gate_cannot_be_kept_does_not_start(clinics: Clinics) -> None:
     folder = clinics.operator_folder
-    other = ReleaseGate(holdout=bytes(32), max_loss_increase=0.05)
+    other = LossGate(holdout=bytes(32), max_loss_increase=0.05)
     plan = msgspec.structs.replace(clinics.plan(), job="other", release_gate=other)
     done = start(clinics, plan)
     assert done.returncode == 11

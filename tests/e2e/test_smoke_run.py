@@ -394,6 +394,33 @@ def test_verify_refuses_a_run_without_its_last_round(
         verify_run(copy)
 
 
+def with_sums(run: Path, folder: Path) -> Path:
+    """A copy with the operator's registry."""
+    copy = copy_of(run, folder)
+    shutil.copytree(run / "server" / "registry", copy / "server" / "registry")
+    return copy
+
+
+def test_verify_makes_each_adapter_again_from_the_sum_of_its_round(
+    simulate: Simulate, smoke_run: Path, tmp_path: Path
+) -> None:
+    copy = with_sums(smoke_run, tmp_path)
+    assert verify_run(copy).not_recomputed == ()
+    assert "their sums" not in simulate("verify", copy).stdout
+    first, *_ = verify_run(copy).releases[1:]
+    path = copy / "server" / "registry" / "sums" / first.sum.hex()
+    total = path.read_bytes()
+    path.write_bytes(total[:-1] + bytes([total[-1] ^ 1]))
+    with pytest.raises(VerificationError, match="its sum is not the one it names"):
+        verify_run(copy)
+    path.unlink()
+    assert verify_run(copy).not_recomputed == (1, 2)
+    assert "not all at hand: rounds 1, 2\n" in simulate("verify", copy).stdout
+    # Nothing of the operator's files is needed for the rest.
+    shutil.rmtree(copy / "server")
+    assert verify_run(copy).not_recomputed == (1, 2)
+
+
 def test_the_name_of_a_finished_run_is_refused(simulate: Simulate, smoke_run: Path) -> None:
     before = (smoke_run / "summary.json").read_bytes()
     result = simulate("run", "smoke", "--runs", smoke_run.parent, "--name", "smoke")

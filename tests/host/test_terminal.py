@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from umbel_common.errors import UmbelError
-from umbel_host.terminal import Screen, confirm, duration, json_time, table
+from umbel_host.terminal import Screen, bar, confirm, duration, json_time, table
 
 UNATTENDED, DECLINED = UmbelError("nobody is there"), UmbelError("it was declined")
 LONG = "a-site-with-a-name-of-its-own"
@@ -104,3 +104,27 @@ def test_only_a_folding_column_is_broken() -> None:
     assert len(lines) == 3
     assert FINGERPRINT in lines[1]
     assert lines[1].split()[0] + lines[2].split()[0] == LONG
+
+
+@pytest.mark.parametrize(
+    ("file", "long", "wanted"),
+    [
+        (Terminal(), True, ["reading", "counting", "70%", "round 1"]),
+        (Terminal(), False, ["round 1\n"]),
+        (io.StringIO(), True, ["round 1\n"]),
+    ],
+)
+def test_only_long_work_at_a_terminal_has_a_bar(
+    monkeypatch: pytest.MonkeyPatch, file: io.StringIO, long: bool, wanted: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", file)
+    monkeypatch.setenv("TERM", "xterm")
+    with bar() as shown:
+        shown.stage("reading")
+        if long:
+            shown.show()
+        shown.follow("counting")(7, 10)
+        Screen(stderr=True).print("round 1")
+    said = file.getvalue()
+    assert not [part for part in wanted if part not in said]
+    assert len(wanted) > 1 or said == wanted[0]

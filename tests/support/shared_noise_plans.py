@@ -15,6 +15,7 @@ from umbel_common.plans.plan import (
     TrainingPlan,
     TrainingPlan2,
 )
+from umbel_common.plans.server_optimizer import ServerSgd
 
 NOISE_BITS = 20
 
@@ -72,5 +73,6 @@ def shared_noise_plan(
         ),
         "aggregation": msgspec.structs.replace(plan.aggregation, step=grid, clip_range=1.0),
         "evaluation": evaluation,
+        "own_server": ServerSgd(adapter_learning_rate=0.1, head_learning_rate=0.1),
     }
     return TrainingPlan2(**{**fields, **parts})

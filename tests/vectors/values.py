@@ -155,7 +155,7 @@ PLAN2 = second_version(
         schedule=Schedule(warmup_rounds=1, decay="cosine", final=0.125),
     ),
     start=LabelNamesStart(
-        tensor=sample("start digest", 32), names=("no harm", "harm ä"), scale=10.0
+        tensor=sample("start digest", 32), names=("no harm", "harm ä"), scale=10.0, tolerance=0.01
     ),
 )
 """A plan of version 2 with a start and an optimizer of the server."""
@@ -165,7 +165,7 @@ GATED_PLAN2 = second_version(
     ),
     server=ServerYogi(adapter_learning_rate=1e-3, beta1=0.5),
     start=ReleasedStart(
-        tensor=sample("start digest", 32),
+        adapter=sample("start digest", 32),
         plan=sample("earlier plan", 32),
         round=300,
         largest_norm=12.5,

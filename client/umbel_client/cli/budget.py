@@ -16,9 +16,9 @@ from rich.status import Status
 
 from umbel_client.cli.options import CLIENT_TOML, Config, JsonWithInfinity
 from umbel_client.cli.state_spend import state_spend
+from umbel_client.ledger.contents import Contents
 from umbel_client.ledger.file import read_ledger, require_head
 from umbel_client.ledger.ledger import Ledger
-from umbel_client.ledger.rows import Contents
 from umbel_client.ledger.spending import (
     FEW_ROUNDS,
     JobCost,

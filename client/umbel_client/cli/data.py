@@ -19,7 +19,7 @@ from umbel_common.plans.alike import seen, shown
 from umbel_common.plans.plan_file import plan_from_json, task_text
 from umbel_host.files.output import require_new
 from umbel_host.files.text_file import read_text
-from umbel_host.terminal import Screen, print_json, print_lines, say
+from umbel_host.terminal import Screen, bar, print_json, print_lines, say
 
 if TYPE_CHECKING:
     from umbel_client.curation.report import Cut, DataReport, Spread
@@ -108,10 +108,15 @@ def stats(
     from umbel_client.curation.report import report
 
     site = _Site(config, file, unit)
-    examples = read_examples(site.file, site.data, None, site.labels)
-    folder = model or site.model
-    lengths = None if folder is None else count_tokens(examples, folder)
-    found = report(examples, lengths, data=site.data, public_size=site.public_size)
+    folder, lengths = model or site.model, None
+    with bar() as shown_bar:
+        shown_bar.stage("reading records")
+        examples = read_examples(site.file, site.data, None, site.labels)
+        if folder is not None:
+            follow = shown_bar.follow("counting tokens")
+            lengths = count_tokens(examples, folder, on_progress=follow)
+        shown_bar.stage("looking for repeated records")
+        found = report(examples, lengths, data=site.data, public_size=site.public_size)
     if as_json:
         print_json(found)
         return

@@ -23,16 +23,16 @@ from pathlib import Path
 import httpx
 from cryptography import x509
 
+from umbel_client.cli.running_trainer import NOT_RUNNING, RESTART, ask_trainer, is_stale
 from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.file import read_ledger, require_data_set
 from umbel_client.ledger.register import machine_register, marks_of
 from umbel_client.ledger.spending import charged_text
 from umbel_client.relay.proxy import way_to
 from umbel_client.site.config import ClientConfig
-from umbel_client.site.ipc import ControlStub
 from umbel_client.site.pinned_roster import check_own_key, load_pinned
 from umbel_client.trainer.isolation import confine_command
-from umbel_common.errors import PlanError, UmbelError, UnreachableError
+from umbel_common.errors import PlanError, UmbelError
 from umbel_common.plans.plan_file import plan_from_json
 from umbel_common.trust.identity import fingerprint
 from umbel_host.files.keys import read_identity
@@ -72,6 +72,7 @@ class Finding:
 
 
 Check = Callable[[ClientConfig], tuple[Verdict, str]]
+ReadData = Callable[[ClientConfig], SiteData]
 
 
 def examine(config: ClientConfig, plan: Path | None = None) -> Iterator[Finding]:
@@ -82,10 +83,26 @@ def examine(config: ClientConfig, plan: Path | None = None) -> Iterator[Finding]
     """
     spoken = {name: _tried(name, CHECKS[name], config) for name in _SPEAKING}
     confine_command()
-    for name, check in CHECKS.items():
+    read = _Once()
+    about_data: dict[str, Check] = {
+        name: partial(check, read=read) for name, check in _ABOUT_DATA.items()
+    }
+    for name, check in {**CHECKS, **about_data}.items():
         yield spoken[name] if name in spoken else _tried(name, check, config)
     if plan is not None:
         yield _tried("plan", partial(_plan, path=plan), config)
+
+
+class _Once:
+    """Reads the data for the first check that asks, and no other time."""
+
+    def __init__(self) -> None:
+        self._found: SiteData | None = None
+
+    def __call__(self, config: ClientConfig) -> SiteData:
+        """See `SiteData.load`."""
+        self._found = self._found or SiteData.load(config)
+        return self._found
 
 
 def _tried(name: str, check: Check, config: ClientConfig) -> Finding:
@@ -170,8 +187,8 @@ def _plan(config: ClientConfig, path: Path) -> tuple[Verdict, str]:
     )
 
 
-def _data(config: ClientConfig) -> tuple[Verdict, str]:
-    data = SiteData.load(config)
+def _data(config: ClientConfig, read: ReadData = SiteData.load) -> tuple[Verdict, str]:
+    data = read(config)
     data.require()
     if not data.read:
         if config.policy.approval == "each-plan":
@@ -188,21 +205,21 @@ def _data(config: ClientConfig) -> tuple[Verdict, str]:
     return verdict, "\n".join([f"{len(records):,} records, {unit}", *warnings])
 
 
-def _ledger(config: ClientConfig) -> tuple[Verdict, str]:
+def _ledger(config: ClientConfig, read: ReadData = SiteData.load) -> tuple[Verdict, str]:
     path = config.state_folder.ledger
     if not path.exists():
         return Verdict.FINE, "none yet: the first plan creates it"
     contents = read_ledger(path)
     if contents.old_copy:
         return Verdict.BROKEN, "an old copy: state what was spent since (docs/budget.md)"
-    data_set = SiteData.load(config).data_set
+    data_set = read(config).data_set
     if data_set is not None:
         require_data_set(path, contents, data_set, config.data.unit_column)
     return Verdict.FINE, f"{charged_text(contents)}, head {contents.head().hex()[:16]}"
 
 
-def _data_set(config: ClientConfig) -> tuple[Verdict, str]:
-    source = SiteData.load(config).source
+def _data_set(config: ClientConfig, read: ReadData = SiteData.load) -> tuple[Verdict, str]:
+    source = read(config).source
     if source is None:
         return Verdict.CARE, "the data cannot be read, so its ledger is not known"
     marks = marks_of(config, source)
@@ -308,19 +325,14 @@ def _server(config: ClientConfig) -> tuple[Verdict, str]:
 
 
 def _trainer(config: ClientConfig) -> tuple[Verdict, str]:
-    stub = ControlStub(config.state_folder.control_socket)
-    try:
-        status = stub.status(2.0)
-    except UnreachableError:
-        return Verdict.CARE, "not running: umbel-client run"
-    finally:
-        stub.close()
+    status = ask_trainer(config, 2.0)
+    if status is None:
+        return Verdict.CARE, NOT_RUNNING
     if status.starting:
         return Verdict.CARE, "starting: ask again in a while"
-    if status.pinned is not None and status.pinned != load_pinned(config).mark():
+    if is_stale(config, status):
         return Verdict.CARE, (
-            "another roster, or a revocation, was pinned since it started: stop umbel-client run,"
-            " and start it again"
+            f"another roster, or a revocation, was pinned since it started: {RESTART}"
         )
     if not status.isolated:
         return Verdict.CARE, "running WITH A WAY OUT"
@@ -345,5 +357,6 @@ CHECKS: dict[str, Check] = {
     "server": _server,
     "trainer": _trainer,
 }
+_ABOUT_DATA = {"data": _data, "ledger": _ledger, "data set": _data_set}
 _SPEAKING = ("isolation", "users", "server", "trainer")
 """The checks that need a network, a socket, or the machine as it is outside of a namespace."""

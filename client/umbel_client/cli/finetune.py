@@ -15,6 +15,7 @@ from umbel_client.cli.options import CLIENT_TOML, Config, Device, Json
 from umbel_client.site.config import ClientConfig, load_local_config
 from umbel_common.device import require_device
 from umbel_common.errors import ConfigError, DataError, PlanError
+from umbel_common.plans.figures import ClassificationFigures, Evaluation, figures_text
 from umbel_common.plans.plan import (
     Adam,
     CausalLm,
@@ -23,9 +24,10 @@ from umbel_common.plans.plan import (
     TrainingPlan,
 )
 from umbel_common.plans.plan_file import plan_from_json
+from umbel_common.printable import one_line
 from umbel_host.files.output import require_new
 from umbel_host.files.text_file import read_text
-from umbel_host.terminal import Screen, json_text, print_json, say, working
+from umbel_host.terminal import Screen, bar, json_text, print_json, say, table, working
 
 if TYPE_CHECKING:
     from umbel_client.data.conversations import Question
@@ -99,15 +101,17 @@ def train(
         end = "" if loss is None else f", validation loss {loss:.4f}"
         console.print(f"round {done} of {followed.training.rounds}{end}")
 
-    result = fine_tune(
-        settings,
-        followed,
-        records,
-        held_out,
-        on_round,
-        public_size=public_size,
-        entropy=os.urandom,
-    )
+    with bar() as shown:
+        result = fine_tune(
+            settings,
+            followed,
+            records,
+            held_out,
+            on_round,
+            shown.stage,
+            public_size=public_size,
+            entropy=os.urandom,
+        )
     write_adapter(out, followed, result.adapter, None, base_model=Path(settings.model.path))
     console.print(f"adapter of round {result.round}  {out}", soft_wrap=True)
     console.print("It is as private as the data: no ledger was charged for it.")
@@ -189,7 +193,6 @@ def evaluate(
     from umbel_client.models.adapters.folder import read_adapter
     from umbel_client.models.site_model import load_site_model
     from umbel_common.adapters.vector import initial_vector
-    from umbel_common.plans.figures import figures_text
 
     plan, vector = read_adapter(_folder_of(settings, adapter))
     options = options_for(
@@ -207,6 +210,18 @@ def evaluate(
         print_json(found)
     else:
         say(f"{found.records:,} records: {figures_text(found)}")
+        _print_groups(found)
+
+
+def _print_groups(found: Evaluation) -> None:
+    """Prints the accuracy of each group, the worst first, if there are groups."""
+    if not isinstance(found.figures, ClassificationFigures) or not found.figures.groups:
+        return
+    rows = table("group", "records", "accuracy", folding=("group",), right=("records", "accuracy"))
+    for one in sorted(found.figures.groups, key=lambda group: group.accuracy):
+        rows.add_row(one_line(one.group), f"{one.records:,}", f"{one.accuracy:.1%}")
+    say("")
+    Screen().print(rows)
 
 
 def generate(

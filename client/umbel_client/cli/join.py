@@ -11,7 +11,7 @@ from umbel_client.cli.options import CLIENT_TOML, Config
 from umbel_client.site.joining import Own, set_up, set_up_alone, take_kit
 from umbel_common.plans.alike import alike, seen, shown, told
 from umbel_common.trust.identity import fingerprint
-from umbel_host.terminal import Screen, name, print_lines, say, site_name
+from umbel_host.terminal import Screen, enter_folder, name, print_lines, say, site_name
 
 
 def _given(check: Callable[[str], str]) -> Callable[[str | None], str | None]:
@@ -65,7 +65,10 @@ def init(
                 param_hint="--local",
             )
         made = set_up_alone(folder)
-        say(f"configuration  {made}\n\nName your records and a base model's folder in it.")
+        say(
+            f"configuration  {made}\n\nName your records and a base model's folder in it."
+            f"{enter_folder(folder)}"
+        )
         return
     if site is None or federation is None:
         missing = "--site" if site is None else "--federation"
@@ -84,7 +87,8 @@ def init(
     )
     console.print(
         f"\nSend {request.name} to the operator, and read the fingerprint out to them.\n"
-        "The private keys stay here: identity.pem for the trainer, relay/key.pem for the relay.",
+        "The private keys stay here: identity.pem for the trainer, relay/key.pem for the relay."
+        f"{enter_folder(folder)}",
         soft_wrap=True,
     )
 

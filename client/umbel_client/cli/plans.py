@@ -24,6 +24,10 @@ Job = Annotated[
     str, typer.Argument(help="The job whose plan waits, or the plan's digest or its first digits.")
 ]
 
+Labels = Annotated[
+    bool, typer.Option("--labels", help="Show all labels of a classification, each on a line.")
+]
+
 
 def plans(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
     """List the plans that wait for approval."""
@@ -57,6 +61,7 @@ def approve(
             help="Approve without asking, but only a plan with this digest, 64 hexadecimal digits."
         ),
     ] = None,
+    labels: Labels = False,
 ) -> None:
     """Show a plan that waits for approval, and approve it if you type yes."""
     settings = load_config(config)
@@ -64,8 +69,8 @@ def approve(
     proposal = _find(decisions, job)
     console = Screen()
     promise = ("privacy", _promise(proposal.plan))
-    lines = [promise if line[0] == "privacy" else line for line in plan_lines(proposal.plan)]
-    print_lines(console, lines, fold=True)
+    every = plan_lines(proposal.plan, labels=labels)
+    print_lines(console, [promise if line[0] == "privacy" else line for line in every], fold=True)
     console.print()
     print_lines(console, _budget_lines(settings, proposal.plan))
     refused = _refusal(settings.policy, proposal.plan)

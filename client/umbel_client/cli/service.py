@@ -7,19 +7,18 @@ import msgspec
 import typer
 
 from umbel_client.cli.options import CLIENT_TOML, Config, Json
+from umbel_client.cli.running_trainer import NOT_RUNNING, RESTART, ask_trainer, is_stale
 from umbel_client.site.config import ClientConfig, load_config, relay_socket, require_relay
 from umbel_client.site.decisions import Decisions
 from umbel_client.site.ipc import ControlStub, SiteEvent, TrainerStatus
-from umbel_client.site.pinned_roster import load_pinned
-from umbel_common.errors import UmbelError, UnreachableError
+from umbel_common.errors import UnreachableError
 from umbel_host.processes.log import configure
 from umbel_host.processes.supervisor import Command, supervise
 from umbel_host.terminal import Screen, json_time, local_time, print_json, print_lines, say
 from umbel_host.transport.sockets import is_healthy
 
 PROBE_SECONDS = 5.0
-_NOT_RUNNING = "not running: umbel-client run"
-_STALE = "ANOTHER WAS PINNED SINCE THE TRAINER STARTED: stop umbel-client run, and start it again"
+_STALE = f"ANOTHER WAS PINNED SINCE THE TRAINER STARTED: {RESTART}"
 
 
 def run(config: Config = CLIENT_TOML) -> None:
@@ -41,15 +40,15 @@ def status(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
     """Show the state of trainer and relay."""
     settings = load_config(config)
     relay = _relay_state(settings, config)
-    trainer = _trainer_status(settings)
+    trainer = ask_trainer(settings)
     if trainer is None:
         if as_json:
             print_json({"trainer": None, "relay": relay})
         else:
-            lines = [("site", settings.site), ("relay", relay), ("trainer", _NOT_RUNNING)]
+            lines = [("site", settings.site), ("relay", relay), ("trainer", NOT_RUNNING)]
             print_lines(Screen(), lines)
         raise typer.Exit(UnreachableError.exit_code)
-    stale = _is_stale(settings, trainer)
+    stale = is_stale(settings, trainer)
     if as_json:
         shown = msgspec.to_builtins(trainer)
         if trainer.last is not None:
@@ -58,30 +57,6 @@ def status(config: Config = CLIENT_TOML, as_json: Json = False) -> None:
         return
     lines = _status_lines(trainer, relay)
     print_lines(Screen(), [*lines, ("roster", _STALE)] if stale else lines)
-
-
-def _trainer_status(settings: ClientConfig) -> TrainerStatus | None:
-    """The state of the trainer; None if it does not run."""
-    stub = ControlStub(settings.state_folder.control_socket)
-    try:
-        return stub.status()
-    except UnreachableError as error:
-        # Another user's trainer may run, whose socket this user cannot open.
-        if "denied" in str(error.found).lower():
-            raise
-        return None
-    finally:
-        stub.close()
-
-
-def _is_stale(settings: ClientConfig, trainer: TrainerStatus) -> bool:
-    """Whether another roster is pinned than the trainer believes, or more keys are revoked."""
-    if trainer.pinned is None:
-        return False
-    try:
-        return load_pinned(settings).mark() != trainer.pinned
-    except UmbelError:
-        return True
 
 
 def _relay_state(settings: ClientConfig, config: Path) -> str:

@@ -1,6 +1,6 @@
 """The number of tokens of a site's records, counted by the tokenizer of a base model, uncut."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,16 @@ class Lengths:
         return answerless
 
 
-def count_tokens(examples: Examples, folder: Path, task: Task | None = None) -> Lengths:
+def ignore_progress(done: int, whole: int) -> None:
+    """For a caller that does not follow the work."""
+
+
+def count_tokens(
+    examples: Examples,
+    folder: Path,
+    task: Task | None = None,
+    on_progress: Callable[[int, int], None] = ignore_progress,
+) -> Lengths:
     """Counts the tokens of every record.
 
     Args:
@@ -50,31 +59,36 @@ def count_tokens(examples: Examples, folder: Path, task: Task | None = None) -> 
         task: a plan's; None: a language model's records are rendered by the chat template. If the
             tokenizer has no template and each record is a prompt with its answer, they are rendered
             without one.
+        on_progress: called with the number of records that are counted, and of all.
 
     Raises:
         ModelError: the folder has no fast tokenizer, or lacks the chat template that is needed.
         DataError: names the row that the template cannot render.
     """
     if isinstance(examples.records, Records):
-        whole = _text_lengths(examples.records.texts, folder)
+        whole = _text_lengths(examples.records.texts, folder, on_progress)
         return Lengths(np.zeros_like(whole), whole)
     rendered_as = task if isinstance(task, CausalLm) else _rendering(examples, folder)
     chat = Chat.load(folder, rendered_as)
-    records = examples.records
+    records, rows = examples.records.records, examples.records.rows
+    found = []
     try:
-        rendered = [
-            chat.render(record, row)
-            for record, row in zip(records.records, records.rows, strict=True)
-        ]
-        with quietly():
-            both = chat.lengths(rendered, records.rows)
+        for start in range(0, len(records), AT_ONCE):
+            part, numbers = records[start : start + AT_ONCE], rows[start : start + AT_ONCE]
+            rendered = [chat.render(*pair) for pair in zip(part, numbers, strict=True)]
+            with quietly():
+                found.append(chat.lengths(rendered, numbers))
+            on_progress(start + len(part), len(records))
     except DataError as error:
         error.file = examples.path
         raise
+    both = np.concatenate(found)
     return Lengths(both[:, 0], both[:, 1])
 
 
-def _text_lengths(texts: Sequence[str], folder: Path) -> Ints:
+def _text_lengths(
+    texts: Sequence[str], folder: Path, on_progress: Callable[[int, int], None]
+) -> Ints:
     tokenizer = load_tokenizer(folder)
     lengths: list[int] = []
     with quietly():
@@ -85,6 +99,7 @@ def _text_lengths(texts: Sequence[str], folder: Path) -> Ints:
                 return_token_type_ids=False,
             )
             lengths += map(len, encoded["input_ids"])
+            on_progress(len(lengths), len(texts))
     return np.array(lengths, dtype=np.int64)
 
 

@@ -19,7 +19,10 @@ from umbel_client.data.rows import (
     unreadable,
 )
 from umbel_common.errors import DataError
+from umbel_host.processes.lifecycle import reason
 
+_PARTS = ("dataset_info.json", "state.json")
+"""Files without which no folder is a data set."""
 _FEW = 3
 """Files of a folder that an error names."""
 
@@ -83,14 +86,31 @@ def _no_data_set(path: Path, error: Exception) -> DataError:
     names = sorted(file.name for file in path.iterdir())
     found = ", ".join(names[:_FEW]) + (f" and {len(names) - _FEW} more" * (len(names) > _FEW))
     records = [name for name in names if name.endswith((".parquet", ".jsonl", ".csv"))]
+    lacking = [name for name in _PARTS if name not in names]
+    if lacking == [*_PARTS]:
+        wrong, remedy = "no data set", "give the file with the records, or the folder of a data set"
+    else:
+        wrong, remedy = _damage(error, lacking), "copy the whole folder again"
+    if records:
+        remedy = f"give one file: {records[0]}"
+        remedy += ", with the rows of all of them" if len(records) > 1 else ""
     return unreadable(
         path,
-        f"{type(error).__name__}; in the folder: {found or 'nothing'}",
-        "a folder that save_to_disk of Hugging Face datasets wrote, with all of its files",
-        f"give one file: {records[0]}" + ", with the rows of all of them" * (len(records) > 1)
-        if records
-        else "copy the whole folder again",
+        f"{wrong}; in the folder: {found or 'nothing'}",
+        "a file of records (.jsonl, .csv, .parquet), or a folder that save_to_disk of Hugging Face"
+        " datasets wrote, with all of its files",
+        remedy,
     )
+
+
+def _damage(error: Exception, lacking: Sequence[str]) -> str:
+    """What is wrong with a folder that has a part of a data set."""
+    if lacking:
+        return f"a data set without {' and '.join(lacking)}"
+    if isinstance(error, OSError) and error.filename is not None:
+        name = Path(error.filename).name
+        return f"a data set whose file {name} cannot be read: {reason(error)}"
+    return f"a data set with a file that is damaged ({type(error).__name__})"
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:

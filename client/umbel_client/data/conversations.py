@@ -23,6 +23,7 @@ from umbel_common.errors import DataError
 from umbel_common.plans.alike import shown
 from umbel_common.plans.figures import Format
 from umbel_common.plans.plan import CausalLm
+from umbel_common.single_keys import has_twice
 
 COLUMNS: dict[Format, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -234,8 +235,8 @@ def _turns(place: _Place, value: object, column: str) -> tuple[Turn, ...]:
     """A list of messages; a text in its place is the one turn of its side, or JSON in CSV."""
     if isinstance(value, str) and column == "messages":
         try:
-            value = msgspec.json.decode(value)
-        except msgspec.DecodeError as error:
+            value = _decoded(value)
+        except (msgspec.DecodeError, RecursionError) as error:
             raise place.error(
                 "has malformed messages", column, error, "a list of role and content"
             ) from None
@@ -259,6 +260,20 @@ def _turns(place: _Place, value: object, column: str) -> tuple[Turn, ...]:
         found = str(error).replace("`$[", "`[")
         accepted = "role (system, user or assistant) and content, both texts"
         raise place.error("has a malformed message", column, found, accepted) from None
+
+
+def _decoded(text: str) -> object:
+    """Messages that are JSON in a CSV file.
+
+    Raises:
+        msgspec.DecodeError: they are no JSON, or one has a key twice.
+    """
+    value = msgspec.json.decode(text)
+    turns = value if isinstance(value, list) else [value]
+    keys = sum(len(turn) for turn in turns if isinstance(turn, dict))
+    if has_twice(text, keys):
+        raise msgspec.DecodeError("a message that has a key twice")
+    return value
 
 
 def _conversation(place: _Place, turns: tuple[Turn, ...], column: str) -> Conversation:

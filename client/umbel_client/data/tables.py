@@ -13,6 +13,7 @@ without network.
 import hashlib
 import io
 import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +21,16 @@ from pathlib import Path
 import msgspec
 
 from umbel_client.data.arrow_rows import folder_rows, parquet_rows
-from umbel_client.data.kinds import FOLDER, kind_of
+from umbel_client.data.kinds import FOLDER, KINDS, kind_of
 from umbel_client.data.rows import GuardedRow, OnWrongRow, Row, Table, unreadable
 from umbel_client.data.text_rows import csv_rows, json_line_rows, lines_in
 from umbel_common.errors import DataError
 from umbel_common.plans.alike import plain, seen, shown
 from umbel_host.processes.lifecycle import reason
 
+_ACCEPTED = f"a file of records ({', '.join(KINDS[:-1])}), or {FOLDER}"
+_FEW = 3
+"""Files of a folder that an error names."""
 _NAMED = 20
 """Columns that an error names."""
 _LONGEST_NAME = 40
@@ -46,17 +50,48 @@ def require_file(path: Path) -> None:
     try:
         if path.is_dir():
             os.listdir(path)
-        else:
-            path.open("rb").close()
-    except FileNotFoundError:
-        raise DataError("the data file does not exist", file=path) from None
+            return
+        if not stat.S_ISREG(path.stat().st_mode):
+            # It would be read twice, or never end.
+            raise unreadable(path, "a pipe, a socket or a device", _ACCEPTED)
+        path.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError):
+        raise _absent(path) from None
     except OSError as error:
-        raise DataError(
-            "the data file cannot be read",
-            file=path,
-            found=reason(error),
-            remedy="let the trainer's user read it, and nobody else",
-        ) from None
+        closed = isinstance(error, PermissionError)
+        remedy = "let the trainer's user read it, and nobody else" if closed else None
+        raise unreadable(path, reason(error), _ACCEPTED, remedy) from None
+
+
+def _absent(path: Path) -> DataError:
+    """What is there in place of a file that is not."""
+    folder = path.absolute().parent
+    if path.is_symlink():
+        found = f"a link to {path.readlink()}, which is not there"
+    elif folder.is_dir():
+        found = f"no such file in {folder}{_others(folder)}"
+    else:
+        there = next(above for above in path.absolute().parents if above.exists())
+        missing = there / path.absolute().relative_to(there).parts[0]
+        found = f"{missing} is not there" if there.is_dir() else f"{there} is a file and no folder"
+    return DataError(
+        "the data file does not exist",
+        file=path,
+        found=found,
+        accepted=_ACCEPTED,
+        remedy="give the path of the file with the records; data.path of client.toml starts at its"
+        " folder, and a path of the command line where the command is given",
+    )
+
+
+def _others(folder: Path) -> str:
+    """Which files of records a folder has, if this user may know."""
+    try:
+        names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in KINDS)
+    except OSError:
+        return ""
+    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
+    return f", which has {', '.join(names[:_FEW])}{more}" if names else ""
 
 
 def read_table(path: Path, on_wrong_row: OnWrongRow = _refuse) -> Table:
@@ -86,7 +121,7 @@ def read_table(path: Path, on_wrong_row: OnWrongRow = _refuse) -> Table:
             raise _empty(path)
         return replace(table, source=_source(path))
     except OSError as error:
-        raise unreadable(path, error.strerror or type(error).__name__) from None
+        raise unreadable(path, reason(error), _ACCEPTED) from None
 
 
 def _empty(path: Path) -> DataError:

@@ -5,6 +5,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,9 +23,14 @@ from umbel_client.data.rows import (
     table_of,
 )
 from umbel_common.errors import DataError
+from umbel_common.plans.alike import shown
+from umbel_common.single_keys import Twice, may_repeat, object_of, twice_in
 
 _OBJECT = 'one JSON object on each line, such as {"text": "...", "label": "..."}'
 _SPREAD = "write one object a line: jq -c '.[]' FILE does it for a list, jq -c . FILE for objects"
+_PIECE = 1 << 17
+_LONGEST_KEY = 40
+"""Characters of a key that an error shows."""
 _MOST_DIGITS = 4000
 """Digits of the longest whole number that Python reads as one."""
 
@@ -40,8 +46,35 @@ def json_line_rows(path: Path, on_wrong_row: OnWrongRow) -> Table:
             on_wrong_row(number, error)
         else:
             numbers.append(number)
+    if may_repeat(partial(_pieces, path), rows):
+        _require_single_keys(path, rows, numbers)
     columns = dict.fromkeys(column for row in rows for column in row)
     return table_of(tuple(columns), rows, numbers)
+
+
+def _pieces(path: Path, before: int) -> Iterator[memoryview]:
+    """A file in pieces that a processor's cache holds, each after the last bytes of the one before.
+
+    Args:
+        before: how many of them.
+    """
+    view = memoryview(bytearray(before + _PIECE))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(view[before:]):
+            yield view[: before + size]
+            view[:before] = bytes(view[size : size + before])
+
+
+def _require_single_keys(path: Path, rows: list[Row], numbers: list[int]) -> None:
+    """Puts a row that refuses what a key of it is twice in the place of each row that has one."""
+    indices = {number: index for index, number in enumerate(numbers)}
+    for number, line in enumerate(lines_of(path), start=1):
+        index = indices.get(number)
+        if index is None or isinstance(rows[index], _Doubtful):
+            continue
+        row = _lenient(path, number, line, "")
+        if isinstance(row, _Doubtful) and row.repeats():
+            rows[index] = row
 
 
 def lines_of(path: Path) -> Iterator[bytes]:
@@ -85,7 +118,9 @@ def _lenient(path: Path, number: int, line: bytes, problem: str) -> object:
     """Reads a line as other programs write it: with NaN, half characters, or bytes that are not
     UTF-8. They matter where a column with them is asked for."""
     try:
-        row = json.loads(line.decode("utf-8", "surrogateescape"), parse_int=_whole)
+        row = json.loads(
+            line.decode("utf-8", "surrogateescape"), object_pairs_hook=object_of, parse_int=_whole
+        )
     except (ValueError, RecursionError):
         spread = number == 1 and line.strip() in (b"[", b"{", b"[{")
         if "truncated" in problem:
@@ -109,6 +144,10 @@ class _Doubtful(GuardedRow):
 
     def __getitem__(self, column: str) -> object:
         value = self._values[column]
+        own = self._values.keys_twice if isinstance(self._values, Twice) else ()
+        key = next(twice_in(value), column if column in own else None)
+        if key is not None:
+            raise self._twice(column, key)
         for text in _texts(value):
             sign = next((sign for sign in text if _is_no_text(sign)), None)
             if sign is not None:
@@ -127,6 +166,20 @@ class _Doubtful(GuardedRow):
             str(self._values[column])
             .encode("utf-8", "surrogateescape")
             .decode("utf-8", "backslashreplace")
+        )
+
+    def repeats(self) -> bool:
+        """Whether an object of the row has a key twice."""
+        return any(True for _ in twice_in(self._values))
+
+    def _twice(self, column: str, key: str) -> DataError:
+        return DataError(
+            f"row {self._number} has a key twice in one object",
+            file=self._path,
+            field=f"{column}, row {self._number}",
+            found=f"{shown(key[:_LONGEST_KEY])}, twice",
+            accepted="each key once",
+            remedy="remove one of the two: programs do not agree on which of them counts",
         )
 
     def _error(self, column: str, sign: str) -> DataError:

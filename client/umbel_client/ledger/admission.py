@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from umbel_client.ledger.rows import AttemptKey, Contents, StatedAttempts
+from umbel_client.ledger.contents import Contents
+from umbel_client.ledger.rows import AttemptKey, StatedAttempts
 from umbel_client.privacy.accounting import DpEvent, total_epsilon
 from umbel_client.privacy.attempt_cost import AttemptCost
 from umbel_client.site.policy import Budget

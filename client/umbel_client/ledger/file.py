@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from umbel_client.ledger.rows import Contents, Row
+from umbel_client.ledger.contents import Contents
+from umbel_client.ledger.rows import Row
 from umbel_common.canonical import encode
 from umbel_common.errors import LedgerError, RemoteProtocolError, StorageError
 from umbel_host.files.database import Schema, migrate, read_only, schema_version, transaction

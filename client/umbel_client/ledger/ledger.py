@@ -65,6 +65,7 @@ from umbel_client.ledger.admission import (
     require_round,
     require_stated_attempts,
 )
+from umbel_client.ledger.contents import Contents
 from umbel_client.ledger.file import (
     SCHEMA,
     create,
@@ -86,7 +87,6 @@ from umbel_client.ledger.rows import (
     Change,
     Charge,
     Computed,
-    Contents,
     Opened,
     Reservation,
     Reserved,

@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from umbel_client.ledger.contents import Contents, events_of
 from umbel_client.ledger.file import read_ledger
-from umbel_client.ledger.rows import EVALUATION, Charge, Contents, Reservation, events_of
+from umbel_client.ledger.rows import EVALUATION, Charge, Reservation
 from umbel_client.privacy.accounting import DpEvent, largest_delta, total_epsilon
 from umbel_client.privacy.attempt_cost import attempt_cost
 from umbel_client.privacy.calibration import SiteNoise, evaluation_event, noise_for

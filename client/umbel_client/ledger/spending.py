@@ -2,14 +2,13 @@
 
 from msgspec import UNSET, UnsetType
 
+from umbel_client.ledger.contents import Contents, events_of
 from umbel_client.ledger.rows import (
     Attempt,
     Charge,
-    Contents,
     Reservation,
     RoundState,
     StatedAttempts,
-    events_of,
 )
 from umbel_client.ledger.statement import statement_text
 from umbel_client.privacy.accounting import total_epsilon

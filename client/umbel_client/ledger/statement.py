@@ -13,9 +13,9 @@ So a statement counts the attempts of such a job too, over all its rounds.
 
 from collections.abc import Mapping, Sequence
 
+from umbel_client.ledger.contents import Contents
 from umbel_client.ledger.rows import (
     EVALUATION,
-    Contents,
     Reservation,
     Stated,
     StatedAttempts,

@@ -174,7 +174,7 @@ def numbers_of(
 
     Raises:
         CalibrationError: no noise keeps the promise.
-        PlanError: rounding so many coordinates would cost more than a tenth of the noise.
+        PlanError: rounding the coordinates would cost more than a tenth of the noise.
     """
     spare = draft.spare_attempts
     attempts = training.rounds + (max(2, training.rounds // 10) if spare is None else spare)

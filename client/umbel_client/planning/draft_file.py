@@ -17,7 +17,6 @@ from umbel_common.plans.check import check_plan
 from umbel_common.plans.drafted_start import DraftedStart
 from umbel_common.plans.plan import (
     BaseModel,
-    DistributedPrivacy,
     FederatedEvaluation,
     LocalPrivacy,
     Lora,
@@ -172,9 +171,7 @@ def plan_of(draft: Draft, folder: Path, model: Path, lora: Lora) -> TrainingPlan
         evaluation=draft.evaluation,
         release_gate=_gate_of(draft.release_gate, folder),
     )
-    shared = isinstance(privacy, DistributedPrivacy)
-    if shared or draft.server != Average() or draft.lora.method == "fedsvd":
-        plan = second_version(plan, server=draft.server)
+    plan = second_version(plan, server=draft.server)
     check_plan(plan)
     return plan
 
@@ -214,7 +211,12 @@ def read_draft(path: Path) -> Draft:
         PlanError: see `checked`.
     """
     hint = "give the path of a draft; docs/operator.md describes it"
-    return checked(read_toml(path, Draft, hint))
+    draft = checked(read_toml(path, Draft, hint))
+    # Here, where the error can name the draft.
+    from_home(draft.model.path, path, field="model.path")
+    if draft.release_gate is not None:
+        from_home(draft.release_gate.holdout, path, field="release_gate.holdout")
+    return draft
 
 
 def model_folder(draft: Draft, folder: Path) -> Path:

@@ -180,7 +180,7 @@ def started_from(
 def _reads(task: Task) -> str:
     """What an adapter's numbers mean for a task."""
     if isinstance(task, Classification):
-        return f"{task.head} head over {', '.join(task.labels)}"
+        return f"{task.head} head, times {task.logit_scale:g}, over {', '.join(task.labels)}"
     return "a language model"
 
 

@@ -6,9 +6,11 @@ noise down, or give a federated plan its noise without the cost of its evaluatio
 
 from dataclasses import dataclass
 
+import msgspec
+
 from umbel_client.privacy.accounting import DpEvent, calibrate, require_delta
-from umbel_client.privacy.shared_noise import shares_of
-from umbel_common.errors import DataError
+from umbel_client.privacy.shared_noise import grid_for, shares_of
+from umbel_common.errors import CalibrationError, DataError
 from umbel_common.plans.plan import DistributedPrivacy, LocalPrivacy, TrainingPlan
 
 
@@ -66,11 +68,51 @@ def noise_alone(plan: TrainingPlan, public_size: int) -> SiteNoise:
         DataError: the plan expects a larger batch.
         CalibrationError: the plan's epsilon cannot be had with this size.
     """
+    if isinstance(plan.privacy, DistributedPrivacy):
+        return SiteNoise(plan.privacy.sampling_rate, shares_of(plan).noise_multiplier(1))
     rate = sampling_rate(plan, public_size)
     if not isinstance(plan.privacy, LocalPrivacy):
         return SiteNoise(rate, None)
     noise = calibrate(plan.privacy.epsilon, plan.privacy.delta, rate, plan.training.steps)
     return SiteNoise(rate, noise)
+
+
+def plan_alone(plan: TrainingPlan, public_size: int) -> TrainingPlan:
+    """The plan for one who trains alone: in distributed mode, with noise that is not shared.
+
+    The grid gives one site's noise the whole of what the plan's epsilon asks for, and the sum is
+    divided by this site's own expected batch.
+
+    Raises:
+        CalibrationError: the plan's epsilon cannot be had by one site.
+    """
+    privacy, aggregation = plan.privacy, plan.aggregation
+    if not isinstance(privacy, DistributedPrivacy):
+        return plan
+    multiplier = calibrate(
+        privacy.epsilon, privacy.delta, privacy.sampling_rate, plan.training.rounds
+    )
+    grid = grid_for(
+        multiplier,
+        honest=1,
+        bits=privacy.noise_bits,
+        clip_norm=privacy.clip_norm,
+        coordinates=shares_of(plan).coordinates,
+    )
+    if grid is None:
+        raise CalibrationError(
+            "rounding costs more noise than one site has",
+            field="privacy.noise_bits",
+            found=privacy.noise_bits,
+            remedy="train alone under a plan of local mode",
+        )
+    batch = max(1, round(privacy.sampling_rate * public_size))
+    return msgspec.structs.replace(
+        plan,
+        privacy=msgspec.structs.replace(privacy, honest=1),
+        aggregation=msgspec.structs.replace(aggregation, step=grid),
+        training=msgspec.structs.replace(plan.training, expected_batch_size=batch),
+    )
 
 
 def evaluation_event(plan: TrainingPlan, *, rounds: int) -> DpEvent | None:

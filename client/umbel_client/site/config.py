@@ -206,12 +206,14 @@ def _config(path: Path, table: dict[str, object]) -> ClientConfig:
         )
     if isinstance(named, str):
         policy = read_toml(
-            folder / from_home(named, path), Policy, f"see that {path} names this site's policy"
+            folder / from_home(named, path, field="policy"),
+            Policy,
+            f"see that {path} names this site's policy",
         )
         config = msgspec.structs.replace(config, policy=policy)
 
-    def resolve(name: str) -> str:
-        return str(folder / from_home(name, path))
+    def resolve(name: str, field: str) -> str:
+        return str(folder / from_home(name, path, field=field))
 
     relay = config.relay
     if relay is not None:
@@ -227,16 +229,16 @@ def _config(path: Path, table: dict[str, object]) -> ClientConfig:
             ) from None
         files = ("server_ca", "certificate", "key", "socket")
         relay = msgspec.structs.replace(
-            relay, **{name: resolve(getattr(relay, name)) for name in files}
+            relay, **{name: resolve(getattr(relay, name), f"relay.{name}") for name in files}
         )
     return msgspec.structs.replace(
         config,
         relay=relay,
-        state=resolve(config.state),
-        identity=resolve(config.identity),
-        roster=resolve(config.roster),
-        data=msgspec.structs.replace(config.data, path=resolve(config.data.path)),
-        model=msgspec.structs.replace(config.model, path=resolve(config.model.path)),
+        state=resolve(config.state, "state"),
+        identity=resolve(config.identity, "identity"),
+        roster=resolve(config.roster, "roster"),
+        data=msgspec.structs.replace(config.data, path=resolve(config.data.path, "data.path")),
+        model=msgspec.structs.replace(config.model, path=resolve(config.model.path, "model.path")),
     )
 
 

@@ -473,6 +473,9 @@ def judge_survivors(
             accepted=f"at least {plan.privacy.least_survivors}",
             remedy="nothing: the noise of so few sites is less than the plan promises",
         )
+        # Each attempt has a batch and noise of its own, and is charged: the sums of two attempts
+        # over two sets tell no more than that.
+        return
     for earlier in same_round:
         _require(
             set(earlier) == set(survivors),

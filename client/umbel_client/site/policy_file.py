@@ -33,7 +33,7 @@ class PolicyFile:
         self._document = _parsed(self._text, config)
         self._table: Any = self._document.get("policy")
         if isinstance(self._table, str):
-            self.path = config.absolute().parent / from_home(self._table, config)
+            self.path = config.absolute().parent / from_home(self._table, config, field="policy")
             self._text = read_text(self.path, ConfigError)
             self._document = self._table = _parsed(self._text, self.path)
         if self._table is None:

@@ -5,10 +5,10 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+from umbel_client.ledger.contents import Contents
 from umbel_client.ledger.file import SCHEMA as LEDGER_SCHEMA
 from umbel_client.ledger.file import read_ledger
 from umbel_client.ledger.ledger import Ledger
-from umbel_client.ledger.rows import Contents
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.state_folder import StateFolder
 from umbel_client.storage.journal import Journal, journal_schema

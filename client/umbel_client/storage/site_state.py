@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from umbel_client.ledger.contents import Contents
 from umbel_client.ledger.file import read_ledger, require_head, require_journal
-from umbel_client.ledger.rows import Contents
 from umbel_client.site.state_folder import StateFolder
 from umbel_client.storage.journal import Published, read_published
 from umbel_host.files.database import copy_database

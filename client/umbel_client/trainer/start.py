@@ -65,7 +65,7 @@ def _known(
     site: Site, state: StateFolder, plan: TrainingPlan, start: ReleasedStart
 ) -> Vector | None:
     """The adapter that the plan starts from, if an earlier job of this federation, with the same
-    base model and tensors, gave it to this site as its last."""
+    base model, tensors and factor, gave it to this site as its last."""
     for signed in site.journal.plans():
         with site.journal.errors():
             earlier = decode_canonical(signed.statement, PLAN_VERSIONS)
@@ -75,6 +75,9 @@ def _known(
             (earlier.federation, plan.federation),
             (earlier.model.digest, plan.model.digest),
             (earlier.lora.tensors, plan.lora.tensors),
+            # With another factor, the same numbers would change the model by more.
+            (earlier.lora.alpha, plan.lora.alpha),
+            (earlier.lora.scaling, plan.lora.scaling),
         )
         if any(one != other for one, other in alike):
             return None

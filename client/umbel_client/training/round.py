@@ -45,7 +45,9 @@ from umbel_client.training.optimiser import (
     restore_state,
     set_learning_rates,
 )
-from umbel_common.adapters.vector import Vector, merge, unflatten
+from umbel_common.adapters.fedsvd import next_adapter
+from umbel_common.adapters.server_step import ServerState
+from umbel_common.adapters.vector import Vector, flatten, merge, unflatten
 from umbel_common.canonical import Entropy
 from umbel_common.errors import ModelError, PlanError
 from umbel_common.plans.plan import DistributedPrivacy, LocalPrivacy, Tensor, TrainingPlan, levels
@@ -230,6 +232,9 @@ class LocalTrainer:
     ) -> Iterator[tuple[int, Vector, RoundResult]]:
         """Trains all rounds of the plan at this site alone, each from the adapter of the last.
 
+        In distributed mode this site takes the server's steps too, by its own sum alone; the plan
+        is then one of `umbel_client.privacy.calibration.plan_alone`.
+
         Args:
             start: the adapter before the first round, float32[plan.lora.size].
             on_step: called after each step of each round.
@@ -242,7 +247,17 @@ class LocalTrainer:
         """
         plan = self.model.plan
         adapter, state = start, None
+        server = ServerState()
         for number in range(1, plan.training.rounds + 1):
+            if isinstance(plan.privacy, DistributedPrivacy):
+                before, adapter = adapter, adapter.copy()
+                total = self.noisy_sum(number, before)
+                next_adapter(plan, number, total, 1, adapter, server)
+                on_step(1, 1)
+                trained = plan.trained_tensors(number)
+                change = unflatten(adapter - before, plan.lora.tensors)
+                yield number, adapter, RoundResult(flatten(change, trained), {})
+                continue
             result = self.round(number, adapter, state, on_step)
             adapter, state = merge(adapter, result.delta, plan, number), result.state
             yield number, adapter, result

@@ -279,7 +279,17 @@ _PROMPTS: dict[Template, str] = {
 turns = [{"role": "user", "content": "the question to answer"}]
 batch = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True,
                                       return_tensors="pt")
-answer = model.generate(**batch, max_new_tokens=64)[0, batch["input_ids"].shape[1]:]
+# An answer ends at the token that the chat template writes behind one, which not every model names
+# in its settings of generation.
+turns.append({"role": "assistant", "content": "ANSWER"})
+closing = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
+special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+behind = tokenizer(closing, add_special_tokens=False)["input_ids"]
+own = model.generation_config.eos_token_id
+ends = {*[token for token in behind if token in special][:1], tokenizer.eos_token_id,
+        *(own if isinstance(own, list) else [own])} & special
+answer = model.generate(**batch, max_new_tokens=64, eos_token_id=sorted(ends) or None)
+answer = answer[0, batch["input_ids"].shape[1]:]
 """,
     "plain": """\
 ids = tokenizer("the question to answer", return_tensors="pt")["input_ids"]

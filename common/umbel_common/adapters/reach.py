@@ -25,11 +25,12 @@ learning rate r of the round. Then the element moves by at most
       <= (1 - beta1) sqrt(sum (beta1^2 / beta2)^j) sqrt(sum beta2^j c_j^2),
   and the last sum is v / (1 - beta2). With S = sum (beta1^2 / beta2)^j:
   K = (1 - beta1) sqrt(S (1 - beta2^t) / (1 - beta2)) / (1 - beta1^t).
-- yogi: as adam with another K. A step is a *rise* where c^2 >= v before it, and v grows by
-  (1 - beta2) c^2; in any other step v falls by (1 - beta2) c^2 < (1 - beta2) v. So v never falls
-  below beta2 times what it was, and v >= sum over rises of (1 - beta2) beta2^j c_j^2. In a step
-  that is no rise, c_j^2 is below the v before it, which is at most v / beta2^(j+1) now. The first
-  step is a rise. With Cauchy and Schwarz for the rises, and term by term for the others,
+- yogi: as adam with another K. A step is a *rise* where c^2 > v before it, and v grows by
+  (1 - beta2) c^2; in any other step v falls by (1 - beta2) c^2 <= (1 - beta2) v, or stays. So v
+  never falls below beta2 times what it was, and v >= sum over rises of (1 - beta2) beta2^j c_j^2.
+  In a step that is no rise, c_j^2 is at most the v before it, which is at most v / beta2^(j+1) now.
+  The first step is a rise, or its change is 0. With Cauchy and Schwarz for the rises, and term by
+  term for the others,
   |u| <= (1 - beta1) sqrt(v) (sqrt(S / (1 - beta2)) + sum of beta1^j / beta2^((j+1)/2)),
   with j = 0 to t - 2 in the last sum. K is the factor of sqrt(v), times
   sqrt(1 - beta2^t) / (1 - beta1^t).

@@ -101,7 +101,9 @@ def figures_text(evaluation: Evaluation) -> str:
     match evaluation.figures:
         case ClassificationFigures() as figures:
             parts += [f"accuracy {figures.accuracy:.1%}", f"macro F1 {figures.macro_f1:.3f}"]
-            parts += [f"{group.group} {group.accuracy:.1%}" for group in figures.groups]
+            if figures.groups:
+                found = [group.accuracy for group in figures.groups]
+                parts.append(f"{len(found)} groups from {min(found):.1%} to {max(found):.1%}")
         case CausalFigures() as figures:
             parts.append(f"perplexity {loss_text(figures.perplexity)}")
             if figures.general_perplexity is not None:

@@ -135,7 +135,7 @@ class Lora(Value, frozen=True):
         return sum(tensor.size for tensor in self.tensors)
 
     def kinds_of_rounds(self, rounds: int) -> tuple[int, ...]:
-        """A round of each kind that a job of so many has: one, or two where they alternate."""
+        """A round of each kind in a job of this many: one, or two where they alternate."""
         return (1, 2) if self.method == "alternate" and rounds > 1 else (1,)
 
     def trained(self, round_number: int) -> tuple[Tensor, ...]:
@@ -404,9 +404,19 @@ class TrainingPlan2(TrainingPlan, frozen=True, kw_only=True):
     lora: LoraAdapter
     evaluation: ScoreEvaluation | None = None
     release_gate: LossGate | None = None
-    start: Start = SeedStart()
-    server: ServerOptimizer = Average()
+    own_start: Start = msgspec.field(default=SeedStart(), name="start")
+    own_server: ServerOptimizer = msgspec.field(default=Average(), name="server")
     version: Version2 = 2
+
+    @property
+    def start(self) -> Start:
+        """The adapter from which the job starts."""
+        return self.own_start
+
+    @property
+    def server(self) -> ServerOptimizer:
+        """How the server's step follows from a round's sum."""
+        return self.own_server
 
 
 def second_version(
@@ -423,8 +433,8 @@ def second_version(
         "lora": LoraAdapter(**_fields(plan.lora)),
         "evaluation": None if evaluation is None else ScoreEvaluation(**_fields(evaluation)),
         "release_gate": None if gate is None else LossGate(**_fields(gate)),
-        "start": plan.start if start is None else start,
-        "server": plan.server if server is None else server,
+        "own_start": plan.start if start is None else start,
+        "own_server": plan.server if server is None else server,
         "version": 2,
     }
     return TrainingPlan2(**(_fields(plan) | parts))

@@ -24,7 +24,11 @@ from umbel_common.plans.plan import (
 from umbel_common.plans.server_optimizer import Average, ServerOptimizer, ServerSgd
 from umbel_common.plans.start import LabelNamesStart, ReleasedStart
 from umbel_common.printable import printable_json
+from umbel_common.single_keys import decode_document
 from umbel_common.trust.identity import SIGNATURE_BYTES, Signed
+
+_SHOWN = 10
+"""Labels that the line about a plan's task names."""
 
 
 class _PlanEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -62,7 +66,7 @@ def plan_from_json(text: str, file: object) -> tuple[TrainingPlan, Signed | None
             together.
     """
     try:
-        entry = msgspec.json.decode(text, type=_PlanEntry)
+        entry = decode_document(text, _PlanEntry)
         for part, field in _digests(entry.plan):
             if isinstance(part[field], str):
                 part[field] = bytes.fromhex(part[field])
@@ -101,8 +105,12 @@ def is_not_tried(text: str) -> bool:
     return msgspec.json.decode(text, type=_PlanEntry).not_tried
 
 
-def plan_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
-    """A plan for the person who decides about it, as pairs of a name and a value."""
+def plan_lines(plan: TrainingPlan, *, labels: bool = False) -> list[tuple[str, str]]:
+    """A plan for the person who decides about it, as pairs of a name and a value.
+
+    Args:
+        labels: whether all labels are in it, each on a line, and not only the first ones.
+    """
     training, lora = plan.training, plan.lora
     targets = ", ".join(lora.target_modules) or "the head only"
     layers = "all layers" if lora.layers is None else f"layers {', '.join(map(str, lora.layers))}"
@@ -113,14 +121,15 @@ def plan_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("digest", plan.digest().hex()),
         ("base model", plan.model.name),
         ("", plan.model.digest.hex()),
+        ("privacy", privacy_text(plan)),
+        *_attempt_lines(plan),
         ("task", task_text(plan.task)),
+        *_label_lines(plan.task if labels else None),
         ("adapter", f"rank {lora.rank} on {targets}, {layers}; {lora.size:,} numbers"),
         *_start_lines(plan),
         ("training", f"{training.rounds} rounds of {training.local_steps} steps"),
         *_server_lines(plan.server),
         ("batch", f"{training.expected_batch_size} on average"),
-        ("privacy", privacy_text(plan)),
-        *_attempt_lines(plan),
         ("sum", f"of at least {plan.aggregation.threshold} sites, weights {weights}"),
         *_evaluation_lines(plan),
         *_gate_lines(plan),
@@ -192,6 +201,12 @@ def server_text(server: ServerOptimizer) -> str:
     return f"{name} with beta {server.beta1:g} and {server.beta2:g}, eps {server.eps:g}"
 
 
+def _label_lines(task: Task | None) -> list[tuple[str, str]]:
+    if not isinstance(task, Classification):
+        return []
+    return [("" if number else "labels", label) for number, label in enumerate(task.labels)]
+
+
 def _evaluation_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
     if plan.evaluation is None:
         return []
@@ -212,7 +227,9 @@ def _gate_lines(plan: TrainingPlan) -> list[tuple[str, str]]:
 def task_text(task: Task) -> str:
     """The task in a few words."""
     if isinstance(task, Classification):
-        return f"classification: {', '.join(task.labels)}"
+        first, count = ", ".join(task.labels[:_SHOWN]), len(task.labels)
+        more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
+        return f"classification: {count} labels, {first}{more}"
     what = "answers" if task.loss_on == "answer" else "whole texts"
     return f"causal-lm: {what}, {task.template} template, up to {task.max_tokens} tokens"
 

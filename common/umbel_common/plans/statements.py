@@ -6,7 +6,7 @@ version is a class beside the old one, with a name of its own. What else a reque
 into `protocol.wire`. `tests/vectors` holds every byte.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -70,8 +70,9 @@ def chained(header: RoundHeader, transcript: bytes) -> RoundHeader2:
     Args:
         transcript: hash of the last entry of the transcript, 32 bytes.
     """
-    fields = msgspec.structs.asdict(header) | {"version": 2}
-    return RoundHeader2(**fields, transcript=transcript)
+    fields: dict[str, Any] = msgspec.structs.asdict(header)
+    fields.update(version=2, transcript=transcript)
+    return RoundHeader2(**fields)
 
 
 HEADER_VERSIONS = (RoundHeader, RoundHeader2)
@@ -114,8 +115,9 @@ def with_sum(release: Release, sum_digest: bytes) -> Release2:
     Args:
         sum_digest: digest of the sum of its attempt, 32 bytes; zeros for round 0.
     """
-    fields = msgspec.structs.asdict(release) | {"version": 2}
-    return Release2(**fields, sum=sum_digest)
+    fields: dict[str, Any] = msgspec.structs.asdict(release)
+    fields.update(version=2, sum=sum_digest)
+    return Release2(**fields)
 
 
 RELEASE_VERSIONS = (Release, Release2)

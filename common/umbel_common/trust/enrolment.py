@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 from umbel_common.address import Address
 from umbel_common.canonical import Name, V, Value, digest, encode
 from umbel_common.errors import IdentityError, SignatureError
+from umbel_common.single_keys import decode_document
 from umbel_common.trust.identity import (
     SIGNATURE_BYTES,
     Identity,
@@ -211,7 +212,7 @@ def _to_json(value: Value, signature: bytes) -> str:
 
 def _from_json(text: str, kind: type[V], file: object, what: str) -> tuple[V, bytes]:
     try:
-        parts = msgspec.json.decode(text, type=dict[str, str])
+        parts = decode_document(text, dict[str, str])
         signature = bytes.fromhex(parts.pop("signature", ""))
         for name in ("identity", "proof"):
             if name in parts:

@@ -10,6 +10,7 @@ import msgspec
 
 from umbel_common.canonical import Name, V, Value
 from umbel_common.errors import IdentityError
+from umbel_common.single_keys import decode_document
 from umbel_common.trust.identity import (
     SIGNATURE_BYTES,
     Member,
@@ -157,7 +158,7 @@ def _member_entry(member: Member) -> _MemberEntry:
 
 
 def _member_parts(entries: list[_MemberEntry], file: object) -> list[dict[str, object]]:
-    parts = []
+    parts: list[dict[str, object]] = []
     for entry in sorted(entries, key=lambda entry: entry.name):
         part: dict[str, object] = {
             "name": entry.name,
@@ -259,8 +260,8 @@ def _to_json(entry: _Entry) -> str:
 
 def _from_json(text: str, kind: type[EntryT], file: object, what: str) -> EntryT:
     try:
-        return msgspec.json.decode(text, type=kind)
-    except msgspec.MsgspecError as error:
+        return decode_document(text, kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise _malformed(error, file, what) from None
 
 

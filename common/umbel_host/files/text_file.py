@@ -10,6 +10,8 @@ from umbel_common.toml_values import from_table, read_table
 from umbel_host.files.durable import create
 from umbel_host.processes.lifecycle import reason
 
+_MOST_NAME_BYTES, _MOST_PATH_BYTES = 255, 4095
+"""The longest name of a file, and the longest path, that Linux takes."""
 _MOST_BYTES = 1 << 26
 """Size of the largest text file: another party may have named or sent it."""
 
@@ -72,8 +74,18 @@ def from_home(name: str, file: object = None, *, field: str | None = None) -> Pa
         file: where it was written, for the error; `field` names the value in it.
 
     Raises:
-        ConfigError: the user has no home folder, as in a container.
+        ConfigError: no file can have this path; or the user has no home folder, as in a container.
     """
+    wrong = _no_path(name)
+    if wrong is not None:
+        raise ConfigError(
+            "no file can have this path",
+            file=file,
+            field=field,
+            found=wrong,
+            accepted=f"a path without the character U+0000, of at most {_MOST_PATH_BYTES:,} bytes,"
+            f" and {_MOST_NAME_BYTES} for each name in it",
+        )
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -84,6 +96,19 @@ def from_home(name: str, file: object = None, *, field: str | None = None) -> Pa
             found=name,
             accepted="a path without ~",
         ) from None
+
+
+def _no_path(name: str) -> str | None:
+    """What keeps a text from being a path on Linux; None: it is one."""
+    if not name:
+        return "an empty text"
+    if "\0" in name:
+        return f"the character U+0000, at place {name.index(chr(0)) + 1}"
+    sizes = [len(os.fsencode(part)) for part in name.split("/")]
+    if max(sizes) > _MOST_NAME_BYTES:
+        return f"a name of {max(sizes):,} bytes"
+    whole = sum(sizes) + len(sizes) - 1
+    return f"{whole:,} bytes" if whole > _MOST_PATH_BYTES else None
 
 
 T = TypeVar("T")

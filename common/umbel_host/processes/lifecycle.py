@@ -72,6 +72,8 @@ def refused(error: OSError) -> StorageError:
             "a file or folder is closed to the user that gave this command",
             _whose(error),
         )
+    elif error.errno == errno.ENAMETOOLONG:
+        advice = "give a shorter path: a name in it has at most 255 bytes"
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         what, advice = "there is no space left", "make room on the disk, then repeat the command"
     elif error.filename is None and isinstance(error, FileNotFoundError):

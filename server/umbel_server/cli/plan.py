@@ -33,6 +33,9 @@ from umbel_server.operator.plan_signing import require_tried, sign_as_operator
 plan = typer.Typer(help="Training plans: new, try, sign, show.", no_args_is_help=True)
 
 PlanFile = Annotated[Path, typer.Argument(help="A plan file.")]
+Labels = Annotated[
+    bool, typer.Option("--labels", help="Show all labels of a classification, each on a line.")
+]
 
 
 @plan.command()
@@ -167,11 +170,11 @@ def sign_command(
 
 
 @plan.command()
-def show(file: PlanFile, config: Config = SERVER_TOML) -> None:
+def show(file: PlanFile, labels: Labels = False, config: Config = SERVER_TOML) -> None:
     """Show a plan, and whether this operator signed it."""
     made, signed = plan_from_json(read_text(file, PlanError), file)
     console = Screen()
-    print_lines(console, plan_lines(made), fold=True)
+    print_lines(console, plan_lines(made, labels=labels), fold=True)
     if signed is None:
         console.print("\nnot signed")
         return

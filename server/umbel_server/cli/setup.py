@@ -8,7 +8,7 @@ import typer
 
 from umbel_common.address import require_reachable
 from umbel_common.trust.identity import fingerprint
-from umbel_host.terminal import Screen, name, print_lines, say
+from umbel_host.terminal import Screen, enter_folder, name, print_lines, say
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.operator.certificates import good_until
 from umbel_server.operator.config import load_config, load_roster
@@ -65,7 +65,8 @@ def init(
     )
     console.print(
         "\nRead the fingerprint out to each site: its people recognise this operator by it.\n"
-        "identity.pem and ca/key.pem stay on this machine; keep a copy of both offline.",
+        "identity.pem and ca/key.pem stay on this machine; keep a copy of both offline."
+        f"{enter_folder(folder)}",
         soft_wrap=True,
     )
 

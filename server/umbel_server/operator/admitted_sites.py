@@ -10,6 +10,7 @@ import msgspec
 
 from umbel_common.canonical import Name
 from umbel_common.errors import IdentityError, StorageError
+from umbel_common.single_keys import decode_document
 from umbel_host.files.durable import replace
 from umbel_host.files.text_file import find_text
 
@@ -40,7 +41,7 @@ def load_sites(path: Path) -> dict[str, SiteEntry]:
     if text is None:
         return {}
     try:
-        entries = msgspec.json.decode(text, type=_Sites).sites
+        entries = decode_document(text, _Sites).sites
     except msgspec.MsgspecError as error:
         raise IdentityError("a list of sites is malformed", file=path, found=error) from None
     sites = {entry.name: entry for entry in entries}

@@ -139,12 +139,15 @@ def load_config(path: Path) -> ServerConfig:
     )
     folder = path.absolute().parent
 
-    def resolved(table: Value, *names: str) -> dict[str, str]:
-        return {name: str(folder / from_home(getattr(table, name), path)) for name in names}
+    def resolved(above: str, table: Value, *names: str) -> dict[str, str]:
+        return {
+            name: str(folder / from_home(getattr(table, name), path, field=f"{above}{name}"))
+            for name in names
+        }
 
     _check_addresses(config.listen, path)
     listen = msgspec.structs.replace(
-        config.listen, **resolved(config.listen, "certificate", "key", "client_ca")
+        config.listen, **resolved("listen.", config.listen, "certificate", "key", "client_ca")
     )
     evaluation = config.evaluation
     if evaluation is not None:
@@ -154,10 +157,12 @@ def load_config(path: Path) -> ServerConfig:
             for name in ("holdout", "model", "general", "python")
             if getattr(evaluation, name) is not None
         ]
-        evaluation = msgspec.structs.replace(evaluation, **resolved(evaluation, *given))
-    files = resolved(config, "state", "identity", "roster", "sites")
+        evaluation = msgspec.structs.replace(
+            evaluation, **resolved("evaluation.", evaluation, *given)
+        )
+    files = resolved("", config, "state", "identity", "roster", "sites")
     if config.socket is not None:
-        files |= resolved(config, "socket")
+        files |= resolved("", config, "socket")
     return msgspec.structs.replace(config, listen=listen, evaluation=evaluation, **files)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from umbel_common.errors import JobFailed, RunExists, UmbelError
 from umbel_common.plans.plan_file import plan_from_json
@@ -195,14 +196,15 @@ def _work(operator: Party, sites: Sequence[Party], scenario: Scenario, text: str
     signed = (operator.folder / "signed.json").read_text(encoding="utf-8")
     digest = plan_from_json(signed, "signed.json")[0].digest().hex()
     for site in sites:
-        _wait_for_plan(site, scenario.name)
+        _wait_for_plan(operator, site, scenario.name)
         site.run("umbel-client", "approve", scenario.name, "--digest", digest)
     _follow(operator, scenario.name)
 
 
-def _wait_for_plan(site: Party, job: str) -> None:
+def _wait_for_plan(operator: Party, site: Party, job: str) -> None:
     deadline = time.monotonic() + _DECIDING_SECONDS
     while job not in _waiting(site):
+        _status(operator, job)
         if time.monotonic() > deadline:
             raise JobFailed(
                 "no plan reached a site",
@@ -217,22 +219,31 @@ def _waiting(site: Party) -> set[str]:
     return {row["job"] for row in rows}
 
 
+def _status(operator: Party, job: str) -> dict[str, Any]:
+    """What the operator is told of the job.
+
+    Raises:
+        JobFailed: it ended without an adapter.
+    """
+    said = operator.run("umbel-server", "job", "status", job, "--json", shown=False)
+    status: dict[str, Any] = json.loads(said)
+    if status["state"] in ("failed", "stopped"):
+        raise JobFailed("the job did not finish", field=job, found=status["detail"])
+    return status
+
+
 def _follow(operator: Party, job: str) -> None:
     """Reports the progress of the job until it is over."""
     operator.say(f"{operator.folder.name}$ umbel-server job status {job}")
     said = None
     while True:
-        status = json.loads(
-            operator.run("umbel-server", "job", "status", job, "--json", shown=False)
-        )
+        status = _status(operator, job)
         now = f"  round {status['round']}, {status['stage']}: {', '.join(status['answered'])}"
         if status["stage"] and now != said:
             operator.say(now)
             said = now
         if status["state"] == "finished":
             return
-        if status["state"] in ("failed", "stopped"):
-            raise JobFailed("the job did not finish", field=job, found=status["detail"])
         time.sleep(_POLL_SECONDS)
 
 

@@ -84,7 +84,9 @@ def scenario_text(wish: Wish) -> str:
             found=", ".join(f"{look.path}: {look.format}" for look in looks),
             accepted="records of one task",
         )
-    return _Writer(wish, looks).text()
+    # A language model answers test records of the length that the plan allows, and no longer ones.
+    scored = [] if "classification" in formats else [read_examples(wish.test, data, None)]
+    return _Writer(wish, looks, scored).text()
 
 
 def _labels(files: Sequence[Path], data: DataConfig) -> tuple[str, ...]:
@@ -98,9 +100,16 @@ def _labels(files: Sequence[Path], data: DataConfig) -> tuple[str, ...]:
 class _Writer:
     """Writes the scenario of some files that were looked at."""
 
-    def __init__(self, wish: Wish, looks: Sequence[Examples]) -> None:
+    def __init__(self, wish: Wish, looks: Sequence[Examples], scored: Sequence[Examples]) -> None:
+        """Looks at the model too.
+
+        Args:
+            looks: the records to train on.
+            scored: those to test on, where their length matters.
+        """
         self._wish = wish
         self._looks = looks
+        self._scored = scored
         self._classifies = looks[0].format == "classification"
         self._model = self._chosen_model()
         self._folder = model_folder(self._model)
@@ -124,7 +133,8 @@ class _Writer:
 
     def _tokens(self) -> tuple[int, int, int]:
         """Longest record, median, and the number of tokens for the plan."""
-        lengths = np.concatenate([count_tokens(look, self._folder).whole for look in self._looks])
+        looks = [*self._looks, *self._scored]
+        lengths = np.concatenate([count_tokens(look, self._folder).whole for look in looks])
         longest, median = int(lengths.max()), int(np.median(lengths))
         wanted = longest
         if self._classifies:

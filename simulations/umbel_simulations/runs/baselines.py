@@ -18,7 +18,7 @@ from umbel_client.data.records import columns_of, load_records
 from umbel_client.data.tokens import Tokens
 from umbel_client.data.units import Units
 from umbel_client.models.site_model import load_public
-from umbel_client.privacy.calibration import noise_alone
+from umbel_client.privacy.calibration import noise_alone, plan_alone
 from umbel_client.site.config import ClientConfig
 from umbel_client.tasks.frozen_cache import FrozenCache
 from umbel_client.tasks.label_names import computed_start
@@ -27,7 +27,7 @@ from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training.round import LocalTrainer
 from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import DistributedPrivacy, TrainingPlan
 from umbel_simulations.reporting.recorder import Stopped
 
 OnBaselineRound = Callable[[str, int, int], None]
@@ -71,11 +71,12 @@ def train_baselines(
     for name in names:
         if name == POOLED:
             size = sum(config.data.public_size for config in configs.values())
-            pooled = _pooled_plan(plan, len(data))
+            pooled = _pooled_plan(plan_alone(plan, size), len(data))
             parties.append(Party(name, pooled, _pool(data), size, entropy(name)))
         else:
             size = configs[name].data.public_size
-            parties.append(Party(name, plan, data[name], size, entropy(f"{name} alone")))
+            alone = plan_alone(plan, size)
+            parties.append(Party(name, alone, data[name], size, entropy(f"{name} alone")))
     # The largest first, because it takes longest.
     parties.sort(key=lambda party: len(party.data), reverse=True)
     stop = threading.Event()
@@ -135,7 +136,10 @@ def _site_data(
 
 
 def _pooled_plan(plan: TrainingPlan, sites: int) -> TrainingPlan:
-    """The plan with as many records in a step as all sites have together."""
+    """The plan with as many records in a step as all sites have together. In distributed mode it
+    has them already."""
+    if isinstance(plan.privacy, DistributedPrivacy):
+        return plan
     training = msgspec.structs.replace(
         plan.training, expected_batch_size=plan.training.expected_batch_size * sites
     )

@@ -5,7 +5,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -30,7 +30,7 @@ from umbel_simulations.runs.setup import RunSetup, load_setup
 from umbel_simulations.runs.summary import Findings, summarise
 from umbel_simulations.runs.verify import verify_run
 from umbel_simulations.scenario.plan import make_plan, with_start
-from umbel_simulations.scenario.run_folder import claim, write
+from umbel_simulations.scenario.run_folder import begun_plan, claim, write
 from umbel_simulations.scenario.scenario import Icd10Data, Scenario
 
 
@@ -45,6 +45,7 @@ def run_scenario(scenario: Scenario, folder: Path, on_event: OnEvent) -> RunSumm
     torch.set_num_threads(1)
     setup = load_setup(scenario)
     claim(folder, scenario)
+    setup = replace(setup, plan=begun_plan(folder, setup.plan))
     recorder = Recorder(folder / "metrics.jsonl", on_event)
     try:
         return Run(setup, folder, recorder).complete()
@@ -248,6 +249,7 @@ class Run:
         plan, start = with_start(
             plan, self.setup.scenario, self.setup.corpus.titles, self.setup.model
         )
+        plan = begun_plan(folder, plan)
         rounds = plan.training.rounds
 
         def on_event(event: events.AnyEvent) -> None:

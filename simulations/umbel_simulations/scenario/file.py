@@ -11,6 +11,7 @@ from umbel_common.errors import ConfigError
 from umbel_common.plans.drafted_start import DraftedLabelNames
 from umbel_common.plans.plan import CausalLm, NoPrivacy
 from umbel_common.toml_values import from_table, read_table
+from umbel_host.files.text_file import from_home
 from umbel_simulations.scenario.scenario import (
     FileData,
     HpoData,
@@ -35,7 +36,7 @@ def find_scenario(name_or_path: str) -> Scenario:
     shipped = SHIPPED / f"{name_or_path}.toml"
     is_path = name_or_path.endswith(".toml") or os.sep in name_or_path
     path = Path(name_or_path) if is_path else shipped
-    if not path.is_file():
+    if not os.path.isfile(path):
         names = ", ".join(file.stem for file in sorted(SHIPPED.glob("*.toml")))
         raise ConfigError(
             "there is no such scenario",
@@ -258,26 +259,34 @@ def parse_scenario(text: str, path: Path) -> Scenario:
         names = list(data["train"])
         for field, value in (("count", len(names)), ("names", names), ("partition", "files")):
             sites.setdefault(field, value)
-    scenario = _anchored(from_table(table, Scenario, path), path.resolve().parent)
+    scenario = _anchored(from_table(table, Scenario, path), path)
     check_scenario(scenario, path)
     return scenario
 
 
-def _anchored(scenario: Scenario, folder: Path) -> Scenario:
+def _anchored(scenario: Scenario, file: Path) -> Scenario:
     """The scenario with the relative paths of its file made absolute."""
-    replace = msgspec.structs.replace
+    replace, folder = msgspec.structs.replace, file.resolve().parent
+
+    def resolve(name: str, field: str) -> str:
+        return str(folder / from_home(name, file, field=field))
+
     model, data = scenario.model, scenario.data
+    if model.gguf is not None:
+        # It starts at its package, and is only checked here.
+        resolve(model.gguf, "model.gguf")
     if model.path is not None:
-        model = replace(model, path=str(folder / model.path))
+        model = replace(model, path=resolve(model.path, "model.path"))
     if isinstance(data, FileData):
         train = (
-            str(folder / data.train)
+            resolve(data.train, "data.train")
             if isinstance(data.train, str)
-            else {site: str(folder / file) for site, file in data.train.items()}
+            else {site: resolve(name, f"data.train.{site}") for site, name in data.train.items()}
         )
-        general = None if data.general is None else str(folder / data.general)
-        data = replace(data, train=train, test=str(folder / data.test), general=general)
+        general = None if data.general is None else resolve(data.general, "data.general")
+        test = resolve(data.test, "data.test")
+        data = replace(data, train=train, test=test, general=general)
     start = scenario.start
     if isinstance(start, DraftedLabelNames) and isinstance(start.names, str):
-        start = replace(start, names=str(folder / start.names))
+        start = replace(start, names=resolve(start.names, "start.names"))
     return replace(scenario, model=model, data=data, start=start)

@@ -20,7 +20,6 @@ from umbel_common.plans.plan import (
     BaseModel,
     CausalLm,
     Classification,
-    DistributedPrivacy,
     NoOptimizer,
     ReleaseGate,
     Sgd,
@@ -29,7 +28,6 @@ from umbel_common.plans.plan import (
     TrainingPlan,
     second_version,
 )
-from umbel_common.plans.server_optimizer import Average
 from umbel_common.secagg.encoding import encoding_of
 from umbel_host.files.model_digest import folder_digest
 from umbel_simulations.scenario.scenario import Scenario
@@ -100,9 +98,7 @@ def make_plan(
             max_loss_increase=scenario.release_gate.max_loss_increase,
         ),
     )
-    shared = isinstance(privacy, DistributedPrivacy)
-    if shared or scenario.server != Average() or scenario.lora.method == "fedsvd":
-        plan = second_version(plan, server=scenario.server)
+    plan = second_version(plan, server=scenario.server)
     check_plan(plan)
     encoding_of(plan, scenario.sites.count).prove_headroom()
     return plan

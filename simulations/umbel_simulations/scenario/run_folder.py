@@ -26,7 +26,7 @@ import msgspec
 
 from umbel_common.canonical import decode_canonical, encode
 from umbel_common.errors import RemoteProtocolError, RunExists, StorageError, VerificationError
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan, second_version
 from umbel_common.trust.identity import Signed
 from umbel_simulations.scenario.scenario import Scenario
 
@@ -135,6 +135,21 @@ def write_plan(folder: Path, plan: TrainingPlan, signed: Signed) -> None:
     readable = _readable(msgspec.to_builtins(plan, builtin_types=(bytes,)))
     write(folder / "plan.json", msgspec.json.format(msgspec.json.encode(readable), indent=2))
     write(folder / "plan.msgpack", encode(signed))
+
+
+def begun_plan(folder: Path, plan: TrainingPlan) -> TrainingPlan:
+    """The plan with which a run continues: that of its folder, if it was begun with version 1.
+
+    Args:
+        plan: the plan that the run's scenario makes today.
+
+    Raises:
+        VerificationError: the folder has a plan that cannot be read.
+    """
+    if not (folder / "plan.msgpack").exists():
+        return plan
+    former = decode_canonical(read_plan(folder).statement, PLAN_VERSIONS)
+    return former if former != plan and second_version(former) == plan else plan
 
 
 def read_plan(folder: Path) -> Signed:

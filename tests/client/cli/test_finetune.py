@@ -303,8 +303,11 @@ def test_groups_have_an_accuracy_each(labelling: Site, labels: Path) -> None:
     arguments = ("--data", file, "--groups", "ward", "--config", labelling.config)
     text = command("evaluate", "--adapter", labels, *arguments)
     assert text.startswith("12 records: loss ")
-    assert " x " in text
-    assert " y " in text
+    head, *rows_of_groups = [line.split() for line in text.splitlines()[2:]]
+    assert head == ["group", "records", "accuracy"]
+    assert sorted(row[:2] for row in rows_of_groups) == [["x", "6"], ["y", "6"]]
+    accuracies = [float(row[2].removesuffix("%")) for row in rows_of_groups]
+    assert accuracies == sorted(accuracies)
 
 
 def test_training_stops_where_validation_gets_no_better(labelling: Site) -> None:

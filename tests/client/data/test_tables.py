@@ -194,6 +194,47 @@ def test_what_the_disk_refuses_is_an_error_with_the_file(tmp_path: Path) -> None
     assert error.found == "File name too long"
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere.jsonl", "no such file in"),
+        ("nowhere.jsonl", "which has a.jsonl, b.csv"),
+        ("no/such/folder/a.jsonl", "/no is not there"),
+        ("a.jsonl/b.jsonl", "a.jsonl is a file and no folder"),
+        ("link.jsonl", "a link to gone.jsonl, which is not there"),
+        ("pipe.jsonl", "a pipe, a socket or a device"),
+        ("plain", "no data set; in the folder: notes.txt"),
+        ("half", "a data set without dataset_info.json; in the folder: data-00000-of-00001.arrow"),
+        ("damaged", "a data set with a file that is damaged"),
+        ("partless", "a data set whose file data-00000-of-00001.arrow cannot be read"),
+    ],
+)
+def test_what_is_no_file_of_records_is_named_for_what_it_is(
+    tmp_path: Path, name: str, words: str
+) -> None:
+    """Not by the class of an error, which means nothing to who reads it."""
+    jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "b.csv").touch()
+    (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "notes.txt").touch()
+    for one, file, data in (
+        ("half", "dataset_info.json", None),
+        ("damaged", "state.json", "{"),
+        ("partless", "data-00000-of-00001.arrow", None),
+    ):
+        if one == name:
+            folder(tmp_path / one, ROWS)
+            broken = tmp_path / one / file
+            broken.unlink() if data is None else broken.write_text(data)
+    error = refused(tmp_path / name)
+    assert words in str(error.found)
+    assert "FileNotFoundError" not in error.diagnostics()
+    assert ".jsonl, .csv, .parquet" in str(error.accepted)
+    assert "save_to_disk" in str(error.accepted)
+
+
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read every file")
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, name: str) -> None:

@@ -355,7 +355,7 @@ def test_a_kill_at_any_moment_leaves_every_attempt_charged_and_one_vector_each(
 ) -> None:
     path, used = tmp_path / "ledger.sqlite", tmp_path / "used"
     chance, first, found = random.Random(21), 1, set[RoundState]()
-    for _ in range(12):
+    for _ in range(8):
         size = used.stat().st_size if used.exists() else 0
         child = FORK.Process(target=compute_on, args=(path, used, first))
         child.start()

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from umbel_client.ledger.rows import EVALUATION, Contents
+from umbel_client.ledger.contents import Contents
+from umbel_client.ledger.rows import EVALUATION
 from umbel_client.ledger.statement import stated_rounds
 from umbel_client.privacy.accounting import DpEvent
 from umbel_common.plans.plan import FederatedEvaluation, TrainingPlan

@@ -9,10 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModelForCausalLM
 from support.architectures import save_architecture
+from support.chat_templates import SHAPES, save_shape
 from support.small_models import CHATML, plan_for, save_decoder
-from transformers import AutoTokenizer, BertTokenizerFast, pipeline
+from transformers import (
+    AutoTokenizer,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
 
+from umbel_client.data.chat import Chat
+from umbel_client.data.conversations import Turn
 from umbel_client.data.tokens import tokenise
 from umbel_client.evaluation.inference import classify_texts
 from umbel_client.models.adapted_model import AdaptedModel
@@ -116,6 +126,33 @@ def test_the_card_of_a_language_model_answers(
     torch.manual_seed(1)
     said_by_card(folder, base, capsys)
     assert ("apply_chat_template" in (folder / "README.md").read_text()) == (template == "chat")
+
+
+@pytest.mark.parametrize("name", ["phi3", "llama3", "gemma", "channels", "qwen3", "lines"])
+def test_an_answer_ends_where_umbel_ends_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Phi-3's settings of generation do not name the token that ends a turn."""
+    base, folder = save_shape(tmp_path / "base", SHAPES[name]), tmp_path / "adapter"
+    settings = base / "generation_config.json"
+    kept = settings.read_text() if settings.exists() else None
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    LlamaForCausalLM(LlamaConfig.from_pretrained(base, **sizes, **heads)).save_pretrained(base)
+    settings.unlink() if kept is None else settings.write_text(kept)
+    task = CausalLm(max_tokens=64)
+    adapter_of(folder, base, task)
+    generate, given = PeftModelForCausalLM.generate, []
+
+    def noted(self: Any, **options: Any) -> Any:
+        given.append(options["eos_token_id"])
+        return generate(self, **{**options, "max_new_tokens": 1})
+
+    monkeypatch.setattr(PeftModelForCausalLM, "generate", noted)
+    said_by_card(folder, base, capsys)
+    chat = Chat.load(base, task)
+    assert given == [sorted(chat.ends(chat.frame((Turn("user", "the question to answer"),))))]
+    assert given[0]
 
 
 def test_a_merged_classification_names_its_labels(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from umbel_client import drafting
 from umbel_client.drafting import made
 from umbel_client.planning.draft import read_plan
 from umbel_common.errors import ConfigError, DataError, ModelError, PlanError
-from umbel_common.plans.plan import CausalLm, ReleaseGate
+from umbel_common.plans.plan import CausalLm, LossGate
 from umbel_common.plans.plan_file import is_not_tried, plan_from_json, plan_to_json
 from umbel_common.plans.server_optimizer import Average, Schedule, ServerSgd
 from umbel_host.files.model_digest import folder_digest
@@ -204,7 +204,7 @@ def test_a_gates_holdout_is_named_by_the_digest_of_its_file(draft: Path) -> None
     holdout.write_text('{"text": "w1", "label": "a"}\n')
     gate = '[release_gate]\nholdout = "public.jsonl"\nmax_loss_increase = 0.05\n'
     draft.write_text(draft.read_text() + gate)
-    assert read_plan(draft).release_gate == ReleaseGate(
+    assert read_plan(draft).release_gate == LossGate(
         holdout=hashlib.sha256(holdout.read_bytes()).digest(), max_loss_increase=0.05
     )
     holdout.unlink()

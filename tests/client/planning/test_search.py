@@ -25,9 +25,9 @@ from umbel_client.planning.search import draft_with, search_space, with_values
 from umbel_client.planning.search import tune as run
 from umbel_client.planning.trial import PublicData, loss_after_training
 from umbel_common.errors import ConfigError, DataError, ModelError, StorageError
-from umbel_common.plans.plan import LocalPrivacy
+from umbel_common.plans.plan import LocalPrivacy, second_version
 from umbel_common.plans.requests import TuningRequest
-from umbel_common.plans.server_optimizer import ServerSgd
+from umbel_common.plans.server_optimizer import Average, ServerOptimizer, ServerSgd
 from umbel_host.processes.supervisor import belong_to_parent
 
 DRAFT = """\
@@ -212,6 +212,20 @@ def test_a_trial_trains_under_the_noise_of_the_public_size(draft: Path, data: Pu
     assert shared < noisy - 0.1
     assert loss(1_000, seed=1) == clear[1]
     assert clear[1] != clear[2]
+
+
+def test_a_trial_takes_the_servers_steps(draft: Path, data: PublicData) -> None:
+    plain = with_values(read_plan(draft), {"head_learning_rate": 0.02})
+
+    def loss(server: ServerOptimizer) -> float:
+        plan = second_version(plain, server=server)
+        return loss_after_training(plan, data, public_size=1_000, sites=2, seed=1)
+
+    same = ServerSgd(adapter_learning_rate=1.0, momentum=0.0)
+    assert loss(same) == pytest.approx(loss(Average()), abs=1e-5)
+    still = loss(ServerSgd(adapter_learning_rate=1e-12))
+    assert still == pytest.approx(np.log(2), abs=1e-4)
+    assert abs(loss(Average()) - still) > 1e-3
 
 
 def test_a_clip_norm_that_only_scales_rates_is_not_looked_for(draft: Path) -> None:

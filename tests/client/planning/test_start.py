@@ -20,9 +20,10 @@ from umbel_client.tasks.shapes import BatchLimit
 from umbel_common.adapters.start import LABEL_ROWS, norm_of
 from umbel_common.adapters.vector import initial_vector, unflatten
 from umbel_common.errors import ConfigError, DataError, ModelError, PlanError, StorageError
+from umbel_common.plans.plan import second_version
 from umbel_common.plans.plan_file import plan_from_json, plan_to_json
 from umbel_common.plans.requests import EarlierAdapter
-from umbel_common.plans.start import LabelNamesStart, ReleasedStart
+from umbel_common.plans.start import LabelNamesStart, ReleasedStart, SeedStart
 from umbel_host.files.start_file import read_start, start_file
 
 NAMES = '["w1 w2 w3", "w20 w21"]'
@@ -57,7 +58,7 @@ def test_a_head_starts_at_its_labels_names_and_its_file_holds_the_rows(
     # Another start, whole and well-formed, is not this plan's.
     other = msgspec.structs.replace(plan.start, tensor=bytes(32))
     with pytest.raises(StorageError, match="not at hand"):
-        read_start(out, msgspec.structs.replace(plan, start=other))
+        read_start(out, second_version(plan, start=other))
 
 
 def test_without_names_the_labels_themselves_are_embedded(tmp_path: Path, tiny_model: Path) -> None:
@@ -108,7 +109,7 @@ def test_a_plan_that_starts_from_its_seed_computes_what_every_party_does(
     tmp_path: Path, tiny_model: Path
 ) -> None:
     plan = read_plan(write_draft(tmp_path, tiny_model, 'start = "seed"'))
-    assert plan.version == 1
+    assert plan.start == SeedStart()
     model = AdaptedModel.load(tiny_model, plan)
     np.testing.assert_array_equal(computed_start(model, tiny_model, plan), initial_vector(plan))
 

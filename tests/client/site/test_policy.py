@@ -26,8 +26,10 @@ from umbel_common.plans.plan import (
     LocalPrivacy,
     NoPrivacy,
     TrainingPlan,
+    second_version,
 )
 from umbel_common.plans.server_optimizer import ServerSgd
+from umbel_common.plans.start import LabelNamesStart, ReleasedStart
 from umbel_common.plans.statements import RoundHeader
 
 MakePlan = Callable[..., TrainingPlan]
@@ -144,6 +146,21 @@ def test_how_a_language_models_records_are_read_is_the_sites_to_say(
     assert refusal(msgspec.structs.replace(law, **change), plan) == check
     exact = {"max_tokens": (512,), "templates": ("chat",), "loss_on": ("answer",)}
     judge_plan(msgspec.structs.replace(law, **exact, too_long=("refuse",)), plan)
+
+
+def test_a_start_is_one_that_the_policy_names_within_its_numbers(make_plan: MakePlan) -> None:
+    start = LabelNamesStart(tensor=bytes(32), names=("a", "b", "c"), scale=10.0, tolerance=0.02)
+    law = msgspec.structs.replace(LAW, starts=("label-names",))
+    judge_plan(law, second_version(make_plan(), start=start))
+    assert refusal(law, make_plan()) == "start-not-allowed"
+    for kind in (start, ReleasedStart(bytes(32), bytes(32), 1, 1.0)):
+        assert refusal(LAW, second_version(make_plan(), start=kind)) == "start-not-allowed"
+    for change, check in (
+        ({"scale": 10.1}, "start-scale-too-large"),
+        ({"tolerance": 0.021}, "start-tolerance-too-large"),
+    ):
+        other = msgspec.structs.replace(start, **change)
+        assert refusal(law, second_version(make_plan(), start=other)) == check
 
 
 @pytest.mark.parametrize("epsilon", [math.inf, math.nan])
@@ -414,3 +431,12 @@ def test_a_site_confirms_no_sum_with_fewer_shares_of_noise_than_the_plan_says(
         with pytest.raises(PolicyRefusal) as caught:
             judge_survivors(SHARING, plan, few, same_round=(), ever=())
         assert caught.value.check == "survivors-below-plan"
+
+
+def test_attempts_that_share_no_noise_may_have_other_survivors(make_plan: MakePlan) -> None:
+    first, second = ("a", "b", "c", "d"), ("a", "b", "c", "e")
+    earlier = {"same_round": (first,), "ever": (first,)}
+    judge_survivors(SHARING, shared_noise_plan(make_plan()), second, **earlier)
+    with pytest.raises(PolicyRefusal) as caught:
+        judge_survivors(SHARING, make_plan(), second, **earlier)
+    assert caught.value.check == "survivors-differ"

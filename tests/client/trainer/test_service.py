@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from umbel_client.cli import doctor, service
+from umbel_client.cli import doctor, running_trainer, service
 from umbel_client.cli.command import app
 from umbel_client.data.site_data import SiteData
 from umbel_client.ledger.ledger import Ledger
@@ -104,6 +104,27 @@ def test_doctor_says_that_people_are_asked_about_labels_where_they_are(
         assert (found.verdict, said in found.text) == (verdict, True)
 
 
+def test_doctor_reads_the_data_once(
+    site: Callable[..., ClientConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = site()
+    open_ledger(config)
+    names = ("data", "ledger", "data set")
+    monkeypatch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in names})
+    monkeypatch.setattr(doctor, "_SPEAKING", ())
+    # It would last, and these checks speak to nobody.
+    monkeypatch.setattr(doctor, "confine_command", lambda: None)
+    load, read = SiteData.load, []
+
+    def noted(config: ClientConfig) -> SiteData:
+        read.append(config.data.path)
+        return load(config)
+
+    monkeypatch.setattr(SiteData, "load", noted)
+    assert [finding.name for finding in doctor.examine(config)] == [*names]
+    assert read == [config.data.path]
+
+
 def test_a_file_that_no_task_can_use_is_named_first(site: Callable[..., ClientConfig]) -> None:
     with pytest.raises(DataError):
         _read_data(site(rows=[{"words": "a"}]))
@@ -122,7 +143,7 @@ def status(monkeypatch: pytest.MonkeyPatch, answer: TrainerStatus | None, *words
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(service, "ControlStub", Stub)
+    monkeypatch.setattr(running_trainer, "ControlStub", Stub)
     return CliRunner().invoke(app, ["status", *words], catch_exceptions=False)
 
 

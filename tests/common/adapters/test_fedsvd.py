@@ -19,6 +19,7 @@ from umbel_common.plans.plan import (
     NoOptimizer,
     Tensor,
     TrainingPlan,
+    second_version,
 )
 from umbel_common.plans.server_optimizer import (
     Average,
@@ -239,13 +240,13 @@ def test_a_plan_needs_orthonormal_rows_and_a_layer_larger_than_the_rank(
 ) -> None:
     plan = plan_of(make_plan2, Average())
     check_plan(plan)
-    start = ReleasedStart(tensor=bytes(32), plan=bytes(32), round=1, largest_norm=1.0)
+    start = ReleasedStart(adapter=bytes(32), plan=bytes(32), round=1, largest_norm=1.0)
     narrow = (
         Tensor(name=A, shape=(4, 3), role="lora_A"),
         Tensor(name=B, shape=(7, 4), role="lora_B"),
     )
     for changed, message in (
-        (msgspec.structs.replace(plan, start=start), "needs a start"),
+        (second_version(plan, start=start), "needs a start"),
         (with_tensors(plan, narrow), "larger than a layer"),
         (with_tensors(plan, TENSORS[1:]), "both matrices"),
     ):

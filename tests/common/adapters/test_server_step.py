@@ -1,6 +1,7 @@
 """The server's step: the same as PyTorch's optimizers, as the papers' formulas, and exact."""
 
 import math
+import tracemalloc
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -327,3 +328,23 @@ def test_a_step_of_adam_is_as_long_whatever_the_noise(
             take_step(plan, number, np.rint(noise).astype(np.int64), 1000, adapter, state)
         lengths.append(float(np.linalg.norm(adapter - before)))
     assert lengths[1] / lengths[0] == pytest.approx(longer, rel=1e-3)
+
+
+@pytest.mark.parametrize("server", [Average(), ServerSgd(**RATES), ServerYogi(**RATES)])
+def test_a_step_of_a_large_adapter_needs_little_more_memory(
+    make_plan2: MakePlan, server: ServerOptimizer
+) -> None:
+    tensors = (Tensor(name="x.lora_A.weight", shape=(2, 1_000_000), role="lora_A"),)
+    plan = plan_of(make_plan2, server)
+    plan = msgspec.structs.replace(plan, lora=msgspec.structs.replace(plan.lora, tensors=tensors))
+    adapter, state = np.zeros(plan.lora.size, np.float32), ServerState()
+    total = np.ones(plan.lora.size, np.int32)
+    take_step(plan, 1, total, 3, adapter, state)
+    tracemalloc.start()
+    try:
+        take_step(plan, 2, total, 3, adapter, state)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Beside the adapter of 8 MB.
+    assert peak < 2e6

@@ -9,6 +9,7 @@ import pytest
 from umbel_common.errors import PlanError, RemoteProtocolError
 from umbel_common.plans.plan import (
     PLAN_VERSIONS,
+    Classification,
     NoPrivacy,
     ReleaseGate,
     Sgd,
@@ -70,6 +71,10 @@ def test_a_digest_is_readable(make_plan: MakePlan) -> None:
         ('"rank": 2', '"rank": 3'),
         ("{", "["),
         ('"plan"', '"plans"'),
+        # Which of the two counts, readers of JSON do not agree on.
+        ('"rounds": ', '"rounds": 9, "rounds": '),
+        ('"plan"', '"plan": {}, "plan"'),
+        ('"job"', '"jo\\u0062": "x", "job"'),
     ],
 )
 def test_a_malformed_file_is_refused_by_its_name(make_plan: MakePlan, old: str, new: str) -> None:
@@ -143,8 +148,10 @@ def test_the_mean_of_the_deltas_needs_no_line(make_plan: MakePlan, make_plan2: M
 
 def test_both_versions_come_back_from_their_files(make_plan: MakePlan) -> None:
     plan = make_plan(release_gate=ReleaseGate(holdout=bytes(range(32)), max_loss_increase=0.25))
-    names = LabelNamesStart(tensor=bytes(range(32)), names=("x", "y", "z"), scale=10.0)
-    earlier = ReleasedStart(tensor=bytes(32), plan=bytes(range(32)), round=3, largest_norm=2.0)
+    names = LabelNamesStart(
+        tensor=bytes(range(32)), names=("x", "y", "z"), scale=10.0, tolerance=0.01
+    )
+    earlier = ReleasedStart(adapter=bytes(32), plan=bytes(range(32)), round=3, largest_norm=2.0)
     for one in (plan, *(second_version(plan, start=start) for start in (None, names, earlier))):
         text = plan_to_json(one, sign(OPERATOR, one).signature)
         read, signed = plan_from_json(text, "plan.json")
@@ -164,3 +171,16 @@ def test_a_plan_of_one_version_has_no_field_of_another(make_plan2: MakePlan) -> 
     document["plan"]["version"] = 1
     with pytest.raises(PlanError, match="malformed"):
         plan_from_json(msgspec.json.encode(document).decode(), "plan.json")
+
+
+@pytest.mark.parametrize(("count", "named"), [(2, 2), (10, 10), (77, 10)])
+def test_many_labels_hide_nothing_else(make_plan: MakePlan, count: int, named: int) -> None:
+    """The promise stands above them, and they are all shown to whoever asks."""
+    labels = tuple(f"label-{number}" for number in range(count))
+    plan = make_plan(task=Classification(labels=labels))
+    text = "\n".join(f"{name} {value}" for name, value in plan_lines(plan))
+    assert text.index("epsilon 8") < text.index(f"{count} labels")
+    assert text.count("label-") == named
+    assert (f"and {count - named} more" in text) == (count > named)
+    whole = [value for _, value in plan_lines(plan, labels=True)]
+    assert [value for value in whole if value.startswith("label-")] == list(labels)

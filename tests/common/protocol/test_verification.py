@@ -3,10 +3,12 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from umbel_common.adapters.site_counts import SiteCounts
-from umbel_common.adapters.vector import adapter_digest, initial_vector
+from umbel_common.adapters.start import start_from_rows
+from umbel_common.adapters.vector import Vector, adapter_digest, initial_vector, start_digest
 from umbel_common.errors import VerificationError
 from umbel_common.plans.figures import GateResult
 from umbel_common.plans.plan import (
@@ -15,8 +17,10 @@ from umbel_common.plans.plan import (
     NoPrivacy,
     ReleaseGate,
     TrainingPlan,
+    second_version,
 )
-from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader
+from umbel_common.plans.start import LabelNamesStart
+from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader, with_sum
 from umbel_common.protocol import verification
 from umbel_common.protocol.transcript import (
     GENESIS,
@@ -28,7 +32,7 @@ from umbel_common.protocol.transcript import (
     TranscriptEvent,
     append,
 )
-from umbel_common.protocol.verification import verify_transcript
+from umbel_common.protocol.verification import VerifiedJob, verify_transcript
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
 from umbel_common.trust.identity import Identity, Roster, Signed, sign
 
@@ -626,3 +630,34 @@ def test_noise_may_carry_counts_to_their_bounds(story: Story, count: float) -> N
     other = counted(story)
     released = other.released(counts=SiteCounts(score=count, records=count))
     verify_transcript(other.entries(other.started(), released), other.roster)
+
+
+def test_a_start_that_is_a_tensor_is_verified_as_far_as_that_needs_no_model(
+    story: Story, make_plan: Callable[..., TrainingPlan]
+) -> None:
+    plan = make_plan()
+    rows = np.eye(3, 6, dtype=np.float32)
+    start = start_from_rows(plan, rows)
+    named = LabelNamesStart(
+        tensor=start_digest(start), names=("a", "b", "c"), scale=1.0, tolerance=0.01
+    )
+    story.plan = second_version(plan, start=named)
+
+    def verified(released: Vector, tensor: Vector | None) -> VerifiedJob:
+        adapter = adapter_digest(story.plan.digest(), released)
+        first = with_sum(story.first_release(adapter=adapter), bytes(32))
+        event = story.started(release=sign(story.operator, first))
+        return verify_transcript(story.entries(event), story.roster, start=tensor)
+
+    embedded = "whether the head's rows are the embeddings of the labels' names"
+    assert verified(start, start).believed == (embedded,)
+    planted = start_from_rows(plan, rows[::-1])
+    # Without the tensor nobody can tell, and the verifier says so.
+    assert verified(planted, None).believed == (
+        "the start itself, whose tensor is not at hand",
+        embedded,
+    )
+    with pytest.raises(VerificationError, match="does not follow from the plan's start"):
+        verified(planted, start)
+    with pytest.raises(VerificationError, match="not the adapter that the plan names"):
+        verified(planted, planted)

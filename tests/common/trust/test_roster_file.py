@@ -103,6 +103,8 @@ def test_the_order_of_members_in_the_file_does_not_matter() -> None:
         ("02" * 32, "zz" * 32, "64 hexadecimal digits"),
         ('"federation"', '"federal"', "federa"),
         ("{", "", "malformed"),
+        ('"weight": 4', '"weight": 4, "weight": 5', "`weight` twice"),
+        ('"federation"', '"federation": "x", "federation"', "`federation` twice"),
     ],
 )
 def test_a_wrong_roster_is_refused_by_file_and_reason(old: str, new: str, part: str) -> None:

@@ -13,7 +13,15 @@ import pytest
 from umbel_common.adapters.vector import Vector, adapter_digest, initial_vector, unflatten
 from umbel_common.errors import StorageError, VerificationError
 from umbel_common.plans.figures import ClassificationFigures, Evaluation, Loss
-from umbel_common.plans.plan import Aggregation, FederatedEvaluation, ReleaseGate, TrainingPlan
+from umbel_common.plans.plan import (
+    Aggregation,
+    DistributedPrivacy,
+    FederatedEvaluation,
+    NoOptimizer,
+    ReleaseGate,
+    Training,
+    TrainingPlan,
+)
 from umbel_common.plans.server_optimizer import (
     Average,
     Schedule,
@@ -101,6 +109,36 @@ def test_each_release_follows_from_its_sum(
     assert missing.not_recomputed == (2, 3)
     if method == "fedsvd":
         assert verified(setting, adapters=None).not_recomputed == (1, 2, 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_in_distributed_mode_the_adapter_moves_against_the_sum(
+    make_setting: MakeSetting, name: str, method: str
+) -> None:
+    privacy = DistributedPrivacy(
+        epsilon=8.0,
+        delta=1e-5,
+        clip_norm=1.0,
+        sampling_rate=0.1,
+        noise_bits=4,
+        honest=2,
+        least_survivors=3,
+        most_attempts=10,
+    )
+    training = Training(rounds=3, local_steps=1, expected_batch_size=8, optimizer=NoOptimizer())
+    parts = {"aggregation": THREE, "privacy": privacy, "training": training, "method": method}
+    setting = exact(make_setting(3, server=SERVERS[name], **parts))
+    setting.job().run()
+    job = verified(setting)
+    assert job.not_recomputed == ()
+    after = setting.registry.load(setting.plan, job.releases[1].adapter)
+    way = unflatten(after - initial_vector(setting.plan), setting.plan.lora.tensors)
+    sent = np.sum([site.delta(1) for site in setting.sites.values()], axis=0)
+    # The first step of either is one against the gradient; the head is what comes last.
+    gradient = sent[-way["head.weight"].size :] / 8
+    step = 0.3 * (gradient if name == "sgd" else np.sign(gradient))
+    np.testing.assert_allclose(way["head.weight"].reshape(-1), -step, rtol=1e-3, atol=1e-6)
 
 
 WRITES = (

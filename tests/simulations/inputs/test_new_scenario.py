@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from support.small_models import save_bert, save_decoder
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from umbel_client.planning.draft import Draft
 from umbel_common.errors import ConfigError, DataError, UmbelError
-from umbel_common.plans.plan import CausalLm, Classification
+from umbel_common.plans.plan import CausalLm, Classification, FederatedEvaluation
 from umbel_common.toml_values import parse_toml
 from umbel_simulations.backends.draft import draft_toml
 from umbel_simulations.cli.command import app
@@ -79,11 +81,16 @@ def test_questions_of_three_sites_become_a_scenario(tmp_path: Path, llama: Path)
         lines(tmp_path / f"Site {n}.jsonl", [{**row, "number": k} for k in range(20)])
         for n, row in enumerate(formats)
     ]
-    test = lines(tmp_path / "test.jsonl", [formats[0]] * 5)
+    longest = {"prompt": "a" * 60, "completion": "b"}
+    test = lines(tmp_path / "test.jsonl", [formats[0]] * 5 + [longest])
     out = tmp_path / "mine.toml"
     found = init(*files, "--test", test, "--model", llama, "--out", out)
     assert found.sites.all_names == ("site-0", "site-1", "site-2")
     assert isinstance(found.task, CausalLm)
+    # Test records that are longer than all others are scored all the same.
+    turns = [{"role": "user", "content": "a" * 60}, {"role": "assistant", "content": "b"}]
+    ids = AutoTokenizer.from_pretrained(llama).apply_chat_template(turns)["input_ids"]
+    assert found.task.max_tokens >= len(ids)
     more = "\n[evaluation]\nnoise_multiplier = 2.0\nmax_records = 5\n"
     more += "\n[release_gate]\nmax_loss_increase = 0.5\n"
     scenario = parse_scenario(out.read_text() + more, out)
@@ -91,7 +98,8 @@ def test_questions_of_three_sites_become_a_scenario(tmp_path: Path, llama: Path)
     draft = parse_toml(draft_toml(scenario, (), llama, "public.jsonl"), Draft, "draft")
     plan = make_plan(scenario, (), llama, largest_site=20, holdout=b"")
     assert (draft.task, draft.training, draft.privacy) == (plan.task, plan.training, plan.privacy)
-    assert draft.evaluation == plan.evaluation is not None
+    assert plan.evaluation is not None
+    assert draft.evaluation == FederatedEvaluation(**msgspec.structs.asdict(plan.evaluation))
     assert draft.release_gate is not None
     assert plan.release_gate is not None
     done = CliRunner().invoke(app, ["init", str(test), "--test", str(test), "--out", str(out)])

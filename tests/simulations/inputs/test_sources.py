@@ -68,6 +68,16 @@ def test_icd_takes_descriptions_and_inclusion_terms() -> None:
     assert chapter["Cholera eltor"] == CHAPTERS[1]
 
 
+def use_list(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Puts another list in the place of the one that ships."""
+    package = folder / "simple_icd_other"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')", encoding="utf-8")
+    (package / "data" / "icd10c-tabular-test.xml").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(icd10, "_PACKAGE", "simple_icd_other")
+
+
 def test_icd_drops_a_text_that_stands_in_two_chapters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,17 +88,41 @@ def test_icd_drops_a_text_that_stands_in_two_chapters(
         )
         return f"<chapter><name>{number}</name>{codes}</chapter>"
 
-    package = tmp_path / "simple_icd_other"
-    (package / "data").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError('imported')", encoding="utf-8")
-    (package / "data" / "icd10c-tabular-test.xml").write_text(
+    use_list(
+        tmp_path,
+        monkeypatch,
         f"<x>{chapter(1, 'both', 'one', 'ONE')}{chapter(2, 'Both', 'two  words')}"
         f"{chapter(19, 'a wound')}</x>",
-        encoding="utf-8",
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(icd10, "_PACKAGE", "simple_icd_other")
     assert [diagnosis.text for diagnosis in read_diagnoses()] == ["one", "two words"]
+
+
+def test_icd_by_category_has_other_codes_for_the_test_and_titles_for_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def code(name: str, text: str, inner: str = "") -> str:
+        return f"<diag><name>{name}</name><desc>{text}</desc>{inner}</diag>"
+
+    categories = ("A00", "A01", "A02")
+    codes = "".join(
+        code(
+            category,
+            f"title {category}",
+            "".join(code(f"{category}.{n}", f"text {category} {n}") for n in range(40))
+            + code(f"{category}.99", "in each"),
+        )
+        for category in categories
+    )
+    use_list(tmp_path, monkeypatch, f"<x><chapter><name>1</name>{codes}</chapter></x>")
+    corpus = load_source(scenario_on(Icd10Data(label="category")))
+    assert corpus.labels == categories
+    assert corpus.titles == {category: f"title {category}" for category in categories}
+    train, test = ({one.text for one in part} for part in (corpus.train, corpus.test))
+    assert not train & test
+    assert train | test == {f"text {category} {n}" for category in categories for n in range(40)}
+    assert test == {text for text in train | test if is_for_test("{1}.{2}".format(*text.split()))}
+    chapters = load_source(scenario_on(Icd10Data()))
+    assert chapters.titles["02 neoplasms"] == "neoplasms"
 
 
 def test_icd_without_its_package_says_which_extra_to_install(

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -9,9 +10,16 @@ import pytest
 
 from umbel_client.planning.draft_file import Draft
 from umbel_common.errors import ConfigError, ModelError, RunExists
-from umbel_common.plans.plan import Adam, LocalPrivacy, NoPrivacy
+from umbel_common.plans.plan import (
+    Adam,
+    LocalPrivacy,
+    NoPrivacy,
+    TrainingPlan,
+    second_version,
+)
 from umbel_common.plans.server_optimizer import Schedule, ServerAdam
 from umbel_common.toml_values import parse_toml
+from umbel_common.trust.identity import Identity, sign
 from umbel_simulations.backends.draft import draft_toml
 from umbel_simulations.inputs.base_model import model_folder
 from umbel_simulations.scenario.file import (
@@ -23,7 +31,7 @@ from umbel_simulations.scenario.file import (
     override,
 )
 from umbel_simulations.scenario.plan import make_plan
-from umbel_simulations.scenario.run_folder import claim, free_name
+from umbel_simulations.scenario.run_folder import begun_plan, claim, free_name, write_plan
 from umbel_simulations.scenario.scenario import Compute, FileData, Icd10Data, Model, Scenario, Sites
 
 SMOKE = (SHIPPED / "smoke.toml").read_text(encoding="utf-8")
@@ -77,6 +85,20 @@ def test_a_scenario_and_the_draft_that_it_writes_name_the_servers_optimizer(tmp_
     path.write_text(SMOKE + SERVER.replace("final = 0.5", "final = 0"), encoding="utf-8")
     with pytest.raises(ConfigError, match="final"):
         find_scenario(str(path))
+
+
+def test_a_run_that_was_begun_with_a_plan_of_version_1_goes_on_with_it(
+    tmp_path: Path, make_plan: Callable[..., TrainingPlan]
+) -> None:
+    former = make_plan()
+    plan = second_version(former)
+    assert begun_plan(tmp_path, plan) == plan
+    write_plan(tmp_path, former, sign(Identity(bytes(32)), former))
+    assert begun_plan(tmp_path, plan) == former
+    other = second_version(make_plan(job="other"))
+    assert begun_plan(tmp_path, other) == other
+    write_plan(tmp_path, plan, sign(Identity(bytes(32)), plan))
+    assert begun_plan(tmp_path, plan) == plan
 
 
 def test_no_shipped_scenario_is_predictable() -> None:
