@@ -64,6 +64,7 @@ from umbel_host.entry import enter, exit_code
 from umbel_host.terminal import say
 
 if TYPE_CHECKING:
+    from umbel_client.planning.draft_file import Draft
     from umbel_common.plans.drafted_start import DraftedStart
     from umbel_common.plans.requests import EarlierAdapter
 
@@ -123,6 +124,7 @@ def made(file: Path, model: Path | None = None, *, start: Path | None = None) ->
     from umbel_client.planning.start import is_computed, started
 
     if not _can_load():
+        _require_no_accountant(draft, file)
         if is_computed(draft.start):
             raise ModelError(
                 "a head starts at the embeddings of its labels' names, for which the model has to"
@@ -150,6 +152,24 @@ def made(file: Path, model: Path | None = None, *, start: Path | None = None) ->
 
         write_start(start, plan, vector)
     return plan_to_json(plan)
+
+
+def _require_no_accountant(draft: "Draft", file: Path) -> None:
+    """Refuses a draft whose noise has to be calibrated, which the client's packages do."""
+    from umbel_client.planning.distributed import DraftDistributed
+    from umbel_common.errors import PlanError
+    from umbel_host.installation import install
+
+    if isinstance(draft.privacy, DraftDistributed):
+        raise PlanError(
+            "a plan of distributed mode has the noise in it, and the packages that calibrate it are"
+            " not installed here",
+            file=file,
+            field="privacy.mode",
+            found="distributed",
+            remedy="name a Python that has them in evaluation.python of server.toml"
+            f" ({install('client')}), or make the plan on such a machine and copy it",
+        )
 
 
 def _earlier(asked: "DraftedStart | None", file: Path | None) -> "EarlierAdapter | None":

@@ -147,7 +147,7 @@ def test_a_plan_file_reads_back_as_it_was(make_plan: Callable[..., TrainingPlan]
     assert plan_from_json(text, "plan.json")[0] == plan
 
 
-PIPES = {"client/umbel_client/drafting.py", "client/umbel_client/evaluating.py"}
+PIPES = {f"client/umbel_client/{door}.py" for door in ("calibrating", "drafting", "evaluating")}
 """Doors whose standard output another process of ours reads."""
 
 

@@ -31,6 +31,7 @@ VALUES = {
     "scenario": "scenario.toml",
     "data_set": "0" * 64,
     "by": "record",
+    "public_size": "1000",
 }
 NOBODY = 65534
 _LONGEST = 60

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from rich.console import Console
 
-from umbel_common.trust.identity import fingerprint
+from umbel_common.trust.identity import fingerprint, public_size
 from umbel_common.trust.key_statements import OPERATOR
 from umbel_common.trust.roster import KeyChange, RosterChange, RosterDocument
 from umbel_host.terminal import print_lines, table
@@ -16,13 +16,17 @@ def print_roster(console: Console, document: RosterDocument, site: str) -> None:
     print_lines(console, [("federation", roster.federation), ("digest", roster.digest().hex())])
     revoked = document.revoked()
     weights = {member.name: str(member.weight) for member in roster.members}
-    members = table("party", "fingerprint", "weight", "", folding=("party",))
+    sizes = {member.name: _records(public_size(member)) for member in roster.members}
+    sized = any(public_size(member) is not None for member in roster.members)
+    headings = ("party", "fingerprint", "weight", *(["public size"] if sized else []), "")
+    members = table(*headings, folding=("party",))
     for party, key in document.parties().items():
         notes = [
             *(["this site"] if party == site else []),
             *(["REVOKED"] if key in revoked else []),
         ]
-        members.add_row(party, fingerprint(key), weights.get(party, ""), ", ".join(notes))
+        told = [weights.get(party, ""), *([sizes.get(party, "")] if sized else [])]
+        members.add_row(party, fingerprint(key), *told, ", ".join(notes))
     console.print()
     console.print(members)
     if revoked:
@@ -33,6 +37,7 @@ def roster_json(document: RosterDocument, site: str) -> dict[str, object]:
     """A roster as a document for programs."""
     roster, revoked = document.roster, document.revoked()
     weights = {member.name: member.weight for member in roster.members}
+    sizes = {member.name: public_size(member) for member in roster.members}
     return {
         "federation": roster.federation,
         "digest": roster.digest().hex(),
@@ -41,6 +46,7 @@ def roster_json(document: RosterDocument, site: str) -> dict[str, object]:
                 "party": party,
                 "fingerprint": fingerprint(key),
                 "weight": weights.get(party),
+                "public_size": sizes.get(party),
                 "this_site": party == site,
                 "revoked": key in revoked,
             }
@@ -75,7 +81,9 @@ def print_change(
     )
     changes = table("", "party", "fingerprint", "", folding=("party",))
     for member in change.added:
-        changes.add_row("+", member.name, fingerprint(member.public_key), f"weight {member.weight}")
+        size = _records(public_size(member))
+        note = f"weight {member.weight}" + (f", public size {size}" if size else "")
+        changes.add_row("+", member.name, fingerprint(member.public_key), note)
     for member in change.removed:
         changes.add_row("-", member.name, fingerprint(member.public_key), "")
     for key in change.keys:
@@ -86,10 +94,17 @@ def print_change(
         console.print(changes)
     for weight in change.weights:
         console.print(f"weight of {weight.site}: {weight.old_weight} -> {weight.new_weight}")
+    for sized in change.sizes:
+        old, new = (_records(one) or "none" for one in (sized.old_size, sized.new_size))
+        console.print(f"public size of {sized.site}: {old} -> {new}")
     if change.revoked:
         print_revocations(console, merged, change.revoked)
     if change == RosterChange():
         console.print("\nEveryone stays, with the same key and weight.")
+
+
+def _records(size: int | None) -> str:
+    return "" if size is None else f"{size:,}"
 
 
 def _witness(key: KeyChange) -> str:

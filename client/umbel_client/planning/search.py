@@ -21,8 +21,16 @@ from umbel_client.planning.start import started
 from umbel_client.planning.trial import PublicData, loss_after_training
 from umbel_common.canonical import digest
 from umbel_common.errors import ConfigError, ModelError, StorageError
-from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import (
+    Adam,
+    DistributedPrivacy,
+    LocalPrivacy,
+    Sgd,
+    TrainingPlan,
+    second_version,
+)
 from umbel_common.plans.requests import TuningRequest
+from umbel_common.plans.server_optimizer import Average, ServerAdam, ServerSgd, ServerYogi
 from umbel_common.toml_values import parse_toml
 from umbel_host.files.output import require_new_file
 from umbel_host.files.text_file import read_text, write_new_text
@@ -47,10 +55,11 @@ Range = tuple[float, float, float]
 def search_space(plan: TrainingPlan) -> dict[str, Range]:
     """The search range of each hyper-parameter: learning rates, and `clip_norm`.
 
-    `clip_norm` is searched with flat clipping only: else it is one more factor of the learning
-    rates.
+    `clip_norm` is searched in local mode with flat clipping only: else it is one more factor of the
+    learning rates, or the grid of the noise follows from it. In distributed mode, the learning
+    rates are the server's.
     """
-    optimizer = plan.training.site_optimizer
+    optimizer = _stepping(plan)
     rate = optimizer.adapter_learning_rate
     space = {"adapter_learning_rate": _around(rate, RATES, 1e-12, 100.0)}
     if any(tensor.role == "head" for tensor in plan.lora.tensors):
@@ -61,6 +70,13 @@ def search_space(plan: TrainingPlan) -> dict[str, Range]:
     return space
 
 
+def _stepping(plan: TrainingPlan) -> Adam | Sgd | ServerSgd | ServerAdam | ServerYogi:
+    """The optimizer whose learning rates are searched."""
+    if isinstance(plan.privacy, DistributedPrivacy) and not isinstance(plan.server, Average):
+        return plan.server
+    return plan.training.site_optimizer
+
+
 def _around(value: float, factor: float, least: float, most: float) -> Range:
     return max(value / factor, least), value, min(value * factor, most)
 
@@ -68,7 +84,9 @@ def _around(value: float, factor: float, least: float, most: float) -> Range:
 def with_values(plan: TrainingPlan, values: Mapping[str, float]) -> TrainingPlan:
     """The plan with the values of a trial."""
     rates = {name: value for name, value in values.items() if name != "clip_norm"}
-    optimizer = msgspec.structs.replace(plan.training.optimizer, **rates)
+    optimizer: Any = msgspec.structs.replace(_stepping(plan), **rates)
+    if isinstance(plan.privacy, DistributedPrivacy):
+        return second_version(plan, server=optimizer)
     training = msgspec.structs.replace(plan.training, optimizer=optimizer)
     privacy = plan.privacy
     if "clip_norm" in values and isinstance(privacy, LocalPrivacy):
@@ -79,9 +97,10 @@ def with_values(plan: TrainingPlan, values: Mapping[str, float]) -> TrainingPlan
 def draft_with(text: str, values: Mapping[str, float]) -> str:
     """A draft's text with other values; the rest stays as it was, comments included."""
     document: Any = tomlkit.parse(text)
+    shared = document.get("privacy", {}).get("mode") == "distributed"
+    rates = document["server"] if shared else document["training"]["optimizer"]
     for name, value in values.items():
-        table = document["privacy"] if name == "clip_norm" else document["training"]["optimizer"]
-        table[name] = value
+        (document["privacy"] if name == "clip_norm" else rates)[name] = value
     return tomlkit.dumps(document)
 
 

@@ -1,12 +1,12 @@
-"""What the server asks of the processes that search hyper-parameters and score adapters."""
+"""What the server asks of the processes that choose a draft's numbers and score adapters."""
 
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
 from umbel_common.canonical import Value
 from umbel_common.plans.figures import AnswerCount, AnswerTokens, BatchSize, Format
-from umbel_common.plans.ranges import Count
+from umbel_common.plans.ranges import Count, Positive
 
 
 class EarlierAdapter(Value, frozen=True):
@@ -49,6 +49,78 @@ class TuningRequest(Value, frozen=True):
     device: str = "cpu"
     """The device that computes, as in a site's client.toml. It does not belong to what is searched:
     a search may be resumed on another one."""
+
+
+PublicSize: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
+Mode: TypeAlias = Literal["local", "distributed"]
+
+
+class CalibrationRequest(Value, frozen=True):
+    """A request for the numbers of a draft, as JSON."""
+
+    draft: str
+    """Absolute path of a draft, TOML, with or without numbers."""
+    sizes: tuple[PublicSize, ...]
+    """Public size of each site."""
+    colluding: Annotated[int, msgspec.Meta(ge=0, le=99)] = 1
+    """Number of sites that each site assumes to collude."""
+    dropouts: Annotated[int, msgspec.Meta(ge=0, le=99)] | None = None
+    """Number of sites that a sum may lack; None: one in five, and one at least."""
+    mode: Mode | None = None
+    """The mode; None: what the rules propose."""
+    rounds: Annotated[int, msgspec.Meta(ge=1, le=10_000)] | None = None
+    """Number of rounds; None: what the rules propose."""
+    epsilons: tuple[Positive, ...] = (1.0, 3.0, 8.0)
+    """Claims to be compared, beside the draft's own."""
+
+
+class Bought(Value, frozen=True):
+    """What an epsilon buys in one mode. A figure of None needs packages that are not installed."""
+
+    epsilon: float
+    mode: Mode
+    proposed: bool
+    """Whether the draft has this mode, and tolerates as many dropouts."""
+    dropouts: int
+    """Number of sites that a sum may lack."""
+    honest: int
+    """Number of sites whose noise the reader of a sum must not know: 1 in local mode."""
+    steps: int
+    """Number of steps of the whole job."""
+    bytes_sent: int
+    """Bytes of a site's masked vector in the round that trains most."""
+    bytes_received: int
+    """Bytes of the trained part of a release, which each site gets."""
+    most_attempts: int | None = None
+    """Largest number of attempts of the job; None: attempts cost nothing."""
+    noise_multiplier: float | None = None
+    """Standard deviation of the noise of a step in units of the clip norm, against readers of the
+    sums; in local mode that of the site with the most noise."""
+    noise_of_mean: float | None = None
+    """Standard deviation of the noise in each number of the mean gradient over all sites, in units
+    of the clip norm."""
+    epsilon_readers: float | None = None
+    """Epsilon of the job against readers of the sums."""
+    epsilon_everybody: float | None = None
+    """Epsilon of the job against all other parties together."""
+
+
+class Calibration(Value, frozen=True):
+    """The answer to a `CalibrationRequest`, as JSON."""
+
+    draft: str
+    """Text of the draft with its numbers."""
+    mode: Mode
+    accounted: bool
+    """Whether the packages with the accountants were there."""
+    sites: int
+    records: int
+    rounds: int
+    batch: int
+    """Expected batch size: of all sites together in distributed mode, of each site in local."""
+    rows: tuple[Bought, ...]
+    policy: dict[str, float]
+    """Field of a site's policy -> the value with which it accepts the proposed plan."""
 
 
 class HoldoutColumns(Value, frozen=True):

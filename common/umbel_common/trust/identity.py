@@ -187,6 +187,11 @@ class Member2(Member, frozen=True, kw_only=True):
     operator to choose a plan's numbers, and no promise depends on it."""
 
 
+def public_size(member: Member) -> int | None:
+    """The public size of a member of either version; None: it told nobody."""
+    return member.public_size if isinstance(member, Member2) else None
+
+
 class Approver(Value, frozen=True):
     """A person of the operator whose signature approves what the operator does."""
 

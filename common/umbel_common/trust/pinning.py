@@ -20,7 +20,7 @@ import msgspec
 from umbel_common.errors import IdentityError, SignatureError
 from umbel_common.trust.identity import Member, Roster, fingerprint
 from umbel_common.trust.key_statements import OPERATOR, SignedRevocation, SignedRotation
-from umbel_common.trust.roster import RosterChange, RosterDocument
+from umbel_common.trust.roster import RosterChange, RosterDocument, with_members, without_size
 
 
 def merge(pinned: RosterDocument | None, proposed: RosterDocument, file: object) -> RosterDocument:
@@ -173,7 +173,7 @@ def _with_key(roster: Roster, party: str, key: bytes, file: object) -> Roster:
     )
     operator = key if party == OPERATOR else roster.operator
     try:
-        return Roster(federation=roster.federation, operator=operator, members=members)
+        return with_members(msgspec.structs.replace(roster, operator=operator), members)
     except ValueError as error:
         raise IdentityError(
             "a rotation leads to a key that another party has",
@@ -188,7 +188,7 @@ def _departed(base: RosterDocument, roster: Roster) -> tuple[Member, ...]:
     """Members of earlier rosters that are not in `roster`, as last known, sorted by name."""
     known = {member.name: member for member in (*base.departed, *base.roster.members)}
     present = {member.name for member in roster.members}
-    return tuple(known[name] for name in sorted(known.keys() - present))
+    return tuple(without_size(known[name]) for name in sorted(known.keys() - present))
 
 
 def _check_statements(base: RosterDocument, proposed: RosterDocument, file: object) -> None:

@@ -7,8 +7,10 @@ A document is only read here. `pinning` says whether its statements hold, and wh
 it.
 """
 
+from collections.abc import Iterable
+
 from umbel_common.canonical import Value
-from umbel_common.trust.identity import Member, PublicKey, Roster
+from umbel_common.trust.identity import Member, Member2, PublicKey, Roster, Roster2, public_size
 from umbel_common.trust.key_statements import OPERATOR, SignedRevocation, SignedRotation
 
 
@@ -62,6 +64,46 @@ class RosterDocument(Value, frozen=True):
         return False
 
 
+def with_members(roster: Roster, members: Iterable[Member]) -> Roster:
+    """The roster with other members, who are sorted by name.
+
+    It is of version 2 only if it says what version 1 cannot, so that a roster has one digest.
+
+    Raises:
+        ValueError: two parties have one name or one key.
+    """
+    ordered = sorted(members, key=lambda member: member.name)
+    second = roster if isinstance(roster, Roster2) else None
+    approvers = second.approvers if second else ()
+    approvals = second.approvals if second else 0
+    if not (approvers or approvals or any(public_size(one) is not None for one in ordered)):
+        return Roster(
+            federation=roster.federation,
+            operator=roster.operator,
+            members=tuple(without_size(member) for member in ordered),
+        )
+    return Roster2(
+        federation=roster.federation,
+        operator=roster.operator,
+        members=tuple(
+            Member2(
+                name=one.name,
+                public_key=one.public_key,
+                weight=one.weight,
+                public_size=public_size(one),
+            )
+            for one in ordered
+        ),
+        approvers=approvers,
+        approvals=approvals,
+    )
+
+
+def without_size(member: Member) -> Member:
+    """The member in version 1, as a document keeps those who left."""
+    return Member(name=member.name, public_key=member.public_key, weight=member.weight)
+
+
 class KeyChange(Value, frozen=True):
     """One party's key in the pinned roster and in the proposed one."""
 
@@ -80,6 +122,14 @@ class WeightChange(Value, frozen=True):
     new_weight: int
 
 
+class SizeChange(Value, frozen=True):
+    """One site's public size in the pinned roster and in the proposed one; None: it has none."""
+
+    site: str
+    old_size: int | None
+    new_size: int | None
+
+
 class RosterChange(Value, frozen=True):
     """What pinning another document would change."""
 
@@ -90,6 +140,7 @@ class RosterChange(Value, frozen=True):
     weights: tuple[WeightChange, ...] = ()
     revoked: tuple[PublicKey, ...] = ()
     """Keys that were not revoked before, sorted."""
+    sizes: tuple[SizeChange, ...] = ()
 
 
 def compare(pinned: RosterDocument | None, merged: RosterDocument) -> RosterChange:
@@ -118,4 +169,9 @@ def compare(pinned: RosterDocument | None, merged: RosterDocument) -> RosterChan
             if name in former and former[name].weight != member.weight
         ),
         revoked=tuple(sorted(merged.revoked() - pinned.revoked())),
+        sizes=tuple(
+            SizeChange(name, public_size(former[name]), public_size(member))
+            for name, member in members.items()
+            if name in former and public_size(former[name]) != public_size(member)
+        ),
     )

@@ -8,10 +8,17 @@ from typing import TypeVar
 
 import msgspec
 
-from umbel_common.canonical import Name, V
+from umbel_common.canonical import Name, V, Value
 from umbel_common.errors import IdentityError
 from umbel_common.single_keys import decode_document
-from umbel_common.trust.identity import SIGNATURE_BYTES, Member, Member2, Roster, Roster2
+from umbel_common.trust.identity import (
+    SIGNATURE_BYTES,
+    Member,
+    PublicKey,
+    Roster,
+    Roster2,
+    public_size,
+)
 from umbel_common.trust.key_statements import SignedRevocation, SignedRotation
 from umbel_common.trust.roster import RosterDocument
 
@@ -65,6 +72,15 @@ class _RosterEntry(_Entry):
     approvals: int = 0
 
 
+class _Known(Value, frozen=True):
+    """What a document has beside its roster, in the same order."""
+
+    rotations: tuple[SignedRotation, ...]
+    revocations: tuple[SignedRevocation, ...]
+    revoked_here: tuple[PublicKey, ...]
+    departed: tuple[Member, ...]
+
+
 def document_to_json(document: RosterDocument) -> str:
     """A document as indented JSON with a newline at its end, without fields that are empty."""
     roster = document.roster
@@ -99,14 +115,18 @@ def document_from_json(text: str, file: object) -> RosterDocument:
             another federation.
     """
     entry = _from_json(text, _RosterEntry, file, "a roster file")
+    roster = _roster(entry, file)
     parts: dict[str, object] = {
-        "roster": _roster(entry, file),
         "rotations": [_rotation_parts(rotation, file) for rotation in entry.rotations],
         "revocations": [_revocation_parts(revocation, file) for revocation in entry.revocations],
         "revoked_here": [_key(key, "revoked_here", file) for key in entry.revoked_here],
         "departed": _member_parts(entry.departed, file),
     }
-    return _convert(parts, RosterDocument, file, "a roster file")
+    known = _convert(parts, _Known, file, "a roster file")
+    try:
+        return RosterDocument(roster, *msgspec.structs.astuple(known))
+    except ValueError as error:
+        raise _malformed(error, file, "a roster file") from None
 
 
 def _roster(entry: _RosterEntry, file: object) -> Roster:
@@ -129,12 +149,11 @@ def _roster(entry: _RosterEntry, file: object) -> Roster:
 
 
 def _member_entry(member: Member) -> _MemberEntry:
-    size = member.public_size if isinstance(member, Member2) else None
     return _MemberEntry(
         name=member.name,
         public_key=member.public_key.hex(),
         weight=member.weight,
-        public_size=size,
+        public_size=public_size(member),
     )
 
 
@@ -253,9 +272,7 @@ def _convert(parts: dict[str, object], kind: type[V], file: object, what: str) -
         raise _malformed(error, file, what) from None
 
 
-def _malformed(
-    error: msgspec.MsgspecError | RecursionError, file: object, what: str
-) -> IdentityError:
+def _malformed(error: Exception, file: object, what: str) -> IdentityError:
     return IdentityError(
         f"{what} is malformed",
         file=file,

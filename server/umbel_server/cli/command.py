@@ -9,6 +9,7 @@ from umbel_host.processes.supervisor import Command, supervise
 from umbel_host.terminal import command_line
 from umbel_server.cli import backup, setup, sites
 from umbel_server.cli.adapters import adapters
+from umbel_server.cli.calibrate import calibrate
 from umbel_server.cli.job import job
 from umbel_server.cli.options import SERVER_TOML, Config
 from umbel_server.cli.plan import plan
@@ -22,6 +23,7 @@ backup.register(app)
 app.add_typer(plan, name="plan")
 app.add_typer(job, name="job")
 app.add_typer(adapters, name="adapters")
+app.command()(calibrate)
 app.command()(tune)
 
 

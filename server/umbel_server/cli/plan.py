@@ -56,7 +56,7 @@ def new(
     """
     require_new_file(out)
     with _start_of(draft, out, config) as start:
-        text = _made(_python(config), str(draft), *([] if start is None else ["--start", start]))
+        text = _made(python_for(config), str(draft), *([] if start is None else ["--start", start]))
         made, _ = plan_from_json(text, draft)
         place = start_file(out, made)
         if start is not None and place is not None:
@@ -89,7 +89,7 @@ def try_command(
     names, or in this one; or copy plan and model to a machine that has them.
     """
     require_new_file(out)
-    text = _made(_python(config), str(file), str(model))
+    text = _made(python_for(config), str(file), str(model))
     write_new_text(out, text)
     Screen().print(f"tried: {out}", soft_wrap=True)
 
@@ -126,7 +126,7 @@ class _Draft(msgspec.Struct, frozen=True):
     start: DraftedReleased
 
 
-def _python(config: Path) -> str:
+def python_for(config: Path) -> str:
     """The Python that has the packages that load a model, if server.toml names it. Where no
     operator's folder is, plans are made with this one."""
     if config == SERVER_TOML and not config.exists():

@@ -1,4 +1,4 @@
-"""`umbel-server sites` and `roster`: admit sites, renew and revoke them."""
+"""`umbel-server sites` and `roster`: admit sites, set their sizes, renew and revoke them."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 
 from umbel_common.errors import IdentityError, StorageError, UmbelError
-from umbel_common.trust import key_statements
+from umbel_common.trust import identity, key_statements
 from umbel_common.trust.enrolment import request_from_json
-from umbel_common.trust.identity import fingerprint, is_fingerprint_of
+from umbel_common.trust.identity import Member, fingerprint, is_fingerprint_of
 from umbel_common.trust.roster import RosterDocument
 from umbel_common.trust.roster_file import document_to_json, revocation_to_json
 from umbel_host.files.durable import all_or_nothing, make_folder
@@ -20,13 +20,13 @@ from umbel_host.files.output import require_new, require_new_file
 from umbel_host.files.text_file import read_text, write_new_text
 from umbel_host.terminal import Screen, confirm, json_time, print_json, print_lines, table
 from umbel_server.cli.options import SERVER_TOML, Config, Json
-from umbel_server.operator.admission import Asked, check_renewal, issue, with_sites
+from umbel_server.operator.admission import Asked, check_renewal, issue, with_sites, with_size
 from umbel_server.operator.admitted_sites import SiteEntry, load_sites, save_sites
 from umbel_server.operator.certificates import good_until, parse, read, to_renew
 from umbel_server.operator.config import ServerConfig, load_config, load_roster
 from umbel_server.operator.files import changing, save_roster
 
-sites = typer.Typer(help="Sites: add, list, revoke, renew.", no_args_is_help=True)
+sites = typer.Typer(help="Sites: add, list, size, revoke, renew.", no_args_is_help=True)
 roster = typer.Typer(help="The operator's roster: export.", no_args_is_help=True)
 
 Out = Annotated[Path, typer.Option(help="The new roster file.")]
@@ -53,6 +53,15 @@ def add(
             help="The public size class of each of these sites; by it a plan may weight the sites.",
         ),
     ] = 1,
+    public_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=10**9,
+            help="About how many records each of these sites says it has, for everybody to know;"
+            " umbel-server calibrate uses it.",
+        ),
+    ] = None,
     expected: Annotated[
         list[str] | None,
         typer.Option(
@@ -67,7 +76,7 @@ def add(
     known = load_sites(Path(settings.sites))
     document = load_roster(settings)
     admitted = [Asked(request_from_json(read_text(file), file), file) for file in requests]
-    with_sites(document, known, admitted, weight)
+    with_sites(document, known, admitted, weight, public_size)
     several = len(admitted) > 1
     kits = {one.site: _kit_path(out, one.site, several=several) for one in admitted}
     for kit in kits.values():
@@ -80,7 +89,7 @@ def add(
     with changing(settings), all_or_nothing() as written:
         # Another command may have added a site while people compared fingerprints.
         known = load_sites(Path(settings.sites))
-        document = with_sites(load_roster(settings), known, admitted, weight)
+        document = with_sites(load_roster(settings), known, admitted, weight, public_size)
         if out is not None and several:
             written += _folder(out)
         for one in admitted:
@@ -161,12 +170,15 @@ def list_command(config: Config = SERVER_TOML, as_json: Json = False) -> None:
     if as_json:
         print_json([_site_json(document, entry, settings) for entry in known.values()])
         return
-    keys = table("site", "fingerprint", "", folding=("site", ""))
+    sized = any(records_of(member) for member in document.roster.members)
+    headings = ("site", "fingerprint", *(["public size"] if sized else []), "")
+    keys = table(*headings, folding=("site", ""))
     certificates = table("site", "certificate", "until", folding=("site", "until"))
     for site, entry in known.items():
         member = document.roster.find(site)
         key = "not in the roster" if member is None else fingerprint(member.public_key)
-        keys.add_row(site, key, "REVOKED" if entry.revoked else "")
+        size = [records_of(member)] if sized else []
+        keys.add_row(site, key, *size, "REVOKED" if entry.revoked else "")
         certificate = parse(entry.certificate.encode(), settings.sites)
         until = "REVOKED" if entry.revoked else good_until(certificate, now)
         certificates.add_row(site, f"{certificate.serial_number:040x}", until)
@@ -190,6 +202,12 @@ def list_command(config: Config = SERVER_TOML, as_json: Json = False) -> None:
         console.print(f"RENEW SOON: {sentence}", soft_wrap=True)
 
 
+def records_of(member: Member | None) -> str:
+    """A site's public size for people; empty without one."""
+    found = None if member is None else identity.public_size(member)
+    return "" if found is None else f"{found:,}"
+
+
 def _site_json(
     document: RosterDocument, entry: SiteEntry, settings: ServerConfig
 ) -> dict[str, object]:
@@ -199,11 +217,40 @@ def _site_json(
         "site": entry.name,
         "fingerprint": None if member is None else fingerprint(member.public_key),
         "weight": None if member is None else member.weight,
+        "public_size": None if member is None else identity.public_size(member),
         "in_roster": member is not None,
         "revoked": entry.revoked,
         "certificate": f"{certificate.serial_number:040x}",
         "certificate_ends": json_time(certificate.not_valid_after_utc.timestamp()),
     }
+
+
+@sites.command()
+def size(
+    site: Annotated[str, typer.Argument(metavar="NAME", help="Name of the site.")],
+    public_size: Annotated[
+        int,
+        typer.Option(min=1, max=10**9, help="About how many records the site says it has."),
+    ],
+    config: Config = SERVER_TOML,
+) -> None:
+    """Set the public size of a site in the roster, which every site then compares and approves.
+
+    The site's people tell you the number, the same as `data.public_size` in their client.toml. It
+    helps you choose a plan's numbers (umbel-server calibrate), and no promise depends on it.
+    """
+    settings = load_config(config)
+    with changing(settings):
+        document = with_size(load_roster(settings), site, public_size)
+        save_roster(settings, document)
+    console = Screen()
+    lines = [("site", site), ("public size", f"{public_size:,}")]
+    print_lines(console, [*lines, ("roster", document.roster.digest().hex())])
+    console.print(
+        "\nSend today's roster to every site (umbel-server roster export): a site refuses every\n"
+        "plan until it has approved it. Running jobs keep the roster they started with.",
+        soft_wrap=True,
+    )
 
 
 @sites.command()

@@ -19,8 +19,8 @@ from umbel_common.trust.enrolment import (
     kit_to_json,
     sign_kit,
 )
-from umbel_common.trust.identity import Member, fingerprint
-from umbel_common.trust.roster import RosterDocument
+from umbel_common.trust.identity import Member, Member2, fingerprint, public_size
+from umbel_common.trust.roster import RosterDocument, with_members, without_size
 from umbel_common.trust.roster_file import document_to_json
 from umbel_host.files.keys import read_identity
 from umbel_host.files.text_file import write_new_text
@@ -43,13 +43,18 @@ class Asked:
 
 
 def with_sites(
-    document: RosterDocument, known: dict[str, SiteEntry], admitted: list[Asked], weight: int
+    document: RosterDocument,
+    known: dict[str, SiteEntry],
+    admitted: list[Asked],
+    weight: int,
+    size: int | None = None,
 ) -> RosterDocument:
     """The next roster, with the sites that ask; each request is checked against all before it.
 
     Args:
         known: the relays that were admitted, by the names of their sites.
         weight: the public size class of each of these sites.
+        size: what each of them says it has, in records; None: nothing.
 
     Raises:
         SignatureError, IdentityError: names the request that cannot be admitted.
@@ -69,7 +74,13 @@ def with_sites(
         check_request(one.signed, one.file)
         _check_new(one.signed, document, entries, one.file)
         request = one.signed.request
-        document = _with_member(document, Member(request.site, request.identity, weight))
+        member = Member2(
+            name=request.site,
+            public_key=request.identity,
+            weight=weight,
+            public_size=size,
+        )
+        document = _with_member(document, member)
         entries[request.site] = SiteEntry(request.site, request.relay_key, "")
     return document
 
@@ -80,13 +91,38 @@ def _with_member(document: RosterDocument, member: Member) -> RosterDocument:
     roster, dead = document.roster, document.revoked()
     stay = [other for other in roster.members if other.public_key not in dead]
     gone = {other.name: other for other in document.departed}
-    gone |= {other.name: other for other in roster.members if other.public_key in dead}
-    members = tuple(sorted((*stay, member), key=lambda each: each.name))
+    gone |= {
+        other.name: without_size(other) for other in roster.members if other.public_key in dead
+    }
     return msgspec.structs.replace(
         document,
-        roster=msgspec.structs.replace(roster, members=members),
+        roster=with_members(roster, (*stay, member)),
         departed=tuple(gone[name] for name in sorted(gone) if name != member.name),
     )
+
+
+def with_size(document: RosterDocument, site: str, size: int) -> RosterDocument:
+    """The next roster, in which a site has another public size.
+
+    Raises:
+        IdentityError: no such site takes part, or it has this size already.
+    """
+    roster = document.roster
+    member = roster.member(site)
+    if public_size(member) == size:
+        raise IdentityError(
+            "a site has this public size already: nothing was changed",
+            field="--public-size",
+            found=size,
+        )
+    sized = Member2(
+        name=site,
+        public_key=member.public_key,
+        weight=member.weight,
+        public_size=size,
+    )
+    others = [other for other in roster.members if other.name != site]
+    return msgspec.structs.replace(document, roster=with_members(roster, (*others, sized)))
 
 
 def _check_new(

@@ -83,6 +83,7 @@ def test_the_commands_that_keep_their_network_are_named() -> None:
     [
         ("umbel_client.trainer_process", False),
         ("umbel_client.drafting", False),
+        pytest.param("umbel_client.calibrating", False, marks=pytest.mark.full),
         pytest.param("umbel_client.evaluating", False, marks=pytest.mark.full),
         pytest.param("umbel_client.tuning", False, marks=pytest.mark.full),
         ("umbel_client.cli", False),

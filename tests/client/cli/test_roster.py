@@ -1,6 +1,7 @@
 """`umbel-client roster` as its users meet it: at a terminal, without one, and on disk."""
 
 import io
+import json
 import os
 import pty
 import re
@@ -19,9 +20,9 @@ from umbel_client.cli.command import app
 from umbel_client.cli.roster_view import print_roster
 from umbel_client.site.pinned_roster import require_document
 from umbel_common.errors import IdentityError, SignatureError, StorageError, UmbelError
-from umbel_common.trust.identity import Identity, Member, Roster, fingerprint
+from umbel_common.trust.identity import Identity, Member, Member2, Roster, fingerprint
 from umbel_common.trust.key_statements import OPERATOR, revoke, rotate
-from umbel_common.trust.roster import RosterDocument
+from umbel_common.trust.roster import RosterDocument, with_members
 from umbel_common.trust.roster_file import (
     document_from_json,
     document_to_json,
@@ -185,6 +186,23 @@ def test_diff_shows_a_change_and_changes_nothing(pinned: Path) -> None:
     assert re.search(rf"- +south +{fingerprint(SOUTH.public_key)} +old key", shown)
     assert re.search(rf"\+ +south +{fingerprint(NEW.public_key)} +rotated by old key", shown)
     assert (pinned / "roster.json").read_bytes() == before
+
+
+def test_a_public_size_is_shown_before_it_is_approved(pinned: Path) -> None:
+    assert "public size" not in run("roster show").stdout
+    north = document().roster.members[0]
+    south = Member2(name="south", public_key=SOUTH.public_key, weight=2, public_size=4000)
+    west = Member2(name="west", public_key=NEW.public_key, public_size=300)
+    proposed = RosterDocument(with_members(document().roster, (north, south, west)))
+    write(pinned / "sized.json", proposed)
+    shown = run("roster diff sized.json").stdout
+    assert "public size of south: none -> 4,000" in shown
+    assert "weight 1, public size 300" in shown
+    assert run(f"roster approve sized.json --digest {digest(proposed)}").exit_code == 0
+    assert "Everyone stays" in run("roster diff sized.json").stdout
+    assert re.search(r"south +\S+ +2 +4,000", run("roster show").stdout)
+    told = json.loads(run("roster show --json").stdout)["parties"]
+    assert [one["public_size"] for one in told] == [None, None, 4000, 300]
 
 
 def test_diff_shouts_where_a_key_changed_without_the_old_one(pinned: Path) -> None:

@@ -243,6 +243,69 @@ def test_a_clip_norm_that_only_scales_rates_is_not_looked_for(draft: Path) -> No
 CLIPPING = 'clip_norm = 1.0\nclipping = "automatic"'
 
 
+SHARED = """
+[privacy]
+mode = "distributed"
+epsilon = 8.0
+delta = 1e-4
+clip_norm = 1.0
+sampling_rate = 0.1
+honest = 2
+least_survivors = 3
+
+[aggregation]
+threshold = 3
+
+[server]
+optimizer = "sgd"
+adapter_learning_rate = 1e-3
+head_learning_rate = 1e-3
+"""
+
+
+def shared(draft: Path, *, batch: int) -> None:
+    """Makes the draft one of distributed mode, of a federation that is larger than the file."""
+    text = draft.read_text().partition("[privacy]")[0].replace("local_steps = 3", "local_steps = 1")
+    own = re.sub(r"optimizer = .*", 'optimizer = { optimizer = "none" }', text) + SHARED
+    own = re.sub(r"expected_batch_size = \d+", f"expected_batch_size = {batch}", own)
+    draft.write_text(own.replace("rounds = 2", "rounds = 12"))
+
+
+def test_in_distributed_mode_the_servers_rates_are_searched(draft: Path) -> None:
+    shared(draft, batch=40)
+    plan = read_plan(draft)
+    assert set(search_space(plan)) == {"adapter_learning_rate", "head_learning_rate"}
+    changed = with_values(plan, {"adapter_learning_rate": 0.5, "head_learning_rate": 2.0})
+    assert changed.server == ServerSgd(adapter_learning_rate=0.5, head_learning_rate=2.0)
+    assert changed.training == plan.training
+    search(draft, trials=2)
+    written = tomllib.loads((draft.parent / "out.toml").read_text())
+    given = tomllib.loads(draft.read_text())
+    del written["server"]["adapter_learning_rate"], given["server"]["adapter_learning_rate"]
+    del written["server"]["head_learning_rate"], given["server"]["head_learning_rate"]
+    assert written == given
+
+
+def test_a_trial_of_distributed_mode_has_the_noise_of_all_sites(
+    draft: Path, tiny_model: Path
+) -> None:
+    """Each batch is the whole file here. The noise is that of the plan's batch and of at least the
+    fewest survivors: a larger batch has less of it, and more sites have more."""
+    public = draft.parent / "public.jsonl"
+
+    def loss(batch: int, sites: int, seed: int = 1) -> float:
+        shared(draft, batch=batch)
+        rates = {"adapter_learning_rate": 1e-4, "head_learning_rate": 0.5}
+        plan = with_values(read_plan(draft), rates)
+        data = PublicData.load(plan, tiny_model, public, {}, share=0.25, seed=0)
+        return loss_after_training(plan, data, public_size=1, sites=sites, seed=seed)
+
+    noisy, clear = loss(60, 3000), loss(60, 3)
+    assert clear < noisy - 0.2
+    assert loss(6000, 3000) < noisy - 0.2
+    assert loss(60, 1) == clear
+
+
 def test_a_draft_keeps_all_but_the_values() -> None:
     text = "[training.optimizer]\n# why\nadapter_learning_rate = 1e-3 # first\n"
     changed = draft_with(text, {"adapter_learning_rate": 0.25})

@@ -4,10 +4,10 @@ import msgspec
 import pytest
 
 from umbel_common.errors import IdentityError, UmbelError
-from umbel_common.trust.identity import Identity, Member, Roster
+from umbel_common.trust.identity import Identity, Member, Member2, Roster
 from umbel_common.trust.key_statements import OPERATOR, SignedRotation, rotate
 from umbel_common.trust.pinning import propose
-from umbel_common.trust.roster import RosterDocument
+from umbel_common.trust.roster import RosterDocument, with_members
 
 FILE = "rotation.json"
 OPERATOR_KEY, NORTH, SOUTH, WEST, NEW, NEWER = (
@@ -30,6 +30,15 @@ def test_a_proposal_is_the_pinned_roster_with_the_rotated_key(party: str, old: I
     proposed = propose(pinned, rotation, FILE)
     wanted = roster(operator=NEW) if party == OPERATOR else roster(south=NEW)
     assert proposed == RosterDocument(wanted, rotations=(rotation,))
+
+
+def test_a_proposal_keeps_the_public_sizes() -> None:
+    sized = Member2(name="south", public_key=SOUTH.public_key, public_size=900)
+    pinned = RosterDocument(with_members(PINNED.roster, (PINNED.roster.members[0], sized)))
+    proposed = propose(pinned, rotate("clinics", "south", SOUTH, NEW), FILE)
+    changed = msgspec.structs.replace(sized, public_key=NEW.public_key)
+    assert proposed.roster == with_members(pinned.roster, (pinned.roster.members[0], changed))
+    assert proposed.roster.member("south").public_size == 900
 
 
 @pytest.mark.parametrize(

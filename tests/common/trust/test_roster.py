@@ -2,14 +2,17 @@
 
 import pytest
 
-from umbel_common.trust.identity import Identity, Member, Roster
+from umbel_common.trust.identity import Approver, Identity, Member, Member2, Roster, Roster2
 from umbel_common.trust.key_statements import OPERATOR, revoke, rotate
 from umbel_common.trust.roster import (
     KeyChange,
     RosterChange,
     RosterDocument,
+    SizeChange,
     WeightChange,
     compare,
+    with_members,
+    without_size,
 )
 
 OPERATOR_KEY, NORTH, SOUTH, WEST, NEW, NEWER = (
@@ -42,6 +45,43 @@ def test_a_change_is_told_party_by_party() -> None:
         keys=(KeyChange(OPERATOR, OPERATOR_KEY.public_key, NEW.public_key, rotated=False),),
         weights=(WeightChange("north", 1, 4),),
     )
+
+
+def sized(size: int | None, key: Identity = NORTH, name: str = "north") -> Member2:
+    return Member2(name=name, public_key=key.public_key, public_size=size)
+
+
+def test_a_public_size_is_a_change_like_a_weight() -> None:
+    first = with_members(PINNED.roster, (sized(None), sized(500, SOUTH, "south")))
+    second = with_members(first, (sized(700), sized(None, SOUTH, "south")))
+    assert compare(RosterDocument(first), RosterDocument(second)) == RosterChange(
+        sizes=(SizeChange("north", None, 700), SizeChange("south", 500, None))
+    )
+
+
+def test_a_roster_is_of_version_2_only_while_it_says_what_version_1_cannot() -> None:
+    roster = with_members(PINNED.roster, (sized(None, SOUTH, "south"), sized(None)))
+    assert (roster, roster.digest()) == (PINNED.roster, PINNED.roster.digest())
+    assert {type(member) for member in roster.members} == {Member}
+    later = with_members(roster, (sized(5),))
+    assert isinstance(later, Roster2)
+    assert later.digest() != with_members(roster, (sized(6),)).digest()
+    assert with_members(later, (without_size(later.members[0]),)) == Roster(
+        "clinics", OPERATOR_KEY.public_key, (Member("north", NORTH.public_key),)
+    )
+    # Approvers stay, whoever comes and goes.
+    approver = Approver(name="chief", public_key=WEST.public_key)
+    approved = Roster2(
+        federation="clinics",
+        operator=OPERATOR_KEY.public_key,
+        members=(),
+        approvers=(approver,),
+        approvals=1,
+    )
+    joined = with_members(approved, PINNED.roster.members)
+    assert isinstance(joined, Roster2)
+    assert (joined.approvers, joined.approvals) == ((approver,), 1)
+    assert {type(member) for member in joined.members} == {Member2}
 
 
 def test_a_rotation_of_another_federation_cannot_be_in_the_roster() -> None:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import pytest
 
 from umbel_common.errors import IdentityError
-from umbel_common.trust.identity import Identity, Member, Roster
+from umbel_common.trust.identity import Identity, Member, Member2, Roster, Roster2
 from umbel_common.trust.key_statements import revoke, rotate
-from umbel_common.trust.roster import RosterDocument
+from umbel_common.trust.pinning import merge
+from umbel_common.trust.roster import RosterDocument, with_members
 from umbel_common.trust.roster_file import (
     document_from_json,
     document_to_json,
@@ -58,6 +59,29 @@ def test_the_file_is_readable_json_with_hexadecimal_keys() -> None:
     }
     assert text.count("\n") > 10
     assert text.endswith("}\n")
+
+
+def test_a_public_size_survives_the_file_and_a_merge_and_leaves_with_its_site() -> None:
+    sized = Member2(name="south", public_key=b"\x02" * 32, public_size=5000)
+    roster = with_members(ROSTER, (ROSTER.members[0], sized))
+    document = RosterDocument(roster)
+    text = document_to_json(document)
+    assert json.loads(text)["members"][1]["public_size"] == 5000
+    again = document_from_json(text, "roster.json")
+    assert (again, type(again.roster)) == (document, Roster2)
+    assert merge(document, document, "roster.json") == document
+    # Who left is remembered by key and weight, in a file that reads back.
+    alone = merge(document, RosterDocument(with_members(roster, roster.members[:1])), "roster.json")
+    assert alone.departed == (Member("south", b"\x02" * 32),)
+    assert document_from_json(document_to_json(alone), "roster.json") == alone
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "1000000001", '"many"', "1.5"])
+def test_a_wrong_public_size_is_refused(size: str) -> None:
+    text = roster_to_json(ROSTER).replace('"weight": 4', f'"public_size": {size}')
+    with pytest.raises(IdentityError) as caught:
+        roster_from_json(text, "roster.json")
+    assert "public_size" in caught.value.diagnostics()
 
 
 def test_the_order_of_members_in_the_file_does_not_matter() -> None:

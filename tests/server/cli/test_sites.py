@@ -20,7 +20,7 @@ import umbel_server.cli.sites
 import umbel_server.operator.files
 from umbel_common.errors import ConfigError, IdentityError, StorageError
 from umbel_common.trust.enrolment import check_request, request_to_json, sign_request
-from umbel_common.trust.identity import Identity, fingerprint
+from umbel_common.trust.identity import Identity, Member, fingerprint
 from umbel_common.trust.roster_file import document_from_json
 from umbel_host.processes.supervisor import Command
 from umbel_server.operator import admission
@@ -132,6 +132,38 @@ def test_the_weight_is_the_operators_to_give(clinics: Enrolling) -> None:
     words = ("--weight", "3", "--fingerprint", fingerprint(own.request.identity))
     clinics.server("sites", "add", request, "--out", "../kit.json", *words)
     assert clinics.roster().roster.member("south").weight == 3
+
+
+def test_a_public_size_is_what_the_operator_was_told(clinics: Enrolling) -> None:
+    before = clinics.roster().roster
+    assert "public size" not in clinics.server("sites", "list")
+    request, own = str(clinics.folder / "south/south.request.json"), clinics.request("south")
+    words = ("--public-size", "5000", "--fingerprint", fingerprint(own.request.identity))
+    clinics.server("sites", "add", request, "--out", "../kit.json", *words)
+    assert clinics.roster().roster.member("south").public_size == 5000
+    # The kit has the same roster, and so has what is exported.
+    kit = document_from_json(read_kit(clinics.folder / "kit.json").kit.roster, "kit")
+    assert kit.roster == clinics.roster().roster
+    told = clinics.server("sites", "size", "east", "--public-size", "1200")
+    assert clinics.roster().roster.digest().hex() in told
+    sizes = {member.name: member.public_size for member in clinics.roster().roster.members}
+    assert sizes == {"east": 1200, "north": None, "south": 5000}
+    shown = clinics.server("sites", "list")
+    assert "public size" in shown
+    assert "5,000" in shown
+    listed = json.loads(clinics.server("sites", "list", "--json"))
+    assert {one["site"]: one["public_size"] for one in listed} == sizes
+    assert before.members == tuple(
+        Member(one.name, one.public_key) for one in clinics.roster().roster.members[:2]
+    )
+
+
+def test_a_public_size_of_nobody_or_the_same_changes_nothing(clinics: Enrolling) -> None:
+    words = ("sites", "size", "nobody", "--public-size", "5")
+    unchanged(clinics, IdentityError, "a site is not in the roster", *words)
+    clinics.server("sites", "size", "east", "--public-size", "5")
+    words = ("sites", "size", "east", "--public-size", "5")
+    unchanged(clinics, IdentityError, "has this public size already", *words)
 
 
 def test_a_kit_that_cannot_be_written_adds_nobody(clinics: Enrolling) -> None:
