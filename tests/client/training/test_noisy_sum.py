@@ -112,7 +112,7 @@ def trainer_of(
 def parts_of(
     model: AdaptedModel, plan: TrainingPlan, data: PreparedData, name: str
 ) -> tuple[Sums, Sums]:
-    """What a site sends, without its noise, and the noise: the second key that it takes draws it."""
+    """What a site sends, without its noise, and the noise: its second key draws it."""
     entropy = Keys(name)
     sent = trainer_of(model, plan, data, entropy).noisy_sum(1, start_of(plan))
     batch_key, noise_key = entropy.given
@@ -201,7 +201,8 @@ def test_a_batch_is_drawn_at_the_plans_rate_whatever_size_a_site_states(
         for stated in (0.03, 0.3, 1.0)
     ]
     assert asked == [(len(OWNERS), 0.3)] * 3
-    assert np.array_equal(sent[0], sent[1]) and np.array_equal(sent[1], sent[2])
+    assert np.array_equal(sent[0], sent[1])
+    assert np.array_equal(sent[1], sent[2])
 
 
 def test_another_attempt_draws_another_batch_and_other_noise(

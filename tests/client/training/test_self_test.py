@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2
-from torch import nn
 from support.shared_noise_plans import shared_noise_plan
+from torch import nn
 from transformers import RobertaConfig, RobertaModel
 
 from umbel_client.dpsgd import fused, integer_sum, private_step
