@@ -28,7 +28,6 @@ from umbel_client.trainer.job import SiteJob
 from umbel_client.trainer.opening import open_job
 from umbel_client.training import answer_time
 from umbel_common.adapters.site_counts import COORDINATES
-from umbel_common.secagg.sums import counts_in, read_sum
 from umbel_common.adapters.vector import adapter_digest, initial_vector
 from umbel_common.errors import (
     BudgetError,
@@ -40,6 +39,7 @@ from umbel_common.errors import (
 from umbel_common.plans.plan import Classification, ScoreEvaluation, TrainingPlan
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg.encoding import signed_part
+from umbel_common.secagg.sums import counts_in, read_sum
 
 pytestmark = pytest.mark.usefixtures("shared_proofs")
 
@@ -335,12 +335,12 @@ def test_a_failure_is_recorded_and_the_site_sits_its_round_out(
     assert known is not None
     assert known.vector == failed_digest(key_of(header))
     drawn = list(computations)
-    for job in (job, opened()):
+    for site in (job, opened()):
         for later in (header, again):
             with pytest.raises(LedgerError, match="its round is not tried again"):
-                compute(job, later)
+                compute(site, later)
     assert computations == drawn
-    compute(job, header_of(plan, round_number=2))
+    compute(site, header_of(plan, round_number=2))
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["forgotten", "kept"])
