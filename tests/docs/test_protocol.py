@@ -18,7 +18,7 @@ POSITION = {
     "RoundAborted": 0,
     "PolicyRefusal": 0,
     "check_enough": 0,
-    "_require_threshold": 0,
+    "_require_sites": 0,
     "_at_most": 2,
     "_one_of": 2,
     "_refuse": 2,

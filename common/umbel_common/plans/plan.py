@@ -135,7 +135,7 @@ class Lora(Value, frozen=True):
         return sum(tensor.size for tensor in self.tensors)
 
     def kinds_of_rounds(self, rounds: int) -> tuple[int, ...]:
-        """A round of each kind that a job of so many has: one, or two where they alternate."""
+        """A round of each kind: one, or two where rounds alternate what they train."""
         return (1, 2) if self.method == "alternate" and rounds > 1 else (1,)
 
     def trained(self, round_number: int) -> tuple[Tensor, ...]:

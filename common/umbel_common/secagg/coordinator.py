@@ -141,7 +141,7 @@ class Stage(Generic[Answer]):
         )
         require(site not in self.answers, "second-answer", "a site answers twice", field=site)
 
-    def _require(self, check: str, least: int) -> None:
+    def _require_sites(self, check: str, least: int) -> None:
         if len(self.answers) < least:
             raise RoundAborted(
                 check,
@@ -188,7 +188,7 @@ class Advertising(Stage[tuple[Signed, KeyAdvert]]):
             RoundAborted: `too-few-adverts`.
         """
         # C1.3
-        self._require("too-few-adverts", self.terms.least)
+        self._require_sites("too-few-adverts", self.terms.least)
         return Sharing(self.terms, self.answered, {}, adverts=dict(self.answers))
 
 
@@ -235,7 +235,7 @@ class Sharing(Stage[tuple[EncryptedShare, ...]]):
             RoundAborted: `too-few-shares`.
         """
         # C2.3
-        self._require("too-few-shares", self.terms.least)
+        self._require_sites("too-few-shares", self.terms.least)
         return Masking(
             self.terms,
             self.answered,
@@ -283,7 +283,7 @@ class Masking(Stage[None]):
             RoundAborted: `too-few-vectors`.
         """
         # C3.3
-        self._require("too-few-vectors", self.terms.least)
+        self._require_sites("too-few-vectors", self.terms.least)
         return Confirming(
             self.terms,
             self.answered,
@@ -335,7 +335,7 @@ class Confirming(Stage[SurvivorSignature]):
             RoundAborted: `too-few-confirmations`.
         """
         # C4.3
-        self._require("too-few-confirmations", self.terms.threshold)
+        self._require_sites("too-few-confirmations", self.terms.threshold)
         return Unmasking(
             self.terms,
             self.answered,
@@ -399,7 +399,7 @@ class Unmasking(Stage[tuple[RevealedShare, ...]]):
             LocalProtocolError: `stale-stage`.
         """
         # C5.3
-        self._require("too-few-reveals", self.terms.threshold)
+        self._require_sites("too-few-reveals", self.terms.threshold)
         # C5.4
         total = self.total.take(count=len(self.survivors))
         # C5.5, C5.6

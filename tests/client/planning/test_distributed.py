@@ -1,4 +1,4 @@
-"""Numbers of a plan in distributed mode: a site that computes them again finds what was promised."""
+"""Numbers of a plan in distributed mode: a site computes them again and finds the promise kept."""
 
 import functools
 import math
