@@ -13,6 +13,7 @@ import numpy as np
 from adversarial.puppet import Puppet
 from adversarial.weaken import Protection, Stopped
 from safetensors.numpy import load_file
+from support.shared_noise_plans import shared_noise_plan
 
 from umbel_client.data.records import load_records
 from umbel_client.ledger.ledger import Ledger
@@ -40,7 +41,7 @@ from umbel_common.plans.plan import (
     Training,
     TrainingPlan,
 )
-from umbel_common.plans.statements import Release, RoundHeader
+from umbel_common.plans.statements import Release, RoundHeader, chained, with_sum
 from umbel_common.protocol.wire import (
     OfferRequest,
     Refusal,
@@ -184,7 +185,8 @@ class Federation:
         self.played_roster = self.make_roster(identities)
 
     def make_plan(self, **parts: object) -> TrainingPlan:
-        """A valid plan; keyword arguments replace its parts."""
+        """A valid plan; keyword arguments replace its parts. With `sharing`, a plan of distributed
+        mode (`shared_noise_plan`)."""
         # Few lengths and few rows: each site tests every shape that it may compute in.
         task = Classification(labels=("a", "b"), max_tokens=16)
         lora = plan_lora(
@@ -213,7 +215,9 @@ class Federation:
             "privacy": LocalPrivacy(epsilon=8.0, delta=1e-4, clip_norm=1.0),
             "aggregation": Aggregation(threshold=3, clip_range=1.0, step=1e-6),
         }
-        return TrainingPlan(**{**fields, **parts})
+        sharing: Any = parts.pop("sharing", None)
+        plan = TrainingPlan(**{**fields, **parts})
+        return plan if sharing is None else shared_noise_plan(plan, **sharing)
 
     def start(
         self,
@@ -312,7 +316,10 @@ class Federation:
             "survivors": (),
             "total_weight": 0,
         }
-        return sign(self.operator, Release(**{**fields, **parts})), vector
+        release = Release(**{**fields, **parts})
+        if self.plan.version == 2:
+            release = with_sum(release, bytes(32))
+        return sign(self.operator, release), vector
 
     def header(self, **parts: object) -> RoundHeader:
         """A valid header of attempt 1 of round 1; keyword arguments replace its fields."""
@@ -326,7 +333,8 @@ class Federation:
             "adapter": adapter_digest(self.plan.digest(), initial_vector(self.plan)),
             "cohort": tuple(sorted(self.identities)),
         }
-        return RoundHeader(**{**fields, **parts})
+        header = RoundHeader(**{**fields, **parts})
+        return header if self.plan.version == 1 else chained(header, bytes(32))
 
     def train_request(
         self, header: RoundHeader | None = None, release: tuple[Signed, Vector] | None = None
