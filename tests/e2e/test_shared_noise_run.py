@@ -38,7 +38,7 @@ head_learning_rate = 1e-1
 """
 REST = """
 [compute]
-physical_batch_size = 16
+physical_batch_size = 4
 
 [server]
 optimizer = "sgd"
