@@ -13,6 +13,7 @@ import numpy as np
 from adversarial.puppet import Puppet
 from adversarial.weaken import Protection, Stopped
 from safetensors.numpy import load_file
+from support.shared_noise_plans import shared_noise_plan
 
 from umbel_client.data.records import load_records
 from umbel_client.ledger.ledger import Ledger
@@ -185,7 +186,8 @@ class Federation:
         self.played_roster = self.make_roster(identities)
 
     def make_plan(self, **parts: object) -> TrainingPlan:
-        """A valid plan; keyword arguments replace its parts."""
+        """A valid plan; keyword arguments replace its parts. With `sharing`, a plan of distributed
+        mode (`shared_noise_plan`)."""
         # Few lengths and few rows: each site tests every shape that it may compute in.
         task = Classification(labels=("a", "b"), max_tokens=16)
         lora = plan_lora(
@@ -214,7 +216,9 @@ class Federation:
             "privacy": LocalPrivacy(epsilon=8.0, delta=1e-4, clip_norm=1.0),
             "aggregation": Aggregation(threshold=3, clip_range=1.0, step=1e-6),
         }
-        return TrainingPlan(**{**fields, **parts})
+        sharing: Any = parts.pop("sharing", None)
+        plan = TrainingPlan(**{**fields, **parts})
+        return plan if sharing is None else shared_noise_plan(plan, **sharing)
 
     def start(
         self,

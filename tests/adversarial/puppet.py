@@ -5,9 +5,9 @@ import os
 import numpy as np
 
 from umbel_common.adapters.vector import size_of
-from umbel_common.canonical import decode
+from umbel_common.canonical import decode_canonical
 from umbel_common.plans.plan import TrainingPlan
-from umbel_common.plans.statements import RoundHeader
+from umbel_common.plans.statements import HEADER_VERSIONS
 from umbel_common.protocol.wire import (
     ConfirmReply,
     ConfirmRequest,
@@ -42,7 +42,7 @@ class Puppet:
         """The answer by the protocol, under the roster with which the server plays the site."""
         match self.state, request:
             case _, TrainRequest():
-                header = decode(request.header.statement, RoundHeader)
+                header = decode_canonical(request.header.statement, HEADER_VERSIONS)
                 rules = Rules(
                     threshold=self.plan.aggregation.threshold, colluding=0, minimum_cohort=1
                 )

@@ -7,7 +7,9 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
+from umbel_client.ledger import admission, rows
 from umbel_client.ledger.ledger import Ledger
+from umbel_client.privacy import attempt_cost
 from umbel_client.site import policy
 from umbel_client.storage import journal as session
 from umbel_common import errors
@@ -112,10 +114,23 @@ def _without_canonical_sets(patch: pytest.MonkeyPatch, replace: Replace) -> None
     replace(statements.check_sorted, lambda names: None)
 
 
+def _without_a_true_claim(patch: pytest.MonkeyPatch, replace: Replace) -> None:
+    """Makes a site believe what a plan of distributed mode says of itself."""
+    replace(attempt_cost.judge_cost, lambda *_: None)
+
+
+def _without_most_attempts(patch: pytest.MonkeyPatch, replace: Replace) -> None:
+    """Makes a ledger that takes any number of attempts of a job."""
+    replace(admission.require_attempt, lambda *_: None)
+    patch.setattr(rows, "_require", lambda *_: None)
+
+
 BARRIERS: dict[str, Callable[[pytest.MonkeyPatch, Replace], None]] = {
     "canonical-set": _without_canonical_sets,
+    "claim-exceeded": _without_a_true_claim,
     "context-binding": _without_context_binding,
     "counted-answers": _without_counted_answers,
+    "most-attempts": _without_most_attempts,
     "share-authentication": _without_share_authentication,
     "self-mask": _without_self_mask,
     "unique-attempt": _without_unique_attempts,
@@ -127,6 +142,7 @@ STOPPED_AS = {
     "canonical-set": "site-fault",
     "context-binding": "share-decrypt",
     "counted-answers": "site-not-ready",
+    "most-attempts": "budget",
     "share-authentication": "share-decrypt",
     "pinned-roster": "roster-digest",
     "durable-journal": "second-answer",

@@ -167,7 +167,7 @@ def numbers_of(
     """The noise that keeps a draft's promise, and the grid that it is drawn on.
 
     The noise is a power of two steps, and the grid follows: fine enough that rounding costs a
-    hundredth of the noise, or as fine as a ring of 16 bits allows.
+    hundredth of the noise, as far as the ring and noise of 2^20 steps allow.
 
     Args:
         coordinates: number of trained coordinates of the round that trains most.

@@ -127,6 +127,7 @@ def open_job(
             answer_time = measure_answer_time(
                 model,
                 limit,
+                public_size=config.data.public_size,
                 records_per_unit=records_per_unit,
                 scored_units=0.0 if plan.evaluation is None else held_out,
             )

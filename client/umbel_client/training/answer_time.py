@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training.bit_test import lengths_up_to, made_up_gradients
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import DistributedPrivacy, TrainingPlan
 
 MARGIN = 2.0
 """Measured times are multiplied by it: optimizer, noise, disk and other processes take time too."""
@@ -52,12 +52,18 @@ WHEN_DONE = AnswerTime(0.0)
 
 
 def measure_answer_time(
-    model: AdaptedModel, limit: BatchLimit, *, records_per_unit: int, scored_units: float
+    model: AdaptedModel,
+    limit: BatchLimit,
+    *,
+    public_size: int,
+    records_per_unit: int,
+    scored_units: float,
 ) -> AnswerTime:
     """The answer time of a plan on this machine.
 
     Args:
         limit: the number of records computed at once.
+        public_size: number of this site's units.
         records_per_unit: largest number of records of a unit.
         scored_units: number of units that a round scores, on average.
     """
@@ -68,10 +74,23 @@ def measure_answer_time(
     made_up_gradients(model, longest, limit.records)
     part = time.monotonic() - began
     copies = len(model.copies)
-    parts = most_parts(model.plan, limit, records_per_unit, scored_units, copies=copies)
+    drawn = drawn_units(model.plan, public_size)
+    parts = most_parts(model.plan, limit, records_per_unit, scored_units, drawn, copies=copies)
     answer_time = AnswerTime(MARGIN * parts * part)
     _logger.info("answers to rounds leave at multiples of %.1f s", answer_time.seconds)
     return answer_time
+
+
+def drawn_units(plan: TrainingPlan, public_size: int) -> float:
+    """The mean number of this site's units in a batch.
+
+    In distributed mode the plan's expected batch size says nothing about it: it is of all sites
+    together, and a number that the server divides by. A plan that states a small one must not make
+    batches exceed their time.
+    """
+    if isinstance(plan.privacy, DistributedPrivacy):
+        return plan.privacy.sampling_rate * public_size
+    return plan.training.expected_batch_size
 
 
 def most_parts(
@@ -79,6 +98,7 @@ def most_parts(
     limit: BatchLimit,
     records_per_unit: int,
     scored_units: float,
+    drawn: float,
     *,
     copies: int = 1,
 ) -> int:
@@ -95,6 +115,6 @@ def most_parts(
     def parts(mean: float) -> int:
         return math.ceil(math.ceil(mean + 4 * math.sqrt(mean)) / at_once) + lengths
 
-    in_a_step = math.ceil(parts(plan.training.expected_batch_size) / copies)
+    in_a_step = math.ceil(parts(drawn) / copies)
     in_steps = plan.training.local_steps * in_a_step
     return in_steps + (parts(scored_units) if scored_units else 0)

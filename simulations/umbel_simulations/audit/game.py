@@ -9,6 +9,8 @@ noisy delta after *each* step. The server and all other sites together see this 
 has one step. The attack sees neither batches nor noise nor anything else inside the site. Steps are
 plain gradient descent: with Adam, or with several steps in a round, the releases are a function of
 these deltas, so they cannot reveal more.
+
+In distributed mode the attack reads sums instead (`gather_shared_evidence`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +30,14 @@ from umbel_client.tasks.prepared import PreparedData
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.tasks.task import task_of
 from umbel_client.training.round import LocalTrainer
-from umbel_common.adapters.vector import Vector, initial_vector
+from umbel_common.adapters.vector import Vector, initial_vector, size_of
 from umbel_common.canonical import Entropy
-from umbel_common.plans.plan import LocalPrivacy, Sgd, TrainingPlan
+from umbel_common.plans.plan import (
+    DifferentialPrivacy,
+    DistributedPrivacy,
+    Sgd,
+    TrainingPlan,
+)
 
 _RATE = 0.01
 """Learning rate: large enough that float32 keeps the noise, small enough that nothing diverges."""
@@ -105,6 +112,55 @@ def gather_evidence(
     return evidence
 
 
+def gather_shared_evidence(
+    victim: LocalTrainer,
+    others: Sequence[LocalTrainer],
+    known: PreparedData,
+    canaries: PreparedData,
+    *,
+    attempts: int,
+    of_the_mean: bool,
+) -> Floats:
+    """Reads the sums of distributed mode, and attacks them.
+
+    The attack is on the claim against readers of the sums. It sees one sum for each attempt, of
+    the vectors of the sites whose noise it does not know, and nothing else; it knows the records of
+    all sites but for the canaries. All attempts are at the adapter that the job starts from, which
+    is where a server can keep a job by ending its attempts.
+
+    Args:
+        victim: trains on `known` and the included canaries.
+        others: the other sites of each sum, without records.
+        known: what the attack knows to be in the victim's data.
+        canaries: all of them; the attack does not know which of them the victim has.
+        attempts: number of sums.
+        of_the_mean: whether the attack takes the mean of the sums, as if they had one batch, which
+            they must not have; or each sum as one of a batch of its own.
+
+    Returns:
+        float64[canaries], see `GameOutcome.evidence`.
+    """
+    model, size = victim.model, victim.limit.records
+    privacy, start = model.plan.privacy, initial_vector(model.plan)
+    assert isinstance(privacy, DistributedPrivacy)
+    rate = privacy.sampling_rate
+    model.set_vector(start)
+    expected: Floats = np.zeros(size_of(model.plan.trained_tensors(1)))
+    for _, gradients in clipped_gradients(model, 1, known, size):
+        expected += rate * gradients.sum(axis=0)
+    directions = np.empty((canaries.unit_count, len(expected)), dtype=np.float32)
+    for units, gradients in clipped_gradients(model, 1, canaries, size):
+        directions[units] = gradients
+    sums = []
+    for _ in range(attempts):
+        vectors = [site.noisy_sum(1, start) for site in (victim, *others)]
+        total = np.sum(vectors, axis=0).astype(np.float64)
+        sums.append(total * model.plan.aggregation.step - expected)
+    read = [np.mean(sums, axis=0)] if of_the_mean else sums
+    evidence: Floats = np.sum([log_likelihood_ratios(one, directions, rate) for one in read], 0)
+    return evidence
+
+
 def log_likelihood_ratios(noisy_sum: Floats, directions: Vector, rate: float) -> Floats:
     """Log-likelihood ratio of one noisy sum for each canary: in the data, to not in the data.
 
@@ -145,7 +201,7 @@ def clipped_gradients(
         numbers of some units, int64[n], and float64[n, elements trained in round `number`].
     """
     plan = model.plan
-    assert isinstance(plan.privacy, LocalPrivacy)
+    assert isinstance(plan.privacy, DifferentialPrivacy)
     trained = [model.select(number)[tensor.name] for tensor in plan.trained_tensors(number)]
     task = task_of(plan.task)
     with per_record_gradients(model):

@@ -21,12 +21,18 @@ from rich.table import Table
 from umbel_client.models.site_model import load_public
 from umbel_client.privacy.accounting import DpEvent, epsilon
 from umbel_client.privacy.calibration import SiteNoise, noise_for
+from umbel_client.privacy.shared_noise import shares_of
 from umbel_client.tasks.prepared import PreparedData, prepare
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training.round import LocalTrainer
 from umbel_common.canonical import Entropy, Value
 from umbel_common.errors import ConfigError, VerificationError
-from umbel_common.plans.plan import LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import (
+    DifferentialPrivacy,
+    DistributedPrivacy,
+    LocalPrivacy,
+    TrainingPlan,
+)
 from umbel_simulations.audit.bound import epsilon_lower_bound
 from umbel_simulations.audit.canaries import (
     AnyRecords,
@@ -43,6 +49,7 @@ from umbel_simulations.audit.game import (
     OnRound,
     flip_coins,
     gather_evidence,
+    gather_shared_evidence,
     step_by_step,
 )
 from umbel_simulations.backends.site_config import public_size
@@ -202,6 +209,60 @@ def play(
     return GameOutcome(included, evidence)
 
 
+def play_shared(
+    plan: TrainingPlan,
+    model: Path,
+    records: AnyRecords,
+    *,
+    vectors: int,
+    attempts: int,
+    canaries: int,
+    seed: int,
+    entropy: Entropy,
+    physical_batch_size: int,
+    of_the_mean: bool = False,
+) -> GameOutcome:
+    """One game on a plan of distributed mode, against those who read its sums.
+
+    Args:
+        vectors: number of vectors in each sum whose noise the attack does not know: the plan's
+            `honest`, where the mode keeps its word.
+        attempts: number of sums that the attack reads.
+        canaries, seed, entropy, physical_batch_size: see `play`.
+        of_the_mean: see `gather_shared_evidence`.
+    """
+    adapted = load_public(model, plan, "cpu", trains=True)
+    limit = BatchLimit(physical_batch_size)
+    made = make_canaries(records, plan, canaries, seed)
+    included = flip_coins(canaries, entropy)
+    noise = claimed_noise(plan)
+
+    def prepared(chosen: AnyRecords) -> PreparedData:
+        return prepare(adapted, model, chosen, limit, cache=None)
+
+    def site(chosen: AnyRecords) -> LocalTrainer:
+        return LocalTrainer(adapted, prepared(chosen), noise, entropy, limit)
+
+    victim = site(with_included(records, made, included))
+    others = [site(records.only(()))] * (vectors - 1)
+    evidence = gather_shared_evidence(
+        victim,
+        others,
+        prepared(records),
+        prepared(made),
+        attempts=attempts,
+        of_the_mean=of_the_mean,
+    )
+    return GameOutcome(included, evidence)
+
+
+def claimed_noise(plan: TrainingPlan) -> SiteNoise:
+    """The sampling rate and noise of a plan of distributed mode, against readers of the sums."""
+    assert isinstance(plan.privacy, DistributedPrivacy)
+    multiplier = shares_of(plan).noise_multiplier(plan.privacy.honest)
+    return SiteNoise(plan.privacy.sampling_rate, multiplier)
+
+
 def share_of(noise: SiteNoise, share: float) -> SiteNoise:
     """The same sampling rate with a share of the noise."""
     assert noise.noise_multiplier is not None
@@ -216,28 +277,33 @@ def judge(
     scenario: str,
     site: str,
     records: AnyRecords,
+    share_of_guesses: float = GUESSES,
 ) -> AuditResult:
     """Counts the right guesses on the canaries with the strongest evidence, and bounds epsilon.
 
     Args:
         noise: the claimed noise.
         records: records that the attack knew.
+        share_of_guesses: of the canaries; fixed before the attack sees anything.
     """
-    assert isinstance(plan.privacy, LocalPrivacy)
+    assert isinstance(plan.privacy, DifferentialPrivacy)
+    steps = plan.training.steps
+    if isinstance(plan.privacy, DistributedPrivacy):
+        steps = plan.privacy.most_attempts
     assert noise.noise_multiplier is not None
     delta, canaries = plan.privacy.delta, len(outcome.included)
-    guesses = max(1, round(GUESSES * canaries))
+    guesses = max(1, round(share_of_guesses * canaries))
     strongest = np.argsort(-np.abs(outcome.evidence), kind="stable")[:guesses]
     right = (outcome.evidence[strongest] > 0) == outcome.included[strongest]
     correct = int(right.sum())
-    event = DpEvent(noise.noise_multiplier, noise.sampling_rate, plan.training.steps)
+    event = DpEvent(noise.noise_multiplier, noise.sampling_rate, steps)
     return AuditResult(
         scenario=scenario,
         site=site,
         unit=records.unit_column or "record",
         records=len(records),
         units=unit_count(records),
-        steps=plan.training.steps,
+        steps=steps,
         sampling_rate=noise.sampling_rate,
         noise_multiplier=noise.noise_multiplier,
         claimed_epsilon=epsilon([event], delta),

@@ -288,7 +288,9 @@ def test_an_answer_time_is_for_as_many_batches_as_a_round_may_have(
     plan = plan_for(tiny_model, Classification(labels=("a", "b")), training=one_round(12))
     training = msgspec.structs.replace(plan.training, local_steps=3)
     plan = msgspec.structs.replace(plan, training=training)
-    found = answer_time.most_parts(plan, BatchLimit(limit), records_per_unit, scored_units)
+    found = answer_time.most_parts(
+        plan, BatchLimit(limit), records_per_unit, scored_units, answer_time.drawn_units(plan, 12)
+    )
     assert found == parts
 
 

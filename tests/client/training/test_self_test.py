@@ -1,20 +1,28 @@
 """The start-up self-test passes on sound parts, and names what is wrong with others."""
 
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2
+from support.shared_noise_plans import shared_noise_plan
 from torch import nn
 from transformers import RobertaConfig, RobertaModel
 
-from umbel_client.dpsgd import fused, private_step
+from umbel_client.dpsgd import fused, integer_sum, private_step
+from umbel_client.dpsgd.integer_sum import IntegerSum
+from umbel_client.dpsgd.private_step import Gradients, clip_factors
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.base.precision import Precision
+from umbel_client.privacy.discrete_gaussian import DiscreteGaussian
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.tasks.shapes import BatchLimit
 from umbel_client.training import self_test
@@ -274,3 +282,83 @@ def test_an_optimiser_that_does_not_move_the_adapter_is_refused(tiny_model: Path
         run(model_of(tiny_model, adapter_learning_rate=1e-12))
     assert "lora_A" in str(caught.value.found)
     assert "head" not in str(caught.value.found)
+
+
+def sharing_model(folder: Path, *, clipping: Clipping = "flat") -> AdaptedModel:
+    """A model of a plan whose sites share their noise."""
+    model = model_of(folder)
+    plan = shared_noise_plan(model.plan, sampling_rate=1.0, attempts=4)
+    privacy = msgspec.structs.replace(plan.privacy, clipping=clipping)
+    model = AdaptedModel.load(folder, msgspec.structs.replace(plan, privacy=privacy))
+    model.set_vector(np.arange(plan.lora.size, dtype=np.float32))
+    return model
+
+
+@pytest.mark.parametrize("clipping", ["flat", pytest.param("automatic", marks=pytest.mark.full)])
+def test_sound_parts_of_distributed_mode_pass(tiny_model: Path, clipping: Clipping) -> None:
+    model = sharing_model(tiny_model, clipping=clipping)
+    before = model.vector()
+    run(model)
+    assert np.array_equal(model.vector(), before)
+
+
+def _sum_of(rounded: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    """`IntegerSum._part` with another rounding: of float64[units, elements] to [elements]."""
+
+    def part(
+        self: IntegerSum, gradients: Gradients, units: np.ndarray | None
+    ) -> dict[torch.device, torch.Tensor]:
+        gradients, factors = clip_factors(gradients, units, self._clip_norm, self._clipping)
+        steps = (factors / self._grid).unsqueeze(1)
+        return {
+            device: torch.cat([rounded(rows.double() * steps) for rows in there])
+            for device, there in gradients.items()
+        }
+
+    return part
+
+
+@pytest.mark.parametrize(
+    ("rounded", "told"),
+    [
+        pytest.param(lambda rows: rows.round().sum(0), None, marks=pytest.mark.full),
+        (lambda rows: rows.sum(0).round(), "rounded one by one"),
+        (lambda rows: rows.sum(0), "rounded one by one"),
+        (lambda rows: rows.ceil().sum(0), "rounded one by one"),
+    ],
+    ids=["sound", "a sum is rounded", "nothing is rounded", "rounded up"],
+)
+def test_rounding_that_the_sensitivity_does_not_hold_for_is_refused(
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rounded: Callable[[torch.Tensor], torch.Tensor],
+    told: str | None,
+) -> None:
+    monkeypatch.setattr(IntegerSum, "_part", _sum_of(rounded))
+    model = sharing_model(tiny_model)
+    with nullcontext() if told is None else pytest.raises(ModelError, match=told):
+        run(model)
+
+
+@pytest.mark.parametrize("factor", [1.1, 100.0])
+def test_integer_sums_of_records_that_are_not_clipped_are_found(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    monkeypatch.setattr(
+        integer_sum, "clip_factors", lambda g, u, norm, how: clip_factors(g, u, factor * norm, how)
+    )
+    with pytest.raises(ModelError, match="not clipped to the clip norm"):
+        run(sharing_model(tiny_model))
+
+
+@pytest.mark.parametrize("bits", [-1, 1])
+def test_integer_noise_of_another_scale_is_found(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    monkeypatch.setattr(
+        self_test,
+        "DiscreteGaussian",
+        lambda source, planned: DiscreteGaussian(source, planned + bits),
+    )
+    with pytest.raises(ModelError, match="noise is not the one"):
+        run(sharing_model(tiny_model))
