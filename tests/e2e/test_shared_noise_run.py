@@ -89,6 +89,7 @@ def altered(path: Path, field: str, value: object) -> bytes:
     return before
 
 
+@pytest.mark.full
 def test_a_federation_shares_its_noise_survives_faults_and_is_verified(tiny: Any) -> None:
     share_noise(tiny)
     result = tiny.run()

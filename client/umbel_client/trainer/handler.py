@@ -118,7 +118,7 @@ from umbel_common.errors import (
     require,
 )
 from umbel_common.plans.check import check_plan
-from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan
+from umbel_common.plans.plan import PLAN_VERSIONS, DistributedPrivacy, TrainingPlan
 from umbel_common.plans.statements import HEADER_VERSIONS, RELEASE_VERSIONS
 from umbel_common.protocol.wire import (
     FinishReply,
@@ -385,13 +385,15 @@ class Trainer:
             journal.add_seconds_trained(plan.job, time.monotonic() - began)
         # 13
         head = job.ledger_head()
+        # The threshold is counted anyway.
+        floor = plan.least_survivors if isinstance(plan.privacy, DistributedPrivacy) else 0
         state, advert = participant.advertise(
             header,
             site.name,
             Rules(
                 threshold=plan.aggregation.threshold,
                 colluding=site.policy.colluding_sites,
-                minimum_cohort=max(site.policy.minimum_cohort, plan.least_survivors),
+                minimum_cohort=max(site.policy.minimum_cohort, floor),
             ),
             site.identity,
             head,

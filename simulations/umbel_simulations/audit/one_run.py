@@ -31,6 +31,7 @@ from umbel_common.plans.plan import (
     DifferentialPrivacy,
     DistributedPrivacy,
     LocalPrivacy,
+    NoPrivacy,
     TrainingPlan,
 )
 from umbel_simulations.audit.bound import epsilon_lower_bound
@@ -135,16 +136,24 @@ def audit_scenario(
         One result for each unit: record, patient.
 
     Raises:
-        ConfigError: the scenario claims no privacy.
+        ConfigError: the scenario claims no privacy, or its sites share their noise.
         DataError, CalibrationError, PolicyRefusal: the site has too few units for the privacy of
             the scenario.
     """
-    if not isinstance(scenario.privacy, LocalPrivacy):
+    if isinstance(scenario.privacy, NoPrivacy):
         raise ConfigError(
             "without differential privacy there is no claim to audit",
             field="privacy.mode",
             found="none",
             accepted="local",
+        )
+    if not isinstance(scenario.privacy, LocalPrivacy):
+        raise ConfigError(
+            "an audit of a scenario trains one site, and these sites share their noise",
+            field="privacy.mode",
+            found="distributed",
+            accepted="local",
+            remedy="audit the scenario in local mode; tests attack the sums of distributed mode",
         )
     # One thread: more of them on busy cores slow each other down.
     torch.set_num_threads(1)

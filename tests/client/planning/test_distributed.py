@@ -107,7 +107,7 @@ def rounding_cost(plan: TrainingPlan) -> float:
 @pytest.mark.parametrize(
     "honest", [2, *(pytest.param(one, marks=pytest.mark.full) for one in (1, 7))]
 )
-@pytest.mark.parametrize("claim", [1.0, 8.0])
+@pytest.mark.parametrize("claim", [1.0, pytest.param(8.0, marks=pytest.mark.full)])
 def test_a_plan_keeps_its_claim_and_fits_its_ring_for_every_size(
     make_plan: MakePlan, claim: float, honest: int, ring_bits: int
 ) -> None:
@@ -133,6 +133,7 @@ def test_a_plan_keeps_its_claim_and_fits_its_ring_for_every_size(
         assert plan.aggregation.clip_range >= privacy.clip_norm
 
 
+@pytest.mark.full
 def test_a_claim_at_a_small_sampling_rate_holds_with_an_evaluation(make_plan: MakePlan) -> None:
     draft = msgspec.structs.replace(DRAFT, sampling_rate=0.05)
     plan = plan_of(make_plan, 400, draft, evaluation=COUNTED)

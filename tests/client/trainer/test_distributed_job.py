@@ -420,6 +420,7 @@ def test_a_sum_that_is_not_the_recorded_one_is_not_sent(
     assert computations == [key_of(header), key_of(again)]
 
 
+@pytest.mark.full
 def test_sums_of_earlier_rounds_leave_the_disk(opened: Open, plan: TrainingPlan) -> None:
     job = opened()
     folder = job._config.state_folder.deltas(plan.job)
@@ -430,6 +431,7 @@ def test_sums_of_earlier_rounds_leave_the_disk(opened: Open, plan: TrainingPlan)
     assert (folder / "00002-00001.sum").stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.full
 def test_attempts_past_the_plans_most_are_refused_before_any_gradient(
     opened: Open, plan: TrainingPlan, computations: list[AttemptKey]
 ) -> None:
