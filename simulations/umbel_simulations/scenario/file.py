@@ -36,7 +36,9 @@ def find_scenario(name_or_path: str) -> Scenario:
     shipped = SHIPPED / f"{name_or_path}.toml"
     is_path = name_or_path.endswith(".toml") or os.sep in name_or_path
     path = Path(name_or_path) if is_path else shipped
-    if not os.path.isfile(path):
+    # A folder that is closed to this user may hold it: reading it says so.
+    closed = is_path and not os.access(path.parent, os.X_OK) and path.parent.is_dir()
+    if not closed and not os.path.isfile(path):
         names = ", ".join(file.stem for file in sorted(SHIPPED.glob("*.toml")))
         raise ConfigError(
             "there is no such scenario",

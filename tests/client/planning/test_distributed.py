@@ -196,7 +196,7 @@ def changed(plan: TrainingPlan2, part: str, **changes: Any) -> TrainingPlan2:
         ),
         ("training", {"average_decay": 0.9}, "training.average_decay"),
         ("training", {"final_learning_rate": 0.5}, "training.final_learning_rate"),
-        ("", {"server": Average()}, "server.optimizer"),
+        ("", {"own_server": Average()}, "server.optimizer"),
         ("aggregation", {"weights": "size-class", "max_weight": 3}, "aggregation.weights"),
         ("aggregation", {"weights": "examples", "max_weight": 3}, "aggregation.weights"),
         ("aggregation", {"threshold": 4}, "privacy.least_survivors"),

@@ -721,7 +721,7 @@ def test_the_device_with_the_least_room_decides_how_many_records_are_computed_at
 def test_the_parts_of_a_step_are_computed_by_all_copies_and_scores_by_one(bert: Path) -> None:
     plan = plan_for(bert, LABELLED, training=one_round(64, steps=3))
     # 96 records in eights, and one length.
-    assert most_parts(plan, BatchLimit(8), 1, 0.0) == 3 * 13
-    assert most_parts(plan, BatchLimit(8), 1, 0.0, copies=2) == 3 * 7
-    scored = most_parts(plan, BatchLimit(8), 1, 16.0, copies=2) - 3 * 7
-    assert scored == most_parts(plan, BatchLimit(8), 1, 16.0) - 3 * 13
+    assert most_parts(plan, BatchLimit(8), 1, 0.0, 64.0) == 3 * 13
+    assert most_parts(plan, BatchLimit(8), 1, 0.0, 64.0, copies=2) == 3 * 7
+    scored = most_parts(plan, BatchLimit(8), 1, 16.0, 64.0, copies=2) - 3 * 7
+    assert scored == most_parts(plan, BatchLimit(8), 1, 16.0, 64.0) - 3 * 13
