@@ -148,7 +148,7 @@ class Stage(Generic[Answer]):
                 "too few sites answered a stage of this attempt",
                 found=f"{len(self.answers)} of {len(self.sites)}",
                 accepted=f"at least {least}",
-                remedy="retry when more sites are online; the deltas that sites hold are reused",
+                remedy="retry when more sites are online",
             )
 
 
