@@ -33,7 +33,7 @@ SHARING: dict[str, Any] = {
     "least_survivors": 4,
     "sampling_rate": 1.0,
     "attempts": 2,
-    "server": ServerSgd(adapter_learning_rate=0.1, head_learning_rate=0.1),
+    "own_server": ServerSgd(adapter_learning_rate=0.1, head_learning_rate=0.1),
 }
 """Four sites, of which one may collude: the noise of three is relied on."""
 
@@ -225,7 +225,7 @@ def two_steps(make_plan: Callable[..., TrainingPlan]) -> TrainingPlan2:
         least_survivors=SITES,
         sampling_rate=1.0,
         attempts=3,
-        server=SHARING["server"],
+        own_server=SHARING["own_server"],
     )
     training = msgspec.structs.replace(plan.training, local_steps=2)
     return msgspec.structs.replace(plan, training=training)

@@ -7,7 +7,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
-from umbel_client.ledger import admission, rows
+from umbel_client.ledger import admission, contents
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.privacy import attempt_cost
 from umbel_client.site import policy
@@ -122,7 +122,7 @@ def _without_a_true_claim(patch: pytest.MonkeyPatch, replace: Replace) -> None:
 def _without_most_attempts(patch: pytest.MonkeyPatch, replace: Replace) -> None:
     """Makes a ledger that takes any number of attempts of a job."""
     replace(admission.require_attempt, lambda *_: None)
-    patch.setattr(rows, "_require", lambda *_: None)
+    patch.setattr(contents, "_require", lambda *_: None)
 
 
 BARRIERS: dict[str, Callable[[pytest.MonkeyPatch, Replace], None]] = {
