@@ -88,7 +88,7 @@ def test_no_attempt_is_opened_past_the_plans_most(make_setting: MakeSetting) -> 
         with pytest.raises(JobFailed, match="the plan's attempts are used up") as caught:
             setting.job().run()
         assert "round 3 cannot begin" in caught.value.message
-        assert "job finish" in str(caught.value.remedy)
+        assert "more spare attempts" in str(caught.value.remedy)
         assert len(setting.journal.headers("job")) == PRIVACY.most_attempts
     assert [release.round for release in setting.observer.releases] == [1, 2]
 
