@@ -22,6 +22,7 @@ from umbel_client.storage.journal import Published
 from umbel_client.trainer.local_job import LocalJob
 from umbel_client.trainer.observer import Observer
 from umbel_client.trainer.service import run
+from umbel_client.training.answer_time import WHEN_DONE
 from umbel_common.adapters.vector import Vector, size_of
 from umbel_common.canonical import Entropy
 from umbel_common.plans.plan import TrainingPlan
@@ -76,6 +77,7 @@ def open_prepared_job(
         _deltas=DeltaCache(state / "deltas" / plan.job),
         _observer=observer,
         _entropy=entropy,
+        _answer_time=WHEN_DONE,
     )
 
 

@@ -315,9 +315,9 @@ class Clinics:
             site.trainer.start()
             site.relay.start()
 
-    def wait(self, job: str, *states: JobState) -> QueuedJob:
-        """Until a job is in one of these states."""
-        deadline = time.monotonic() + HANGING
+    def wait(self, job: str, *states: JobState, seconds: float = HANGING) -> QueuedJob:
+        """Until a job is in one of these states; fails after `seconds`."""
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             queued = self.queue.job(job)
             if queued.state in states:
