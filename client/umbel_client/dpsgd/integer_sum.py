@@ -20,13 +20,7 @@ import numpy.typing as npt
 import torch
 
 from umbel_client.data.tokens import Ints
-from umbel_client.dpsgd.private_step import (
-    Clipping,
-    Gradients,
-    GradientSum,
-    clip_factors,
-    flat,
-)
+from umbel_client.dpsgd.gradient_sum import Clipping, Gradients, GradientSum, clip_factors, flat
 from umbel_common.plans.plan import MOST_STEPS
 
 

@@ -28,8 +28,8 @@ import numpy.typing as npt
 import torch
 
 from umbel_client.data.tokens import Ints, Tokens
+from umbel_client.dpsgd.gradient_sum import take_gradients
 from umbel_client.dpsgd.per_record import per_record_gradients
-from umbel_client.dpsgd.private_step import take_gradients
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.architecture import padding_of
 from umbel_client.tasks.frozen_cache import frozen_prefix, ignore_progress

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from umbel_client.data.chat import Chat
 from umbel_client.data.tokens import Tokens, load_tokenizer
 from umbel_client.dpsgd.fused import NotSeparate
+from umbel_client.dpsgd.gradient_sum import take_gradients
 from umbel_client.dpsgd.per_record import per_record_gradients
-from umbel_client.dpsgd.private_step import take_gradients
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import attach, tensors_of, without_targets
 from umbel_client.models.adapters.targets import layer_lists

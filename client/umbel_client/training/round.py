@@ -24,9 +24,10 @@ import numpy.typing as npt
 import torch
 
 from umbel_client.data.tokens import Ints
+from umbel_client.dpsgd.gradient_sum import CLIPPINGS, sum_batch
 from umbel_client.dpsgd.integer_sum import IntegerSum
 from umbel_client.dpsgd.per_record import per_record_gradients
-from umbel_client.dpsgd.private_step import CLIPPINGS, PrivateOptimizer, private_step, sum_batch
+from umbel_client.dpsgd.private_step import PrivateOptimizer, private_step
 from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.privacy.calibration import SiteNoise

@@ -18,14 +18,10 @@ import torch
 from torch import nn
 
 from umbel_client.data.tokens import Ints, Tokens
+from umbel_client.dpsgd.gradient_sum import CLIPPINGS, take_gradients
 from umbel_client.dpsgd.integer_sum import IntegerSum
 from umbel_client.dpsgd.per_record import per_record_gradients
-from umbel_client.dpsgd.private_step import (
-    CLIPPINGS,
-    PrivateOptimizer,
-    private_step,
-    take_gradients,
-)
+from umbel_client.dpsgd.private_step import PrivateOptimizer, private_step
 from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.base.architecture import padding_of

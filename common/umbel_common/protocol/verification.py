@@ -7,11 +7,8 @@ to the range that an honest one has.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from typing import TypeAlias
+from collections.abc import Collection, Sequence
 
-from umbel_common.adapters import fedsvd
-from umbel_common.adapters.server_step import ServerState
 from umbel_common.adapters.site_counts import SiteCounts
 from umbel_common.adapters.start import require_start, seed_origin
 from umbel_common.adapters.vector import Vector, adapter_digest
@@ -26,11 +23,11 @@ from umbel_common.plans.statements import (
     RELEASE_VERSIONS,
     EarlyEnd,
     Release,
-    Release2,
     RoundHeader,
     RoundHeader2,
     with_sum,
 )
+from umbel_common.protocol.recomputation import Adapters, Recomputation, Sums, require_that
 from umbel_common.protocol.transcript import (
     GENESIS,
     AttemptAborted,
@@ -40,19 +37,12 @@ from umbel_common.protocol.transcript import (
     RoundReleased,
     final_round,
 )
-from umbel_common.secagg import sums as secagg_sums
-from umbel_common.secagg.encoding import RingVector, sum_digest
 from umbel_common.secagg.messages import KeyAdvert, Survivors
 from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Roster, Signed, open_signed
 
 _ROUNDING = 1e-6
 """Relative rounding of a count in float32."""
-
-Sums: TypeAlias = Callable[[bytes], RingVector | None]
-"""Returns the sum of a digest; None: it is not known."""
-Adapters: TypeAlias = Callable[[bytes], Vector | None]
-"""Returns the released adapter of a digest, float32[plan.lora.size]; None: it is not known."""
 
 
 class VerifiedJob(Value, frozen=True):
@@ -120,19 +110,19 @@ def verify_transcript(
     for index, signed in enumerate(entries):
         try:
             entry = open_signed(signed, Entry, roster.operator)
-            _require(entry.index == index, "its index is out of order")
-            _require(entry.previous == head, "it does not follow the entry before")
+            require_that(entry.index == index, "its index is out of order")
+            require_that(entry.previous == head, "it does not follow the entry before")
             before, head = head, entry.digest()
             match entry.event:
                 case JobStarted():
-                    _require(index == 0, "a job starts once, at the beginning")
+                    require_that(index == 0, "a job starts once, at the beginning")
                     job = _Job(entry.event, roster, sums, adapters, start)
                 case RoundReleased() if job is not None:
                     job.release(entry.event, before)
                 case AttemptAborted() if job is not None:
                     job.abort(entry.event, before)
                 case JobFinished() if job is not None:
-                    _require(index == len(entries) - 1, "something follows the end of the job")
+                    require_that(index == len(entries) - 1, "something follows the end of the job")
                     job.finish(entry.event)
                 case _:
                     raise VerificationError("it comes before the start of the job")
@@ -159,10 +149,10 @@ class _Job:
         self._roster = roster
         self._plan = plan = open_signed(event.plan, PLAN_VERSIONS, roster.operator)
         check_plan(plan)
-        _require(plan.federation == roster.federation, "its plan is of another federation")
-        _require(event.roster == roster.digest(), "it names another roster")
+        require_that(plan.federation == roster.federation, "its plan is of another federation")
+        require_that(event.roster == roster.digest(), "it names another roster")
         release = open_signed(event.release, RELEASE_VERSIONS, roster.operator)
-        _require(
+        require_that(
             release.round == 0 and release.plan == plan.digest(),
             "release 0 belongs to another plan",
         )
@@ -185,14 +175,16 @@ class _Job:
         if isinstance(plan, TrainingPlan2):
             first = with_sum(first, bytes(32))
         source = "public seed" if isinstance(plan.start, SeedStart) else "start"
-        _require(release == first, f"release 0 does not follow from the plan's {source}")
+        require_that(release == first, f"release 0 does not follow from the plan's {source}")
         self._releases = [release]
         self._attempt = 0
         """Number of the last attempt at the round after the latest release."""
         self._aborted = 0
         self._untold = 0
         self._gates = _Gates(plan)
-        self._steps = _Steps(plan, None if start is None else start.copy(), sums, adapters)
+        self._recomputation = Recomputation(
+            plan, None if start is None else start.copy(), sums, adapters
+        )
         self._final_round: int | None = None
         self._delivered: tuple[str, ...] = ()
 
@@ -210,11 +202,11 @@ class _Job:
         rules.check_cohort(header.cohort, header.cohort[0])
         release = open_signed(event.release, RELEASE_VERSIONS, self._roster.operator)
         context = header.context()
-        _require(
+        require_that(
             (event.counts is None) == (self._plan.evaluation is None),
             "its counts are not what the plan asks for",
         )
-        _require(
+        require_that(
             (release.federation, release.job, release.plan, release.version)
             == (header.federation, header.job, header.plan, header.version)
             and (release.round, release.attempt, release.context)
@@ -226,28 +218,30 @@ class _Job:
         for advert in event.adverts:
             site = decode(advert.statement, KeyAdvert).site
             statement = open_signed(advert, KeyAdvert, self._roster.member(site).public_key)
-            _require(statement.context == context, f"the keys of {site} belong to another attempt")
-            _require(site in cohort, f"{site} advertised keys and is not in the cohort")
-            _require(site not in advertised, f"{site} advertised keys twice")
+            require_that(
+                statement.context == context, f"the keys of {site} belong to another attempt"
+            )
+            require_that(site in cohort, f"{site} advertised keys and is not in the cohort")
+            require_that(site not in advertised, f"{site} advertised keys twice")
             advertised.add(site)
-        _require(survivors <= advertised, "a survivor never advertised keys")
+        require_that(survivors <= advertised, "a survivor never advertised keys")
         confirmed = set()
         for confirmation in event.confirmations:
             key = self._roster.member(confirmation.site).public_key
             signed = open_signed(confirmation.signed, Survivors, key)
-            _require(
+            require_that(
                 signed == Survivors(context=context, sites=release.survivors),
                 f"{confirmation.site} confirmed another survivor set",
             )
             confirmed.add(confirmation.site)
-        _require(confirmed <= survivors, "a site that is no survivor confirmed")
+        require_that(confirmed <= survivors, "a site that is no survivor confirmed")
         threshold = self._plan.aggregation.threshold
-        _require(
+        require_that(
             len(confirmed) >= threshold,
             f"only {len(confirmed)} sites confirmed, the threshold is {threshold}",
         )
         least = self._plan.least_survivors
-        _require(
+        require_that(
             len(survivors) >= least,
             f"its sum has {len(survivors)} sites, and its plan asks for {least}",
         )
@@ -256,7 +250,7 @@ class _Job:
             self._check_counts(event.counts, len(survivors))
         self._gates.verify(event.gate, release, former)
         held_back = event.gate is not None and not event.gate.passed()
-        self._steps.verify(release, len(cohort), event.counts, held_back=held_back)
+        self._recomputation.verify(release, len(cohort), event.counts, held_back=held_back)
         self._releases.append(release)
         self._attempt = 0
 
@@ -268,7 +262,7 @@ class _Job:
         """
         header = self._next_attempt(event.header, before)
         refusing = [site for site, _ in event.refusals]
-        _require(_distinct_of(refusing, header.cohort), "a site that was not asked refused")
+        require_that(_distinct_of(refusing, header.cohort), "a site that was not asked refused")
         self._aborted += 1
 
     def finish(self, event: JobFinished) -> None:
@@ -279,14 +273,14 @@ class _Job:
         if number is None:
             raise VerificationError("its early end belongs to another plan")
         if end is not None:
-            _require(
+            require_that(
                 (end.federation, end.job) == (plan.federation, plan.job),
                 "its early end belongs to another job",
             )
-        _require(number < len(self._releases), "the job ends before its last release")
-        _require(event.release == self._releases[number].adapter, "the last release differs")
+        require_that(number < len(self._releases), "the job ends before its last release")
+        require_that(event.release == self._releases[number].adapter, "the last release differs")
         members = [member.name for member in self._roster.members]
-        _require(_distinct_of(event.delivered, members), "it was delivered to a stranger")
+        require_that(_distinct_of(event.delivered, members), "it was delivered to a stranger")
         self._final_round, self._delivered = number, event.delivered
 
     def verified(self, head: bytes) -> VerifiedJob:
@@ -300,7 +294,7 @@ class _Job:
             held_back=tuple(self._gates.held_back),
             final_round=self._final_round,
             untold_attempts=self._untold,
-            not_recomputed=tuple(self._steps.not_recomputed),
+            not_recomputed=tuple(self._recomputation.not_recomputed),
             believed=self._believed,
         )
 
@@ -308,21 +302,25 @@ class _Job:
         """The header of an attempt at the round after the latest release."""
         header = open_signed(signed, HEADER_VERSIONS, self._roster.operator)
         plan, former = self._plan, self._releases[-1]
-        _require(header.plan == plan.digest(), "its header names another plan")
-        _require(header.version == plan.version, "its header has another version than its plan")
+        require_that(header.plan == plan.digest(), "its header names another plan")
+        require_that(header.version == plan.version, "its header has another version than its plan")
         if isinstance(header, RoundHeader2):
-            _require(header.transcript == before, "its header names another transcript")
-        _require(
+            require_that(header.transcript == before, "its header names another transcript")
+        require_that(
             (header.federation, header.job) == (plan.federation, plan.job),
             "its header names another job",
         )
-        _require(header.roster == self._roster.digest(), "its header names another roster")
-        _require(header.round == former.round + 1, "its round does not follow the release before")
-        _require(header.round <= plan.training.rounds, "its round is past the plan's last")
-        _require(
+        require_that(header.roster == self._roster.digest(), "its header names another roster")
+        require_that(
+            header.round == former.round + 1, "its round does not follow the release before"
+        )
+        require_that(header.round <= plan.training.rounds, "its round is past the plan's last")
+        require_that(
             header.adapter == former.adapter, "its round does not start from the release before"
         )
-        _require(header.attempt > self._attempt, "its attempt does not follow the attempt before")
+        require_that(
+            header.attempt > self._attempt, "its attempt does not follow the attempt before"
+        )
         for site in header.cohort:
             self._roster.member(site)
         self._untold += header.attempt - self._attempt - 1
@@ -340,7 +338,7 @@ class _Job:
                 weights = range(public, public + 1)
             case "examples":
                 weights = range(len(survivors), len(survivors) * aggregation.max_weight + 1)
-        _require(
+        require_that(
             release.total_weight in weights,
             f"its weight is {release.total_weight}, and that of its survivors is"
             f" {weights[0]}{'' if len(weights) == 1 else f' to {weights[-1]}'}",
@@ -353,92 +351,10 @@ class _Job:
         aggregation = self._plan.aggregation
         share = aggregation.largest_change / aggregation.clip_range
         bound = sites * share * evaluation.max_records * (1 + _ROUNDING)
-        _require(
+        require_that(
             all(abs(figure) <= bound for figure in (counts.score, counts.records)),
             "its counts are larger than its sites' can be",
         )
-
-
-class _Steps:
-    """The adapters of a job, made again from the sums round by round."""
-
-    def __init__(
-        self,
-        plan: TrainingPlan,
-        start: Vector | None,
-        sums: Sums | None,
-        adapters: Adapters | None,
-    ) -> None:
-        self.not_recomputed: list[int] = []
-        self._plan = plan
-        self._sums = sums
-        self._adapters = adapters
-        self._state = ServerState()
-        # None from the first round on that is not recomputed: the next ones start from it.
-        self._vector = start
-
-    def verify(
-        self, release: Release, cohort: int, counts: SiteCounts | None, *, held_back: bool
-    ) -> None:
-        """Requires that a release follows from its sum.
-
-        Args:
-            cohort: number of sites of the attempt.
-            counts: the summed counts of the sites, if the plan asks for them.
-            held_back: whether the release gate held the adapter of the round back.
-
-        Raises:
-            RemoteProtocolError, VerificationError: it does not.
-        """
-        total = self._total(release)
-        if total is None:
-            self.not_recomputed.append(release.round)
-            # A round that was held back changed nothing that the next ones start from.
-            self._vector = self._vector if held_back else None
-            return
-        plan, survivors = self._plan, len(release.survivors)
-        weight = secagg_sums.read_sum(plan, release.round, total, cohort=cohort)
-        _require(weight == release.total_weight, "its weight is not the one in its sum")
-        if counts is not None:
-            found = secagg_sums.counts_in(plan, total, cohort=cohort, survivors=survivors)
-            _require(counts == found, "its counts are not those in its sum")
-        if held_back or self._vector is None:
-            return
-        if plan.lora.method == "fedsvd":
-            self._follow(release, total, self._vector)
-            return
-        secagg_sums.move(plan, release.round, total, self._vector, self._state)
-        _require(
-            adapter_digest(plan.digest(), self._vector) == release.adapter,
-            "its adapter does not follow from its sum",
-        )
-
-    def _total(self, release: Release) -> RingVector | None:
-        if self._sums is None or self._vector is None or not isinstance(release, Release2):
-            return None
-        total = self._sums(release.sum)
-        _require(
-            total is None or sum_digest(total) == release.sum, "its sum is not the one it names"
-        )
-        return total
-
-    def _follow(self, release: Release, total: RingVector, before: Vector) -> None:
-        """Compares a released adapter of the method fedsvd, and starts the next round from it."""
-        plan = self._plan
-        released = None if self._adapters is None else self._adapters(release.adapter)
-        if released is None:
-            self.not_recomputed.append(release.round)
-            self._vector = None
-            return
-        _require(
-            adapter_digest(plan.digest(), released) == release.adapter,
-            "its adapter is not the one it names",
-        )
-        moved = before.copy()
-        secagg_sums.move(plan, release.round, total, moved, self._state)
-        fedsvd.require_refactorised(plan, moved, released)
-        fedsvd.carry_state(plan, before, released, self._state)
-        self._vector = released.copy()
 
 
 def _believed(plan: TrainingPlan, start: Vector | None) -> tuple[str, ...]:
@@ -463,19 +379,21 @@ class _Gates:
 
     def verify(self, gate: GateResult | None, release: Release, former: Release) -> None:
         if self._gate is None or gate is None:
-            _require(gate is None, "its plan has no release gate")
-            _require(self._gate is None, "it does not say what the release gate found")
+            require_that(gate is None, "its plan has no release gate")
+            require_that(self._gate is None, "it does not say what the release gate found")
             return
-        _require(gate.bound == self._gate.max_loss_increase, "its bound is not the plan's")
-        _require(
+        require_that(gate.bound == self._gate.max_loss_increase, "its bound is not the plan's")
+        require_that(
             _is_loss(gate.before) and _is_loss(gate.after), "the gate found what is not a loss"
         )
         found = self._found
         if found is not None:
             kept = found.after if found.passed() else found.before
-            _require(gate.before == kept, "it compares with another loss than the round before had")
+            require_that(
+                gate.before == kept, "it compares with another loss than the round before had"
+            )
         if not gate.passed():
-            _require(
+            require_that(
                 release.adapter == former.adapter,
                 "a round that was held back does not keep the adapter before",
             )
@@ -490,8 +408,3 @@ def _is_loss(loss: Loss) -> bool:
 
 def _distinct_of(names: Sequence[str], known: Collection[str]) -> bool:
     return len(set(names)) == len(names) and set(names) <= set(known)
-
-
-def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise VerificationError(what)

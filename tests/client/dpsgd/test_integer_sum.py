@@ -7,8 +7,8 @@ import pytest
 import torch
 from support import pretended
 
+from umbel_client.dpsgd.gradient_sum import automatic, flat
 from umbel_client.dpsgd.integer_sum import IntegerSum
-from umbel_client.dpsgd.private_step import automatic, flat
 from umbel_client.privacy.shared_noise import NoiseShares
 from umbel_common.errors import ModelError
 

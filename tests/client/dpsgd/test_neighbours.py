@@ -13,7 +13,8 @@ from support.small_models import plan_for
 
 from umbel_client.data.tokens import Tokens
 from umbel_client.data.units import Units
-from umbel_client.dpsgd.private_step import PrivateOptimizer, take_gradients
+from umbel_client.dpsgd.gradient_sum import take_gradients
+from umbel_client.dpsgd.private_step import PrivateOptimizer
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.inputs import Batch, TokenInputs
 from umbel_client.privacy.calibration import SiteNoise

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from umbel_client.dpsgd.gradient_sum import flat
 from umbel_client.dpsgd.per_record import per_record_gradients, plain_lora
-from umbel_client.dpsgd.private_step import clipped_sum, flat
+from umbel_client.dpsgd.private_step import clipped_sum
 from umbel_common.errors import ModelError
 
 torch.set_num_threads(1)

@@ -7,7 +7,8 @@ from opacus.optimizers import DPOptimizer
 from support import pretended
 
 from umbel_client.dpsgd import private_step
-from umbel_client.dpsgd.private_step import Clipping, PrivateOptimizer, automatic, flat
+from umbel_client.dpsgd.gradient_sum import Clipping, automatic, flat
+from umbel_client.dpsgd.private_step import PrivateOptimizer
 from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.privacy.noise import NoiseSource
 

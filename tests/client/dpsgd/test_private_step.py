@@ -10,10 +10,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from umbel_client.data.tokens import Tokens
 from umbel_client.dpsgd.per_record import per_record_gradients
-from umbel_client.dpsgd.private_step import (
-    PrivateOptimizer,
-    private_step,
-)
+from umbel_client.dpsgd.private_step import PrivateOptimizer, private_step
 from umbel_client.dpsgd.step_noise import StepNoise
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import plan_lora

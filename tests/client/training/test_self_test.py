@@ -16,9 +16,9 @@ from support.shared_noise_plans import shared_noise_plan
 from torch import nn
 from transformers import RobertaConfig, RobertaModel
 
-from umbel_client.dpsgd import fused, integer_sum, private_step
+from umbel_client.dpsgd import fused, gradient_sum, integer_sum, private_step
+from umbel_client.dpsgd.gradient_sum import Gradients, clip_factors
 from umbel_client.dpsgd.integer_sum import IntegerSum
-from umbel_client.dpsgd.private_step import Gradients, clip_factors
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.adapters.lora import plan_lora
 from umbel_client.models.base.precision import Precision
@@ -145,7 +145,7 @@ def test_it_passes_with_automatic_clipping_and_unbiased_adam(
 def test_clipping_by_another_rule_than_the_plans_is_found(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, planned: Clipping, used: Clipping
 ) -> None:
-    monkeypatch.setitem(private_step.CLIPPINGS, planned, private_step.CLIPPINGS[used])
+    monkeypatch.setitem(gradient_sum.CLIPPINGS, planned, gradient_sum.CLIPPINGS[used])
     privacy = LocalPrivacy(epsilon=8.0, delta=1e-5, clip_norm=0.5, clipping=planned)
     with pytest.raises(ModelError, match="not clipped to the clip norm"):
         run(model_of(tiny_model, privacy=privacy))

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from support.distributed import distributed
 
 from umbel_common.adapters import fedsvd
 from umbel_common.adapters.reach import largest_steps, require_reachable
@@ -15,8 +16,6 @@ from umbel_common.errors import PlanError, RemoteProtocolError
 from umbel_common.plans.check import check_plan
 from umbel_common.plans.plan import (
     Aggregation,
-    DistributedPrivacy,
-    NoOptimizer,
     Tensor,
     TrainingPlan,
     second_version,
@@ -56,22 +55,11 @@ ROUNDS = 10
 def plan_of(
     make_plan2: MakePlan, server: ServerOptimizer, method: str = "fedsvd", mode: str = "local"
 ) -> TrainingPlan:
-    parts: dict[str, object] = {"aggregation": Aggregation(threshold=2, clip_range=1.0, step=1e-4)}
+    aggregation = Aggregation(threshold=2, clip_range=1.0, step=1e-4)
+    plan = make_plan2(server=server, method=method, aggregation=aggregation)
     if mode == "distributed":
-        parts["privacy"] = DistributedPrivacy(
-            epsilon=8.0,
-            delta=1e-5,
-            clip_norm=1.0,
-            sampling_rate=0.1,
-            noise_bits=4,
-            honest=2,
-            least_survivors=2,
-            most_attempts=10,
-        )
-    plan = make_plan2(server=server, method=method, **parts)
+        plan = distributed(plan)
     training = msgspec.structs.replace(plan.training, rounds=ROUNDS)
-    if mode == "distributed":
-        training = msgspec.structs.replace(training, local_steps=1, optimizer=NoOptimizer())
     lora = msgspec.structs.replace(plan.lora, rank=4, tensors=TENSORS)
     return msgspec.structs.replace(plan, lora=lora, training=training)
 

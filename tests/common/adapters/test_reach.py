@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from support.distributed import distributed
 
 from umbel_common.adapters.largest_sum import largest_sum, noise_in_sum
 from umbel_common.adapters.reach import largest_change, largest_steps, require_reachable
@@ -14,7 +15,7 @@ from umbel_common.adapters.server_step import ServerState, take_step
 from umbel_common.adapters.vector import Vector, initial_vector, merge, unflatten
 from umbel_common.errors import PlanError, RemoteProtocolError
 from umbel_common.plans.check import check_plan
-from umbel_common.plans.plan import Aggregation, DistributedPrivacy, NoOptimizer, TrainingPlan
+from umbel_common.plans.plan import Aggregation, TrainingPlan
 from umbel_common.plans.server_optimizer import (
     Average,
     Schedule,
@@ -163,21 +164,6 @@ def test_the_largest_sums_of_every_round_are_reachable_under_each_optimizer(
                 values += np.float32(way * sign * 1.001 * bound)
                 with pytest.raises(RemoteProtocolError, match="further from its initial"):
                     require_reachable(plan, rounds, far, sites=SITES)
-
-
-def distributed(plan: TrainingPlan) -> TrainingPlan:
-    privacy = DistributedPrivacy(
-        epsilon=8.0,
-        delta=1e-5,
-        clip_norm=1.0,
-        sampling_rate=0.1,
-        noise_bits=4,
-        honest=2,
-        least_survivors=2,
-        most_attempts=10,
-    )
-    training = msgspec.structs.replace(plan.training, local_steps=1, optimizer=NoOptimizer())
-    return msgspec.structs.replace(plan, privacy=privacy, training=training)
 
 
 @pytest.mark.parametrize(

@@ -561,10 +561,10 @@ def test_what_follows_from_the_plan_is_recomputed(
 ) -> None:
     lie, words = LIES[name]
     events = lie(story)
-    require = verification._require
+    require = verification.require_that
     with monkeypatch.context() as patch:
         patch.setattr(
-            verification, "_require", lambda holds, what: require(holds or words in what, what)
+            verification, "require_that", lambda holds, what: require(holds or words in what, what)
         )
         verify_transcript(story.entries(*events), story.roster)
     assert words in story.refused(*events)

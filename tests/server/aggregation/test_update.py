@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 
-import msgspec
 import numpy as np
 import pytest
+from support.distributed import distributed
 
 from umbel_common.adapters.largest_sum import largest_sum, noise_in_sum
 from umbel_common.adapters.server_step import ServerState
 from umbel_common.adapters.vector import Vector, initial_vector
 from umbel_common.errors import RoundAborted
-from umbel_common.plans.plan import Aggregation, DistributedPrivacy, NoOptimizer, TrainingPlan
+from umbel_common.plans.plan import Aggregation, TrainingPlan
 from umbel_common.plans.server_optimizer import ServerSgd
 from umbel_common.secagg.unmasking import Aggregate
 from umbel_common.trust.identity import Identity, Roster
@@ -28,20 +28,7 @@ def plan_of(make_plan2: MakePlan, *, shared: bool) -> TrainingPlan:
         server=ServerSgd(adapter_learning_rate=0.5, momentum=0.0),
         aggregation=Aggregation(threshold=2, clip_range=1.0, step=1.0 / LEVELS),
     )
-    if not shared:
-        return plan
-    privacy = DistributedPrivacy(
-        epsilon=8.0,
-        delta=1e-5,
-        clip_norm=1.0,
-        sampling_rate=0.1,
-        noise_bits=4,
-        honest=2,
-        least_survivors=2,
-        most_attempts=10,
-    )
-    training = msgspec.structs.replace(plan.training, local_steps=1, optimizer=NoOptimizer())
-    return msgspec.structs.replace(plan, privacy=privacy, training=training)
+    return distributed(plan) if shared else plan
 
 
 def moved(plan: TrainingPlan, roster: Roster, largest: int, length: int | None = None) -> Vector:

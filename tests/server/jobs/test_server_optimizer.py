@@ -30,7 +30,7 @@ from umbel_common.plans.server_optimizer import (
     ServerSgd,
     ServerYogi,
 )
-from umbel_common.protocol import verification
+from umbel_common.protocol import recomputation
 from umbel_common.protocol.verification import VerifiedJob, verify_transcript
 from umbel_common.secagg import sums
 from umbel_common.secagg.encoding import RingVector, sum_digest
@@ -282,7 +282,7 @@ def test_an_operator_who_releases_another_adapter_is_found(
     with pytest.raises(VerificationError, match=r"entry 2 .*does not follow from its"):
         verified(setting)
     # The attack is found by this check alone.
-    monkeypatch.setattr(verification._Steps, "verify", lambda *given, **named: None)
+    monkeypatch.setattr(recomputation.Recomputation, "verify", lambda *given, **named: None)
     assert verified(setting).last.round == 3
 
 
