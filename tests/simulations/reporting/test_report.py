@@ -196,6 +196,18 @@ def test_each_site_has_its_privacy_and_bytes(tmp_path: Path) -> None:
     assert ["hospital-a", "1,000", *privacy, "470 kB", "40.1 kB", "0 B", "3 MB"] in rows
 
 
+def test_where_sites_share_their_noise_both_totals_stand_together(tmp_path: Path) -> None:
+    sites = [site(name, epsilon=23.3, shared_epsilon=7.5) for name in SITES]
+    page = page_of(tmp_path, summary(privacy="distributed", sites=sites))
+    assert "7.50 epsilon, against readers of the sums against everybody 23.30" in page.text
+    heads = next(row for row in page.rows if row[0] == "site")
+    assert heads[2:4] == ["epsilon, readers of the sums", "epsilon, everybody"]
+    rows = [row for row in page.rows if row[0] in SITES and len(row) == len(heads)]
+    assert [row[2:4] for row in rows] == [["7.50", "23.30"]] * 2
+    assert "It rests on these sites" in page.text
+    assert "It rests on these sites" not in page_of(tmp_path, summary()).text
+
+
 def test_bytes_in_clear_are_marked(tmp_path: Path) -> None:
     leaking = summary(sites=[site("hospital-a", sent_clear_bytes=5), site("hospital-b")])
     marked = [cell for cell in page_of(tmp_path, leaking).all("td") if cell.get("class") == "bad"]
