@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from umbel_client.data.records import load_records
-from umbel_client.data.tokens import Tokens
+from umbel_client.data.tokens import Ints, Tokens
 from umbel_client.evaluation.losses import predicted_labels
 from umbel_client.models.adapted_model import AdaptedModel
 from umbel_client.models.site_model import load_public
@@ -37,7 +37,7 @@ from umbel_client.training.round import LocalTrainer
 from umbel_common.adapters.fedsvd import next_adapter
 from umbel_common.adapters.server_step import ServerState
 from umbel_common.adapters.vector import Vector, initial_vector
-from umbel_common.plans.plan import DistributedPrivacy, LocalPrivacy, TrainingPlan
+from umbel_common.plans.plan import DistributedPrivacy, LocalPrivacy, TrainingPlan, second_version
 from umbel_common.plans.server_optimizer import Average, Schedule, ServerSgd
 from umbel_simulations.inputs.partition import partition, site_data
 from umbel_simulations.inputs.sources import Example
@@ -52,6 +52,14 @@ BATCH = 1_920
 ROUNDS = 30
 ROWS = 96
 SEEDS = range(10)
+SIZES = (300, 1_000, 3_000, 10_000)
+"""Records of the sites of the second table; their labels differ by Dirichlet shares of 0.5."""
+SIZE_SEEDS = range(3)
+FACTORS = (1.0, 0.3, 0.1)
+"""Learning rates of a site alone and of local mode, as shares of the usual one. The best is chosen
+on the test records, which flatters both."""
+LOCAL_BATCHES = (50, 200)
+"""Mean records in a step of a site in local mode; the best is chosen likewise."""
 STUDENT = 2.262
 """Quantile of Student's t distribution: an interval of 95 % over ten seeds."""
 
@@ -113,12 +121,70 @@ class Bench:
         found = predicted_labels(self._model, self._test, BatchLimit(ROWS))
         return 100 * float((found == self._test.labels).mean())
 
-    def plan(self, setting: Setting) -> TrainingPlan:
-        """The plan of a setting, by the code that makes a scenario's."""
-        records = len(self._corpus.train)
+    def by_size(self, epsilon: float, seed: int) -> dict[str, list[float]]:
+        """For each mode, accuracies in percent on the test records, weighted to the labels of each
+        site of `SIZES`."""
+        sites = self._unequal(np.random.default_rng(seed))
+        records, count = sum(SIZES), len(SIZES)
+        batch = round(BATCH / len(self._train) * records)
+        shared = self.plan(Setting("distributed", count, count - 1, epsilon), records, batch)
+        local = []
+        for size in LOCAL_BATCHES:
+            plan = self.plan(Setting("local, SGD", count, 0, epsilon), records, size * count)
+            local += [self._by_labels(_slower(plan, factor), sites, sites) for factor in FACTORS]
+        alone = []
+        for site in sites:
+            plan = plan_alone(shared, len(site))
+            tried = (self._by_labels(_slower(plan, factor), [site], [site]) for factor in FACTORS)
+            alone.append(max(found[0] for found in tried))
+        return {
+            "alone": alone,
+            "local mode": max(local, key=sum),
+            "distributed mode": self._by_labels(shared, sites, sites),
+        }
+
+    def _by_labels(
+        self, plan: TrainingPlan, sites: Sequence[PreparedData], asked: Sequence[PreparedData]
+    ) -> list[float]:
+        """What the sites train together, scored by the labels of each of `asked`."""
+        self._model.follow(plan)
+        self._model.set_vector(trained(self._model, plan, sites))
+        labels = self._test.labels
+        right = predicted_labels(self._model, self._test, BatchLimit(ROWS)) == labels
+        there = np.bincount(labels, minlength=len(self._corpus.labels))
+        found = []
+        for site in asked:
+            own = np.bincount(site.labels, minlength=len(self._corpus.labels))
+            weights = (own / np.maximum(there, 1))[labels]
+            found.append(round(100 * float((right * weights).sum() / weights.sum()), 2))
+        return found
+
+    def _unequal(self, generator: np.random.Generator) -> list[PreparedData]:
+        """Sites of `SIZES` records; no record is at two of them."""
+        labels = self._train.labels
+        counts = np.bincount(labels)
+        left, sites = np.arange(len(labels)), []
+        for size in SIZES:
+            shares = generator.dirichlet(np.full(len(counts), 0.5)) / counts
+            weights = shares[labels[left]] + 1e-9
+            chosen = generator.choice(left, size, replace=False, p=weights / weights.sum())
+            sites.append(self._rows(chosen))
+            left = np.setdiff1d(left, chosen)
+        return sites
+
+    def plan(
+        self, setting: Setting, records: int | None = None, batch: int = BATCH
+    ) -> TrainingPlan:
+        """The plan of a setting, by the code that makes a scenario's.
+
+        Args:
+            records: of all sites together; None: every training record.
+            batch: mean number of records in a step, of all sites together.
+        """
+        records = len(self._corpus.train) if records is None else records
         scenario = msgspec.structs.replace(self._scenario, sites=self._sites(setting.sites))
         shared = setting.mode in ("distributed", "pooled")
-        scenario = (_shared if shared else _local)(scenario, setting, records)
+        scenario = (_shared if shared else _local)(scenario, setting, records, batch)
         plan = make_plan(
             scenario, self._corpus.labels, self._folder, largest_site=0, head_only=True
         )
@@ -135,7 +201,10 @@ class Bench:
             return prepare(self._model, self._folder, records, BatchLimit(ROWS), cache=None)
 
     def _part(self, examples: Sequence[Example]) -> PreparedData:
-        chosen = np.array([self._place[id(one)] for one in examples])
+        return self._rows(np.array([self._place[id(one)] for one in examples]))
+
+    def _rows(self, chosen: Ints) -> PreparedData:
+        """The training records of these places."""
         whole = self._train
         assert whole.prefix is not None
         rows = [
@@ -150,14 +219,14 @@ class Bench:
         )
 
 
-def _shared(scenario: Scenario, setting: Setting, records: int) -> Scenario:
+def _shared(scenario: Scenario, setting: Setting, records: int, batch: int) -> Scenario:
     """Distributed mode; the rate and the rounds as docs/operator.md advises."""
     rate = (300 if setting.epsilon >= 3 else 100) / ROUNDS
     training = msgspec.structs.replace(
         scenario.training,
         rounds=ROUNDS,
         local_steps=1,
-        expected_batch_size=BATCH,
+        expected_batch_size=batch,
         optimizer="none",
         final_learning_rate=1.0,
     )
@@ -169,7 +238,7 @@ def _shared(scenario: Scenario, setting: Setting, records: int) -> Scenario:
             epsilon=setting.epsilon,
             delta=DELTA,
             clip_norm=1.0,
-            sampling_rate=BATCH / records,
+            sampling_rate=batch / records,
             honest=setting.honest,
             least_survivors=setting.honest + 1,
             spare_attempts=0,
@@ -178,9 +247,9 @@ def _shared(scenario: Scenario, setting: Setting, records: int) -> Scenario:
     )
 
 
-def _local(scenario: Scenario, setting: Setting, _records: int) -> Scenario:
+def _local(scenario: Scenario, setting: Setting, _records: int, batch: int) -> Scenario:
     """Local mode as the quickstart is shipped, or with gradient descent."""
-    changes: dict[str, Any] = {"expected_batch_size": BATCH // setting.sites}
+    changes: dict[str, Any] = {"expected_batch_size": batch // setting.sites}
     if setting.mode == "local, SGD":
         changes |= {"optimizer": "sgd", "momentum": 0.9, "head_learning_rate": 3.3}
     return msgspec.structs.replace(
@@ -190,6 +259,21 @@ def _local(scenario: Scenario, setting: Setting, _records: int) -> Scenario:
         aggregation=AggregationSettings(threshold=setting.sites // 2 + 1, clip_range=10.0),
         server=Average(),
     )
+
+
+def _slower(plan: TrainingPlan, factor: float) -> TrainingPlan:
+    """The plan with a share of its learning rate, the server's or that of the head at a site."""
+    server = plan.server
+    if isinstance(server, ServerSgd):
+        rate = factor * server.adapter_learning_rate
+        return second_version(
+            plan, server=msgspec.structs.replace(server, adapter_learning_rate=rate)
+        )
+    optimizer = plan.training.site_optimizer
+    rate = factor * (optimizer.head_learning_rate or optimizer.adapter_learning_rate)
+    optimizer = msgspec.structs.replace(optimizer, head_learning_rate=rate)
+    training = msgspec.structs.replace(plan.training, optimizer=optimizer)
+    return msgspec.structs.replace(plan, training=training)
 
 
 def trained(model: AdaptedModel, plan: TrainingPlan, sites: Sequence[PreparedData]) -> Vector:
@@ -221,8 +305,11 @@ def main(path: Path) -> None:
     """Computes the rows that `path` lacks, and writes it after each."""
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {}
+    by_size: dict[str, dict[str, list[float]]] = {}
     if path.exists():
-        found = json.loads(path.read_text())["accuracy_percent_by_seed"]
+        former = json.loads(path.read_text())
+        found = former["accuracy_percent_by_seed"]
+        by_size = former.get("accuracy_percent_by_size", {})
     bench = Bench()
     for seed in SEEDS:
         for setting in SETTINGS:
@@ -230,10 +317,19 @@ def main(path: Path) -> None:
             if len(done) <= seed:
                 done.append(round(bench.accuracy(setting, seed), 2))
                 print(seed, setting.name, done[-1], flush=True)
-                path.write_text(json.dumps(report(found), indent=2) + "\n")
+                path.write_text(json.dumps(report(found, by_size), indent=2) + "\n")
+    for seed in SIZE_SEEDS:
+        for epsilon in (1.0, 8.0):
+            name = f"epsilon {epsilon:g}, seed {seed}"
+            if name not in by_size:
+                by_size[name] = bench.by_size(epsilon, seed)
+                print(name, by_size[name], flush=True)
+                path.write_text(json.dumps(report(found, by_size), indent=2) + "\n")
 
 
-def report(found: dict[str, list[float]]) -> dict[str, Any]:
+def report(
+    found: dict[str, list[float]], by_size: dict[str, dict[str, list[float]]]
+) -> dict[str, Any]:
     """What is committed: each accuracy, and means with intervals of 95 %."""
     means = {
         name: {
@@ -251,6 +347,8 @@ def report(found: dict[str, list[float]]) -> dict[str, Any]:
         "machine": platform.processor() or platform.machine(),
         "accuracy_percent": means,
         "accuracy_percent_by_seed": found,
+        "sizes": SIZES,
+        "accuracy_percent_by_size": by_size,
     }
 
 
