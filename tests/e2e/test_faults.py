@@ -103,9 +103,10 @@ PROCESSES: dict[str, Callable[[Clinics], Daemon]] = {
     "victim",
     [
         "port",
-        "trainer",
-        # In `make test`, the rounds' journal and a relay's message outlive their process in
+        # In `make test`, a trainer is killed at every step in adversarial/test_killed_site.py; the
+        # rounds' journal and a relay's message outlive their process in
         # server/jobs/test_job_faults.py and e2e/test_flower_transport.py.
+        pytest.param("trainer", marks=pytest.mark.full),
         pytest.param("rounds", marks=pytest.mark.soak),
         pytest.param("relay", marks=pytest.mark.soak),
     ],

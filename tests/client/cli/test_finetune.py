@@ -4,8 +4,6 @@ import json
 import re
 import shutil
 import stat
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from support import warm_python
 from support.small_models import one_round, plan_for, save_decoder
 from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -435,8 +434,8 @@ def test_the_doctor_measures_the_steps_of_a_plan(labelling: Site) -> None:
     """The other checks find a site without keys or a server, and say so."""
     plan = labelling.folder / "plan.json"
     # In a process of its own: it gives its network away.
-    command = (sys.executable, "-m", "umbel_client.cli", "doctor", "--config", labelling.config)
-    done = subprocess.run([*command, "--plan", plan], capture_output=True, text=True, check=False)
+    command = ("-m", "umbel_client.cli", "doctor", "--config", labelling.config)
+    done = warm_python.run(*command, "--plan", plan)
     assert done.returncode == 1, done.stderr + done.stdout
     told = done.stdout.partition("ok    plan")[2]
     assert re.search(r"\d+ records of 16 tokens, computed at once, take [\d.]+ s", told)
