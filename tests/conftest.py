@@ -5,7 +5,6 @@ import gc
 import itertools
 import os
 import resource
-import runpy
 import signal
 import sys
 
@@ -27,6 +26,7 @@ import hypothesis
 import msgspec
 import pytest
 import typer.testing
+from support.homes import home, live_in, own_homes
 
 from umbel_client.ledger.register import MACHINE
 from umbel_common import errors
@@ -59,12 +59,7 @@ def _limit_but_core(kind: int, limits: tuple[int, int]) -> None:
 
 resource.setrlimit = _limit_but_core
 
-# Here, and in every process that a test starts.
-_OWN_REGISTER = os.path.join(os.path.dirname(__file__), "support", "own_register")
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    path for path in (_OWN_REGISTER, os.environ.get("PYTHONPATH")) if path
-)
-runpy.run_path(os.path.join(_OWN_REGISTER, "sitecustomize.py"))
+own_homes()
 
 # A program's commands are the same each time that a test calls one of them.
 typer.testing._get_command = functools.cache(typer.testing._get_command)
@@ -119,7 +114,7 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The place of home folders: of each test, of the fixtures of each file, and of all others."""
     assert not MACHINE.exists(), f"{MACHINE} is for the ledgers of real data: test elsewhere"
     folder = tmp_path_factory.mktemp("homes")
-    os.environ["UMBEL_HOME_OF_TESTS"] = str(folder / "fixtures")
+    live_in(folder / "fixtures")
     return folder
 
 
@@ -140,10 +135,10 @@ def own_register(homes: Path) -> Iterator[None]:
 
 @contextmanager
 def _home(homes: Path) -> Iterator[None]:
-    before = os.environ["UMBEL_HOME_OF_TESTS"]
-    os.environ["UMBEL_HOME_OF_TESTS"] = str(homes / f"{next(_NUMBERS)}")
+    before = home()
+    live_in(homes / f"{next(_NUMBERS)}")
     yield
-    os.environ["UMBEL_HOME_OF_TESTS"] = before
+    live_in(before)
 
 
 @pytest.fixture(scope="session")

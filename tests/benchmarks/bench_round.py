@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench_masking import entry
 from e2e.daemons import Clinics
+from support.homes import live_in, own_homes
 from support.small_models import save_bert
 
 from umbel_server.messaging.carrier import CarrierLink
@@ -50,7 +51,9 @@ class Timed:
 
 def measure() -> dict[str, dict[str, Any]]:
     """Name -> {value, unit, target, holds}."""
+    own_homes()
     with tempfile.TemporaryDirectory() as folder:
+        live_in(folder)
         model = save_bert(
             Path(folder) / "model",
             [f"w{number}" for number in range(35)],

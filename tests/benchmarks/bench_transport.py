@@ -24,6 +24,7 @@ import msgspec
 import prepared_site
 from bench_masking import entry
 from e2e.daemons import SITES, Clinics, Daemon
+from support.homes import live_in, own_homes
 from toy_federation import RANK, WIDTH, make_plan
 
 from umbel_common.plans.plan import BaseModel, NoPrivacy, TrainingPlan
@@ -40,6 +41,7 @@ POLICY = 'approval = "none"\nallow_without_privacy = true'
 
 def measure() -> dict[str, dict[str, Any]]:
     """Name -> {value, unit, target, holds}; without a target, both of the last are None."""
+    own_homes()
     peaks, seconds = federation(SITES, MEGABYTES)
     many, _ = federation([f"site-{number}" for number in range(MANY_SITES)], MANY_MEGABYTES)
     few, _ = federation(SITES, MANY_MEGABYTES)
@@ -70,6 +72,7 @@ def measure() -> dict[str, dict[str, Any]]:
 def federation(sites: Sequence[str], megabytes: int) -> tuple[dict[str, float], float]:
     """Process -> its growth in deltas, over a job; and how many seconds that took."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        live_in(folder)
         model = empty_model(Path(folder))
         clinics = Clinics(Path(folder) / "c", model, POLICY, sites)
         clinics.limit(train_seconds=MOST_SECONDS, stage_seconds=MOST_SECONDS)

@@ -1,0 +1,178 @@
+"""Where the time of a secure round goes: `python tests/benchmarks/round_times.py FILE NAME`.
+
+The processes of `bench_round.py`, with a port that notes its requests (`timed_port.py`). It adds to
+FILE, under NAME, for 3 and for 10 sites: milliseconds of wall clock by stage, the number and the
+mean milliseconds of each kind of request a round, and milliseconds of CPU a round by process. The
+first round is left out, and the last.
+"""
+
+import json
+import os
+import platform
+import statistics
+import string
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from e2e.daemons import Clinics, Daemon
+from support.homes import live_in, own_homes
+from support.small_models import save_bert
+
+from umbel_server.messaging.carrier import CarrierLink
+from umbel_server.messaging.link import Step
+from umbel_server.operator.config import Limits
+from umbel_server.storage.job_queue import JobState
+
+STAGES = ("train", "share", "mask", "confirm", "unmask")
+ROUNDS = {3: 12, 10: 6}
+_TICK = os.sysconf("SC_CLK_TCK")
+
+
+class Timed:
+    """A link that remembers when each stage began and ended, and each process' CPU then."""
+
+    def __init__(self, link: CarrierLink, processes: dict[str, int]) -> None:
+        self._link = link
+        self._processes = processes
+        self.stages: dict[tuple[int, str], tuple[float, float]] = {}
+        self.moments: dict[int, float] = {}
+        self.cpu: dict[int, dict[str, float]] = {}
+
+    def exchange(
+        self, step: Step, requests: Iterable[tuple[str, bytes]], seconds: float
+    ) -> Iterator[tuple[str, bytes]]:
+        """See `Link`."""
+        if step.stage == "train":
+            self.moments[step.round] = time.time()
+            self.cpu[step.round] = {name: cpu(pid) for name, pid in self._processes.items()}
+        began = time.monotonic()
+        for answer in self._link.exchange(step, requests, seconds):
+            # Until the last reply: whoever asks need not wait for the end.
+            self.stages[step.round, step.stage] = began, time.monotonic()
+            yield answer
+
+
+def cpu(pid: int) -> float:
+    """Seconds of CPU that a process has had."""
+    text = Path(f"/proc/{pid}/stat").read_text()
+    return sum(map(int, text.rpartition(")")[2].split()[11:13])) / _TICK
+
+
+def measure(sites: int) -> dict[str, Any]:
+    """The figures for so many sites."""
+    own_homes()
+    with tempfile.TemporaryDirectory() as folder:
+        live_in(folder)
+        model = save_bert(
+            Path(folder) / "model",
+            [f"w{number}" for number in range(35)],
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+        )
+        names = [f"site-{letter}" for letter in string.ascii_lowercase[:sites]]
+        clinics = Clinics(Path(folder) / "clinics", model, names=names)
+        noted = Path(folder) / "times.json"
+        clinics.port_process = Daemon.of(
+            clinics.operator_folder,
+            str(Path(__file__).parent / "timed_port.py"),
+            str(clinics.operator_folder / "server.toml"),
+            str(noted),
+        )
+        try:
+            return _measured(clinics, noted, ROUNDS[sites])
+        finally:
+            clinics.close()
+
+
+def _measured(clinics: Clinics, noted: Path, rounds: int) -> dict[str, Any]:
+    text = clinics.draft.read_text()
+    text = text.replace("rounds = 3", f"rounds = {rounds}")
+    clinics.draft.write_text(text.replace("threshold = 2", f"threshold = {len(clinics.sites)}"))
+    clinics.port_process.start()
+    for site in clinics.sites.values():
+        site.trainer.start()
+        site.relay.start()
+        site.status()
+    processes = {"port": clinics.port_process.pid, "rounds": os.getpid()}
+    for name, site in clinics.sites.items():
+        processes |= {f"{name} relay": site.relay.pid, f"{name} trainer": site.trainer.pid}
+    links: list[Timed] = []
+
+    def link(stopped: Callable[[], bool]) -> Timed:
+        path = clinics.operator_folder / "state" / "carrier.sock"
+        links.append(Timed(CarrierLink(path, stopped), processes))
+        return links[-1]
+
+    limits = Limits(offer_seconds=300, train_seconds=300, stage_seconds=300)
+    job = clinics.run(clinics.rounds(link, limits))
+    assert job.state is JobState.FINISHED, job.detail
+    clinics.port_process.stop()
+    return _figures(links[-1], json.loads(noted.read_text()), rounds, len(clinics.sites))
+
+
+def _figures(
+    link: Timed, times: dict[str, list[tuple[float, float]]], rounds: int, sites: int
+) -> dict[str, Any]:
+    counted = range(2, rounds)
+    begin, end = link.moments[2], link.moments[rounds]
+    stages = {
+        stage: 1000
+        * statistics.median(
+            link.stages[number, stage][1] - link.stages[number, stage][0] for number in counted
+        )
+        for stage in STAGES
+    }
+    whole = [
+        link.stages[number, "unmask"][1] - link.stages[number, "train"][0] for number in counted
+    ]
+    between = [
+        link.stages[number + 1, "train"][0] - link.stages[number, "unmask"][1] for number in counted
+    ]
+    requests = {}
+    for name, taken in sorted(times.items()):
+        seconds = [one for moment, one in taken if begin <= moment < end]
+        if seconds:
+            requests[name] = {
+                "a_round": round(len(seconds) / len(counted), 1),
+                "mean_ms": round(1000 * statistics.mean(seconds), 2),
+                "ms_a_round": round(1000 * sum(seconds) / len(counted), 1),
+            }
+    spent = {
+        name: 1000 * (link.cpu[rounds][name] - link.cpu[2][name]) / len(counted)
+        for name in link.cpu[2]
+    }
+    kinds = {
+        "port": spent["port"],
+        "rounds": spent["rounds"],
+        "a relay": sum(ms for name, ms in spent.items() if name.endswith("relay")) / sites,
+        "a trainer": sum(ms for name, ms in spent.items() if name.endswith("trainer")) / sites,
+    }
+    return {
+        "round_ms": round(1000 * statistics.median(whole)),
+        "between_rounds_ms": round(1000 * statistics.median(between)),
+        "stage_ms": {name: round(ms) for name, ms in stages.items()},
+        "requests": requests,
+        "cpu_ms_a_round": {name: round(ms, 1) for name, ms in kinds.items()},
+    }
+
+
+def main(path: Path, name: str, sites: list[int]) -> None:
+    """Adds the figures to the file."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for count in sites:
+        figures = measure(count)
+        found.setdefault(name, {})[f"{count} sites"] = figures
+        print(json.dumps(figures, indent=2), flush=True)
+    found["machine"] = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], [int(one) for one in sys.argv[3:]] or list(ROUNDS))
