@@ -6,6 +6,7 @@ requested. `flower_patches` has what is changed in Flower.
 """
 
 import gc
+import hashlib
 import logging
 import ssl
 import threading
@@ -23,7 +24,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Error, Message
 from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_to_proto
+from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -31,6 +32,7 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import Message as Announcement
 from flwr.proto.message_pb2 import (
     ObjectTree,
     PullObjectRequest,
@@ -58,13 +60,19 @@ from umbel_client.relay.server_clock import ServerClock
 from umbel_client.relay.signature import Signature
 from umbel_common.errors import ConfigError, UmbelError
 from umbel_host.files.keys import read_tls_key
-from umbel_host.transport.flower import packed_pieces, regrouped, unpacked_pieces
-from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
+from umbel_host.transport.flower import packed_pieces, regrouped, takes_inline, unpacked_pieces
+from umbel_host.transport.pieces import (
+    FLOWER_INLINE_BYTES,
+    FLOWER_MARK,
+    FLOWER_MESSAGE_TYPE,
+    FLOWER_PIECE_BYTES,
+)
 from umbel_host.transport.polling import pause
 
 NOT_OURS = 1
 """Code of the error that answers every message that is not Umbel's."""
 _HEARTBEAT_SECONDS = 20.0
+_LOOK_SECONDS = 0.25
 _HEARTBEAT_INTERVAL = 30.0
 """The interval that the SuperLink expects; after twice as long it counts the site as offline."""
 _SHORTEST_POLL_SECONDS = 0.1
@@ -236,7 +244,12 @@ def _activated(
     over = threading.Event()
 
     def beat() -> None:
-        while not over.wait(_HEARTBEAT_SECONDS):
+        due = time.monotonic() + _HEARTBEAT_SECONDS
+        while not over.wait(_LOOK_SECONDS):
+            # The question for messages may be waiting for an answer: a heartbeat ends that.
+            if time.monotonic() < due and not stopping.is_set():
+                continue
+            due = time.monotonic() + _HEARTBEAT_SECONDS
             try:
                 client.SendNodeHeartbeat(
                     SendNodeHeartbeatRequest(node=node, heartbeat_interval=_HEARTBEAT_INTERVAL)
@@ -267,21 +280,33 @@ def _work(
     stopping: threading.Event,
 ) -> None:
     latest = time.monotonic()
+    question = PullMessagesRequest(node=node, message_ids=[FLOWER_MARK])
     while not stopping.is_set():
-        pulled = client.PullMessages(PullMessagesRequest(node=node))
+        asked = time.monotonic()
+        pulled = client.PullMessages(question)
         if not pulled.messages_list:
-            waited = time.monotonic() - latest
-            stopping.wait(
-                pause(waited, shortest=_SHORTEST_POLL_SECONDS, longest=_LONGEST_POLL_SECONDS)
+            # A server answers when it has a message, or after a while; an older one does at once.
+            now = time.monotonic()
+            wait = pause(
+                now - latest, shortest=_SHORTEST_POLL_SECONDS, longest=_LONGEST_POLL_SECONDS
             )
+            stopping.wait(max(wait - (now - asked), 0.0))
             continue
         (announced,), (tree,) = pulled.messages_list, pulled.message_object_trees
+        del pulled
         metadata = announced.metadata
         set_identity(node.node_id, metadata.run_id)
         try:
-            request = _pull(client, node, metadata.run_id, tree, largest(), stopping)
+            announcement = _opened(announced)
+            inline = takes_inline(announcement)
+            request = _whole(announcement, tree, largest())
+            if request is None:
+                request = _pull(client, node, metadata.run_id, tree, largest(), stopping)
             expires = metadata.created_at + metadata.ttl
-            _push(client, node, clock, answer_message(request, handle), expires, stopping)
+            reply = answer_message(request, handle)
+            del announced, announcement, request
+            _push(client, node, clock, reply, expires, stopping, inline=inline)
+            del reply
             # Unlike Flower's nodes, a relay confirms nothing: the server would delete a confirmed
             # message and could not deliver it again. It deletes a request with its reply.
         except httpx.HTTPStatusError as error:
@@ -299,6 +324,25 @@ def _is_over(response: httpx.Response) -> bool:
     """Whether Flower refuses a message, and not the gate before it, whose refusals are empty."""
     code = response.status_code
     return 400 <= code < 500 and code != 401 and bool(response.content)
+
+
+def _opened(announced: Announcement) -> Message:
+    try:
+        return message_from_proto(announced)
+    except Exception as error:
+        # Flower may raise anything for what is not its own.
+        raise ValueError("an announcement cannot be read") from error
+
+
+def _whole(announcement: Message, tree: ObjectTree, largest: int) -> Message | None:
+    """The message, if it is in its announcement; None if its parts are to be fetched."""
+    pieces = unpacked_pieces(announcement)
+    if pieces is None:
+        return None
+    if sum(map(len, pieces)) > largest:
+        raise _TooLargeError(largest)
+    set_message_id(announcement, tree.object_id)
+    return announcement
 
 
 def _pull(
@@ -345,12 +389,24 @@ def _push(
     reply: Message,
     expires: float,
     stopping: threading.Event,
+    *,
+    inline: bool,
 ) -> None:
-    """Sends a reply piece by piece; after a cut, pieces that arrived are not sent again."""
+    """Sends a reply: a small one whole, if the server takes it so, and any other piece by piece.
+    After a cut, pieces that arrived are not sent again.
+
+    Args:
+        expires: when nobody waits for it any more, seconds since 1970.
+        inline: whether the server takes a reply whole.
+    """
     run_id = reply.metadata.run_id
     # By the server's clock: a reply lives as long as its request.
     created = clock.now().timestamp()
     set_lifetime(reply, created, expires - created - _SLACK_SECONDS)
+    pieces = unpacked_pieces(reply)
+    if inline and pieces is not None and sum(map(len, pieces)) <= FLOWER_INLINE_BYTES:
+        _push_whole(client, node, reply, pieces, stopping)
+        return
     with no_object_id_recompute():
         set_message_id(reply, reply.object_id)
         objects = get_all_nested_objects(reply)
@@ -358,7 +414,6 @@ def _push(
             node=node,
             messages_list=[message_to_proto(remove_content_from_message(reply))],
             message_object_trees=[get_object_tree(reply)],
-            clientapp_runtime_list=[0.0],
         )
         pushed = _patiently(partial(client.PushMessages, request), stopping)
         for name in pushed.objects_to_push:
@@ -373,6 +428,25 @@ def _push(
             if len(part.object_content) >= FLOWER_PIECE_BYTES:
                 del part
                 gc.collect()
+
+
+def _push_whole(
+    client: FleetHttpClient,
+    node: Node,
+    reply: Message,
+    pieces: Pieces,
+    stopping: threading.Event,
+) -> None:
+    asked = reply.metadata.reply_to_message_id
+    # The same answer to a message has the same name, whenever it is sent.
+    name = hashlib.sha256(asked.encode() + b"".join(pieces)).hexdigest()
+    set_message_id(reply, name)
+    request = PushMessagesRequest(
+        node=node,
+        messages_list=[message_to_proto(reply)],
+        message_object_trees=[ObjectTree(object_id=name)],
+    )
+    _patiently(partial(client.PushMessages, request), stopping)
 
 
 def _patiently(call: Callable[[], T], stopping: threading.Event) -> T:

@@ -8,7 +8,12 @@ from typing import BinaryIO
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from umbel_host.transport.pieces import FLOWER_FIELD, FLOWER_PIECE_BYTES, FLOWER_RECORD
+from umbel_host.transport.pieces import (
+    FLOWER_FIELD,
+    FLOWER_MARK,
+    FLOWER_PIECE_BYTES,
+    FLOWER_RECORD,
+)
 
 
 class PieceInFile(ConfigRecord):
@@ -90,6 +95,18 @@ def unpacked_pieces(message: Message) -> list[bytes] | None:
             return None
         pieces.append(piece)
     return pieces if any(pieces) else None
+
+
+def mark() -> RecordDict:
+    """The content of an announcement whose message comes in pieces (`FLOWER_MARK`)."""
+    return RecordDict({FLOWER_MARK: ConfigRecord()})
+
+
+def takes_inline(announcement: Message) -> bool:
+    """Whether a server that announces so takes replies whole."""
+    if not announcement.has_content():
+        return False
+    return FLOWER_MARK in announcement.content or bool(unpacked_pieces(announcement))
 
 
 def names_of_pieces(message: Message) -> list[str] | None:

@@ -11,3 +11,10 @@ FLOWER_FIELD = "sealed"
 
 FLOWER_PIECE_BYTES = 1 << 22
 """Size of the largest piece in a record. Flower sends, and sends again, each piece by itself."""
+
+FLOWER_INLINE_BYTES = 1 << 18
+"""Size of the largest message that rides whole in its announcement, without pieces."""
+
+FLOWER_MARK = "umbel-inline"
+"""Name of an empty record in an announcement without the message, by which a server says that it
+takes replies whole; and what a relay that takes them so puts into its question for messages."""

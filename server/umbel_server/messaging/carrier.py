@@ -1,7 +1,7 @@
 """Between the operator's two processes: the one with jobs and key, and the one with the port.
 
 They meet at a Unix socket. `Post` leaves a sealed message for a site, together with the size of the
-largest reply that is taken; `Collect` asks for the reply.
+largest reply that is taken; `Collect` asks for the reply, and `Wait` when to ask.
 The process with the port cannot read what it carries, nor change it unnoticed: no key and nothing
 unsealed may ever pass here. `Forget` deletes a message that nobody waits for any more. The process
 with the port is open to strangers and may say anything: whatever it says that is not an answer is a
@@ -10,7 +10,7 @@ lost message, and never an error of the process with the key.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ from umbel_server.messaging.link import JobStopped, Step
 CARRIER = "umbel.v1.Carrier"
 _SHORTEST_POLL_SECONDS = 0.05
 _LONGEST_POLL_SECONDS = 1.0
+_LONGEST_WAIT_SECONDS = 1.0
+"""How long one `Wait` takes at most: a job that is to stop does not wait longer."""
 _AGAIN_SECONDS = 0.5
 _FORGET_SECONDS = 10.0
 _logger = logging.getLogger("umbel.rounds")
@@ -51,6 +53,13 @@ class Posted(msgspec.Struct, frozen=True):
 
     identifier: str | None
     """The message's ID; None if the site was never connected, or is not admitted."""
+
+
+class _Wait(msgspec.Struct, frozen=True):
+    """The request of a `Wait`."""
+
+    identifiers: tuple[str, ...]
+    seconds: float
 
 
 class _Collected(msgspec.Struct, frozen=True):
@@ -97,6 +106,10 @@ class Mailbox(Protocol):
         reply that was not read to its end can be collected again."""
         ...
 
+    def wait(self, identifiers: Sequence[str], seconds: float) -> None:
+        """Waits until one of these messages may be over, but at most so long."""
+        ...
+
     def forget(self, identifier: str) -> None:
         """Deletes a message and whatever came in answer to it."""
         ...
@@ -119,6 +132,11 @@ def methods(mailbox: Mailbox) -> dict[str, grpc.RpcMethodHandler]:
             for piece in sealed:
                 yield from pieces(piece)
 
+    def wait(request: bytes, _: grpc.ServicerContext) -> bytes:
+        asked = msgspec.json.decode(request, type=_Wait)
+        mailbox.wait(asked.identifiers, min(asked.seconds, _LONGEST_WAIT_SECONDS))
+        return b""
+
     def forget(request: bytes, _: grpc.ServicerContext) -> bytes:
         mailbox.forget(request.decode())
         return b""
@@ -126,6 +144,7 @@ def methods(mailbox: Mailbox) -> dict[str, grpc.RpcMethodHandler]:
     return {
         "Post": grpc.stream_unary_rpc_method_handler(post),
         "Collect": grpc.unary_stream_rpc_method_handler(collect),
+        "Wait": grpc.unary_unary_rpc_method_handler(wait),
         "Forget": grpc.unary_unary_rpc_method_handler(forget),
     }
 
@@ -173,6 +192,7 @@ class CarrierLink:
         self._channel = channel(path)
         self._post = self._channel.stream_unary(f"/{CARRIER}/Post")
         self._collect = self._channel.unary_stream(f"/{CARRIER}/Collect")
+        self._wait = self._channel.unary_unary(f"/{CARRIER}/Wait")
         self._complaint = ""
         self._forget = self._channel.unary_unary(f"/{CARRIER}/Forget")
 
@@ -203,6 +223,9 @@ class CarrierLink:
                 del sealed, kept
             while waiting and time.monotonic() < deadline:
                 self._check_stopped()
+                asked = time.monotonic()
+                self._until_news(waiting)
+                before = len(waiting)
                 for one in list(waiting):
                     over, reply = self._look(step, one, deadline)
                     if over:
@@ -210,12 +233,24 @@ class CarrierLink:
                     if reply is not None:
                         yield one.site, reply
                     del reply
-                waited = time.monotonic() - began
-                time.sleep(
-                    pause(waited, shortest=_SHORTEST_POLL_SECONDS, longest=_LONGEST_POLL_SECONDS)
-                )
+                if len(waiting) == before:
+                    # News that are none come no faster than questions without them.
+                    now = time.monotonic()
+                    least = pause(
+                        now - began, shortest=_SHORTEST_POLL_SECONDS, longest=_LONGEST_POLL_SECONDS
+                    )
+                    time.sleep(max(least - (now - asked), 0.0))
         finally:
             self._abandon(waiting)
+
+    def _until_news(self, waiting: Sequence[_Waiting]) -> None:
+        """Waits until a reply may be there, as far as the other process can say."""
+        posted = tuple(one.identifier for one in waiting if one.identifier is not None)
+        # A site that could not get its message yet gets it soon.
+        seconds = _LONGEST_WAIT_SECONDS if len(posted) == len(waiting) else _AGAIN_SECONDS
+        if posted:
+            with suppress(grpc.RpcError):
+                self._wait(msgspec.json.encode(_Wait(posted, seconds)), timeout=2 * seconds)
 
     def _abandon(self, waiting: list[_Waiting]) -> None:
         """Deletes the messages that were not answered: what comes now would stay for nobody."""

@@ -12,7 +12,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import FastAPI
-from flwr.app import Message
+from flwr.app import Message, RecordDict
+from flwr.app.message import make_message
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore import sql_mixin
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.state.schema.corestate_models import ObjectPushSession, ObjectPushSessionRoot
@@ -124,6 +126,32 @@ def set_message_id(message: Message, identifier: str) -> None:
     Held by: test_what_flower_hides_of_a_messages_metadata_can_be_set.
     """
     message.metadata.__dict__["_message_id"] = identifier
+
+
+def with_content(message: Message, content: RecordDict) -> Message:
+    """Returns a message with the same metadata and another content.
+
+    Reason: the announcement of a message that comes in pieces is the message without them, and
+    Flower's own function for that leaves nothing.
+
+    Held by: test_a_message_and_its_reply_leave_nothing_behind.
+    """
+    return make_message(metadata=message.metadata, content=content)
+
+
+def store(state: Any, message: Message, tree: ObjectTree) -> bool:
+    """Stores a message whose parts nobody pushes; returns whether Flower took it.
+
+    Reason: Flower's method for a message and its parts opens a session in which they are pushed,
+    and deletes the message if they do not come.
+
+    Held by: test_a_message_and_its_reply_leave_nothing_behind.
+    """
+    with state.session():
+        if state.store_message_ins(message) is None:
+            return False
+        state.object_store.preregister(message.metadata.run_id, tree)
+        return True
 
 
 def deliver_again(state: Any, identifiers: Collection[str]) -> None:

@@ -2,21 +2,26 @@
 
 The content is sealed: nothing may be added here that looks into it. Whatever was posted is deleted
 again, with all that came in answer to it, by `forget`.
+
+A small message is a part of its announcement, which a node fetches, or sends, by one request. A
+larger one is announced with the names of its parts, each of which is a request.
 """
 
 import math
 import os
+import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from flwr.app import Message
-from flwr.app.message import remove_content_from_message
 from flwr.common.constant import ErrorCode
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -27,8 +32,21 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.object_store import NoObjectInStoreError
 
 from umbel_common.protocol.wire import size_limit
-from umbel_host.transport.flower import PieceElsewhere, names_of_pieces, packed_file, piece_of
-from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE, FLOWER_PIECE_BYTES
+from umbel_host.transport.flower import (
+    PieceElsewhere,
+    mark,
+    names_of_pieces,
+    packed_file,
+    packed_pieces,
+    piece_of,
+    regrouped,
+    unpacked_pieces,
+)
+from umbel_host.transport.pieces import (
+    FLOWER_INLINE_BYTES,
+    FLOWER_MESSAGE_TYPE,
+    FLOWER_PIECE_BYTES,
+)
 from umbel_server.port import flower_patches
 from umbel_server.port.superlink import SuperLink
 
@@ -67,8 +85,9 @@ class NodeMailbox:
         self._posted_lock = threading.Lock()
         self._posted: dict[str, _Posted] = {}
         """Message that was not collected -> its receiver."""
-        self._arriving: dict[str, str | None] = {}
-        """Message -> its reply, whose pieces are being pushed; None: an error, which has none."""
+        self._arriving: dict[str, str | list[bytes] | None] = {}
+        """Message -> its reply: the whole, or the name of one whose pieces are being pushed. None:
+        an error, which has none."""
         self._arrived: dict[str, set[str]] = {}
         """Reply -> the parts of it that have come."""
         self._asked: dict[str, float] = {}
@@ -110,6 +129,37 @@ class NodeMailbox:
         self._forget_expired()
         if not self._superlink.was_connected(node):
             return None
+        parts = regrouped(sealed)
+        first = next(parts, b"")
+        if len(first) <= FLOWER_INLINE_BYTES and self._superlink.expected.takes_inline(node):
+            # A piece that is not full is the last one.
+            return self._post_inline(node, label, first, seconds, largest_reply)
+        return self._post_pieces(node, label, chain([first], parts), seconds, largest_reply)
+
+    def _post_inline(
+        self, node: int, label: str, sealed: bytes, seconds: float, largest_reply: int
+    ) -> str | None:
+        message = Message(
+            packed_pieces([sealed]),
+            dst_node_id=node,
+            message_type=FLOWER_MESSAGE_TYPE,
+            ttl=seconds,
+            group_id=label,
+        )
+        # Nothing but its name: no part of it is ever fetched.
+        identifier = secrets.token_hex(32)
+        flower_patches.set_message_id(message, identifier)
+        self._expect(identifier, node, seconds, largest_reply)
+        try:
+            stored = flower_patches.store(self._state, message, ObjectTree(object_id=identifier))
+        except Exception:
+            self.forget(identifier)
+            raise
+        return self._posted_or_not(identifier, stored)
+
+    def _post_pieces(
+        self, node: int, label: str, sealed: Iterator[bytes], seconds: float, largest_reply: int
+    ) -> str | None:
         # Flower wants the digests of all pieces before it takes the first one. A message may be as
         # large as an adapter, so it waits in a file without a name, one message at a time.
         with (
@@ -131,22 +181,33 @@ class NodeMailbox:
             for squatter in self._superlink.expected.in_the_way(objects.keys()):
                 self._refuse(squatter)
             session = self._state.start_session(run)
-            with self._posted_lock:
-                self._posted[identifier] = _Posted(node, time.monotonic() + seconds)
-            self._superlink.expected.expect(identifier, node, largest_reply)
+            self._expect(identifier, node, seconds, largest_reply)
             try:
                 stored, missing = self._state.store_message_and_object_tree(
-                    remove_content_from_message(message), get_object_tree(message), session
+                    flower_patches.with_content(message, mark()), get_object_tree(message), session
                 )
                 for name in missing:
                     self._state.store_object(run, session, name, objects[name].deflate())
             except Exception:
                 self.forget(identifier)
                 raise
-            if not stored:
-                self.forget(identifier)
-                return None
-            return identifier
+            return self._posted_or_not(identifier, stored)
+
+    def _expect(self, identifier: str, node: int, seconds: float, largest_reply: int) -> None:
+        with self._posted_lock:
+            self._posted[identifier] = _Posted(node, time.monotonic() + seconds)
+        self._superlink.expected.expect(identifier, node, largest_reply)
+
+    def _posted_or_not(self, identifier: str, stored: bool) -> str | None:
+        if not stored:
+            self.forget(identifier)
+            return None
+        self._superlink.expected.posted(identifier)
+        return identifier
+
+    def wait(self, identifiers: Collection[str], seconds: float) -> None:
+        """Waits until the whole reply to one of these messages may have come, or for so long."""
+        self._superlink.expected.wait(identifiers, seconds)
 
     def collect(self, identifier: str) -> Collected | None:
         """Returns the reply to a message, once; None while it may still come."""
@@ -173,14 +234,17 @@ class NodeMailbox:
                 if unavailable and not self._superlink.is_gone(posted.node):
                     # The node was cut off, or connected again, in this very moment.
                     return None
-            self._arriving[identifier] = None if reply.has_error() else name
-        announced = self._arriving[identifier]
+            whole = None if reply.has_error() else unpacked_pieces(reply)
+            self._arriving[identifier] = None if reply.has_error() else whole or name
+        arriving = self._arriving[identifier]
+        if isinstance(arriving, list):
+            return Collected(self._given(identifier, arriving))
         names = None
-        if announced is not None:
-            if not self._is_complete(announced):
+        if arriving is not None:
+            if not self._is_complete(arriving):
                 return None
-            names = self._names(announced)
-        if announced is None or names is None:
+            names = self._names(arriving)
+        if names is None:
             self.forget(identifier)
             return Collected(None)
         return Collected(self._read(identifier, names))
@@ -189,9 +253,11 @@ class NodeMailbox:
         """Deletes a message and every reply to it, with all parts that came."""
         # The order lets no reply slip in between: from here on, none is taken.
         self._superlink.expected.forget(identifier)
-        flower_patches.withdraw(self._state, identifier)
-        self._delete_replies(identifier)
-        self._state.object_store.delete(identifier)
+        # One transaction, which is one turn to write.
+        with self._state.session():
+            flower_patches.withdraw(self._state, identifier)
+            self._delete_replies(identifier)
+            self._state.object_store.delete(identifier)
         with self._posted_lock:
             self._arriving.pop(identifier, None)
             self._asked.pop(identifier, None)
@@ -234,6 +300,11 @@ class NodeMailbox:
             expired = [name for name, posted in self._posted.items() if posted.expires < late]
         for name in expired:
             self.forget(name)
+
+    def _given(self, identifier: str, pieces: list[bytes]) -> Iterator[bytes]:
+        """As `_read`, for a reply that came whole."""
+        yield from pieces
+        self.forget(identifier)
 
     def _read(self, identifier: str, names: list[str]) -> Iterator[bytes]:
         """Yields the pieces of a reply. A reply that is not read to its end is still there."""

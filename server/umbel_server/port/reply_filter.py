@@ -4,6 +4,7 @@ Nothing here ever opens a seal, and no check may be dropped or moved before the 
 until then, anybody with a certificate may have written the request in any site's name.
 """
 
+import asyncio
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from umbel_host.transport.pieces import FLOWER_MARK
 from umbel_server.port import flower_patches
 from umbel_server.port.expected_replies import ExpectedReplies, Verdict
 
@@ -21,9 +23,13 @@ PULL = "/v1/fleet/pull-messages"
 PUSH = "/v1/fleet/push-messages"
 PUSH_OBJECT = "/v1/fleet/push-object"
 ACTIVATE = "/v1/fleet/activate-node"
+HEARTBEAT = "/v1/fleet/send-node-heartbeat"
 _STATUS = {Verdict.REFUSED: 403, Verdict.OVER: 410}
 _CONNECTIONS, _PER_SECONDS = 5, 10.0
 """How often a relay may connect. Each time costs the database some statements."""
+_HOLD_SECONDS = 15.0
+"""How long a relay's question for messages waits for one: shorter than proxies let a connection be
+silent, and than a relay waits for an answer."""
 
 
 class ReplyFilter:
@@ -36,7 +42,8 @@ class ReplyFilter:
 
     Flower also takes any objects with a reply, and refuses a second connection of a node that has
     not taken leave. And it looks for a message with a statement that waits for a turn to write,
-    although relays ask all the time and mostly for nothing.
+    although relays ask all the time and mostly for nothing. Here such a question waits until there
+    is a message. A node has one such question: another one, or a heartbeat, ends its waiting.
     """
 
     def __init__(
@@ -52,6 +59,10 @@ class ReplyFilter:
         self._activated: defaultdict[bytes, deque[float]] = defaultdict(
             lambda: deque(maxlen=_CONNECTIONS)
         )
+        self._waiting: dict[int, asyncio.Event] = {}
+        """Node -> what ends the waiting of its question."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        expected.on_posted = self._wake
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
@@ -60,8 +71,13 @@ class ReplyFilter:
         if scope["type"] != "http" or request is None:
             pass
         elif scope["path"] == PULL:
-            if not self._expected.is_asked(request.node.node_id):
+            node = request.node.node_id
+            self._expected.note_inline(node, FLOWER_MARK in request.message_ids)
+            await self._until_asked(node)
+            if not self._expected.is_asked(node):
                 answer = flower_patches.answered(scope, PullMessagesResponse())
+        elif scope["path"] == HEARTBEAT:
+            self._end_waiting(request.node.node_id)
         elif scope["path"] == PUSH:
             answer = self._judge_reply(request)
         elif scope["path"] == PUSH_OBJECT:
@@ -76,6 +92,34 @@ class ReplyFilter:
                 # It waits for the database: in the event loop, everybody would wait with it.
                 await run_in_threadpool(self._make_way, request.public_key)
         await (answer or self._app)(scope, receive, send)
+        if answer is None and scope["path"] in (PUSH, PUSH_OBJECT):
+            self._expected.passed(request.node.node_id)
+
+    async def _until_asked(self, node: int) -> None:
+        """Waits until a node is asked something, but not for long."""
+        self._loop = asyncio.get_running_loop()
+        self._end_waiting(node)
+        over = self._waiting[node] = asyncio.Event()
+        try:
+            # After the event is there, so that no message is missed between the two.
+            if not self._expected.is_asked(node):
+                async with asyncio.timeout(_HOLD_SECONDS):
+                    await over.wait()
+        except TimeoutError:
+            pass
+        finally:
+            if self._waiting.get(node) is over:
+                del self._waiting[node]
+
+    def _end_waiting(self, node: int) -> None:
+        over = self._waiting.get(node)
+        if over is not None:
+            over.set()
+
+    def _wake(self, node: int) -> None:
+        """Called from the thread that posted a message for a node."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._end_waiting, node)
 
     def _judge_reply(self, request: Any) -> JSONResponse | None:
         if not is_one_reply(request):
@@ -84,7 +128,11 @@ class ReplyFilter:
         metadata = message.metadata
         return _refusal(
             self._expected.announce(
-                request.node.node_id, metadata.reply_to_message_id, metadata.message_id, tree
+                request.node.node_id,
+                metadata.reply_to_message_id,
+                metadata.message_id,
+                tree,
+                message.content.ByteSize(),
             )
         )
 

@@ -5,7 +5,7 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -126,6 +126,10 @@ class SiteMailbox:
         """See `Mailbox`."""
         reply = self._nodes.collect(identifier)
         return (False, None) if reply is None else (True, reply.pieces)
+
+    def wait(self, identifiers: Sequence[str], seconds: float) -> None:
+        """See `Mailbox`."""
+        self._nodes.wait(identifiers, seconds)
 
     def forget(self, identifier: str) -> None:
         """See `Mailbox`."""
