@@ -13,9 +13,11 @@ import time
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
+from support.relays import whole
+
 import umbel_client.relay.flower
 import umbel_client.relay.server_clock
-from umbel_client.relay.flower import Connection, serve, whole
+from umbel_client.relay.flower import Connection, serve
 
 
 class Clock(datetime):

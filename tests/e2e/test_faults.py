@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from e2e.daemons import Clinics, Daemon, Site
+from support.relays import whole
 from support.waiting import HANGING
 
 import umbel_client.relay.flower
@@ -236,7 +237,7 @@ def test_a_relay_whose_clock_is_wrong_by_ten_minutes_works_all_the_same(
     )
     relay = threading.Thread(
         target=umbel_client.relay.flower.serve,
-        args=(connection, umbel_client.relay.flower.whole(stub.handle), stopping, lambda _: None),
+        args=(connection, whole(stub.handle), stopping, lambda _: None),
     )
     relay.start()
     try:

@@ -16,18 +16,22 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from e2e import echo_relay
 from e2e.daemons import write_all
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesResponse
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import Metadata as ProtoMetadata
-from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
+from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from support import warm_python
+from support.relays import whole
 from support.waiting import HANGING
 
 import umbel_client.relay.flower
-from umbel_client.relay.flower import LARGEST_MESSAGE, Connection, serve, whole
-from umbel_host.transport.pieces import FLOWER_MESSAGE_TYPE
+from umbel_client.relay.flower import Connection, serve
+from umbel_client.relay.messages import LARGEST_MESSAGE
+from umbel_host.transport.flower import packed_names
+from umbel_host.transport.pieces import FLOWER_FIELD, FLOWER_MESSAGE_TYPE, FLOWER_PLACE
 from umbel_server.operator.authority import (
     Authority,
     certificate_pem,
@@ -38,9 +42,15 @@ from umbel_server.operator.authority import (
 from umbel_server.port.listener import tls_context
 from umbel_server.port.reply_filter import ACTIVATE
 
-ANNOUNCED = ProtoMessage(metadata=ProtoMetadata(run_id=1, message_type=FLOWER_MESSAGE_TYPE))
-TREE = ObjectTree(object_id="0" * 64)
-WITH_TREE = PullMessagesResponse(messages_list=[ANNOUNCED], message_object_trees=[TREE])
+METADATA = ProtoMetadata(run_id=1, message_type=FLOWER_MESSAGE_TYPE)
+
+
+def announcing(content: RecordDict | None) -> PullMessagesResponse:
+    proto = None if content is None else recorddict_to_proto(content)
+    return PullMessagesResponse(messages_list=[ProtoMessage(metadata=METADATA, content=proto)])
+
+
+WITH_A_PIECE = announcing(packed_names(["0" * 64]))
 WRONG_VERSION = FlowerError(ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE, "go away")
 
 
@@ -220,13 +230,10 @@ def test_a_server_of_another_authority_hears_nothing(
 def test_a_message_that_no_plan_can_need_does_not_fill_a_relays_memory(
     tmp_path: Path, checked: bool
 ) -> None:
-    parts = [ObjectTree(object_id=f"{number:064x}") for number in range(40)]
-    endless = PullMessagesResponse(
-        messages_list=[ANNOUNCED],
-        message_object_trees=[ObjectTree(object_id="f" * 64, children=parts)],
-    )
+    piece = ConfigRecord({FLOWER_FIELD: bytes(100_000), FLOWER_PLACE: "0"}).deflate()
+    endless = announcing(packed_names([f"{number:064x}" for number in range(41)]))
     kit = Kit(tmp_path)
-    bodies = offering(endless, content(bytes(100_000)))
+    bodies = offering(endless, content(piece))
     with (
         web_server(kit.context(), bodies=bodies) as (port, asked),
         relay(kit.connection(port), 150_000 if checked else LARGEST_MESSAGE),
@@ -251,17 +258,17 @@ def pulls(path: str) -> str:
         (400, lambda path: json.dumps(WRONG_VERSION.to_json("go away")).encode()),
         (200, lambda path: b"no protobuf"),
         (500, lambda path: b"x" * 1000),
-        (200, offering(PullMessagesResponse(messages_list=[ANNOUNCED]))),
-        (200, offering(WITH_TREE, PullObjectResponse())),
-        (200, offering(WITH_TREE, content(b"no object"))),
-        (200, offering(WITH_TREE, content(b"RecordDict 0 \x00"))),
-        (200, offering(WITH_TREE, content(ConfigRecord({"a": 1}).deflate()))),
+        (200, offering(announcing(None))),
+        (200, offering(WITH_A_PIECE, PullObjectResponse())),
+        (200, offering(WITH_A_PIECE, content(b"no object"))),
+        (200, offering(WITH_A_PIECE, content(b"RecordDict 0 \x00"))),
+        (200, offering(WITH_A_PIECE, content(ConfigRecord({"a": 1}).deflate()))),
     ],
     ids=[
         "wrong version",
         "no protobuf",
         "error",
-        "no tree",
+        "no content",
         "no object",
         "nonsense",
         "no body",

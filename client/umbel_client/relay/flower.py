@@ -1,12 +1,10 @@
-"""Flower on the site's side: a Flower message in, a Flower message out, sealed bytes between.
+"""A relay's connection to a SuperLink, over Flower's Fleet interface.
 
-The relay and simulations run this module; neither holds data or an identity key here. A SuperLink
-can send much; only one kind of message is handled, and app bundles and run configurations are never
-requested. `flower_patches` has what is changed in Flower.
+It is kept up, and asks for messages; `messages` has what becomes of one. Neither holds data or an
+identity key. `flower_patches` has what is changed in Flower.
 """
 
 import gc
-import hashlib
 import logging
 import ssl
 import threading
@@ -15,62 +13,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import httpx
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Error, Message
-from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
-    PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import Message as Announcement
-from flwr.proto.message_pb2 import (
-    ObjectTree,
-    PullObjectRequest,
-    PushObjectRequest,
-)
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from umbel_client.relay.flower_patches import (
-    fleet_client,
-    set_identity,
-    set_lifetime,
-    set_message_id,
-)
+from umbel_client.relay.flower_patches import fleet_client
+from umbel_client.relay.messages import LARGEST_MESSAGE, Conversation, Pieces, TooLargeError
 from umbel_client.relay.proxy import way_to
 from umbel_client.relay.server_clock import ServerClock
 from umbel_client.relay.signature import Signature
 from umbel_common.errors import ConfigError, UmbelError
 from umbel_host.files.keys import read_tls_key
-from umbel_host.transport.flower import packed_pieces, regrouped, takes_inline, unpacked_pieces
-from umbel_host.transport.pieces import (
-    FLOWER_INLINE_BYTES,
-    FLOWER_MARK,
-    FLOWER_MESSAGE_TYPE,
-    FLOWER_PIECE_BYTES,
-)
 from umbel_host.transport.polling import pause
 
-NOT_OURS = 1
-"""Code of the error that answers every message that is not Umbel's."""
 _HEARTBEAT_SECONDS = 20.0
 _LOOK_SECONDS = 0.25
 _HEARTBEAT_INTERVAL = 30.0
@@ -78,46 +44,12 @@ _HEARTBEAT_INTERVAL = 30.0
 _SHORTEST_POLL_SECONDS = 0.1
 _LONGEST_POLL_SECONDS = 1.0
 _REQUEST_SECONDS = 30.0
-"""Limit of each step of a request: to connect, to write, to read."""
-_PATIENCE_SECONDS = 150.0
-"""How long one request is repeated while the server is away."""
+"""Limit of each step of a request: to connect, to write, to read. The server answers a question for
+messages after half as long, if it has none."""
 _LONGEST_PAUSE = 30.0
 _LONGEST_REASON = 500
-_SLACK_SECONDS = 2.0
-"""Taken off a reply's lifetime: the server's time is known to a second only."""
-
-LARGEST_MESSAGE = 1 << 31
-"""Bytes; no adapter is larger."""
-_ENVELOPE_BYTES = 4096
-"""Room for what Flower writes around each part of a message, and for its name in its parent."""
 
 _logger = logging.getLogger("umbel.relay")
-T = TypeVar("T")
-
-Pieces = list[bytes]
-"""A sealed message in pieces, which `umbel_host.transport.flower.regrouped` makes: a relay holds it
-in memory only once."""
-
-
-class _TooLargeError(Exception):
-    """A message is larger than any that the trainer takes."""
-
-
-def answer_message(message: Message, handle: Callable[[Pieces], Pieces]) -> Message:
-    """Hands the sealed bytes to `handle` and sends back its answer.
-
-    Nothing else has any effect: no app bundle, no run configuration, no other message type.
-    """
-    ours = message.metadata.message_type == FLOWER_MESSAGE_TYPE
-    pieces = unpacked_pieces(message) if ours else None
-    if pieces is None:
-        return Message(Error(NOT_OURS, "not a message of this federation"), reply_to=message)
-    return Message(packed_pieces(handle(pieces)), reply_to=message)
-
-
-def whole(handle: Callable[[bytes], bytes]) -> Callable[[Pieces], Pieces]:
-    """A handler of pieces, made from a handler of whole messages such as `Trainer.handle`."""
-    return lambda pieces: list(regrouped([handle(b"".join(pieces))]))
 
 
 @dataclass(frozen=True)
@@ -279,34 +211,23 @@ def _work(
     largest: Callable[[], int],
     stopping: threading.Event,
 ) -> None:
+    conversation = Conversation(client, node, clock, stopping)
     latest = time.monotonic()
-    question = PullMessagesRequest(node=node, message_ids=[FLOWER_MARK])
     while not stopping.is_set():
         asked = time.monotonic()
-        pulled = client.PullMessages(question)
+        pulled = client.PullMessages(PullMessagesRequest(node=node))
         if not pulled.messages_list:
-            # A server answers when it has a message, or after a while; an older one does at once.
+            # The server answers when it has a message, or after a while, or at once.
             now = time.monotonic()
             wait = pause(
                 now - latest, shortest=_SHORTEST_POLL_SECONDS, longest=_LONGEST_POLL_SECONDS
             )
             stopping.wait(max(wait - (now - asked), 0.0))
             continue
-        (announced,), (tree,) = pulled.messages_list, pulled.message_object_trees
+        (announced,) = pulled.messages_list
         del pulled
-        metadata = announced.metadata
-        set_identity(node.node_id, metadata.run_id)
         try:
-            announcement = _opened(announced)
-            inline = takes_inline(announcement)
-            request = _whole(announcement, tree, largest())
-            if request is None:
-                request = _pull(client, node, metadata.run_id, tree, largest(), stopping)
-            expires = metadata.created_at + metadata.ttl
-            reply = answer_message(request, handle)
-            del announced, announcement, request
-            _push(client, node, clock, reply, expires, stopping, inline=inline)
-            del reply
+            conversation.answer(announced, handle, largest())
             # Unlike Flower's nodes, a relay confirms nothing: the server would delete a confirmed
             # message and could not deliver it again. It deletes a request with its reply.
         except httpx.HTTPStatusError as error:
@@ -315,7 +236,7 @@ def _work(
             # The message's run is over: nobody waits for this reply any more.
             _logger.info("a message is dropped: %s", _reason(error))
             stopping.wait(_SHORTEST_POLL_SECONDS)
-        except _TooLargeError as error:
+        except TooLargeError as error:
             _logger.warning("a message is dropped: it has more than %s bytes", error)
         latest = time.monotonic()
 
@@ -324,147 +245,3 @@ def _is_over(response: httpx.Response) -> bool:
     """Whether Flower refuses a message, and not the gate before it, whose refusals are empty."""
     code = response.status_code
     return 400 <= code < 500 and code != 401 and bool(response.content)
-
-
-def _opened(announced: Announcement) -> Message:
-    try:
-        return message_from_proto(announced)
-    except Exception as error:
-        # Flower may raise anything for what is not its own.
-        raise ValueError("an announcement cannot be read") from error
-
-
-def _whole(announcement: Message, tree: ObjectTree, largest: int) -> Message | None:
-    """The message, if it is in its announcement; None if its parts are to be fetched."""
-    pieces = unpacked_pieces(announcement)
-    if pieces is None:
-        return None
-    if sum(map(len, pieces)) > largest:
-        raise _TooLargeError(largest)
-    set_message_id(announcement, tree.object_id)
-    return announcement
-
-
-def _pull(
-    client: FleetHttpClient,
-    node: Node,
-    run_id: int,
-    tree: ObjectTree,
-    largest: int,
-    stopping: threading.Event,
-) -> Message:
-    contents: dict[str, bytes] = {}
-    room = largest + (-(-largest // FLOWER_PIECE_BYTES) + 2) * _ENVELOPE_BYTES
-    for part in iterate_object_tree(tree):
-        request = PullObjectRequest(node=node, run_id=run_id, object_id=part.object_id)
-        while True:
-            pulled = _patiently(partial(client.PullObject, request), stopping)
-            if pulled.object_available:
-                break
-            if not pulled.object_found or stopping.wait(_SHORTEST_POLL_SECONDS):
-                raise ValueError("a part of a message is not there any more")
-        contents[part.object_id] = pulled.object_content
-        room -= len(pulled.object_content)
-        if room < 0:
-            raise _TooLargeError(largest)
-        # The HTTP client's objects refer to each other in a circle, with the megabytes in them.
-        del pulled
-        if len(contents[part.object_id]) >= FLOWER_PIECE_BYTES:
-            gc.collect()
-    try:
-        message = inflate_object_from_contents(tree.object_id, contents)
-    except Exception as error:
-        # Flower may raise anything for bytes that are not its own.
-        raise ValueError("a message cannot be put together") from error
-    if not isinstance(message, Message):
-        raise ValueError("the server sent something that is not a Flower message")
-    set_message_id(message, tree.object_id)
-    return message
-
-
-def _push(
-    client: FleetHttpClient,
-    node: Node,
-    clock: ServerClock,
-    reply: Message,
-    expires: float,
-    stopping: threading.Event,
-    *,
-    inline: bool,
-) -> None:
-    """Sends a reply: a small one whole, if the server takes it so, and any other piece by piece.
-    After a cut, pieces that arrived are not sent again.
-
-    Args:
-        expires: when nobody waits for it any more, seconds since 1970.
-        inline: whether the server takes a reply whole.
-    """
-    run_id = reply.metadata.run_id
-    # By the server's clock: a reply lives as long as its request.
-    created = clock.now().timestamp()
-    set_lifetime(reply, created, expires - created - _SLACK_SECONDS)
-    pieces = unpacked_pieces(reply)
-    if inline and pieces is not None and sum(map(len, pieces)) <= FLOWER_INLINE_BYTES:
-        _push_whole(client, node, reply, pieces, stopping)
-        return
-    with no_object_id_recompute():
-        set_message_id(reply, reply.object_id)
-        objects = get_all_nested_objects(reply)
-        request = PushMessagesRequest(
-            node=node,
-            messages_list=[message_to_proto(remove_content_from_message(reply))],
-            message_object_trees=[get_object_tree(reply)],
-        )
-        pushed = _patiently(partial(client.PushMessages, request), stopping)
-        for name in pushed.objects_to_push:
-            part = PushObjectRequest(
-                node=node,
-                run_id=run_id,
-                session_id=pushed.session_id,
-                object_id=name,
-                object_content=objects.pop(name).deflate(),
-            )
-            _patiently(partial(client.PushObject, part), stopping)
-            if len(part.object_content) >= FLOWER_PIECE_BYTES:
-                del part
-                gc.collect()
-
-
-def _push_whole(
-    client: FleetHttpClient,
-    node: Node,
-    reply: Message,
-    pieces: Pieces,
-    stopping: threading.Event,
-) -> None:
-    asked = reply.metadata.reply_to_message_id
-    # The same answer to a message has the same name, whenever it is sent.
-    name = hashlib.sha256(asked.encode() + b"".join(pieces)).hexdigest()
-    set_message_id(reply, name)
-    request = PushMessagesRequest(
-        node=node,
-        messages_list=[message_to_proto(reply)],
-        message_object_trees=[ObjectTree(object_id=name)],
-    )
-    _patiently(partial(client.PushMessages, request), stopping)
-
-
-def _patiently(call: Callable[[], T], stopping: threading.Event) -> T:
-    """Repeats a request while the server is away.
-
-    Raises:
-        httpx.HTTPError: the server is away for too long, or refuses the request.
-    """
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    pause = 0.2
-    while True:
-        try:
-            return call()
-        except httpx.HTTPError as error:
-            away = isinstance(error, httpx.TransportError) or (
-                isinstance(error, httpx.HTTPStatusError)
-                and error.response.status_code in (502, 503, 504)
-            )
-            if not away or time.monotonic() > deadline or stopping.wait(pause):
-                raise
-            pause = min(2 * pause, 5.0)

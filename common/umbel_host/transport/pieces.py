@@ -1,20 +1,23 @@
-"""How sealed bytes are cut into records of a Flower message: names and sizes for both sides."""
+"""How sealed bytes are put into a Flower message: names and sizes for both sides."""
 
 FLOWER_MESSAGE_TYPE = "train.umbel"
 """Type of every message of ours, for Flower."""
 
 FLOWER_RECORD = "umbel"
-"""Prefix of the names of records: `umbel-0`, `umbel-1` and so on."""
+"""Name of the one record of a message's content."""
 
 FLOWER_FIELD = "sealed"
-"""Name of the one field of a record."""
+"""Name of the record's field, if the message is in it; and of the field of a piece."""
+
+FLOWER_NAMES = "names"
+"""Name of the record's field with the names of the message's pieces, 32 bytes each."""
+
+FLOWER_PLACE = "place"
+"""Name of a piece's field with the message that it belongs to, and its number there: no two pieces
+are the same object, whatever is in them."""
 
 FLOWER_PIECE_BYTES = 1 << 22
-"""Size of the largest piece in a record. Flower sends, and sends again, each piece by itself."""
+"""Size of the largest piece. Flower sends, and sends again, each piece by itself."""
 
-FLOWER_INLINE_BYTES = 1 << 18
-"""Size of the largest message that rides whole in its announcement, without pieces."""
-
-FLOWER_MARK = "umbel-inline"
-"""Name of an empty record in an announcement without the message, by which a server says that it
-takes replies whole; and what a relay that takes them so puts into its question for messages."""
+FLOWER_INLINE_BYTES = 3 << 14
+"""Size of the largest message without pieces: it is one request, or a part of one answer."""

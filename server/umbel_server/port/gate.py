@@ -30,7 +30,7 @@ from typing import TypeVar
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from umbel_host.transport.pieces import FLOWER_INLINE_BYTES, FLOWER_PIECE_BYTES
+from umbel_host.transport.pieces import FLOWER_PIECE_BYTES
 from umbel_server.port.listener import CONNECTION, Connection, Peer
 from umbel_server.port.reply_filter import ACTIVATE, HEARTBEAT, PULL, PUSH, PUSH_OBJECT
 
@@ -41,8 +41,8 @@ _BODIES = {
     HEARTBEAT: _SMALL_BODY,
     PULL: _SMALL_BODY,
     "/v1/fleet/pull-object": _SMALL_BODY,
-    # A small reply, or the names of all pieces of the largest, 2 GiB.
-    PUSH: FLOWER_INLINE_BYTES + (1 << 16),
+    # A small reply, or twice the names of all pieces of the largest, 2 GiB.
+    PUSH: 1 << 16,
     # A piece of a message with its envelope.
     PUSH_OBJECT: FLOWER_PIECE_BYTES + (1 << 16),
 }

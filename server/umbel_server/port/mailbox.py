@@ -3,59 +3,51 @@
 The content is sealed: nothing may be added here that looks into it. Whatever was posted is deleted
 again, with all that came in answer to it, by `forget`.
 
-A small message is a part of its announcement, which a node fetches, or sends, by one request. A
-larger one is announced with the names of its parts, each of which is a request.
+A small message is in its announcement, which a node fetches, or sends, by one request. A larger one
+is announced with the names of its pieces, each of which is a request.
 """
 
+import logging
 import math
-import os
 import secrets
-import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.proto.message_pb2 import ObjectTree
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.object_store import NoObjectInStoreError
+from sqlalchemy.exc import SQLAlchemyError
 
 from umbel_common.protocol.wire import size_limit
 from umbel_host.transport.flower import (
-    PieceElsewhere,
-    mark,
-    names_of_pieces,
-    packed_file,
-    packed_pieces,
-    piece_of,
+    packed,
+    packed_names,
+    packed_piece,
     regrouped,
-    unpacked_pieces,
+    unpacked,
+    unpacked_names,
+    unpacked_piece,
 )
-from umbel_host.transport.pieces import (
-    FLOWER_INLINE_BYTES,
-    FLOWER_MESSAGE_TYPE,
-    FLOWER_PIECE_BYTES,
-)
+from umbel_host.transport.pieces import FLOWER_INLINE_BYTES, FLOWER_MESSAGE_TYPE
 from umbel_server.port import flower_patches
 from umbel_server.port.superlink import SuperLink
+
+_logger = logging.getLogger("umbel.port")
 
 _READ_SECONDS = 300.0
 """How long a reply may still be read after its message has expired."""
 _ASK_SECONDS = 0.5
 """Time between two questions to Flower about a reply that has not come through this process: each
 is several statements of its database. Flower makes an error itself when a message has expired or
-its node stays away, and takes no part of a reply that it has from another message."""
+its node stays away."""
+_TOGETHER_SECONDS = 0.3
+"""How long what was read stays: the replies of a stage are read together, and one transaction
+deletes them."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +55,15 @@ class _Posted:
     node: int
     expires: float
     """Monotonic clock, seconds."""
+
+
+@dataclass(frozen=True)
+class _Announced:
+    """A reply as Flower told of it."""
+
+    whole: bytes | None = None
+    names: tuple[str, ...] = ()
+    """Of its pieces. Without any, and without the whole, it is an error or not one of ours."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,16 @@ class NodeMailbox:
     def __init__(self, superlink: SuperLink) -> None:
         self._superlink = superlink
         self._state = superlink.state
-        self._folder = str(Path(os.environ["FLWR_DATABASE"]).parent)
-        self._posting = threading.Lock()
-        self._posted_lock = threading.Lock()
+        self._lock = threading.Lock()
         self._posted: dict[str, _Posted] = {}
         """Message that was not collected -> its receiver."""
-        self._arriving: dict[str, str | list[bytes] | None] = {}
-        """Message -> its reply: the whole, or the name of one whose pieces are being pushed. None:
-        an error, which has none."""
-        self._arrived: dict[str, set[str]] = {}
-        """Reply -> the parts of it that have come."""
+        self._announced: dict[str, _Announced] = {}
+        """Message -> the reply of which Flower has told: it tells once."""
         self._asked: dict[str, float] = {}
         """Message -> when Flower was last asked for its reply; monotonic clock, seconds."""
+        self._read_out: list[str] = []
+        """Messages whose replies were read, and which are still to be deleted."""
+        self._deleting = ThreadPoolExecutor(1, "deleting")
 
     def make_way(self, key: bytes) -> None:
         """Ends the former connection of a relay (public key, PEM) that connects again.
@@ -102,12 +101,8 @@ class NodeMailbox:
         node = self._superlink.disconnect(key)
         if node is None:
             return
-        with self._posted_lock:
+        with self._lock:
             unanswered = [name for name, posted in self._posted.items() if posted.node == node]
-            for name in unanswered:
-                if name in self._arriving:
-                    # The rest of that reply was lost with the connection.
-                    self._arriving[name] = None
         flower_patches.deliver_again(self._state, unanswered)
 
     def post(
@@ -127,240 +122,189 @@ class NodeMailbox:
             largest_reply: bytes; a larger reply is not taken.
         """
         self._forget_expired()
-        if not self._superlink.was_connected(node):
-            return None
-        parts = regrouped(sealed)
-        first = next(parts, b"")
-        if len(first) <= FLOWER_INLINE_BYTES and self._superlink.expected.takes_inline(node):
+        # Nobody can guess it, so nobody can be in the way of its pieces.
+        identifier = secrets.token_hex(32)
+        pieces = regrouped(sealed)
+        first = next(pieces, b"")
+        names: list[str] = []
+        try:
             # A piece that is not full is the last one.
-            return self._post_inline(node, label, first, seconds, largest_reply)
-        return self._post_pieces(node, label, chain([first], parts), seconds, largest_reply)
+            if len(first) > FLOWER_INLINE_BYTES:
+                if not self._superlink.was_connected(node):
+                    return None
+                for piece in chain([first], pieces):
+                    names.append(self._stored(identifier, len(names), piece))
+            content = packed_names(names) if names else packed(first)
+            if self._announce(identifier, node, label, content, names, seconds, largest_reply):
+                return identifier
+        except Exception:
+            self._discard(identifier, names)
+            raise
+        self._discard(identifier, names)
+        return None
 
-    def _post_inline(
-        self, node: int, label: str, sealed: bytes, seconds: float, largest_reply: int
-    ) -> str | None:
+    def _stored(self, identifier: str, number: int, piece: bytes) -> str:
+        """Stores a piece of a message, which is not announced yet; returns its name."""
+        name, content = packed_piece(piece, identifier, number)
+        store: Any = self._state.object_store
+        store.preregister(self._superlink.run_id, ObjectTree(object_id=name))
+        store.put(name, content)
+        return name
+
+    def _announce(
+        self,
+        identifier: str,
+        node: int,
+        label: str,
+        content: RecordDict,
+        names: list[str],
+        seconds: float,
+        largest_reply: int,
+    ) -> bool:
         message = Message(
-            packed_pieces([sealed]),
+            content,
             dst_node_id=node,
             message_type=FLOWER_MESSAGE_TYPE,
             ttl=seconds,
             group_id=label,
         )
-        # Nothing but its name: no part of it is ever fetched.
-        identifier = secrets.token_hex(32)
         flower_patches.set_message_id(message, identifier)
-        self._expect(identifier, node, seconds, largest_reply)
-        try:
-            stored = flower_patches.store(self._state, message, ObjectTree(object_id=identifier))
-        except Exception:
-            self.forget(identifier)
-            raise
-        return self._posted_or_not(identifier, stored)
-
-    def _post_pieces(
-        self, node: int, label: str, sealed: Iterator[bytes], seconds: float, largest_reply: int
-    ) -> str | None:
-        # Flower wants the digests of all pieces before it takes the first one. A message may be as
-        # large as an adapter, so it waits in a file without a name, one message at a time.
-        with (
-            self._posting,
-            no_object_id_recompute(),
-            tempfile.SpooledTemporaryFile(FLOWER_PIECE_BYTES, dir=self._folder) as spool,
-        ):
-            message = Message(
-                packed_file(sealed, cast(BinaryIO, spool)),
-                dst_node_id=node,
-                message_type=FLOWER_MESSAGE_TYPE,
-                ttl=seconds,
-                group_id=label,
-            )
-            identifier = str(message.object_id)
-            flower_patches.set_message_id(message, identifier)
-            objects = get_all_nested_objects(message)
-            run = self._superlink.run_id
-            for squatter in self._superlink.expected.in_the_way(objects.keys()):
-                self._refuse(squatter)
-            session = self._state.start_session(run)
-            self._expect(identifier, node, seconds, largest_reply)
-            try:
-                stored, missing = self._state.store_message_and_object_tree(
-                    flower_patches.with_content(message, mark()), get_object_tree(message), session
-                )
-                for name in missing:
-                    self._state.store_object(run, session, name, objects[name].deflate())
-            except Exception:
-                self.forget(identifier)
-                raise
-            return self._posted_or_not(identifier, stored)
-
-    def _expect(self, identifier: str, node: int, seconds: float, largest_reply: int) -> None:
-        with self._posted_lock:
-            self._posted[identifier] = _Posted(node, time.monotonic() + seconds)
+        tree = ObjectTree(
+            object_id=identifier, children=[ObjectTree(object_id=name) for name in names]
+        )
+        now = time.monotonic()
+        with self._lock:
+            self._posted[identifier] = _Posted(node, now + seconds)
+            self._asked[identifier] = now
         self._superlink.expected.expect(identifier, node, largest_reply)
-
-    def _posted_or_not(self, identifier: str, stored: bool) -> str | None:
-        if not stored:
-            self.forget(identifier)
-            return None
+        if not flower_patches.store(self._state, message, tree):
+            return False
         self._superlink.expected.posted(identifier)
-        return identifier
+        return True
+
+    def _discard(self, identifier: str, names: list[str]) -> None:
+        """Deletes a message that was not stored, and the pieces of it that were."""
+        self.forget(identifier)
+        for name in names:
+            self._state.object_store.delete(name)
 
     def wait(self, identifiers: Collection[str], seconds: float) -> None:
-        """Waits until the whole reply to one of these messages may have come, or for so long."""
+        """Waits until the whole reply to one of these messages has come, or for so long."""
         self._superlink.expected.wait(identifiers, seconds)
 
     def collect(self, identifier: str) -> Collected | None:
         """Returns the reply to a message, once; None while it may still come."""
-        with self._posted_lock:
+        with self._lock:
             posted = self._posted.get(identifier)
         if posted is None:
             # Posted to a former run of this process.
             return Collected(None)
         if not self._is_to_ask(identifier):
             return None
-        if identifier not in self._arriving:
-            if self._superlink.is_away(posted.node):
+        if identifier not in self._announced:
+            # Flower would not wait for a node that is away. A whole reply needs none.
+            has_come = self._superlink.expected.has_come(identifier)
+            if not has_come and self._superlink.is_away(posted.node):
                 return None
             replies = self._state.get_message_res({identifier}, self._superlink.run_id)
             if not replies:
                 return None
-            # Flower tells of a reply once, when its node has announced it: parts may be missing.
+            # Flower tells of a reply once, when its node has announced it: pieces may be missing.
             (reply,) = replies
-            name = str(reply.metadata.message_id)
             if reply.has_error():
                 # An error that Flower made itself is not in the table of replies.
-                self._state.object_store.delete(name)
+                self._state.object_store.delete(str(reply.metadata.message_id))
                 unavailable = reply.error.code == ErrorCode.NODE_UNAVAILABLE
                 if unavailable and not self._superlink.is_gone(posted.node):
                     # The node was cut off, or connected again, in this very moment.
                     return None
-            whole = None if reply.has_error() else unpacked_pieces(reply)
-            self._arriving[identifier] = None if reply.has_error() else whole or name
-        arriving = self._arriving[identifier]
-        if isinstance(arriving, list):
-            return Collected(self._given(identifier, arriving))
-        names = None
-        if arriving is not None:
-            if not self._is_complete(arriving):
+            self._announced[identifier] = _Announced(
+                unpacked(reply), tuple(unpacked_names(reply) or ())
+            )
+        announced = self._announced[identifier]
+        if announced.whole is not None:
+            return Collected(self._read(identifier, iter([announced.whole])))
+        if announced.names:
+            if not self._superlink.expected.has_come(identifier):
                 return None
-            names = self._names(arriving)
-        if names is None:
-            self.forget(identifier)
-            return Collected(None)
-        return Collected(self._read(identifier, names))
+            return Collected(self._read(identifier, self._pieces(announced.names)))
+        self.forget(identifier)
+        return Collected(None)
 
     def forget(self, identifier: str) -> None:
         """Deletes a message and every reply to it, with all parts that came."""
-        # The order lets no reply slip in between: from here on, none is taken.
+        self._take_no_more(identifier)
+        self._delete([identifier])
+
+    def _forget_soon(self, identifier: str) -> None:
+        """As `forget`, but nobody waits for the database. What is still there when this process
+        ends, its next start deletes."""
+        self._take_no_more(identifier)
+        with self._lock:
+            self._read_out.append(identifier)
+            if len(self._read_out) == 1:
+                self._deleting.submit(self._delete_read)
+
+    def _take_no_more(self, identifier: str) -> None:
         self._superlink.expected.forget(identifier)
-        # One transaction, which is one turn to write.
-        with self._state.session():
-            flower_patches.withdraw(self._state, identifier)
-            self._delete_replies(identifier)
-            self._state.object_store.delete(identifier)
-        with self._posted_lock:
-            self._arriving.pop(identifier, None)
+        with self._lock:
+            self._announced.pop(identifier, None)
             self._asked.pop(identifier, None)
             self._posted.pop(identifier, None)
+
+    def _delete_read(self) -> None:
+        time.sleep(_TOGETHER_SECONDS)
+        with self._lock:
+            names, self._read_out = self._read_out, []
+        try:
+            self._delete(names)
+        except SQLAlchemyError as error:
+            # The disk is full or slow. The next message that is read takes these with it.
+            _logger.warning("the SuperLink's database: %s", str(error).splitlines()[0])
+            with self._lock:
+                self._read_out += names
+
+    def _delete(self, identifiers: list[str]) -> None:
+        """Deletes messages that are not expected any more, and the replies to them."""
+        # One transaction: no reply slips in between.
+        with self._state.session():
+            replies = flower_patches.replies_to(self._state, identifiers)
+            self._state.delete_messages(set(identifiers))
+            for name in (*replies, *identifiers):
+                self._state.object_store.delete(name)
+            flower_patches.end_sessions(self._state, [*identifiers, *replies])
 
     def _is_to_ask(self, identifier: str) -> bool:
         """Whether Flower may have more of the reply to a message than before: this process has let
         it pass, or Flower was not asked for some time."""
         expected, now = self._superlink.expected, time.monotonic()
-        if identifier not in self._arriving:
+        if identifier not in self._announced:
             has_more = expected.is_announced(identifier)
         else:
-            has_more = self._arriving[identifier] is None or expected.has_come(identifier)
+            has_more = expected.has_come(identifier)
         if not has_more and now - self._asked.get(identifier, -math.inf) < _ASK_SECONDS:
             return False
         self._asked[identifier] = now
         return True
 
-    def _refuse(self, identifier: str) -> None:
-        """Deletes the reply to a message; the message's sender gets no reply."""
-        self._superlink.expected.forget(identifier)
-        flower_patches.withdraw(self._state, identifier)
-        self._delete_replies(identifier)
-        with self._posted_lock:
-            if identifier in self._posted:
-                self._arriving[identifier] = None
-
-    def _delete_replies(self, identifier: str) -> None:
-        replies = flower_patches.replies_to(self._state, identifier)
-        self._state.delete_messages({identifier})
-        for name in replies:
-            self._state.object_store.delete(name)
-            self._arrived.pop(name, None)
-        flower_patches.end_sessions(self._state, [identifier, *replies])
-
     def _forget_expired(self) -> None:
         """Deletes the messages of sites that were too slow: nobody waits for them any more."""
         late = time.monotonic() - _READ_SECONDS
-        with self._posted_lock:
+        with self._lock:
             expired = [name for name, posted in self._posted.items() if posted.expires < late]
         for name in expired:
             self.forget(name)
 
-    def _given(self, identifier: str, pieces: list[bytes]) -> Iterator[bytes]:
-        """As `_read`, for a reply that came whole."""
-        yield from pieces
-        self.forget(identifier)
-
-    def _read(self, identifier: str, names: list[str]) -> Iterator[bytes]:
+    def _read(self, identifier: str, pieces: Iterator[bytes]) -> Iterator[bytes]:
         """Yields the pieces of a reply. A reply that is not read to its end is still there."""
+        yield from pieces
+        self._forget_soon(identifier)
+
+    def _pieces(self, names: tuple[str, ...]) -> Iterator[bytes]:
         for name in names:
-            piece = self._piece(name)
+            content = self._state.get_object(self._superlink.run_id, name)
+            piece = unpacked_piece(name, content) if content else None
             if piece is None:
                 # The reply is too short now: its seal will show it.
-                break
+                return
             yield piece
-        self.forget(identifier)
-
-    def _is_complete(self, reply: str) -> bool:
-        """Whether all parts of a reply have come. Each part is read only once: a reply may be as
-        large as an adapter."""
-        arrived = self._arrived.setdefault(reply, set())
-        for name in self._parts(reply):
-            if name not in arrived:
-                if self._state.get_object(self._superlink.run_id, name) == b"":
-                    return False
-                arrived.add(name)
-        return True
-
-    def _names(self, reply: str) -> list[str] | None:
-        """Returns the names of a complete reply's pieces, in their order; None if it is not an
-        Umbel message, or if parts are gone."""
-        contents, pieces = {}, {}
-        for name, is_piece in self._parts(reply).items():
-            if is_piece:
-                pieces[name] = PieceElsewhere(name)
-                continue
-            content = self._state.get_object(self._superlink.run_id, name)
-            if not content:
-                return None
-            contents[name] = content
-        try:
-            message = inflate_object_from_contents(reply, contents, objects=dict(pieces))
-        except Exception:
-            # Flower may raise anything on bytes that it did not make.
-            return None
-        return names_of_pieces(message) if isinstance(message, Message) else None
-
-    def _piece(self, name: str) -> bytes | None:
-        content = self._state.get_object(self._superlink.run_id, name)
-        if not content:
-            return None
-        try:
-            return piece_of(inflate_object_from_contents(name, {name: content}))
-        except Exception:
-            # As above.
-            return None
-
-    def _parts(self, reply: str) -> dict[str, bool]:
-        """Returns the parts of a reply as its node announced them, and whether each is a piece: a
-        part without parts of its own."""
-        try:
-            tree = self._state.object_store.get_object_tree(reply)
-        except NoObjectInStoreError:
-            return {}
-        return {part.object_id: not part.children for part in iterate_object_tree(tree)}

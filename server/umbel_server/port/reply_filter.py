@@ -8,14 +8,13 @@ import asyncio
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from typing import Any
 
 from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from umbel_host.transport.pieces import FLOWER_MARK
+from umbel_host.transport.pieces import FLOWER_FIELD, FLOWER_NAMES, FLOWER_RECORD
 from umbel_server.port import flower_patches
 from umbel_server.port.expected_replies import ExpectedReplies, Verdict
 
@@ -68,11 +67,11 @@ class ReplyFilter:
         """See the ASGI specification."""
         request = scope.get("state", {}).get("protobuf_request")
         answer: Response | None = None
+        comes: str | None = None
         if scope["type"] != "http" or request is None:
             pass
         elif scope["path"] == PULL:
             node = request.node.node_id
-            self._expected.note_inline(node, FLOWER_MARK in request.message_ids)
             await self._until_asked(node)
             if not self._expected.is_asked(node):
                 answer = flower_patches.answered(scope, PullMessagesResponse())
@@ -80,20 +79,23 @@ class ReplyFilter:
             self._end_waiting(request.node.node_id)
         elif scope["path"] == PUSH:
             answer = self._judge_reply(request)
+            comes = None if answer else request.messages_list[0].metadata.message_id
         elif scope["path"] == PUSH_OBJECT:
             verdict = self._expected.take(
                 request.node.node_id, request.object_id, len(request.object_content)
             )
             answer = _refusal(verdict)
+            comes = request.object_id
         elif scope["path"] == ACTIVATE:
             if self._is_too_often(request.public_key):
                 answer = JSONResponse("this relay connects too often", 429)
             else:
                 # It waits for the database: in the event loop, everybody would wait with it.
                 await run_in_threadpool(self._make_way, request.public_key)
+        # Flower raises for what it does not store.
         await (answer or self._app)(scope, receive, send)
-        if answer is None and scope["path"] in (PUSH, PUSH_OBJECT):
-            self._expected.passed(request.node.node_id)
+        if answer is None and comes is not None:
+            self._expected.stored(request.node.node_id, comes)
 
     async def _until_asked(self, node: int) -> None:
         """Waits until a node is asked something, but not for long."""
@@ -121,18 +123,14 @@ class ReplyFilter:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._end_waiting, node)
 
-    def _judge_reply(self, request: Any) -> JSONResponse | None:
-        if not is_one_reply(request):
+    def _judge_reply(self, request: PushMessagesRequest) -> JSONResponse | None:
+        announced = announcement(request)
+        if announced is None:
             return _refusal(Verdict.REFUSED)
-        (message,), (tree,) = request.messages_list, request.message_object_trees
-        metadata = message.metadata
+        metadata = request.messages_list[0].metadata
         return _refusal(
             self._expected.announce(
-                request.node.node_id,
-                metadata.reply_to_message_id,
-                metadata.message_id,
-                tree,
-                message.content.ByteSize(),
+                request.node.node_id, metadata.reply_to_message_id, metadata.message_id, *announced
             )
         )
 
@@ -144,10 +142,37 @@ class ReplyFilter:
         return False
 
 
-def is_one_reply(request: PushMessagesRequest) -> bool:
-    """Whether a request announces one reply, its sender's own, and one tree of parts."""
-    own = [message.metadata.src_node_id for message in request.messages_list]
-    return own == [request.node.node_id] and len(request.message_object_trees) == 1
+def announcement(request: PushMessagesRequest) -> tuple[list[str], int] | None:
+    """The names of a reply's pieces, and the size of its content in bytes, if a request announces
+    one reply, its sender's own, in one of our two forms, or an error; else None.
+
+    It looks at what the request has, and makes nothing of it: small parts would cost much memory.
+    """
+    if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
+        return None
+    (message,), (tree,) = request.messages_list, request.message_object_trees
+    if message.metadata.src_node_id != request.node.node_id:
+        return None
+    if tree.object_id != message.metadata.message_id or any(
+        piece.children for piece in tree.children
+    ):
+        return None
+    pieces = [piece.object_id for piece in tree.children]
+    if not message.HasField("content"):
+        return None if pieces else ([], message.ByteSize())
+    records = message.content.items
+    if len(records) != 1 or records[0].key != FLOWER_RECORD:
+        return None
+    fields = records[0].config_record.items
+    if len(fields) != 1:
+        return None
+    if fields[0].key == FLOWER_FIELD and not pieces:
+        return [], len(fields[0].value.bytes)
+    if fields[0].key == FLOWER_NAMES and pieces:
+        # Flower keeps no order of the pieces; the names in the content do.
+        names = fields[0].value.bytes.hex()
+        return (pieces, 0) if names == "".join(pieces) else None
+    return None
 
 
 def _refusal(verdict: Verdict) -> JSONResponse | None:

@@ -55,6 +55,7 @@ class SuperLink:
         """Flower's `LinkState`."""
         flower_patches.tidy_seldom(self.state)
         flower_patches.write_no_traffic(self.state)
+        flower_patches.take_turns(self.state)
         self._stopped = threading.Event()
         self._run_id, self._task_id = self._begin()
         self._alive = threading.Thread(target=self._keep_alive, daemon=True)

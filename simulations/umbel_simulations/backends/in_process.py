@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from umbel_client.ledger.register import Register
-from umbel_client.relay.flower import answer_message, whole
+from umbel_client.relay.messages import answer_message
 from umbel_client.site.config import ClientConfig, load_config
 from umbel_client.site.pinned_roster import load_pinned
 from umbel_client.trainer.handler import Trainer
@@ -243,7 +243,7 @@ def learn_types() -> None:
 
 
 def _node(trainer: Trainer) -> Node:
-    return lambda message: answer_message(message, whole(trainer.handle))
+    return lambda message: answer_message(message, trainer.handle)
 
 
 def seeded(seed: int, party: str) -> Entropy:

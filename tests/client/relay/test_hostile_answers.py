@@ -16,7 +16,8 @@ from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 
 from umbel_client.relay import flower, flower_patches, server_clock
-from umbel_client.relay.flower import Connection, Pieces, serve
+from umbel_client.relay.flower import Connection, serve
+from umbel_client.relay.messages import Pieces
 from umbel_client.relay.server_clock import ServerClock
 from umbel_common.errors import UnreachableError
 from umbel_server.operator.authority import (

@@ -8,7 +8,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from support.waiting import HANGING
 
-from umbel_client.relay.flower import NOT_OURS, Pieces, answer_message, whole
+from umbel_client.relay.messages import NOT_OURS, answer_message
 from umbel_host.transport.flower import packed, unpacked
 from umbel_host.transport.pieces import FLOWER_FIELD, FLOWER_MESSAGE_TYPE, FLOWER_RECORD
 from umbel_server.messaging.link import Step
@@ -20,7 +20,7 @@ BOTH = [("site-2", b"abc"), ("site-3", b"xyz")]
 
 
 def echo(message: Message) -> Message:
-    return answer_message(message, whole(lambda sealed: sealed[::-1]))
+    return answer_message(message, lambda sealed: sealed[::-1])
 
 
 @pytest.fixture
@@ -183,13 +183,13 @@ def test_flowers_own_round_trip_works_too_and_keeps_its_timeout(
 @pytest.mark.parametrize(
     ("message_type", "content"),
     [
-        ("train", {f"{FLOWER_RECORD}-0": ConfigRecord({FLOWER_FIELD: b"abc"})}),
+        ("train", {FLOWER_RECORD: ConfigRecord({FLOWER_FIELD: b"abc"})}),
         (FLOWER_MESSAGE_TYPE, {}),
         (FLOWER_MESSAGE_TYPE, {"other": ConfigRecord({FLOWER_FIELD: b"abc"})}),
-        (FLOWER_MESSAGE_TYPE, {f"{FLOWER_RECORD}-0": ConfigRecord({FLOWER_FIELD: "text"})}),
+        (FLOWER_MESSAGE_TYPE, {FLOWER_RECORD: ConfigRecord({FLOWER_FIELD: "text"})}),
         (
             FLOWER_MESSAGE_TYPE,
-            {f"{FLOWER_RECORD}-0": ConfigRecord({FLOWER_FIELD: b"abc", "lr": 0.1})},
+            {FLOWER_RECORD: ConfigRecord({FLOWER_FIELD: b"abc", "lr": 0.1})},
         ),
     ],
     ids=["another type", "empty", "another record", "no bytes", "settings beside the bytes"],
@@ -197,7 +197,7 @@ def test_flowers_own_round_trip_works_too_and_keeps_its_timeout(
 def test_a_message_that_is_not_ours_is_answered_by_an_error_and_touches_nothing(
     grids: list[InProcessGrid], message_type: str, content: dict[str, ConfigRecord]
 ) -> None:
-    def never(pieces: Pieces) -> Pieces:
+    def never(sealed: bytes) -> bytes:
         raise AssertionError("the trainer was reached")
 
     grid = InProcessGrid({2: lambda message: answer_message(message, never)}, workers=1)
