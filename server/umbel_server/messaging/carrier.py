@@ -234,7 +234,7 @@ class CarrierLink:
                         yield one.site, reply
                     del reply
                 if len(waiting) == before:
-                    # News that are none come no faster than questions without them.
+                    # The other process may say anything: it is asked no more often than without it.
                     now = time.monotonic()
                     least = pause(
                         now - began, shortest=_SHORTEST_POLL_SECONDS, longest=_LONGEST_POLL_SECONDS

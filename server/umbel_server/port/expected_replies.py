@@ -38,7 +38,7 @@ class _Expected:
     taken: set[str] = field(default_factory=set)
     """The pieces that were let through to Flower."""
     stored: set[str] = field(default_factory=set)
-    """Of the reply and its pieces, what Flower has stored."""
+    """What Flower has stored: the reply's ID, and names of pieces."""
 
     def has_come(self) -> bool:
         return self.reply is not None and self.stored >= {self.reply, *self.pieces}

@@ -63,7 +63,8 @@ class _Announced:
 
     whole: bytes | None = None
     names: tuple[str, ...] = ()
-    """Of its pieces. Without any, and without the whole, it is an error or not one of ours."""
+    """The names of its pieces. A reply without the whole and without names is an error, or none of
+    ours."""
 
 
 @dataclass(frozen=True)
