@@ -471,7 +471,7 @@ class SiteNode:
         self.public = public_key_to_bytes(self.key.public_key())
         clock = ServerClock()
         clock.offset = timedelta(seconds=ahead)
-        clock.learn = lambda response: None  # type: ignore[method-assign]  # stays wrong
+        clock.learn = lambda response, asked: None  # type: ignore[method-assign]  # stays wrong
         self.client = FleetHttpClient(
             f"http://127.0.0.1:{link.port}",
             interceptors=[Signature(self.key, clock)],

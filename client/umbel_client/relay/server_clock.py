@@ -31,17 +31,26 @@ class ServerClock:
         """The server's time, in UTC, to a second or so."""
         return datetime.now(UTC) + self.offset
 
-    def learn(self, response: httpx.Response) -> None:
-        """Takes the server's time from the date of an answer, if it has one that can be true."""
+    def learn(self, response: httpx.Response, asked: datetime) -> None:
+        """Takes the server's time from the date of an answer, if it has one that can be true.
+
+        The server wrote the date at some time between the question and now, which may be long for a
+        question that waited.
+
+        Args:
+            asked: when the question was sent, by this machine's clock, in UTC.
+        """
         try:
-            offset = parsedate_to_datetime(response.headers["date"]) - datetime.now(UTC)
+            date = parsedate_to_datetime(response.headers["date"])
+            earliest, latest = date - datetime.now(UTC), date - asked
         except (KeyError, ValueError, TypeError, OverflowError, IndexError):
             return
-        if abs(offset) > LARGEST_SKEW:
-            self._warn("the server's date is not believed: it differs by %s", offset)
-        elif abs(offset - self.offset) > TOLERATED_SKEW:
-            self._warn("this machine's clock and the server's differ by %s", offset)
-            self.offset = offset
+        if max(abs(earliest), abs(latest)) > LARGEST_SKEW:
+            self._warn("the server's date is not believed: it differs by %s", earliest)
+        elif not earliest - TOLERATED_SKEW <= self.offset <= latest + TOLERATED_SKEW:
+            # Our server writes it when it gets the question.
+            self._warn("this machine's clock and the server's differ by %s", latest)
+            self.offset = latest
 
     def _warn(self, text: str, offset: timedelta) -> None:
         if time.monotonic() - self._warned > _QUIET_SECONDS:

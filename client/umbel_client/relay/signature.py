@@ -1,6 +1,7 @@
 """A relay's signature on each of its requests to the server."""
 
 from base64 import b64encode
+from datetime import UTC, datetime
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -31,6 +32,7 @@ class Signature:
                 FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode("ascii"),
             }
         )
+        asked = datetime.now(UTC)
         response = call_next(context)
-        self._clock.learn(response)
+        self._clock.learn(response, asked)
         return response

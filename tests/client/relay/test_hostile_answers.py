@@ -137,7 +137,7 @@ NONE = httpx.Request("POST", "https://server")
 )
 def test_no_date_leads_out_of_the_calendar(date: str) -> None:
     clock = ServerClock()
-    clock.learn(httpx.Response(200, headers={"date": date}, request=NONE))
+    clock.learn(httpx.Response(200, headers={"date": date}, request=NONE), datetime.now(UTC))
     assert abs(clock.now() - datetime.now(UTC)) < timedelta(minutes=1)
 
 
@@ -147,16 +147,32 @@ def test_without_the_fix_a_date_ends_the_clock(
     relay(lambda request: normal(request, date=FAR))
     monkeypatch.setattr(server_clock, "LARGEST_SKEW", timedelta.max)
     clock = ServerClock()
-    clock.learn(httpx.Response(200, headers={"date": FAR}))
+    clock.learn(httpx.Response(200, headers={"date": FAR}), datetime.now(UTC))
     with pytest.raises(OverflowError):
         clock.now() + timedelta(days=1)
 
 
 def test_a_clock_that_is_wrong_by_months_is_still_set_right() -> None:
     clock = ServerClock()
-    ahead = datetime.now(UTC) + timedelta(days=100)
-    clock.learn(httpx.Response(200, headers={"date": f"{ahead:%a, %d %b %Y %H:%M:%S} GMT"}))
+    clock.learn(dated(datetime.now(UTC) + timedelta(days=100)), datetime.now(UTC))
     assert clock.offset > timedelta(days=99)
+
+
+def dated(moment: datetime) -> httpx.Response:
+    return httpx.Response(200, headers={"date": f"{moment:%a, %d %b %Y %H:%M:%S} GMT"})
+
+
+@pytest.mark.parametrize("ahead", [0, 100])
+def test_an_answer_that_was_long_in_coming_does_not_set_the_clock_wrong(ahead: float) -> None:
+    """Its date is that of the question; another server's may be that of the answer."""
+    clock = ServerClock()
+    clock.offset = timedelta(seconds=ahead)
+    asked = datetime.now(UTC) - timedelta(seconds=15)
+    for moment in (asked, datetime.now(UTC)):
+        clock.learn(dated(moment + clock.offset), asked)
+        assert clock.offset == timedelta(seconds=ahead)
+    clock.learn(dated(asked + timedelta(seconds=200)), asked)
+    assert abs(clock.offset - timedelta(seconds=200)) < timedelta(seconds=1)
 
 
 BOMB_BYTES = 3 * flower_patches.LARGEST_ANSWER
