@@ -27,6 +27,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import TypeVar
 
+from anyio.to_thread import current_default_thread_limiter
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -61,6 +62,9 @@ _PER_SECOND, _BURST = 40.0, 80.0
 process time that other sites do not get."""
 _WAITING = 8
 """Requests of one key that wait for that."""
+_THREADS = 8
+"""Threads for Flower's handlers. They take turns at its database, and each keeps connections to it
+with megabytes of cache."""
 _TOLD_SECONDS = 60.0
 _REQUEST_SECONDS = 600.0
 """Time for a body to come, and for an answer to be taken: a piece over a very slow line."""
@@ -113,6 +117,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
         if scope["type"] == "lifespan":
+            current_default_thread_limiter().total_tokens = _THREADS
             await self._fleet(scope, receive, send)
             return
         status = self._judge(scope)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from anyio.to_thread import current_default_thread_limiter
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from support.waiting import HANGING
 
@@ -86,6 +87,8 @@ class Port:
         """The sizes of the bodies that came through."""
         self.working = threading.Event()
         """Cleared, it makes Flower's work last."""
+        self.threads = 0.0
+        """How many threads work for Flower at most."""
         self.answer: bytes | None = None
         """What Flower answers, instead of the request's body."""
         self.working.set()
@@ -110,6 +113,7 @@ class Port:
                 message = await receive()
                 await send({"type": f"{message['type']}.complete"})
             return
+        self.threads = current_default_thread_limiter().total_tokens
         body, more = b"", True
         while more:
             message = await receive()

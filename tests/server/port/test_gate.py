@@ -111,6 +111,13 @@ def test_a_body_is_no_larger_than_its_path_needs(
     assert most <= 1 << 16 or path == PUSH_OBJECT
 
 
+def test_few_threads_work_for_flower(open_port: OpenPort, east: Certified) -> None:
+    """Each keeps connections to the database, and they take turns at it."""
+    port = open_port()
+    assert answer(port, east, request(east)) == 200
+    assert port.threads == gate._THREADS
+
+
 @CHECKED
 @pytest.mark.parametrize("name", [b"flwr-public-key", b"content-type", b"x-any"])
 def test_a_header_that_stands_twice_is_refused(
