@@ -12,7 +12,9 @@ import bench_lost_rounds
 import bench_masking
 import bench_memory
 import bench_noise
+import bench_relays
 import bench_round
+import bench_secagg_plus
 import bench_transport
 import bench_wire
 
@@ -26,7 +28,9 @@ BENCHES = (
     bench_long_context,
     bench_dp_step,
     bench_noise,
+    bench_secagg_plus,
     bench_round,
+    bench_relays,
     bench_transport,
 )
 
