@@ -32,6 +32,8 @@ class _Expected:
     """Bytes that may still come."""
     posted: bool = False
     """Whether the message can be fetched."""
+    delivered: int = 0
+    """How often its node has fetched the message."""
     reply: str | None = None
     """The reply's ID, once it is announced."""
     pieces: frozenset[str] = frozenset()
@@ -86,6 +88,26 @@ class ExpectedReplies:
                 expected.node == node and expected.posted and not expected.has_come()
                 for expected in self._expected.values()
             )
+
+    def delivered(self, identifier: str) -> None:
+        """Takes note that a node has fetched a message."""
+        with self._changed:
+            expected = self._expected.get(identifier)
+            if expected is not None:
+                expected.delivered += 1
+
+    def lost(self, node: int) -> list[str]:
+        """The messages that a node has fetched once, and does not seem to have: it asks for another
+        while it has not answered them.
+
+        One that it has fetched twice it has dropped.
+        """
+        with self._changed:
+            return [
+                identifier
+                for identifier, expected in self._expected.items()
+                if expected.node == node and expected.delivered == 1 and expected.reply is None
+            ]
 
     def is_announced(self, identifier: str) -> bool:
         """Whether Flower has the announcement of a reply to a message."""

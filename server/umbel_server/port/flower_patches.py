@@ -98,6 +98,16 @@ def answered(scope: Scope, response: Any) -> Response:
     return Response()
 
 
+def response(scope: Scope) -> Any:
+    """Returns the answer of Flower's handler to a request, in the type that its path has.
+
+    Reason: as `answered`.
+
+    Held by: test_a_message_whose_delivery_was_lost_is_delivered_once_more.
+    """
+    return scope["state"]["protobuf_response"]
+
+
 def tidy_seldom(state: Any) -> None:
     """Lets Flower look for runs whose app is silent at most once in `_TIDY_SECONDS`.
 

@@ -93,18 +93,20 @@ class NodeMailbox:
         """Messages whose replies were read, and which are still to be deleted."""
         self._deleting = ThreadPoolExecutor(1, "deleting")
 
-    def make_way(self, key: bytes) -> None:
-        """Ends the former connection of a relay (public key, PEM) that connects again.
+    def make_way(self, key: bytes) -> int | None:
+        """Ends the former connection of a relay (public key, PEM) that connects again; returns its
+        node, or None if it has none.
 
         Whatever the former connection received and did not answer is delivered again. Flower would
         do neither.
         """
         node = self._superlink.disconnect(key)
         if node is None:
-            return
+            return None
         with self._lock:
             unanswered = [name for name, posted in self._posted.items() if posted.node == node]
         flower_patches.deliver_again(self._state, unanswered)
+        return node
 
     def post(
         self,

@@ -8,11 +8,12 @@ import asyncio
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
+from typing import Any
 
 from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from umbel_host.transport.pieces import FLOWER_FIELD, FLOWER_NAMES, FLOWER_RECORD
 from umbel_server.port import flower_patches
@@ -31,6 +32,15 @@ _HOLD_SECONDS = 15.0
 silent, and than a relay waits for an answer."""
 
 
+class _Waiting:
+    """A question for messages that waits for one."""
+
+    def __init__(self) -> None:
+        self.woken = asyncio.Event()
+        self.ended = False
+        """Whether nobody may be there any more to get a message."""
+
+
 class ReplyFilter:
     """An ASGI application in front of Flower's handlers.
 
@@ -42,24 +52,32 @@ class ReplyFilter:
     Flower also takes any objects with a reply, and refuses a second connection of a node that has
     not taken leave. And it looks for a message with a statement that waits for a turn to write,
     although relays ask all the time and mostly for nothing. Here such a question waits until there
-    is a message. A node has one such question: another one, or a heartbeat, ends its waiting.
+    is a message. A node has one such question: another one, a heartbeat or a new connection ends
+    its waiting.
     """
 
     def __init__(
-        self, app: ASGIApp, expected: ExpectedReplies, make_way: Callable[[bytes], None]
+        self,
+        app: ASGIApp,
+        expected: ExpectedReplies,
+        make_way: Callable[[bytes], int | None],
+        deliver_again: Callable[[list[str]], None],
     ) -> None:
         """Args:
         app: Flower's handlers, which get a request that Flower has authenticated.
-        make_way: ends the former connection of a relay (public key, PEM); called in a thread.
+        make_way: ends the former connection of a relay (public key, PEM), and returns its node;
+            called in a thread.
+        deliver_again: lets these messages be fetched once more; called in a thread.
         """
         self._app = app
         self._expected = expected
         self._make_way = make_way
+        self._deliver_again = deliver_again
         self._activated: defaultdict[bytes, deque[float]] = defaultdict(
             lambda: deque(maxlen=_CONNECTIONS)
         )
-        self._waiting: dict[int, asyncio.Event] = {}
-        """Node -> what ends the waiting of its question."""
+        self._waiting: dict[int, _Waiting] = {}
+        """Node -> its question that waits."""
         self._loop: asyncio.AbstractEventLoop | None = None
         expected.on_posted = self._wake
 
@@ -71,10 +89,10 @@ class ReplyFilter:
         if scope["type"] != "http" or request is None:
             pass
         elif scope["path"] == PULL:
-            node = request.node.node_id
-            await self._until_asked(node)
-            if not self._expected.is_asked(node):
+            if not await self._is_asked(request.node.node_id):
                 answer = flower_patches.answered(scope, PullMessagesResponse())
+            elif lost := self._expected.lost(request.node.node_id):
+                await run_in_threadpool(self._deliver_again, lost)
         elif scope["path"] == HEARTBEAT:
             self._end_waiting(request.node.node_id)
         elif scope["path"] == PUSH:
@@ -91,37 +109,62 @@ class ReplyFilter:
                 answer = JSONResponse("this relay connects too often", 429)
             else:
                 # It waits for the database: in the event loop, everybody would wait with it.
-                await run_in_threadpool(self._make_way, request.public_key)
-        # Flower raises for what it does not store.
-        await (answer or self._app)(scope, receive, send)
-        if answer is None and comes is not None:
-            self._expected.stored(request.node.node_id, comes)
+                node = await run_in_threadpool(self._make_way, request.public_key)
+                # A message that its former connection's question gets now would be lost.
+                self._end_waiting(node)
+        if answer is not None:
+            await answer(scope, receive, send)
+            return
 
-    async def _until_asked(self, node: int) -> None:
-        """Waits until a node is asked something, but not for long."""
+        async def noted(message: Message) -> None:
+            # Flower raises for what it does not take, and so has no answer then.
+            if message["type"] == "http.response.start" and request is not None:
+                self._note(scope, request, comes)
+            await send(message)
+
+        await self._app(scope, receive, noted)
+
+    def _note(self, scope: Scope, request: Any, comes: str | None) -> None:
+        """Takes note of what Flower has done, before anybody else hears of it."""
+        if comes is not None:
+            self._expected.stored(request.node.node_id, comes)
+        elif scope["path"] == PULL:
+            for message in flower_patches.response(scope).messages_list:
+                self._expected.delivered(message.metadata.message_id)
+
+    async def _is_asked(self, node: int) -> bool:
+        """Whether a node that asks for a message is to get one; waits until there is one."""
         self._loop = asyncio.get_running_loop()
         self._end_waiting(node)
-        over = self._waiting[node] = asyncio.Event()
+        waiting = self._waiting[node] = _Waiting()
         try:
-            # After the event is there, so that no message is missed between the two.
+            # After it is there, so that no message is missed between the two.
             if not self._expected.is_asked(node):
                 async with asyncio.timeout(_HOLD_SECONDS):
-                    await over.wait()
+                    await waiting.woken.wait()
         except TimeoutError:
             pass
         finally:
-            if self._waiting.get(node) is over:
+            if self._waiting.get(node) is waiting:
                 del self._waiting[node]
+        return not waiting.ended and self._expected.is_asked(node)
 
-    def _end_waiting(self, node: int) -> None:
-        over = self._waiting.get(node)
-        if over is not None:
-            over.set()
+    def _end_waiting(self, node: int | None) -> None:
+        """Lets the question of a node be answered that there is nothing."""
+        waiting = self._waiting.get(node) if node is not None else None
+        if waiting is not None:
+            waiting.ended = True
+            waiting.woken.set()
 
     def _wake(self, node: int) -> None:
         """Called from the thread that posted a message for a node."""
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._end_waiting, node)
+            self._loop.call_soon_threadsafe(self._look_again, node)
+
+    def _look_again(self, node: int) -> None:
+        waiting = self._waiting.get(node)
+        if waiting is not None:
+            waiting.woken.set()
 
     def _judge_reply(self, request: PushMessagesRequest) -> JSONResponse | None:
         announced = announcement(request)

@@ -46,9 +46,14 @@ class SuperLink:
         flower.state.enable_supernode_auth = True
         self.expected = ExpectedReplies()
         """The replies that Flower's application for relays takes."""
-        self.make_way: Callable[[bytes], None] = lambda key: None
+        self.make_way: Callable[[bytes], int | None] = lambda key: None
         """Ends the former connection of a relay (public key, PEM) that connects again."""
-        judge = Middleware(ReplyFilter, self.expected, lambda key: self.make_way(key))
+        judge = Middleware(
+            ReplyFilter,
+            self.expected,
+            lambda key: self.make_way(key),
+            lambda messages: flower_patches.deliver_again(self.state, messages),
+        )
         self.fleet: ASGIApp = flower_patches.fleet_only(flower, judge)
         """Flower's application for relays."""
         self.state: Any = flower.state.linkstate_factory.state()
