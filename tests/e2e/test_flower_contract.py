@@ -601,6 +601,38 @@ def test_a_message_and_its_reply_leave_nothing_behind(link: Link, size: int) -> 
     assert settled(link)
 
 
+@pytest.mark.full
+def test_the_database_does_not_grow_over_a_thousand_messages(own_link: Link) -> None:
+    site, node = joined(own_link)
+
+    def exchanged(count: int) -> int:
+        """The size of the database after so many messages and replies, in bytes."""
+        for number in range(count):
+            if number % 20 == 0:
+                # Flower gives up a node that is silent for a minute.
+                beat = SendNodeHeartbeatRequest(node=node, heartbeat_interval=30.0)
+                site.client.SendNodeHeartbeat(beat)
+            sealed = os.urandom(5_000 if number % 10 else FLOWER_INLINE_BYTES + 1)
+            identifier = own_link.mailbox.post(
+                node.node_id, "x", iter([sealed]), LONG_ENOUGH, len(sealed)
+            )
+            request = site.pull(node)
+            assert identifier is not None
+            assert request is not None
+            assert site.read(node, request) == sealed
+            site.reply(node, request, sealed)
+            reply = own_link.mailbox.collect(identifier)
+            assert reply is not None
+            assert b"".join(reply.pieces or ()) == sealed
+        assert settled(own_link)
+        with sqlite3.connect(own_link.database) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return own_link.database.stat().st_size
+
+    before = exchanged(100)
+    assert exchanged(1_000) <= 1.1 * before
+
+
 def requests(site: SiteNode) -> list[str]:
     """The paths that the site asks from now on."""
     asked: list[str] = []

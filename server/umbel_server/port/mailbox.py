@@ -91,6 +91,8 @@ class NodeMailbox:
         """Message -> when Flower was last asked for its reply; monotonic clock, seconds."""
         self._read_out: list[str] = []
         """Messages whose replies were read, and which are still to be deleted."""
+        self._is_deleting = False
+        """Whether a thread is about to take them."""
         self._deleting = ThreadPoolExecutor(1, "deleting")
 
     def make_way(self, key: bytes) -> int | None:
@@ -245,7 +247,8 @@ class NodeMailbox:
         self._take_no_more(identifier)
         with self._lock:
             self._read_out.append(identifier)
-            if len(self._read_out) == 1:
+            if not self._is_deleting:
+                self._is_deleting = True
                 self._deleting.submit(self._delete_read)
 
     def _take_no_more(self, identifier: str) -> None:
@@ -259,6 +262,7 @@ class NodeMailbox:
         time.sleep(_TOGETHER_SECONDS)
         with self._lock:
             names, self._read_out = self._read_out, []
+            self._is_deleting = False
         try:
             self._delete(names)
         except SQLAlchemyError as error:
