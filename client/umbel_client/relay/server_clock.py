@@ -31,6 +31,10 @@ class ServerClock:
         """The server's time, in UTC, to a second or so."""
         return datetime.now(UTC) + self.offset
 
+    def here(self) -> datetime:
+        """This machine's time, in UTC, for `learn`."""
+        return datetime.now(UTC)
+
     def learn(self, response: httpx.Response, asked: datetime) -> None:
         """Takes the server's time from the date of an answer, if it has one that can be true.
 
@@ -38,7 +42,7 @@ class ServerClock:
         question that waited.
 
         Args:
-            asked: when the question was sent, by this machine's clock, in UTC.
+            asked: when the question was sent (`here`).
         """
         try:
             date = parsedate_to_datetime(response.headers["date"])

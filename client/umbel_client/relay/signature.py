@@ -1,7 +1,6 @@
 """A relay's signature on each of its requests to the server."""
 
 from base64 import b64encode
-from datetime import UTC, datetime
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -32,7 +31,7 @@ class Signature:
                 FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode("ascii"),
             }
         )
-        asked = datetime.now(UTC)
+        asked = self._clock.here()
         response = call_next(context)
         self._clock.learn(response, asked)
         return response
