@@ -12,7 +12,7 @@ from umbel_client.models.adapters.folder import read_to_export
 from umbel_client.site.policy import judge_unknown_start
 from umbel_client.site.state_folder import StateFolder
 from umbel_client.trainer.site import Site
-from umbel_common.adapters.start import Origin, seed_origin
+from umbel_common.adapters.start import Origin, origin_of, seed_origin
 from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import decode_canonical
 from umbel_common.errors import ModelError, PlanError
@@ -37,15 +37,15 @@ def origin_at(
     """
     match plan.start:
         case LabelNamesStart() as start:
-            return Origin(computed(), row_radius=start.tolerance * start.scale)
+            return origin_of(plan, computed(), row_radius=start.tolerance * start.scale)
         case ReleasedStart() as start:
             known = _known(site, state, plan, start)
             if known is not None:
-                return Origin(known)
+                return origin_of(plan, known)
             judge_unknown_start(site.policy, start.largest_norm)
             # All that the plan says: a longer one is none of its starts.
             nothing = np.zeros(plan.lora.size, dtype=np.float32)
-            return Origin(nothing, radius=start.largest_norm)
+            return origin_of(plan, nothing, radius=start.largest_norm)
         case _:
             return seed_origin(plan)
 

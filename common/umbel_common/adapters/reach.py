@@ -206,7 +206,7 @@ def require_reachable(
     if origin is None:
         assert isinstance(plan.start, SeedStart)  # no other start follows from the plan alone
         origin = seed_origin(plan)
-    start = unflatten(origin.vector, plan.lora.tensors)
+    start = origin.values
     values = unflatten(vector, plan.lora.tensors)
     most = {
         role: _summed(plan, role, round_number, sites)

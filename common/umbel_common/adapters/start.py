@@ -7,6 +7,7 @@ names) or a memory (an earlier release) is asked by a site, which has both.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,6 +16,8 @@ import numpy as np
 from umbel_common.adapters.vector import (
     Vector,
     adapter_digest,
+    flatten,
+    initial_tensors,
     initial_vector,
     start_digest,
     unflatten,
@@ -33,20 +36,30 @@ _ROUNDING = 1e-5
 class Origin:
     """What a party knows of the adapter that a job starts from."""
 
-    vector: Vector
-    """The adapter, or one that it lies near, float32[plan.lora.size]."""
+    values: Mapping[str, Vector]
+    """The tensors of the adapter, or of one that it lies near, by name."""
     row_radius: float = 0.0
     """Largest Euclidean distance of a label's row of the head from that of `vector`."""
     radius: float = 0.0
     """Largest Euclidean distance of the whole adapter from `vector`."""
 
 
+def origin_of(
+    plan: TrainingPlan, vector: Vector, *, row_radius: float = 0.0, radius: float = 0.0
+) -> Origin:
+    """A start that is known as a whole.
+
+    Args:
+        vector: float32[plan.lora.size].
+        row_radius, radius: as in `Origin`.
+    """
+    return Origin(unflatten(vector, plan.lora.tensors), row_radius, radius)
+
+
 @lru_cache(maxsize=1)
 def seed_origin(plan: TrainingPlan) -> Origin:
     """The start of a plan that starts from its seed; kept for the job's next round."""
-    vector = initial_vector(plan)
-    vector.flags.writeable = False
-    return Origin(vector)
+    return Origin(initial_tensors(plan))
 
 
 def start_from_rows(plan: TrainingPlan, rows: Vector) -> Vector:
@@ -75,7 +88,8 @@ def require_start(plan: TrainingPlan, vector: Vector) -> None:
     match plan.start:
         case SeedStart():
             require(
-                start_digest(vector) == start_digest(seed_origin(plan).vector),
+                start_digest(vector)
+                == start_digest(flatten(seed_origin(plan).values, plan.lora.tensors)),
                 "initial-adapter",
                 "release 0 does not follow from the plan's public seed",
             )

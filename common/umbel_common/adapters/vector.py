@@ -130,15 +130,23 @@ def initial_vector(plan: TrainingPlan) -> Vector:
     The values come from SHAKE-256 of the public seed and the tensor's name, not from a library's
     generator, so the same plan gives the same bytes everywhere.
     """
+    return flatten(initial_tensors(plan), plan.lora.tensors)
+
+
+def initial_tensors(plan: TrainingPlan) -> dict[str, Vector]:
+    """The tensors of `initial_vector` by name; those that are zero take no memory. Read-only."""
     stock = isinstance(plan.task, Classification) and plan.task.head == "stock"
-    vector = np.zeros(plan.lora.size, dtype=np.float32)
-    values = unflatten(vector, plan.lora.tensors)
+    values: dict[str, Vector] = {}
     for tensor in plan.lora.tensors:
         if tensor.role == "lora_A":
-            values[tensor.name][...] = _orthonormal(_normal(plan.lora.seed, tensor))
+            value = _orthonormal(_normal(plan.lora.seed, tensor))
         elif tensor.role == "head" and stock and len(tensor.shape) > 1:
-            values[tensor.name][...] = 0.02 * _normal(plan.lora.seed, tensor)
-    return vector
+            value = (0.02 * _normal(plan.lora.seed, tensor)).astype(np.float32)
+        else:
+            value = np.broadcast_to(np.float32(0), tensor.shape)
+        value.flags.writeable = False
+        values[tensor.name] = value
+    return values
 
 
 def _normal(seed: int, tensor: Tensor) -> npt.NDArray[np.float64]:

@@ -10,8 +10,8 @@ import math
 from collections.abc import Collection, Sequence
 
 from umbel_common.adapters.site_counts import SiteCounts
-from umbel_common.adapters.start import require_start, seed_origin
-from umbel_common.adapters.vector import Vector, adapter_digest
+from umbel_common.adapters.start import require_start
+from umbel_common.adapters.vector import Vector, adapter_digest, initial_vector
 from umbel_common.canonical import Digest, Value, decode
 from umbel_common.errors import IdentityError, PlanError, RemoteProtocolError, VerificationError
 from umbel_common.plans.check import check_plan
@@ -158,7 +158,7 @@ class _Job:
         )
         self._believed = _believed(plan, start)
         if isinstance(plan.start, SeedStart):
-            start = seed_origin(plan).vector
+            start = initial_vector(plan)
         elif start is not None:
             require_start(plan, start)
         first = Release(

@@ -9,8 +9,8 @@ import pytest
 from umbel_common.adapters.reach import require_reachable
 from umbel_common.adapters.start import (
     LABEL_ROWS,
-    Origin,
     norm_of,
+    origin_of,
     require_start,
     start_from_rows,
 )
@@ -102,8 +102,9 @@ def test_the_reach_is_measured_from_what_a_site_knows_of_the_start(
         assert plan.trained_tensors(number) == plan.lora.tensors
         outwards = np.where(start < 0, -1, 1).astype(np.float32)
         moved = merge(moved, outwards, plan, number)
-    exact, near = Origin(start), Origin(start_from_rows(plan, rows()), row_radius=0.0201)
-    whole = Origin(np.zeros_like(start), radius=norm_of(start))
+    exact = origin_of(plan, start)
+    near = origin_of(plan, start_from_rows(plan, rows()), row_radius=0.0201)
+    whole = origin_of(plan, np.zeros_like(start), radius=norm_of(start))
     for origin in (exact, near, whole):
         require_reachable(plan, rounds, moved, origin)
     further = moved.copy()
