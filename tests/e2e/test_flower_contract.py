@@ -746,6 +746,20 @@ def test_a_question_that_nobody_may_wait_for_gets_no_message(
         assert second.result(HANGING) is not None
 
 
+def test_nobody_waits_for_messages_when_the_process_ends(
+    own_link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(umbel_server.port.reply_filter, "_HOLD_SECONDS", HANGING)
+    site, node = joined(own_link)
+    filter_: Any = own_link.superlink.expected.on_posted.__self__  # type: ignore[attr-defined]
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(site.pull, node)
+        until(lambda: node.node_id in filter_._waiting)
+        own_link.superlink.expected.close()
+        assert waiting.result(HANGING) is None
+        assert pool.submit(site.pull, node).result(HANGING) is None
+
+
 def test_no_thread_sleeps_until_another_has_written(own_link: Link) -> None:
     """Without turns, SQLite's second writer sleeps, for up to a minute; here it waits for the lock,
     and so does not find the database locked even where SQLite would not sleep at all."""

@@ -54,6 +54,19 @@ class ExpectedReplies:
         self._expected: dict[str, _Expected] = {}
         self.on_posted: Callable[[int], None] = lambda node: None
         """Called with a node when a message can be fetched by it; from any thread."""
+        self.on_closed: Callable[[], None] = lambda: None
+        """Called when nobody is to wait for messages any more; from any thread."""
+        self._closed = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nobody is to wait for messages any more."""
+        return self._closed
+
+    def close(self) -> None:
+        """Lets nobody wait for messages any more: this process ends."""
+        self._closed = True
+        self.on_closed()
 
     def expect(self, identifier: str, node: int, largest_reply: int) -> None:
         """Lets a node answer a message.

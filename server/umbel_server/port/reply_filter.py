@@ -80,6 +80,7 @@ class ReplyFilter:
         """Node -> its question that waits."""
         self._loop: asyncio.AbstractEventLoop | None = None
         expected.on_posted = self._wake
+        expected.on_closed = self._wake_all
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
@@ -139,7 +140,7 @@ class ReplyFilter:
         waiting = self._waiting[node] = _Waiting()
         try:
             # After it is there, so that no message is missed between the two.
-            if not self._expected.is_asked(node):
+            if not self._expected.is_asked(node) and not self._expected.is_closed:
                 async with asyncio.timeout(_HOLD_SECONDS):
                     await waiting.woken.wait()
         except TimeoutError:
@@ -160,6 +161,11 @@ class ReplyFilter:
         """Called from the thread that posted a message for a node."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._look_again, node)
+
+    def _wake_all(self) -> None:
+        """Called from the thread that ends this process."""
+        for node in list(self._waiting):
+            self._wake(node)
 
     def _look_again(self, node: int) -> None:
         waiting = self._waiting.get(node)

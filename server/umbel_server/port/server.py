@@ -178,6 +178,8 @@ def serve(
             calendar.look(datetime.now(UTC))
     finally:
         carrier.stop(_STOPPING_SECONDS)
+        # The web server waits for its requests, and relays' questions wait for messages.
+        superlink.expected.close()
         web.should_exit = True
         thread.join(_STOPPING_SECONDS)
         superlink.close()
