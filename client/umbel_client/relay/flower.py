@@ -38,7 +38,9 @@ from umbel_host.files.keys import read_tls_key
 from umbel_host.transport.polling import pause
 
 _HEARTBEAT_SECONDS = 20.0
-_LOOK_SECONDS = 0.25
+_LAST_HEARTBEATS_SECONDS = 0.5
+"""Time between heartbeats of a relay that stops."""
+_LOOK_SECONDS = 0.1
 _HEARTBEAT_INTERVAL = 30.0
 """The interval that the SuperLink expects; after twice as long it counts the site as offline."""
 _SHORTEST_POLL_SECONDS = 0.1
@@ -176,12 +178,13 @@ def _activated(
     over = threading.Event()
 
     def beat() -> None:
-        due = time.monotonic() + _HEARTBEAT_SECONDS
+        latest = time.monotonic()
         while not over.wait(_LOOK_SECONDS):
             # The question for messages may be waiting for an answer: a heartbeat ends that.
-            if time.monotonic() < due and not stopping.is_set():
+            seconds = _LAST_HEARTBEATS_SECONDS if stopping.is_set() else _HEARTBEAT_SECONDS
+            if time.monotonic() - latest < seconds:
                 continue
-            due = time.monotonic() + _HEARTBEAT_SECONDS
+            latest = time.monotonic()
             try:
                 client.SendNodeHeartbeat(
                     SendNodeHeartbeatRequest(node=node, heartbeat_interval=_HEARTBEAT_INTERVAL)
