@@ -124,7 +124,7 @@ class Policy(Value, frozen=True):
     max_clip_range: Positive = 1.0
     """Largest clip range: how far one round may move each number of the adapter. With an optimizer
     at the server, the longest step that it can take; in distributed mode, that by a mean of
-    gradients at the clip norm."""
+    gradients at the clip norm, or by what one site may send or adds as noise, if that is more."""
     max_rounds: Count = 100
     """Most rounds of one plan."""
     max_local_steps: Count = 100
