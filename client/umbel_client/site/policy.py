@@ -112,7 +112,7 @@ class Policy(Value, frozen=True):
     starts: tuple[StartName, ...] = ("seed",)
     """What plans may start from. `seed`: the plan's public seed. `label-names`: a head at the
     embeddings of its labels' names, which this site computes again. `released`: an adapter that an
-    earlier job gave this site, or see `max_unknown_start_norm`."""
+    earlier job gave this site, which has trained in that job, or see `max_unknown_start_norm`."""
     max_start_scale: Scale = 10.0
     """Largest length of a label's row of a head that starts at its labels' names."""
     max_start_tolerance: Annotated[float, msgspec.Meta(gt=0, le=0.1)] = 0.02
