@@ -7,20 +7,20 @@ from contextlib import closing
 import msgspec
 import numpy as np
 import pytest
-from adversarial.federation import Federation
+from adversarial.federation import Federation, moved
 from server.conftest import Silent
 
 from umbel_client.ledger.ledger import Ledger
 from umbel_client.privacy.accounting import total_epsilon
 from umbel_common.adapters.start import norm_of
-from umbel_common.adapters.vector import Vector
+from umbel_common.adapters.vector import Vector, to_bytes
 from umbel_common.errors import StorageError, VerificationError
 from umbel_common.plans.plan import LocalPrivacy, TrainingPlan, second_version
 from umbel_common.plans.start import ReleasedStart
 from umbel_common.plans.statements import Release
 from umbel_common.protocol.verification import VerifiedJob, verify_transcript
-from umbel_common.protocol.wire import OfferReply, OfferRequest
-from umbel_common.trust.identity import sign
+from umbel_common.protocol.wire import FinishReply, FinishRequest, OfferReply, OfferRequest
+from umbel_common.trust.identity import open_signed, sign
 from umbel_server.jobs.job import Job
 from umbel_server.messaging.link import Step
 from umbel_server.operator.config import Limits
@@ -162,6 +162,23 @@ def test_a_site_goes_on_only_from_an_adapter_that_it_has(operator: Operator) -> 
     assert answer(second) == "start-unknown"
     (folder / "kept").rename(folder / "release.msgpack")
     assert answer(second) == "accepted"
+
+
+def test_a_job_that_never_ran_gives_no_start(operator: Operator) -> None:
+    """Its operator chose the adapter. After a row of such jobs, each as far from the one before
+    as its rounds allow, a start would lie anywhere, and no site would have been charged."""
+    federation = operator.federation
+    federation.plan = plan = one_round(federation, "first", 3.0)
+    planted = moved(plan, 0.9)
+    signed, _ = federation.release(planted, round=1)
+    federation.offer(None, SITE)
+    reply = federation.send(SITE, FinishRequest(release=signed, adapter=to_bytes(planted)))
+    assert isinstance(reply, FinishReply)
+    release = open_signed(signed, Release, federation.operator.public_key)
+    federation.plan = following(operator, plan, release, planted)
+    request = OfferRequest(plan=sign(federation.operator, federation.plan))
+    assert federation.refusal(SITE, request) == "start-unknown"
+    assert federation.spent_rounds(SITE) == 0
 
 
 def test_a_server_without_the_adapter_starts_no_job(operator: Operator) -> None:

@@ -8,13 +8,14 @@ import dataclasses
 import os
 import shutil
 import sqlite3
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import safetensors.numpy
-from adversarial.federation import moved
+from adversarial.federation import Federation, moved
 from support.shared_noise_plans import shared_noise_plan
 
 from umbel_client.ledger.register import machine_register
@@ -22,9 +23,10 @@ from umbel_client.site.config import load_config
 from umbel_client.site.decisions import Decisions
 from umbel_client.trainer import checks
 from umbel_common.adapters.vector import adapter_digest, initial_vector, to_bytes
+from umbel_common.canonical import decode_canonical
 from umbel_common.errors import LocalProtocolError, StorageError
-from umbel_common.plans.plan import LocalPrivacy, NoPrivacy, Sgd, TrainingPlan2
-from umbel_common.plans.statements import EarlyEnd
+from umbel_common.plans.plan import LocalPrivacy, NoPrivacy, Sgd, TrainingPlan2, second_version
+from umbel_common.plans.statements import EarlyEnd, Release
 from umbel_common.protocol.wire import (
     ConfirmRequest,
     FinishReply,
@@ -339,6 +341,25 @@ def test_a_last_release_of_another_round_or_vector_is_not_stored(federation: Any
     request = FinishRequest(release=signed, adapter=to_bytes(vector + np.float32(1)))
     assert federation.refusal(SITE, request) == "adapter-digest"
     assert not (federation.folder / SITE / "state" / "adapters").exists()
+
+
+def test_a_last_release_of_the_other_version_is_not_stored(
+    open_federation: Callable[..., Federation],
+) -> None:
+    """One of version 1 names no sum, so nobody could ever show that its adapter is made up."""
+    federation = open_federation()
+    first, vector = federation.release(round=2)
+    federation.plan = second_version(federation.plan)
+    federation.offer(None, SITE)
+    signed, _ = federation.release(round=2)
+    release = msgspec.structs.replace(
+        decode_canonical(first.statement, Release),
+        plan=federation.plan.digest(),
+        adapter=adapter_digest(federation.plan.digest(), vector),
+    )
+    request = FinishRequest(release=sign(federation.operator, release), adapter=to_bytes(vector))
+    assert federation.refusal(SITE, request) == "other-release"
+    federation.ask(SITE, FinishRequest(release=signed, adapter=to_bytes(vector)))
 
 
 def test_only_a_signed_early_end_makes_another_round_the_last(federation: Any) -> None:

@@ -190,7 +190,9 @@ def _policy(draft: Draft, row: Bought, cohort: Cohort, promised_delta: float) ->
     change = draft.aggregation.clip_range or 0.0
     if isinstance(privacy, DraftDistributed):
         needed |= {"max_shared_epsilon": row.epsilon, "total_shared_epsilon": row.epsilon}
-        change = privacy.clip_norm
+        # As `reach.longest_step` does; noise above the clip norm of a whole batch is left out.
+        sent = change / draft.training.expected_batch_size
+        change = max(privacy.clip_norm, sent)
     return needed | {
         "max_delta": promised_delta,
         "max_rounds": draft.training.rounds,

@@ -112,7 +112,7 @@ class Policy(Value, frozen=True):
     starts: tuple[StartName, ...] = ("seed",)
     """What plans may start from. `seed`: the plan's public seed. `label-names`: a head at the
     embeddings of its labels' names, which this site computes again. `released`: an adapter that an
-    earlier job gave this site, or see `max_unknown_start_norm`."""
+    earlier job gave this site, which has trained in that job, or see `max_unknown_start_norm`."""
     max_start_scale: Scale = 10.0
     """Largest length of a label's row of a head that starts at its labels' names."""
     max_start_tolerance: Annotated[float, msgspec.Meta(gt=0, le=0.1)] = 0.02
@@ -124,7 +124,7 @@ class Policy(Value, frozen=True):
     max_clip_range: Positive = 1.0
     """Largest clip range: how far one round may move each number of the adapter. With an optimizer
     at the server, the longest step that it can take; in distributed mode, that by a mean of
-    gradients at the clip norm."""
+    gradients at the clip norm, or by what one site may send or adds as noise, if that is more."""
     max_rounds: Count = 100
     """Most rounds of one plan."""
     max_local_steps: Count = 100

@@ -167,6 +167,12 @@ class Journal:
             f"attempt {header.attempt} of round {header.round} was used or overtaken",
         )
 
+    def has_attempt(self, job: str) -> bool:
+        """Whether this site has answered an attempt of a job."""
+        query = "SELECT EXISTS (SELECT 1 FROM attempts WHERE job = ?)"
+        with self.errors():
+            return bool(self._database.execute(query, (job,)).fetchone()[0])
+
     def header(self, context: bytes) -> RoundHeader:
         """The header of an open or past attempt.
 

@@ -180,7 +180,8 @@ def check_end(
         "an adapter is not what its release says",
     )
     require(
-        (release.plan, release.round) == (plan.digest(), final_round(plan, end)),
+        (release.plan, release.round, release.version)
+        == (plan.digest(), final_round(plan, end), plan.version),
         "other-release",
         "this is not the last release of the plan",
     )

@@ -65,7 +65,7 @@ def _known(
     site: Site, state: StateFolder, plan: TrainingPlan, start: ReleasedStart
 ) -> Vector | None:
     """The adapter that the plan starts from, if an earlier job of this federation, with the same
-    base model, tensors and factor, gave it to this site as its last."""
+    base model, tensors and factor, which this site has trained in, gave it as its last."""
     for signed in site.journal.plans():
         with site.journal.errors():
             earlier = decode_canonical(signed.statement, PLAN_VERSIONS)
@@ -80,6 +80,10 @@ def _known(
             (earlier.lora.scaling, plan.lora.scaling),
         )
         if any(one != other for one, other in alike):
+            return None
+        # An operator may end a job that never ran by any adapter that its rounds could lead to.
+        # After a row of such jobs a start would lie anywhere, and nothing would be charged.
+        if not site.journal.has_attempt(earlier.job):
             return None
         try:
             found, vector, release = read_to_export(state.adapter(earlier.job))

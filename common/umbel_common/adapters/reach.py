@@ -130,13 +130,20 @@ def largest_step(server: ServerOptimizer, change: float, rounds: int) -> float:
 def longest_step(plan: TrainingPlan) -> float:
     """What a site's `max_clip_range` bounds: the most that a round of a plan may move an element.
 
-    In distributed mode, it is the longest step by a mean of gradients of at most the clip norm. The
-    bound of an adapter (`require_reachable`) is larger there: it holds for every sum that sites
-    can send.
+    In distributed mode, it is the longest step by the largest of three: a mean of gradients of at
+    most the clip norm, the most that a site may send of one element (`clip_range`), and the
+    standard deviation of its noise. The bound of an adapter (`require_reachable`) is larger there:
+    it holds for every sum that sites can send. It is at most a multiple of this, whatever numbers
+    a plan has: n times the range and 13 sqrt(n) times the noise, for n sites in a sum.
     """
-    privacy, change = plan.privacy, plan.aggregation.clip_range
+    privacy, aggregation = plan.privacy, plan.aggregation
+    change = aggregation.clip_range
     if isinstance(privacy, DistributedPrivacy):
-        change = privacy.clip_norm
+        batch, change = plan.training.expected_batch_size, privacy.clip_norm
+        sent = max(aggregation.clip_range, 2.0**privacy.noise_bits * aggregation.step)
+        # A quotient of the product of these two could round to more than the clip norm.
+        if sent > change * batch:
+            change = sent / batch
     return largest_step(plan.server, change, plan.training.rounds)
 
 
@@ -159,7 +166,8 @@ def _gains(server: ServerOptimizer, change: float, *, resets: bool) -> Iterator[
             ratios = _ratios(server)
             ratio = next(ratios)
             while True:
-                yield change * ratio / (change + ratio * server.eps)
+                # A ratio that overflowed leaves the whole change over eps, and not a NaN.
+                yield change / (change / ratio + server.eps)
                 ratio = ratio if resets else next(ratios)
 
 

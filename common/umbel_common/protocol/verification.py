@@ -16,7 +16,12 @@ from umbel_common.canonical import Digest, Value, decode
 from umbel_common.errors import IdentityError, PlanError, RemoteProtocolError, VerificationError
 from umbel_common.plans.check import check_plan
 from umbel_common.plans.figures import GateResult, Loss
-from umbel_common.plans.plan import PLAN_VERSIONS, TrainingPlan, TrainingPlan2
+from umbel_common.plans.plan import (
+    PLAN_VERSIONS,
+    DistributedPrivacy,
+    TrainingPlan,
+    TrainingPlan2,
+)
 from umbel_common.plans.start import LabelNamesStart, ReleasedStart, SeedStart
 from umbel_common.plans.statements import (
     HEADER_VERSIONS,
@@ -84,13 +89,14 @@ def verify_transcript(
     Release 0 follows from the plan's public seed; or it is the tensor that the plan names, with the
     norms that it says, and the rest from the seed. For each attempt: the header names the plan, the
     roster, the next round of the plan and the adapter of the release before; its cohort is of the
-    roster; its number is larger than those of the round before it. For each released round: no two
-    survivor sets of its cohort can both reach the threshold; every advert is signed by its site for
-    this attempt; survivors, at least as many as the plan's threshold, signed one and the same
-    survivor set; the release names that set and its weight. Counts and losses are finite and in
-    their range. Where the plan has a release gate, each round has its result, and a round that was
-    held back releases the adapter before once more. The job ends with its plan's last round, or
-    with a signed early end.
+    roster; its number is larger than those of the round before it; in distributed mode, the job has
+    no more attempts than the plan says, told or not. For each released round: no two survivor sets
+    of its cohort can both reach the threshold; every advert is signed by its site for this attempt;
+    survivors, at least as many as the plan's threshold, signed one and the same survivor set; the
+    release names that set and its weight. Counts and losses are finite and in their range. Where
+    the plan has a release gate, each round has its result, and a round that was held back releases
+    the adapter before once more. The job ends with its plan's last round, or with a signed early
+    end.
 
     Where the plan is of version 2 and the sums are at hand, each adapter follows from them: to the
     bit, or with the method fedsvd within `umbel_common.adapters.fedsvd.TOLERANCE`.
@@ -325,7 +331,18 @@ class _Job:
             self._roster.member(site)
         self._untold += header.attempt - self._attempt - 1
         self._attempt = header.attempt
+        self._check_attempts()
         return header
+
+    def _check_attempts(self) -> None:
+        """Refuses an attempt that the claim of a plan of distributed mode does not cover."""
+        privacy = self._plan.privacy
+        if isinstance(privacy, DistributedPrivacy):
+            used = len(self._releases) + self._aborted + self._untold
+            require_that(
+                used <= privacy.most_attempts,
+                f"it is attempt {used} of the job, and its plan allows {privacy.most_attempts}",
+            )
 
     def _check_weight(self, release: Release) -> None:
         """Compares a release's weight with its survivors' public one, or with its range."""

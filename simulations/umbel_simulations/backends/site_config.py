@@ -120,7 +120,8 @@ def _longest_step(scenario: Scenario) -> float:
     """The `max_clip_range` that allows the scenario's plan (`reach.longest_step`)."""
     change = scenario.aggregation.clip_range or 1.0
     if isinstance(scenario.privacy, DraftDistributed):
-        change = scenario.privacy.clip_norm
+        change /= scenario.training.expected_batch_size
+        change = max(scenario.privacy.clip_norm, change)
     return max(change, largest_step(scenario.server, change, scenario.training.rounds))
 
 

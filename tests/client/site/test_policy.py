@@ -415,6 +415,19 @@ def test_shared_noise_past_a_limit_is_refused(
     assert refusal(msgspec.structs.replace(SHARING, **change), plan) == check
 
 
+@pytest.mark.parametrize("sent", [{"clip_range": 1e6}, {"step": 1.0}], ids=["range", "noise"])
+def test_a_short_clip_norm_hides_no_long_range_and_no_long_noise(
+    make_plan: MakePlan, sent: dict[str, float]
+) -> None:
+    plan = shared_noise_plan(make_plan())
+    privacy = msgspec.structs.replace(plan.privacy, clip_norm=1e-4)
+    plan = msgspec.structs.replace(plan, privacy=privacy)
+    judge_plan(SHARING, plan)
+    aggregation = msgspec.structs.replace(plan.aggregation, **sent)
+    plan = msgspec.structs.replace(plan, aggregation=aggregation)
+    assert refusal(SHARING, plan) == "clip-range-too-large"
+
+
 def test_the_budget_of_a_plan_has_both_totals(make_plan: MakePlan) -> None:
     open_law = msgspec.structs.replace(SHARING, allow_without_privacy=True)
     assert open_law.budget(make_plan()) == Budget(8.0, 1e-5, 2.0)

@@ -10,7 +10,12 @@ import pytest
 from support.distributed import distributed
 
 from umbel_common.adapters.largest_sum import largest_sum, noise_in_sum
-from umbel_common.adapters.reach import largest_change, largest_steps, require_reachable
+from umbel_common.adapters.reach import (
+    largest_change,
+    largest_steps,
+    longest_step,
+    require_reachable,
+)
 from umbel_common.adapters.server_step import ServerState, take_step
 from umbel_common.adapters.vector import Vector, initial_vector, merge, unflatten
 from umbel_common.errors import PlanError, RemoteProtocolError
@@ -195,6 +200,29 @@ def test_the_worst_changes_make_a_step_as_long_as_the_bound_of_one_step(
     assert least * bound < step < bound * (1 + 1e-4)
 
 
+@pytest.mark.parametrize(
+    "server",
+    [ServerAdam(**RATES, beta2=5e-324), ServerAdam(**RATES, beta2=1e-160)],
+    ids=["in the second round", "later"],
+)
+def test_a_bound_that_overflows_is_no_smaller_than_the_longest_step(
+    make_plan2: MakePlan, server: ServerAdam
+) -> None:
+    """A NaN in its place is passed over by `max`: a policy would allow steps of any length."""
+    plan = with_server(make_plan2, server)
+    rounds = plan.training.rounds
+    assert rounds > 2
+
+    def fading(number: int) -> float:
+        return 1.0 if number == 1 else 0.0
+
+    before, after = (moved_by(plan, fading, number) for number in (1, 2))
+    found = float((after - before)[-1])
+    assert found > 1e4
+    assert longest_step(plan) > found
+    require_reachable(plan, 2, after, sites=SITES)
+
+
 @pytest.mark.parametrize("mode", ["local", "distributed"])
 @pytest.mark.parametrize("name", SERVERS)
 @pytest.mark.parametrize("seed", range(3))
@@ -218,3 +246,23 @@ def test_a_larger_cohort_reaches_further_in_distributed_mode_alone(make_plan2: M
     steps = 3 * 3 + noise_in_sum(shared, 3)
     assert noise_in_sum(shared, 3) > 3 * 16
     assert largest_change(shared, 3) == pytest.approx(steps * 0.3 / 8)
+
+
+def test_what_a_policy_bounds_grows_with_all_that_a_site_may_send(make_plan2: MakePlan) -> None:
+    """Otherwise an operator asks for a short clip norm and a long range, or much noise, and shows
+    sites an adapter with weights in the millions, which the sums of such a plan could lead to."""
+    server = ServerSgd(adapter_learning_rate=1.0, momentum=0.0)
+    plan = distributed(with_server(make_plan2, server))
+    batch = plan.training.expected_batch_size
+
+    def with_sums(clip_range: float, step: float) -> TrainingPlan:
+        aggregation = msgspec.structs.replace(plan.aggregation, clip_range=clip_range, step=step)
+        return msgspec.structs.replace(plan, aggregation=aggregation)
+
+    # One site with the whole batch, and noise of at most as much: as by the clip norm.
+    assert longest_step(with_sums(batch, batch / 16)) == 1.0
+    assert longest_step(with_sums(10 * batch, 0.1)) == 10.0
+    assert longest_step(with_sums(batch, batch)) == 16.0
+    for clip_range, step in ((1e6, 1.0), (1.0, 1e-3), (1e4, 1e4)):
+        wide = with_sums(clip_range, step)
+        assert largest_change(wide, 3) < 3 * (1 + 13 * 3) * longest_step(wide)

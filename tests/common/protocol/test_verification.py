@@ -1,10 +1,12 @@
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from support.distributed import distributed
 
 from umbel_common.adapters.site_counts import SiteCounts
 from umbel_common.adapters.start import start_from_rows
@@ -13,14 +15,16 @@ from umbel_common.errors import VerificationError
 from umbel_common.plans.figures import GateResult
 from umbel_common.plans.plan import (
     Aggregation,
+    DistributedPrivacy,
     FederatedEvaluation,
     NoPrivacy,
     ReleaseGate,
     TrainingPlan,
     second_version,
 )
+from umbel_common.plans.server_optimizer import ServerSgd
 from umbel_common.plans.start import LabelNamesStart
-from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader, with_sum
+from umbel_common.plans.statements import EarlyEnd, Release, RoundHeader, chained, with_sum
 from umbel_common.protocol import verification
 from umbel_common.protocol.transcript import (
     GENESIS,
@@ -661,3 +665,30 @@ def test_a_start_that_is_a_tensor_is_verified_as_far_as_that_needs_no_model(
         verified(planted, start)
     with pytest.raises(VerificationError, match="not the adapter that the plan names"):
         verified(planted, planted)
+
+
+def test_no_job_of_distributed_mode_has_more_attempts_than_its_plan(
+    story: Story, make_plan2: Callable[..., TrainingPlan]
+) -> None:
+    """Its claim is for so many, those included that its operator does not tell of."""
+    server = ServerSgd(adapter_learning_rate=0.1)
+    aggregation = Aggregation(threshold=2, clip_range=1.0, step=1e-6)
+    story.plan = distributed(one_round(partial(make_plan2, server), aggregation=aggregation))
+    assert isinstance(story.plan.privacy, DistributedPrivacy)
+    most = story.plan.privacy.most_attempts
+    adapter = adapter_digest(story.plan.digest(), initial_vector(story.plan))
+    first = with_sum(story.first_release(), bytes(32))
+    started = story.started(release=sign(story.operator, first))
+    before, _ = append(story.operator, 0, GENESIS, started)
+
+    def aborted(attempt: int) -> list[Signed]:
+        header = chained(story.make_header(adapter=adapter, attempt=attempt), before)
+        event = AttemptAborted(
+            header=sign(story.operator, header), check="too-few-shares", refusals=()
+        )
+        return story.entries(started, event)
+
+    found = verify_transcript(aborted(most), story.roster)
+    assert (found.aborted_attempts, found.untold_attempts) == (1, most - 1)
+    with pytest.raises(VerificationError, match=f"attempt {most + 1} of the job"):
+        verify_transcript(aborted(most + 1), story.roster)
