@@ -21,7 +21,7 @@ from umbel_common.adapters.peft_folder import (
     text_files,
 )
 from umbel_common.adapters.reach import require_reachable
-from umbel_common.adapters.start import Origin
+from umbel_common.adapters.start import origin_of
 from umbel_common.adapters.vector import Vector, adapter_digest, size_of
 from umbel_common.canonical import V, decode_canonical
 from umbel_common.errors import (
@@ -157,7 +157,7 @@ def _verify_adapter(folder: Path, job: VerifiedJob, roster: Roster, start: Vecto
     )
     _verify_settings(folder, job.plan)
     try:
-        origin = None if start is None else Origin(start)
+        origin = None if start is None else origin_of(job.plan, start)
         most = len(roster.members)
         require_reachable(job.plan, job.last.round, vector, origin, sites=most)
     except RemoteProtocolError as error:
