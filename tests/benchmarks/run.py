@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import bench_crypto
 import bench_dp_step
@@ -36,10 +37,12 @@ BENCHES = (
 
 
 def main(path: Path) -> int:
-    """Measures, writes `path`, prints a line for each figure."""
-    figures = {name: figure for bench in BENCHES for name, figure in bench.measure().items()}
+    """Measures, writes `path` after each part, prints a line for each figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures, indent=2) + "\n")
+    figures: dict[str, dict[str, Any]] = {}
+    for bench in BENCHES:
+        figures |= bench.measure()
+        path.write_text(json.dumps(figures, indent=2) + "\n")
     for name, figure in figures.items():
         target = "" if figure["target"] is None else f" (target {figure['target']:g})"
         verdict = {True: "holds", False: "MISSED", None: ""}[figure["holds"]]
