@@ -96,6 +96,14 @@ def check_plan(plan: TrainingPlan) -> None:
             field="lora.tensors",
             found=f"{len(names)} names, {len(set(names))} different",
         )
+    for number in plan.kinds_of_rounds:
+        if not plan.trained_tensors(number):
+            raise PlanError(
+                "a round trains nothing",
+                field="lora.method",
+                found=f"{plan.lora.method}, in round {number}",
+                accepted="a tensor in each round that the method does not freeze",
+            )
     _check_start(plan)
 
 

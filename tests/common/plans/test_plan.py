@@ -113,6 +113,19 @@ def test_tensors_are_named_once(make_plan: MakePlan) -> None:
             check_plan(make_plan(lora=Lora(**{**fields, "tensors": tensors})))
 
 
+@pytest.mark.parametrize(
+    ("method", "role"), [("ffa", "lora_A"), ("alternate", "lora_A"), ("alternate", "lora_B")]
+)
+def test_each_round_trains_something(make_plan2: MakePlan, method: str, role: str) -> None:
+    """A sum of no coordinates has no bound: its logarithm would end a check as a crash."""
+    plan = make_plan2(method=method)
+    check_plan(plan)
+    tensors = tuple(tensor for tensor in plan.lora.tensors if tensor.role == role)
+    plan = msgspec.structs.replace(plan, lora=msgspec.structs.replace(plan.lora, tensors=tensors))
+    with pytest.raises(PlanError, match="a round trains nothing"):
+        check_plan(plan)
+
+
 def test_labels_are_at_least_two_different_ones() -> None:
     for labels in (("a",), ("a", "a")):
         with pytest.raises(ValueError, match="labels"):
