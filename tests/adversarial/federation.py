@@ -44,7 +44,9 @@ from umbel_common.plans.plan import (
 )
 from umbel_common.plans.statements import Release, RoundHeader, chained, with_sum
 from umbel_common.protocol.wire import (
+    FillRequest,
     OfferRequest,
+    PrepareRequest,
     Refusal,
     Reply,
     Request,
@@ -56,7 +58,8 @@ from umbel_common.protocol.wire import (
 )
 from umbel_common.secagg import coordinator
 from umbel_common.secagg.encoding import RingVector
-from umbel_common.secagg.messages import RevealedShare
+from umbel_common.secagg.messages import RevealedShare, preparation_of
+from umbel_common.secagg.preparing import Prepared, Preparing
 from umbel_common.trust.identity import Identity, Member, Roster, Signed, sign
 from umbel_common.trust.roster_file import roster_to_json
 from umbel_host.files.keys import write_identity
@@ -159,6 +162,8 @@ class Federation:
         self.releases: dict[bytes, tuple[Signed, Vector]] = {}
         """Releases by adapter digest, beside the initial one."""
         self.played_roster = self.roster
+        self.prepares = False
+        """Whether each attempt is prepared before it begins."""
         for number, site in enumerate(self.identities):
             self._write_site(site, number, policies.get(site, policies.get("*", "")))
             self.start(site)
@@ -287,6 +292,11 @@ class Federation:
         match request:
             case TrainRequest() if header is not None:
                 return self.train_request(header)
+            case PrepareRequest() if header is not None:
+                return PrepareRequest(preparation=preparation_of(header))
+            case FillRequest() if header is not None:
+                context = preparation_of(header).context()
+                return msgspec.structs.replace(request, context=context)
             case _ if header is not None:
                 return msgspec.structs.replace(request, context=header.context())
         return request
@@ -358,9 +368,31 @@ class Federation:
         header = header or self.header()
         length = size_of(self.plan.trained_tensors(header.round)) + 1
         machine = coordinator.open_attempt(
-            header, self.played_roster, self.plan.aggregation.threshold, 32, length
+            header,
+            self.played_roster,
+            self.plan.aggregation.threshold,
+            32,
+            length,
+            prepared=self.prepare(header) if self.prepares else None,
         )
         return Attempt(header, self.train_request(header), machine, {}, Evidence())
+
+    def prepare(self, header: RoundHeader) -> Prepared:
+        """The keys and shares of the whole cohort for an attempt that is to come.
+
+        Raises:
+            Stopped: a site refuses.
+        """
+        preparation = preparation_of(header)
+        keys: Any = Preparing(preparation, self.played_roster)
+        for site in header.cohort:
+            keys = keys.receive(site, self.ask(site, PrepareRequest(preparation=preparation)).keys)
+        shares = keys.close()
+        request = FillRequest(context=preparation.context(), keys=shares.signed)
+        for site in header.cohort:
+            shares = shares.receive(site, self.ask(site, request).shares)
+        prepared: Prepared = shares.close()
+        return prepared
 
     def drive(self, attempt: Attempt, until: str | None = None, silent: str | None = None) -> Any:
         """Drives an attempt until the stage `until` is about to be asked, or to the end.

@@ -11,7 +11,6 @@ from adversarial.weaken import Stopped
 
 from umbel_common.adapters.vector import adapter_digest
 from umbel_common.plans.plan import Aggregation, NoPrivacy
-from umbel_common.protocol.wire import MaskRequest
 
 SITE = "site-00"
 ACCOMPLICE = "site-01"
@@ -63,8 +62,7 @@ def test_a_server_pretends_that_only_an_accomplice_sent_shares(
     attempt = federation.drive(federation.attempt(), until="mask")
     requests = attempt.requests()
     from_accomplice = tuple(share for share in requests[SITE].shares if share.sender == ACCOMPLICE)
-    context = attempt.header.context()
-    requests[SITE] = MaskRequest(context=context, shares=from_accomplice)
+    requests[SITE] = msgspec.structs.replace(requests[SITE], shares=from_accomplice)
     replies = {site: federation.ask(site, request) for site, request in requests.items()}
     attempt = federation.take(attempt, replies)
     # The victim need not be asked about the survivors.

@@ -11,7 +11,13 @@ from adversarial.weaken import Stopped
 
 from umbel_common.errors import IdentityError
 from umbel_common.plans.plan import LocalPrivacy
-from umbel_common.protocol.wire import MaskReply, MaskRequest, ShareReply, TrainReply
+from umbel_common.protocol.wire import (
+    MaskPreparedRequest,
+    MaskReply,
+    MaskRequest,
+    ShareReply,
+    TrainReply,
+)
 from umbel_common.trust.identity import Identity
 
 SITE = "site-00"
@@ -63,22 +69,25 @@ def test_a_server_holds_back_a_sites_own_keys(
 ) -> None:
     federation = open_federation(4)
     federation.offer()
-    request = federation.drive(federation.attempt(), until="share").requests()[SITE]
+    stage = "mask" if federation.prepares else "share"
+    request = federation.drive(federation.attempt(), until=stage).requests()[SITE]
     others = tuple(advert for advert in request.adverts if SITE.encode() not in advert.statement)
     assert len(others) == 3
-    # The site shares its secrets although it cannot know which keys its peers were shown for it.
+    # The site shares its secrets, or masks, although it cannot know which keys its peers were shown
+    # for it.
     reply = federation.ask(SITE, msgspec.structs.replace(request, adverts=others))
-    assert isinstance(reply, ShareReply)
+    assert isinstance(reply, MaskReply if federation.prepares else ShareReply)
 
 
-def relayed(federation: Federation, recipient: str) -> MaskRequest:
+def relayed(federation: Federation, recipient: str) -> MaskRequest | MaskPreparedRequest:
     """A request to SITE with a share that its first peer made for its second."""
     attempt = federation.drive(federation.attempt(), until="mask")
     requests = attempt.requests()
     (stray,) = [share for share in requests[PEERS[1]].shares if share.sender == PEERS[0]]
     (honest,) = [share for share in requests[SITE].shares if share.sender == PEERS[1]]
     stray = msgspec.structs.replace(stray, recipient=recipient)
-    return MaskRequest(context=attempt.header.context(), shares=(stray, honest))
+    request: MaskRequest | MaskPreparedRequest = requests[SITE]
+    return msgspec.structs.replace(request, shares=(stray, honest))
 
 
 @pytest.mark.attack("wrong-recipient", "share-authentication")

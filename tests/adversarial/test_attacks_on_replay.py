@@ -68,6 +68,8 @@ def test_a_server_replays_the_request_of_an_attempt_for_fresh_keys(federation: F
     assert first.advert.statement != second.advert.statement
 
 
+# `other-keys` stops it too in a prepared attempt: test_attacks_on_slots.py.
+@pytest.mark.way(False)
 @pytest.mark.attack("other-context")
 def test_a_server_replays_the_keys_of_an_earlier_attempt(federation: Federation) -> None:
     """A party that learnt an old mask key would know the new mask."""

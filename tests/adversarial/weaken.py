@@ -12,9 +12,10 @@ from umbel_client.ledger.ledger import Ledger
 from umbel_client.privacy import attempt_cost
 from umbel_client.site import policy
 from umbel_client.storage import journal as session
+from umbel_client.trainer import slots
 from umbel_common import errors
 from umbel_common.plans import statements
-from umbel_common.secagg import masking, primitives
+from umbel_common.secagg import masking, preparation, primitives
 
 Replace = Callable[[object, object], None]
 
@@ -125,12 +126,26 @@ def _without_most_attempts(patch: pytest.MonkeyPatch, replace: Replace) -> None:
     patch.setattr(contents, "_require", lambda *_: None)
 
 
+def _without_one_attempt_slots(patch: pytest.MonkeyPatch, replace: Replace) -> None:
+    """Makes a site keep its slot, and use it for any attempt of its job."""
+
+    class Fitting:
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        __hash__ = None  # type: ignore[assignment]
+
+    patch.setattr(slots.Slots, "take", lambda held, header: held._of_jobs.get(header.job))
+    patch.setattr(preparation, "preparation_of", lambda header: Fitting())
+
+
 BARRIERS: dict[str, Callable[[pytest.MonkeyPatch, Replace], None]] = {
     "canonical-set": _without_canonical_sets,
     "claim-exceeded": _without_a_true_claim,
     "context-binding": _without_context_binding,
     "counted-answers": _without_counted_answers,
     "most-attempts": _without_most_attempts,
+    "one-attempt-slots": _without_one_attempt_slots,
     "share-authentication": _without_share_authentication,
     "self-mask": _without_self_mask,
     "unique-attempt": _without_unique_attempts,

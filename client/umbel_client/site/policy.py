@@ -43,6 +43,7 @@ from umbel_common.plans.ranges import Count, Fraction, Positive, Scale
 from umbel_common.plans.start import LabelNamesStart, StartName, name_of
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.printable import is_printable
+from umbel_common.secagg.messages import Preparation
 
 _LONGEST_NAME = 256
 
@@ -404,8 +405,8 @@ def judge_start(policy: Policy, moment: time, seconds: float) -> None:
     )
 
 
-def judge_header(policy: Policy, plan: TrainingPlan, header: RoundHeader) -> None:
-    """Refuses an attempt whose cohort the policy does not allow.
+def judge_header(policy: Policy, plan: TrainingPlan, header: RoundHeader | Preparation) -> None:
+    """Refuses an attempt, or one that is to be prepared, whose cohort the policy does not allow.
 
     Raises:
         PolicyRefusal: `cohort-too-small`, `threshold-too-high` or `threshold-too-low`.

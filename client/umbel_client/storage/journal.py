@@ -27,6 +27,7 @@ import msgspec
 from umbel_common.canonical import Value, decode, decode_canonical, encode
 from umbel_common.errors import RemoteProtocolError, require
 from umbel_common.plans.statements import HEADER_VERSIONS, RoundHeader
+from umbel_common.secagg.messages import Preparation
 from umbel_common.trust.identity import Signed
 from umbel_host.files.database import (
     Database,
@@ -150,7 +151,7 @@ class Journal:
         """The releases of a job that this site has seen, in the order of their rounds."""
         return self._signed("SELECT release FROM releases WHERE job = ? ORDER BY round", job)
 
-    def check_new(self, header: RoundHeader) -> None:
+    def check_new(self, header: RoundHeader | Preparation) -> None:
         """Refuses an attempt number that was used, or that is smaller than one that was used.
 
         Raises:

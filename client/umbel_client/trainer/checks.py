@@ -18,6 +18,7 @@ from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import RELEASE_VERSIONS, EarlyEnd, Release, RoundHeader
 from umbel_common.protocol.transcript import final_round
 from umbel_common.protocol.wire import FinishRequest, TrainRequest
+from umbel_common.secagg.messages import Preparation
 from umbel_common.trust.identity import Roster
 
 _APPROVE = (
@@ -45,18 +46,22 @@ def check_roster(site: Site, roster: bytes) -> None:
     )
 
 
-def check_round(site: Site, header: RoundHeader, plan: TrainingPlan) -> None:
+def check_round(site: Site, header: RoundHeader | Preparation, plan: TrainingPlan) -> None:
     """Step 5: the header is for this federation, for the accepted plan, and for this site.
+
+    Args:
+        header: of an attempt, or of one that is to be prepared.
 
     Raises:
         RemoteProtocolError: `other-federation`, `plan-digest`, `header-version`, `not-in-cohort`
             or `round-past-plan`.
     """
     federation, rounds = site.roster.federation, plan.training.rounds
+    version = plan.version if isinstance(header, Preparation) else header.version
     checks = {
         "other-federation": (header.federation == federation, header.federation, federation),
         "plan-digest": (header.plan == plan.digest(), header.plan.hex(), plan.digest().hex()),
-        "header-version": (header.version == plan.version, header.version, plan.version),
+        "header-version": (version == plan.version, version, plan.version),
         "not-in-cohort": (site.name in header.cohort, header.cohort, f"a cohort with {site.name}"),
         "round-past-plan": (header.round <= rounds, header.round, f"at most {rounds}"),
     }
@@ -72,7 +77,7 @@ def check_round(site: Site, header: RoundHeader, plan: TrainingPlan) -> None:
         )
 
 
-def check_parties(site: Site, header: RoundHeader) -> None:
+def check_parties(site: Site, header: RoundHeader | Preparation) -> None:
     """Step 6, repeated at every stage: the cohort is one that this site believes.
 
     A job keeps the roster that it began with. A site that joined later does not disturb it; a site

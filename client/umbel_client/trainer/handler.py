@@ -52,15 +52,16 @@ site's data or its ledger is `site-not-ready`. Every other fault, also a check o
     digest (`local_job`). In distributed mode, all of this is an attempt's (`distributed_job`). The
     journal counts the time.
     `budget`, `other-adapter`, `attempt-lost`
-13. Advert: fresh public keys, signed together with the ledger's head. Secure aggregation judges the
-    cohort again, by its own rules.
+13. Advert: public keys, fresh or prepared for this very attempt (`slots`), signed together with the
+    ledger's head. Secure aggregation judges the cohort again, by its own rules.
     `not-in-cohort`, `cohort-too-small`, `threshold-too-high`, `threshold-too-low`
 14. Journal: the reply is sealed; the attempt, its secrets and the reply are on disk.
 15. Count: the ledger counts the answer.
 16. The reply leaves.
 
 The requests of later stages pass step 1, find their attempt (`unknown-attempt`), pass step 6, load
-the job as in step 11, pass their own steps (`stages`), and are counted as in step 15.
+the job as in step 11, pass their own steps (`stages`), and are counted as in step 15. With the last
+two comes what this site is to prepare for the next attempt (`slots`).
 """
 
 import functools
@@ -70,6 +71,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from umbel_client.data.site_data import SiteData
@@ -101,7 +103,8 @@ from umbel_client.trainer.last_advert import check_last_advert
 from umbel_client.trainer.observer import Observer
 from umbel_client.trainer.opening import check_payable, open_job
 from umbel_client.trainer.site import Site
-from umbel_client.trainer.stages import answer_stage
+from umbel_client.trainer.slots import Slots
+from umbel_client.trainer.stages import Ahead, StageRequest, answer_stage
 from umbel_client.trainer.start import check_known_start, origin_at
 from umbel_common.adapters.start import Origin
 from umbel_common.adapters.vector import Vector
@@ -121,12 +124,17 @@ from umbel_common.plans.check import check_plan
 from umbel_common.plans.plan import PLAN_VERSIONS, DistributedPrivacy, TrainingPlan
 from umbel_common.plans.statements import HEADER_VERSIONS, RELEASE_VERSIONS
 from umbel_common.protocol.wire import (
+    FillReply,
+    FillRequest,
     FinishReply,
     FinishRequest,
     OfferReply,
     OfferRequest,
     OfferUnderRoster,
+    PrepareReply,
+    PrepareRequest,
     Refusal,
+    TogetherRequest,
     TrainReply,
     TrainRequest,
     open_request,
@@ -199,6 +207,7 @@ class Trainer:
             _warn_of_simulation(register.folder)
         self._register = register or machine_register()
         self._job: SiteJob | None = None
+        self._slots = Slots()
         self._largest = max([size_limit(None), *map(size_limit, self._plans())])
 
     def close(self) -> None:
@@ -276,16 +285,42 @@ class Trainer:
                 return site.seal(self._finish(request), asked)
             case TrainRequest():
                 return self._train(request, asked)
+            case PrepareRequest() | FillRequest():
+                return site.seal(self._prepare(request), asked)
+            case TogetherRequest():
+                return self._stage(request.stage, asked, partial(self._ahead, request.ahead))
             case _:
-                header = site.journal.header(request.context)
-                # 6, again: the roster may have changed, and a key been revoked, since training.
-                check_parties(site, header)
-                # 11, without the last advert, which only a request to train shows.
-                job = self._loaded_job(header.job)
-                reply = answer_stage(site, job, header, request, asked)
-                # 15
-                job.record_answers(site.journal.published().answers)
-                return reply
+                return self._stage(request, asked)
+
+    def _stage(
+        self, request: StageRequest, asked: bytes, ahead: Callable[[], Ahead] | None = None
+    ) -> bytes:
+        """A stage after the first one, and what was asked for together with it."""
+        site = self._site
+        header = site.journal.header(request.context)
+        # 6, again: the roster may have changed, and a key been revoked, since training.
+        check_parties(site, header)
+        # 11, without the last advert, which only a request to train shows.
+        job = self._loaded_job(header.job)
+        reply = answer_stage(site, job, header, request, asked, ahead)
+        # 15
+        job.record_answers(site.journal.published().answers)
+        return reply
+
+    def _prepare(self, request: PrepareRequest | FillRequest) -> PrepareReply | FillReply:
+        """Prepares for an attempt that is to come (`slots` has the checks)."""
+        if isinstance(request, FillRequest):
+            return self._slots.fill(self._site, request)
+        plan = self._accepted_plan(request.preparation.job)
+        return self._slots.prepare(self._site, plan, self._rules(plan), request.preparation)
+
+    def _ahead(self, request: PrepareRequest | FillRequest) -> Ahead:
+        """As `_prepare`; what fails here does not stop the stage that came with it."""
+        try:
+            return self._prepare(request)
+        except UmbelError as error:
+            self._observer.refused(error)
+            return Refusal(check=_code(error))
 
     def _offer(self, request: OfferRequest | OfferUnderRoster) -> OfferReply:
         """Accepts a plan, before anything of it takes effect: a job has one plan for ever.
@@ -385,20 +420,15 @@ class Trainer:
             journal.add_seconds_trained(plan.job, time.monotonic() - began)
         # 13
         head = job.ledger_head()
-        # The threshold is counted anyway.
-        floor = plan.least_survivors if isinstance(plan.privacy, DistributedPrivacy) else 0
-        state, advert = participant.advertise(
-            header,
-            site.name,
-            Rules(
-                threshold=plan.aggregation.threshold,
-                colluding=site.policy.colluding_sites,
-                minimum_cohort=max(site.policy.minimum_cohort, floor),
-            ),
-            site.identity,
-            head,
-            site.entropy,
-        )
+        # Nothing is signed with the keys of a slot that could be taken again.
+        slot = self._slots.take(header)
+        state: participant.AttemptState
+        if slot is None:
+            state, advert = participant.advertise(
+                header, site.name, self._rules(plan), site.identity, head, site.entropy
+            )
+        else:
+            state, advert = slot.advertise(header, site.identity, head)
         # 14
         reply = site.seal(TrainReply(advert=advert), asked)
         journal.open_attempt(header, head, encode(state), asked, reply)
@@ -406,6 +436,15 @@ class Trainer:
         job.record_answers(journal.published().answers)
         # 16
         return reply
+
+    def _rules(self, plan: TrainingPlan) -> Rules:
+        # The threshold is counted anyway.
+        floor = plan.least_survivors if isinstance(plan.privacy, DistributedPrivacy) else 0
+        return Rules(
+            threshold=plan.aggregation.threshold,
+            colluding=self._site.policy.colluding_sites,
+            minimum_cohort=max(self._site.policy.minimum_cohort, floor),
+        )
 
     def _finish(self, request: FinishRequest) -> FinishReply:
         """Stores the adapter of a job's last release, and ends the job at this site.
@@ -421,7 +460,7 @@ class Trainer:
         F4. Journal: the release is kept.
             `two-releases`
         F5. Adapter: its folder is written.
-        F6. End: the secrets of the job's attempts are deleted.
+        F6. End: the secrets of the job's attempts, and what was prepared, are deleted.
         """
         site = self._site
         # F1
@@ -443,6 +482,7 @@ class Trainer:
         )
         # F6
         site.journal.end_job(plan.job)
+        self._slots.drop(plan.job)
         self._observer.finished(plan.job, folder)
         return FinishReply(adapter=release.adapter)
 

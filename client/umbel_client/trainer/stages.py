@@ -15,10 +15,15 @@ checked the parties of the attempt before.
    3b. confirming: before the checks, the policy judges the set of survivors
        (`survivors-below-plan`, `survivors-differ`, `cohort-difference`); after them, the journal
        keeps it.
+   What was asked for together with a stage is answered after it; a refusal of that is an answer.
 4. Journal: the sealed reply and the next state are on disk. The secrets of an attempt are deleted
    with its last answer.
 5. The caller counts the reply in the ledger, and then it leaves (`handler`, step 15).
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 
@@ -31,26 +36,51 @@ from umbel_common.plans.statements import RoundHeader
 from umbel_common.protocol.wire import (
     ConfirmReply,
     ConfirmRequest,
+    FillReply,
+    MaskPreparedRequest,
     MaskReply,
     MaskRequest,
+    PrepareReply,
+    Refusal,
     Reply,
     ShareReply,
     ShareRequest,
+    TogetherReply,
     UnmaskReply,
     UnmaskRequest,
 )
 from umbel_common.secagg import participant
+from umbel_common.secagg.encoding import RingVector
 
-StageRequest = ShareRequest | MaskRequest | ConfirmRequest | UnmaskRequest
+StageRequest: TypeAlias = (
+    ShareRequest | MaskRequest | MaskPreparedRequest | ConfirmRequest | UnmaskRequest
+)
+Ahead: TypeAlias = PrepareReply | FillReply | Refusal
+"""What this site prepares, together with a stage, for an attempt that is to come."""
+
+_STAGES: dict[type[StageRequest], str] = {
+    ShareRequest: "share",
+    MaskRequest: "mask",
+    MaskPreparedRequest: "mask",
+    ConfirmRequest: "confirm",
+    UnmaskRequest: "unmask",
+}
+"""Both ways to ask for a vector are one stage: a site sends one."""
 
 
 def answer_stage(
-    site: Site, job: SiteJob, header: RoundHeader, request: StageRequest, asked: bytes
+    site: Site,
+    job: SiteJob,
+    header: RoundHeader,
+    request: StageRequest,
+    asked: bytes,
+    ahead: Callable[[], Ahead] | None = None,
 ) -> bytes:
     """The sealed answer to a stage, on disk before it is returned.
 
     Args:
         asked: digest of the sealed request, 32 bytes.
+        ahead: answers what was asked for together with the stage.
 
     Raises:
         PolicyRefusal: see `judge_survivors` (step 3b).
@@ -62,7 +92,7 @@ def answer_stage(
         StorageError: the journal is damaged, or the journal or the ledger cannot be written.
     """
     journal, context = site.journal, request.context
-    stage = type(request).__name__.removesuffix("Request").lower()
+    stage = _STAGES[type(request)]
     # 1
     known = journal.answer(context, stage, asked)
     if known is not None:
@@ -75,16 +105,17 @@ def answer_stage(
     reply: Reply
     # 3
     match state, request:
-        case participant.Advertised(), ShareRequest():
-            after, shares = state.receive(request.adverts, site.roster, site.entropy)
+        case participant.Advertised() | participant.Prepared(), ShareRequest():
+            fresh = state if isinstance(state, participant.Advertised) else state.advertised
+            after, shares = fresh.receive(request.adverts, site.roster, site.entropy)
             reply = ShareReply(context=context, shares=shares)
         case participant.Shared(), MaskRequest():
-            # 3a, before the checks.
-            encoded = job.ring_vector(header)
-            after, vector = state.receive(request.shares, encoded)
-            reply = MaskReply(context=context, vector=vector.view(np.uint8).data)
-            # 3a, after the checks.
-            job.record_sent(header)
+            # 3a
+            after, reply = _mask(job, header, partial(state.receive, request.shares))
+        case participant.Prepared(), MaskPreparedRequest():
+            # 3a
+            mask = partial(state.receive, request.adverts, request.shares, site.roster)
+            after, reply = _mask(job, header, mask)
         case participant.Masked(), ConfirmRequest():
             # 3b, before the checks.
             judge_survivors(
@@ -105,8 +136,25 @@ def answer_stage(
             after = None
         case _:
             raise RemoteProtocolError("stage-order", f"the stage {stage} is out of order here")
+    if ahead is not None and isinstance(reply, ConfirmReply | UnmaskReply):
+        reply = TogetherReply(stage=reply, ahead=ahead())
     sealed = site.seal(reply, asked)
     # 4
     journal.record_answer(context, stage, asked, sealed, None if after is None else encode(after))
     # 5
     return sealed
+
+
+def _mask(
+    job: SiteJob,
+    header: RoundHeader,
+    mask: Callable[[RingVector], tuple[participant.Masked, RingVector]],
+) -> tuple[participant.Masked, MaskReply]:
+    """Step 3a."""
+    # Before the checks.
+    encoded = job.ring_vector(header)
+    after, vector = mask(encoded)
+    reply = MaskReply(context=header.context(), vector=vector.view(np.uint8).data)
+    # After the checks.
+    job.record_sent(header)
+    return after, reply

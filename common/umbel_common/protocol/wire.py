@@ -31,7 +31,12 @@ from umbel_common.canonical import Digest, Value, decode, digest
 from umbel_common.errors import require
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import Cohort
-from umbel_common.secagg.messages import EncryptedShare, RevealedShare, SurvivorSignature
+from umbel_common.secagg.messages import (
+    EncryptedShare,
+    Preparation,
+    RevealedShare,
+    SurvivorSignature,
+)
 from umbel_common.trust.identity import SIGNATURE_BYTES, Identity, Signed, verifies
 
 WIRE_VERSION = 2
@@ -154,6 +159,43 @@ class UnmaskReply(Message, frozen=True, tag="unmasked"):
     shares: Annotated[tuple[RevealedShare, ...], msgspec.Meta(max_length=MAX_SITES)]
 
 
+class PrepareRequest(Message, frozen=True, tag="prepare"):
+    """Prepare keys for an attempt that is to come."""
+
+    preparation: Preparation
+
+
+class PrepareReply(Message, frozen=True, tag="prepared"):
+    """The signed `PreparedKeys` for it."""
+
+    keys: Signed
+
+
+class FillRequest(Message, frozen=True, tag="fill"):
+    """The `PreparedKeys` of the whole cohort, in the order of its sites' names."""
+
+    context: Digest
+    """`Preparation.context`, also in the reply."""
+    keys: Annotated[tuple[Signed, ...], msgspec.Meta(max_length=MAX_SITES)]
+
+
+class FillReply(Message, frozen=True, tag="filled"):
+    """One encrypted pair of shares for each peer of the cohort."""
+
+    context: Digest
+    shares: Annotated[tuple[EncryptedShare, ...], msgspec.Meta(max_length=MAX_SITES)]
+
+
+class MaskPreparedRequest(Message, frozen=True, tag="mask-prepared"):
+    """Stages 2 and 3 of a prepared attempt; a `MaskReply` answers it."""
+
+    context: Digest
+    adverts: Annotated[tuple[Signed, ...], msgspec.Meta(max_length=MAX_SITES)]
+    """The adverts of U1, in the order of their sites' names."""
+    shares: Annotated[tuple[EncryptedShare, ...], msgspec.Meta(max_length=MAX_SITES)]
+    """As in `MaskRequest`, but prepared."""
+
+
 class FinishRequest(Message, frozen=True, tag="finish", kw_only=True):
     """The last release of the job, for the site to keep."""
 
@@ -175,14 +217,32 @@ class Refusal(Message, frozen=True, tag="refused"):
     check: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}\Z")]
 
 
+class TogetherRequest(Message, frozen=True, tag="together"):
+    """A late stage of one attempt, and a step towards the one that is to come: one message."""
+
+    stage: ConfirmRequest | UnmaskRequest
+    ahead: PrepareRequest | FillRequest
+
+
+class TogetherReply(Message, frozen=True, tag="answered-together"):
+    """Both answers. A refusal of the stage is a `Refusal` of the whole request."""
+
+    stage: ConfirmReply | UnmaskReply
+    ahead: PrepareReply | FillReply | Refusal
+
+
 Request: TypeAlias = (
     OfferRequest
     | OfferUnderRoster
     | TrainRequest
     | ShareRequest
     | MaskRequest
+    | MaskPreparedRequest
     | ConfirmRequest
     | UnmaskRequest
+    | PrepareRequest
+    | FillRequest
+    | TogetherRequest
     | FinishRequest
 )
 Reply: TypeAlias = (
@@ -192,6 +252,9 @@ Reply: TypeAlias = (
     | MaskReply
     | ConfirmReply
     | UnmaskReply
+    | PrepareReply
+    | FillReply
+    | TogetherReply
     | FinishReply
     | Refusal
 )

@@ -6,15 +6,26 @@ thing is read, the name under which its key is looked up. Steps of `participant`
 
 - `open_advert`: S2.1 and C1.1
 - `check_distinct_keys`: S2.2 and C1.2
+- `check_recipients`: C2.2 and, of `preparing`, R2.1
+- `open_prepared`: P2.1 of `preparation` and R1.1 of `preparing`
 - `check_confirmation`: S5.1 and C4.2
 """
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 from umbel_common.canonical import decode
 from umbel_common.errors import require
-from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
+from umbel_common.secagg.messages import (
+    EncryptedShare,
+    KeyAdvert,
+    PreparedKeys,
+    Survivors,
+    SurvivorSignature,
+)
 from umbel_common.trust.identity import Roster, Signed, open_signed
+
+Keys = TypeVar("Keys", KeyAdvert, PreparedKeys)
 
 
 def open_advert(
@@ -26,8 +37,28 @@ def open_advert(
         RemoteProtocolError: `malformed-message`, `not-in-cohort`, `not-in-roster`,
             `pinned-signature` or `other-context`.
     """
+    return _open_keys(signed, KeyAdvert, context, cohort, roster)
+
+
+def open_prepared(
+    signed: Signed, context: bytes, cohort: tuple[str, ...], roster: Roster
+) -> PreparedKeys:
+    """The prepared keys in a signed statement, if a site of `cohort` signed them.
+
+    Args:
+        context: of the preparation, 32 bytes.
+
+    Raises:
+        RemoteProtocolError: as `open_advert`.
+    """
+    return _open_keys(signed, PreparedKeys, context, cohort, roster)
+
+
+def _open_keys(
+    signed: Signed, kind: type[Keys], context: bytes, cohort: tuple[str, ...], roster: Roster
+) -> Keys:
     # Only the claimed name is taken from the statement before its signature is verified.
-    claimed = decode(signed.statement, KeyAdvert).site
+    claimed = decode(signed.statement, kind).site
     require(
         claimed in cohort,
         "not-in-cohort",
@@ -43,9 +74,9 @@ def open_advert(
         field=claimed,
     )
     assert member is not None  # required above
-    advert = open_signed(signed, KeyAdvert, member.public_key, claimed)
-    _check_context(advert.context, context, claimed)
-    return advert
+    keys = open_signed(signed, kind, member.public_key, claimed)
+    _check_context(keys.context, context, claimed)
+    return keys
 
 
 def check_confirmation(
@@ -77,7 +108,7 @@ def check_confirmation(
     )
 
 
-def check_distinct_keys(adverts: Iterable[KeyAdvert]) -> None:
+def check_distinct_keys(adverts: Iterable[KeyAdvert | PreparedKeys]) -> None:
     """Refuses a public key that occurs twice, within a site or between sites.
 
     Raises:
@@ -93,6 +124,26 @@ def check_distinct_keys(adverts: Iterable[KeyAdvert]) -> None:
                 found=f"by {seen.get(key)} and by {advert.site}",
             )
             seen[key] = advert.site
+
+
+def check_recipients(shares: tuple[EncryptedShare, ...], site: str, sites: tuple[str, ...]) -> None:
+    """Refuses what is not one share of `site` for each other site of `sites`, which is sorted.
+
+    Raises:
+        RemoteProtocolError: `wrong-sender` or `wrong-recipient`.
+    """
+    require(
+        all(share.sender == site for share in shares),
+        "wrong-sender",
+        "a site sent another's shares",
+        field=site,
+    )
+    require(
+        sorted(share.recipient for share in shares) == [peer for peer in sites if peer != site],
+        "wrong-recipient",
+        "a site must send one share to each of its peers",
+        field=site,
+    )
 
 
 def _x25519_point(key: bytes) -> int:

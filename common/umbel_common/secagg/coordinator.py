@@ -3,7 +3,8 @@
 ::
 
     Advertising -> Sharing -> Masking -> Confirming -> Unmasking -> Aggregate
-       (U1)         (U2)       (U3)        (U4)
+       (U1) |       (U2)    ^  (U3)        (U4)
+            +--- prepared --+
 
 `receive` returns the same stage with one more answer, or raises and leaves the stage as it was;
 `close` returns the next stage, whose `requests` are what each of its sites is to be sent. Sites
@@ -26,7 +27,7 @@ begins with C0.1.
 0. Every attempt and every answer
 
    - C0.0 Open: the cohort is in the roster and can reach the threshold (IdentityError,
-     `threshold`). Guards every stage.
+     `threshold`); what was prepared was for this attempt (`slot`). Guards every stage.
    - C0.1 It comes from a site of this stage, for the first time: `unexpected-site`,
      `second-answer`. Guards every count of answers, and C3.2: no vector is added twice.
 
@@ -38,6 +39,9 @@ begins with C0.1.
    - C1.2 See that both keys are new to this attempt and not of small order: `duplicate-key`,
      `weak-key`. Guards C2.1: passed on, such a key would be refused by every peer.
    - C1.3 Close with at least t sites, U1: `too-few-adverts`. Guards the next stage.
+   - C1.4 Where all of U1 advertised the keys that the whole cohort prepared, their shares are here
+     (`preparing`): U2 is U1, and stage 3 follows. One site with other keys, and stage 2 follows for
+     all.
 
 2. `Sharing` (round 1)
 
@@ -48,7 +52,8 @@ begins with C0.1.
 
 3. `Masking` (round 2)
 
-   - C3.1 Send each site of U2 the shares that the others of U2 made for it.
+   - C3.1 Send each site of U2 the shares that the others of U2 made for it; in a prepared attempt
+     also the adverts of U1, which it has not seen.
    - C3.2 Add the masked vector to the running sum: `vector-length`; `stale-stage` where our own
      code uses a stage twice. Guards C5.4.
    - C3.3 Close with at least t sites, U3: `too-few-vectors`. Guards the next stage. The rest of U2
@@ -82,22 +87,26 @@ from typing import Generic, TypeVar
 
 from umbel_common.errors import LocalProtocolError, RoundAborted, require
 from umbel_common.plans.statements import RoundHeader
-from umbel_common.secagg.checks import check_confirmation, check_distinct_keys, open_advert
+from umbel_common.secagg.checks import (
+    check_confirmation,
+    check_distinct_keys,
+    check_recipients,
+    open_advert,
+)
 from umbel_common.secagg.messages import (
     EncryptedShare,
     KeyAdvert,
     RevealedShare,
     SurvivorSignature,
+    preparation_of,
 )
-from umbel_common.secagg.primitives import KEY_BYTES, agree, load
+from umbel_common.secagg.preparing import Prepared
+from umbel_common.secagg.primitives import ANY_KEY, agree
 from umbel_common.secagg.shamir import is_element
 from umbel_common.secagg.unmasking import Aggregate, RunningSum, Secrets, unmask
 from umbel_common.trust.identity import Roster, Signed
 
 Answer = TypeVar("Answer")
-
-_ANY_KEY = load(bytes(KEY_BYTES))
-"""Any key finds a point of small order: X25519 makes a multiple of 8 of it, so both give zero."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,9 @@ class Stage(Generic[Answer]):
 class Advertising(Stage[tuple[Signed, KeyAdvert]]):
     """Waits for the whole cohort's keys."""
 
+    prepared: Prepared | None = None
+    """What the cohort prepared for this attempt; None: nothing, or not all of it."""
+
     def receive(self, site: str, payload: Signed) -> "Advertising":
         """Takes a signed `KeyAdvert`.
 
@@ -178,10 +190,10 @@ class Advertising(Stage[tuple[Signed, KeyAdvert]]):
         # C1.2
         check_distinct_keys([*(known for _, known in self.answers.values()), advert])
         for key in (advert.cipher_key, advert.mask_key):
-            agree(_ANY_KEY, key, site)
+            agree(ANY_KEY, key, site)
         return replace(self, answers={**self.answers, site: (payload, advert)})
 
-    def close(self) -> "Sharing":
+    def close(self) -> "Sharing | Masking":
         """Ends stage 1, with the sites that answered.
 
         Raises:
@@ -189,6 +201,18 @@ class Advertising(Stage[tuple[Signed, KeyAdvert]]):
         """
         # C1.3
         self._require_answers("too-few-adverts", self.terms.least)
+        # C1.4
+        prepared, adverts = self.prepared, [advert for _, advert in self.answers.values()]
+        if prepared is not None and all(map(prepared.has_keys_of, adverts)):
+            return Masking(
+                self.terms,
+                self.answered,
+                {},
+                adverts={advert.site: advert for advert in adverts},
+                shares=prepared.shares,
+                total=RunningSum(self.terms.ring_bits, self.terms.length),
+                unseen=tuple(self.answers[site][0] for site in self.answered),
+            )
         return Sharing(self.terms, self.answered, {}, adverts=dict(self.answers))
 
 
@@ -213,19 +237,7 @@ class Sharing(Stage[tuple[EncryptedShare, ...]]):
         """
         self._expect(site)
         # C2.2
-        require(
-            all(share.sender == site for share in payload),
-            "wrong-sender",
-            "a site sent another's shares",
-            field=site,
-        )
-        recipients = sorted(share.recipient for share in payload)
-        require(
-            recipients == [peer for peer in self.sites if peer != site],
-            "wrong-recipient",
-            "a site must send one share to each of its peers",
-            field=site,
-        )
+        check_recipients(payload, site, self.sites)
         return replace(self, answers={**self.answers, site: payload})
 
     def close(self) -> "Masking":
@@ -253,6 +265,9 @@ class Masking(Stage[None]):
     adverts: Mapping[str, KeyAdvert]
     shares: Mapping[str, tuple[EncryptedShare, ...]]
     total: RunningSum
+    unseen: tuple[Signed, ...] | None = None
+    """The adverts of U1, in the order of their sites' names, which the sites of a prepared attempt
+    have not seen; None in any other."""
 
     def requests(self) -> dict[str, tuple[EncryptedShare, ...]]:
         """For each site of U2: the shares that the others of U2 made for it."""
@@ -430,6 +445,7 @@ def open_attempt(
     length: int,
     *,
     least: int | None = None,
+    prepared: Prepared | None = None,
 ) -> Advertising:
     """A new attempt, waiting for the keys of the header's cohort.
 
@@ -438,10 +454,12 @@ def open_attempt(
         ring_bits: 16 or 32.
         length: elements of each masked vector.
         least: fewest sites whose vectors may be in the sum; None: the threshold.
+        prepared: what the cohort prepared for this attempt.
 
     Raises:
         IdentityError: a site of the cohort is not in the roster.
-        LocalProtocolError: `threshold` where the cohort cannot reach it.
+        LocalProtocolError: `threshold` where the cohort cannot reach it; `slot` where another
+            attempt was prepared.
     """
     # C0.0
     for site in header.cohort:
@@ -454,5 +472,7 @@ def open_attempt(
             found=threshold if least == threshold else f"{threshold}, at least {least} in the sum",
             accepted=f"2 to {len(header.cohort)}",
         )
+    if prepared is not None and prepared.preparation != preparation_of(header):
+        raise LocalProtocolError("slot", "an attempt is opened with what another one prepared")
     terms = Terms(header, header.context(), roster, threshold, least, ring_bits, length)
-    return Advertising(terms, header.cohort, {})
+    return Advertising(terms, header.cohort, {}, prepared)

@@ -1,22 +1,71 @@
 """The messages of one attempt, between sites and coordinator. `ctx` is `RoundHeader.context()`.
 
-The law: `KeyAdvert` and `Survivors` are signed, and all of these types travel. None ever gets,
-loses or renames a field, and none is renamed, without another `protocol.wire.WIRE_VERSION`. A
-message has no vector, no seed and no secret key, and no share in clear but the one for each site
-that stage 5 reveals.
+The law: `KeyAdvert`, `PreparedKeys` and `Survivors` are signed, `Preparation` is hashed, and all of
+these types travel. None ever gets, loses or renames a field, and none is renamed, without another
+`protocol.wire.WIRE_VERSION`. A message has no vector, no seed and no secret key, and no share in
+clear but the one for each site that stage 5 reveals.
 """
 
 from typing import Annotated
 
 import msgspec
 
-from umbel_common.canonical import Digest, Name, Value
-from umbel_common.plans.statements import Cohort, check_sorted
-from umbel_common.trust.identity import Signed
+from umbel_common.canonical import Digest, Name, Value, digest, encode
+from umbel_common.plans.statements import (
+    AttemptNumber,
+    Cohort,
+    RoundHeader,
+    RoundNumber,
+    check_sorted,
+)
+from umbel_common.trust.identity import Signed, label_of
 
 X25519Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 ShareBytes = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 """A Shamir share: an integer below 2^256 - 189, big-endian."""
+
+
+class Preparation(Value, frozen=True):
+    """The attempt for which keys and shares are prepared: its header but for what is known last,
+    the adapter and the transcript before it."""
+
+    federation: Name
+    job: Name
+    round: RoundNumber
+    attempt: AttemptNumber
+    plan: Digest
+    roster: Digest
+    cohort: Cohort
+
+    def __post_init__(self) -> None:
+        check_sorted(self.cohort)
+
+    def context(self) -> bytes:
+        """The 32 bytes to which prepared keys and shares are bound; no attempt's `ctx`."""
+        return digest(label_of(type(self)), encode(self))
+
+
+def preparation_of(header: RoundHeader) -> Preparation:
+    """What the sites of an attempt may have prepared for it."""
+    return Preparation(
+        federation=header.federation,
+        job=header.job,
+        round=header.round,
+        attempt=header.attempt,
+        plan=header.plan,
+        roster=header.roster,
+        cohort=header.cohort,
+    )
+
+
+class PreparedKeys(Value, frozen=True):
+    """Signed by the site: the public keys that it will advertise for a prepared attempt."""
+
+    context: Digest
+    """`Preparation.context`."""
+    site: Name
+    cipher_key: X25519Key
+    mask_key: X25519Key
 
 
 class KeyAdvert(Value, frozen=True):

@@ -3,6 +3,10 @@
 ::
 
     advertise -> Advertised -> Shared -> Masked -> Confirmed -> Revealed
+    prepare -> Prepared ---------------^
+
+The second way is that of an attempt that was prepared (`preparation`): its shares are out before it
+begins, and rounds 1 and 2 of the paper are one request.
 
 The law of this module:
 
@@ -41,6 +45,15 @@ and stands in the step that makes the check, before the steps that it guards. `e
      everybody would know the agreed key. Guards S2.7.
    - S2.7 Keep the agreed keys; the key pairs and the seed are dropped.
 
+   `Prepared.receive` (rounds 1 and 2 of an attempt that was prepared) takes S2.1 to S2.4, then
+
+   - S2.8 See that each peer advertised the keys that it prepared: `other-keys`. Guards S2.9: the
+     shares that this site will hold are of the secrets behind those keys.
+   - S2.9 Agree on mask keys with each peer, as in S2.6; then all of step 3.
+
+   A `Prepared` site whose peers did not all prepare is asked for shares as in step 2, and answers
+   from the same keys. It answers one of the two.
+
 3. `Shared.receive` (round 2)
 
    - S3.1 See that the vector can be masked in place: `ring-vector`. Guards S3.5.
@@ -74,6 +87,7 @@ and stands in the step that makes the check, before the steps that it guards. `e
    - S5.3 Reveal the shares kept in S4.4; no secret is left.
 """
 
+from collections.abc import Iterable
 from typing import Annotated, TypeAlias
 
 import msgspec
@@ -96,21 +110,11 @@ from umbel_common.secagg.messages import (
     ShareBytes,
     Survivors,
     SurvivorSignature,
+    X25519Key,
 )
-from umbel_common.secagg.primitives import (
-    KEY_BYTES,
-    agree,
-    commit,
-    derive,
-    draw,
-    load,
-    public_key,
-    seal,
-    share_binding,
-    unseal,
-)
+from umbel_common.secagg.primitives import KEY_BYTES, commit, load, public_key
 from umbel_common.secagg.rules import Rules, check_distinct, check_nested
-from umbel_common.secagg.shamir import SHARE_BYTES, draw_element, is_element, split
+from umbel_common.secagg.sharing import Secrets, open_share, share_secrets
 from umbel_common.trust.identity import Identity, Roster, Signed, sign
 
 Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
@@ -163,19 +167,29 @@ def advertise(
     # S1.1
     rules.check_cohort(header.cohort, site)
     # S1.2
-    context = header.context()
-    cipher_secret = draw(entropy, KEY_BYTES)
-    # These two are shared, so they must be field elements.
-    mask_secret, seed = draw_element(entropy), draw_element(entropy)
+    secrets = Secrets.drawn(entropy)
     # S1.3
+    return advertised(secrets, header, site, rules, identity, ledger_head)
+
+
+def advertised(
+    secrets: Secrets,
+    header: RoundHeader,
+    site: str,
+    rules: Rules,
+    identity: Identity,
+    ledger_head: bytes,
+) -> tuple["Advertised", Signed]:
+    """Step S1.3: the signed advert of fresh or prepared secrets, over the attempt's context."""
+    context = header.context()
     advert = sign(
         identity,
         KeyAdvert(
             context=context,
             site=site,
-            cipher_key=public_key(cipher_secret),
-            mask_key=public_key(mask_secret),
-            seed_commitment=commit(seed, context, site),
+            cipher_key=public_key(secrets.cipher_secret),
+            mask_key=public_key(secrets.mask_secret),
+            seed_commitment=commit(secrets.seed, context, site),
             ledger_head=ledger_head,
         ),
     )
@@ -185,9 +199,9 @@ def advertise(
         rules=rules,
         cohort=header.cohort,
         advert=advert,
-        cipher_secret=cipher_secret,
-        mask_secret=mask_secret,
-        seed=seed,
+        cipher_secret=secrets.cipher_secret,
+        mask_secret=secrets.mask_secret,
+        seed=secrets.seed,
     )
     return state, advert
 
@@ -211,33 +225,27 @@ class Advertised(SiteState, frozen=True, tag="advertised"):
                 `other-context`, `not-in-roster`, `duplicate-site`, `duplicate-key`, `own-advert`,
                 `too-few-adverts` or `weak-key`.
         """
-        peers = self._verify(adverts, roster)
-        # S2.5
-        sites = (self.site, *(peer.site for peer in peers))
-        points = [self.cohort.index(site) + 1 for site in sites]
-        threshold = self.rules.threshold
-        seed_shares = split(self.seed, points, threshold, entropy)
-        key_shares = split(self.mask_secret, points, threshold, entropy)
+        peers = self.verify(adverts, roster)
+        # S2.5, S2.6
+        shared = share_secrets(
+            Secrets(self.cipher_secret, self.mask_secret, self.seed),
+            self.site,
+            [(peer.site, peer.cipher_key) for peer in peers],
+            self.cohort,
+            self.context,
+            self.rules.threshold,
+            entropy,
+        )
         # S2.6
-        cipher_key, mask_key = load(self.cipher_secret), load(self.mask_secret)
-        keys, messages = [], []
-        for peer, *shares in zip(peers, seed_shares[1:], key_shares[1:], strict=True):
-            secret = agree(cipher_key, peer.cipher_key, peer.site)
-            sealing_key = derive(secret, "share", self.context, (self.site, peer.site))
-            bound = share_binding(self.context, self.site, peer.site)
-            ciphertext = seal(sealing_key, b"".join(shares), bound, entropy)
-            messages.append(
-                EncryptedShare(sender=self.site, recipient=peer.site, ciphertext=ciphertext)
+        mask_keys = self.mask_keys(peers)
+        keys = [
+            PeerKeys(
+                peer=peer.site,
+                opening_key=shared.opening_keys[peer.site],
+                mask_key=mask_keys[peer.site],
             )
-            keys.append(
-                PeerKeys(
-                    peer=peer.site,
-                    opening_key=derive(secret, "share", self.context, (peer.site, self.site)),
-                    mask_key=pairwise_key(
-                        mask_key, self.site, peer.mask_key, peer.site, self.context
-                    ),
-                )
-            )
+            for peer in peers
+        ]
         # S2.7
         after = Shared(
             context=self.context,
@@ -245,12 +253,28 @@ class Advertised(SiteState, frozen=True, tag="advertised"):
             rules=self.rules,
             peers=tuple(keys),
             self_mask_key=self_mask_key(self.seed, self.site, self.context),
-            own_share=seed_shares[0],
+            own_share=shared.own_share,
         )
-        return after, tuple(messages)
+        return after, shared.messages
 
-    def _verify(self, adverts: tuple[Signed, ...], roster: Roster) -> list[KeyAdvert]:
-        """The adverts of U1 without this site's own, sorted by site."""
+    def mask_keys(self, peers: Iterable[KeyAdvert]) -> dict[str, bytes]:
+        """Part of step S2.6: peer -> the key of the mask between it and this site.
+
+        Raises:
+            RemoteProtocolError: `weak-key`.
+        """
+        ours = load(self.mask_secret)
+        return {
+            peer.site: pairwise_key(ours, self.site, peer.mask_key, peer.site, self.context)
+            for peer in peers
+        }
+
+    def verify(self, adverts: tuple[Signed, ...], roster: Roster) -> list[KeyAdvert]:
+        """Steps S2.1 to S2.4: the adverts of U1 without this site's own, sorted by site.
+
+        Raises:
+            RemoteProtocolError: as `receive`, but for `weak-key`.
+        """
         # S2.1
         opened = [open_advert(advert, self.context, self.cohort, roster) for advert in adverts]
         sites = [advert.site for advert in opened]
@@ -295,6 +319,12 @@ class Shared(SiteState, frozen=True, tag="shared"):
                 `too-few-shares`, `share-decrypt` or `share-range`; `vector` is then unmasked.
             LocalProtocolError: `ring-vector`.
         """
+        return self.mask(shares, vector, self.context)
+
+    def mask(
+        self, shares: tuple[EncryptedShare, ...], vector: RingVector, bound_to: bytes
+    ) -> tuple["Masked", RingVector]:
+        """As `receive`, with shares that are bound to the context `bound_to`, 32 bytes."""
         # S3.1
         check_ring_vector(vector)
         # S3.2
@@ -310,7 +340,12 @@ class Shared(SiteState, frozen=True, tag="shared"):
         # S3.3
         self.rules.check_enough("too-few-shares", [self.site, *senders])
         # S3.4
-        held = [self._open(share, keys[share.sender].opening_key) for share in shares]
+        held = []
+        for share in shares:
+            self_mask, mask_key = open_share(
+                share, self.site, keys[share.sender].opening_key, bound_to
+            )
+            held.append(HeldShares(owner=share.sender, self_mask=self_mask, mask_key=mask_key))
         # S3.5
         add_masks(
             vector,
@@ -330,24 +365,71 @@ class Shared(SiteState, frozen=True, tag="shared"):
         )
         return after, vector
 
-    def _open(self, share: EncryptedShare, key: bytes) -> HeldShares:
-        bound = share_binding(self.context, share.sender, self.site)
-        data = unseal(key, share.ciphertext, bound)
-        require(
-            data is not None,
-            "share-decrypt",
-            "a share does not decrypt in the context of this attempt",
-            field=share.sender,
+
+class PreparedPeer(Value, frozen=True):
+    """A peer's prepared keys, and the key that decrypts the shares that it prepared."""
+
+    peer: Name
+    cipher_key: X25519Key
+    mask_key: X25519Key
+    opening_key: Key
+
+
+class Prepared(SiteState, frozen=True, tag="prepared"):
+    """Stage 1 of a prepared attempt is done: its shares are out, and its keys are advertised."""
+
+    advertised: Advertised
+    """What this site goes on from if its peers did not all prepare."""
+    preparation: Digest
+    """`Preparation.context`, to which the peers' shares are bound."""
+    peers: tuple[PreparedPeer, ...]
+    own_share: ShareBytes
+
+    def receive(
+        self,
+        adverts: tuple[Signed, ...],
+        shares: tuple[EncryptedShare, ...],
+        roster: Roster,
+        vector: RingVector,
+    ) -> tuple["Masked", RingVector]:
+        """Stages 2 and 3: verifies the keys of U1, opens the shares, masks `vector` in place.
+
+        Args:
+            adverts, shares: as those of `Advertised.receive` and `Shared.receive`.
+            vector: uint32[n] or uint16[n], little-endian; handed over: it is returned, masked.
+
+        Raises:
+            RemoteProtocolError: `other-keys`, or as `Advertised.receive` and `Shared.receive`;
+                `vector` is then unmasked.
+            LocalProtocolError: `ring-vector`.
+        """
+        # S2.1 to S2.4
+        advertised = self.advertised.verify(adverts, roster)
+        # S2.8
+        known = {peer.peer: peer for peer in self.peers}
+        for advert in advertised:
+            peer = known.get(advert.site)
+            require(
+                peer is not None
+                and (peer.cipher_key, peer.mask_key) == (advert.cipher_key, advert.mask_key),
+                "other-keys",
+                "a site advertised other keys than it prepared",
+                field=advert.site,
+            )
+        # S2.9
+        mask_keys = self.advertised.mask_keys(advertised)
+        shared = Shared(
+            context=self.context,
+            site=self.site,
+            rules=self.rules,
+            peers=tuple(
+                PeerKeys(peer=name, opening_key=known[name].opening_key, mask_key=mask_key)
+                for name, mask_key in mask_keys.items()
+            ),
+            self_mask_key=self_mask_key(self.advertised.seed, self.site, self.context),
+            own_share=self.own_share,
         )
-        assert data is not None  # required above
-        self_mask, mask_key = data[:SHARE_BYTES], data[SHARE_BYTES:]
-        require(
-            is_element(self_mask) and is_element(mask_key),
-            "share-range",
-            "a share is not below the prime",
-            field=share.sender,
-        )
-        return HeldShares(owner=share.sender, self_mask=self_mask, mask_key=mask_key)
+        return shared.mask(shares, vector, self.preparation)
 
 
 class Masked(SiteState, frozen=True, tag="masked"):
@@ -441,4 +523,4 @@ class Revealed(SiteState, frozen=True, tag="revealed"):
     """The attempt is over for this site; nothing secret is left."""
 
 
-AttemptState: TypeAlias = Advertised | Shared | Masked | Confirmed | Revealed
+AttemptState: TypeAlias = Advertised | Prepared | Shared | Masked | Confirmed | Revealed

@@ -53,6 +53,10 @@ def load(secret: bytes) -> X25519PrivateKey:
     return X25519PrivateKey.from_private_bytes(secret)
 
 
+ANY_KEY = load(bytes(KEY_BYTES))
+"""Any key finds a point of small order: X25519 makes a multiple of 8 of it, so both give zero."""
+
+
 def public_key(secret: bytes) -> bytes:
     """The 32-byte X25519 public key of 32 secret bytes."""
     return load(secret).public_key().public_bytes_raw()

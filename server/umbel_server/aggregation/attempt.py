@@ -15,7 +15,8 @@ header must name the job's plan and roster (`header`). Every reply must be of th
 `other-context`, is stray: it changes nothing, and the site stays awaited.
 
 1. train: the round header, the last release and its adapter go out; signed adverts come in.
-2. share: all adverts go out; encrypted shares of each site's mask secrets come in.
+2. share: all adverts go out; encrypted shares of each site's mask secrets come in. An attempt that
+   its whole cohort prepared (`jobs.ahead`) has the shares already: its stage 3 sends the adverts.
 3. mask: each site gets the shares meant for it; masked vectors come in, and are summed.
 4. confirm: the set of survivors goes out; signatures of it come in.
 5. unmask: the signatures go out; one share for each peer comes in, and the sum is unmasked.
@@ -40,6 +41,7 @@ from umbel_common.protocol.wire import (
     ConfirmReply,
     ConfirmRequest,
     LastAdvert,
+    MaskPreparedRequest,
     MaskReply,
     MaskRequest,
     Refusal,
@@ -54,6 +56,7 @@ from umbel_common.protocol.wire import (
 )
 from umbel_common.secagg import coordinator
 from umbel_common.secagg.messages import SurvivorSignature
+from umbel_common.secagg.preparing import Prepared
 from umbel_common.secagg.unmasking import Aggregate, LostSecrets
 from umbel_common.trust.identity import Roster, Signed
 
@@ -143,9 +146,15 @@ class Attempt:
                     for site, adverts in machine.requests().items()
                 }
             # 3
-            case coordinator.Masking() as machine:
+            case coordinator.Masking(unseen=None) as machine:
                 return {
                     site: MaskRequest(context=context, shares=shares)
+                    for site, shares in machine.requests().items()
+                }
+            case coordinator.Masking(unseen=adverts) as machine:
+                assert adverts is not None  # the case before
+                return {
+                    site: MaskPreparedRequest(context=context, adverts=adverts, shares=shares)
                     for site, shares in machine.requests().items()
                 }
             # 4
@@ -221,6 +230,8 @@ class Attempt:
             case coordinator.Sharing() as machine:
                 adverts = next(iter(machine.requests().values()))
                 return replace(following, evidence=Evidence(adverts=adverts))
+            case coordinator.Masking(unseen=adverts) if adverts is not None:
+                return replace(following, evidence=Evidence(adverts=adverts))
             case coordinator.Unmasking() as machine:
                 signatures = next(iter(machine.requests().values()))
                 evidence = Evidence(adverts=self.evidence.adverts, confirmations=signatures)
@@ -236,6 +247,7 @@ def open_attempt(
     first_request: TrainRequest,
     vector_length: int,
     last: Mapping[str, LastAdvert],
+    prepared: Prepared | None = None,
 ) -> Attempt:
     """Opens an attempt; nothing was sent yet.
 
@@ -243,11 +255,12 @@ def open_attempt(
         first_request: the signed header, with the release and adapter to train from.
         vector_length: number of elements in each masked vector (trained parameters and the weight).
         last: site -> its last advert.
+        prepared: the keys and shares that the cohort prepared for this attempt.
 
     Raises:
         IdentityError: a site of the cohort is not in the roster.
         LocalProtocolError: `header` if the header names another plan or roster; `threshold` if the
-            cohort cannot reach the plan's.
+            cohort cannot reach the plan's; `slot` if another attempt was prepared.
     """
     # Before stage 1.
     if header.plan != plan.digest() or header.roster != roster.digest():
@@ -259,6 +272,7 @@ def open_attempt(
         plan.aggregation.ring_bits,
         vector_length,
         least=plan.least_survivors,
+        prepared=prepared,
     )
     return Attempt(
         header=header,

@@ -9,7 +9,8 @@ in parentheses end the attempt or the job at that step:
 0. Before the first round: the plan fits the roster, is journalled, and is offered; enough sites
    accept it (PlanError, JobFailed).
 1. Open an attempt: take an unused attempt number, sign the round header, journal it.
-2. Send the requests of each stage to the cohort (`aggregation.attempt` has the stages).
+2. Send the requests of each stage to the cohort (`aggregation.attempt` has the stages), the last
+   two together with what the next attempt needs (`ahead`).
 3. Collect the replies; journal each site's advert before the next stage is sent. Close each stage
    with enough sites (the codes of C1.3 to C5.3 and C5.5 of `secagg.coordinator`).
 4. Sum: the optimizer's step changes the adapter that the round started from (`sum-length`,
@@ -61,6 +62,7 @@ from umbel_common.protocol.wire import (
     TrainRequest,
     size_limit,
 )
+from umbel_common.secagg.messages import Preparation
 from umbel_common.trust.identity import Identity, Roster, Signed, open_signed, sign
 from umbel_server.aggregation import update
 from umbel_server.aggregation.attempt import (
@@ -70,6 +72,7 @@ from umbel_server.aggregation.attempt import (
     owners_to_leave_out,
 )
 from umbel_server.jobs import refusals
+from umbel_server.jobs.ahead import Ahead
 from umbel_server.jobs.assessment import Assessment
 from umbel_server.jobs.exchange import Exchange
 from umbel_server.jobs.interfaces import Evaluator, Observer
@@ -145,6 +148,7 @@ class Job:
         )
         self._assessment = Assessment(plan, journal, evaluator, observer)
         self._state = OptimizerState(plan, operator, journal, registry)
+        self._ahead = Ahead(roster)
 
     def run(self) -> Release:
         """Runs the job, or what is left of it, and returns its last release.
@@ -166,6 +170,10 @@ class Job:
         self._assessment.begin(last, lambda: self._registry.load(self.plan, last.adapter))
         # Step 0: the plan is offered.
         sites = self._offer()
+        # A single round would not win back what asking costs.
+        following = self._following(last.round, sites)
+        if following is not None and following.round < self.plan.training.rounds:
+            self._ahead.ask(following, self._exchange)
         while last.round < self.plan.training.rounds:
             final = self._assessment.final_round()
             if final is not None:
@@ -249,13 +257,14 @@ class Job:
 
     def _run_round(self, round_number: int, last: Release, sites: tuple[str, ...]) -> Release:
         failures: list[_Aborted] = []
+        following = self._following(round_number, sites)
         for _ in range(self._limits.attempts):
             if self._attempts_left() == 0:
                 break
             # Step 1.
             header, signed_header = self._open_attempt(round_number, sites, last)
             try:
-                outcome = self._run_stages(self._first_stage(header, signed_header))
+                outcome = self._run_stages(self._first_stage(header, signed_header), following)
                 return self._release(header, signed_header, outcome)
             except _Aborted as abort:
                 failures.append(abort)
@@ -322,20 +331,40 @@ class Job:
         )
         length = vector_length(self.plan, header.round) + 1
         last = self._journal.last_adverts()
-        return open_attempt(header, self._roster, self.plan, request, length, last)
+        prepared = self._ahead.take(header)
+        return open_attempt(header, self._roster, self.plan, request, length, last, prepared)
 
-    def _run_stages(self, state: Attempt | AttemptOutcome) -> AttemptOutcome:
+    def _following(self, round_number: int, sites: tuple[str, ...]) -> Preparation | None:
+        """The attempt that is expected after a round; None after the last one."""
+        if round_number == self.plan.training.rounds:
+            return None
+        return Preparation(
+            federation=self.plan.federation,
+            job=self.plan.job,
+            round=round_number + 1,
+            attempt=self._journal.next_attempt(self.plan.job, round_number + 1),
+            plan=self.plan.digest(),
+            roster=self._roster.digest(),
+            cohort=sites,
+        )
+
+    def _run_stages(
+        self, state: Attempt | AttemptOutcome, following: Preparation | None
+    ) -> AttemptOutcome:
         while isinstance(state, Attempt):
             current = state
             step = Step(current.stage, current.header.round, current.header.attempt)
             # Step 2 happens in `ask`, and so does step 9 for the release of the round before.
-            for site, reply in self._exchange.ask(step, current.requests()):
+            requests = self._ahead.together(current.stage, current.requests(), following)
+            for site, answer in self._exchange.ask(step, requests):
+                reply = self._ahead.split(site, answer)
+                # Both may hold a vector, and the next one is about to be read.
+                del answer
                 awaited = current.waiting
                 # Step 3: a reply is collected.
                 current = current.receive(site, reply)
                 if isinstance(reply, TrainReply) and site in awaited - current.waiting:
                     self._keep_advert(current, site, reply)
-                # It may hold a vector, and the next one is about to be read.
                 del reply
                 if not current.waiting:
                     break

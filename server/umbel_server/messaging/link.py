@@ -15,7 +15,7 @@ class Step:
     """The step of a job that a message belongs to: public, and never trusted."""
 
     stage: str
-    """One of offer, train, share, mask, confirm, unmask and finish."""
+    """One of offer, prepare, fill, train, share, mask, confirm, unmask and finish."""
     round: int = 0
     attempt: int = 0
     largest_reply: int = field(default=size_limit(None), compare=False)

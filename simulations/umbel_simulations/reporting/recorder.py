@@ -15,12 +15,15 @@ from umbel_common.plans.figures import Evaluation, GateResult
 from umbel_common.plans.statements import Release
 from umbel_common.protocol.wire import (
     ConfirmReply,
+    FillReply,
     FinishReply,
     MaskReply,
     OfferReply,
+    PrepareReply,
     Refusal,
     Reply,
     ShareReply,
+    TogetherReply,
     TrainReply,
     UnmaskReply,
 )
@@ -36,6 +39,9 @@ WITHOUT_CLEAR_VALUES = (
     MaskReply,
     ConfirmReply,
     UnmaskReply,
+    PrepareReply,
+    FillReply,
+    TogetherReply,
     FinishReply,
     Refusal,
 )

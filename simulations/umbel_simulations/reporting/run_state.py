@@ -7,6 +7,8 @@ from umbel_simulations.reporting.results import Score
 
 ANSWERED = {
     "offer": "accepted",
+    "prepare": "keys prepared",
+    "fill": "shares prepared",
     "train": "trained",
     "share": "keys shared",
     "mask": "masked",
@@ -124,9 +126,12 @@ class RunState:
     def _released(self, event: events.RoundReleased) -> None:
         self.round = event.round
         self.scores.append((event.round, event.score))
+        # An attempt that was prepared has no stage of sharing.
+        held = {stage for site in self.sites.values() for stage in site.answered}
+        stages = [stage for stage in STAGES if stage in held]
         for name, site in self.sites.items():
             site.epsilon = event.epsilon[name]
-            missed = next((stage for stage in STAGES if stage not in site.answered), None)
+            missed = next((stage for stage in stages if stage not in site.answered), None)
             if missed is not None and not site.refused:
                 site.doing = "silent"
                 self.warnings.append(f"round {event.round}: {name} fell silent before {missed}")

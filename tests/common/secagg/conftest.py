@@ -11,7 +11,10 @@ import pytest
 from umbel_common.canonical import decode, encode
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg import coordinator, participant
+from umbel_common.secagg.messages import preparation_of
 from umbel_common.secagg.participant import AttemptState
+from umbel_common.secagg.preparation import prepare
+from umbel_common.secagg.preparing import Preparing
 from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Identity, Member, Roster
 
@@ -36,6 +39,7 @@ class Attempt:
         length: int = 3,
         colluding: int = 0,
         minimum_cohort: int = 2,
+        prepared: bool = False,
     ) -> None:
         names = tuple(f"site-{index:02}" for index in range(size))
         self.identities = {name: identity_of(name) for name in names}
@@ -64,21 +68,51 @@ class Attempt:
             name: generator.integers(0, 2**ring_bits, length).astype(f"<u{ring_bits // 8}")
             for name in names
         }
-        self.machine: Any = coordinator.open_attempt(
-            self.header, self.roster, threshold, ring_bits, length
-        )
         self.states: dict[str, Any] = {}
+        self.slots: dict[str, Any] = {}
+        self.prepared = self.prepare() if prepared else None
+        self.share_context = self.context
+        if self.prepared is not None:
+            self.share_context = self.prepared.preparation.context()
+        self.machine: Any = coordinator.open_attempt(
+            self.header, self.roster, threshold, ring_bits, length, prepared=self.prepared
+        )
         self.stage = "advertise"
+
+    def prepare(self) -> Any:
+        """The keys and shares of the whole cohort for this attempt."""
+        machine: Any = self.begin_to_prepare()
+        for site, slot in self.slots.items():
+            self.slots[site], shares = slot.fill(machine.signed, self.roster, os.urandom)
+            machine = machine.receive(site, shares)
+        return machine.close()
+
+    def begin_to_prepare(self) -> Any:
+        """The machine that waits for shares; the keys of each site are out."""
+        for_attempt = preparation_of(self.header)
+        machine: Any = Preparing(for_attempt, self.roster)
+        for site in self.header.cohort:
+            self.slots[site], keys = prepare(
+                for_attempt, site, self.rules, self.identities[site], os.urandom
+            )
+            machine = machine.receive(site, keys)
+        return machine.close()
 
     def requests(self) -> dict[str, Any]:
         """The coordinator's requests in this stage."""
         if self.stage == "advertise":
             return dict.fromkeys(self.header.cohort, self.header)
-        return self.machine.requests()
+        requests: dict[str, Any] = self.machine.requests()
+        if isinstance(self.machine, coordinator.Masking) and self.machine.unseen is not None:
+            return {site: (self.machine.unseen, shares) for site, shares in requests.items()}
+        return requests
 
     def answer(self, site: str, request: Any) -> Any:
         """The answer of a site, whose state advances."""
-        if isinstance(request, RoundHeader):
+        if isinstance(request, RoundHeader) and site in self.slots:
+            slot = self.slots.pop(site)
+            state, payload = slot.advertise(request, self.identities[site], bytes(32))
+        elif isinstance(request, RoundHeader):
             state, payload = participant.advertise(
                 request, site, self.rules, self.identities[site], bytes(32), os.urandom
             )
@@ -93,6 +127,12 @@ class Attempt:
         match state:
             case participant.Advertised():
                 return state.receive(request, self.roster, os.urandom)
+            case participant.Prepared() if self.stage == "share":
+                return state.advertised.receive(request, self.roster, os.urandom)
+            case participant.Prepared():
+                vector = self.vectors[site].copy()
+                state, vector = state.receive(*request, self.roster, vector)
+                return state, vector.tobytes()
             case participant.Shared():
                 state, vector = state.receive(request, self.vectors[site].copy())
                 return state, vector.tobytes()
@@ -112,6 +152,9 @@ class Attempt:
         self.machine = self.machine.close()
         following = (*STAGES[1:], "end")
         self.stage = following[STAGES.index(self.stage)]
+        if isinstance(self.machine, coordinator.Masking):
+            # A prepared attempt has no stage of sharing.
+            self.stage = "mask"
         return self.machine
 
     def run_to(self, stage: str, silent: Mapping[str, Collection[str]] | None = None) -> "Attempt":

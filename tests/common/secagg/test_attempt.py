@@ -50,6 +50,7 @@ class Case:
     """For each site, the index of the stage that it does not answer; NEVER if it stays."""
     weights: list[int]
     deltas: list[list[float]]
+    prepared: bool
 
 
 @st.composite
@@ -66,6 +67,7 @@ def cases(draw: st.DrawFn, sizes: st.SearchStrategy[int]) -> Case:
         leaves=draw(st.lists(leaves, min_size=size, max_size=size)),
         weights=draw(st.lists(st.integers(1, 5), min_size=size, max_size=size)),
         deltas=[[draw(coordinate) for _ in range(LENGTH - 1)] for _ in range(size)],
+        prepared=draw(st.booleans()),
     )
 
 
@@ -87,9 +89,11 @@ def check(make_attempt, case: Case) -> None:
         ring_bits=case.ring_bits,
         length=LENGTH,
         colluding=case.colluding,
+        prepared=case.prepared,
     )
     left = dict(zip(names, case.leaves, strict=True))
-    for index in range(len(STAGES)):
+    while attempt.stage != "end":
+        index = STAGES.index(attempt.stage)
         staying = {name for name in names if left[name] > index}
         attempt.collect(silent=set(names) - staying)
         if len(staying) < case.threshold:

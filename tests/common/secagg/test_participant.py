@@ -6,6 +6,7 @@ the request that the attacker sends in its place.
 
 import os
 from contextlib import nullcontext
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -15,7 +16,7 @@ from umbel_common.canonical import encode
 from umbel_common.errors import IdentityError, LocalProtocolError, RemoteProtocolError
 from umbel_common.secagg import participant
 from umbel_common.secagg.messages import KeyAdvert, Survivors, SurvivorSignature
-from umbel_common.secagg.primitives import seal, share_binding
+from umbel_common.secagg.primitives import public_key, seal, share_binding
 from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Identity, sign
 
@@ -140,7 +141,7 @@ def peers_share_of(attempt, shares, data, context=None):
     """The shares, with PEER's holding `data` under the key that it really has with ME."""
     state = attempt.states[ME]
     key = next(peer.opening_key for peer in state.peers if peer.peer == PEER)
-    bound = share_binding(context or attempt.context, PEER, ME)
+    bound = share_binding(context or attempt.share_context, PEER, ME)
     return altered(shares, PEER, ciphertext=seal(key, data, bound, os.urandom))
 
 
@@ -271,6 +272,15 @@ BEHIND = {
 """Attacks that something else also stops, if only by chance; the others are stopped by the check
 alone."""
 
+IN_PREPARED = {"a colluding peer's key of small order": "other-keys"}
+"""Checks that come first in a prepared attempt."""
+
+BEHIND_PREPARED = {
+    "adverts: a peer twice, with other keys": None,
+    "adverts: fewer peers than the threshold": RemoteProtocolError,
+}
+"""As `BEHIND`, where it differs in a prepared attempt."""
+
 ATTACKS = [
     (stage, name, check, attack)
     for stage, attacks in (
@@ -310,6 +320,63 @@ def test_without_the_check_the_attack_is_answered(
     request = attack(attempt, attempt.requests()[ME])
     without(check)
     with pytest.raises(BEHIND[name]) if name in BEHIND else nullcontext():
+        attempt.receive(ME, request)
+
+
+def on_adverts(attack, attempt, adverts, shares):
+    return attack(attempt, adverts), shares
+
+
+def on_shares(attack, attempt, adverts, shares):
+    return adverts, attack(attempt, shares)
+
+
+ATTACKS_ON_PREPARED = {
+    "a colluding peer's other keys than it prepared": (
+        "other-keys",
+        lambda attempt, adverts, shares: (
+            replaced(attempt, adverts, PEER, mask_key=public_key(os.urandom(32))),
+            shares,
+        ),
+    ),
+    **{
+        f"adverts: {name}": (IN_PREPARED.get(name, check), partial(on_adverts, attack))
+        for name, (check, attack) in ATTACKS_ON_ADVERTS.items()
+    },
+    **{
+        f"shares: {name}": (check, partial(on_shares, attack))
+        for name, (check, attack) in ATTACKS_ON_SHARES.items()
+    },
+}
+"""In a prepared attempt, adverts and shares come together."""
+
+
+@pytest.mark.parametrize(
+    ("check", "attack"), ATTACKS_ON_PREPARED.values(), ids=ATTACKS_ON_PREPARED.keys()
+)
+def test_a_site_of_a_prepared_attempt_refuses(make_attempt, check, attack):
+    attempt = make_attempt(SIZE, THRESHOLD, prepared=True).run_to("mask")
+    with pytest.raises(RemoteProtocolError) as caught:
+        attempt.receive(ME, attack(attempt, *attempt.requests()[ME]))
+    assert caught.value.check == check
+    attempt.run_to("end")
+    assert (attempt.machine.total == attempt.plain_sum(attempt.header.cohort)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "check", "attack"),
+    [(name, check, attack) for name, (check, attack) in ATTACKS_ON_PREPARED.items()],
+    ids=ATTACKS_ON_PREPARED.keys(),
+)
+def test_without_the_check_the_attack_on_a_prepared_attempt_is_answered(
+    make_attempt, without, name, check, attack
+):
+    attempt = make_attempt(SIZE, THRESHOLD, prepared=True).run_to("mask")
+    request = attack(attempt, *attempt.requests()[ME])
+    # It stops most of what is done to keys by itself.
+    without(check, "other-keys")
+    expected = BEHIND_PREPARED.get(name, BEHIND.get(name.partition(": ")[2]))
+    with pytest.raises(expected) if expected else nullcontext():
         attempt.receive(ME, request)
 
 
