@@ -16,17 +16,24 @@ from umbel_common.plans.statements import HEADER_VERSIONS, RELEASE_VERSIONS, Rel
 from umbel_common.protocol.wire import (
     ConfirmReply,
     ConfirmRequest,
+    FillReply,
+    FillRequest,
     FinishReply,
     FinishRequest,
+    MaskPreparedRequest,
     MaskReply,
     MaskRequest,
     OfferReply,
     OfferUnderRoster,
+    PrepareReply,
+    PrepareRequest,
     Refusal,
     Reply,
     Request,
     ShareReply,
     ShareRequest,
+    TogetherReply,
+    TogetherRequest,
     TrainReply,
     TrainRequest,
     UnmaskReply,
@@ -36,11 +43,12 @@ from umbel_common.protocol.wire import (
     seal_reply,
     size_limit,
 )
-from umbel_common.secagg import participant
+from umbel_common.secagg import participant, preparation
 from umbel_common.secagg.encoding import RingVector, encode, encoding_of
+from umbel_common.secagg.messages import preparation_of
 from umbel_common.secagg.rules import Rules
 from umbel_common.secagg.unmasking import WrongShare
-from umbel_common.trust.identity import Identity, Roster, open_signed
+from umbel_common.trust.identity import Identity, Roster, Signed, open_signed
 from umbel_server.jobs.interfaces import Evaluator
 from umbel_server.jobs.job import Job
 from umbel_server.messaging.link import Step
@@ -59,6 +67,9 @@ class ToySite:
         self.plan = plan
         self.requests: list[Request] = []
         self.state: participant.AttemptState | None = None
+        self.slot: preparation.Slot | preparation.FilledSlot | None = None
+        self.knows_preparing = True
+        """False: a site of an Umbel that does not know these messages."""
         self.header: RoundHeader | None = None
         self.vectors: dict[tuple[int, int], RingVector] = {}
         """(round, attempt) -> the vector before it was masked."""
@@ -79,6 +90,54 @@ class ToySite:
         return seal_reply(self.identity, self.name, reply, request_digest(sealed))
 
     def answer(self, request: Request) -> Reply:
+        if isinstance(request, PrepareRequest | FillRequest | TogetherRequest):
+            if not self.knows_preparing:
+                return Refusal(check="malformed-message")
+            if not isinstance(request, TogetherRequest):
+                return self.prepare(request)
+            stage = self.answer(request.stage)
+            if isinstance(stage, Refusal):
+                return stage
+            try:
+                return TogetherReply(stage=stage, ahead=self.prepare(request.ahead))
+            except RemoteProtocolError as error:
+                return TogetherReply(stage=stage, ahead=Refusal(check=error.check))
+        return self.answer_stage(request)
+
+    def prepare(self, request: PrepareRequest | FillRequest) -> PrepareReply | FillReply | Refusal:
+        match self.slot, request:
+            case _, PrepareRequest():
+                self.slot, keys = preparation.prepare(
+                    request.preparation, self.name, self.rules(), self.identity, os.urandom
+                )
+                return PrepareReply(keys=keys)
+            case preparation.Slot() as slot, FillRequest():
+                self.slot, shares = slot.fill(request.keys, self.roster, os.urandom)
+                return FillReply(context=request.context, shares=shares)
+        return Refusal(check="unknown-slot")
+
+    def rules(self) -> Rules:
+        return Rules(threshold=self.plan.aggregation.threshold, colluding=0, minimum_cohort=2)
+
+    def advertise(self, header: RoundHeader) -> tuple[participant.AttemptState, Signed]:
+        slot, self.slot = self.slot, None
+        if isinstance(slot, preparation.FilledSlot) and slot.preparation == preparation_of(header):
+            return slot.advertise(header, self.identity, bytes(32))
+        return participant.advertise(
+            header, self.name, self.rules(), self.identity, bytes(32), os.urandom
+        )
+
+    def vector(self, header: RoundHeader) -> RingVector:
+        """The vector of an attempt before it is masked."""
+        encoding = encoding_of(self.plan, len(header.cohort))
+        counts = SiteCounts(score=30.0, records=40.0)
+        delta = with_counts(self.delta(header.round), counts, self.plan)
+        vector = encode(delta, 1, encoding, os.urandom)
+        self.vectors[header.round, header.attempt] = vector.copy()
+        return vector
+
+    def answer_stage(self, request: Request) -> Reply:
+        header = self.header
         match self.state, request:
             case _, OfferUnderRoster():
                 return OfferReply(plan=self.plan.digest())
@@ -87,25 +146,25 @@ class ToySite:
                 return FinishReply(adapter=release.adapter)
             case _, TrainRequest():
                 self.header = open_signed(request.header, HEADER_VERSIONS, self.roster.operator)
-                rules = Rules(
-                    threshold=self.plan.aggregation.threshold, colluding=0, minimum_cohort=2
-                )
-                self.state, advert = participant.advertise(
-                    self.header, self.name, rules, self.identity, bytes(32), os.urandom
-                )
+                self.state, advert = self.advertise(self.header)
                 return TrainReply(advert=advert)
+            case participant.Prepared() as state, MaskPreparedRequest():
+                assert header is not None
+                self.state, masked = state.receive(
+                    request.adverts, request.shares, self.roster, self.vector(header)
+                )
+                return MaskReply(context=request.context, vector=masked.tobytes())
+            case participant.Prepared() as state, ShareRequest():
+                self.state, shares = state.advertised.receive(
+                    request.adverts, self.roster, os.urandom
+                )
+                return ShareReply(context=request.context, shares=shares)
             case participant.Advertised() as state, ShareRequest():
                 self.state, shares = state.receive(request.adverts, self.roster, os.urandom)
                 return ShareReply(context=request.context, shares=shares)
             case participant.Shared() as state, MaskRequest():
-                header = self.header
                 assert header is not None
-                encoding = encoding_of(self.plan, len(header.cohort))
-                counts = SiteCounts(score=30.0, records=40.0)
-                delta = with_counts(self.delta(header.round), counts, self.plan)
-                vector = encode(delta, 1, encoding, os.urandom)
-                self.vectors[header.round, header.attempt] = vector.copy()
-                self.state, masked = state.receive(request.shares, vector)
+                self.state, masked = state.receive(request.shares, self.vector(header))
                 return MaskReply(context=request.context, vector=masked.tobytes())
             case participant.Masked() as state, ConfirmRequest():
                 self.state, signature = state.receive(request.survivors, self.identity)

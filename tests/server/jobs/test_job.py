@@ -11,6 +11,7 @@ from umbel_common.plans.plan import Aggregation, FederatedEvaluation
 from umbel_common.protocol.verification import verify_transcript
 from umbel_common.protocol.wire import (
     FinishRequest,
+    MaskPreparedRequest,
     MaskRequest,
     OfferReply,
     OfferUnderRoster,
@@ -265,7 +266,7 @@ def test_a_site_that_was_wronged_by_a_peer_is_asked_again(make_setting: MakeSett
     honest = victim.answer
 
     def refuse_once(request: Any) -> Any:
-        if isinstance(request, MaskRequest):
+        if isinstance(request, MaskRequest | MaskPreparedRequest):
             victim.answer = honest
             return Refusal(check="share-decrypt")
         return honest(request)

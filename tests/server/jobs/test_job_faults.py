@@ -21,8 +21,11 @@ from umbel_common.plans.statements import HEADER_VERSIONS
 from umbel_common.protocol.transcript import AttemptAborted, Entry
 from umbel_common.protocol.verification import verify_transcript
 from umbel_common.protocol.wire import (
+    FillReply,
+    MaskPreparedRequest,
     MaskRequest,
     ShareReply,
+    TogetherReply,
     TrainReply,
     UnmaskReply,
     open_reply,
@@ -31,6 +34,7 @@ from umbel_common.protocol.wire import (
 )
 from umbel_common.secagg.encoding import decode_sum, encoding_of
 from umbel_common.secagg.messages import EncryptedShare, KeyAdvert
+from umbel_common.secagg.participant import Prepared
 from umbel_common.trust.identity import open_signed, sign
 from umbel_server.messaging.link import Step
 
@@ -154,13 +158,15 @@ def test_a_job_over_a_bad_network_releases_exact_aggregates_and_finishes(
 
 def garble(reply: Any) -> Any:
     """Shares that no peer can open: what a lying owner sends at no cost."""
-    if not isinstance(reply, ShareReply):
+    if isinstance(reply, TogetherReply):
+        return msgspec.structs.replace(reply, ahead=garble(reply.ahead))
+    if not isinstance(reply, ShareReply | FillReply):
         return reply
     shares = tuple(
         EncryptedShare(sender=s.sender, recipient=s.recipient, ciphertext=os.urandom(92))
         for s in reply.shares
     )
-    return ShareReply(context=reply.context, shares=shares)
+    return msgspec.structs.replace(reply, shares=shares)
 
 
 def lie_about_shares(reply: Any) -> Any:
@@ -227,7 +233,11 @@ def with_another_commitment(site: Any, reply: Any) -> Any:
         return reply
     advert = decode(reply.advert.statement, KeyAdvert)
     signed = sign(site.identity, msgspec.structs.replace(advert, seed_commitment=os.urandom(32)))
-    site.state = msgspec.structs.replace(site.state, advert=signed)
+    if isinstance(site.state, Prepared):
+        plain = msgspec.structs.replace(site.state.advertised, advert=signed)
+        site.state = msgspec.structs.replace(site.state, advertised=plain)
+    else:
+        site.state = msgspec.structs.replace(site.state, advert=signed)
     return TrainReply(advert=signed)
 
 
@@ -249,7 +259,7 @@ def test_a_message_in_another_sites_name_takes_no_site_into_the_sum(
 
     def forged(sealed: bytes) -> bytes:
         reply = honest.handle(sealed)
-        if not isinstance(honest.requests[-1], MaskRequest):
+        if not isinstance(honest.requests[-1], MaskRequest | MaskPreparedRequest):
             return reply
         key = setting.roster.member("site-01").public_key
         asked = request_digest(sealed)

@@ -46,7 +46,7 @@ def test_an_advert_of_an_attempt_that_failed_is_shown_too_also_after_a_restart(
     make_setting: MakeSetting,
 ) -> None:
     setting = make_setting(3, aggregation=THREE)
-    setting.link.lost = lambda step, site: step.stage == "share" and site == "site-02"
+    setting.link.lost = lambda step, site: step.stage == "mask" and site == "site-02"
     with pytest.raises(JobFailed):
         setting.job(attempts=1).run()
     setting.link.lost = lambda step, site: False
