@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 from vectors.cases import Case, Drawn, accepted, identity, refused, sample
-from vectors.run import Run
+from vectors.run import PreparedRun, Run
 from vectors.values import HEADER, IDENTITIES, ROSTER, SITES
 
 from umbel_common.plans.statements import RoundHeader
@@ -41,7 +41,25 @@ def attempt_cases() -> list[Case]:
         output = Run(inputs, drawn).whole()
         draws = {site: entropy.draws for site, entropy in drawn.items()}
         cases.append(accepted(name, "attempt", {**inputs, "draws": draws}, output))
-    return cases + _site_refusals() + _coordinator_refusals()
+    return cases + _prepared() + _site_refusals() + _coordinator_refusals()
+
+
+def _prepared() -> list[Case]:
+    shapes: dict[str, tuple[int, dict[str, list[str]]]] = {
+        "prepared, all sites stay, 32 bits": (32, {}),
+        "prepared, site-c drops out before it sends its vector, 16 bits": (
+            16,
+            {"mask": ["site-c"]},
+        ),
+        "prepared, site-b never trains, and is nowhere": (32, {"advertise": ["site-b"]}),
+    }
+    cases = []
+    for name, (bits, silent) in shapes.items():
+        drawn, inputs = _inputs(name, bits, silent)
+        output = PreparedRun(inputs, drawn).whole()
+        draws = {site: entropy.draws for site, entropy in drawn.items()}
+        cases.append(accepted(name, "prepared-attempt", {**inputs, "draws": draws}, output))
+    return cases
 
 
 def _inputs(

@@ -25,6 +25,7 @@ class Attempt:
         self.bits: int = inputs["ring_bits"]
         self.cohort: list[str] = inputs["header"]["cohort"]
         self.context = labelled("RoundHeader", pack(inputs["header"]))
+        self.share_context = self.context
         self.threshold: int = inputs["rules"]["threshold"]
         self.sharing = self._answering("share", self.cohort)
         self.vectors_in = self._answering("mask", self.sharing)
@@ -44,7 +45,7 @@ class Attempt:
     def adverts(self) -> dict[str, Any]:
         """The adverts of stage 1."""
         sent = {}
-        for site in self.cohort:
+        for site in self._answering("advertise", self.cohort):
             cipher_secret, mask_secret, seed = self._secrets(site)
             fields = {
                 "context": self.context,
@@ -68,8 +69,11 @@ class Attempt:
 
     def shares(self) -> dict[str, Any]:
         """The shares of stage 2; the nonces are the draws after the coefficients, by peer."""
+        return self._shares_of(self.sharing)
+
+    def _shares_of(self, senders: list[str]) -> dict[str, Any]:
         sent: dict[str, Any] = {}
-        for site in self.sharing:
+        for site in senders:
             nonces = self.inputs["draws"][site][3 + 2 * (self.threshold - 1) :]
             peers = [peer for peer in self.cohort if peer != site]
             sent[site] = [
@@ -84,8 +88,8 @@ class Attempt:
 
     def _encrypted(self, site: str, peer: str, nonce: bytes) -> bytes:
         agreed = shared(self._secrets(site)[0], public(self._secrets(peer)[0]))
-        key = derived(agreed, "share", self.context, site, peer)
-        bound = self.context + framed(site) + framed(peer)
+        key = derived(agreed, "share", self.share_context, site, peer)
+        bound = self.share_context + framed(site) + framed(peer)
         return ChaCha20Poly1305(key).encrypt(nonce, b"".join(self.share_of(site, peer)), bound)
 
     def masked(self) -> dict[str, bytes]:
@@ -144,4 +148,63 @@ class Attempt:
             "reveal": self.revealed(),
             "survivors": self.vectors_in,
             "total": masked([sum(column) for column in columns], self.bits, [], []),
+        }
+
+
+class PreparedAttempt(Attempt):
+    """An attempt whose cohort prepared it: keys and shares of all, and the masks of those who came.
+
+    Its `share` is what was prepared.
+    """
+
+    def __init__(self, inputs: Any) -> None:
+        super().__init__(inputs)
+        header = inputs["header"]
+        self.preparation = labelled(
+            "Preparation",
+            pack(
+                {
+                    name: header[name]
+                    for name in (
+                        "federation",
+                        "job",
+                        "round",
+                        "attempt",
+                        "plan",
+                        "roster",
+                        "cohort",
+                    )
+                }
+            ),
+        )
+        self.share_context = self.preparation
+        self.sharing = self._answering("advertise", self.cohort)
+        self.vectors_in = self._answering("mask", self.sharing)
+        self.confirming = self._answering("confirm", self.vectors_in)
+        self.revealing = self._answering("reveal", self.confirming)
+
+    def prepared_keys(self) -> dict[str, Any]:
+        """The signed keys of the whole cohort."""
+        sent = {}
+        for site in self.cohort:
+            cipher_secret, mask_secret, _ = self._secrets(site)
+            fields = {
+                "context": self.preparation,
+                "site": site,
+                "cipher_key": public(cipher_secret),
+                "mask_key": public(mask_secret),
+            }
+            sent[site] = statement(self.inputs["seeds"][site], "PreparedKeys", fields)
+        return sent
+
+    def whole(self) -> dict[str, Any]:
+        """The whole attempt, in the form of a vector's output."""
+        found = super().whole()
+        del found["share"]
+        return {
+            "context": found.pop("context"),
+            "preparation": self.preparation,
+            "prepare": self.prepared_keys(),
+            "fill": self._shares_of(self.cohort),
+            **found,
         }

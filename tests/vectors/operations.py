@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from vectors.cases import from_json, long_bytes, replayed, sample, to_json
-from vectors.run import Run
+from vectors.run import PreparedRun, Run
 
 from umbel_common import canonical
 from umbel_common.adapters.vector import from_bytes
@@ -29,6 +29,8 @@ KINDS: dict[str, type[Value]] = {
         *RELEASE_VERSIONS,
         EarlyEnd,
         messages.KeyAdvert,
+        messages.Preparation,
+        messages.PreparedKeys,
         messages.Survivors,
         transcript.Entry,
     )
@@ -133,6 +135,11 @@ def run_of(inputs: Mapping[str, Any]) -> Run:
     return Run(inputs, {site: replayed(draws) for site, draws in inputs["draws"].items()})
 
 
+def _prepared_attempt(**inputs: Any) -> Any:
+    draws = {site: replayed(draws) for site, draws in inputs["draws"].items()}
+    return PreparedRun(inputs, draws).whole()
+
+
 def _site_receives(attempt: Any, site: str, stage: str, request: Any) -> Any:
     run = run_of(attempt).to(stage)
     _, answer = run.answer(site, msgspec.convert(request, REQUESTS[stage]))
@@ -167,6 +174,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "seal-message": _seal_message,
     "open-message": _open_message,
     "attempt": lambda **inputs: run_of(inputs).whole(),
+    "prepared-attempt": _prepared_attempt,
     "site-receives": _site_receives,
     "coordinator-receives": _coordinator_receives,
 }

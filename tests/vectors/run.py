@@ -9,6 +9,9 @@ import numpy as np
 from umbel_common.canonical import Entropy
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg import coordinator, participant
+from umbel_common.secagg.messages import preparation_of
+from umbel_common.secagg.preparation import prepare
+from umbel_common.secagg.preparing import Preparing
 from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Identity, Roster
 
@@ -72,15 +75,18 @@ class Run:
     def to(self, stage: str) -> "Run":
         """Runs the stages before `stage`; for `end`, all of them."""
         for present in STAGES[: (*STAGES, "end").index(stage)]:
-            sent: dict[str, Any] = {}
-            for site, request in self.requests(present).items():
-                if site in self.inputs["silent"].get(present, ()):
-                    continue
-                self.states[site], sent[site] = self.answer(site, request)
-                self.machine = self.machine.receive(site, sent[site])
-            self.output[present] = sent
-            self.machine = self.machine.close()
+            self._run(present)
         return self
+
+    def _run(self, stage: str) -> None:
+        sent: dict[str, Any] = {}
+        for site, request in self.requests(stage).items():
+            if site in self.inputs["silent"].get(stage, ()):
+                continue
+            self.states[site], sent[site] = self.answer(site, request)
+            self.machine = self.machine.receive(site, sent[site])
+        self.output[stage] = sent
+        self.machine = self.machine.close()
 
     def whole(self) -> dict[str, Any]:
         """The messages of every stage, and the sum."""
@@ -90,3 +96,66 @@ class Run:
             "survivors": self.machine.survivors,
             "total": self.machine.total.tobytes(),
         }
+
+
+class PreparedRun(Run):
+    """An attempt that its whole cohort prepared; `output` also has what was prepared."""
+
+    def __init__(self, inputs: Mapping[str, Any], entropy: Mapping[str, Entropy]) -> None:
+        super().__init__(inputs, entropy)
+        preparation = preparation_of(self.header)
+        keys: Any = Preparing(preparation, self.roster)
+        sent: dict[str, Any] = {}
+        self.slots: dict[str, Any] = {}
+        for site in self.header.cohort:
+            self.slots[site], sent[site] = prepare(
+                preparation, site, self.rules, self.identities[site], self.entropy[site]
+            )
+            keys = keys.receive(site, sent[site])
+        shares = keys.close()
+        filled: dict[str, Any] = {}
+        for site, slot in self.slots.items():
+            self.slots[site], filled[site] = slot.fill(
+                shares.signed, self.roster, self.entropy[site]
+            )
+            shares = shares.receive(site, filled[site])
+        length = len(self.vector(self.header.cohort[0]))
+        self.machine = coordinator.open_attempt(
+            self.header,
+            self.roster,
+            self.rules.threshold,
+            inputs["ring_bits"],
+            length,
+            prepared=shares.close(),
+        )
+        self.output |= {
+            "preparation": preparation.context(),
+            "prepare": sent,
+            "fill": filled,
+        }
+
+    def requests(self, stage: str) -> dict[str, Any]:
+        """The coordinator's requests, by site; those for vectors have the adverts too."""
+        found = super().requests(stage)
+        if stage != "mask":
+            return found
+        return {site: (self.machine.unseen, shares) for site, shares in found.items()}
+
+    def answer(self, site: str, request: Any) -> tuple[Any, Any]:
+        """The site's next state and its answer; the site stays as it is."""
+        match self.states.get(site):
+            case None:
+                slot = self.slots[site]
+                head = self.inputs["ledger_head"]
+                return slot.advertise(request, self.identities[site], head)  # type: ignore[no-any-return]
+            case participant.Prepared() as state:
+                after, vector = state.receive(*request, self.roster, self.vector(site))
+                return after, vector.tobytes()
+        return super().answer(site, request)
+
+    def to(self, stage: str) -> "Run":
+        """Runs the stages before `stage`; for `end`, all of them."""
+        for present in STAGES[: (*STAGES, "end").index(stage)]:
+            if present != "share":
+                self._run(present)
+        return self

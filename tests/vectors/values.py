@@ -36,19 +36,26 @@ from umbel_common.protocol.transcript import (
 from umbel_common.protocol.wire import (
     ConfirmReply,
     ConfirmRequest,
+    FillReply,
+    FillRequest,
     FinishReply,
     FinishRequest,
     LastAdvert,
+    MaskPreparedRequest,
     MaskReply,
     MaskRequest,
     OfferReply,
     OfferRequest,
     OfferUnderRoster,
+    PrepareReply,
+    PrepareRequest,
     Refusal,
     Reply,
     Request,
     ShareReply,
     ShareRequest,
+    TogetherReply,
+    TogetherRequest,
     TrainReply,
     TrainRequest,
     UnmaskReply,
@@ -57,9 +64,11 @@ from umbel_common.protocol.wire import (
 from umbel_common.secagg.messages import (
     EncryptedShare,
     KeyAdvert,
+    PreparedKeys,
     RevealedShare,
     Survivors,
     SurvivorSignature,
+    preparation_of,
 )
 from umbel_common.trust.identity import Approver, Member, Member2, Roster, Roster2, Signed, sign
 
@@ -227,6 +236,13 @@ ADVERT = KeyAdvert(
     seed_commitment=sample("commitment", 32),
     ledger_head=sample("ledger head", 32),
 )
+PREPARATION = preparation_of(HEADER)
+PREPARED_KEYS = PreparedKeys(
+    context=PREPARATION.context(),
+    site="site-a",
+    cipher_key=sample("cipher key", 32),
+    mask_key=sample("mask key", 32),
+)
 EARLY_END = EarlyEnd(federation="clinics", job="diagnoses", plan=PLAN.digest(), round=1)
 SURVIVORS = Survivors(context=CONTEXT, sites=SITES[:2])
 
@@ -236,6 +252,7 @@ def signed_by_operator(statement: Value) -> Signed:
     return sign(OPERATOR, statement)
 
 
+SIGNED_KEYS = sign(IDENTITIES["site-a"], PREPARED_KEYS)
 SIGNED_ADVERT = sign(IDENTITIES["site-a"], ADVERT)
 CONFIRMATION = SurvivorSignature(site="site-a", signed=sign(IDENTITIES["site-a"], SURVIVORS))
 SHARE = EncryptedShare(sender="site-b", recipient="site-a", ciphertext=sample("ciphertext", 92))
@@ -253,6 +270,7 @@ STATEMENTS: dict[str, tuple[str, Value]] = {
     "a release of version 2": ("operator", RELEASE2),
     "an early end": ("operator", EARLY_END),
     "a key advert": ("site-a", ADVERT),
+    "prepared keys": ("site-a", PREPARED_KEYS),
     "a survivor set": ("site-a", SURVIVORS),
     "the start of a job": (
         "operator",
@@ -344,6 +362,13 @@ REQUESTS: tuple[Request, ...] = (
     UnmaskRequest(context=CONTEXT, signatures=(CONFIRMATION,)),
     FinishRequest(release=signed_by_operator(RELEASE), adapter=memoryview(sample("adapter", 300))),
     OfferUnderRoster(plan=signed_by_operator(PLAN), roster=ROSTER.digest()),
+    PrepareRequest(preparation=PREPARATION),
+    FillRequest(context=PREPARATION.context(), keys=(SIGNED_KEYS,)),
+    MaskPreparedRequest(context=CONTEXT, adverts=(SIGNED_ADVERT,), shares=(SHARE,)),
+    TogetherRequest(
+        stage=UnmaskRequest(context=CONTEXT, signatures=(CONFIRMATION,)),
+        ahead=FillRequest(context=PREPARATION.context(), keys=(SIGNED_KEYS,)),
+    ),
 )
 REPLIES: tuple[Reply, ...] = (
     OfferReply(plan=PLAN.digest()),
@@ -360,4 +385,10 @@ REPLIES: tuple[Reply, ...] = (
     ),
     FinishReply(adapter=RELEASE.adapter),
     Refusal(check="budget"),
+    PrepareReply(keys=SIGNED_KEYS),
+    FillReply(context=PREPARATION.context(), shares=(SHARE,)),
+    TogetherReply(
+        stage=ConfirmReply(context=CONTEXT, signature=CONFIRMATION),
+        ahead=PrepareReply(keys=SIGNED_KEYS),
+    ),
 )
