@@ -7,15 +7,15 @@ from typing import Any
 from fuzz.choices import Choices
 from fuzz.mutate import encoded, mutated, tree_of
 from fuzz.target import Place, Property, Target
-from vectors.attempts import at_stage
+from vectors.attempts import at_stage, prepared_at
 from vectors.operations import REQUESTS
 from vectors.values import ROSTER
 
 from umbel_common.canonical import decode, encode
 from umbel_common.errors import RemoteProtocolError
 from umbel_common.secagg import participant
-from umbel_common.secagg.messages import Survivors
-from umbel_common.trust.identity import open_signed
+from umbel_common.secagg.messages import EncryptedShare, KeyAdvert, Survivors
+from umbel_common.trust.identity import Signed, open_signed
 
 SITE = "site-a"
 
@@ -92,14 +92,62 @@ def _revealed(state: Any, request: Any, after: Any, answer: Any) -> None:
 
 _CHECKS = {"share": _shared, "mask": _masked, "confirm": _confirmed, "reveal": _revealed}
 
+
+def _prepared(_: Place) -> Property:
+    """As a site at `mask`, with the adverts of a prepared attempt beside the shares."""
+    run = prepared_at("mask")
+    state = run.states[SITE]
+    before = encode(state)
+    honest = tree_of(run.requests("mask")[SITE])
+    others = [tree_of(part) for part in run.output.values()]
+
+    def prove(data: bytes) -> None:
+        tree = mutated(honest, Choices(data), others)
+        adverts, shares = decode(
+            encoded(tree), tuple[tuple[Signed, ...], tuple[EncryptedShare, ...]]
+        )
+        vector = run.vector(SITE)
+        try:
+            after, _ = state.receive(adverts, shares, ROSTER, vector)
+        except RemoteProtocolError:
+            assert encode(state) == before
+            assert vector.tobytes() == run.inputs["vectors"][SITE]
+            raise
+        _masked(state, shares, after, None)
+        assert state.advertised.advert in adverts
+        seen = {decode(advert.statement, KeyAdvert).site for advert in adverts}
+        assert {share.sender for share in shares} < seen
+
+    return prove
+
+
+def _slot(_: Place) -> Property:
+    """A slot shares with its whole cohort, once its own keys are in the request, or refuses."""
+    run = prepared_at("advertise")
+    keys = tuple(run.output["prepare"].values())
+    slot = run.slots[SITE].slot
+    honest = tree_of(keys)
+    others = [honest, *(tree_of(part) for part in at_stage("end").output.values())]
+
+    def prove(data: bytes) -> None:
+        tree = mutated(honest, Choices(data), others)
+        asked = decode(encoded(tree), tuple[Signed, ...])
+        filled, shares = slot.fill(asked, ROSTER, os.urandom)
+        assert slot.keys in asked
+        cohort = slot.preparation.cohort
+        assert sorted(share.recipient for share in shares) == [
+            site for site in cohort if site != SITE
+        ]
+        assert {peer.peer for peer in filled.peers} | {SITE} == set(cohort)
+
+    return prove
+
+
 SITES = tuple(
-    Target(
-        f"site: at {stage}",
-        _site_at(stage),
-        (RemoteProtocolError,),
-        share=250,
-        inputs=18_000,
-        guided=15_000,
+    Target(name, make, (RemoteProtocolError,), share=250, inputs=18_000, guided=15_000)
+    for name, make in (
+        *((f"site: at {stage}", _site_at(stage)) for stage in _CHECKS),
+        ("site: prepared", _prepared),
+        ("site: slot", _slot),
     )
-    for stage in _CHECKS
 )

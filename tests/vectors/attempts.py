@@ -83,6 +83,14 @@ def at_stage(stage: str, header: RoundHeader = HEADER) -> Run:
     return _at(stage, header)[0]
 
 
+def prepared_at(stage: str) -> PreparedRun:
+    """An attempt that all of its sites prepared, just before `stage`."""
+    drawn, inputs = _inputs("prepared, at a stage", 32, {})
+    run = PreparedRun(inputs, drawn)
+    run.to(stage)
+    return run
+
+
 def _at(stage: str, header: RoundHeader = HEADER) -> tuple[Run, dict[str, Drawn]]:
     drawn, inputs = _inputs(DROPOUT, 32, {"mask": ["site-c"]}, header)
     return Run(inputs, drawn).to(stage), drawn

@@ -379,7 +379,7 @@ class Prepared(SiteState, frozen=True, tag="prepared"):
     """Stage 1 of a prepared attempt is done: its shares are out, and its keys are advertised."""
 
     advertised: Advertised
-    """What this site goes on from if its peers did not all prepare."""
+    """From where this site continues if not all of its peers prepared."""
     preparation: Digest
     """`Preparation.context`, to which the peers' shares are bound."""
     peers: tuple[PreparedPeer, ...]

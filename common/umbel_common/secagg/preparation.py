@@ -13,7 +13,7 @@ The law of this module:
 
 - A slot is of one attempt: federation, job, round, attempt, plan, roster and cohort. It opens no
   other (`FilledSlot.advertise`).
-- A slot is used once: whoever holds one drops it before it signs (`Trainer`).
+- A slot is used once: its holder drops it before anything is signed (`Trainer`).
 - A slot is never encoded, and cannot be (`sharing.Secrets`): no journal, backup or message has one,
   and a copy of a disk brings none back. The state that it leads to, `participant.Prepared`, is that
   of an open attempt, and is journaled as one.
