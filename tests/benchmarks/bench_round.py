@@ -1,39 +1,32 @@
 """How long secure rounds take beyond their training: `python tests/benchmarks/bench_round.py`.
 
 Three sites on this machine, and then ten, each a relay and a trainer, the process with the port,
-and this process in place of the job's. The model is tiny, so nearly all of a round is carrying:
-five stages, each there and back through TLS and Flower. Wall clock from the first train request to
-the last revealed share, the median over the rounds but the first; the test of the round's adapter
-and the training, a tenth of a second of CPU at each site, are in it. And a hundred rounds of three
-sites, with what is between them.
+and this process in place of the job's. The model is tiny, so nearly all of a round is carrying: its
+sites prepared it, so it has four stages, each there and back through TLS and Flower. Wall clock from
+the first train request to the last revealed share, the median over the rounds but the first; the
+test of the round's adapter and the training, a tenth of a second of CPU at each site, are in it. And
+a hundred rounds of three sites, with what is between them.
 """
 
 import json
 import statistics
-import string
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench_masking import entry
-from e2e.daemons import Clinics
-from support.homes import live_in, own_homes
-from support.small_models import save_bert
+from tiny_clinics import run, start, tiny_clinics
 
 from umbel_server.messaging.carrier import CarrierLink
 from umbel_server.messaging.link import Step
-from umbel_server.operator.config import Limits
-from umbel_server.storage.job_queue import JobState
 
 HUNDRED = 100
 ROUNDS = {3: HUNDRED + 2, 10: 6}
 TARGETS = {3: 1.0, 10: 3.0}
-POLICY = f'approval = "none"\nmax_rounds = {HUNDRED + 2}'
 
 
 class Timed:
@@ -56,7 +49,6 @@ class Timed:
 
 def measure() -> dict[str, dict[str, Any]]:
     """Name -> {value, unit, target, holds}."""
-    own_homes()
     figures = {}
     for sites, rounds in ROUNDS.items():
         times = _measured(sites, rounds)
@@ -71,41 +63,10 @@ def measure() -> dict[str, dict[str, Any]]:
 
 def _measured(sites: int, rounds: int) -> dict[int, list[float]]:
     """Round -> when a stage began, or a reply to its first or last stage came."""
-    with tempfile.TemporaryDirectory() as folder:
-        live_in(folder)
-        model = save_bert(
-            Path(folder) / "model",
-            [f"w{number}" for number in range(35)],
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-        )
-        names = [f"site-{letter}" for letter in string.ascii_lowercase[:sites]]
-        clinics = Clinics(Path(folder) / "clinics", model, POLICY, names)
-        try:
-            return _rounds(clinics, rounds)
-        finally:
-            clinics.close()
-
-
-def _rounds(clinics: Clinics, rounds: int) -> dict[int, list[float]]:
-    """One job of several rounds."""
-    text = clinics.draft.read_text().replace("rounds = 3", f"rounds = {rounds}")
-    clinics.draft.write_text(text.replace("threshold = 2", f"threshold = {len(clinics.sites)}"))
-    clinics.port_process.start()
-    for site in clinics.sites.values():
-        site.trainer.start()
-        site.relay.start()
-        site.status()
     times: dict[int, list[float]] = {}
-
-    def link(stopped: Callable[[], bool]) -> Timed:
-        path = clinics.operator_folder / "state" / "carrier.sock"
-        return Timed(CarrierLink(path, stopped), times)
-
-    limits = Limits(offer_seconds=300, train_seconds=300, stage_seconds=300)
-    job = clinics.run(clinics.rounds(link, limits))
-    assert job.state is JobState.FINISHED, job.detail
+    with tiny_clinics(sites, rounds) as clinics:
+        start(clinics, rounds)
+        run(clinics, lambda link: Timed(link, times))
     return times
 
 

@@ -10,26 +10,23 @@ import json
 import os
 import platform
 import statistics
-import string
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from e2e.daemons import Clinics, Daemon
-from support.homes import live_in, own_homes
-from support.small_models import save_bert
+from tiny_clinics import run, start, tiny_clinics
 
 from umbel_server.messaging.carrier import CarrierLink
 from umbel_server.messaging.link import Step
-from umbel_server.operator.config import Limits
-from umbel_server.storage.job_queue import JobState
 
 STAGES = ("train", "share", "mask", "confirm", "unmask")
+"""A round that its sites prepared has no stage of sharing."""
 ROUNDS = {3: 12, 10: 6}
 _TICK = os.sysconf("SC_CLK_TCK")
 
@@ -66,18 +63,7 @@ def cpu(pid: int) -> float:
 
 def measure(sites: int) -> dict[str, Any]:
     """The figures for so many sites."""
-    own_homes()
-    with tempfile.TemporaryDirectory() as folder:
-        live_in(folder)
-        model = save_bert(
-            Path(folder) / "model",
-            [f"w{number}" for number in range(35)],
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-        )
-        names = [f"site-{letter}" for letter in string.ascii_lowercase[:sites]]
-        clinics = Clinics(Path(folder) / "clinics", model, names=names)
+    with tiny_clinics(sites, ROUNDS[sites]) as clinics, tempfile.TemporaryDirectory() as folder:
         noted = Path(folder) / "times.json"
         clinics.port_process = Daemon.of(
             clinics.operator_folder,
@@ -85,34 +71,21 @@ def measure(sites: int) -> dict[str, Any]:
             str(clinics.operator_folder / "server.toml"),
             str(noted),
         )
-        try:
-            return _measured(clinics, noted, ROUNDS[sites])
-        finally:
-            clinics.close()
+        return _measured(clinics, noted, ROUNDS[sites])
 
 
 def _measured(clinics: Clinics, noted: Path, rounds: int) -> dict[str, Any]:
-    text = clinics.draft.read_text()
-    text = text.replace("rounds = 3", f"rounds = {rounds}")
-    clinics.draft.write_text(text.replace("threshold = 2", f"threshold = {len(clinics.sites)}"))
-    clinics.port_process.start()
-    for site in clinics.sites.values():
-        site.trainer.start()
-        site.relay.start()
-        site.status()
+    start(clinics, rounds)
     processes = {"port": clinics.port_process.pid, "rounds": os.getpid()}
     for name, site in clinics.sites.items():
         processes |= {f"{name} relay": site.relay.pid, f"{name} trainer": site.trainer.pid}
     links: list[Timed] = []
 
-    def link(stopped: Callable[[], bool]) -> Timed:
-        path = clinics.operator_folder / "state" / "carrier.sock"
-        links.append(Timed(CarrierLink(path, stopped), processes))
+    def watched(link: CarrierLink) -> Timed:
+        links.append(Timed(link, processes))
         return links[-1]
 
-    limits = Limits(offer_seconds=300, train_seconds=300, stage_seconds=300)
-    job = clinics.run(clinics.rounds(link, limits))
-    assert job.state is JobState.FINISHED, job.detail
+    run(clinics, watched)
     clinics.port_process.stop()
     return _figures(links[-1], json.loads(noted.read_text()), rounds, len(clinics.sites))
 
@@ -128,6 +101,7 @@ def _figures(
             link.stages[number, stage][1] - link.stages[number, stage][0] for number in counted
         )
         for stage in STAGES
+        if (2, stage) in link.stages
     }
     whole = [
         link.stages[number, "unmask"][1] - link.stages[number, "train"][0] for number in counted
