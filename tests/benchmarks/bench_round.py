@@ -2,10 +2,10 @@
 
 Three sites on this machine, and then ten, each a relay and a trainer, the process with the port,
 and this process in place of the job's. The model is tiny, so nearly all of a round is carrying: its
-sites prepared it, so it has four stages, each there and back through TLS and Flower. Wall clock from
-the first train request to the last revealed share, the median over the rounds but the first; the
-test of the round's adapter and the training, a tenth of a second of CPU at each site, are in it. And
-a hundred rounds of three sites, with what is between them.
+sites prepared it, so it has four stages, each there and back through TLS and Flower. Wall clock
+from the first train request to the last revealed share, the median over the rounds but the first;
+the test of the adapter and the training, a tenth of a second of CPU at each site, are in it. And a
+hundred rounds of three sites, with what is between them.
 """
 
 import json
