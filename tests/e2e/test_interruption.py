@@ -49,7 +49,7 @@ def wait_for(path: Path, text: str, process: "subprocess.Popen[str]") -> None:
             signal.SIGKILL, "round-released", id="killed after a release", marks=pytest.mark.soak
         ),
         pytest.param(
-            signal.SIGINT, '"stage":"share"', id="interrupted in mid-round", marks=pytest.mark.soak
+            signal.SIGINT, '"stage":"mask"', id="interrupted in mid-round", marks=pytest.mark.soak
         ),
     ],
 )

@@ -68,7 +68,7 @@ def test_a_trainer_that_is_killed_before_or_after_its_answer_costs_nothing(
 
     steps = {
         "before": (("train", 1), ("mask", 2), ("unmask", 3)),
-        "after": (("share", 1), ("train", 2), ("confirm", 3)),
+        "after": (("mask", 1), ("train", 2), ("confirm", 3)),
     }[moment]
     kills = [Once(stage, number, "north", restart) for stage, number in steps]
 
