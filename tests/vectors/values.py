@@ -49,6 +49,7 @@ from umbel_common.protocol.wire import (
     Request,
     ShareReply,
     ShareRequest,
+    TrainFromLastRequest,
     TrainReply,
     TrainRequest,
     UnmaskReply,
@@ -344,6 +345,13 @@ REQUESTS: tuple[Request, ...] = (
     UnmaskRequest(context=CONTEXT, signatures=(CONFIRMATION,)),
     FinishRequest(release=signed_by_operator(RELEASE), adapter=memoryview(sample("adapter", 300))),
     OfferUnderRoster(plan=signed_by_operator(PLAN), roster=ROSTER.digest()),
+    TrainFromLastRequest(
+        header=signed_by_operator(HEADER),
+        release=signed_by_operator(RELEASE),
+        last=LastAdvert(header=signed_by_operator(HEADER), advert=SIGNED_ADVERT),
+        onto=sample("adapter before", 32),
+        changed=(memoryview(sample("first tensor", 40)), memoryview(sample("second tensor", 300))),
+    ),
 )
 REPLIES: tuple[Reply, ...] = (
     OfferReply(plan=PLAN.digest()),
