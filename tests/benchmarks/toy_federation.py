@@ -1,16 +1,18 @@
-"""Federations without model and data, for benchmarks of the protocol: real masks, zero deltas."""
+"""Federations without model and data, for benchmarks of the protocol: all but deltas is real."""
 
 import os
 from typing import Any
 
 import numpy as np
 
+from umbel_common.adapters.vector import size_of
 from umbel_common.plans.plan import (
     Aggregation,
     BaseModel,
     Classification,
     LocalPrivacy,
     Lora,
+    Method,
     Sgd,
     Tensor,
     Training,
@@ -30,6 +32,7 @@ from umbel_common.protocol.wire import (
     Request,
     ShareReply,
     ShareRequest,
+    TrainFromLastRequest,
     TrainReply,
     TrainRequest,
     UnmaskReply,
@@ -50,12 +53,14 @@ PARAMETERS = 2 * RANK * WIDTH * LAYERS
 
 
 class Federation:
-    """An operator, so many sites, and a plan of one round over an adapter of `PARAMETERS`.
+    """An operator, so many sites, and a plan over an adapter of `PARAMETERS`.
 
     Its keys are no secrets, so that a second process can make the same federation.
     """
 
-    def __init__(self, sites: int, ring_bits: int) -> None:
+    def __init__(
+        self, sites: int, ring_bits: int, *, method: Method = "both", rounds: int = 1
+    ) -> None:
         self.operator = Identity(bytes(32))
         self.identities = {
             f"site-{index:02}": Identity(bytes(31) + bytes([1 + index])) for index in range(sites)
@@ -68,14 +73,21 @@ class Federation:
                 for name, identity in self.identities.items()
             ),
         )
-        self.plan = make_plan(sites // 2 + 1, ring_bits)
+        self.plan = make_plan(sites // 2 + 1, ring_bits, method=method, rounds=rounds)
 
     def sites(self) -> dict[str, "ToySite"]:
         """What answers in each site's name."""
         return {name: ToySite(self, name) for name in self.identities}
 
 
-def make_plan(threshold: int, ring_bits: int, layers: int = LAYERS) -> TrainingPlan:
+def make_plan(
+    threshold: int,
+    ring_bits: int,
+    layers: int = LAYERS,
+    *,
+    method: Method = "both",
+    rounds: int = 1,
+) -> TrainingPlan:
     """A plan that no site would train: only its sizes matter here."""
     tensors = [
         Tensor(name=f"layer.{layer}.{role}.weight", shape=shape, role=role)
@@ -92,12 +104,12 @@ def make_plan(threshold: int, ring_bits: int, layers: int = LAYERS) -> TrainingP
             alpha=16.0,
             target_modules=("query",),
             layers=None,
-            method="both",
+            method=method,
             seed=1,
             tensors=tuple(tensors),
         ),
         training=Training(
-            rounds=1,
+            rounds=rounds,
             local_steps=1,
             expected_batch_size=1,
             optimizer=Sgd(adapter_learning_rate=0.1, head_learning_rate=0.1),
@@ -110,13 +122,13 @@ def make_plan(threshold: int, ring_bits: int, layers: int = LAYERS) -> TrainingP
 
 
 class ToySite:
-    """The protocol's real participant; its training gives a delta of zeros."""
+    """The protocol's real participant; its training moves each number by one step of the plan."""
 
     def __init__(self, federation: Federation, name: str) -> None:
         self._federation = federation
         self._name = name
         self._state: Any = None
-        self._cohort = 0
+        self._cohort = self._round = 0
 
     def handle(self, sealed: bytes) -> bytes:
         """A sealed reply to a sealed request."""
@@ -135,10 +147,10 @@ class ToySite:
             case FinishRequest():
                 release = open_signed(request.release, RELEASE_VERSIONS, roster.operator)
                 return FinishReply(adapter=release.adapter)
-            case TrainRequest():
+            case TrainRequest() | TrainFromLastRequest():
                 header = open_signed(request.header, HEADER_VERSIONS, roster.operator)
                 rules = Rules(threshold=plan.aggregation.threshold, colluding=0, minimum_cohort=2)
-                self._cohort = len(header.cohort)
+                self._cohort, self._round = len(header.cohort), header.round
                 self._state, advert = participant.advertise(
                     header, self._name, rules, identity, bytes(32), os.urandom
                 )
@@ -147,7 +159,8 @@ class ToySite:
                 self._state, shares = self._state.receive(request.adverts, roster, os.urandom)
                 return ShareReply(context=request.context, shares=shares)
             case MaskRequest():
-                delta = np.zeros(plan.lora.size, dtype=np.float32)
+                size = size_of(plan.trained_tensors(self._round))
+                delta = np.full(size, plan.aggregation.step, dtype=np.float32)
                 encoding = encoding_of(plan, self._cohort)
                 vector = encode(delta, 1, encoding, os.urandom)
                 self._state, masked = self._state.receive(request.shares, vector)

@@ -1,6 +1,7 @@
 """A real site under an operator that may lie about anything at each stage."""
 
 from itertools import count
+from typing import Any
 
 from fuzz.choices import Choices
 from fuzz.mutate import damaged, encoded, mutated, tree_of
@@ -10,7 +11,7 @@ from vectors.values import OPERATOR
 
 from umbel_common.canonical import decode
 from umbel_common.plans.statements import RoundHeader
-from umbel_common.protocol.wire import MAGIC, TrainRequest
+from umbel_common.protocol.wire import MAGIC, TrainFromLastRequest, TrainRequest
 
 MOST_ATTEMPTS = 900
 """Attempt numbers end at 1,000; a new site then takes over."""
@@ -66,6 +67,7 @@ class Attacked:
 
     def note_attempt(self, body: bytes) -> None:
         """Notes an accepted train request, which uses up its attempt number and all below."""
-        request = decode(body, TrainRequest)
+        kinds: Any = TrainRequest | TrainFromLastRequest
+        request = decode(body, kinds)
         header = decode(request.header.statement, RoundHeader)
         self.site.attempt = max(self.site.attempt, header.attempt)

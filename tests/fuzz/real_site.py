@@ -37,6 +37,7 @@ from umbel_common.protocol.wire import (
     Reply,
     Request,
     ShareRequest,
+    TrainFromLastRequest,
     TrainRequest,
     UnmaskRequest,
     open_reply,
@@ -172,6 +173,9 @@ class RealSite:
         }
         header = self._header()
         context = header.context()
+        requests["train-from-last"] = TrainFromLastRequest(
+            header=sign(OPERATOR, header), release=self._release(0), onto=header.adapter, changed=()
+        )
         requests["train"] = TrainRequest(
             header=sign(OPERATOR, header), release=self._release(0), adapter=to_bytes(self.adapter)
         )

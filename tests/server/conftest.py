@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from umbel_common.adapters.difference import apply_difference
 from umbel_common.adapters.site_counts import SiteCounts, with_counts
-from umbel_common.adapters.vector import Vector, size_of
+from umbel_common.adapters.vector import Vector, adapter_digest, from_bytes, size_of
 from umbel_common.errors import RemoteProtocolError, UmbelError
 from umbel_common.plans.figures import Evaluation, GateResult
 from umbel_common.plans.plan import TrainingPlan
@@ -34,6 +35,7 @@ from umbel_common.protocol.wire import (
     ShareRequest,
     TogetherReply,
     TogetherRequest,
+    TrainFromLastRequest,
     TrainReply,
     TrainRequest,
     UnmaskReply,
@@ -71,6 +73,12 @@ class ToySite:
         self.knows_preparing = True
         """False: a site of an Umbel that does not know these messages."""
         self.header: RoundHeader | None = None
+        self.adapter: Vector | None = None
+        """The adapter from which it trained last."""
+        self.started: list[bytes] = []
+        """The digest of that adapter, for each request to train that it took."""
+        self.brought: list[int | None] = []
+        """The bytes of the difference in each request to train; None: the adapter was whole."""
         self.vectors: dict[tuple[int, int], RingVector] = {}
         """(round, attempt) -> the vector before it was masked."""
 
@@ -79,6 +87,25 @@ class ToySite:
         seed = sum(self.name.encode()) + round_number
         size = size_of(self.plan.trained_tensors(round_number))
         return np.random.default_rng(seed).uniform(-0.5, 0.5, size).astype(np.float32)
+
+    def take_adapter(
+        self, request: TrainRequest | TrainFromLastRequest, header: RoundHeader
+    ) -> None:
+        """Keeps the adapter of a request, or makes it of its difference."""
+        plan = self.plan
+        self.brought.append(None)
+        if isinstance(request, TrainFromLastRequest):
+            self.brought[-1] = sum(len(piece) for piece in request.changed)
+            held = None if self.adapter is None else adapter_digest(plan.digest(), self.adapter)
+            if held != request.onto:
+                raise RemoteProtocolError("release-missing", "a toy site has another adapter")
+            assert self.adapter is not None
+            if request.changed:
+                apply_difference(plan, header.round - 1, self.adapter, request.changed)
+        else:
+            self.adapter = from_bytes(request.adapter, plan.lora.size).copy()
+        self.started.append(adapter_digest(plan.digest(), self.adapter))
+        assert self.started[-1] == header.adapter
 
     def handle(self, sealed: bytes) -> bytes:
         request = open_request(self.roster.operator, self.name, sealed, limit=size_limit(self.plan))
@@ -144,8 +171,9 @@ class ToySite:
             case _, FinishRequest():
                 release = open_signed(request.release, RELEASE_VERSIONS, self.roster.operator)
                 return FinishReply(adapter=release.adapter)
-            case _, TrainRequest():
+            case _, TrainRequest() | TrainFromLastRequest():
                 self.header = open_signed(request.header, HEADER_VERSIONS, self.roster.operator)
+                self.take_adapter(request, self.header)
                 self.state, advert = self.advertise(self.header)
                 return TrainReply(advert=advert)
             case participant.Prepared() as state, MaskPreparedRequest():
@@ -182,12 +210,15 @@ class LoopLink:
         self.sites = dict(sites)
         self.lost: Callable[[Step, str], bool] = lambda step, site: False
         self.steps: list[Step] = []
+        self.sizes: dict[tuple[Step, str], int] = {}
+        """(step, site) -> bytes of the sealed request."""
 
     def exchange(
         self, step: Step, requests: Iterable[tuple[str, bytes]], seconds: float
     ) -> Iterator[tuple[str, bytes]]:
         self.steps.append(step)
         for site, sealed in requests:
+            self.sizes[step, site] = len(sealed)
             if not self.lost(step, site):
                 yield site, self.sites[site](sealed)
 

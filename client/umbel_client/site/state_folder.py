@@ -30,6 +30,10 @@ class StateFolder:
         """The adapters that the site received, in a folder for each job."""
         return self.root / "adapters"
 
+    def kept_adapter(self, job: str) -> Path:
+        """The adapter of the newest release of a job under way; an operator can send it again."""
+        return self.root / "releases" / f"{job}.safetensors"
+
     @property
     def cache(self) -> Path:
         """Outputs of the frozen layers for the site's own records; they can be computed again."""

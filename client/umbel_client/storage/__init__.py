@@ -1,1 +1,1 @@
-"""Journal, deltas and backup: on disk before anything is sent. No process, no network."""
+"""Journal, deltas, adapter and backup: on disk before anything is sent. No process, no network."""

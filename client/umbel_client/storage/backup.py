@@ -42,9 +42,9 @@ _NAMES = re.compile(
 def back_up(config: Path, out: Path, *, keys: bool) -> tuple[Manifest, Contents]:
     """Writes a backup of a site, whose trainer may be running.
 
-    Decisions and received adapters are kept beside the two databases. Deltas and the cache of the
-    frozen layers are not: no old round may leave again, and hidden states are private data that can
-    be computed again.
+    Decisions and received adapters are kept beside the two databases. Deltas, the cache of the
+    frozen layers and the adapters of jobs under way are not: no old round may leave again, hidden
+    states are private data that can be computed again, and the operator sends an adapter again.
 
     Args:
         config: client.toml.

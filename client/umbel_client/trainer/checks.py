@@ -9,15 +9,17 @@ Each raises a `RemoteProtocolError` with the name of the check that failed.
 
 from collections.abc import Callable
 
+from umbel_client.storage.kept_adapter import KeptAdapter
 from umbel_client.trainer.site import Site
+from umbel_common.adapters.difference import apply_difference
 from umbel_common.adapters.reach import require_reachable
 from umbel_common.adapters.start import Origin, require_start
-from umbel_common.adapters.vector import Vector, adapter_digest, from_bytes
+from umbel_common.adapters.vector import Vector, adapter_digest, from_bytes, to_bytes
 from umbel_common.errors import PlanError, require
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import RELEASE_VERSIONS, EarlyEnd, Release, RoundHeader
 from umbel_common.protocol.transcript import final_round
-from umbel_common.protocol.wire import FinishRequest, TrainRequest
+from umbel_common.protocol.wire import FinishRequest, TrainFromLastRequest, TrainRequest
 from umbel_common.secagg.messages import Preparation
 from umbel_common.trust.identity import Roster
 
@@ -121,24 +123,32 @@ def check_parties(site: Site, header: RoundHeader | Preparation) -> None:
 
 def check_start(
     site: Site,
-    request: TrainRequest,
+    request: TrainRequest | TrainFromLastRequest,
     header: RoundHeader,
     plan: TrainingPlan,
     origin: Callable[[], Origin],
+    kept: KeptAdapter,
 ) -> tuple[Release, Vector]:
     """Step 10: the release to start from and its adapter, which the header names by its digest.
 
+    Whether the adapter came as a whole, or its difference from one that this site has: every check
+    is made of the whole of it.
+
     Args:
         origin: what this site knows of the adapter that the job starts from.
+        kept: the adapter of this job that the site verified last.
 
     Raises:
-        RemoteProtocolError: `pinned-signature`, `malformed-message`, `adapter-length`,
-            `adapter-values`, `adapter-digest`, `other-release`, `initial-adapter`, `start-norm` or
-            `adapter-too-far`.
+        RemoteProtocolError: `pinned-signature`, `malformed-message`, `release-missing`,
+            `adapter-length`, `adapter-values`, `adapter-digest`, `other-release`,
+            `initial-adapter`, `start-norm` or `adapter-too-far`.
         UmbelError: this site does not know the start (`origin`).
     """
     release = site.open(request.release, RELEASE_VERSIONS)
-    vector = from_bytes(request.adapter, plan.lora.size)
+    if isinstance(request, TrainFromLastRequest):
+        vector = _completed(request, release, header, plan, kept)
+    else:
+        vector = from_bytes(request.adapter, plan.lora.size)
     found = adapter_digest(plan.digest(), vector)
     require(
         found == release.adapter == header.adapter,
@@ -208,6 +218,28 @@ def check_size_class(site: Site, plan: TrainingPlan) -> None:
             found=plan.aggregation.max_weight,
             accepted=f"at least {weight}",
         )
+
+
+def _completed(
+    request: TrainFromLastRequest,
+    release: Release,
+    header: RoundHeader,
+    plan: TrainingPlan,
+    kept: KeptAdapter,
+) -> Vector:
+    """The adapter that a difference makes of the one that this site kept; nothing vouches for it
+    yet.
+
+    A site that stored the release's adapter and ended before it answered has that one already. The
+    difference changes nothing in it then, unless it is another release's.
+
+    Raises:
+        RemoteProtocolError: `release-missing`, `adapter-length` or `adapter-values`.
+    """
+    vector = kept.load(plan, {request.onto, release.adapter})
+    if request.changed:
+        apply_difference(plan, header.round - 1, vector, request.changed)
+    return from_bytes(to_bytes(vector), plan.lora.size)
 
 
 def _rosters(site: Site) -> dict[bytes, Roster]:

@@ -38,10 +38,11 @@ site's data or its ledger is `site-not-ready`. Every other fault, also a check o
  9. People: the site is not paused, and it may train now (decisions, policy).
     `site-paused`, `outside-hours`, `too-many-hours`
 10. Start: the operator signed the predecessor's release, and the adapter is the one that release
-    and header name (`checks`). The journal keeps the release.
-    `pinned-signature`, `malformed-message`, `adapter-length`, `adapter-values`, `adapter-digest`,
-    `other-release`, `initial-adapter`, `start-norm`, `start-unknown`, `adapter-too-far`,
-    `two-releases`
+    and header name (`checks`): the request's, or the one that this site kept with what the request
+    changes in it. The journal keeps the release, and the disk its adapter.
+    `pinned-signature`, `malformed-message`, `release-missing`, `adapter-length`, `adapter-values`,
+    `adapter-digest`, `other-release`, `initial-adapter`, `start-norm`, `start-unknown`,
+    `adapter-too-far`, `two-releases`
     Where a head starts at its labels' names, the model of step 11 is loaded now.
 11. Ledger: model and ledger are loaded (`job`), and the ledger knows what this site signed last
     (`last_advert`).
@@ -90,6 +91,7 @@ from umbel_client.site.policy import (
     judge_start,
 )
 from umbel_client.storage.journal import Journal
+from umbel_client.storage.kept_adapter import KeptAdapter
 from umbel_client.trainer.checks import (
     check_end,
     check_parties,
@@ -134,7 +136,9 @@ from umbel_common.protocol.wire import (
     PrepareReply,
     PrepareRequest,
     Refusal,
+    Request,
     TogetherRequest,
+    TrainFromLastRequest,
     TrainReply,
     TrainRequest,
     open_request,
@@ -243,7 +247,10 @@ class Trainer:
         asked = request_digest(sealed)
         with self._lock:
             try:
-                return self._answer(sealed, asked)
+                request = self._opened(sealed)
+                # The request has views into it, and can let them go before the site trains.
+                del sealed
+                return self._answer(request, asked)
             except _NotReady as not_ready:
                 return self._refuse(not_ready.reason, asked, "site-not-ready")
             except UmbelError as error:
@@ -262,8 +269,8 @@ class Trainer:
         self._observer.refused(error)
         return self._site.seal(Refusal(check=code), asked)
 
-    def _answer(self, sealed: bytes, asked: bytes) -> bytes:
-        """Step 1, and then what this kind of request needs."""
+    def _opened(self, sealed: bytes) -> Request:
+        """Step 1."""
         site = self._site
         # 1
         require(
@@ -272,18 +279,22 @@ class Trainer:
             "the operator's key is revoked",
             remedy="approve a roster with the operator's new key",
         )
-        request = open_request(
+        return open_request(
             site.roster.operator,
             site.name,
             sealed,
             limit=self._largest,
         )
+
+    def _answer(self, request: Request, asked: bytes) -> bytes:
+        """What this kind of request needs."""
+        site = self._site
         match request:
             case OfferRequest() | OfferUnderRoster():
                 return site.seal(self._offer(request), asked)
             case FinishRequest():
                 return site.seal(self._finish(request), asked)
-            case TrainRequest():
+            case TrainRequest() | TrainFromLastRequest():
                 return self._train(request, asked)
             case PrepareRequest() | FillRequest():
                 return site.seal(self._prepare(request), asked)
@@ -379,7 +390,7 @@ class Trainer:
         self._largest = max(self._largest, size_limit(plan))
         return OfferReply(plan=plan.digest())
 
-    def _train(self, request: TrainRequest, asked: bytes) -> bytes:
+    def _train(self, request: TrainRequest | TrainFromLastRequest, asked: bytes) -> bytes:
         """Steps 2 to 16, in the order of the list at the top of this module."""
         site, journal = self._site, self._site.journal
         # 2
@@ -406,8 +417,12 @@ class Trainer:
         self._decisions.require_running()
         judge_start(site.policy, self._clock().time(), journal.seconds_trained(plan.job))
         # 10
-        release, adapter = check_start(site, request, header, plan, lambda: self._origin(plan))
+        kept = self._kept_adapter(plan)
+        release, adapter = check_start(
+            site, request, header, plan, lambda: self._origin(plan), kept
+        )
         journal.keep_release(plan.job, release.round, request.release)
+        kept.keep(release.adapter, adapter)
         # 11
         job = self._loaded_job(plan.job)
         if request.last is not None:
@@ -460,7 +475,8 @@ class Trainer:
         F4. Journal: the release is kept.
             `two-releases`
         F5. Adapter: its folder is written.
-        F6. End: the secrets of the job's attempts, and what was prepared, are deleted.
+        F6. End: the secrets of the job's attempts are deleted, with what was prepared and with the
+            adapter from which its next round would start.
         """
         site = self._site
         # F1
@@ -483,8 +499,12 @@ class Trainer:
         # F6
         site.journal.end_job(plan.job)
         self._slots.drop(plan.job)
+        self._kept_adapter(plan).delete()
         self._observer.finished(plan.job, folder)
         return FinishReply(adapter=release.adapter)
+
+    def _kept_adapter(self, plan: TrainingPlan) -> KeptAdapter:
+        return KeptAdapter(self._config.state_folder.kept_adapter(plan.job))
 
     def _origin(self, plan: TrainingPlan) -> Origin:
         """What this site knows of the adapter that a plan starts from."""

@@ -48,6 +48,10 @@ HEADER_BYTES = len(MAGIC) + SIGNATURE_BYTES
 
 Blob = Annotated[memoryview, msgspec.Meta(max_length=2**31 - 1)]
 """A vector; it is decoded as a view of the message, not as a copy."""
+MOST_TENSORS = 2**14
+Blobs = Annotated[tuple[Blob, ...], msgspec.Meta(max_length=MOST_TENSORS)]
+"""The tensors of a vector that are sent, each as a `Blob`, so that a sender needs no copy of them.
+"""
 MAX_SITES = 100
 
 
@@ -95,6 +99,22 @@ class TrainRequest(Message, frozen=True, tag="train", kw_only=True):
     """The site's last advert, in any job; None: the server knows none."""
     adapter: Blob
     """The adapter's flat vector, float32 little-endian."""
+
+
+class TrainFromLastRequest(Message, frozen=True, tag="train-from-last", kw_only=True):
+    """Stage 1, for a site that has the adapter of the release before, or this one already: as
+    `TrainRequest`, with the difference in the place of the adapter."""
+
+    header: Signed
+    release: Signed
+    """The signed `Release` of the adapter from which training starts."""
+    last: LastAdvert | None = None
+    """As in `TrainRequest`."""
+    onto: Digest
+    """The digest of the adapter in which `changed` replaces tensors."""
+    changed: Blobs
+    """The tensors that the release can have changed (`umbel_common.adapters.difference`), float32
+    little-endian, in the order of the plan's. Empty: the release's adapter is `onto`."""
 
 
 class TrainReply(Message, frozen=True, tag="trained"):
@@ -235,6 +255,7 @@ Request: TypeAlias = (
     OfferRequest
     | OfferUnderRoster
     | TrainRequest
+    | TrainFromLastRequest
     | ShareRequest
     | MaskRequest
     | MaskPreparedRequest
@@ -263,7 +284,8 @@ Reply: TypeAlias = (
 def size_limit(plan: TrainingPlan | None) -> int:
     """Size of the largest sealed message, in bytes, under `plan`; None: before any plan.
 
-    It has room for one adapter or masked vector, and ample room for what grows with the sites.
+    It has room for one adapter or masked vector, and ample room for what grows with the sites or
+    with the number of tensors.
     """
     vector = 0 if plan is None else 4 * (plan.lora.size + 1 + COORDINATES)
     return HEADER_BYTES + vector + 4096 + MAX_SITES * 1024 + 2**20
@@ -326,17 +348,32 @@ def _seal(identity: Identity, label: str, message: Request | Reply) -> bytes:
 
 
 def _encoded(message: Request | Reply) -> tuple[bytes | memoryview, ...]:
-    """The body in parts. A vector is always the last field; it is not copied."""
+    """The body in parts. Vectors are always the last field; they are not copied."""
     name = message.__struct_fields__[-1]
     vector = getattr(message, name)
+    if isinstance(message, TrainFromLastRequest):
+        start = msgspec.msgpack.encode(msgspec.structs.replace(message, changed=()))
+        pieces = (part for piece in message.changed for part in _blob(piece))
+        return start[:-1] + _array_head(len(message.changed)), *pieces
     if not isinstance(vector, memoryview):
         return (msgspec.msgpack.encode(message),)
+    start = msgspec.msgpack.encode(msgspec.structs.replace(message, **{name: memoryview(b"")}))
+    head, vector = _blob(vector)
+    return start[:-2] + head, vector
+
+
+def _blob(vector: memoryview) -> tuple[bytes, memoryview]:
+    """A vector as MessagePack has it: the head, and the bytes behind it."""
     vector = vector.cast("B")
     # MessagePack writes the length of bytes in 8, 16 or 32 bits, and a code that says in how many.
     width = next(width for width in (1, 2, 4) if len(vector) < 256**width)
-    start = msgspec.msgpack.encode(msgspec.structs.replace(message, **{name: memoryview(b"")}))
     kind = {1: 0xC4, 2: 0xC5, 4: 0xC6}[width]
-    return start[:-2] + bytes([kind]) + len(vector).to_bytes(width, "big"), vector
+    return bytes([kind]) + len(vector).to_bytes(width, "big"), vector
+
+
+def _array_head(length: int) -> bytes:
+    """The head of an array of at most `MOST_TENSORS`: its length in 4 or 16 bits."""
+    return bytes([0x90 | length]) if length < 16 else b"\xdc" + length.to_bytes(2, "big")
 
 
 def _open(key: bytes, sender: str, label: str, data: bytes, limit: int) -> memoryview:

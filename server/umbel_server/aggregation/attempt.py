@@ -14,7 +14,8 @@ header must name the job's plan and roster (`header`). Every reply must be of th
 (`other-attempt`) and answer the current stage (`stage-order`). A reply that fails these, or
 `other-context`, is stray: it changes nothing, and the site stays awaited.
 
-1. train: the round header, the last release and its adapter go out; signed adverts come in.
+1. train: the round header, the last release and its adapter go out, the adapter as a whole or as
+   its difference from one that the site has; signed adverts come in.
 2. share: all adverts go out; encrypted shares of each site's mask secrets come in. An attempt that
    its whole cohort prepared (`jobs.ahead`) has the shares already: its stage 3 sends the adverts.
 3. mask: each site gets the shares meant for it; masked vectors come in, and are summed.
@@ -49,6 +50,7 @@ from umbel_common.protocol.wire import (
     Request,
     ShareReply,
     ShareRequest,
+    TrainFromLastRequest,
     TrainReply,
     TrainRequest,
     UnmaskReply,
@@ -74,6 +76,10 @@ STRAY = frozenset({"other-attempt", "other-context", "stage-order"})
 LOST_ATTEMPT = "attempt-lost"
 """Refusal of a site that was stopped while it computed in distributed mode. It never computes an
 attempt twice, and takes part in the next one."""
+
+NO_DIFFERENCE = frozenset({"release-missing", "malformed-message"})
+"""Refusals of a site that cannot take the difference of a release: it has lost the adapter that the
+difference builds on, or does not know the message. It takes part in the next attempt."""
 
 
 class Evidence(Value, frozen=True):
@@ -106,6 +112,9 @@ class Attempt:
     """Sites that refused to train: they would refuse the next attempt too."""
     last: Mapping[str, LastAdvert] = field(default_factory=dict)
     """Site -> its last advert before this attempt; each site is shown its own."""
+    from_last: Mapping[str, TrainFromLastRequest] = field(default_factory=dict)
+    """Site -> its first request, for sites that are sent a difference; empty after the first stage,
+    as `first_request` is None."""
 
     @property
     def stage(self) -> str:
@@ -136,7 +145,9 @@ class Attempt:
                 request = self.first_request
                 assert request is not None  # `advance` drops it after this stage
                 return {
-                    site: msgspec.structs.replace(request, last=self.last.get(site))
+                    site: msgspec.structs.replace(
+                        self.from_last.get(site, request), last=self.last.get(site)
+                    )
                     for site in self.header.cohort
                 }
             # 2
@@ -180,7 +191,8 @@ class Attempt:
             return self
         if isinstance(reply, Refusal):
             unwilling = self.unwilling
-            if self.stage == "train" and reply.check != LOST_ATTEMPT:
+            excused = NO_DIFFERENCE if site in self.from_last else frozenset()
+            if self.stage == "train" and reply.check not in {LOST_ATTEMPT, *excused}:
                 unwilling |= {site}
             refusals = {**self.refusals, site: reply.check}
             return replace(self, refusals=refusals, unwilling=unwilling)
@@ -225,7 +237,7 @@ class Attempt:
             case coordinator.Unmasking() as machine:
                 return AttemptOutcome(aggregate=machine.close(), evidence=self.evidence)
             case machine:
-                following = replace(self, machine=machine.close(), first_request=None)
+                following = replace(self, machine=machine.close(), first_request=None, from_last={})
         match following.machine:
             case coordinator.Sharing() as machine:
                 adverts = next(iter(machine.requests().values()))
@@ -248,6 +260,7 @@ def open_attempt(
     vector_length: int,
     last: Mapping[str, LastAdvert],
     prepared: Prepared | None = None,
+    from_last: Mapping[str, TrainFromLastRequest] | None = None,
 ) -> Attempt:
     """Opens an attempt; nothing was sent yet.
 
@@ -256,6 +269,7 @@ def open_attempt(
         vector_length: number of elements in each masked vector (trained parameters and the weight).
         last: site -> its last advert.
         prepared: the keys and shares that the cohort prepared for this attempt.
+        from_last: site -> its first request, where another takes the place of `first_request`.
 
     Raises:
         IdentityError: a site of the cohort is not in the roster.
@@ -281,6 +295,7 @@ def open_attempt(
         refusals={},
         evidence=Evidence(),
         last=last,
+        from_last=from_last or {},
     )
 
 

@@ -21,6 +21,8 @@ in parentheses end the attempt or the job at that step:
 7. Journal the release, its transcript entry and what the release gate found, all of it or nothing.
 8. Tell the observer. Without a release gate, the adapter is evaluated now.
 9. Send the release: with the next round's train request, or with the finish request after the last.
+   A train request has the whole adapter, or what changed in it for a site that has the one before
+   (`held_adapters`).
 
 An attempt that fails in steps 2 to 4 is journalled as aborted, and step 1 opens the next one. After
 a crash the job resumes at step 1 of the round after the last journalled release: attempt number and
@@ -75,6 +77,7 @@ from umbel_server.jobs import refusals
 from umbel_server.jobs.ahead import Ahead
 from umbel_server.jobs.assessment import Assessment
 from umbel_server.jobs.exchange import Exchange
+from umbel_server.jobs.held_adapters import HeldAdapters
 from umbel_server.jobs.interfaces import Evaluator, Observer
 from umbel_server.jobs.optimizer_state import OptimizerState
 from umbel_server.messaging.link import Link, Step
@@ -149,6 +152,7 @@ class Job:
         self._assessment = Assessment(plan, journal, evaluator, observer)
         self._state = OptimizerState(plan, operator, journal, registry)
         self._ahead = Ahead(roster)
+        self._held = HeldAdapters(plan)
 
     def run(self) -> Release:
         """Runs the job, or what is left of it, and returns its last release.
@@ -324,15 +328,17 @@ class Job:
         return header, signed
 
     def _first_stage(self, header: RoundHeader, signed: Signed) -> Attempt:
+        adapter = self._registry.load(self.plan, header.adapter)
         request = TrainRequest(
-            header=signed,
-            release=self._signed_release(),
-            adapter=to_bytes(self._registry.load(self.plan, header.adapter)),
+            header=signed, release=self._signed_release(), adapter=to_bytes(adapter)
         )
         length = vector_length(self.plan, header.round) + 1
         last = self._journal.last_adverts()
         prepared = self._ahead.take(header)
-        return open_attempt(header, self._roster, self.plan, request, length, last, prepared)
+        from_last = self._held.requests(request, header, adapter)
+        return open_attempt(
+            header, self._roster, self.plan, request, length, last, prepared, from_last
+        )
 
     def _following(self, round_number: int, sites: tuple[str, ...]) -> Preparation | None:
         """The attempt that is expected after a round; None after the last one."""
@@ -365,6 +371,8 @@ class Job:
                 current = current.receive(site, reply)
                 if isinstance(reply, TrainReply) and site in awaited - current.waiting:
                     self._keep_advert(current, site, reply)
+                if isinstance(reply, Refusal) and site in current.from_last:
+                    self._held.refused(site, reply.check)
                 del reply
                 if not current.waiting:
                     break
@@ -390,6 +398,7 @@ class Job:
         request = attempt.first_request
         if request is not None and site not in attempt.refusals:
             self._journal.keep_advert(site, request.header, reply.advert)
+            self._held.answered(site, attempt.header)
 
     def _release(
         self, header: RoundHeader, signed_header: Signed, outcome: AttemptOutcome

@@ -17,6 +17,7 @@ _WHAT_TO_DO = {
     " was spent",
     "malformed-message": "it may run an older Umbel, which does not know this message: let it"
     " upgrade",
+    "release-missing": "it has not kept the adapter of the last round: the next attempt sends it",
     "roster-digest": "it has not approved today's roster: send it umbel-server roster export; its"
     " people run umbel-client roster approve, and restart umbel-client run",
     "revoked-key": "it holds a key of this attempt for revoked: compare with its people",

@@ -70,7 +70,8 @@ def charge(state: Path, *numbers: int) -> None:
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A site of two rounds, whose administrator works beside its client.toml."""
     folder = tmp_path / "north"
-    for name in ("state/decisions/approved", "state/adapters/job", "state/deltas", "state/cache"):
+    kinds = ("decisions/approved", "adapters/job", "deltas", "cache", "releases")
+    for name in (f"state/{kind}" for kind in kinds):
         (folder / name).mkdir(parents=True)
     (folder / "client.toml").write_text(CLIENT_TOML)
     write_identity(folder / "identity.pem", IDENTITY)
@@ -80,6 +81,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "state/adapters/job/adapter.bin").write_bytes(bytes(1000))
     (folder / "state/deltas/1.safetensors").write_text("a delta")
     (folder / "state/cache/hidden").write_text("private data")
+    (folder / "state/releases/job.safetensors").write_text("what an operator sends again")
     charge(folder / "state", 1, 2)
     monkeypatch.chdir(folder)
     return folder
@@ -110,7 +112,9 @@ def files(folder: Path) -> dict[str, bytes]:
 STATE = "budget state-spend --by eve --why disk --rounds job="
 
 
-def test_a_backup_holds_what_is_needed_and_no_key_delta_or_cache(site: Path) -> None:
+def test_a_backup_holds_what_is_needed_and_no_key_delta_cache_or_adapter_of_a_job_under_way(
+    site: Path,
+) -> None:
     assert "2 rounds charged" in run("backup --out b.tar")
     assert (site / "b.tar").stat().st_mode & 0o777 == 0o600
     with tarfile.open(site / "b.tar") as archive:
@@ -145,7 +149,7 @@ def test_what_was_backed_up_comes_back_to_an_empty_machine(
     assert "your key is not on this machine" in printed
     after = files(site)
     databases = {"state/ledger.sqlite", "state/session.sqlite"}
-    gone = {"state/deltas/1.safetensors", "state/cache/hidden"}
+    gone = {"state/deltas/1.safetensors", "state/cache/hidden", "state/releases/job.safetensors"}
     assert {name: after[name] for name in before.keys() - databases - gone} == {
         name: before[name] for name in before.keys() - databases - gone
     }

@@ -14,14 +14,17 @@ from umbel_common.plans.statements import EarlyEnd
 from umbel_common.protocol.wire import (
     HEADER_BYTES,
     MAGIC,
+    MOST_TENSORS,
     WIRE_VERSION,
     Blob,
+    Blobs,
     ConfirmRequest,
     FinishRequest,
     MaskReply,
     OfferReply,
     Reply,
     Request,
+    TrainFromLastRequest,
     TrainRequest,
     _encoded,
     open_reply,
@@ -153,7 +156,7 @@ def test_a_vector_is_encoded_without_a_copy_as_messagepack_would_encode_it(size:
 def test_whatever_is_as_large_as_an_adapter_is_the_last_field(kind: type[msgspec.Struct]) -> None:
     """Otherwise it would be copied once more than a server has room for."""
     fields = msgspec.structs.fields(kind)
-    assert not any(field.type is Blob for field in fields[:-1])
+    assert not any(field.type in (Blob, Blobs) for field in fields[:-1])
 
 
 def test_a_request_with_an_adapter_and_more_is_not_copied_either() -> None:
@@ -164,3 +167,30 @@ def test_a_request_with_an_adapter_and_more_is_not_copied_either() -> None:
         FinishRequest(release=signed, early_end=signed, adapter=adapter),
     ):
         assert _encoded(message)[-1].obj is adapter.obj
+
+
+def from_last(*pieces: memoryview) -> TrainFromLastRequest:
+    signed = sign(IDENTITY, EarlyEnd(federation="f", job="j", plan=bytes(32), round=1))
+    return TrainFromLastRequest(header=signed, release=signed, onto=bytes(32), changed=pieces)
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (300, 70_000), (4,) * 15, (4,) * 16, (0, 8) * 200])
+def test_a_difference_is_encoded_without_a_copy_as_messagepack_would_encode_it(
+    sizes: tuple[int, ...],
+) -> None:
+    request = from_last(*(memoryview(os.urandom(size)) for size in sizes))
+    sealed = seal_request(IDENTITY, "a", request)
+    assert sealed[HEADER_BYTES:] == msgspec.msgpack.encode(request)
+    assert open_request(IDENTITY.public_key, "a", sealed, limit=len(sealed)) == request
+    views = [part for part in _encoded(request) if isinstance(part, memoryview)]
+    assert [view.obj for view in views] == [piece.obj for piece in request.changed]
+
+
+def test_a_difference_has_no_more_tensors_than_an_array_of_16_bits_says() -> None:
+    most = from_last(*[memoryview(b"")] * MOST_TENSORS)
+    sealed = seal_request(IDENTITY, "a", most)
+    assert open_request(IDENTITY.public_key, "a", sealed, limit=10**6) == most
+    more = from_last(*[memoryview(b"")] * (MOST_TENSORS + 1))
+    with pytest.raises(RemoteProtocolError) as refusal:
+        open_request(IDENTITY.public_key, "a", seal_request(IDENTITY, "a", more), limit=10**6)
+    assert refusal.value.check == "malformed-message"

@@ -9,6 +9,7 @@ import pytest
 
 from umbel_common.errors import JobFailed
 from umbel_common.plans.plan import Aggregation, Lora, Tensor
+from umbel_common.protocol.wire import Refusal, TrainRequest
 from umbel_server.messaging.link import Step
 
 SITES = 6
@@ -17,6 +18,7 @@ TENSORS = (
     Tensor(name="head.weight", shape=(3, 400_000), role="head"),
 )
 VECTOR_BYTES = 4 * 1_200_012
+LATE = "site-05"
 
 MakeSetting = Callable[..., Any]
 
@@ -59,13 +61,14 @@ def allocated() -> int:
 
 
 @pytest.fixture
-def setting(make_setting: MakeSetting) -> Iterator[Any]:
+def setting(make_setting: MakeSetting, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Sites of a plan with a large head; the parameter is its method."""
     lora = Lora(
         rank=2,
         alpha=4.0,
         target_modules=("query",),
         layers=None,
-        method="both",
+        method=getattr(request, "param", "both"),
         seed=7,
         tensors=TENSORS,
     )
@@ -75,6 +78,8 @@ def setting(make_setting: MakeSetting) -> Iterator[Any]:
     for site in made.sites.values():
         site.requests = deque(maxlen=0)
         site.vectors = Forgetful()
+        # What it keeps is on the disk of another machine.
+        site.take_adapter = lambda request, header: None
     # What numpy imports when it is first used is not to be measured.
     made.sites["site-00"].delta(1)
     tracemalloc.start()
@@ -100,3 +105,24 @@ def test_a_masked_vector_is_added_and_then_let_go(setting: Any) -> None:
     assert len(worked) == 3 * (SITES - 1)
     # The adapter and the running sum.
     assert max(worked) < 2.5 * VECTOR_BYTES
+
+
+@pytest.mark.parametrize("setting", ["ffa"], indirect=True)
+def test_differences_beside_whole_adapters_need_no_more_memory(setting: Any) -> None:
+    """Nearly all of the adapter is in the difference, which is made without a copy."""
+    late = setting.sites[LATE]
+    first = late.answer
+    missed: list[Any] = []
+
+    def miss_a_round(request: Any) -> Any:
+        if isinstance(request, TrainRequest) and not missed:
+            missed.append(None)
+            return Refusal(check="site-paused")
+        return first(request)
+
+    late.answer = miss_a_round
+    setting.link = MeasuringLink(setting.sites, silent=False)
+    setting.job(attempts=1).run()
+    made = setting.link.after_request["train"]
+    assert len(made) == 3 * SITES
+    assert max(made) < 2.5 * VECTOR_BYTES

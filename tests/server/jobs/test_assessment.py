@@ -13,7 +13,7 @@ from umbel_common.plans.figures import ClassificationFigures, Evaluation, Loss
 from umbel_common.plans.plan import Adam, Aggregation, ReleaseGate, Training, TrainingPlan
 from umbel_common.plans.statements import EarlyEnd
 from umbel_common.protocol.verification import verify_transcript
-from umbel_common.protocol.wire import FinishRequest, TrainRequest
+from umbel_common.protocol.wire import FinishRequest
 from umbel_common.trust.identity import open_signed
 
 MakeSetting = Callable[..., Any]
@@ -82,8 +82,7 @@ def test_a_round_past_the_bound_releases_its_predecessor_and_sites_go_on_from_it
         (2, "mean-loss 5 after 0.9, at most 0.1 more")
     ]
     for site in setting.sites.values():
-        started = [bytes(r.adapter) for r in site.requests if isinstance(r, TrainRequest)]
-        assert started[1] == started[2] != started[0]
+        assert site.started[1] == site.started[2] != site.started[0]
     np.testing.assert_array_equal(evaluator.seen[3][1], evaluator.seen[1][0])
     job = verify_transcript(setting.journal.transcript("job"), setting.roster)
     assert job.held_back == (2,)

@@ -10,7 +10,7 @@ import pytest
 from umbel_common.errors import JobFailed
 from umbel_common.plans.plan import Aggregation
 from umbel_common.plans.statements import HEADER_VERSIONS
-from umbel_common.protocol.wire import TrainRequest
+from umbel_common.protocol.wire import TrainFromLastRequest, TrainRequest
 from umbel_common.secagg.messages import KeyAdvert
 from umbel_common.trust.identity import open_signed
 from umbel_server.storage.journal import Journal
@@ -23,7 +23,7 @@ def shown(setting: Any, site: str) -> list[int | None]:
     """The round of the advert in each request to train; it is this site's, and fits its header."""
     rounds: list[int | None] = []
     for request in setting.sites[site].requests:
-        if isinstance(request, TrainRequest):
+        if isinstance(request, TrainRequest | TrainFromLastRequest):
             if request.last is None:
                 rounds.append(None)
                 continue
@@ -75,7 +75,7 @@ def test_a_reply_that_breaks_a_rule_is_not_kept(make_setting: MakeSetting) -> No
 
     def answer(request: Any) -> Any:
         reply = honest(request)
-        if isinstance(request, TrainRequest):
+        if isinstance(request, TrainRequest | TrainFromLastRequest):
             other = setting.sites["site-02"].identity
             return msgspec.structs.replace(reply, advert=_signed_by(other, reply.advert))
         return reply
