@@ -45,6 +45,7 @@ def distributed(plan: TrainingPlan) -> TrainingPlan:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3 * 3600)
 @pytest.mark.parametrize("make", [local, distributed])
 def test_three_hundred_rounds_finish_and_each_is_charged_once(
     tmp_path: Path, tiny_model: Path, make: Callable[[TrainingPlan], TrainingPlan]

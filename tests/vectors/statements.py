@@ -8,6 +8,7 @@ from vectors.values import (
     ADVERT,
     HEADER,
     HEADER2,
+    PREPARATION,
     RELEASE,
     RELEASE2,
     ROSTER,
@@ -23,15 +24,19 @@ MALFORMED = "malformed-message"
 
 
 def statement_cases() -> list[Case]:
-    """Every statement signed and opened, the rosters' digests, and refusals."""
+    """Every statement signed and opened, what is only hashed, and refusals."""
     cases = [
         accepted(
             name,
             "digest-statement",
-            {"label": label_of(type(roster)), "fields": roster},
-            {"statement": encode(roster), "digest": roster.digest()},
+            {"label": label_of(type(hashed)), "fields": hashed},
+            {"statement": encode(hashed), "digest": found},
         )
-        for name, roster in (("the roster", ROSTER), ("the roster of version 2", ROSTER2))
+        for name, hashed, found in (
+            ("the roster", ROSTER, ROSTER.digest()),
+            ("the roster of version 2", ROSTER2, ROSTER2.digest()),
+            ("a preparation", PREPARATION, PREPARATION.context()),
+        )
     ]
     for name, (signer, statement) in STATEMENTS.items():
         data, label = encode(statement), label_of(type(statement))
