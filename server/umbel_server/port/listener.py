@@ -92,8 +92,10 @@ class Connection(H11Protocol):
         super().__init__(**settings)
         self._of_key = of_key
         self._deadline: asyncio.TimerHandle | None = None
-        self._lingering: int | None = None
-        """Bytes that may still come of a refused request; None: no request was refused."""
+        self._refused: object = None
+        """The request that was refused last, with its answer."""
+        self._lingering = 0
+        """Bytes that may still come of it."""
         self.peer: Peer | None = None
         self.opened = 0.0
         """When the connection was opened, on the event loop's clock."""
@@ -123,7 +125,7 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         super().data_received(data)
-        if self._lingering is not None:
+        if self._refused is self.cycle:
             self._lingering -= len(data)
             if self._lingering < 0:
                 self._end_unfinished()
@@ -151,12 +153,16 @@ class Connection(H11Protocol):
         await self.flow.drain()
 
     def linger(self) -> None:
-        """Ends the connection in a while if the rest of its request is still coming then."""
-        self._lingering = _LINGER_BYTES
+        """Ends the connection in a while if the rest of its request, which was just answered, is
+        still coming then."""
+        if not self.cycle.response_complete:
+            # All of it had come: this is the next request.
+            return
+        self._refused, self._lingering = self.cycle, _LINGER_BYTES
         self.loop.call_later(_LINGER_SECONDS, self._end_unfinished)
 
     def _end_unfinished(self) -> None:
-        if self.conn.their_state is h11.SEND_BODY:
+        if self._refused is self.cycle and self.conn.their_state is h11.SEND_BODY:
             self.abort()
 
     def _watch(self) -> None:
