@@ -91,5 +91,11 @@ def adopt(name: str) -> None:
     logger = logging.getLogger(name)
     logger.handlers.clear()
     logger.setLevel(logging.WARNING)
+    limit(name)
+
+
+def limit(name: str) -> None:
+    """Lets a logger write few events: another party causes them."""
+    logger = logging.getLogger(name)
     if not any(isinstance(one, _Few) for one in logger.filters):
         logger.addFilter(_Few())
