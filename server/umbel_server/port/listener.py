@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import h11
 import uvicorn
@@ -47,6 +47,8 @@ _LINGER_BYTES = 1 << 20
 """How long, and how much of, the rest of a refused request is read and dropped, for its sender to
 see the answer."""
 _KEEP_ALIVE_SECONDS = 75
+_CLOSING_SECONDS = 3.0
+"""How long a port that closes waits for its connections to end."""
 _PACE_SECONDS = 0.02
 _CONNECTIONS_OF_A_KEY = 16
 _STRANGERS = 4096
@@ -400,6 +402,17 @@ class _Server(uvicorn.Server):
         listener: Any = Listener(sockets[0], self._context, make_protocol, open_files())
         self.servers = [listener]
         self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for requests under way, but not for those that their site does not let end, nor
+        for a site that does not take leave."""
+        ending = asyncio.get_running_loop().call_later(_CLOSING_SECONDS, self._end_connections)
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    def _end_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            cast(Connection, connection).abort()
 
 
 def open_files() -> int:
