@@ -50,6 +50,8 @@ _KEEP_ALIVE_SECONDS = 75
 _CLOSING_SECONDS = 3.0
 """How long a port that closes waits for its connections to end."""
 _PACE_SECONDS = 0.02
+_RECORDS_AT_ONCE = 100
+"""TLS records that come at once: of a large body, 32 are as much as waits to be read."""
 _CONNECTIONS_OF_A_KEY = 16
 _STRANGERS = 4096
 _OTHER_FILES = 256
@@ -85,6 +87,28 @@ def _site_of(certificate: x509.Certificate) -> str:
         return "a site without a name"
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     return next((uri.removeprefix(SITE_URI) for uri in uris), "a site without a name")
+
+
+class _Records(ssl.SSLObject):
+    """TLS, which ends with whoever sends crumbs.
+
+    A record takes this thread as long for one byte as for 16 KiB, and all records that have come
+    are read at once: in the meantime, nobody else is served.
+    """
+
+    _at_once = 0
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:
+        """See `ssl.SSLObject`."""
+        try:
+            data = super().read(len, buffer)
+        except ssl.SSLWantReadError:
+            self._at_once = 0
+            raise
+        self._at_once += 1
+        if self._at_once > _RECORDS_AT_ONCE:
+            raise ssl.SSLError(f"more than {_RECORDS_AT_ONCE} records at once")
+        return data
 
 
 class Connection(H11Protocol):
@@ -434,6 +458,7 @@ def tls_context(certificate: Path, key: Path, client_ca: Path) -> ssl.SSLContext
     """
     read_tls_key(key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sslobject_class = _Records
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
     try:

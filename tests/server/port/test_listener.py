@@ -308,6 +308,48 @@ def test_a_port_that_closes_ends_who_is_at_the_door(open_port: OpenPort) -> None
         assert connection.recv(1) == b""
 
 
+@CHECKED
+def test_who_sends_crumbs_is_not_served(
+    open_port: OpenPort, east: Certified, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """A byte in a record of its own takes the port as long as sixteen thousand."""
+    if not checked:
+        monkeypatch.setattr(listener, "_RECORDS_AT_ONCE", 1 << 30)
+    port = open_port()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = east.context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+    with port.connect() as connection:
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                connection.sendall(outgoing.read())
+                incoming.write(connection.recv(1 << 16))
+        tls.write(request(east, PUSH_OBJECT, length=1000))
+        for _ in range(1000):
+            tls.write(b"a")
+        connection.sendall(outgoing.read())
+        if not checked:
+            wait_until(lambda: port.bodies == [1000])
+            return
+        with suppress(ConnectionResetError):
+            while connection.recv(1 << 16):
+                """What the handshake left: the end comes."""
+    assert port.bodies == []
+    assert is_served(port, east)
+
+
+def test_a_large_body_may_come_at_once(open_port: OpenPort, east: Certified) -> None:
+    """As much as waits to be read while the port does something else."""
+    port, body = open_port(), bytes(4 << 20)
+    with port.secure(east) as connection:
+        for _ in range(3):
+            connection.sendall(request(east, PUSH_OBJECT, body))
+            assert status(connection) == 200
+    assert port.bodies == 3 * [len(body)]
+
+
 def idle(connection: ssl.SSLSocket, port: Port, site: Certified) -> None:
     """As a relay's machine that is gone."""
     connection.sendall(request(site))
