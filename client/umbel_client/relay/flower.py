@@ -241,6 +241,7 @@ def _work(
             stopping.wait(_SHORTEST_POLL_SECONDS)
         except TooLargeError as error:
             _logger.warning("a message is dropped: it has more than %s bytes", error)
+            stopping.wait(_SHORTEST_POLL_SECONDS)
         latest = time.monotonic()
 
 

@@ -6,6 +6,7 @@ docs/adr/0011-flower-as-a-carrier.md lists every private name that is used.
 
 import ssl
 from collections.abc import Iterator
+from http.cookiejar import DefaultCookiePolicy
 
 import httpx
 from flwr.app import Message
@@ -16,7 +17,10 @@ from umbel_client.relay.signature import Signature
 from umbel_host.transport.pieces import FLOWER_PIECE_BYTES
 
 LARGEST_ANSWER = 2 * FLOWER_PIECE_BYTES
-"""Size of the largest answer, in bytes: a piece of a message, or the names of all its pieces."""
+"""Size of the largest answer, in bytes: a piece of a message."""
+_LARGEST_OTHER = 1 << 17
+"""Size of every other: a small message, or twice the names of all pieces of the largest."""
+_WITH_A_PIECE = "/v1/fleet/pull-object"
 
 
 def fleet_client(
@@ -26,10 +30,11 @@ def fleet_client(
 
     Flower's own HTTP client follows redirections to any address and reads proxies from the
     environment, and Flower's own interceptors let an answer of the server end this process. Nor
-    does it limit an answer, packed or not. Test:
+    does it limit an answer, packed or not, or the cookies of all answers together. Test:
     `test_the_client_is_httpx_with_a_switch_for_redirections`, and tests/e2e/test_hostile_server.py.
     """
     http.event_hooks = {"request": [_ask_unpacked], "response": [_limit]}
+    http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     client = FleetHttpClient(f"https://{server}", interceptors=[signature], verify=context)
     client._client.close()
     client._client = http
@@ -43,14 +48,16 @@ class _Limited(httpx.SyncByteStream):
         assert isinstance(response.stream, httpx.SyncByteStream)
         self._response = response
         self._stream = response.stream
+        has_piece = response.request.url.path == _WITH_A_PIECE
+        self._most = LARGEST_ANSWER if has_piece else _LARGEST_OTHER
 
     def __iter__(self) -> Iterator[bytes]:
         taken = 0
         for part in self._stream:
             taken += len(part)
-            if taken > LARGEST_ANSWER:
+            if taken > self._most:
                 raise httpx.DecodingError(
-                    f"an answer of more than {LARGEST_ANSWER} bytes", request=self._response.request
+                    f"an answer of more than {self._most} bytes", request=self._response.request
                 )
             yield part
 

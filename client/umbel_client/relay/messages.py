@@ -144,7 +144,7 @@ class Conversation:
                 node=self.node, run_id=message.metadata.run_id, object_id=name
             )
             pulled = self._patiently(partial(self.client.PullObject, request))
-            piece = unpacked_piece(name, pulled.object_content) if pulled.object_available else None
+            piece = unpacked_piece(pulled.object_content) if pulled.object_available else None
             # The HTTP client's objects refer to each other in a circle, with the megabytes in them.
             del pulled
             if piece is None:

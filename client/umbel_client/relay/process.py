@@ -31,7 +31,7 @@ from umbel_host.processes.lifecycle import (
     locked,
     stop_on_signals,
 )
-from umbel_host.processes.log import adopt, configure
+from umbel_host.processes.log import adopt, configure, limit
 from umbel_host.transport.flower import regrouped
 from umbel_host.transport.sockets import SocketServer
 
@@ -91,4 +91,6 @@ def main() -> int:
     give_memory_back()
     configure()
     adopt("flwr")
+    # Most of what it has to tell is what a server does.
+    limit(_logger.name)
     return exit_code(lambda: run(Path(sys.argv[1])))

@@ -41,8 +41,9 @@ def make_printable(name: str) -> None:
 
 
 def configure(level: int = logging.INFO) -> None:
-    """Lets Umbel's own loggers write from `level` on, and other loggers their warnings."""
+    """Lets Umbel's own loggers write from `level` on, and each library few of its warnings."""
     handler = logging.StreamHandler()
+    handler.addFilter(_FewOfEach())
     handler.setFormatter(
         _Lines("%(asctime)sZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
     )
@@ -72,10 +73,29 @@ class _Few(logging.Filter):
         return self._lines <= _MOST_LINES
 
 
+class _FewOfEach(logging.Filter):
+    """Lets few events of each library through. Any of them may have one for each message of a
+    stranger: gRPC for each error of ours, asyncio for each of a connection's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._few: dict[str, _Few] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        library = record.name.partition(".")[0]
+        return library == "umbel" or self._few.setdefault(library, _Few()).filter(record)
+
+
 def adopt(name: str) -> None:
     """Lets a library that has a log of its own write its warnings, and few of them, into ours."""
     logger = logging.getLogger(name)
     logger.handlers.clear()
     logger.setLevel(logging.WARNING)
+    limit(name)
+
+
+def limit(name: str) -> None:
+    """Lets a logger write few events: another party causes them."""
+    logger = logging.getLogger(name)
     if not any(isinstance(one, _Few) for one in logger.filters):
         logger.addFilter(_Few())

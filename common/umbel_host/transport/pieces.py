@@ -10,7 +10,10 @@ FLOWER_FIELD = "sealed"
 """Name of the record's field, if the message is in it; and of the field of a piece."""
 
 FLOWER_NAMES = "names"
-"""Name of the record's field with the names of the message's pieces, 32 bytes each."""
+"""Name of the record's field with the names of the message's pieces."""
+
+NAME_BYTES = 32
+"""Size of a piece's name, the digest of its object."""
 
 FLOWER_PLACE = "place"
 """Name of a piece's field with the message that it belongs to, and its number there: no two pieces

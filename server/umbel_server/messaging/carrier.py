@@ -9,12 +9,15 @@ lost message, and never an error of the process with the key.
 """
 
 import logging
+import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Protocol, TypeVar
+from queue import Empty, Queue
+from typing import Annotated, Any, Protocol, TypeVar
 
 import grpc
 import msgspec
@@ -28,9 +31,11 @@ CARRIER = "umbel.v1.Carrier"
 _SHORTEST_POLL_SECONDS = 0.05
 _LONGEST_POLL_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 1.0
-"""How long one `Wait` takes at most: a job that is to stop does not wait longer."""
+"""How long one `Wait` takes at most: a job that is to stop does not wait longer, for no answer."""
 _AGAIN_SECONDS = 0.5
-_FORGET_SECONDS = 10.0
+_FORGET_SECONDS, _FORGET_ALL_SECONDS = 10.0, 30.0
+"""How long one `Forget` is waited for, and those of a stage together."""
+_COMPLAIN_SECONDS = 60.0
 _logger = logging.getLogger("umbel.rounds")
 T = TypeVar("T")
 
@@ -166,7 +171,8 @@ def read_contacts(path: Path, seconds: float) -> dict[str, Contact]:
             return msgspec.json.decode(call(b"", timeout=seconds), type=dict[str, Contact])
         except grpc.RpcError as error:
             raise unreachable(path, error) from None
-        except (msgspec.MsgspecError, UnicodeError):
+        except Exception:
+            # Whatever a stranger inside that process can make our decoder raise.
             raise UnreachableError("the process with the port gives no answer", file=path) from None
 
 
@@ -193,7 +199,7 @@ class CarrierLink:
         self._post = self._channel.stream_unary(f"/{CARRIER}/Post")
         self._collect = self._channel.unary_stream(f"/{CARRIER}/Collect")
         self._wait = self._channel.unary_unary(f"/{CARRIER}/Wait")
-        self._complaint = ""
+        self._complained = -math.inf
         self._forget = self._channel.unary_unary(f"/{CARRIER}/Forget")
 
     def close(self) -> None:
@@ -254,11 +260,14 @@ class CarrierLink:
 
     def _abandon(self, waiting: list[_Waiting]) -> None:
         """Deletes the messages that were not answered: what comes now would stay for nobody."""
+        deadline = time.monotonic() + _FORGET_ALL_SECONDS
         for one in waiting:
-            if one.identifier is not None:
-                # If the other process does not answer, its next start deletes everything.
+            seconds = min(_FORGET_SECONDS, deadline - time.monotonic())
+            if one.identifier is not None and seconds > 0:
+                # If the other process does not answer, it deletes what has expired, and its next
+                # start deletes everything.
                 with suppress(grpc.RpcError):
-                    self._forget(one.identifier.encode(), timeout=_FORGET_SECONDS)
+                    self._forget(one.identifier.encode(), timeout=seconds)
 
     def _check_stopped(self) -> None:
         if self._should_stop():
@@ -290,22 +299,55 @@ class CarrierLink:
     def _collected(self, step: Step, one: _Waiting, deadline: float) -> tuple[bool, bytes | None]:
         assert one.identifier is not None  # it was posted
         seconds = max(deadline - time.monotonic(), _AGAIN_SECONDS)
-        answer = self._collect(one.identifier.encode(), timeout=seconds)
-        collected = msgspec.json.decode(next(answer), type=_Collected)
+        call = self._collect(one.identifier.encode(), timeout=seconds)
         reply = None
-        if collected.replied:
-            reply = joined(self._until_stopped(answer), step.largest_reply)
+        try:
+            answer = self._until_stopped(call)
+            collected = msgspec.json.decode(next(answer), type=_Collected)
+            if collected.replied:
+                reply = joined(answer, step.largest_reply)
+        finally:
+            # Of a reply that is too large, the rest is not read, and so not deleted as it is read.
+            call.cancel()
         if reply is not None and len(reply) > step.largest_reply:
-            # The rest is not read, and so not deleted as it is read.
-            answer.cancel()
             self._abandon([one])
         return collected.over, reply
 
-    def _until_stopped(self, parts: Iterable[bytes]) -> Iterator[bytes]:
-        # Parts without content would never reach the limit of a reply.
-        for part in parts:
-            self._check_stopped()
-            yield part
+    def _until_stopped(self, call: Any) -> Iterator[bytes]:
+        """Yields the parts of an answer as they come. Raises `JobStopped` also while none comes, or
+        while parts without content come, which never reach the limit of a reply."""
+        parts: Queue[bytes | Exception | None] = Queue(1)
+
+        def read() -> None:
+            try:
+                for part in call:
+                    parts.put(part)
+                parts.put(None)
+            except Exception as error:
+                parts.put(error)
+
+        reader = threading.Thread(target=read, name="collect", daemon=True)
+        reader.start()
+        try:
+            while True:
+                self._check_stopped()
+                try:
+                    part = parts.get(timeout=_LONGEST_WAIT_SECONDS)
+                except Empty:
+                    continue
+                if isinstance(part, Exception):
+                    raise part
+                if part is None:
+                    return
+                yield part
+                del part
+        finally:
+            call.cancel()
+            while reader.is_alive():
+                # It may wait for room.
+                with suppress(Empty):
+                    parts.get_nowait()
+                reader.join(_SHORTEST_POLL_SECONDS)
 
     def _heard(self, ask: Callable[[], T], lost: T) -> T:
         """Returns an answer of the other process, or `lost` for anything else that it sends.
@@ -320,10 +362,11 @@ class CarrierLink:
             raise
         except Exception as error:
             # Whatever a stranger inside that process can make our decoders raise.
-            complaint = type(error).__name__
-            if complaint != self._complaint:
-                self._complaint = complaint
-                _logger.error("the process with the port gives no answer: %s %s", complaint, error)
+            now = time.monotonic()
+            if now - self._complained >= _COMPLAIN_SECONDS:
+                self._complained = now
+                what = type(error).__name__
+                _logger.error("the process with the port gives no answer: %s %s", what, error)
             return lost
 
     def _leave(self, step: Step, site: str, sealed: bytes, deadline: float) -> str | None:
@@ -343,8 +386,15 @@ class CarrierLink:
                 time.sleep(_AGAIN_SECONDS)
 
     def _posted(self, address: _Address, sealed: bytes) -> str | None:
-        answer = self._post(_request(address, sealed), timeout=address.seconds)
-        return msgspec.json.decode(answer, type=Posted).identifier
+        call = self._post.future(_request(address, sealed), timeout=address.seconds)
+        try:
+            while True:
+                self._check_stopped()
+                with suppress(grpc.FutureTimeoutError):
+                    answer = call.result(timeout=_LONGEST_WAIT_SECONDS)
+                    return msgspec.json.decode(answer, type=Posted).identifier
+        finally:
+            call.cancel()
 
 
 def _request(address: _Address, sealed: bytes) -> Iterator[bytes]:

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from flwr.app import Message
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore import sql_mixin
+from flwr.supercore.corestate import sql_corestate
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.state.schema.corestate_models import ObjectPushSession, ObjectPushSessionRoot
 from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
@@ -36,6 +37,8 @@ _PRAGMAS = {
     "busy_timeout": "60000",
 }
 _TIDY_SECONDS = 5.0
+PUSH_SECONDS = 1200
+"""More than `gate` gives a body, and a relay tries again, together."""
 
 
 def shrink_databases() -> None:
@@ -54,6 +57,18 @@ def shrink_databases() -> None:
     databases.SQLITE_PRAGMAS = tuple(
         (name, _PRAGMAS.get(name, value)) for name, value in databases.SQLITE_PRAGMAS
     )
+
+
+def wait_for_slow_lines() -> None:
+    """Lets as much time pass between two pieces of a reply as the gate and a relay give a piece.
+
+    Reason: after three minutes in which no piece came, Flower deletes a reply and all that came of
+    it, when the next piece comes, and answers as if it were well.
+
+    Held by: test_a_piece_may_be_long_in_coming.
+    """
+    pushing: Any = sql_corestate
+    pushing.OBJECT_PUSH_SESSION_TTL_SECONDS = PUSH_SECONDS
 
 
 def fleet_only(flower: FastAPI, judge: Middleware) -> FastAPI:
@@ -99,13 +114,14 @@ def answered(scope: Scope, response: Any) -> Response:
 
 
 def response(scope: Scope) -> Any:
-    """Returns the answer of Flower's handler to a request, in the type that its path has.
+    """Returns the answer of Flower's handler to a request, in the type that its path has; None if
+    it has none, because the request is none.
 
     Reason: as `answered`.
 
     Held by: test_a_message_whose_delivery_was_lost_is_delivered_once_more.
     """
-    return scope["state"]["protobuf_response"]
+    return scope["state"].get("protobuf_response")
 
 
 def tidy_seldom(state: Any) -> None:

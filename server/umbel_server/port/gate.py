@@ -209,6 +209,8 @@ class Gate:
             self._tell(f"{site} speaks with another key than its certificate's")
             return 403
         self._on_heard(site, scope["path"], connection.opened, connection.place())
+        # Flower's authentication judges a URL that begins with this header.
+        scope["headers"] = [one for one in scope["headers"] if one[0] != b"host"]
         return None
 
     def _tell(self, reason: str) -> None:
@@ -249,21 +251,21 @@ def _parts(message: Message) -> Iterator[Message]:
 
 async def _body(receive: Receive, length: int, connection: Connection) -> bytes | None:
     """Step 7: returns a body; None if it did not come, and its connection has ended."""
-    parts: list[bytes] = []
+    # Not a list of parts: each may be a byte, and would take fifty.
+    come = bytearray()
 
     async def read() -> bool:
-        come, more = 0, True
+        more = True
         while more:
             message = await receive()
-            come += len(message.get("body", b""))
-            if message["type"] == "http.disconnect" or come > length:
+            come.extend(message.get("body", b""))
+            if message["type"] == "http.disconnect" or len(come) > length:
                 return False
-            parts.append(message["body"])
             more = message.get("more_body", False)
         return True
 
     if await _within(read(), connection):
-        return b"".join(parts)
+        return bytes(come)
     connection.abort()
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import h11
 import uvicorn
@@ -47,7 +47,11 @@ _LINGER_BYTES = 1 << 20
 """How long, and how much of, the rest of a refused request is read and dropped, for its sender to
 see the answer."""
 _KEEP_ALIVE_SECONDS = 75
+_CLOSING_SECONDS = 3.0
+"""How long a port that closes waits for its connections to end."""
 _PACE_SECONDS = 0.02
+_RECORDS_AT_ONCE = 100
+"""TLS records that come at once: of a large body, 32 are as much as waits to be read."""
 _CONNECTIONS_OF_A_KEY = 16
 _STRANGERS = 4096
 _OTHER_FILES = 256
@@ -85,6 +89,28 @@ def _site_of(certificate: x509.Certificate) -> str:
     return next((uri.removeprefix(SITE_URI) for uri in uris), "a site without a name")
 
 
+class _Records(ssl.SSLObject):
+    """TLS, which ends with whoever sends crumbs.
+
+    A record takes this thread as long for one byte as for 16 KiB, and all records that have come
+    are read at once: in the meantime, nobody else is served.
+    """
+
+    _at_once = 0
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:
+        """See `ssl.SSLObject`."""
+        try:
+            data = super().read(len, buffer)
+        except ssl.SSLWantReadError:
+            self._at_once = 0
+            raise
+        self._at_once += 1
+        if self._at_once > _RECORDS_AT_ONCE:
+            raise ssl.SSLError(f"more than {_RECORDS_AT_ONCE} records at once")
+        return data
+
+
 class Connection(H11Protocol):
     """HTTP over one verified connection."""
 
@@ -92,8 +118,10 @@ class Connection(H11Protocol):
         super().__init__(**settings)
         self._of_key = of_key
         self._deadline: asyncio.TimerHandle | None = None
-        self._lingering: int | None = None
-        """Bytes that may still come of a refused request; None: no request was refused."""
+        self._refused: object = None
+        """The request that was refused last, with its answer."""
+        self._lingering = 0
+        """Bytes that may still come of it."""
         self.peer: Peer | None = None
         self.opened = 0.0
         """When the connection was opened, on the event loop's clock."""
@@ -123,7 +151,7 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         super().data_received(data)
-        if self._lingering is not None:
+        if self._refused is self.cycle:
             self._lingering -= len(data)
             if self._lingering < 0:
                 self._end_unfinished()
@@ -151,12 +179,16 @@ class Connection(H11Protocol):
         await self.flow.drain()
 
     def linger(self) -> None:
-        """Ends the connection in a while if the rest of its request is still coming then."""
-        self._lingering = _LINGER_BYTES
+        """Ends the connection in a while if the rest of its request, which was just answered, is
+        still coming then."""
+        if not self.cycle.response_complete:
+            # All of it had come: this is the next request.
+            return
+        self._refused, self._lingering = self.cycle, _LINGER_BYTES
         self.loop.call_later(_LINGER_SECONDS, self._end_unfinished)
 
     def _end_unfinished(self) -> None:
-        if self.conn.their_state is h11.SEND_BODY:
+        if self._refused is self.cycle and self.conn.their_state is h11.SEND_BODY:
             self.abort()
 
     def _watch(self) -> None:
@@ -395,6 +427,17 @@ class _Server(uvicorn.Server):
         self.servers = [listener]
         self.started = True
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for requests under way, but not for those that their site does not let end, nor
+        for a site that does not take leave."""
+        ending = asyncio.get_running_loop().call_later(_CLOSING_SECONDS, self._end_connections)
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    def _end_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            cast(Connection, connection).abort()
+
 
 def open_files() -> int:
     """Lets this process open as many files as it may; returns how many."""
@@ -415,6 +458,7 @@ def tls_context(certificate: Path, key: Path, client_ca: Path) -> ssl.SSLContext
     """
     read_tls_key(key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sslobject_class = _Records
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
     try:

@@ -19,7 +19,7 @@ from itertools import chain
 from typing import Any
 
 from flwr.app import Message, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.proto.message_pb2 import ObjectTree
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -211,12 +211,20 @@ class NodeMailbox:
             has_come = self._superlink.expected.has_come(identifier)
             if not has_come and self._superlink.is_away(posted.node):
                 return None
-            replies = self._state.get_message_res({identifier}, self._superlink.run_id)
+            try:
+                replies = self._state.get_message_res({identifier}, self._superlink.run_id)
+            except SQLAlchemyError:
+                raise
+            except Exception as error:
+                # Flower takes replies that it cannot read: a time that is no number, for one.
+                _logger.debug("a reply cannot be read: %s", type(error).__name__)
+                self.forget(identifier)
+                return Collected(None)
             if not replies:
                 return None
             # Flower tells of a reply once, when its node has announced it: pieces may be missing.
             (reply,) = replies
-            if reply.has_error():
+            if reply.has_error() and reply.metadata.src_node_id == SUPERLINK_NODE_ID:
                 # An error that Flower made itself is not in the table of replies.
                 self._state.object_store.delete(str(reply.metadata.message_id))
                 unavailable = reply.error.code == ErrorCode.NODE_UNAVAILABLE
@@ -310,7 +318,7 @@ class NodeMailbox:
     def _pieces(self, names: tuple[str, ...]) -> Iterator[bytes]:
         for name in names:
             content = self._state.get_object(self._superlink.run_id, name)
-            piece = unpacked_piece(name, content) if content else None
+            piece = unpacked_piece(content) if content else None
             if piece is None:
                 # The reply is too short now: its seal will show it.
                 return

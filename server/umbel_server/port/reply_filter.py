@@ -15,7 +15,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from umbel_host.transport.pieces import FLOWER_FIELD, FLOWER_NAMES, FLOWER_RECORD
+from umbel_host.transport.flower import is_piece
+from umbel_host.transport.pieces import FLOWER_FIELD, FLOWER_NAMES, FLOWER_RECORD, NAME_BYTES
 from umbel_server.port import flower_patches
 from umbel_server.port.expected_replies import ExpectedReplies, Verdict
 
@@ -100,11 +101,8 @@ class ReplyFilter:
             answer = self._judge_reply(request)
             comes = None if answer else request.messages_list[0].metadata.message_id
         elif scope["path"] == PUSH_OBJECT:
-            verdict = self._expected.take(
-                request.node.node_id, request.object_id, len(request.object_content)
-            )
-            answer = _refusal(verdict)
-            comes = request.object_id
+            answer = self._judge_piece(request)
+            comes = None if answer else request.object_id
         elif scope["path"] == ACTIVATE:
             if self._is_too_often(request.public_key):
                 answer = JSONResponse("this relay connects too often", 429)
@@ -127,11 +125,18 @@ class ReplyFilter:
 
     def _note(self, scope: Scope, request: Any, comes: str | None) -> None:
         """Takes note of what Flower has done, before anybody else hears of it."""
-        if comes is not None:
-            self._expected.stored(request.node.node_id, comes)
-        elif scope["path"] == PULL:
-            for message in flower_patches.response(scope).messages_list:
+        done = flower_patches.response(scope)
+        if done is None:
+            return
+        if scope["path"] == PULL:
+            for message in done.messages_list:
                 self._expected.delivered(message.metadata.message_id)
+        elif comes is not None and (
+            # Flower says nothing else of a reply, or a piece, that it does not take. A reply has
+            # no object of its own, so that one is missing for ever.
+            done.stored if scope["path"] == PUSH_OBJECT else comes in done.objects_to_push
+        ):
+            self._expected.stored(request.node.node_id, comes)
 
     async def _is_asked(self, node: int) -> bool:
         """Whether a node that asks for a message is to get one; waits until there is one."""
@@ -183,6 +188,12 @@ class ReplyFilter:
             )
         )
 
+    def _judge_piece(self, request: Any) -> JSONResponse | None:
+        if not is_piece(request.object_content):
+            return _refusal(Verdict.REFUSED)
+        size = len(request.object_content)
+        return _refusal(self._expected.take(request.node.node_id, request.object_id, size))
+
     def _is_too_often(self, key: bytes) -> bool:
         times, now = self._activated[key], time.monotonic()
         if len(times) == _CONNECTIONS and now - times[0] < _PER_SECONDS:
@@ -202,26 +213,29 @@ def announcement(request: PushMessagesRequest) -> tuple[list[str], int] | None:
     (message,), (tree,) = request.messages_list, request.message_object_trees
     if message.metadata.src_node_id != request.node.node_id:
         return None
-    if tree.object_id != message.metadata.message_id or any(
-        piece.children for piece in tree.children
-    ):
+    if tree.object_id != message.metadata.message_id:
         return None
-    pieces = [piece.object_id for piece in tree.children]
     if not message.HasField("content"):
-        return None if pieces else ([], message.ByteSize())
+        return None if tree.children else ([], message.ByteSize())
     records = message.content.items
     if len(records) != 1 or records[0].key != FLOWER_RECORD:
         return None
     fields = records[0].config_record.items
     if len(fields) != 1:
         return None
-    if fields[0].key == FLOWER_FIELD and not pieces:
-        return [], len(fields[0].value.bytes)
-    if fields[0].key == FLOWER_NAMES and pieces:
-        # Flower keeps no order of the pieces; the names in the content do.
-        names = fields[0].value.bytes.hex()
-        return (pieces, 0) if names == "".join(pieces) else None
-    return None
+    value = fields[0].value.bytes
+    if fields[0].key == FLOWER_FIELD and not tree.children:
+        return [], len(value)
+    if fields[0].key != FLOWER_NAMES or not tree.children:
+        return None
+    # No piece is looked at that has no name: everybody waits meanwhile.
+    if len(value) != NAME_BYTES * len(tree.children):
+        return None
+    if any(piece.children for piece in tree.children):
+        return None
+    pieces = [piece.object_id for piece in tree.children]
+    # Flower keeps no order of the pieces; the names in the content do.
+    return (pieces, 0) if value.hex() == "".join(pieces) else None
 
 
 def _refusal(verdict: Verdict) -> JSONResponse | None:

@@ -41,6 +41,7 @@ class SuperLink:
         Messages that former runs left undelivered are deleted: nobody waits for them any more.
         """
         flower_patches.shrink_databases()
+        flower_patches.wait_for_slow_lines()
         flower = create_app()
         # Only `register` makes nodes: a relay cannot register itself.
         flower.state.enable_supernode_auth = True

@@ -4,10 +4,12 @@ Each attack is run a second time without the fix, where it must reach its goal. 
 tests/e2e/test_hostile_server.py.
 """
 
+import logging
 import threading
 import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from http.cookiejar import DefaultCookiePolicy as CookiePolicy
 from pathlib import Path
 
 import httpx
@@ -15,11 +17,12 @@ import pytest
 from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 
-from umbel_client.relay import flower, flower_patches, server_clock
+from umbel_client.relay import flower, flower_patches, process, server_clock
 from umbel_client.relay.flower import Connection, serve
 from umbel_client.relay.messages import Pieces
 from umbel_client.relay.server_clock import ServerClock
 from umbel_common.errors import UnreachableError
+from umbel_host.transport.pieces import FLOWER_PIECE_BYTES
 from umbel_server.operator.authority import (
     Authority,
     certificate_pem,
@@ -127,6 +130,28 @@ def test_a_server_does_not_choose_the_decoder_of_its_error(
         _ = response.text
 
 
+@pytest.mark.parametrize("checked", [False, True], ids=["without the check", "with it"])
+def test_a_server_does_not_fill_a_relays_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, checked: bool
+) -> None:
+    """It may offer messages that are too large as fast as the relay can drop them."""
+    monkeypatch.setattr(logging.getLogger("umbel.relay"), "filters", [])
+    for name in ("hide_memory", "give_memory_back", "configure"):
+        monkeypatch.setattr(process, name, lambda: None)
+    monkeypatch.setattr(process, "adopt", lambda name: None)
+    if not checked:
+        monkeypatch.setattr(process, "limit", lambda name: None)
+
+    def run(path: Path) -> None:
+        for _ in range(100):
+            logging.getLogger("umbel.relay").warning("a message is dropped")
+
+    monkeypatch.setattr(process, "run", run)
+    monkeypatch.setattr("sys.argv", ["relay", "client.toml"])
+    assert process.main() == 0
+    assert len(caplog.records) == (20 if checked else 100)
+
+
 FAR = "Fri, 31 Dec 9999 23:59:59 GMT"
 NONE = httpx.Request("POST", "https://server")
 
@@ -173,6 +198,49 @@ def test_an_answer_that_was_long_in_coming_does_not_set_the_clock_wrong(ahead: f
         assert clock.offset == timedelta(seconds=ahead)
     clock.learn(dated(asked + timedelta(seconds=200)), asked)
     assert abs(clock.offset - timedelta(seconds=200)) < timedelta(seconds=1)
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["without the check", "with it"])
+def test_no_cookie_is_kept(
+    relay: Callable[..., None], monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """A server may send others with each answer, and would get all of them with each request."""
+    if not checked:
+        monkeypatch.setattr(flower_patches, "DefaultCookiePolicy", lambda **_: CookiePolicy())
+    cookies: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        cookies.append(request.headers.get("cookie", ""))
+        return normal(request, **{"set-cookie": f"a{len(cookies)}={1000 * 'x'}"})
+
+    relay(answer)
+    assert (max(map(len, cookies)) > 5000) is not checked
+    assert any(cookies) is not checked
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "taken"),
+    [
+        ("pull-object", FLOWER_PIECE_BYTES + (1 << 16), True),
+        ("pull-messages", 1 << 16, True),
+        ("pull-messages", 1 << 20, False),
+        ("push-messages", 1 << 20, False),
+    ],
+)
+def test_an_answer_is_no_larger_than_its_path_needs(path: str, size: int, taken: bool) -> None:
+    """What a relay makes of a message of 8 MiB in small parts took 8 seconds and 300 MB."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, stream=httpx.ByteStream(bytes(size)))
+
+    http = httpx.Client(transport=httpx.MockTransport(answer))
+    client = flower_patches.fleet_client("server:1", True, http, None)  # type: ignore[arg-type]
+    url = f"https://server:1/v1/fleet/{path}"
+    if taken:
+        assert len(client._client.post(url).content) == size
+    else:
+        with pytest.raises(httpx.DecodingError):
+            client._client.post(url)
 
 
 BOMB_BYTES = 3 * flower_patches.LARGEST_ANSWER

@@ -2,14 +2,18 @@
 
 import asyncio
 import logging
+import re
 import ssl
 import threading
 import time
+import tracemalloc
 from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
+import starlette.datastructures
 from server.port.conftest import Certified, OpenPort, Port, request, status, wait_until
+from starlette.datastructures import URL
 from support.waiting import HANGING
 
 from umbel_server.port import gate, listener
@@ -97,6 +101,58 @@ def test_bytes_are_counted_as_they_come_whatever_was_announced(
     body = asyncio.run(gate._body(peer.receive, 10, peer))
     assert (body is None) is checked
     assert (peer.given <= 1000) is checked
+
+
+class Crumbs(Endless):
+    """What the web server gives of a body that comes in TLS records of three bytes."""
+
+    async def receive(self) -> dict[str, Any]:
+        self.given += 3
+        body = self.given.to_bytes(3, "big")
+        return {"type": "http.request", "body": body, "more_body": self.given < 300_000}
+
+
+def test_a_body_takes_as_much_memory_as_it_has_bytes() -> None:
+    """However small the parts are that it comes in: each, as an object, takes forty."""
+    peer: Any = Crumbs()
+    tracemalloc.start()
+    try:
+        body = asyncio.run(gate._body(peer.receive, 300_000, peer))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(body or b"") == 300_000
+    assert most < 10 * 300_000
+
+
+@CHECKED
+def test_what_is_judged_by_its_url_has_the_path_that_the_gate_saw(
+    open_port: OpenPort, east: Certified, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """A URL begins with the header that names the host, and Flower authenticates by the URL."""
+    if not checked:
+        judge = gate.Gate._judge
+
+        def judged(self: gate.Gate, scope: Any) -> int | None:
+            headers = scope["headers"]
+            refused = judge(self, scope)
+            scope["headers"] = headers
+            return refused
+
+        monkeypatch.setattr(gate.Gate, "_judge", judged)
+    # What starlette itself does about it, since lately.
+    monkeypatch.setattr(starlette.datastructures, "_HOST_RE", re.compile(".*"))
+    port, seen = open_port(), list[str]()
+    fleet = port._gate._fleet
+
+    async def noting(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(URL(scope=scope).path)
+        await fleet(scope, receive, send)
+
+    port._gate._fleet = noting
+    data = request(east).replace(b"host: x", b"host: x/v1/runtime/pull-object?")
+    assert answer(port, east, data) == 200
+    assert seen == [ACTIVATE if checked else "/v1/runtime/pull-object"]
 
 
 @pytest.mark.parametrize("path", sorted(PATHS))
@@ -314,6 +370,21 @@ def test_the_rest_of_a_refused_request_is_not_read_for_long(
         flooding.start()
         assert ended.wait(HANGING)
         flooding.join(HANGING)
+
+
+def test_what_follows_a_refused_request_is_read_whole(
+    open_port: OpenPort, east: Certified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the same connection: also more than is read of a refused one, and for longer."""
+    monkeypatch.setattr(listener, "_LINGER_SECONDS", 0.1)
+    body = bytes(2 * listener._LINGER_BYTES)
+    with open_port().secure(east) as connection:
+        connection.sendall(request(east, "/"))
+        assert status(connection) == 404
+        connection.sendall(request(east, PUSH_OBJECT, body[:-1], length=len(body)))
+        time.sleep(0.3)
+        connection.sendall(body[-1:])
+        assert status(connection) == 200
 
 
 def test_what_is_no_request_of_a_relay_is_not_told_in_the_log(

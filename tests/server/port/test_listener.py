@@ -4,15 +4,18 @@ import asyncio
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from server.port.conftest import Certified, Kit, OpenPort, Port, request, status, wait_until
+from support.waiting import HANGING
 
 from umbel_server.port import listener
 from umbel_server.port.listener import Listener, place_of
+from umbel_server.port.reply_filter import PUSH_OBJECT
 
 CHECKED = pytest.mark.parametrize("checked", [False, True], ids=["without the check", "with it"])
 FEW = 20
@@ -303,6 +306,82 @@ def test_a_port_that_closes_ends_who_is_at_the_door(open_port: OpenPort) -> None
         wait_until(lambda: port.door._strangers == 1)
         port.close()
         assert connection.recv(1) == b""
+
+
+@CHECKED
+def test_who_sends_crumbs_is_not_served(
+    open_port: OpenPort, east: Certified, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """A byte in a record of its own takes the port as long as sixteen thousand."""
+    if not checked:
+        monkeypatch.setattr(listener, "_RECORDS_AT_ONCE", 1 << 30)
+    port = open_port()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = east.context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+    with port.connect() as connection:
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                connection.sendall(outgoing.read())
+                incoming.write(connection.recv(1 << 16))
+        tls.write(request(east, PUSH_OBJECT, length=1000))
+        for _ in range(1000):
+            tls.write(b"a")
+        connection.sendall(outgoing.read())
+        if not checked:
+            wait_until(lambda: port.bodies == [1000])
+            return
+        with suppress(ConnectionResetError):
+            while connection.recv(1 << 16):
+                """What the handshake left: the end comes."""
+    assert port.bodies == []
+    assert is_served(port, east)
+
+
+def test_a_large_body_may_come_at_once(open_port: OpenPort, east: Certified) -> None:
+    """As much as waits to be read while the port does something else."""
+    port, body = open_port(), bytes(4 << 20)
+    with port.secure(east) as connection:
+        for _ in range(3):
+            connection.sendall(request(east, PUSH_OBJECT, body))
+            assert status(connection) == 200
+    assert port.bodies == 3 * [len(body)]
+
+
+def idle(connection: ssl.SSLSocket, port: Port, site: Certified) -> None:
+    """As a relay's machine that is gone."""
+    connection.sendall(request(site))
+    assert status(connection) == 200
+
+
+def stalled(connection: ssl.SSLSocket, port: Port, site: Certified) -> None:
+    connection.sendall(request(site, PUSH_OBJECT, b"x", length=1000))
+
+
+def unread(connection: ssl.SSLSocket, port: Port, site: Certified) -> None:
+    port.answer = bytes(30 << 20)
+    connection.sendall(request(site))
+    assert connection.recv(1)
+
+
+@CHECKED
+@pytest.mark.parametrize("held", [idle, stalled, unread])
+def test_a_port_that_closes_waits_for_no_site(
+    open_port: OpenPort,
+    east: Certified,
+    monkeypatch: pytest.MonkeyPatch,
+    held: Callable[[ssl.SSLSocket, Port, Certified], None],
+    checked: bool,
+) -> None:
+    monkeypatch.setattr(listener, "_CLOSING_SECONDS", 0.1 if checked else HANGING)
+    port = open_port()
+    with port.secure(east) as connection:
+        held(connection, port, east)
+        port.server.should_exit = True
+        port._thread.join(HANGING if checked else 0.6)
+        assert port._thread.is_alive() is not checked
 
 
 @pytest.mark.parametrize(
