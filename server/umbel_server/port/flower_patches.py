@@ -114,8 +114,8 @@ def answered(scope: Scope, response: Any) -> Response:
 
 
 def response(scope: Scope) -> Any:
-    """Returns the answer of Flower's handler to a request, in the type that its path has; None if
-    it has none, because the request is none.
+    """Returns the answer of Flower's handler to a request, in the type that its path has; None where
+    Flower gave no such answer.
 
     Reason: as `answered`.
 
