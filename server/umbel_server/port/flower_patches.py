@@ -114,7 +114,7 @@ def answered(scope: Scope, response: Any) -> Response:
 
 
 def response(scope: Scope) -> Any:
-    """Returns the answer of Flower's handler to a request, in the type that its path has; None where
+    """Returns the answer of Flower's handler to a request, in the type of its path; None where
     Flower gave no such answer.
 
     Reason: as `answered`.
