@@ -104,8 +104,10 @@ def serve(
                 _logger.info("connected to %s", way)
                 _work(client, node, clock, handle, largest, stopping)
         except UmbelError:
-            # The trainer's, which ended while this process was told to stop.
-            raise
+            # The trainer's, which nobody waits for when this process is told to stop. The server
+            # delivers the message again.
+            if not stopping.is_set():
+                raise
         except Exception as error:
             # A server may send anything, and Flower and httpx may raise anything at it. Never may a
             # server decide when a relay ends.
