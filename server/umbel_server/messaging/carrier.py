@@ -307,7 +307,7 @@ class CarrierLink:
             if collected.replied:
                 reply = joined(answer, step.largest_reply)
         finally:
-            # Of a reply that is too large, the rest is not read, and so not deleted as it is read.
+            # The rest of a reply that is too large is not read, and so not deleted as it is read.
             call.cancel()
         if reply is not None and len(reply) > step.largest_reply:
             self._abandon([one])

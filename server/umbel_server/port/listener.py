@@ -90,7 +90,7 @@ def _site_of(certificate: x509.Certificate) -> str:
 
 
 class _Records(ssl.SSLObject):
-    """TLS, which ends with whoever sends crumbs.
+    """TLS that ends when it comes in crumbs.
 
     A record takes this thread as long for one byte as for 16 KiB, and all records that have come
     are read at once: in the meantime, nobody else is served.
