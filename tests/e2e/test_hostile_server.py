@@ -2,11 +2,12 @@
 
 import json
 import signal
+import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -249,6 +250,60 @@ def test_a_message_that_no_plan_can_need_does_not_fill_a_relays_memory(
 
 def pulls(path: str) -> str:
     return path.rpartition("/")[2]
+
+
+@contextmanager
+def endless(
+    context: ssl.SSLContext, said: bytes, over: threading.Event
+) -> Iterator[tuple[int, list[str]]]:
+    """A server that says the same again and again until it is over: its port, and the connections
+    that it got."""
+    listening, connections = socket.create_server(("127.0.0.1", 0)), list[str]()
+
+    def answer(opened: socket.socket) -> None:
+        with suppress(OSError), context.wrap_socket(opened, server_side=True) as tls:
+            tls.recv(1 << 16)
+            connections.append("one")
+            while not over.wait(0.001):
+                tls.sendall(said)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(listening.accept()[0],), daemon=True).start()
+
+    accepting = threading.Thread(target=accept)
+    accepting.start()
+    try:
+        yield int(listening.getsockname()[1]), connections
+    finally:
+        listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
+        accepting.join(HANGING)
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["without the check", "with it"])
+@pytest.mark.parametrize(
+    "said", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 "], ids=["promises", "crumbs"]
+)
+def test_a_relay_waits_for_no_answer_without_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes, checked: bool
+) -> None:
+    monkeypatch.setattr(umbel_client.relay.flower, "_ANSWER_SECONDS", 0.2)
+    if not checked:
+        monkeypatch.setattr(umbel_client.relay.flower, "_Socket", ssl.SSLSocket)
+    kit = Kit(tmp_path)
+    over = threading.Event()
+    with (
+        endless(kit.context(), said, over) as (port, connections),
+        relay(kit.connection(port)),
+    ):
+        if checked:
+            wait_for(connections, 2)
+        else:
+            time.sleep(1.7)
+            assert len(connections) == 1
+        over.set()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,11 @@
 """The relay does not start on what it cannot use, and says in a few lines why."""
 
+import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,6 +14,8 @@ from e2e.daemons import Clinics, Daemon, Site
 from support.waiting import HANGING
 
 from umbel_common.errors import ConfigError, IdentityError, StorageError, UmbelError
+from umbel_server.messaging.carrier import CarrierLink
+from umbel_server.messaging.link import JobStopped, Step
 from umbel_server.operator.authority import Authority, certificate_pem, key_pem, new_key
 
 
@@ -78,3 +84,40 @@ def test_a_second_relay_at_one_trainer_refuses_to_start(clinics: Clinics) -> Non
     assert second.wait() == StorageError.exit_code
     assert "this site's relay is already running" in site.relay.log.read_text()
     assert site.relay.running
+
+
+@pytest.mark.full
+def test_a_relay_that_stops_does_not_wait_for_its_trainer(clinics: Clinics) -> None:
+    """The trainer may train for hours, or not be there. The message is delivered again later."""
+    site = clinics.sites["north"]
+    clinics.port_process.start()
+    site.relay.start()
+    state, over = clinics.operator_folder / "state", threading.Event()
+    with (
+        closing(CarrierLink(state / "carrier.sock", over.is_set)) as link,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        asked = pool.submit(list, link.exchange(Step("offer"), [("north", b"sealed")], HANGING))
+        try:
+            deadline = time.monotonic() + HANGING
+            while not delivered(state / "superlink.sqlite"):
+                assert time.monotonic() < deadline, site.relay.log.read_text()
+                time.sleep(0.1)
+            # It asks its trainer now.
+            time.sleep(0.5)
+            began = time.monotonic()
+            assert site.relay.stop() == 0
+            assert time.monotonic() - began < 10.0
+        finally:
+            over.set()
+        assert isinstance(asked.exception(HANGING), JobStopped)
+
+
+def delivered(database: Path) -> bool:
+    """Whether a message is on its way to its site."""
+    try:
+        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as opened:
+            query = "SELECT count(*) FROM message_ins WHERE delivered_at != ''"
+            return bool(opened.execute(query).fetchone()[0])
+    except sqlite3.OperationalError:
+        return False

@@ -6,6 +6,7 @@ identity key. `flower_patches` has what is changed in Flower.
 
 import gc
 import logging
+import math
 import ssl
 import threading
 import time
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 from cryptography import x509
@@ -48,10 +50,30 @@ _LONGEST_POLL_SECONDS = 1.0
 _REQUEST_SECONDS = 30.0
 """Limit of each step of a request: to connect, to write, to read. The server answers a question for
 messages after half as long, if it has none."""
+_ANSWER_SECONDS = 900.0
+"""Time for an answer to come, whatever its steps: a piece over a very slow line."""
 _LONGEST_PAUSE = 30.0
 _LONGEST_REASON = 500
 
 _logger = logging.getLogger("umbel.relay")
+
+
+class _Socket(ssl.SSLSocket):
+    """TLS over which no answer comes without an end: in steps of a byte, or behind a hundred
+    thousand that say that it comes."""
+
+    _asked = math.inf
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """See `ssl.SSLSocket`."""
+        self._asked = time.monotonic()
+        return super().send(data, flags)
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        """See `ssl.SSLSocket`."""
+        if time.monotonic() - self._asked > _ANSWER_SECONDS:
+            raise TimeoutError("an answer does not end")
+        return super().recv(buflen, flags)
 
 
 @dataclass(frozen=True)
@@ -104,8 +126,10 @@ def serve(
                 _logger.info("connected to %s", way)
                 _work(client, node, clock, handle, largest, stopping)
         except UmbelError:
-            # The trainer's, which ended while this process was told to stop.
-            raise
+            # The trainer's, which nobody waits for when this process is told to stop. The server
+            # delivers the message again.
+            if not stopping.is_set():
+                raise
         except Exception as error:
             # A server may send anything, and Flower and httpx may raise anything at it. Never may a
             # server decide when a relay ends.
@@ -140,6 +164,7 @@ def _credentials(connection: Connection) -> tuple[ssl.SSLContext, ec.EllipticCur
     key = read_tls_key(connection.key)
     try:
         context = ssl.create_default_context(cafile=str(connection.server_ca))
+        context.sslsocket_class = _Socket
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.load_cert_chain(connection.certificate, connection.key)
         certificate = x509.load_pem_x509_certificate(connection.certificate.read_bytes())

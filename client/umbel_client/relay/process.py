@@ -55,6 +55,8 @@ def run(path: Path) -> None:
     with ExitStack() as stack:
         stub = TrainerStub(trainer_socket(relay))
         stack.callback(stub.close)
+        # A trainer answers after hours, or is not there: nobody waits for it any more then.
+        threading.Thread(target=_close, args=(stub, stopping), daemon=True).start()
         probes = SocketServer(relay_socket(relay), PROBE_MODE, workers=2)
         stack.enter_context(locked(relay_socket(relay).with_suffix(".lock"), "this site's relay"))
         probes.start()
@@ -73,6 +75,11 @@ def run(path: Path) -> None:
         )
 
 
+def _close(stub: TrainerStub, stopping: threading.Event) -> None:
+    stopping.wait()
+    stub.close()
+
+
 def _patiently(ask: Callable[[], T], stopping: threading.Event) -> T:
     """Returns the trainer's answer. A trainer that died is asked again when it is back: it answers
     from its journal, or refuses."""
@@ -80,6 +87,8 @@ def _patiently(ask: Callable[[], T], stopping: threading.Event) -> T:
         try:
             return ask()
         except UnreachableError:
+            if stopping.is_set():
+                raise
             _logger.warning("the trainer ended before it answered: it is asked again")
             if stopping.wait(_AGAIN_SECONDS):
                 raise

@@ -17,6 +17,13 @@ from umbel_host.processes.lifecycle import reason
 _PIECE_BYTES = 1 << 20
 """Size of a piece: a message may be larger than gRPC takes at once."""
 _CALLS_PER_WORKER = 8
+_OPTIONS = (
+    # gRPC would look for a proxy of the machine even for a file.
+    ("grpc.enable_http_proxy", 0),
+    # The longer a process is away, the later gRPC would look for it again: after two minutes in the
+    # end. To look for a file costs nothing.
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
 _LONGEST_PATH = 107
 """Number of bytes of a path that fit a socket's address."""
 
@@ -93,8 +100,7 @@ def is_healthy(path: Path, seconds: float) -> bool:
 
 def channel(path: Path) -> grpc.Channel:
     """A connection to the process behind a socket."""
-    # Without this option, gRPC would look for a proxy of the machine even for a file.
-    return grpc.insecure_channel(f"unix:{path}", options=(("grpc.enable_http_proxy", 0),))
+    return grpc.insecure_channel(f"unix:{path}", options=_OPTIONS)
 
 
 def pieces(message: bytes) -> Iterator[bytes]:

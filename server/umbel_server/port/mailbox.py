@@ -94,6 +94,8 @@ class NodeMailbox:
         self._is_deleting = False
         """Whether a thread is about to take them."""
         self._deleting = ThreadPoolExecutor(1, "deleting")
+        # Who posted a message may be gone, and post no other.
+        superlink.tidy = self._forget_expired
 
     def make_way(self, key: bytes) -> int | None:
         """Ends the former connection of a relay (public key, PEM) that connects again; returns its
@@ -126,7 +128,6 @@ class NodeMailbox:
             seconds: how long its sender waits for the reply.
             largest_reply: bytes; a larger reply is not taken.
         """
-        self._forget_expired()
         # Nobody can guess it, so nobody can be in the way of its pieces.
         identifier = secrets.token_hex(32)
         pieces = regrouped(sealed)

@@ -49,6 +49,8 @@ class SuperLink:
         """The replies that Flower's application for relays takes."""
         self.make_way: Callable[[bytes], int | None] = lambda key: None
         """Ends the former connection of a relay (public key, PEM) that connects again."""
+        self.tidy: Callable[[], None] = lambda: None
+        """Called now and then, in a thread of its own."""
         judge = Middleware(
             ReplyFilter,
             self.expected,
@@ -137,6 +139,7 @@ class SuperLink:
                 if not self.state.acknowledge_task_heartbeat(self._task_id):
                     # The machine slept. Messages in transit are lost, and `collect` says so.
                     self._run_id, self._task_id = self._begin()
+                self.tidy()
             except SQLAlchemyError as error:
                 # The disk is full or slow. If this thread ended here, the run would end for good.
                 _logger.warning("the SuperLink's database: %s", str(error).splitlines()[0])
