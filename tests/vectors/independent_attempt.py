@@ -26,6 +26,7 @@ class Attempt:
         self.cohort: list[str] = inputs["header"]["cohort"]
         self.context = labelled("RoundHeader", pack(inputs["header"]))
         self.share_context = self.context
+        self.mask_context = self.context
         self.threshold: int = inputs["rules"]["threshold"]
         self.sharing = self._answering("share", self.cohort)
         self.vectors_in = self._answering("mask", self.sharing)
@@ -96,13 +97,13 @@ class Attempt:
         """The masked vectors of stage 3."""
         sent = {}
         for site in self.vectors_in:
-            added = [derived(self._secrets(site)[2], "self mask", self.context, site)]
+            added = [derived(self._secrets(site)[2], "self mask", self.mask_context, site)]
             subtracted: list[bytes] = []
             for peer in self.sharing:
                 if peer != site:
                     agreed = shared(self._secrets(site)[1], public(self._secrets(peer)[1]))
                     names = sorted((site, peer))
-                    key = derived(agreed, "pairwise mask", self.context, *names)
+                    key = derived(agreed, "pairwise mask", self.mask_context, *names)
                     (added if site < peer else subtracted).append(key)
             vector = elements(self.inputs["vectors"][site], self.bits)
             sent[site] = masked(vector, self.bits, added, subtracted)
@@ -178,6 +179,8 @@ class PreparedAttempt(Attempt):
             ),
         )
         self.share_context = self.preparation
+        adverts = [labelled("mask advert", sent["statement"]) for sent in self.adverts().values()]
+        self.mask_context = labelled("prepared masks", self.context + b"".join(sorted(adverts)))
         self.sharing = self._answering("advertise", self.cohort)
         self.vectors_in = self._answering("mask", self.sharing)
         self.confirming = self._answering("confirm", self.vectors_in)

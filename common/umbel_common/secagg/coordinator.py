@@ -40,8 +40,8 @@ begins with C0.1.
      `weak-key`. Guards C2.1: passed on, such a key would be refused by every peer.
    - C1.3 Close with at least t sites, U1: `too-few-adverts`. Guards the next stage.
    - C1.4 Where all of U1 advertised the keys that the whole cohort prepared, their shares are here
-     (`preparing`): U2 is U1, and stage 3 follows. One site with other keys, and stage 2 follows for
-     all.
+     (`preparing`): U2 is U1, stage 3 follows, and masks are bound to the adverts of U1 too. One
+     site with other keys, and stage 2 follows for all.
 
 2. `Sharing` (round 1)
 
@@ -93,6 +93,7 @@ from umbel_common.secagg.checks import (
     check_recipients,
     open_advert,
 )
+from umbel_common.secagg.masking import prepared_mask_context
 from umbel_common.secagg.messages import (
     EncryptedShare,
     KeyAdvert,
@@ -122,6 +123,8 @@ class Terms:
     """Fewest sites whose vectors may be in the sum; at least the threshold."""
     ring_bits: int
     length: int
+    masks: bytes
+    """From what masks are derived, 32 bytes: the context, or `masking.prepared_mask_context`."""
 
 
 @dataclass(frozen=True)
@@ -204,14 +207,16 @@ class Advertising(Stage[tuple[Signed, KeyAdvert]]):
         # C1.4
         prepared, adverts = self.prepared, [advert for _, advert in self.answers.values()]
         if prepared is not None and all(map(prepared.has_keys_of, adverts)):
+            unseen = tuple(self.answers[site][0] for site in self.answered)
+            masks = prepared_mask_context(self.terms.context, unseen)
             return Masking(
-                self.terms,
+                replace(self.terms, masks=masks),
                 self.answered,
                 {},
                 adverts={advert.site: advert for advert in adverts},
                 shares=prepared.shares,
                 total=RunningSum(self.terms.ring_bits, self.terms.length),
-                unseen=tuple(self.answers[site][0] for site in self.answered),
+                unseen=unseen,
             )
         return Sharing(self.terms, self.answered, {}, adverts=dict(self.answers))
 
@@ -429,6 +434,7 @@ class Unmasking(Stage[tuple[RevealedShare, ...]]):
                 shares[share.owner][point] = share.share
         return Secrets(
             context=self.terms.context,
+            masks=self.terms.masks,
             adverts=self.adverts,
             threshold=self.terms.threshold,
             sites={point: site for site, point in points.items()},
@@ -474,5 +480,6 @@ def open_attempt(
         )
     if prepared is not None and prepared.preparation != preparation_of(header):
         raise LocalProtocolError("slot", "an attempt is opened with what another one prepared")
-    terms = Terms(header, header.context(), roster, threshold, least, ring_bits, length)
+    context = header.context()
+    terms = Terms(header, context, roster, threshold, least, ring_bits, length, masks=context)
     return Advertising(terms, header.cohort, {}, prepared)
