@@ -40,8 +40,9 @@ begins with C0.1.
      `weak-key`. Guards C2.1: passed on, such a key would be refused by every peer.
    - C1.3 Close with at least t sites, U1: `too-few-adverts`. Guards the next stage.
    - C1.4 Where all of U1 advertised the keys that the whole cohort prepared, their shares are here
-     (`preparing`): U2 is U1, stage 3 follows, and masks are bound to the adverts of U1 too. One
-     site with other keys, and stage 2 follows for all.
+     (`preparing`): U2 is U1, and stage 3 follows. One site with other keys, and stage 2 follows for
+     all, again. Wherever a site may have prepared the attempt, masks are bound to the adverts of U1
+     too.
 
 2. `Sharing` (round 1)
 
@@ -101,7 +102,7 @@ from umbel_common.secagg.messages import (
     SurvivorSignature,
     preparation_of,
 )
-from umbel_common.secagg.preparing import Prepared
+from umbel_common.secagg.preparing import Filling, Prepared
 from umbel_common.secagg.primitives import ANY_KEY, agree
 from umbel_common.secagg.shamir import is_element
 from umbel_common.secagg.unmasking import Aggregate, RunningSum, Secrets, unmask
@@ -168,8 +169,9 @@ class Stage(Generic[Answer]):
 class Advertising(Stage[tuple[Signed, KeyAdvert]]):
     """Waits for the whole cohort's keys."""
 
-    prepared: Prepared | None = None
-    """What the cohort prepared for this attempt; None: nothing, or not all of it."""
+    prepared: Prepared | Filling | None = None
+    """What the cohort prepared for this attempt; `Filling`: not all of it, but some sites may have;
+    None: no site was asked for shares."""
 
     def receive(self, site: str, payload: Signed) -> "Advertising":
         """Takes a signed `KeyAdvert`.
@@ -206,19 +208,21 @@ class Advertising(Stage[tuple[Signed, KeyAdvert]]):
         self._require_answers("too-few-adverts", self.terms.least)
         # C1.4
         prepared, adverts = self.prepared, [advert for _, advert in self.answers.values()]
-        if prepared is not None and all(map(prepared.has_keys_of, adverts)):
-            unseen = tuple(self.answers[site][0] for site in self.answered)
-            masks = prepared_mask_context(self.terms.context, unseen)
+        signed = tuple(self.answers[site][0] for site in self.answered)
+        terms = self.terms
+        if prepared is not None:
+            terms = replace(terms, masks=prepared_mask_context(terms.context, signed))
+        if isinstance(prepared, Prepared) and all(map(prepared.has_keys_of, adverts)):
             return Masking(
-                replace(self.terms, masks=masks),
+                terms,
                 self.answered,
                 {},
                 adverts={advert.site: advert for advert in adverts},
                 shares=prepared.shares,
                 total=RunningSum(self.terms.ring_bits, self.terms.length),
-                unseen=unseen,
+                unseen=signed,
             )
-        return Sharing(self.terms, self.answered, {}, adverts=dict(self.answers))
+        return Sharing(terms, self.answered, {}, adverts=dict(self.answers))
 
 
 @dataclass(frozen=True)
@@ -226,6 +230,11 @@ class Sharing(Stage[tuple[EncryptedShare, ...]]):
     """Waits for U1's encrypted shares."""
 
     adverts: Mapping[str, tuple[Signed, KeyAdvert]]
+
+    @property
+    def again(self) -> bool:
+        """Whether sites of this attempt may have prepared it."""
+        return self.terms.masks != self.terms.context
 
     def requests(self) -> dict[str, tuple[Signed, ...]]:
         """For each site of U1: the adverts of U1, in the order of their sites' names."""
@@ -451,7 +460,7 @@ def open_attempt(
     length: int,
     *,
     least: int | None = None,
-    prepared: Prepared | None = None,
+    prepared: Prepared | Filling | None = None,
 ) -> Advertising:
     """A new attempt, waiting for the keys of the header's cohort.
 
@@ -460,7 +469,7 @@ def open_attempt(
         ring_bits: 16 or 32.
         length: elements of each masked vector.
         least: fewest sites whose vectors may be in the sum; None: the threshold.
-        prepared: what the cohort prepared for this attempt.
+        prepared: what the cohort prepared for this attempt; `Filling` where not all of it came.
 
     Raises:
         IdentityError: a site of the cohort is not in the roster.

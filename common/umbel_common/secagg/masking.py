@@ -20,9 +20,8 @@ from umbel_common.trust.identity import Signed
 def prepared_mask_context(context: bytes, adverts: Iterable[Signed]) -> bytes:
     """What takes the place of the context in the masks of a prepared attempt, 32 bytes.
 
-    Its keys are older than its vectors. Each advert has the head of its site's ledger, which names
-    the vector. So keys that a machine brings back with its memory make other masks for another
-    vector.
+    Its keys are older than the delta. Each advert has the head of its site's ledger, which names
+    the delta. So keys that a machine brings back with its memory make other masks for another one.
 
     Args:
         context: of the attempt, 32 bytes.

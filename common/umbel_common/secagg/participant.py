@@ -50,11 +50,12 @@ and stands in the step that makes the check, before the steps that it guards. `e
    - S2.8 See that each peer advertised the keys that it prepared: `other-keys`. Guards S2.9: the
      shares that this site will hold are of the secrets behind those keys.
    - S2.9 Agree on mask keys with each peer, as in S2.6; then all of step 3. Both kinds of mask are
-     bound to the adverts of U1 too: the keys are older than the vector, and the head of the ledger
-     in this site's own advert names the vector. So two vectors never have one mask.
+     bound to the adverts of U1 too: the keys are older than the delta, and the head of the ledger
+     in this site's own advert names the delta. So two deltas never have one mask.
 
-   A `Prepared` site whose peers did not all prepare is asked for shares as in step 2, and answers
-   from the same keys. It answers one of the two.
+   A `Prepared` site whose peers did not all prepare is asked for shares again, as in step 2, and
+   answers from the same keys; masks are then bound as in S2.9, at all sites. It answers one of the
+   two.
 
 3. `Shared.receive` (round 2)
 
@@ -219,9 +220,13 @@ class Advertised(SiteState, frozen=True, tag="advertised"):
     seed: Key
 
     def receive(
-        self, adverts: tuple[Signed, ...], roster: Roster, entropy: Entropy
+        self, adverts: tuple[Signed, ...], roster: Roster, entropy: Entropy, *, again: bool = False
     ) -> tuple["Shared", tuple[EncryptedShare, ...]]:
         """Stage 2: verifies the keys of U1, and shares both secrets with its sites.
+
+        Args:
+            again: a site of this attempt may have prepared it, so that its keys are older than its
+                delta. Always so where this site has.
 
         Raises:
             RemoteProtocolError: `malformed-message`, `not-in-cohort`, `pinned-signature`,
@@ -240,7 +245,8 @@ class Advertised(SiteState, frozen=True, tag="advertised"):
             entropy,
         )
         # S2.6
-        mask_keys = self.mask_keys(peers, self.context)
+        masks = prepared_mask_context(self.context, adverts) if again else self.context
+        mask_keys = self.mask_keys(peers, masks)
         keys = [
             PeerKeys(
                 peer=peer.site,
@@ -255,7 +261,7 @@ class Advertised(SiteState, frozen=True, tag="advertised"):
             site=self.site,
             rules=self.rules,
             peers=tuple(keys),
-            self_mask_key=self_mask_key(self.seed, self.site, self.context),
+            self_mask_key=self_mask_key(self.seed, self.site, masks),
             own_share=shared.own_share,
         )
         return after, shared.messages
@@ -264,7 +270,7 @@ class Advertised(SiteState, frozen=True, tag="advertised"):
         """Part of step S2.6: peer -> the key of the mask between it and this site.
 
         Args:
-            context: of the masks, 32 bytes; in a prepared attempt `prepared_mask_context`.
+            context: of the masks, 32 bytes: the attempt's, or `prepared_mask_context`.
 
         Raises:
             RemoteProtocolError: `weak-key`.
