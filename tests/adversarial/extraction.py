@@ -20,6 +20,15 @@ def keys_of(attempt: Attempt) -> dict[str, KeyAdvert]:
     return {advert.site: advert for advert in adverts}
 
 
+def masks_of(attempt: Attempt, header: RoundHeader | None = None) -> bytes:
+    """From what the masks of an attempt are derived, at a site that was shown `header`."""
+    context = (header or attempt.header).context()
+    terms = attempt.machine.terms
+    if terms.masks == terms.context:
+        return context
+    return masking.prepared_mask_context(context, attempt.evidence.adverts)
+
+
 def secret_of(
     owner: str, kind: str, header: RoundHeader, revealed: Mapping[str, tuple[RevealedShare, ...]]
 ) -> bytes:
@@ -35,7 +44,7 @@ def secret_of(
 
 
 def remove_masks(
-    header: RoundHeader,
+    context: bytes,
     keys: Mapping[str, KeyAdvert],
     vectors: list[bytes],
     *,
@@ -45,6 +54,7 @@ def remove_masks(
     """The sum of the masked vectors of the sites in `seeds`, without masks.
 
     Args:
+        context: from what the masks are derived (`masks_of`), 32 bytes.
         keys: adverts of the sites between which masks were made.
         seeds: the self-mask seed of each site in the sum.
         secrets: mask keys, at least one for each two sites of which one is in the sum.
@@ -52,7 +62,6 @@ def remove_masks(
     total = np.zeros(len(vectors[0]) // 4, dtype="<u4")
     for vector in vectors:
         total += np.frombuffer(vector, dtype="<u4")
-    context = header.context()
     added, subtracted = (
         [],
         [masking.self_mask_key(seed, site, context) for site, seed in seeds.items()],

@@ -164,6 +164,8 @@ class Federation:
         self.played_roster = self.roster
         self.prepares = False
         """Whether each attempt is prepared before it begins."""
+        self.prepared: dict[bytes, Prepared] = {}
+        """What was prepared, by the context of the preparation."""
         for number, site in enumerate(self.identities):
             self._write_site(site, number, policies.get(site, policies.get("*", "")))
             self.start(site)
@@ -373,7 +375,9 @@ class Federation:
             self.plan.aggregation.threshold,
             32,
             length,
-            prepared=self.prepare(header) if self.prepares else None,
+            prepared=self.prepare(header)
+            if self.prepares
+            else self.prepared.get(preparation_of(header).context()),
         )
         return Attempt(header, self.train_request(header), machine, {}, Evidence())
 
@@ -392,6 +396,7 @@ class Federation:
         for site in header.cohort:
             shares = shares.receive(site, self.ask(site, request).shares)
         prepared: Prepared = shares.close()
+        self.prepared[preparation.context()] = prepared
         return prepared
 
     def drive(self, attempt: Attempt, until: str | None = None, silent: str | None = None) -> Any:

@@ -20,6 +20,7 @@ from umbel_common.protocol.wire import (
     PrepareRequest,
     Reply,
     Request,
+    ShareAgainRequest,
     ShareReply,
     ShareRequest,
     TrainReply,
@@ -76,6 +77,10 @@ class Puppet:
                 zeros = np.zeros(self.length, dtype="<u4")
                 self.state, masked = state.receive(request.adverts, request.shares, roster, zeros)
                 return MaskReply(context=request.context, vector=masked.tobytes())
+            case participant.Advertised() | participant.Prepared() as state, ShareAgainRequest():
+                own = state if isinstance(state, participant.Advertised) else state.advertised
+                self.state, shares = own.receive(request.adverts, roster, os.urandom, again=True)
+                return ShareReply(context=request.context, shares=shares)
             case participant.Advertised() as state, ShareRequest():
                 self.state, shares = state.receive(request.adverts, roster, os.urandom)
                 return ShareReply(context=request.context, shares=shares)

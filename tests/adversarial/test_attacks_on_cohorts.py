@@ -5,7 +5,7 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 import pytest
-from adversarial.extraction import keys_of, remove_masks, secret_of
+from adversarial.extraction import keys_of, masks_of, remove_masks, secret_of
 from adversarial.federation import Federation, moved
 from adversarial.weaken import Stopped
 
@@ -70,7 +70,7 @@ def test_a_server_pretends_that_only_an_accomplice_sent_shares(
     revealed = federation.reveal(attempt)
     keys = keys_of(attempt)
     opened = remove_masks(
-        attempt.header,
+        masks_of(attempt),
         {site: keys[site] for site in (SITE, ACCOMPLICE)},
         [replies[SITE].vector],
         seeds={SITE: secret_of(SITE, "self-mask", attempt.header, revealed)},

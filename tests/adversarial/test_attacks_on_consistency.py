@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 import pytest
-from adversarial.extraction import keys_of, remove_masks, secret_of
+from adversarial.extraction import keys_of, masks_of, remove_masks, secret_of
 from adversarial.federation import Federation, believe, moved
 from adversarial.weaken import Stopped
 
@@ -73,7 +73,7 @@ def test_a_server_shows_one_site_another_world(
     keys = keys_of(attempt)
     total = sum(
         remove_masks(
-            shown_to_site if site == SITE else shown,
+            masks_of(attempt, shown_to_site if site == SITE else shown),
             {site: keys[site]},
             [vectors[site]],
             seeds={site: secret_of(site, "self-mask", shown, revealed)},
@@ -102,7 +102,7 @@ def test_a_server_has_a_vector_unmasked_from_both_sides(
     seed = secret_of(SITE, "self-mask", attempt.header, revealed)
     secret = secret_of(SITE, "mask-key", attempt.header, revealed)
     opened = remove_masks(
-        attempt.header,
+        masks_of(attempt),
         keys_of(attempt),
         [vectors[SITE]],
         seeds={SITE: seed},
@@ -178,7 +178,7 @@ def sum_of_two(federation: Federation, signatures_for: Callable[..., list]) -> N
     vectors, attempt = federation.vectors(attempt)
     revealed = reveal_after(federation, attempt, TOLD, signatures_for)
     opened = remove_masks(
-        attempt.header,
+        masks_of(attempt),
         keys_of(attempt),
         [vectors["site-00"], vectors["site-01"]],
         seeds={

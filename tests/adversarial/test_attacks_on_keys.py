@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
-from adversarial.extraction import keys_of, remove_masks, secret_of
+from adversarial.extraction import keys_of, masks_of, remove_masks, secret_of
 from adversarial.federation import Federation
 from adversarial.weaken import Stopped
 
@@ -114,7 +114,7 @@ def test_a_server_claims_that_a_late_site_dropped_out_and_opens_its_vector(
     attempt = federation.drive(attempt, until="unmask", silent=late)
     revealed = federation.reveal(attempt)
     opened = remove_masks(
-        attempt.header,
+        masks_of(attempt),
         keys_of(attempt),
         [vector],
         seeds={late: bytes(32)},

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
-from adversarial.extraction import keys_of, remove_masks, secret_of
+from adversarial.extraction import keys_of, masks_of, remove_masks, secret_of
 from adversarial.federation import Federation
 from adversarial.weaken import Stopped
 
@@ -33,7 +33,7 @@ def asked_for_both_shares(federation: Federation, between: Callable[[str], None]
             between(site)
     survived, dropped = revealed
     opened = remove_masks(
-        attempt.header,
+        masks_of(attempt),
         keys_of(attempt),
         [vectors[VICTIM]],
         seeds={VICTIM: secret_of(VICTIM, "self-mask", attempt.header, survived)},

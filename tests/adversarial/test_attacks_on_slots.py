@@ -3,23 +3,32 @@
 The other attacks on attempts run on prepared ones too (conftest.py).
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
-from adversarial.extraction import keys_of, remove_masks, secret_of
+from adversarial.extraction import keys_of, masks_of, remove_masks, secret_of
 from adversarial.federation import Federation, moved
 from adversarial.weaken import Stopped
 
+from umbel_client.ledger.register import machine_register
 from umbel_common.adapters.vector import adapter_digest
+from umbel_common.plans.plan import Aggregation
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.protocol.wire import (
     ConfirmRequest,
     FillRequest,
+    MaskPreparedRequest,
+    MaskRequest,
     PrepareRequest,
     Refusal,
+    ShareAgainRequest,
+    ShareRequest,
     TogetherReply,
     TogetherRequest,
     UnmaskRequest,
@@ -101,7 +110,7 @@ def test_a_server_opens_a_round_with_what_a_site_revealed_in_the_round_before(
     second = federation.drive(second, until="unmask")
     survived = federation.reveal(second)
     opened = remove_masks(
-        header,
+        masks_of(second),
         keys_of(second),
         [vectors[VICTIM]],
         seeds={VICTIM: secret_of(VICTIM, "self-mask", header, survived)},
@@ -128,6 +137,101 @@ def test_a_server_has_two_adapters_trained_under_one_slot(federation: Federation
     ]
     if keys[0] != keys[1]:
         raise Stopped("one-attempt-slots")
+
+
+@pytest.mark.attack("threshold-too-low")
+def test_a_server_sends_the_cohort_two_ways(open_federation: Callable[..., Federation]) -> None:
+    """Two sites mask as prepared: their peers are all four, whose prepared shares are out. The
+    other two share again, and mask between themselves."""
+    two = Aggregation(threshold=2, clip_range=1.0, step=1e-6)
+    federation = open_federation(4, {"*": "minimum_cohort = 2"}, aggregation=two)
+    federation.prepares = True
+    federation.offer()
+    attempt = federation.drive(federation.attempt(), until="mask")
+    context, requests = attempt.header.context(), attempt.requests()
+    one_way, other = attempt.header.cohort[:2], attempt.header.cohort[2:]
+    request = ShareAgainRequest(context=context, adverts=requests[VICTIM].adverts)
+    sent = [share for site in other for share in federation.ask(site, request).shares]
+    shares = tuple(share for share in sent if share.recipient == VICTIM)
+    vector = federation.ask(VICTIM, MaskRequest(context=context, shares=shares)).vector
+    for site in one_way:
+        federation.ask(site, requests[site])
+    confirm = ConfirmRequest(context=context, survivors=(*one_way, VICTIM))
+    signatures = tuple(federation.ask(site, confirm).signature for site in one_way)
+    unmask = UnmaskRequest(context=context, signatures=signatures)
+    revealed = {site: federation.ask(site, unmask).shares for site in one_way}
+    keys = keys_of(attempt)
+    opened = remove_masks(
+        masks_of(attempt),
+        {site: keys[site] for site in other},
+        [vector],
+        seeds={VICTIM: secret_of(VICTIM, "self-mask", attempt.header, revealed)},
+        secrets={other[0]: secret_of(other[0], "mask-key", attempt.header, revealed)},
+    )
+    assert federation.is_sum_of(opened, VICTIM)
+
+
+@pytest.mark.attack("advert-binding")
+@pytest.mark.parametrize("again", [False, True], ids=["mask-prepared", "share-again"])
+def test_a_machine_that_is_put_back_with_its_memory_masks_two_deltas_under_one_slot(
+    federation: Federation, again: bool
+) -> None:
+    """The slot is back, and the round is trained again, with other noise. Were the masks the same,
+    the difference of both vectors would be that of both deltas."""
+    federation.offer()
+    header = federation.header()
+    prepared, context = federation.prepare(header), header.context()
+    train = federation.train_request(header)
+    theirs = tuple(federation.ask(site, train).advert for site in PEERS)
+    sent = [share for site in PEERS for share in prepared.shares[site]]
+    slots = federation.trainers[SITE]._slots._of_jobs.copy()
+    folders = {"state": federation.folder / SITE / "state", "ledgers": machine_register().folder}
+    federation.trainers[SITE].close()
+    for name, folder in folders.items():
+        shutil.copytree(folder, federation.folder / "copy" / name)
+    sent_again: list[Any] = []
+    vectors, deltas = [], []
+    for _ in range(2):
+        federation.trainers[SITE].close()
+        for name, folder in folders.items():
+            shutil.rmtree(folder)
+            shutil.copytree(federation.folder / "copy" / name, folder)
+        federation.start(SITE)
+        federation.trainers[SITE]._slots._of_jobs.update(slots)
+        adverts = (federation.ask(SITE, train).advert, *theirs)
+        mask: Any = partial(MaskPreparedRequest, adverts=adverts)
+        if again:
+            share = ShareAgainRequest(context=context, adverts=adverts)
+            federation.ask(SITE, share)
+            mask = MaskRequest
+            # The peers answer once; what they sent opens in both worlds.
+            sent = sent_again = sent_again or [
+                made for site in PEERS for made in federation.ask(site, share).shares
+            ]
+        shares = tuple(share for share in sent if share.recipient == SITE)
+        reply = federation.ask(SITE, mask(context=context, shares=shares))
+        vectors.append(np.frombuffer(reply.vector, dtype="<u4"))
+        deltas.append(np.clip(federation.delta(SITE), -1, 1).astype(np.float64))
+    step = federation.plan.aggregation.step
+    found = (vectors[1] - vectors[0]).view(np.int32)[1:] * step
+    assert np.abs(deltas[1] - deltas[0]).max() > 1000 * step
+    # Each of the two was rounded by less than one step.
+    if np.abs(found - (deltas[1] - deltas[0])).max() > 2.002 * step:
+        raise Stopped("advert-binding")
+
+
+def test_a_site_that_prepared_shares_in_no_way_that_its_slot_does_not_bind(
+    federation: Federation,
+) -> None:
+    """Masks of `share` are those of keys that are younger than the delta."""
+    federation.prepares = True
+    federation.offer()
+    attempt = federation.drive(federation.attempt(), until="mask")
+    request = attempt.requests()[SITE]
+    plain = ShareRequest(context=request.context, adverts=request.adverts)
+    assert federation.refusal(SITE, plain) == "stage-order"
+    federation.ask(SITE, ShareAgainRequest(context=request.context, adverts=request.adverts))
+    assert federation.refusal(SITE, plain) == "second-answer"
 
 
 @pytest.mark.parametrize(
@@ -199,6 +303,18 @@ def test_a_state_folder_that_was_put_back_brings_no_slot_back(federation: Federa
     federation.crash(SITE)
     keys = msgspec.msgpack.decode(advertised_keys(federation, header))
     assert keys["mask_key"] != msgspec.msgpack.decode(prepared.statement)["mask_key"]
+
+
+def test_an_offer_voids_the_slot_of_its_job(federation: Federation) -> None:
+    """A server that resumes a job knows of no slot, and its sites have none."""
+    header, preparation = prepared_next(federation)
+    federation.offer()
+    assert not federation.trainers[SITE]._slots._of_jobs
+    assert federation.refusal(SITE, FillRequest(context=preparation.context(), keys=())) == (
+        "unknown-slot"
+    )
+    del federation.prepared[preparation.context()]
+    federation.drive(federation.attempt(header))
 
 
 @pytest.mark.parametrize(

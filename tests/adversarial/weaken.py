@@ -126,6 +126,11 @@ def _without_most_attempts(patch: pytest.MonkeyPatch, replace: Replace) -> None:
     patch.setattr(contents, "_require", lambda *_: None)
 
 
+def _without_advert_binding(patch: pytest.MonkeyPatch, replace: Replace) -> None:
+    """Derives the masks of a prepared attempt as those of any other."""
+    replace(masking.prepared_mask_context, lambda context, adverts: context)
+
+
 def _without_one_attempt_slots(patch: pytest.MonkeyPatch, replace: Replace) -> None:
     """Makes a site keep its slot, and use it for any attempt of its job."""
 
@@ -140,6 +145,7 @@ def _without_one_attempt_slots(patch: pytest.MonkeyPatch, replace: Replace) -> N
 
 
 BARRIERS: dict[str, Callable[[pytest.MonkeyPatch, Replace], None]] = {
+    "advert-binding": _without_advert_binding,
     "canonical-set": _without_canonical_sets,
     "claim-exceeded": _without_a_true_claim,
     "context-binding": _without_context_binding,

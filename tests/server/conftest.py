@@ -31,6 +31,7 @@ from umbel_common.protocol.wire import (
     Refusal,
     Reply,
     Request,
+    ShareAgainRequest,
     ShareReply,
     ShareRequest,
     TogetherReply,
@@ -167,6 +168,7 @@ class ToySite:
         header = self.header
         match self.state, request:
             case _, OfferUnderRoster():
+                self.slot = None
                 return OfferReply(plan=self.plan.digest())
             case _, FinishRequest():
                 release = open_signed(request.release, RELEASE_VERSIONS, self.roster.operator)
@@ -182,9 +184,10 @@ class ToySite:
                     request.adverts, request.shares, self.roster, self.vector(header)
                 )
                 return MaskReply(context=request.context, vector=masked.tobytes())
-            case participant.Prepared() as state, ShareRequest():
-                self.state, shares = state.advertised.receive(
-                    request.adverts, self.roster, os.urandom
+            case participant.Advertised() | participant.Prepared() as state, ShareAgainRequest():
+                own = state if isinstance(state, participant.Advertised) else state.advertised
+                self.state, shares = own.receive(
+                    request.adverts, self.roster, os.urandom, again=True
                 )
                 return ShareReply(context=request.context, shares=shares)
             case participant.Advertised() as state, ShareRequest():

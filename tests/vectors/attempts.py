@@ -59,7 +59,16 @@ def _prepared() -> list[Case]:
         output = PreparedRun(inputs, drawn).whole()
         draws = {site: entropy.draws for site, entropy in drawn.items()}
         cases.append(accepted(name, "prepared-attempt", {**inputs, "draws": draws}, output))
-    return cases
+    return [*cases, _shared_again()]
+
+
+def _shared_again() -> Case:
+    name = "prepared, site-b was restarted and all share again, site-c drops out"
+    drawn, inputs = _inputs(name, 32, {"mask": ["site-c"]})
+    inputs["restarted"] = ["site-b"]
+    output = PreparedRun(inputs, drawn).whole()
+    draws = {site: entropy.draws for site, entropy in drawn.items()}
+    return accepted(name, "prepared-attempt", {**inputs, "draws": draws}, output)
 
 
 def _inputs(

@@ -26,6 +26,7 @@ class Attempt:
         self.cohort: list[str] = inputs["header"]["cohort"]
         self.context = labelled("RoundHeader", pack(inputs["header"]))
         self.share_context = self.context
+        self.mask_context = self.context
         self.threshold: int = inputs["rules"]["threshold"]
         self.sharing = self._answering("share", self.cohort)
         self.vectors_in = self._answering("mask", self.sharing)
@@ -38,6 +39,10 @@ class Attempt:
     def _secrets(self, site: str) -> list[bytes]:
         """Cipher secret, mask secret and self-mask seed: the first three draws."""
         return list(self.inputs["draws"][site][:3])
+
+    def _draws_of_shares(self, site: str) -> list[bytes]:
+        """The draws after the secrets: coefficients for both, then nonces by peer."""
+        return list(self.inputs["draws"][site][3:])
 
     def _point(self, site: str) -> int:
         return self.cohort.index(site) + 1
@@ -61,7 +66,7 @@ class Attempt:
     def share_of(self, owner: str, holder: str) -> tuple[bytes, bytes]:
         """The shares of a site's seed and mask key that another holds."""
         _, mask_secret, seed = self._secrets(owner)
-        drawn = self.inputs["draws"][owner][3:]
+        drawn = self._draws_of_shares(owner)
         first = drawn[: self.threshold - 1]
         second = drawn[self.threshold - 1 : 2 * (self.threshold - 1)]
         point = [self._point(holder)]
@@ -74,8 +79,9 @@ class Attempt:
     def _shares_of(self, senders: list[str]) -> dict[str, Any]:
         sent: dict[str, Any] = {}
         for site in senders:
-            nonces = self.inputs["draws"][site][3 + 2 * (self.threshold - 1) :]
             peers = [peer for peer in self.cohort if peer != site]
+            start = 2 * (self.threshold - 1)
+            nonces = self._draws_of_shares(site)[start : start + len(peers)]
             sent[site] = [
                 {
                     "sender": site,
@@ -96,13 +102,13 @@ class Attempt:
         """The masked vectors of stage 3."""
         sent = {}
         for site in self.vectors_in:
-            added = [derived(self._secrets(site)[2], "self mask", self.context, site)]
+            added = [derived(self._secrets(site)[2], "self mask", self.mask_context, site)]
             subtracted: list[bytes] = []
             for peer in self.sharing:
                 if peer != site:
                     agreed = shared(self._secrets(site)[1], public(self._secrets(peer)[1]))
                     names = sorted((site, peer))
-                    key = derived(agreed, "pairwise mask", self.context, *names)
+                    key = derived(agreed, "pairwise mask", self.mask_context, *names)
                     (added if site < peer else subtracted).append(key)
             vector = elements(self.inputs["vectors"][site], self.bits)
             sent[site] = masked(vector, self.bits, added, subtracted)
@@ -178,10 +184,15 @@ class PreparedAttempt(Attempt):
             ),
         )
         self.share_context = self.preparation
+        self._bind_masks()
         self.sharing = self._answering("advertise", self.cohort)
         self.vectors_in = self._answering("mask", self.sharing)
         self.confirming = self._answering("confirm", self.vectors_in)
         self.revealing = self._answering("reveal", self.confirming)
+
+    def _bind_masks(self) -> None:
+        adverts = [labelled("mask advert", sent["statement"]) for sent in self.adverts().values()]
+        self.mask_context = labelled("prepared masks", self.context + b"".join(sorted(adverts)))
 
     def prepared_keys(self) -> dict[str, Any]:
         """The signed keys of the whole cohort."""
@@ -208,3 +219,39 @@ class PreparedAttempt(Attempt):
             "fill": self._shares_of(self.cohort),
             **found,
         }
+
+
+class SharedAgain(PreparedAttempt):
+    """A prepared attempt some of whose sites were restarted: all share once more, those with fresh
+    keys. Its `fill` is what was prepared, and its `share` what was used."""
+
+    def __init__(self, inputs: Any) -> None:
+        self.again = False
+        super().__init__(inputs)
+        self._begin()
+
+    def _begin(self) -> None:
+        """From here on, as after the restarts."""
+        self.prepared = self.prepared_keys(), self._shares_of(self.cohort)
+        self.again = True
+        self.share_context = self.context
+        self._bind_masks()
+
+    def _drawn_before(self) -> int:
+        return 3 + 2 * (self.threshold - 1) + len(self.cohort) - 1
+
+    def _secrets(self, site: str) -> list[bytes]:
+        if not self.again or site not in self.inputs["restarted"]:
+            return super()._secrets(site)
+        return list(self.inputs["draws"][site][self._drawn_before() :][:3])
+
+    def _draws_of_shares(self, site: str) -> list[bytes]:
+        if not self.again:
+            return super()._draws_of_shares(site)
+        start = self._drawn_before() + (3 if site in self.inputs["restarted"] else 0)
+        return list(self.inputs["draws"][site][start:])
+
+    def whole(self) -> dict[str, Any]:
+        """The whole attempt, in the form of a vector's output."""
+        keys, shares = self.prepared
+        return {**super().whole(), "prepare": keys, "fill": shares, "share": self.shares()}

@@ -137,14 +137,19 @@ class PreparedRun(Run):
     def requests(self, stage: str) -> dict[str, Any]:
         """The coordinator's requests, by site; those for vectors have the adverts too."""
         found = super().requests(stage)
-        if stage != "mask":
+        if stage != "mask" or self.machine.unseen is None:
             return found
         return {site: (self.machine.unseen, shares) for site, shares in found.items()}
 
     def answer(self, site: str, request: Any) -> tuple[Any, Any]:
         """The site's next state and its answer; the site stays as it is."""
         match self.states.get(site):
-            case None:
+            case participant.Advertised() as state:
+                return state.receive(request, self.roster, self.entropy[site], again=True)
+            case participant.Prepared() as state if isinstance(self.machine, coordinator.Sharing):
+                own = state.advertised
+                return own.receive(request, self.roster, self.entropy[site], again=True)
+            case None if site not in self.inputs.get("restarted", ()):
                 slot = self.slots[site]
                 head = self.inputs["ledger_head"]
                 return slot.advertise(request, self.identities[site], head)  # type: ignore[no-any-return]
@@ -156,6 +161,6 @@ class PreparedRun(Run):
     def to(self, stage: str) -> "Run":
         """Runs the stages before `stage`; for `end`, all of them."""
         for present in STAGES[: (*STAGES, "end").index(stage)]:
-            if present != "share":
+            if present != "share" or isinstance(self.machine, coordinator.Sharing):
                 self._run(present)
         return self

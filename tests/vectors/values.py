@@ -52,6 +52,7 @@ from umbel_common.protocol.wire import (
     Refusal,
     Reply,
     Request,
+    ShareAgainRequest,
     ShareReply,
     ShareRequest,
     TogetherReply,
@@ -373,6 +374,7 @@ REQUESTS: tuple[Request, ...] = (
     PrepareRequest(preparation=PREPARATION),
     FillRequest(context=PREPARATION.context(), keys=(SIGNED_KEYS,)),
     MaskPreparedRequest(context=CONTEXT, adverts=(SIGNED_ADVERT,), shares=(SHARE,)),
+    ShareAgainRequest(context=CONTEXT, adverts=(SIGNED_ADVERT,)),
     TogetherRequest(
         stage=UnmaskRequest(context=CONTEXT, signatures=(CONFIRMATION,)),
         ahead=FillRequest(context=PREPARATION.context(), keys=(SIGNED_KEYS,)),

@@ -4,7 +4,8 @@ This module is all that a server can reach at a site. What it must keep, whateve
 
 - No request is acted on before its seal is opened with the pinned operator's key.
 - Nothing of a round leaves before it is charged in the ledger, recorded in the journal, and counted
-  in the ledger (steps 12, 14 and 15): a site that dies at any moment answers the same again.
+  in the ledger (steps 12, 14 and 15): a site that dies at any moment answers the same again. Keys
+  and shares that are prepared (`slots`) are of no round yet, and die with the process.
 - The order of the steps. A check that moves behind training lets a server spend the site's budget.
 - A refusal names a check to the server and no more; the reason in full goes to the site's own
   observer.
@@ -356,7 +357,8 @@ class Trainer:
         O6. Load: the site could read its data when it started; model and ledger fit the plan, and
             the budget allows all of it. Nothing looks at a record (`open_job`).
             `budget`, `delta-for-records`, `site-not-ready`
-        O7. Journal: the plan is on disk. From here on, the job can train.
+        O7. Journal: the plan is on disk. From here on, the job can train. A server that offers it
+            once more does not know what was prepared, so this site forgets it too.
         """
         site = self._site
         # O1
@@ -387,6 +389,7 @@ class Trainer:
         self._load(plan)
         # O7
         site.journal.accept_plan(plan.job, request.plan)
+        self._slots.drop(plan.job)
         self._largest = max(self._largest, size_limit(plan))
         return OfferReply(plan=plan.digest())
 

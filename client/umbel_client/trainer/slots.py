@@ -4,7 +4,8 @@ What this module must keep, whatever is changed in it: a slot is in no file and 
 taken out before anything is signed with its keys, and it fits one attempt. A trainer that starts
 has none, so that a state folder that was put back brings no slot back.
 
-A request to prepare passes steps 1, 3, 5, 6, 7 and 8 of `handler`, for the attempt that it names:
+A request to prepare passes steps 1, 3, 5, 6 and 7 of `handler`, and step 8 as far as it judges a
+cohort, for the attempt that it names. The request to train passes all of them. The codes are
 `unknown-plan`, `other-federation`, `plan-digest`, `not-in-cohort`, `round-past-plan`,
 `roster-digest`, `not-in-roster`, `revoked-key`, `attempt-reused`, `cohort-too-small`,
 `threshold-too-high`, `threshold-too-low`. A request to fill finds the slot (`unknown-slot`) and

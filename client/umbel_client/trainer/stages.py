@@ -43,6 +43,7 @@ from umbel_common.protocol.wire import (
     PrepareReply,
     Refusal,
     Reply,
+    ShareAgainRequest,
     ShareReply,
     ShareRequest,
     TogetherReply,
@@ -53,19 +54,25 @@ from umbel_common.secagg import participant
 from umbel_common.secagg.encoding import RingVector
 
 StageRequest: TypeAlias = (
-    ShareRequest | MaskRequest | MaskPreparedRequest | ConfirmRequest | UnmaskRequest
+    ShareRequest
+    | ShareAgainRequest
+    | MaskRequest
+    | MaskPreparedRequest
+    | ConfirmRequest
+    | UnmaskRequest
 )
 Ahead: TypeAlias = PrepareReply | FillReply | Refusal
 """What this site prepares, together with a stage, for an attempt that is to come."""
 
 _STAGES: dict[type[StageRequest], str] = {
     ShareRequest: "share",
+    ShareAgainRequest: "share",
     MaskRequest: "mask",
     MaskPreparedRequest: "mask",
     ConfirmRequest: "confirm",
     UnmaskRequest: "unmask",
 }
-"""Both ways to ask for a vector are one stage: a site sends one."""
+"""Two ways to ask for shares are one stage, and so are two ways to ask for a vector."""
 
 
 def answer_stage(
@@ -105,9 +112,12 @@ def answer_stage(
     reply: Reply
     # 3
     match state, request:
-        case participant.Advertised() | participant.Prepared(), ShareRequest():
-            fresh = state if isinstance(state, participant.Advertised) else state.advertised
-            after, shares = fresh.receive(request.adverts, site.roster, site.entropy)
+        case participant.Advertised(), ShareRequest():
+            after, shares = state.receive(request.adverts, site.roster, site.entropy)
+            reply = ShareReply(context=context, shares=shares)
+        case participant.Advertised() | participant.Prepared(), ShareAgainRequest():
+            own = state if isinstance(state, participant.Advertised) else state.advertised
+            after, shares = own.receive(request.adverts, site.roster, site.entropy, again=True)
             reply = ShareReply(context=context, shares=shares)
         case participant.Shared(), MaskRequest():
             # 3a

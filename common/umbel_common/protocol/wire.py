@@ -216,6 +216,15 @@ class MaskPreparedRequest(Message, frozen=True, tag="mask-prepared"):
     """As in `MaskRequest`, but prepared."""
 
 
+class ShareAgainRequest(Message, frozen=True, tag="share-again"):
+    """Stage 2 of an attempt for which a `FillRequest` went out, and that not all of U1 can use; a
+    `ShareReply` answers it, and `MaskRequest` follows."""
+
+    context: Digest
+    adverts: Annotated[tuple[Signed, ...], msgspec.Meta(max_length=MAX_SITES)]
+    """The adverts of U1, in the order of their sites' names."""
+
+
 class FinishRequest(Message, frozen=True, tag="finish", kw_only=True):
     """The last release of the job, for the site to keep."""
 
@@ -257,6 +266,7 @@ Request: TypeAlias = (
     | TrainRequest
     | TrainFromLastRequest
     | ShareRequest
+    | ShareAgainRequest
     | MaskRequest
     | MaskPreparedRequest
     | ConfirmRequest

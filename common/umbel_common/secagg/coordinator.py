@@ -41,7 +41,8 @@ begins with C0.1.
    - C1.3 Close with at least t sites, U1: `too-few-adverts`. Guards the next stage.
    - C1.4 Where all of U1 advertised the keys that the whole cohort prepared, their shares are here
      (`preparing`): U2 is U1, and stage 3 follows. One site with other keys, and stage 2 follows for
-     all.
+     all, again. Wherever a site may have prepared the attempt, masks are bound to the adverts of U1
+     too.
 
 2. `Sharing` (round 1)
 
@@ -93,6 +94,7 @@ from umbel_common.secagg.checks import (
     check_recipients,
     open_advert,
 )
+from umbel_common.secagg.masking import prepared_mask_context
 from umbel_common.secagg.messages import (
     EncryptedShare,
     KeyAdvert,
@@ -100,7 +102,7 @@ from umbel_common.secagg.messages import (
     SurvivorSignature,
     preparation_of,
 )
-from umbel_common.secagg.preparing import Prepared
+from umbel_common.secagg.preparing import Filling, Prepared
 from umbel_common.secagg.primitives import ANY_KEY, agree
 from umbel_common.secagg.shamir import is_element
 from umbel_common.secagg.unmasking import Aggregate, RunningSum, Secrets, unmask
@@ -122,6 +124,8 @@ class Terms:
     """Fewest sites whose vectors may be in the sum; at least the threshold."""
     ring_bits: int
     length: int
+    masks: bytes
+    """From what masks are derived, 32 bytes: the context, or `masking.prepared_mask_context`."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +169,9 @@ class Stage(Generic[Answer]):
 class Advertising(Stage[tuple[Signed, KeyAdvert]]):
     """Waits for the whole cohort's keys."""
 
-    prepared: Prepared | None = None
-    """What the cohort prepared for this attempt; None: nothing, or not all of it."""
+    prepared: Prepared | Filling | None = None
+    """What the cohort prepared for this attempt; `Filling`: not all of it, but some sites may have;
+    None: no site was asked for shares."""
 
     def receive(self, site: str, payload: Signed) -> "Advertising":
         """Takes a signed `KeyAdvert`.
@@ -203,17 +208,21 @@ class Advertising(Stage[tuple[Signed, KeyAdvert]]):
         self._require_answers("too-few-adverts", self.terms.least)
         # C1.4
         prepared, adverts = self.prepared, [advert for _, advert in self.answers.values()]
-        if prepared is not None and all(map(prepared.has_keys_of, adverts)):
+        signed = tuple(self.answers[site][0] for site in self.answered)
+        terms = self.terms
+        if prepared is not None:
+            terms = replace(terms, masks=prepared_mask_context(terms.context, signed))
+        if isinstance(prepared, Prepared) and all(map(prepared.has_keys_of, adverts)):
             return Masking(
-                self.terms,
+                terms,
                 self.answered,
                 {},
                 adverts={advert.site: advert for advert in adverts},
                 shares=prepared.shares,
                 total=RunningSum(self.terms.ring_bits, self.terms.length),
-                unseen=tuple(self.answers[site][0] for site in self.answered),
+                unseen=signed,
             )
-        return Sharing(self.terms, self.answered, {}, adverts=dict(self.answers))
+        return Sharing(terms, self.answered, {}, adverts=dict(self.answers))
 
 
 @dataclass(frozen=True)
@@ -221,6 +230,11 @@ class Sharing(Stage[tuple[EncryptedShare, ...]]):
     """Waits for U1's encrypted shares."""
 
     adverts: Mapping[str, tuple[Signed, KeyAdvert]]
+
+    @property
+    def again(self) -> bool:
+        """Whether sites of this attempt may have prepared it."""
+        return self.terms.masks != self.terms.context
 
     def requests(self) -> dict[str, tuple[Signed, ...]]:
         """For each site of U1: the adverts of U1, in the order of their sites' names."""
@@ -429,6 +443,7 @@ class Unmasking(Stage[tuple[RevealedShare, ...]]):
                 shares[share.owner][point] = share.share
         return Secrets(
             context=self.terms.context,
+            masks=self.terms.masks,
             adverts=self.adverts,
             threshold=self.terms.threshold,
             sites={point: site for site, point in points.items()},
@@ -445,7 +460,7 @@ def open_attempt(
     length: int,
     *,
     least: int | None = None,
-    prepared: Prepared | None = None,
+    prepared: Prepared | Filling | None = None,
 ) -> Advertising:
     """A new attempt, waiting for the keys of the header's cohort.
 
@@ -454,7 +469,7 @@ def open_attempt(
         ring_bits: 16 or 32.
         length: elements of each masked vector.
         least: fewest sites whose vectors may be in the sum; None: the threshold.
-        prepared: what the cohort prepared for this attempt.
+        prepared: what the cohort prepared for this attempt; `Filling` where not all of it came.
 
     Raises:
         IdentityError: a site of the cohort is not in the roster.
@@ -474,5 +489,6 @@ def open_attempt(
         )
     if prepared is not None and prepared.preparation != preparation_of(header):
         raise LocalProtocolError("slot", "an attempt is opened with what another one prepared")
-    terms = Terms(header, header.context(), roster, threshold, least, ring_bits, length)
+    context = header.context()
+    terms = Terms(header, context, roster, threshold, least, ring_bits, length, masks=context)
     return Advertising(terms, header.cohort, {}, prepared)

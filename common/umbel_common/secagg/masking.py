@@ -5,14 +5,30 @@ vector exists outside of it; of two sites, the one whose name sorts first adds t
 other subtracts it. `add_masks` is step S3.5 of `participant` and step C5.6 of `coordinator`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from umbel_common.canonical import digest
 from umbel_common.errors import LocalProtocolError
 from umbel_common.secagg.encoding import RingVector
 from umbel_common.secagg.primitives import CHUNK_BYTES, Keystream, agree, derive
+from umbel_common.trust.identity import Signed
+
+
+def prepared_mask_context(context: bytes, adverts: Iterable[Signed]) -> bytes:
+    """What takes the place of the context in the masks of a prepared attempt, 32 bytes.
+
+    Its keys are older than the delta. Each advert has the head of its site's ledger, which names
+    the delta. So keys that a machine brings back with its memory make other masks for another one.
+
+    Args:
+        context: of the attempt, 32 bytes.
+        adverts: those of U1, in any order.
+    """
+    parts = sorted(digest("mask advert", advert.statement) for advert in adverts)
+    return digest("prepared masks", context, *parts)
 
 
 def self_mask_key(seed: bytes, site: str, context: bytes) -> bytes:

@@ -49,10 +49,13 @@ and stands in the step that makes the check, before the steps that it guards. `e
 
    - S2.8 See that each peer advertised the keys that it prepared: `other-keys`. Guards S2.9: the
      shares that this site will hold are of the secrets behind those keys.
-   - S2.9 Agree on mask keys with each peer, as in S2.6; then all of step 3.
+   - S2.9 Agree on mask keys with each peer, as in S2.6; then all of step 3. Both kinds of mask are
+     bound to the adverts of U1 too: the keys are older than the delta, and the head of the ledger
+     in this site's own advert names the delta. So two deltas never have one mask.
 
-   A `Prepared` site whose peers did not all prepare is asked for shares as in step 2, and answers
-   from the same keys. It answers one of the two.
+   A `Prepared` site whose peers did not all prepare is asked for shares again, as in step 2, and
+   answers from the same keys; masks are then bound as in S2.9, at all sites. It answers one of the
+   two.
 
 3. `Shared.receive` (round 2)
 
@@ -101,6 +104,7 @@ from umbel_common.secagg.masking import (
     add_masks,
     check_ring_vector,
     pairwise_key,
+    prepared_mask_context,
     self_mask_key,
 )
 from umbel_common.secagg.messages import (
@@ -216,9 +220,13 @@ class Advertised(SiteState, frozen=True, tag="advertised"):
     seed: Key
 
     def receive(
-        self, adverts: tuple[Signed, ...], roster: Roster, entropy: Entropy
+        self, adverts: tuple[Signed, ...], roster: Roster, entropy: Entropy, *, again: bool = False
     ) -> tuple["Shared", tuple[EncryptedShare, ...]]:
         """Stage 2: verifies the keys of U1, and shares both secrets with its sites.
+
+        Args:
+            again: a site of this attempt may have prepared it, so that its keys are older than its
+                delta. Always so where this site has.
 
         Raises:
             RemoteProtocolError: `malformed-message`, `not-in-cohort`, `pinned-signature`,
@@ -237,7 +245,8 @@ class Advertised(SiteState, frozen=True, tag="advertised"):
             entropy,
         )
         # S2.6
-        mask_keys = self.mask_keys(peers)
+        masks = prepared_mask_context(self.context, adverts) if again else self.context
+        mask_keys = self.mask_keys(peers, masks)
         keys = [
             PeerKeys(
                 peer=peer.site,
@@ -252,20 +261,23 @@ class Advertised(SiteState, frozen=True, tag="advertised"):
             site=self.site,
             rules=self.rules,
             peers=tuple(keys),
-            self_mask_key=self_mask_key(self.seed, self.site, self.context),
+            self_mask_key=self_mask_key(self.seed, self.site, masks),
             own_share=shared.own_share,
         )
         return after, shared.messages
 
-    def mask_keys(self, peers: Iterable[KeyAdvert]) -> dict[str, bytes]:
+    def mask_keys(self, peers: Iterable[KeyAdvert], context: bytes) -> dict[str, bytes]:
         """Part of step S2.6: peer -> the key of the mask between it and this site.
+
+        Args:
+            context: of the masks, 32 bytes: the attempt's, or `prepared_mask_context`.
 
         Raises:
             RemoteProtocolError: `weak-key`.
         """
         ours = load(self.mask_secret)
         return {
-            peer.site: pairwise_key(ours, self.site, peer.mask_key, peer.site, self.context)
+            peer.site: pairwise_key(ours, self.site, peer.mask_key, peer.site, context)
             for peer in peers
         }
 
@@ -417,7 +429,8 @@ class Prepared(SiteState, frozen=True, tag="prepared"):
                 field=advert.site,
             )
         # S2.9
-        mask_keys = self.advertised.mask_keys(advertised)
+        masks = prepared_mask_context(self.context, adverts)
+        mask_keys = self.advertised.mask_keys(advertised, masks)
         shared = Shared(
             context=self.context,
             site=self.site,
@@ -426,7 +439,7 @@ class Prepared(SiteState, frozen=True, tag="prepared"):
                 PeerKeys(peer=name, opening_key=known[name].opening_key, mask_key=mask_key)
                 for name, mask_key in mask_keys.items()
             ),
-            self_mask_key=self_mask_key(self.advertised.seed, self.site, self.context),
+            self_mask_key=self_mask_key(self.advertised.seed, self.site, masks),
             own_share=self.own_share,
         )
         return shared.mask(shares, vector, self.preparation)

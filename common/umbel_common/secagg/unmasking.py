@@ -119,6 +119,8 @@ class Secrets:
     """What the revealed shares must recover, and what the secrets are checked against."""
 
     context: bytes
+    masks: bytes
+    """From what masks are derived, 32 bytes: the context, or `masking.prepared_mask_context`."""
     adverts: Mapping[str, KeyAdvert]
     threshold: int
     sites: Mapping[int, str]
@@ -217,7 +219,7 @@ def left_over_masks(secrets: Recovered, attempt: Secrets) -> tuple[list[bytes], 
     Each survivor's self-mask is subtracted. For a survivor and a site that dropped out, the
     survivor's half of their pairwise mask is left; the masks of two survivors cancelled.
     """
-    context = attempt.context
+    context = attempt.masks
     to_add: list[bytes] = []
     to_subtract = [self_mask_key(seed, site, context) for site, seed in secrets.seeds.items()]
     for dropped, secret in secrets.keys.items():

@@ -48,6 +48,7 @@ from umbel_common.protocol.wire import (
     Refusal,
     Reply,
     Request,
+    ShareAgainRequest,
     ShareReply,
     ShareRequest,
     TrainFromLastRequest,
@@ -58,7 +59,7 @@ from umbel_common.protocol.wire import (
 )
 from umbel_common.secagg import coordinator
 from umbel_common.secagg.messages import SurvivorSignature
-from umbel_common.secagg.preparing import Prepared
+from umbel_common.secagg.preparing import Filling, Prepared
 from umbel_common.secagg.unmasking import Aggregate, LostSecrets
 from umbel_common.trust.identity import Roster, Signed
 
@@ -152,8 +153,9 @@ class Attempt:
                 }
             # 2
             case coordinator.Sharing() as machine:
+                ask = ShareAgainRequest if machine.again else ShareRequest
                 return {
-                    site: ShareRequest(context=context, adverts=adverts)
+                    site: ask(context=context, adverts=adverts)
                     for site, adverts in machine.requests().items()
                 }
             # 3
@@ -259,7 +261,7 @@ def open_attempt(
     first_request: TrainRequest,
     vector_length: int,
     last: Mapping[str, LastAdvert],
-    prepared: Prepared | None = None,
+    prepared: Prepared | Filling | None = None,
     from_last: Mapping[str, TrainFromLastRequest] | None = None,
 ) -> Attempt:
     """Opens an attempt; nothing was sent yet.
@@ -268,7 +270,8 @@ def open_attempt(
         first_request: the signed header, with the release and adapter to train from.
         vector_length: number of elements in each masked vector (trained parameters and the weight).
         last: site -> its last advert.
-        prepared: the keys and shares that the cohort prepared for this attempt.
+        prepared: the keys and shares that the cohort prepared for this attempt; `Filling` where not
+            all of them came.
         from_last: site -> its first request, where another takes the place of `first_request`.
 
     Raises:

@@ -100,11 +100,15 @@ class Ahead:
             self._prepares.discard(site)
         return reply
 
-    def take(self, header: RoundHeader) -> Prepared | None:
-        """What was prepared for an attempt, once; None: not all of it, or another attempt."""
+    def take(self, header: RoundHeader) -> Prepared | Filling | None:
+        """What was prepared for an attempt, once; `Filling`: not all of it, but sites may have
+        answered whose reply was lost; None: no site was asked for shares, or for another attempt's.
+        """
         self._close()
         prepared, self._machine = self._machine, None
-        if isinstance(prepared, Prepared) and prepared.preparation == preparation_of(header):
+        if isinstance(prepared, Prepared | Filling) and prepared.preparation == preparation_of(
+            header
+        ):
             return prepared
         return None
 
@@ -131,5 +135,8 @@ class Ahead:
             return
 
     def _close(self) -> None:
-        if isinstance(self._machine, Preparing | Filling):
-            self._machine = self._machine.close()
+        match self._machine:
+            case Preparing() as machine:
+                self._machine = machine.close()
+            case Filling() as machine:
+                self._machine = machine.close() or machine

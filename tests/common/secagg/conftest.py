@@ -126,9 +126,10 @@ class Attempt:
         state = self.states[site]
         match state:
             case participant.Advertised():
-                return state.receive(request, self.roster, os.urandom)
+                again = self.machine.again
+                return state.receive(request, self.roster, os.urandom, again=again)
             case participant.Prepared() if self.stage == "share":
-                return state.advertised.receive(request, self.roster, os.urandom)
+                return state.advertised.receive(request, self.roster, os.urandom, again=True)
             case participant.Prepared():
                 vector = self.vectors[site].copy()
                 state, vector = state.receive(*request, self.roster, vector)

@@ -9,6 +9,7 @@ import pytest
 from umbel_common.canonical import encode
 from umbel_common.errors import LocalProtocolError, RemoteProtocolError
 from umbel_common.secagg import coordinator
+from umbel_common.secagg.masking import prepared_mask_context
 from umbel_common.secagg.messages import KeyAdvert, PreparedKeys, preparation_of
 from umbel_common.secagg.preparation import prepare
 from umbel_common.secagg.preparing import Preparing
@@ -197,17 +198,24 @@ def test_two_adapters_under_one_preparation_give_masks_that_do_not_cancel(make_a
     )
     # It verifies the adverts of the others' header, and masks as for its own.
     verified = advertised.verify(attempt.machine.unseen, attempt.roster)
-    keys = misled.advertised.mask_keys(verified)
-    assert not set(keys.values()) & set(honest.advertised.mask_keys(verified).values())
+    keys, others = (
+        state.advertised.mask_keys(
+            verified, prepared_mask_context(state.context, attempt.machine.unseen)
+        )
+        for state in (misled, honest)
+    )
+    assert not set(keys.values()) & set(others.values())
 
 
-def test_a_site_without_its_slot_costs_the_attempt_a_stage_and_nothing_else(make_attempt):
+@pytest.mark.parametrize("silent", [(), ("site-02",), ("site-03",)])
+def test_a_site_without_its_slot_costs_the_attempt_a_stage_and_nothing_else(make_attempt, silent):
     attempt = make_attempt(4, 3, prepared=True)
     del attempt.slots["site-02"]
     attempt.collect()
-    assert isinstance(attempt.close(), coordinator.Sharing)
-    attempt.run_to("end")
-    assert (attempt.machine.total == attempt.plain_sum(attempt.header.cohort)).all()
+    assert attempt.close().again
+    attempt.run_to("end", {"mask": silent})
+    survivors = [site for site in attempt.header.cohort if site not in silent]
+    assert (attempt.machine.total == attempt.plain_sum(survivors)).all()
 
 
 def test_a_site_that_took_one_way_does_not_take_the_other(make_attempt):

@@ -50,6 +50,7 @@ class Revealed:
         }
         return Secrets(
             context=CONTEXT,
+            masks=CONTEXT,
             adverts=adverts,
             threshold=self.threshold,
             sites=self.points,

@@ -7,7 +7,7 @@ import pytest
 
 from umbel_common.plans.plan import Aggregation
 from umbel_common.protocol.verification import verify_transcript
-from umbel_common.protocol.wire import Refusal
+from umbel_common.protocol.wire import FillRequest, Refusal, ShareAgainRequest, ShareRequest
 from umbel_server.messaging.link import Step
 
 MakeSetting = Callable[..., Any]
@@ -176,3 +176,52 @@ def test_wrong_prepared_keys_cost_their_attempt_the_preparation_only(
     assert [release.survivors for release in setting.observer.releases] == [everyone] * 3
     assert stages(setting, 3) == UNPREPARED
     assert setting.observer.aborts == []
+
+
+@pytest.mark.parametrize("stage", ["prepare", "fill"])
+def test_a_resumed_job_finds_no_slots_of_the_one_before(
+    make_setting: MakeSetting, stage: str
+) -> None:
+    """The server dies between what it prepared and the attempt, and resumes without a reply: sites
+    that still had a slot would share in no way that this server asks for."""
+    setting = make_setting(4, aggregation=THREE)
+
+    class Stop(Exception):
+        pass
+
+    def stop(release: Any, adapter: Any) -> None:
+        raise Stop
+
+    released, setting.observer.on_released = setting.observer.on_released, stop
+    with pytest.raises(Stop):
+        setting.job().run()
+    setting.observer.on_released = released
+    setting.link.lost = lambda step, site: step.stage == stage and site == "site-03"
+    setting.job().run()
+    assert stages(setting, 2)[-5:] == UNPREPARED
+    everyone = tuple(setting.sites)
+    assert [release.survivors for release in setting.observer.releases] == [everyone] * 2
+    assert setting.observer.aborts == []
+    exact(setting)
+
+
+def test_shares_whose_reply_was_lost_leave_a_slot_at_their_site(make_setting: MakeSetting) -> None:
+    """All share again: masks of a site that prepared are bound to the adverts."""
+    setting = make_setting(4, aggregation=THREE)
+    kept = type(setting.sites["site-03"]).handle
+
+    def forgetful(sealed: bytes) -> bytes:
+        reply = kept(setting.sites["site-03"], sealed)
+        lost = isinstance(setting.sites["site-03"].requests[-1], FillRequest)
+        return b"" if lost else reply
+
+    setting.link.sites["site-03"] = forgetful
+    setting.job().run()
+    asked = [type(request) for request in setting.sites["site-00"].requests]
+    assert asked.count(ShareAgainRequest) == 1
+    assert ShareRequest not in asked
+    assert stages(setting, 1) == UNPREPARED
+    assert stages(setting, 2) == stages(setting, 3) == PREPARED
+    everyone = tuple(setting.sites)
+    assert [release.survivors for release in setting.observer.releases] == [everyone] * 3
+    exact(setting)
