@@ -1,8 +1,8 @@
-"""Does an offer or an attempt fit what this site knows? The checks of steps O3, 5, 6 and 10 of
-`handler`.
+"""Does an offer or an attempt fit what this site knows? The checks of steps O3, 5, 6, 10 and 11
+of `handler`.
 
 This module is part of the core of the privacy guarantee. Never drop a check, or move it behind
-training.
+training, and never take the mark of an old copy back here.
 
 Each raises a `RemoteProtocolError` with the name of the check that failed.
 """
@@ -10,18 +10,31 @@ Each raises a `RemoteProtocolError` with the name of the check that failed.
 from collections.abc import Callable
 
 from umbel_client.storage.kept_adapter import KeptAdapter
+from umbel_client.trainer.job import SiteJob
 from umbel_client.trainer.site import Site
 from umbel_common.adapters.difference import apply_difference
 from umbel_common.adapters.reach import require_reachable
 from umbel_common.adapters.start import Origin, require_start
 from umbel_common.adapters.vector import Vector, adapter_digest, from_bytes, to_bytes
-from umbel_common.errors import PlanError, require
+from umbel_common.canonical import decode_canonical
+from umbel_common.errors import PlanError, RemoteProtocolError, require
 from umbel_common.plans.plan import TrainingPlan
-from umbel_common.plans.statements import RELEASE_VERSIONS, EarlyEnd, Release, RoundHeader
+from umbel_common.plans.statements import (
+    HEADER_VERSIONS,
+    RELEASE_VERSIONS,
+    EarlyEnd,
+    Release,
+    RoundHeader,
+)
 from umbel_common.protocol.transcript import final_round
-from umbel_common.protocol.wire import FinishRequest, TrainFromLastRequest, TrainRequest
-from umbel_common.secagg.messages import Preparation
-from umbel_common.trust.identity import Roster
+from umbel_common.protocol.wire import (
+    FinishRequest,
+    LastAdvert,
+    TrainFromLastRequest,
+    TrainRequest,
+)
+from umbel_common.secagg.messages import KeyAdvert, Preparation
+from umbel_common.trust.identity import Identity, Roster, label_of, verifies
 
 _APPROVE = (
     "ask the operator for the new roster (umbel-server roster export), compare it with the others,"
@@ -169,6 +182,46 @@ def check_start(
         require_start(plan, vector)
     require_reachable(plan, release.round, vector, origin(), sites=_most_sites(site))
     return release, vector
+
+
+def check_last_advert(last: LastAdvert, job: SiteJob, identity: Identity) -> None:
+    """Step 11: marks a ledger that does not know what this site signed, and refuses.
+
+    The ledger and the journal are compared with each other, but a copied folder or a virtual
+    machine's snapshot puts both back together. Then only others know what this site signed since.
+    Each advert of keys carries the head that the ledger had, and the server shows every site its
+    own last advert with the next request to train. A server cannot forge it. It can withhold it, or
+    show an older one: then nothing is noticed here.
+
+    Args:
+        identity: this site's identity.
+
+    Raises:
+        RemoteProtocolError: `ledger-rolled-back`; `other-context` or `malformed-message` if the
+            server shows something other than an advert with its header.
+    """
+    label, advert = label_of(KeyAdvert), last.advert
+    if not verifies(identity.public_key, label, advert.statement, advert.signature):
+        # It was signed with a former key of this site, or not by this site: it proves nothing.
+        return
+    signed = decode_canonical(advert.statement, KeyAdvert)
+    # The site's own signature over the context binds the header, which others signed too.
+    header = decode_canonical(last.header.statement, HEADER_VERSIONS)
+    require(header.context() == signed.context, "other-context", "an advert is of another attempt")
+    try:
+        require(
+            job.knows(signed.ledger_head, header),
+            "ledger-rolled-back",
+            f"this site signed a head of its privacy ledger, for round {header.round} of job"
+            f" {header.job}, that the ledger does not contain",
+            field="ledger.sqlite",
+            accepted=f"a continuation of {signed.ledger_head.hex()}",
+            remedy="the state folder is an old copy, or a new one: bring back the latest, or state"
+            " what was spent since: umbel-client budget state-spend (docs/budget.md)",
+        )
+    except RemoteProtocolError:
+        job.mark_as_old_copy(signed.ledger_head)
+        raise
 
 
 def check_end(

@@ -46,7 +46,7 @@ site's data or its ledger is `site-not-ready`. Every other fault, also a check o
     `adapter-too-far`, `two-releases`
     Where a head starts at its labels' names, the model of step 11 is loaded now.
 11. Ledger: model and ledger are loaded (`job`), and the ledger knows what this site signed last
-    (`last_advert`).
+    (`checks`).
     `budget`, `delta-for-records`, `site-not-ready`, `ledger-rolled-back`, `other-context`,
     `malformed-message`
 12. Training: this adapter keeps made-up records apart, and the ledger reserves the round. Only then
@@ -95,6 +95,7 @@ from umbel_client.storage.journal import Journal
 from umbel_client.storage.kept_adapter import KeptAdapter
 from umbel_client.trainer.checks import (
     check_end,
+    check_last_advert,
     check_parties,
     check_roster,
     check_round,
@@ -102,7 +103,6 @@ from umbel_client.trainer.checks import (
     check_start,
 )
 from umbel_client.trainer.job import SiteJob, SiteStatus
-from umbel_client.trainer.last_advert import check_last_advert
 from umbel_client.trainer.observer import Observer
 from umbel_client.trainer.opening import check_payable, open_job
 from umbel_client.trainer.site import Site
