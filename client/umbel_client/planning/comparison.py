@@ -28,7 +28,6 @@ from umbel_client.privacy.attempt_cost import attempt_cost
 from umbel_client.privacy.calibration import noise_for
 from umbel_client.privacy.shared_noise import shares_of
 from umbel_common.adapters.reach import largest_step
-from umbel_common.adapters.site_counts import vector_length
 from umbel_common.adapters.vector import size_of
 from umbel_common.errors import ConfigError
 from umbel_common.plans.check import check_plan
@@ -120,7 +119,7 @@ def _bought(
     proposed: bool,
 ) -> Bought:
     kinds = base.lora.kinds_of_rounds(draft.training.rounds)
-    width = max(vector_length(base, number) for number in kinds) + 1
+    width = max(base.vector_length(number) for number in kinds) + 1
     row = Bought(
         epsilon=epsilon,
         mode=shape.mode,

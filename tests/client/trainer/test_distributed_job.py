@@ -27,7 +27,6 @@ from umbel_client.trainer.distributed_job import DistributedJob, failed_digest
 from umbel_client.trainer.job import SiteJob
 from umbel_client.trainer.opening import open_job
 from umbel_client.training import answer_time
-from umbel_common.adapters.site_counts import COORDINATES
 from umbel_common.adapters.vector import adapter_digest, initial_vector
 from umbel_common.errors import (
     BudgetError,
@@ -36,7 +35,7 @@ from umbel_common.errors import (
     RemoteProtocolError,
     StorageError,
 )
-from umbel_common.plans.plan import Classification, ScoreEvaluation, TrainingPlan
+from umbel_common.plans.plan import COUNTS, Classification, ScoreEvaluation, TrainingPlan
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg.encoding import signed_part
 from umbel_common.secagg.sums import counts_in, read_sum
