@@ -119,6 +119,19 @@ def test_what_was_computed_leaves_in_its_attempt_and_is_not_drawn_again(
     assert (lost.state, len(computed)) == (RoundState.COMPUTED, 1)
 
 
+def test_a_sum_that_is_gone_is_lost_and_the_site_takes_part_in_the_next_attempt(
+    federation: Federation, computed: list[int]
+) -> None:
+    header = federation.header()
+    kill_at(federation, Journal, "open_attempt", lambda: ask(federation, header))
+    (kept,) = (federation.folder / SITE / "state" / "deltas" / "job").glob("*.sum")
+    kept.unlink()
+    assert federation.refusal(SITE, federation.train_request(header)) == "attempt-lost"
+    assert len(computed) == 1
+    assert isinstance(ask(federation, federation.header(attempt=2)), TrainReply)
+    assert [len(charged(federation)), len(computed)] == [2, 2]
+
+
 def test_what_was_sent_is_sent_again_and_the_sum_holds_it_once(
     federation: Federation, computed: list[int]
 ) -> None:

@@ -488,7 +488,7 @@ def test_a_sum_that_could_wrap_is_refused_before_anything_is_charged(federation:
     aggregation = msgspec.structs.replace(federation.plan.aggregation, step=1e-9)
     federation.plan = federation.make_plan(aggregation=aggregation)
     federation.offer()
-    assert federation.refusal(SITE, federation.train_request()) == "site-fault"
+    assert federation.refusal(SITE, federation.train_request()) == "ring-too-small"
     assert federation.spent_rounds(SITE) == 0
 
 

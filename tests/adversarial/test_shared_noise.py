@@ -22,7 +22,9 @@ from umbel_common.plans import check
 from umbel_common.plans.check import check_plan
 from umbel_common.plans.plan import TrainingPlan, TrainingPlan2
 from umbel_common.plans.server_optimizer import ServerSgd
+from umbel_common.protocol.wire import OfferRequest
 from umbel_common.secagg.encoding import RingVector
+from umbel_common.trust.identity import sign
 
 SITE, LAST = "site-00", "site-03"
 ALLOWED = {"*": "max_shared_epsilon = 1.0\ntotal_shared_epsilon = 8.0"}
@@ -205,6 +207,30 @@ def test_a_server_offers_a_plan_whose_claim_is_false(
     finally:
         assert attempts_of(federation, SITE) == {}
     assert cost_of(plan).epsilons(plan.privacy.delta).shared > plan.privacy.epsilon
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "field"),
+    [
+        ("privacy", {"noise_bits": 3}, "privacy.noise_bits"),
+        ("aggregation", {"ring_bits": 16}, "aggregation.ring_bits"),
+        ("privacy", {"honest": 5}, "privacy.honest"),
+    ],
+    ids=["noise", "ring", "honest"],
+)
+def test_a_plan_that_contradicts_itself_is_refused_by_its_check(
+    open_federation: Callable[..., Federation], part: str, changes: dict[str, Any], field: str
+) -> None:
+    """Before the policy and the accountant look at it."""
+    federation = sharing(open_federation)
+    value: Any = msgspec.structs.replace(getattr(federation.plan, part), **changes)
+    plan = msgspec.structs.replace(federation.plan, **{part: value})
+    offer = OfferRequest(plan=sign(federation.operator, plan))
+    assert federation.refusal(SITE, offer) == "contradictory-plan"
+    assert federation.observers[SITE].errors[-1].field == field
+    with pytest.raises(PlanError) as caught:
+        check_plan(plan)
+    assert caught.value.field == field
 
 
 def test_without_its_refusal_a_plan_of_two_local_steps_has_its_false_claim_accepted(

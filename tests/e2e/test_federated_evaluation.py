@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 from umbel_client.ledger.file import read_ledger
 from umbel_client.ledger.rows import EVALUATION
 from umbel_client.privacy.accounting import DpEvent
-from umbel_common.adapters.site_counts import COORDINATES, SiteCounts
+from umbel_common.adapters.site_counts import SiteCounts
 from umbel_common.errors import JobFailed
-from umbel_common.plans.plan import FederatedEvaluation
+from umbel_common.plans.plan import COUNTS, FederatedEvaluation
 from umbel_common.protocol.verification import verify_transcript
 from umbel_server.jobs.job import Job
 from umbel_server.messaging.link import Step
@@ -45,7 +45,7 @@ class Loop:
             if (step.stage, step.round) == ("mask", 1):
                 (path,) = (self._federation.folder / site / "state" / "deltas").rglob("*1*")
                 delta = load_file(path)["delta"]
-                self.counts.setdefault(step.attempt, {})[site] = delta[-COORDINATES:].tolist()
+                self.counts.setdefault(step.attempt, {})[site] = delta[-COUNTS:].tolist()
                 if step.attempt in self._lost:
                     continue
             yield site, reply

@@ -27,8 +27,7 @@ from umbel_client.planning.proposal import (
 from umbel_client.privacy.attempt_cost import attempt_cost
 from umbel_client.privacy.calibration import noise_for
 from umbel_client.privacy.shared_noise import shares_of
-from umbel_common.adapters.reach import largest_step
-from umbel_common.adapters.site_counts import vector_length
+from umbel_common.adapters.reach import largest_step, longest_step
 from umbel_common.adapters.vector import size_of
 from umbel_common.errors import ConfigError
 from umbel_common.plans.check import check_plan
@@ -59,6 +58,8 @@ def calibrate_draft(request: CalibrationRequest) -> Calibration:
     base = _base(outline, cohort, promise, file.parent)
     rows = tuple(_rows(base, outline, cohort, shape, promise, request))
     own = next(row for row in rows if (row.epsilon, row.proposed) == (promise[0], True))
+    # The noise, which is a part of a step's length, is that of the whole plan.
+    plan = plan_with(base, draft, cohort.sites) if _can_account() else None
     return Calibration(
         draft=written,
         mode=shape.mode,
@@ -68,7 +69,7 @@ def calibrate_draft(request: CalibrationRequest) -> Calibration:
         rounds=draft.training.rounds,
         rows=rows,
         batch=draft.training.expected_batch_size,
-        policy=_policy(draft, own, cohort, promise[1]),
+        policy=_policy(draft, plan, own, cohort, promise[1]),
     )
 
 
@@ -120,7 +121,7 @@ def _bought(
     proposed: bool,
 ) -> Bought:
     kinds = base.lora.kinds_of_rounds(draft.training.rounds)
-    width = max(vector_length(base, number) for number in kinds) + 1
+    width = max(base.vector_length(number) for number in kinds) + 1
     row = Bought(
         epsilon=epsilon,
         mode=shape.mode,
@@ -180,8 +181,16 @@ def plan_with(base: TrainingPlan, draft: Draft, sites: int) -> TrainingPlan:
     return plan
 
 
-def _policy(draft: Draft, row: Bought, cohort: Cohort, promised_delta: float) -> dict[str, float]:
-    """Values of the policy's fields with which a site accepts the plan of a draft."""
+def _policy(
+    draft: Draft, plan: TrainingPlan | None, row: Bought, cohort: Cohort, promised_delta: float
+) -> dict[str, float]:
+    """Values of the policy's fields with which a site accepts the plan of a draft.
+
+    Args:
+        plan: of the draft; None where the accountants are not installed. In distributed mode the
+            noise is not known then, and `max_clip_range` leaves it out.
+        row: of the draft's own promise.
+    """
     privacy = draft.privacy
     needed: dict[str, float] = {}
     if row.epsilon_everybody is not None:
@@ -190,13 +199,15 @@ def _policy(draft: Draft, row: Bought, cohort: Cohort, promised_delta: float) ->
     change = draft.aggregation.clip_range or 0.0
     if isinstance(privacy, DraftDistributed):
         needed |= {"max_shared_epsilon": row.epsilon, "total_shared_epsilon": row.epsilon}
-        # As `reach.longest_step` does; noise above the clip norm of a whole batch is left out.
-        sent = change / draft.training.expected_batch_size
-        change = max(privacy.clip_norm, sent)
+        # As `longest_step` does, but for the noise.
+        change = max(privacy.clip_norm, change / draft.training.expected_batch_size)
+    longest = largest_step(draft.server, change, draft.training.rounds)
+    if plan is not None:
+        longest = longest_step(plan)
     return needed | {
         "max_delta": promised_delta,
         "max_rounds": draft.training.rounds,
-        "max_clip_range": _up(largest_step(draft.server, change, draft.training.rounds)),
+        "max_clip_range": _up(longest),
         "colluding_sites": cohort.colluding,
         "minimum_cohort": cohort.threshold,
     }

@@ -12,10 +12,10 @@ import msgspec
 from umbel_client.privacy.accounting import DpEvent, calibrate
 from umbel_client.privacy.discrete_gaussian import FEWEST_BITS
 from umbel_client.privacy.shared_noise import grid_for
-from umbel_common.adapters.largest_sum import largest_noise
 from umbel_common.adapters.vector import size_of
 from umbel_common.canonical import Value
 from umbel_common.errors import PlanError
+from umbel_common.plans.largest_sum import largest_cohort, largest_noise
 from umbel_common.plans.plan import (
     MOST_STEPS,
     Aggregation,
@@ -149,12 +149,6 @@ class DraftAggregation(Value, frozen=True):
                 remedy="take ring_bits 32, or a smaller clip_range",
             )
         return self._with(clip_range, grid)
-
-
-def largest_cohort(threshold: int) -> int:
-    """Most sites of a cohort that can be aggregated with a threshold: of two survivor sets that
-    gather as many signatures, both have an honest signer."""
-    return 2 * threshold - 1
 
 
 def numbers_of(

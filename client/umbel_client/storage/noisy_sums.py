@@ -1,7 +1,8 @@
 """An attempt's noisy sum on the site's disk: computed once, sent in this attempt and no other.
 
 This module is part of the core of the privacy guarantee. Never return a sum that the ledger did not
-record, or one attempt's sum for another.
+record, or one attempt's sum for another. A file that is gone is a lost attempt; one that is altered
+is an error of this site, which somebody has to look at.
 
 A file has the digest of the adapter that the gradients were computed at (32 bytes), then the sum as
 int32, little-endian. What is past its range wraps, as it would in the ring.
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from umbel_common.canonical import digest
-from umbel_common.errors import LedgerError, StorageError
+from umbel_common.errors import LedgerError, RemoteProtocolError, StorageError
 from umbel_host.files import durable
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -67,12 +68,21 @@ class NoisySums:
             expected: the digest that the ledger recorded.
 
         Raises:
-            LedgerError: the file is missing, unreadable or not what the ledger recorded.
+            RemoteProtocolError: `attempt-lost` if there is no file.
+            LedgerError: the file is unreadable, or not what the ledger recorded.
         """
         path = self._path(round_number, attempt)
-        remedy = "nothing: it stays charged, and the server may ask for another attempt"
+        remedy = "look at this disk; the attempt stays charged, and the site sits its round out"
         try:
             data = path.read_bytes()
+        except FileNotFoundError as error:
+            # The server may ask for another attempt, with this site.
+            raise RemoteProtocolError(
+                "attempt-lost",
+                "the noisy sum of a charged attempt is gone",
+                file=path,
+                remedy="nothing: it stays charged, and the server may ask for another attempt",
+            ) from error
         except OSError as error:
             raise LedgerError(
                 "the noisy sum of a charged attempt cannot be read",

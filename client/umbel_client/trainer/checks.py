@@ -1,5 +1,5 @@
-"""Does an offer or an attempt fit what this site knows? The checks of steps O3, 5, 6, 10 and 11
-of `handler`.
+"""Does an offer or an attempt fit what this site knows? The checks of steps O2, O3, 5, 6, 8, 10
+and 11 of `handler`.
 
 This module is part of the core of the privacy guarantee. Never drop a check, or move it behind
 training, and never take the mark of an old copy back here.
@@ -8,6 +8,7 @@ Each raises a `RemoteProtocolError` with the name of the check that failed.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from umbel_client.storage.kept_adapter import KeptAdapter
 from umbel_client.trainer.job import SiteJob
@@ -17,7 +18,8 @@ from umbel_common.adapters.reach import require_reachable
 from umbel_common.adapters.start import Origin, require_start
 from umbel_common.adapters.vector import Vector, adapter_digest, from_bytes, to_bytes
 from umbel_common.canonical import decode_canonical
-from umbel_common.errors import PlanError, RemoteProtocolError, require
+from umbel_common.errors import PlanError, RemoteProtocolError, UmbelError, require
+from umbel_common.plans.check import check_plan
 from umbel_common.plans.plan import TrainingPlan
 from umbel_common.plans.statements import (
     HEADER_VERSIONS,
@@ -33,6 +35,7 @@ from umbel_common.protocol.wire import (
     TrainFromLastRequest,
     TrainRequest,
 )
+from umbel_common.secagg.encoding import encoding_of
 from umbel_common.secagg.messages import KeyAdvert, Preparation
 from umbel_common.trust.identity import Identity, Roster, label_of, verifies
 
@@ -40,6 +43,18 @@ _APPROVE = (
     "ask the operator for the new roster (umbel-server roster export), compare it with the others,"
     " then: umbel-client roster approve FILE, and restart umbel-client run"
 )
+
+
+def check_parts(plan: TrainingPlan) -> None:
+    """Step O2: the parts of the plan fit together.
+
+    Raises:
+        RemoteProtocolError: `contradictory-plan`.
+    """
+    try:
+        check_plan(plan)
+    except PlanError as error:
+        raise RemoteProtocolError("contradictory-plan", error.message, **_details(error)) from error
 
 
 def check_roster(site: Site, roster: bytes) -> None:
@@ -132,6 +147,18 @@ def check_parties(site: Site, header: RoundHeader | Preparation) -> None:
         found=tuple(revoked),
         remedy="tell the operator: umbel-server sites revoke",
     )
+
+
+def check_ring(header: RoundHeader, plan: TrainingPlan) -> None:
+    """Step 8: no sum of the cohort can wrap.
+
+    Raises:
+        RemoteProtocolError: `ring-too-small`.
+    """
+    try:
+        encoding_of(plan, len(header.cohort)).prove_headroom()
+    except PlanError as error:
+        raise RemoteProtocolError("ring-too-small", error.message, **_details(error)) from error
 
 
 def check_start(
@@ -293,6 +320,16 @@ def _completed(
     if request.changed:
         apply_difference(plan, header.round - 1, vector, request.changed)
     return from_bytes(to_bytes(vector), plan.lora.size)
+
+
+def _details(error: UmbelError) -> dict[str, Any]:
+    """What an error says beside its message."""
+    return {
+        "field": error.field,
+        "found": error.found,
+        "accepted": error.accepted,
+        "remedy": error.remedy,
+    }
 
 
 def _rosters(site: Site) -> dict[bytes, Roster]:

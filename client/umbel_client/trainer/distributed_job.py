@@ -87,10 +87,10 @@ class DistributedJob(SiteJob):
         Raises:
             BudgetError: a budget of the data set does not allow the attempt, or the plan's most
                 attempts are used up; before any gradient.
-            LedgerError: an attempt of the round failed, or the sum is lost or damaged.
+            LedgerError: an attempt of the round failed, or the sum is damaged.
             StorageError: the ledger or the cache of frozen layers cannot be written.
             RemoteProtocolError: `other-adapter` if the attempt was computed at another adapter;
-                `attempt-lost` if a crash ended its computation.
+                `attempt-lost` if a crash ended its computation, or its sum is gone.
             Exception: the computation failed, or its sum could not be stored, for whatever reason.
                 The ledger records that: the round is not tried again.
         """
@@ -192,7 +192,8 @@ class DistributedJob(SiteJob):
 
         Raises:
             LocalProtocolError: the attempt has no recorded sum (`not-computed`).
-            LedgerError: its computation failed, or its sum is lost or not what was recorded.
+            RemoteProtocolError: `attempt-lost` if its sum is gone.
+            LedgerError: its computation failed, or its sum is not what was recorded.
         """
         _, values = self._stored(AttemptKey(header.job, header.round, header.attempt))
         return encode_integers(values, encoding_of(self.plan, len(header.cohort)))

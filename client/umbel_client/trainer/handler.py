@@ -35,7 +35,7 @@ site's data or its ledger is `site-not-ready`. Every other fault, also a check o
     `attempt-reused`
  8. Policy: plan and cohort are judged again, and the sum of the deltas cannot overflow.
     the checks of `judge_plan` and `judge_cost`, `cohort-too-small`, `threshold-too-high`,
-    `threshold-too-low`
+    `threshold-too-low`, `ring-too-small`
  9. People: the site is not paused, and it may train now (decisions, policy).
     `site-paused`, `outside-hours`, `too-many-hours`
 10. Start: the operator signed the predecessor's release, and the adapter is the one that release
@@ -97,6 +97,8 @@ from umbel_client.trainer.checks import (
     check_end,
     check_last_advert,
     check_parties,
+    check_parts,
+    check_ring,
     check_roster,
     check_round,
     check_size_class,
@@ -123,7 +125,6 @@ from umbel_common.errors import (
     UmbelError,
     require,
 )
-from umbel_common.plans.check import check_plan
 from umbel_common.plans.plan import PLAN_VERSIONS, DistributedPrivacy, TrainingPlan
 from umbel_common.plans.statements import HEADER_VERSIONS, RELEASE_VERSIONS
 from umbel_common.protocol.wire import (
@@ -147,7 +148,6 @@ from umbel_common.protocol.wire import (
     size_limit,
 )
 from umbel_common.secagg import participant
-from umbel_common.secagg.encoding import encoding_of
 from umbel_common.secagg.rules import Rules
 from umbel_common.trust.identity import Identity, Signed, fingerprint
 
@@ -342,7 +342,8 @@ class Trainer:
         O2. Terms: it is a plan of this federation and does not contradict itself; the policy and
             this site's size class allow it. A policy without labels asks its people about them. An
             earlier adapter that it starts from is one that this site has, or may lack.
-            `other-federation`, the checks of `judge_plan` and `judge_cost`, `start-unknown`
+            `other-federation`, `contradictory-plan`, the checks of `judge_plan` and `judge_cost`,
+            `start-unknown`
         O3. Parties: the roster under which the job would run is one that this site pinned
             (`checks`).
             `roster-digest`
@@ -369,7 +370,7 @@ class Trainer:
             "other-federation",
             "a plan is of another federation",
         )
-        check_plan(plan)
+        check_parts(plan)
         judge_plan(as_asked(site.policy, plan), plan)
         judge_cost(site.policy, plan)
         check_size_class(site, plan)
@@ -415,7 +416,7 @@ class Trainer:
         judge_plan(site.policy, plan)
         judge_cost(site.policy, plan)
         judge_header(site.policy, plan, header)
-        encoding_of(plan, len(header.cohort)).prove_headroom()
+        check_ring(header, plan)
         # 9
         self._decisions.require_running()
         judge_start(site.policy, self._clock().time(), journal.seconds_trained(plan.job))

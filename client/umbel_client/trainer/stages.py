@@ -11,7 +11,8 @@ checked the parties of the attempt before.
 3. Change: the stage is the next one (`stage-order`). Secure aggregation checks what it was sent,
    and gives the next state and the reply. Two stages do something of their own:
    3a. masking: the delta is loaded before it is masked: a lost, failed or damaged one stops here
-       (LedgerError). After the checks, the ledger records that the delta leaves;
+       (LedgerError; in distributed mode, `attempt-lost` for a lost one). After the checks, the
+       ledger records that the delta leaves;
    3b. confirming: before the checks, the policy judges the set of survivors
        (`survivors-below-plan`, `survivors-differ`, `cohort-difference`); after them, the journal
        keeps it.
@@ -92,7 +93,8 @@ def answer_stage(
     Raises:
         PolicyRefusal: see `judge_survivors` (step 3b).
         RemoteProtocolError: the check of the journal (steps 1 and 2) or of secure aggregation
-            (step 3) that failed; or `stage-order`. The state on disk is as it was.
+            (step 3) that failed; `stage-order`; or `attempt-lost` (step 3a). The state on disk is
+            as it was.
         LedgerError: the round's training failed, or its delta is lost or damaged (step 3a); or the
             ledger has no such delta.
         LocalProtocolError: our own code used secure aggregation in a way that it does not allow.

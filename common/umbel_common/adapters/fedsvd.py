@@ -12,8 +12,11 @@ leave as it is: gradient descent at the server, with its momentum rotated too, g
 
 Libraries compute singular values in different orders. So a verifier does not compare bits: it
 requires that the product, and the orthonormal rows, are what they have to be within `TOLERANCE`.
+A round starts from the bits that the one before released, so these tolerances could add up.
+`SummedProducts` follows what all rounds together give, and holds a release to that too.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -122,6 +125,61 @@ def _reset(plan: TrainingPlan, state: ServerState) -> None:
         for named in state.moments.values():
             for _, tensor in pairs(plan.lora):
                 named.pop(tensor.name, None)
+
+
+class SummedProducts:
+    """What the steps of a job give each product, followed beside what is released.
+
+    With the rows of the initial A orthonormal, and those of every later A in their space, each
+    product is C times the initial A, for a C as large as B.
+    """
+
+    def __init__(self, plan: TrainingPlan, start: Vector) -> None:
+        """Args:
+        start: the adapter that the job starts from, float32[plan.lora.size].
+        """
+        self._plan = plan
+        self._steps = 0
+        self._first: dict[str, Matrix] = {}
+        self._given: dict[str, Matrix] = {}
+        self._longest: dict[str, float] = {}
+        values = unflatten(start, plan.lora.tensors)
+        for first, second in pairs(plan.lora):
+            self._first[second.name] = values[first.name].astype(np.float64)
+            self._given[second.name] = values[second.name].astype(np.float64)
+            self._longest[second.name] = 0.0
+
+    def require_near(self, before: Vector, moved: Vector, released: Vector) -> None:
+        """Adds a round's step, and requires a release near all steps together.
+
+        The error of n rounds that round independently grows with the root of n, and so does the
+        tolerance: from a release of 100 rounds, `TOLERANCE` times 10 of the longest product so far.
+
+        Args:
+            before: float32[plan.lora.size], the release before.
+            moved: the same after the step of the round.
+            released: the release of the round.
+
+        Raises:
+            RemoteProtocolError: `adapter-digest`.
+        """
+        self._steps += 1
+        old, stepped, new = (
+            unflatten(vector, self._plan.lora.tensors) for vector in (before, moved, released)
+        )
+        for first, second in pairs(self._plan.lora):
+            start, given = self._first[second.name], self._given[second.name]
+            step = stepped[second.name].astype(np.float64) - old[second.name]
+            given += step @ (old[first.name].astype(np.float64) @ start.T)
+            longest = max(self._longest[second.name], float(np.linalg.norm(given)))
+            self._longest[second.name] = longest
+            rows = _triangle(np.concatenate([new[first.name].astype(np.float64), start]))
+            sides = np.concatenate([new[second.name].astype(np.float64), -given], axis=1)
+            _require(
+                bool(np.linalg.norm(sides @ rows) <= TOLERANCE * math.sqrt(self._steps) * longest),
+                second,
+                "its product drifts from what the sums of all rounds give",
+            )
 
 
 def require_refactorised(plan: TrainingPlan, moved: Vector, released: Vector) -> None:

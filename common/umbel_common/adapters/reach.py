@@ -55,10 +55,10 @@ from itertools import count, islice
 
 import numpy as np
 
-from umbel_common.adapters.largest_sum import largest_sum
 from umbel_common.adapters.start import LABEL_ROWS, Origin, seed_origin
 from umbel_common.adapters.vector import Vector, unflatten
 from umbel_common.errors import require
+from umbel_common.plans.largest_sum import MOST_SITES, largest_sum
 from umbel_common.plans.plan import DistributedPrivacy, Tensor, TrainingPlan
 from umbel_common.plans.server_optimizer import (
     Average,
@@ -68,9 +68,6 @@ from umbel_common.plans.server_optimizer import (
     ServerYogi,
 )
 from umbel_common.plans.start import SeedStart
-
-MOST_SITES = 100
-"""Most sites of a cohort."""
 
 _ROUNDING = 1e-6
 """Rounding of each addition in float32, relative to the largest value that is added to."""

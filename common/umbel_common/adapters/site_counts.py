@@ -10,13 +10,10 @@ score and records. Each is a share of `max_records`, in units of the clip range.
 import numpy as np
 import numpy.typing as npt
 
-from umbel_common.adapters.vector import Vector, size_of
+from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Value
 from umbel_common.errors import PlanError
 from umbel_common.plans.plan import Aggregation, FederatedEvaluation, TrainingPlan, levels
-
-COORDINATES = 2
-"""Number of coordinates of the counts: score and records."""
 
 
 class SiteCounts(Value, frozen=True):
@@ -38,14 +35,8 @@ class SiteCounts(Value, frozen=True):
         return f"{found} on about {self.records:,.0f} held-out records"
 
 
-def vector_length(plan: TrainingPlan, round_number: int) -> int:
-    """Number of coordinates that a site masks in a round, without the weight."""
-    counts = 0 if plan.evaluation is None else COORDINATES
-    return size_of(plan.trained_tensors(round_number)) + counts
-
-
 def with_counts(delta: Vector, counts: SiteCounts | None, plan: TrainingPlan) -> Vector:
-    """The round's whole vector, delta and counts, float32[vector_length]."""
+    """The round's whole vector, delta and counts, float32[plan.vector_length]."""
     if plan.evaluation is None or counts is None:
         return delta
     shares = np.array([counts.score, counts.records]) * _unit(plan.aggregation, plan.evaluation)
@@ -53,7 +44,7 @@ def with_counts(delta: Vector, counts: SiteCounts | None, plan: TrainingPlan) ->
 
 
 def counts_in_steps(counts: SiteCounts, plan: TrainingPlan) -> npt.NDArray[np.int64]:
-    """The counts as in `with_counts`, in whole steps of the grid, int64[COORDINATES]; clipped to
+    """The counts as in `with_counts`, in whole steps of the grid, int64[COUNTS]; clipped to
     the plan's clip range.
 
     Raises:

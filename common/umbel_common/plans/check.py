@@ -1,7 +1,9 @@
 """Which parts of a plan fit together."""
 
 from umbel_common.errors import PlanError
+from umbel_common.plans.largest_sum import largest_cohort, largest_sum
 from umbel_common.plans.plan import (
+    FEWEST_NOISE_BITS,
     MOST_STEPS,
     Adam,
     CausalLm,
@@ -104,6 +106,7 @@ def check_plan(plan: TrainingPlan) -> None:
                 found=f"{plan.lora.method}, in round {number}",
                 accepted="a tensor in each round that the method does not freeze",
             )
+    _check_ring(plan)
     _check_start(plan)
 
 
@@ -160,6 +163,13 @@ def _check_shared_noise(plan: TrainingPlan) -> None:
             )
         return
     aggregation = plan.aggregation
+    _require_shared(
+        privacy.noise_bits >= FEWEST_NOISE_BITS,
+        "the noise of a site has too few steps of the grid",
+        field="privacy.noise_bits",
+        found=privacy.noise_bits,
+        accepted=f"at least {FEWEST_NOISE_BITS}, with a finer aggregation.step",
+    )
     _require_shared(
         training.local_steps == 1,
         "a second step would start from a gradient that the site's own share of the noise covers"
@@ -230,6 +240,28 @@ def _check_shared_noise(plan: TrainingPlan) -> None:
         field="aggregation.step",
         found=aggregation.step,
         accepted=f"at least {privacy.clip_norm / MOST_STEPS:.3g}",
+    )
+
+
+def _check_ring(plan: TrainingPlan) -> None:
+    """No sum of noisy vectors may leave the ring, whatever cohort the threshold allows.
+
+    In local mode it depends on the roster, and is proven for each cohort
+    (`umbel_common.secagg.encoding`).
+    """
+    if not isinstance(plan.privacy, DistributedPrivacy):
+        return
+    aggregation = plan.aggregation
+    sites = largest_cohort(aggregation.threshold)
+    largest = largest_sum(plan, weight=sites, sites=sites)
+    _require_shared(
+        largest < 2 ** (aggregation.ring_bits - 1),
+        f"a sum of {sites} sites, as many as the threshold allows, could wrap in a ring of"
+        f" {aggregation.ring_bits} bits",
+        field="aggregation.ring_bits",
+        found=f"sums of up to {largest} steps: clipped coordinates, and the noise",
+        accepted=f"less than 2^{aggregation.ring_bits - 1} steps, by a smaller clip_range, fewer"
+        " noise_bits, or ring_bits 32",
     )
 
 

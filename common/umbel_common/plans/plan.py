@@ -249,6 +249,11 @@ MOST_STEPS = 2**24
 """Largest clip norm of distributed mode in steps: float32 holds every integer up to it."""
 
 
+FEWEST_NOISE_BITS = 4
+"""Fewest bits of the noise of distributed mode: of what its sampler draws, and what its privacy is
+proven for (`umbel_client.privacy.discrete_gaussian`, `shared_noise`)."""
+
+
 class DistributedPrivacy(
     DifferentialPrivacy, frozen=True, kw_only=True, tag_field="mode", tag="distributed"
 ):
@@ -303,6 +308,10 @@ class Aggregation(Value, frozen=True):
     def largest_change(self) -> float:
         """Largest magnitude of a coordinate of a delta that was clipped and rounded."""
         return levels(self.clip_range, self.step) * self.step
+
+
+COUNTS = 2
+"""Number of coordinates of the counts of an evaluation: score and records."""
 
 
 class FederatedEvaluation(Value, frozen=True):
@@ -381,6 +390,11 @@ class TrainingPlan(Value, frozen=True):
     def trained_tensors(self, round_number: int) -> tuple[Tensor, ...]:
         """The tensors that a round (from 1) changes, in the order in which they are flattened."""
         return self.lora.trained(round_number)
+
+    def vector_length(self, round_number: int) -> int:
+        """Number of coordinates that a site masks in a round (from 1), without the weight."""
+        counts = 0 if self.evaluation is None else COUNTS
+        return sum(tensor.size for tensor in self.trained_tensors(round_number)) + counts
 
 
 class LoraAdapter(Lora, frozen=True, tag_field="adapter", tag="lora"):

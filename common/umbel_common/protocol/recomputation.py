@@ -50,6 +50,7 @@ class Recomputation:
         self._state = ServerState()
         # None from the first round on that is not recomputed: the next ones start from it.
         self._vector = start
+        self._products: fedsvd.SummedProducts | None = None
 
     def verify(
         self, release: Release, cohort: int, counts: SiteCounts | None, *, held_back: bool
@@ -111,5 +112,8 @@ class Recomputation:
         moved = before.copy()
         secagg_sums.move(plan, release.round, total, moved, self._state)
         fedsvd.require_refactorised(plan, moved, released)
+        if self._products is None:
+            self._products = fedsvd.SummedProducts(plan, before)
+        self._products.require_near(before, moved, released)
         fedsvd.carry_state(plan, before, released, self._state)
         self._vector = released.copy()

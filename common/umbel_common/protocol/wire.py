@@ -26,10 +26,9 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
-from umbel_common.adapters.site_counts import COORDINATES
 from umbel_common.canonical import Digest, Value, decode, digest
 from umbel_common.errors import require
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import COUNTS, TrainingPlan
 from umbel_common.plans.statements import Cohort
 from umbel_common.secagg.messages import (
     EncryptedShare,
@@ -297,7 +296,7 @@ def size_limit(plan: TrainingPlan | None) -> int:
     It has room for one adapter or masked vector, and ample room for what grows with the sites or
     with the number of tensors.
     """
-    vector = 0 if plan is None else 4 * (plan.lora.size + 1 + COORDINATES)
+    vector = 0 if plan is None else 4 * (plan.lora.size + 1 + COUNTS)
     return HEADER_BYTES + vector + 4096 + MAX_SITES * 1024 + 2**20
 
 

@@ -15,11 +15,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from umbel_common.adapters.largest_sum import noise_in_sum
 from umbel_common.adapters.server_step import Integers, add_scaled
 from umbel_common.adapters.vector import Vector
 from umbel_common.canonical import Entropy, Value, digest
 from umbel_common.errors import LocalProtocolError, PlanError, require
+from umbel_common.plans.largest_sum import noise_in_sum
 from umbel_common.plans.plan import DistributedPrivacy, TrainingPlan, levels
 from umbel_common.plans.ranges import Positive
 from umbel_common.secagg.primitives import KEY_BYTES, Keystream, draw
@@ -90,7 +90,7 @@ class NoisyEncoding(Encoding, frozen=True, kw_only=True):
 
     largest_noise: Annotated[int, msgspec.Meta(ge=0)]
     """Magnitude, in steps, that the noise in no coordinate of any sum of the job exceeds, but with
-    probability 2^-40 (`umbel_common.adapters.largest_sum`)."""
+    probability 2^-40 (`umbel_common.plans.largest_sum`)."""
 
     def bound(self, weight: int) -> int:
         """Largest magnitude of a coordinate of a sum with this total weight, in steps."""

@@ -8,10 +8,10 @@ import numpy as np
 
 from umbel_common.adapters import fedsvd
 from umbel_common.adapters.server_step import ServerState, take_step
-from umbel_common.adapters.site_counts import COORDINATES, SiteCounts, counts_of, vector_length
+from umbel_common.adapters.site_counts import SiteCounts, counts_of
 from umbel_common.adapters.vector import Vector
 from umbel_common.errors import require
-from umbel_common.plans.plan import TrainingPlan
+from umbel_common.plans.plan import COUNTS, TrainingPlan
 from umbel_common.secagg.encoding import (
     RingVector,
     add_mean,
@@ -31,7 +31,7 @@ def read_sum(plan: TrainingPlan, round_number: int, total: RingVector, *, cohort
         RemoteProtocolError: `sum-length` if it is not as long as the round's vectors;
             `total-weight` or `sum-out-of-range` if no honest vectors can have given it.
     """
-    length = vector_length(plan, round_number) + 1
+    length = plan.vector_length(round_number) + 1
     require(
         total.size == length and 8 * total.itemsize == plan.aggregation.ring_bits,
         "sum-length",
@@ -83,7 +83,7 @@ def counts_in(plan: TrainingPlan, total: RingVector, *, cohort: int, survivors: 
     """
     assert plan.evaluation is not None
     encoding = encoding_of(plan, cohort)
-    shares = np.zeros(COORDINATES, dtype=np.float32)
-    last = np.concatenate([total[:1], total[-COORDINATES:]])
+    shares = np.zeros(COUNTS, dtype=np.float32)
+    last = np.concatenate([total[:1], total[-COUNTS:]])
     add_mean(last, encoding, [shares])
     return counts_of(shares, plan.aggregation, plan.evaluation, survivors)

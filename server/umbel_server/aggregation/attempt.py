@@ -75,8 +75,8 @@ STRAY = frozenset({"other-attempt", "other-context", "stage-order"})
 """Checks that an honest site's reply fails if it was sent twice or came late."""
 
 LOST_ATTEMPT = "attempt-lost"
-"""Refusal of a site that was stopped while it computed in distributed mode. It never computes an
-attempt twice, and takes part in the next one."""
+"""Refusal of a site that was stopped while it computed in distributed mode, or lost what it had
+computed. It never computes an attempt twice, and takes part in the next one."""
 
 NO_DIFFERENCE = frozenset({"release-missing", "malformed-message"})
 """Refusals of a site that cannot take the difference of a release: it has lost the adapter that the

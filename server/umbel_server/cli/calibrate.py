@@ -270,6 +270,12 @@ def _show(console: Console, found: Calibration) -> None:
             f"({install('client')}).",
             soft_wrap=True,
         )
+        if shared:
+            console.print(
+                "\nmax_clip_range leaves the noise out. Where a batch has few records beside it, a"
+                "\nsite needs more: its log says how much.",
+                soft_wrap=True,
+            )
 
 
 def _cells(row: Bought) -> list[str]:

@@ -35,7 +35,6 @@ from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
 
-from umbel_common.adapters.site_counts import vector_length
 from umbel_common.adapters.vector import adapter_digest, to_bytes
 from umbel_common.errors import JobFailed, PlanError, RoundAborted
 from umbel_common.plans.check import check_plan
@@ -332,7 +331,7 @@ class Job:
         request = TrainRequest(
             header=signed, release=self._signed_release(), adapter=to_bytes(adapter)
         )
-        length = vector_length(self.plan, header.round) + 1
+        length = self.plan.vector_length(header.round) + 1
         last = self._journal.last_adverts()
         prepared = self._ahead.take(header)
         from_last = self._held.requests(request, header, adapter)

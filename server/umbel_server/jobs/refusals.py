@@ -9,7 +9,8 @@ UNDECIDED = frozenset({"awaiting-approval", "site-paused", "site-not-ready", "ro
 """Refusals of a plan that people at the site may still take back."""
 
 _WHAT_TO_DO = {
-    "attempt-lost": "it was stopped while it computed: it takes part in the next attempt",
+    "attempt-lost": "it was stopped while it computed, or lost what it had computed: it takes part"
+    " in the next attempt",
     "awaiting-approval": "its people have not decided yet: umbel-client approve",
     "budget": "what is left of its privacy budget does not pay for the whole plan: agree on a"
     " smaller epsilon",

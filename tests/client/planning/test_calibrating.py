@@ -215,6 +215,21 @@ def test_a_site_accepts_the_written_draft_with_the_policy_that_is_named_and_no_l
             accepts(plan, 5, {**found.policy, field: found.policy[field] + 1})
 
 
+def test_the_longest_step_has_the_noise_that_few_records_need(draft: Path) -> None:
+    """One site's noise over a batch of 10 records is more than the clip norm."""
+    draft.write_text(draft.read_text() + "\n[privacy]\nepsilon = 0.02\n")
+    found = calibrated(draft, *(26,) * 4, mode="distributed", epsilons=(0.02,), rounds=4)
+    new = draft.with_name("new.toml")
+    new.write_text(found.draft)
+    plan = read_plan(new)
+    privacy: Any = plan.privacy
+    noise = 2.0**privacy.noise_bits * plan.aggregation.step
+    assert noise > 1.5 * plan.training.expected_batch_size * privacy.clip_norm
+    accepts(plan, 4, found.policy)
+    with pytest.raises(PolicyRefusal, match="clip range too large"):
+        accepts(plan, 4, {**found.policy, "max_clip_range": found.policy["max_clip_range"] / 1.5})
+
+
 def test_the_local_draft_is_a_plan_too_in_both_rings(draft: Path) -> None:
     draft.write_text(draft.read_text() + "\n[aggregation]\nring_bits = 16\n")
     found = calibrated(draft, *(300,) * 5, mode="local")

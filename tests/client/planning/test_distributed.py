@@ -15,7 +15,6 @@ from umbel_client.planning.distributed import (
     DraftAggregation,
     DraftDistributed,
     Numbers,
-    largest_cohort,
     numbers_of,
     planned,
 )
@@ -25,6 +24,7 @@ from umbel_client.privacy.shared_noise import shares_of
 from umbel_client.site.policy import Policy
 from umbel_common.errors import PlanError, PolicyRefusal
 from umbel_common.plans.check import check_plan
+from umbel_common.plans.largest_sum import largest_cohort
 from umbel_common.plans.plan import (
     Adam,
     DistributedPrivacy,
@@ -201,6 +201,9 @@ def changed(plan: TrainingPlan2, part: str, **changes: Any) -> TrainingPlan2:
         ("aggregation", {"weights": "examples", "max_weight": 3}, "aggregation.weights"),
         ("aggregation", {"threshold": 4}, "privacy.least_survivors"),
         ("aggregation", {"step": 1e-9}, "aggregation.step"),
+        ("aggregation", {"ring_bits": 16}, "aggregation.ring_bits"),
+        ("privacy", {"noise_bits": 3}, "privacy.noise_bits"),
+        ("aggregation", {"clip_range": 1e6}, "aggregation.ring_bits"),
         ("privacy", {"honest": 4}, "privacy.honest"),
         ("privacy", {"most_attempts": 19}, "privacy.most_attempts"),
     ],

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import mpmath
 import pytest
@@ -13,6 +14,7 @@ from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant
+from opacus.accountants.analysis import prv
 
 from umbel_client.privacy import accounting
 from umbel_client.privacy.accounting import (
@@ -87,6 +89,40 @@ def test_epsilon_never_exceeds_googles_rdp_and_is_that_where_prv_gives_up(
     found = epsilon([event], 1e-5)
     assert found <= rdp * 1.002
     assert (found >= rdp * 0.99) == rdp_alone
+
+
+CORNERS = [
+    # Each step hardly ever has a record, and tells much where it has.
+    ([DpEvent(0.35, 3e-12, 100_000)], 1e-5),
+    ([DpEvent(0.35, 1e-9, 20_000), DpEvent(60.0, 1.0, 20_000)], 1e-6),
+    ([DpEvent(1.1, 0.008, 100_000)], 1e-8),
+]
+"""Numbers that an operator can write into a plan, on which a figure took 4 to 7 s and 0.5 GB."""
+
+
+@pytest.mark.parametrize(("events", "delta"), CORNERS, ids=["rare", "counts", "long"])
+def test_no_numbers_of_a_plan_make_a_figure_take_long(
+    events: list[DpEvent], delta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = []
+
+    def noted(variable: Any, domain: Any) -> Any:
+        cells.append(domain.size)
+        return discretize(variable, domain)
+
+    discretize = prv.discretize
+    monkeypatch.setattr(prv, "discretize", noted)
+    found = accounting._epsilon.__wrapped__(tuple(events), delta)
+    assert 2**17 < sum(cells) < 1.001 * 2**18
+    assert found < accounting._rdp_epsilon(tuple(events), delta)
+
+
+@pytest.mark.parametrize("steps", [10_000, 100_000])
+def test_a_coarse_grid_costs_a_little_and_never_says_too_little(steps: int) -> None:
+    """Steps without sampling are one with the noise divided by the root of their number."""
+    event, exact = DpEvent(4 * math.sqrt(steps), 1.0, steps), gaussian_epsilon(4.0, 1e-5)
+    assert exact <= epsilon([event], 1e-5) <= 1.04 * exact
+    assert 1.08 * exact < accounting._rdp_epsilon((event,), 1e-5)
 
 
 def test_epsilon_is_an_upper_bound_where_delta_is_close_to_rounding(
@@ -295,6 +331,26 @@ def test_no_prefix_of_a_calibrated_job_costs_more_than_the_whole() -> None:
 
 def test_where_the_smallest_noise_is_enough_it_is_taken() -> None:
     assert calibrate(100, 1e-5, 0.001, 3) == SMALLEST_NOISE_MULTIPLIER
+
+
+def test_noise_is_bracketed_without_a_figure_for_each_power_of_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figures: list[tuple[DpEvent, ...]] = []
+
+    def noted(events: tuple[DpEvent, ...], delta: float, error: float) -> float:
+        figures.append(events)
+        return prv_epsilon(events, delta, error)
+
+    prv_epsilon = accounting._prv_epsilon
+    monkeypatch.setattr(accounting, "_prv_epsilon", noted)
+    # The other event alone costs more, so all noise is tried in vain.
+    with pytest.raises(CalibrationError):
+        calibrate(2.0, 1.1e-5, 0.1, 7, DpEvent(1.5, 1.0, 1))
+    assert len(figures) == 1
+    figures.clear()
+    assert 32 < calibrate(0.5, 1.1e-5, 1.0, 30) < 64
+    assert len(figures) <= 6
 
 
 def test_an_epsilon_out_of_reach_is_refused_with_what_to_change() -> None:

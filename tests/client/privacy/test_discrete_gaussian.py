@@ -4,6 +4,7 @@ import math
 from decimal import Decimal, localcontext
 from fractions import Fraction
 
+import msgspec
 import numpy as np
 import pytest
 from scipy import stats
@@ -15,6 +16,7 @@ from umbel_client.privacy.discrete_gaussian import (
     DiscreteGaussian,
 )
 from umbel_client.privacy.noise import NoiseSource
+from umbel_common.plans.plan import FEWEST_NOISE_BITS, DistributedPrivacy
 
 
 def fixed(byte: int):
@@ -119,6 +121,12 @@ def test_any_number_of_draws_can_be_asked_for(size: int) -> None:
 def test_a_source_never_repeats_itself() -> None:
     gaussian = DiscreteGaussian(NoiseSource(fixed(1)), MOST_BITS)
     assert not np.isin(gaussian.draw(1000), gaussian.draw(1000)).any()
+
+
+def test_a_plan_has_the_bits_that_the_sampler_draws() -> None:
+    privacy = msgspec.json.schema(DistributedPrivacy)["$defs"]["DistributedPrivacy"]
+    assert FEWEST_BITS == FEWEST_NOISE_BITS
+    assert privacy["properties"]["noise_bits"]["maximum"] == MOST_BITS
 
 
 @pytest.mark.parametrize("bits", [FEWEST_BITS - 1, MOST_BITS + 1, -1])

@@ -9,7 +9,7 @@ from umbel_client.privacy.accounting import calibrate, epsilon
 from umbel_client.privacy.discrete_gaussian import DiscreteGaussian
 from umbel_client.privacy.noise import NoiseSource
 from umbel_client.privacy.shared_noise import NoiseShares, grid_for
-from umbel_common.adapters.largest_sum import largest_noise
+from umbel_common.plans.largest_sum import largest_noise
 
 REACH = np.arange(-400, 401)
 

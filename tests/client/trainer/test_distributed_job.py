@@ -27,7 +27,6 @@ from umbel_client.trainer.distributed_job import DistributedJob, failed_digest
 from umbel_client.trainer.job import SiteJob
 from umbel_client.trainer.opening import open_job
 from umbel_client.training import answer_time
-from umbel_common.adapters.site_counts import COORDINATES
 from umbel_common.adapters.vector import adapter_digest, initial_vector
 from umbel_common.errors import (
     BudgetError,
@@ -36,7 +35,7 @@ from umbel_common.errors import (
     RemoteProtocolError,
     StorageError,
 )
-from umbel_common.plans.plan import Classification, ScoreEvaluation, TrainingPlan
+from umbel_common.plans.plan import COUNTS, Classification, ScoreEvaluation, TrainingPlan
 from umbel_common.plans.statements import RoundHeader
 from umbel_common.secagg.encoding import signed_part
 from umbel_common.secagg.sums import counts_in, read_sum
@@ -384,10 +383,26 @@ def test_a_vector_of_another_adapter_is_not_sent(opened: Open, plan: TrainingPla
         job.compute(other, initial_vector(plan))
 
 
+def test_a_sum_whose_file_is_gone_is_a_lost_attempt(
+    opened: Open, plan: TrainingPlan, computations: list[AttemptKey]
+) -> None:
+    header, again = header_of(plan), header_of(plan, attempt=2)
+    job = opened()
+    compute(job, header)
+    (job._config.state_folder.deltas(plan.job) / "00001-00001.sum").unlink()
+    for asked in (lambda: compute(job, header), lambda: job.ring_vector(header)):
+        with pytest.raises(RemoteProtocolError) as caught:
+            asked()
+        assert caught.value.check == "attempt-lost"
+    compute(job, again)
+    assert computations == [key_of(header), key_of(again)]
+    assert len(job._ledger.charges()) == 2
+
+
 @pytest.mark.parametrize(
     "damage",
     [
-        *(pytest.param(one, marks=pytest.mark.full) for one in ("missing", "cut", "a bit")),
+        *(pytest.param(one, marks=pytest.mark.full) for one in ("cut", "a bit")),
         "another attempt's",
     ],
 )
@@ -402,8 +417,6 @@ def test_a_sum_that_is_not_the_recorded_one_is_not_sent(
     path, other = folder / "00001-00001.sum", folder / "00001-00002.sum"
     data = bytearray(path.read_bytes())
     match damage:
-        case "missing":
-            path.unlink()
         case "cut":
             path.write_bytes(data[:-4])
         case "a bit":
@@ -500,7 +513,7 @@ def test_the_ring_vectors_of_sites_add_up_to_the_sum_of_their_noisy_sums(
     assert read_sum(plan, 1, total, cohort=3) == 3
     assert np.array_equal(signed_part(total), sum(sums))
     if evaluation is not None:
-        assert total.size == plan.lora.size + COORDINATES + 1
+        assert total.size == plan.lora.size + COUNTS + 1
         # Each of three sites holds about three records out; the noise of the sum is 2.4.
         found = counts_in(plan, total, cohort=3, survivors=3)
         assert found.records == pytest.approx(9, abs=15)

@@ -1,6 +1,7 @@
 """FedSVD: products divided again, with their state, and what a verifier requires of them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -184,6 +185,53 @@ def test_an_adapter_that_does_not_follow_is_found(
     change(unflatten(adapter, plan.lora.tensors))
     with pytest.raises(RemoteProtocolError, match=message):
         fedsvd.require_refactorised(plan, moved, adapter)
+
+
+def drifts(followed: fedsvd.SummedProducts, *releases: Vector) -> bool:
+    """Whether a release is found not to be what all rounds together give."""
+    try:
+        followed.require_near(*releases)
+    except RemoteProtocolError as error:
+        return "drifts from what the sums of all rounds give" in error.message
+    return False
+
+
+@pytest.mark.parametrize("share", [0.0, 0.09, 0.99], ids=["honest", "a tenth", "all of it"])
+def test_what_the_tolerance_leaves_does_not_add_up(make_plan2: MakePlan, share: float) -> None:
+    """An operator moves each product as far as the tolerance of a round lets it, in one direction.
+
+    After 100 rounds the figure of the pages is reached, and each round by itself passes.
+    """
+    plan = plan_of(make_plan2, Average())
+    training = msgspec.structs.replace(plan.training, rounds=100)
+    plan = msgspec.structs.replace(plan, training=training)
+    adapter, state = initial_vector(plan), ServerState()
+    followed, found_in = fedsvd.SummedProducts(plan, adapter), 0
+    first = parts(plan, adapter)[A]
+    way = np.random.default_rng(1).normal(size=(7, 4))
+    way /= np.linalg.norm(way)
+    total, given = sums(plan)[0], np.zeros((7, 9))
+    for number in range(1, 101):
+        before = adapter.copy()
+        # Sites that send nothing after round 1 show the drift alone.
+        take_step(plan, number, total if number == 1 else 0 * total, 3, adapter, state)
+        moved = adapter.copy()
+        fedsvd.refactorise(plan, adapter, state)
+        if number == 1:
+            given = parts(plan, moved)[B] @ parts(plan, moved)[A]
+        drift = share * fedsvd.TOLERANCE * np.linalg.norm(given)
+        values = unflatten(adapter, plan.lora.tensors)
+        values[B][...] += (drift * (way @ first @ values[A].T.astype(np.float64))).astype("f4")
+        fedsvd.require_refactorised(plan, moved, adapter)
+        if drifts(followed, before, moved, adapter):
+            found_in = found_in or number
+    last = parts(plan, adapter)
+    drifted = np.linalg.norm(last[B] @ last[A] - given) / np.linalg.norm(given)
+    assert drifted == pytest.approx(100 * share * fedsvd.TOLERANCE, rel=0.01, abs=1e-6)
+    # A tenth of it is what 100 rounds may differ by.
+    assert found_in == {0.0: 0, 0.09: 0, 0.99: 2}[share]
+    page = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text()
+    assert "0.01 % of the longest product after 100 rounds" in " ".join(page.split())
 
 
 @pytest.mark.parametrize("mode", ["local", "distributed"])

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from support.distributed import distributed
 
-from umbel_common.adapters.largest_sum import largest_sum, noise_in_sum
 from umbel_common.adapters.reach import (
     largest_change,
     largest_steps,
@@ -20,6 +19,7 @@ from umbel_common.adapters.server_step import ServerState, take_step
 from umbel_common.adapters.vector import Vector, initial_vector, merge, unflatten
 from umbel_common.errors import PlanError, RemoteProtocolError
 from umbel_common.plans.check import check_plan
+from umbel_common.plans.largest_sum import largest_sum, noise_in_sum
 from umbel_common.plans.plan import Aggregation, TrainingPlan
 from umbel_common.plans.server_optimizer import (
     Average,

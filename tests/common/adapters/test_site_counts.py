@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from umbel_common.adapters.site_counts import SiteCounts, counts_of, vector_length, with_counts
+from umbel_common.adapters.site_counts import SiteCounts, counts_of, with_counts
 from umbel_common.errors import PlanError
 from umbel_common.plans.check import check_plan
 from umbel_common.plans.plan import (
@@ -27,11 +27,11 @@ def scored(plan: TrainingPlan) -> TrainingPlan:
 
 def test_the_sum_of_counts_comes_back(make_plan: MakePlan) -> None:
     plan = scored(make_plan())
-    delta = np.linspace(-0.5, 0.5, vector_length(make_plan(), 1), dtype=np.float32)
+    delta = np.linspace(-0.5, 0.5, make_plan().vector_length(1), dtype=np.float32)
     sites = [SiteCounts(812.4, 1003.1), SiteCounts(-2.5, 40.25), SiteCounts(77.0, 99.5)]
     encoding = encoding_of(plan, len(sites))
     vectors = [with_counts(delta, counts, plan) for counts in sites]
-    assert all(len(vector) == vector_length(plan, 1) == len(delta) + 2 for vector in vectors)
+    assert all(len(vector) == plan.vector_length(1) == len(delta) + 2 for vector in vectors)
     total = sum(encode(vector, 1, encoding, np.random.default_rng(1).bytes) for vector in vectors)
     mean, shares = np.zeros_like(delta), np.zeros(2, dtype=np.float32)
     add_mean(total, encoding, [mean, shares])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from support.distributed import distributed
 
-from umbel_common.adapters.largest_sum import largest_sum, noise_in_sum
 from umbel_common.adapters.server_step import ServerState
 from umbel_common.adapters.vector import Vector, initial_vector
 from umbel_common.errors import RoundAborted
+from umbel_common.plans.largest_sum import largest_sum, noise_in_sum
 from umbel_common.plans.plan import Aggregation, TrainingPlan
 from umbel_common.plans.server_optimizer import ServerSgd
 from umbel_common.secagg.unmasking import Aggregate

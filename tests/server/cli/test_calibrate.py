@@ -77,6 +77,7 @@ def test_the_sizes_are_the_rosters_or_those_that_are_given(
     assert re.search(r"3 +distributed +0 +2 .* 1\.5 MB +900 B +proposed", shown)
     assert "max_rounds  30" in shown
     assert "evaluation.python" in shown
+    assert "max_clip_range leaves the noise out" in shown
     both = ("--public-size", "south=4000", "--public-size", "east=7", "--epsilon", "2")
     operator.server(*words, "b.toml", *both, "--dropouts", "0", "--colluding", "0")
     assert (asked[-1].sizes, asked[-1].epsilons) == ((7, 3000, 4000), (2.0,))

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from umbel_common.adapters import fedsvd
 from umbel_common.adapters.vector import Vector, adapter_digest, initial_vector, unflatten
 from umbel_common.errors import StorageError, VerificationError
 from umbel_common.plans.figures import ClassificationFigures, Evaluation, Loss
@@ -284,6 +285,28 @@ def test_an_operator_who_releases_another_adapter_is_found(
     # The attack is found by this check alone.
     monkeypatch.setattr(recomputation.Recomputation, "verify", lambda *given, **named: None)
     assert verified(setting).last.round == 3
+
+
+def test_an_operator_who_lets_a_product_drift_is_found(
+    make_setting: MakeSetting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each round alone is within the tolerance of fedsvd, and two of them in one direction are not
+    what both sums give."""
+    setting = make_setting(3, aggregation=THREE, server=SERVERS["average"], method="fedsvd")
+    honest = fedsvd.refactorise
+
+    def drifting(plan: Any, adapter: Vector, state: Any) -> None:
+        honest(plan, adapter, state)
+        for _, tensor in fedsvd.pairs(plan.lora):
+            unflatten(adapter, plan.lora.tensors)[tensor.name][...] *= 1 + 0.98 * fedsvd.TOLERANCE
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fedsvd, "refactorise", drifting)
+        setting.job().run()
+    with pytest.raises(VerificationError, match=r"entry [23] .*drifts from what the sums"):
+        verified(setting)
+    monkeypatch.setattr(fedsvd.SummedProducts, "require_near", lambda *_: None)
+    assert verified(setting).not_recomputed == ()
 
 
 def test_a_sum_that_was_exchanged_is_found(make_setting: MakeSetting) -> None:

@@ -5,8 +5,16 @@ The law: one bound for every party, a pure function of the plan and the number o
 
 import math
 
-from umbel_common.adapters.site_counts import vector_length
 from umbel_common.plans.plan import DistributedPrivacy, TrainingPlan, levels
+
+MOST_SITES = 100
+"""Most sites of a cohort."""
+
+
+def largest_cohort(threshold: int) -> int:
+    """Most sites of a cohort that can be aggregated with a threshold: of two survivor sets that
+    gather as many signatures, both have an honest signer."""
+    return min(2 * threshold - 1, MOST_SITES)
 
 
 def largest_noise(bits: int, *, sites: int, draws: float) -> int:
@@ -32,7 +40,7 @@ def noise_in_sum(plan: TrainingPlan, sites: int) -> int:
     privacy = plan.privacy
     if not isinstance(privacy, DistributedPrivacy):
         return 0
-    coordinates = max(vector_length(plan, number) for number in plan.kinds_of_rounds)
+    coordinates = max(plan.vector_length(number) for number in plan.kinds_of_rounds)
     draws = float(privacy.most_attempts) * coordinates
     return largest_noise(privacy.noise_bits, sites=sites, draws=draws)
 
