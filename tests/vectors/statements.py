@@ -8,6 +8,7 @@ from vectors.values import (
     ADVERT,
     HEADER,
     HEADER2,
+    PREPARATION,
     RELEASE,
     RELEASE2,
     ROSTER,
@@ -23,15 +24,20 @@ MALFORMED = "malformed-message"
 
 
 def statement_cases() -> list[Case]:
-    """Every statement signed and opened, the rosters' digests, and refusals."""
+    """Every statement signed and opened, the digests of those that nobody signs, and refusals."""
+    hashed = (
+        ("the roster", ROSTER, ROSTER.digest()),
+        ("the roster of version 2", ROSTER2, ROSTER2.digest()),
+        ("the preparation", PREPARATION, PREPARATION.context()),
+    )
     cases = [
         accepted(
             name,
             "digest-statement",
-            {"label": label_of(type(roster)), "fields": roster},
-            {"statement": encode(roster), "digest": roster.digest()},
+            {"label": label_of(type(statement)), "fields": statement},
+            {"statement": encode(statement), "digest": found},
         )
-        for name, roster in (("the roster", ROSTER), ("the roster of version 2", ROSTER2))
+        for name, statement, found in hashed
     ]
     for name, (signer, statement) in STATEMENTS.items():
         data, label = encode(statement), label_of(type(statement))
