@@ -42,6 +42,9 @@ class Ahead:
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
         self._machine: Preparing | Filling | Prepared | None = None
+        self._filling: dict[bytes, Filling] = {}
+        """By the context of a preparation: sites may have a slot for it, until its attempt begins.
+        One that an attempt in between leaves out keeps its slot."""
         self._prepares: set[str] = set()
         """Sites that have prepared keys since this process began. Only they are sent a stage
         together with a preparation: an older site would refuse both."""
@@ -101,16 +104,16 @@ class Ahead:
         return reply
 
     def take(self, header: RoundHeader) -> Prepared | Filling | None:
-        """What was prepared for an attempt, once; `Filling`: not all of it, but sites may have
-        answered whose reply was lost; None: no site was asked for shares, or for another attempt's.
+        """What was prepared for an attempt, once; `Filling`: not all of it, or it is forgotten, but
+        sites may have a slot; None: no site was asked for shares.
         """
         self._close()
         prepared, self._machine = self._machine, None
-        if isinstance(prepared, Prepared | Filling) and prepared.preparation == preparation_of(
-            header
-        ):
+        preparation = preparation_of(header)
+        filling = self._filling.pop(preparation.context(), None)
+        if isinstance(prepared, Prepared) and prepared.preparation == preparation:
             return prepared
-        return None
+        return filling
 
     def _request(self) -> PrepareRequest | FillRequest | None:
         match self._machine:
@@ -137,6 +140,8 @@ class Ahead:
     def _close(self) -> None:
         match self._machine:
             case Preparing() as machine:
-                self._machine = machine.close()
+                self._machine = filling = machine.close()
+                if filling is not None:
+                    self._filling[filling.preparation.context()] = filling
             case Filling() as machine:
-                self._machine = machine.close() or machine
+                self._machine = machine.close()
