@@ -115,7 +115,7 @@ def answered(scope: Scope, response: Any) -> Response:
 
 def response(scope: Scope) -> Any:
     """Returns the answer of Flower's handler to a request, in the type that its path has; None if
-    it has none, because the request is none.
+    the handler was not reached.
 
     Reason: as `answered`.
 
