@@ -114,8 +114,8 @@ def answered(scope: Scope, response: Any) -> Response:
 
 
 def response(scope: Scope) -> Any:
-    """Returns the answer of Flower's handler to a request, in the type of its path; None where
-    Flower gave no such answer.
+    """Returns the answer of Flower's handler to a request, in the type that its path has; None if
+    the handler was not reached.
 
     Reason: as `answered`.
 
