@@ -82,6 +82,16 @@ async def stalled(target: Target) -> None:
     await reader.read(1)
 
 
+async def crumbs(target: Target) -> None:
+    """Sends a body in TLS records of one byte."""
+    _, writer = await target.secure()
+    writer.write(target.header("push-object", b"content-length: %d" % PIECE))
+    while True:
+        for _ in range(1000):
+            writer.write(b"a")
+        await writer.drain()
+
+
 async def unsigned(target: Target) -> None:
     """Connects again and again without a signature, so that Flower refuses it."""
     reader, writer = await target.secure()
@@ -110,7 +120,7 @@ async def nested(target: Target) -> None:
             return
 
 
-KINDS = (silent, hello, chunked, stalled, unsigned, large, nested)
+KINDS = (silent, hello, chunked, stalled, crumbs, unsigned, large, nested)
 
 
 async def attack(kind: Callable[[Target], Awaitable[None]], target: Target, count: int) -> None:
