@@ -1,8 +1,9 @@
 """`make audit`: attacks on the quickstart, so that nobody has to believe epsilon alone.
 
 Several audits with fresh coins and noise, per record and per patient; the same at a claim small
-enough to be refuted, with its noise and with next to none; and the span check with and without
-differential privacy. Minutes; writes a small JSON file that is committed beside docs/benchmarks.md.
+enough to be refuted, with its noise and with next to none; the same with sites that share their
+noise; and the span check with and without differential privacy. Minutes; writes a small JSON file
+that is committed beside docs/benchmarks.md.
 """
 
 import json
@@ -17,12 +18,15 @@ import msgspec
 import torch
 
 from umbel_client.data.records import Record, Records
+from umbel_client.planning.distributed import DraftDistributed
+from umbel_common.plans.server_optimizer import ServerSgd
 from umbel_simulations.audit.inversion import exposed, invert
 from umbel_simulations.audit.one_run import audit_scenario
 from umbel_simulations.inputs.base_model import model_folder
 from umbel_simulations.inputs.sources import load_source
 from umbel_simulations.scenario.file import find_scenario
 from umbel_simulations.scenario.plan import make_plan
+from umbel_simulations.scenario.scenario import Scenario
 
 SCENARIO = "quickstart"
 CANARIES = 1000
@@ -48,16 +52,48 @@ def control(noise_share: float) -> dict[str, Any]:
     """The same audit of a smaller claim, with a share of the noise that it needs."""
     scenario = find_scenario(SCENARIO)
     privacy = msgspec.structs.replace(scenario.privacy, epsilon=CONTROL_EPSILON)
+    return timed(msgspec.structs.replace(scenario, privacy=privacy), noise_share)
+
+
+def timed(scenario: Scenario, noise_share: float) -> dict[str, Any]:
+    """An audit with a share of the noise that the scenario claims, and its seconds."""
     began = time.monotonic()
-    rows = audit_scenario(
-        msgspec.structs.replace(scenario, privacy=privacy),
-        CANARIES,
-        os.urandom,
-        lambda unit, step, steps: None,
-        noise_share=noise_share,
-    )
+    rows = audit_scenario(scenario, CANARIES, os.urandom, lambda *_: None, noise_share=noise_share)
     seconds = round(time.monotonic() - began)
     return {"noise_share": noise_share, "seconds": seconds, "rows": msgspec.to_builtins(rows)}
+
+
+def sharing(epsilon: float) -> Scenario:
+    """The quickstart with sites that share their noise: of four, one may drop out and one collude.
+
+    A batch has the quickstart's share of all records. Ten rounds: an attempt is as slow as a step
+    of the quickstart, and each audit reads the sums of all attempts four times.
+    """
+    scenario = find_scenario(SCENARIO)
+    replace = msgspec.structs.replace
+    privacy = DraftDistributed(
+        epsilon=epsilon,
+        delta=scenario.privacy.delta,
+        clip_norm=1.0,
+        sampling_rate=0.0927,
+        honest=2,
+        least_survivors=3,
+    )
+    return replace(
+        scenario,
+        privacy=privacy,
+        training=replace(
+            scenario.training, rounds=10, local_steps=1, optimizer="none", final_learning_rate=1.0
+        ),
+        aggregation=replace(scenario.aggregation, clip_range=None, step=None),
+        server=ServerSgd(adapter_learning_rate=0.1, head_learning_rate=4.0),
+    )
+
+
+def shared() -> list[dict[str, Any]]:
+    """Audits of sums: of the quickstart's claim, and of the smaller one with both shares."""
+    found = [timed(sharing(8.0), 1.0)]
+    return found + [timed(sharing(CONTROL_EPSILON), share) for share in NOISE_SHARES]
 
 
 def inversions() -> list[dict[str, Any]]:
@@ -89,6 +125,7 @@ def main(path: Path) -> None:
         "inversions": inversions(),
         "audits": [audit() for _ in range(AUDITS)],
         "controls": [control(share) for share in NOISE_SHARES],
+        "shared": shared(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(outcome, indent=2) + "\n")

@@ -211,7 +211,7 @@ def test_own_conversations_of_patients_run_with_a_gate_and_an_evaluation(tmp_pat
     assert len(summary.answers) == 1
     assert summary.comparisons[0].score.general_perplexity is None
     assert all(site.sent_clear_bytes == 0 for site in summary.sites)
-    results = audit_scenario(scenario, 20, os.urandom, lambda unit, step, steps: None)
+    results = audit_scenario(scenario, 20, os.urandom, lambda *_: None)
     assert [result.unit for result in results] == ["record", "patient"]
 
 

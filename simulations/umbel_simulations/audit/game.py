@@ -106,7 +106,8 @@ def gather_evidence(
         directions = np.empty((canaries.unit_count, len(noisy_sum)), dtype=np.float32)
         for units, gradients in clipped_gradients(model, number, canaries, size):
             directions[units] = gradients
-        evidence += log_likelihood_ratios(noisy_sum, directions, noise.sampling_rate)
+        overlaps = overlaps_of(directions)
+        evidence += log_likelihood_ratios(noisy_sum, directions, overlaps, noise.sampling_rate)
         before = after
         on_round(number, training.rounds)
     return evidence
@@ -120,13 +121,15 @@ def gather_shared_evidence(
     *,
     attempts: int,
     of_the_mean: bool,
+    on_round: OnRound,
 ) -> Floats:
     """Reads the sums of distributed mode, and attacks them.
 
-    The attack is on the claim against readers of the sums. It sees one sum for each attempt, of
-    the vectors of the sites whose noise it does not know, and nothing else; it knows the records of
-    all sites but for the canaries. All attempts are at the adapter that the job starts from, which
-    is where a server can keep a job by ending its attempts.
+    The attack sees one sum for each attempt, of the vectors of the sites whose noise it does not
+    know, and nothing else; it knows the records of all sites but for the canaries. With other
+    sites, it is on the claim against readers of the sums, and without, on the claim against
+    everybody. All attempts are at the adapter that the job starts from, which is where a server can
+    keep a job by ending its attempts.
 
     Args:
         victim: trains on `known` and the included canaries.
@@ -136,6 +139,7 @@ def gather_shared_evidence(
         attempts: number of sums.
         of_the_mean: whether the attack takes the mean of the sums, as if they had one batch, which
             they must not have; or each sum as one of a batch of its own.
+        on_round: called after each attempt.
 
     Returns:
         float64[canaries], see `GameOutcome.evidence`.
@@ -151,17 +155,31 @@ def gather_shared_evidence(
     directions = np.empty((canaries.unit_count, len(expected)), dtype=np.float32)
     for units, gradients in clipped_gradients(model, 1, canaries, size):
         directions[units] = gradients
-    sums = []
-    for _ in range(attempts):
+    overlaps = overlaps_of(directions)
+    evidence, mean = np.zeros(canaries.unit_count), np.zeros(len(expected))
+    for number in range(1, attempts + 1):
         vectors = [site.noisy_sum(1, start) for site in (victim, *others)]
-        total = np.sum(vectors, axis=0).astype(np.float64)
-        sums.append(total * model.plan.aggregation.step - expected)
-    read = [np.mean(sums, axis=0)] if of_the_mean else sums
-    evidence: Floats = np.sum([log_likelihood_ratios(one, directions, rate) for one in read], 0)
-    return evidence
+        total = np.sum(vectors, axis=0) * model.plan.aggregation.step - expected
+        if of_the_mean:
+            mean += total / attempts
+        else:
+            evidence += log_likelihood_ratios(total, directions, overlaps, rate)
+        on_round(number, attempts)
+    return log_likelihood_ratios(mean, directions, overlaps, rate) if of_the_mean else evidence
 
 
-def log_likelihood_ratios(noisy_sum: Floats, directions: Vector, rate: float) -> Floats:
+def overlaps_of(directions: Vector) -> Floats:
+    """The inner products of clipped gradients, float64[canaries, canaries].
+
+    Args:
+        directions: float32[canaries, D].
+    """
+    return (directions @ directions.T).astype(np.float64)
+
+
+def log_likelihood_ratios(
+    noisy_sum: Floats, directions: Vector, overlaps: Floats, rate: float
+) -> Floats:
     """Log-likelihood ratio of one noisy sum for each canary: in the data, to not in the data.
 
     A canary in the data joins a batch with the sampling rate q, so a canary joins it with
@@ -171,6 +189,7 @@ def log_likelihood_ratios(noisy_sum: Floats, directions: Vector, rate: float) ->
     Args:
         noisy_sum: float64[D], minus the expected contribution of the known records.
         directions: float32[canaries, D], the clipped gradients.
+        overlaps: `overlaps_of(directions)`.
         rate: the sampling rate.
     """
     prior = rate / 2
@@ -179,7 +198,6 @@ def log_likelihood_ratios(noisy_sum: Floats, directions: Vector, rate: float) ->
     # record adds little to any one element.
     deviation = float(np.median(np.abs(noisy_sum))) / _NORMAL_QUARTILE
     ridge = deviation**2 / variance
-    overlaps = (directions @ directions.T).astype(np.float64)
     surprise = directions @ noisy_sum - prior * overlaps.sum(axis=1)
     inverse = np.linalg.inv(overlaps + ridge * np.eye(len(overlaps)))
     # An estimate lies `gain` times as far from the prior as the truth does, and its error has the

@@ -1,16 +1,18 @@
 """`umbel-simulate audit`: an attack's lower bound on epsilon beside the accountant's claim.
 
 One site of a scenario is trained twice with canaries in its data (Steinke et al. 2023): once with
-records and once with patients as the unit of privacy. The bound can refute the claim and never
-prove it. It grows with the number of canaries, and stays far below epsilon even where the claim is
-tight.
+records and once with patients as the unit of privacy. In distributed mode the site's sums are
+attacked instead, with the noise of the honest sites for the claim against readers of the sums, and
+with its own alone for the claim against everybody. The bound can refute a claim and never prove it.
+It grows with the number of canaries, and stays far below epsilon even where the claim is tight.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import msgspec
 import numpy as np
@@ -28,9 +30,9 @@ from umbel_client.training.round import LocalTrainer
 from umbel_common.canonical import Entropy, Value
 from umbel_common.errors import ConfigError, VerificationError
 from umbel_common.plans.plan import (
+    FEWEST_NOISE_BITS,
     DifferentialPrivacy,
     DistributedPrivacy,
-    LocalPrivacy,
     NoPrivacy,
     TrainingPlan,
 )
@@ -68,8 +70,12 @@ GUESSES = 0.1
 """Share of the canaries that the attack guesses. It is fixed before the attack sees anything."""
 
 
-OnAuditRound = Callable[[Unit, int, int], None]
-"""Called after each round with (unit, its rounds done, its rounds); a round has one step."""
+Observer = Literal["readers", "everybody"]
+"""Against whom a claim is: readers of the sums, or all other parties together."""
+
+OnAuditRound = Callable[[Unit, Observer, int, int], None]
+"""Called after each round or attempt with (unit, observer, rounds done, rounds); each has one
+step."""
 
 
 class AuditResult(Value, frozen=True):
@@ -84,6 +90,7 @@ class AuditResult(Value, frozen=True):
     units: int
     """Number of units that these records belong to; equal to `records` where each is a unit."""
     steps: int
+    """Number of steps; in distributed mode, the plan's most attempts."""
     sampling_rate: float
     noise_multiplier: float
     claimed_epsilon: float
@@ -99,6 +106,8 @@ class AuditResult(Value, frozen=True):
     """The true epsilon is above this with probability `confidence`."""
     largest_bound: float
     """The lower bound if every guess were right: the most that this audit can show."""
+    against: Observer = "everybody"
+    """Against whom the claim is."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,17 @@ class Audited:
     plan: TrainingPlan
     """Its expected batch size counts records."""
     model: Path
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a plan promises, against one kind of observer."""
+
+    against: Observer
+    noise: SiteNoise
+    """The claimed noise, as this observer meets it."""
+    vectors: int | None
+    """Number of vectors in a sum whose noise it does not know; None: a site sends deltas."""
 
 
 def audit_scenario(
@@ -124,19 +144,20 @@ def audit_scenario(
 
     The plan's expected batch size counts units. Where patients are the unit, it is the number of
     patients that together have the scenario's number of records, so both audits have nearly the
-    same sampling rate.
+    same sampling rate. In distributed mode the plan says the sampling rate, for either unit.
 
     Args:
         canaries: number of units whose presence the attack guesses, in each audit.
         entropy: source of coins, batches and noise.
-        noise_share: share of the claimed noise that is really added. Below 1 the claim is false,
-            and the audit must be able to show it.
+        noise_share: share of the claimed noise that is really added, to a power of two in
+            distributed mode. Below 1 the claim is false, and the audit must be able to show it.
 
     Returns:
-        One result for each unit: record, patient.
+        One result for each unit, record and patient; in distributed mode two for each, against
+        readers of the sums and against everybody.
 
     Raises:
-        ConfigError: the scenario claims no privacy, or its sites share their noise.
+        ConfigError: the scenario claims no privacy.
         DataError, CalibrationError, PolicyRefusal: the site has too few units for the privacy of
             the scenario.
     """
@@ -145,15 +166,7 @@ def audit_scenario(
             "without differential privacy there is no claim to audit",
             field="privacy.mode",
             found="none",
-            accepted="local",
-        )
-    if not isinstance(scenario.privacy, LocalPrivacy):
-        raise ConfigError(
-            "an audit of a scenario trains one site, and these sites share their noise",
-            field="privacy.mode",
-            found="distributed",
-            accepted="local",
-            remedy="audit the scenario in local mode; tests attack the sums of distributed mode",
+            accepted="local or distributed",
         )
     # One thread: more of them on busy cores slow each other down.
     torch.set_num_threads(1)
@@ -163,23 +176,49 @@ def audit_scenario(
         records = site_records(audited.examples, audited.plan.task, unit)
         known = first_units(records, KNOWN_RECORDS)
         plan = _counting(audited.plan, unit)
-        noise = noise_for(plan, public_size(unit_count(records)))
-        outcome = play(
-            step_by_step(plan),
-            audited.model,
-            known,
-            share_of(noise, noise_share),
-            canaries=canaries,
-            seed=scenario.seed,
-            entropy=entropy,
-            physical_batch_size=scenario.compute.physical_batch_size,
-            device=scenario.compute.devices[0],
-            on_round=partial(on_round, unit),
-        )
-        results.append(
-            judge(outcome, plan, noise, scenario=scenario.name, site=audited.site, records=known)
-        )
+        for claim in claims_of(plan, public_size(unit_count(records))):
+            game: Callable[..., GameOutcome]
+            if claim.vectors is None:
+                noise = share_of(claim.noise, noise_share)
+                game = partial(play, step_by_step(plan), noise=noise)
+            else:
+                played = _with_noise(plan, noise_share)
+                game = partial(play_shared, played, vectors=claim.vectors)
+            outcome = game(
+                model=audited.model,
+                records=known,
+                canaries=canaries,
+                seed=scenario.seed,
+                entropy=entropy,
+                physical_batch_size=scenario.compute.physical_batch_size,
+                device=scenario.compute.devices[0],
+                on_round=partial(on_round, unit, claim.against),
+            )
+            results.append(
+                judge(
+                    outcome,
+                    plan,
+                    claim.noise,
+                    scenario=scenario.name,
+                    site=audited.site,
+                    records=known,
+                    against=claim.against,
+                )
+            )
     return tuple(results)
+
+
+def claims_of(plan: TrainingPlan, public_size: int) -> tuple[Claim, ...]:
+    """What a plan with differential privacy promises at a site: one claim, or two totals.
+
+    Raises:
+        DataError, CalibrationError, PolicyRefusal: see `noise_for`.
+    """
+    own = noise_for(plan, public_size)
+    if not isinstance(plan.privacy, DistributedPrivacy):
+        return (Claim("everybody", own, None),)
+    readers = Claim("readers", claimed_noise(plan), plan.privacy.honest)
+    return readers, Claim("everybody", own, 1)
 
 
 def play(
@@ -224,23 +263,25 @@ def play_shared(
     records: AnyRecords,
     *,
     vectors: int,
-    attempts: int,
     canaries: int,
     seed: int,
     entropy: Entropy,
     physical_batch_size: int,
+    on_round: OnRound,
+    device: str = "cpu",
     of_the_mean: bool = False,
 ) -> GameOutcome:
-    """One game on a plan of distributed mode, against those who read its sums.
+    """One game on a plan of distributed mode: the attack reads the sums of its most attempts.
 
     Args:
-        vectors: number of vectors in each sum whose noise the attack does not know: the plan's
-            `honest`, where the mode keeps its word.
-        attempts: number of sums that the attack reads.
+        vectors: number of vectors in each sum whose noise the attack does not know: where the mode
+            keeps its word, the plan's `honest` against readers of the sums, and 1 against
+            everybody.
         canaries, seed, entropy, physical_batch_size: see `play`.
         of_the_mean: see `gather_shared_evidence`.
     """
-    adapted = load_public(model, plan, "cpu", trains=True)
+    assert isinstance(plan.privacy, DistributedPrivacy)
+    adapted = load_public(model, plan, device, trains=True)
     limit = BatchLimit(physical_batch_size)
     made = make_canaries(records, plan, canaries, seed)
     included = flip_coins(canaries, entropy)
@@ -259,8 +300,9 @@ def play_shared(
         others,
         prepared(records),
         prepared(made),
-        attempts=attempts,
+        attempts=plan.privacy.most_attempts,
         of_the_mean=of_the_mean,
+        on_round=on_round,
     )
     return GameOutcome(included, evidence)
 
@@ -270,6 +312,14 @@ def claimed_noise(plan: TrainingPlan) -> SiteNoise:
     assert isinstance(plan.privacy, DistributedPrivacy)
     multiplier = shares_of(plan).noise_multiplier(plan.privacy.honest)
     return SiteNoise(plan.privacy.sampling_rate, multiplier)
+
+
+def _with_noise(plan: TrainingPlan, share: float) -> TrainingPlan:
+    """A plan of distributed mode whose sites add a share of its noise, to a power of two."""
+    assert isinstance(plan.privacy, DistributedPrivacy)
+    bits = plan.privacy.noise_bits + round(math.log2(share))
+    privacy = msgspec.structs.replace(plan.privacy, noise_bits=max(bits, FEWEST_NOISE_BITS))
+    return msgspec.structs.replace(plan, privacy=privacy)
 
 
 def share_of(noise: SiteNoise, share: float) -> SiteNoise:
@@ -286,6 +336,7 @@ def judge(
     scenario: str,
     site: str,
     records: AnyRecords,
+    against: Observer = "everybody",
     share_of_guesses: float = GUESSES,
 ) -> AuditResult:
     """Counts the right guesses on the canaries with the strongest evidence, and bounds epsilon.
@@ -293,6 +344,7 @@ def judge(
     Args:
         noise: the claimed noise.
         records: records that the attack knew.
+        against: whom the claim is against.
         share_of_guesses: of the canaries; fixed before the attack sees anything.
     """
     assert isinstance(plan.privacy, DifferentialPrivacy)
@@ -324,6 +376,7 @@ def judge(
         confidence=CONFIDENCE,
         epsilon_lower_bound=epsilon_lower_bound(canaries, guesses, correct, delta, CONFIDENCE),
         largest_bound=epsilon_lower_bound(canaries, guesses, guesses, delta, CONFIDENCE),
+        against=against,
     )
 
 
@@ -338,7 +391,8 @@ def check(results: Sequence[AuditResult]) -> None:
             shown, confidence = result.epsilon_lower_bound, result.confidence
             raise VerificationError(
                 "an attack refutes the claimed privacy",
-                field=f"epsilon per {result.unit} at delta {result.delta:g}",
+                field=f"epsilon per {result.unit}, against {result.against},"
+                f" at delta {result.delta:g}",
                 found=f"above {shown:.3f} with probability {confidence:g}",
                 accepted=f"at most {result.claimed_epsilon:.3f}",
                 remedy="release nothing that this version trained, and report it (SECURITY.md)",
@@ -346,26 +400,30 @@ def check(results: Sequence[AuditResult]) -> None:
 
 
 def as_table(results: Sequence[AuditResult]) -> Table:
-    """The claim and the attack side by side, with a row for each unit of privacy."""
+    """The claim and the attack side by side, with a row for each unit of privacy; in distributed
+    mode, with one for each of its two claims."""
     first = results[0]
+    shared = any(result.against == "readers" for result in results)
     table = Table(
-        title=f"audit of {first.scenario}, {first.site}: {first.steps} steps,"
-        f" epsilon at delta {first.delta:g}",
-        caption="attack: epsilon is above this, with that confidence; at most: what the attack"
-        " would show if all guesses were right",
+        title=f"audit of {first.scenario}, {first.site}: {first.steps}"
+        f" {'attempts' if shared else 'steps'}, epsilon at delta {first.delta:g}",
+        caption=f"attack: epsilon is above this, with {first.confidence:.0%} confidence; at most:"
+        " what the attack would show if all guesses were right"
+        + ("; readers: who sees the sums and not the noise of the honest sites" if shared else ""),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("per", no_wrap=True)
-    for heading in ("claim", "attack", "confidence", "right", "canaries", "at most"):
+    table.add_column("against", no_wrap=True)
+    for heading in ("claim", "attack", "right", "canaries", "at most"):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
             result.unit,
+            result.against,
             f"{result.claimed_epsilon:.3f}",
             f"{result.epsilon_lower_bound:.3f}",
-            f"{result.confidence:.0%}",
             f"{result.correct} of {result.guesses}",
             f"{result.canaries:,}",
             f"{result.largest_bound:.3f}",

@@ -238,7 +238,9 @@ def audit(
 ) -> None:
     """Attack one site's training, and compare the epsilon that the attack shows with the claim.
 
-    The audit runs twice: with privacy per record, and with privacy per patient.
+    The audit runs twice: with privacy per record, and with privacy per patient. In distributed mode
+    the attack reads sums, once against the claim to their readers, and once, with the noise of this
+    site alone, against the claim to everybody.
     """
     from umbel_simulations.audit.one_run import as_table, audit_scenario, check
     from umbel_simulations.scenario.file import find_scenario
@@ -249,7 +251,9 @@ def audit(
             find_scenario(scenario),
             canaries,
             os.urandom,
-            lambda unit, step, steps: status.update(f"per {unit}: step {step} of {steps}"),
+            lambda unit, against, step, steps: status.update(
+                f"per {unit}, against {against}: {step} of {steps}"
+            ),
         )
     if as_json:
         print_json(results)

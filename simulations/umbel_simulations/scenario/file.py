@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from umbel_client.planning.distributed import DraftDistributed
 from umbel_common.device import require_device
 from umbel_common.errors import ConfigError
 from umbel_common.plans.drafted_start import DraftedLabelNames
@@ -231,6 +232,21 @@ def _check_protocol(scenario: Scenario, require: Require) -> None:
         scenario.aggregation.threshold,
         f"{least} to {count}, since 2 x threshold must exceed sites + colluding sites",
     )
+    privacy = scenario.privacy
+    if isinstance(privacy, DraftDistributed):
+        require(
+            privacy.least_survivors <= count,
+            "privacy.least_survivors",
+            privacy.least_survivors,
+            f"at most sites.count = {count}",
+        )
+        honest = privacy.least_survivors - policy.colluding_sites
+        require(
+            privacy.honest <= honest,
+            "privacy.honest",
+            privacy.honest,
+            f"at most least_survivors without colluding sites, {honest}",
+        )
 
 
 def _load(path: Path) -> Scenario:

@@ -1,5 +1,6 @@
 """Jobs whose server takes steps: kills, rounds that are held back, and releases made again."""
 
+import itertools
 import os
 from collections.abc import Callable
 from functools import partial
@@ -53,6 +54,24 @@ SERVERS: dict[str, ServerOptimizer] = {
     "yogi": ServerYogi(**RATES),
 }
 METHODS = ("both", "ffa", "alternate", "fedsvd")
+KINDS = {
+    ("average", "fedsvd"),
+    ("sgd", "both"),
+    ("sgd", "fedsvd"),
+    ("adam", "alternate"),
+    ("adam", "fedsvd"),
+    ("yogi", "ffa"),
+}
+"""Each optimizer and each method, and what fedsvd does to each kind of state; the full suite has
+all pairs."""
+
+
+def pairs_of(*servers: str) -> list[Any]:
+    """These optimizers with each method."""
+    return [
+        pytest.param(*pair, marks=() if pair in KINDS else pytest.mark.full)
+        for pair in itertools.product(servers, METHODS)
+    ]
 
 
 class Killed(Exception):
@@ -88,8 +107,7 @@ def adapters(setting: Any) -> list[bytes]:
     return [release.adapter for release in verified(setting).releases]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize(("name", "method"), pairs_of(*SERVERS))
 def test_each_release_follows_from_its_sum(
     make_setting: MakeSetting, name: str, method: str
 ) -> None:
@@ -112,8 +130,7 @@ def test_each_release_follows_from_its_sum(
         assert verified(setting, adapters=None).not_recomputed == (1, 2, 3)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize(("name", "method"), pairs_of("sgd", "adam"))
 def test_in_distributed_mode_the_adapter_moves_against_the_sum(
     make_setting: MakeSetting, name: str, method: str
 ) -> None:
@@ -260,8 +277,7 @@ def test_a_round_that_was_held_back_leaves_the_state_as_it_was(
     assert adapter_digest(plan.digest(), vector) == job.releases[3].adapter
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize(("name", "method"), pairs_of(*SERVERS))
 def test_an_operator_who_releases_another_adapter_is_found(
     make_setting: MakeSetting, name: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from umbel_simulations.audit.canaries import (
     unit_count,
     with_included,
 )
-from umbel_simulations.audit.game import flip_coins, log_likelihood_ratios
+from umbel_simulations.audit.game import flip_coins, log_likelihood_ratios, overlaps_of
 from umbel_simulations.audit.one_run import AuditResult, as_table, audit_scenario, check
 from umbel_simulations.backends.in_process import seeded
 from umbel_simulations.cli.command import app
@@ -75,6 +75,42 @@ clip_norm = 1.0
 [aggregation]
 threshold = 3
 """
+
+
+LOCAL = """\
+mode = "local"
+epsilon = 8.0
+delta = 1e-4
+clip_norm = 1.0
+"""
+SHARED = """\
+mode = "distributed"
+epsilon = {epsilon}
+delta = 1e-4
+clip_norm = 1.0
+sampling_rate = {rate}
+honest = 2
+least_survivors = 3
+spare_attempts = {spare}
+
+[server]
+optimizer = "sgd"
+adapter_learning_rate = 0.5
+"""
+
+
+def sharing(path: Path, *, epsilon: float, rate: float, spare: int) -> None:
+    """Makes the scenario one whose sites share their noise."""
+    text = path.read_text()
+    rates = "adapter_learning_rate = 1e-2\nhead_learning_rate = 1e-1"
+    for before, after in (
+        (LOCAL, SHARED.format(epsilon=epsilon, rate=rate, spare=spare)),
+        (rates, 'optimizer = "none"'),
+        ("local_steps = 2", "local_steps = 1"),
+    ):
+        assert before in text
+        text = text.replace(before, after)
+    path.write_text(text)
 
 
 def scenario_file(folder: Path, model: Path, words: Sequence[str], labels: Sequence[str]) -> Path:
@@ -244,7 +280,7 @@ def test_evidence_is_the_likelihood_ratio_of_a_sampled_gaussian(rate: float) -> 
     noisy_sum[:2] = (1.4, -0.3)
     deviation = np.median(np.abs(noisy_sum)) / 0.6745
     directions = np.eye(2, 10_002, dtype=np.float32)
-    found = log_likelihood_ratios(noisy_sum, directions, rate)
+    found = log_likelihood_ratios(noisy_sum, directions, overlaps_of(directions), rate)
 
     def density(value: float, mean: float) -> float:
         return math.exp(-(((value - mean) / deviation) ** 2) / 2)
@@ -258,7 +294,7 @@ def test_a_canary_without_a_gradient_is_no_evidence() -> None:
     noisy_sum = np.random.default_rng(0).normal(0, 0.5, 1000)
     directions = np.zeros((2, 1000), dtype=np.float32)
     directions[0, 0] = 1.0
-    ratios = log_likelihood_ratios(noisy_sum, directions, 0.5)
+    ratios = log_likelihood_ratios(noisy_sum, directions, overlaps_of(directions), 0.5)
     assert ratios[0] != 0
     assert ratios[1] == pytest.approx(0, abs=1e-12)
 
@@ -296,9 +332,7 @@ def test_the_audit_of_a_scenario_can_refute_both_claims(tmp_path: Path, share: f
         training=replace(scenario.training, rounds=1, local_steps=1, expected_batch_size=40),
         privacy=replace(scenario.privacy, epsilon=1.0),
     )
-    results = audit_scenario(
-        scenario, 300, seeded(1, "audit"), lambda unit, step, steps: None, noise_share=share
-    )
+    results = audit_scenario(scenario, 300, seeded(1, "audit"), lambda *_: None, noise_share=share)
     assert all(0.99 < result.claimed_epsilon <= 1 for result in results)
     if share == 1:
         check(results)
@@ -308,10 +342,80 @@ def test_the_audit_of_a_scenario_can_refute_both_claims(tmp_path: Path, share: f
             check([result])
 
 
+def test_the_command_audits_both_claims_of_sites_that_share_their_noise(scenario: Path) -> None:
+    sharing(scenario, epsilon=8.0, rate=0.4, spare=2)
+    result = CliRunner().invoke(app, ["audit", str(scenario), "--canaries", "40", "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    shown = io.StringIO()
+    Console(width=80, file=shown).print(as_table(msgspec.convert(rows, list[AuditResult])))
+    assert "4 attempts" in shown.getvalue()
+    assert "record    readers" in shown.getvalue()
+    assert [(row["unit"], row["against"]) for row in rows] == [
+        *(("record", "readers"), ("record", "everybody")),
+        *(("patient", "readers"), ("patient", "everybody")),
+    ]
+    for row in rows:
+        readers = row["against"] == "readers"
+        assert (7.9 < row["claimed_epsilon"] <= 8.0) == readers
+        assert 0 <= row["epsilon_lower_bound"] <= row["largest_bound"] < row["claimed_epsilon"]
+        # Two rounds and two attempts more, with the plan's sampling rate for either unit.
+        assert (row["steps"], row["sampling_rate"]) == (4, 0.4)
+        assert row["correct"] <= row["guesses"] == 4
+    readers, everybody = rows[0], rows[1]
+    ratio = readers["noise_multiplier"] / everybody["noise_multiplier"]
+    assert ratio == pytest.approx(math.sqrt(2), rel=1e-3)
+
+
+@pytest.mark.parametrize("share", [pytest.param(1.0, marks=pytest.mark.full), 1e-4])
+def test_the_audit_of_sums_can_refute_every_claim(tmp_path: Path, share: float) -> None:
+    """With next to no noise, all four claims are refuted."""
+    words = [f"w{number}" for number in range(1000)]
+    model = save_telling_bert(tmp_path / "model", words)
+    path = scenario_file(tmp_path, model, words, ascii_letters[:20])
+    sharing(path, epsilon=1.0, rate=1.0, spare=0)
+    scenario = find_scenario(str(path))
+    task = msgspec.structs.replace(scenario.task, logit_scale=1000.0)
+    training = msgspec.structs.replace(scenario.training, rounds=1)
+    results = audit_scenario(
+        msgspec.structs.replace(scenario, task=task, training=training),
+        200,
+        seeded(1, "audit"),
+        lambda *_: None,
+        noise_share=share,
+    )
+    assert len(results) == 4
+    for result in results:
+        refuted = result.epsilon_lower_bound > result.claimed_epsilon
+        assert refuted == (share < 1)
+        assert result.claimed_epsilon < result.largest_bound
+    if share < 1:
+        with pytest.raises(VerificationError, match="an attack refutes the claimed privacy") as one:
+            check(results)
+        assert "per record, against readers" in str(one.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "field"),
+    [
+        ("least_survivors = 3", "least_survivors = 4", "privacy.least_survivors"),
+        ("honest = 2", "honest = 3", "privacy.honest"),
+    ],
+)
+def test_a_claim_that_no_sum_of_the_sites_could_keep_is_not_audited(
+    scenario: Path, before: str, after: str, field: str
+) -> None:
+    sharing(scenario, epsilon=8.0, rate=0.4, spare=2)
+    scenario.write_text(scenario.read_text().replace(before, after))
+    with pytest.raises(ConfigError) as caught:
+        find_scenario(str(scenario))
+    assert caught.value.field == field
+
+
 def test_a_scenario_that_claims_nothing_is_not_audited(scenario: Path) -> None:
     chosen = override(find_scenario(str(scenario)), no_dp=True)
     with pytest.raises(ConfigError, match=r"privacy\.mode"):
-        audit_scenario(chosen, 40, seeded(1, "audit"), lambda unit, step, steps: None)
+        audit_scenario(chosen, 40, seeded(1, "audit"), lambda *_: None)
 
 
 def result_with(bound: float, unit: str = "record") -> AuditResult:
@@ -349,8 +453,10 @@ def test_people_read_claim_and_bound_side_by_side() -> None:
     Console(width=80, file=shown).print(as_table([result_with(1.25), result_with(0.5, "patient")]))
     lines = [line.split() for line in shown.getvalue().splitlines()]
     heading, rows = lines[2], [line for line in lines if line[:1] in (["record"], ["patient"])]
-    assert " ".join(heading) == "per claim attack confidence right canaries at most"
+    assert " ".join(heading) == "per against claim attack right canaries at most"
+    assert "95% confidence" in " ".join(shown.getvalue().split())
+    assert "readers" not in shown.getvalue()
     assert rows == [
-        [unit, "2.000", bound, "95%", "99", "of", "100", "1,000", "3.000"]
+        [unit, "everybody", "2.000", bound, "99", "of", "100", "1,000", "3.000"]
         for unit, bound in (("record", "1.250"), ("patient", "0.500"))
     ]

@@ -54,7 +54,7 @@ def test_what_is_missing_says_how_it_is_installed(tmp_path: Path) -> None:
 def test_commands_leave_nothing_behind_without_the_model(tmp_path: Path) -> None:
     scenario = find_scenario("medical-qa")
     with pytest.raises(DataError, match="is not installed"):
-        audit_scenario(scenario, 10, bytes, lambda unit, step, steps: None)
+        audit_scenario(scenario, 10, bytes, lambda *_: None)
     with pytest.raises(DataError, match="is not installed"):
         run_federation(scenario, tmp_path / "federation", print)
     assert not (tmp_path / "federation").exists()
